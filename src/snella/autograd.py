@@ -258,9 +258,9 @@ def backward_pass(
         grad_y: ∂L/∂y.
         x: The input; `None` if only the input's gradient is required.
         x_shape: Shape of the input.
-        weight: As in the forward pass.
+        weight: As in the forward pass, like `call`.
         updates: As in the forward pass, with their thresholds.
-        call: As in the forward pass.
+        call: Other arguments of the layer call.
         needs: Required gradients; the others are `None`.
         saved_merged: Saved `Merged.delta` or `Merged.columns` of each update, or empty tuples.
         effective: The saved effective weight, if any.
@@ -302,9 +302,6 @@ def add_updates(
 
     Args:
         weight: `W0`, or `None` for the sum of the updates.
-        updates: The updates.
-        merged: Merged matrices of the updates.
-        shape: Shape of the result.
         dtype: Dtype of the layer op, to which the result is rounded. `None` uses the dtype of `weight`, or without a
             weight the dtype of the merged updates.
         owns_buffer: True if this function may overwrite `weight`. The sum then skips the rounding to the dtype of

@@ -196,7 +196,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """Plan the updates of these adapters.
 
         Args:
-            names: The adapters.
+            names: Names of the adapters.
             with_branches: If True, regularized updates are branches in training. If False, all updates are folded.
             in_graph: True in a compiled graph, which caches nothing and reads the budgets from their buffers.
 
@@ -300,7 +300,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         stays the same tensor, which compiled graphs require.
 
         Args:
-            adapter_name: The adapter.
+            adapter_name: Name of the adapter.
             cache: Cache of an earlier call for the same values in this layer.
         """
         self._cache.clear()
@@ -309,11 +309,11 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     @torch.compiler.disable
     def get_delta_weight(self, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return an adapter's `scaling·S` in the layout of the base weight.
+        """Return an adapter's `scaling·S` in the layout of the base weight, computed in at least float32.
 
         Args:
-            adapter: The adapter.
-            dtype: Dtype of the result; defaults to the factors' dtype. Computed in at least float32.
+            adapter: Name of the adapter.
+            dtype: Dtype of the result; defaults to the factors' dtype.
         """
         delta = effective_weight(self, None, [adapter])
         return orient(self.get_base_layer(), delta.to(dtype or self.snella_A[adapter].dtype))
@@ -329,7 +329,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: Name of the adapter.
-            config: Configuration of the adapter.
+            config: Its configuration.
             row_counts: Rows of each matrix of the weight; must sum to `m`.
         """
         m, n = self.out_features, self.in_features
@@ -388,7 +388,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """Record the buffer's values as the live budgets. Call it after every write to `snella_budget`.
 
         Args:
-            adapter_name: The adapter.
+            adapter_name: Name of the adapter.
             budgets: The buffer's values; read from the device by default.
         """
         seal_budgets(self, adapter_name, budgets)

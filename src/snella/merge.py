@@ -54,7 +54,7 @@ def effective_weight(
     """Return a detached `W0 + Σ scaling·S`, bit-identical to the weight used in the forward pass.
 
     Args:
-        layer: The layer.
+        layer: Layer with these adapters.
         weight: `W0` of shape `[m, …]`. If `None`, only the sum of the updates is returned.
         adapter_names: Adapters whose updates are added.
         dtype: Dtype of the result if `weight` is a `LazyWeight`.
@@ -79,15 +79,8 @@ def sparse_updates(layer: SnellaLayer, adapter_name: str) -> list[Tensor]:
 def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> None:
     """Add the updates of these adapters to the base weight and store the state for `unmerge_updates`.
 
-    The sum starts from the original weight, because merging adapters one by one would round at each step.
-
-    Args:
-        layer: The layer.
-        names: Adapters that are not merged yet.
-        safe_merge: Check that the merged weight is finite before writing it.
-
-    Raises:
-        ValueError: If `safe_merge` is True and the merged weight has non-finite values.
+    The sum starts from the original weight, because merging adapters one by one would round at each step. See
+    `SnellaLayer.merge`.
     """
     original = _original_weight(layer)
     check_weight(layer, original)

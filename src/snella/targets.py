@@ -77,7 +77,7 @@ def plain_convolution_names(model: nn.Module) -> list[str]:
         if isinstance(base, nn.Conv2d)
         and base is not convolutions[0]
         and base.groups == 1
-        and not overridden_methods(base)
+        and not _overridden_methods(base)
         if not (base.padding == "same" and any(k % 2 == 0 for k in base.kernel_size))
     ]
 
@@ -104,11 +104,7 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
     """Return a message about the weights that the default targets exclude, or `None` if they adapt at least half.
 
-    The head, patch embedding and embeddings do not count.
-
-    Args:
-        model: The model, without adapters.
-        names: Names of the modules to adapt.
+    The model has no adapters yet. Its head, patch embedding and embeddings do not count.
     """
     adapted = set(names)
     num_adapted, excluded = 0, {}
@@ -249,6 +245,7 @@ def unmatched_message(targets: Iterable[str] | str, model: nn.Module) -> str:
     return message + (f"; did you mean {', '.join(map(repr, dict.fromkeys(close_matches)))}?" if close_matches else "")
 
 
+_ADAPTABLE = (nn.Linear, Conv1D, nn.Conv2d)
 # linear layers whose custom forward() computes the same product
 _EQUIVALENT_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
 # alternatives for unsupported modules
@@ -278,15 +275,13 @@ def choose_layer_class(base: nn.Module, name: str) -> type[SnellaLayer]:
         )
     if find_quantization(base, name) is not None:
         return Linear
-    base_class = _base_class(base)
-    overrides = overridden_methods(base)
-    if overrides:
+    if overrides := _overridden_methods(base):
         raise NotImplementedError(
             f"target_modules matches {name!r}, a {class_name(base)} with a custom {overrides[0]}(), which the update "
             "would bypass; exclude it with exclude_modules"
         )
-    if base_class is not None:
-        return Conv2d if base_class is nn.Conv2d else Linear
+    if isinstance(base, _ADAPTABLE):
+        return Conv2d if isinstance(base, nn.Conv2d) else Linear
     hint = next((f"; {hint}" for other, hint in _ALTERNATIVES.items() if isinstance(base, other)), "")
     raise TypeError(
         f"target_modules matches {name!r}, a {type(base).__name__}; "
@@ -317,18 +312,13 @@ def class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
 
 
-def overridden_methods(base: nn.Module) -> list[str]:
+def _overridden_methods(base: nn.Module) -> list[str]:
     """Return the names of overridden forward methods, e.g. in timm's `Conv2dSame`."""
-    base_class = _base_class(base)
+    base_class = next((base_class for base_class in _ADAPTABLE if isinstance(base, base_class)), None)
     if base_class is None or class_name(base) in _EQUIVALENT_LINEAR:
         return []
     methods = ("forward", "_conv_forward")
     return [method for method in methods if getattr(type(base), method, None) is not getattr(base_class, method, None)]
-
-
-def _base_class(base: nn.Module) -> type[nn.Module] | None:
-    """Return the adaptable base class of a module, or `None`."""
-    return next((base_class for base_class in (nn.Linear, Conv1D, nn.Conv2d) if isinstance(base, base_class)), None)
 
 
 # heads ---------------------------------------------------------------------------------------------------------------
@@ -355,11 +345,7 @@ def _head_modules(model: nn.Module) -> set[nn.Module]:
 
 
 class NewHeads:
-    """Frozen, newly initialized head layers of a model, with a record of the layers that are called.
-
-    Args:
-        model: The model.
-    """
+    """Frozen, newly initialized head layers of a model, with a record of the layers that are called."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = {
