@@ -302,6 +302,9 @@ def add_updates(
 
     Args:
         weight: `W0`, or `None` for the sum of the updates.
+        updates: Updates of this weight.
+        merged: Merged matrices of each update.
+        shape: Shape of the result.
         dtype: Dtype of the layer op, to which the result is rounded. `None` uses the dtype of `weight`, or without a
             weight the dtype of the merged updates.
         owns_buffer: True if this function may overwrite `weight`. The sum then skips the rounding to the dtype of

@@ -42,6 +42,7 @@ def add_branches(
     """Return `y` plus the updates of these adapters, with dropout on their input and drop-path on their output.
 
     Args:
+        layer: Layer with these adapters.
         y: Output of the layer without these updates.
         x: Input of the layer.
         names: Adapters with dropout or drop-path.

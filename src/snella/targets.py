@@ -69,17 +69,16 @@ def plain_convolution_names(model: nn.Module) -> list[str]:
     Includes ungrouped convolutions with the `forward` of `nn.Conv2d`. Excludes the model's first convolution (the
     stem), the head, patch embedding, downsampling between stages and modules inside adapters.
     """
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    return [
-        name
-        for name, module in _candidates(model)
-        for base in [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module]
-        if isinstance(base, nn.Conv2d)
-        and base is not convolutions[0]
-        and base.groups == 1
-        and not _overridden_methods(base)
-        if not (base.padding == "same" and any(k % 2 == 0 for k in base.kernel_size))
-    ]
+    stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    names = []
+    for name, module in _candidates(model):
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if not isinstance(base, nn.Conv2d) or base is stem or base.groups > 1 or _overridden_methods(base):
+            continue
+        is_asymmetric = base.padding == "same" and any(k % 2 == 0 for k in base.kernel_size)
+        if not is_asymmetric:
+            names.append(name)
+    return names
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
