@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from snella._text import did_you_mean
 from snella.allocation import Schedule
-from snella.backends import resolve_implementation
+from snella.backends import Implementation
 from snella.kernels import KERNELS, Kernel, make_kernel
 from snella.memory.sampling import parse_weight_gradient
 from snella.sparsify import SparsifyMode
@@ -384,6 +384,7 @@ class SnellaConfig(PeftConfig):
             "schedule": get_args(Schedule),
             "importance": get_args(ImportanceMetric),
             "bias": get_args(Bias),
+            "impl": get_args(Implementation),
         }
         errors = []
         for name, allowed in choices.items():
@@ -392,11 +393,10 @@ class SnellaConfig(PeftConfig):
             if value not in allowed and not (value is None and self.preset not in _PRESETS):
                 suggestion = did_you_mean(value, allowed)
                 errors.append(f"{name} must be one of {list(allowed)}, got {value!r}{suggestion and '; ' + suggestion}")
-        for check, value in ((resolve_implementation, self.impl), (parse_weight_gradient, self.weight_gradient)):
-            try:
-                check(value)
-            except ValueError as error:
-                errors.append(str(error))
+        try:
+            parse_weight_gradient(self.weight_gradient)
+        except ValueError as error:
+            errors.append(str(error))
         if self.compress_activations and not self.recompute_inputs:
             errors.append("compress_activations=True requires recompute_inputs=True, got False")
         return errors

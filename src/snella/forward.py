@@ -1,4 +1,4 @@
-"""Parts of the forward pass in eager and compiled layers: input casts, and dropout and drop-path on updates."""
+"""Parts of the forward pass: input casts, dropout and drop-path on updates, and errors of unsupported tracers."""
 
 from __future__ import annotations
 
@@ -56,3 +56,22 @@ def add_branches(
             branch = branch * keep.to(branch.dtype) / (1 - rate)
         y = y + branch.to(y.dtype)
     return y
+
+
+def reject_tracing(module_name: str) -> None:
+    """Reject `torch.jit.trace` and `torch.func`, which do not support the update's custom autograd function.
+
+    Raises:
+        NotImplementedError: If `torch.jit.trace` (or ONNX's TorchScript exporter) or a `torch.func` transform is
+            active.
+    """
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            f"torch.jit.trace (and torch.onnx.export with dynamo=False) cannot trace the update of {module_name!r}; "
+            "trace model.merge_and_unload(), which has the same outputs"
+        )
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"torch.func (grad, vmap, jvp, …) does not support the update of {module_name!r}, which has a custom "
+            "backward pass; use torch.autograd.grad, or model.merge_and_unload() if no factor needs gradients"
+        )

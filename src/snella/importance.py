@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -40,19 +39,12 @@ class _Observation(NamedTuple):
     """Range of the entries in `value`, if FSDP shards a factor of any matrix."""
 
 
-@dataclass
-class _FlatAverages:
+class _FlatAverages(NamedTuple):
     """Moving averages of all entries on a device, concatenated to save operations per step."""
 
     keys: list[str]
     averages: Tensor
     uncertainties: Tensor
-    first_view: Tensor | None = None
-
-    def split_views(self, tensor: Tensor, shapes: Sequence[torch.Size]) -> dict[str, Tensor]:
-        """Split a flat tensor into views by key."""
-        parts = tensor.split([shape.numel() for shape in shapes])
-        return {key: part.view(shape) for key, part, shape in zip(self.keys, parts, shapes, strict=True)}
 
 
 class ImportanceTracker:
@@ -107,8 +99,9 @@ class ImportanceTracker:
         by_device: dict[torch.device, dict[str, _Observation]] = {}
         for key, observation in observations.items():
             by_device.setdefault(observation.value.device, {})[key] = observation
+        self._flat = {device: self._flat_averages_on(device, values) for device, values in by_device.items()}
         for device, values in by_device.items():
-            self._smooth(self._flat_averages_on(device, values), list(values.values()), 1 / gradient_scale)
+            self._smooth(self._flat[device], list(values.values()), 1 / gradient_scale)
 
     @torch.no_grad()
     def names_with_gradient(self) -> set[str]:
@@ -219,22 +212,24 @@ class ImportanceTracker:
     def _flat_averages_on(self, device: torch.device, values: Mapping[str, _Observation]) -> _FlatAverages:
         """Return the flat averages of these entries; initialize missing averages."""
         flat = self._flat.get(device)
-        if flat is None or flat.keys != list(values) or self._averages.get(flat.keys[0]) is not flat.first_view:
-            averages, uncertainties = [], []
-            for key, observation in values.items():
-                value = observation.value
-                zeros = torch.zeros(value.numel(), dtype=torch.float32, device=device)
-                average = self._local_part(key, self._averages.get(key), value)
-                # NaN marks an average that starts at its first value
-                initial = zeros if self.zero_init_ema else torch.full_like(zeros, torch.nan)
-                averages.append(initial if average is None else average.to(device).reshape(-1))
-                uncertainty = self._local_part(key, self._uncertainties.get(key), value)
-                uncertainties.append(zeros if uncertainty is None else uncertainty.to(device).reshape(-1))
-            shapes = [observation.value.shape for observation in values.values()]
-            flat = self._flat[device] = _FlatAverages(list(values), torch.cat(averages), torch.cat(uncertainties))
-            self._averages |= flat.split_views(flat.averages, shapes)
-            self._uncertainties |= flat.split_views(flat.uncertainties, shapes)
-            flat.first_view = self._averages[flat.keys[0]]
+        if flat is not None and flat.keys == list(values):
+            return flat
+        averages, uncertainties = [], []
+        for key, observation in values.items():
+            value = observation.value
+            zeros = torch.zeros(value.numel(), dtype=torch.float32, device=device)
+            average = self._local_part(key, self._averages.get(key), value)
+            # NaN marks an average that starts at its first value
+            initial = zeros if self.zero_init_ema else torch.full_like(zeros, torch.nan)
+            averages.append(initial if average is None else average.to(device).reshape(-1))
+            uncertainty = self._local_part(key, self._uncertainties.get(key), value)
+            uncertainties.append(zeros if uncertainty is None else uncertainty.to(device).reshape(-1))
+        flat = _FlatAverages(list(values), torch.cat(averages), torch.cat(uncertainties))
+        sizes = [observation.value.numel() for observation in values.values()]
+        parts = zip(flat.averages.split(sizes), flat.uncertainties.split(sizes), strict=True)
+        for (key, observation), (average, uncertainty) in zip(values.items(), parts, strict=True):
+            self._averages[key] = average.view(observation.value.shape)
+            self._uncertainties[key] = uncertainty.view(observation.value.shape)
         return flat
 
     def _local_part(self, key: str, average: Tensor | None, value: Tensor) -> Tensor | None:
@@ -281,7 +276,7 @@ class ImportanceTracker:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the averages of the same matrices."""
         devices = {matrix.name: _factor_parameters(matrix)[0].device for matrix in self.matrices}
-        self._ranges = {}
+        self._ranges, self._flat = {}, {}
         self._averages, self._uncertainties = (
             {key: value.clone().to(devices[key.rpartition("/")[0]]) for key, value in part.items()}
             for part in (state["averages"], state["uncertainties"])

@@ -33,7 +33,7 @@ from snella.compat.compile import forward_in_graph, weight_in_graph
 from snella.compat.hooks import call_inside_hooks, hook_dicts, onloaded
 from snella.compat.quantization import find_quantization
 from snella.config import SnellaConfig
-from snella.forward import add_branches, is_regularized, prepare_input, product_dtype
+from snella.forward import add_branches, is_regularized, prepare_input, product_dtype, reject_tracing
 from snella.memory.sampling import parse_weight_gradient
 from snella.merge import (
     check_weight,
@@ -726,25 +726,6 @@ def drop_adapter(layer: SnellaLayer, adapter_name: str) -> None:
             del values[adapter_name]
     layer._specs.pop(adapter_name, None)
     layer.clear_cache()
-
-
-def reject_tracing(module_name: str) -> None:
-    """Reject `torch.jit.trace` and `torch.func`, which do not support the update's custom autograd function.
-
-    Raises:
-        NotImplementedError: If `torch.jit.trace` (or ONNX's TorchScript exporter) or a `torch.func` transform is
-            active.
-    """
-    if torch.jit.is_tracing():
-        raise NotImplementedError(
-            f"torch.jit.trace (and torch.onnx.export with dynamo=False) cannot trace the update of {module_name!r}; "
-            "trace model.merge_and_unload(), which has the same outputs"
-        )
-    if torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(
-            f"torch.func (grad, vmap, jvp, …) does not support the update of {module_name!r}, which has a custom "
-            "backward pass; use torch.autograd.grad, or model.merge_and_unload() if no factor needs gradients"
-        )
 
 
 @lru_cache(maxsize=64)

@@ -12,7 +12,8 @@ from torch.func import functional_call
 
 from snella.compat.hooks import call_inside_hooks, has_hooks, hook_dicts, is_hooked_in_graph, onloaded
 from snella.config import SnellaConfig
-from snella.layer import SnellaLayer, reject_tracing
+from snella.forward import reject_tracing
+from snella.layer import SnellaLayer
 from snella.update import LayerOp
 
 _INPUTS = ("in_proj",)
