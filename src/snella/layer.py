@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 
 from snella.autograd import adapted_layer
 from snella.backends import choose_backend
-from snella.backends.base import MergeCache
 from snella.cache import (
     AdapterState,
     EffectiveWeight,
@@ -40,7 +39,6 @@ from snella.merge import (
     effective_weight,
     merge_updates,
     orient,
-    refresh_merged,
     sparse_updates,
     unmerge_updates,
 )
@@ -79,6 +77,28 @@ class UpdatePlan(NamedTuple):
     branches: list[str]
     cache_delta: bool
 
+    def apply(
+        self,
+        x: Tensor,
+        weight: Tensor | LazyWeight | None,
+        bias: Tensor | None,
+        op: LayerOp,
+        weight_shape: torch.Size,
+    ) -> Tensor:
+        """Apply the op with the folded updates and cache their thresholds."""
+        y, thresholds = adapted_layer(
+            x,
+            weight,
+            bias,
+            self.updates,
+            op,
+            weight_shape=weight_shape,
+            cache_delta=self.cache_delta,
+            recompute=self.states[0].recompute if self.states else None,
+        )
+        self.cache_thresholds(thresholds)
+        return y
+
     def cache_thresholds(self, thresholds: Iterable[Tensor]) -> None:
         """Cache the thresholds of each update."""
         for state, update_thresholds in zip(self.states, thresholds, strict=True):
@@ -110,9 +130,6 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     pads_input: Any = False
     """True if the input must be padded before the op."""
-
-    _op: Callable[[], LayerOp]
-    """Returns the op of the base layer; every subclass defines it."""
 
     def __init__(
         self,
@@ -238,6 +255,10 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         active = self._active_adapter
         return list(filter(self.snella_config.__contains__, [active] if isinstance(active, str) else active))
 
+    def _op(self) -> LayerOp:
+        """Return the op of the base layer."""
+        return self.linear_op
+
     def _needs_gradients(self, names: list[str]) -> bool:
         """Return whether the effective weight depends on a tensor that requires gradients."""
         if not torch.is_grad_enabled():
@@ -292,20 +313,6 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Restore the base weight, bit for bit, to its state before `merge`."""
         unmerge_updates(self)
-
-    def refresh(self, adapter_name: str, cache: MergeCache | None = None) -> None:
-        """Apply in-place changes to an adapter's values, even if it is merged.
-
-        Rewrites a merged weight from the copy that `merge` stored. Rounding errors do not accumulate, and the weight
-        stays the same tensor, which compiled graphs require.
-
-        Args:
-            adapter_name: Name of the adapter.
-            cache: Cache of an earlier call for the same values in this layer.
-        """
-        self._cache.clear()
-        if adapter_name in self.merged_adapters:
-            refresh_merged(self, adapter_name, cache)
 
     @torch.compiler.disable
     def get_delta_weight(self, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -469,9 +476,6 @@ class Linear(SnellaLayer):
         """True if the base weight is stored as `[in, out]`."""
         return isinstance(self.get_base_layer(), Conv1D)
 
-    def _op(self) -> LayerOp:
-        return self.linear_op
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return True: the update adds to a linear layer's weight, and a low-rank fit can approximate it."""
         return True
@@ -584,36 +588,13 @@ def _apply_differentiable(
     """Apply base layer and updates in one differentiable op; in training, regularized updates are branches."""
     layer._cache.release_effective_weight()
     plan, op = layer._plan_updates(names, with_branches=True), layer._op()
-    y = _apply_plan(plan, x, weight, bias, op, weight.shape)
+    y = plan.apply(x, weight, bias, op, weight.shape)
     if plan.branches:
 
         def apply(dropped: Tensor, name: str) -> Tensor:
-            return _apply_plan(layer._plan_updates([name]), dropped, None, None, op, weight.shape)
+            return layer._plan_updates([name]).apply(dropped, None, None, op, weight.shape)
 
         y = add_branches(layer, y, x, plan.branches, apply)
-    return y
-
-
-def _apply_plan(
-    plan: UpdatePlan,
-    x: Tensor,
-    weight: Tensor | LazyWeight | None,
-    bias: Tensor | None,
-    op: LayerOp,
-    weight_shape: torch.Size,
-) -> Tensor:
-    """Apply the op with the plan's folded updates and cache their thresholds."""
-    y, thresholds = adapted_layer(
-        x,
-        weight,
-        bias,
-        plan.updates,
-        op,
-        weight_shape=weight_shape,
-        cache_delta=plan.cache_delta,
-        recompute=plan.states[0].recompute if plan.states else None,
-    )
-    plan.cache_thresholds(thresholds)
     return y
 
 
@@ -645,7 +626,7 @@ def _read(layer: SnellaLayer, names: list[str]) -> Tensor:
     layer._cache.release_effective_weight()
     plan = layer._plan_updates(names)
     with torch.autocast(weight.device.type, enabled=False):
-        return _apply_plan(plan, weight.new_empty(0), weight, None, WeightOp(), weight.shape)
+        return plan.apply(weight.new_empty(0), weight, None, WeightOp(), weight.shape)
 
 
 # tensors and specs of an adapter -----------------------------------------------------------------------------------

@@ -111,8 +111,20 @@ def unmerge_updates(layer: SnellaLayer) -> None:
     layer._cache.clear()
 
 
-def refresh_merged(layer: SnellaLayer, adapter_name: str, cache: MergeCache | None) -> None:
-    """Rewrite a merged weight after an adapter has changed in place; see `SnellaLayer.refresh`."""
+def refresh(layer: SnellaLayer, adapter_name: str, cache: MergeCache) -> None:
+    """Apply in-place changes to an adapter's values, even if it is merged.
+
+    Rewrites a merged weight from the copy that `merge` stored. Rounding errors do not accumulate, and the weight stays
+    the same tensor, which compiled graphs require.
+
+    Args:
+        layer: Layer with this adapter.
+        adapter_name: Name of the adapter.
+        cache: Cache of an earlier call for the same values in this layer, or an empty one.
+    """
+    layer.clear_cache()
+    if adapter_name not in layer.merged_adapters:
+        return
     names, original = list(layer.merged_adapters), layer._unmerged_weight
     if original is None or len(names) > 1:
         layer.unmerge()

@@ -14,7 +14,6 @@ from snella.compat.hooks import call_inside_hooks, has_hooks, hook_dicts, is_hoo
 from snella.config import SnellaConfig
 from snella.forward import reject_tracing
 from snella.layer import SnellaLayer
-from snella.update import LayerOp
 
 _INPUTS = ("in_proj",)
 _SEPARATE_INPUTS = ("q_proj", "k_proj", "v_proj")
@@ -243,9 +242,6 @@ class Projection(SnellaLayer):
     def weight_name(self, name: str) -> str:
         """Return the adapted parameter's name in the model without adapters, given this projection's name."""
         return f"{name.rpartition('.')[0]}.{self.parameter_name}"
-
-    def _op(self) -> LayerOp:
-        return self.linear_op
 
     def is_updated(self) -> bool:
         """Return whether any update is active."""
