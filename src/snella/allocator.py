@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from snella._text import listed
+from snella._utils import listed
 from snella.allocation import allocate, budget_at
 from snella.importance import ImportanceTracker
 from snella.matrices import AdaptedMatrix, adapted_matrices

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -17,7 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from snella._text import did_you_mean
+from snella._utils import did_you_mean, longest_suffix
 from snella.allocation import Schedule
 from snella.backends import Implementation
 from snella.kernels import KERNELS, Kernel, make_kernel
@@ -491,12 +490,6 @@ def read_config(folder: str | Path) -> PeftConfig:
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(settings.get("peft_type"), PeftConfig)
     config: PeftConfig = config_class.from_peft_type(**config_class.check_kwargs(**settings))
     return config
-
-
-def longest_suffix(name: str, suffixes: Iterable[str]) -> str | None:
-    """Return the longest of `suffixes` that equals a module name or ends it after a dot, or `None`."""
-    matches = [suffix for suffix in suffixes if name == suffix or name.endswith(f".{suffix}")]
-    return max(matches, key=len, default=None)
 
 
 def _has_type(value: Any, annotation: Any) -> bool:

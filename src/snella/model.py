@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from snella._text import listed
+from snella._utils import listed, longest_suffix
 from snella.cache import buffers_off_meta, check_after_step
 from snella.compat.attention import AdaptedAttention, Projection, disable_fast_path, input_projections, is_adaptable
 from snella.compat.hooks import onloaded
 from snella.compat.quantization import combined_warning
 from snella.compat.tokens import TokenAdapter, attach_tokens, find_tokens, token_adapters
-from snella.config import SnellaConfig, longest_suffix
+from snella.config import SnellaConfig
 from snella.layer import SnellaLayer, drop_adapter
 from snella.memory.recompute import mark_outputs, unmark_outputs
 from snella.targets import (

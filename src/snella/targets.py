@@ -18,9 +18,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from snella._utils import longest_suffix
 from snella.compat.attention import AdaptedAttention, is_adaptable
 from snella.compat.quantization import find_quantization
-from snella.config import longest_suffix
 from snella.layer import Conv2d, Linear, SnellaLayer
 
 # names of heads among a model's direct children

@@ -6,7 +6,7 @@ import warnings
 
 from torch import nn
 
-from snella._text import listed
+from snella._utils import listed
 
 _STEPS_WITHOUT_ALLOCATOR = 2  # a single step may be a gradient probe
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from snella._text import listed
+from snella._utils import listed
 from snella.backends.base import MergeCache
 from snella.compat.tokens import TokenAdapter
 from snella.config import SnellaConfig, read_config

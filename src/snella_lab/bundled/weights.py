@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from snella._cache_folder import cache_folder
+from snella._utils import cache_folder
 from snella_app.backbones.checkpoint import Checkpoint, load_weights, update_config
 from snella_app.backbones.create import NamedBackbone
 from snella_app.files import sha256_of, write_bytes

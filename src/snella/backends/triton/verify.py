@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from snella._cache_folder import cache_folder
+from snella._utils import cache_folder
 from snella.backends.base import TorchBackend
 from snella.backends.triton import backend, backward, forward
 from snella.update import Factors, UpdateSpec

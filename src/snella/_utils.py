@@ -1,0 +1,33 @@
+"""Suggestions and lists of names in messages, matching of module names, and the cache folder."""
+
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def listed(items: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
+    """Join the first `limit` items and append the number of omitted ones."""
+    names = list(items)
+    num_omitted = len(names) - limit
+    return separator.join(names[:limit]) + (f" and {num_omitted} more" if num_omitted > 0 else "")
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """Return a hint with the closest candidate, e.g. "did you mean 'r'?", or an empty string if none is close."""
+    matches = difflib.get_close_matches(name, list(candidates), n=1)
+    return f"did you mean {matches[0]!r}?" if matches else ""
+
+
+def longest_suffix(name: str, suffixes: Iterable[str]) -> str | None:
+    """Return the longest of `suffixes` that equals a module name or ends it after a dot, or `None`."""
+    matches = [suffix for suffix in suffixes if name == suffix or name.endswith(f".{suffix}")]
+    return max(matches, key=len, default=None)
+
+
+def cache_folder() -> Path:
+    """Return the cache folder: `$SNELLA_CACHE`, else `$XDG_CACHE_HOME/snella`, else `~/.cache/snella`."""
+    if override := os.environ.get("SNELLA_CACHE"):
+        return Path(override).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "snella"
