@@ -429,14 +429,6 @@ def test_optimizer_without_factors_raises(mlp):
         make_allocator(model).attach(other)
 
 
-def test_training_after_detach_warns(mlp):
-    model = mlp.adapted()
-    optimizer = make_optimizer(model)
-    make_allocator(model).attach(optimizer).detach()
-    with pytest.warns(UserWarning, match="no budget allocator is attached"):
-        train(mlp, model, optimizer, last=30)
-
-
 def scaled_step(mlp, model, optimizer, scaler, broken):
     scaler.scale(mlp.run(model).square().sum()).backward()
     if broken:
@@ -554,24 +546,6 @@ def test_importance_uses_the_first_closure_call(mlp):
     assert all(
         torch.equal(value, expected[key]) for key, value in allocator.importance.state_dict()["averages"].items()
     )
-
-
-def test_skipped_step_counts_when_gradients_are_cleared(mlp):
-    model = mlp.adapted()
-    optimizer = make_optimizer(model)
-    allocator = make_allocator(model).attach(optimizer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    model.train()
-    for invalid in (False, True, False):
-        optimizer.zero_grad()
-        scaler.scale(mlp.run(model).square().sum()).backward()
-        if invalid:
-            allocator.matrices[0].layer.snella_A["default"].grad.fill_(torch.inf)
-        scaler.step(optimizer)
-        scaler.update()
-    assert allocator.step == 3
-    assert [entry["step"] for entry in allocator.history] == [0, 3]
-    assert all(torch.isfinite(torch.tensor(allocator.importance.scores())))
 
 
 @pytest.mark.parametrize("count", [2, 3])
