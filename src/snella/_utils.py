@@ -19,10 +19,14 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     return f"did you mean {matches[0]!r}?" if matches else ""
 
 
+def has_suffix(name: str, suffix: str) -> bool:
+    """Return whether a module name equals `suffix` or ends with it after a dot."""
+    return name == suffix or name.endswith(f".{suffix}")
+
+
 def longest_suffix(name: str, suffixes: Iterable[str]) -> str | None:
-    """Return the longest of `suffixes` that equals a module name or ends it after a dot, or `None`."""
-    matches = [suffix for suffix in suffixes if name == suffix or name.endswith(f".{suffix}")]
-    return max(matches, key=len, default=None)
+    """Return the longest of the suffixes that a module name has, or `None`."""
+    return max((suffix for suffix in suffixes if has_suffix(name, suffix)), key=len, default=None)
 
 
 def cache_folder() -> Path:

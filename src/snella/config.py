@@ -16,7 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from snella._utils import did_you_mean, longest_suffix
+from snella._utils import did_you_mean, has_suffix, longest_suffix
 from snella.allocation import Schedule
 from snella.backends import Implementation
 from snella.kernels import KERNELS, Kernel, make_kernel
@@ -303,7 +303,7 @@ class SnellaConfig(PeftConfig):
 
     def dropout_of(self, module_name: str) -> float:
         """Return the dropout probability on the input of a layer's update."""
-        is_excluded = longest_suffix(module_name, self.dropout_exclude or []) is not None
+        is_excluded = any(has_suffix(module_name, suffix) for suffix in self.dropout_exclude or [])
         return 0.0 if is_excluded else self.update_dropout or 0.0
 
     def make_kernel(self) -> Kernel:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from snella._utils import listed, longest_suffix
+from snella._utils import has_suffix, listed
 from snella.cache import buffers_off_meta, check_after_step
 from snella.compat.attention import AdaptedAttention, Projection, disable_fast_path, input_projections, is_adaptable
 from snella.compat.hooks import onloaded
@@ -141,7 +141,7 @@ class SnellaModel(BaseTuner):
                 names.append(part)
                 weights += m * n
                 factors += peft_config.rank_of(part) * (m + n)
-        unused = [key for key in peft_config.rank_pattern if not any(_matches({key}, name) for name in names)]
+        unused = [key for key in peft_config.rank_pattern if not any(has_suffix(name, key) for name in names)]
         if unused:
             raise ValueError(f"rank_pattern={unused} matches no adapted module; adapted modules are e.g. {names[:4]}")
         if factors > max(_MIN_ENTRY_LIMIT, 4 * weights):
@@ -168,7 +168,7 @@ class SnellaModel(BaseTuner):
         name = next(name for name, module in self.model.named_modules() if module is embedding)
         tied = set(tied_weight_keys)
         peft_config.modules_to_tie = tied  # type: ignore[attr-defined]
-        others = [m for m in peft_config.modules_to_save or [] if not any(_matches({m}, key) for key in tied)]
+        others = [m for m in peft_config.modules_to_save or [] if not any(has_suffix(key, m) for key in tied)]
         peft_config.modules_to_save = list(dict.fromkeys([*others, name]))
 
     def _add_targets_to_tie(self, peft_config: SnellaConfig, tied_weight_keys: list[str]) -> None:
@@ -629,7 +629,7 @@ def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
         if not isinstance(module, nn.Embedding):
             continue
         if isinstance(indices, dict):
-            rows = next((rows for suffix, rows in indices.items() if _matches({suffix}, name)), [])
+            rows = next((rows for suffix, rows in indices.items() if has_suffix(name, suffix)), [])
         else:
             rows = indices if module is input_embedding else []
         count = module.num_embeddings
@@ -657,7 +657,7 @@ def _matches(targets: set[str] | str, name: str) -> bool:
     """Return whether the targets match a module, ignoring exclusions."""
     if isinstance(targets, str):
         return matches_expression(targets, name)
-    return longest_suffix(name, targets) is not None
+    return any(has_suffix(name, target) for target in targets)
 
 
 def has_bfloat16_instructions() -> bool:
