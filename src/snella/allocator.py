@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from snella._text import listed
+from snella._utils import listed
 from snella.allocation import allocate, budget_at
-from snella.importance import ImportanceTracker, is_sharded
+from snella.importance import ImportanceTracker
 from snella.matrices import AdaptedMatrix, adapted_matrices
 from snella.optimizer import MATCHER_ATTRIBUTE
 
@@ -108,11 +108,6 @@ class BudgetAllocator:
         return sum(matrix.size for matrix in self.matrices)
 
     @property
-    def start_budget(self) -> int:
-        """`b_0 = (1 − init_sparsity)·total_weights`."""
-        return self.total_weights - round(self.config.init_sparsity * self.total_weights)
-
-    @property
     def target_budget(self) -> int:
         """`b_T = (1 − target_sparsity)·total_weights`."""
         return self.total_weights - round(self.config.target_sparsity * self.total_weights)
@@ -131,20 +126,6 @@ class BudgetAllocator:
     def has_reached_target(self) -> bool:
         """True if the budget has reached its final value."""
         return self.history[-1]["budget"] == self.target_budget
-
-    def is_realloc_step(self, step: int) -> bool:
-        """Return whether the budget is reallocated after optimizer step `step`, counted from 1."""
-        realloc_every = self.config.realloc_every
-        interval = self.steps_per_epoch if realloc_every == "epoch" else int(realloc_every)
-        return step <= self.total_steps and (step % interval == 0 or step == self.total_steps)
-
-    def _time(self, step: int) -> tuple[int, int]:
-        """Return the schedule's `(t, T)` after `step` steps, in epochs or steps depending on `realloc_every`."""
-        is_over = step >= self.total_steps
-        if self.config.realloc_every == "epoch":
-            total = math.ceil((self.config.schedule_end or 1.0) * self.total_epochs)
-            return total if is_over else step // self.steps_per_epoch, total
-        return step, math.ceil((self.config.schedule_end or 1.0) * self.total_steps)
 
     # training loop -------------------------------------------------------------------------------------------------
 
@@ -199,11 +180,7 @@ class BudgetAllocator:
     def _is_optimized_by(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer updates any of the adapter's factors."""
         optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return any(id(factor) in optimized for factor in self._factors())
-
-    def _factors(self) -> list[torch.Tensor]:
-        """Return the parameter with factor `A` of each matrix."""
-        return [matrix.layer.snella_A[self.adapter_name] for matrix in self.matrices]
+        return any(id(matrix.layer.snella_A[self.adapter_name]) in optimized for matrix in self.matrices)
 
     def detach(self) -> None:
         """Remove the hooks from the optimizer."""
@@ -251,24 +228,23 @@ class BudgetAllocator:
         if closure is None:
             self._update_importance_once(optimizer)
             return None
-        closure = self._wrap_closure(closure, optimizer)
-        return ((args[0], closure, *args[2:]), kwargs) if is_positional else (args, {**kwargs, "closure": closure})
-
-    def _wrap_closure(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
-        """Wrap a step's closure to update the importance after its first call, which computes the gradients."""
 
         def wrapped_closure() -> Any:
-            loss = closure()
+            loss = closure()  # computes the gradients
             self._update_importance_once(optimizer)
             return loss
 
-        return wrapped_closure
+        if is_positional:
+            return (args[0], wrapped_closure, *args[2:]), kwargs
+        return args, {**kwargs, "closure": wrapped_closure}
 
     def _update_importance_once(self, optimizer: Optimizer) -> None:
         """Update the importance once per step."""
         if not self._has_updated_importance:
             self._has_updated_importance = True
-            self._update_importance(_gradient_scale(optimizer))
+            # a fused optimizer has not yet divided the gradients by their scale
+            scale = getattr(optimizer, "grad_scale", None)
+            self._update_importance(1.0 if scale is None else float(scale))
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._update_importance_once(optimizer)
@@ -280,19 +256,17 @@ class BudgetAllocator:
         if self._is_stepping:  # called by the closure
             return
         has_stepped, self._has_stepped = self._has_stepped, False
-        if has_stepped or any(is_sharded(factor) for factor in self._factors()):
+        if has_stepped or self.importance.has_sharded_factors():
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not bool(torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()):
             self.advance_to(self.step + 1)
 
     def _update_importance(self, gradient_scale: float = 1.0) -> None:
+        """Update the importance, and warn about matrices that have no gradient in any of the first steps."""
         self.importance.update(gradient_scale)
-        if self._without_gradient and self._num_gradient_checks < _GRADIENT_CHECK_STEPS:
-            self._check_gradients()
-
-    def _check_gradients(self) -> None:
-        """Warn about matrices that have no gradient in any of the first steps."""
+        if not self._without_gradient or self._num_gradient_checks == _GRADIENT_CHECK_STEPS:
+            return
         self._num_gradient_checks += 1
         # `SnellaModel` reports unused layers
         excluded = {m.name for m in self.matrices if not m.layer.is_applied}
@@ -309,35 +283,37 @@ class BudgetAllocator:
             )
 
     def _finish_step(self, step: int) -> None:
+        """Count a step, and reallocate the budget if due."""
         self.step = step
         self.config.watch.steps = None if self.has_exact_steps else (step, self.total_steps, self.steps_per_epoch)
-        if self.is_realloc_step(step):
+        interval = self.steps_per_epoch if self.config.realloc_every == "epoch" else int(self.config.realloc_every)
+        if step == self.total_steps or (step < self.total_steps and step % interval == 0):
             self._allocate(step)
 
     def _allocate(self, step: int) -> None:
         """Allocate the budget after `step` steps and write it into the layers."""
-        t, total = self._time(step)
-        budget = budget_at(t, total, self.start_budget, self.target_budget, self.config.schedule)
+        # the schedule's time, in epochs or steps
+        schedule_end, t = self.config.schedule_end or 1.0, step
+        total = math.ceil(schedule_end * self.total_steps)
+        if self.config.realloc_every == "epoch":
+            total = math.ceil(schedule_end * self.total_epochs)
+            t = total if step >= self.total_steps else step // self.steps_per_epoch
+        start_budget = self.total_weights - round(self.config.init_sparsity * self.total_weights)
+        budget = budget_at(t, total, start_budget, self.target_budget, self.config.schedule)
         caps = [matrix.size for matrix in self.matrices]
         scores = self.importance.scores()
-        if not self.importance.is_sharded:
-            scores = _broadcast_scores(scores)
         # allocate by size before the first step, and always with "uniform"
         is_by_size = self.config.allocation == "uniform" or step == 0
         shares = [matrix.budget for matrix in self.matrices]
         if step > 0 or sum(shares) != budget:  # an adapter that already has this budget keeps its allocation
-            shares = allocate(
-                [float(cap) for cap in caps] if is_by_size else scores, caps, budget, self.config.min_layer_share
-            )
+            shares = allocate(caps if is_by_size else scores, caps, budget, self.config.min_layer_share)
         self._set_budgets(shares)
         names = [matrix.name for matrix in self.matrices]
         if self.history and (previous := self.history[-1]["step"]) > 0:
             # keep the last entry of each epoch and of each interval
-            first, second = (
-                ((k - 1) // self.steps_per_epoch, (k - 1) * _HISTORY_INTERVALS // self.total_steps)
-                for k in (previous, step)
-            )
-            if first == second:
+            epochs = [(k - 1) // self.steps_per_epoch for k in (previous, step)]
+            intervals = [(k - 1) * _HISTORY_INTERVALS // self.total_steps for k in (previous, step)]
+            if epochs[0] == epochs[1] and intervals[0] == intervals[1]:
                 self.history.pop()
         self.history.append(
             {
@@ -440,21 +416,3 @@ def _reject_deepspeed(optimizer: Any) -> None:
                 "the factors; train with DDP or FSDP, or without an allocator (target_sparsity = init_sparsity)"
             )
         inner = getattr(inner, "optimizer", None)
-
-
-def _gradient_scale(optimizer: Optimizer) -> float:
-    """Return the gradient scale that a fused optimizer has not yet divided by; 1 for unscaled gradients."""
-    scale = getattr(optimizer, "grad_scale", None)
-    return 1.0 if scale is None else float(scale)
-
-
-def _broadcast_scores(scores: list[float]) -> list[float]:
-    """Broadcast the scores of rank 0; gradients are already averaged, so ranks differ only by rounding."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return scores
-    values = torch.tensor(scores, dtype=torch.float64)
-    if distributed.get_backend() == "nccl":
-        values = values.cuda()
-    distributed.broadcast(values, src=0)
-    return values.tolist()

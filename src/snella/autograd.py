@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,11 +30,6 @@ class RecomputeCache:
 
     def __init__(self) -> None:
         self._entry: tuple[Tensor, list[Merged], Tensor | None, int] | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        """True if the cache stores no results."""
-        return self._entry is None
 
     def stash(self, effective: Tensor, merged: list[Merged], weight: Tensor | None) -> None:
         """Store the results of a forward pass if it is a recomputation.
@@ -150,7 +145,11 @@ def adapted_layer(
     if isinstance(weight, Tensor) and not updates:
         return op(x, weight.to(x.dtype), bias), ()
     if updates and updates[0].spec.backend == "reference":
-        return _reference_layer(x, weight, bias, updates, op, weight_shape)
+        # autograd saves the effective weight and every intermediate of the merge
+        base = weight.materialize_wide() if isinstance(weight, LazyWeight) else weight
+        with torch.autocast(x.device.type, enabled=False):
+            effective, thresholds = add_by_autograd(base, updates, weight_shape)
+            return op(x, effective.to(x.dtype), bias), thresholds
     lazy = weight if isinstance(weight, LazyWeight) else None
     call = LayerCall(op, weight_shape, cache_delta, lazy, recompute, origin)
     tensors = [tensor for update in updates for tensor in update.factors]
@@ -259,9 +258,9 @@ def backward_pass(
         grad_y: ∂L/∂y.
         x: The input; `None` if only the input's gradient is required.
         x_shape: Shape of the input.
-        weight: As in the forward pass.
+        weight: As in the forward pass, like `call`.
         updates: As in the forward pass, with their thresholds.
-        call: As in the forward pass.
+        call: Other arguments of the layer call.
         needs: Required gradients; the others are `None`.
         saved_merged: Saved `Merged.delta` or `Merged.columns` of each update, or empty tuples.
         effective: The saved effective weight, if any.
@@ -303,8 +302,8 @@ def add_updates(
 
     Args:
         weight: `W0`, or `None` for the sum of the updates.
-        updates: The updates.
-        merged: Merged matrices of the updates.
+        updates: Updates of this weight.
+        merged: Merged matrices of each update.
         shape: Shape of the result.
         dtype: Dtype of the layer op, to which the result is rounded. `None` uses the dtype of `weight`, or without a
             weight the dtype of the merged updates.
@@ -425,29 +424,22 @@ def sparsify_update(update: Update) -> tuple[list[Tensor], Tensor]:
     return [sparsify(delta, thresholds[group], spec.mode) for group, delta in enumerate(deltas)], thresholds
 
 
-def effective_weight(weight: Tensor | None, updates: Sequence[Update], shape: torch.Size | None = None) -> Tensor:
-    """Return `W0 + Σ scaling·S`, differentiable by autograd with respect to all inputs; the reference implementation.
+def add_by_autograd(
+    weight: Tensor | None, updates: Sequence[Update], shape: torch.Size | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Compute `W0 + Σ scaling·S`, differentiable by autograd with respect to all inputs; the reference implementation.
 
     The sum is computed in the wider of the two dtypes and rounded once to the dtype of `weight`.
 
     Args:
         weight: Frozen weight, `[m, …]`, or `None` for the sum of the updates.
-        updates: Updates of this weight.
+        updates: Updates of this weight; at least one without a weight.
         shape: Shape of the result if `weight` is `None`; defaults to `[m, n]`.
 
     Returns:
-        Shape and dtype of `weight`; without a weight, `shape` and the dtype of the merged updates.
-
-    Raises:
-        ValueError: If both `weight` and `updates` are missing.
+        The sum, with the shape and dtype of `weight` (without a weight, `shape` and the dtype of the merged updates),
+        and the thresholds of each update.
     """
-    return add_by_autograd(weight, updates, shape)[0]
-
-
-def add_by_autograd(
-    weight: Tensor | None, updates: Sequence[Update], shape: torch.Size | None = None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the result of `effective_weight` and the thresholds of each update."""
     total, all_thresholds = weight, []
     for update in updates:
         matrices, thresholds = sparsify_update(update)
@@ -457,21 +449,5 @@ def add_by_autograd(
         else:
             total = total.to(torch.promote_types(total.dtype, delta.dtype)) + delta.reshape(total.shape)
         all_thresholds.append(thresholds)
-    if total is None:
-        raise ValueError("effective_weight requires a weight or at least one update, got neither")
-    return total if weight is None else total.to(weight.dtype), tuple(all_thresholds)
-
-
-def _reference_layer(
-    x: Tensor,
-    weight: Tensor | LazyWeight | None,
-    bias: Tensor | None,
-    updates: Sequence[Update],
-    op: LayerOp,
-    weight_shape: torch.Size,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Compute `adapted_layer` with autograd, which saves the effective weight and every intermediate of the merge."""
-    base = weight.materialize_wide() if isinstance(weight, LazyWeight) else weight
-    with torch.autocast(x.device.type, enabled=False):
-        effective, thresholds = add_by_autograd(base, updates, weight_shape)
-        return op(x, effective.to(x.dtype), bias), thresholds
+    result = cast(Tensor, total)
+    return result if weight is None else result.to(weight.dtype), tuple(all_thresholds)

@@ -1,10 +1,18 @@
-"""Layer caches, invalidated by parameter changes, and the lazy `layer.weight`."""
+"""Layer caches, invalidated by parameter changes; budget buffers; and the lazy `layer.weight`.
+
+Budgets are buffers that are saved with the adapter. Model averaging may also average buffers
+(`AveragedModel(use_buffers=True)`, timm's `ModelEmaV2`). An averaged budget no longer matches its seal, a hash of the
+budget, so the layer restores the most recently set budgets.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +22,9 @@ from torch.utils._pytree import tree_map_only
 
 from snella.autograd import RecomputeCache
 from snella.update import Factors
+
+if TYPE_CHECKING:
+    from snella.layer import SnellaLayer
 
 _optimizer_steps: list[int] = []  # empty until the first call of `optimizer_steps`
 _step_checks: list[Callable[[Optimizer], bool]] = []
@@ -74,21 +85,31 @@ class AdapterState:
     recompute: RecomputeCache = field(default_factory=RecomputeCache)
 
 
+class BudgetRecord(NamedTuple):
+    """Budgets of an adapter as integers, with the buffer and seal that contain them and their versions."""
+
+    budgets: tuple[int, ...]
+    buffer: Tensor
+    address: int
+    version: int
+    seal: Tensor
+    seal_version: int
+
+
 class LayerCache:
-    """Cache of thresholds (a few bytes) and, in evaluation only, of the effective weight.
+    """Cache of thresholds (a few bytes), budgets and, in evaluation only, of the effective weight.
 
     Entries are valid for one state of their inputs. Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
-        self._sealed: dict[str, tuple[Tensor, int, Tensor, int]] = {}
+        self.budget_records: dict[str, BudgetRecord] = {}
         self.clear()
 
     def clear(self) -> None:
-        """Clear all entries."""
+        """Clear all entries except the budgets."""
         self._adapters: dict[str, AdapterState] = {}
         self._factor_values: dict[tuple[str, ...], Tensor] = {}
-        self._budgets: dict[str, tuple[Tensor, int, int, tuple[int, ...]]] = {}
         self.release_effective_weight()
 
     def release_effective_weight(self) -> None:
@@ -123,33 +144,6 @@ class LayerCache:
             state = self._adapters[name] = AdapterState(key, factors)
         return state
 
-    def budgets(self, name: str, budget: Tensor, read: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
-        """Return the budgets as Python integers; call `read`, which synchronizes, only after a change."""
-        entry = self._budgets.get(name)
-        if entry is not None and entry[0] is budget and entry[1:3] == (budget.data_ptr(), budget._version):
-            return entry[3]
-        integers = read(name)
-        self.record_budgets(name, budget, integers)
-        return integers
-
-    def record_budgets(self, name: str, budget: Tensor, integers: tuple[int, ...]) -> None:
-        """Cache a buffer's budgets as integers."""
-        if not (budget.is_inference() or budget.is_meta):
-            self._budgets[name] = (budget, budget.data_ptr(), budget._version, integers)
-
-    def record_seal(self, name: str, budget: Tensor, seal: Tensor) -> None:
-        """Record the versions of a budget buffer and its matching seal."""
-        if budget.is_inference() or seal.is_inference():
-            self._sealed.pop(name, None)
-        else:
-            self._sealed[name] = (budget, budget._version, seal, seal._version)
-
-    def is_written_without_seal(self, name: str, budget: Tensor, seal: Tensor) -> bool:
-        """Return whether a write, e.g. of an averaged `state_dict`, changed the buffer but not its seal."""
-        entry = self._sealed.get(name)
-        is_known = entry is not None and entry[0] is budget and entry[2] is seal
-        return is_known and budget._version != entry[1] and seal._version == entry[3]  # type: ignore[index]
-
     def effective_weight(
         self, tensors: Sequence[Tensor], settings: tuple[Any, ...], compute: Callable[[], Tensor]
     ) -> Tensor:
@@ -169,6 +163,87 @@ class LayerCache:
     def __reduce__(self) -> tuple[type[LayerCache], tuple[()]]:
         return (LayerCache, ())
 
+
+# budgets -----------------------------------------------------------------------------------------------------------
+
+
+class LiveBudgets(dict[str, tuple[int, ...]]):
+    """Most recently set budgets of a layer's adapters, shared by all copies of the layer."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LiveBudgets:
+        return self
+
+
+def compute_seal(budget: int) -> int:
+    """Return a hash of a budget that averaging does not preserve, to detect averaged budgets."""
+    return (budget + 1) * 0x9E3779B1 % 0x7FFFFFFF
+
+
+def read_budgets(layer: SnellaLayer, adapter_name: str) -> tuple[int, ...]:
+    """Return the budgets in the buffer, after replacing averaged budgets with the live ones."""
+    buffer, seal = layer.snella_budget[adapter_name], layer.snella_seal[adapter_name]
+    budgets, stored_seals = torch.stack((buffer, seal.to(buffer.device))).tolist()  # one transfer
+    is_sealed = stored_seals == [compute_seal(budget) for budget in budgets]
+    record = layer._cache.budget_records.get(adapter_name)
+    if is_sealed and record is not None and record.buffer is buffer and record.seal is seal:
+        # a write, e.g. of an averaged `state_dict`, may change the buffer but not its seal
+        is_sealed = buffer._version == record.version or seal._version != record.seal_version
+    if not is_sealed:
+        budgets = layer._live_budgets[adapter_name]
+        buffer.copy_(torch.tensor(budgets, dtype=buffer.dtype))
+        seal_budgets(layer, adapter_name, budgets)
+        return budgets
+    return _record_budgets(layer, adapter_name, tuple(budgets))
+
+
+def _record_budgets(layer: SnellaLayer, adapter_name: str, budgets: tuple[int, ...]) -> tuple[int, ...]:
+    """Cache the budgets in an adapter's buffer, unless its tensors do not track changes, and return them."""
+    buffer, seal = layer.snella_budget[adapter_name], layer.snella_seal[adapter_name]
+    if buffer.is_inference() or seal.is_inference():
+        layer._cache.budget_records.pop(adapter_name, None)
+    else:
+        record = BudgetRecord(budgets, buffer, buffer.data_ptr(), buffer._version, seal, seal._version)
+        layer._cache.budget_records[adapter_name] = record
+    return budgets
+
+
+def seal_budgets(layer: SnellaLayer, adapter_name: str, budgets: tuple[int, ...] | None = None) -> None:
+    """Record the buffer's values as the live budgets; see `SnellaLayer.seal_budgets`."""
+    buffer = layer.snella_budget[adapter_name]
+    if buffer.is_meta:
+        layer.snella_seal[adapter_name] = torch.zeros_like(buffer)
+        return
+    budgets = tuple(buffer.tolist()) if budgets is None else budgets
+    seals = [compute_seal(budget) for budget in budgets]
+    layer.snella_seal[adapter_name] = torch.tensor(seals, dtype=buffer.dtype, device=buffer.device)
+    layer._live_budgets[adapter_name] = _record_budgets(layer, adapter_name, budgets)
+
+
+def seal_all_budgets(layer: SnellaLayer, *_: Any) -> None:
+    """Seal the loaded budgets; a `load_state_dict` hook."""
+    for name in layer.snella_budget:
+        seal_budgets(layer, name)
+
+
+def restore_budgets(layer: SnellaLayer, *_: Any) -> None:
+    """Replace averaged budgets, for code that reads the buffers directly; a `state_dict` hook."""
+    for name, buffer in layer.snella_budget.items():
+        if not buffer.is_meta and not layer.snella_seal[name].is_meta:
+            read_budgets(layer, name)
+
+
+@contextmanager
+def buffers_off_meta(layer: SnellaLayer) -> Iterator[None]:
+    """Keep budgets and seals on their device when the layer moves to the meta device, e.g. in accelerate."""
+    buffers = (layer.snella_budget, layer.snella_seal)
+    before = [(values, name, values[name]) for values in buffers for name in values]
+    yield
+    for values, name, buffer in before:
+        if values[name].is_meta:
+            values[name] = buffer
+
+
+# lazy weight -------------------------------------------------------------------------------------------------------
 
 _METADATA_METHODS = {
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "is_contiguous"),
@@ -192,7 +267,7 @@ class EffectiveWeight(Tensor):
     def of(
         base: Tensor,
         compute: Callable[[], Tensor],
-        multiply: Callable[[Tensor, Tensor | None], Tensor | None] | None = None,
+        multiply: Callable[[Tensor, Tensor | None], Tensor | None] | None,
     ) -> EffectiveWeight:
         """Create a lazy weight with the shape, dtype and device of `base`.
 
@@ -200,7 +275,7 @@ class EffectiveWeight(Tensor):
             base: The base weight.
             compute: Returns the weight with its updates.
             multiply: Computes `F.linear` of an input, the weight and a bias without saving the weight for the backward
-                pass, or returns `None` if `compute` does not save it either.
+                pass, or returns `None` if `compute` does not save it either. `None` if the layer is not linear.
         """
         weight = base.detach().as_subclass(EffectiveWeight)
         weight._base_weight, weight._compute, weight._multiply, weight._effective = base, compute, multiply, None
@@ -219,6 +294,8 @@ class EffectiveWeight(Tensor):
         """Call `func` with the base weight for metadata and writes, otherwise with the effective weight."""
         kwargs = kwargs or {}
         name = func.__name__
+        unwrap = partial(tree_map_only, EffectiveWeight, EffectiveWeight.value)
+        unwrap_base = partial(tree_map_only, EffectiveWeight, attrgetter("_base_weight"))
         if func is F.linear and (y := _multiply(*args, **kwargs)) is not None:
             return y
         if name == "__get__":
@@ -227,10 +304,10 @@ class EffectiveWeight(Tensor):
             is_metadata = name in _METADATA_METHODS or name in ("__set__", "__setitem__")
         is_in_place = name.endswith("_") and not name.endswith("__")
         if is_metadata or (is_in_place and not args):
-            return func(*_unwrap(args, "_base_weight"), **_unwrap(kwargs, "_base_weight"))
+            return func(*unwrap_base(args), **unwrap_base(kwargs))
         if is_in_place:
-            args = (*_unwrap(args[:1], "_base_weight"), *args[1:])
-        return func(*_unwrap(args), **_unwrap(kwargs))
+            args = (*unwrap_base(args[:1]), *args[1:])
+        return func(*unwrap(args), **unwrap(kwargs))
 
 
 def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -240,10 +317,3 @@ def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
         return None
     return weight._multiply(input, bias)
-
-
-def _unwrap(arguments: Any, attribute: str | None = None) -> Any:
-    """Replace every effective weight in the arguments with its value or the named attribute."""
-    if attribute is not None:
-        return tree_map_only(EffectiveWeight, lambda weight: getattr(weight, attribute), arguments)
-    return tree_map_only(EffectiveWeight, EffectiveWeight.value, arguments)

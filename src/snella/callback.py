@@ -41,12 +41,12 @@ class SnellaCallback(TrainerCallback):
     ) -> None:
         if model is None or optimizer is None:
             raise RuntimeError("SnellaCallback needs the Trainer's model and optimizer, got None")
-        epochs = max(math.ceil(state.num_train_epochs), 1)
+        epochs, loader = max(math.ceil(state.num_train_epochs), 1), kwargs.get("train_dataloader")
+        steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps) if isinstance(loader, Sized) else 0
         self.allocator = BudgetAllocator(
             model,
             total_epochs=epochs,
-            steps_per_epoch=_steps_per_epoch(args, kwargs.get("train_dataloader"))
-            or max(math.ceil(state.max_steps / epochs), 1),
+            steps_per_epoch=steps_per_epoch or max(math.ceil(state.max_steps / epochs), 1),
             total_steps=max(state.max_steps, 1),
             adapter_name=self.adapter_name,
         )
@@ -64,10 +64,3 @@ class SnellaCallback(TrainerCallback):
     ) -> None:
         if self.allocator is not None:
             self.allocator.detach()
-
-
-def _steps_per_epoch(args: TrainingArguments, loader: Any) -> int:
-    """Return the Trainer's optimizer steps per epoch, or 0 if the loader has no length."""
-    if not isinstance(loader, Sized):
-        return 0
-    return math.ceil(len(loader) / args.gradient_accumulation_steps)

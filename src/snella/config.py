@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from types import UnionType
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import regex
 from huggingface_hub import hf_hub_download
@@ -16,9 +16,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from snella._text import did_you_mean
+from snella._utils import did_you_mean, has_suffix, longest_suffix
 from snella.allocation import Schedule
-from snella.backends import resolve_implementation
+from snella.backends import Implementation
 from snella.kernels import KERNELS, Kernel, make_kernel
 from snella.memory.sampling import parse_weight_gradient
 from snella.sparsify import SparsifyMode
@@ -276,9 +276,19 @@ class SnellaConfig(PeftConfig):
         self.peft_type = PEFT_TYPE
         self.watch = TrainingWatch()
         # check types first, because the later checks compare, hash and compile the values
-        if errors := self._type_errors():
+        errors = [
+            f"{name} must be of type {annotation}, got {getattr(self, name)!r}"
+            for name, annotation in SnellaConfig.__annotations__.items()
+            if not _has_type(getattr(self, name), _FIELD_TYPES[name])
+        ]
+        if errors:
             raise ValueError("; ".join(errors))
-        self._apply_preset()
+        preset = _PRESETS.get(self.preset, {})
+        # a model may lack the parameters of a preset, but not parameters that the user names
+        self.default_parameters = preset.get("parameters_to_save") if self.parameters_to_save is None else None
+        for name, value in preset.items():
+            if getattr(self, name) is None:
+                setattr(self, name, list(value) if isinstance(value, list) else value)
         errors = [*self._choice_errors(), *self._range_errors(), *self._target_errors()]
         if errors:
             raise ValueError("; ".join(errors))
@@ -288,8 +298,13 @@ class SnellaConfig(PeftConfig):
 
     def rank_of(self, module_name: str) -> int:
         """Return a layer's rank: the value of the longest matching key in `rank_pattern`, else `r`."""
-        keys = [key for key in self.rank_pattern if module_name == key or module_name.endswith(f".{key}")]
-        return self.rank_pattern[max(keys, key=len)] if keys else self.r
+        key = longest_suffix(module_name, self.rank_pattern)
+        return self.r if key is None else self.rank_pattern[key]
+
+    def dropout_of(self, module_name: str) -> float:
+        """Return the dropout probability on the input of a layer's update."""
+        is_excluded = any(has_suffix(module_name, suffix) for suffix in self.dropout_exclude or [])
+        return 0.0 if is_excluded else self.update_dropout or 0.0
 
     def make_kernel(self) -> Kernel:
         """Return the kernel function that merges the factors."""
@@ -298,12 +313,6 @@ class SnellaConfig(PeftConfig):
             num_pieces=self.num_pieces,
             softmax_dim=self.softmax_dim,
             center_softmax=self.center_softmax,
-        )
-
-    def requested_tokens(self) -> list[str]:
-        """Return the unresolved `parameters_to_save`: the user's names or the preset's defaults."""
-        return list(
-            (self.parameters_to_save if self.requires_tokens else _PRESETS[self.preset]["parameters_to_save"]) or []
         )
 
     # files ---------------------------------------------------------------------------------------------------------
@@ -340,8 +349,18 @@ class SnellaConfig(PeftConfig):
             download_kwargs, *_ = cls._split_kwargs(kwargs)
             name = SAFETENSORS_WEIGHTS_NAME
             path = Path(hf_hub_download(pretrained_model_name_or_path, name, subfolder=subfolder, **download_kwargs))
-        if path.is_file():
-            config.check_ranks(path)
+        if not path.is_file():
+            return config
+        with safe_open(path, framework="pt") as tensors:
+            names = [name for name in tensors.keys() if name.endswith(".snella_A")]  # noqa: SIM118
+            shapes = {name: list(tensors.get_slice(name).get_shape()) for name in names}
+        for name, shape in shapes.items():
+            rank = config.rank_of(name.removeprefix("base_model.model.").removesuffix(".snella_A"))
+            if shape[-1:] != [rank]:
+                raise ValueError(
+                    f"adapter_config.json sets r={rank}, but {path} contains {name} {shape}; "
+                    "the configuration and the tensors belong to different adapters"
+                )
         return config
 
     @classmethod
@@ -354,34 +373,6 @@ class SnellaConfig(PeftConfig):
             )
         return kwargs
 
-    def check_ranks(self, path: Path) -> None:
-        """Check the ranks against the factors in a file, reading only its header.
-
-        Args:
-            path: A safetensors file.
-
-        Raises:
-            ValueError: If the ranks differ.
-        """
-        with safe_open(path, framework="pt") as tensors:
-            names = [name for name in tensors.keys() if name.endswith(".snella_A")]  # noqa: SIM118
-            shapes = {name: list(tensors.get_slice(name).get_shape()) for name in names}
-        for name, shape in shapes.items():
-            rank = self.rank_of(name.removeprefix("base_model.model.").removesuffix(".snella_A"))
-            if shape[-1:] != [rank]:
-                raise ValueError(
-                    f"adapter_config.json sets r={rank}, but {path} contains {name} {shape}; "
-                    "the configuration and the tensors belong to different adapters"
-                )
-
-    def _apply_preset(self) -> None:
-        """Fill the fields left at `None`."""
-        # a model may lack the parameters of a preset, but not parameters that the user names
-        self.requires_tokens = self.parameters_to_save is not None
-        for name, value in _PRESETS[self.preset].items() if self.preset in list(_PRESETS) else ():
-            if getattr(self, name) is None:
-                setattr(self, name, list(value) if isinstance(value, list) else value)
-
     def _choice_errors(self) -> list[str]:
         """List every field whose value is not an allowed choice, with the closest choice."""
         choices = {
@@ -392,19 +383,19 @@ class SnellaConfig(PeftConfig):
             "schedule": get_args(Schedule),
             "importance": get_args(ImportanceMetric),
             "bias": get_args(Bias),
+            "impl": get_args(Implementation),
         }
         errors = []
         for name, allowed in choices.items():
             value = getattr(self, name)
             # an unknown preset leaves its fields at None; report only the preset
-            if value not in allowed and not (value is None and self.preset not in list(_PRESETS)):
-                suggestion = did_you_mean(str(value), allowed)
+            if value not in allowed and not (value is None and self.preset not in _PRESETS):
+                suggestion = did_you_mean(value, allowed)
                 errors.append(f"{name} must be one of {list(allowed)}, got {value!r}{suggestion and '; ' + suggestion}")
-        for check, value in ((resolve_implementation, self.impl), (parse_weight_gradient, self.weight_gradient)):
-            try:
-                check(value)
-            except ValueError as error:
-                errors.append(str(error))
+        try:
+            parse_weight_gradient(self.weight_gradient)
+        except ValueError as error:
+            errors.append(str(error))
         if self.compress_activations and not self.recompute_inputs:
             errors.append("compress_activations=True requires recompute_inputs=True, got False")
         return errors
@@ -412,7 +403,7 @@ class SnellaConfig(PeftConfig):
     def _range_errors(self) -> list[str]:
         """List every number out of range."""
         errors = []
-        has_pieces = self.kernel in list(KERNELS) and "piece_coeff" in KERNELS[self.kernel].scalars
+        has_pieces = self.kernel in KERNELS and "piece_coeff" in KERNELS[self.kernel].scalars
         errors += [
             f"{name} must be at least 1, got {name}={getattr(self, name)}"
             for name in ("r", "num_pieces")
@@ -458,24 +449,11 @@ class SnellaConfig(PeftConfig):
         if self.softmax_dim not in (0, 1):
             errors.append(f"softmax_dim must be 0 or 1, got {self.softmax_dim}")
         interval = self.realloc_every
-        if interval != "epoch" and not (isinstance(interval, int) and not isinstance(interval, bool) and interval >= 1):
+        if interval != "epoch" and (isinstance(interval, str) or interval < 1):
             errors.append(f"realloc_every must be 'epoch' or a positive number of steps, got {interval!r}")
         groups = self.qkv_groups
-        if not (groups == "auto" or isinstance(groups, dict) or (isinstance(groups, int) and groups >= 1)):
+        if groups != "auto" and (isinstance(groups, str) or (isinstance(groups, int) and groups < 1)):
             errors.append(f"qkv_groups must be 'auto', a positive integer or a mapping, got {groups!r}")
-        return errors
-
-    def _type_errors(self) -> list[str]:
-        """List every field whose value has a wrong type, with the required type."""
-        errors = []
-        for names, is_valid, required in _FIELD_TYPES:
-            for name in names:
-                value = getattr(self, name)
-                # None is valid only for fields whose default is None
-                if value is None and _DEFAULTS[name] is None:
-                    continue
-                if not is_valid(value):
-                    errors.append(f"{name} must be {required}, got {value!r}")
         return errors
 
     def _target_errors(self) -> list[str]:
@@ -514,81 +492,18 @@ def read_config(folder: str | Path) -> PeftConfig:
     return config
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _has_type(value: Any, annotation: Any) -> bool:
+    """Return whether a value has an annotated type; tuples, sets and ranges count as lists, integers as floats."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is UnionType:
+        return any(_has_type(value, option) for option in args)
+    if origin in (list, set):
+        return isinstance(value, (list, tuple, set, range)) and all(_has_type(item, args[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_has_type(k, args[0]) and _has_type(value[k], args[1]) for k in value)
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) and name for name in value)
-
-
-def _are_names_or_expression(value: Any) -> bool:
-    return isinstance(value, str) or _are_names(value)
-
-
-def _are_integers(value: Any) -> bool:
-    return isinstance(value, (list, tuple, range)) and all(map(_is_integer, value))
-
-
-def _is_mapping(value: Any, is_valid: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) and is_valid(v) for key, v in value.items())
-
-
-def _is_token_indices(value: Any) -> bool:
-    return _are_integers(value) or _is_mapping(value, _are_integers)
-
-
-def _is_qkv_groups(value: Any) -> bool:
-    return (
-        isinstance(value, str) or _is_integer(value) or _is_mapping(value, lambda v: _is_integer(v) or _are_integers(v))
-    )
-
-
-# field names, type check, and name of the required type
-_FIELD_TYPES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (("r", "num_pieces", "softmax_dim"), _is_integer, "an integer"),
-    (
-        (
-            *("target_sparsity", "init_sparsity", "scaling", "beta1", "beta2", "min_layer_share"),
-            *("update_dropout", "update_drop_path", "schedule_end"),
-        ),
-        _is_number,
-        "a number",
-    ),
-    (
-        (
-            *(
-                "learn_piece_coeff",
-                "learn_temperature",
-                "zero_init_ema",
-                "center_softmax",
-                "cache_delta",
-                "recompute_inputs",
-                "compress_activations",
-            ),
-            *("init_weights", "ensure_weight_tying", "inference_mode", "match_update"),
-        ),
-        lambda value: isinstance(value, bool),
-        "True or False",
-    ),
-    (("target_modules", "exclude_modules"), _are_names_or_expression, "a list of names or a regular expression"),
-    (("layers_pattern",), _are_names_or_expression, "a name or a list of names"),
-    (("modules_to_save", "parameters_to_save", "dropout_exclude"), _are_names, "a list of names"),
-    (
-        ("layers_to_transform",),
-        lambda value: _is_integer(value) or _are_integers(value),
-        "an integer or a list of integers",
-    ),
-    (("rank_pattern",), lambda value: _is_mapping(value, _is_integer), "a mapping from module names to integers"),
-    (
-        ("trainable_token_indices",),
-        _is_token_indices,
-        "a list of integers or a mapping from embedding names to lists of integers",
-    ),
-    (("qkv_groups",), _is_qkv_groups, "'auto', a positive integer or a mapping to integers or lists of row counts"),
-)
-_DEFAULTS = {f.name: f.default for f in fields(SnellaConfig)}
+_FIELD_TYPES = get_type_hints(SnellaConfig)

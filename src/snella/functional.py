@@ -59,8 +59,7 @@ def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: M
         cache: Cache that the first call with this update fills and later calls read.
     """
     cache = MergeCache(update.thresholds) if cache is None else cache
-    is_direct = weight.is_contiguous() and out.is_contiguous() and update.spec.backend != "reference"
-    if is_direct:
+    if weight.is_contiguous() and out.is_contiguous() and update.spec.backend != "reference":
         rows = weight.shape[0]
         backend = get_backend(update.spec.backend)
         matrices = (weight.detach().view(rows, -1), out.detach().view(rows, -1))

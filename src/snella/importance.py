@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -39,19 +39,12 @@ class _Observation(NamedTuple):
     """Range of the entries in `value`, if FSDP shards a factor of any matrix."""
 
 
-@dataclass
-class _FlatAverages:
+class _FlatAverages(NamedTuple):
     """Moving averages of all entries on a device, concatenated to save operations per step."""
 
     keys: list[str]
     averages: Tensor
     uncertainties: Tensor
-    first_view: Tensor | None = None
-
-    def split_views(self, tensor: Tensor, shapes: Sequence[torch.Size]) -> dict[str, Tensor]:
-        """Split a flat tensor into views by key."""
-        parts = tensor.split([shape.numel() for shape in shapes])
-        return {key: part.view(shape) for key, part, shape in zip(self.keys, parts, shapes, strict=True)}
 
 
 class ImportanceTracker:
@@ -91,11 +84,6 @@ class ImportanceTracker:
         self._ranges: dict[str, _EntryRange] = {}
         self._flat_shard_starts: list[int] = []  # of FSDP1's flat shards
 
-    @property
-    def is_sharded(self) -> bool:
-        """True if a process holds only the averages of its local entries; `scores` then sums over all processes."""
-        return bool(self._ranges)
-
     @torch.no_grad()
     def update(self, gradient_scale: float = 1.0) -> None:
         """Update the averages with the current gradients and parameters.
@@ -103,87 +91,89 @@ class ImportanceTracker:
         Args:
             gradient_scale: Scale of the gradients, from a gradient scaler.
         """
-        observations = self._observe_updates() if self.metric in _UPDATE_METRICS else self._observe_factors()
+        if self.metric in _UPDATE_METRICS:
+            observations = self._observe_updates()
+        else:
+            observations = self._observe_factors(with_gradient=self.metric != "magnitude")
         self._ranges = {key: item.entries for key, item in observations.items() if item.entries is not None}
         by_device: dict[torch.device, dict[str, _Observation]] = {}
         for key, observation in observations.items():
             by_device.setdefault(observation.value.device, {})[key] = observation
+        self._flat = {device: self._flat_averages_on(device, values) for device, values in by_device.items()}
         for device, values in by_device.items():
-            self._smooth(self._flat_averages_on(device, values), list(values.values()), 1 / gradient_scale)
+            self._smooth(self._flat[device], list(values.values()), 1 / gradient_scale)
 
     @torch.no_grad()
     def names_with_gradient(self) -> set[str]:
         """Return the names of the matrices whose factors both have gradients, at least one of them nonzero."""
-        if self._has_sharded_factors():
-            observations = self._observe_shards(with_gradient=True)
-            flags = [
-                any(bool(gradient.any()) for gradient in _gradients_in(observations, matrix))
-                for matrix in self.matrices
-            ]
+        observations = self._observe_factors(with_gradient=True)
+        names = [matrix.name for matrix in self.matrices]
+        gradients = [[observations[f"{name}/{letter}"].gradient for letter in "AB"] for name in names]
+        flags = [any(gradient is not None and bool(gradient.any()) for gradient in pair) for pair in gradients]
+        if self.has_sharded_factors():
             local = torch.tensor(flags, dtype=torch.uint8, device=_factor_parameters(self.matrices[0])[0].device)
-            present = _all_reduce(local, torch.distributed.ReduceOp.MAX).tolist()
-            return {matrix.name for matrix, flag in zip(self.matrices, present, strict=True) if flag}
-        names = set()
-        for matrix in self.matrices:
-            grad_A, grad_B = (factor.grad for factor in _factor_parameters(matrix))
-            if (
-                grad_A is not None
-                and grad_B is not None
-                and any(bool(part.any()) for part in matrix.parts(grad_A, grad_B))
-            ):
-                names.add(matrix.name)
-        return names
+            flags = _all_reduce(local, torch.distributed.ReduceOp.MAX).tolist()
+        return {name for name, flag in zip(names, flags, strict=True) if flag}
 
     @torch.no_grad()
     def scores(self) -> list[float]:
-        """Return `p` of every matrix, 0 before the first update; with sharded factors, the same in every process."""
-        if self._ranges:
-            return self._sum_over_ranks()
-        scores = []
-        for matrix in self.matrices:
-            keys = [f"{matrix.name}/{key}" for key in ("A", "B", "S") if f"{matrix.name}/{key}" in self._averages]
-            parts = [(self._averages[key] * self._uncertainties[key]).mean(dtype=torch.float64) for key in keys]
-            scores.append(torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64))
-        return _stack_on_one_device(scores).tolist() if scores else []
-
-    def _sum_over_ranks(self) -> list[float]:
-        """Return `p` of every matrix, summed over all processes in one reduction."""
+        """Return `p` of every matrix, 0 before the first update; the same in every process, which must all call it."""
         scores = []
         for matrix in self.matrices:
             parts = []
-            for key in (f"{matrix.name}/A", f"{matrix.name}/B"):
-                entries, product = self._ranges[key], self._averages[key] * self._uncertainties[key]
-                parts.append(product.sum(dtype=torch.float64) / (entries.shape.numel() * entries.copies))
-            scores.append(torch.stack(parts).sum())
-        return _all_reduce(_stack_on_one_device(scores), torch.distributed.ReduceOp.SUM).tolist()
+            for key in (f"{matrix.name}/{letter}" for letter in "ABS"):
+                if key not in self._averages:
+                    continue
+                product, entries = self._averages[key] * self._uncertainties[key], self._ranges.get(key)
+                if entries is None:
+                    parts.append(product.mean(dtype=torch.float64))
+                else:
+                    parts.append(product.sum(dtype=torch.float64) / (entries.shape.numel() * entries.copies))
+            scores.append(torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64))
+        # on one device, so that one transfer reads them all
+        values = torch.stack([score.to(scores[0].device) for score in scores])
+        distributed = torch.distributed
+        if self._ranges:
+            values = _all_reduce(values, distributed.ReduceOp.SUM)
+        elif distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            # gradients are already averaged, so ranks differ only by rounding
+            values = values.cuda() if distributed.get_backend() == "nccl" else values.cpu()
+            distributed.broadcast(values, src=0)
+        return values.tolist()
 
-    def _has_sharded_factors(self) -> bool:
+    def has_sharded_factors(self) -> bool:
         """Return whether FSDP shards a factor of any matrix."""
-        return any(is_sharded(factor) for matrix in self.matrices for factor in _factor_parameters(matrix))
+        return any(_is_sharded(factor) for matrix in self.matrices for factor in _factor_parameters(matrix))
 
-    def _observe_factors(self) -> dict[str, _Observation]:
-        """Return the factors and their gradients, keyed by `"NAME/A"` and `"NAME/B"`."""
-        if self._has_sharded_factors():
-            return self._observe_shards(with_gradient=self.metric != "magnitude")
+    def _observe_factors(self, *, with_gradient: bool) -> dict[str, _Observation]:
+        """Return the factors and their gradients, keyed by `"NAME/A"` and `"NAME/B"`; with FSDP, the local entries."""
+        if self.has_sharded_factors():
+            return self._observe_shards(with_gradient=with_gradient)
         observations = {}
         for matrix in self.matrices:
             factors, (grad_A, grad_B) = matrix.factors, (factor.grad for factor in _factor_parameters(matrix))
-            if self.metric == "magnitude":
-                parts: tuple[Tensor | None, ...] = (None, None)
+            if not with_gradient:
+                gradients: tuple[Tensor | None, ...] = (None, None)
             elif grad_A is None or grad_B is None:
-                parts = tuple(map(torch.zeros_like, factors))
+                gradients = tuple(map(torch.zeros_like, factors))
             else:
-                parts = matrix.parts(grad_A, grad_B)
-            for letter, factor, gradient in zip("AB", factors, parts, strict=True):
+                gradients = matrix.parts(grad_A, grad_B)
+            for letter, factor, gradient in zip("AB", factors, gradients, strict=True):
                 observations[f"{matrix.name}/{letter}"] = _Observation(factor.detach(), gradient)
         return observations
 
     def _observe_shards(self, *, with_gradient: bool) -> dict[str, _Observation]:
-        """Return the local entries of the factors and their gradients, keyed by `"NAME/A"` and `"NAME/B"`."""
-        factors = {id(factor): factor for matrix in self.matrices for factor in _factor_parameters(matrix)}
-        flat_shards = [key for key, factor in factors.items() if is_sharded(factor) and not isinstance(factor, DTensor)]
+        """Return the local entries of the factors and their gradients."""
+        factors: dict[int, Tensor] = {}
+        sizes: Counter[int] = Counter()  # of each layer's full factors
+        for matrix in self.matrices:
+            for factor, shape in zip(_factor_parameters(matrix), _factor_layout(matrix)[1], strict=True):
+                factors[id(factor)] = factor
+                sizes[id(factor)] += shape.numel()
+        flat_shards = [
+            key for key, factor in factors.items() if _is_sharded(factor) and not isinstance(factor, DTensor)
+        ]
         if flat_shards and not self._flat_shard_starts:
-            sizes = _factor_sizes(self.matrices)
             self._flat_shard_starts = _find_shard_starts(
                 [factors[key] for key in flat_shards], [sizes[key] for key in flat_shards]
             )
@@ -203,7 +193,7 @@ class ImportanceTracker:
         Raises:
             NotImplementedError: If the factors are sharded, because merging requires complete factors.
         """
-        if self._has_sharded_factors():
+        if self.has_sharded_factors():
             raise NotImplementedError(
                 f"importance={self.metric!r} requires complete factors between passes, got factors sharded by FSDP; "
                 "set importance='sensitivity', or train with DDP"
@@ -222,22 +212,24 @@ class ImportanceTracker:
     def _flat_averages_on(self, device: torch.device, values: Mapping[str, _Observation]) -> _FlatAverages:
         """Return the flat averages of these entries; initialize missing averages."""
         flat = self._flat.get(device)
-        if flat is None or flat.keys != list(values) or self._averages.get(flat.keys[0]) is not flat.first_view:
-            averages, uncertainties = [], []
-            for key, observation in values.items():
-                value = observation.value
-                zeros = torch.zeros(value.numel(), dtype=torch.float32, device=device)
-                average = self._local_part(key, self._averages.get(key), value)
-                # NaN marks an average that starts at its first value
-                initial = zeros if self.zero_init_ema else torch.full_like(zeros, torch.nan)
-                averages.append(initial if average is None else average.to(device).reshape(-1))
-                uncertainty = self._local_part(key, self._uncertainties.get(key), value)
-                uncertainties.append(zeros if uncertainty is None else uncertainty.to(device).reshape(-1))
-            shapes = [observation.value.shape for observation in values.values()]
-            flat = self._flat[device] = _FlatAverages(list(values), torch.cat(averages), torch.cat(uncertainties))
-            self._averages |= flat.split_views(flat.averages, shapes)
-            self._uncertainties |= flat.split_views(flat.uncertainties, shapes)
-            flat.first_view = self._averages[flat.keys[0]]
+        if flat is not None and flat.keys == list(values):
+            return flat
+        averages, uncertainties = [], []
+        for key, observation in values.items():
+            value = observation.value
+            zeros = torch.zeros(value.numel(), dtype=torch.float32, device=device)
+            average = self._local_part(key, self._averages.get(key), value)
+            # NaN marks an average that starts at its first value
+            initial = zeros if self.zero_init_ema else torch.full_like(zeros, torch.nan)
+            averages.append(initial if average is None else average.to(device).reshape(-1))
+            uncertainty = self._local_part(key, self._uncertainties.get(key), value)
+            uncertainties.append(zeros if uncertainty is None else uncertainty.to(device).reshape(-1))
+        flat = _FlatAverages(list(values), torch.cat(averages), torch.cat(uncertainties))
+        sizes = [observation.value.numel() for observation in values.values()]
+        parts = zip(flat.averages.split(sizes), flat.uncertainties.split(sizes), strict=True)
+        for (key, observation), (average, uncertainty) in zip(values.items(), parts, strict=True):
+            self._averages[key] = average.view(observation.value.shape)
+            self._uncertainties[key] = uncertainty.view(observation.value.shape)
         return flat
 
     def _local_part(self, key: str, average: Tensor | None, value: Tensor) -> Tensor | None:
@@ -282,25 +274,11 @@ class ImportanceTracker:
         return {key: part.view(self._ranges[key].shape) for key, part in zip(averages, full.split(sizes), strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the averages.
-
-        Raises:
-            ValueError: If the state contains a matrix that this model does not adapt.
-        """
-        matrices_by_name = {matrix.name: matrix for matrix in self.matrices}
-        for key in state["averages"]:
-            name = key.rpartition("/")[0]
-            if name not in matrices_by_name:
-                raise ValueError(
-                    f"the allocator's state has the matrix {name!r}, which this model does not adapt; "
-                    f"this model adapts e.g. {list(matrices_by_name)[:3]}"
-                )
-        self._ranges = {}
+        """Restore the averages of the same matrices."""
+        devices = {matrix.name: _factor_parameters(matrix)[0].device for matrix in self.matrices}
+        self._ranges, self._flat = {}, {}
         self._averages, self._uncertainties = (
-            {
-                key: value.clone().to(_factor_parameters(matrices_by_name[key.rpartition("/")[0]])[0].device)
-                for key, value in part.items()
-            }
+            {key: value.clone().to(devices[key.rpartition("/")[0]]) for key, value in part.items()}
             for part in (state["averages"], state["uncertainties"])
         )
 
@@ -310,7 +288,7 @@ def _factor_parameters(matrix: AdaptedMatrix) -> tuple[Tensor, Tensor]:
     return matrix.layer.snella_A[matrix.adapter_name], matrix.layer.snella_B[matrix.adapter_name]
 
 
-def is_sharded(factor: Tensor) -> bool:
+def _is_sharded(factor: Tensor) -> bool:
     """Return whether a factor is sharded: a `DTensor`, or a flat shard of FSDP1."""
     return isinstance(factor, DTensor) or factor.dim() == 1
 
@@ -322,21 +300,6 @@ def _factor_layout(matrix: AdaptedMatrix) -> tuple[tuple[int, int], tuple[torch.
     rows, columns = matrix.shape
     before = sum(layer.row_counts[matrix.adapter_name][: matrix.group])
     return (matrix.group * columns * rank, before * rank), (torch.Size((columns, rank)), torch.Size((rows, rank)))
-
-
-def _factor_sizes(matrices: Sequence[AdaptedMatrix]) -> dict[int, int]:
-    """Return the number of entries of each layer's full factors, by id."""
-    sizes: dict[int, int] = {}
-    for matrix in matrices:
-        for factor, shape in zip(_factor_parameters(matrix), _factor_layout(matrix)[1], strict=True):
-            sizes[id(factor)] = sizes.get(id(factor), 0) + shape.numel()
-    return sizes
-
-
-def _gradients_in(observations: Mapping[str, _Observation], matrix: AdaptedMatrix) -> list[Tensor]:
-    """Return the gradients of both factors of a matrix."""
-    gradients = (observations[f"{matrix.name}/{letter}"].gradient for letter in "AB")
-    return [gradient for gradient in gradients if gradient is not None]
 
 
 class _Shard(NamedTuple):
@@ -364,7 +327,8 @@ def _local_shard(factor: Tensor, start: int) -> _Shard:
     world_size = torch.distributed.get_world_size()
     value, gradient = factor.detach(), factor.grad
     if not isinstance(value, DTensor):
-        return _Shard(value.reshape(-1), None if gradient is None else gradient.reshape(-1), start, _copies(factor))
+        copies = 1 if _is_sharded(factor) else world_size
+        return _Shard(value.reshape(-1), None if gradient is None else gradient.reshape(-1), start, copies)
     mesh, rows = value.device_mesh, value.shape[0]
     sharded = [dim for dim, placement in enumerate(value.placements) if not placement.is_replicate()]
     placement = value.placements[sharded[0]] if len(sharded) == 1 else None
@@ -376,11 +340,6 @@ def _local_shard(factor: Tensor, start: int) -> _Shard:
     first_row = min(mesh.get_local_rank(sharded[0]) * -(-rows // count), rows)
     local = gradient.to_local().reshape(-1) if isinstance(gradient, DTensor) else None
     return _Shard(value.to_local().reshape(-1), local, first_row * value.shape[1:].numel(), world_size // count)
-
-
-def _copies(factor: Tensor) -> int:
-    """Return the number of processes that hold the same entries of a factor, which must not be a `DTensor`."""
-    return 1 if is_sharded(factor) else torch.distributed.get_world_size()
 
 
 def _find_shard_starts(flat_shards: Sequence[Tensor], full_sizes: Sequence[int]) -> list[int]:
@@ -401,11 +360,6 @@ def _find_shard_starts(flat_shards: Sequence[Tensor], full_sizes: Sequence[int])
             "FSDP2 or DDP"
         )
     return stacked[: distributed.get_rank()].sum(0).tolist()
-
-
-def _stack_on_one_device(scores: Sequence[Tensor]) -> Tensor:
-    """Stack scalars on the first scalar's device, so that one transfer reads them all."""
-    return torch.stack([score.to(scores[0].device) for score in scores])
 
 
 def _all_reduce(values: Tensor, operation: Any) -> Tensor:

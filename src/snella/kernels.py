@@ -188,16 +188,11 @@ class PLinear(Kernel):
     scalars: ClassVar[tuple[str, ...]] = ("piece_coeff",)
 
     def merge(self, A: Tensor, B: Tensor, scalars: KernelScalars) -> Tensor:  # noqa: D102
-        return self._combine(piece_distances(A, B, self.num_pieces), scalars)
+        (coeff,) = scalars.require("piece_coeff")
+        return torch.einsum("p,pmn->mn", coeff, piece_distances(A, B, self.num_pieces))
 
     def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:  # noqa: D102
         return self._combine_vjp(A, B, piece_distances(A, B, self.num_pieces), scalars, grad)
-
-    @staticmethod
-    def _combine(distances: Tensor, scalars: KernelScalars) -> Tensor:
-        """Sum the distances `[P, m, n]`, weighted by `α_p`."""
-        (coeff,) = scalars.require("piece_coeff")
-        return torch.einsum("p,pmn->mn", coeff, distances)
 
     @staticmethod
     def _combine_vjp(A: Tensor, B: Tensor, distances: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:
@@ -218,13 +213,16 @@ class NormalizedRBF(PLinear):
     def merge(self, A: Tensor, B: Tensor, scalars: KernelScalars) -> Tensor:  # noqa: D102
         alpha, beta = scalars.require("alpha", "beta")
         value = super().merge(A, B, scalars)
-        merged = alpha * self._softmax(value, scalars) + beta
+        probs = torch.softmax(value if scalars.temperature is None else value / scalars.temperature, self.softmax_dim)
+        if self.center_softmax:
+            probs = probs - 1 / probs.shape[self.softmax_dim]
+        merged = alpha * probs + beta
         return merged + value if self.has_linear_term else merged
 
     def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:  # noqa: D102
-        (alpha,) = scalars.require("alpha")
+        alpha, coeff = scalars.require("alpha", "piece_coeff")
         distances = piece_distances(A, B, self.num_pieces)
-        value = self._combine(distances, scalars)
+        value = torch.einsum("p,pmn->mn", coeff, distances)
         probs = torch.softmax(value if scalars.temperature is None else value / scalars.temperature, self.softmax_dim)
         weighted = grad * probs
         # ∂L/∂(κ/γ) of the softmax; a constant shift of the softmax changes only the gradient of α
@@ -238,12 +236,6 @@ class NormalizedRBF(PLinear):
         grad_value = grad_logits + grad if self.has_linear_term else grad_logits
         inner = self._combine_vjp(A, B, distances, scalars, grad_value)
         return inner._replace(alpha=grad_alpha, beta=grad.sum(), temperature=grad_temperature)
-
-    def _softmax(self, value: Tensor, scalars: KernelScalars) -> Tensor:
-        """Return `softmax(κ_p / γ)`, `[m, n]`, with mean zero if `center_softmax` is set."""
-        logits = value if scalars.temperature is None else value / scalars.temperature
-        probs = torch.softmax(logits, self.softmax_dim)
-        return probs - 1 / probs.shape[self.softmax_dim] if self.center_softmax else probs
 
 
 class MixK(NormalizedRBF):

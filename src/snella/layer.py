@@ -16,20 +16,45 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from snella.autograd import adapted_layer
-from snella.backends import MergeCache, choose_backend
-from snella.base_layer import check_weight, orient, prepare_input, product_dtype, unusable_weight_error
-from snella.budgets import LiveBudgets, buffers_off_meta, read_budgets, restore_budgets, seal_all_budgets, seal_budgets
-from snella.cache import AdapterState, EffectiveWeight, LayerCache
+from snella.backends import choose_backend
+from snella.cache import (
+    AdapterState,
+    EffectiveWeight,
+    LayerCache,
+    LiveBudgets,
+    buffers_off_meta,
+    read_budgets,
+    restore_budgets,
+    seal_all_budgets,
+    seal_budgets,
+)
 from snella.compat.compile import forward_in_graph, weight_in_graph
 from snella.compat.hooks import call_inside_hooks, hook_dicts, onloaded
 from snella.compat.quantization import find_quantization
 from snella.config import SnellaConfig
-from snella.initialization import bound_initial_update, init_factors
+from snella.forward import add_branches, is_regularized, prepare_input, product_dtype, reject_tracing
 from snella.memory.sampling import parse_weight_gradient
-from snella.merge import effective_weight, merge_updates, refresh_merged, sparse_updates, unmerge_updates
-from snella.regularization import add_branches, is_regularized
+from snella.merge import (
+    check_weight,
+    effective_weight,
+    merge_updates,
+    orient,
+    sparse_updates,
+    unmerge_updates,
+)
 from snella.sparsify import SparsifyMode
-from snella.update import Conv2dOp, Factors, LayerOp, LazyWeight, LinearOp, Update, UpdateSpec, WeightOp
+from snella.update import (
+    Conv2dOp,
+    Factors,
+    LayerOp,
+    LazyWeight,
+    LinearOp,
+    Update,
+    UpdateSpec,
+    WeightOp,
+    bound_initial_update,
+    init_factors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +77,28 @@ class UpdatePlan(NamedTuple):
     branches: list[str]
     cache_delta: bool
 
+    def apply(
+        self,
+        x: Tensor,
+        weight: Tensor | LazyWeight | None,
+        bias: Tensor | None,
+        op: LayerOp,
+        weight_shape: torch.Size,
+    ) -> Tensor:
+        """Apply the op with the folded updates and cache their thresholds."""
+        y, thresholds = adapted_layer(
+            x,
+            weight,
+            bias,
+            self.updates,
+            op,
+            weight_shape=weight_shape,
+            cache_delta=self.cache_delta,
+            recompute=self.states[0].recompute if self.states else None,
+        )
+        self.cache_thresholds(thresholds)
+        return y
+
     def cache_thresholds(self, thresholds: Iterable[Tensor]) -> None:
         """Cache the thresholds of each update."""
         for state, update_thresholds in zip(self.states, thresholds, strict=True):
@@ -67,7 +114,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     input or drop-path on its output is a separate branch. A weight `[m, …]` consists of `G` stacked matrices (3 in a
     fused qkv layer). Every adapter has `snella_A` `[G, n, r]`, `snella_B` `[m, r]`, the kernel's scalars `[G]` or
     `[G, P]`, and `snella_budget` `[G]`. The budgets are saved with the adapter, so a reloaded adapter has exactly the
-    same weights. `snella.budgets` protects them from model averaging.
+    same weights. `snella.cache` protects them from model averaging.
     """
 
     adapter_layer_names = tuple(f"snella_{name}" for name in Factors._fields)
@@ -83,9 +130,6 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     pads_input: Any = False
     """True if the input must be padded before the op."""
-
-    _op: Callable[[], LayerOp]
-    """Returns the op of the base layer; every subclass defines it."""
 
     def __init__(
         self,
@@ -169,7 +213,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """Plan the updates of these adapters.
 
         Args:
-            names: The adapters.
+            names: Names of the adapters.
             with_branches: If True, regularized updates are branches in training. If False, all updates are folded.
             in_graph: True in a compiled graph, which caches nothing and reads the budgets from their buffers.
 
@@ -210,6 +254,10 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             return []
         active = self._active_adapter
         return list(filter(self.snella_config.__contains__, [active] if isinstance(active, str) else active))
+
+    def _op(self) -> LayerOp:
+        """Return the op of the base layer."""
+        return self.linear_op
 
     def _needs_gradients(self, names: list[str]) -> bool:
         """Return whether the effective weight depends on a tensor that requires gradients."""
@@ -266,27 +314,13 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """Restore the base weight, bit for bit, to its state before `merge`."""
         unmerge_updates(self)
 
-    def refresh(self, adapter_name: str, cache: MergeCache | None = None) -> None:
-        """Apply in-place changes to an adapter's values, even if it is merged.
-
-        Rewrites a merged weight from the copy that `merge` stored. Rounding errors do not accumulate, and the weight
-        stays the same tensor, which compiled graphs require.
-
-        Args:
-            adapter_name: The adapter.
-            cache: Cache of an earlier call for the same values in this layer.
-        """
-        self._cache.clear()
-        if adapter_name in self.merged_adapters:
-            refresh_merged(self, adapter_name, cache)
-
     @torch.compiler.disable
     def get_delta_weight(self, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return an adapter's `scaling·S` in the layout of the base weight.
+        """Return an adapter's `scaling·S` in the layout of the base weight, computed in at least float32.
 
         Args:
-            adapter: The adapter.
-            dtype: Dtype of the result; defaults to the factors' dtype. Computed in at least float32.
+            adapter: Name of the adapter.
+            dtype: Dtype of the result; defaults to the factors' dtype.
         """
         delta = effective_weight(self, None, [adapter])
         return orient(self.get_base_layer(), delta.to(dtype or self.snella_A[adapter].dtype))
@@ -302,7 +336,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: Name of the adapter.
-            config: Configuration of the adapter.
+            config: Its configuration.
             row_counts: Rows of each matrix of the weight; must sum to `m`.
         """
         m, n = self.out_features, self.in_features
@@ -349,15 +383,19 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.seal_budgets(adapter_name, integers)
 
     def budgets(self, adapter_name: str) -> tuple[int, ...]:
-        """Return the budget of each matrix."""
+        """Return the budget of each matrix; reads the buffer, which synchronizes, only after a change."""
         buffer: Any = self._modules["snella_budget"]._buffers[adapter_name]  # type: ignore[union-attr]
-        return self._cache.budgets(adapter_name, buffer, lambda name: read_budgets(self, name))
+        record = self._cache.budget_records.get(adapter_name)
+        if record is None or record.buffer is not buffer:
+            return read_budgets(self, adapter_name)
+        is_unchanged = record.address == buffer.data_ptr() and record.version == buffer._version
+        return record.budgets if is_unchanged else read_budgets(self, adapter_name)
 
     def seal_budgets(self, adapter_name: str, budgets: tuple[int, ...] | None = None) -> None:
         """Record the buffer's values as the live budgets. Call it after every write to `snella_budget`.
 
         Args:
-            adapter_name: The adapter.
+            adapter_name: Name of the adapter.
             budgets: The buffer's values; read from the device by default.
         """
         seal_budgets(self, adapter_name, budgets)
@@ -438,9 +476,6 @@ class Linear(SnellaLayer):
         """True if the base weight is stored as `[in, out]`."""
         return isinstance(self.get_base_layer(), Conv1D)
 
-    def _op(self) -> LayerOp:
-        return self.linear_op
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return True: the update adds to a linear layer's weight, and a low-rank fit can approximate it."""
         return True
@@ -483,7 +518,7 @@ def _forward_updated(layer: SnellaLayer, x: Tensor, weight: Tensor | LazyWeight,
     dtype = x.dtype
     op_dtype = weight.dtype if isinstance(weight, Tensor) else product_dtype(layer, x)
     if isinstance(weight, Tensor) and (op_dtype.itemsize == 1 or (weight.is_meta and not x.is_meta)):
-        raise unusable_weight_error(layer, op_dtype)
+        check_weight(layer, weight)
     if dtype != op_dtype or layer.pads_input:
         x = prepare_input(layer, x, op_dtype)
     bias = get_base(layer).bias
@@ -553,36 +588,13 @@ def _apply_differentiable(
     """Apply base layer and updates in one differentiable op; in training, regularized updates are branches."""
     layer._cache.release_effective_weight()
     plan, op = layer._plan_updates(names, with_branches=True), layer._op()
-    y = _apply_plan(plan, x, weight, bias, op, weight.shape)
+    y = plan.apply(x, weight, bias, op, weight.shape)
     if plan.branches:
 
         def apply(dropped: Tensor, name: str) -> Tensor:
-            return _apply_plan(layer._plan_updates([name]), dropped, None, None, op, weight.shape)
+            return layer._plan_updates([name]).apply(dropped, None, None, op, weight.shape)
 
         y = add_branches(layer, y, x, plan.branches, apply)
-    return y
-
-
-def _apply_plan(
-    plan: UpdatePlan,
-    x: Tensor,
-    weight: Tensor | LazyWeight | None,
-    bias: Tensor | None,
-    op: LayerOp,
-    weight_shape: torch.Size,
-) -> Tensor:
-    """Apply the op with the plan's folded updates and cache their thresholds."""
-    y, thresholds = adapted_layer(
-        x,
-        weight,
-        bias,
-        plan.updates,
-        op,
-        weight_shape=weight_shape,
-        cache_delta=plan.cache_delta,
-        recompute=plan.states[0].recompute if plan.states else None,
-    )
-    plan.cache_thresholds(thresholds)
     return y
 
 
@@ -614,7 +626,7 @@ def _read(layer: SnellaLayer, names: list[str]) -> Tensor:
     layer._cache.release_effective_weight()
     plan = layer._plan_updates(names)
     with torch.autocast(weight.device.type, enabled=False):
-        return _apply_plan(plan, weight.new_empty(0), weight, None, WeightOp(), weight.shape)
+        return plan.apply(weight.new_empty(0), weight, None, WeightOp(), weight.shape)
 
 
 # tensors and specs of an adapter -----------------------------------------------------------------------------------
@@ -673,13 +685,6 @@ def update_specs(layer: SnellaLayer) -> None:
             get_spec(layer, name, A)
 
 
-def describe_backend(layer: SnellaLayer, adapter_name: str) -> str:
-    """Describe the backend of an adapter's update and the reason for its choice."""
-    A = layer.snella_A[adapter_name]
-    spec = get_spec(layer, adapter_name, A)
-    return f"{spec.backend!r} ({choose_backend(layer.snella_config[adapter_name].impl, spec, A)[1]})"
-
-
 def _init_parameters(layer: SnellaLayer, adapter_name: str) -> None:
     """Initialize an adapter; `max_initial_ratio` bounds its initial update."""
     factors, rows = get_factors(layer, adapter_name), layer.matrix_rows(adapter_name)
@@ -687,8 +692,8 @@ def _init_parameters(layer: SnellaLayer, adapter_name: str) -> None:
     if factors.A.is_meta:
         return
     init_factors(factors, rows, config.num_pieces, is_larger=not config.init_weights)
-    is_quadratic = config.sparsify_mode != "none"
-    if config.init_weights and is_quadratic and factors.piece_coeff is not None:
+    # the bound assumes a piecewise kernel and an update that is quadratic in `ΔW`
+    if config.init_weights and config.sparsify_mode != "none" and factors.piece_coeff is not None:
         weight = layer._weight()
         weight = weight if isinstance(weight, Tensor) else weight.materialize()
         if not weight.is_meta:
@@ -702,25 +707,6 @@ def drop_adapter(layer: SnellaLayer, adapter_name: str) -> None:
             del values[adapter_name]
     layer._specs.pop(adapter_name, None)
     layer.clear_cache()
-
-
-def reject_tracing(module_name: str) -> None:
-    """Reject `torch.jit.trace` and `torch.func`, which do not support the update's custom autograd function.
-
-    Raises:
-        NotImplementedError: If `torch.jit.trace` (or ONNX's TorchScript exporter) or a `torch.func` transform is
-            active.
-    """
-    if torch.jit.is_tracing():
-        raise NotImplementedError(
-            f"torch.jit.trace (and torch.onnx.export with dynamo=False) cannot trace the update of {module_name!r}; "
-            "trace model.merge_and_unload(), which has the same outputs"
-        )
-    if torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(
-            f"torch.func (grad, vmap, jvp, …) does not support the update of {module_name!r}, which has a custom "
-            "backward pass; use torch.autograd.grad, or model.merge_and_unload() if no factor needs gradients"
-        )
 
 
 @lru_cache(maxsize=64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -51,11 +51,6 @@ class AdaptedMatrix:
     def budget(self) -> int:
         """Maximum number of nonzero entries of the update."""
         return self.layer.budgets(self.adapter_name)[self.group]
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of zeros in the update that the budget implies."""
-        return 1 - self.budget / self.size
 
     @property
     def is_frozen(self) -> bool:
@@ -107,19 +102,21 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
         adapter_names = sorted({name for layer in layers.values() for name in layer.snella_A})
         raise ValueError(f"adapter_name must be one of {adapter_names}, got {adapter_name!r}")
     depths = _number_blocks(model, adapted_layers)
-    return [
-        AdaptedMatrix(
-            name=name + (f".{part}" if part else ""),
-            module_name=name,
-            kind=_matrix_type(name, part),
-            depth=depths.get(_split_name(name)[0]),
-            layer=layer,
-            adapter_name=adapter_name,
-            group=group,
-        )
-        for name, layer in adapted_layers.items()
-        for group, part in enumerate(_part_names(name, len(layer.row_counts[adapter_name])))
-    ]
+    matrices = []
+    for name, layer in adapted_layers.items():
+        block, inner_name = _split_name(name)
+        count = len(layer.row_counts[adapter_name])
+        parts = [str(group) for group in range(count)]
+        if count == 3:
+            parts = ["q", "k", "v"]
+        elif count == 2 and name.rpartition(".")[2] == "kv":
+            parts = ["k", "v"]
+        for group, part in enumerate(parts):
+            matrix_name, kind = name, inner_name
+            if count > 1:
+                matrix_name, kind = f"{name}.{part}", f"{inner_name.rpartition('.')[0]}.{part}".lstrip(".")
+            matrices.append(AdaptedMatrix(matrix_name, name, kind, depths.get(block), layer, adapter_name, group))
+    return matrices
 
 
 def _strip_wrappers(name: str) -> str:
@@ -151,16 +148,3 @@ def _split_name(name: str) -> tuple[str, str]:
     numbers = [k for k, part in enumerate(parts[:-1]) if _NUMBERED.fullmatch(part)]
     split = numbers[-1] + 1 if numbers else 0
     return ".".join(parts[:split]), ".".join(parts[split:])
-
-
-def _part_names(name: str, count: int) -> Sequence[str]:
-    """Return the names of the matrices in one weight."""
-    if count == 2 and name.rpartition(".")[2] == "kv":
-        return ["k", "v"]
-    return {1: [""], 3: ["q", "k", "v"]}.get(count) or [str(k) for k in range(count)]
-
-
-def _matrix_type(name: str, part: str) -> str:
-    """Return the matrix type: the name inside the block, with the part instead of a fused layer's name."""
-    inner_name = _split_name(name)[1]
-    return f"{inner_name.rpartition('.')[0]}.{part}".lstrip(".") if part else inner_name

@@ -1,22 +1,47 @@
-"""Effective weights of a layer: merging, unmerging, and writing quantized weights."""
+"""Base and effective weights of a layer: layout, checks, merging, unmerging, and writing quantized weights."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from snella.backends import MergeCache
-from snella.base_layer import check_weight, orient
 from snella.compat.quantization import Quantization, report_requantization
 from snella.functional import compute_effective_weight, write_effective_weight
 from snella.update import LazyWeight
 
 if TYPE_CHECKING:
     from snella.layer import SnellaLayer
+
+
+def orient(base: Any, weight: Tensor) -> Tensor:
+    """Convert a weight between the base layer's layout and `[m, …]`, outputs first.
+
+    The two layouts differ only for transformers' `Conv1D`, which stores `[in, out]`.
+    """
+    return weight.T if isinstance(base, Conv1D) else weight
+
+
+def check_weight(layer: SnellaLayer, weight: Tensor | LazyWeight) -> None:
+    """Reject a missing or 8-bit base weight, to which no update can be added."""
+    if isinstance(weight, LazyWeight):
+        return
+    if weight.dtype.itemsize == 1:
+        raise NotImplementedError(
+            f"the weight of {layer.module_name!r} must have at least 16 bits per entry, got {weight.dtype}; merge "
+            "before enable_layerwise_casting, which upcasts weights only in forward passes, or load the model in "
+            "bfloat16"
+        )
+    if weight.is_meta:
+        raise NotImplementedError(
+            f"the weight of {layer.module_name!r} is on the meta device; load it, or offload it with "
+            "accelerate.cpu_offload or a device_map, whose hooks load it when the layer is called"
+        )
 
 
 @torch.no_grad()
@@ -29,7 +54,7 @@ def effective_weight(
     """Return a detached `W0 + Σ scaling·S`, bit-identical to the weight used in the forward pass.
 
     Args:
-        layer: The layer.
+        layer: Layer with these adapters.
         weight: `W0` of shape `[m, …]`. If `None`, only the sum of the updates is returned.
         adapter_names: Adapters whose updates are added.
         dtype: Dtype of the result if `weight` is a `LazyWeight`.
@@ -54,15 +79,8 @@ def sparse_updates(layer: SnellaLayer, adapter_name: str) -> list[Tensor]:
 def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> None:
     """Add the updates of these adapters to the base weight and store the state for `unmerge_updates`.
 
-    The sum starts from the original weight, because merging adapters one by one would round at each step.
-
-    Args:
-        layer: The layer.
-        names: Adapters that are not merged yet.
-        safe_merge: Check that the merged weight is finite before writing it.
-
-    Raises:
-        ValueError: If `safe_merge` is True and the merged weight has non-finite values.
+    The sum starts from the original weight, because merging adapters one by one would round at each step. See
+    `SnellaLayer.merge`.
     """
     original = _original_weight(layer)
     check_weight(layer, original)
@@ -93,8 +111,20 @@ def unmerge_updates(layer: SnellaLayer) -> None:
     layer._cache.clear()
 
 
-def refresh_merged(layer: SnellaLayer, adapter_name: str, cache: MergeCache | None) -> None:
-    """Rewrite a merged weight after an adapter has changed in place; see `SnellaLayer.refresh`."""
+def refresh(layer: SnellaLayer, adapter_name: str, cache: MergeCache) -> None:
+    """Apply in-place changes to an adapter's values, even if it is merged.
+
+    Rewrites a merged weight from the copy that `merge` stored. Rounding errors do not accumulate, and the weight stays
+    the same tensor, which compiled graphs require.
+
+    Args:
+        layer: Layer with this adapter.
+        adapter_name: Name of the adapter.
+        cache: Cache of an earlier call for the same values in this layer, or an empty one.
+    """
+    layer.clear_cache()
+    if adapter_name not in layer.merged_adapters:
+        return
     names, original = list(layer.merged_adapters), layer._unmerged_weight
     if original is None or len(names) > 1:
         layer.unmerge()

@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,18 +20,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from snella._text import listed
-from snella.budgets import buffers_off_meta
-from snella.cache import check_after_step
+from snella._utils import has_suffix, listed
+from snella.cache import buffers_off_meta, check_after_step
 from snella.compat.attention import AdaptedAttention, Projection, disable_fast_path, input_projections, is_adaptable
 from snella.compat.hooks import onloaded
 from snella.compat.quantization import combined_warning
 from snella.compat.tokens import TokenAdapter, attach_tokens, find_tokens, token_adapters
 from snella.config import SnellaConfig
-from snella.heads import NewHeads
-from snella.layer import SnellaLayer, describe_backend, drop_adapter
+from snella.layer import SnellaLayer, drop_adapter
 from snella.memory.recompute import mark_outputs, unmark_outputs
 from snella.targets import (
+    NewHeads,
     all_linear_names,
     block_number,
     check_expression,
@@ -83,24 +82,21 @@ class SnellaModel(BaseTuner):
         """Resolve and validate the targets before changing the model."""
         if not isinstance(peft_config, SnellaConfig):
             raise TypeError(f"config must be a SnellaConfig, got {type(peft_config).__name__}")
-        names = [name for name, _ in model.named_modules()]
+        module_names = [name for name, _ in model.named_modules()]
         for expression in (peft_config.target_modules, peft_config.exclude_modules):
             if isinstance(expression, str) and expression.lower() != "all-linear":
-                check_expression(expression, names)
+                check_expression(expression, module_names)
         targets = self._resolve_targets(peft_config.target_modules, model)
-        targets = self._add_output_projections(
-            targets if isinstance(targets, str) else set(targets), peft_config, model
-        )
-        peft_config.target_modules = targets
+        peft_config.target_modules = targets = self._add_output_projections(targets, peft_config, model)
         # raise only if no name matches; PEFT handles excluded names
         if not _matching_names(targets, model):
             raise ValueError(unmatched_message(targets, model))
         self._reject_shared_weights(peft_config, model)
         self._check_ranks(peft_config, model)
         _check_token_rows(peft_config, model)
-        peft_config.parameters_to_save = find_tokens(
-            model, peft_config.requested_tokens(), is_required=peft_config.requires_tokens
-        )
+        defaults = peft_config.default_parameters
+        names = peft_config.parameters_to_save if defaults is None else defaults
+        peft_config.parameters_to_save = find_tokens(model, names or [], is_required=defaults is None)
 
     def _resolve_targets(self, targets: set[str] | list[str] | str | None, model: nn.Module) -> set[str] | str:
         """Resolve `None` and `"all-linear"`; warn if they exclude most of the weights."""
@@ -145,7 +141,7 @@ class SnellaModel(BaseTuner):
                 names.append(part)
                 weights += m * n
                 factors += peft_config.rank_of(part) * (m + n)
-        unused = [key for key in peft_config.rank_pattern if not any(n == key or n.endswith(f".{key}") for n in names)]
+        unused = [key for key in peft_config.rank_pattern if not any(has_suffix(name, key) for name in names)]
         if unused:
             raise ValueError(f"rank_pattern={unused} matches no adapted module; adapted modules are e.g. {names[:4]}")
         if factors > max(_MIN_ENTRY_LIMIT, 4 * weights):
@@ -172,7 +168,7 @@ class SnellaModel(BaseTuner):
         name = next(name for name, module in self.model.named_modules() if module is embedding)
         tied = set(tied_weight_keys)
         peft_config.modules_to_tie = tied  # type: ignore[attr-defined]
-        others = [m for m in peft_config.modules_to_save or [] if not any(_matches({m}, key) for key in tied)]
+        others = [m for m in peft_config.modules_to_save or [] if not any(has_suffix(key, m) for key in tied)]
         peft_config.modules_to_save = list(dict.fromkeys([*others, name]))
 
     def _add_targets_to_tie(self, peft_config: SnellaConfig, tied_weight_keys: list[str]) -> None:
@@ -265,12 +261,9 @@ class SnellaModel(BaseTuner):
         if config.recompute_inputs:
             layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
             is_compressed = any(layer.snella_config[n].compress_activations for layer in layers for n in layer.snella_A)
-            count = mark_outputs(model, compress=_Compression(layers) if is_compressed else None)
+            count = mark_outputs(model, compress=partial(_is_compressed, layers) if is_compressed else None)
             logger.info("recomputing inputs of adapted layers from %d normalizations and activations", count)
-        layer = next((m for m in model.modules() if isinstance(m, SnellaLayer) and adapter_name in m.snella_A), None)
-        if layer is not None and not layer.snella_A[adapter_name].is_meta:
-            logger.info("adapter %r: impl=%r is %s", adapter_name, config.impl, describe_backend(layer, adapter_name))
-        is_on_cpu = layer is not None and layer.snella_A[adapter_name].device.type == "cpu"
+        is_on_cpu = any(layer.snella_A[adapter_name].is_cpu for layer in _adapted_layers(model, [adapter_name]))
         if config.weight_gradient == "bfloat16" and is_on_cpu and not has_bfloat16_instructions():
             warnings.warn(
                 "this processor has no bfloat16 instructions, so weight_gradient='bfloat16' slows training down; "
@@ -333,10 +326,11 @@ class SnellaModel(BaseTuner):
         """Warn about silent mistakes in an adapter's first optimizer steps and about a missing allocator."""
         reference = weakref.ref(self.model)  # PEFT may keep only the model
         config = cast(SnellaConfig, self.peft_config[adapter_name])
-        steps, heads = 0, NewHeads()
+        steps = 0
+        heads: NewHeads | None = None
 
         def check(optimizer: Optimizer) -> bool:
-            nonlocal steps
+            nonlocal steps, heads
             if (model := reference()) is None:
                 return True
             if steps > 1 and config.watch.is_attached:
@@ -353,9 +347,10 @@ class SnellaModel(BaseTuner):
             steps += 1
             if steps == 1:
                 _warn_about_unused(layers)
-                heads.find(model)
-            elif steps == 2:
+                heads = NewHeads(model)
+            elif heads is not None:
                 config.watch.on_frozen_heads(heads.frozen_and_used())
+                heads = None
             return config.watch.on_step(*_budget_and_target(layers, adapter_name), config.target_sparsity) and steps > 1
 
         check_after_step(check)
@@ -585,26 +580,11 @@ class SnellaModel(BaseTuner):
         return remapped
 
 
-@dataclass(eq=False)
-class _Compression:
-    """Predicate that holds if all active adapters of a model set `compress_activations`.
-
-    Args:
-        layers: The adapted layers of the model.
-    """
-
-    layers: list[SnellaLayer]
-
-    def __call__(self) -> bool:
-        is_active = False
-        for layer in self.layers:
-            for name in layer.active_adapters:
-                config = layer.snella_config.get(name)
-                if config is not None:
-                    is_active = True
-                    if not config.compress_activations:
-                        return False
-        return is_active
+def _is_compressed(layers: list[SnellaLayer]) -> bool:
+    """Return whether all active adapters of these layers set `compress_activations`."""
+    configs = [layer.snella_config.get(name) for layer in layers for name in layer.active_adapters]
+    flags = [config.compress_activations for config in configs if config is not None]
+    return bool(flags) and all(flags)
 
 
 def _without_wrappers(name: str) -> str:
@@ -643,15 +623,15 @@ def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
     indices = peft_config.trainable_token_indices
     if not indices:
         return
-    get_embedding: Any = getattr(model, "get_input_embeddings", lambda: None)
-    embedding = get_embedding()
+    get_input_embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)
+    input_embedding = get_input_embeddings()
     for name, module in model.named_modules():
-        if isinstance(indices, dict):
-            rows = next((rows for end, rows in indices.items() if _matches({end}, name)), [])
-        else:
-            rows = indices if module is embedding else []
         if not isinstance(module, nn.Embedding):
             continue
+        if isinstance(indices, dict):
+            rows = next((rows for suffix, rows in indices.items() if has_suffix(name, suffix)), [])
+        else:
+            rows = indices if module is input_embedding else []
         count = module.num_embeddings
         if out_of_range := [row for row in rows if not 0 <= row < count]:
             raise ValueError(f"trainable_token_indices must be in [0, {count - 1}] for {name!r}, got {out_of_range[0]}")
@@ -664,8 +644,7 @@ def _attention_biases(model: nn.Module) -> list[str]:
         for projection in module.projections() if isinstance(module, AdaptedAttention) else ():
             bias_name = projection.bias_name
             if bias_name is not None:
-                plain = name.replace("_fsdp_wrapped_module.", "")
-                biases[f"{plain}.base_layer.{bias_name}"] = None
+                biases[f"{_without_wrappers(name)}.base_layer.{bias_name}"] = None
     return list(biases)
 
 
@@ -678,7 +657,7 @@ def _matches(targets: set[str] | str, name: str) -> bool:
     """Return whether the targets match a module, ignoring exclusions."""
     if isinstance(targets, str):
         return matches_expression(targets, name)
-    return name in targets or any(name.endswith(f".{target}") for target in targets)
+    return any(has_suffix(name, target) for target in targets)
 
 
 def has_bfloat16_instructions() -> bool:

@@ -17,10 +17,8 @@ from snella.layer import SnellaLayer
 
 __all__ = ["StepMatcher", "create_snella_optimizer"]
 
-_FACTORS = ("snella_A", "snella_B")
 MATCHER_ATTRIBUTE = "snella_step_matcher"
-"""Attribute of an optimizer that contains its `StepMatcher`."""
-_STATE_KEY = MATCHER_ATTRIBUTE  # in the first parameter group of an optimizer's state
+"""Attribute of an optimizer that contains its `StepMatcher`; also the key of its state in the first group."""
 
 
 def create_snella_optimizer(
@@ -65,7 +63,7 @@ def create_snella_optimizer(
     for module in model.modules():
         if isinstance(module, SnellaLayer):
             for attribute in module.adapter_layer_names:
-                group = factors if attribute in _FACTORS else scalars
+                group = factors if attribute in ("snella_A", "snella_B") else scalars
                 group.extend(p for p in getattr(module, attribute).values() if p.requires_grad)
     adapter_ids = {id(parameter) for parameter in (*factors, *scalars)}
     other_params = [p for p in model.parameters() if p.requires_grad and id(p) not in adapter_ids]
@@ -95,7 +93,9 @@ def create_snella_optimizer(
             stacklevel=2,
         )
     optimizer = optimizer_cls(groups, **optimizer_kwargs)
-    if _is_matched(model) if match_update is None else match_update:
+    if match_update is None:
+        match_update = any(layer.snella_config[name].match_update for layer, name in _trained_adapters(model))
+    if match_update:
         StepMatcher(model).attach(optimizer)
     return optimizer
 
@@ -108,11 +108,6 @@ def _fsdp1_shapes(model: nn.Module) -> dict[int, torch.Size]:
         if flat_param is not None and flat_param._params is not None:  # None without use_orig_params
             shapes.update(zip(map(id, flat_param._params), flat_param._shapes, strict=True))
     return shapes
-
-
-def _is_matched(model: nn.Module) -> bool:
-    """Return whether the config of any trained adapter sets `match_update`."""
-    return any(layer.snella_config[name].match_update for layer, name in _trained_adapters(model))
 
 
 def _trained_adapters(model: nn.Module) -> list[tuple[SnellaLayer, str]]:
@@ -160,7 +155,7 @@ class StepMatcher:
             kernel = layer.snella_config[name].kernel
             if kernel not in MATCHED_KERNELS:
                 raise ValueError(f"match_update requires a kernel in {list(MATCHED_KERNELS)}, got {kernel!r}")
-        self._weight_rms = [self._measure_weight(layer, name) for layer, name in self._adapters]
+        self._weight_rms = [_measure_weight(layer, name) for layer, name in self._adapters]
         self._slopes: list[list[float]] = []
         self._previous_factors: list[tuple[Tensor, Tensor]] = []
         self.step = 0
@@ -175,32 +170,24 @@ class StepMatcher:
         optimizer.register_load_state_dict_post_hook(self._load_from)
         return self
 
-    @staticmethod
-    @torch.no_grad()
-    def _measure_weight(layer: SnellaLayer, name: str) -> list[float]:
-        """Return `rms(W0)` of each matrix."""
-        weight = layer._weight()
-        W0 = weight if isinstance(weight, Tensor) else weight.materialize()
-        return [float(W0[rows].float().square().mean().sqrt()) for rows in layer.matrix_rows(name)]
-
-    @staticmethod
-    @torch.no_grad()
-    def _measure_slopes(layer: SnellaLayer, name: str) -> list[float]:
-        """Return `κ` of each matrix."""
-        config = layer.snella_config[name]
-        if config.sparsify_mode == "none":
-            return [1.0] * len(layer.row_counts[name])
-        return [2 * math.sqrt(float(S.abs().mean())) for S in layer.sparse_updates(name)]
-
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self.step % self.interval == 0:
-            self._slopes = [self._measure_slopes(layer, name) for layer, name in self._adapters]
+            self._slopes = [_measure_slopes(layer, name) for layer, name in self._adapters]
         self.step += 1
         # read at each step, because accelerate's `prepare` replaces the groups
         lr_by_parameter = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         for (layer, name), weight_rms, slopes in zip(self._adapters, self._weight_rms, self._slopes, strict=True):
-            lr = lr_by_parameter.get(id(layer.snella_A[name]), 0.0)
-            self.scales[layer.module_name, name] = self._step_scales(layer, name, lr, weight_rms, slopes)
+            lr, scaling = lr_by_parameter.get(id(layer.snella_A[name]), 0.0), abs(layer.scaling[name])
+            rank = layer.snella_config[name].rank_of(layer.module_name)
+            coeffs = layer.snella_piece_coeff[name].detach().float().square().mean(1).sqrt().tolist()
+            scales = []
+            for rms, slope, coeff in zip(weight_rms, slopes, coeffs, strict=True):
+                target_change, step_change = lr * rms / scaling if scaling else 0.0, lr * coeff * math.sqrt(rank)
+                scale = 1.0  # of a zero step
+                if target_change > 0 and step_change > 0:
+                    scale = 2 * target_change / (slope + math.sqrt(slope**2 + 4 * target_change)) / step_change
+                scales.append(scale)
+            self.scales[layer.module_name, name] = scales
         self._previous_factors = [
             (layer.snella_A[name].detach().clone(), layer.snella_B[name].detach().clone())
             for layer, name in self._adapters
@@ -216,29 +203,12 @@ class StepMatcher:
             B.copy_(torch.lerp(B_before, B, scales.repeat_interleave(row_counts)[:, None]))
         self._previous_factors = []
 
-    @staticmethod
-    def _step_scales(
-        layer: SnellaLayer, name: str, lr: float, weight_rms: list[float], slopes: list[float]
-    ) -> list[float]:
-        """Return the scale factor of each matrix's step, 1 for zero steps."""
-        coeffs = layer.snella_piece_coeff[name].detach().float().square().mean(1).sqrt().tolist()
-        scaling, rank = abs(layer.scaling[name]), layer.snella_config[name].rank_of(layer.module_name)
-        scales = []
-        for rms, slope, coeff in zip(weight_rms, slopes, coeffs, strict=True):
-            target_change, step_change = lr * rms / scaling if scaling else 0.0, lr * coeff * math.sqrt(rank)
-            is_nonzero = target_change > 0 and step_change > 0
-            scales.append(
-                2 * target_change / (slope + math.sqrt(slope**2 + 4 * target_change)) / step_change
-                if is_nonzero
-                else 1.0
-            )
-        return scales
-
     def _save_into(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
-        state_dict["param_groups"][0][_STATE_KEY] = {"step": self.step, "slopes": [list(s) for s in self._slopes]}
+        slopes = [list(slopes) for slopes in self._slopes]
+        state_dict["param_groups"][0][MATCHER_ATTRIBUTE] = {"step": self.step, "slopes": slopes}
 
     def _load_from(self, optimizer: Optimizer) -> None:
-        state: Mapping[str, Any] | None = optimizer.param_groups[0].pop(_STATE_KEY, None)
+        state: Mapping[str, Any] | None = optimizer.param_groups[0].pop(MATCHER_ATTRIBUTE, None)
         if state is None:
             return
         expected = [len(layer.row_counts[name]) for layer, name in self._adapters]
@@ -248,3 +218,19 @@ class StepMatcher:
                 "into a model with the same target_modules"
             )
         self.step, self._slopes = state["step"], [list(slopes) for slopes in state["slopes"]]
+
+
+@torch.no_grad()
+def _measure_weight(layer: SnellaLayer, name: str) -> list[float]:
+    """Return `rms(W0)` of each matrix."""
+    weight = layer._weight()
+    W0 = weight if isinstance(weight, Tensor) else weight.materialize()
+    return [float(W0[rows].float().square().mean().sqrt()) for rows in layer.matrix_rows(name)]
+
+
+@torch.no_grad()
+def _measure_slopes(layer: SnellaLayer, name: str) -> list[float]:
+    """Return `κ` of each matrix."""
+    if layer.snella_config[name].sparsify_mode == "none":
+        return [1.0] * len(layer.row_counts[name])
+    return [2 * math.sqrt(float(S.abs().mean())) for S in layer.sparse_updates(name)]

@@ -1,28 +1,32 @@
-"""Selection of the modules to adapt, and the split of fused layers into matrices."""
+"""Selection of the modules to adapt, split of fused layers into matrices, and detection of new heads."""
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterable
 from difflib import get_close_matches
-from functools import cache, lru_cache
+from functools import partial
 from itertools import product
+from typing import Any
 
 import regex
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from snella._utils import longest_suffix
 from snella.compat.attention import AdaptedAttention, is_adaptable
 from snella.compat.quantization import find_quantization
 from snella.layer import Conv2d, Linear, SnellaLayer
 
 # names of heads among a model's direct children
-HEAD_NAMES = {"head", "heads", "head_dist", "classifier", "score", "fc", "lm_head", "qa_outputs", "proj_out"}
+_HEAD_NAMES = {"head", "heads", "head_dist", "classifier", "score", "fc", "lm_head", "qa_outputs", "proj_out"}
 # names of prediction heads in DeiT, detection and segmentation models, at any depth
-PREDICTOR_NAMES = {
+_PREDICTOR_NAMES = {
     *("cls_classifier", "distillation_classifier", "class_labels_classifier", "bbox_predictor", "class_predictor"),
     *("mask_predictor", "mask_embedder", "class_embed", "bbox_embed", "enc_score_head", "enc_bbox_head"),
     *("class_head", "box_head", "decode_head", "auxiliary_head"),
@@ -65,34 +69,33 @@ def plain_convolution_names(model: nn.Module) -> list[str]:
     Includes ungrouped convolutions with the `forward` of `nn.Conv2d`. Excludes the model's first convolution (the
     stem), the head, patch embedding, downsampling between stages and modules inside adapters.
     """
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    return [
-        name
-        for name, module in _candidates(model)
-        for base in [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module]
-        if isinstance(base, nn.Conv2d)
-        and base is not convolutions[0]
-        and base.groups == 1
-        and not overridden_methods(base)
-        if not (base.padding == "same" and any(k % 2 == 0 for k in base.kernel_size))
-    ]
+    stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    names = []
+    for name, module in _candidates(model):
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if not isinstance(base, nn.Conv2d) or base is stem or base.groups > 1 or _overridden_methods(base):
+            continue
+        is_asymmetric = base.padding == "same" and any(k % 2 == 0 for k in base.kernel_size)
+        if not is_asymmetric:
+            names.append(name)
+    return names
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the modules outside the head, patch embedding, patch merging and adapters."""
-    heads = head_modules(model)
+    heads = _head_modules(model)
     candidates: list[tuple[str, nn.Module]] = []
     skipped_prefixes: list[str] = []
     for name, module in model.named_modules():
         parts = name.split(".")
-        if any(name.startswith(prefix) for prefix in skipped_prefixes) or module in heads or parts[0] in HEAD_NAMES:
+        if any(name.startswith(prefix) for prefix in skipped_prefixes) or module in heads or parts[0] in _HEAD_NAMES:
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper, nn.MultiheadAttention, AdaptedAttention)):
             skipped_prefixes.append(name + ".")
         if name and any(part in type(module).__name__ for part in _PATCH_CLASSES):
             skipped_prefixes.append(name + ".")
             continue
-        if name and not (PREDICTOR_NAMES | _PATCH_NAMES).intersection(parts):
+        if name and not (_PREDICTOR_NAMES | _PATCH_NAMES).intersection(parts):
             candidates.append((name, module))
     return candidates
 
@@ -100,11 +103,7 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
     """Return a message about the weights that the default targets exclude, or `None` if they adapt at least half.
 
-    The head, patch embedding and embeddings do not count.
-
-    Args:
-        model: The model, without adapters.
-        names: Names of the modules to adapt.
+    The model has no adapters yet. Its head, patch embedding and embeddings do not count.
     """
     adapted = set(names)
     num_adapted, excluded = 0, {}
@@ -134,12 +133,6 @@ def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
     )
 
 
-@cache
-def _compile(expression: str) -> regex.Pattern[str]:
-    return regex.compile(expression)
-
-
-@lru_cache(maxsize=1 << 16)
 def matches_expression(expression: str, name: str) -> bool:
     """Return whether a regular expression matches a full name, within a time limit.
 
@@ -151,7 +144,7 @@ def matches_expression(expression: str, name: str) -> bool:
         ValueError: If matching exceeds the time limit, e.g. because of nested quantifiers.
     """
     try:
-        return _compile(expression).fullmatch(name, timeout=_MATCH_TIMEOUT_S) is not None
+        return regex.fullmatch(expression, name, timeout=_MATCH_TIMEOUT_S) is not None
     except TimeoutError:
         raise _timeout_error(expression, name) from None
 
@@ -170,22 +163,6 @@ def _timeout_error(expression: str, name: str) -> ValueError:
         f"the regular expression {expression!r} takes more than {_MATCH_TIMEOUT_S:g} s to match names such as "
         f"{name!r}; remove nested quantifiers, or pass a list of names"
     )
-
-
-def head_modules(model: nn.Module) -> set[nn.Module]:
-    """Return the classifiers and output embeddings of the model and its submodels."""
-    heads: set[nn.Module] = set()
-    for module, method in product(model.modules(), ("get_classifier", "get_output_embeddings")):
-        getter = getattr(module, method, None)
-        if not callable(getter):
-            continue
-        try:
-            head = getter()
-        except (AttributeError, NotImplementedError):
-            # timm and transformers define these methods in base classes, even for models without a head
-            continue
-        heads.update(m for m in (head if isinstance(head, Iterable) else [head]) if isinstance(m, nn.Module))
-    return heads
 
 
 def block_number(name: str, layers_pattern: list[str] | str | None) -> int | None:
@@ -225,8 +202,8 @@ def count_rows(
     suffix = name.rpartition(".")[2]
     groups: int | list[int] = 1
     if isinstance(qkv_groups, dict):
-        keys = [key for key in qkv_groups if name == key or name.endswith(f".{key}")]
-        groups = qkv_groups[max(keys, key=len)] if keys else 1
+        key = longest_suffix(name, qkv_groups)
+        groups = 1 if key is None else qkv_groups[key]
     elif suffix in _FUSED_NAMES:
         groups = qkv_groups if isinstance(qkv_groups, int) else _infer_groups(suffix, out_features, in_features, parent)
     counts = [out_features // groups] * groups if isinstance(groups, int) else list(groups)
@@ -267,6 +244,7 @@ def unmatched_message(targets: Iterable[str] | str, model: nn.Module) -> str:
     return message + (f"; did you mean {', '.join(map(repr, dict.fromkeys(close_matches)))}?" if close_matches else "")
 
 
+_ADAPTABLE = (nn.Linear, Conv1D, nn.Conv2d)
 # linear layers whose custom forward() computes the same product
 _EQUIVALENT_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
 # alternatives for unsupported modules
@@ -296,15 +274,13 @@ def choose_layer_class(base: nn.Module, name: str) -> type[SnellaLayer]:
         )
     if find_quantization(base, name) is not None:
         return Linear
-    base_class = _base_class(base)
-    overrides = overridden_methods(base)
-    if overrides:
+    if overrides := _overridden_methods(base):
         raise NotImplementedError(
             f"target_modules matches {name!r}, a {class_name(base)} with a custom {overrides[0]}(), which the update "
             "would bypass; exclude it with exclude_modules"
         )
-    if base_class is not None:
-        return Conv2d if base_class is nn.Conv2d else Linear
+    if isinstance(base, _ADAPTABLE):
+        return Conv2d if isinstance(base, nn.Conv2d) else Linear
     hint = next((f"; {hint}" for other, hint in _ALTERNATIVES.items() if isinstance(base, other)), "")
     raise TypeError(
         f"target_modules matches {name!r}, a {type(base).__name__}; "
@@ -335,15 +311,138 @@ def class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
 
 
-def overridden_methods(base: nn.Module) -> list[str]:
+def _overridden_methods(base: nn.Module) -> list[str]:
     """Return the names of overridden forward methods, e.g. in timm's `Conv2dSame`."""
-    base_class = _base_class(base)
+    base_class = next((base_class for base_class in _ADAPTABLE if isinstance(base, base_class)), None)
     if base_class is None or class_name(base) in _EQUIVALENT_LINEAR:
         return []
     methods = ("forward", "_conv_forward")
     return [method for method in methods if getattr(type(base), method, None) is not getattr(base_class, method, None)]
 
 
-def _base_class(base: nn.Module) -> type[nn.Module] | None:
-    """Return the adaptable base class of a module, or `None`."""
-    return next((base_class for base_class in (nn.Linear, Conv1D, nn.Conv2d) if isinstance(base, base_class)), None)
+# heads ---------------------------------------------------------------------------------------------------------------
+
+_OUTPUT_EMBEDDINGS = {"lm_head", "proj_out"}  # pre-trained with the model
+_MIN_ENTRIES = 256  # minimum for the statistical tests below
+_SIGMAS = 5.0  # tolerance in standard deviations; a new head fails a test with probability below 1e-6
+
+
+def _head_modules(model: nn.Module) -> set[nn.Module]:
+    """Return the classifiers and output embeddings of the model and its submodels."""
+    heads: set[nn.Module] = set()
+    for module, method in product(model.modules(), ("get_classifier", "get_output_embeddings")):
+        getter = getattr(module, method, None)
+        if not callable(getter):
+            continue
+        try:
+            head = getter()
+        except (AttributeError, NotImplementedError):
+            # timm and transformers define these methods in base classes, even for models without a head
+            continue
+        heads.update(m for m in (head if isinstance(head, Iterable) else [head]) if isinstance(m, nn.Module))
+    return heads
+
+
+class NewHeads:
+    """Frozen, newly initialized head layers of a model, with a record of the layers that are called."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = {
+            name: layer
+            for name, layer in _head_layers(model).items()
+            if not any(p.requires_grad for p in layer.parameters()) and is_newly_initialized(layer.weight, layer.bias)
+        }
+        self._called: set[str] = set()
+        self._handles = [
+            layer.register_forward_hook(partial(_record_call, self._called, name))
+            for name, layer in self._layers.items()
+        ]
+
+    def frozen_and_used(self) -> list[str]:
+        """Stop recording and return the names of the called layers that are still frozen."""
+        for handle in self._handles:
+            handle.remove()
+        called = {name: layer for name, layer in self._layers.items() if name in self._called}
+        return [name for name, layer in called.items() if not any(p.requires_grad for p in layer.parameters())]
+
+
+def _record_call(called: set[str], name: str, *_: Any) -> None:
+    """Record a call of a layer; a forward hook that, unlike a closure, is picklable."""
+    called.add(name)
+
+
+def _head_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the linear and convolutional layers of a model's classifiers and predictors, outside adapters."""
+    heads, layers = _head_modules(model), {}
+    adapter_prefixes: list[str] = []
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if any(name.startswith(prefix) for prefix in adapter_prefixes) or _OUTPUT_EMBEDDINGS.intersection(parts):
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            adapter_prefixes.append(f"{name}.")
+        elif type(module) in (nn.Linear, nn.Conv2d):
+            prefixes = {".".join(parts[:k]) for k in range(1, len(parts) + 1)}
+            is_part = any(model.get_submodule(prefix) in heads for prefix in prefixes)
+            if is_part or parts[0] in _HEAD_NAMES or _PREDICTOR_NAMES.intersection(parts):
+                layers[name] = module
+    return layers
+
+
+@torch.no_grad()
+def is_newly_initialized(weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether a layer looks newly initialized.
+
+    Three patterns count as new:
+
+    - All values are zero.
+    - Weight and bias follow torch's default `U(-1/√n, 1/√n)`, with values at the bound.
+    - The bias is zero, and the entries of the weight are independent, according to their mean, the row norms and the
+      angles between rows.
+
+    A trained layer has a nonzero bias and exceeds the bound; rows of class embeddings are correlated.
+
+    Args:
+        weight: `[m, …]`.
+        bias: `[m]`.
+    """
+    tensors = [weight] if bias is None else [weight, bias]
+    if any(type(t) not in (Tensor, nn.Parameter) or t.is_meta or not t.is_floating_point() for t in tensors):
+        return False
+    if weight.ndim < 2 or weight.numel() == 0:
+        return False
+    rows = weight.detach().float().flatten(1)  # [m, n]
+    has_bias = bias is not None and bool(bias.any())
+    if not rows.any() and not has_bias:
+        return True
+    if rows.numel() < _MIN_ENTRIES:
+        return False
+    if bias is not None and has_bias:
+        return _is_default_init(rows, bias.float(), torch.finfo(weight.dtype).eps)
+    return _is_default_init(rows, None, torch.finfo(weight.dtype).eps) or (bias is not None and _is_noise(rows))
+
+
+def _is_default_init(rows: Tensor, bias: Tensor | None, eps: float) -> bool:
+    """Return whether a layer has the default initialization of `nn.Linear` and `nn.Conv2d`."""
+    bound, count = 1 / math.sqrt(rows.shape[1]), rows.numel()
+    largest, square = float(rows.abs().max()), float(rows.square().mean())
+    is_bounded = largest <= bound * (1 + eps) and (bias is None or float(bias.abs().max()) <= bound * (1 + eps))
+    reaches_bound = largest >= bound * (1 - 7 / count)
+    return is_bounded and reaches_bound and abs(3 * square / bound**2 - 1) < _SIGMAS * math.sqrt(0.8 / count)
+
+
+def _is_noise(rows: Tensor) -> bool:
+    """Return whether the entries of a matrix look like i.i.d. draws from a symmetric distribution."""
+    n = rows.shape[1]
+    square = rows.square().mean()
+    if float(rows.mean().abs()) > _SIGMAS * float((square / rows.numel()).sqrt()):
+        return False
+    # variance of the squares: 2 for normal, 0.8 for uniform entries
+    variance = float((rows.square() / square).var(correction=0))
+    norms = rows.square().mean(1) / square  # [m]
+    if variance > 4 or float((norms - 1).abs().max()) > _SIGMAS * math.sqrt(variance / n) + 1e-3:
+        return False
+    sample = nn.functional.normalize(rows[:512], dim=1)
+    cosines = (sample @ sample.T).square().triu(1).sum()
+    pairs = len(sample) * (len(sample) - 1) / 2
+    return pairs == 0 or float(cosines) * n / pairs < 1 + _SIGMAS * math.sqrt(2 / pairs)

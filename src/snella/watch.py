@@ -6,7 +6,7 @@ import warnings
 
 from torch import nn
 
-from snella._text import listed
+from snella._utils import listed
 
 _STEPS_WITHOUT_ALLOCATOR = 2  # a single step may be a gradient probe
 
@@ -27,9 +27,7 @@ class TrainingWatch:
         """Completed optimizer steps, total steps, and steps per epoch; `None` if unknown."""
         self._steps_without_allocator = 0
         self._batch_counts: dict[str, int] = {}
-        self._has_warned_about_budget = False
-        self._has_warned_about_allocator = False
-        self._has_warned_about_read = False
+        self._warned: set[str] = set()
 
     def on_step(self, budget: int, target_budget: int, target_sparsity: float) -> bool:
         """Record an optimizer step of an adapter with `budget` entries; return True if later steps need no check."""
@@ -41,19 +39,22 @@ class TrainingWatch:
         self._steps_without_allocator += 1
         if self._steps_without_allocator >= _STEPS_WITHOUT_ALLOCATOR:
             self._warn_about_missing_allocator(target_sparsity)
-        return self._has_warned_about_allocator
+        return "allocator" in self._warned
+
+    def _warn_once(self, topic: str, message: str) -> None:
+        """Warn about a topic unless it has already been warned about."""
+        if topic not in self._warned:
+            self._warned.add(topic)
+            warnings.warn(message, stacklevel=3)
 
     def _warn_about_missing_allocator(self, target_sparsity: float) -> None:
-        if self._has_warned_about_allocator:
-            return
-        self._has_warned_about_allocator = True
         steps = self._steps_without_allocator
-        warnings.warn(
+        self._warn_once(
+            "allocator",
             f"target_sparsity={target_sparsity} is set, but after {steps} optimizer step{'s' * (steps > 1)} no budget "
             "allocator is attached, so the update stays at its initial sparsity; call "
             "BudgetAllocator(model, total_epochs=…, steps_per_epoch=…).attach(optimizer), "
             "or pass callbacks=[SnellaCallback()] to the Trainer",
-            stacklevel=2,
         )
 
     def on_frozen_heads(self, names: list[str]) -> None:
@@ -67,14 +68,11 @@ class TrainingWatch:
 
     def on_weight_read(self, module_name: str) -> None:
         """Warn that a model reads the weight of a layer whose update has dropout or drop-path."""
-        if self._has_warned_about_read:
-            return
-        self._has_warned_about_read = True
-        warnings.warn(
+        self._warn_once(
+            "read",
             f"the model reads the weight of {module_name!r} for something other than F.linear, so update_dropout "
             "and update_drop_path have no effect there; to avoid this, set dropout_exclude and update_drop_path=0, or "
             "exclude the layer with exclude_modules",
-            stacklevel=2,
         )
 
     def record_statistics(self, model: nn.Module) -> None:
@@ -95,18 +93,17 @@ class TrainingWatch:
                 "train with these layers in evaluation mode",
                 stacklevel=2,
             )
-        if self.steps is None or self._has_warned_about_budget or budget <= target_budget:
+        if self.steps is None or budget <= target_budget:
             return
         step, total, steps_per_epoch = self.steps
         # the best adapter may be saved at any time, the last adapter in the last epoch
         if step < total and (budget > 1.1 * target_budget or step > total - steps_per_epoch):
-            self._has_warned_about_budget = True
-            warnings.warn(
+            self._warn_once(
+                "budget",
                 f"the adapter is saved with {budget:,} entries, its target is {target_budget:,}: the allocator has "
                 f"counted {step} of {total} optimizer steps; if training is over, steps_per_epoch or total_epochs was "
                 "too large (with gradient accumulation, several batches are one step) or steps were skipped; "
                 f"allocator.advance_to({total}) reduces the budget to its target",
-                stacklevel=2,
             )
 
 

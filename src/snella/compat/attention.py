@@ -12,8 +12,8 @@ from torch.func import functional_call
 
 from snella.compat.hooks import call_inside_hooks, has_hooks, hook_dicts, is_hooked_in_graph, onloaded
 from snella.config import SnellaConfig
-from snella.layer import SnellaLayer, reject_tracing
-from snella.update import LayerOp
+from snella.forward import reject_tracing
+from snella.layer import SnellaLayer
 
 _SEPARATE_INPUTS = ("q_proj", "k_proj", "v_proj")
 _OUTPUT = "out_proj"
@@ -248,9 +248,6 @@ class Projection(SnellaLayer):
     def weight_name(self, name: str) -> str:
         """Return the adapted parameter's name in the model without adapters, given this projection's name."""
         return f"{name.rpartition('.')[0]}.{self.parameter_name}"
-
-    def _op(self) -> LayerOp:
-        return self.linear_op
 
     def effective_weight(self) -> Tensor:
         """Return the cached effective weight."""

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from snella.autograd import LayerCall, RequiredGrads, backward_pass, forward_pass
-from snella.base_layer import prepare_input
 from snella.compat.hooks import is_hooked_in_graph
-from snella.regularization import add_branches
+from snella.forward import add_branches, prepare_input
 from snella.update import Factors, LayerOp, LinearOp, Update, UpdateSpec, layer_op_from_ints
 
 if TYPE_CHECKING:

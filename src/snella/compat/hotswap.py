@@ -13,11 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from snella._text import listed
+from snella._utils import listed
 from snella.backends import MergeCache
 from snella.compat.tokens import TokenAdapter
 from snella.config import SnellaConfig, read_config
 from snella.layer import SnellaLayer
+from snella.merge import refresh
 
 _PREFIX = "base_model.model."
 _COMPILED = "_orig_mod."
@@ -125,7 +126,7 @@ def hotswap(
     for name, layer in layers.items():
         A = layer.snella_A[adapter_name]
         key = (name, layer.backend_name(adapter_name), str(A.device), A.dtype)
-        layer.refresh(adapter_name, adapter.caches.setdefault(key, MergeCache()))
+        refresh(layer, adapter_name, adapter.caches.setdefault(key, MergeCache()))
     return adapter
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from snella._text import listed
+from snella._utils import listed
 
 FORMAT = "snella-sparse-1"
 ValueDtype = Literal["fp32", "bf16"]

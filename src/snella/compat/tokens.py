@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from snella._text import did_you_mean
+from snella._utils import did_you_mean
 
 
 class _BaseToken(nn.Module):

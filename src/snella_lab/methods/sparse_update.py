@@ -11,8 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from snella.backends import store_gradients, zero_gradients
 from snella.config import SnellaConfig
-from snella.initialization import init_factors
-from snella.update import Conv2dOp, Factors, LayerOp, LinearOp, UpdateSpec, without_view
+from snella.update import Conv2dOp, Factors, LayerOp, LinearOp, UpdateSpec, init_factors, without_view
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number, one_of
 from snella_app.methods.model_parts import is_inside, restoring
 from snella_app.methods.partial import train_head

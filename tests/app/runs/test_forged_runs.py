@@ -73,7 +73,7 @@ def test_missing_class_names_are_a_one_line_error(forged):
         ("peft_type", None, "forged cannot be loaded: .* None"),
         ("trainable_token_indices", [99], "'embed_tokens'"),
         ("r", -1, "r must be at least 1, got r=-1"),
-        ("target_modules", 7, "target_modules must be a list of names or a regular expression, got 7"),
+        ("target_modules", 7, r"target_modules must be of type set\[str\] \| list\[str\] \| str \| None, got 7"),
     ],
 )
 def test_invalid_adapter_settings_are_a_one_line_error(entry, value, message, forged):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snella.autograd import effective_weight
+from snella.autograd import add_by_autograd
 from snella.update import Conv2dOp
 
 from .problems import DRAWS, Problem, assert_close_to_reference, make_problem, solve
@@ -66,7 +66,7 @@ def test_adapted_convolution_equals_conv2d_with_effective_weight(
 ):
     layer = make_layer(inputs, outputs, kernel_size, settings, size, batch, dtype=torch.float64)
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in layer.tensors.items()}
-    effective = effective_weight(leaves["weight"], [layer.update(leaves)])
+    effective = add_by_autograd(leaves["weight"], [layer.update(leaves)])[0]
     y = F.conv2d(leaves["x"], effective, leaves["bias"], **settings)
     expected = torch.autograd.grad(y, list(leaves.values()), layer.grad_y)
     actual = solve(layer, impl)
@@ -100,7 +100,7 @@ def test_update_without_base_weight_has_the_weight_shape(impl):
     layer = make_layer(4, 6, (3, 3), {"groups": 2}, (5, 5), dtype=torch.float64)
     shape = layer.tensors["weight"].shape
     update_only = replace(layer, tensors=layer.tensors | {"weight": None, "bias": None}, weight_shape=shape)
-    sparse = effective_weight(None, [layer.update(layer.tensors)], shape)
+    sparse = add_by_autograd(None, [layer.update(layer.tensors)], shape)[0]
     expected = F.conv2d(layer.tensors["x"], sparse, groups=2)
     actual = solve(update_only, impl)
     torch.testing.assert_close(actual["y"], expected, rtol=1e-12, atol=1e-12)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snella.autograd import effective_weight, sparsify_update
+from snella.autograd import add_by_autograd, sparsify_update
 from snella.backends import TorchBackend
 from snella.functional import compute_effective_weight
 from snella.kernels import KERNELS
@@ -26,7 +26,7 @@ def autocast():
 def test_update_is_merged_in_float32_and_multiplied_in_bfloat16(kernel, impl):
     problem = make_problem(kernel, m=32, n=24, r=8)
     x, weight, bias = (problem.tensors[name] for name in ("x", "weight", "bias"))
-    effective = effective_weight(weight, [problem.update(problem.tensors)])
+    effective = add_by_autograd(weight, [problem.update(problem.tensors)])[0]
     with autocast():
         y = problem.forward(problem.tensors, impl)
     assert y.dtype == torch.bfloat16
@@ -58,7 +58,7 @@ def test_autocast_does_not_change_merge_and_selection(kernel):
         eager, _ = compute_effective_weight(weight, [update], weight.shape)
         sparse, thresholds = sparsify_update(update)
         assert torch.equal(thresholds, merged.thresholds)
-        return [*merged.delta, thresholds, *sparse, eager, effective_weight(weight, [update])]
+        return [*merged.delta, thresholds, *sparse, eager, add_by_autograd(weight, [update])[0]]
 
     outside = compute()
     with autocast():
@@ -72,7 +72,7 @@ def test_update_without_base_weight_runs_in_bfloat16(impl):
     problem = make_problem(m=32, n=24, r=8)
     x = problem.tensors["x"]
     update_only = problem.tensors | {"weight": None, "bias": None}
-    expected = F.linear(x.bfloat16(), effective_weight(None, [problem.update(update_only)]).bfloat16())
+    expected = F.linear(x.bfloat16(), add_by_autograd(None, [problem.update(update_only)])[0].bfloat16())
     with autocast():
         assert torch.equal(problem.forward(update_only, impl), expected)
 

@@ -69,7 +69,7 @@ def test_checkpointing_computes_weight_once_per_pass(impl, use_reentrant, comput
     y = checkpoint(run, x, use_reentrant=use_reentrant)
     y.square().sum().backward()
     assert len(computed_weights) == 2
-    assert cache.is_empty
+    assert cache._entry is None
     assert all(torch.equal(tensor.grad, grad) for tensor, grad in zip([x, *leaves], plain, strict=True))
 
 
@@ -84,7 +84,7 @@ def test_layer_used_twice_in_one_checkpoint_has_correct_gradients():
     checkpoint(call_twice, x, use_reentrant=False).square().sum().backward()
     assert all(torch.equal(tensor.grad, grad) for tensor, grad in zip([x, *leaves], plain, strict=True))
     run(x)
-    assert cache.is_empty
+    assert cache._entry is None
 
 
 def test_cache_is_invalid_after_weight_change(monkeypatch):
@@ -95,17 +95,17 @@ def test_cache_is_invalid_after_weight_change(monkeypatch):
     effective = torch.ones(9, 8)
     cache.stash(effective, merged, weight)
     assert cache.take(weight, torch.float32, 1) == (effective, merged)
-    assert cache.is_empty
+    assert cache._entry is None
     for dtype, count in ((torch.bfloat16, 1), (torch.float32, 2)):
         cache.stash(effective, merged, weight)
         assert cache.take(weight, dtype, count) == (None, None)
     cache.stash(effective, merged, weight)
     weight.add_(1)
     assert cache.take(weight, torch.float32, 1) == (None, None)
-    assert cache.is_empty
+    assert cache._entry is None
 
 
 def test_cache_is_empty_outside_backward():
     run, cache, _ = trainable_layer("eager")
     run(torch.randn(6, 8))
-    assert cache.is_empty
+    assert cache._entry is None

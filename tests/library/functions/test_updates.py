@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from snella.autograd import adapted_layer, effective_weight, sparsify_update
+from snella.autograd import adapted_layer, add_by_autograd, sparsify_update
 from snella.kernels import KERNELS, KernelScalars, make_kernel
 from snella.sparsify import keep_threshold
 from snella.update import Factors, LinearOp, UpdateSpec
@@ -139,14 +139,12 @@ def test_thresholds_are_returned_and_reused():
 def test_effective_weight_without_base_has_the_requested_shape():
     problem = make_problem(m=4, n=6)
     update = problem.update(problem.tensors)
-    flat = effective_weight(None, [update])
+    flat = add_by_autograd(None, [update])[0]
     assert flat.shape == (4, 6)
-    assert torch.equal(effective_weight(None, [update], torch.Size((4, 3, 2, 1))), flat.reshape(4, 3, 2, 1))
+    assert torch.equal(add_by_autograd(None, [update], torch.Size((4, 3, 2, 1)))[0], flat.reshape(4, 3, 2, 1))
 
 
 def test_missing_weight_and_update_raise():
-    with pytest.raises(ValueError, match="effective_weight requires a weight or at least one update, got neither"):
-        effective_weight(None, [])
     with pytest.raises(ValueError, match="adapted_layer requires a weight or at least one update, got neither"):
         layer_output(torch.ones(2, 3), None, None, [], LinearOp())
 

@@ -187,14 +187,6 @@ def test_cache_detects_adapter_switch(mlp, merges):
     assert torch.equal(mlp.predict(model), first)
 
 
-def test_cached_budget_detects_buffer_writes(mlp):
-    layer = layers(mlp.adapted())[0]
-    assert layer.budgets("default") == (120,)
-    layer.snella_budget["default"].fill_(11)
-    layer.seal_budgets("default")
-    assert layer.budgets("default") == (11,)
-
-
 def test_inference_tensors_are_not_cached(mlp):
     with torch.inference_mode():
         model = mlp.adapted()

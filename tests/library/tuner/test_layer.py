@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from snella import SnellaConfig
 from snella.layer import SnellaLayer, log_backend
 from snella.matrices import adapted_matrices
-from snella.regularization import update_dropout
 
 
 def layers(model):
@@ -449,14 +448,17 @@ def test_update_dropout_applies_only_to_the_update_in_training():
 
 def test_dropout_exclude_disables_update_dropout(vit):
     model = vit.adapted(preset="official")
-    with_dropout = {layer.module_name.rpartition(".")[2]: update_dropout(layer, "default") for layer in layers(model)}
+    with_dropout = {
+        layer.module_name.rpartition(".")[2]: layer.snella_config["default"].dropout_of(layer.module_name)
+        for layer in layers(model)
+    }
     assert with_dropout == {"qkv": 0.1, "proj": 0.0, "fc1": 0.1, "fc2": 0.1}
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "swin", "sam", "gpt2", "timm_swin"])
 def test_official_preset_excludes_attention_output_from_dropout(cases, name):
     model = cases[name].adapted(preset="official")
-    kinds = {m.kind: update_dropout(m.layer, "default") for m in adapted_matrices(model)}
+    kinds = {m.kind: m.layer.snella_config["default"].dropout_of(m.module_name) for m in adapted_matrices(model)}
     excluded = {kind for kind, rate in kinds.items() if rate == 0}
     assert len(excluded) == 1
     assert "proj" in excluded.pop()

@@ -14,8 +14,8 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
 from snella import SnellaConfig
-from snella.base_layer import product_dtype
 from snella.compat.quantization import Quantization, report_requantization
+from snella.forward import product_dtype
 from snella.layer import SnellaLayer
 from snella.merge import effective_weight
 from snella.update import LazyWeight

@@ -348,12 +348,6 @@ def test_shared_layer_raises():
         get_peft_model(model, SnellaConfig(r=2, target_modules=["0"]))
 
 
-def test_implementation_is_logged_with_reason(caplog):
-    caplog.set_level("INFO", logger="snella")
-    get_peft_model(nn.Sequential(nn.Linear(4, 4)), SnellaConfig(r=2, target_modules=["0"], kernel="rbf"))
-    assert "impl='auto' is 'eager' (numba supports only the piecewise kernels, got kernel='rbf')" in caplog.text
-
-
 # default targets of other architectures -----------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Lists of names and suggestions for error messages."""
+"""Suggestions and lists of names in messages, and matching of module names."""
 
 import difflib
 from collections.abc import Iterable
@@ -15,3 +15,13 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return a hint with the closest candidate, e.g. "did you mean 'r'?", or an empty string if none is close."""
     matches = difflib.get_close_matches(name, list(candidates), n=1)
     return f"did you mean {matches[0]!r}?" if matches else ""
+
+
+def has_suffix(name: str, suffix: str) -> bool:
+    """Return whether a module name equals `suffix` or ends with it after a dot."""
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def longest_suffix(name: str, suffixes: Iterable[str]) -> str | None:
+    """Return the longest of the suffixes that a module name has, or `None`."""
+    return max((suffix for suffix in suffixes if has_suffix(name, suffix)), key=len, default=None)
