@@ -4,11 +4,11 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from snella_app.data import images, load_data
+from snella_app.data import LoadOptions, images, load_data
 
 
 def load(root, **options):
-    return load_data(f"folder:{root}", **options)
+    return load_data(f"folder:{root}", LoadOptions(**options))
 
 
 def test_class_folders_become_a_stratified_split_in_three(write_images):
