@@ -37,8 +37,8 @@ _REQUIRED = (
 def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
     """Infer the configuration of a SAM of any size.
 
-    Width, depth, patch size and image size follow from the image encoder's shapes. The width of its relative positions
-    gives the number of heads, their length the global-attention blocks. The mask decoder has eight heads.
+    The width of the image encoder's relative positions gives the number of heads, their length the global-attention
+    blocks. The mask decoder has eight heads.
 
     Args:
         state: State dict in the naming of transformers' `SamModel`.
@@ -173,7 +173,9 @@ def _to_transformers_names(state: dict[str, Tensor], path: Path) -> dict[str, Te
             f"(transformers) are missing, got {listed(sorted(names))}"
         )
     if any(name.startswith("image_encoder.") for name in names):
-        depths = _mlp_depths(names)
+        depths: dict[str, int] = {}
+        for match in filter(None, map(_MLP.match, names)):
+            depths[match[1]] = max(depths.get(match[1], 0), int(match[2]) + 1)
         state = {_renamed(name, depths): value for name, value in state.items() if name not in _PIXEL_BUFFERS}
     # one matrix with two names; a file stores it under one or both
     for name, alias in ((_IMAGE_POSITIONS, _PROMPT_POSITIONS), (_PROMPT_POSITIONS, _IMAGE_POSITIONS)):
@@ -182,16 +184,8 @@ def _to_transformers_names(state: dict[str, Tensor], path: Path) -> dict[str, Te
     return state
 
 
-def _mlp_depths(names: set[str]) -> dict[str, int]:
-    """Return the number of layers in each MLP of the mask decoder."""
-    depths: dict[str, int] = {}
-    for match in filter(None, map(_MLP.match, names)):
-        depths[match[1]] = max(depths.get(match[1], 0), int(match[2]) + 1)
-    return depths
-
-
 def _renamed(name: str, depths: dict[str, int]) -> str:
-    """Convert one of the authors' names to transformers' name."""
+    """Convert one of the authors' names to transformers' name; `depths` is the number of layers of each MLP."""
     for pattern, replacement in _RENAMED:
         name = re.sub(pattern, replacement, name)
     match = _MLP.match(name)
@@ -271,21 +265,18 @@ class SamMaskHead(nn.Module):
         """Compute foreground logits `[batch, 1, 4h, 4w]` from image embeddings `[batch, channels, h, w]`."""
         batch, _, height, width = embeddings.shape
         dense = self.no_mask[None, :, None, None].expand(batch, -1, height, width)
+        options: Any = {"device": embeddings.device, "dtype": embeddings.dtype}
+        x, y = ((torch.arange(size, **options) + 0.5) / size for size in (width, height))
+        centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [h, w, 2], x first
+        positions = self.position_encoding(centers).permute(2, 0, 1)[None]
         masks, _ = self.masks(
             image_embeddings=embeddings,
-            image_positional_embeddings=self._positions(height, width, embeddings).expand(batch, -1, -1, -1),
+            image_positional_embeddings=positions.expand(batch, -1, -1, -1),
             sparse_prompt_embeddings=None,
             dense_prompt_embeddings=dense,
             multimask_output=False,
         )
         return masks[:, 0]
-
-    def _positions(self, height: int, width: int, like: Tensor) -> Tensor:
-        """Return the encoded patch centers, `[1, channels, h, w]`."""
-        y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
-        x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
-        centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [h, w, 2], x first
-        return self.position_encoding(centers).permute(2, 0, 1)[None]
 
 
 class SamSegmenter(nn.Module):
