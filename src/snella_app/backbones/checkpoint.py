@@ -218,14 +218,7 @@ def state_dict_errors(
     optional_prefixes: tuple[str, ...] = (),
     optional_suffixes: tuple[str, ...] = (),
 ) -> list[str]:
-    """Return one message per type of mismatch, with names and shapes; empty if `state` fits.
-
-    Args:
-        state: Tensors of a file in the model's naming.
-        reference: State dict of the model.
-        optional_prefixes: Prefixes of names that may be missing.
-        optional_suffixes: Suffixes of names that may be missing.
-    """
+    """Return one message per type of mismatch, with names and shapes; names with optional affixes may be missing."""
     missing = [
         f"{key} {list(value.shape)}"
         for key, value in reference.items()

@@ -265,8 +265,8 @@ class SamMaskHead(nn.Module):
         """Compute foreground logits `[batch, 1, 4h, 4w]` from image embeddings `[batch, channels, h, w]`."""
         batch, _, height, width = embeddings.shape
         dense = self.no_mask[None, :, None, None].expand(batch, -1, height, width)
-        options: Any = {"device": embeddings.device, "dtype": embeddings.dtype}
-        x, y = ((torch.arange(size, **options) + 0.5) / size for size in (width, height))
+        y = (torch.arange(height, device=embeddings.device, dtype=embeddings.dtype) + 0.5) / height
+        x = (torch.arange(width, device=embeddings.device, dtype=embeddings.dtype) + 0.5) / width
         centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [h, w, 2], x first
         positions = self.position_encoding(centers).permute(2, 0, 1)[None]
         masks, _ = self.masks(

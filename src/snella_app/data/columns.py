@@ -26,7 +26,6 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
 }
 """Column names by role, lower case without spaces and `_`, most likely first."""
 _ROOT, _NONE = "root", "none"
-_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -110,20 +109,11 @@ def columns_in(role: str, column: str) -> list[str]:
 
 
 def _describe_column(name: str, values: Sequence[Any]) -> str:
-    """Describe a column: name, type and three examples."""
-    present = [value for value in values if value is not None and value != ""]
-    numbers = [number_of(value) for value in present]
-    if not present:
-        kind = "empty"
-    elif isinstance(present[0], list | tuple):
-        kind = "lists"
-    elif any(math.isnan(number) for number in numbers):
-        kind = "text"
-    else:
-        kind = "integers" if all(number.is_integer() for number in numbers) else "numbers"
-    texts = [repr(text) for text in list(dict.fromkeys(map(format_value, present)))[:_EXAMPLES]]
+    """Describe a column: name and three examples."""
+    examples = dict.fromkeys(format_value(value) for value in values if value is not None and value != "")
+    texts = [repr(text) for text in list(examples)[:3]]
     shown = ", ".join(f"{text[:40]}…" if len(text) > 40 else text for text in texts)
-    return f"{name!r} ({kind}{': ' if shown else ''}{shown})"
+    return f"{name!r} ({shown})" if shown else repr(name)
 
 
 def paths_in(table: Mapping[str, Sequence[Any]], column: str) -> list[str]:

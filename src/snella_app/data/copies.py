@@ -17,12 +17,7 @@ _CHUNK, _MAX_PAIRS = 1024, 2_000_000_000
 
 
 def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> list[str]:
-    """Return warnings about images of the named splits that are copies of training images, exact or re-encoded.
-
-    Args:
-        parts: Splits by name.
-        names: Splits to compare with `train`; missing ones are ignored.
-    """
+    """Return warnings about images of the named splits that are copies of training images, exact or re-encoded."""
     train = parts["train"]
     notes = []
     for name, part in ((name, parts[name]) for name in names if name in parts):
@@ -43,10 +38,6 @@ def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> li
 def equal_files(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
     """Find files with the bytes of a training image; only files whose size occurs in both datasets are read.
 
-    Args:
-        train: Training images.
-        others: Other images; missing files are ignored.
-
     Returns:
         Position of the training image by position in `others`.
     """
@@ -61,8 +52,7 @@ def equal_files(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
 def find_duplicates(images: ImageDataset) -> list[list[int]]:
     """Return groups of positions with identical images, compared by size and 16×16 gray thumbnail.
 
-    Args:
-        images: Dataset; flat images and images that were not inspected are ignored.
+    Flat images and images that were not inspected are ignored.
     """
     groups: dict[Any, list[int]] = {}
     for position, metadata in known_metadata(images).items():
@@ -73,10 +63,6 @@ def find_duplicates(images: ImageDataset) -> list[list[int]]:
 
 def find_equal_images(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
     """Find images whose pixels equal a training image, independent of file format.
-
-    Args:
-        train: Training images.
-        others: Other images, read with the same options.
 
     Returns:
         Position of the training image by position in `others`.
@@ -105,10 +91,6 @@ def find_near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int
 
     Two images match if their 16×16 gray thumbnails have a correlation ≥ 0.995 and a root mean square difference
     ≤ 3 (of 255). Flat images and images that were not inspected are ignored.
-
-    Args:
-        train: Training images.
-        others: Images of another split.
 
     Returns:
         Position of the most similar training image by position in `others`.

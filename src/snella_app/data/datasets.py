@@ -92,7 +92,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         self._encode: Callable[[Target], Any] | None = None
         self._is_weighted = False
         # in shared memory, so that persistent workers read new epochs
-        self._epoch = _shared_zero()
+        self._epoch = _shared_scalar(0)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -176,8 +176,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
     def _copy(self) -> Self:
         """Return a copy with an independent epoch."""
         dataset = copy(self)
-        dataset._epoch = _shared_zero()
-        dataset.set_epoch(self.epoch)
+        dataset._epoch = _shared_scalar(self.epoch)
         return dataset
 
     def _item(self, index: int) -> tuple[Any, ...]:
@@ -190,14 +189,10 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         return image, *self.target_and_weight(index)
 
 
-def _shared_zero() -> Tensor:
-    """Return a zero-initialized int64 scalar in shared memory.
-
-    Raises:
-        OSError: If shared memory (`/dev/shm`) is full or a file size limit is reached.
-    """
+def _shared_scalar(value: int) -> Tensor:
+    """Return an int64 scalar in shared memory; raise OSError if it is full or a file size limit is reached."""
     try:
-        return torch.zeros((), dtype=torch.int64).share_memory_()
+        return torch.tensor(value).share_memory_()
     except RuntimeError as error:
         raise OSError(f"cannot allocate eight bytes in shared memory: {error}; free space in /dev/shm") from None
 
@@ -262,12 +257,7 @@ class MaskDataset(ImageDataset):
 
 
 def read_at_side(parts: Sequence[ImageDataset], side: int | None) -> list[ImageDataset]:
-    """Return splits that read images at a reduced resolution; splits with masks are unchanged.
-
-    Args:
-        parts: Splits; sources shared between splits stay shared.
-        side: Minimum shorter side, see `Reading.side`.
-    """
+    """Return splits that read images at `Reading.side`; splits with masks are unchanged, shared sources stay shared."""
     sources: dict[int, ImageSource] = {}
     changed = []
     for part in parts:

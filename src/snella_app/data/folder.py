@@ -69,17 +69,7 @@ def load_folder(path: str, options: LoadOptions) -> Collection:
 
 
 def broken_note(broken: Mapping[str, str], count: int, folder: str | Path, skip_corrupt: bool) -> str:
-    """Return the note about skipped images.
-
-    Args:
-        broken: Reasons by image name.
-        count: Number of images in the folder.
-        folder: Folder, for the message.
-        skip_corrupt: If False, raise an error.
-
-    Raises:
-        ValueError: If `skip_corrupt` is False.
-    """
+    """Return the note about `broken` images (reason by name) among `count`; raise ValueError unless `skip_corrupt`."""
     named = listed(f"{name} ({reason})" for name, reason in broken.items())
     if not skip_corrupt:
         raise ValueError(

@@ -114,16 +114,11 @@ def from_python(data: Any, options: LoadOptions) -> Collection:
     if class_names and options.target == "class" and all(isinstance(label, int | np.integer) for label in labels):
         classes = [str(name) for name in class_names]
         labels = [classes[int(label)] for label in labels]
-    samples = Samples(
-        name,
-        where,
-        source,
-        [f"{part_name}/{row:06}" for part_name, part in parts.items() for row in range(len(part))],
-        labels,
-        ["label"],
-        splits=[part_name for part_name, part in parts.items() for _ in range(len(part))] if len(parts) > 1 else None,
-        classes=classes,
-    )
+    rows = [(part_name, row) for part_name, part in parts.items() for row in range(len(part))]
+    names = [f"{part_name}/{row:06}" for part_name, row in rows]
+    table = {"label": labels, "split": [part_name for part_name, _ in rows]}
+    roles = {role: role for role in table if role == "label" or len(parts) > 1}
+    samples = Samples(name, where, source, names, table, roles, classes)
     return build_collection(samples, options)
 
 
@@ -233,10 +228,8 @@ def _from_hf(data: Any, where: str, name: str, options: LoadOptions, roots: Sequ
     encoded = [rows.select_columns([roles["path"]]) for rows in parts.values()]
     encoded = [rows.cast_column(roles["path"], datasets.Image(decode=False)) for rows in encoded]
     names = table.get(_KEY) or [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
-    samples = Samples.from_table(
-        name, where, _HubImages(encoded, roles["path"], options.reading, roots), names, table, roles
-    )
-    samples.notes = [*notes, *samples.notes]
+    source = _HubImages(encoded, roles["path"], options.reading, roots)
+    samples = Samples(name, where, source, names, table, roles, notes=notes)
     if options.target != "numbers":
         samples.classes = _class_names(first.features.get(samples.label_columns[0]))
     return build_collection(samples, options)

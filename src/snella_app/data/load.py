@@ -26,6 +26,7 @@ from snella_app.plugins import plugins
 from snella_app.text import listed, similar_paths
 
 _DARK = 0.25
+"""Fraction of the range that triggers the warning about dark 16-bit images."""
 _IMBALANCE = 4
 """Ratio of class sizes that triggers the imbalance note."""
 _FOLDER = "folder:"
@@ -153,7 +154,8 @@ def load_data(spec: Any, options: LoadOptions = DEFAULT_OPTIONS) -> DataSplits:
     """
     splits = DataSplits(**vars(_read(spec, options)))
     total = sum(map(len, splits.parts.values()))
-    _hold_out(splits, options)
+    if options.folds is not None and options.fold is not None:
+        _hold_out(splits, options.folds, options.fold, options.seed_of("test"))
     is_benchmark = isinstance(spec, str) and spec.startswith(tuple(_BENCHMARKS))
     compared = set(splits.parts) - {splits.fold_part} if is_benchmark else set()  # by the reader of the benchmark
     if options.divide:
@@ -167,12 +169,12 @@ def load_data(spec: Any, options: LoadOptions = DEFAULT_OPTIONS) -> DataSplits:
     splits.description = f"{splits.name}: {total:,} images {content}; {counts}"
     splits.warnings = [
         *_missing_class_warnings(splits, options.target),
-        *_dark_image_notes(splits),
+        *_metadata_warnings(splits),
         *_shared_group_warnings(splits),
         *copy_warnings(splits.parts, [name for name in ("val", "test") if name not in compared]),
         *_imbalance_notes(splits),
     ]
-    splits.notes = [*splits.notes, *_page_notes(splits), *splits.warnings]
+    splits.notes = [*splits.notes, *splits.warnings]
     return splits
 
 
@@ -262,14 +264,11 @@ def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collect
     )
 
 
-def _hold_out(splits: DataSplits, options: LoadOptions) -> None:
+def _hold_out(splits: DataSplits, folds: int, fold: int, seed: int) -> None:
     """Hold out a fold of the training and validation images as the test split, or validation if a test split exists."""
-    folds, fold = options.folds, options.fold
-    if folds is None or fold is None:
-        return
     images = splits.train if splits.val is None else joined(splits.train, splits.val)
-    groups, seed = images.annotations.groups, options.seed_of("test")
-    rest, selected = fold_split(images.labels, groups, folds, fold, seed=seed, classes=splits.label_names)
+    groups, classes = images.annotations.groups, splits.label_names
+    rest, selected = fold_split(images.labels, groups, folds, fold, seed=seed, classes=classes)
     splits.train, splits.val, splits.has_parts = images.subset(rest), None, True
     if splits.test is None:
         splits.test, splits.fold_part = images.subset(selected), "test"
@@ -387,26 +386,24 @@ def _imbalance_notes(splits: DataSplits) -> list[str]:
     ]
 
 
-def _page_notes(splits: DataSplits) -> list[str]:
-    """Return a note about images with several pages or frames."""
-    names = [
-        images.names[position]
-        for images in splits.parts.values()
-        for position, metadata in known_metadata(images).items()
-        if metadata.has_pages
+def _metadata_warnings(splits: DataSplits) -> list[str]:
+    """Return warnings about images with several pages or frames, and about dark 16-bit images."""
+    warnings = []
+    known = {name: known_metadata(images) for name, images in splits.parts.items()}
+    paged = [
+        splits.parts[name].names[position]
+        for name, metadata in known.items()
+        for position, entry in metadata.items()
+        if entry.has_pages
     ]
-    if not names:
-        return []
-    return [f"only the first page or frame of {counted(len(names), 'image')} is used: {listed(names)}"]
-
-
-def _dark_image_notes(splits: DataSplits) -> list[str]:
-    """Return a note about 16-bit images that use a small fraction of the range, e.g. from 12-bit cameras."""
-    metadata = [entry for images in splits.parts.values() for entry in known_metadata(images).values()]
-    shares = [entry.brightest for entry in metadata if entry.brightest is not None]
-    if not shares or not 0 < max(shares) <= _DARK:
-        return []
-    return [
-        f"{counted(len(shares), '16-bit image')} with values up to {max(shares):.1%} of the range; set the "
-        "white value with --white (white=), e.g. 4095 for 12-bit cameras"
+    if paged:
+        warnings.append(f"only the first page or frame of {counted(len(paged), 'image')} is used: {listed(paged)}")
+    shares = [
+        entry.brightest for metadata in known.values() for entry in metadata.values() if entry.brightest is not None
     ]
+    if shares and 0 < max(shares) <= _DARK:
+        warnings.append(
+            f"{counted(len(shares), '16-bit image')} with values up to {max(shares):.1%} of the range; set the "
+            "white value with --white (white=), e.g. 4095 for 12-bit cameras"
+        )
+    return warnings

@@ -36,11 +36,8 @@ class Samples:
         where: Data as the user typed it, for messages.
         source: Images, one per row.
         names: Name of each image.
-        labels: Raw values of the label column; tuples for several columns.
-        label_columns: Names of the label columns.
-        splits: Raw split of each image; None without splits.
-        weights: Raw sample weight of each image; None without weights.
-        groups: Raw group of each image; None without groups.
+        table: Values by column.
+        roles: Column name by role, see `Columns.resolve`; `label` is required.
         classes: Class names by index, if the data defines them.
         broken: Reason by unusable row.
         notes: Notes for the user.
@@ -50,43 +47,26 @@ class Samples:
     where: str
     source: CachedImages
     names: list[str]
-    labels: list[Any]
-    label_columns: list[str]
-    splits: list[Any] | None = None
-    weights: list[Any] | None = None
-    groups: list[Any] | None = None
+    table: Mapping[str, Sequence[Any]]
+    roles: Mapping[str, str]
     classes: list[str] | None = None
     broken: dict[int, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    @classmethod
-    def from_table(
-        cls,
-        name: str,
-        where: str,
-        source: CachedImages,
-        names: list[str],
-        table: Mapping[str, list[Any]],
-        roles: Mapping[str, str],
-    ) -> "Samples":
-        """Build samples from a table; `roles` maps column roles to names, see `Columns.resolve`."""
-        labels = columns_in("label", roles["label"])
-        values = zip(*(table[label] for label in labels), strict=True)
-        splits, weights, groups = (
-            table[roles[role]] if role in roles else None for role in ("split", "weight", "group")
-        )
-        return cls(
-            name,
-            where,
-            source,
-            names,
-            labels=[value[0] if len(labels) == 1 else value for value in values],
-            label_columns=labels,
-            splits=splits,
-            weights=weights,
-            groups=groups,
-            notes=[f"columns: {', '.join(f'{role} {column!r}' for role, column in roles.items())}"],
-        )
+    @property
+    def label_columns(self) -> list[str]:
+        """Names of the label columns."""
+        return columns_in("label", self.roles["label"])
+
+    @property
+    def labels(self) -> list[Any]:
+        """Raw values of the label column; tuples for several columns."""
+        columns = [self.table[name] for name in self.label_columns]
+        return list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
+
+    def column(self, role: str) -> Sequence[Any] | None:
+        """Return the raw values of a role; None without a column."""
+        return self.table[self.roles[role]] if role in self.roles else None
 
 
 def load_table(path: str, options: LoadOptions, *, kind: str) -> Collection:
@@ -109,7 +89,7 @@ def load_table(path: str, options: LoadOptions, *, kind: str) -> Collection:
     names = paths_in(table, roles["path"])
     root = columns.root or file.parent
     source = FileImages([root / name for name in names], options.reading)
-    samples = Samples.from_table(file.stem, where, source, names, table, roles)
+    samples = Samples(file.stem, where, source, names, table, roles)
     for row, image in enumerate(source.paths):
         reason = outside_reason(image, [root]) if kind == "parquet" and names[row] else ""
         if not names[row]:
@@ -137,14 +117,17 @@ def build_collection(samples: Samples, options: LoadOptions) -> Collection:
     """
     parts, target = _parts(samples), options.target
     values, broken = _targets(samples, target)
-    weights = None if samples.weights is None else [number_of(value) for value in samples.weights]
-    for row, weight in enumerate(samples.weights or []):
-        if not 0 <= number_of(weight) <= _MAX_WEIGHT:
-            broken[row] = f"weight {weight!r} is not in [0, {_MAX_WEIGHT:g}]"
+    raw_weights, raw_groups = samples.column("weight"), samples.column("group")
+    weights = None if raw_weights is None else [number_of(value) for value in raw_weights]
+    for row, value in enumerate(raw_weights or []):
+        if not 0 <= number_of(value) <= _MAX_WEIGHT:
+            broken[row] = f"weight {value!r} is not in [0, {_MAX_WEIGHT:g}]"
     broken |= samples.broken
     usable = [row for row in range(len(samples.names)) if row not in broken]
     broken |= broken_rows(samples.source, usable)
     notes = list(samples.notes)
+    if "path" in samples.roles:
+        notes.append(f"columns: {', '.join(f'{role} {column!r}' for role, column in samples.roles.items())}")
     if broken:
         if not options.skip_corrupt:
             raise ValueError(
@@ -160,7 +143,9 @@ def build_collection(samples: Samples, options: LoadOptions) -> Collection:
     indices, classes, strata = _labels(rows, samples, values, target)
     if target == "class":
         _check_classes(classes, indices, rows, parts, samples)
-    groups = samples.groups and [text_of(value) or f"(row {row + 1})" for row, value in enumerate(samples.groups)]
+    groups = (
+        None if raw_groups is None else [text_of(value) or f"(row {row + 1})" for row, value in enumerate(raw_groups)]
+    )
     annotations = Annotations(values, weights, groups).subset(rows)
     labels, names = [indices[row] for row in rows], [samples.names[row] for row in rows]
     images = ImageDataset(samples.source, rows, labels, names, annotations)
@@ -186,7 +171,7 @@ def build_collection(samples: Samples, options: LoadOptions) -> Collection:
         train,
         splits.get("val"),
         splits.get("test"),
-        has_parts=samples.splits is not None,
+        has_parts="split" in samples.roles,
         notes=notes,
         strata=strata,
         broken={samples.names[row] or f"row {row + 1}": broken[row] for row in sorted(broken)},
@@ -218,12 +203,7 @@ def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:
 
 
 def outside_reason(path: Path, roots: Sequence[Path]) -> str:
-    """Return the reason a row may not reference a file; empty for files in the allowed folders.
-
-    Args:
-        path: File referenced by the row; links are resolved.
-        roots: Allowed folders.
-    """
+    """Return the reason a row may not reference a file, whose links are resolved; empty for files below `roots`."""
     try:
         resolved = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # e.g. a link cycle or a NUL byte
@@ -297,9 +277,10 @@ def _read_parquet(file: Path) -> dict[str, list[Any]]:
 
 def _parts(samples: Samples) -> list[str]:
     """Return the split of each row; `train` for data without splits."""
-    if samples.splits is None:
+    splits = samples.column("split")
+    if splits is None:
         return ["train"] * len(samples.names)
-    texts = [text_of(value) for value in samples.splits]
+    texts = [text_of(value) for value in splits]
     unknown = Counter(text for text in texts if text.lower() not in PARTS)
     if unknown:
         named = listed([f"{text!r} ({counted(count, 'row')})" for text, count in unknown.most_common()])

@@ -73,8 +73,8 @@ def test_a_missing_column_error_describes_all_columns(write_table):
         load_data(f"csv:{file}", LoadOptions(columns="label=specie"))
     assert str(caught.value) == (
         f"csv:{file}: no column 'specie' for label (nearest: 'species'). Columns: "
-        "'file' (text: 'images/00.png', 'images/01.png', 'images/02.png'), 'species' (text: 'cat', 'dog'), "
-        "'patient' (text: 'p0', 'p1'), 'age' (integers: '0', '1', '2')"
+        "'file' ('images/00.png', 'images/01.png', 'images/02.png'), 'species' ('cat', 'dog'), "
+        "'patient' ('p0', 'p1'), 'age' ('0', '1', '2')"
     )
     file = write_table(rows_of(4), ("where", "kind", "of"))
     with pytest.raises(ValueError, match=r"no path column \(path or a similar name\); .*=NAME; no label column"):
