@@ -172,7 +172,7 @@ def load_data(spec: Any, options: LoadOptions = DEFAULT_OPTIONS) -> DataSplits:
         *_metadata_warnings(splits),
         *_shared_group_warnings(splits),
         *copy_warnings(splits.parts, [name for name in ("val", "test") if name not in compared]),
-        *_imbalance_notes(splits),
+        *_imbalance_warnings(splits),
     ]
     splits.notes = [*splits.notes, *splits.warnings]
     return splits
@@ -374,8 +374,8 @@ def is_unbalanced(labels: Iterable[int]) -> bool:
     return bool(counts) and max(counts) >= _IMBALANCE * min(counts)
 
 
-def _imbalance_notes(splits: DataSplits) -> list[str]:
-    """Return a note about class imbalance."""
+def _imbalance_warnings(splits: DataSplits) -> list[str]:
+    """Return a warning about class imbalance."""
     if splits.strata is not None or not is_unbalanced(splits.train.labels):
         return []
     counts = Counter(splits.train.labels)

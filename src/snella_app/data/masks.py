@@ -248,7 +248,12 @@ def load_kvasir(path: str, options: LoadOptions) -> Collection:
     names = _official_split(root, pairs, errors)
     notes = []
     if names is None:
-        names = _split_by_hash(list(pairs))
+        ordered = sorted(pairs, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+        test = set(ordered[: max(1, round(_TEST_FRACTION * len(ordered)))])
+        names = {
+            "train": [name for name in pairs if name not in test],
+            "test": [name for name in pairs if name in test],
+        }
         notes.append(
             f"kvasir: no {' or '.join(_SPLIT_FILES.values())} in the folder; {len(names['test'])} test images are "
             "selected by SHA-256 of their names (not the official split)"
@@ -287,10 +292,3 @@ def _names(file: Path) -> list[str]:
     """Read the names in a split file, without folders and suffixes."""
     lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     return list(dict.fromkeys(Path(line).stem if "." in line else Path(line).name for line in lines if line))
-
-
-def _split_by_hash(names: list[str]) -> dict[str, list[str]]:
-    """Select 12% of the names by SHA-256 as the test split."""
-    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    test = set(ordered[: max(1, round(_TEST_FRACTION * len(ordered)))])
-    return {"train": [n for n in names if n not in test], "test": [n for n in names if n in test]}

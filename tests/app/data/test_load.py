@@ -7,19 +7,9 @@ from snella_app.data import LoadOptions, data_names, full_spec, load_data
 
 
 def test_the_accepted_forms_are_listed():
-    families = [
-        "folder:PATH",
-        "masks:PATH",
-        "kvasir:PATH",
-        "csv:FILE",
-        "parquet:FILE",
-        "hf:NAME",
-        "wds:SHARDS",
-        "vtab:PATH",
-        "fgvc:PATH",
-    ]
+    families = "folder:PATH masks:PATH kvasir:PATH csv:FILE parquet:FILE hf:NAME wds:SHARDS vtab:PATH fgvc:PATH"
     bundled = ["digits", "elpv", "fashion-mnist", "mnist5k", "mri", "mri-lobes", "mri-regions", "stamps"]
-    assert data_names() == [*families, *bundled]
+    assert data_names() == [*families.split(), *bundled]
 
 
 def names_of(data) -> list[list[str]]:
@@ -76,33 +66,16 @@ def test_an_unknown_specification_error_suggests_the_nearest(spec, message):
 
 def test_a_bare_path_is_resolved_by_its_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ("photos/cat", "lungs/images", "lungs/masks", "shards", "saved", "digits"):
+    for folder in ("photos/cat", "lungs/images", "lungs/masks", "shards", "saved", "digits", "rows", "mixed/a"):
         Path(folder).mkdir(parents=True)
-    for file in ("t.csv", "t.tsv", "t.parquet", "shards/0.tar", "saved/state.json", "x.jpg", "photos/all.tar"):
+    files = "t.csv t.tsv t.parquet shards/0.tar saved/state.json x.jpg photos/all.tar rows/0.parquet rows/.cache"
+    for file in (*files.split(), "mixed/0.parquet", "mixed/a/0.jpg"):
         Path(file).write_bytes(b"")
-    for file in ("rows/0.parquet", "rows/.cache", "mixed/0.parquet", "mixed/a/0.jpg"):
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).write_bytes(b"")
-    paths = [
-        "photos",
-        "lungs",
-        "shards",
-        "saved",
-        "digits",
-        "t.csv",
-        "t.tsv",
-        "t.parquet",
-        "x.jpg",
-        "nowhere",
-        "hf:saved",
-        "rows",
-        "mixed",
-        "~nosuchuser/x",
-    ]
-    assert [full_spec(path) for path in paths] == [
-        *("folder:photos", "masks:lungs", "wds:shards", "hf:saved", "digits", "csv:t.csv", "csv:t.tsv"),
-        *("parquet:t.parquet", "x.jpg", "nowhere", "hf:saved", "hf:rows", "folder:mixed", "~nosuchuser/x"),
-    ]
+    prefixes = {"photos": "folder:", "lungs": "masks:", "shards": "wds:", "saved": "hf:", "rows": "hf:"}
+    prefixes |= {"mixed": "folder:", "t.csv": "csv:", "t.tsv": "csv:", "t.parquet": "parquet:"}
+    unchanged = ("digits", "x.jpg", "nowhere", "hf:saved", "~nosuchuser/x")
+    for path in (*prefixes, *unchanged):
+        assert full_spec(path) == prefixes.get(path, "") + path
     with pytest.raises(ValueError, match=r"got 'x\.jpg', which is not a table \(CSV, TSV, Parquet or tar\)"):
         load_data("x.jpg")
     with pytest.raises(ValueError, match="got 'photo', which does not exist; nearest: 'photos'"):
