@@ -6,7 +6,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -226,21 +226,11 @@ def _start_of(file: File) -> bytes:
 def _read_array(file: File, reading: Reading) -> Tensor:
     """Read a TIFF or array file as `[channels, height, width]`, uint8 or float32 in [0, 1]."""
     channels = reading.channels
+    array_pixels(file)  # rejects other files before memory is allocated
     if _start_of(file).startswith(_NUMPY_START):
-        _check_header(*_array_header(file))
         values = np.load(file, allow_pickle=False)
     else:
-        try:
-            import tifffile
-        except ImportError as error:
-            raise ImportError(
-                f"images with {channels} channels need tifffile; pip install 'snella[channels]'"
-            ) from error
-        with tifffile.TiffFile(file) as tiff:
-            if not tiff.series:
-                raise ValueError("the file has no image")
-            _check_header(tiff.series[0].shape, tiff.series[0].dtype)
-            values = tiff.asarray()
+        values = _import_tifffile().imread(file)
     if values.ndim == 2:
         values = values[None]
     if values.ndim != 3 or channels not in (values.shape[0], values.shape[-1]):
@@ -264,37 +254,35 @@ def array_pixels(file: File) -> int:
     """Return the number of values in a TIFF or array file from its header; the stream position is unchanged.
 
     Raises:
-        ValueError: If the file is neither, or not numeric.
+        ValueError: If the file is neither, not numeric or too large.
+        ImportError: If tifffile is required but not installed.
     """
     if _start_of(file).startswith(_NUMPY_START):
-        shape, dtype = _array_header(file)
+        with nullcontext(file) if not isinstance(file, str | Path) else Path(file).open("rb") as stream:
+            is_first = np.lib.format.read_magic(stream) == (1, 0)
+            read_header = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read_header(stream)
     else:
-        import tifffile
-
-        with tifffile.TiffFile(file) as tiff:
-            shape, dtype = (tiff.series[0].shape, tiff.series[0].dtype) if tiff.series else ((0,), None)
-        if not isinstance(file, str | Path):
-            file.seek(0)
-    _check_header(shape, dtype)
-    return math.prod(shape)
-
-
-def _array_header(file: File) -> tuple[tuple[int, ...], Any]:
-    """Read shape and dtype from the header of an array file."""
-    with nullcontext(file) if not isinstance(file, str | Path) else Path(file).open("rb") as stream:
-        version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(stream)
-        stream.seek(0)
-    return shape, dtype
-
-
-def _check_header(shape: Sequence[int], dtype: Any) -> None:
-    """Check dtype and size of an array before it is read."""
+        with _import_tifffile().TiffFile(file) as tiff:
+            if not tiff.series:
+                raise ValueError("the file has no image")
+            shape, dtype = tiff.series[0].shape, tiff.series[0].dtype
+    if not isinstance(file, str | Path):
+        file.seek(0)
     if dtype is None or dtype.kind not in "uif":
         raise ValueError(f"values must be numeric, got {dtype}")
     if math.prod(shape) > _MAX_PIXELS * 4:
         raise ValueError(f"the image must have at most {_MAX_PIXELS * 4:,} values, got an array of {list(shape)}")
+    return math.prod(shape)
+
+
+def _import_tifffile() -> Any:
+    """Import tifffile; the error names the extra to install."""
+    try:
+        import tifffile
+    except ImportError as error:
+        raise ImportError("images with many channels need tifffile; pip install 'snella[channels]'") from error
+    return tifffile
 
 
 def first_channels(image: Tensor) -> Tensor:

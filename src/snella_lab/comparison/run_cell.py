@@ -25,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from snella_app.config import TrainConfig
-from snella_app.data import ImageDataset, LoadOptions, build_transform, load_data
+from snella_app.data import ImageDataset, build_transform, load_data
 from snella_app.data.splits import stratified_sample
 from snella_app.files import write_json
 from snella_app.methods import build_method, find_method, merge_trained, parse_method, spec_of
@@ -143,7 +143,7 @@ def probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np
     Raises:
         ValueError: If a class has only one image, so that cross-validation is impossible.
     """
-    splits = load_data(data, LoadOptions(seed=0))
+    splits = load_data(data)
     parts = [splits.train] if splits.val is None else [splits.train, splits.val]
     labels = [label for part in parts for label in part.labels]
     if len(labels) > images:
