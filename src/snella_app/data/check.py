@@ -202,7 +202,8 @@ def check_data(spec: str, options: LoadOptions = DEFAULT_OPTIONS) -> DataCheck:
         FileNotFoundError: If the data does not exist.
         ImportError: If a required package is not installed.
     """
-    skipping, target, errors = replace(options, skip_corrupt=True), options.target, []
+    skipping, target = replace(options, skip_corrupt=True), options.target
+    errors: list[str] = []
     try:
         splits = load_data(spec, skipping)
     except ValueError as error:
