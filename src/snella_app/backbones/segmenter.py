@@ -92,15 +92,9 @@ def create_segmenter(
     pretrained: bool = True,
     img_size: int | None = None,
 ) -> nn.Module:
-    """Build a backbone with a decoder; raises like `create_backbone` and `create_sam_segmenter`.
+    """Build a backbone with a decoder; arguments and errors are those of `create_backbone` and `create_sam_segmenter`.
 
-    Args:
-        name: Name as for `create_backbone`, combined with a `LightDecoder`; or `sam:PATH`, a pre-trained SAM with
-            SAM's decoder.
-        num_classes: Number of classes including background.
-        weights: As for `create_backbone`.
-        pretrained: As for `create_backbone`.
-        img_size: As for `create_backbone`.
+    `name` is a name for `create_backbone`, which gets a `LightDecoder`, or `sam:PATH`, a pre-trained SAM with decoder.
     """
     if name.startswith(SAM_PREFIX):
         from snella_app.backbones.sam import create_sam_segmenter  # lazy: importing transformers' SAM is slow

@@ -220,16 +220,7 @@ VTAB_TASKS: dict[str, BenchmarkDataset] = {
 
 
 def load_vtab(path: str, options: LoadOptions) -> Collection:
-    """Load one VTAB-1k task: `train800` for training, `val200` for validation, and the test images.
-
-    Args:
-        path: Task folder, with a name in `VTAB_TASKS` or one of its aliases.
-        options: `strict_sizes`.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist.
-        ValueError: If the name is not a task, or `inspect_vtab` finds errors; one message lists all.
-    """
+    """Load one VTAB-1k task: `train800` for training, `val200` for validation, and the test images."""
     inspection = VTAB.load(path, strict_sizes=options.strict_sizes)
     return Collection(
         inspection.name,
@@ -245,16 +236,7 @@ def load_vtab(path: str, options: LoadOptions) -> Collection:
 
 
 def inspect_vtab(folder: Path, task: BenchmarkDataset) -> Inspection:
-    """Read and check the lists of one task.
-
-    Args:
-        folder: Existing task folder.
-        task: Task in the folder.
-
-    Returns:
-        Splits, and errors: missing or malformed lists, labels out of range, missing files, images in two splits, and
-        deviations from the benchmark's numbers of images or classes.
-    """
+    """Read and check the lists of one task in its folder."""
     inspection = Inspection(task.name, folder, classes=[str(label) for label in range(task.classes)])
     parts = inspection.parts
     for name in ("train800", "val200", _JOINED, "test"):
@@ -323,16 +305,7 @@ FGVC_DATASETS: dict[str, BenchmarkDataset] = {
 
 
 def load_fgvc(path: str, options: LoadOptions) -> Collection:
-    """Load one FGVC dataset.
-
-    Args:
-        path: Dataset folder, with a name in `FGVC_DATASETS` or one of its aliases.
-        options: `strict_sizes`.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist.
-        ValueError: If the name is not a dataset, or `inspect_fgvc` finds errors; one message lists all.
-    """
+    """Load one FGVC dataset."""
     inspection = FGVC.load(path, strict_sizes=options.strict_sizes)
     parts, notes = inspection.parts, inspection.notes
     return Collection(
@@ -347,18 +320,10 @@ def load_fgvc(path: str, options: LoadOptions) -> Collection:
 
 
 def inspect_fgvc(folder: Path, dataset: BenchmarkDataset) -> Inspection:
-    """Read and check the lists of one dataset.
+    """Read and check the lists of one dataset in its folder.
 
     Class indices follow from the IDs of all lists, because a list without a class would shift later indices.
     Without `train.json`, `trainval.json` is used and a validation split is created from it.
-
-    Args:
-        folder: Existing dataset folder.
-        dataset: Dataset in the folder.
-
-    Returns:
-        Splits, and errors: missing or malformed lists, missing files, images in two splits, and deviations from the
-        benchmark's numbers of images or classes.
     """
     inspection = Inspection(dataset.name, folder)
     files = {name: folder / f"{name}.json" for name in _FGVC_PARTS}

@@ -27,17 +27,9 @@ _Files = dict[str, list[Path]]
 def load_folder(path: str, options: LoadOptions) -> Collection:
     """Load the images of a folder with one subfolder per class.
 
-    Every file is decoded once to find broken files before training. Hidden files are ignored, other file types are
-    skipped with a note, and images in nested folders belong to their class folder.
-
-    Args:
-        path: Folder. It has splits if it contains a folder `train` with class folders.
-        options: Decoding options and `skip_corrupt`.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist; the message suggests similar names.
-        ValueError: If class folders are missing or empty, there are fewer than two classes, a split has classes without
-            training images, or images are broken.
+    The folder has splits if it contains a folder `train` with class folders. Every file is decoded once to find broken
+    files before training. Hidden files are ignored, other file types are skipped with a note, and images in nested
+    folders belong to their class folder.
     """
     root = existing_folder(path)
     folders = _split_folders(root)

@@ -30,18 +30,11 @@ _KEY, _URL = "__key__", "__url__"
 
 
 def load_hf(path: str, options: LoadOptions) -> Collection:
-    """Load the images of a Hugging Face dataset.
+    """Load the images of a Hugging Face dataset; the path column defaults to the first image column.
 
-    Args:
-        path: Folder written by `save_to_disk`, folder of images with `metadata.csv` (`imagefolder`), folder of Parquet
-            files, or Hub name `owner/name` or `owner/name:configuration`.
-        options: As for `build_collection`; the path column defaults to the first image column.
-
-    Raises:
-        ConnectionError: If the Hub is needed and cannot be reached.
-        FileNotFoundError: If the dataset does not exist.
-        ValueError: If the dataset cannot be read, or `build_collection` rejects it.
-        ImportError: If the package `datasets` is not installed.
+    `path` is a folder written by `save_to_disk`, a folder of images with `metadata.csv` (`imagefolder`), a folder of
+    Parquet files, or a Hub name `owner/name` or `owner/name:configuration`. If the Hub cannot be reached, raises
+    ConnectionError.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -61,19 +54,11 @@ def load_hf(path: str, options: LoadOptions) -> Collection:
 
 
 def load_wds(path: str, options: LoadOptions) -> Collection:
-    """Load the images of WebDataset shards.
+    """Load the images of WebDataset shards: a folder, a pattern (`train-*.tar`) or a range (`train-{000..009}.tar`).
 
     Files of a sample share the name before the first dot: `0001.jpg`, and `0001.cls`, `0001.txt` or `0001.json` with
-    the label. The prefix `train`, `val` or `test` of a shard's name selects its split.
-
-    Args:
-        path: Tar files: a folder, a pattern (`data/train-*.tar`) or a range (`data/train-{000..009}.tar`).
-        options: As for `build_collection`; entries are columns, e.g. `label=json.species`.
-
-    Raises:
-        FileNotFoundError: If the shards do not exist.
-        ValueError: If the shards cannot be read, or `build_collection` rejects them.
-        ImportError: If the package `datasets` is not installed.
+    the label. Entries are columns, e.g. `label=json.species`. The prefix `train`, `val` or `test` of a shard's name
+    selects its split.
     """
     shards = _shards(path)
     by_part: dict[str, list[str]] = {}

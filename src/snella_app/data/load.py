@@ -1,4 +1,7 @@
-"""Loading of data into training, validation and test splits."""
+"""Loading of data into training, validation and test splits.
+
+`load_data` reads a `Collection`, holds out a cross-validation fold, creates missing splits and limits their sizes.
+"""
 
 import difflib
 import functools
@@ -41,7 +44,8 @@ _READERS: dict[str, Callable[[str, LoadOptions], Collection]] = {
     "vtab:": load_vtab,
     "fgvc:": load_fgvc,
 }
-"""Readers by prefix; each takes the text after the colon."""
+"""Readers by prefix; each takes the text after the colon. Errors: FileNotFoundError for missing data, ValueError for
+unusable data with all problems in one message, ImportError for a missing package."""
 _TABLES = {"csv:": "FILE", "parquet:": "FILE", "hf:": "NAME", "wds:": "SHARDS"}
 """Prefixes of data with columns, and the noun for the text after the colon."""
 _BENCHMARKS = {"vtab:": VTAB, "fgvc:": FGVC}

@@ -48,15 +48,6 @@ def load_masks(path: str, options: LoadOptions) -> Collection:
     Mask values are class indices: palette indices or gray values 0, 1, 2 … without gaps; 0 is the background. Masks of
     0 and 255 are binary; JPEG masks are thresholded at 128. An optional `classes.txt` lists the class names, one per
     line, background first, and may include absent classes. Every file is decoded once.
-
-    Args:
-        path: Folder.
-        options: `skip_corrupt`.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist; the message suggests similar names.
-        ValueError: If images or masks are unpaired, sizes differ, labels are out of range, or files are unreadable; one
-            message lists all errors.
     """
     root = existing_folder(path, "masks", "with images/ and masks/ inside")
     has_parts = (root / "train" / "images").is_dir()
@@ -147,13 +138,7 @@ def collect_masks(
 
 
 def find_pairs(folder: Path, root: Path, errors: list[str]) -> list[MaskPair]:
-    """Pair the images and masks of one split by name, and append unpaired files to `errors`.
-
-    Args:
-        folder: Folder with `images/` and `masks/`.
-        root: Base folder of names in messages.
-        errors: List that receives errors.
-    """
+    """Pair the images and masks of one split by name, and append unpaired files to `errors`."""
     where = "" if folder == root else f" in {folder.relative_to(root)}"
     by_kind = {kind: _files(folder / kind, root, errors) for kind in ("images", "masks")}
     images, masks = by_kind["images"], by_kind["masks"]
@@ -233,14 +218,6 @@ def load_kvasir(path: str, options: LoadOptions) -> Collection:
     The official split is in `train.txt` (880 names) and `val.txt` (120 names), one name per line. `val.txt` is the test
     split; validation images are split off the training images. Without these files, the first 12% of names ordered by
     SHA-256 (120 of 1,000) form a reproducible but unofficial test split.
-
-    Args:
-        path: Folder.
-        options: `skip_corrupt`.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist; the message suggests similar names.
-        ValueError: As for `load_masks`; also if one split file is missing, a name is in both, or a name has no image.
     """
     root = existing_folder(path, "kvasir", "with images/ and masks/ inside")
     errors: list[str] = []

@@ -70,18 +70,9 @@ class Samples:
 
 
 def load_table(path: str, options: LoadOptions, *, kind: str) -> Collection:
-    """Load the images listed in a table.
+    """Load the images listed in a table of `kind` csv (separator `,`, `;` or tab, with a header) or parquet.
 
-    Args:
-        path: CSV file (separator `,`, `;` or tab, with a header) or Parquet file. Paths are relative to its folder.
-        options: Column roles, target, decoding options and `skip_corrupt`.
-        kind: csv or parquet.
-
-    Raises:
-        FileNotFoundError: If the file does not exist; the message suggests similar names.
-        ValueError: If the file is not a table, columns are missing, rows are unusable, or there are fewer than two
-            classes.
-        ImportError: If pyarrow is required but not installed.
+    Paths are relative to the table's folder or `root=FOLDER`.
     """
     table, file = read_table(path, kind)
     where, columns = f"{kind}:{path}", Columns.parse(options.columns)
