@@ -322,6 +322,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
         ValueError: If tensors are missing, unexpected or have a different shape.
     """
     reference = model.state_dict()
+    cfg: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
     misfit = f"weights '{checkpoint.source}' do not fit backbone {name!r}"
     if mismatches := _resized_tensors(checkpoint, reference):
         raise ValueError(f"{misfit}: {'; '.join(mismatches)}")
@@ -333,7 +334,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
             f"backbone {name!r} has {num_heads}"
         )
     state = _filtered(model, checkpoint, misfit)
-    classifier = dict(model.pretrained_cfg).get("classifier") or ()  # type: ignore[arg-type]
+    classifier = cfg.get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     for head in heads:
         weight, expected = state.get(f"{head}.weight"), reference.get(f"{head}.weight")
@@ -350,7 +351,6 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
         raise ValueError(f"{misfit}: {'; '.join(mismatches)}")
     model.load_state_dict(state, strict=False)
     if (origin := checkpoint.origin) is not None:
-        cfg: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
         if (tuple(cfg["mean"]), tuple(cfg["std"])) != (origin.mean, origin.std):
             _logger.info(
                 "'%s' contains %s weights: normalizing images with mean %s and std %s",
