@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from snella_app.data import build_transform, load_data
-from snella_app.data.datasets import FileImages, ImageDataset
+from snella_app.data.datasets import ImageDataset
+from snella_app.data.sources import FileImages
 from snella_lab.bench.rows import append_rows, conditions
 
 CONFIG = {
@@ -72,7 +73,8 @@ def main() -> None:
             labels, names = [label for _, label in image_folder.samples], [path.name for path in paths]
             times: dict[str, list[tuple[float, float]]] = {"ImageFolder": [], "first epoch": [], "later epochs": []}
             for _ in range(options.rounds):
-                dataset = ImageDataset(FileImages(paths), range(len(paths)), labels, names, transform=transform)
+                images = ImageDataset(FileImages(paths), range(len(paths)), labels, names)
+                dataset = images.with_transform(transform)
                 times["ImageFolder"].append(read_all(image_folder))
                 times["first epoch"].append(read_all(dataset))
                 times["later epochs"].append(read_all(dataset))

@@ -191,10 +191,10 @@ def measure(reader: str, folder: str) -> dict[str, Any]:
 
 def snella_dataset(spec: str, transform: Callable[[Any], Any]) -> Any:
     """Return all images as snella reads them for training."""
-    from snella_app.data import load_data
+    from snella_app.data import LoadOptions, load_data
     from snella_app.data.datasets import read_at_side
 
-    images = load_data(spec, divide=False).train
+    images = load_data(spec, LoadOptions(divide=False)).train
     return read_at_side([images.with_transform(transform)], _READ_SIDE)[0]
 
 
@@ -257,13 +257,13 @@ def outcome(run: Callable[[], str]) -> str:
 
 def describe_snella(spec: str, folder: Path) -> str:
     """Describe the result of `load_data`; after an error, repeat it with `skip_corrupt`."""
-    from snella_app.data import load_data
+    from snella_app.data import LoadOptions, load_data
 
     try:
-        splits = load_data(spec, divide=False)
+        splits = load_data(spec, LoadOptions(divide=False))
     except ValueError as error:
         message = str(error).replace(f"{folder}/", "").replace(str(folder), "FOLDER")
-        splits = load_data(spec, divide=False, skip_corrupt=True)
+        splits = load_data(spec, LoadOptions(divide=False, skip_corrupt=True))
         return f"error: {message} | skip_corrupt: {_describe_splits(splits)}, broken {sorted(splits.broken)}"
     return _describe_splits(splits)
 

@@ -12,8 +12,6 @@ from snella_app.data.benchmarks import FGVC_DATASETS, VTAB_TASKS
 from snella_app.data.protocol import PROTOCOLS
 from snella_lab.comparison.experiment import Experiment
 
-_VTAB_TRAIN, _VTAB_VAL = 800, 200
-
 
 @dataclass(frozen=True)
 class Workload:
@@ -95,5 +93,5 @@ def _over_tasks(experiment: Experiment, protocol: str) -> Workload:
 def _sizes(task: str) -> tuple[int, int, int, bool]:
     """Return the sizes of train, val and test, and True if the authors' scripts also train on val."""
     if task in VTAB_TASKS:
-        return _VTAB_TRAIN, _VTAB_VAL, VTAB_TASKS[task].test_size, True
+        return *VTAB_TASKS[task].sizes, True
     return *FGVC_DATASETS[task].sizes, False

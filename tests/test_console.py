@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from snella_app.console import counted, make_console, print_heading, print_line, print_rows, printable
-from snella_app.data.datasets import broken_images, show_reading
+from snella_app.data.sources import broken_images, show_reading
 
 
 def test_files_get_unwrapped_lines_without_padding():
@@ -34,7 +34,7 @@ def test_standard_output_is_the_default(capsys):
 def test_reading_progress_is_shown_on_a_terminal_if_enabled(is_terminal, is_enabled, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     console = Console(file=io.StringIO(), width=80, force_terminal=is_terminal, color_system=None)
-    with show_reading(console, is_enabled):
+    with show_reading(console if is_enabled else None):
         assert broken_images([tmp_path / "a.png"]) == {}
     shown = console.file.getvalue()
     assert ("reading images" in shown) == (is_terminal and is_enabled)

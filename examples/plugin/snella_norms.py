@@ -40,7 +40,8 @@ def load_npz(path):
     """Load `images` `[N, H, W]` uint8 and `labels` `[N]` from an `.npz` file."""
     import numpy as np
 
-    from snella_app.data.datasets import ArrayImages, Collection, ImageDataset
+    from snella_app.data.datasets import Collection, ImageDataset
+    from snella_app.data.sources import ArrayImages
 
     with np.load(path) as file:
         images, labels = file["images"], file["labels"]

@@ -49,17 +49,8 @@ def _stage_depths(state: dict[str, Tensor], pattern: re.Pattern[str]) -> tuple[i
     return tuple(blocks[stage] for stage in sorted(blocks))
 
 
-def is_convnext(state: dict[str, Tensor]) -> bool:
-    """Return whether the weights are a ConvNeXt in Facebook's or timm's naming."""
-    return any(name in state for name in _STEM) and any(map(_BLOCK.match, state))
-
-
 def infer_convnext(state: dict[str, Tensor]) -> InferredArchitecture:
-    """Infer widths, depths and version of a ConvNeXt (V2 has global response normalization).
-
-    Args:
-        state: State dict in Facebook's or timm's naming.
-    """
+    """Infer widths, depths and version of a ConvNeXt (V2 has global response normalization)."""
     depths = _stage_depths(state, _BLOCK)
     stem = next(state[name] for name in _STEM if name in state)
     dims = [stem.shape[0]]
@@ -93,20 +84,12 @@ _SWIN_SIZES: dict[tuple[int, tuple[int, ...]], str] = {
 }
 
 
-def is_swin(state: dict[str, Tensor]) -> bool:
-    """Return whether the weights are a Swin transformer in Microsoft's or timm's naming."""
-    return _FIRST_TABLE in state and _PATCH in state
-
-
 def infer_swin(state: dict[str, Tensor]) -> InferredArchitecture:
     """Infer width, depths, heads, window and input size of a Swin from its shapes.
 
     The first position table has `(2w − 1)²` rows for window size `w`. The input size follows from the attention masks
     of shifted windows, `[n, w², w²]` for `n` windows, if the file has them (Microsoft's files do). Otherwise it
     follows from the window size, since the last stage of every published model has exactly one window.
-
-    Args:
-        state: State dict in Microsoft's or timm's naming.
     """
     width, _, patch, _ = state[_PATCH].shape
     heads = {int(match[1]): state[match[0]].shape[1] for match in filter(None, map(_TABLE.match, state))}
@@ -172,8 +155,11 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
     registers = next((state[key].shape[1] for key in ("reg_token", "register_tokens") if key in state), 0)
     is_scaled = "blocks.0.ls1.gamma" in state
     grid = _grid_side(positions.shape[1], registers)
-    name = _timm_name(_VIT_SIZES.get((width, depth)), patch_size, is_scaled, registers)
-    if name is None or grid is None:
+    size = _VIT_SIZES.get((width, depth))
+    name = f"vit_{size}_patch{patch_size}_224"
+    if is_scaled:
+        name = f"vit_{size}_patch{patch_size}_{f'reg{registers}_' if registers else ''}dinov2"
+    if not timm.is_model(name) or (registers and not is_scaled) or grid is None:
         raise ValueError(
             f"cannot infer the architecture of '{source}' from its shapes: a ViT of width {width}, depth {depth}, "
             f"patch size {patch_size}, {positions.shape[1]} positions, {registers} register tokens, "
@@ -184,17 +170,6 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
     if num_heads is not None and num_heads != _HEADS[width]:
         options["num_heads"] = num_heads
     return InferredArchitecture(name, grid * patch_size, options)
-
-
-def _timm_name(size: str | None, patch: int, is_scaled: bool, registers: int) -> str | None:
-    """Return timm's name of a ViT; None if timm has no such model."""
-    if size is None:
-        return None
-    if is_scaled:
-        name = f"vit_{size}_patch{patch}_{f'reg{registers}_' if registers else ''}dinov2"
-    else:
-        name = f"vit_{size}_patch{patch}_224"
-    return name if timm.is_model(name) and (is_scaled or not registers) else None
 
 
 def _grid_side(positions: int, registers: int) -> int | None:
@@ -217,8 +192,8 @@ def infer_architecture(checkpoint: Checkpoint, *, source: str) -> InferredArchit
         ValueError: If the architecture is not supported, or timm has no name for the ViT.
     """
     state = checkpoint.state
-    if is_swin(state):
+    if _FIRST_TABLE in state and _PATCH in state:
         return infer_swin(state)
-    if is_convnext(state):
+    if any(name in state for name in _STEM) and any(map(_BLOCK.match, state)):
         return infer_convnext(state)
     return infer_vit(state, source=source, num_heads=checkpoint.num_heads)

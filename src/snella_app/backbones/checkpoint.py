@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from snella_app.text import listed
 
 _logger = logging.getLogger(__name__)
-_Arrays = dict[str, tuple[int, ...]]
+_Shapes = dict[str, tuple[int, ...]]
 # representation layer of early releases, which timm's ViT lacks
 _REPRESENTATION = ("pre_logits/kernel", "pre_logits/bias")
 
@@ -48,103 +48,94 @@ def read_google_npz(path: Path) -> tuple[dict[str, Tensor], int]:
         ValueError: If the file is damaged, or an array is missing, unexpected or has an inconsistent shape.
         NotImplementedError: If the file is a ResNet-ViT hybrid or a big_vision checkpoint.
     """
-    shapes = _shapes(path)
-    prefix = "opt/target/" if "opt/target/embedding/kernel" in shapes else ""
-    if f"{prefix}conv_root/kernel" in shapes:
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            shapes = {key: arrays[key].shape for key in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise ValueError(f"weights '{path}' are not a readable .npz file: {error}") from error
+    if "opt/target/embedding/kernel" in shapes:
+        prefix = "opt/target/"
+        shapes = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+    if "conv_root/kernel" in shapes:
         raise NotImplementedError(f"weights '{path}': .npz support is limited to plain ViTs, got a ResNet-ViT hybrid")
-    if any(key.startswith("params/") or key == f"{prefix}pos_embedding" for key in shapes):
+    if any(key.startswith("params/") or key == "pos_embedding" for key in shapes):
         raise NotImplementedError(
             f"weights '{path}': .npz support is limited to google-research/vision_transformer, got a big_vision "
             "checkpoint"
         )
-    sizes = _sizes(shapes, prefix, path)
-    _check_shapes(shapes, prefix, sizes, path)
+    sizes = _google_sizes(shapes, path)
+    _check_google_shapes(shapes, sizes, path)
     model = VisionTransformer(weight_init="skip", **sizes)
     model.load_pretrained(str(path))
     return {key: value.detach() for key, value in model.state_dict().items()}, sizes["num_heads"]
 
 
-def _shapes(path: Path) -> _Arrays:
-    """Return the shapes of all arrays without unpickling objects."""
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            return {key: arrays[key].shape for key in arrays.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise ValueError(f"weights '{path}' are not a readable .npz file: {error}") from error
-
-
-def _sizes(shapes: _Arrays, prefix: str, path: Path) -> dict[str, Any]:
+def _google_sizes(shapes: _Shapes, path: Path) -> dict[str, Any]:
     """Return the `VisionTransformer` arguments that match the arrays."""
-    block = f"{prefix}Transformer/encoderblock_0/"
-    required = {
-        "patch": f"{prefix}embedding/kernel",
-        "positions": f"{prefix}Transformer/posembed_input/pos_embedding",
-        "query": f"{block}MultiHeadDotProductAttention_1/query/kernel",
-        "hidden": f"{block}MlpBlock_3/Dense_0/kernel",
-    }
-    missing = [key for key in required.values() if key not in shapes]
+    block = "Transformer/encoderblock_0/"
+    required = (
+        "embedding/kernel",
+        "Transformer/posembed_input/pos_embedding",
+        f"{block}MultiHeadDotProductAttention_1/query/kernel",
+        f"{block}MlpBlock_3/Dense_0/kernel",
+    )
+    missing = [key for key in required if key not in shapes]
     if missing:
         raise ValueError(f"weights '{path}' are not a ViT in Google's layout: {', '.join(missing)} missing")
-    patch, positions = shapes[required["patch"]], shapes[required["positions"]]
-    query, hidden = shapes[required["query"]], shapes[required["hidden"]]
+    patch, positions, query, hidden = (shapes[key] for key in required)
     grid = math.isqrt(positions[1] - 1) if len(positions) == 3 else 0
     if len(patch) != 4 or len(query) != 3 or len(hidden) != 2 or not grid or grid * grid + 1 != positions[1]:
-        actual = ", ".join(f"{key} {list(shapes[key])}" for key in required.values())
+        actual = ", ".join(f"{key} {list(shapes[key])}" for key in required)
         raise ValueError(f"weights '{path}' are not a ViT in Google's layout with a class token: {actual}")
-    depth = sum(key.startswith(f"{prefix}Transformer/encoderblock_") and key.endswith("query/kernel") for key in shapes)
-    head = shapes.get(f"{prefix}head/bias", (0,))
     return {
         "img_size": grid * patch[0],
         "patch_size": patch[0],
         "embed_dim": patch[3],
-        "depth": depth,
+        "depth": sum(key.startswith("Transformer/encoderblock_") and key.endswith("query/kernel") for key in shapes),
         "num_heads": query[1],
         "mlp_ratio": hidden[1] / hidden[0],
-        "num_classes": head[0],
+        "num_classes": shapes.get("head/bias", (0,))[0],
     }
 
 
-def _check_shapes(shapes: _Arrays, prefix: str, sizes: dict[str, Any], path: Path) -> None:
+def _check_google_shapes(shapes: _Shapes, sizes: dict[str, Any], path: Path) -> None:
     """Check that all arrays are present and consistent; timm would broadcast a wrong shape silently."""
-    width, heads, depth = sizes["embed_dim"], sizes["num_heads"], sizes["depth"]
-    per_head, hidden, patch = width // heads, round(sizes["mlp_ratio"] * width), sizes["patch_size"]
-    expected: _Arrays = {
+    width, heads, patch, classes = sizes["embed_dim"], sizes["num_heads"], sizes["patch_size"], sizes["num_classes"]
+    per_head, hidden = width // heads, round(sizes["mlp_ratio"] * width)
+    attention = "MultiHeadDotProductAttention_1"
+    block: _Shapes = {
+        **{f"{attention}/{part}/kernel": (width, heads, per_head) for part in ("query", "key", "value")},
+        **{f"{attention}/{part}/bias": (heads, per_head) for part in ("query", "key", "value")},
+        f"{attention}/out/kernel": (heads, per_head, width),
+        f"{attention}/out/bias": (width,),
+        **{f"{norm}/{leaf}": (width,) for norm in ("LayerNorm_0", "LayerNorm_2") for leaf in ("scale", "bias")},
+        "MlpBlock_3/Dense_0/kernel": (width, hidden),
+        "MlpBlock_3/Dense_0/bias": (hidden,),
+        "MlpBlock_3/Dense_1/kernel": (hidden, width),
+        "MlpBlock_3/Dense_1/bias": (width,),
+    }
+    expected: _Shapes = {
         "embedding/kernel": (patch, patch, 3, width),
         "embedding/bias": (width,),
         "cls": (1, 1, width),
         "Transformer/posembed_input/pos_embedding": (1, (sizes["img_size"] // patch) ** 2 + 1, width),
-        **{f"Transformer/encoder_norm/{leaf}": (width,) for leaf in ("scale", "bias")},
+        "Transformer/encoder_norm/scale": (width,),
+        "Transformer/encoder_norm/bias": (width,),
+        **({"head/kernel": (width, classes), "head/bias": (classes,)} if classes else {}),
     }
-    if sizes["num_classes"]:
-        expected["head/kernel"] = (width, sizes["num_classes"])
-        expected["head/bias"] = (sizes["num_classes"],)
-    for index in range(depth):
-        block = f"Transformer/encoderblock_{index}/"
-        attention = f"{block}MultiHeadDotProductAttention_1/"
-        for part in ("query", "key", "value"):
-            expected[f"{attention}{part}/kernel"] = (width, heads, per_head)
-            expected[f"{attention}{part}/bias"] = (heads, per_head)
-        expected[f"{attention}out/kernel"] = (heads, per_head, width)
-        expected[f"{attention}out/bias"] = (width,)
-        for norm in ("LayerNorm_0", "LayerNorm_2"):
-            expected.update({f"{block}{norm}/{leaf}": (width,) for leaf in ("scale", "bias")})
-        expected[f"{block}MlpBlock_3/Dense_0/kernel"] = (width, hidden)
-        expected[f"{block}MlpBlock_3/Dense_0/bias"] = (hidden,)
-        expected[f"{block}MlpBlock_3/Dense_1/kernel"] = (hidden, width)
-        expected[f"{block}MlpBlock_3/Dense_1/bias"] = (width,)
+    for index in range(sizes["depth"]):
+        expected |= {f"Transformer/encoderblock_{index}/{key}": shape for key, shape in block.items()}
     errors = [
-        f"{prefix}{key}: file {list(shapes[f'{prefix}{key}']) if f'{prefix}{key}' in shapes else 'lacks it'}, "
-        f"expected {list(shape)}"
+        f"{key}: file {list(shapes[key]) if key in shapes else 'lacks it'}, expected {list(shape)}"
         for key, shape in expected.items()
-        if shapes.get(f"{prefix}{key}") != shape
+        if shapes.get(key) != shape
     ]
-    extra = [key for key in shapes if key.startswith(prefix) and key.removeprefix(prefix) not in expected]
-    representation = [key for key in extra if key.removeprefix(prefix) in _REPRESENTATION]
-    errors += [f"{key}: file {list(shapes[key])}, not part of a ViT" for key in extra if key not in representation]
-    if representation and not errors:
-        _logger.info("dropped the representation layer of '%s': %s", path, ", ".join(representation))
+    extra = [key for key in shapes if key not in expected]
+    errors += [f"{key}: file {list(shapes[key])}, not part of a ViT" for key in extra if key not in _REPRESENTATION]
     if errors:
         raise ValueError(f"weights '{path}' are inconsistent: {listed(errors, separator='; ')}")
+    if extra:
+        _logger.info("dropped the representation layer of '%s': %s", path, ", ".join(extra))
 
 
 _SINE_TOLERANCE = 2e-3  # half precision rounds sines by about 5e-4
@@ -174,15 +165,8 @@ _SWIN = Origin("Microsoft's Swin")
 _CONVNEXT = Origin("Facebook's ConvNeXt")
 
 
-def identify_origin(state: dict[str, Tensor]) -> Origin | None:
-    """Identify the publisher of a state dict; None if unknown.
-
-    MAE and MoCo v3 use fixed sinusoidal position embeddings of the patch's column and row, zero for the class token.
-    MAE stores the column first, MoCo v3 the row.
-
-    Args:
-        state: State dict in the file's naming, without wrapper prefixes.
-    """
+def _identify_origin(state: dict[str, Tensor]) -> Origin | None:
+    """Identify the publisher of a state dict; None if unknown."""
     if "layers.0.downsample.reduction.weight" in state:
         return _SWIN
     if "downsample_layers.0.0.weight" in state:
@@ -193,6 +177,7 @@ def identify_origin(state: dict[str, Tensor]) -> Origin | None:
     grid = math.isqrt(positions.shape[1] - 1)
     if grid < 2 or grid * grid + 1 != positions.shape[1] or positions[0, 0].any():
         return None
+    # MAE and MoCo v3 use fixed sines of the patch's column and row, in this or the other order
     patches = positions[0, 1:].detach().float().cpu()
     row, column = _sines(grid, patches.shape[1])
     for origin, expected in ((_MAE, torch.cat([column, row], 1)), (_MOCO, torch.cat([row, column], 1))):
@@ -201,17 +186,8 @@ def identify_origin(state: dict[str, Tensor]) -> Origin | None:
     return None
 
 
-def extract_encoder(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
-    """Extract the encoder from a pre-training checkpoint.
-
-    MAE checkpoints also contain a decoder; MoCo v3 checkpoints contain two encoders, projection heads and a predictor.
-
-    Args:
-        state: State dict without wrapper prefixes.
-
-    Returns:
-        Encoder tensors, and a description of the dropped parts (None if nothing was dropped).
-    """
+def _extract_encoder(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
+    """Extract the encoder of MAE or MoCo v3; also return a description of the dropped parts, or None."""
     if "decoder_pos_embed" in state:
         encoder = {key: value for key, value in state.items() if not key.startswith("decoder_") and key != "mask_token"}
         return encoder, f"MAE's decoder and mask token ({len(state) - len(encoder)} tensors)"
@@ -242,14 +218,7 @@ def state_dict_errors(
     optional_prefixes: tuple[str, ...] = (),
     optional_suffixes: tuple[str, ...] = (),
 ) -> list[str]:
-    """Return one message per type of mismatch, with names and shapes; empty if `state` fits.
-
-    Args:
-        state: Tensors of a file in the model's naming.
-        reference: State dict of the model.
-        optional_prefixes: Prefixes of names that may be missing.
-        optional_suffixes: Suffixes of names that may be missing.
-    """
+    """Return one message per type of mismatch, with names and shapes; names with optional affixes may be missing."""
     missing = [
         f"{key} {list(value.shape)}"
         for key, value in reference.items()
@@ -282,7 +251,7 @@ _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".pth.tar")
 WEIGHT_SUFFIXES = (*_TORCH_SUFFIXES, ".safetensors", ".npz")
 _NESTED_KEYS = ("state_dict", "model", "model_state_dict")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
-_TABLE = "relative_position_bias_table"
+_TABLE, _PATCH = "relative_position_bias_table", "patch_embed.proj.weight"
 
 
 @dataclass(frozen=True)
@@ -324,10 +293,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         content = _read_torch(path)
     else:
         raise ValueError(f"weights '{path}' must end in one of {', '.join(WEIGHT_SUFFIXES)}, got {path.suffix!r}")
-    state, dropped_parts = extract_encoder(_unwrap(_open_nested(content, path)))
+    state, dropped_parts = _extract_encoder(_unwrap(_open_nested(content, path)))
     if dropped_parts is not None:
         _logger.info("using only the encoder of '%s'; dropped %s", path, dropped_parts)
-    origin = identify_origin(state)
+    origin = _identify_origin(state)
     heads_by_width = origin.num_heads if origin is not None else {}
     num_heads = heads_by_width.get(state["pos_embed"].shape[-1]) if heads_by_width else None
     return Checkpoint(state, path, num_heads, origin)
@@ -353,12 +322,25 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
         ValueError: If tensors are missing, unexpected or have a different shape.
     """
     reference = model.state_dict()
-    _check_patch_and_heads(model, checkpoint, name, reference)
-    _check_position_tables(checkpoint, name, reference)
-    state = _filtered(model, checkpoint, name)
-    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    heads = (names,) if isinstance(names, str) else tuple(names)
-    state = _without_other_head(state, reference, heads, checkpoint.source)
+    cfg: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    misfit = f"weights '{checkpoint.source}' do not fit backbone {name!r}"
+    if mismatches := _resized_tensors(checkpoint, reference):
+        raise ValueError(f"{misfit}: {'; '.join(mismatches)}")
+    blocks = getattr(model, "blocks", None)
+    num_heads = getattr(getattr(blocks[0], "attn", None), "num_heads", None) if blocks is not None else None
+    if None not in (checkpoint.num_heads, num_heads) and checkpoint.num_heads != num_heads:
+        raise ValueError(
+            f"weights '{checkpoint.source}' have {checkpoint.num_heads} attention heads, "
+            f"backbone {name!r} has {num_heads}"
+        )
+    state = _filtered(model, checkpoint, misfit)
+    classifier = cfg.get("classifier") or ()
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    for head in heads:
+        weight, expected = state.get(f"{head}.weight"), reference.get(f"{head}.weight")
+        if weight is not None and (expected is None or weight.shape[0] != expected.shape[0]):
+            _logger.info("dropped the head of %d classes in '%s'; new head is random", len(weight), checkpoint.source)
+            state = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
     mismatches = state_dict_errors(
         state,
         reference,
@@ -366,22 +348,15 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
         optional_suffixes=("num_batches_tracked",),
     )
     if mismatches:
-        raise ValueError(f"weights '{checkpoint.source}' do not fit backbone {name!r}: {'; '.join(mismatches)}")
+        raise ValueError(f"{misfit}: {'; '.join(mismatches)}")
     model.load_state_dict(state, strict=False)
-    _set_normalization(model, checkpoint)
-
-
-def _set_normalization(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Set the publisher's mean and standard deviation in the model's data config."""
-    origin, cfg = checkpoint.origin, dict(getattr(model, "pretrained_cfg", None) or {})
-    if origin is None or not cfg:
-        return
-    if (tuple(cfg["mean"]), tuple(cfg["std"])) != (origin.mean, origin.std):
-        _logger.info(
-            "'%s' contains %s weights: normalizing images with mean %s and std %s",
-            *(checkpoint.source, origin.label, origin.mean, origin.std),
-        )
-    update_config(model, mean=origin.mean, std=origin.std)
+    if (origin := checkpoint.origin) is not None:
+        if (tuple(cfg["mean"]), tuple(cfg["std"])) != (origin.mean, origin.std):
+            _logger.info(
+                "'%s' contains %s weights: normalizing images with mean %s and std %s",
+                *(checkpoint.source, origin.label, origin.mean, origin.std),
+            )
+        update_config(model, mean=origin.mean, std=origin.std)
 
 
 def _read_torch(path: Path) -> Any:
@@ -420,41 +395,20 @@ def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
         state = {key.removeprefix(prefix): value for key, value in state.items()}
 
 
-def _check_patch_and_heads(model: nn.Module, checkpoint: Checkpoint, name: str, reference: dict[str, Tensor]) -> None:
-    """Check the patch size and the number of heads; timm's filter resamples patch embeddings silently."""
-    key = "patch_embed.proj.weight"
-    if key in checkpoint.state and key in reference:
-        actual, expected = checkpoint.state[key].shape, reference[key].shape
-        if len(actual) == len(expected) == 4 and actual != expected:
-            raise ValueError(
-                f"weights '{checkpoint.source}' do not fit backbone {name!r}: 1 with a different shape "
-                f"({key}: file {list(actual)}, model {list(expected)})"
-            )
-    blocks = getattr(model, "blocks", None)
-    num_heads = getattr(getattr(blocks[0], "attn", None), "num_heads", None) if blocks is not None else None
-    if checkpoint.num_heads is not None and num_heads is not None and checkpoint.num_heads != num_heads:
-        raise ValueError(
-            f"weights '{checkpoint.source}' have {checkpoint.num_heads} attention heads, "
-            f"backbone {name!r} has {num_heads}"
-        )
-
-
-def _check_position_tables(checkpoint: Checkpoint, name: str, reference: dict[str, Tensor]) -> None:
-    """Check that Swin's position tables match the model's heads and blocks.
-
-    timm's filter resizes tables to the model's window; on a mismatch it fails or resizes the heads.
-    """
+def _resized_tensors(checkpoint: Checkpoint, reference: dict[str, Tensor]) -> list[str]:
+    """Return mismatches that timm's checkpoint filter hides, because it resizes patch embeddings and Swin's tables."""
+    patch, other = checkpoint.state.get(_PATCH), reference.get(_PATCH)
+    if patch is not None and other is not None and patch.ndim == other.ndim == 4 and patch.shape != other.shape:
+        return state_dict_errors({_PATCH: patch}, {_PATCH: other})
     file, expected = (
         # compare one row: the number of rows may differ, the number of heads may not
         {key: value[:1] for key, value in part.items() if key.endswith(_TABLE)}
         for part in (checkpoint.state, reference)
     )
-    mismatches = state_dict_errors(file, expected, optional_prefixes=tuple(expected)) if expected else []
-    if mismatches:
-        raise ValueError(f"weights '{checkpoint.source}' do not fit backbone {name!r}: {'; '.join(mismatches)}")
+    return state_dict_errors(file, expected, optional_prefixes=tuple(expected)) if expected else []
 
 
-def _filtered(model: nn.Module, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+def _filtered(model: nn.Module, checkpoint: Checkpoint, misfit: str) -> dict[str, Tensor]:
     """Apply timm's checkpoint filter of the model family."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
@@ -466,18 +420,6 @@ def _filtered(model: nn.Module, checkpoint: Checkpoint, name: str) -> dict[str, 
             return convert(dict(checkpoint.state), model)
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(
-            f"weights '{checkpoint.source}' do not fit backbone {name!r}: timm cannot convert them ({error}); "
+            f"{misfit}: timm cannot convert them ({error}); "
             f"the file contains {listed(f'{k} {list(v.shape)}' for k, v in checkpoint.state.items())}"
         ) from error
-
-
-def _without_other_head(
-    state: dict[str, Tensor], reference: dict[str, Tensor], heads: tuple[str, ...], source: Path
-) -> dict[str, Tensor]:
-    """Drop a head that the model lacks or that has another number of classes."""
-    for head in heads:
-        weight, expected = state.get(f"{head}.weight"), reference.get(f"{head}.weight")
-        if weight is not None and (expected is None or weight.shape[0] != expected.shape[0]):
-            _logger.info("dropped the head of %d classes in '%s'; new head is random", weight.shape[0], source)
-            state = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
-    return state

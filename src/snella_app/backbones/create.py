@@ -4,11 +4,11 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.error import HTTPError, URLError
 
 import huggingface_hub
@@ -21,7 +21,6 @@ from torch import nn
 from snella_app.backbones.architectures import infer_architecture
 from snella_app.backbones.checkpoint import (
     WEIGHT_SUFFIXES,
-    Checkpoint,
     load_weights,
     read_checkpoint,
     update_config,
@@ -87,20 +86,6 @@ _PROBE_TIMEOUT_S = 5.0
 _NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 
 
-def _local_alternatives() -> str:
-    """Return a hint about alternatives to the Hub."""
-    names = packaged_names()
-    shipped = (
-        f" a backbone from an installed package ({', '.join(names)}; on the command line: --backbone {names[0]}),"
-        if names
-        else ""
-    )
-    return (
-        "Without the Hub, use weights=PATH with a file (.pth, .safetensors, Google's .npz), a local folder in the "
-        f"Hub's format as the backbone,{shipped} or pretrained=False for random weights"
-    )
-
-
 def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
     """Create the timm model `name` with weights from the Hub or its local cache.
 
@@ -120,15 +105,20 @@ def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module
         try:
             return timm.create_model(name, pretrained=pretrained, **options)
         except Exception as error:
+            names = packaged_names()
+            shipped = f" a backbone from an installed package (--backbone {', '.join(names)})," if names else ""
+            remedy = (
+                "Without the Hub, use weights=PATH with a file (.pth, .safetensors, Google's .npz), a local folder in "
+                f"the Hub's format as the backbone,{shipped} or pretrained=False for random weights"
+            )
             if _is_network_error(error):
                 raise ConnectionError(
                     f"the Hub ({constants.ENDPOINT}) could not be reached ({reason or _first_line(error)}) "
-                    f"and backbone {name!r} is not cached. {_local_alternatives()}"
+                    f"and backbone {name!r} is not cached. {remedy}"
                 ) from error
             if isinstance(error, (HfHubHTTPError, HTTPError)):
                 raise ValueError(
-                    f"the Hub ({constants.ENDPOINT}) does not provide backbone {name!r}: "
-                    f"{_first_line(error)}. {_local_alternatives()}"
+                    f"the Hub ({constants.ENDPOINT}) does not provide backbone {name!r}: {_first_line(error)}. {remedy}"
                 ) from error
             raise
 
@@ -137,9 +127,15 @@ def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module
 def cache_only_if_unreachable() -> Iterator[str | None]:
     """Switch the Hub client to offline mode if one short request fails, and yield the reason."""
     was_offline = constants.HF_HUB_OFFLINE
-    reason = "HF_HUB_OFFLINE is set" if was_offline else _connection_failure()
-    if reason is not None and not was_offline:
-        _logger.info("Hub unreachable (%s); using its cache", reason)
+    reason = "HF_HUB_OFFLINE is set" if was_offline else None
+    if not was_offline:
+        try:
+            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=_PROBE_TIMEOUT_S)
+        except Exception as error:
+            if not _is_network_error(error):
+                raise
+            reason = _first_line(error)
+            _logger.info("Hub unreachable (%s); using its cache", reason)
     constants.HF_HUB_OFFLINE = reason is not None
     try:
         yield reason
@@ -147,33 +143,18 @@ def cache_only_if_unreachable() -> Iterator[str | None]:
         constants.HF_HUB_OFFLINE = was_offline
 
 
-def _connection_failure() -> str | None:
-    """Return the error message of one request to the Hub; None if the Hub answers."""
-    try:
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=_PROBE_TIMEOUT_S)
-    except Exception as error:
-        if _is_network_error(error):
-            return _first_line(error)
-        raise
-    return None
-
-
 def _is_network_error(error: BaseException | None) -> bool:
     """Return whether `error` or one of its causes is a connection failure."""
     while error is not None:
-        if isinstance(error, HTTPError) or (isinstance(error, HfHubHTTPError) and not _is_local_miss(error)):
-            return False  # the server answered
-        if _is_local_miss(error) or isinstance(error, (ConnectionError, TimeoutError, URLError)):
+        is_local_miss = isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled))
+        if is_local_miss or type(error).__module__.partition(".")[0] in _NETWORK_MODULES:
             return True
-        if type(error).__module__.partition(".")[0] in _NETWORK_MODULES:
+        if isinstance(error, (HTTPError, HfHubHTTPError)):
+            return False  # the server answered
+        if isinstance(error, (ConnectionError, TimeoutError, URLError)):
             return True
         error = error.__cause__
     return False
-
-
-def _is_local_miss(error: BaseException) -> bool:
-    """Return whether the Hub client only searched its cache."""
-    return isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled))
 
 
 def _first_line(error: BaseException) -> str:
@@ -224,28 +205,43 @@ def create_backbone(
         ImportError: If the package of a bundled backbone is not installed.
         ConnectionError: If the Hub is needed and cannot be reached.
     """
-    _check_numbers(num_classes, img_size)
+    if num_classes < 0:
+        raise ValueError(f"num_classes must be 0 (no head) or more, got {num_classes}")
+    if img_size is not None and img_size < 1:
+        raise ValueError(f"img_size must be at least 1 pixel, got {img_size}")
     options: dict[str, Any] = {"num_classes": num_classes}
-    if (packaged := plugin("backbones", name)) is not None:
-        _reject_second_weights(name, weights, "includes the weights of a package")
+    packaged, is_on_hub = plugin("backbones", name), name.startswith(_HUB_PREFIXES)
+    path = None if packaged is not None or is_on_hub else _as_path(name)
+    if weights is not None and (packaged is not None or is_on_hub or path is not None):
+        raise ValueError(
+            f"weights must be omitted because backbone {name!r} includes weights, got {weights!r}; "
+            "pass the architecture's timm name with weights=PATH"
+        )
+    if packaged is not None:
         model = _build(packaged.architecture, options, img_size)
         if pretrained:
             packaged.load(model)
-    elif name.startswith(_HUB_PREFIXES):
-        _reject_second_weights(name, weights, "includes weights")
+    elif is_on_hub:
         size = {} if img_size is None else {"img_size": img_size}
         model = create_from_hub(name, pretrained=pretrained, **options, **size)
-    elif (path := _as_path(name)) is not None:
-        _reject_second_weights(name, weights, "includes weights")
+    elif path is not None:
         model = _from_path(path, name, options, pretrained, img_size)
     elif weights is not None:
         timm_name, checkpoint = _resolve_name(name), read_checkpoint(Path(weights).expanduser())
-        extra = _pooling(timm_name, checkpoint)
-        model = _store_arguments(_build(timm_name, options | extra, img_size), extra)
+        # a fine-tuned MAE model has a norm after pooling
+        has_norm_after = "fc_norm.weight" in checkpoint.state and "norm.weight" not in checkpoint.state
+        is_vit = is_model_in_modules(timm_name.partition(".")[0], ["vision_transformer"])
+        pooling = {"global_pool": "avg"} if has_norm_after and is_vit else {}
+        model = _store_arguments(_build(timm_name, options | pooling, img_size), pooling)
         load_weights(model, checkpoint, name=name)
     elif pretrained:
         timm_name = _resolve_name(name)
-        _check_has_weights(timm_name)
+        cfg = timm.get_pretrained_cfg(timm_name)
+        if cfg is None or not cfg.has_weights:
+            raise ValueError(
+                f"timm has no pre-trained weights for backbone {timm_name!r}; pass a file with weights=PATH or "
+                "use random weights with pretrained=False"
+            )
         model = create_from_hub(timm_name, pretrained=True, **options, **_size_option(timm_name, img_size))
     else:
         model = _build(_resolve_name(name), options, img_size)
@@ -275,13 +271,6 @@ def _store_arguments(model: nn.Module, arguments: dict[str, Any]) -> nn.Module:
     if arguments:
         update_config(model, model_args=arguments)
     return model
-
-
-def _pooling(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return average pooling for a ViT whose weights have `fc_norm`, like fine-tuned MAE models."""
-    has_norm_after = "fc_norm.weight" in checkpoint.state and "norm.weight" not in checkpoint.state
-    is_vit = is_model_in_modules(name.partition(".")[0], ["vision_transformer"])
-    return {"global_pool": "avg"} if has_norm_after and is_vit else {}
 
 
 def _build(name: str, options: dict[str, Any], img_size: int | None) -> nn.Module:
@@ -317,28 +306,21 @@ def _with_channels(model: nn.Module, name: str, channels: int) -> nn.Module:
         return model
     config = dict(model.pretrained_cfg)  # type: ignore[arg-type]
     first = config.get("first_conv") or ()
-    for place in [first] if isinstance(first, str) else first:
-        convolution = model.get_submodule(place)
-        if not isinstance(convolution, nn.Conv2d) or convolution.in_channels != 3:
-            first = ()
-            break
-        convolution.weight = nn.Parameter(adapt_input_conv(channels, convolution.weight.data))
-        convolution.in_channels = channels
-    if not first:
+    places = (first,) if isinstance(first, str) else tuple(first)
+    convolutions = [model.get_submodule(place) for place in places]
+    if not convolutions or not all(isinstance(c, nn.Conv2d) and c.in_channels == 3 for c in convolutions):
         raise NotImplementedError(
             f"channels must be 3 for backbone {name!r}, whose first convolution is unknown, got {channels}"
         )
-    _, height, width = config["input_size"]
-    values = {key: _extended(config[key], channels) for key in ("mean", "std")}
-    update_config(model, input_size=(channels, height, width), **values)
+    for convolution in cast(list[nn.Conv2d], convolutions):
+        convolution.weight = nn.Parameter(adapt_input_conv(channels, convolution.weight.data))
+        convolution.in_channels = channels
+    for key in ("mean", "std"):
+        values = config[key]
+        repeated = (sum(values) / 3,) if channels == 1 else tuple(values[k % 3] for k in range(channels))
+        update_config(model, **{key: repeated})
+    update_config(model, input_size=(channels, *config["input_size"][1:]))
     return _store_arguments(model, {"in_chans": channels})
-
-
-def _extended(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Convert three per-channel values to `channels` values: their mean for one channel, else repeated."""
-    if channels == 1:
-        return (sum(values) / len(values),)
-    return tuple(values[channel % len(values)] for channel in range(channels))
 
 
 def _as_path(name: str) -> Path | None:
@@ -406,30 +388,3 @@ def _similar_backbones(name: str) -> list[str]:
         if query and any(query in form for form in forms):
             ranked.append((not any(form.startswith(query) for form in forms), known))
     return [known for _, known in sorted(ranked, key=lambda pair: pair[0])][:5]
-
-
-def _check_has_weights(name: str) -> None:
-    """Reject `pretrained=True` if timm has no weights for `name`."""
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is None or not cfg.has_weights:
-        raise ValueError(
-            f"timm has no pre-trained weights for backbone {name!r}; pass a file with weights=PATH or "
-            "use random weights with pretrained=False"
-        )
-
-
-def _reject_second_weights(name: str, weights: str | None, reason: str) -> None:
-    """Reject `weights` for a backbone that includes weights."""
-    if weights is not None:
-        raise ValueError(
-            f"weights must be omitted because backbone {name!r} {reason}, got {weights!r}; "
-            "pass the architecture's timm name with weights=PATH"
-        )
-
-
-def _check_numbers(num_classes: int, img_size: int | None) -> None:
-    """Check the ranges of `num_classes` and `img_size`."""
-    if num_classes < 0:
-        raise ValueError(f"num_classes must be 0 (no head) or more, got {num_classes}")
-    if img_size is not None and img_size < 1:
-        raise ValueError(f"img_size must be at least 1 pixel, got {img_size}")

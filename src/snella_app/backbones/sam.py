@@ -19,26 +19,13 @@ from snella_app.text import listed
 
 _DECODER_HEADS = 8  # not visible in the shapes; identical in every published SAM
 _VISION, _PROMPT, _DECODER = "vision_encoder.", "prompt_encoder.", "mask_decoder."
-_REQUIRED = (
-    _VISION + "pos_embed",
-    _VISION + "patch_embed.projection.weight",
-    _VISION + "layers.0.attn.rel_pos_h",
-    _VISION + "layers.0.mlp.lin1.weight",
-    _VISION + "neck.conv1.weight",
-    _PROMPT + "mask_embed.conv2.weight",
-    _DECODER + "iou_token.weight",
-    _DECODER + "mask_tokens.weight",
-    _DECODER + "iou_prediction_head.proj_in.weight",
-    _DECODER + "transformer.layers.0.mlp.lin1.weight",
-    _DECODER + "transformer.layers.0.cross_attn_token_to_image.q_proj.weight",
-)
 
 
 def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
     """Infer the configuration of a SAM of any size.
 
-    Width, depth, patch size and image size follow from the image encoder's shapes. The width of its relative positions
-    gives the number of heads, their length the global-attention blocks. The mask decoder has eight heads.
+    The width of the image encoder's relative positions gives the number of heads, their length the global-attention
+    blocks. The mask decoder has eight heads.
 
     Args:
         state: State dict in the naming of transformers' `SamModel`.
@@ -47,27 +34,29 @@ def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
     Raises:
         ValueError: If required tensors are missing or shapes are inconsistent.
     """
-    missing = [key for key in _REQUIRED if key not in state]
-    if missing:
-        raise ValueError(f"'{source}' is not a complete SAM: {', '.join(missing)} missing")
-    shapes = {key: list(state[key].shape) for key in _REQUIRED}
-    _, grid, _, width = shapes[_VISION + "pos_embed"]
-    patch = shapes[_VISION + "patch_embed.projection.weight"][-1]
-    head_width = shapes[_VISION + "layers.0.attn.rel_pos_h"][1]
-    hidden = shapes[_DECODER + "iou_token.weight"][1]
+
+    def shape(name: str) -> list[int]:
+        if name not in state:
+            raise ValueError(f"'{source}' is not a complete SAM: {name} missing")
+        return list(state[name].shape)
+
+    _, grid, _, width = shape(_VISION + "pos_embed")
+    patch = shape(_VISION + "patch_embed.projection.weight")[-1]
+    head_width = shape(_VISION + "layers.0.attn.rel_pos_h")[1]
+    hidden = shape(_DECODER + "iou_token.weight")[1]
     if width % head_width or hidden % _DECODER_HEADS:
         raise ValueError(
             f"'{source}' is not a SAM: width {width} must be a multiple of the head dimension {head_width}, and the "
             f"mask decoder's width {hidden} a multiple of its {_DECODER_HEADS} heads"
         )
     depth = _count(state, _VISION + "layers.")
-    lengths = [state[f"{_VISION}layers.{k}.attn.rel_pos_h"].shape[0] for k in range(depth)]
+    lengths = [shape(f"{_VISION}layers.{k}.attn.rel_pos_h")[0] for k in range(depth)]
     windows = {(length + 1) // 2 for length in lengths if length != 2 * grid - 1}
     if len(windows) > 1:
         raise ValueError(f"'{source}' is not a SAM: blocks must share one window size, got {sorted(windows)} patches")
     vision = SamVisionConfig(
         hidden_size=width,
-        output_channels=shapes[_VISION + "neck.conv1.weight"][0],
+        output_channels=shape(_VISION + "neck.conv1.weight")[0],
         num_hidden_layers=depth,
         num_attention_heads=width // head_width,
         image_size=grid * patch,
@@ -76,25 +65,25 @@ def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
         window_size=windows.pop() if windows else grid,
         global_attn_indexes=[k for k, length in enumerate(lengths) if length == 2 * grid - 1],
         num_pos_feats=hidden // 2,
-        mlp_dim=shapes[_VISION + "layers.0.mlp.lin1.weight"][0],
+        mlp_dim=shape(_VISION + "layers.0.mlp.lin1.weight")[0],
     )
     prompt = SamPromptEncoderConfig(
         hidden_size=hidden,
         image_size=grid * patch,
         patch_size=patch,
-        mask_input_channels=shapes[_PROMPT + "mask_embed.conv2.weight"][0],
+        mask_input_channels=shape(_PROMPT + "mask_embed.conv2.weight")[0],
         num_point_embeddings=_count(state, _PROMPT + "point_embed."),
     )
     decoder = SamMaskDecoderConfig(
         hidden_size=hidden,
-        mlp_dim=shapes[_DECODER + "transformer.layers.0.mlp.lin1.weight"][0],
+        mlp_dim=shape(_DECODER + "transformer.layers.0.mlp.lin1.weight")[0],
         num_hidden_layers=_count(state, _DECODER + "transformer.layers."),
         num_attention_heads=_DECODER_HEADS,
         attention_downsample_rate=hidden
-        // shapes[_DECODER + "transformer.layers.0.cross_attn_token_to_image.q_proj.weight"][0],
-        num_multimask_outputs=shapes[_DECODER + "mask_tokens.weight"][0] - 1,
+        // shape(_DECODER + "transformer.layers.0.cross_attn_token_to_image.q_proj.weight")[0],
+        num_multimask_outputs=shape(_DECODER + "mask_tokens.weight")[0] - 1,
         iou_head_depth=_count(state, _DECODER + "iou_prediction_head.layers.") + 2,
-        iou_head_hidden_dim=shapes[_DECODER + "iou_prediction_head.proj_in.weight"][0],
+        iou_head_hidden_dim=shape(_DECODER + "iou_prediction_head.proj_in.weight")[0],
     )
     return SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
 
@@ -173,7 +162,9 @@ def _to_transformers_names(state: dict[str, Tensor], path: Path) -> dict[str, Te
             f"(transformers) are missing, got {listed(sorted(names))}"
         )
     if any(name.startswith("image_encoder.") for name in names):
-        depths = _mlp_depths(names)
+        depths: dict[str, int] = {}
+        for match in filter(None, map(_MLP.match, names)):
+            depths[match[1]] = max(depths.get(match[1], 0), int(match[2]) + 1)
         state = {_renamed(name, depths): value for name, value in state.items() if name not in _PIXEL_BUFFERS}
     # one matrix with two names; a file stores it under one or both
     for name, alias in ((_IMAGE_POSITIONS, _PROMPT_POSITIONS), (_PROMPT_POSITIONS, _IMAGE_POSITIONS)):
@@ -182,16 +173,8 @@ def _to_transformers_names(state: dict[str, Tensor], path: Path) -> dict[str, Te
     return state
 
 
-def _mlp_depths(names: set[str]) -> dict[str, int]:
-    """Return the number of layers in each MLP of the mask decoder."""
-    depths: dict[str, int] = {}
-    for match in filter(None, map(_MLP.match, names)):
-        depths[match[1]] = max(depths.get(match[1], 0), int(match[2]) + 1)
-    return depths
-
-
 def _renamed(name: str, depths: dict[str, int]) -> str:
-    """Convert one of the authors' names to transformers' name."""
+    """Convert one of the authors' names to transformers' name; `depths` is the number of layers of each MLP."""
     for pattern, replacement in _RENAMED:
         name = re.sub(pattern, replacement, name)
     match = _MLP.match(name)
@@ -271,21 +254,18 @@ class SamMaskHead(nn.Module):
         """Compute foreground logits `[batch, 1, 4h, 4w]` from image embeddings `[batch, channels, h, w]`."""
         batch, _, height, width = embeddings.shape
         dense = self.no_mask[None, :, None, None].expand(batch, -1, height, width)
+        y = (torch.arange(height, device=embeddings.device, dtype=embeddings.dtype) + 0.5) / height
+        x = (torch.arange(width, device=embeddings.device, dtype=embeddings.dtype) + 0.5) / width
+        centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [h, w, 2], x first
+        positions = self.position_encoding(centers).permute(2, 0, 1)[None]
         masks, _ = self.masks(
             image_embeddings=embeddings,
-            image_positional_embeddings=self._positions(height, width, embeddings).expand(batch, -1, -1, -1),
+            image_positional_embeddings=positions.expand(batch, -1, -1, -1),
             sparse_prompt_embeddings=None,
             dense_prompt_embeddings=dense,
             multimask_output=False,
         )
         return masks[:, 0]
-
-    def _positions(self, height: int, width: int, like: Tensor) -> Tensor:
-        """Return the encoded patch centers, `[1, channels, h, w]`."""
-        y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
-        x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
-        centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [h, w, 2], x first
-        return self.position_encoding(centers).permute(2, 0, 1)[None]
 
 
 class SamSegmenter(nn.Module):

@@ -12,7 +12,6 @@ DECODER = "decoder"
 """Name of the decoder module, which is always fully trained."""
 _LEVELS = 4
 _WIDTH = 128
-_GROUPS = 8
 
 
 class LightDecoder(nn.Module):
@@ -29,14 +28,12 @@ class LightDecoder(nn.Module):
 
     def __init__(self, channels: list[int], num_classes: int) -> None:
         super().__init__()
-        width = _WIDTH
         self.norms = nn.ModuleList(nn.GroupNorm(1, count) for count in channels)
-        self.projections = nn.ModuleList(nn.Conv2d(count, width, 1) for count in channels)
+        self.projections = nn.ModuleList(nn.Conv2d(count, _WIDTH, 1) for count in channels)
         self.refine = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(_GROUPS, width), nn.GELU())
-            for _ in range(2)
+            nn.Sequential(nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1), nn.GroupNorm(8, _WIDTH), nn.GELU()) for _ in range(2)
         )
-        self.classify = nn.Conv2d(width, num_classes, 1)
+        self.classify = nn.Conv2d(_WIDTH, num_classes, 1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Compute class scores `[batch, classes, 4h, 4w]`; maps are resized to the first, `[batch, channels, h, w]`."""
@@ -95,15 +92,9 @@ def create_segmenter(
     pretrained: bool = True,
     img_size: int | None = None,
 ) -> nn.Module:
-    """Build a backbone with a decoder; raises like `create_backbone` and `create_sam_segmenter`.
+    """Build a backbone with a decoder; arguments and errors are those of `create_backbone` and `create_sam_segmenter`.
 
-    Args:
-        name: Name as for `create_backbone`, combined with a `LightDecoder`; or `sam:PATH`, a pre-trained SAM with
-            SAM's decoder.
-        num_classes: Number of classes including background.
-        weights: As for `create_backbone`.
-        pretrained: As for `create_backbone`.
-        img_size: As for `create_backbone`.
+    `name` is a name for `create_backbone`, which gets a `LightDecoder`, or `sam:PATH`, a pre-trained SAM with decoder.
     """
     if name.startswith(SAM_PREFIX):
         from snella_app.backbones.sam import create_sam_segmenter  # lazy: importing transformers' SAM is slow

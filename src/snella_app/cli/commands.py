@@ -565,15 +565,15 @@ def _check_dataset(
 ) -> tuple[list[str], list[str]]:
     """Print a summary of a dataset, write the contact sheet if requested, and return errors and warnings."""
     from snella_app.console import make_console, make_table, print_line, print_rows
+    from snella_app.data import LoadOptions
     from snella_app.data.check import check_data, contact_sheet
-    from snella_app.data.datasets import show_reading
+    from snella_app.data.sources import show_reading
     from snella_app.tasks import task_class
 
     target, console = task_class(task).target, make_console()
+    options = LoadOptions(columns=columns, channels=channels, white=white, target=target, skip_corrupt=skip_corrupt)
     with show_reading(make_console(sys.stderr)):
-        check = check_data(
-            spec, columns=columns, channels=channels, white=white, target=target, skip_corrupt=skip_corrupt
-        )
+        check = check_data(spec, options)
     parts = list(check.splits.parts)
     print_line(console, check.splits.description)
     first = "label" if target == "labels" else "class" if check.counts else ""

@@ -137,7 +137,7 @@ class DataConfig(Config):
 
 def _columns_errors(columns: str) -> list[str]:
     """Check that the column specification can be parsed."""
-    from snella_app.data.table import Columns
+    from snella_app.data.columns import Columns
 
     try:
         Columns.parse(columns)

@@ -12,12 +12,14 @@ from snella_app.data.load import (
     split_spec,
     with_class_order,
 )
+from snella_app.data.options import LoadOptions
 from snella_app.data.transforms import build_transform, has_flips
 
 __all__ = [
     "Annotations",
     "DataSplits",
     "ImageDataset",
+    "LoadOptions",
     "MaskDataset",
     "build_transform",
     "data_folder",

@@ -4,21 +4,23 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from snella_app.console import counted
 from snella_app.data.benchmarks import FGVC, FGVC_DATASETS, VTAB, VTAB_TASKS, BenchmarkFamily, Inspection
-from snella_app.data.datasets import MaskDataset, broken_images, known_metadata
-from snella_app.data.load import DataSplits, find_duplicates, load_data
-from snella_app.data.table import TargetKind
+from snella_app.data.copies import find_duplicates
+from snella_app.data.datasets import MaskDataset, file_paths, known_metadata
+from snella_app.data.load import DataSplits, load_data
+from snella_app.data.options import DEFAULT_OPTIONS, LoadOptions
+from snella_app.data.sources import broken_images
 from snella_app.text import listed, similar_paths
 
-_FAMILIES: tuple[BenchmarkFamily[Any], ...] = (VTAB, FGVC)
+_FAMILIES = (VTAB, FGVC)
 
 
 @dataclass
@@ -80,7 +82,13 @@ def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[Benchm
             f"data must be an existing dataset or benchmark folder, got {str(folder)!r}, which does not exist"
             f"{similar_paths(root)}; benchmark layouts: {layouts}"
         )
-    checks = _check_single(root) or _check_all(root)
+    checks = []
+    for family in _FAMILIES:
+        dataset = family.find(root.resolve().name)
+        if dataset is not None and not _benchmarks_in(root):
+            checks.append(BenchmarkCheck(family.title, root.parent, [family.read(root, dataset)]))
+    if not checks:
+        checks = [_check_benchmark(family, path) for family, path in _benchmarks_in(root, *_subfolders(root))]
     if not checks:
         children = sorted(child.name for child in root.iterdir())
         contents = f"it contains {listed(children)}" if children else "it is empty"
@@ -99,27 +107,21 @@ def contains_benchmark(folder: str | Path) -> bool:
     root = Path(folder).expanduser()
     if not root.is_dir():
         return False
-    folders = [root, *(child for child in root.iterdir() if child.is_dir())]
-    is_member = any(family.find(root.resolve().name) for family in _FAMILIES)
-    return is_member or any(family.has_datasets(candidate) for candidate in folders for family in _FAMILIES)
+    is_dataset = any(family.find(root.resolve().name) for family in _FAMILIES)
+    return is_dataset or bool(_benchmarks_in(root, *_subfolders(root)))
 
 
-def _check_single(root: Path) -> list[BenchmarkCheck]:
-    """Check the folder of a single benchmark dataset."""
-    for family in _FAMILIES:
-        member = family.find(root.resolve().name)
-        if member is not None and not any(other.has_datasets(root) for other in _FAMILIES):
-            return [BenchmarkCheck(family.title, root.parent, [family.read(root, member)])]
-    return []
+def _subfolders(root: Path) -> list[Path]:
+    """Return the direct subfolders, sorted by name."""
+    return sorted(child for child in root.iterdir() if child.is_dir())
 
 
-def _check_all(root: Path) -> list[BenchmarkCheck]:
-    """Check all benchmarks in a folder and its direct subfolders."""
-    folders = [root, *sorted(child for child in root.iterdir() if child.is_dir())]
-    return [_check_benchmark(family, path) for family in _FAMILIES for path in folders if family.has_datasets(path)]
+def _benchmarks_in(*folders: Path) -> list[tuple[BenchmarkFamily, Path]]:
+    """Return the benchmarks with at least one dataset in one of the folders."""
+    return [(family, path) for family in _FAMILIES for path in folders if family.has_datasets(path)]
 
 
-def _check_benchmark(family: BenchmarkFamily[Any], root: Path) -> BenchmarkCheck:
+def _check_benchmark(family: BenchmarkFamily, root: Path) -> BenchmarkCheck:
     """Check a complete benchmark."""
     inspections, missing = [], []
     for name, member in family.members.items():
@@ -128,26 +130,26 @@ def _check_benchmark(family: BenchmarkFamily[Any], root: Path) -> BenchmarkCheck
             inspections.append(family.read(folder, member))
         else:
             missing.append(name)
-    return BenchmarkCheck(family.title, root, inspections, missing, family.layout, _unexpected_folders(root, missing))
-
-
-def _unexpected_folders(root: Path, missing: list[str]) -> list[str]:
-    """Describe unknown folders whose names resemble those of missing datasets."""
-    descriptions = []
-    for child in sorted(child for child in root.iterdir() if child.is_dir()):
+    unexpected = []
+    for child in _subfolders(root):
         near = difflib.get_close_matches(child.name.lower(), missing, n=1, cutoff=0.6)
         if near and not any(family.find(child.name) for family in _FAMILIES):
-            descriptions.append(f"{child.name!r}, nearest: {near[0]!r}")
-    return descriptions
+            unexpected.append(f"{child.name!r}, nearest: {near[0]!r}")
+    return BenchmarkCheck(family.title, root, inspections, missing, family.layout, unexpected)
 
 
 def _decode(inspection: Inspection) -> None:
     """Decode all images and record unreadable ones as errors."""
-    files = {part.root / file: file for part in inspection.parts.values() for file in part.files}
-    paths = [path for path in files if path.is_file()]
-    broken = [f"{files[paths[index]]} ({reason})" for index, reason in broken_images(paths).items()]
+    files = {
+        path: part.names[position]
+        for part in inspection.parts.values()
+        for position, path in file_paths(part).items()
+        if path.is_file()
+    }
+    names = list(files.values())
+    broken = [f"{names[index]} ({reason})" for index, reason in broken_images(list(files)).items()]
     if broken:
-        inspection.errors.append(f"{len(broken)} of {counted(len(paths), 'image')} cannot be read: {listed(broken)}")
+        inspection.errors.append(f"{len(broken)} of {counted(len(names), 'image')} cannot be read: {listed(broken)}")
 
 
 _GENERIC = (
@@ -188,47 +190,32 @@ class DataCheck:
     notes: list[str] = field(default_factory=list)
 
 
-def check_data(
-    spec: str,
-    *,
-    columns: str | None = None,
-    channels: int = 3,
-    white: int | None = None,
-    target: TargetKind = "class",
-    skip_corrupt: bool = False,
-    seed: int = 0,
-) -> DataCheck:
+def check_data(spec: str, options: LoadOptions = DEFAULT_OPTIONS) -> DataCheck:
     """Load data as in training, skipping broken images, and report its contents and problems.
 
     Args:
         spec: As for `load_data`.
-        columns: As for `load_data`.
-        channels: As for `load_data`.
-        white: As for `load_data`.
-        target: As for `load_data`.
-        skip_corrupt: Report unusable images as a note instead of an error.
-        seed: Seed of the splits.
+        options: As for `load_data`; with `skip_corrupt`, unusable images are a note instead of an error.
 
     Raises:
         ValueError: If the data cannot be loaded, e.g. a column is missing.
         FileNotFoundError: If the data does not exist.
         ImportError: If a required package is not installed.
     """
-    options: dict[str, Any] = {"columns": columns, "channels": channels, "white": white, "target": target, "seed": seed}
-    errors = []
+    skipping, target = replace(options, skip_corrupt=True), options.target
+    errors: list[str] = []
     try:
-        splits = load_data(spec, skip_corrupt=True, **options)
+        splits = load_data(spec, skipping)
     except ValueError as error:
-        splits = load_data(spec, skip_corrupt=True, divide=False, **options)  # raises again if loading fails
+        splits = load_data(spec, replace(skipping, divide=False))  # raises again if loading fails
         errors.append(str(error))
     notes = [note for note in splits.notes if note not in splits.warnings]
     check = DataCheck(splits, errors=errors, warnings=list(splits.warnings), notes=notes)
     if splits.broken:
         named = listed([f"{name} ({reason})" for name, reason in splits.broken.items()])
         check.notes = [note for note in check.notes if named not in note]
-        count = len(splits.broken)
-        images = counted(count, "unusable image")
-        if skip_corrupt:
+        images = counted(len(splits.broken), "unusable image")
+        if options.skip_corrupt:
             check.notes.append(f"skipped {images} (--skip-corrupt): {named}")
         else:
             check.errors.append(f"{images}: {named}; skip with --skip-corrupt")
@@ -303,24 +290,16 @@ def _suspicious_names(classes: Sequence[str]) -> list[str]:
 
 
 def contact_sheet(splits: DataSplits, *, per_class: int = 10, max_classes: int = 20) -> Image.Image:
-    """Draw the first training images of each class, one row per class.
-
-    Args:
-        splits: Data.
-        per_class: Number of images per row.
-        max_classes: Maximum number of rows.
-    """
+    """Draw the first training images of each class, one row per class."""
     images = splits.train
     labels = sorted(set(images.labels))[:max_classes]
-    names = splits.classes if not isinstance(images, MaskDataset) else ["images"]
     rows = [(label, [p for p, other in enumerate(images.labels) if other == label]) for label in labels]
     width = per_class * (_TILE + _GAP) + _GAP
     sheet = Image.new("RGB", (width, len(rows) * (_TILE + _HEADING + _GAP) + _GAP), _BACKGROUND)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for number, (label, positions) in enumerate(rows):
         top = _GAP + number * (_TILE + _HEADING + _GAP)
-        name = names[label] if label < len(names) else str(label)
-        draw.text((_GAP, top + 2), f"{name} ({len(positions)})", _INK, font)
+        draw.text((_GAP, top + 2), f"{splits.label_names[label]} ({len(positions)})", _INK, font)
         for place, position in enumerate(positions[:per_class]):
             tile = ImageOps.contain(images.image(position), (_TILE, _TILE), Image.Resampling.BICUBIC)
             left = _GAP + place * (_TILE + _GAP)

@@ -1,212 +1,23 @@
 """Torch datasets of labeled images with augmentation seeded by (seed, epoch, image)."""
 
 import hashlib
-import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.functional import to_pil_image
 
-from snella_app.console import track_progress
-from snella_app.data.images import (
-    RGB,
-    ImageMetadata,
-    Reading,
-    first_channels,
-    inspect_image,
-    metadata_of,
-    read_image,
-    read_label_map,
-    to_rgb,
-)
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-_THREADS = 4  # decoding releases the GIL
-_BUDGET_BYTES = 512 * 2**20
-_CONSOLE: ContextVar["Console | None"] = ContextVar("console", default=None)
-_T = TypeVar("_T")
-_R = TypeVar("_R")
-
-
-class ImageSource(Protocol):
-    """Picklable source of images by row."""
-
-    def load(self, row: int) -> Image.Image:
-        """Return the image as RGB; callers must not modify it, since it may be shared."""
-
-    def content(self, row: int) -> bytes:
-        """Return the raw content of the image: file bytes or pixels."""
-
-
-class ArrayImages:
-    """Grayscale images in one array.
-
-    Args:
-        pixels: `[n, height, width]`, uint8.
-    """
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        self.pixels = pixels
-
-    def load(self, row: int) -> Image.Image:
-        """Return the image as RGB."""
-        return Image.fromarray(self.pixels[row]).convert("RGB")
-
-    def content(self, row: int) -> bytes:
-        """Return the pixels."""
-        return self.pixels[row].tobytes()
-
-
-class CachedImages:
-    """Lazily decoded images with an in-memory cache.
-
-    Subclasses implement `read` and `content`.
-
-    Args:
-        budget_bytes: Cache size for decoded images, one byte per pixel and channel, divided among loader workers.
-            Images beyond the budget are decoded on every access.
-        reading: As for `read_image`.
-
-    Attributes:
-        metadata: Metadata of the inspected images by row.
-    """
-
-    def __init__(self, *, budget_bytes: int = _BUDGET_BYTES, reading: Reading = RGB) -> None:
-        self.budget_bytes = budget_bytes
-        self.reading = reading
-        self.metadata: dict[int, ImageMetadata] = {}
-        self.cached_bytes = 0
-        self._cached: dict[int, Any] = {}
-
-    def load(self, row: int) -> Any:
-        """Return the decoded image, from the cache if possible.
-
-        Raises:
-            ValueError: If the file is missing or broken.
-        """
-        if (cached := self._cached.get(row)) is not None:
-            return cached
-        image = self.read(row)
-        worker = get_worker_info()
-        budget = self.budget_bytes // (1 if worker is None else worker.num_workers)
-        size = image.nbytes if isinstance(image, Tensor) else len(image.getbands()) * image.width * image.height
-        if self.cached_bytes + size <= budget:
-            self._cached[row] = image
-            self.cached_bytes += size
-        return image
-
-    def read(self, row: int) -> Any:
-        """Decode one image; raise ValueError if it is broken."""
-        raise NotImplementedError
-
-    def inspect(self, row: int) -> ImageMetadata:
-        """Decode one image and return its metadata; raise ValueError if it is broken."""
-        return metadata_of(self.read(row))
-
-    def content(self, row: int) -> bytes:
-        """Return the raw content of one image."""
-        raise NotImplementedError
-
-    def at_side(self, side: int | None) -> Self:
-        """Return a copy with another `Reading.side` and an empty cache."""
-        source = copy(self)
-        source.reading, source._cached, source.cached_bytes = replace(self.reading, side=side), {}, 0
-        return source
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Exclude cached images from pickling."""
-        return {**self.__dict__, "_cached": {}, "cached_bytes": 0, "metadata": {}}
-
-
-class FileImages(CachedImages):
-    """Image files; see `CachedImages` for other arguments."""
-
-    def __init__(self, paths: Sequence[Path], *, budget_bytes: int = _BUDGET_BYTES, reading: Reading = RGB) -> None:
-        super().__init__(budget_bytes=budget_bytes, reading=reading)
-        self.paths = list(paths)
-
-    def read(self, row: int) -> Any:
-        """Decode one file."""
-        return read_image(self.paths[row], self.reading)
-
-    def inspect(self, row: int) -> ImageMetadata:
-        """Decode one file and return its metadata."""
-        path = self.paths[row]
-        return inspect_image(path, str(path), self.reading)
-
-    def content(self, row: int) -> bytes:
-        """Return the bytes of one file."""
-        return self.paths[row].read_bytes()
-
-
-def broken_images(paths: Sequence[Path]) -> dict[int, str]:
-    """Decode every file once and return the broken files.
-
-    Args:
-        paths: Image files.
-
-    Returns:
-        Reason by position in `paths`, in order.
-    """
-    return broken_rows(FileImages(paths), range(len(paths)))
-
-
-def broken_rows(source: "CachedImages", rows: Sequence[int]) -> dict[int, str]:
-    """Decode rows of a source once, store their `metadata`, and return the broken rows.
-
-    Args:
-        source: Images.
-        rows: Rows to decode.
-
-    Returns:
-        Reason by row, in the order of `rows`.
-    """
-
-    def reason(row: int) -> str | None:
-        try:
-            source.metadata[row] = source.inspect(row)
-        except ValueError as error:
-            return str(error).partition("image: ")[2] or str(error)
-        return None
-
-    return {row: text for row, text in zip(rows, decode_all(reason, rows), strict=True) if text is not None}
-
-
-def decode_all(decode: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-    """Apply a decoding function to all items in threads; `show_reading` shows the progress."""
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
-        return list(track_progress(threads.map(decode, items), "reading images", len(items), _CONSOLE.get()))
-
-
-@contextmanager
-def show_reading(console: "Console | None", is_enabled: bool = True) -> Iterator[None]:
-    """Show a progress bar while `decode_all` runs, if the console is a terminal.
-
-    Args:
-        console: Console for the transient bar; None disables it.
-        is_enabled: If False, show no bar.
-    """
-    token = _CONSOLE.set(console if is_enabled else None)
-    try:
-        yield
-    finally:
-        _CONSOLE.reset(token)
-
+from snella_app.data.images import ImageMetadata, first_channels, to_rgb
+from snella_app.data.sources import CachedImages, FileImages, ImageSource, JoinedSource, at_side, locate
 
 Target = str | float | tuple[str, ...] | tuple[float, ...]
 """Label-column value of an image: class name, number, label names, or several numbers."""
@@ -218,7 +29,7 @@ class Annotations:
 
     Attributes:
         targets: Values of the label column: class name (`str`), number, label names (tuple of `str`), or numbers of
-            several columns (tuple of `float`), depending on `load_data(target=...)`.
+            several columns (tuple of `float`), depending on `LoadOptions.target`.
         weights: Nonnegative sample weights in the loss.
         groups: Group of each image, e.g. a patient, site or video.
     """
@@ -229,20 +40,16 @@ class Annotations:
 
     def subset(self, positions: Sequence[int]) -> "Annotations":
         """Return the annotations at these positions."""
-        columns = (self.targets, self.weights, self.groups)
-        return Annotations(*(None if c is None else [c[p] for p in positions] for c in columns))  # type: ignore[arg-type]
+        return Annotations(**{name: [column[p] for p in positions] for name, column in self.plain().items()})
 
     def joined(self, other: "Annotations") -> "Annotations":
         """Concatenate two annotations; drop columns missing from either."""
-        pairs = zip(
-            (self.targets, self.weights, self.groups), (other.targets, other.weights, other.groups), strict=True
-        )
-        return Annotations(*(None if a is None or b is None else [*a, *b] for a, b in pairs))
+        first, second = self.plain(), other.plain()
+        return Annotations(**{name: [*first[name], *second[name]] for name in first if name in second})
 
     def plain(self) -> dict[str, Any]:
-        """Return the present columns by name, for hashing."""
-        columns = {"targets": self.targets, "weights": self.weights, "groups": self.groups}
-        return {name: column for name, column in columns.items() if column is not None}
+        """Return the present columns by name."""
+        return {name: column for name, column in vars(self).items() if column is not None}
 
 
 class ImageDataset(Dataset[tuple[Any, ...]]):
@@ -256,9 +63,11 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         rows: Selected rows of the source, in order.
         labels: Class index of each selected image.
         names: Name of each selected image.
-        transform: Maps an RGB image to a tensor; None returns images.
-        seed: Seed of the augmentation.
         annotations: Raw targets, sample weights and groups of the selected images.
+
+    Attributes:
+        transform: Maps an RGB image to a tensor; None returns images. Set by `with_transform`.
+        seed: Seed of the augmentation.
 
     Raises:
         ValueError: If `rows`, `labels` and `names` differ in length.
@@ -270,9 +79,6 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         rows: Sequence[int],
         labels: Sequence[int],
         names: Sequence[str],
-        *,
-        transform: Callable[..., Any] | None = None,
-        seed: int = 0,
         annotations: Annotations | None = None,
     ) -> None:
         if not len(rows) == len(labels) == len(names):
@@ -280,19 +86,20 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
                 f"rows, labels and names must have equal lengths, got {len(rows)}, {len(labels)} and {len(names)}"
             )
         self.source, self.rows, self.labels, self.names = source, list(rows), list(labels), list(names)
-        self.transform, self.seed = transform, seed
         self.annotations = annotations or Annotations()
+        self.transform: Callable[..., Any] | None = None
+        self.seed = 0
         self._encode: Callable[[Target], Any] | None = None
         self._is_weighted = False
         # in shared memory, so that persistent workers read new epochs
-        self._epoch = _shared_zero()
+        self._epoch = _shared_scalar(0)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         """Return the transformed image (or RGB image without a transform) and class index; see `with_targets`."""
-        index = self._position(index)
+        index = range(len(self))[index]  # nonnegative
         if self.transform is None:
             return self._item(index)
         with torch.random.fork_rng(devices=[]):
@@ -310,7 +117,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
 
     def image(self, index: int) -> Image.Image:
         """Return a copy of the untransformed image as RGB; multispectral images are reduced to three channels."""
-        image: Any = self.source.load(self.rows[self._position(index)])
+        image: Any = self.source.load(self.rows[index])
         if isinstance(image, Tensor):
             return to_pil_image(first_channels(image))
         return image.copy() if image.mode == "RGB" else to_rgb(image)
@@ -323,23 +130,14 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
                 total.update(hashlib.sha256(source.content(row)).digest())
         return total.hexdigest()
 
-    def locations(self) -> list[tuple[ImageSource, int]]:
-        """Return the source and row of each image, inside joined sources."""
-        source = self.source
-        return [source.locate(row) if isinstance(source, _JoinedSource) else (source, row) for row in self.rows]
-
     def _sources(self) -> list[ImageSource]:
         """Return the sources of an item's content."""
         return [self.source]
 
     def with_transform(self, transform: Callable[..., Any] | None) -> Self:
         """Return a copy with another transform; cached images are shared."""
-        return self._select(range(len(self)), transform)
-
-    def with_source(self, source: ImageSource) -> Self:
-        """Return a copy with another source of the same rows."""
-        dataset = self.with_transform(self.transform)
-        dataset.source = source
+        dataset = self._copy()
+        dataset.transform = transform
         return dataset
 
     def with_targets(self, encode: Callable[[Target], Any] | None = None, *, is_weighted: bool = False) -> Self:
@@ -349,7 +147,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
             encode: Maps the label-column value to the target; None uses the class index. Must be picklable.
             is_weighted: Append the sample weight to each item, if the data has weights.
         """
-        dataset = self._select(range(len(self)), self.transform)
+        dataset = self._copy()
         dataset._encode, dataset._is_weighted = encode, is_weighted and self.annotations.weights is not None
         return dataset
 
@@ -368,19 +166,18 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
 
     def subset(self, positions: Sequence[int]) -> Self:
         """Return the images at these positions, in this order."""
-        return self._select([self._position(position) for position in positions], self.transform)
+        dataset = self._copy()
+        dataset.rows = [self.rows[position] for position in positions]
+        dataset.labels = [self.labels[position] for position in positions]
+        dataset.names = [self.names[position] for position in positions]
+        dataset.annotations = self.annotations.subset(positions)
+        return dataset
 
-    def _select(self, positions: Sequence[int], transform: Callable[..., Any] | None) -> Self:
-        """Return a copy with the selected items."""
-        selected = copy(self)
-        selected.rows = [self.rows[position] for position in positions]
-        selected.labels = [self.labels[position] for position in positions]
-        selected.names = [self.names[position] for position in positions]
-        selected.annotations = self.annotations.subset(positions)
-        selected.transform = transform
-        selected._epoch = _shared_zero()  # epochs of the copies are independent
-        selected.set_epoch(self.epoch)
-        return selected
+    def _copy(self) -> Self:
+        """Return a copy with an independent epoch."""
+        dataset = copy(self)
+        dataset._epoch = _shared_scalar(self.epoch)
+        return dataset
 
     def _item(self, index: int) -> tuple[Any, ...]:
         """Return the transformed image and its target; the caller seeds the generator."""
@@ -391,21 +188,11 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
             image = image.clone() if isinstance(image, Tensor) else image.copy()
         return image, *self.target_and_weight(index)
 
-    def _position(self, index: int) -> int:
-        """Convert a negative index to a position."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is out of range for {len(self)} images")
-        return index % len(self)
 
-
-def _shared_zero() -> Tensor:
-    """Return a zero-initialized int64 scalar in shared memory.
-
-    Raises:
-        OSError: If shared memory (`/dev/shm`) is full or a file size limit is reached.
-    """
+def _shared_scalar(value: int) -> Tensor:
+    """Return an int64 scalar in shared memory; raise OSError if it is full or a file size limit is reached."""
     try:
-        return torch.zeros((), dtype=torch.int64).share_memory_()
+        return torch.tensor(value).share_memory_()
     except RuntimeError as error:
         raise OSError(f"cannot allocate eight bytes in shared memory: {error}; free space in /dev/shm") from None
 
@@ -418,78 +205,43 @@ def _item_seed(seed: int, epoch: int, index: int) -> int:
 
 def known_metadata(images: ImageDataset) -> dict[int, ImageMetadata]:
     """Return the metadata of a dataset's inspected images by position."""
+    locations = [locate(images.source, row) for row in images.rows]
     return {
         position: source.metadata[row]
-        for position, (source, row) in enumerate(images.locations())
+        for position, (source, row) in enumerate(locations)
         if isinstance(source, CachedImages) and row in source.metadata
     }
 
 
 def file_paths(images: ImageDataset) -> dict[int, Path]:
     """Return the file of each image by position; images that are not files are missing."""
+    locations = [locate(images.source, row) for row in images.rows]
     return {
         position: source.paths[row]
-        for position, (source, row) in enumerate(images.locations())
+        for position, (source, row) in enumerate(locations)
         if isinstance(source, FileImages)
     }
 
 
-class FileMasks(FileImages):
-    """Mask files, cached like images.
-
-    Args:
-        paths: Files supported by `read_label_map`.
-        is_white_foreground: If True, nonzero values become label 1.
-    """
-
-    def __init__(self, paths: Sequence[Path], *, is_white_foreground: bool = False) -> None:
-        super().__init__(paths)
-        self.is_white_foreground = is_white_foreground
-
-    def read(self, row: int) -> Image.Image:
-        """Return the labels as a grayscale image."""
-        labels, _ = read_label_map(self.paths[row])
-        if self.is_white_foreground:
-            labels = labels > 0
-        return Image.fromarray(labels.astype(np.uint8))
-
-
-class ArrayMasks(ArrayImages):
-    """Masks in one label array."""
-
-    def load(self, row: int) -> Image.Image:
-        """Return the labels as a grayscale image."""
-        return Image.fromarray(self.pixels[row])
-
-
 class MaskDataset(ImageDataset):
     """Dataset of selected images with masks; see `ImageDataset` for seeding.
+
+    `transform` maps (RGB image, mask) to two tensors; None returns an image and a label array.
 
     Args:
         source: Source of the images.
         masks: Source of the masks, with the same rows.
         rows: Selected rows of the source, in order.
         names: Name of each selected image.
-        transform: Maps (RGB image, mask) to two tensors; None returns an image and a label array.
-        seed: Seed of the augmentation.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        masks: ImageSource,
-        rows: Sequence[int],
-        names: Sequence[str],
-        *,
-        transform: Callable[..., Any] | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(source, rows, [0] * len(rows), names, transform=transform, seed=seed)
+    def __init__(self, source: ImageSource, masks: ImageSource, rows: Sequence[int], names: Sequence[str]) -> None:
+        super().__init__(source, rows, [0] * len(rows), names)
         self.masks = masks
 
     def mask(self, index: int) -> np.ndarray:
         """Return the untransformed labels of an image, `[height, width]`, uint8."""
-        return np.array(self.masks.load(self.rows[self._position(index)]))
+        return np.array(self.masks.load(self.rows[index]))
 
     def _sources(self) -> list[ImageSource]:
         """Return the sources of an item's content."""
@@ -505,70 +257,29 @@ class MaskDataset(ImageDataset):
 
 
 def read_at_side(parts: Sequence[ImageDataset], side: int | None) -> list[ImageDataset]:
-    """Return splits that read images at a reduced resolution; splits with masks are unchanged.
-
-    Args:
-        parts: Splits; sources shared between splits stay shared.
-        side: Minimum shorter side, see `Reading.side`.
-    """
+    """Return splits that read images at `Reading.side`; splits with masks are unchanged, shared sources stay shared."""
     sources: dict[int, ImageSource] = {}
     changed = []
     for part in parts:
         if not isinstance(part, MaskDataset):
             if id(part.source) not in sources:
-                sources[id(part.source)] = _at_side(part.source, side)
-            part = part.with_source(sources[id(part.source)])
+                sources[id(part.source)] = at_side(part.source, side)
+            part = part.with_transform(part.transform)
+            part.source = sources[id(part.source)]
         changed.append(part)
     return changed
 
 
-def _at_side(source: ImageSource, side: int | None) -> ImageSource:
-    """Return a file source with another `Reading.side`; return other sources unchanged."""
-    return source.at_side(side) if isinstance(source, CachedImages | _JoinedSource) else source
-
-
-class _JoinedSource:
-    """Concatenation of two sources at a row boundary."""
-
-    def __init__(self, first: ImageSource, second: ImageSource, boundary: int) -> None:
-        self.first, self.second, self.boundary = first, second, boundary
-
-    def locate(self, row: int) -> tuple[ImageSource, int]:
-        """Return the source that contains the row, which is not itself joined, and its row there."""
-        source, row = (self.first, row) if row < self.boundary else (self.second, row - self.boundary)
-        return source.locate(row) if isinstance(source, _JoinedSource) else (source, row)
-
-    def load(self, row: int) -> Image.Image:
-        """Return the image from the source that contains the row."""
-        source, row = self.locate(row)
-        return source.load(row)
-
-    def content(self, row: int) -> bytes:
-        """Return the raw content of the image."""
-        source, row = self.locate(row)
-        return source.content(row)
-
-    def at_side(self, side: int | None) -> "_JoinedSource":
-        """Return a copy with another `Reading.side`."""
-        return _JoinedSource(_at_side(self.first, side), _at_side(self.second, side), self.boundary)
-
-
 def joined(first: ImageDataset, second: ImageDataset) -> ImageDataset:
-    """Concatenate two datasets; the result has no transform and the seed of the first.
-
-    Args:
-        first: Dataset of images, with or without masks.
-        second: Dataset of the same type.
-    """
+    """Concatenate two datasets without transforms; both have masks, or neither."""
     boundary = 1 + max(first.rows, default=-1)
     rows = [*first.rows, *(boundary + row for row in second.rows)]
     names = [*first.names, *second.names]
-    source = _JoinedSource(first.source, second.source, boundary)
+    source = JoinedSource(first.source, second.source, boundary)
     if isinstance(first, MaskDataset) and isinstance(second, MaskDataset):
-        return MaskDataset(source, _JoinedSource(first.masks, second.masks, boundary), rows, names, seed=first.seed)
+        return MaskDataset(source, JoinedSource(first.masks, second.masks, boundary), rows, names)
     labels = [*first.labels, *second.labels]
-    annotations = first.annotations.joined(second.annotations)
-    return ImageDataset(source, rows, labels, names, seed=first.seed, annotations=annotations)
+    return ImageDataset(source, rows, labels, names, first.annotations.joined(second.annotations))
 
 
 @dataclass

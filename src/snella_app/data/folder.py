@@ -1,15 +1,18 @@
 """Image folders: `class/image`, or `train|val|test/class/image`."""
 
-import difflib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from snella_app.console import counted
-from snella_app.data.datasets import Collection, FileImages, ImageDataset, broken_rows
-from snella_app.data.images import HEIC_HINT, IMAGE_SUFFIXES, RGB, Reading, is_heic, is_image
-from snella_app.text import listed
+from snella_app.data.datasets import Collection, ImageDataset
+from snella_app.data.images import HEIC_HINT, IMAGE_SUFFIXES, is_heic, is_image
+from snella_app.data.options import LoadOptions
+from snella_app.data.sources import FileImages, broken_rows
+from snella_app.text import listed, nearest, similar_paths
 
 PARTS = {
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
@@ -17,63 +20,48 @@ PARTS = {
 }
 """Accepted split names in folders and tables."""
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
-_NAMED = 5
 _LAYOUT = "the expected layout is PATH/class/image.jpg"
 _Files = dict[str, list[Path]]
 
 
-def load_folder(path: str, *, skip_corrupt: bool = False, reading: Reading = RGB) -> Collection:
+def load_folder(path: str, options: LoadOptions) -> Collection:
     """Load the images of a folder with one subfolder per class.
 
-    Every file is decoded once to find broken files before training. Hidden files are ignored, other file types are
-    skipped with a note, and images in nested folders belong to their class folder.
-
-    Args:
-        path: Folder. It has splits if it contains a folder `train` with class folders.
-        skip_corrupt: Skip broken images with a note instead of raising an error.
-        reading: As for `read_image`.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist; the message suggests similar names.
-        ValueError: If class folders are missing or empty, there are fewer than two classes, a split has classes without
-            training images, or images are broken.
+    The folder has splits if it contains a folder `train` with class folders. Every file is decoded once to find broken
+    files before training. Hidden files are ignored, other file types are skipped with a note, and images in nested
+    folders belong to their class folder.
     """
     root = existing_folder(path)
-    folders, has_parts = _part_folders(root)
+    folders = _split_folders(root)
     others: Counter[str] = Counter()
     files = {part: _class_files(folder, others) for part, folder in folders.items()}
     _check_classes(files, folders, root)
-    notes = [*([_other_files_note(others)] if others else []), *_skipped_notes(root, folders)]
-    source = FileImages([f for c in files.values() for paths in c.values() for f in paths], reading=reading)
-    broken = {source.paths[row]: reason for row, reason in broken_rows(source, range(len(source.paths))).items()}
+    notes = _skipped_notes(root, folders, others)
+    paths = [file for by_class in files.values() for file in chain.from_iterable(by_class.values())]
+    source = FileImages(paths, options.reading)
+    names = {file: file.relative_to(root).as_posix() for file in paths}
+    reasons = {paths[row]: reason for row, reason in broken_rows(source, range(len(paths))).items()}
+    broken = {names[file]: reason for file, reason in reasons.items()}
     if broken:
-        named = {file.relative_to(root).as_posix(): reason for file, reason in broken.items()}
-        notes.append(broken_note(named, len(source.paths), path, skip_corrupt))
+        notes.append(broken_note(broken, len(paths), path, options.skip_corrupt))
         files = {
-            part: {name: [file for file in paths if file not in broken] for name, paths in classes.items()}
-            for part, classes in files.items()
+            part: {name: [file for file in members if file not in reasons] for name, members in by_class.items()}
+            for part, by_class in files.items()
         }
         _check_classes(files, folders, root)
     classes = list(files["train"])
-    rows = {file: row for row, file in enumerate(source.paths)}
-    parts = {part: _dataset(by_class, classes, root, source, rows) for part, by_class in files.items()}
-    collection = Collection(root.name, classes, parts["train"], parts.get("val"), parts.get("test"), has_parts, notes)
-    collection.broken = {file.relative_to(root).as_posix(): reason for file, reason in broken.items()}
-    return collection
+    rows = {file: row for row, file in enumerate(paths)}
+    parts: dict[str, Any] = {}
+    for part, by_class in files.items():
+        labeled = {file: classes.index(name) for name, members in by_class.items() for file in members}
+        parts[part] = ImageDataset(
+            source, [rows[file] for file in labeled], list(labeled.values()), [names[file] for file in labeled]
+        )
+    return Collection(root.name, classes, **parts, has_parts=folders["train"] != root, notes=notes, broken=broken)
 
 
 def broken_note(broken: Mapping[str, str], count: int, folder: str | Path, skip_corrupt: bool) -> str:
-    """Return the note about skipped images.
-
-    Args:
-        broken: Reasons by image name.
-        count: Number of images in the folder.
-        folder: Folder, for the message.
-        skip_corrupt: If False, raise an error.
-
-    Raises:
-        ValueError: If `skip_corrupt` is False.
-    """
+    """Return the note about `broken` images (reason by name) among `count`; raise ValueError unless `skip_corrupt`."""
     named = listed(f"{name} ({reason})" for name, reason in broken.items())
     if not skip_corrupt:
         raise ValueError(
@@ -108,13 +96,12 @@ def existing_folder(
         raise ValueError(f"{family}:{path} must be a folder {content}, got a file")
     parent = next(folder for folder in root.absolute().parents if folder.is_dir())
     missing = root.absolute().relative_to(parent).parts[0]
-    siblings = sorted(child.name for child in parent.iterdir() if child.is_dir() and not child.name.startswith("."))
-    nearest = difflib.get_close_matches(missing, siblings, n=3, cutoff=0.4)
-    hint = f"nearest: {', '.join(map(repr, nearest))}" if nearest else f"'{parent}' has no folder with a similar name"
-    raise FileNotFoundError(f"{family}:{path}: no folder {missing!r} in '{parent}'; {hint}")
+    hint = similar_paths(parent / missing, cutoff=0.4, folders_only=True)
+    hint = hint or f"; '{parent}' has no folder with a similar name"
+    raise FileNotFoundError(f"{family}:{path}: no folder {missing!r} in '{parent}'{hint}")
 
 
-def _part_folders(root: Path) -> tuple[dict[str, Path], bool]:
+def _split_folders(root: Path) -> dict[str, Path]:
     """Return the split folders, or `{"train": root}` for a folder without splits."""
     splits: dict[str, Path] = {}
     for folder in _subfolders(root):
@@ -125,33 +112,41 @@ def _part_folders(root: Path) -> tuple[dict[str, Path], bool]:
             raise ValueError(f"folder '{root}' has two '{part}' splits: {splits[part].name!r} and {folder.name!r}")
         splits[part] = folder
     if "train" in splits:
-        return {part: splits[part] for part in ("train", "val", "test") if part in splits}, True
+        return {part: splits[part] for part in ("train", "val", "test") if part in splits}
     if splits and len(splits) == len(_subfolders(root)):
         names = ", ".join(repr(folder.name) for folder in splits.values())
         raise ValueError(
             f"folder '{root}' has {names} but no 'train' with class folders; add PATH/train/class/image.jpg, or use "
             "PATH/class/image.jpg without splits"
         )
-    return {"train": root}, False
+    return {"train": root}
 
 
-def _skipped_notes(root: Path, folders: dict[str, Path]) -> list[str]:
-    """Return notes about images outside class folders and about folders that are not splits."""
+def _skipped_notes(root: Path, folders: dict[str, Path], others: Counter[str]) -> list[str]:
+    """Return notes about other files, images outside class folders, and folders that are not splits."""
     notes = []
-    for folder in {root, *folders.values()}:
+    if others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        heic = f"; {HEIC_HINT}" if "HEIC" in others else ""
+        notes.append(f"skipped {counted(others.total(), 'file')} other than {', '.join(IMAGE_SUFFIXES)}: {kinds}{heic}")
+    for folder in dict.fromkeys([root, *folders.values()]):
         unassigned = [child.name for child in sorted(folder.iterdir()) if child.is_file() and is_image(child)]
         if unassigned:
             where = "" if folder == root else f" in {folder.name}"
             notes.append(
                 f"skipped {counted(len(unassigned), 'image')}{where} outside class folders, e.g. {unassigned[0]!r}"
             )
-    if folders.get("train") != root:
-        others = [child for child in _subfolders(root) if child not in folders.values()]
-        images = {child.name: sum(is_image(file) for file in _walk(child)) for child in others}
+    if folders["train"] != root:
+        images = {
+            child.name: sum(is_image(file) for file in _walk(child))
+            for child in _subfolders(root)
+            if child not in folders.values()
+        }
         named = [f"{name!r} with {counted(count, 'image')}" for name, count in images.items() if count]
         if named:
-            known = ", ".join(sorted(PARTS))
-            notes.append(f"skipped {listed(named)}: not a split with class folders; split names are {known}")
+            notes.append(
+                f"skipped {listed(named)}: not a split with class folders; split names are {', '.join(sorted(PARTS))}"
+            )
     return notes
 
 
@@ -203,9 +198,10 @@ def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Pat
             )
         unknown = [name for name in classes if name not in files["train"]]
         if unknown:
+            hints = [nearest(name.lower(), files["train"], form=" (nearest: '{}')") for name in unknown]
+            named = [f"{name!r}{hint}" for name, hint in zip(unknown, hints, strict=True)]
             errors.append(
-                f"classes of '{folders[part].name}' unknown to training: "
-                f"{listed([_with_nearest(name, list(files['train'])) for name in unknown])}; "
+                f"classes of '{folders[part].name}' unknown to training: {listed(named)}; "
                 f"training has {listed([repr(name) for name in files['train']])}"
             )
     if errors:
@@ -232,26 +228,3 @@ def _table_hint(*folders: Path) -> str:
         return f". To use the labels in {table.name!r}, save it as CSV and pass --data csv:FILE"
     kind = {".parquet": "parquet", ".jsonl": "hf"}.get(table.suffix, "csv")
     return f". To use the labels in {table.name!r}, pass --data {kind}:{table.parent if kind == 'hf' else table}"
-
-
-def _with_nearest(name: str, classes: list[str]) -> str:
-    """Return an unknown class with the nearest training class."""
-    lowered = {known.lower(): known for known in classes}
-    near = difflib.get_close_matches(name.lower(), lowered, n=1)
-    return f"{name!r} (nearest: {lowered[near[0]]!r})" if near else repr(name)
-
-
-def _dataset(
-    files: _Files, classes: list[str], root: Path, source: FileImages, rows: Mapping[Path, int]
-) -> ImageDataset:
-    """Build the dataset of one split."""
-    pairs = [(file, classes.index(name)) for name, paths in files.items() for file in paths]
-    names = [file.relative_to(root).as_posix() for file, _ in pairs]
-    return ImageDataset(source, [rows[file] for file, _ in pairs], [label for _, label in pairs], names)
-
-
-def _other_files_note(others: Counter[str]) -> str:
-    """Return the note about files that are not images."""
-    kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(_NAMED))
-    heic = f"; {HEIC_HINT}" if "HEIC" in others else ""
-    return f"skipped {counted(others.total(), 'file')} other than {', '.join(IMAGE_SUFFIXES)}: {kinds}{heic}"

@@ -2,7 +2,9 @@
 
 import glob
 import io
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,87 +15,68 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 from torchvision.transforms.functional import to_pil_image
 
-from snella_app.data.datasets import CachedImages, Collection
+from snella_app.data.columns import Columns
+from snella_app.data.datasets import Collection
 from snella_app.data.folder import PARTS
 from snella_app.data.images import Reading, check_regular, decode_image, to_channels
-from snella_app.data.table import Columns, RowOptions, Samples, build_collection, outside_reason
+from snella_app.data.options import LoadOptions
+from snella_app.data.sources import CachedImages
+from snella_app.data.table import Samples, build_collection, outside_reason
 from snella_app.text import listed, similar_paths
 
 PYTHON_PREFIX = "python:"
 _IMAGE = "<image>"
 _KEY, _URL = "__key__", "__url__"
-_INSTALL = "needs the package datasets; pip install 'snella[data]'"
 
 
-def load_hf(path: str, options: RowOptions) -> Collection:
-    """Load the images of a Hugging Face dataset.
+def load_hf(path: str, options: LoadOptions) -> Collection:
+    """Load the images of a Hugging Face dataset; the path column defaults to the first image column.
 
-    Args:
-        path: Folder written by `save_to_disk`, folder of images with `metadata.csv` (`imagefolder`), folder of Parquet
-            files, or Hub name `owner/name` or `owner/name:configuration`.
-        options: Conversion options; the path column defaults to the first image column.
-
-    Raises:
-        ConnectionError: If the Hub is needed and cannot be reached.
-        FileNotFoundError: If the dataset does not exist.
-        ValueError: If the dataset cannot be read, or `build_collection` rejects it.
-        ImportError: If the package `datasets` is not installed.
+    `path` is a folder written by `save_to_disk`, a folder of images with `metadata.csv` (`imagefolder`), a folder of
+    Parquet files, or a Hub name `owner/name` or `owner/name:configuration`. If the Hub cannot be reached, raises
+    ConnectionError.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    library = _library(f"hf:{path}")
     if not path.strip():
         raise ValueError("data must name a dataset after 'hf:', got 'hf:'; write hf:FOLDER or hf:OWNER/NAME")
     folder = Path(path).expanduser()
-    try:
+    with _datasets_library(f"hf:{path}", folder) as library:
         if folder.is_dir():
             is_saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
             data = library.load_from_disk(str(folder)) if is_saved else library.load_dataset(str(folder))
         else:
             name, _, configuration = path.partition(":")
             data = library.load_dataset(name, configuration or None)
-    except Exception as error:
-        raise _reading_error(f"hf:{path}", folder, error) from error
     caches = (library.config.HF_DATASETS_CACHE, HF_HUB_CACHE)  # downloads and extracted archives
     roots = [*([folder] if folder.is_dir() else []), *map(Path, caches)]
     return _from_hf(data, f"hf:{path}", folder.name, options, roots)
 
 
-def load_wds(path: str, options: RowOptions) -> Collection:
-    """Load the images of WebDataset shards.
+def load_wds(path: str, options: LoadOptions) -> Collection:
+    """Load the images of WebDataset shards: a folder, a pattern (`train-*.tar`) or a range (`train-{000..009}.tar`).
 
     Files of a sample share the name before the first dot: `0001.jpg`, and `0001.cls`, `0001.txt` or `0001.json` with
-    the label. The prefix `train`, `val` or `test` of a shard's name selects its split.
-
-    Args:
-        path: Tar files: a folder, a pattern (`data/train-*.tar`) or a range (`data/train-{000..009}.tar`).
-        options: Conversion options; entries are columns, e.g. `label=json.species`.
-
-    Raises:
-        FileNotFoundError: If the shards do not exist.
-        ValueError: If the shards cannot be read, or `build_collection` rejects them.
-        ImportError: If the package `datasets` is not installed.
+    the label. Entries are columns, e.g. `label=json.species`. The prefix `train`, `val` or `test` of a shard's name
+    selects its split.
     """
-    library = _library(f"wds:{path}")
     shards = _shards(path)
     by_part: dict[str, list[str]] = {}
     for shard in shards:
-        start = "".join(letter for letter in shard.name.partition(".")[0].lower() if letter.isalpha() or letter in "-_")
-        by_part.setdefault(PARTS.get(start.replace("_", "-").partition("-")[0], "train"), []).append(str(shard))
-    try:
+        first_word = re.split("[^a-z]", shard.name.lower(), maxsplit=1)[0]
+        by_part.setdefault(PARTS.get(first_word, "train"), []).append(str(shard))
+    with _datasets_library(f"wds:{path}", shards[0]) as library:
         data = library.load_dataset("webdataset", data_files=by_part)
-    except Exception as error:
-        raise _reading_error(f"wds:{path}", shards[0], error) from error
     return _from_hf(data, f"wds:{path}", shards[0].parent.name, options, [shards[0].parent])
 
 
-def from_python(data: Any, options: RowOptions) -> Collection:
+def from_python(data: Any, options: LoadOptions) -> Collection:
     """Load the images of a dataset object.
 
     Args:
         data: `datasets.Dataset` or `DatasetDict`; map-style torch dataset of (image, label) items without transform,
             e.g. from torchvision; or a mapping from train, val and test to these.
-        options: Conversion options; column roles apply to Hugging Face datasets.
+        options: As for `build_collection`; column roles apply to Hugging Face datasets.
 
     Raises:
         TypeError: If the type of the object is not supported.
@@ -116,16 +99,11 @@ def from_python(data: Any, options: RowOptions) -> Collection:
     if class_names and options.target == "class" and all(isinstance(label, int | np.integer) for label in labels):
         classes = [str(name) for name in class_names]
         labels = [classes[int(label)] for label in labels]
-    samples = Samples(
-        name,
-        where,
-        source,
-        [f"{part_name}/{row:06}" for part_name, part in parts.items() for row in range(len(part))],
-        labels,
-        ["label"],
-        splits=[part_name for part_name, part in parts.items() for _ in range(len(part))] if len(parts) > 1 else None,
-        classes=classes,
-    )
+    rows = [(part_name, row) for part_name, part in parts.items() for row in range(len(part))]
+    names = [f"{part_name}/{row:06}" for part_name, row in rows]
+    table = {"label": labels, "split": [part_name for part_name, _ in rows]}
+    roles = {role: role for role in table if role == "label" or len(parts) > 1}
+    samples = Samples(name, where, source, names, table, roles, classes)
     return build_collection(samples, options)
 
 
@@ -133,7 +111,7 @@ class _HubImages(CachedImages):
     """Encoded images in columns of concatenated Hugging Face datasets."""
 
     def __init__(self, columns: Sequence[Any], name: str, reading: Reading, roots: Sequence[Path] | None) -> None:
-        super().__init__(reading=reading)
+        super().__init__(reading)
         self.columns: ConcatDataset[Any] = ConcatDataset(columns)
         self.name, self.roots = name, roots
 
@@ -170,7 +148,7 @@ class _ObjectImages(CachedImages):
     """Images of concatenated torch datasets."""
 
     def __init__(self, parts: Sequence[Any], reading: Reading) -> None:
-        super().__init__(reading=reading)
+        super().__init__(reading)
         self.items: ConcatDataset[Any] = ConcatDataset(parts)
 
     def read(self, row: int) -> Any:
@@ -195,15 +173,14 @@ class _ObjectImages(CachedImages):
 
 def _labels_of(part: Any) -> list[Any]:
     """Return the labels of a torch dataset, from its label list or its items."""
-    for name in ("targets", "labels", "_labels"):
-        values = getattr(part, name, None)
-        if values is not None and hasattr(values, "__len__") and len(values) == len(part):
-            return [value.tolist() if hasattr(value, "tolist") else value for value in values]
-    labels = [part[row][1] for row in range(len(part))]
-    return [label.tolist() if hasattr(label, "tolist") else label for label in labels]
+    lists = (getattr(part, name, None) for name in ("targets", "labels", "_labels"))
+    values = next((values for values in lists if hasattr(values, "__len__") and len(values) == len(part)), None)
+    if values is None:
+        values = [part[row][1] for row in range(len(part))]
+    return [value.tolist() if hasattr(value, "tolist") else value for value in values]
 
 
-def _from_hf(data: Any, where: str, name: str, options: RowOptions, roots: Sequence[Path] | None = None) -> Collection:
+def _from_hf(data: Any, where: str, name: str, options: LoadOptions, roots: Sequence[Path] | None = None) -> Collection:
     """Convert Hugging Face datasets to a `Collection`; `roots` restricts referenced files unless None."""
     import datasets
 
@@ -222,9 +199,11 @@ def _from_hf(data: Any, where: str, name: str, options: RowOptions, roots: Seque
             table.setdefault(column, []).extend(values)
     total = sum(map(len, parts.values()))
     table = {**{column: [_IMAGE] * total for column in images}, **table}
-    if roots is not None and options.columns.root is not None:
-        roots = [options.columns.root]
-    columns = Columns({"path": images[0], **options.columns.names}) if images else options.columns
+    columns = Columns.parse(options.columns)
+    if roots is not None and columns.root is not None:
+        roots = [columns.root]
+    if images:
+        columns = Columns({"path": images[0], **columns.names})
     roles = columns.resolve(table, ("path", "label"), where)
     if roles["path"] not in images:
         raise ValueError(f"{where}: column {roles['path']!r} must contain images, got {table[roles['path']][:1]}")
@@ -234,10 +213,8 @@ def _from_hf(data: Any, where: str, name: str, options: RowOptions, roots: Seque
     encoded = [rows.select_columns([roles["path"]]) for rows in parts.values()]
     encoded = [rows.cast_column(roles["path"], datasets.Image(decode=False)) for rows in encoded]
     names = table.get(_KEY) or [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
-    samples = Samples.from_table(
-        name, where, _HubImages(encoded, roles["path"], options.reading, roots), names, table, roles
-    )
-    samples.notes = [*notes, *samples.notes]
+    source = _HubImages(encoded, roles["path"], options.reading, roots)
+    samples = Samples(name, where, source, names, table, roles, notes=notes)
     if options.target != "numbers":
         samples.classes = _class_names(first.features.get(samples.label_columns[0]))
     return build_collection(samples, options)
@@ -285,10 +262,9 @@ def _shards(path: str) -> list[Path]:
     if folder.is_dir():
         shards = sorted(folder.glob("*.tar"))
     else:
-        before, brace, rest = str(folder).partition("{")
-        inside, _, after = rest.partition("}")
-        first, dots, last = inside.partition("..")
-        if brace and dots and first.isdigit() and last.isdigit():
+        match = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(folder))
+        if match is not None:
+            before, first, last, after = match.groups()
             numbers = range(int(first), int(last) + 1)
             shards = [Path(f"{before}{number:0{len(first)}}{after}") for number in numbers]
         else:
@@ -302,29 +278,27 @@ def _shards(path: str) -> list[Path]:
     return [shard.absolute() for shard in shards]
 
 
-def _library(where: str) -> Any:
-    """Import the package `datasets`, and disable its progress bars and warnings."""
+@contextmanager
+def _datasets_library(where: str, place: Path) -> Iterator[Any]:
+    """Yield the package `datasets` without progress bars and warnings; convert its errors to one line."""
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"data {where} {_INSTALL}") from error
+        raise ImportError(f"data {where} needs the package datasets; pip install 'snella[data]'") from error
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    return datasets
-
-
-def _reading_error(where: str, place: Path, error: Exception) -> Exception:
-    """Convert an error of `datasets` to a one-line error."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-    nearest = similar_paths(place) if place.parent.is_dir() and not place.exists() else ""
-    if isinstance(error, ConnectionError):
-        return ConnectionError(
-            f"data {where} is neither a folder nor in the cache, and the Hub could not be reached ({text}); pass a "
-            f"local copy as hf:FOLDER{nearest}"
-        )
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"data {where} cannot be read: {text}{nearest}")
-    return ValueError(f"data {where} cannot be read: {text}")
+    try:
+        yield datasets
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        nearest = similar_paths(place) if place.parent.is_dir() and not place.exists() else ""
+        if isinstance(error, ConnectionError):
+            raise ConnectionError(
+                f"data {where} is neither a folder nor in the cache, and the Hub could not be reached ({text}); pass a "
+                f"local copy as hf:FOLDER{nearest}"
+            ) from error
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"data {where} cannot be read: {text}{nearest}") from error

@@ -1,11 +1,12 @@
 """Detection, decoding and inspection of image files; reading of masks as label maps."""
 
 import importlib.util
+import io
 import math
 import os
 import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -170,31 +171,25 @@ def _image_errors(name: str, file: File) -> Iterator[None]:
     try:
         yield
     except DECODING_ERRORS as error:
-        hint = f"; {HEIC_HINT}" if _is_heic_start(_start_of(file)) and not has_heic() else ""
-        raise ValueError(f"'{name}' is not a readable image: {_reason(error, file)}{hint}") from error
-
-
-def _reason(error: BaseException, file: File) -> str:
-    """Return the reason for a read error, without the path in Pillow's message."""
-    if isinstance(file, str | Path) and Path(file).is_file() and not Path(file).stat().st_size:
-        return "the file is empty"
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, UnidentifiedImageError):
-        return "unknown image format"
-    return str(error) or type(error).__name__
+        if isinstance(file, str | Path) and Path(file).is_file() and not Path(file).stat().st_size:
+            reason = "the file is empty"
+        elif isinstance(error, FileNotFoundError):
+            reason = "no such file"
+        elif isinstance(error, UnidentifiedImageError):
+            reason = "unknown image format"
+        else:
+            reason = str(error) or type(error).__name__
+        hint = f"; {HEIC_HINT}" if is_heic(file) and not has_heic() else ""
+        raise ValueError(f"'{name}' is not a readable image: {reason}{hint}") from error
 
 
 def open_image(file: File) -> Image.Image:
     """Open an image with Pillow, restricted to `FORMATS`, or HEIC with pillow-heif.
 
-    Args:
-        file: File or byte stream.
-
     Raises:
         UnidentifiedImageError: If the format is not supported.
     """
-    if _is_heic_start(_start_of(file)) and has_heic():
+    if is_heic(file) and has_heic():
         import pillow_heif
 
         pillow_heif.register_heif_opener()
@@ -216,32 +211,26 @@ def has_heic() -> bool:
 
 
 def _start_of(file: File) -> bytes:
-    """Return the first bytes of a file or stream; the stream position is unchanged."""
-    if isinstance(file, str | Path):
-        return _first_bytes(Path(file))
-    start = file.read(12)
-    file.seek(0)
-    return start
+    """Return the first bytes of a stream, whose position is unchanged, or of a file; empty for unreadable files."""
+    if not isinstance(file, str | Path):
+        start = file.read(12)
+        file.seek(0)
+        return start
+    try:
+        with Path(file).open("rb") if Path(file).is_file() else io.BytesIO() as stream:
+            return stream.read(12)
+    except OSError:
+        return b""
 
 
 def _read_array(file: File, reading: Reading) -> Tensor:
     """Read a TIFF or array file as `[channels, height, width]`, uint8 or float32 in [0, 1]."""
     channels = reading.channels
+    array_pixels(file)  # rejects other files before memory is allocated
     if _start_of(file).startswith(_NUMPY_START):
-        _check_header(*_array_header(file))
         values = np.load(file, allow_pickle=False)
     else:
-        try:
-            import tifffile
-        except ImportError as error:
-            raise ImportError(
-                f"images with {channels} channels need tifffile; pip install 'snella[channels]'"
-            ) from error
-        with tifffile.TiffFile(file) as tiff:
-            if not tiff.series:
-                raise ValueError("the file has no image")
-            _check_header(tiff.series[0].shape, tiff.series[0].dtype)
-            values = tiff.asarray()
+        values = _import_tifffile().imread(file)
     if values.ndim == 2:
         values = values[None]
     if values.ndim != 3 or channels not in (values.shape[0], values.shape[-1]):
@@ -265,37 +254,35 @@ def array_pixels(file: File) -> int:
     """Return the number of values in a TIFF or array file from its header; the stream position is unchanged.
 
     Raises:
-        ValueError: If the file is neither, or not numeric.
+        ValueError: If the file is neither, not numeric or too large.
+        ImportError: If tifffile is required but not installed.
     """
     if _start_of(file).startswith(_NUMPY_START):
-        shape, dtype = _array_header(file)
+        with nullcontext(file) if not isinstance(file, str | Path) else Path(file).open("rb") as stream:
+            is_first = np.lib.format.read_magic(stream) == (1, 0)
+            read_header = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read_header(stream)
     else:
-        import tifffile
-
-        with tifffile.TiffFile(file) as tiff:
-            shape, dtype = (tiff.series[0].shape, tiff.series[0].dtype) if tiff.series else ((0,), None)
-        if not isinstance(file, str | Path):
-            file.seek(0)
-    _check_header(shape, dtype)
-    return math.prod(shape)
-
-
-def _array_header(file: File) -> tuple[tuple[int, ...], Any]:
-    """Read shape and dtype from the header of an array file."""
-    with nullcontext(file) if not isinstance(file, str | Path) else Path(file).open("rb") as stream:
-        version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(stream)
-        stream.seek(0)
-    return shape, dtype
-
-
-def _check_header(shape: Sequence[int], dtype: Any) -> None:
-    """Check dtype and size of an array before it is read."""
+        with _import_tifffile().TiffFile(file) as tiff:
+            if not tiff.series:
+                raise ValueError("the file has no image")
+            shape, dtype = tiff.series[0].shape, tiff.series[0].dtype
+    if not isinstance(file, str | Path):
+        file.seek(0)
     if dtype is None or dtype.kind not in "uif":
         raise ValueError(f"values must be numeric, got {dtype}")
     if math.prod(shape) > _MAX_PIXELS * 4:
         raise ValueError(f"the image must have at most {_MAX_PIXELS * 4:,} values, got an array of {list(shape)}")
+    return math.prod(shape)
+
+
+def _import_tifffile() -> Any:
+    """Import tifffile; the error names the extra to install."""
+    try:
+        import tifffile
+    except ImportError as error:
+        raise ImportError("images with many channels need tifffile; pip install 'snella[channels]'") from error
+    return tifffile
 
 
 def first_channels(image: Tensor) -> Tensor:
@@ -316,38 +303,20 @@ def is_image(path: Path) -> bool:
     """Return whether a file is an image, by suffix or content.
 
     Hidden files are excluded, e.g. the `._photo.jpg` that macOS creates next to `photo.jpg`.
-
-    Args:
-        path: Existing file.
     """
     if path.name.startswith(".") or path.suffix.lower() in IMAGE_SUFFIXES:
         return not path.name.startswith(".")
-    start = _first_bytes(path)
+    start = _start_of(path)
     is_webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
     is_avif = start[4:8] == b"ftyp" and start[8:12] in (b"avif", b"avis")
-    is_readable_heic = _is_heic_start(start) and has_heic()
-    return start.startswith((*_STARTS, _NUMPY_START)) or is_webp or is_avif or is_readable_heic
+    is_known = start.startswith((*_STARTS, _NUMPY_START)) or is_webp or is_avif
+    return is_known or (is_heic(path) and has_heic())
 
 
-def is_heic(path: Path) -> bool:
+def is_heic(file: File) -> bool:
     """Return whether a file is HEIC, which needs pillow-heif."""
-    return _is_heic_start(_first_bytes(path))
-
-
-def _is_heic_start(start: bytes) -> bool:
-    """Return whether the bytes are a HEIC header."""
+    start = _start_of(file)
     return start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS
-
-
-def _first_bytes(path: Path) -> bytes:
-    """Return the first bytes of a regular file; empty for other or unreadable files."""
-    if not path.is_file():
-        return b""
-    try:
-        with path.open("rb") as file:
-            return file.read(12)
-    except OSError:
-        return b""
 
 
 def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:

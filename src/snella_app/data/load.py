@@ -1,8 +1,10 @@
-"""Loading of data into training, validation and test splits."""
+"""Loading of data into training, validation and test splits.
+
+`load_data` reads a `Collection`, holds out a cross-validation fold, creates missing splits and limits their sizes.
+"""
 
 import difflib
 import functools
-import hashlib
 import inspect
 import os
 from collections import Counter
@@ -10,97 +12,67 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import numpy as np
-from torch import Tensor
+from typing import Any, cast
 
 from snella_app.console import counted
 from snella_app.data.benchmarks import FGVC, VTAB, load_fgvc, load_vtab
-from snella_app.data.datasets import Collection, ImageDataset, Target, file_paths, joined, known_metadata
+from snella_app.data.copies import copy_warnings
+from snella_app.data.datasets import Collection, ImageDataset, Target, joined, known_metadata
 from snella_app.data.folder import load_folder
 from snella_app.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
-from snella_app.data.images import FULL_WHITE, RGB, Reading
+from snella_app.data.images import RGB
 from snella_app.data.masks import load_kvasir, load_masks
+from snella_app.data.options import DEFAULT_OPTIONS, LoadOptions, TargetKind
 from snella_app.data.splits import fold_split, grouped_split, stratified_sample, stratified_split
-from snella_app.data.table import Columns, RowOptions, TargetKind, load_table
-from snella_app.files import sha256_of
+from snella_app.data.table import load_table
 from snella_app.plugins import plugins
 from snella_app.text import listed, similar_paths
 
-_FOLDER = "folder:"
-_MIN_CORRELATION, _MAX_DISTANCE = 0.995, 3.0
-_FLAT, _DARK = 2.0, 0.25
-_CHUNK, _MAX_PAIRS = 1024, 2_000_000_000
+_DARK = 0.25
+"""Fraction of the range that triggers the warning about dark 16-bit images."""
 _IMBALANCE = 4
 """Ratio of class sizes that triggers the imbalance note."""
-_FOLDER_FORMATS: dict[str, Callable[..., Collection]] = {
+_FOLDER = "folder:"
+_READERS: dict[str, Callable[[str, LoadOptions], Collection]] = {
     _FOLDER: load_folder,
     "masks:": load_masks,
     "kvasir:": load_kvasir,
-}
-"""Folder formats by prefix; each function takes the path and `skip_corrupt`."""
-_TABLE_FORMATS: dict[str, Callable[..., Collection]] = {
     "csv:": partial(load_table, kind="csv"),
     "parquet:": partial(load_table, kind="parquet"),
     "hf:": load_hf,
     "wds:": load_wds,
+    "vtab:": load_vtab,
+    "fgvc:": load_fgvc,
 }
-"""Table formats by prefix; each function takes the text after the colon and `RowOptions`."""
-_BENCHMARKS: dict[str, Callable[..., Collection]] = {"vtab:": load_vtab, "fgvc:": load_fgvc}
-"""Benchmarks by prefix; each function takes the path of one dataset and `strict_sizes`."""
-_PREFIXES = (*_FOLDER_FORMATS, *_TABLE_FORMATS, *_BENCHMARKS, PYTHON_PREFIX)
-_BENCHMARK_FOLDERS: dict[str, Callable[[Path], Path]] = {"vtab:": VTAB.resolve, "fgvc:": FGVC.resolve}
-"""Functions that resolve alternative folder names, by benchmark prefix."""
-
-
-Protocol = Literal["standard", "final", "official"]
-"""Use of splits for training and epoch selection; see `load_data`."""
+"""Readers by prefix; each takes the text after the colon. Errors: FileNotFoundError for missing data, ValueError for
+unusable data with all problems in one message, ImportError for a missing package."""
+_TABLES = {"csv:": "FILE", "parquet:": "FILE", "hf:": "NAME", "wds:": "SHARDS"}
+"""Prefixes of data with columns, and the noun for the text after the colon."""
+_BENCHMARKS = {"vtab:": VTAB, "fgvc:": FGVC}
+_PREFIXES = (*_READERS, PYTHON_PREFIX)
 
 
 @dataclass
-class DataSplits:
-    """Data split for training.
+class DataSplits(Collection):
+    """Collection split for training.
 
     Attributes:
-        train: Training images.
-        val: Images for epoch selection; None without validation split.
-        test: Images for the final evaluation; None without test split.
-        classes: Class names by index.
-        name: Short name of the data.
         description: One-line summary, human-readable.
-        notes: Notes for the user (skipped files, choices, licenses), including `warnings`.
-        warnings: Problems that may invalidate results, e.g. test images in the training split, with remedies.
-        is_resized_whole: If True, images are resized without a center crop.
-        broken: Reason by name of each skipped image.
+        warnings: Problems that may invalidate results, e.g. test images in the training split, with remedies; also in
+            `notes`.
         fold_part: Split that is the cross-validation fold.
     """
 
-    train: ImageDataset
-    val: ImageDataset | None
-    test: ImageDataset | None
-    classes: list[str]
-    name: str
-    description: str
-    notes: list[str] = field(default_factory=list)
+    description: str = ""
     warnings: list[str] = field(default_factory=list)
-    is_resized_whole: bool = False
-    broken: dict[str, str] = field(default_factory=dict)
     fold_part: str | None = None
-
-    @property
-    def parts(self) -> dict[str, ImageDataset]:
-        """Existing splits by name."""
-        splits = (("train", self.train), ("val", self.val), ("test", self.test))
-        return {name: part for name, part in splits if part is not None}
 
 
 @functools.cache
 def _registered() -> dict[str, Callable[..., Collection]]:
     """Return registered data loaders by name; names of loaders that take a path end with a colon."""
-    reserved = frozenset(prefix.removesuffix(":") for prefix in _PREFIXES)
     loaders = {}
-    for name, load in plugins("data", reserved).items():
+    for name, load in plugins("data", frozenset(prefix.removesuffix(":") for prefix in _PREFIXES)).items():
         needs_path = any(p.default is p.empty for p in inspect.signature(load).parameters.values())
         loaders[f"{name}:" if needs_path else name] = load
     return loaders
@@ -108,11 +80,8 @@ def _registered() -> dict[str, Callable[..., Collection]]:
 
 def data_names() -> list[str]:
     """Return the accepted forms of a data specification."""
-    tables = ("csv:FILE", "parquet:FILE", "hf:NAME", "wds:SHARDS")
     return [
-        *(f"{prefix}PATH" for prefix in _FOLDER_FORMATS),
-        *tables,
-        *(f"{prefix}PATH" for prefix in _BENCHMARKS),
+        *(f"{prefix}{_TABLES.get(prefix, 'PATH')}" for prefix in _READERS),
         *(f"{name}PATH" if name.endswith(":") else name for name in _registered()),
     ]
 
@@ -154,40 +123,23 @@ def split_spec(spec: str) -> tuple[str, str | None]:
 
 def has_columns(data: Any) -> bool:
     """Return whether a specification or data object may have columns."""
-    return not isinstance(data, str) or split_spec(full_spec(data))[0] in _TABLE_FORMATS
+    return not isinstance(data, str) or split_spec(full_spec(data))[0] in _TABLES
 
 
 def data_folder(spec: str) -> Path | None:
     """Return the folder or file of a specification, which need not exist; None for other data."""
     prefix, path = split_spec(spec)
-    if path is None or prefix == PYTHON_PREFIX or (prefix == "hf:" and not Path(path).expanduser().exists()):
+    if path is None or prefix == PYTHON_PREFIX:
         return None
-    if prefix == "wds:" and not Path(path).expanduser().exists():
-        path = str(Path(path).parent)
-    return _BENCHMARK_FOLDERS.get(prefix, Path)(Path(path).expanduser())
+    folder = Path(path).expanduser()
+    if prefix in _BENCHMARKS:
+        return _BENCHMARKS[prefix].resolve(folder)
+    if prefix == "hf:" and not folder.exists():
+        return None
+    return folder.parent if prefix == "wds:" and not folder.exists() else folder
 
 
-def load_data(
-    spec: Any,
-    *,
-    seed: int = 0,
-    val_fraction: float = 0.2,
-    test_fraction: float = 0.2,
-    train_size: int | None = None,
-    val_size: int | None = None,
-    test_size: int | None = None,
-    test_seed: int | None = None,
-    skip_corrupt: bool = False,
-    strict_sizes: bool = True,
-    protocol: Protocol = "standard",
-    columns: str | None = None,
-    target: TargetKind = "class",
-    channels: int = 3,
-    white: int | None = None,
-    divide: bool = True,
-    folds: int | None = None,
-    fold: int | None = None,
-) -> DataSplits:
+def load_data(spec: Any, options: LoadOptions = DEFAULT_OPTIONS) -> DataSplits:
     """Load data and create stratified, seeded splits. Images of a group stay in one split.
 
     Existing splits are preserved. A test split is created only for data without splits, a validation split if it is
@@ -197,86 +149,37 @@ def load_data(
     Args:
         spec: Folder or table (see `full_spec`); one of `data_names()`, e.g. `folder:PATH` (`class/image` or
             `train|val|test/class/image`); or a dataset object (see `snella_app.data.hub.from_python`).
-        seed: Seed of splits, subsampling and augmentation.
-        val_fraction: Fraction of the validation split.
-        test_fraction: Fraction of the test split; 0 for no test split.
-        train_size: Number of training images; None uses all.
-        val_size: Number of validation images; None uses all.
-        test_size: Number of test images; None uses all.
-        test_seed: Separate seed of the test split, to share it across seeds; None uses `seed`.
-        skip_corrupt: Skip broken images of a folder with a note instead of raising an error.
-        strict_sizes: Reject benchmark data whose numbers of images or classes differ from the benchmark; if False, add
-            a note.
-        protocol: `standard` uses a validation split. `final` trains on the validation split as well. `official`
-            follows the authors' scripts, which select the epoch on test images. No images are held out; an existing
-            validation split is used for training on VTAB and ignored for other data.
-        columns: Column roles of a table, e.g. `path=file,label=species,group=patient`; other roles are detected by
-            column name.
-        target: Content of the label column: one class (`class`), any number of labels (`labels`) or numbers
-            (`numbers`, with column names as `classes`). `ImageDataset.labels` contains classes, or strata for the other
-            two; `ImageDataset.annotations` contains raw values, weights and groups.
-        channels: Number of image channels: 3 for RGB, 1 for gray, 4 for RGBA, others for multispectral files; see
-            `read_image`.
-        white: Value of 16-bit images mapped to white, e.g. 4095 for 12-bit cameras; None means 65535.
-        divide: If False, use only existing splits.
-        folds: Number of cross-validation folds.
-        fold: Held-out fold, counted from 1: the test split, or the validation split if the data has a test split.
-            Training and validation images of the data are pooled before splitting.
+        options: Options for reading and splitting.
 
     Raises:
-        ValueError: If the specification is unknown, an argument is out of range, or there are too few images.
+        ValueError: If the specification is unknown, an option does not apply to the data, or there are too few images.
         FileNotFoundError: If a folder or Debian package does not exist.
         ImportError: If a Python package is not installed.
     """
-    test_split_seed = seed if test_seed is None else test_seed
-    sizes = {"train": train_size, "val": val_size, "test": test_size}
-    _check_numbers({"seed": seed, "test_seed": test_split_seed}, val_fraction, test_fraction, sizes)
-    collection = _collect(spec, skip_corrupt, strict_sizes, columns, target, Reading(channels, white or FULL_WHITE))
+    splits = DataSplits(**vars(_read(spec, options)))
+    total = sum(map(len, splits.parts.values()))
+    if options.folds is not None and options.fold is not None:
+        _hold_out(splits, options.folds, options.fold, options.seed_of("test"))
     is_benchmark = isinstance(spec, str) and spec.startswith(tuple(_BENCHMARKS))
-    checked = set(collection.parts) if is_benchmark else set()  # a benchmark's reader notes copies
-    fold_part = None
-    if folds is not None and fold is not None:
-        fold_part = "test" if collection.test is None else "val"
-        _hold_out(collection, folds, fold, test_split_seed)
-        checked.discard(fold_part)
-    splits_by_name = collection.parts
-    if divide:
-        splits_by_name = _divide(collection, seed, test_split_seed, val_fraction, test_fraction, protocol)
-    labels = collection.label_names
-    reasons = {"val": f"protocol={protocol} has no val split", "test": f"{collection.name!r} has no test split"}
-    parts = {}
-    for name, size in sizes.items():
-        if name in splits_by_name:
-            sample_seed = test_split_seed if name == "test" else seed
-            parts[name] = _subsample(name, splits_by_name[name], size, sample_seed, labels)
-            parts[name].seed = seed
-        elif size is not None:
-            raise ValueError(f"{name}_size must be omitted because {reasons[name]}, got {size}")
-    counts = " · ".join(f"{name} {len(part):,}" for name, part in parts.items())
-    total = sum(map(len, collection.parts.values()))
-    columns_text = f"with {' and '.join(collection.classes)}"
-    targets_text = columns_text if target == "numbers" else f"in {len(collection.classes)} classes"
-    description = f"{collection.name}: {total:,} images {targets_text}; {counts}"
-    warnings = [
-        *_missing_class_warnings(parts, collection, target),
-        *_dark_image_notes(parts),
-        *_shared_group_warnings(parts),
-        *_copy_warnings(parts, [name for name in ("val", "test") if name not in checked]),
-        *(_imbalance_notes(parts["train"], labels) if collection.strata is None else []),
+    compared = set(splits.parts) - {splits.fold_part} if is_benchmark else set()  # by the reader of the benchmark
+    if options.divide:
+        _divide(splits, options)
+    _subsample(splits, options)
+    counts = " · ".join(f"{name} {len(part):,}" for name, part in splits.parts.items())
+    if options.target == "numbers":
+        content = f"with {' and '.join(splits.classes)}"
+    else:
+        content = f"in {len(splits.classes)} classes"
+    splits.description = f"{splits.name}: {total:,} images {content}; {counts}"
+    splits.warnings = [
+        *_missing_class_warnings(splits, options.target),
+        *_metadata_warnings(splits),
+        *_shared_group_warnings(splits),
+        *copy_warnings(splits.parts, [name for name in ("val", "test") if name not in compared]),
+        *_imbalance_warnings(splits),
     ]
-    return DataSplits(
-        parts["train"],
-        parts.get("val"),
-        parts.get("test"),
-        collection.classes,
-        collection.name,
-        description,
-        notes=[*collection.notes, *_page_notes(parts), *warnings],
-        warnings=warnings,
-        is_resized_whole=collection.is_resized_whole,
-        broken=collection.broken,
-        fold_part=fold_part,
-    )
+    splits.notes = [*splits.notes, *splits.warnings]
+    return splits
 
 
 def with_class_order(splits: DataSplits, classes: list[str]) -> DataSplits:
@@ -289,43 +192,37 @@ def with_class_order(splits: DataSplits, classes: list[str]) -> DataSplits:
     if classes == splits.classes:
         return splits
     new_indices = [classes.index(name) for name in splits.classes]
-    for part in (splits.train, splits.val, splits.test):
-        if part is not None:
-            part.labels = [new_indices[label] for label in part.labels]
+    for part in splits.parts.values():
+        part.labels = [new_indices[label] for label in part.labels]
     return replace(splits, classes=classes)
 
 
-def _collect(
-    spec: Any, skip_corrupt: bool, strict_sizes: bool, columns: str | None, target: TargetKind, reading: Reading
-) -> Collection:
-    """Load the data in its existing splits."""
-    options: dict[str, Any] = {} if reading == RGB else {"reading": reading}
-    spec = full_spec(str(spec)) if isinstance(spec, str | Path) else spec
-    if not isinstance(spec, str):
-        return from_python(spec, RowOptions(Columns.parse(columns), target, skip_corrupt, reading))
+def _read(spec: Any, options: LoadOptions) -> Collection:
+    """Read the data in its existing splits."""
+    if not isinstance(spec, str | Path):
+        return from_python(spec, options)
+    spec = full_spec(str(spec))
     prefix, path = split_spec(spec)
     if prefix == PYTHON_PREFIX:
         raise ValueError(f"data {spec} is a Python object; pass it to train or evaluate with data=...")
-    if prefix in _TABLE_FORMATS:
-        return _TABLE_FORMATS[prefix](path, RowOptions(Columns.parse(columns), target, skip_corrupt, reading))
-    if columns is not None:
+    if options.columns is not None and prefix not in _TABLES:
         raise ValueError(
-            f"columns applies only to data with columns, {', '.join(_TABLE_FORMATS)}, got {columns!r} with {spec}"
+            f"columns applies only to data with columns, {', '.join(_TABLES)}, got {options.columns!r} with {spec}"
         )
-    if options and prefix != _FOLDER:
-        known = ", ".join((_FOLDER, *_TABLE_FORMATS))
+    if options.reading != RGB and prefix not in (_FOLDER, *_TABLES):
         raise ValueError(
-            f"channels and white apply only to {known}, got {reading.channels} and {reading.white} with {spec}"
+            f"channels and white apply only to {', '.join((_FOLDER, *_TABLES))}, got {options.channels} and "
+            f"{options.white} with {spec}"
         )
-    if prefix in _BENCHMARKS:
-        return _as_target(_BENCHMARKS[prefix](path, strict_sizes=strict_sizes), target, spec)
-    if prefix in _FOLDER_FORMATS:
-        return _as_target(_FOLDER_FORMATS[prefix](path, skip_corrupt=skip_corrupt, **options), target, spec)
-    if prefix in _registered():
+    if path is not None and prefix in _READERS:
+        collection = _READERS[prefix](path, options)
+    elif prefix in _registered():
         load = _registered()[prefix]
-        return _as_target(load() if path is None else load(path), target, spec)
-    known = ", ".join(data_names())
-    raise ValueError(f"data must be a folder, a table or one of {known}, got {spec!r}{_data_hint(spec)}")
+        collection = load() if path is None else load(path)
+    else:
+        known = ", ".join(data_names())
+        raise ValueError(f"data must be a folder, a table or one of {known}, got {spec!r}{_data_hint(spec)}")
+    return collection if options.target == "class" else _as_target(collection, options.target, spec)
 
 
 def _data_hint(spec: str) -> str:
@@ -346,7 +243,7 @@ def _data_hint(spec: str) -> str:
 
 def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collection:
     """Convert class labels to one-label sets, or to numbers if class names are numeric."""
-    if target == "class" or collection.strata is not None:
+    if collection.strata is not None:
         return collection
     if target == "labels":
         values: list[Target] = [(name,) for name in collection.classes]
@@ -371,83 +268,86 @@ def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collect
     )
 
 
-def _divide(
-    collection: Collection, seed: int, test_seed: int, val_fraction: float, test_fraction: float, protocol: Protocol
-) -> dict[str, ImageDataset]:
-    """Create missing splits and return all splits by name."""
-    train, val, test = collection.train, collection.val, collection.test
-    total, classes = len(train), collection.label_names
-    if not collection.has_parts and test_fraction > 0:
-        train, test = _split_off(train, test_fraction, test_seed, classes, "test")
-    if protocol == "official" and test is None:
+def _hold_out(splits: DataSplits, folds: int, fold: int, seed: int) -> None:
+    """Hold out a fold of the training and validation images as the test split, or validation if a test split exists."""
+    images = splits.train if splits.val is None else joined(splits.train, splits.val)
+    groups, classes = images.annotations.groups, splits.label_names
+    rest, selected = fold_split(images.labels, groups, folds, fold, seed=seed, classes=classes)
+    splits.train, splits.val, splits.has_parts = images.subset(rest), None, True
+    if splits.test is None:
+        splits.test, splits.fold_part = images.subset(selected), "test"
+        splits.notes.append(f"fold {fold} of {folds} is the test split")
+    else:
+        splits.val, splits.fold_part = images.subset(selected), "val"
+        splits.notes.append(f"fold {fold} of {folds} is the validation split; the test split comes from the data")
+
+
+def _divide(splits: DataSplits, options: LoadOptions) -> None:
+    """Create missing splits, and merge or drop the validation split if the protocol has none."""
+    total = len(splits.train)
+    if not splits.has_parts and options.test_fraction > 0:
+        splits.train, splits.test = _split_off(splits, "test", options.test_fraction, options)
+    if options.protocol == "official" and splits.test is None:
         raise ValueError(
-            f"protocol=official needs test images for epoch selection, but {collection.name!r} has none; use another "
+            f"protocol=official needs test images for epoch selection, but {splits.name!r} has none; use another "
             "protocol"
         )
-    if protocol == "standard" and val is None:
-        share = val_fraction * total / len(train)
-        train, val = _split_off(train, share, seed, classes, "val")
-    elif protocol != "standard" and val is not None:
-        if protocol == "final" or collection.official_joins_val:
-            train = joined(train, val)
-        val = None
-    return replace(collection, train=train, val=val, test=test).parts
-
-
-def _hold_out(collection: Collection, folds: int, fold: int, seed: int) -> None:
-    """Hold out one fold of the training and validation images as the test or validation split."""
-    images = collection.train if collection.val is None else joined(collection.train, collection.val)
-    rest, selected = fold_split(
-        images.labels, images.annotations.groups, folds, fold, seed=seed, classes=collection.label_names
-    )
-    collection.train, collection.val, held_out = images.subset(rest), None, images.subset(selected)
-    if collection.test is None:
-        collection.test = held_out
-        collection.notes.append(f"fold {fold} of {folds} is the test split")
-    else:
-        collection.val = held_out
-        collection.notes.append(f"fold {fold} of {folds} is the validation split; the test split comes from the data")
-    collection.has_parts = True
+    if options.protocol == "standard" and splits.val is None:
+        splits.train, splits.val = _split_off(splits, "val", options.val_fraction * total / len(splits.train), options)
+    elif options.protocol != "standard" and splits.val is not None:
+        if options.protocol == "final" or splits.official_joins_val:
+            splits.train = joined(splits.train, splits.val)
+        splits.val = None
 
 
 def _split_off(
-    images: ImageDataset, fraction: float, seed: int, classes: list[str], part: str
+    splits: DataSplits, part: str, fraction: float, options: LoadOptions
 ) -> tuple[ImageDataset, ImageDataset]:
-    """Split off a fraction of the images, by group if present; return remaining and selected images."""
+    """Split off a fraction of the training images, by group if present; return remaining and selected images."""
+    images, seed = splits.train, options.seed_of(part)
     groups = images.annotations.groups
     if groups is None:
         reserve = 2 if part == "test" else 1
         rest, selected = stratified_split(
-            images.labels, fraction, seed=seed, classes=classes, reserve=reserve, part=part
+            images.labels, fraction, seed=seed, classes=splits.label_names, reserve=reserve, part=part
         )
     else:
         rest, selected = grouped_split(images.labels, groups, fraction, seed=seed, part=part)
     return images.subset(rest), images.subset(selected)
 
 
-def _subsample(part: str, images: ImageDataset, size: int | None, seed: int, classes: list[str]) -> ImageDataset:
-    """Subsample a split to `size` images; None selects all."""
-    if size is None:
-        return images
-    return images.subset(stratified_sample(images.labels, size, seed=seed, classes=classes, argument=f"{part}_size"))
+def _subsample(splits: DataSplits, options: LoadOptions) -> None:
+    """Subsample the splits to their sizes, and set the seed of the augmentation."""
+    reasons = {"val": f"protocol={options.protocol} has no val split", "test": f"{splits.name!r} has no test split"}
+    for name, size in options.sizes.items():
+        images = splits.parts.get(name)
+        if images is None and size is not None:
+            raise ValueError(f"{name}_size must be omitted because {reasons[name]}, got {size}")
+        if images is not None and size is not None:
+            seed, classes = options.seed_of(name), splits.label_names
+            chosen = stratified_sample(images.labels, size, seed=seed, classes=classes, argument=f"{name}_size")
+            setattr(splits, name, images.subset(chosen))
+    for images in splits.parts.values():
+        images.seed = options.seed
 
 
-def _missing_class_warnings(parts: dict[str, ImageDataset], collection: Collection, target: TargetKind) -> list[str]:
+def _missing_class_warnings(splits: DataSplits, target: TargetKind) -> list[str]:
     """Return warnings about classes or labels missing from a split."""
+    if target == "numbers":
+        return []
     notes = []
-    names = {"class": collection.label_names, "labels": collection.classes}.get(target, [])
+    names = splits.label_names if target == "class" else splits.classes
     noun, plural = ("class", "classes") if target == "class" else ("label", "labels")
     remedies = {
         "train": f"add training images or remove the {noun}",
         "val": "add validation images, or epoch selection ignores them",
         "test": "add test images, or test scores ignore them",
     }
-    for part, images in parts.items():
+    for part, images in splits.parts.items():
         if target == "class":
             present = {names[label] for label in images.labels}
         else:
-            targets = images.annotations.targets or []
-            present = {name for labels in targets for name in cast(tuple[str, ...], labels)} if names else set()
+            present = {name for labels in images.annotations.targets or [] for name in cast(tuple[str, ...], labels)}
         absent = [repr(name) for name in names if name not in present]
         if absent:
             part_name = {"train": "training", "val": "validation"}.get(part, part)
@@ -457,12 +357,12 @@ def _missing_class_warnings(parts: dict[str, ImageDataset], collection: Collecti
     return notes
 
 
-def _shared_group_warnings(parts: dict[str, ImageDataset]) -> list[str]:
+def _shared_group_warnings(splits: DataSplits) -> list[str]:
     """Return warnings about groups in both the training split and another split of the data."""
     notes = []
-    train_groups = set(parts["train"].annotations.groups or [])
-    for name in ("val", "test"):
-        groups = set(parts[name].annotations.groups or []) if name in parts else set()
+    train_groups = set(splits.train.annotations.groups or [])
+    for name, part in splits.parts.items():
+        groups = set(part.annotations.groups or []) if name != "train" else set()
         shared = sorted(train_groups & groups)
         if shared:
             notes.append(
@@ -478,175 +378,36 @@ def is_unbalanced(labels: Iterable[int]) -> bool:
     return bool(counts) and max(counts) >= _IMBALANCE * min(counts)
 
 
-def _imbalance_notes(train: ImageDataset, classes: list[str]) -> list[str]:
-    """Return a note about class imbalance."""
-    if not is_unbalanced(train.labels):
+def _imbalance_warnings(splits: DataSplits) -> list[str]:
+    """Return a warning about class imbalance."""
+    if splits.strata is not None or not is_unbalanced(splits.train.labels):
         return []
-    counts = Counter(train.labels)
-    most, fewest = max(counts, key=lambda label: counts[label]), min(counts, key=lambda label: counts[label])
+    counts = Counter(splits.train.labels)
+    most, fewest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
     return [
-        f"classes are unbalanced: {counts[most]} training images of {classes[most]!r}, {counts[fewest]} of "
-        f"{classes[fewest]!r}; use balanced accuracy, which weights all classes equally"
+        f"classes are unbalanced: {counts[most]} training images of {splits.classes[most]!r}, {counts[fewest]} of "
+        f"{splits.classes[fewest]!r}; use balanced accuracy, which weights all classes equally"
     ]
 
 
-def _page_notes(parts: dict[str, ImageDataset]) -> list[str]:
-    """Return a note about images with several pages or frames."""
-    names = [
-        images.names[position]
-        for images in parts.values()
-        for position, metadata in known_metadata(images).items()
-        if metadata.has_pages
+def _metadata_warnings(splits: DataSplits) -> list[str]:
+    """Return warnings about images with several pages or frames, and about dark 16-bit images."""
+    warnings = []
+    known = {name: known_metadata(images) for name, images in splits.parts.items()}
+    paged = [
+        splits.parts[name].names[position]
+        for name, metadata in known.items()
+        for position, entry in metadata.items()
+        if entry.has_pages
     ]
-    if not names:
-        return []
-    return [f"only the first page or frame of {counted(len(names), 'image')} is used: {listed(names)}"]
-
-
-def _dark_image_notes(parts: dict[str, ImageDataset]) -> list[str]:
-    """Return a note about 16-bit images that use a small fraction of the range, e.g. from 12-bit cameras."""
-    metadata = [entry for images in parts.values() for entry in known_metadata(images).values()]
-    shares = [entry.brightest for entry in metadata if entry.brightest is not None]
-    if not shares or max(shares) > _DARK or max(shares) == 0:
-        return []
-    return [
-        f"{counted(len(shares), '16-bit image')} with values up to {max(shares):.1%} of the range; set the "
-        "white value with --white (white=), e.g. 4095 for 12-bit cameras"
+    if paged:
+        warnings.append(f"only the first page or frame of {counted(len(paged), 'image')} is used: {listed(paged)}")
+    shares = [
+        entry.brightest for metadata in known.values() for entry in metadata.values() if entry.brightest is not None
     ]
-
-
-def _copy_warnings(parts: dict[str, ImageDataset], names: list[str]) -> list[str]:
-    """Return warnings about images of the named splits that are copies of training images, exact or re-encoded."""
-    parts = {name: part for name, part in parts.items() if name in ("train", *names)}
-    if len(parts) == 1:
-        return []
-    equal = _equal_files(parts)
-    notes = []
-    for name in names:
-        copies = {**find_near_copies(parts["train"], parts[name]), **equal.get(name, {})} if name in parts else {}
-        if copies:
-            train_names, other_names = parts["train"].names, parts[name].names
-            shown = listed(f"{train_names[b]!r} is {other_names[a]!r}" for a, b in sorted(copies.items()))
-            reencoded = len(copies) - len(equal.get(name, {}))
-            kind = f" ({reencoded} of them re-encoded or resized)" if reencoded else ""
-            duplicate = "is also a training image" if len(copies) == 1 else "are also training images"
-            notes.append(
-                f"{len(copies)} of {len(parts[name])} {name} images {duplicate}{kind}, e.g. {shown}; "
-                f"{name} results are optimistic; remove the copies from one split"
-            )
-    return notes
-
-
-def _equal_files(parts: dict[str, ImageDataset]) -> dict[str, dict[int, int]]:
-    """Return, by split, the position of the training image with equal bytes for each copy."""
-    paths = {name: file_paths(images) for name, images in parts.items()}
-    sizes = Counter(path.stat().st_size for group in paths.values() for path in group.values())
-    digests = {
-        name: {position: sha256_of(path) for position, path in group.items() if sizes[path.stat().st_size] > 1}
-        for name, group in paths.items()
-    }
-    train_positions = {digest: position for position, digest in digests.pop("train", {}).items()}
-    return {
-        name: {position: train_positions[digest] for position, digest in group.items() if digest in train_positions}
-        for name, group in digests.items()
-    }
-
-
-def find_duplicates(images: ImageDataset) -> list[list[int]]:
-    """Return groups of positions with identical images, compared by size and 16×16 gray thumbnail.
-
-    Args:
-        images: Dataset; flat images and images that were not inspected are ignored.
-    """
-    groups: dict[Any, list[int]] = {}
-    for position, metadata in known_metadata(images).items():
-        if metadata.thumbnail.std() > _FLAT:
-            groups.setdefault((metadata.size, metadata.thumbnail.tobytes()), []).append(position)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def find_equal_images(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
-    """Find images whose pixels equal a training image, independent of file format.
-
-    Args:
-        train: Training images.
-        others: Other images, read with the same options.
-
-    Returns:
-        Position of the training image by position in `others`.
-    """
-    are_known = all(len(known_metadata(images)) == len(images) for images in (train, others))
-    by_key = [_group_by_thumbnail(images, are_known) for images in (train, others)]
-    shared = set(by_key[0]) & set(by_key[1])
-    positions = [[p for key in shared for p in groups[key]] for groups in by_key]
-    train_positions = {_pixel_digest(train, position): position for position in positions[0]}
-    digests = {position: _pixel_digest(others, position) for position in sorted(positions[1])}
-    return {position: train_positions[digest] for position, digest in digests.items() if digest in train_positions}
-
-
-def _group_by_thumbnail(images: ImageDataset, are_known: bool) -> dict[Any, list[int]]:
-    """Group positions by size and thumbnail; use the single key None if images were not inspected."""
-    metadata = known_metadata(images)
-    groups: dict[Any, list[int]] = {}
-    for position in range(len(images)):
-        key = (metadata[position].size, metadata[position].thumbnail.tobytes()) if are_known else None
-        groups.setdefault(key, []).append(position)
-    return groups
-
-
-def _pixel_digest(images: ImageDataset, position: int) -> bytes:
-    """Return a digest of the decoded image."""
-    image: Any = images.source.load(images.rows[position])
-    pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image)
-    return hashlib.blake2b(repr((pixels.shape, str(pixels.dtype))).encode() + pixels.tobytes(), digest_size=16).digest()
-
-
-def find_near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
-    """Find near-duplicates of training images: re-encoded, resized or compressed copies.
-
-    Two images match if their 16×16 gray thumbnails have a correlation ≥ 0.995 and a root mean square difference
-    ≤ 3 (of 255). Flat images and images that were not inspected are ignored.
-
-    Args:
-        train: Training images.
-        others: Images of another split.
-
-    Returns:
-        Position of the most similar training image by position in `others`.
-    """
-    known = [
-        {p: metadata.thumbnail for p, metadata in known_metadata(images).items() if metadata.thumbnail.std() > _FLAT}
-        for images in (train, others)
-    ]
-    if not all(known) or len(known[0]) * len(known[1]) > _MAX_PAIRS:
-        return {}
-    positions = [np.array(list(thumbnails)) for thumbnails in known]
-    raw = [np.stack(list(thumbnails.values())).reshape(len(thumbnails), -1).astype(np.float32) for thumbnails in known]
-    centered = [values - values.mean(1, keepdims=True) for values in raw]
-    unit = [values / np.linalg.norm(values, axis=1, keepdims=True) for values in centered]
-    matches = {}
-    for start in range(0, len(unit[1]), _CHUNK):
-        correlations = unit[1][start : start + _CHUNK] @ unit[0].T
-        for offset, nearest in enumerate(correlations.argmax(1)):
-            distance = np.sqrt(((raw[1][start + offset] - raw[0][nearest]) ** 2).mean())
-            if correlations[offset, nearest] >= _MIN_CORRELATION and distance <= _MAX_DISTANCE:
-                matches[int(positions[1][start + offset])] = int(positions[0][nearest])
-    return matches
-
-
-def _check_numbers(
-    seeds: dict[str, int], val_fraction: float, test_fraction: float, sizes: dict[str, int | None]
-) -> None:
-    """Check ranges and report all errors in one message."""
-    errors = [f"{name} must be in [0, 2^32), got {seed}" for name, seed in seeds.items() if not 0 <= seed < 2**32][:1]
-    if not 0 < val_fraction < 1:
-        errors.append(f"val_fraction must be in (0, 1), got {val_fraction}")
-    if not 0 <= test_fraction < 1:
-        errors.append(f"test_fraction must be in [0, 1), got {test_fraction}")
-    if val_fraction + test_fraction >= 1:
-        errors.append(f"val_fraction + test_fraction must leave images to train on, got {val_fraction + test_fraction}")
-    errors += [
-        f"{part}_size must be at least 1, got {size}" for part, size in sizes.items() if size is not None and size < 1
-    ]
-    if errors:
-        raise ValueError("; ".join(errors))
+    if shares and 0 < max(shares) <= _DARK:
+        warnings.append(
+            f"{counted(len(shares), '16-bit image')} with values up to {max(shares):.1%} of the range; set the "
+            "white value with --white (white=), e.g. 4095 for 12-bit cameras"
+        )
+    return warnings

@@ -1,24 +1,25 @@
 """Folders of images and masks: `images/` and `masks/`, or `train|val|test/` with both."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from snella_app.console import counted
-from snella_app.data.datasets import Collection, FileImages, FileMasks, MaskDataset, decode_all
+from snella_app.data.datasets import Collection, MaskDataset
 from snella_app.data.folder import existing_folder
 from snella_app.data.images import IMAGE_SUFFIXES, THRESHOLD, ImageMetadata, metadata_of, read_image, read_label_map
+from snella_app.data.options import LoadOptions
+from snella_app.data.sources import FileImages, FileMasks, decode_all
 from snella_app.text import listed
 
 BINARY_CLASSES = ["background", "foreground"]
 MASK_STRATA = ["image with a mask"]
 """Single stratum of images with masks."""
 _LAYOUT = "the expected layout is images/NAME.jpg and masks/NAME.png, or train, val and test folders with both"
-_PARTS = ("train", "val", "test")
 _CLASS_FILE = "classes.txt"
 _MAX_LABELS = 256
 
@@ -41,36 +42,22 @@ class _PairCheck:
     is_thresholded: bool
 
 
-def load_masks(path: str, *, skip_corrupt: bool = False) -> Collection:
+def load_masks(path: str, options: LoadOptions) -> Collection:
     """Load a folder of images and masks, paired by file stem.
 
     Mask values are class indices: palette indices or gray values 0, 1, 2 … without gaps; 0 is the background. Masks of
     0 and 255 are binary; JPEG masks are thresholded at 128. An optional `classes.txt` lists the class names, one per
     line, background first, and may include absent classes. Every file is decoded once.
-
-    Args:
-        path: Folder.
-        skip_corrupt: Skip unreadable pairs with a note instead of raising an error.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist; the message suggests similar names.
-        ValueError: If images or masks are unpaired, sizes differ, labels are out of range, or files are unreadable; one
-            message lists all errors.
     """
     root = existing_folder(path, "masks", "with images/ and masks/ inside")
     has_parts = (root / "train" / "images").is_dir()
-    folders = {part: root / part for part in _PARTS if (root / part).is_dir()} if has_parts else {"train": root}
+    parts = [part for part in ("train", "val", "test") if (root / part).is_dir()]
+    folders = {part: root / part for part in parts} if has_parts else {"train": root}
     errors: list[str] = []
     pairs = {part: find_pairs(folder, root, errors) for part, folder in folders.items()}
-    return collect_masks(
-        f"masks:{path}",
-        root,
-        pairs,
-        errors,
-        class_names=_class_names(root),
-        has_parts=has_parts,
-        skip_corrupt=skip_corrupt,
-    )
+    collection = collect_masks(f"masks:{path}", root, pairs, errors, _class_names(root), options.skip_corrupt)
+    collection.has_parts = has_parts
+    return collection
 
 
 def collect_masks(
@@ -78,10 +65,8 @@ def collect_masks(
     root: Path,
     pairs: Mapping[str, Sequence[MaskPair]],
     errors: list[str],
-    *,
-    class_names: list[str] | None = None,
-    has_parts: bool = False,
-    skip_corrupt: bool = False,
+    class_names: list[str] | None,
+    skip_corrupt: bool,
 ) -> Collection:
     """Decode all pairs once and build a collection.
 
@@ -91,7 +76,6 @@ def collect_masks(
         pairs: Pairs by split.
         errors: Errors so far.
         class_names: Class names by label; None infers them from the labels.
-        has_parts: True if the data has splits.
         skip_corrupt: Skip unreadable pairs with a note.
 
     Raises:
@@ -99,13 +83,12 @@ def collect_masks(
     """
     all_pairs = [pair for split_pairs in pairs.values() for pair in split_pairs]
     checks = dict(zip(all_pairs, decode_all(_check_pair, all_pairs), strict=True))
-    names = {pair: pair.image.relative_to(root).as_posix() for pair in all_pairs}
     masks = {pair: pair.mask.relative_to(root).as_posix() for pair in all_pairs}
-    broken = {pair: check for pair, check in checks.items() if isinstance(check, str)}
+    broken = [check for check in checks.values() if isinstance(check, str)]
     good = {pair: check for pair, check in checks.items() if not isinstance(check, str)}
     notes: list[str] = []
     if broken:
-        text = f"{counted(len(broken), 'pair')} with an unreadable file: {listed(list(broken.values()))}"
+        text = f"{counted(len(broken), 'pair')} with an unreadable file: {listed(broken)}"
         if skip_corrupt:
             notes.append(f"skipped {text}")
         else:
@@ -117,46 +100,45 @@ def collect_masks(
     ]
     if mismatched:
         errors.append(f"{counted(len(mismatched), 'mask')} with a different size than the image: {listed(mismatched)}")
-    thresholded = sum(check.is_thresholded for check in good.values())
-    labels = Counter(label for check in good.values() for label in check.labels)
-    is_white = class_names is None or len(class_names) == 2
-    is_white = is_white and set(labels) <= {0, 255}
-    classes = class_names or _default_class_names(1 if is_white else _last_consecutive_label(labels))
-    if good and not is_white:
-        errors += _out_of_range({masks[pair]: check.labels for pair, check in good.items()}, classes, class_names)
+    labels = {label for check in good.values() for label in check.labels}
+    is_white = (class_names is None or len(class_names) == 2) and labels <= {0, 255}
+    classes = class_names or (BINARY_CLASSES if is_white else _default_class_names(labels))
+    outside = {masks[pair]: [label for label in check.labels if label >= len(classes)] for pair, check in good.items()}
+    texts = [f"{mask} has {', '.join(map(str, invalid[:5]))}" for mask, invalid in outside.items() if invalid]
+    if texts and not is_white:
+        reason = f"labels must be 0, 1, 2 … without gaps, or 0 and 255; list absent classes in {_CLASS_FILE}"
+        if class_names:
+            reason = f"{_CLASS_FILE} lists {len(classes)} classes"
+        errors.append(
+            f"{counted(len(texts), 'mask')} with labels out of range 0 to {len(classes) - 1} ({reason}): "
+            f"{listed(texts)}"
+        )
+    readable = {part: [pair for pair in split_pairs if pair in good] for part, split_pairs in pairs.items()}
+    empty = [part for part, split_pairs in readable.items() if not split_pairs]
     if not errors:
-        errors += _dataset_errors(labels, pairs, broken)
+        errors += [f"no readable pair of image and mask in the split '{part}'" for part in empty]
+    if not errors and len(labels) < 2:
+        errors.append(f"masks must have at least two labels, got only {next(iter(labels))}")
     if errors:
         raise ValueError(f"{spec} cannot be used: {'; '.join(errors)}")
+    thresholded = sum(check.is_thresholded for check in good.values())
     if thresholded:
         notes.append(
             f"{counted(thresholded, 'mask')} in a lossy format (JPEG), which does not preserve labels: "
             f"values of at least {THRESHOLD} become {classes[1]!r}"
         )
-    parts = {
-        part: _dataset({pair: good[pair] for pair in split_pairs if pair in good}, names, is_white)
-        for part, split_pairs in pairs.items()
-    }
-    return Collection(
-        root.name,
-        classes,
-        parts["train"],
-        parts.get("val"),
-        parts.get("test"),
-        has_parts,
-        notes,
-        strata=MASK_STRATA,
-    )
+    parts: dict[str, Any] = {}
+    for part, split_pairs in readable.items():
+        images = FileImages([pair.image for pair in split_pairs])
+        images.metadata = {row: good[pair].metadata for row, pair in enumerate(split_pairs)}
+        part_masks = FileMasks([pair.mask for pair in split_pairs], is_white_foreground=is_white)
+        names = [pair.image.relative_to(root).as_posix() for pair in split_pairs]
+        parts[part] = MaskDataset(images, part_masks, range(len(names)), names)
+    return Collection(root.name, classes, **parts, notes=notes, strata=MASK_STRATA)
 
 
 def find_pairs(folder: Path, root: Path, errors: list[str]) -> list[MaskPair]:
-    """Pair the images and masks of one split by name, and append unpaired files to `errors`.
-
-    Args:
-        folder: Folder with `images/` and `masks/`.
-        root: Base folder of names in messages.
-        errors: List that receives errors.
-    """
+    """Pair the images and masks of one split by name, and append unpaired files to `errors`."""
     where = "" if folder == root else f" in {folder.relative_to(root)}"
     by_kind = {kind: _files(folder / kind, root, errors) for kind in ("images", "masks")}
     images, masks = by_kind["images"], by_kind["masks"]
@@ -212,57 +194,12 @@ def _class_names(root: Path) -> list[str] | None:
     return names
 
 
-def _last_consecutive_label(labels: Mapping[int, int]) -> int:
-    """Return the last label of the sequence 0, 1, 2, … without gaps; at least 1."""
+def _default_class_names(labels: set[int]) -> list[str]:
+    """Return default class names for the labels 0, 1, 2, … without gaps."""
     last = 0
     while last + 1 in labels:
         last += 1
-    return max(last, 1)
-
-
-def _default_class_names(last: int) -> list[str]:
-    """Return default class names."""
-    return BINARY_CLASSES if last == 1 else ["background", *(f"class {label}" for label in range(1, last + 1))]
-
-
-def _out_of_range(
-    labels: Mapping[str, tuple[int, ...]], classes: list[str], class_names: list[str] | None
-) -> list[str]:
-    """Return the error for masks with labels out of range."""
-    outside = {mask: [label for label in present if label >= len(classes)] for mask, present in labels.items()}
-    texts = [f"{mask} has {', '.join(map(str, invalid[:5]))}" for mask, invalid in outside.items() if invalid]
-    if not texts:
-        return []
-    reason = (
-        f"{_CLASS_FILE} lists {len(classes)} classes"
-        if class_names
-        else f"labels must be 0, 1, 2 … without gaps, or 0 and 255; list absent classes in {_CLASS_FILE}"
-    )
-    return [
-        f"{counted(len(texts), 'mask')} with labels out of range 0 to {len(classes) - 1} ({reason}): {listed(texts)}"
-    ]
-
-
-def _dataset_errors(
-    labels: Mapping[int, int], pairs: Mapping[str, Sequence[MaskPair]], broken: Mapping[MaskPair, str]
-) -> list[str]:
-    """Return errors of the dataset: empty splits or a single label."""
-    errors = [
-        f"no readable pair of image and mask in the split '{part}'"
-        for part, split_pairs in pairs.items()
-        if all(pair in broken for pair in split_pairs)
-    ]
-    if not errors and len(labels) < 2:
-        errors.append(f"masks must have at least two labels, got only {next(iter(labels))}")
-    return errors
-
-
-def _dataset(pairs: Mapping[MaskPair, _PairCheck], names: Mapping[MaskPair, str], is_white: bool) -> MaskDataset:
-    """Build the dataset of one split."""
-    images = FileImages([pair.image for pair in pairs])
-    images.metadata = {row: check.metadata for row, check in enumerate(pairs.values())}
-    masks = FileMasks([pair.mask for pair in pairs], is_white_foreground=is_white)
-    return MaskDataset(images, masks, range(len(pairs)), [names[pair] for pair in pairs])
+    return BINARY_CLASSES if last <= 1 else ["background", *(f"class {label}" for label in range(1, last + 1))]
 
 
 def _size(size: tuple[int, int]) -> str:
@@ -275,20 +212,12 @@ _SPLIT_FILES = {"train": "train.txt", "test": "val.txt"}
 _TEST_FRACTION = 0.12
 
 
-def load_kvasir(path: str, *, skip_corrupt: bool = False) -> Collection:
+def load_kvasir(path: str, options: LoadOptions) -> Collection:
     """Load Kvasir-SEG in the authors' layout: `images/NAME.jpg`, `masks/NAME.jpg` (thresholded at 128).
 
     The official split is in `train.txt` (880 names) and `val.txt` (120 names), one name per line. `val.txt` is the test
     split; validation images are split off the training images. Without these files, the first 12% of names ordered by
     SHA-256 (120 of 1,000) form a reproducible but unofficial test split.
-
-    Args:
-        path: Folder.
-        skip_corrupt: Skip unreadable pairs with a note instead of raising an error.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist; the message suggests similar names.
-        ValueError: As for `load_masks`; also if one split file is missing, a name is in both, or a name has no image.
     """
     root = existing_folder(path, "kvasir", "with images/ and masks/ inside")
     errors: list[str] = []
@@ -296,16 +225,19 @@ def load_kvasir(path: str, *, skip_corrupt: bool = False) -> Collection:
     names = _official_split(root, pairs, errors)
     notes = []
     if names is None:
-        names = _split_by_hash(list(pairs))
+        ordered = sorted(pairs, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+        test = set(ordered[: max(1, round(_TEST_FRACTION * len(ordered)))])
+        names = {
+            "train": [name for name in pairs if name not in test],
+            "test": [name for name in pairs if name in test],
+        }
         notes.append(
             f"kvasir: no {' or '.join(_SPLIT_FILES.values())} in the folder; {len(names['test'])} test images are "
             "selected by SHA-256 of their names (not the official split)"
         )
     parts = {part: [pairs[name] for name in chosen if name in pairs] for part, chosen in names.items()}
-    collection = collect_masks(
-        f"kvasir:{path}", root, parts, errors, class_names=CLASSES, has_parts=True, skip_corrupt=skip_corrupt
-    )
-    collection.name = "kvasir"
+    collection = collect_masks(f"kvasir:{path}", root, parts, errors, CLASSES, options.skip_corrupt)
+    collection.name, collection.has_parts = "kvasir", True
     collection.notes += notes
     return collection
 
@@ -337,10 +269,3 @@ def _names(file: Path) -> list[str]:
     """Read the names in a split file, without folders and suffixes."""
     lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     return list(dict.fromkeys(Path(line).stem if "." in line else Path(line).name for line in lines if line))
-
-
-def _split_by_hash(names: list[str]) -> dict[str, list[str]]:
-    """Select 12% of the names by SHA-256 as the test split."""
-    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    test = set(ordered[: max(1, round(_TEST_FRACTION * len(ordered)))])
-    return {"train": [n for n in names if n not in test], "test": [n for n in names if n in test]}

@@ -18,9 +18,9 @@ def stratified_split(
         labels: Class indices.
         fraction: Fraction of all images, in (0, 1).
         seed: Random seed.
-        classes: Class names, for messages.
+        classes: Class names.
         reserve: Minimum number of remaining images per class.
-        part: Name of the new split, `val` or `test`, for messages.
+        part: Name of the new split, for messages.
 
     Returns:
         Remaining positions and selected positions, both ascending.
@@ -37,7 +37,8 @@ def stratified_split(
             + (", or disable the test split with --test-fraction 0 (test_fraction=0)" if part == "test" else "")
         )
     total = max(round(fraction * len(labels)), len(classes))
-    return _sample(labels, _quotas(counts, min(total, int((counts - reserve).sum())), reserve), seed)
+    selected = _sample(labels, _quotas(counts, min(total, int((counts - reserve).sum())), reserve), seed)
+    return _rest(labels, selected), selected
 
 
 def grouped_split(
@@ -48,15 +49,7 @@ def grouped_split(
     scikit-learn's `StratifiedGroupKFold` creates folds; the number of selected folds approximates the fraction. A
     class's only group is never split off, so that every class has training images.
 
-    Args:
-        labels: Class indices.
-        groups: Group of each image.
-        fraction: Fraction of all images, in (0, 1).
-        seed: Random seed.
-        part: Name of the new split, `val` or `test`, for messages.
-
-    Returns:
-        Remaining positions and selected positions, both ascending.
+    Arguments and results are those of `stratified_split`.
 
     Raises:
         ValueError: If fewer than two groups can be split.
@@ -81,25 +74,16 @@ def grouped_split(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # classes with fewer images than folds
         pieces = [selected for _, selected in splitter.split(free, np.asarray(labels)[free], np.asarray(groups)[free])]
-    selected = free[np.concatenate(pieces[:numerator])]
-    return sorted(set(range(len(labels))) - set(selected.tolist())), sorted(selected.tolist())
+    selected = sorted(free[np.concatenate(pieces[:numerator])].tolist())
+    return _rest(labels, selected), selected
 
 
 def fold_split(
     labels: Sequence[int], groups: Sequence[str] | None, folds: int, fold: int, *, seed: int, classes: Sequence[str]
 ) -> tuple[list[int], list[int]]:
-    """Split off one cross-validation fold, stratified by class; groups stay together.
+    """Split off cross-validation fold `fold`, counted from 1, stratified by class; groups stay together.
 
-    Args:
-        labels: Class indices.
-        groups: Group of each image; None without groups.
-        folds: Number of folds.
-        fold: Selected fold, counted from 1.
-        seed: Random seed.
-        classes: Class names, for messages.
-
-    Returns:
-        Remaining positions and positions of the fold, both ascending.
+    Arguments and results are those of `stratified_split`.
 
     Raises:
         ValueError: If a class has fewer images than folds, or there are fewer groups than folds.
@@ -124,17 +108,9 @@ def fold_split(
 def stratified_sample(
     labels: Sequence[int], size: int, *, seed: int, classes: Sequence[str], argument: str
 ) -> list[int]:
-    """Sample `size` positions in proportion to class sizes, at least one per present class.
+    """Sample `size` positions, ascending, in proportion to class sizes, at least one per present class.
 
-    Args:
-        labels: Class indices.
-        size: Number of positions.
-        seed: Random seed.
-        classes: Class names, for messages.
-        argument: Name of the size argument, for messages.
-
-    Returns:
-        Positions, ascending.
+    `argument` is the name of the size in messages.
 
     Raises:
         ValueError: If `size` exceeds the number of images or is below the number of present classes.
@@ -148,7 +124,7 @@ def stratified_sample(
         )
     if size < present:
         raise ValueError(f"{argument} must be at least {present}, one image per class, got {size}")
-    return _sample(labels, _quotas(counts, size, 0), seed)[1]
+    return _sample(labels, _quotas(counts, size, 0), seed)
 
 
 def _quotas(counts: np.ndarray, total: int, reserve: int) -> np.ndarray:
@@ -164,20 +140,19 @@ def _quotas(counts: np.ndarray, total: int, reserve: int) -> np.ndarray:
     return quotas
 
 
-def _sample(labels: Sequence[int], quotas: np.ndarray, seed: int) -> tuple[list[int], list[int]]:
-    """Sample each class's quota; return remaining and selected positions."""
-    from sklearn.model_selection import train_test_split  # lazy: slow import
-
-    labels_array = np.asarray(labels)
+def _sample(labels: Sequence[int], quotas: np.ndarray, seed: int) -> list[int]:
+    """Return randomly drawn positions of each class, ascending."""
     generator = np.random.RandomState(seed)
-    rest: list[int] = []
+    labels_array = np.asarray(labels)
     selected: list[int] = []
     for label, quota in enumerate(quotas.tolist()):
         members = np.flatnonzero(labels_array == label)
-        if quota in (0, len(members)):
-            (selected if quota else rest).extend(members.tolist())
-            continue
-        remaining, drawn = train_test_split(members, test_size=quota, random_state=generator)
-        rest.extend(remaining.tolist())
-        selected.extend(drawn.tolist())
-    return sorted(rest), sorted(selected)
+        if 0 < quota < len(members):
+            members = members[generator.permutation(len(members))]
+        selected += members[:quota].tolist()
+    return sorted(selected)
+
+
+def _rest(labels: Sequence[int], selected: Sequence[int]) -> list[int]:
+    """Return the positions that are not selected, ascending."""
+    return sorted(set(range(len(labels))) - set(selected))

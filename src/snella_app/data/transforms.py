@@ -17,12 +17,6 @@ _CROP_SCALES = {
 }
 _COLOR_JITTER, _COLOR_JITTER_3AUGMENT = 0.4, 0.3
 _BLUR_KERNEL, _BLUR_SIGMAS = 9, (0.1, 2.0)
-_INTERPOLATIONS = {
-    "nearest": InterpolationMode.NEAREST,
-    "bilinear": InterpolationMode.BILINEAR,
-    "bicubic": InterpolationMode.BICUBIC,
-    "lanczos": InterpolationMode.LANCZOS,
-}
 
 
 def build_transform(
@@ -36,7 +30,7 @@ def build_transform(
     Args:
         data_config: `timm.data.resolve_model_data_config(model)`, with `input_size`, `mean`, `std`, `interpolation`,
             `crop_pct` and `crop_mode`.
-        train: If False, `augment` is ignored.
+        train: If False, `augment` and `random_erasing` are ignored.
         augment: Training augmentation:
 
             - "none": no augmentation
@@ -59,22 +53,42 @@ def build_transform(
     """
     if augment not in get_args(Augment):
         raise ValueError(f"augment must be one of {', '.join(get_args(Augment))}, got {augment!r}")
-    size, interpolation = _size(data_config), _interpolation(data_config)
+    if not train:
+        augment, random_erasing = "none", 0.0
+    missing = [key for key in ("input_size", "mean", "std") if key not in data_config]
+    if missing:
+        raise ValueError(
+            f"data_config must contain {', '.join(missing)}; use timm.data.resolve_model_data_config(model)"
+        )
+    *_, size, width = data_config["input_size"]
+    if size != width:
+        raise NotImplementedError(f"input_size must be square, got {[size, width]}; set the backbone's img_size")
+    modes, name = [mode.value for mode in InterpolationMode], data_config.get("interpolation", "bicubic")
+    if name not in modes:
+        raise ValueError(f"interpolation must be one of {', '.join(modes)}, got {name!r}")
+    interpolation = InterpolationMode(name)
+    mode = data_config.get("crop_mode") or "center"
+    if mode not in get_args(CropMode):
+        raise ValueError(f"crop_mode must be one of {', '.join(get_args(CropMode))}, got {mode!r}")
     steps: list[Callable[[Any], Any]]
-    if train and augment in _CROP_SCALES:
+    if augment in _CROP_SCALES:
         scale = _CROP_SCALES[augment]
         steps = [v2.RandomResizedCrop(size, scale=scale, interpolation=interpolation, antialias=True)]
     else:
-        steps = _resize_and_crop(data_config, size, interpolation)
-    if train and has_flips(augment):
+        scaled = math.floor(size / (data_config.get("crop_pct") or 1.0))
+        target = [scaled, scaled] if mode == "squash" else [scaled]
+        steps = [v2.Resize(target, interpolation=interpolation, antialias=True)]
+        if mode != "squash" or scaled != size:
+            steps.append(v2.CenterCrop(size))
+    if has_flips(augment):
         steps.append(v2.RandomHorizontalFlip())
-    if train and augment == "imagenet":
+    if augment == "imagenet":
         steps.append(v2.ColorJitter(_COLOR_JITTER, _COLOR_JITTER, _COLOR_JITTER))
-    if train and augment == "randaugment":
+    if augment == "randaugment":
         steps.append(v2.RandAugment(interpolation=InterpolationMode.BILINEAR))
-    if train and augment == "trivialaugment":
+    if augment == "trivialaugment":
         steps.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
-    if train and augment == "3augment":
+    if augment == "3augment":
         choices = [v2.Grayscale(3), v2.RandomSolarize(128, p=1.0), v2.GaussianBlur(_BLUR_KERNEL, _BLUR_SIGMAS)]
         steps += [v2.RandomChoice(choices), v2.ColorJitter(*[_COLOR_JITTER_3AUGMENT] * 3)]
     steps += [
@@ -82,7 +96,7 @@ def build_transform(
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(list(data_config["mean"]), list(data_config["std"]), inplace=True),
     ]
-    if train and random_erasing:
+    if random_erasing:
         steps.append(v2.RandomErasing(random_erasing))
     return v2.Compose(steps)
 
@@ -90,35 +104,3 @@ def build_transform(
 def has_flips(augment: str) -> bool:
     """Return whether an augmentation flips images horizontally."""
     return augment not in ("none", "crop-no-flip")
-
-
-def _resize_and_crop(config: dict[str, Any], size: int, interpolation: InterpolationMode) -> list[Callable[[Any], Any]]:
-    """Return the resize and crop steps of evaluation."""
-    mode = config.get("crop_mode") or "center"
-    if mode not in get_args(CropMode):
-        raise ValueError(f"crop_mode must be one of {', '.join(get_args(CropMode))}, got {mode!r}")
-    scaled = math.floor(size / (config.get("crop_pct") or 1.0))
-    target = [scaled, scaled] if mode == "squash" else [scaled]
-    resize = v2.Resize(target, interpolation=interpolation, antialias=True)
-    return [resize] if mode == "squash" and scaled == size else [resize, v2.CenterCrop(size)]
-
-
-def _size(config: dict[str, Any]) -> int:
-    """Return the side length of the square input."""
-    missing = [key for key in ("input_size", "mean", "std") if key not in config]
-    if missing:
-        raise ValueError(
-            f"data_config must contain {', '.join(missing)}; use timm.data.resolve_model_data_config(model)"
-        )
-    *_, height, width = config["input_size"]
-    if height != width:
-        raise NotImplementedError(f"input_size must be square, got {[height, width]}; set the backbone's img_size")
-    return height
-
-
-def _interpolation(config: dict[str, Any]) -> InterpolationMode:
-    """Convert timm's interpolation name to torchvision's constant."""
-    name = config.get("interpolation", "bicubic")
-    if name not in _INTERPOLATIONS:
-        raise ValueError(f"interpolation must be one of {', '.join(_INTERPOLATIONS)}, got {name!r}")
-    return _INTERPOLATIONS[name]

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from snella_app.console import make_console, print_line, track_progress
-from snella_app.data import DataSplits, ImageDataset, has_columns, load_data
-from snella_app.data.datasets import read_at_side, show_reading
-from snella_app.data.load import find_equal_images, find_near_copies
+from snella_app.data import DataSplits, ImageDataset, LoadOptions, has_columns, load_data
+from snella_app.data.copies import find_equal_images, find_near_copies
+from snella_app.data.datasets import read_at_side
+from snella_app.data.sources import show_reading
 from snella_app.records import Calibration, DataInfo, RunInfo, plain, read
 from snella_app.report.examples import ImageSource
 from snella_app.report.report import write_report
@@ -331,13 +332,15 @@ def _load_splits(
             note = f"the files have the same names as the run's images but other contents in {', '.join(changed)}"
     splits = load_data(
         data,
-        seed=seed,
-        skip_corrupt=skip_corrupt,
-        columns=images.columns if columns is not None or has_columns(data) else None,
-        channels=loaded.reading.channels,
-        white=loaded.info.data.white,
-        target=loaded.task.target,
-        divide=split not in ("auto", "all"),
+        LoadOptions(
+            seed=seed,
+            skip_corrupt=skip_corrupt,
+            columns=images.columns if columns is not None or has_columns(data) else None,
+            channels=loaded.reading.channels,
+            white=loaded.info.data.white,
+            target=loaded.task.target,
+            divide=split not in ("auto", "all"),
+        ),
     )
     splits.notes += [] if note is None else [f"{note}: evaluated as other data"]
     return splits, False

@@ -16,8 +16,9 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from snella_app.data import read_image, split_spec
+from snella_app.data.columns import Columns
 from snella_app.data.images import DECODING_ERRORS, IMAGE_SUFFIXES, RGB, Reading, decode_image, is_image, to_channels
-from snella_app.data.table import TABLE_SUFFIXES, Columns, table_paths
+from snella_app.data.table import TABLE_SUFFIXES, table_paths
 from snella_app.text import listed
 
 __all__ = ["ImageInput", "expand", "missing_path_hint", "new_files", "read_input", "split_inputs"]

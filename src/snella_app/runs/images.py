@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from snella_app.config import DataConfig
-from snella_app.data import DataSplits, ImageDataset, data_folder, load_data, split_spec, with_class_order
+from snella_app.data import DataSplits, ImageDataset, LoadOptions, data_folder, load_data, split_spec, with_class_order
 from snella_app.data.table import TABLE_SUFFIXES
 from snella_app.records import DataInfo
 from snella_app.tasks import Task, task_class
@@ -134,25 +134,13 @@ def load_splits(config: DataConfig, seed: int, data: Any = None) -> DataSplits:
         data: Dataset object to load instead of `config.spec`.
     """
     task = task_class(config.task)
-    splits = load_data(
-        str(config.spec) if data is None else data,
-        seed=seed,
-        test_seed=config.test_seed,
-        val_fraction=config.val_fraction,
-        test_fraction=config.test_fraction,
-        train_size=config.train_size,
-        val_size=config.val_size,
-        test_size=config.test_size,
-        skip_corrupt=config.skip_corrupt,
-        strict_sizes=config.strict_sizes,
-        protocol=config.protocol,
-        columns=config.columns,
-        channels=config.channels,
-        white=config.white,
-        folds=config.folds,
-        fold=config.fold,
-        target=task.target,
-    )
+    settings = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(LoadOptions)
+        if hasattr(config, field.name)
+    }
+    options = LoadOptions(**settings, seed=seed, target=task.target)
+    splits = load_data(str(config.spec) if data is None else data, options)
     return with_class_order(splits, task.order_classes(splits.classes, config.class_order))
 
 

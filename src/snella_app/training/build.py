@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 from snella_app.config import DEFAULT_BATCH_SIZE, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
 from snella_app.console import print_line
 from snella_app.data import DataSplits, ImageDataset, build_transform
-from snella_app.data.datasets import MaskDataset, read_at_side, show_reading
+from snella_app.data.datasets import MaskDataset, read_at_side
 from snella_app.data.protocol import get_protocol
+from snella_app.data.sources import show_reading
 from snella_app.methods import SelectionData, build_method, find_method, load_trained, load_trained_into, save_trained
 from snella_app.methods.model_parts import find_head
 from snella_app.methods.saving import METHOD_FILE
@@ -190,7 +191,7 @@ def load(
         ValueError: If the batch size exceeds the number of training images, or data and task do not fit together.
     """
     started_at = time.monotonic()
-    with show_reading(console, run.progress):
+    with show_reading(console if run.progress else None):
         splits = load_splits(config, run.seed, source)
     task = create_task(config.task, splits.classes, **optim.task_options())
     task.check_data(splits.train, str(config.spec))

@@ -18,7 +18,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import normalized_mutual_info_score
 from torch import nn
 
-from snella_app.data import load_data, read_image
+from snella_app.data import LoadOptions, load_data, read_image
 from snella_app.data.datasets import MaskDataset
 from snella_app.data.images import is_image
 from snella_app.data.splits import stratified_sample
@@ -60,7 +60,7 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
     images: list[list[Image.Image]] = []
     titles: list[str] = []
     for entry in entries:
-        splits = load_data(entry.data, seed=seed)
+        splits = load_data(entry.data, LoadOptions(seed=seed))
         selected = _class_balanced_indices(splits.train.labels, limit, seed)
         images.append([splits.train.image(index) for index in selected])
         group = "" if entry.group == entry.name else f"{entry.group}: "

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from snella_app.data.datasets import ArrayImages, ArrayMasks, Collection, FileImages, ImageDataset, MaskDataset
+from snella_app.data.datasets import Collection, ImageDataset, MaskDataset
 from snella_app.data.masks import MASK_STRATA
+from snella_app.data.sources import ArrayImages, ArrayMasks, FileImages
 
 _HEADER_BYTES = 348
 _FIRST_VOXEL = 352

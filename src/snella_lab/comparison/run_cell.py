@@ -143,7 +143,7 @@ def probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np
     Raises:
         ValueError: If a class has only one image, so that cross-validation is impossible.
     """
-    splits = load_data(data, seed=0)
+    splits = load_data(data)
     parts = [splits.train] if splits.val is None else [splits.train, splits.val]
     labels = [label for part in parts for label in part.labels]
     if len(labels) > images:

@@ -3,8 +3,8 @@ import shutil
 
 import pytest
 
-from snella_app.data import load_data
-from snella_app.data.benchmarks import FGVC_DATASETS, load_fgvc
+from snella_app.data import LoadOptions, load_data
+from snella_app.data.benchmarks import FGVC_DATASETS
 from tests.benchmark_folders import write_fgvc
 
 TINY = {"train": 9, "val": 3, "test": 6}
@@ -16,7 +16,7 @@ def cub(tmp_path):
 
 
 def load(folder, **options):
-    return load_data(f"fgvc:{folder}", strict_sizes=False, **options)
+    return load_data(f"fgvc:{folder}", LoadOptions(strict_sizes=False, **options))
 
 
 def test_there_are_five_datasets():
@@ -67,7 +67,7 @@ def test_classes_without_separate_folders_use_their_ids_as_names(tmp_path):
 def test_alternative_folder_names_are_accepted(folder, images, name, tmp_path):
     write_fgvc(tmp_path / folder, images, [1, 2], TINY)
     for requested in (folder, name):
-        assert load_fgvc(str(tmp_path / requested), strict_sizes=False).name == name
+        assert load(tmp_path / requested).name == name
 
 
 def test_the_final_protocol_trains_on_validation_and_the_official_one_does_not(cub):

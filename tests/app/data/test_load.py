@@ -3,23 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from snella_app.data import data_names, full_spec, load_data
+from snella_app.data import LoadOptions, data_names, full_spec, load_data
 
 
 def test_the_accepted_forms_are_listed():
-    families = [
-        "folder:PATH",
-        "masks:PATH",
-        "kvasir:PATH",
-        "csv:FILE",
-        "parquet:FILE",
-        "hf:NAME",
-        "wds:SHARDS",
-        "vtab:PATH",
-        "fgvc:PATH",
-    ]
+    families = "folder:PATH masks:PATH kvasir:PATH csv:FILE parquet:FILE hf:NAME wds:SHARDS vtab:PATH fgvc:PATH"
     bundled = ["digits", "elpv", "fashion-mnist", "mnist5k", "mri", "mri-lobes", "mri-regions", "stamps"]
-    assert data_names() == [*families, *bundled]
+    assert data_names() == [*families.split(), *bundled]
 
 
 def names_of(data) -> list[list[str]]:
@@ -27,7 +17,7 @@ def names_of(data) -> list[list[str]]:
 
 
 def test_splits_depend_on_the_seed():
-    first, again, other = (load_data("digits", seed=seed) for seed in (5, 5, 6))
+    first, again, other = (load_data("digits", LoadOptions(seed=seed)) for seed in (5, 5, 6))
     assert names_of(first) == names_of(again)
     assert all(a != b for a, b in zip(names_of(first), names_of(other), strict=True))
     assert first.train.seed == first.val.seed == 5
@@ -39,22 +29,22 @@ def test_splits_are_a_partition():
 
 
 def test_fractions_are_of_all_images():
-    data = load_data("digits", val_fraction=0.3, test_fraction=0.1)
+    data = load_data("digits", LoadOptions(val_fraction=0.3, test_fraction=0.1))
     assert (len(data.train), len(data.val), len(data.test)) == (1078, 539, 180)
 
 
 def test_a_test_fraction_of_zero_creates_no_test_split():
-    data = load_data("digits", test_fraction=0)
+    data = load_data("digits", LoadOptions(test_fraction=0))
     assert data.test is None and len(data.val) == 359
     assert data.description == "digits: 1,797 images in 10 classes; train 1,438 · val 359"
 
 
 def test_sizes_subsample_splits_independently():
-    full, small = load_data("digits"), load_data("digits", train_size=100, val_size=50, test_size=20)
+    full, small = load_data("digits"), load_data("digits", LoadOptions(train_size=100, val_size=50, test_size=20))
     assert (len(small.train), len(small.val), len(small.test)) == (100, 50, 20)
     assert all(set(a) < set(b) for a, b in zip(names_of(small), names_of(full), strict=True))
-    assert load_data("digits", train_size=100).test.names == full.test.names
-    assert names_of(load_data("digits", train_size=100, val_size=50, test_size=20)) == names_of(small)
+    assert load_data("digits", LoadOptions(train_size=100)).test.names == full.test.names
+    assert names_of(load_data("digits", LoadOptions(train_size=100, val_size=50, test_size=20))) == names_of(small)
     counts = [small.train.labels.count(label) for label in range(10)]
     assert min(counts) >= 9 and max(counts) <= 11
 
@@ -76,33 +66,16 @@ def test_an_unknown_specification_error_suggests_the_nearest(spec, message):
 
 def test_a_bare_path_is_resolved_by_its_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ("photos/cat", "lungs/images", "lungs/masks", "shards", "saved", "digits"):
+    for folder in ("photos/cat", "lungs/images", "lungs/masks", "shards", "saved", "digits", "rows", "mixed/a"):
         Path(folder).mkdir(parents=True)
-    for file in ("t.csv", "t.tsv", "t.parquet", "shards/0.tar", "saved/state.json", "x.jpg", "photos/all.tar"):
+    files = "t.csv t.tsv t.parquet shards/0.tar saved/state.json x.jpg photos/all.tar rows/0.parquet rows/.cache"
+    for file in (*files.split(), "mixed/0.parquet", "mixed/a/0.jpg"):
         Path(file).write_bytes(b"")
-    for file in ("rows/0.parquet", "rows/.cache", "mixed/0.parquet", "mixed/a/0.jpg"):
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).write_bytes(b"")
-    paths = [
-        "photos",
-        "lungs",
-        "shards",
-        "saved",
-        "digits",
-        "t.csv",
-        "t.tsv",
-        "t.parquet",
-        "x.jpg",
-        "nowhere",
-        "hf:saved",
-        "rows",
-        "mixed",
-        "~nosuchuser/x",
-    ]
-    assert [full_spec(path) for path in paths] == [
-        *("folder:photos", "masks:lungs", "wds:shards", "hf:saved", "digits", "csv:t.csv", "csv:t.tsv"),
-        *("parquet:t.parquet", "x.jpg", "nowhere", "hf:saved", "hf:rows", "folder:mixed", "~nosuchuser/x"),
-    ]
+    prefixes = {"photos": "folder:", "lungs": "masks:", "shards": "wds:", "saved": "hf:", "rows": "hf:"}
+    prefixes |= {"mixed": "folder:", "t.csv": "csv:", "t.tsv": "csv:", "t.parquet": "parquet:"}
+    unchanged = ("digits", "x.jpg", "nowhere", "hf:saved", "~nosuchuser/x")
+    for path in (*prefixes, *unchanged):
+        assert full_spec(path) == prefixes.get(path, "") + path
     with pytest.raises(ValueError, match=r"got 'x\.jpg', which is not a table \(CSV, TSV, Parquet or tar\)"):
         load_data("x.jpg")
     with pytest.raises(ValueError, match="got 'photo', which does not exist; nearest: 'photos'"):
@@ -123,9 +96,9 @@ def test_a_bare_path_is_resolved_by_its_content(tmp_path, monkeypatch):
 )
 def test_numbers_out_of_range_are_rejected(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        load_data("digits", **options)
+        load_data("digits", LoadOptions(**options))
 
 
 def test_several_invalid_numbers_are_reported_together():
     with pytest.raises(ValueError, match=r"seed must be .* got -2; test_size must be at least 1, got -3"):
-        load_data("digits", seed=-2, test_size=-3)
+        load_data("digits", LoadOptions(seed=-2, test_size=-3))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snella_app.data import load_data
+from snella_app.data import LoadOptions, load_data
 from snella_app.data.images import read_label_map
 
 from .mask_folders import write_pairs
@@ -118,7 +118,7 @@ def test_all_file_errors_are_reported_together(tmp_path):
 def test_skip_corrupt_skips_broken_pairs(tmp_path):
     root = write_pairs(tmp_path / "m", 9)
     (root / "masks" / "003.png").write_bytes(b"no image")
-    data = load_data(f"masks:{root}", skip_corrupt=True)
+    data = load_data(f"masks:{root}", LoadOptions(skip_corrupt=True))
     assert len(data.train) + len(data.val) + len(data.test) == 8
     assert any("skipped 1 pair with an unreadable file" in note and "003.png" in note for note in data.notes)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from snella_app.data.datasets import FileImages
+from snella_app.data.sources import FileImages
 
 
 @pytest.fixture
@@ -24,7 +24,8 @@ def test_a_decoded_image_is_cached(paths):
 
 
 def test_images_beyond_the_budget_are_decoded_every_time(paths):
-    source = FileImages(paths, budget_bytes=650)
+    source = FileImages(paths)
+    source.budget_bytes = 650
     images = [source.load(row) for row in range(3)]
     assert source.cached_bytes == 600
     assert source.load(0) is images[0] and source.load(2) is not images[2]

@@ -9,9 +9,9 @@ from pathlib import Path
 from PIL import Image
 
 from snella_app.console import counted
-from snella_app.data.datasets import broken_images
 from snella_app.data.folder import broken_note, existing_folder
 from snella_app.data.images import IMAGE_SUFFIXES, read_image
+from snella_app.data.sources import broken_images
 from snella_app.text import listed, nearest
 
 LIVE_CLASSES = ("cat", "dog")

@@ -1,0 +1,149 @@
+"""Column roles of tables, and conversion of table values."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from snella_app.text import nearest
+
+_SYNONYMS: dict[str, tuple[str, ...]] = {
+    "path": (
+        *("path", "file", "filename", "filepath", "image", "imagepath", "imagefile", "imagename", "img", "imgpath"),
+        *("images", "files", "picture", "photo"),
+    ),
+    "label": (
+        *("label", "labels", "class", "classname", "labelname", "category", "target", "tags", "species", "cls", "y"),
+    ),
+    "split": ("split", "part", "subset", "partition", "phase"),
+    "weight": ("weight", "weights", "sampleweight"),
+    "group": (
+        *("group", "groups", "groupid", "patient", "patientid", "subject", "subjectid", "site", "siteid"),
+        *("video", "videoid", "scene", "sceneid"),
+    ),
+}
+"""Column names by role, lower case without spaces and `_`, most likely first."""
+_ROOT, _NONE = "root", "none"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column roles of a table, as in `--columns path=file,label=species,group=patient`.
+
+    Attributes:
+        names: Column name by role (path, label, split, weight, group). Several label columns are joined by `+`, `none`
+            means no column, and a path may be a template: `train/{id}.jpg`.
+        root: Base folder of relative paths, `root=FOLDER`; None uses the folder of the data. Rows of Parquet files and
+            Hugging Face datasets may only reference files below it.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    root: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str | None) -> "Columns":
+        """Parse `role=name,role=name`.
+
+        Raises:
+            ValueError: If a role is unknown or an entry has no `=`.
+        """
+        names: dict[str, str] = {}
+        roles = (*_SYNONYMS, _ROOT)
+        for entry in filter(None, (part.strip() for part in (text or "").split(","))):
+            role, sign, name = (part.strip() for part in entry.partition("="))
+            if role not in roles or not sign or not name:
+                hint = nearest(role, roles) if role not in roles else ""
+                raise ValueError(
+                    f"columns must be ROLE=NAME pairs like path=file,label=species with roles {', '.join(roles)}, "
+                    f"got {entry!r}{hint}"
+                )
+            names[role] = name
+        root = names.pop(_ROOT, None)
+        return cls(names, None if root is None else Path(root).expanduser())
+
+    def resolve(self, table: Mapping[str, Sequence[Any]], needed: Sequence[str], where: str) -> dict[str, str]:
+        """Return the column name of each role in the table.
+
+        Args:
+            table: Values by column.
+            needed: Required roles.
+            where: Name of the table, for messages.
+
+        Raises:
+            ValueError: If a named column does not exist or a required role has no column.
+        """
+        names = list(table)
+        by_plain_name = {re.sub(r"[\s_\-.]", "", name.lower().rpartition(".")[2]): name for name in reversed(names)}
+        by_plain_name |= {re.sub(r"[\s_\-.]", "", name.lower()): name for name in reversed(names)}
+        roles: dict[str, str] = {}
+        errors: list[str] = []
+        for role, words in _SYNONYMS.items():
+            column = self.names.get(role)
+            if column is None:
+                column = next((by_plain_name[word] for word in words if word in by_plain_name), None)
+                if column is not None and column not in roles.values():
+                    roles[role] = column
+                elif role in needed:
+                    errors.append(f"no {role} column ({role} or a similar name); set it with --columns {role}=NAME")
+            elif column != _NONE:
+                unknown = [name for name in columns_in(role, column) if name not in table]
+                for name in unknown:
+                    errors.append(f"no column {name!r} for {role}" + nearest(name, table, form=" (nearest: '{}')"))
+                if not unknown:
+                    roles[role] = column
+            elif role in needed:
+                errors.append(f"columns must name a column for {role}, got {role}={_NONE}")
+        if errors:
+            described = ", ".join(_describe_column(name, values) for name, values in table.items())
+            raise ValueError(f"{where}: {'; '.join(errors)}. Columns: {described}")
+        return roles
+
+
+def columns_in(role: str, column: str) -> list[str]:
+    """Return the columns that a value of `--columns` references, e.g. both of `label=age+height`."""
+    if role == "path" and "{" in column:
+        return re.findall(r"\{([^{}]*)\}", column)
+    return column.split("+") if role == "label" else [column]
+
+
+def _describe_column(name: str, values: Sequence[Any]) -> str:
+    """Describe a column: name and three examples."""
+    examples = dict.fromkeys(format_value(value) for value in values if value is not None and value != "")
+    texts = [repr(text) for text in list(examples)[:3]]
+    shown = ", ".join(f"{text[:40]}…" if len(text) > 40 else text for text in texts)
+    return f"{name!r} ({shown})" if shown else repr(name)
+
+
+def paths_in(table: Mapping[str, Sequence[Any]], column: str) -> list[str]:
+    """Return the paths from a column or template; empty strings for missing values."""
+    if "{" not in column:
+        return [text_of(value) for value in table[column]]
+    parts = re.split(r"\{([^{}]*)\}", column)
+    texts = [[text_of(value) for value in table[name]] for name in parts[1::2]]
+    paths = []
+    for row in zip(*texts, strict=True):
+        pieces = [piece for pair in zip(parts[::2], (*row, ""), strict=True) for piece in pair]
+        paths.append("".join(pieces) if all(row) else "")
+    return paths
+
+
+def text_of(value: Any) -> str:
+    """Convert a value to a string: integral floats without decimal point, missing values to an empty string."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
+def number_of(value: Any) -> float:
+    """Convert a value to a number; NaN if impossible."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def format_value(value: Any) -> str:
+    """Format a value for an error message."""
+    return "|".join(map(str, value)) if isinstance(value, list | tuple) else text_of(value)

@@ -1,0 +1,115 @@
+"""Copies of images within a dataset and across splits: equal files, equal pixels and near-duplicates."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from snella_app.data.datasets import ImageDataset, file_paths, known_metadata
+from snella_app.files import sha256_of
+from snella_app.text import listed
+
+_MIN_CORRELATION, _MAX_DISTANCE = 0.995, 3.0
+_FLAT = 2.0
+_CHUNK, _MAX_PAIRS = 1024, 2_000_000_000
+
+
+def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> list[str]:
+    """Return warnings about images of the named splits that are copies of training images, exact or re-encoded."""
+    train = parts["train"]
+    notes = []
+    for name, part in ((name, parts[name]) for name in names if name in parts):
+        equal = equal_files(train, part)
+        copies = {**find_near_copies(train, part), **equal}
+        if copies:
+            shown = listed(f"{train.names[b]!r} is {part.names[a]!r}" for a, b in sorted(copies.items()))
+            reencoded = len(copies) - len(equal)
+            kind = f" ({reencoded} of them re-encoded or resized)" if reencoded else ""
+            duplicate = "is also a training image" if len(copies) == 1 else "are also training images"
+            notes.append(
+                f"{len(copies)} of {len(part)} {name} images {duplicate}{kind}, e.g. {shown}; "
+                f"{name} results are optimistic; remove the copies from one split"
+            )
+    return notes
+
+
+def equal_files(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
+    """Find files with the bytes of a training image; only files whose size occurs in both datasets are read.
+
+    Returns:
+        Position of the training image by position in `others`.
+    """
+    paths = [file_paths(images) for images in (train, others)]
+    sizes = [{p: path.stat().st_size for p, path in group.items() if path.is_file()} for group in paths]
+    shared = set(sizes[0].values()) & set(sizes[1].values())
+    train_positions = {sha256_of(paths[0][p]): p for p, size in sizes[0].items() if size in shared}
+    digests = {p: sha256_of(paths[1][p]) for p, size in sizes[1].items() if size in shared}
+    return {p: train_positions[digest] for p, digest in digests.items() if digest in train_positions}
+
+
+def find_duplicates(images: ImageDataset) -> list[list[int]]:
+    """Return groups of positions with identical images, compared by size and 16×16 gray thumbnail.
+
+    Flat images and images that were not inspected are ignored.
+    """
+    groups: dict[Any, list[int]] = {}
+    for position, metadata in known_metadata(images).items():
+        if metadata.thumbnail.std() > _FLAT:
+            groups.setdefault((metadata.size, metadata.thumbnail.tobytes()), []).append(position)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def find_equal_images(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
+    """Find images whose pixels equal a training image, independent of file format.
+
+    Returns:
+        Position of the training image by position in `others`.
+    """
+    keys: list[dict[int, Any]] = [
+        {position: (entry.size, entry.thumbnail.tobytes()) for position, entry in known_metadata(images).items()}
+        for images in (train, others)
+    ]
+    if len(keys[0]) < len(train) or len(keys[1]) < len(others):  # not inspected: compare all images
+        keys = [dict.fromkeys(range(len(images))) for images in (train, others)]
+    shared = set(keys[0].values()) & set(keys[1].values())
+    train_positions = {_pixel_digest(train, position): position for position, key in keys[0].items() if key in shared}
+    digests = {position: _pixel_digest(others, position) for position, key in keys[1].items() if key in shared}
+    return {position: train_positions[digest] for position, digest in digests.items() if digest in train_positions}
+
+
+def _pixel_digest(images: ImageDataset, position: int) -> bytes:
+    """Return a digest of the decoded image."""
+    image: Any = images.source.load(images.rows[position])
+    pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image)
+    return hashlib.blake2b(repr((pixels.shape, str(pixels.dtype))).encode() + pixels.tobytes(), digest_size=16).digest()
+
+
+def find_near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
+    """Find near-duplicates of training images: re-encoded, resized or compressed copies.
+
+    Two images match if their 16×16 gray thumbnails have a correlation ≥ 0.995 and a root mean square difference
+    ≤ 3 (of 255). Flat images and images that were not inspected are ignored.
+
+    Returns:
+        Position of the most similar training image by position in `others`.
+    """
+    known = [
+        {p: metadata.thumbnail for p, metadata in known_metadata(images).items() if metadata.thumbnail.std() > _FLAT}
+        for images in (train, others)
+    ]
+    if not all(known) or len(known[0]) * len(known[1]) > _MAX_PAIRS:
+        return {}
+    positions = [np.array(list(thumbnails)) for thumbnails in known]
+    raw = [np.stack(list(thumbnails.values())).reshape(len(thumbnails), -1).astype(np.float32) for thumbnails in known]
+    centered = [values - values.mean(1, keepdims=True) for values in raw]
+    unit = [values / np.linalg.norm(values, axis=1, keepdims=True) for values in centered]
+    matches = {}
+    for start in range(0, len(unit[1]), _CHUNK):
+        correlations = unit[1][start : start + _CHUNK] @ unit[0].T
+        for offset, nearest in enumerate(correlations.argmax(1)):
+            distance = np.sqrt(((raw[1][start + offset] - raw[0][nearest]) ** 2).mean())
+            if correlations[offset, nearest] >= _MIN_CORRELATION and distance <= _MAX_DISTANCE:
+                matches[int(positions[1][start + offset])] = int(positions[0][nearest])
+    return matches

@@ -1,0 +1,239 @@
+"""Sources of images and masks by row: arrays, files, and concatenations."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from snella_app.console import track_progress
+from snella_app.data.images import (
+    RGB,
+    ImageMetadata,
+    Reading,
+    inspect_image,
+    metadata_of,
+    read_image,
+    read_label_map,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_THREADS = 4  # decoding releases the GIL
+_CONSOLE: ContextVar["Console | None"] = ContextVar("console", default=None)
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+class ImageSource(Protocol):
+    """Picklable source of images by row."""
+
+    def load(self, row: int) -> Image.Image:
+        """Return the image as RGB; callers must not modify it, since it may be shared."""
+
+    def content(self, row: int) -> bytes:
+        """Return the raw content of the image: file bytes or pixels."""
+
+
+class ArrayImages:
+    """Grayscale images in one array.
+
+    Args:
+        pixels: `[n, height, width]`, uint8.
+    """
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels = pixels
+
+    def load(self, row: int) -> Image.Image:
+        """Return the image as RGB."""
+        return Image.fromarray(self.pixels[row]).convert("RGB")
+
+    def content(self, row: int) -> bytes:
+        """Return the pixels."""
+        return self.pixels[row].tobytes()
+
+
+class ArrayMasks(ArrayImages):
+    """Masks in one label array."""
+
+    def load(self, row: int) -> Image.Image:
+        """Return the labels as a grayscale image."""
+        return Image.fromarray(self.pixels[row])
+
+
+class CachedImages:
+    """Lazily decoded images with an in-memory cache.
+
+    Subclasses implement `read` and `content`.
+
+    Args:
+        reading: As for `read_image`.
+
+    Attributes:
+        metadata: Metadata of the inspected images by row.
+        budget_bytes: Cache size for decoded images, one byte per pixel and channel, divided among loader workers.
+            Images beyond the budget are decoded on every access.
+    """
+
+    budget_bytes = 512 * 2**20
+
+    def __init__(self, reading: Reading = RGB) -> None:
+        self.reading = reading
+        self.metadata: dict[int, ImageMetadata] = {}
+        self.cached_bytes = 0
+        self._cached: dict[int, Any] = {}
+
+    def load(self, row: int) -> Any:
+        """Return the decoded image, from the cache if possible.
+
+        Raises:
+            ValueError: If the file is missing or broken.
+        """
+        if (cached := self._cached.get(row)) is not None:
+            return cached
+        image = self.read(row)
+        worker = get_worker_info()
+        budget = self.budget_bytes // (1 if worker is None else worker.num_workers)
+        size = image.nbytes if isinstance(image, Tensor) else len(image.getbands()) * image.width * image.height
+        if self.cached_bytes + size <= budget:
+            self._cached[row] = image
+            self.cached_bytes += size
+        return image
+
+    def read(self, row: int) -> Any:
+        """Decode one image; raise ValueError if it is broken."""
+        raise NotImplementedError
+
+    def inspect(self, row: int) -> ImageMetadata:
+        """Decode one image and return its metadata; raise ValueError if it is broken."""
+        return metadata_of(self.read(row))
+
+    def content(self, row: int) -> bytes:
+        """Return the raw content of one image."""
+        raise NotImplementedError
+
+    def at_side(self, side: int | None) -> Self:
+        """Return a copy with another `Reading.side` and an empty cache."""
+        source = copy(self)
+        source.reading, source._cached, source.cached_bytes = replace(self.reading, side=side), {}, 0
+        return source
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Exclude cached images from pickling."""
+        return {**self.__dict__, "_cached": {}, "cached_bytes": 0, "metadata": {}}
+
+
+class FileImages(CachedImages):
+    """Image files; see `CachedImages` for `reading`."""
+
+    def __init__(self, paths: Sequence[Path], reading: Reading = RGB) -> None:
+        super().__init__(reading)
+        self.paths = list(paths)
+
+    def read(self, row: int) -> Any:
+        """Decode one file."""
+        return read_image(self.paths[row], self.reading)
+
+    def inspect(self, row: int) -> ImageMetadata:
+        """Decode one file and return its metadata."""
+        return inspect_image(self.paths[row], str(self.paths[row]), self.reading)
+
+    def content(self, row: int) -> bytes:
+        """Return the bytes of one file."""
+        return self.paths[row].read_bytes()
+
+
+class FileMasks(FileImages):
+    """Mask files, cached like images.
+
+    Args:
+        paths: Files supported by `read_label_map`.
+        is_white_foreground: If True, nonzero values become label 1.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, is_white_foreground: bool = False) -> None:
+        super().__init__(paths)
+        self.is_white_foreground = is_white_foreground
+
+    def read(self, row: int) -> Image.Image:
+        """Return the labels as a grayscale image."""
+        labels, _ = read_label_map(self.paths[row])
+        if self.is_white_foreground:
+            labels = labels > 0
+        return Image.fromarray(labels.astype(np.uint8))
+
+
+class JoinedSource:
+    """Concatenation of two sources at a row boundary."""
+
+    def __init__(self, first: ImageSource, second: ImageSource, boundary: int) -> None:
+        self.first, self.second, self.boundary = first, second, boundary
+
+    def load(self, row: int) -> Image.Image:
+        """Return the image from the source that contains the row."""
+        source, row = locate(self, row)
+        return source.load(row)
+
+    def content(self, row: int) -> bytes:
+        """Return the raw content of the image."""
+        source, row = locate(self, row)
+        return source.content(row)
+
+
+def locate(source: ImageSource, row: int) -> tuple[ImageSource, int]:
+    """Return the source that contains a row, inside joined sources, and its row there."""
+    while isinstance(source, JoinedSource):
+        source, row = (source.first, row) if row < source.boundary else (source.second, row - source.boundary)
+    return source, row
+
+
+def at_side(source: ImageSource, side: int | None) -> ImageSource:
+    """Return a decoded source with another `Reading.side`; return arrays unchanged."""
+    if isinstance(source, JoinedSource):
+        return JoinedSource(at_side(source.first, side), at_side(source.second, side), source.boundary)
+    return source.at_side(side) if isinstance(source, CachedImages) else source
+
+
+def broken_images(paths: Sequence[Path]) -> dict[int, str]:
+    """Decode every file once and return the reason for each broken file by position."""
+    return broken_rows(FileImages(paths), range(len(paths)))
+
+
+def broken_rows(source: CachedImages, rows: Sequence[int]) -> dict[int, str]:
+    """Decode rows of a source once, store their `metadata`, and return the reason for each broken row, in order."""
+
+    def reason(row: int) -> str | None:
+        try:
+            source.metadata[row] = source.inspect(row)
+        except ValueError as error:
+            return str(error).partition("image: ")[2] or str(error)
+        return None
+
+    return {row: text for row, text in zip(rows, decode_all(reason, rows), strict=True) if text is not None}
+
+
+def decode_all(decode: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+    """Apply a decoding function to all items in threads; `show_reading` shows the progress."""
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+        return list(track_progress(threads.map(decode, items), "reading images", len(items), _CONSOLE.get()))
+
+
+@contextmanager
+def show_reading(console: "Console | None") -> Iterator[None]:
+    """Show a transient progress bar while `decode_all` runs, if the console is a terminal; None shows none."""
+    token = _CONSOLE.set(console)
+    try:
+        yield
+    finally:
+        _CONSOLE.reset(token)
