@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from snella_app.files import check_files
-from snella_app.records.record import FORMAT, OPTIONAL, Record, plain
+from snella_app.records.record import FORMAT, OPTIONAL, Float, Record, plain
 from snella_app.records.results import SplitScores
 
 Status = Literal["running", "interrupted", "failed", "finished"]
@@ -92,8 +92,8 @@ class DataInfo:
 class ReliabilityBin:
     """One confidence bin: mean confidence, fraction correct, number of images."""
 
-    confidence: float
-    accuracy: float
+    confidence: Float
+    accuracy: Float
     count: int
 
 
@@ -115,10 +115,10 @@ class Reliability:
 
     split: str
     count: int
-    ece: float
-    ece_before: float
-    loss: float
-    loss_before: float
+    ece: Float
+    ece_before: Float
+    loss: Float
+    loss_before: Float
     bins: list[ReliabilityBin]
     bins_before: list[ReliabilityBin]
 
@@ -143,8 +143,8 @@ class Calibration:
 
     temperature: float
     threshold: float | None = None
-    coverage: float = math.nan
-    accuracy: float = math.nan
+    coverage: Float = math.nan
+    accuracy: Float = math.nan
     reliability: list[Reliability] = field(default_factory=list)
 
     @property
@@ -228,24 +228,24 @@ class EpochRow:
     """
 
     epoch: int
-    train_loss: float = math.nan
-    val_loss: float = field(default=math.nan, metadata=OPTIONAL)
-    val_accuracy: float = field(default=math.nan, metadata=OPTIONAL)
-    val_balanced_accuracy: float = field(default=math.nan, metadata=OPTIONAL)
-    val_dice: float = field(default=math.nan, metadata=OPTIONAL)
-    val_iou: float = field(default=math.nan, metadata=OPTIONAL)
-    val_dice_pooled: float = field(default=math.nan, metadata=OPTIONAL)
-    val_iou_pooled: float = field(default=math.nan, metadata=OPTIONAL)
-    val_pixel_accuracy: float = field(default=math.nan, metadata=OPTIONAL)
-    val_macro_f1: float = field(default=math.nan, metadata=OPTIONAL)
-    val_micro_f1: float = field(default=math.nan, metadata=OPTIONAL)
-    val_subset_accuracy: float = field(default=math.nan, metadata=OPTIONAL)
-    val_map: float = field(default=math.nan, metadata=OPTIONAL)
-    val_mae: float = field(default=math.nan, metadata=OPTIONAL)
-    val_rmse: float = field(default=math.nan, metadata=OPTIONAL)
-    val_r2: float = field(default=math.nan, metadata=OPTIONAL)
-    val_kappa: float = field(default=math.nan, metadata=OPTIONAL)
-    lr: float = math.nan
+    train_loss: Float = math.nan
+    val_loss: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_accuracy: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_balanced_accuracy: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_dice: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_iou: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_dice_pooled: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_iou_pooled: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_pixel_accuracy: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_macro_f1: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_micro_f1: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_subset_accuracy: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_map: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_mae: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_rmse: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_r2: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_kappa: Float = field(default=math.nan, metadata=OPTIONAL)
+    lr: Float = math.nan
     budget: int | None = None
     is_denser: bool = field(default=False, metadata=OPTIONAL)
 
@@ -266,7 +266,7 @@ class AveragedEpochs:
     epochs: list[int]
     offered: list[int]
     is_saved: bool
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, Float] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -290,8 +290,8 @@ class FinalHead:
     layers: list[int]
     is_saved: bool
     metric: str | None = None
-    val: float = math.nan
-    val_trained: float = math.nan
+    val: Float = math.nan
+    val_trained: Float = math.nan
 
     @property
     def name(self) -> str:
@@ -321,11 +321,11 @@ class Metrics(Record):
     selected_on: Literal["val", "test"] | None = "val"
     best_metric: str = "val_accuracy"
     ema: float | None = None
-    train_s: float = math.nan
+    train_s: Float = math.nan
     trainable_parameters: int
     adapted_weights: int | None = None
     adapter_bytes: int = 0
-    peak_rss_mib: float = math.nan
+    peak_rss_mib: Float = math.nan
     step_s: float | None = None
     accelerator_memory_max: int | None = None
     accelerator_memory_reserved_avg: int | None = None
@@ -379,8 +379,8 @@ def _renamed(row: Any, old: str, new: str) -> Any:
 class FixedLoss:
     """Loss on fixed noise and timesteps, before and after training."""
 
-    before: float = math.nan
-    after: float = math.nan
+    before: Float = math.nan
+    after: Float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,11 +402,11 @@ class GeneratorMetrics(Record):
 
     file: ClassVar[str] = "metrics.json"
 
-    train_s: float = math.nan
+    train_s: Float = math.nan
     trainable_parameters: int
     adapted_weights: int | None = None
     adapter_bytes: int = 0
-    peak_rss_mib: float = math.nan
+    peak_rss_mib: Float = math.nan
     peak_gpu_mib: float | None = None
     optimizer: str = ""
     fixed_loss: FixedLoss | None = field(default=None, metadata=OPTIONAL)
@@ -456,7 +456,7 @@ class AllocationStep:
     total: int
     budget: int
     budgets: dict[str, int]
-    importance: dict[str, float]
+    importance: dict[str, Float]
 
 
 @dataclass(frozen=True)
@@ -503,7 +503,7 @@ class Prediction:
     index: int
     name: str
     label: int
-    probabilities: list[float]
+    probabilities: list[Float]
     rank: int | None = field(default=None, metadata=OPTIONAL)
     group: str | None = field(default=None, metadata=OPTIONAL)
 
@@ -562,14 +562,14 @@ class LabelSetPrediction:
     index: int
     name: str
     labels: list[int]
-    probabilities: list[float]
+    probabilities: list[Float]
 
 
 @dataclass(frozen=True)
 class LabelSetPredictions(SplitPredictions):
     """Multi-label predictions on one split."""
 
-    thresholds: list[float] = field(kw_only=True)
+    thresholds: list[Float] = field(kw_only=True)
     items: list[LabelSetPrediction] = field(kw_only=True)
 
 
@@ -579,8 +579,8 @@ class NumberPrediction:
 
     index: int
     name: str
-    values: list[float]
-    predicted: list[float]
+    values: list[Float]
+    predicted: list[Float]
 
 
 @dataclass(frozen=True)
@@ -596,8 +596,8 @@ class MaskPrediction:
 
     index: int
     name: str = ""
-    dice: float = math.nan
-    iou: float = math.nan
+    dice: Float = math.nan
+    iou: Float = math.nan
     mask: str | None = None
 
 
@@ -615,8 +615,8 @@ class FoldRow:
     fold: int
     folder: str
     best_epoch: int | None
-    scores: dict[str, float]
-    test: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, Float]
+    test: dict[str, Float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
