@@ -70,7 +70,7 @@ def evaluate(
         calibrate: Refit a classifier's temperature on the validation images and store it.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
-    from snella_app.console import counted, make_console, make_table, print_line
+    from snella_app.console import counted, make_console, print_line
     from snella_app.files import write_json
     from snella_app.records import RunInfo, read
     from snella_app.runs.evaluate import calibrate_run, evaluate
@@ -103,12 +103,9 @@ def evaluate(
     console = make_console()
     for note in result["notes"]:
         print_line(console, f"note: {note}")
-    print_line(
-        console,
-        f"{result['data']} ({result['split']}), {counted(result['images'], 'image')}: {task.result_text(result)}",
-    )
-    table = task.result_table(result)
-    console.print(make_table(table.columns, table.rows, title=table.title))
+    scores = task.result_format.format_map(result)
+    print_line(console, f"{result['data']} ({result['split']}), {counted(result['images'], 'image')}: {scores}")
+    console.print(task.result_table(result))
     if out is not None:
         write_json(Path(out), result)
 

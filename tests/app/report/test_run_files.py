@@ -87,7 +87,9 @@ def test_damaged_json_is_reported_with_line_and_column(run):
     run.finished()
     text = (run.folder / "allocation.json").read_text()
     run.write("allocation.json", text[: len(text) // 2])
-    with pytest.raises(ValueError, match=r"allocation.json is damaged: .* line 1 column \d+ .*; resume with .*--resume"):
+    with pytest.raises(
+        ValueError, match=r"allocation.json is damaged: .* line 1 column \d+ .*; resume with .*--resume"
+    ):
         read(Allocation, run.folder)
     (run.folder / "run.json").write_bytes(b'{"status": "\xff"}')
     with pytest.raises(ValueError, match=r"run.json is damaged: .*position 12"):

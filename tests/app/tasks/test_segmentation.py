@@ -47,11 +47,9 @@ def test_epochs_are_ranked_by_dice_and_then_by_loss():
     assert max(rows, key=task.selection_score) is rows[2]
 
 
-def test_invalid_settings_are_reported_together():
-    with pytest.raises(ValueError) as caught:
-        SegmentationTask(("one",), 1.5, "hinge")
-    for text in ("got ['one']", "label_smoothing must be in [0, 1), got 1.5", "one of dice, iou, none, got 'hinge'"):
-        assert text in str(caught.value)
+def test_a_single_class_is_rejected():
+    with pytest.raises(ValueError, match=r"at least 2 entries including background, got \['one'\]"):
+        SegmentationTask(("one",))
 
 
 def test_tasks_have_the_configured_names():
@@ -73,12 +71,10 @@ def test_settings_of_another_task_are_rejected():
         TrainConfig.from_flat(**required, task="detection")
 
 
-def test_each_task_checks_its_data(tmp_path):
+def test_each_task_checks_its_data():
     task = SegmentationTask(("background", "polyp"))
     with pytest.raises(ValueError, match=r"must be images with masks for task segmentation, .*got 'digits'"):
         task.check_data(ImageDataset(None, [], [], []), "digits")
-    with pytest.raises(TypeError, match="dataset must have masks, got ImageDataset"):
-        task.report_images(ImageDataset(None, [], [], []), tmp_path)
 
 
 def test_examples_are_the_worst_and_evenly_spaced_images():

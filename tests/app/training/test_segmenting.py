@@ -69,7 +69,7 @@ def test_stored_masks_reproduce_their_dice(run, folder):
     assert predicted.shape == (32, 32)
     both = (torch.as_tensor(np.array(values)).long()[None] for values in (predicted, truth))
     dice, _ = image_scores(pixel_counts(*both, 3).numpy())
-    assert item["dice"] == pytest.approx(np.nanmean(dice), abs=0.05)  # torchvision may round to the neighboring pixel
+    assert item["dice"] == pytest.approx(np.nanmean(dice[:, 1:]), abs=0.05)  # torchvision rounds
 
 
 def test_the_report_shows_curves_classes_and_overlays(run):
