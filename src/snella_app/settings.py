@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -174,13 +175,22 @@ def suggest_choice(kind: Any, value: Any) -> str:
     return f"; did you mean {suggestion}?" if suggestion else nearest(text, choices, form="; did you mean {}?")
 
 
-def equivalent_setting(name: str, known: Iterable[str]) -> str | None:
-    """Return the setting equivalent to another tool's `name`; None if there is none."""
-    known_names = set(known)
-    return next((setting for setting in OTHER_NAMES.get(name.replace("-", "_"), ()) if setting in known_names), None)
+def suggest_setting(name: str, spellings: Mapping[str, str]) -> str:
+    """Suggest a setting for an unknown name: `use lr` for another tool's name, `nearest: lr, r` for a typo.
+
+    Args:
+        name: Unknown name.
+        spellings: Known names, with their spelling in the suggestion.
+    """
+    name = name.replace("-", "_")
+    equivalent = next((setting for setting in OTHER_NAMES.get(name, ()) if setting in spellings), None)
+    if equivalent is not None:
+        return f"use {spellings[equivalent]}"
+    near = difflib.get_close_matches(name, spellings, n=2, cutoff=0.5)
+    return f"nearest: {', '.join(spellings[setting] for setting in near)}" if near else ""
 
 
-def short_repr(value: Any, most: int = 60) -> str:
-    """Return the `repr` of a value, truncated to `most` characters."""
+def short_repr(value: Any) -> str:
+    """Return the `repr` of a value in one line, truncated to 60 characters."""
     text = " ".join(repr(value).split())
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return text if len(text) <= 60 else f"{text[:57]}..."

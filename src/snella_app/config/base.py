@@ -2,13 +2,12 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from functools import cache, reduce
 from typing import Any, ClassVar, Self, get_type_hints
 
-from snella_app.settings import TypeMismatchError, coerce, describe_type, equivalent_setting, short_repr, suggest_choice
-from snella_app.text import nearest
+from snella_app.settings import TypeMismatchError, coerce, describe_type, short_repr, suggest_choice, suggest_setting
 
 
 @dataclass(frozen=True)
@@ -84,11 +83,11 @@ class Config:
             TypeError: If a name is unknown; suggests the closest one.
             ValueError: If values are invalid; one message lists all errors.
         """
-        known = list(cls.settings())
-        unknown = [name for name in settings if name not in known]
-        if unknown:
-            listed = ", ".join(f"{name!r}{_suggest_setting(name, known)}" for name in unknown)
-            raise TypeError(f"{cls.__name__} has no setting {listed}; see help({cls.__name__})")
+        spellings = {name: name for name in cls.settings()}
+        hints = {name: suggest_setting(name, spellings) for name in settings if name not in spellings}
+        if hints:
+            unknown = ", ".join(f"{name!r}{hint and f' ({hint})'}" for name, hint in hints.items())
+            raise TypeError(f"{cls.__name__} has no setting {unknown}; see help({cls.__name__})")
         config, errors = cls._collect(settings)
         _raise(errors)
         return config
@@ -178,9 +177,3 @@ def _sections(kind: type[Config]) -> dict[str, type[Config]]:
     hints = get_type_hints(kind)
     types = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
     return {name: hint for name, hint in types.items() if isinstance(hint, type) and issubclass(hint, Config)}
-
-
-def _suggest_setting(name: str, known: Iterable[str]) -> str:
-    """Suggest a setting for an unknown name, in parentheses; empty if none is similar."""
-    setting = equivalent_setting(name, known)
-    return f" (use {setting})" if setting else nearest(name, known, most=2, form=" (nearest: {})")
