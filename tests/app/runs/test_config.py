@@ -191,7 +191,7 @@ def test_setting_names_of_other_tools_suggest_snella_names():
         TrainConfig.from_flat(**REQUIRED_SETTINGS, model="x", learning_rate=1e-3, epoks=3)
     assert str(caught.value) == (
         "TrainConfig has no setting 'model' (use backbone), 'learning_rate' (use lr), 'epoks' "
-        "(nearest: epochs); see help(TrainConfig)"
+        "(nearest: epochs, workers); see help(TrainConfig)"
     )
 
 
