@@ -256,13 +256,13 @@ def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     )
     _set_help(parser)
     owner = settings_class(function)
-    basic: tuple[str, ...] = getattr(owner, "basic", ())
+    basic = () if owner is None else owner.basic
     purpose = getattr(owner, "purpose", None)
     method_defaults = {} if purpose is None else shown_defaults(purpose)
     method = {option.name: option.default for option in options}.get("method", "")
     first: Any = parser.add_argument_group("basic options") if basic else parser
     rest: Any = parser.add_argument_group("advanced options (keep the defaults for a first run)") if basic else parser
-    for option in sorted(options, key=lambda option: [*basic, option.name].index(option.name)):
+    for option in options:
         method_default = method_defaults.get(option.name)
         text = "" if method_default is None else f" (default with {method}: {method_default})"
         _add(first if option.name in basic else rest, option, text)

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
 from functools import cache, reduce
 from typing import Any, ClassVar, Self, get_type_hints
@@ -46,14 +46,14 @@ class Config:
 
     Attributes:
         flat_names: Flat names that differ from the field name, by field.
-        order: Flat names that come first in help and files, in this order.
+        basic: Flat names of the settings that most users need; they come first in help and files.
         minimums: Minimum value by field.
         nonnegative: Fields that are finite and at least 0.
         fractions: Fields in [0, 1).
     """
 
     flat_names: ClassVar[Mapping[str, str]] = {}
-    order: ClassVar[tuple[str, ...]] = ()
+    basic: ClassVar[tuple[str, ...]] = ()
     minimums: ClassVar[Mapping[str, int]] = {}
     nonnegative: ClassVar[tuple[str, ...]] = ()
     fractions: ClassVar[tuple[str, ...]] = ()
@@ -149,6 +149,15 @@ class Config:
         return config, [*config.coerce_fields(), *config.errors(), *errors]
 
 
+def errors_of(check: Callable[..., Any], *args: Any) -> list[str]:
+    """Call a function and return the message of its ValueError or TypeError; empty if it succeeds."""
+    try:
+        check(*args)
+    except (ValueError, TypeError) as error:
+        return [str(error)]
+    return []
+
+
 def _raise(errors: list[str]) -> None:
     """Raise all errors in one message."""
     if errors:
@@ -168,7 +177,7 @@ def _settings(kind: type[Config]) -> dict[str, Setting]:
             name = kind.flat_names.get(f.name, f.name)
             default = f.default if f.default_factory is MISSING else f.default_factory()
             settings[name] = Setting(name, (f.name,), hints[f.name], default, kind)
-    return {name: settings[name] for name in (*kind.order, *settings)}
+    return {name: settings[name] for name in (*kind.basic, *settings)}
 
 
 @cache

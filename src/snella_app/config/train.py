@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from snella_app.config.data import DataConfig
-from snella_app.config.method import AUTO_METHOD, OPTION_SETTINGS, MethodConfig
-from snella_app.config.model import ModelConfig
+from snella_app.config.model import AUTO_METHOD, OPTION_SETTINGS, MethodConfig, ModelConfig
 from snella_app.config.optim import SCHEDULE_END, OptimConfig
-from snella_app.config.run import RunConfig
-from snella_app.config.run_settings import RunSettings
+from snella_app.config.run import RunConfig, RunSettings
 from snella_app.methods.defaults import TRAIN_PRESETS
 
 
@@ -46,25 +44,11 @@ class TrainConfig(RunSettings):
         run: Folder, seed, devices and trackers.
     """
 
-    required: ClassVar[dict[str, str]] = {
-        "data": "photos",
-        "backbone": "vit_base_patch16_224.augreg_in21k",
-    }
+    required: ClassVar[dict[str, str]] = {"data": "photos", "backbone": "vit_base_patch16_224.augreg_in21k"}
     out_example: ClassVar[str] = "runs/photos"
     basic: ClassVar[tuple[str, ...]] = (
         *("data", "backbone", "out", "task", "method", "weights", "img_size", "epochs", "batch_size", "augment"),
         *("columns", "folds", "channels", "skip_corrupt", "device", "workers", "resume", "overwrite"),
-    )
-    order: ClassVar[tuple[str, ...]] = (
-        *("data", "backbone", "out", "task", "method", "preset", "weights", "pretrained", "img_size", "r"),
-        *("target_sparsity", "scaling", "method_options", "init_from", "epochs", "time_budget", "early_stopping"),
-        *("batch_size", "accumulate", "lr", "scalar_lr", "head_lr", "head_init", "head_norm", "final_head"),
-        *("weight_decay", "layer_decay", "drop_path", "warmup_ratio", "min_lr", "max_grad_norm", "loss"),
-        *("class_weights", "sampler", "class_order", "monitor", "label_smoothing", "mask_loss", "augment", "tta"),
-        *("random_erasing", "mixup", "cutmix", "train_size", "val_size", "test_size", "val_fraction"),
-        *("test_fraction", "columns", "folds", "fold", "channels", "white", "skip_corrupt", "seed", "test_seed"),
-        *("protocol", "ema", "swa", "soup", "strict_sizes", "device", "precision", "grad_checkpointing"),
-        *("workers", "shard", "track", "resume", "overwrite", "progress"),
     )
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -150,18 +134,13 @@ class TrainConfig(RunSettings):
         """Reject settings that need validation images, which protocol `final` lacks."""
         from snella_app.data.protocol import get_protocol
 
-        errors, optim, summary = [], self.optim, get_protocol("final").summary
-        if optim.early_stopping is not None:
-            errors.append(
-                f"early_stopping needs validation images, got {optim.early_stopping} with protocol "
-                f"'final': {summary}; leave one out"
-            )
-        if optim.soup is not None:
-            errors.append(
-                f"soup needs validation images, got {optim.soup} with protocol 'final': "
-                f"{summary}; use --swa {optim.soup} instead"
-            )
-        return errors
+        remedies = {"early_stopping": "leave one out", "soup": f"use --swa {self.optim.soup} instead"}
+        summary = get_protocol("final").summary
+        return [
+            f"{name} needs validation images, got {value} with protocol 'final': {summary}; {remedy}"
+            for name, remedy in remedies.items()
+            if (value := getattr(self.optim, name)) is not None
+        ]
 
     def _start_errors(self, init_from: str) -> list[str]:
         """Check the settings of a run that starts from another run."""

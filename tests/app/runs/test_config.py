@@ -234,11 +234,12 @@ def test_settings_are_keyword_only_and_frozen(kind):
         )
 
 
-def test_flat_names_are_unique_and_listed_in_order():
+def test_flat_names_are_unique_and_basic_settings_come_first():
     parts = [DataConfig, ModelConfig, MethodConfig, OptimConfig, RunConfig]
     names = [name for part in parts for name in part.settings()]
-    assert len(names) == len(set(names)) == len(TrainConfig.order)
-    assert list(TrainConfig.settings()) == list(TrainConfig.order) and set(names) == set(TrainConfig.order)
+    assert len(names) == len(set(names)) and list(TrainConfig.settings()) == list(
+        dict.fromkeys((*TrainConfig.basic, *names))
+    )
 
 
 def test_sections_and_flat_names_give_the_same_configuration():
