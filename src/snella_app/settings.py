@@ -12,83 +12,45 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from snella_app.text import nearest
 
-OTHER_NAMES: dict[str, tuple[str, ...]] = {
-    "model": ("run", "backbone", "backbones", "model"),
-    "model_name": ("backbone", "model"),
-    "model_name_or_path": ("backbone", "model"),
-    "arch": ("backbone",),
-    "architecture": ("backbone",),
-    "checkpoint": ("weights",),
-    "ckpt": ("weights",),
-    "resume_from_checkpoint": ("resume",),
-    "continue": ("resume",),
-    "learning_rate": ("lr",),
-    "base_lr": ("lr",),
-    "lr0": ("lr",),
-    "output_dir": ("out",),
-    "output": ("out",),
-    "outdir": ("out",),
-    "out_dir": ("out",),
-    "save_dir": ("out",),
-    "logging_dir": ("out",),
+_OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "run": ("model",),
+    "backbone": ("model", "model_name", "model_name_or_path", "arch", "architecture"),
+    "backbones": ("model",),
+    "model": ("model_name", "model_name_or_path"),
+    "weights": ("checkpoint", "ckpt"),
+    "resume": ("resume_from_checkpoint", "continue"),
+    "lr": ("learning_rate", "base_lr", "lr0"),
+    "out": ("output_dir", "output", "outdir", "out_dir", "save_dir", "logging_dir", "format"),
+    "batch_size": (
+        *("batch", "bs", "batchsize", "train_batch_size"),
+        *("per_device_train_batch_size", "per_device_eval_batch_size"),
+    ),
     "batch": ("batch_size",),
-    "bs": ("batch_size",),
-    "batchsize": ("batch_size",),
-    "batch_size": ("batch",),
-    "train_batch_size": ("batch_size",),
-    "per_device_train_batch_size": ("batch_size",),
-    "per_device_eval_batch_size": ("batch_size",),
-    "gradient_accumulation_steps": ("accumulate", "accumulation"),
-    "grad_accum": ("accumulate", "accumulation"),
-    "num_epochs": ("epochs",),
-    "num_train_epochs": ("epochs",),
-    "n_epochs": ("epochs",),
-    "max_epochs": ("epochs",),
-    "dataset": ("data",),
-    "dataset_name": ("data",),
-    "data_dir": ("data",),
-    "data_path": ("data",),
-    "train_dir": ("data",),
-    "input": ("data", "images"),
-    "image": ("images",),
-    "source": ("images", "data"),
-    "image_size": ("img_size",),
-    "imgsz": ("img_size",),
-    "input_size": ("img_size",),
-    "resolution": ("img_size",),
-    "num_workers": ("workers",),
-    "dataloader_num_workers": ("workers",),
-    "wd": ("weight_decay",),
-    "rank": ("r",),
-    "lora_r": ("r",),
-    "lora_rank": ("r",),
-    "alpha": ("scaling",),
-    "sparsity": ("target_sparsity",),
-    "peft": ("method",),
-    "peft_type": ("method",),
-    "peft_method": ("method",),
-    "dtype": ("precision",),
-    "amp": ("precision",),
-    "fp16": ("precision",),
-    "bf16": ("precision",),
-    "mixed_precision": ("precision",),
-    "gradient_checkpointing": ("grad_checkpointing",),
-    "patience": ("early_stopping",),
-    "smoothing": ("label_smoothing",),
-    "clip_grad": ("max_grad_norm",),
-    "val_split": ("val_fraction",),
-    "validation_split": ("val_fraction",),
-    "test_split": ("test_fraction",),
-    "gpu": ("device",),
-    "gpus": ("device",),
-    "force": ("overwrite",),
-    "report_to": ("track",),
-    "logger": ("track",),
-    "augmentation": ("augment",),
-    "aug": ("augment",),
-    "format": ("out",),
+    "accumulate": ("gradient_accumulation_steps", "grad_accum"),
+    "accumulation": ("gradient_accumulation_steps", "grad_accum"),
+    "epochs": ("num_epochs", "num_train_epochs", "n_epochs", "max_epochs"),
+    "data": ("dataset", "dataset_name", "data_dir", "data_path", "train_dir", "input", "source"),
+    "images": ("image", "source", "input"),
+    "img_size": ("image_size", "imgsz", "input_size", "resolution"),
+    "workers": ("num_workers", "dataloader_num_workers"),
+    "weight_decay": ("wd",),
+    "r": ("rank", "lora_r", "lora_rank"),
+    "scaling": ("alpha",),
+    "target_sparsity": ("sparsity",),
+    "method": ("peft", "peft_type", "peft_method"),
+    "precision": ("dtype", "amp", "fp16", "bf16", "mixed_precision"),
+    "grad_checkpointing": ("gradient_checkpointing",),
+    "early_stopping": ("patience",),
+    "label_smoothing": ("smoothing",),
+    "max_grad_norm": ("clip_grad",),
+    "val_fraction": ("val_split", "validation_split"),
+    "test_fraction": ("test_split",),
+    "device": ("gpu", "gpus"),
+    "overwrite": ("force",),
+    "track": ("report_to", "logger"),
+    "augment": ("augmentation", "aug"),
 }
-"""Names used by other tools, with the corresponding settings of snella."""
+"""Names in other tools, by setting of snella."""
 
 _OTHER_VALUES = {
     "bfloat16": "bf16",
@@ -128,7 +90,7 @@ def coerce(kind: Any, value: Any) -> Any:
         TypeMismatchError: If the value does not match the annotation.
     """
     origin, inner = get_origin(kind), get_args(kind)
-    if kind is Any or (kind is NoneType and value is None):
+    if kind is Any:
         return value
     if origin in (Union, UnionType):
         for part in inner:
@@ -183,9 +145,9 @@ def suggest_setting(name: str, spellings: Mapping[str, str]) -> str:
         spellings: Known names, with their spelling in the suggestion.
     """
     name = name.replace("-", "_")
-    equivalent = next((setting for setting in OTHER_NAMES.get(name, ()) if setting in spellings), None)
-    if equivalent is not None:
-        return f"use {spellings[equivalent]}"
+    for setting, others in _OTHER_NAMES.items():
+        if name in others and setting in spellings:
+            return f"use {spellings[setting]}"
     near = difflib.get_close_matches(name, spellings, n=2, cutoff=0.5)
     return f"nearest: {', '.join(spellings[setting] for setting in near)}" if near else ""
 

@@ -11,19 +11,7 @@ from snella_app.config.model import AUTO_METHOD, OPTION_SETTINGS, MethodConfig, 
 from snella_app.config.optim import SCHEDULE_END, OptimConfig
 from snella_app.config.run import RunConfig, RunSettings
 from snella_app.methods.defaults import TRAIN_PRESETS
-
-
-def with_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in the settings of a `preset`; explicit settings take precedence, and method options are merged.
-
-    Values of a wrong type pass unchanged; `Config.coerce_fields` reports them.
-    """
-    name, given = settings.get("preset"), settings.get("method_options")
-    preset = TRAIN_PRESETS.get(name, {}) if isinstance(name, str) else {}
-    if given is not None and not isinstance(given, Mapping):
-        return {**preset, **settings}
-    options = {**preset.get("method_options", {}), **(given or {})}
-    return {**preset, **settings, **({"method_options": options} if options else {})}
+from snella_app.text import nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +47,16 @@ class TrainConfig(RunSettings):
 
     @classmethod
     def from_flat(cls, **settings: Any) -> Self:
-        """Create a configuration from flat names; see `Config.from_flat`. A `preset` supplies missing settings."""
-        return super().from_flat(**with_preset(settings))
+        """Create a configuration from flat names; see `Config.from_flat`.
+
+        A `preset` supplies missing settings, and its method options are merged with the given ones.
+        """
+        name, options = settings.get("preset"), settings.get("method_options")
+        preset = TRAIN_PRESETS.get(name, {}) if isinstance(name, str) else {}
+        settings = {**preset, **settings}
+        if preset and isinstance(options, Mapping | None):  # `coerce_fields` reports other types
+            settings["method_options"] = {**preset["method_options"], **(options or {})}
+        return super().from_flat(**settings)
 
     def resolved(self) -> Self:
         """Return a copy with the method's defaults in place of None, and class weights read from their file.
@@ -111,24 +107,21 @@ class TrainConfig(RunSettings):
 
     def _task_errors(self) -> list[str]:
         """Check settings that depend on the task."""
-        from snella_app.tasks import check_monitor, task_class, task_names
+        from snella_app.tasks import task_class, task_names
 
         name, optim, values = self.data.task, self.optim, self.flat()
-        task = task_class(name)
-        tasks_by_setting: dict[str, list[str]] = {}
-        for other in task_names():
-            for setting in task_class(other).settings:
-                tasks_by_setting.setdefault(setting, []).append(other)
-        errors = [
-            f"{setting} applies to task {' or '.join(tasks)}, got {values[setting]!r} with task {name!r}"
-            for setting, tasks in tasks_by_setting.items()
-            if setting not in task.settings and values[setting] != self.settings()[setting].default
-        ]
-        is_known_loss = any(optim.loss in task_class(other).losses for other in task_names())
-        if is_known_loss and "loss" in task.settings and optim.loss not in task.losses:
+        task, tasks, errors = task_class(name), [task_class(other) for other in task_names()], []
+        for setting in dict.fromkeys(setting for other in tasks for setting in other.settings):
+            if setting not in task.settings and values[setting] != self.settings()[setting].default:
+                owners = " or ".join(other.name for other in tasks if setting in other.settings)
+                errors.append(f"{setting} applies to task {owners}, got {values[setting]!r} with task {name!r}")
+        if optim.loss is not None and "loss" in task.settings and optim.loss not in task.losses:
             errors.append(f"loss must be {' or '.join(task.losses)} for task {name}, got {optim.loss!r}")
-        error = None if optim.monitor is None else check_monitor(task, optim.monitor)
-        return errors if error is None else [*errors, error]
+        if optim.monitor is not None and optim.monitor not in task.monitors:
+            hint = nearest(optim.monitor.lower().replace("-", "_"), task.monitors, cutoff=0.4)
+            known = ", ".join(task.monitors)
+            errors.append(f"monitor must be one of {known} for task {name}, got {optim.monitor!r}{hint}")
+        return errors
 
     def _validation_errors(self) -> list[str]:
         """Reject settings that need validation images, which protocol `final` lacks."""

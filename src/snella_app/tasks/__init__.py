@@ -8,7 +8,7 @@ from snella_app.tasks.classification import ClassificationTask, OrdinalTask
 from snella_app.tasks.multilabel import MultiLabelTask
 from snella_app.tasks.regression import RegressionTask
 from snella_app.tasks.segmentation import SegmentationTask
-from snella_app.tasks.task import Task, check_monitor
+from snella_app.tasks.task import Task
 from snella_app.text import nearest
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "RegressionTask",
     "SegmentationTask",
     "Task",
-    "check_monitor",
     "create_task",
     "task_class",
     "task_names",

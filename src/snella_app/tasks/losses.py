@@ -7,21 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-__all__ = [
-    "CLASS_LOSSES",
-    "LABEL_SET_LOSSES",
-    "NUMBER_LOSSES",
-    "binary_cross_entropy",
-    "binary_focal",
-    "corn",
-    "corn_probabilities",
-    "cross_entropy",
-    "focal",
-    "full_precision",
-    "logit_adjusted",
-    "weighted_mean",
-]
-
 FOCAL_GAMMA = 2.0
 """Exponent of the focal losses, the default of the paper."""
 LOGIT_TAU = 1.0
@@ -167,21 +152,6 @@ def corn_probabilities(logits: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(first), above], -1) - torch.cat([above, torch.zeros_like(first)], -1)
 
 
-def _squared(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Compute squared errors, averaged over targets, `[batch]`."""
-    return F.mse_loss(outputs, targets.to(outputs), reduction="none").mean(-1)
-
-
-def _absolute(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Compute absolute errors, averaged over targets, `[batch]`."""
-    return F.l1_loss(outputs, targets.to(outputs), reduction="none").mean(-1)
-
-
-def _huber(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Compute Huber losses, quadratic up to one standard deviation, averaged over targets, `[batch]`."""
-    return F.huber_loss(outputs, targets.to(outputs), reduction="none").mean(-1)
-
-
 CLASS_LOSSES: dict[str, Callable[..., Tensor]] = {
     "cross-entropy": cross_entropy,
     "focal": focal,
@@ -190,5 +160,5 @@ CLASS_LOSSES: dict[str, Callable[..., Tensor]] = {
 """Classification losses by value of `--loss`."""
 LABEL_SET_LOSSES: dict[str, Callable[..., Tensor]] = {"cross-entropy": binary_cross_entropy, "focal": binary_focal}
 """Multi-label losses by value of `--loss`."""
-NUMBER_LOSSES: dict[str, Callable[..., Tensor]] = {"mse": _squared, "l1": _absolute, "huber": _huber}
-"""Regression losses by value of `--loss`."""
+NUMBER_LOSSES: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
+"""Regression losses of standardized targets by value of `--loss`; Huber is quadratic up to one standard deviation."""

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from snella_app.data import read_image
 from snella_app.files import create_folder, write_bytes, write_json, write_text
+from snella_app.records import plain
 from snella_app.report.examples import overlay, write_mask
 from snella_app.text import utf8_text
 
@@ -195,9 +195,9 @@ def write_predictions(
         if suffix == ".parquet":
             write_bytes(path, _parquet(rows))
         elif suffix == ".json":
-            write_json(path, _finite(rows))
+            write_json(path, plain(rows))
         elif suffix == ".jsonl":
-            write_text(path, "".join(json.dumps(row) + "\n" for row in _finite(rows)))
+            write_text(path, "".join(json.dumps(row) + "\n" for row in plain(rows)))
         else:
             write_text(path, _csv(rows))
     return path
@@ -220,26 +220,18 @@ def _cell(value: Any) -> str:
     return "|".join(value) if isinstance(value, list) else str(value)
 
 
-def _finite(rows: Sequence[Row]) -> list[Row]:
-    """Replace non-finite numbers with None for JSON."""
-    return [
-        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
-        for row in rows
-    ]
-
-
 def _parquet(rows: Sequence[Row]) -> bytes:
     """Serialize rows as Parquet with valid UTF-8 strings."""
     import pyarrow
     from pyarrow import parquet
 
-    def plain(value: Any) -> Any:
+    def clean(value: Any) -> Any:
         if isinstance(value, list):
-            return [plain(text) for text in value]
+            return [clean(text) for text in value]
         return utf8_text(value) if isinstance(value, str) else value
 
     content = io.BytesIO()
-    table = [{utf8_text(name): plain(value) for name, value in row.items()} for row in _finite(rows)]
+    table = [{utf8_text(name): clean(value) for name, value in row.items()} for row in plain(rows)]
     parquet.write_table(pyarrow.Table.from_pylist(table), content)
     return content.getvalue()
 

@@ -99,8 +99,9 @@ class RegressionTask(Task):
 
         `outputs` z and `labels` y are `[batch, targets]`; `weights` are the sample weights v.
         """
-        losses = NUMBER_LOSSES[self.loss_name](full_precision(outputs), self.standardized(labels))
-        return weighted_mean(losses, weights)
+        outputs = full_precision(outputs)
+        targets = self.standardized(labels).to(outputs)
+        return weighted_mean(NUMBER_LOSSES[self.loss_name](outputs, targets, reduction="none").mean(-1), weights)
 
     def standardized(self, values: Tensor) -> Tensor:
         """Standardize targets, `(y - mean) / std`, `[batch, targets]`, float64."""
@@ -146,14 +147,14 @@ class RegressionTask(Task):
         r2 = np.full(len(self.names), np.nan)
         if is_varying.any():
             r2[is_varying] = r2_score(truth[:, is_varying], predicted[:, is_varying], **by_target)
-        loss = NUMBER_LOSSES["mse"](full_precision(scores).double(), self.standardized(torch.as_tensor(truth)))
+        squares = (full_precision(scores).double() - self.standardized(torch.as_tensor(truth))).square()
         median_errors, mean_errors = truth - np.asarray(self.median), truth - np.asarray(self.mean)
         return {
             "mae": float(mae.mean()),
             "rmse": float(rmse.mean()),
             "r2": float(r2[is_varying].mean()) if is_varying.any() else float("nan"),
             "images": len(truth),
-            "loss": float(loss.mean()),
+            "loss": float(squares.mean(-1).mean()),
             "per_target": [
                 {
                     "name": name,

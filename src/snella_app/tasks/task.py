@@ -267,14 +267,6 @@ def unknown_class(name: str, classes: Sequence[str]) -> str:
     return f"no class {name!r}" + nearest(name, classes, form=" (nearest: '{}')")
 
 
-def check_monitor(task: type[Task], monitor: str) -> str | None:
-    """Return the error for a metric that the task does not support; None for a valid metric."""
-    if monitor in task.monitors:
-        return None
-    hint = nearest(monitor.lower().replace("-", "_"), task.monitors, cutoff=0.4)
-    return f"monitor must be one of {', '.join(task.monitors)} for task {task.name}, got {monitor!r}{hint}"
-
-
 ClassWeights = str | Mapping[str, float] | None
 
 
