@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -13,9 +14,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @contextmanager
@@ -101,6 +105,13 @@ def _remove_leftovers(path: Path) -> None:
         pid = leftover.name.rsplit("-", 2)[1]
         if pid.isdecimal() and not psutil.pid_exists(int(pid)):
             leftover.unlink(missing_ok=True)
+
+
+def write_png(path: Path, image: Image, **options: Any) -> None:
+    """Write a Pillow image as PNG, atomically; options as for `Image.save`."""
+    content = io.BytesIO()
+    image.save(content, "PNG", **options)
+    write_bytes(path, content.getvalue())
 
 
 def write_json(path: Path, value: Any) -> None:

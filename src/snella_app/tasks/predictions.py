@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from snella_app.data import read_image
-from snella_app.files import create_folder, write_bytes, write_json, write_text
+from snella_app.files import create_folder, write_bytes, write_json, write_png, write_text
 from snella_app.records import plain
 from snella_app.report.examples import overlay, write_mask
 from snella_app.text import utf8_text
@@ -72,10 +72,7 @@ def write_mask_predictions(
             )
         written[name] = prediction.path
         write_mask(prediction.labels, folder / name)
-        overlaid = overlay(read_image(prediction.path), prediction.labels)
-        png = io.BytesIO()
-        overlaid.save(png, "PNG")
-        write_bytes(folder / _OVERLAYS / name, png.getvalue())
+        write_png(folder / _OVERLAYS / name, overlay(read_image(prediction.path), prediction.labels))
     return folder
 
 

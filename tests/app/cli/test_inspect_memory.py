@@ -17,7 +17,7 @@ def test_a_gpu_adds_predicted_steps_for_plain_vits(capsys):
     assert main(["inspect", "--backbone", "test_vit", "--batch", "4", "--dtype", "bf16", "--device", "h100"]) == 0
     text = capsys.readouterr().out
     assert "bf16, AdamW, on H100 SXM" in text and "step, ms" in text
-    assert "predicted from datasheet values, not measured" in text
+    assert "predicted from datasheet values, with a range of efficiencies" in text
     assert main(["inspect", "--backbone", "test_convnext", "--batch", "4", "--device", "h100"]) == 0
     text = capsys.readouterr().out
     assert "step, ms" not in text and "step times are predicted for plain ViTs only, got test_convnext" in text
