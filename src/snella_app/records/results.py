@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import PlainValidator
 
-from snella_app.records.record import FORMAT, OPTIONAL, Float, Record, record_from
+from snella_app.records.record import OPTIONAL, Float, Record, record_from
 from snella_app.text import count_text, decimal_text, margin_text, measure_text, percent_text
 
 _Z = 1.959964  # 97.5% quantile of the normal distribution
@@ -302,7 +302,6 @@ class SearchChoice:
         lr_factor: Best multiplier of the method's default learning rate.
         lr_on_edge: True if it is the smallest or largest candidate.
         weight_decay_on_edge: True if the best weight decay is the largest of several candidates.
-        trials: All candidates.
     """
 
     lr_factor: float | None
@@ -320,8 +319,7 @@ class CellResults:
         peft_config: PEFT configuration of the adapter; None for methods outside PEFT.
         kept_weights: Total budget of the adapter.
         file_size: Size of the adapter in bytes.
-        val: Validation scores by name; columns such as `val_accuracy` in the file.
-        test: Test scores by name, for final runs.
+        val: Validation scores by name; columns such as `val_accuracy` in the file. `test` only for final runs.
         split: SHA-256 of the data and its split.
         changed_weights: Number of changed backbone values, for final runs.
         peak_rss_mib: Peak memory of the process, if the run had a separate process.
@@ -377,7 +375,6 @@ class CellRow(Record):
         experiment_name: Label of the method.
         tried_weight_decay: Weight decay of a tuning run; None for the method's default.
         search: Hyperparameter selection of a final run.
-        error: Error of a failed run.
         total_time: Seconds, including the reused tuning run.
     """
 
@@ -443,57 +440,3 @@ class CellRow(Record):
         for name, value in results.items():
             values |= {f"{name}_{score}": v for score, v in value.items()} if name in _SPLITS else {name: value}
         return values
-
-
-@dataclass(frozen=True)
-class MethodResult:
-    """One method of the demonstration; NaN or None for values that were not measured."""
-
-    method: str
-    split: str = "test"
-    accuracy: Float = math.nan
-    balanced_accuracy: Float = math.nan
-    trainable_parameters: int | None = None
-    train_s: Float = math.nan
-    adapter_bytes: int | None = None
-    best_epoch: int | None = None
-
-
-@dataclass(frozen=True)
-class MethodResults(Record):
-    """Method comparison of the demonstration: `comparison.json`."""
-
-    file: ClassVar[str] = "comparison.json"
-
-    format: int = FORMAT
-    rows: list[MethodResult] = field(kw_only=True)
-
-
-@dataclass(frozen=True)
-class SubjectFidelity(Record):
-    """Evaluation of a DreamBooth run: `generation.json`."""
-
-    file: ClassVar[str] = "generation.json"
-
-    concept_alignment: Float
-    text_alignment: Float
-    text_alignment_without_token: Float
-    vendi: Float
-    vendi_by_prompt: Float
-
-
-@dataclass(frozen=True)
-class TaskAccuracy:
-    """Fraction of a task's questions answered correctly."""
-
-    accuracy: Float
-
-
-@dataclass(frozen=True)
-class AnswerScores(Record):
-    """Evaluation of a language model: `language.json`."""
-
-    file: ClassVar[str] = "language.json"
-
-    mean: Float
-    tasks: dict[str, TaskAccuracy]
