@@ -20,7 +20,7 @@ from snella_app.data import ImageDataset
 from snella_app.records import Prediction, Predictions
 from snella_app.tasks import predictions as image_outputs
 from snella_app.tasks.linear_fit import fit_binary_probe, fit_probe
-from snella_app.tasks.losses import CLASS_LOSSES, corn, corn_probabilities, full_precision, weighted_mean
+from snella_app.tasks.losses import corn, corn_probabilities, focal, full_precision, weighted_mean
 from snella_app.tasks.task import (
     ClassWeights,
     Task,
@@ -55,7 +55,7 @@ class ClassificationTask(Task):
 
     name: ClassVar[str] = "classification"
     settings: ClassVar[tuple[str, ...]] = ("label_smoothing", "class_weights", "sampler", "loss")
-    losses: ClassVar[tuple[str, ...]] = tuple(CLASS_LOSSES)
+    losses: ClassVar[tuple[str, ...]] = ("cross-entropy", "focal", "logit-adjusted")
     monitors: ClassVar[Mapping[str, int]] = {"accuracy": 1, "balanced_accuracy": 1, "macro_f1": 1, "loss": -1}
     has_one_class: ClassVar[bool] = True
     has_linear_fit: ClassVar[bool] = True
@@ -92,7 +92,7 @@ class ClassificationTask(Task):
     def loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """Compute the weighted mean loss of the batch in at least float32.
 
-        loss = 1/n Σ_i v_i w[y_i] l_i,   l_i = `cross_entropy`, `focal` or `logit_adjusted` of `snella_app.tasks.losses`
+        loss = 1/n Σ_i v_i w[y_i] l_i
 
         `logits` is `[batch, classes]`. `labels` is `[batch]`, or mixed targets `[batch, classes]`, whose class weights
         are mixed accordingly. `weights` are the sample weights v.
@@ -106,9 +106,18 @@ class ClassificationTask(Task):
         return weighted_mean(losses, weights)
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Compute the loss of each sample, `[batch]`."""
-        priors = None if self.log_priors is None else torch.tensor(self.log_priors, device=logits.device)
-        return CLASS_LOSSES[self.loss_name](logits, labels, log_priors=priors, label_smoothing=self.label_smoothing)
+        """Compute the loss l of each sample, `[batch]`.
+
+        `logit-adjusted` is the cross-entropy of `logits + log π`, where π_c is the fraction of training images of class
+        c. The shift applies only in training; the argmax of the unshifted logits minimizes the balanced error.
+
+        Source: Menon et al., 2021, arXiv 2007.07314, eq. 10, with τ = 1.
+        """
+        if self.loss_name == "focal":
+            return focal(logits, labels, self.label_smoothing)
+        if self.loss_name == "logit-adjusted":
+            logits = logits + torch.tensor(self.log_priors, device=logits.device).to(logits)
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Compute the softmax over classes, `[batch, classes]`, at least float32."""

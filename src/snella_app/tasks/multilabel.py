@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from PIL import Image
 from rich.table import Table
@@ -18,7 +19,7 @@ from snella_app.data import ImageDataset
 from snella_app.records import LabelSetPrediction, LabelSetPredictions
 from snella_app.tasks import predictions as image_outputs
 from snella_app.tasks.linear_fit import fit_binary_probe
-from snella_app.tasks.losses import LABEL_SET_LOSSES, full_precision, weighted_mean
+from snella_app.tasks.losses import binary_focal, full_precision, weighted_mean
 from snella_app.tasks.task import ClassWeights, Task, paired, resolve_class_weights
 
 _THRESHOLD = 0.5
@@ -78,7 +79,7 @@ class MultiLabelTask(Task):
     target: ClassVar[Any] = "labels"
     settings: ClassVar[tuple[str, ...]] = ("label_smoothing", "class_weights", "sampler", "loss")
     outputs_name: ClassVar[str] = "labels"
-    losses: ClassVar[tuple[str, ...]] = tuple(LABEL_SET_LOSSES)
+    losses: ClassVar[tuple[str, ...]] = ("cross-entropy", "focal")
     monitors: ClassVar[Mapping[str, int]] = {
         **{"map": 1, "macro_f1": 1, "micro_f1": 1, "subset_accuracy": 1, "loss": -1}
     }
@@ -138,15 +139,19 @@ class MultiLabelTask(Task):
         return [1 / min((counts[label] for label in target), default=unlabeled) for target in targets]
 
     def loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Compute the weighted mean of `binary_cross_entropy` or `binary_focal`, see `tasks.losses`.
+        """Compute the weighted mean of the binary cross-entropy or `binary_focal`, averaged over classes.
 
         `logits` and `labels` are `[batch, classes]`, labels in [0, 1].
         """
-        positive = None if self.positive_weights is None else torch.tensor(self.positive_weights, device=logits.device)
-        losses = LABEL_SET_LOSSES[self.loss_name](
-            full_precision(logits), labels, positive_weights=positive, label_smoothing=self.label_smoothing
-        )
-        return weighted_mean(losses, weights)
+        logits, positive = full_precision(logits), None
+        targets = labels.to(logits) * (1 - self.label_smoothing) + self.label_smoothing / 2
+        if self.positive_weights is not None:
+            positive = torch.tensor(self.positive_weights, device=logits.device).to(logits)
+        if self.loss_name == "focal":
+            losses = binary_focal(logits, targets, positive)
+        else:
+            losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none", pos_weight=positive)
+        return weighted_mean(losses.mean(-1), weights)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Compute the sigmoid of each logit, `[batch, classes]`, at least float32."""
@@ -186,7 +191,8 @@ class MultiLabelTask(Task):
             for c in range(len(self.classes))
         ]
         present = support > 0
-        loss = LABEL_SET_LOSSES["cross-entropy"](full_precision(scores), torch.as_tensor(truth)).mean()
+        scores = full_precision(scores)
+        losses = F.binary_cross_entropy_with_logits(scores, torch.as_tensor(truth).to(scores), reduction="none")
         total = int(predicted_counts.sum() + support.sum())
         return {
             "map": _mean([value for value in ap if value is not None]),
@@ -194,7 +200,7 @@ class MultiLabelTask(Task):
             "micro_f1": 2 * int(hits.sum()) / total if total else 1.0,
             "subset_accuracy": float((truth == predicted).all(1).mean()),
             "images": len(truth),
-            "loss": float(loss),
+            "loss": float(losses.mean(-1).mean()),
             "per_class": [
                 {
                     "name": name,
