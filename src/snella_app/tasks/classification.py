@@ -21,14 +21,8 @@ from snella_app.records import Prediction, Predictions
 from snella_app.tasks import predictions as image_outputs
 from snella_app.tasks.linear_fit import fit_binary_probe, fit_probe
 from snella_app.tasks.losses import corn, corn_probabilities, focal, full_precision, weighted_mean
-from snella_app.tasks.task import (
-    ClassWeights,
-    Task,
-    class_frequencies,
-    paired,
-    resolve_class_weights,
-    unknown_class,
-)
+from snella_app.tasks.task import ClassWeights, Task, paired, resolve_class_weights, unknown_class
+from snella_app.text import listed
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,13 @@ class ClassificationTask(Task):
         log_priors = None
         balanced: np.ndarray = np.ones(len(self.classes))
         if self.class_weights == "balanced" or self.loss_name == "logit-adjusted":
-            counts = class_frequencies(train.labels, self.classes)
+            counts = np.bincount(train.labels, minlength=len(self.classes))
+            absent = [repr(name) for name, count in zip(self.classes, counts, strict=True) if count == 0]
+            if absent:
+                raise ValueError(
+                    "class_weights=balanced and loss=logit-adjusted need training images of every class, got none of "
+                    f"{listed(absent)}; add images, or pass class_weights by name"
+                )
             balanced = len(train) / (len(self.classes) * counts)
             log_priors = tuple(np.log(counts / counts.sum()).tolist())
         weights = resolve_class_weights(self.class_weights, self.classes, balanced.tolist())

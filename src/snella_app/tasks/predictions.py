@@ -50,14 +50,10 @@ def write_mask_predictions(
 ) -> Path:
     """Write each mask as `OUT/NAME.png`, a palette PNG whose indices are the labels, and `OUT/overlays/NAME.png`.
 
-    Args:
-        predictions: Predictions, consumed lazily.
-        out: Output folder; created if missing.
-        top_k: Must be None; only classification supports it.
-        overwrite: Write to a non-empty folder.
+    Predictions are consumed lazily. `top_k` must be None; only classification supports it.
 
     Raises:
-        FileExistsError: If the folder is not empty.
+        FileExistsError: If the folder is not empty, unless `overwrite` is set.
         ValueError: If `out` is a file, `top_k` is set, or two images from different folders have the same name.
     """
     check_mask_output(out, top_k, overwrite=overwrite)
@@ -206,15 +202,9 @@ def _csv(rows: Sequence[Row]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(rows[0] if rows else ["image"])
     for row in rows:
-        writer.writerow([_cell(value) for value in row.values()])
+        cells = ["|".join(value) if isinstance(value, list) else value for value in row.values()]
+        writer.writerow([{True: "yes", False: "no"}[cell] if isinstance(cell, bool) else cell for cell in cells])
     return text.getvalue()
-
-
-def _cell(value: Any) -> str:
-    """Format a CSV value."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "|".join(value) if isinstance(value, list) else str(value)
 
 
 def _parquet(rows: Sequence[Row]) -> bytes:

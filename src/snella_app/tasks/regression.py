@@ -138,7 +138,7 @@ class RegressionTask(Task):
         """
         from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error  # lazy: slow import
 
-        scores, truth = paired(outputs, np.asarray(labels, dtype=float), "outputs")
+        scores, truth = paired(outputs, np.asarray(labels, dtype=float))
         predicted = self.numbers(scores).numpy()
         by_target = {"multioutput": "raw_values"}
         mae = mean_absolute_error(truth, predicted, **by_target)

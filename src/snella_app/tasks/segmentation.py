@@ -21,7 +21,7 @@ from snella_app.records import MaskPrediction, MaskPredictions
 from snella_app.report.examples import ImageSource, overlay_panels, read_mask, write_mask
 from snella_app.tasks import predictions as image_outputs
 from snella_app.tasks.losses import full_precision, weighted_mean
-from snella_app.tasks.task import Task
+from snella_app.tasks.task import Task, paired
 
 
 def pixel_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -232,9 +232,7 @@ class SegmentationTask(Task):
 
     def metrics(self, reduced: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """Compute the scores of `pooled_scores`, and the loss without label smoothing, from the rows of `reduce`."""
-        rows = np.asarray(reduced)
-        if len(rows) == 0:
-            raise ValueError("there must be at least one image, got 0")
+        rows = paired(reduced, labels)[0].numpy()
         return {**pooled_scores(self._counts(rows), list(self.classes)), "loss": float(rows[:, -1].mean())}
 
     def sample_outputs(self, reduced: ArrayLike) -> Tensor:

@@ -88,11 +88,7 @@ class Task(ABC):
         return list(classes)
 
     def check_data(self, dataset: ImageDataset, spec: str) -> None:
-        """Check that the data fits the task; the base class rejects images with masks.
-
-        Raises:
-            ValueError: If the data does not fit the task.
-        """
+        """Raise ValueError if the data does not fit the task; the base class rejects images with masks."""
         if isinstance(dataset, MaskDataset):
             raise ValueError(
                 f"task must be segmentation for images with masks like {spec}, got {self.name!r}; "
@@ -112,7 +108,7 @@ class Task(ABC):
         return self
 
     def state(self) -> dict[str, Any]:
-        """Return the plain values that `create` needs for prediction besides the classes."""
+        """Return the plain values that `create_task` needs for prediction besides the classes."""
         return {}
 
     def for_ensemble(self, tasks: Sequence[Any]) -> Self:
@@ -248,17 +244,11 @@ class Task(ABC):
         return "# classes[model(transform(image.convert('RGB'))[None]).argmax()]"
 
 
-def paired(outputs: ArrayLike, labels: ArrayLike, name: str = "logits") -> tuple[Tensor, np.ndarray]:
-    """Return outputs and labels after checking that their lengths are equal and at least 1.
-
-    Raises:
-        ValueError: If lengths differ or are 0.
-    """
+def paired(outputs: ArrayLike, labels: ArrayLike) -> tuple[Tensor, np.ndarray]:
+    """Return outputs and labels after checking that their lengths are equal and at least 1."""
     scores, truth = torch.as_tensor(np.asarray(outputs)), np.asarray(labels)
     if len(truth) == 0 or len(scores) != len(truth):
-        raise ValueError(
-            f"{name} and labels must have the same length of at least 1, got {len(scores)} and {len(truth)}"
-        )
+        raise ValueError(f"outputs and labels must have one length of at least 1, got {len(scores)} and {len(truth)}")
     return scores, truth
 
 
@@ -273,12 +263,7 @@ ClassWeights = str | Mapping[str, float] | None
 def resolve_class_weights(
     setting: ClassWeights, classes: Sequence[str], balanced: Sequence[float]
 ) -> tuple[float, ...] | None:
-    """Return the weight of each class.
-
-    Args:
-        setting: balanced, none, or weights by class name.
-        classes: Class names by index.
-        balanced: Weights for `balanced`.
+    """Return the weight of each class; `balanced` are the weights for the setting `balanced`.
 
     Raises:
         ValueError: If a name is not a class, a class has no weight, or a weight is negative or not finite.
@@ -300,19 +285,3 @@ def resolve_class_weights(
             f"class_weights must have one weight per class ({', '.join(map(repr, classes))}): {'; '.join(errors)}"
         )
     return tuple(float(weights[name]) for name in classes)
-
-
-def class_frequencies(labels: Sequence[int], classes: Sequence[str]) -> np.ndarray:
-    """Return the number of images of each class, `[classes]`.
-
-    Raises:
-        ValueError: If a class has no images, since balancing uses inverse frequencies.
-    """
-    counts = np.bincount(labels, minlength=len(classes))
-    absent = [repr(name) for name, count in zip(classes, counts, strict=True) if count == 0]
-    if absent:
-        raise ValueError(
-            "class_weights and sampler need training images of every class, got none of "
-            f"{', '.join(absent[:5])}; add images, or pass class_weights by name"
-        )
-    return counts
