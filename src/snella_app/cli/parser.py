@@ -136,7 +136,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
         args = _expand_flags(options, _expand_preset(name, options, args))
     try:
         values = _build_parser(name).parse_args(args)
-    except UsageError as error:
+    except argparse.ArgumentError as error:
         raise UsageError(_rewrite_error(str(error), str(name), options, args)) from None
     settings = values[values.command].as_dict()
     return values.command, is_debugging, {key: value for key, value in settings.items() if key != "config"}
@@ -167,8 +167,9 @@ def call(name: str, settings: Mapping[str, Any]) -> Callable[[], None]:
 
 def _build_parser(command: str | None) -> ArgumentParser:
     """Build the parser of `snella` with the options of one command, if any."""
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="snella",
+        exit_on_error=False,
         usage="snella [-h] [--debug] [--version] [--completion SHELL] COMMAND ...",
         description="Fine-tune pre-trained vision models with sparse, high-rank updates.\n\n"
         "  snella train --data photos --backbone vit_base_patch16_224.augreg_in21k --out runs/photos\n"
@@ -231,21 +232,14 @@ class _PrintCompletion(argparse.Action):
         parser.exit()
 
 
-class _Parser(ArgumentParser):
-    """Argument parser that raises its errors."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise instead of printing the usage."""
-        raise UsageError(message) from ex
-
-
 def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     """Build the parser of one command."""
     options = options_of(function)
     required = [f"{o.name.upper()} ..." if o.is_list else o.name.upper() for o in options if o.is_positional]
     required = [f"[{arg}]" if o.default is not MISSING else arg for o, arg in zip(options, required, strict=False)]
     required += [f"{o.typed} {o.choices}" for o in options if not o.is_positional and o.default is MISSING]
-    parser = _Parser(
+    parser = ArgumentParser(
+        exit_on_error=False,
         usage=" ".join(["snella", name, *required, "[options]"]),
         description=inspect.cleandoc(function.__doc__ or "").partition("\nArgs:")[0].rstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,

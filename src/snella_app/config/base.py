@@ -60,7 +60,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Validate the fields and report all errors together."""
-        _raise([*self.coerce_fields(), *self.errors()])
+        if errors := [*self.coerce_fields(), *self.errors()]:
+            raise ValueError("; ".join(errors))
 
     @classmethod
     def settings(cls) -> dict[str, Setting]:
@@ -89,7 +90,8 @@ class Config:
             unknown = ", ".join(f"{name!r}{hint and f' ({hint})'}" for name, hint in hints.items())
             raise TypeError(f"{cls.__name__} has no setting {unknown}; see help({cls.__name__})")
         config, errors = cls._collect(settings)
-        _raise(errors)
+        if errors:
+            raise ValueError("; ".join(errors))
         return config
 
     def flat(self) -> dict[str, Any]:
@@ -156,12 +158,6 @@ def errors_of(check: Callable[..., Any], *args: Any) -> list[str]:
     except (ValueError, TypeError) as error:
         return [str(error)]
     return []
-
-
-def _raise(errors: list[str]) -> None:
-    """Raise all errors in one message."""
-    if errors:
-        raise ValueError("; ".join(errors))
 
 
 @cache

@@ -202,9 +202,15 @@ def _csv(rows: Sequence[Row]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(rows[0] if rows else ["image"])
     for row in rows:
-        cells = ["|".join(value) if isinstance(value, list) else value for value in row.values()]
-        writer.writerow([{True: "yes", False: "no"}[cell] if isinstance(cell, bool) else cell for cell in cells])
+        writer.writerow([_cell(value) for value in row.values()])
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Format a CSV value."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "|".join(value) if isinstance(value, list) else value
 
 
 def _parquet(rows: Sequence[Row]) -> bytes:
