@@ -527,10 +527,9 @@ def data(
     if split_spec(spec)[1] is not None or spec in data_names() or path.is_file():
         errors, warnings = _check_dataset(spec, task, sheet, options)
     else:
-        defaults = {"columns": None, "channels": 3, "white": None, "skip_corrupt": False}
-        defaults |= {"task": "classification", "sheet": None}
         given = {**options, "task": task, "sheet": sheet}
-        conflicts = [f"--{name.replace('_', '-')} {given[name]}" for name in given if given[name] != defaults[name]]
+        defaults: dict[str, Any] = {"channels": 3, "skip_corrupt": False, "task": "classification"}
+        conflicts = [f"--{name.replace('_', '-')} {given[name]}" for name in given if given[name] != defaults.get(name)]
         if conflicts:
             raise ValueError(f"{', '.join(conflicts)} cannot be used with a benchmark, got {data!r}; leave it out")
         checks = check_benchmarks(data, decode=decode)

@@ -110,7 +110,8 @@ class TrainConfig(RunSettings):
         from snella_app.tasks import task_class, task_names
 
         name, optim, values = self.data.task, self.optim, self.flat()
-        task, tasks, errors = task_class(name), [task_class(other) for other in task_names()], []
+        task, tasks = task_class(name), [task_class(other) for other in task_names()]
+        errors: list[str] = []
         for setting in dict.fromkeys(setting for other in tasks for setting in other.settings):
             if setting not in task.settings and values[setting] != self.settings()[setting].default:
                 owners = " or ".join(other.name for other in tasks if setting in other.settings)

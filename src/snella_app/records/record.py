@@ -141,14 +141,15 @@ def record_from(kind: type[T], values: Mapping[str, Any]) -> T:
     """
     try:
         # strict validation accepts mappings and lists only as JSON
-        return _adapter(kind).validate_json(json.dumps(values), strict=True)
+        record: T = _adapter(kind).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         errors = map(_describe, error.errors(include_url=False))
         raise ValueError(listed(errors, most=3, separator="; ")) from None
+    return record
 
 
 @cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
     """Build the validator of a dataclass."""
     return TypeAdapter(kind)
 
