@@ -13,24 +13,8 @@ Shell = Literal["bash", "zsh", "fish"]
 SHELLS: tuple[str, ...] = get_args(Shell)
 
 _PATHS = {
-    "clip",
-    "data",
-    "dino",
-    "experiment",
-    "features",
-    "figures",
-    "images",
-    "init_from",
-    "model",
-    "out",
-    "pipeline",
-    "prompts",
-    "run",
-    "runs",
-    "sheet",
-    "template",
-    "to_folder",
-    "weights",
+    *("clip", "data", "dino", "experiment", "features", "figures", "images", "init_from", "model", "out", "pipeline"),
+    *("prompts", "run", "runs", "sheet", "template", "to_folder", "weights"),
 }
 """Arguments completed with file and folder names."""
 

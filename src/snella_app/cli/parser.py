@@ -107,19 +107,18 @@ def options_of(function: Callable[..., None]) -> list[Option]:
     ]
 
 
-def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
+def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """Parse a command line.
 
     Args:
-        arguments: Command line without the program name.
+        arguments: Command line without the program name; `--debug` is ignored.
 
     Returns:
-        Name of the command, whether `--debug` is set, and the settings of the command.
+        Name of the command, and its settings.
 
     Raises:
         UsageError: If a command or option is unknown, or a value is missing or malformed.
     """
-    is_debugging = "--debug" in arguments
     args = [_with_dashes(arg) for arg in arguments if arg != "--debug"]
     if args[:1] == ["help"]:
         args = [*args[1:2], "--help"]
@@ -139,7 +138,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
     except argparse.ArgumentError as error:
         raise UsageError(_rewrite_error(str(error), str(name), options, args)) from None
     settings = values[values.command].as_dict()
-    return values.command, is_debugging, {key: value for key, value in settings.items() if key != "config"}
+    return values.command, {key: value for key, value in settings.items() if key != "config"}
 
 
 def call(name: str, settings: Mapping[str, Any]) -> Callable[[], None]:

@@ -33,7 +33,7 @@ def test_the_command_in_run_json_can_be_parsed(run):
 
     args = shlex.split(RunFolder(run).read_json("run.json")["command"])
     assert args[0] == "snella"
-    name, _, settings = parse(args[1:])
+    name, settings = parse(args[1:])
     assert name == "train" and TrainConfig.from_flat(**settings) == RunFolder(run).read_config()
 
 

@@ -17,7 +17,7 @@ ARGS = [
 
 
 def parse_experiment(*args):
-    return experiment_from_options(CompareOptions.from_flat(**parse(list(args))[2]))
+    return experiment_from_options(CompareOptions.from_flat(**parse(list(args))[1]))
 
 
 def test_a_comparison_trains_and_resumes(tmp_path, capsys):

@@ -24,20 +24,20 @@ def test_help_explains_every_command_with_an_example(name, capsys):
 
 def test_options_accept_dashes_and_underscores():
     for option in ("--target-sparsity", "--target_sparsity"):
-        name, is_debugging, settings = parse(["train", "--data", "digits", option, "0.5"])
-        assert (name, is_debugging, settings["target_sparsity"], settings["data"]) == ("train", False, 0.5, "digits")
-    assert parse(["train", "--target-sparsity=0.25"])[2]["target_sparsity"] == 0.25
+        name, settings = parse(["train", "--data", "digits", option, "0.5"])
+        assert (name, settings["target_sparsity"], settings["data"]) == ("train", 0.5, "digits")
+    assert parse(["train", "--target-sparsity=0.25"])[1]["target_sparsity"] == 0.25
 
 
 def test_flags_accept_an_optional_value():
-    assert parse(["train", "--resume", "--out", "x"])[2]["resume"] is True
-    assert parse(["train", "--out", "x", "--resume"])[2]["resume"] is True
-    assert parse(["train", "--resume", "false"])[2]["resume"] is False
-    assert parse(["train", "--skip_corrupt"])[2]["skip_corrupt"] is True
-    assert parse(["compare", "--skip-corrupt", "--out", "x"])[2]["skip_corrupt"] is True
-    assert parse(["compare", "--skip-corrupt", "false", "--out", "x"])[2]["skip_corrupt"] is False
-    assert parse(["compare", "--out", "x"])[2]["skip_corrupt"] is None
-    settings = parse(["predict", "run", "--skip-corrupt", "a.png", "b.png"])[2]
+    assert parse(["train", "--resume", "--out", "x"])[1]["resume"] is True
+    assert parse(["train", "--out", "x", "--resume"])[1]["resume"] is True
+    assert parse(["train", "--resume", "false"])[1]["resume"] is False
+    assert parse(["train", "--skip_corrupt"])[1]["skip_corrupt"] is True
+    assert parse(["compare", "--skip-corrupt", "--out", "x"])[1]["skip_corrupt"] is True
+    assert parse(["compare", "--skip-corrupt", "false", "--out", "x"])[1]["skip_corrupt"] is False
+    assert parse(["compare", "--out", "x"])[1]["skip_corrupt"] is None
+    settings = parse(["predict", "run", "--skip-corrupt", "a.png", "b.png"])[1]
     assert (settings["skip_corrupt"], settings["images"]) == (True, ["a.png", "b.png"])
 
 
@@ -56,15 +56,15 @@ def test_flags_accept_an_optional_value():
 def test_explicit_options_override_a_preset(args, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file.yaml").write_text("preset: paper\nepochs: 7\n")
-    _, _, settings = parse(["train", "--out", "x", *args.split()])
+    _, settings = parse(["train", "--out", "x", *args.split()])
     assert {name: settings[name] for name in expected} == expected
 
 
 def test_method_options_are_set_individually():
     args = ["train", "--method-options.kernel", "rbf", "--method-options.min_layer_share", "0.1"]
-    assert parse(args)[2]["method_options"] == {"kernel": "rbf", "min_layer_share": 0.1}
+    assert parse(args)[1]["method_options"] == {"kernel": "rbf", "min_layer_share": 0.1}
     args = ["train", "--method_options.kernel", "p_linear", "--method_options.min_layer_share=0.1"]
-    assert parse(args)[2]["method_options"] == {"kernel": "p_linear", "min_layer_share": 0.1}
+    assert parse(args)[1]["method_options"] == {"kernel": "p_linear", "min_layer_share": 0.1}
 
 
 @pytest.mark.parametrize("option", ["--print-config", "--print_config", "--print-config=skip_default"])

@@ -216,11 +216,11 @@ def test_sam_learns_polyps_with_the_settings_of_the_paper(tmp_path, capsys):
 
 def test_the_experiment_of_table_v_matches_the_paper():
     path = Path(__file__).parents[3] / "experiments" / "polyp" / "table5.yaml"
-    _, _, settings = parse(["train", "--config", str(path), "--out", "runs/polyp"])
+    _, settings = parse(["train", "--config", str(path), "--out", "runs/polyp"])
     config = TrainConfig.from_flat(**settings).resolved()
     assert (config.optim.epochs, config.optim.batch_size, config.optim.lr, config.optim.min_lr) == (20, 1, 1e-3, 1e-7)
     assert config.data.task == "segmentation" and config.method.all_options()["r"] == 8
-    _, _, settings = parse(["train", "--config", str(path), "--out", "o", "--method", "lora-8", "--scaling", "null"])
+    _, settings = parse(["train", "--config", str(path), "--out", "o", "--method", "lora-8", "--scaling", "null"])
     assert TrainConfig.from_flat(**settings).resolved().method.all_options() == {"r": 8}
 
 
