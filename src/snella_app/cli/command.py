@@ -33,11 +33,7 @@ COMMANDS: dict[str, Command] = {}
 
 
 def command(library: str, *, is_recorded: bool = False, is_research: bool = False) -> Callable[[_Function], _Function]:
-    """Register a function as a command, with dashes in its name.
-
-    Raises:
-        ValueError: If a command of this name exists.
-    """
+    """Register a function as a command, with dashes in its name; raises ValueError if the name is taken."""
 
     def register(function: _Function) -> _Function:
         if function.__name__.replace("_", "-") in COMMANDS:

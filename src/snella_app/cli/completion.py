@@ -24,9 +24,6 @@ def completion_script(shell: Shell) -> str:
 
     The script completes commands, options, paths, bundled backbones and fixed choices. It is static: regenerate it
     after installing commands or backbones.
-
-    Args:
-        shell: Shell that sources the script.
     """
     parser = argparse.ArgumentParser(prog="snella")
     parser.add_argument("--version", action="store_true", help="Show the version.")

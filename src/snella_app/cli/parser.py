@@ -122,9 +122,11 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     args = [_with_dashes(arg) for arg in arguments if arg != "--debug"]
     if args[:1] == ["help"]:
         args = [*args[1:2], "--help"]
-    is_completion = any(arg.partition("=")[0] == "--completion" for arg in args[:1])
-    name = None if is_completion else next((arg for arg in args if not arg.startswith("-")), None)
-    if name is None and not is_completion and not set(args) & {"-h", "--help", "--version"}:
+    option, _, shell = "".join(args[:1]).partition("=")
+    if option == "--completion":
+        _print_completion(shell or "".join(args[1:2]))
+    name = next((arg for arg in args if not arg.startswith("-")), None)
+    if name is None and not set(args) & {"-h", "--help", "--version"}:
         raise UsageError(f"missing command; choose one of {', '.join(COMMANDS)}; see snella --help")
     if name is not None and name not in COMMANDS:
         hint = nearest(name, COMMANDS, most=2, form="nearest: {}") or f"commands: {', '.join(COMMANDS)}"
@@ -181,7 +183,6 @@ def _build_parser(command: str | None) -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"snella {version('snella')}", help="Show the version.")
     parser.add_argument(
         "--completion",
-        action=_PrintCompletion,
         nargs="?",
         metavar="SHELL",
         help="Print the completion script for bash, zsh or fish: snella --completion bash > ~/.snella.bash",
@@ -217,18 +218,14 @@ def _command_list(is_research: bool) -> str:
     return "\n".join(lines)
 
 
-class _PrintCompletion(argparse.Action):
-    """Print the completion script for a shell and exit."""
+def _print_completion(shell: Any) -> NoReturn:
+    """Print the completion script for a shell and exit; imports the generator on first use."""
+    from snella_app.cli.completion import SHELLS, completion_script
 
-    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> NoReturn:
-        """Print the script and exit; imports the generator on first use."""
-        from snella_app.cli.completion import SHELLS, completion_script
-
-        shell = arguments[1]
-        if shell not in SHELLS:
-            raise UsageError(f"--completion must be one of {', '.join(SHELLS)}, got {shell or 'nothing'}")
-        print(completion_script(shell))
-        parser.exit()
+    if shell not in SHELLS:
+        raise UsageError(f"--completion must be one of {', '.join(SHELLS)}, got {shell or 'nothing'}")
+    print(completion_script(shell))
+    raise SystemExit(0)
 
 
 def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
@@ -288,12 +285,9 @@ def _add(group: Any, option: Option, method_default: str) -> None:
 
 
 def _rewrite_error(message: str, command: str, options: Sequence[Option], args: Sequence[str]) -> str:
-    """Rewrite a jsonargparse error as "--option must be X, got Y".
-
-    Handles `Parser key "top_k": ... value: many`, `required: predict.run, predict.out`, `unrecognized arguments: x` and
-    `expected one argument`. Other messages pass unchanged.
-    """
+    """Rewrite a jsonargparse error as "--option must be X, got Y"; other messages pass unchanged."""
     known = {option.name: option for option in options}
+    # Parser key "top_k": ... value: many
     wrong = re.match(r'Parser key "(?:[\w-]+\.)?(\w+)".*value: ([^\n]*)', message, re.DOTALL)
     if wrong and wrong[1] in known:
         option = known[wrong[1]]
@@ -345,11 +339,9 @@ def _check_options(command: str, options: Sequence[Option], args: Sequence[str])
 
 
 def _expand_flags(options: Sequence[Option], args: Sequence[str]) -> list[str]:
-    """Expand a boolean flag without a value, e.g. `--resume` to `--resume=true`.
-
-    Optional booleans (`bool | None`) consume the next argument, so that an invalid value is an error.
-    """
+    """Expand a boolean flag without a value, e.g. `--resume` to `--resume=true`."""
     always = {option.typed for option in options if option.type is bool}
+    # `bool | None` consumes the next argument, so that an invalid value is an error
     at_end = {option.typed for option in options if _without_none(option.type) is bool} - always
     followers = [*args[1:], ""]
     return [
@@ -362,11 +354,7 @@ def _expand_flags(options: Sequence[Option], args: Sequence[str]) -> list[str]:
 
 
 def _expand_preset(command: str, options: Sequence[Option], args: Sequence[str]) -> Sequence[str]:
-    """Check the configuration files, and insert the last preset of the arguments as the first file.
-
-    Raises:
-        UsageError: If a configuration file is invalid.
-    """
+    """Check the configuration files, and insert the last preset of the arguments as the first file."""
     preset = None
     for arg, follower in zip(args, [*args[1:], ""], strict=True):
         option, sign, value = arg.partition("=")

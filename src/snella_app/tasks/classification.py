@@ -201,11 +201,7 @@ _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 
 
 def rank_order(classes: Sequence[str], order: str | None) -> list[str]:
-    """Sort classes from lowest to highest.
-
-    Args:
-        classes: Class names.
-        order: Class names in order, separated by commas; None sorts by distinct leading numbers in the names.
+    """Sort classes from lowest to highest: as listed in `order`, separated by commas, or by their leading numbers.
 
     Raises:
         ValueError: If the order is unknown or `order` does not list each class once.

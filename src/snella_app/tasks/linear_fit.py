@@ -94,12 +94,12 @@ def fit_probe(
 def fit_binary_probe(
     features: np.ndarray, positives: np.ndarray, weights: np.ndarray | None = None, constant: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Fit a binary logistic regression.
+    """Fit a binary logistic regression; arguments as for `fit_probe`.
 
     Args:
         features: `[images, width]`.
         positives: True for positive images, `[images]`.
-        weights: Sample weights `[images]`; None means equal weights.
+        weights: Sample weights.
         constant: Bias if all labels are equal; the weights are then zero.
 
     Returns:

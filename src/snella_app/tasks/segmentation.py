@@ -25,15 +25,9 @@ from snella_app.tasks.task import Task, paired
 
 
 def pixel_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Count the pixels of each image by true class (row) and predicted class (column).
+    """Count the pixels of each image by true class (row) and predicted class (column), `[batch, classes, classes]`.
 
-    Args:
-        predicted: `[batch, height, width]`, int64.
-        labels: `[batch, height, width]`, int64.
-        num_classes: Number of classes.
-
-    Returns:
-        `[batch, classes, classes]`, int64.
+    Both masks are `[batch, height, width]`, int64.
     """
     batch, size = len(labels), num_classes**2
     cells = labels * num_classes + predicted + size * torch.arange(batch, device=labels.device)[:, None, None]
@@ -46,7 +40,7 @@ def image_scores(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Dice = 2 TP / (2 TP + FP + FN),  IoU = TP / (TP + FP + FN)
 
     Args:
-        counts: `[images, classes, classes]` from `pixel_counts`; class 0 is the background.
+        counts: `[images, classes, classes]` from `pixel_counts`.
 
     Returns:
         Two arrays `[images, classes]`; NaN if a class is neither present nor predicted.
@@ -73,11 +67,6 @@ def pooled_scores(counts: np.ndarray, classes: list[str]) -> dict[str, Any]:
     Args:
         counts: `[images, classes, classes]` from `pixel_counts`; class 0 is the background.
         classes: Class names by index.
-
-    Returns:
-        `dice`, `iou` (by image), `dice_pooled`, `iou_pooled`, `iou_pooled_with_background`,
-        `dice_gps_foreground_only`, `iou_gps_foreground_only`, `pixel_accuracy`, `images`, `per_class`, and `confusion`
-        (pixel counts; rows are true classes).
     """
     dice, iou = image_scores(counts)
     total = counts.sum(0)
