@@ -140,8 +140,8 @@ def record_from(kind: type[T], values: Mapping[str, Any]) -> T:
         ValueError: If a field is missing or has the wrong type, or the dataclass rejects the values.
     """
     try:
-        # strict validation accepts mappings and lists only as JSON
-        record: T = _adapter(kind).validate_json(json.dumps(values), strict=True)
+        # not `validate_json`, which rejects the surrogates of file names that are not UTF-8
+        record: T = _adapter(kind).validate_python(values)
     except ValidationError as error:
         errors = map(_describe, error.errors(include_url=False))
         raise ValueError(listed(errors, most=3, separator="; ")) from None
