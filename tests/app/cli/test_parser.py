@@ -133,19 +133,6 @@ def test_a_missing_folder_of_a_configuration_file_is_reported(tmp_path):
         parse(["train", "--config", str(tmp_path / "a" / "c.yaml")])
 
 
-def test_help_imports_no_heavy_library():
-    code = (
-        "import sys, snella; early = set(sys.modules)\n"
-        "from snella_app.cli.main import main\n"
-        "try: main(['train', '--help'])\n"
-        "except SystemExit: pass\n"
-        "late = {name.split('.')[0] for name in set(sys.modules) - early}\n"
-        "print('LATE', sorted(late & {'timm', 'torchvision', 'matplotlib', 'sklearn', 'accelerate'}))\n"
-    )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "LATE []" in process.stdout
-
-
 def test_help_is_also_a_command(capsys):
     for args, equivalent in ((["help", "train"], ["train", "--help"]), (["help"], ["--help"])):
         texts = []
