@@ -6,9 +6,12 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from numbers import Integral, Real
+from functools import cache
+from numbers import Number
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import TypeAdapter
 
 from snella_app.text import nearest
 
@@ -65,10 +68,6 @@ _OTHER_VALUES = {
 }
 
 
-class TypeMismatchError(TypeError):
-    """Error for a value that does not match its type annotation."""
-
-
 def describe_type(kind: Any) -> str:
     """Describe a type annotation for error messages: `an integer or auto`."""
     if get_origin(kind) in (Union, UnionType):
@@ -84,45 +83,24 @@ def describe_type(kind: Any) -> str:
 
 
 def coerce(kind: Any, value: Any) -> Any:
-    """Convert a value to its annotated type: paths to strings, NumPy numbers to Python numbers.
+    """Check a value against its annotation; paths become strings, tuples lists, and NumPy numbers Python numbers.
 
     Raises:
-        TypeMismatchError: If the value does not match the annotation.
+        ValueError: If the value does not match the annotation.
     """
-    origin, inner = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (Union, UnionType):
-        for part in inner:
-            try:
-                return coerce(part, value)
-            except TypeMismatchError:
-                continue
-        raise TypeMismatchError
-    if origin is Literal:
-        is_valid = isinstance(value, str) and value in inner
-    elif origin is dict:
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            raise TypeMismatchError
-        return {key: coerce(inner[1], item) for key, item in value.items()}
-    elif origin is list:
-        if not isinstance(value, list | tuple):
-            raise TypeMismatchError
-        return [coerce(inner[0], item) for item in value]
-    elif kind is bool:
-        is_valid = isinstance(value, bool)
-    elif kind is int:
-        is_valid = isinstance(value, Integral) and not isinstance(value, bool)
-        value = int(value) if is_valid else value
-    elif kind is float:
-        is_valid = isinstance(value, Real) and not isinstance(value, bool)
-        value = value if not is_valid or isinstance(value, int) else float(value)
-    else:
-        value = os.fspath(value) if kind is str and isinstance(value, os.PathLike) else value
-        is_valid = isinstance(value, kind)
-    if not is_valid:
-        raise TypeMismatchError
-    return value
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    elif isinstance(value, tuple):
+        value = list(value)
+    elif isinstance(value, Number) and hasattr(value, "item"):
+        value = value.item()
+    return type_adapter(kind).validate_python(value, strict=True)
+
+
+@cache
+def type_adapter(kind: Any) -> TypeAdapter[Any]:
+    """Build pydantic's validator of an annotation, which takes a few milliseconds."""
+    return TypeAdapter(kind)
 
 
 def suggest_choice(kind: Any, value: Any) -> str:

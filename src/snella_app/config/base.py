@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass
 from functools import cache, reduce
 from typing import Any, ClassVar, Self, get_type_hints
 
-from snella_app.settings import TypeMismatchError, coerce, describe_type, short_repr, suggest_choice, suggest_setting
+from snella_app.settings import coerce, describe_type, short_repr, suggest_choice, suggest_setting
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Config:
             value = setting.value_in(self)
             try:
                 value = coerce(setting.type, value)
-            except TypeMismatchError:
+            except ValueError:
                 hint = suggest_choice(setting.type, value)
                 errors.append(f"{setting.name} must be {describe_type(setting.type)}, got {short_repr(value)}{hint}")
                 value = setting.fresh_default()

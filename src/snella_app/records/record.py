@@ -9,15 +9,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ValidationError
 from pydantic_core import ErrorDetails
 
 from snella_app.files import is_intact, sealed, write_json
-from snella_app.settings import short_repr
+from snella_app.settings import short_repr, type_adapter
 from snella_app.text import listed
 
 FORMAT = 1
@@ -141,17 +140,11 @@ def record_from(kind: type[T], values: Mapping[str, Any]) -> T:
     """
     try:
         # not `validate_json`, which rejects the surrogates of file names that are not UTF-8
-        record: T = _adapter(kind).validate_python(values)
+        record: T = type_adapter(kind).validate_python(values)
     except ValidationError as error:
         errors = map(_describe, error.errors(include_url=False))
         raise ValueError(listed(errors, most=3, separator="; ")) from None
     return record
-
-
-@cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    """Build the validator of a dataclass."""
-    return TypeAdapter(kind)
 
 
 def _describe(error: ErrorDetails) -> str:
