@@ -18,6 +18,11 @@ ExportName = Literal["sparse", "onnx", "torchscript", "torch-export", "lora", "t
 """Keys of `snella_app.runs.export.FORMATS`, repeated here to keep the CLI import fast."""
 
 
+def _given(**options: Any) -> str:
+    """Format the options that are not None: `--batch 4, --img-size 32`."""
+    return ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in options.items() if value is not None)
+
+
 @command("snella_app.api")
 def train(config: TrainConfig) -> None:
     """Fine-tune a pre-trained vision model on labeled images.
@@ -78,10 +83,8 @@ def evaluate(
 
     console = make_console()
     if calibrate:
-        given = {"data": data, "columns": columns, "out": out, "split": None if split == "auto" else split}
-        conflicts = [f"--{name} {value}" for name, value in given.items() if value is not None]
-        if conflicts:
-            raise ValueError(f"--calibrate uses the run's validation images, got {', '.join(conflicts)}; leave it out")
+        if given := _given(data=data, columns=columns, out=out, split=None if split == "auto" else split):
+            raise ValueError(f"--calibrate uses the run's validation images, got {given}; leave it out")
         calibration = calibrate_run(run, batch_size=batch_size, device=device)
         print_line(console, f"stored temperature {calibration.temperature:.4g}; predict divides logits by it")
         for part in calibration.reliability:
@@ -296,10 +299,8 @@ def explain(
 
     console = make_console()
     if not images:
-        given = {"out": out, "of": of, "columns": columns}
-        options = [f"--{name} {value}" for name, value in given.items() if value is not None]
-        if options:
-            raise ValueError(f"{', '.join(options)} requires IMAGES; without them, explain uses validation images")
+        if given := _given(out=out, of=of, columns=columns):
+            raise ValueError(f"{given} requires IMAGES; without them, explain uses validation images")
         report = explain_validation(run, by=by, batch_size=batch_size, device=device)
         print_line(console, f"report: {report}")
         return
@@ -460,8 +461,7 @@ def inspect(
     if backbone is not None and report:
         errors.append("--report needs a run; leave it out with --backbone")
     if backbone is None and given:
-        typed = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
-        errors.append(f"{typed} can only be used with --backbone NAME")
+        errors.append(f"{_given(**given)} can only be used with --backbone NAME")
     if errors:
         raise ValueError("; ".join(errors))
     console = make_console()
@@ -527,11 +527,10 @@ def data(
     if split_spec(spec)[1] is not None or spec in data_names() or path.is_file():
         errors, warnings = _check_dataset(spec, task, sheet, options)
     else:
+        defaults = {"task": "classification", "channels": 3, "skip_corrupt": False}
         given = {**options, "task": task, "sheet": sheet}
-        defaults: dict[str, Any] = {"channels": 3, "skip_corrupt": False, "task": "classification"}
-        conflicts = [f"--{name.replace('_', '-')} {given[name]}" for name in given if given[name] != defaults.get(name)]
-        if conflicts:
-            raise ValueError(f"{', '.join(conflicts)} cannot be used with a benchmark, got {data!r}; leave it out")
+        if conflicts := _given(**{key: value for key, value in given.items() if value != defaults.get(key)}):
+            raise ValueError(f"{conflicts} cannot be used with a benchmark, got {data!r}; leave it out")
         checks = check_benchmarks(data, decode=decode)
         for check in checks:
             make_console().print(_benchmark_table(check))
