@@ -36,7 +36,7 @@ from snella_app.methods import build_method, spec_of
 from snella_app.records import BackboneInfo
 from snella_app.runs.images import load_splits
 from snella_app.runs.model import make_backbone
-from snella_app.tasks.classification import INVERSE_PENALTY, fit_probe
+from snella_app.tasks.linear_fit import INVERSE_PENALTY, fit_probe
 from snella_app.training.build import resolve_data_config
 from snella_app.training.callbacks import WeightAverage
 from snella_app.training.optimizer import build_optimizer

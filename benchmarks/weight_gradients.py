@@ -30,7 +30,7 @@ from snella_app.data import build_transform
 from snella_app.records import BackboneInfo
 from snella_app.runs.images import load_splits
 from snella_app.runs.model import make_backbone
-from snella_app.tasks.classification import INVERSE_PENALTY, fit_probe
+from snella_app.tasks.linear_fit import INVERSE_PENALTY, fit_probe
 from snella_app.training.build import resolve_data_config
 from snella_lab.provenance import git_state, system_info
 

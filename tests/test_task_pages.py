@@ -33,7 +33,7 @@ def page_commands(page):
 def test_commands_of_a_page_are_valid(page, line, monkeypatch):
     monkeypatch.chdir(ROOT)
     args = shlex.split(line)
-    name, _, settings = parse(args)
+    name, settings = parse(args)
     assert name == args[0]
     assert settings.get("experiment") in {None, *bundled_experiments()}
 

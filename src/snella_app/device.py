@@ -41,17 +41,11 @@ def choose_device(name: str) -> torch.device:
         if device.type == "cuda" and torch.cuda.is_available():
             reason = f"torch.cuda.device_count() is {torch.cuda.device_count()}"
         raise ValueError(f"device must be available, got {name!r}, but {reason}; use auto") from error
-
     return device
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Resolve `auto` to bf16 on devices with bfloat16 instructions, otherwise to fp32.
-
-    Args:
-        name: `OptimConfig.precision`; values other than `auto` are returned unchanged.
-        device: Training device.
-    """
+    """Resolve the precision `auto` to bf16 on devices with bfloat16 instructions, otherwise to fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":

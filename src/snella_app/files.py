@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -13,21 +14,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @contextmanager
 def annotate_write_errors(path: Path) -> Iterator[None]:
-    """Add the file name to errors while writing, e.g. if the disk is full.
-
-    Args:
-        path: File to write in the context.
-
-    Raises:
-        OSError: If writing fails.
-    """
+    """Add the name of the file to errors while writing it, e.g. if the disk is full; they become OSError."""
     try:
         yield
     except OSError as error:
@@ -53,10 +50,7 @@ WRITE_FAILURES = {
 
 @contextmanager
 def create_folder(folder: Path) -> Iterator[None]:
-    """Create a folder and its parents; remove the new folders on failure if they are empty.
-
-    Args:
-        folder: Folder to create; may exist.
+    """Create a folder and its parents unless they exist; remove the new folders on failure if they are empty.
 
     Raises:
         OSError: If the folder cannot be created, or a write in the context fails.
@@ -113,6 +107,13 @@ def _remove_leftovers(path: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
+def write_png(path: Path, image: Image, **options: Any) -> None:
+    """Write a Pillow image as PNG, atomically; options as for `Image.save`."""
+    content = io.BytesIO()
+    image.save(content, "PNG", **options)
+    write_bytes(path, content.getvalue())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, atomically; raises ValueError for NaN and infinity."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
@@ -120,12 +121,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def sync_tree(folder: Path) -> None:
     """Sync a folder and all files in it to disk."""
-    for path in [*sorted(folder.rglob("*")), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    for path in (*folder.rglob("*"), folder):
+        sync_folder(path)
 
 
 def sync_folder(folder: Path) -> None:
@@ -142,21 +139,13 @@ SEAL = "sha256"
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal digits.
-
-    Raises:
-        OSError: If the file cannot be read.
-    """
+    """Return the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_files(folder: Path, digests: Mapping[str, str]) -> None:
-    """Verify the SHA-256 digests of files; ignore missing files.
-
-    Args:
-        folder: Folder of the files.
-        digests: SHA-256 by file name relative to `folder`.
+    """Verify the SHA-256 of files by name relative to a folder; ignore missing files.
 
     Raises:
         ValueError: If digests differ; lists all changed files.

@@ -22,10 +22,6 @@ from typing import Any
 def plugin(group: str, name: str) -> Any:
     """Load the object registered as `name` in `snella.{group}`; None if no package registers it.
 
-    Args:
-        group: One of the groups in the table above, without `snella.`.
-        name: Name of the entry point.
-
     Raises:
         ImportError: If the object cannot be imported.
     """
@@ -37,11 +33,7 @@ def plugin(group: str, name: str) -> Any:
 def plugins(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, Any]:
     """Load all objects registered in `snella.{group}`, by name.
 
-    Entries that cannot be imported, or whose name is taken, are skipped with a warning.
-
-    Args:
-        group: `commands`, `methods`, `data` or `backbones`, see the table above.
-        reserved: Built-in names, which plugins cannot use.
+    Entries that cannot be imported, or whose name is taken or reserved, are skipped with a warning.
     """
     objects = {}
     for name, entry in _entries(group, reserved).items():

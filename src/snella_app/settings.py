@@ -2,92 +2,58 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
-from numbers import Integral, Real
+from collections.abc import Mapping
+from functools import cache
+from numbers import Number
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from pydantic import TypeAdapter
+
 from snella_app.text import nearest
 
-OTHER_NAMES: dict[str, tuple[str, ...]] = {
-    "model": ("run", "backbone", "backbones", "model"),
-    "model_name": ("backbone", "model"),
-    "model_name_or_path": ("backbone", "model"),
-    "arch": ("backbone",),
-    "architecture": ("backbone",),
-    "checkpoint": ("weights",),
-    "ckpt": ("weights",),
-    "resume_from_checkpoint": ("resume",),
-    "continue": ("resume",),
-    "learning_rate": ("lr",),
-    "base_lr": ("lr",),
-    "lr0": ("lr",),
-    "output_dir": ("out",),
-    "output": ("out",),
-    "outdir": ("out",),
-    "out_dir": ("out",),
-    "save_dir": ("out",),
-    "logging_dir": ("out",),
+_OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "run": ("model",),
+    "backbone": ("model", "model_name", "model_name_or_path", "arch", "architecture"),
+    "backbones": ("model",),
+    "model": ("model_name", "model_name_or_path"),
+    "weights": ("checkpoint", "ckpt"),
+    "resume": ("resume_from_checkpoint", "continue"),
+    "lr": ("learning_rate", "base_lr", "lr0"),
+    "out": ("output_dir", "output", "outdir", "out_dir", "save_dir", "logging_dir", "format"),
+    "batch_size": (
+        *("batch", "bs", "batchsize", "train_batch_size"),
+        *("per_device_train_batch_size", "per_device_eval_batch_size"),
+    ),
     "batch": ("batch_size",),
-    "bs": ("batch_size",),
-    "batchsize": ("batch_size",),
-    "batch_size": ("batch",),
-    "train_batch_size": ("batch_size",),
-    "per_device_train_batch_size": ("batch_size",),
-    "per_device_eval_batch_size": ("batch_size",),
-    "gradient_accumulation_steps": ("accumulate", "accumulation"),
-    "grad_accum": ("accumulate", "accumulation"),
-    "num_epochs": ("epochs",),
-    "num_train_epochs": ("epochs",),
-    "n_epochs": ("epochs",),
-    "max_epochs": ("epochs",),
-    "dataset": ("data",),
-    "dataset_name": ("data",),
-    "data_dir": ("data",),
-    "data_path": ("data",),
-    "train_dir": ("data",),
-    "input": ("data", "images"),
-    "image": ("images",),
-    "source": ("images", "data"),
-    "image_size": ("img_size",),
-    "imgsz": ("img_size",),
-    "input_size": ("img_size",),
-    "resolution": ("img_size",),
-    "num_workers": ("workers",),
-    "dataloader_num_workers": ("workers",),
-    "wd": ("weight_decay",),
-    "rank": ("r",),
-    "lora_r": ("r",),
-    "lora_rank": ("r",),
-    "alpha": ("scaling",),
-    "sparsity": ("target_sparsity",),
-    "peft": ("method",),
-    "peft_type": ("method",),
-    "peft_method": ("method",),
-    "dtype": ("precision",),
-    "amp": ("precision",),
-    "fp16": ("precision",),
-    "bf16": ("precision",),
-    "mixed_precision": ("precision",),
-    "gradient_checkpointing": ("grad_checkpointing",),
-    "patience": ("early_stopping",),
-    "smoothing": ("label_smoothing",),
-    "clip_grad": ("max_grad_norm",),
-    "val_split": ("val_fraction",),
-    "validation_split": ("val_fraction",),
-    "test_split": ("test_fraction",),
-    "gpu": ("device",),
-    "gpus": ("device",),
-    "force": ("overwrite",),
-    "report_to": ("track",),
-    "logger": ("track",),
-    "augmentation": ("augment",),
-    "aug": ("augment",),
-    "format": ("out",),
+    "accumulate": ("gradient_accumulation_steps", "grad_accum"),
+    "accumulation": ("gradient_accumulation_steps", "grad_accum"),
+    "epochs": ("num_epochs", "num_train_epochs", "n_epochs", "max_epochs"),
+    "data": ("dataset", "dataset_name", "data_dir", "data_path", "train_dir", "input", "source"),
+    "images": ("image", "source", "input"),
+    "img_size": ("image_size", "imgsz", "input_size", "resolution"),
+    "workers": ("num_workers", "dataloader_num_workers"),
+    "weight_decay": ("wd",),
+    "r": ("rank", "lora_r", "lora_rank"),
+    "scaling": ("alpha",),
+    "target_sparsity": ("sparsity",),
+    "method": ("peft", "peft_type", "peft_method"),
+    "precision": ("dtype", "amp", "fp16", "bf16", "mixed_precision"),
+    "grad_checkpointing": ("gradient_checkpointing",),
+    "early_stopping": ("patience",),
+    "label_smoothing": ("smoothing",),
+    "max_grad_norm": ("clip_grad",),
+    "val_fraction": ("val_split", "validation_split"),
+    "test_fraction": ("test_split",),
+    "device": ("gpu", "gpus"),
+    "overwrite": ("force",),
+    "track": ("report_to", "logger"),
+    "augment": ("augmentation", "aug"),
 }
-"""Names used by other tools, with the corresponding settings of snella."""
+"""Names in other tools, by setting of snella."""
 
 _OTHER_VALUES = {
     "bfloat16": "bf16",
@@ -100,10 +66,6 @@ _OTHER_VALUES = {
     "image-classification": "classification",
     "multi-class": "classification",
 }
-
-
-class TypeMismatchError(TypeError):
-    """Error for a value that does not match its type annotation."""
 
 
 def describe_type(kind: Any) -> str:
@@ -121,45 +83,24 @@ def describe_type(kind: Any) -> str:
 
 
 def coerce(kind: Any, value: Any) -> Any:
-    """Convert a value to its annotated type: paths to strings, NumPy numbers to Python numbers.
+    """Check a value against its annotation; paths become strings, tuples lists, and NumPy numbers Python numbers.
 
     Raises:
-        TypeMismatchError: If the value does not match the annotation.
+        ValueError: If the value does not match the annotation.
     """
-    origin, inner = get_origin(kind), get_args(kind)
-    if kind is Any or (kind is NoneType and value is None):
-        return value
-    if origin in (Union, UnionType):
-        for part in inner:
-            try:
-                return coerce(part, value)
-            except TypeMismatchError:
-                continue
-        raise TypeMismatchError
-    if origin is Literal:
-        is_valid = isinstance(value, str) and value in inner
-    elif origin is dict:
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            raise TypeMismatchError
-        return {key: coerce(inner[1], item) for key, item in value.items()}
-    elif origin is list:
-        if not isinstance(value, list | tuple):
-            raise TypeMismatchError
-        return [coerce(inner[0], item) for item in value]
-    elif kind is bool:
-        is_valid = isinstance(value, bool)
-    elif kind is int:
-        is_valid = isinstance(value, Integral) and not isinstance(value, bool)
-        value = int(value) if is_valid else value
-    elif kind is float:
-        is_valid = isinstance(value, Real) and not isinstance(value, bool)
-        value = value if not is_valid or isinstance(value, int) else float(value)
-    else:
-        value = os.fspath(value) if kind is str and isinstance(value, os.PathLike) else value
-        is_valid = isinstance(value, kind)
-    if not is_valid:
-        raise TypeMismatchError
-    return value
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    elif isinstance(value, tuple):
+        value = list(value)
+    elif isinstance(value, Number) and hasattr(value, "item"):
+        value = value.item()
+    return type_adapter(kind).validate_python(value, strict=True)
+
+
+@cache
+def type_adapter(kind: Any) -> TypeAdapter[Any]:
+    """Build pydantic's validator of an annotation, which takes a few milliseconds."""
+    return TypeAdapter(kind)
 
 
 def suggest_choice(kind: Any, value: Any) -> str:
@@ -174,13 +115,22 @@ def suggest_choice(kind: Any, value: Any) -> str:
     return f"; did you mean {suggestion}?" if suggestion else nearest(text, choices, form="; did you mean {}?")
 
 
-def equivalent_setting(name: str, known: Iterable[str]) -> str | None:
-    """Return the setting equivalent to another tool's `name`; None if there is none."""
-    known_names = set(known)
-    return next((setting for setting in OTHER_NAMES.get(name.replace("-", "_"), ()) if setting in known_names), None)
+def suggest_setting(name: str, spellings: Mapping[str, str]) -> str:
+    """Suggest a setting for an unknown name: `use lr` for another tool's name, `nearest: lr, r` for a typo.
+
+    Args:
+        name: Unknown name.
+        spellings: Known names, with their spelling in the suggestion.
+    """
+    name = name.replace("-", "_")
+    for setting, others in _OTHER_NAMES.items():
+        if name in others and setting in spellings:
+            return f"use {spellings[setting]}"
+    near = difflib.get_close_matches(name, spellings, n=2, cutoff=0.5)
+    return f"nearest: {', '.join(spellings[setting] for setting in near)}" if near else ""
 
 
-def short_repr(value: Any, most: int = 60) -> str:
-    """Return the `repr` of a value, truncated to `most` characters."""
+def short_repr(value: Any) -> str:
+    """Return the `repr` of a value in one line, truncated to 60 characters."""
     text = " ".join(repr(value).split())
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return text if len(text) <= 60 else f"{text[:57]}..."

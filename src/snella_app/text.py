@@ -44,12 +44,7 @@ def decimal_text(value: float, digits: int) -> str:
 
 
 def measure_text(value: float, *, signed: bool = False) -> str:
-    """Format a number with four significant digits and a minus sign: 12.35, −0.05, 1.2e+06.
-
-    Args:
-        value: Number.
-        signed: Add a plus sign to positive numbers, for differences.
-    """
+    """Format a number with four significant digits and a minus sign, or `signed` with a plus sign: 12.35, −0.05."""
     return "–" if math.isnan(value) else f"{value:{'+' if signed else ''}.4g}".replace("-", _MINUS)
 
 
@@ -116,19 +111,3 @@ def similar_paths(path: Path, *, most: int = 3, cutoff: float = 0.5, folders_onl
 def _three_digits(value: float) -> str:
     """Format a number with three significant digits and no exponent."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-
-
-__all__ = [
-    "bytes_text",
-    "count_text",
-    "decimal_text",
-    "listed",
-    "margin_text",
-    "measure_text",
-    "nearest",
-    "percent_text",
-    "plain_text",
-    "points_text",
-    "seconds_text",
-    "similar_paths",
-]

@@ -33,16 +33,13 @@ COMMANDS: dict[str, Command] = {}
 
 
 def command(library: str, *, is_recorded: bool = False, is_research: bool = False) -> Callable[[_Function], _Function]:
-    """Register a function as a command, with dashes in its name.
-
-    Raises:
-        ValueError: If a command of this name exists.
-    """
+    """Register a function as a command, with dashes in its name; raises ValueError if the name is taken."""
 
     def register(function: _Function) -> _Function:
-        if function.__name__.replace("_", "-") in COMMANDS:
-            raise ValueError(f"command {function.__name__!r} is already registered")
-        COMMANDS[function.__name__.replace("_", "-")] = Command(function, library, is_recorded, is_research)
+        name = function.__name__.replace("_", "-")
+        if name in COMMANDS:
+            raise ValueError(f"command {name!r} is already registered")
+        COMMANDS[name] = Command(function, library, is_recorded, is_research)
         return function
 
     return register

@@ -18,6 +18,11 @@ ExportName = Literal["sparse", "onnx", "torchscript", "torch-export", "lora", "t
 """Keys of `snella_app.runs.export.FORMATS`, repeated here to keep the CLI import fast."""
 
 
+def _given(**options: Any) -> str:
+    """Format the options that are not None: `--batch 4, --img-size 32`."""
+    return ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in options.items() if value is not None)
+
+
 @command("snella_app.api")
 def train(config: TrainConfig) -> None:
     """Fine-tune a pre-trained vision model on labeled images.
@@ -70,19 +75,17 @@ def evaluate(
         calibrate: Refit a classifier's temperature on the validation images and store it.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
-    from snella_app.console import counted, make_console, make_table, print_line
+    from snella_app.console import counted, make_console, print_line
     from snella_app.files import write_json
     from snella_app.records import RunInfo, read
     from snella_app.runs.evaluate import calibrate_run, evaluate
     from snella_app.runs.model import get_task
 
+    console = make_console()
     if calibrate:
-        given = {"data": data, "columns": columns, "out": out, "split": None if split == "auto" else split}
-        conflicts = [f"--{name} {value}" for name, value in given.items() if value is not None]
-        if conflicts:
-            raise ValueError(f"--calibrate uses the run's validation images, got {', '.join(conflicts)}; leave it out")
+        if given := _given(data=data, columns=columns, out=out, split=None if split == "auto" else split):
+            raise ValueError(f"--calibrate uses the run's validation images, got {given}; leave it out")
         calibration = calibrate_run(run, batch_size=batch_size, device=device)
-        console = make_console()
         print_line(console, f"stored temperature {calibration.temperature:.4g}; predict divides logits by it")
         for part in calibration.reliability:
             error = f"expected calibration error {part.ece_before:.4f} before, {part.ece:.4f} after"
@@ -100,15 +103,11 @@ def evaluate(
         console=make_console(sys.stderr),
     )
     task = get_task(read(RunInfo, run))
-    console = make_console()
     for note in result["notes"]:
         print_line(console, f"note: {note}")
-    print_line(
-        console,
-        f"{result['data']} ({result['split']}), {counted(result['images'], 'image')}: {task.result_text(result)}",
-    )
-    table = task.result_table(result)
-    console.print(make_table(table.columns, table.rows, title=table.title))
+    scores = task.result_format.format_map(result)
+    print_line(console, f"{result['data']} ({result['split']}), {counted(result['images'], 'image')}: {scores}")
+    console.print(task.result_table(result))
     if out is not None:
         write_json(Path(out), result)
 
@@ -196,8 +195,7 @@ def merge(run: str, /, *, out: str, overwrite: bool = False) -> None:
     from snella_app.records import RunInfo, read
     from snella_app.runs.merge import describe_file, loading_snippet, merge, prediction_notes
 
-    path = merge(run, out, overwrite=overwrite)
-    console = make_console()
+    path, console = merge(run, out, overwrite=overwrite), make_console()
     print_line(console, f"{path}: {_mib(path):.1f} MiB, {describe_file(path)}; to load it:")
     for note in prediction_notes(read(RunInfo, run)):
         print_line(console, f"# {note}")  # a Python comment, so that the output can be pasted
@@ -301,10 +299,8 @@ def explain(
 
     console = make_console()
     if not images:
-        given = {"out": out, "of": of, "columns": columns}
-        options = [f"--{name} {value}" for name, value in given.items() if value is not None]
-        if options:
-            raise ValueError(f"{', '.join(options)} requires IMAGES; without them, explain uses validation images")
+        if given := _given(out=out, of=of, columns=columns):
+            raise ValueError(f"{given} requires IMAGES; without them, explain uses validation images")
         report = explain_validation(run, by=by, batch_size=batch_size, device=device)
         print_line(console, f"report: {report}")
         return
@@ -465,8 +461,7 @@ def inspect(
     if backbone is not None and report:
         errors.append("--report needs a run; leave it out with --backbone")
     if backbone is None and given:
-        typed = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
-        errors.append(f"{typed} can only be used with --backbone NAME")
+        errors.append(f"{_given(**given)} can only be used with --backbone NAME")
     if errors:
         raise ValueError("; ".join(errors))
     console = make_console()
@@ -527,53 +522,38 @@ def data(
     path = Path(data).expanduser()
     is_user_path = path.is_file() or (path.is_dir() and any(path.iterdir()) and not contains_benchmark(data))
     spec = full_spec(data) if is_user_path else data
+    options: dict[str, Any] = {"columns": columns, "channels": channels, "white": white, "skip_corrupt": skip_corrupt}
     warnings: list[str] = []
     if split_spec(spec)[1] is not None or spec in data_names() or path.is_file():
-        errors, warnings = _check_dataset(spec, columns, task, skip_corrupt, channels, white, sheet)
+        errors, warnings = _check_dataset(spec, task, sheet, options)
     else:
-        given: dict[str, Any] = {"columns": columns, "task": None if task == "classification" else task}
-        given |= {
-            "skip-corrupt": skip_corrupt or None,
-            "sheet": sheet,
-            "channels": None if channels == 3 else channels,
-            "white": white,
-        }
-        conflicts = [f"--{name} {value}" for name, value in given.items() if value is not None]
-        if conflicts:
-            raise ValueError(f"{', '.join(conflicts)} cannot be used with a benchmark, got {data!r}; leave it out")
+        defaults = {"task": "classification", "channels": 3, "skip_corrupt": False}
+        given = {**options, "task": task, "sheet": sheet}
+        if conflicts := _given(**{key: value for key, value in given.items() if value != defaults.get(key)}):
+            raise ValueError(f"{conflicts} cannot be used with a benchmark, got {data!r}; leave it out")
         checks = check_benchmarks(data, decode=decode)
         for check in checks:
             make_console().print(_benchmark_table(check))
         errors = [error for check in checks for error in check.errors]
+    above = f"{counted(len(warnings), 'warning')} above"
     if errors:
-        warnings_text = f"; {counted(len(warnings), 'warning')} above" if warnings else ""
+        warnings_text = f"; {above}" if warnings else ""
         raise ValueError(f"{counted(len(errors), 'error')} in '{data}': {'; '.join(errors)}{warnings_text}")
-    if warnings:
-        print_line(make_console(), f"usable, with {counted(len(warnings), 'warning')} above")
-    else:
-        print_line(make_console(), "complete, no errors found")
+    print_line(make_console(), f"usable, with {above}" if warnings else "complete, no errors found")
 
 
-def _check_dataset(
-    spec: str,
-    columns: str | None,
-    task: str,
-    skip_corrupt: bool,
-    channels: int,
-    white: int | None,
-    sheet: str | None,
-) -> tuple[list[str], list[str]]:
+def _check_dataset(spec: str, task: str, sheet: str | None, options: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Print a summary of a dataset, write the contact sheet if requested, and return errors and warnings."""
     from snella_app.console import make_console, make_table, print_line, print_rows
     from snella_app.data import LoadOptions
     from snella_app.data.check import check_data, contact_sheet
     from snella_app.data.sources import show_reading
+    from snella_app.files import create_folder, write_png
     from snella_app.tasks import task_class
 
     target, console = task_class(task).target, make_console()
-    options = LoadOptions(columns=columns, channels=channels, white=white, target=target, skip_corrupt=skip_corrupt)
     with show_reading(make_console(sys.stderr)):
-        check = check_data(spec, options)
+        check = check_data(spec, LoadOptions(target=target, **options))
     parts = list(check.splits.parts)
     print_line(console, check.splits.description)
     first = "label" if target == "labels" else "class" if check.counts else ""
@@ -598,41 +578,28 @@ def _check_dataset(
     if rows:
         print_rows(console, rows)
     if sheet is not None:
-        _write_sheet(contact_sheet(check.splits), sheet)
+        file = Path(sheet)
+        if file.suffix.lower() != ".png":
+            raise ValueError(f"sheet must be a PNG file, got {sheet!r}; write {str(file.with_suffix('.png'))!r}")
+        with create_folder(file.parent):
+            write_png(file, contact_sheet(check.splits))
         print_line(console, f"contact sheet: {sheet}")
     return check.errors, check.warnings
 
 
-def _write_sheet(image: Any, sheet: str) -> None:
-    """Write an image as PNG, atomically."""
-    import io
-
-    from snella_app.files import create_folder, write_bytes
-
-    path, content = Path(sheet), io.BytesIO()
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"sheet must be a PNG file, got {sheet!r}; write {str(path.with_suffix('.png'))!r}")
-    image.save(content, "PNG")
-    with create_folder(path.parent):
-        write_bytes(path, content.getvalue())
-
-
 def _benchmark_table(check: "BenchmarkCheck") -> "Table":
     """Return a table with one row per dataset: images per split, classes and status."""
-    from rich.table import Table
-
-    from snella_app.console import counted
+    from snella_app.console import counted, make_table
 
     parts = list(dict.fromkeys(name for dataset in check.inspections for name in dataset.parts))
-    table = Table(title=f"{check.title} in {check.folder}", title_justify="left")
-    for name in ("dataset", *parts, "classes", ""):
-        table.add_column(name, justify="left" if name in ("dataset", "") else "right")
+    table = make_table(("dataset", *parts, "classes", ""), (), title=f"{check.title} in {check.folder}")
+    table.columns[-1].justify = "left"
     for dataset in check.inspections:
         sizes = [f"{len(dataset.parts[name]):,}" if name in dataset.parts else "–" for name in parts]
         num_errors = len(dataset.errors) + len(dataset.deviations)
-        state = (
-            counted(num_errors, "error") if num_errors else "OK" + "".join(f"; note: {note}" for note in dataset.notes)
-        )
+        state = "; note: ".join(("OK", *dataset.notes))
+        if num_errors:
+            state = counted(num_errors, "error")
         table.add_row(dataset.name, *sizes, str(len(dataset.classes)), state)
     for name in check.missing:
         table.add_row(name, *("–" for _ in parts), "–", "missing")
@@ -653,18 +620,15 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
     chosen: dict[str, Any] = {"batch": 32, "img_size": None, "r": 8, "dtype": "fp32"} | given
     device = device or choose_device("auto").type
     predictions = predict_for_methods(backbone, **chosen, device_type="cuda" if device in GPUS else device)
-    columns = ["weights", "gradients", "optimizer state", "saved for backward", "largest temporary", "total"]
-    note = "total is the peak, less than the sum because the backward pass frees saved tensors"
+    columns = ["MiB", "weights", "gradients", "optimizer state", "saved for backward", "largest temporary", "total"]
+    notes = ["total is the peak, less than the sum because the backward pass frees saved tensors"]
     shape = shape_of_backbone(backbone, chosen["img_size"]) if device in GPUS else None
     if shape is not None:
-        columns += ["step, ms"]
-        note += (
-            "\nstep is predicted from datasheet values, not measured; the range spans assumed efficiencies, see "
-            "docs/speed.md"
-        )
+        columns.append("step, ms")
+        notes.append("step is predicted from datasheet values, with a range of efficiencies; see docs/speed.md")
     elif device in GPUS:
-        note += f"\nstep times are predicted for plain ViTs only, got {backbone}"
-    table = make_table(("MiB", *columns), ())
+        notes.append(f"step times are predicted for plain ViTs only, got {backbone}")
+    table = make_table(columns, ())
     count = len(compared_methods(chosen["r"]))
     for method, size, memory in track(predictions, "predicting", total=count, console=make_console(), transient=True):
         images = f"{counted(chosen['batch'], 'image')} of {size[1]}×{size[2]} px"
@@ -676,4 +640,4 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
             low, expected, high = predict_on_gpu(device, shape, method.partition("-")[0], **options)
             cells.append(f"{1e3 * expected:,.1f} ({1e3 * low:,.1f}–{1e3 * high:,.1f})")
         table.add_row(method, *cells)
-    return Group(table, Text(note))
+    return Group(table, Text("\n".join(notes)))

@@ -7,30 +7,14 @@ from typing import Literal, get_args
 import shtab
 
 from snella_app.cli.command import COMMANDS
-from snella_app.cli.parser import Option, options_of, summary
+from snella_app.cli.parser import options_of, summary
 
 Shell = Literal["bash", "zsh", "fish"]
 SHELLS: tuple[str, ...] = get_args(Shell)
 
 _PATHS = {
-    "clip",
-    "data",
-    "dino",
-    "experiment",
-    "features",
-    "figures",
-    "images",
-    "init_from",
-    "model",
-    "out",
-    "pipeline",
-    "prompts",
-    "run",
-    "runs",
-    "sheet",
-    "template",
-    "to_folder",
-    "weights",
+    *("clip", "data", "dino", "experiment", "features", "figures", "images", "init_from", "model", "out", "pipeline"),
+    *("prompts", "run", "runs", "sheet", "template", "to_folder", "weights"),
 }
 """Arguments completed with file and folder names."""
 
@@ -40,9 +24,6 @@ def completion_script(shell: Shell) -> str:
 
     The script completes commands, options, paths, bundled backbones and fixed choices. It is static: regenerate it
     after installing commands or backbones.
-
-    Args:
-        shell: Shell that sources the script.
     """
     parser = argparse.ArgumentParser(prog="snella")
     parser.add_argument("--version", action="store_true", help="Show the version.")
@@ -58,16 +39,10 @@ def completion_script(shell: Shell) -> str:
         config.complete = shtab.FILE  # type: ignore[attr-defined]
         subparser.add_argument("--print-config", action="store_true", help="Print the configuration.")
         for option in options_of(command.function):
-            _add(subparser, option, backbones)
+            values = backbones if option.name == "backbone" else option.values
+            nargs = "*" if option.is_positional and option.is_list else None
+            spelling, text = option.name if option.is_positional else option.typed, option.help.replace("%", "%%")
+            argument = subparser.add_argument(spelling, choices=values or None, nargs=nargs, help=text)
+            if option.name in _PATHS and not values:
+                argument.complete = shtab.FILE  # type: ignore[attr-defined]
     return shtab.complete(parser, shell)
-
-
-def _add(parser: argparse.ArgumentParser, option: Option, backbones: list[str]) -> None:
-    """Add an argument of a command to the completion parser."""
-    values = backbones if option.name == "backbone" else option.values
-    text = option.help.replace("%", "%%")
-    nargs = "*" if option.is_positional and option.is_list else None
-    name = option.name if option.is_positional else option.typed
-    argument = parser.add_argument(name, choices=values or None, nargs=nargs, help=text)
-    if option.name in _PATHS and not values:
-        argument.complete = shtab.FILE  # type: ignore[attr-defined]

@@ -51,7 +51,7 @@ def _run(args: list[str]) -> int:
     try:
         from snella_app.cli.parser import call, parse
 
-        name, _, settings = parse(args)
+        name, settings = parse(args)
         from snella_app.cli.command import COMMANDS, record
 
         command = call(name, settings)

@@ -1,14 +1,13 @@
 """Command-line parser, built from the commands' signatures and docstrings."""
 
 import argparse
-import difflib
 import inspect
 import json
 import os
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -25,12 +24,12 @@ from snella_app.cli.command import COMMANDS, Command
 from snella_app.config import Config, Setting
 from snella_app.methods.defaults import TRAIN_PRESETS, shown_defaults
 from snella_app.plugins import plugins
-from snella_app.settings import describe_type, equivalent_setting, suggest_choice
-from snella_app.text import nearest
+from snella_app.settings import describe_type, suggest_choice, suggest_setting
+from snella_app.text import nearest, similar_paths
 
 plugins("commands")  # registers the commands of other packages
 _BOOLEANS = ("true", "false", "yes", "no")
-_GLOBAL_OPTIONS = ("--config", "--print-config", "--help", "--version")
+_GLOBAL_OPTIONS = ("config", "print_config", "help", "version")
 _LIBRARY_HELP = {
     "--help": "Show this help and exit.",
     "--print-config": "Print the configuration as YAML and exit; =skip_default omits default values.",
@@ -108,25 +107,26 @@ def options_of(function: Callable[..., None]) -> list[Option]:
     ]
 
 
-def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
+def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """Parse a command line.
 
     Args:
-        arguments: Command line without the program name.
+        arguments: Command line without the program name; `--debug` is ignored.
 
     Returns:
-        Name of the command, whether `--debug` is set, and the settings of the command.
+        Name of the command, and its settings.
 
     Raises:
         UsageError: If a command or option is unknown, or a value is missing or malformed.
     """
-    is_debugging = "--debug" in arguments
     args = [_with_dashes(arg) for arg in arguments if arg != "--debug"]
     if args[:1] == ["help"]:
         args = [*args[1:2], "--help"]
-    is_completion = any(arg.partition("=")[0] == "--completion" for arg in args[:1])
-    name = None if is_completion else next((arg for arg in args if not arg.startswith("-")), None)
-    if name is None and not is_completion and not set(args) & {"-h", "--help", "--version"}:
+    option, _, shell = "".join(args[:1]).partition("=")
+    if option == "--completion":
+        _print_completion(shell or "".join(args[1:2]))
+    name = next((arg for arg in args if not arg.startswith("-")), None)
+    if name is None and not set(args) & {"-h", "--help", "--version"}:
         raise UsageError(f"missing command; choose one of {', '.join(COMMANDS)}; see snella --help")
     if name is not None and name not in COMMANDS:
         hint = nearest(name, COMMANDS, most=2, form="nearest: {}") or f"commands: {', '.join(COMMANDS)}"
@@ -134,15 +134,13 @@ def parse(arguments: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
     options = [] if name is None else options_of(COMMANDS[name].function)
     if name is not None:
         _check_options(name, options, args)
-        preset = _find_preset(options, args)
-        args = _with_preset(name, args, preset) if name == "train" else args
-        args = _expand_flags(options, args)
+        args = _expand_flags(options, _expand_preset(name, options, args))
     try:
-        values = build_parser([] if name is None else [name]).parse_args(args)
-    except UsageError as error:
+        values = _build_parser(name).parse_args(args)
+    except argparse.ArgumentError as error:
         raise UsageError(_rewrite_error(str(error), str(name), options, args)) from None
     settings = values[values.command].as_dict()
-    return values.command, is_debugging, {key: value for key, value in settings.items() if key != "config"}
+    return values.command, {key: value for key, value in settings.items() if key != "config"}
 
 
 def call(name: str, settings: Mapping[str, Any]) -> Callable[[], None]:
@@ -168,14 +166,11 @@ def call(name: str, settings: Mapping[str, Any]) -> Callable[[], None]:
     return lambda: function(*bound.args, **bound.kwargs)
 
 
-def build_parser(names: Iterable[str]) -> ArgumentParser:
-    """Build the parser of `snella` with the options of some commands.
-
-    Args:
-        names: Keys of `COMMANDS`.
-    """
-    parser = _Parser(
+def _build_parser(command: str | None) -> ArgumentParser:
+    """Build the parser of `snella` with the options of one command, if any."""
+    parser = ArgumentParser(
         prog="snella",
+        exit_on_error=False,
         usage="snella [-h] [--debug] [--version] [--completion SHELL] COMMAND ...",
         description="Fine-tune pre-trained vision models with sparse, high-rank updates.\n\n"
         "  snella train --data photos --backbone vit_base_patch16_224.augreg_in21k --out runs/photos\n"
@@ -188,7 +183,6 @@ def build_parser(names: Iterable[str]) -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"snella {version('snella')}", help="Show the version.")
     parser.add_argument(
         "--completion",
-        action=_PrintCompletion,
         nargs="?",
         metavar="SHELL",
         help="Print the completion script for bash, zsh or fish: snella --completion bash > ~/.snella.bash",
@@ -202,8 +196,8 @@ def build_parser(names: Iterable[str]) -> ArgumentParser:
         title="everyday commands",
         description=textwrap.dedent(_command_list(is_research=False)),
     )
-    for name in names:
-        subcommands.add_subcommand(name, _command_parser(name, COMMANDS[name].function))
+    if command is not None:
+        subcommands.add_subcommand(command, _command_parser(command, COMMANDS[command].function))
     return parser
 
 
@@ -224,26 +218,14 @@ def _command_list(is_research: bool) -> str:
     return "\n".join(lines)
 
 
-class _PrintCompletion(argparse.Action):
-    """Print the completion script for a shell and exit."""
+def _print_completion(shell: Any) -> NoReturn:
+    """Print the completion script for a shell and exit; imports the generator on first use."""
+    from snella_app.cli.completion import SHELLS, completion_script
 
-    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> NoReturn:
-        """Print the script and exit; imports the generator on first use."""
-        from snella_app.cli.completion import SHELLS, completion_script
-
-        shell = arguments[1]
-        if shell not in SHELLS:
-            raise UsageError(f"--completion must be one of {', '.join(SHELLS)}, got {shell or 'nothing'}")
-        print(completion_script(shell))
-        parser.exit()
-
-
-class _Parser(ArgumentParser):
-    """Argument parser that raises its errors."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise instead of printing the usage."""
-        raise UsageError(message) from ex
+    if shell not in SHELLS:
+        raise UsageError(f"--completion must be one of {', '.join(SHELLS)}, got {shell or 'nothing'}")
+    print(completion_script(shell))
+    raise SystemExit(0)
 
 
 def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
@@ -252,7 +234,8 @@ def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     required = [f"{o.name.upper()} ..." if o.is_list else o.name.upper() for o in options if o.is_positional]
     required = [f"[{arg}]" if o.default is not MISSING else arg for o, arg in zip(options, required, strict=False)]
     required += [f"{o.typed} {o.choices}" for o in options if not o.is_positional and o.default is MISSING]
-    parser = _Parser(
+    parser = ArgumentParser(
+        exit_on_error=False,
         usage=" ".join(["snella", name, *required, "[options]"]),
         description=inspect.cleandoc(function.__doc__ or "").partition("\nArgs:")[0].rstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -263,16 +246,16 @@ def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     )
     _set_help(parser)
     owner = settings_class(function)
-    basic: tuple[str, ...] = getattr(owner, "basic", ())
+    basic = () if owner is None else owner.basic
     purpose = getattr(owner, "purpose", None)
     method_defaults = {} if purpose is None else shown_defaults(purpose)
     method = {option.name: option.default for option in options}.get("method", "")
     first: Any = parser.add_argument_group("basic options") if basic else parser
     rest: Any = parser.add_argument_group("advanced options (keep the defaults for a first run)") if basic else parser
-    for option in sorted(options, key=lambda option: [*basic, option.name].index(option.name)):
-        from_method = option.name in method_defaults
-        method_default = f"default with {method}: {method_defaults[option.name]}" if from_method else ""
-        _add(first if option.name in basic else rest, option, method_default)
+    for option in options:
+        method_default = method_defaults.get(option.name)
+        text = "" if method_default is None else f" (default with {method}: {method_default})"
+        _add(first if option.name in basic else rest, option, text)
     return parser
 
 
@@ -284,36 +267,27 @@ def _set_help(parser: ArgumentParser) -> None:
 
 
 def _add(group: Any, option: Option, method_default: str) -> None:
-    """Add one argument to a parser or a group.
-
-    Args:
-        group: Parser or argument group.
-        option: The argument.
-        method_default: Text about the default that the method sets; empty if it sets none.
-    """
-    text = option.help.replace("%", "%%")
-    if option.default is MISSING:
+    """Add one argument to a parser or a group; `method_default` describes the default of the method, if any."""
+    text, default = option.help.replace("%", "%%"), option.default
+    if default is MISSING:
         text += "" if option.is_positional else " (required)"
-    elif option.default not in (None, {}):
-        text += f" (default: {_format_default(option.default)})"
-    elif method_default:
-        text += f" ({method_default})"
+    elif default not in (None, {}):
+        text += f" (default: {str(default).lower() if isinstance(default, bool) else default})"
+    else:
+        text += method_default
     if option.is_positional:
-        is_needed = option.default is MISSING
+        is_needed = default is MISSING
         kind, nargs = (str, "+" if is_needed else "*") if option.is_list else (option.type, None if is_needed else "?")
         group.add_argument(option.name, type=kind, nargs=nargs, metavar=option.choices, help=text)
         return
-    requirement: dict[str, Any] = {"required": True} if option.default is MISSING else {"default": option.default}
+    requirement: dict[str, Any] = {"required": True} if default is MISSING else {"default": default}
     group.add_argument(option.typed, type=option.type, metavar=option.choices, help=text, **requirement)
 
 
 def _rewrite_error(message: str, command: str, options: Sequence[Option], args: Sequence[str]) -> str:
-    """Rewrite a jsonargparse error as "--option must be X, got Y".
-
-    Handles `Parser key "top_k": ... value: many`, `required: predict.run, predict.out`, `unrecognized arguments: x` and
-    `expected one argument`. Other messages pass unchanged.
-    """
+    """Rewrite a jsonargparse error as "--option must be X, got Y"; other messages pass unchanged."""
     known = {option.name: option for option in options}
+    # Parser key "top_k": ... value: many
     wrong = re.match(r'Parser key "(?:[\w-]+\.)?(\w+)".*value: ([^\n]*)', message, re.DOTALL)
     if wrong and wrong[1] in known:
         option = known[wrong[1]]
@@ -354,27 +328,20 @@ def _positional_args(args: Sequence[str]) -> list[str]:
 
 def _check_options(command: str, options: Sequence[Option], args: Sequence[str]) -> None:
     """Reject unknown options and suggest the closest ones."""
-    known = [*(option.typed for option in options if not option.is_positional), *_GLOBAL_OPTIONS]
-    names = {option.name: option for option in options}
+    spellings = {option.name: option.typed for option in options} | {name: _dashed(name) for name in _GLOBAL_OPTIONS}
     for arg in args:
         option = re.split(r"[.=]", arg)[0]
-        if arg.startswith("--") and arg != "--" and option not in known:
-            setting = equivalent_setting(option[2:], names)
-            if setting is not None:
-                verb = "give" if names[setting].is_positional else "use"
-                hint = f"{verb} {names[setting].typed}"
-                raise UsageError(f"snella {command} has no option {option}; {hint}; see snella {command} --help")
-            near = difflib.get_close_matches(option[2:], [name[2:] for name in known], n=2, cutoff=0.5)
-            hint = f"; nearest: {', '.join(_dashed(name) for name in near)}" if near else ""
-            raise UsageError(f"snella {command} has no option {option}{hint}; see snella {command} --help")
+        if arg.startswith("--") and arg != "--" and option not in spellings.values():
+            hint = suggest_setting(option[2:], spellings)
+            raise UsageError(
+                f"snella {command} has no option {option}{hint and f'; {hint}'}; see snella {command} --help"
+            )
 
 
 def _expand_flags(options: Sequence[Option], args: Sequence[str]) -> list[str]:
-    """Expand a boolean flag without a value, e.g. `--resume` to `--resume=true`.
-
-    Optional booleans (`bool | None`) consume the next argument, so that an invalid value is an error.
-    """
+    """Expand a boolean flag without a value, e.g. `--resume` to `--resume=true`."""
     always = {option.typed for option in options if option.type is bool}
+    # `bool | None` consumes the next argument, so that an invalid value is an error
     at_end = {option.typed for option in options if _without_none(option.type) is bool} - always
     followers = [*args[1:], ""]
     return [
@@ -386,84 +353,45 @@ def _expand_flags(options: Sequence[Option], args: Sequence[str]) -> list[str]:
     ]
 
 
-def _find_preset(options: Sequence[Option], args: Sequence[str]) -> Any:
-    """Return the last preset set by the options or configuration files, if any.
-
-    Raises:
-        UsageError: If a configuration file is invalid.
-    """
+def _expand_preset(command: str, options: Sequence[Option], args: Sequence[str]) -> Sequence[str]:
+    """Check the configuration files, and insert the last preset of the arguments as the first file."""
     preset = None
-    known = [option.name for option in options]
     for arg, follower in zip(args, [*args[1:], ""], strict=True):
         option, sign, value = arg.partition("=")
         value = value if sign else follower
         if option == "--config" and value:
-            content = _read_config(value, known)
-            for entry in options:
-                if get_origin(_without_none(entry.type)) is list and not isinstance(content.get(entry.name, []), list):
-                    kind = describe_type(_without_none(entry.type))
-                    raise UsageError(f"{entry.typed} must be {kind}, got {content[entry.name]!r}")
-            preset = content.get("preset", preset)
+            preset = _read_config(value, options).get("preset", preset)
         elif option == "--preset":
             preset = value
-    return preset
-
-
-def _with_preset(command: str, args: Sequence[str], preset: Any) -> list[str]:
-    """Insert a preset as the first configuration file."""
-    values = TRAIN_PRESETS.get(str(preset))
+    values = TRAIN_PRESETS.get(str(preset)) if command == "train" else None
     after = args.index(command) + 1
-    return [*args[:after], *([] if values is None else [f"--config={yaml.safe_dump(values)}"]), *args[after:]]
+    return args if values is None else [*args[:after], f"--config={yaml.safe_dump(values)}", *args[after:]]
 
 
-def _read_config(path: str, known: Sequence[str]) -> dict[str, Any]:
-    """Read the settings in a configuration file.
-
-    Raises:
-        UsageError: If the file is invalid or has unknown settings.
-    """
+def _read_config(path: str, options: Sequence[Option]) -> dict[str, Any]:
+    """Read the settings in a configuration file; raise UsageError if it is invalid or has unknown settings."""
     file = Path(path).expanduser()
     if not os.path.isfile(file):  # Path.is_file raises if the name is too long
-        raise UsageError(f"--config must be an existing YAML file, got {path!r}{_near_file(file)}")
+        raise UsageError(f"--config must be an existing YAML file, got {path!r}{similar_paths(file, most=2)}")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        json.dumps(content, default=str)  # rejects recursive settings, and names that are not strings
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        text = f"{error.problem or error.context}; write settings as 'epochs: 20'"
-        raise UsageError(f"--config {path}{line}: {text}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} must be a YAML text file: {error}") from None
-    except RecursionError:
-        text = "is nested too deeply; write settings as 'epochs: 20'"
-        raise UsageError(f"--config {path} {text}") from None
+        reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", None) or error
+        raise UsageError(f"--config {path}{line}: {reason}; write settings as 'epochs: 20'") from None
     if not isinstance(content, dict):
         raise UsageError(f"--config {path} must contain settings such as 'epochs: 20', got {type(content).__name__}")
-    try:
-        json.dumps(content, default=str)
-    except (ValueError, RecursionError):
-        text = "has a recursive setting; write settings as 'epochs: 20'"
-        raise UsageError(f"--config {path} {text}") from None
-    except TypeError as error:  # a date, bytes or a tuple
-        text = f"must use strings as setting names: {error}; write settings as 'epochs: 20'"
-        raise UsageError(f"--config {path} {text}") from None
-    unknown = []
-    for key in (str(key) for key in content if key not in known):
-        setting = equivalent_setting(key, known)
-        near = nearest(key.replace("-", "_"), known, most=2, cutoff=0.5, form=" (nearest: {})")
-        unknown.append(f"{key!r} (use {setting})" if setting else f"{key!r}{near}")
-    if unknown:
-        raise UsageError(f"--config {path} has unknown settings: {', '.join(unknown)}")
+    spellings = {option.name: option.name for option in options}
+    hints = {key: suggest_setting(str(key), spellings) for key in content if key not in spellings}
+    if hints:
+        unknown = ", ".join(f"{str(key)!r}{hint and f' ({hint})'}" for key, hint in hints.items())
+        raise UsageError(f"--config {path} has unknown settings: {unknown}")
+    for option in options:
+        if option.is_list and not isinstance(content.get(option.name, []), list):
+            raise UsageError(f"{option.typed} must be {describe_type(option.type)}, got {content[option.name]!r}")
     return content
-
-
-def _near_file(file: Path) -> str:
-    """Suggest files with a similar name in the same folder, or report a missing folder."""
-    if not os.path.isdir(file.parent):
-        return f"; there is no folder '{file.parent}'"
-    names = sorted(child.name for child in file.parent.iterdir() if child.is_file())
-    near = difflib.get_close_matches(file.name, names, n=2, cutoff=0.5)
-    return f"; nearest: {', '.join(map(repr, near))}" if near else ""
 
 
 def as_flags(message: str, command: str | None = None) -> str:
@@ -508,11 +436,6 @@ def _with_dashes(arg: str) -> str:
 def _dashed(name: str) -> str:
     """Convert `top_k` to `--top-k`."""
     return "--" + name.replace("_", "-")
-
-
-def _format_default(default: Any) -> str:
-    """Format a default as typed on the command line."""
-    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def _without_none(kind: Any) -> Any:

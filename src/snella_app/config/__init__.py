@@ -2,11 +2,16 @@
 
 from snella_app.config.base import Config, Setting
 from snella_app.config.data import DataConfig
-from snella_app.config.method import AUTO_METHOD, BaseMethodConfig, MethodConfig
-from snella_app.config.model import ModelConfig
+from snella_app.config.model import AUTO_METHOD, BaseMethodConfig, MethodConfig, ModelConfig
 from snella_app.config.optim import DEFAULT_BATCH_SIZE, SCHEDULE_END, BaseOptimConfig, OptimConfig, budget_seconds
-from snella_app.config.run import BaseRunConfig, RunConfig
-from snella_app.config.run_settings import SESSION_FIELDS, UNSTORED_FIELDS, RunSettings, command_line
+from snella_app.config.run import (
+    SESSION_FIELDS,
+    UNSTORED_FIELDS,
+    BaseRunConfig,
+    RunConfig,
+    RunSettings,
+    command_line,
+)
 from snella_app.config.train import TrainConfig
 
 __all__ = [

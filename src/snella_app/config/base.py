@@ -2,13 +2,12 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
 from functools import cache, reduce
 from typing import Any, ClassVar, Self, get_type_hints
 
-from snella_app.settings import TypeMismatchError, coerce, describe_type, equivalent_setting, short_repr, suggest_choice
-from snella_app.text import nearest
+from snella_app.settings import coerce, describe_type, short_repr, suggest_choice, suggest_setting
 
 
 @dataclass(frozen=True)
@@ -47,21 +46,22 @@ class Config:
 
     Attributes:
         flat_names: Flat names that differ from the field name, by field.
-        order: Flat names that come first in help and files, in this order.
+        basic: Flat names of the settings that most users need; they come first in help and files.
         minimums: Minimum value by field.
         nonnegative: Fields that are finite and at least 0.
         fractions: Fields in [0, 1).
     """
 
     flat_names: ClassVar[Mapping[str, str]] = {}
-    order: ClassVar[tuple[str, ...]] = ()
+    basic: ClassVar[tuple[str, ...]] = ()
     minimums: ClassVar[Mapping[str, int]] = {}
     nonnegative: ClassVar[tuple[str, ...]] = ()
     fractions: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         """Validate the fields and report all errors together."""
-        _raise([*self.coerce_fields(), *self.errors()])
+        if errors := [*self.coerce_fields(), *self.errors()]:
+            raise ValueError("; ".join(errors))
 
     @classmethod
     def settings(cls) -> dict[str, Setting]:
@@ -84,13 +84,14 @@ class Config:
             TypeError: If a name is unknown; suggests the closest one.
             ValueError: If values are invalid; one message lists all errors.
         """
-        known = list(cls.settings())
-        unknown = [name for name in settings if name not in known]
-        if unknown:
-            listed = ", ".join(f"{name!r}{_suggest_setting(name, known)}" for name in unknown)
-            raise TypeError(f"{cls.__name__} has no setting {listed}; see help({cls.__name__})")
+        spellings = {name: name for name in cls.settings()}
+        hints = {name: suggest_setting(name, spellings) for name in settings if name not in spellings}
+        if hints:
+            unknown = ", ".join(f"{name!r}{hint and f' ({hint})'}" for name, hint in hints.items())
+            raise TypeError(f"{cls.__name__} has no setting {unknown}; see help({cls.__name__})")
         config, errors = cls._collect(settings)
-        _raise(errors)
+        if errors:
+            raise ValueError("; ".join(errors))
         return config
 
     def flat(self) -> dict[str, Any]:
@@ -114,7 +115,7 @@ class Config:
             value = setting.value_in(self)
             try:
                 value = coerce(setting.type, value)
-            except TypeMismatchError:
+            except ValueError:
                 hint = suggest_choice(setting.type, value)
                 errors.append(f"{setting.name} must be {describe_type(setting.type)}, got {short_repr(value)}{hint}")
                 value = setting.fresh_default()
@@ -150,10 +151,13 @@ class Config:
         return config, [*config.coerce_fields(), *config.errors(), *errors]
 
 
-def _raise(errors: list[str]) -> None:
-    """Raise all errors in one message."""
-    if errors:
-        raise ValueError("; ".join(errors))
+def errors_of(check: Callable[..., Any], *args: Any) -> list[str]:
+    """Call a function and return the message of its ValueError or TypeError; empty if it succeeds."""
+    try:
+        check(*args)
+    except (ValueError, TypeError) as error:
+        return [str(error)]
+    return []
 
 
 @cache
@@ -169,7 +173,7 @@ def _settings(kind: type[Config]) -> dict[str, Setting]:
             name = kind.flat_names.get(f.name, f.name)
             default = f.default if f.default_factory is MISSING else f.default_factory()
             settings[name] = Setting(name, (f.name,), hints[f.name], default, kind)
-    return {name: settings[name] for name in (*kind.order, *settings)}
+    return {name: settings[name] for name in (*kind.basic, *settings)}
 
 
 @cache
@@ -178,9 +182,3 @@ def _sections(kind: type[Config]) -> dict[str, type[Config]]:
     hints = get_type_hints(kind)
     types = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
     return {name: hint for name, hint in types.items() if isinstance(hint, type) and issubclass(hint, Config)}
-
-
-def _suggest_setting(name: str, known: Iterable[str]) -> str:
-    """Suggest a setting for an unknown name, in parentheses; empty if none is similar."""
-    setting = equivalent_setting(name, known)
-    return f" (use {setting})" if setting else nearest(name, known, most=2, form=" (nearest: {})")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from snella_app.config.base import Config
+from snella_app.config.base import Config, errors_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,11 @@ class DataConfig(Config):
             errors.append(f"fold must be at most folds, got {self.fold} of {self.folds or 'no folds'}")
         if self.folds is not None and self.protocol != "standard":
             errors.append(f"protocol must be standard with folds, got {self.protocol!r}")
-        return errors + ([] if self.columns is None else _columns_errors(self.columns))
+        if self.columns is not None:
+            from snella_app.data.columns import Columns
+
+            errors += errors_of(Columns.parse, self.columns)
+        return errors
 
     def _mask_errors(self) -> list[str]:
         """Reject settings that do not support masks."""
@@ -133,14 +137,3 @@ class DataConfig(Config):
                 f"got {self.augment!r}"
             )
         return errors
-
-
-def _columns_errors(columns: str) -> list[str]:
-    """Check that the column specification can be parsed."""
-    from snella_app.data.columns import Columns
-
-    try:
-        Columns.parse(columns)
-    except ValueError as error:
-        return [str(error)]
-    return []

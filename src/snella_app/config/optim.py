@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import yaml
 
-from snella_app.config.base import Config
+from snella_app.config.base import Config, errors_of
 
 DEFAULT_BATCH_SIZE = 32
 SCHEDULE_END = 0.7
@@ -145,9 +145,22 @@ class OptimConfig(BaseOptimConfig):
         Raises:
             ValueError: If the file does not contain weights by class name.
         """
-        value = self.class_weights
-        is_file = isinstance(value, str) and value not in _CLASS_WEIGHTS
-        return _read_class_weights(Path(str(value))) if is_file else value
+        if not isinstance(self.class_weights, str) or self.class_weights in _CLASS_WEIGHTS:
+            return self.class_weights
+        error = (
+            f"class_weights must be {' or '.join(_CLASS_WEIGHTS)}, or a YAML or JSON file such as "
+            f"{{cat: 1, dog: 2.5}}, got {self.class_weights!r}"
+        )
+        file = Path(self.class_weights)
+        if not file.is_file():
+            raise ValueError(f"{error}, which does not exist")
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as cause:
+            raise ValueError(f"{error}: {str(cause).splitlines()[0]}") from cause
+        if not isinstance(values, dict) or not all(type(value) in (int, float) for value in values.values()):
+            raise ValueError(f"{error}, which has other content")
+        return {str(name): float(value) for name, value in values.items()}
 
     def errors(self) -> list[str]:
         """Check the fields and their combinations."""
@@ -158,15 +171,9 @@ class OptimConfig(BaseOptimConfig):
             errors.append(f"layer_decay must be in (0, 1], got {self.layer_decay}; leave it out to disable it")
         if self.lr is not None and self.min_lr > self.lr:
             errors.append(f"min_lr must be at most lr, {self.lr}, got {self.min_lr}")
-        try:
-            self.read_class_weights()
-        except ValueError as error:
-            errors.append(str(error))
+        errors += errors_of(self.read_class_weights)
         if self.time_budget is not None:
-            try:
-                budget_seconds(self.time_budget)
-            except ValueError as error:
-                errors.append(str(error))
+            errors += errors_of(budget_seconds, self.time_budget)
         averages = {name: value for name in ("ema", "swa", "soup") if (value := getattr(self, name)) is not None}
         if len(averages) > 1:
             values = " and ".join(f"{name} {value:g}" for name, value in averages.items())
@@ -185,18 +192,3 @@ def budget_seconds(text: str) -> float:
     if seconds <= 0:
         raise ValueError(f"time_budget must be a duration such as 30m, 1h30m or 90s, got {text!r}")
     return seconds
-
-
-def _read_class_weights(file: Path) -> dict[str, float]:
-    """Read a mapping from class names to weights; raise ValueError for other content."""
-    must = f"class_weights must be {' or '.join(_CLASS_WEIGHTS)}, or a YAML or JSON file such as {{cat: 1, dog: 2.5}}"
-    if not file.is_file():
-        raise ValueError(f"{must}, got {str(file)!r}, which does not exist")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{must}, got {str(file)!r}: {str(error).splitlines()[0]}") from error
-    is_number = isinstance(values, dict) and all(type(value) in (int, float) for value in values.values())
-    if not is_number:
-        raise ValueError(f"{must}, got {str(file)!r}, which has other content")
-    return {str(name): float(value) for name, value in values.items()}

@@ -7,25 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from snella_app.config.data import DataConfig
-from snella_app.config.method import AUTO_METHOD, OPTION_SETTINGS, MethodConfig
-from snella_app.config.model import ModelConfig
+from snella_app.config.model import AUTO_METHOD, OPTION_SETTINGS, MethodConfig, ModelConfig
 from snella_app.config.optim import SCHEDULE_END, OptimConfig
-from snella_app.config.run import RunConfig
-from snella_app.config.run_settings import RunSettings
+from snella_app.config.run import RunConfig, RunSettings
 from snella_app.methods.defaults import TRAIN_PRESETS
-
-
-def with_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in the settings of a `preset`; explicit settings take precedence, and method options are merged.
-
-    Values of a wrong type pass unchanged; `Config.coerce_fields` reports them.
-    """
-    name, given = settings.get("preset"), settings.get("method_options")
-    preset = TRAIN_PRESETS.get(name, {}) if isinstance(name, str) else {}
-    if given is not None and not isinstance(given, Mapping):
-        return {**preset, **settings}
-    options = {**preset.get("method_options", {}), **(given or {})}
-    return {**preset, **settings, **({"method_options": options} if options else {})}
+from snella_app.text import nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,25 +32,11 @@ class TrainConfig(RunSettings):
         run: Folder, seed, devices and trackers.
     """
 
-    required: ClassVar[dict[str, str]] = {
-        "data": "photos",
-        "backbone": "vit_base_patch16_224.augreg_in21k",
-    }
+    required: ClassVar[dict[str, str]] = {"data": "photos", "backbone": "vit_base_patch16_224.augreg_in21k"}
     out_example: ClassVar[str] = "runs/photos"
     basic: ClassVar[tuple[str, ...]] = (
         *("data", "backbone", "out", "task", "method", "weights", "img_size", "epochs", "batch_size", "augment"),
         *("columns", "folds", "channels", "skip_corrupt", "device", "workers", "resume", "overwrite"),
-    )
-    order: ClassVar[tuple[str, ...]] = (
-        *("data", "backbone", "out", "task", "method", "preset", "weights", "pretrained", "img_size", "r"),
-        *("target_sparsity", "scaling", "method_options", "init_from", "epochs", "time_budget", "early_stopping"),
-        *("batch_size", "accumulate", "lr", "scalar_lr", "head_lr", "head_init", "head_norm", "final_head"),
-        *("weight_decay", "layer_decay", "drop_path", "warmup_ratio", "min_lr", "max_grad_norm", "loss"),
-        *("class_weights", "sampler", "class_order", "monitor", "label_smoothing", "mask_loss", "augment", "tta"),
-        *("random_erasing", "mixup", "cutmix", "train_size", "val_size", "test_size", "val_fraction"),
-        *("test_fraction", "columns", "folds", "fold", "channels", "white", "skip_corrupt", "seed", "test_seed"),
-        *("protocol", "ema", "swa", "soup", "strict_sizes", "device", "precision", "grad_checkpointing"),
-        *("workers", "shard", "track", "resume", "overwrite", "progress"),
     )
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -75,8 +47,16 @@ class TrainConfig(RunSettings):
 
     @classmethod
     def from_flat(cls, **settings: Any) -> Self:
-        """Create a configuration from flat names; see `Config.from_flat`. A `preset` supplies missing settings."""
-        return super().from_flat(**with_preset(settings))
+        """Create a configuration from flat names; see `Config.from_flat`.
+
+        A `preset` supplies missing settings, and its method options are merged with the given ones.
+        """
+        name, options = settings.get("preset"), settings.get("method_options")
+        preset = TRAIN_PRESETS.get(name, {}) if isinstance(name, str) else {}
+        settings = {**preset, **settings}
+        if preset and isinstance(options, Mapping | None):  # `coerce_fields` reports other types
+            settings["method_options"] = {**preset["method_options"], **(options or {})}
+        return super().from_flat(**settings)
 
     def resolved(self) -> Self:
         """Return a copy with the method's defaults in place of None, and class weights read from their file.
@@ -127,41 +107,34 @@ class TrainConfig(RunSettings):
 
     def _task_errors(self) -> list[str]:
         """Check settings that depend on the task."""
-        from snella_app.tasks import check_monitor, task_class, task_names
+        from snella_app.tasks import task_class, task_names
 
         name, optim, values = self.data.task, self.optim, self.flat()
-        task = task_class(name)
-        tasks_by_setting: dict[str, list[str]] = {}
-        for other in task_names():
-            for setting in task_class(other).settings:
-                tasks_by_setting.setdefault(setting, []).append(other)
-        errors = [
-            f"{setting} applies to task {' or '.join(tasks)}, got {values[setting]!r} with task {name!r}"
-            for setting, tasks in tasks_by_setting.items()
-            if setting not in task.settings and values[setting] != self.settings()[setting].default
-        ]
-        is_known_loss = any(optim.loss in task_class(other).losses for other in task_names())
-        if is_known_loss and "loss" in task.settings and optim.loss not in task.losses:
+        task, tasks = task_class(name), [task_class(other) for other in task_names()]
+        errors: list[str] = []
+        for setting in dict.fromkeys(setting for other in tasks for setting in other.settings):
+            if setting not in task.settings and values[setting] != self.settings()[setting].default:
+                owners = " or ".join(other.name for other in tasks if setting in other.settings)
+                errors.append(f"{setting} applies to task {owners}, got {values[setting]!r} with task {name!r}")
+        if optim.loss is not None and "loss" in task.settings and optim.loss not in task.losses:
             errors.append(f"loss must be {' or '.join(task.losses)} for task {name}, got {optim.loss!r}")
-        error = None if optim.monitor is None else check_monitor(task, optim.monitor)
-        return errors if error is None else [*errors, error]
+        if optim.monitor is not None and optim.monitor not in task.monitors:
+            hint = nearest(optim.monitor.lower().replace("-", "_"), task.monitors, cutoff=0.4)
+            known = ", ".join(task.monitors)
+            errors.append(f"monitor must be one of {known} for task {name}, got {optim.monitor!r}{hint}")
+        return errors
 
     def _validation_errors(self) -> list[str]:
         """Reject settings that need validation images, which protocol `final` lacks."""
         from snella_app.data.protocol import get_protocol
 
-        errors, optim, summary = [], self.optim, get_protocol("final").summary
-        if optim.early_stopping is not None:
-            errors.append(
-                f"early_stopping needs validation images, got {optim.early_stopping} with protocol "
-                f"'final': {summary}; leave one out"
-            )
-        if optim.soup is not None:
-            errors.append(
-                f"soup needs validation images, got {optim.soup} with protocol 'final': "
-                f"{summary}; use --swa {optim.soup} instead"
-            )
-        return errors
+        remedies = {"early_stopping": "leave one out", "soup": f"use --swa {self.optim.soup} instead"}
+        summary = get_protocol("final").summary
+        return [
+            f"{name} needs validation images, got {value} with protocol 'final': {summary}; {remedy}"
+            for name, remedy in remedies.items()
+            if (value := getattr(self.optim, name)) is not None
+        ]
 
     def _start_errors(self, init_from: str) -> list[str]:
         """Check the settings of a run that starts from another run."""

@@ -1,5 +1,25 @@
 """JSON files of runs and comparisons as dataclasses."""
 
+from snella_app.records.generators import (
+    AnswerScores,
+    FixedLoss,
+    GeneratorMetrics,
+    LossRow,
+    MethodResult,
+    MethodResults,
+    SubjectFidelity,
+    TaskAccuracy,
+)
+from snella_app.records.predictions import (
+    LabelSetPrediction,
+    LabelSetPredictions,
+    MaskPrediction,
+    MaskPredictions,
+    NumberPrediction,
+    NumberPredictions,
+    Prediction,
+    Predictions,
+)
 from snella_app.records.record import (
     FORMAT,
     Record,
@@ -11,20 +31,15 @@ from snella_app.records.record import (
     write,
 )
 from snella_app.records.results import (
-    AnswerScores,
     CellResults,
     CellRow,
     LabelSetScores,
     MaskScores,
-    MethodResult,
-    MethodResults,
     OrdinalScores,
     RegressionScores,
     Scores,
     SearchChoice,
     SplitScores,
-    SubjectFidelity,
-    TaskAccuracy,
     TriedCandidate,
     scores_from,
 )
@@ -37,21 +52,10 @@ from snella_app.records.run import (
     DataInfo,
     EpochRow,
     FinalHead,
-    FixedLoss,
     FoldResults,
     FoldRow,
-    GeneratorMetrics,
-    LabelSetPrediction,
-    LabelSetPredictions,
-    LossRow,
-    MaskPrediction,
-    MaskPredictions,
     MatrixInfo,
     Metrics,
-    NumberPrediction,
-    NumberPredictions,
-    Prediction,
-    Predictions,
     Reliability,
     ReliabilityBin,
     RunInfo,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from snella_app.records.record import FORMAT, OPTIONAL, Record, record_from
+from pydantic import PlainValidator
+
+from snella_app.records.record import OPTIONAL, Float, Record, record_from
 from snella_app.text import count_text, decimal_text, margin_text, measure_text, percent_text
 
 _Z = 1.959964  # 97.5% quantile of the normal distribution
@@ -29,11 +31,11 @@ class Scores(_Result):
 
     short: ClassVar[tuple[str, ...]] = ("accuracy", "balanced_accuracy", "images")
 
-    accuracy: float
-    balanced_accuracy: float = math.nan
-    loss: float = math.nan
+    accuracy: Float
+    balanced_accuracy: Float = math.nan
+    loss: Float = math.nan
     confusion: list[list[int]] = field(default_factory=list)
-    macro_f1: float = field(default=math.nan, metadata=OPTIONAL)
+    macro_f1: Float = field(default=math.nan, metadata=OPTIONAL)
 
     def __post_init__(self) -> None:
         """Check that the confusion matrix is square."""
@@ -93,10 +95,10 @@ class ClassScores:
 
     name: str
     pixels: int = 0
-    dice: float = math.nan
-    iou: float = math.nan
-    dice_pooled: float = math.nan
-    iou_pooled: float = math.nan
+    dice: Float = math.nan
+    iou: Float = math.nan
+    dice_pooled: Float = math.nan
+    iou_pooled: Float = math.nan
 
 
 @dataclass(frozen=True)
@@ -105,18 +107,18 @@ class MaskScores(_Result):
 
     short: ClassVar[tuple[str, ...]] = ("dice", "iou", "dice_pooled", "iou_pooled", "images")
 
-    dice: float
-    iou: float
-    dice_pooled: float
-    iou_pooled: float
-    iou_pooled_with_background: float = math.nan
-    dice_gps_foreground_only: float = math.nan
-    iou_gps_foreground_only: float = math.nan
-    pixel_accuracy: float = math.nan
+    dice: Float
+    iou: Float
+    dice_pooled: Float
+    iou_pooled: Float
+    iou_pooled_with_background: Float = math.nan
+    dice_gps_foreground_only: Float = math.nan
+    iou_gps_foreground_only: Float = math.nan
+    pixel_accuracy: Float = math.nan
     images: int = 0
     per_class: list[ClassScores] = field(default_factory=list)
     confusion: list[list[int]] = field(default_factory=list)
-    loss: float = math.nan
+    loss: Float = math.nan
 
     def text(self) -> str:
         """Format the main scores as one line."""
@@ -145,8 +147,8 @@ class OrdinalScores(Scores):
 
     short: ClassVar[tuple[str, ...]] = ("mae", "kappa", *Scores.short)
 
-    mae: float
-    kappa: float
+    mae: Float
+    kappa: Float
 
     def text(self) -> str:
         """Format the main scores as one line."""
@@ -168,10 +170,10 @@ class LabelScores:
 
     name: str
     support: int = 0
-    average_precision: float = math.nan
-    f1: float = math.nan
-    precision: float = math.nan
-    recall: float = math.nan
+    average_precision: Float = math.nan
+    f1: Float = math.nan
+    precision: Float = math.nan
+    recall: Float = math.nan
     threshold: float = 0.5
 
 
@@ -181,12 +183,12 @@ class LabelSetScores(_Result):
 
     short: ClassVar[tuple[str, ...]] = ("map", "macro_f1", "micro_f1", "images")
 
-    map: float
-    macro_f1: float
-    micro_f1: float = math.nan
-    subset_accuracy: float = math.nan
+    map: Float
+    macro_f1: Float
+    micro_f1: Float = math.nan
+    subset_accuracy: Float = math.nan
     images: int = 0
-    loss: float = math.nan
+    loss: Float = math.nan
     per_class: list[LabelScores] = field(default_factory=list)
 
     def text(self) -> str:
@@ -198,11 +200,7 @@ class LabelSetScores(_Result):
         """Return label, value and note of each score."""
         return [
             (f"{split} mAP", percent_text(self.map), f"mean over labels, {count_text(self.images)} images"),
-            (
-                f"{split} F1",
-                percent_text(self.macro_f1),
-                f"macro; micro {percent_text(self.micro_f1)}",
-            ),
+            (f"{split} F1", percent_text(self.macro_f1), f"macro; micro {percent_text(self.micro_f1)}"),
             (f"{split} subset accuracy", percent_text(self.subset_accuracy), "images with all labels correct"),
         ]
 
@@ -212,12 +210,12 @@ class NumberScores:
     """Scores of one regression target in its unit; the baseline predicts the training median (MAE) or mean (RMSE)."""
 
     name: str
-    mae: float
-    rmse: float = math.nan
-    r2: float = math.nan
-    mean: float = math.nan
-    baseline_mae: float = math.nan
-    baseline_rmse: float = math.nan
+    mae: Float
+    rmse: Float = math.nan
+    r2: Float = math.nan
+    mean: Float = math.nan
+    baseline_mae: Float = math.nan
+    baseline_rmse: Float = math.nan
 
 
 @dataclass(frozen=True)
@@ -230,11 +228,11 @@ class RegressionScores(_Result):
 
     short: ClassVar[tuple[str, ...]] = ("mae", "rmse", "r2", "images")
 
-    mae: float
-    rmse: float
-    r2: float = math.nan
+    mae: Float
+    rmse: Float
+    r2: Float = math.nan
     images: int = 0
-    loss: float = math.nan
+    loss: Float = math.nan
     per_target: list[NumberScores] = field(default_factory=list)
 
     def text(self) -> str:
@@ -262,17 +260,25 @@ class RegressionScores(_Result):
         ]
 
 
-SplitScores = Scores | OrdinalScores | MaskScores | LabelSetScores | RegressionScores
-"""Scores of any task on one split."""
-_SCORES_BY_ENTRY: dict[str, type[SplitScores]] = {
-    **{"dice": MaskScores, "map": LabelSetScores, "rmse": RegressionScores, "kappa": OrdinalScores}
+_SCORES_BY_ENTRY: dict[str, type[Any]] = {
+    "dice": MaskScores,
+    "map": LabelSetScores,
+    "rmse": RegressionScores,
+    "kappa": OrdinalScores,
 }
 
 
-def scores_from(values: Mapping[str, Any]) -> SplitScores:
+def scores_from(values: Any) -> SplitScores:
     """Build the scores record from the values that `Task.metrics` or `evaluate` returned."""
-    kind = next((kind for entry, kind in _SCORES_BY_ENTRY.items() if entry in values), Scores)
+    entries = values if isinstance(values, Mapping) else {}
+    kind = next((kind for entry, kind in _SCORES_BY_ENTRY.items() if entry in entries), Scores)
     return record_from(kind, values)
+
+
+SplitScores = Annotated[
+    Scores | OrdinalScores | MaskScores | LabelSetScores | RegressionScores, PlainValidator(scores_from)
+]
+"""Scores of any task on one split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,9 +286,9 @@ class TriedCandidate:
     """One search candidate: settings, means over seeds, and number of failed seeds."""
 
     lr_factor: float
-    lr: float
-    head_lr: float
-    weight_decay: float
+    lr: Float
+    head_lr: Float
+    weight_decay: Float
     val_accuracy: float | None
     val_loss: float | None
     failed: int = 0
@@ -296,7 +302,6 @@ class SearchChoice:
         lr_factor: Best multiplier of the method's default learning rate.
         lr_on_edge: True if it is the smallest or largest candidate.
         weight_decay_on_edge: True if the best weight decay is the largest of several candidates.
-        trials: All candidates.
     """
 
     lr_factor: float | None
@@ -314,8 +319,7 @@ class CellResults:
         peft_config: PEFT configuration of the adapter; None for methods outside PEFT.
         kept_weights: Total budget of the adapter.
         file_size: Size of the adapter in bytes.
-        val: Validation scores by name; columns such as `val_accuracy` in the file.
-        test: Test scores by name, for final runs.
+        val: Validation scores by name; columns such as `val_accuracy` in the file. `test` only for final runs.
         split: SHA-256 of the data and its split.
         changed_weights: Number of changed backbone values, for final runs.
         peak_rss_mib: Peak memory of the process, if the run had a separate process.
@@ -371,7 +375,6 @@ class CellRow(Record):
         experiment_name: Label of the method.
         tried_weight_decay: Weight decay of a tuning run; None for the method's default.
         search: Hyperparameter selection of a final run.
-        error: Error of a failed run.
         total_time: Seconds, including the reused tuning run.
     """
 
@@ -391,9 +394,9 @@ class CellRow(Record):
     seed: int
     lr_factor: float = 1.0
     tried_weight_decay: float | None = None
-    lr: float = math.nan
-    head_lr: float = math.nan
-    weight_decay: float = math.nan
+    lr: Float = math.nan
+    head_lr: Float = math.nan
+    weight_decay: Float = math.nan
     search: SearchChoice | None = None
     train_config: dict[str, Any] = field(default_factory=dict)
     peft_version: str | None = None
@@ -437,57 +440,3 @@ class CellRow(Record):
         for name, value in results.items():
             values |= {f"{name}_{score}": v for score, v in value.items()} if name in _SPLITS else {name: value}
         return values
-
-
-@dataclass(frozen=True)
-class MethodResult:
-    """One method of the demonstration; NaN or None for values that were not measured."""
-
-    method: str
-    split: str = "test"
-    accuracy: float = math.nan
-    balanced_accuracy: float = math.nan
-    trainable_parameters: int | None = None
-    train_s: float = math.nan
-    adapter_bytes: int | None = None
-    best_epoch: int | None = None
-
-
-@dataclass(frozen=True)
-class MethodResults(Record):
-    """Method comparison of the demonstration: `comparison.json`."""
-
-    file: ClassVar[str] = "comparison.json"
-
-    format: int = FORMAT
-    rows: list[MethodResult] = field(kw_only=True)
-
-
-@dataclass(frozen=True)
-class SubjectFidelity(Record):
-    """Evaluation of a DreamBooth run: `generation.json`."""
-
-    file: ClassVar[str] = "generation.json"
-
-    concept_alignment: float
-    text_alignment: float
-    text_alignment_without_token: float
-    vendi: float
-    vendi_by_prompt: float
-
-
-@dataclass(frozen=True)
-class TaskAccuracy:
-    """Fraction of a task's questions answered correctly."""
-
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class AnswerScores(Record):
-    """Evaluation of a language model: `language.json`."""
-
-    file: ClassVar[str] = "language.json"
-
-    mean: float
-    tasks: dict[str, TaskAccuracy]

@@ -1,15 +1,15 @@
-"""Records of a run: `run.json`, `metrics.json`, `allocation.json`, `predictions.json`, `folds.json`."""
+"""Records of a run: `run.json`, `metrics.json`, `allocation.json`, `folds.json`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from snella_app.files import check_files
-from snella_app.records.record import FORMAT, OPTIONAL, Record, plain
+from snella_app.records.record import FORMAT, OPTIONAL, Float, Record
 from snella_app.records.results import SplitScores
 
 Status = Literal["running", "interrupted", "failed", "finished"]
@@ -22,12 +22,10 @@ class BackboneInfo:
     Attributes:
         name: Value of `--backbone`, or name of a generator's pipeline or language model.
         weights: Weight file, if not part of the name.
-        pretrained: True for pre-trained weights; None for generators.
+        pretrained: True for pre-trained weights; None for generators, as are `num_classes` and `seed`.
         img_size: Requested input resolution in pixels.
-        num_classes: Number of outputs; None for generators.
-        seed: Seed of newly initialized weights; None for generators.
+        seed: Seed of newly initialized weights.
         architecture: timm model name; None for models outside timm.
-        channels: Number of image channels.
     """
 
     name: str
@@ -57,19 +55,15 @@ class DataInfo:
     Attributes:
         spec: Value of `--data`.
         seed: Seed of the splits.
-        description: Short description.
         sizes: Number of items by split.
         digest: SHA-256 of file names, classes and split; None for generators.
         contents: SHA-256 of the images by split that the run read; empty for generators.
         folder: Absolute path; None for data without a folder.
-        notes: Notes for the user.
         fold_part: Split that is a fold of a cross-validation.
         white: Value of 16-bit images mapped to white, if given.
         read_side: Minimum shorter side when images are decoded at a reduced resolution; None for images with masks,
             which are decoded at full resolution.
-        subject: Subject of a DreamBooth run.
-        class_name: Class of the subject.
-        files: Images of the subject in `folder`.
+        subject: Subject of a DreamBooth run, of class `class_name`, with images `files` in `folder`.
     """
 
     spec: str
@@ -92,8 +86,8 @@ class DataInfo:
 class ReliabilityBin:
     """One confidence bin: mean confidence, fraction correct, number of images."""
 
-    confidence: float
-    accuracy: float
+    confidence: Float
+    accuracy: Float
     count: int
 
 
@@ -103,22 +97,19 @@ class Reliability:
 
     Attributes:
         split: val or test.
-        count: Number of images.
         ece: Expected calibration error with the temperature, `Σ_b count_b / count · |accuracy_b - confidence_b|` over
             equal-mass bins (Guo et al., arXiv 1706.04599, use equal-width bins).
         ece_before: Expected calibration error without the temperature.
-        loss: Mean cross-entropy with the temperature.
-        loss_before: Mean cross-entropy without the temperature.
-        bins: Confidence bins in ascending order, with the temperature.
-        bins_before: Confidence bins without the temperature.
+        loss: Mean cross-entropy with the temperature; `loss_before` without.
+        bins: Confidence bins in ascending order, with the temperature; `bins_before` without.
     """
 
     split: str
     count: int
-    ece: float
-    ece_before: float
-    loss: float
-    loss_before: float
+    ece: Float
+    ece_before: Float
+    loss: Float
+    loss_before: Float
     bins: list[ReliabilityBin]
     bins_before: list[ReliabilityBin]
 
@@ -143,8 +134,8 @@ class Calibration:
 
     temperature: float
     threshold: float | None = None
-    coverage: float = math.nan
-    accuracy: float = math.nan
+    coverage: Float = math.nan
+    accuracy: Float = math.nan
     reliability: list[Reliability] = field(default_factory=list)
 
     @property
@@ -228,24 +219,24 @@ class EpochRow:
     """
 
     epoch: int
-    train_loss: float = math.nan
-    val_loss: float = field(default=math.nan, metadata=OPTIONAL)
-    val_accuracy: float = field(default=math.nan, metadata=OPTIONAL)
-    val_balanced_accuracy: float = field(default=math.nan, metadata=OPTIONAL)
-    val_dice: float = field(default=math.nan, metadata=OPTIONAL)
-    val_iou: float = field(default=math.nan, metadata=OPTIONAL)
-    val_dice_pooled: float = field(default=math.nan, metadata=OPTIONAL)
-    val_iou_pooled: float = field(default=math.nan, metadata=OPTIONAL)
-    val_pixel_accuracy: float = field(default=math.nan, metadata=OPTIONAL)
-    val_macro_f1: float = field(default=math.nan, metadata=OPTIONAL)
-    val_micro_f1: float = field(default=math.nan, metadata=OPTIONAL)
-    val_subset_accuracy: float = field(default=math.nan, metadata=OPTIONAL)
-    val_map: float = field(default=math.nan, metadata=OPTIONAL)
-    val_mae: float = field(default=math.nan, metadata=OPTIONAL)
-    val_rmse: float = field(default=math.nan, metadata=OPTIONAL)
-    val_r2: float = field(default=math.nan, metadata=OPTIONAL)
-    val_kappa: float = field(default=math.nan, metadata=OPTIONAL)
-    lr: float = math.nan
+    train_loss: Float = math.nan
+    val_loss: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_accuracy: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_balanced_accuracy: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_dice: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_iou: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_dice_pooled: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_iou_pooled: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_pixel_accuracy: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_macro_f1: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_micro_f1: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_subset_accuracy: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_map: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_mae: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_rmse: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_r2: Float = field(default=math.nan, metadata=OPTIONAL)
+    val_kappa: Float = field(default=math.nan, metadata=OPTIONAL)
+    lr: Float = math.nan
     budget: int | None = None
     is_denser: bool = field(default=False, metadata=OPTIONAL)
 
@@ -256,8 +247,7 @@ class AveragedEpochs:
 
     Attributes:
         kind: `swa` averages all candidate epochs; `soup` averages those that improve the score.
-        epochs: Averaged epochs.
-        offered: Candidate epochs.
+        offered: Candidate epochs; `epochs` are the averaged ones.
         is_saved: True if the average is the run's adapter, False if the best epoch scored higher.
         scores: Scores of the average on the images used for epoch selection, by name in the history.
     """
@@ -266,7 +256,7 @@ class AveragedEpochs:
     epochs: list[int]
     offered: list[int]
     is_saved: bool
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, Float] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -290,8 +280,8 @@ class FinalHead:
     layers: list[int]
     is_saved: bool
     metric: str | None = None
-    val: float = math.nan
-    val_trained: float = math.nan
+    val: Float = math.nan
+    val_trained: Float = math.nan
 
     @property
     def name(self) -> str:
@@ -321,11 +311,11 @@ class Metrics(Record):
     selected_on: Literal["val", "test"] | None = "val"
     best_metric: str = "val_accuracy"
     ema: float | None = None
-    train_s: float = math.nan
+    train_s: Float = math.nan
     trainable_parameters: int
     adapted_weights: int | None = None
     adapter_bytes: int = 0
-    peak_rss_mib: float = math.nan
+    peak_rss_mib: Float = math.nan
     step_s: float | None = None
     accelerator_memory_max: int | None = None
     accelerator_memory_reserved_avg: int | None = None
@@ -376,65 +366,6 @@ def _renamed(row: Any, old: str, new: str) -> Any:
 
 
 @dataclass(frozen=True)
-class FixedLoss:
-    """Loss on fixed noise and timesteps, before and after training."""
-
-    before: float = math.nan
-    after: float = math.nan
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossRow:
-    """A step or epoch of a generator's training; None for values that were not measured."""
-
-    step: int = 0
-    epoch: float | None = field(default=None, metadata=OPTIONAL)
-    loss: float | None = field(default=None, metadata=OPTIONAL)
-    eval_loss: float | None = field(default=None, metadata=OPTIONAL)
-    learning_rate: float | None = field(default=None, metadata=OPTIONAL)
-    grad_norm: float | None = field(default=None, metadata=OPTIONAL)
-    budget: int | None = field(default=None, metadata=OPTIONAL)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratorMetrics(Record):
-    """Losses and costs of training an image or text generator: `metrics.json`."""
-
-    file: ClassVar[str] = "metrics.json"
-
-    train_s: float = math.nan
-    trainable_parameters: int
-    adapted_weights: int | None = None
-    adapter_bytes: int = 0
-    peak_rss_mib: float = math.nan
-    peak_gpu_mib: float | None = None
-    optimizer: str = ""
-    fixed_loss: FixedLoss | None = field(default=None, metadata=OPTIONAL)
-    loss_history: list[LossRow] = field(default_factory=list)
-
-    def learning(self) -> dict[str, Any]:
-        """Summarize the losses as plain values; None for values that were not measured.
-
-        Returns:
-            `steps`, `epochs`, `first` and `last` loss, loss on `held_out` entries, loss on fixed noise and timesteps
-            before and after training (`fixed_before`, `fixed_after`), and the `optimizer`.
-        """
-        rows, fixed = self.loss_history, self.fixed_loss or FixedLoss()
-        losses = [row.loss for row in rows if row.loss is not None]
-        held_out = [row.eval_loss for row in rows if row.eval_loss is not None]
-        return {
-            "steps": max((row.step for row in rows), default=0),
-            "epochs": max((row.epoch for row in rows if row.epoch is not None), default=None),
-            "first": losses[0] if losses else None,
-            "last": losses[-1] if losses else None,
-            "held_out": held_out[-1] if held_out else None,
-            "fixed_before": plain(fixed.before),
-            "fixed_after": plain(fixed.after),
-            "optimizer": self.optimizer,
-        }
-
-
-@dataclass(frozen=True)
 class MatrixInfo:
     """Adapted matrix, with the `budget` and `nonzeros` of the saved adapter."""
 
@@ -456,7 +387,7 @@ class AllocationStep:
     total: int
     budget: int
     budgets: dict[str, int]
-    importance: dict[str, float]
+    importance: dict[str, Float]
 
 
 @dataclass(frozen=True)
@@ -483,140 +414,14 @@ class Allocation(Record):
 
 
 @dataclass(frozen=True)
-class SplitPredictions(Record):
-    """Base class of predictions on one split: `predictions.json`."""
-
-    file: ClassVar[str] = "predictions.json"
-
-    split: str = "val"
-
-    @property
-    def split_name(self) -> str:
-        """Human-readable name of the split."""
-        return "validation" if self.split == "val" else self.split
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Class prediction for one image."""
-
-    index: int
-    name: str
-    label: int
-    probabilities: list[float]
-    rank: int | None = field(default=None, metadata=OPTIONAL)
-    group: str | None = field(default=None, metadata=OPTIONAL)
-
-    @property
-    def predicted(self) -> int:
-        """Predicted class: highest probability, or the predicted rank of ordered classes."""
-        if self.rank is not None:
-            return self.rank
-        return max(range(len(self.probabilities)), key=self.probabilities.__getitem__)
-
-    @property
-    def probability(self) -> float:
-        """Probability of the predicted class."""
-        return self.probabilities[self.predicted]
-
-    @property
-    def is_right(self) -> bool:
-        """True if the predicted class is the label."""
-        return self.predicted == self.label
-
-
-@dataclass(frozen=True)
-class Predictions(SplitPredictions):
-    """Class predictions on one split."""
-
-    items: list[Prediction] = field(kw_only=True)
-
-    def with_temperature(self, temperature: float) -> Self:
-        """Return these predictions with temperature-scaled probabilities, `p ** (1 / T)`, normalized to sum to 1."""
-
-        def changed(item: Prediction) -> Prediction:
-            powers = [p ** (1 / temperature) for p in item.probabilities]
-            return replace(item, probabilities=[power / sum(powers) for power in powers])
-
-        return self if temperature == 1.0 else replace(self, items=[changed(item) for item in self.items])
-
-    def for_classes(self, count: int) -> Self:
-        """Return these predictions after checking that each has `count` probabilities.
-
-        Raises:
-            ValueError: If a prediction has another number of probabilities or an invalid label.
-        """
-        for i, item in enumerate(self.items):
-            if len(item.probabilities) != count or not 0 <= item.label < count:
-                raise ValueError(
-                    f"{self.file}: items[{i}] has {len(item.probabilities)} probabilities and label {item.label}, "
-                    f"but run.json lists {count} classes; train again with `--overwrite`"
-                )
-        return self
-
-
-@dataclass(frozen=True)
-class LabelSetPrediction:
-    """True labels and predicted probabilities of one image."""
-
-    index: int
-    name: str
-    labels: list[int]
-    probabilities: list[float]
-
-
-@dataclass(frozen=True)
-class LabelSetPredictions(SplitPredictions):
-    """Multi-label predictions on one split."""
-
-    thresholds: list[float] = field(kw_only=True)
-    items: list[LabelSetPrediction] = field(kw_only=True)
-
-
-@dataclass(frozen=True)
-class NumberPrediction:
-    """True and predicted regression targets of one image, in their units."""
-
-    index: int
-    name: str
-    values: list[float]
-    predicted: list[float]
-
-
-@dataclass(frozen=True)
-class NumberPredictions(SplitPredictions):
-    """Regression predictions on one split."""
-
-    items: list[NumberPrediction] = field(kw_only=True)
-
-
-@dataclass(frozen=True)
-class MaskPrediction:
-    """Segmentation scores of one image; NaN if no class is present or predicted. `mask` is a file in the run folder."""
-
-    index: int
-    name: str = ""
-    dice: float = math.nan
-    iou: float = math.nan
-    mask: str | None = None
-
-
-@dataclass(frozen=True)
-class MaskPredictions(SplitPredictions):
-    """Segmentation results on one split."""
-
-    items: list[MaskPrediction] = field(kw_only=True)
-
-
-@dataclass(frozen=True)
 class FoldRow:
     """Scores of one fold on its held-out images, by metric."""
 
     fold: int
     folder: str
     best_epoch: int | None
-    scores: dict[str, float]
-    test: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, Float]
+    test: dict[str, Float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -624,9 +429,7 @@ class FoldResults(Record):
     """Cross-validation results: `folds.json`.
 
     Attributes:
-        folds: Number of folds.
         held_out: Split formed by the folds: test, or val if the data has a separate test split.
-        rows: Finished folds.
         settings: Digest of the settings in `config.yaml`.
     """
 

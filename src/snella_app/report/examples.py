@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from snella_app.data.images import open_image
-from snella_app.files import write_bytes
+from snella_app.files import write_png
 from snella_app.methods.model_parts import base_model
 from snella_app.records import Prediction
 
@@ -44,9 +44,7 @@ def write_mask(labels: np.ndarray, path: Path) -> None:
     """Atomically write labels `[height, width]` (uint8) as a palette PNG whose indices are the labels."""
     image = Image.fromarray(labels.astype(np.uint8))
     image.putpalette(mask_colors(256).reshape(-1).tolist())
-    out = io.BytesIO()
-    image.save(out, "PNG", optimize=True)
-    write_bytes(path, out.getvalue())
+    write_png(path, image, optimize=True)
 
 
 def read_mask(path: Path) -> Image.Image:

@@ -103,7 +103,7 @@ def predict_to_files(
     with _until_interrupted() if watch else contextlib.nullcontext():
         if out is None:
             for prediction in recorded:
-                print_line(console, f"{prediction.path}: {task.prediction_text(prediction, top_k)}")
+                print_line(console, f"{prediction.path}: {prediction.text(top_k)}")
         elif is_appended:
             _append_rows(recorded, Path(out), task, top_k, console)
         else:
@@ -255,4 +255,4 @@ def _append_rows(predictions: Iterable[Any], out: Path, task: type[Task], top_k:
                         "choose another file"
                     )
                 file.write(row if first or not is_csv else header + b"\n" + row)
-            print_line(console, f"{prediction.path}: {task.prediction_text(prediction, top_k)}")
+            print_line(console, f"{prediction.path}: {prediction.text(top_k)}")

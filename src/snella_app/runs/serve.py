@@ -385,7 +385,7 @@ def _index(path: Path) -> int:
 
 def _prediction_json(model: Predictor, prediction: Any) -> dict[str, Any]:
     """Convert a prediction to JSON."""
-    text = model.loaded.task.prediction_text(prediction, None)
+    text = prediction.text()
     if not isinstance(prediction, Prediction):
         return {"text": text}
     unsure = {} if prediction.unsure_below is None else {"unsure": prediction.is_unsure}

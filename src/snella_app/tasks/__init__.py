@@ -1,13 +1,14 @@
 """Tasks, the values of `--task`: models, losses, metrics and predictions."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from snella_app.tasks.classification import ClassificationTask, OrdinalTask
 from snella_app.tasks.multilabel import MultiLabelTask
 from snella_app.tasks.regression import RegressionTask
 from snella_app.tasks.segmentation import SegmentationTask
-from snella_app.tasks.task import ResultTable, Task, check_monitor
+from snella_app.tasks.task import Task
 from snella_app.text import nearest
 
 __all__ = [
@@ -15,10 +16,8 @@ __all__ = [
     "MultiLabelTask",
     "OrdinalTask",
     "RegressionTask",
-    "ResultTable",
     "SegmentationTask",
     "Task",
-    "check_monitor",
     "create_task",
     "task_class",
     "task_names",
@@ -51,9 +50,13 @@ def create_task(name: str, classes: Sequence[str], **settings: Any) -> Task:
     Args:
         name: One of `task_names()`.
         classes: Class names by index, or target names of a regression.
-        **settings: Settings of a run, or the state of a finished run; settings of other tasks are ignored.
+        **settings: Settings of a run, or the state of a finished run. Settings of other tasks are ignored; None selects
+            the default.
 
     Raises:
         ValueError: If the task is unknown or a setting is invalid.
     """
-    return task_class(name).create(classes, **settings)
+    task: type[Any] = task_class(name)
+    settings["loss_name"] = settings.get("loss") if task.losses else None
+    arguments = {f.name: settings[f.name] for f in fields(task) if settings.get(f.name) is not None}
+    return task(tuple(classes), **{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()})

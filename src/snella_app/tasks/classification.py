@@ -1,7 +1,6 @@
 """Classification and ordinal classification."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,89 +12,17 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from PIL import Image
+from rich.table import Table
 from torch import Tensor
 
+from snella_app.console import make_table
 from snella_app.data import ImageDataset
 from snella_app.records import Prediction, Predictions
 from snella_app.tasks import predictions as image_outputs
-from snella_app.tasks.linear_fit import fit_head
-from snella_app.tasks.losses import CLASS_LOSSES, corn, corn_probabilities, full_precision, weighted_mean
-from snella_app.tasks.task import (
-    ClassWeights,
-    ResultTable,
-    Task,
-    class_frequencies,
-    paired,
-    resolve_class_weights,
-    unknown_class,
-)
-
-INVERSE_PENALTY = 0.1
-"""scikit-learn's `C` of the linear probe, for features with mean variance 1."""
-_MAX_ITERATIONS = 200
-
-
-def feature_scale(features: np.ndarray) -> float:
-    """Return the root mean variance of features `[images, width]`; 1 for constant features."""
-    return float(np.sqrt(features.var(0).mean())) or 1.0
-
-
-def fit_probe(
-    features: np.ndarray,
-    labels: np.ndarray,
-    classes: int,
-    inverse_penalty: float = INVERSE_PENALTY,
-    weights: np.ndarray | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Fit a logistic regression.
-
-    Args:
-        features: `[images, width]`.
-        labels: Class index of each image.
-        classes: Number of classes; classes without images get zero weights.
-        inverse_penalty: Weight of the summed losses relative to `‖w‖²/2`.
-        weights: Sample weights `[images]`; None means equal weights.
-
-    Returns:
-        Weight `[classes, width]` and bias `[classes]` of a softmax classifier, float64.
-    """
-    scale = feature_scale(features)
-    present, numbers = np.unique(labels, return_inverse=True)
-    inputs, targets = torch.from_numpy(features / scale).float(), torch.from_numpy(numbers)
-    sample_weights = None if weights is None else torch.from_numpy(weights).float()
-    count = len(inputs)
-    penalty = 1 / (2 * inverse_penalty * count)
-    if len(present) == 2:
-        penalty *= 2  # scikit-learn's row w corresponds to −w/2 and w/2 with half the squared norm
-
-    def loss(logits: Tensor) -> Tensor:
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        return (losses if sample_weights is None else losses * sample_weights).sum() / count
-
-    weight, bias = fit_head(inputs, len(present), loss, penalty, _MAX_ITERATIONS)
-    full_weight, full_bias = torch.zeros(classes, features.shape[1], dtype=torch.float64), torch.zeros(classes).double()
-    full_weight[present], full_bias[present] = weight.double() / scale, bias.double()
-    return full_weight, full_bias
-
-
-def fit_binary_probe(
-    features: np.ndarray, positives: np.ndarray, weights: np.ndarray | None = None, constant: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Fit a binary logistic regression.
-
-    Args:
-        features: `[images, width]`.
-        positives: True for positive images, `[images]`.
-        weights: Sample weights `[images]`; None means equal weights.
-        constant: Bias if all labels are equal; the weights are then zero.
-
-    Returns:
-        Weight `[width]` and bias, 0-dim, of the positive logit, float64.
-    """
-    if len(set(positives.tolist())) < 2:
-        return torch.zeros(features.shape[1], dtype=torch.float64), torch.tensor(constant, dtype=torch.float64)
-    weight, bias = fit_probe(features, positives.astype(int), 2, weights=weights)
-    return weight[1] - weight[0], bias[1] - bias[0]
+from snella_app.tasks.linear_fit import fit_binary_probe, fit_probe
+from snella_app.tasks.losses import corn, corn_probabilities, focal, full_precision, weighted_mean
+from snella_app.tasks.task import ClassWeights, Task, paired, resolve_class_weights, unknown_class
+from snella_app.text import listed
 
 
 @dataclass(frozen=True)
@@ -122,7 +49,7 @@ class ClassificationTask(Task):
 
     name: ClassVar[str] = "classification"
     settings: ClassVar[tuple[str, ...]] = ("label_smoothing", "class_weights", "sampler", "loss")
-    losses: ClassVar[tuple[str, ...]] = tuple(CLASS_LOSSES)
+    losses: ClassVar[tuple[str, ...]] = ("cross-entropy", "focal", "logit-adjusted")
     monitors: ClassVar[Mapping[str, int]] = {"accuracy": 1, "balanced_accuracy": 1, "macro_f1": 1, "loss": -1}
     has_one_class: ClassVar[bool] = True
     has_linear_fit: ClassVar[bool] = True
@@ -133,14 +60,9 @@ class ClassificationTask(Task):
     result_format: ClassVar[str] = "accuracy {accuracy:.4f}, balanced accuracy {balanced_accuracy:.4f}, loss {loss:.4f}"
 
     def __post_init__(self) -> None:
-        """Check the fields and report all errors in one message."""
-        errors = []
+        """Check the number of classes."""
         if len(self.classes) < 2:
-            errors.append(f"classes must have at least 2 entries, got {list(self.classes)}")
-        if not 0.0 <= self.label_smoothing < 1.0:
-            errors.append(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        if errors:
-            raise ValueError("; ".join(errors))
+            raise ValueError(f"classes must have at least 2 entries, got {list(self.classes)}")
 
     def fitted(self, train: ImageDataset) -> Self:
         """Return the task with class weights and priors of the training images.
@@ -150,7 +72,13 @@ class ClassificationTask(Task):
         log_priors = None
         balanced: np.ndarray = np.ones(len(self.classes))
         if self.class_weights == "balanced" or self.loss_name == "logit-adjusted":
-            counts = class_frequencies(train.labels, self.classes)
+            counts = np.bincount(train.labels, minlength=len(self.classes))
+            absent = [repr(name) for name, count in zip(self.classes, counts, strict=True) if count == 0]
+            if absent:
+                raise ValueError(
+                    "class_weights=balanced and loss=logit-adjusted need training images of every class, got none of "
+                    f"{listed(absent)}; add images, or pass class_weights by name"
+                )
             balanced = len(train) / (len(self.classes) * counts)
             log_priors = tuple(np.log(counts / counts.sum()).tolist())
         weights = resolve_class_weights(self.class_weights, self.classes, balanced.tolist())
@@ -164,15 +92,10 @@ class ClassificationTask(Task):
     def loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """Compute the weighted mean loss of the batch in at least float32.
 
-        loss = 1/n Σ_i v_i w[y_i] l_i,   l_i = `cross_entropy`, `focal` or `logit_adjusted` of `snella_app.tasks.losses`
+        loss = 1/n Σ_i v_i w[y_i] l_i
 
-        Args:
-            logits: `[batch, classes]`.
-            labels: `[batch]`, or mixed targets `[batch, classes]`, whose class weights are mixed accordingly.
-            weights: Sample weights v, `[batch]`; None means equal weights.
-
-        Returns:
-            0-dim.
+        `logits` is `[batch, classes]`. `labels` is `[batch]`, or mixed targets `[batch, classes]`, whose class weights
+        are mixed accordingly. `weights` are the sample weights v.
         """
         logits = full_precision(logits)
         losses = self._losses(logits, labels)
@@ -183,9 +106,18 @@ class ClassificationTask(Task):
         return weighted_mean(losses, weights)
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Compute the loss of each sample, `[batch]`."""
-        priors = None if self.log_priors is None else torch.tensor(self.log_priors, device=logits.device)
-        return CLASS_LOSSES[self.loss_name](logits, labels, log_priors=priors, label_smoothing=self.label_smoothing)
+        """Compute the loss l of each sample, `[batch]`.
+
+        `logit-adjusted` is the cross-entropy of `logits + log π`, where π_c is the fraction of training images of class
+        c. The shift applies only in training; the argmax of the unshifted logits minimizes the balanced error.
+
+        Source: Menon et al., 2021, arXiv 2007.07314, eq. 10, with τ = 1.
+        """
+        if self.loss_name == "focal":
+            return focal(logits, labels, self.label_smoothing)
+        if self.loss_name == "logit-adjusted":
+            logits = logits + torch.tensor(self.log_priors, device=logits.device).to(logits)
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Compute the softmax over classes, `[batch, classes]`, at least float32."""
@@ -195,27 +127,16 @@ class ClassificationTask(Task):
         """Return class probabilities, `[batch, classes]`."""
         return self.probabilities(outputs / temperature)
 
-    def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
-        """Return logits whose softmax is the mean of the class probabilities."""
-        logs = torch.stack([full_precision(logits).log_softmax(-1) for logits in outputs])
-        return logs.logsumexp(0) - math.log(len(outputs))
-
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """Compute accuracy, balanced accuracy, macro F1, loss and the confusion matrix.
 
         Balanced accuracy and macro F1 average recall and `F1 = 2 TP / (2 TP + FP + FN)` over the classes present. The
-        loss is the plain cross-entropy without smoothing and weights, regardless of the training loss.
+        loss is the plain cross-entropy without smoothing and weights, regardless of the training loss. Rows of the
+        confusion matrix are true classes, columns are predicted classes.
 
         Args:
             logits: `[images, classes]`.
             labels: `[images]`.
-
-        Returns:
-            `accuracy`, `balanced_accuracy`, `macro_f1`, `loss` and `confusion` (rows: true classes, columns: predicted
-            classes).
-
-        Raises:
-            ValueError: If the lengths differ or are 0.
         """
         scores, truth = paired(logits, labels)
         predicted = scores.argmax(dim=-1).numpy()
@@ -223,10 +144,6 @@ class ClassificationTask(Task):
             **class_scores(truth, predicted, len(self.classes)),
             "loss": float(F.cross_entropy(full_precision(scores), torch.as_tensor(truth, dtype=torch.long))),
         }
-
-    def sample_outputs(self, reduced: ArrayLike) -> Tensor:
-        """Compute probabilities `[images, classes]` from logits."""
-        return self.probabilities(torch.as_tensor(np.asarray(reduced)))
 
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> Predictions:
         """Return label, probabilities and group of each image."""
@@ -252,10 +169,10 @@ class ClassificationTask(Task):
         """Return the class index `numbers[label]`."""
         return numbers[label]
 
-    def result_table(self, scores: Mapping[str, Any]) -> ResultTable:
+    def result_table(self, scores: Mapping[str, Any]) -> Table:
         """Return the confusion matrix as a table."""
         rows = [[name, *map(str, row)] for name, row in zip(self.classes, scores["confusion"], strict=True)]
-        return ResultTable("true class (rows) and predicted class (columns)", ["", *self.classes], rows)
+        return make_table(["", *self.classes], rows, title="true class (rows) and predicted class (columns)")
 
     def image_predictions(
         self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
@@ -284,11 +201,7 @@ _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 
 
 def rank_order(classes: Sequence[str], order: str | None) -> list[str]:
-    """Sort classes from lowest to highest.
-
-    Args:
-        classes: Class names.
-        order: Class names in order, separated by commas; None sorts by distinct leading numbers in the names.
+    """Sort classes from lowest to highest: as listed in `order`, separated by commas, or by their leading numbers.
 
     Raises:
         ValueError: If the order is unknown or `order` does not list each class once.
@@ -376,18 +289,12 @@ class OrdinalTask(ClassificationTask):
 
         mae = mean |rank - true rank|,   kappa = 1 - Σ (i - j)² O[i, j] / Σ (i - j)² E[i, j]
 
-        O counts images by true and predicted rank; E is its expectation under independence.
+        O counts images by true and predicted rank; E is its expectation under independence. The loss is CORN's, without
+        weights.
 
         Args:
             logits: `[images, K - 1]`.
             labels: `[images]`.
-
-        Returns:
-            `mae`, `kappa`, `accuracy`, `balanced_accuracy`, `macro_f1`, `confusion` and `loss` (CORN's, without
-            weights).
-
-        Raises:
-            ValueError: If the lengths differ or are 0.
         """
         from sklearn.metrics import cohen_kappa_score  # lazy: slow import
 

@@ -1,10 +1,15 @@
-"""Linear head with an L2 penalty."""
+"""Linear heads with an L2 penalty, fitted to features."""
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+INVERSE_PENALTY = 0.1
+"""scikit-learn's `C` of the linear probe, for features with mean variance 1."""
+_MAX_ITERATIONS = 200
 _TOLERANCE = 1e-5
 """Convergence tolerance on the largest gradient entry."""
 
@@ -41,3 +46,66 @@ def fit_head(
     with torch.enable_grad():
         optimizer.step(objective)
     return weight.detach(), bias.detach()
+
+
+def feature_scale(features: np.ndarray) -> float:
+    """Return the root mean variance of features `[images, width]`; 1 for constant features."""
+    return float(np.sqrt(features.var(0).mean())) or 1.0
+
+
+def fit_probe(
+    features: np.ndarray,
+    labels: np.ndarray,
+    classes: int,
+    inverse_penalty: float = INVERSE_PENALTY,
+    weights: np.ndarray | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fit a logistic regression.
+
+    Args:
+        features: `[images, width]`.
+        labels: Class index of each image.
+        classes: Number of classes; classes without images get zero weights.
+        inverse_penalty: Weight of the summed losses relative to `‖w‖²/2`.
+        weights: Sample weights `[images]`; None means equal weights.
+
+    Returns:
+        Weight `[classes, width]` and bias `[classes]` of a softmax classifier, float64.
+    """
+    scale = feature_scale(features)
+    present, numbers = np.unique(labels, return_inverse=True)
+    inputs, targets = torch.from_numpy(features / scale).float(), torch.from_numpy(numbers)
+    sample_weights = None if weights is None else torch.from_numpy(weights).float()
+    count = len(inputs)
+    penalty = 1 / (2 * inverse_penalty * count)
+    if len(present) == 2:
+        penalty *= 2  # scikit-learn's row w corresponds to −w/2 and w/2 with half the squared norm
+
+    def loss(logits: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        return (losses if sample_weights is None else losses * sample_weights).sum() / count
+
+    weight, bias = fit_head(inputs, len(present), loss, penalty, _MAX_ITERATIONS)
+    full_weight, full_bias = torch.zeros(classes, features.shape[1], dtype=torch.float64), torch.zeros(classes).double()
+    full_weight[present], full_bias[present] = weight.double() / scale, bias.double()
+    return full_weight, full_bias
+
+
+def fit_binary_probe(
+    features: np.ndarray, positives: np.ndarray, weights: np.ndarray | None = None, constant: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Fit a binary logistic regression; arguments as for `fit_probe`.
+
+    Args:
+        features: `[images, width]`.
+        positives: True for positive images, `[images]`.
+        weights: Sample weights.
+        constant: Bias if all labels are equal; the weights are then zero.
+
+    Returns:
+        Weight `[width]` and bias, 0-dim, of the positive logit, float64.
+    """
+    if len(set(positives.tolist())) < 2:
+        return torch.zeros(features.shape[1], dtype=torch.float64), torch.tensor(constant, dtype=torch.float64)
+    weight, bias = fit_probe(features, positives.astype(int), 2, weights=weights)
+    return weight[1] - weight[0], bias[1] - bias[0]

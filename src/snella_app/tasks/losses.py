@@ -1,4 +1,4 @@
-"""Per-sample losses: cross-entropy variants, binary, ordinal and regression losses."""
+"""Losses that torch lacks: focal losses and the ordinal loss CORN."""
 
 from collections.abc import Callable
 
@@ -7,25 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-__all__ = [
-    "CLASS_LOSSES",
-    "LABEL_SET_LOSSES",
-    "NUMBER_LOSSES",
-    "binary_cross_entropy",
-    "binary_focal",
-    "corn",
-    "corn_probabilities",
-    "cross_entropy",
-    "focal",
-    "full_precision",
-    "logit_adjusted",
-    "weighted_mean",
-]
-
 FOCAL_GAMMA = 2.0
 """Exponent of the focal losses, the default of the paper."""
-LOGIT_TAU = 1.0
-"""Factor on the log priors of the logit adjustment; 1 is consistent for the balanced error."""
 
 
 def full_precision(outputs: Tensor) -> Tensor:
@@ -46,31 +29,17 @@ def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
     return (losses if weights is None else losses * weights.to(losses)).mean()
 
 
-def cross_entropy(
-    logits: Tensor, labels: Tensor, *, log_priors: Tensor | None = None, label_smoothing: float = 0.0
-) -> Tensor:
-    """Compute the cross-entropy of each sample.
+def focal(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Compute the focal loss of each sample, which down-weights well-classified samples, `[batch]`.
 
-    l_i = -Σ_c q[i, c] log softmax(logits)[i, c],   q = (1 - ε) target + ε / classes
+    l_i = -Σ_c q[i, c] (1 - p[i, c])^γ log p[i, c],   p = softmax(logits),   q = (1 - ε) target + ε / classes,   γ = 2
+
+    Source: Lin et al., 2017, arXiv 1708.02002, eq. 4, for several classes.
 
     Args:
         logits: `[batch, classes]`, float32 or float64.
         labels: `[batch]` int64, or targets `[batch, classes]` that sum to 1, e.g. from mixup.
-        log_priors: Unused.
         label_smoothing: ε.
-
-    Returns:
-        `[batch]`.
-    """
-    return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
-
-
-def focal(logits: Tensor, labels: Tensor, *, log_priors: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
-    """Compute the focal loss of each sample, which down-weights well-classified samples.
-
-    l_i = -Σ_c q[i, c] (1 - p[i, c])^γ log p[i, c],   p = softmax(logits),   γ = 2
-
-    Source: Lin et al., 2017, arXiv 1708.02002, eq. 4, for several classes; arguments as for `cross_entropy`.
     """
     log_p = logits.log_softmax(-1)
     q = labels.to(log_p) if labels.ndim > 1 else F.one_hot(labels, logits.shape[-1]).to(log_p)
@@ -78,56 +47,18 @@ def focal(logits: Tensor, labels: Tensor, *, log_priors: Tensor | None = None, l
     return -(q * (1 - log_p.exp()) ** FOCAL_GAMMA * log_p).sum(-1)
 
 
-def logit_adjusted(
-    logits: Tensor, labels: Tensor, *, log_priors: Tensor | None = None, label_smoothing: float = 0.0
-) -> Tensor:
-    """Compute the cross-entropy of logits shifted by the log class priors.
+def binary_focal(logits: Tensor, targets: Tensor, positive_weights: Tensor | None = None) -> Tensor:
+    """Compute the binary focal loss of each entry, γ = 2, without α, `[batch, classes]`.
 
-    l_i = -Σ_c q[i, c] log softmax(logits + τ log π)[i, c],   π_c = fraction of training images of class c,   τ = 1
-
-    The shift applies only in training. The argmax of the unshifted logits minimizes the balanced error.
-
-    Source: Menon et al., 2021, arXiv 2007.07314, eq. 10; arguments as for `cross_entropy`, `log_priors` `[classes]`.
-    """
-    if log_priors is None:
-        raise ValueError("log_priors must be set for the logit-adjusted loss, got None")
-    return cross_entropy(logits + LOGIT_TAU * log_priors.to(logits), labels, label_smoothing=label_smoothing)
-
-
-def binary_cross_entropy(
-    logits: Tensor, labels: Tensor, *, positive_weights: Tensor | None = None, label_smoothing: float = 0.0
-) -> Tensor:
-    """Compute the binary cross-entropy of each sample, averaged over classes.
-
-    l_i = -1/C Σ_c ( w_c t[i, c] log σ(z[i, c]) + (1 - t[i, c]) log σ(-z[i, c]) ),   t = (1 - ε) label + ε / 2
+    Source: Lin et al., 2017, arXiv 1708.02002, eq. 4 (`torchvision.ops.sigmoid_focal_loss`).
 
     Args:
         logits: `[batch, classes]`, float32 or float64.
-        labels: `[batch, classes]`, in [0, 1].
-        positive_weights: `[classes]`, w; None means equal weights.
-        label_smoothing: ε.
-
-    Returns:
-        `[batch]`.
+        targets: `[batch, classes]`, in [0, 1].
+        positive_weights: Weights of positive labels, `[classes]`; None means equal weights.
     """
-    targets = labels.to(logits) * (1 - label_smoothing) + label_smoothing / 2
-    weights = None if positive_weights is None else positive_weights.to(logits)
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none", pos_weight=weights).mean(-1)
-
-
-def binary_focal(
-    logits: Tensor, labels: Tensor, *, positive_weights: Tensor | None = None, label_smoothing: float = 0.0
-) -> Tensor:
-    """Compute the binary focal loss of each sample, averaged over classes; γ = 2, without α.
-
-    Source: Lin et al., 2017, arXiv 1708.02002, eq. 4 (`torchvision.ops.sigmoid_focal_loss`); arguments as for
-    `binary_cross_entropy`, with `positive_weights` for positive labels.
-    """
-    targets = labels.to(logits) * (1 - label_smoothing) + label_smoothing / 2
     losses = sigmoid_focal_loss(logits, targets, alpha=-1, gamma=FOCAL_GAMMA, reduction="none")
-    if positive_weights is not None:
-        losses = losses * (1 + (positive_weights.to(losses) - 1) * targets)
-    return losses.mean(-1)
+    return losses if positive_weights is None else losses * (1 + (positive_weights - 1) * targets)
 
 
 def corn(logits: Tensor, labels: Tensor) -> Tensor:
@@ -167,28 +98,5 @@ def corn_probabilities(logits: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(first), above], -1) - torch.cat([above, torch.zeros_like(first)], -1)
 
 
-def _squared(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Compute squared errors, averaged over targets, `[batch]`."""
-    return F.mse_loss(outputs, targets.to(outputs), reduction="none").mean(-1)
-
-
-def _absolute(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Compute absolute errors, averaged over targets, `[batch]`."""
-    return F.l1_loss(outputs, targets.to(outputs), reduction="none").mean(-1)
-
-
-def _huber(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Compute Huber losses, quadratic up to one standard deviation, averaged over targets, `[batch]`."""
-    return F.huber_loss(outputs, targets.to(outputs), reduction="none").mean(-1)
-
-
-CLASS_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "cross-entropy": cross_entropy,
-    "focal": focal,
-    "logit-adjusted": logit_adjusted,
-}
-"""Classification losses by value of `--loss`."""
-LABEL_SET_LOSSES: dict[str, Callable[..., Tensor]] = {"cross-entropy": binary_cross_entropy, "focal": binary_focal}
-"""Multi-label losses by value of `--loss`."""
-NUMBER_LOSSES: dict[str, Callable[..., Tensor]] = {"mse": _squared, "l1": _absolute, "huber": _huber}
-"""Regression losses by value of `--loss`."""
+NUMBER_LOSSES: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
+"""Regression losses of standardized targets by value of `--loss`; Huber is quadratic up to one standard deviation."""

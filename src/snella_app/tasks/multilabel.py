@@ -8,16 +8,19 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from PIL import Image
+from rich.table import Table
 from torch import Tensor
 
+from snella_app.console import make_table
 from snella_app.data import ImageDataset
 from snella_app.records import LabelSetPrediction, LabelSetPredictions
 from snella_app.tasks import predictions as image_outputs
-from snella_app.tasks.classification import fit_binary_probe
-from snella_app.tasks.losses import LABEL_SET_LOSSES, full_precision, weighted_mean
-from snella_app.tasks.task import ClassWeights, ResultTable, Task, paired, resolve_class_weights
+from snella_app.tasks.linear_fit import fit_binary_probe
+from snella_app.tasks.losses import binary_focal, full_precision, weighted_mean
+from snella_app.tasks.task import ClassWeights, Task, paired, resolve_class_weights
 
 _THRESHOLD = 0.5
 
@@ -76,7 +79,7 @@ class MultiLabelTask(Task):
     target: ClassVar[Any] = "labels"
     settings: ClassVar[tuple[str, ...]] = ("label_smoothing", "class_weights", "sampler", "loss")
     outputs_name: ClassVar[str] = "labels"
-    losses: ClassVar[tuple[str, ...]] = tuple(LABEL_SET_LOSSES)
+    losses: ClassVar[tuple[str, ...]] = ("cross-entropy", "focal")
     monitors: ClassVar[Mapping[str, int]] = {
         **{"map": 1, "macro_f1": 1, "micro_f1": 1, "subset_accuracy": 1, "loss": -1}
     }
@@ -90,20 +93,14 @@ class MultiLabelTask(Task):
     )
 
     def __post_init__(self) -> None:
-        """Check the fields, report all errors in one message, and set default thresholds."""
-        errors = []
-        if not self.classes:
-            errors.append("classes must have at least one entry, got none")
-        if not 0.0 <= self.label_smoothing < 1.0:
-            errors.append(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        if self.thresholds and len(self.thresholds) != len(self.classes):
-            errors.append(
-                f"thresholds must have one value for each of {len(self.classes)} classes, got {len(self.thresholds)}"
-            )
-        if errors:
-            raise ValueError("; ".join(errors))
+        """Check the number of classes and thresholds, and set default thresholds."""
+        count = len(self.classes)
+        if not count:
+            raise ValueError("classes must have at least one entry, got none")
         if not self.thresholds:
-            object.__setattr__(self, "thresholds", (_THRESHOLD,) * len(self.classes))
+            object.__setattr__(self, "thresholds", (_THRESHOLD,) * count)
+        if len(self.thresholds) != count:
+            raise ValueError(f"thresholds must have one value for each of {count} classes, got {len(self.thresholds)}")
 
     def encode(self, target: Any) -> Tensor:
         """Convert label names to a binary vector, `[classes]`, float32."""
@@ -142,21 +139,19 @@ class MultiLabelTask(Task):
         return [1 / min((counts[label] for label in target), default=unlabeled) for target in targets]
 
     def loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Compute the weighted mean of `binary_cross_entropy` or `binary_focal`, see `tasks.losses`.
+        """Compute the weighted mean of the binary cross-entropy or `binary_focal`, averaged over classes.
 
-        Args:
-            logits: `[batch, classes]`.
-            labels: `[batch, classes]`, in [0, 1].
-            weights: Sample weights, `[batch]`; None means equal weights.
-
-        Returns:
-            0-dim.
+        `logits` and `labels` are `[batch, classes]`, labels in [0, 1].
         """
-        positive = None if self.positive_weights is None else torch.tensor(self.positive_weights, device=logits.device)
-        losses = LABEL_SET_LOSSES[self.loss_name](
-            full_precision(logits), labels, positive_weights=positive, label_smoothing=self.label_smoothing
-        )
-        return weighted_mean(losses, weights)
+        logits, positive = full_precision(logits), None
+        targets = labels.to(logits) * (1 - self.label_smoothing) + self.label_smoothing / 2
+        if self.positive_weights is not None:
+            positive = torch.tensor(self.positive_weights, device=logits.device).to(logits)
+        if self.loss_name == "focal":
+            losses = binary_focal(logits, targets, positive)
+        else:
+            losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none", pos_weight=positive)
+        return weighted_mean(losses.mean(-1), weights)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Compute the sigmoid of each logit, `[batch, classes]`, at least float32."""
@@ -180,13 +175,6 @@ class MultiLabelTask(Task):
         Args:
             logits: `[images, classes]`.
             labels: `[images, classes]`, 0 and 1.
-
-        Returns:
-            `map`, `macro_f1`, `micro_f1`, `subset_accuracy`, `images`, `loss`, and `per_class` (`name`, `support`,
-            `average_precision`, `f1`, `precision`, `recall`, `threshold`).
-
-        Raises:
-            ValueError: If the lengths differ or are 0.
         """
         from sklearn.metrics import average_precision_score  # lazy: slow import
 
@@ -203,7 +191,8 @@ class MultiLabelTask(Task):
             for c in range(len(self.classes))
         ]
         present = support > 0
-        loss = LABEL_SET_LOSSES["cross-entropy"](full_precision(scores), torch.as_tensor(truth)).mean()
+        scores = full_precision(scores)
+        losses = F.binary_cross_entropy_with_logits(scores, torch.as_tensor(truth).to(scores), reduction="none")
         total = int(predicted_counts.sum() + support.sum())
         return {
             "map": _mean([value for value in ap if value is not None]),
@@ -211,7 +200,7 @@ class MultiLabelTask(Task):
             "micro_f1": 2 * int(hits.sum()) / total if total else 1.0,
             "subset_accuracy": float((truth == predicted).all(1).mean()),
             "images": len(truth),
-            "loss": float(loss),
+            "loss": float(losses.mean(-1).mean()),
             "per_class": [
                 {
                     "name": name,
@@ -225,10 +214,6 @@ class MultiLabelTask(Task):
                 for c, name in enumerate(self.classes)
             ],
         }
-
-    def sample_outputs(self, reduced: ArrayLike) -> Tensor:
-        """Compute probabilities `[images, classes]` from logits."""
-        return self.probabilities(torch.as_tensor(np.asarray(reduced)))
 
     def predictions(
         self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path
@@ -262,14 +247,15 @@ class MultiLabelTask(Task):
         mapped[list(numbers)] = label
         return mapped
 
-    def result_table(self, scores: Mapping[str, Any]) -> ResultTable:
+    def result_table(self, scores: Mapping[str, Any]) -> Table:
         """Return average precision, F1, precision, recall and threshold of each class."""
         keys = ("average_precision", "f1", "precision", "recall", "threshold")
         rows = [
             [row["name"], f"{row['support']:,}", *("–" if row[key] is None else f"{row[key]:.4f}" for key in keys)]
             for row in scores["per_class"]
         ]
-        return ResultTable("classes", ["class", "images", "AP", "F1", "precision", "recall", "threshold"], rows)
+        columns = ["class", "images", "AP", "F1", "precision", "recall", "threshold"]
+        return make_table(columns, rows, title="classes")
 
     def image_predictions(
         self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor

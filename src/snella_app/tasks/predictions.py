@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from snella_app.data import read_image
-from snella_app.files import create_folder, write_bytes, write_json, write_text
+from snella_app.files import create_folder, write_bytes, write_json, write_png, write_text
+from snella_app.records import plain
 from snella_app.report.examples import overlay, write_mask
 from snella_app.text import utf8_text
 
@@ -50,14 +50,10 @@ def write_mask_predictions(
 ) -> Path:
     """Write each mask as `OUT/NAME.png`, a palette PNG whose indices are the labels, and `OUT/overlays/NAME.png`.
 
-    Args:
-        predictions: Predictions, consumed lazily.
-        out: Output folder; created if missing.
-        top_k: Must be None; only classification supports it.
-        overwrite: Write to a non-empty folder.
+    Predictions are consumed lazily. `top_k` must be None; only classification supports it.
 
     Raises:
-        FileExistsError: If the folder is not empty.
+        FileExistsError: If the folder is not empty, unless `overwrite` is set.
         ValueError: If `out` is a file, `top_k` is set, or two images from different folders have the same name.
     """
     check_mask_output(out, top_k, overwrite=overwrite)
@@ -72,10 +68,7 @@ def write_mask_predictions(
             )
         written[name] = prediction.path
         write_mask(prediction.labels, folder / name)
-        overlaid = overlay(read_image(prediction.path), prediction.labels)
-        png = io.BytesIO()
-        overlaid.save(png, "PNG")
-        write_bytes(folder / _OVERLAYS / name, png.getvalue())
+        write_png(folder / _OVERLAYS / name, overlay(read_image(prediction.path), prediction.labels))
     return folder
 
 
@@ -195,9 +188,9 @@ def write_predictions(
         if suffix == ".parquet":
             write_bytes(path, _parquet(rows))
         elif suffix == ".json":
-            write_json(path, _finite(rows))
+            write_json(path, plain(rows))
         elif suffix == ".jsonl":
-            write_text(path, "".join(json.dumps(row) + "\n" for row in _finite(rows)))
+            write_text(path, "".join(json.dumps(row) + "\n" for row in plain(rows)))
         else:
             write_text(path, _csv(rows))
     return path
@@ -213,19 +206,11 @@ def _csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any) -> Any:
     """Format a CSV value."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "|".join(value) if isinstance(value, list) else str(value)
-
-
-def _finite(rows: Sequence[Row]) -> list[Row]:
-    """Replace non-finite numbers with None for JSON."""
-    return [
-        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
-        for row in rows
-    ]
+    return "|".join(value) if isinstance(value, list) else value
 
 
 def _parquet(rows: Sequence[Row]) -> bytes:
@@ -233,13 +218,13 @@ def _parquet(rows: Sequence[Row]) -> bytes:
     import pyarrow
     from pyarrow import parquet
 
-    def plain(value: Any) -> Any:
+    def clean(value: Any) -> Any:
         if isinstance(value, list):
-            return [plain(text) for text in value]
+            return [clean(text) for text in value]
         return utf8_text(value) if isinstance(value, str) else value
 
     content = io.BytesIO()
-    table = [{utf8_text(name): plain(value) for name, value in row.items()} for row in _finite(rows)]
+    table = [{utf8_text(name): clean(value) for name, value in row.items()} for row in plain(rows)]
     parquet.write_table(pyarrow.Table.from_pylist(table), content)
     return content.getvalue()
 

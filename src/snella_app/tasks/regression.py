@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from PIL import Image
+from rich.table import Table
 from torch import Tensor
 
+from snella_app.console import make_table
 from snella_app.data import ImageDataset
 from snella_app.records import NumberPrediction, NumberPredictions
 from snella_app.tasks import predictions as image_outputs
-from snella_app.tasks.classification import feature_scale
+from snella_app.tasks.linear_fit import feature_scale
 from snella_app.tasks.losses import NUMBER_LOSSES, full_precision, weighted_mean
-from snella_app.tasks.task import ResultTable, Task, paired
+from snella_app.tasks.task import Task, paired
 
 _RIDGE_PENALTY = 5.0
 """Weight of `‖w‖²` relative to the summed squared errors, for features with mean variance 1."""
@@ -95,16 +97,11 @@ class RegressionTask(Task):
 
         loss = 1/n Σ_i v_i 1/T Σ_t e(z[i, t], (y[i, t] - mean_t) / std_t),   e: squared, absolute or Huber error
 
-        Args:
-            outputs: z, `[batch, targets]`.
-            labels: y, `[batch, targets]`.
-            weights: Sample weights v, `[batch]`; None means equal weights.
-
-        Returns:
-            0-dim.
+        `outputs` z and `labels` y are `[batch, targets]`; `weights` are the sample weights v.
         """
-        losses = NUMBER_LOSSES[self.loss_name](full_precision(outputs), self.standardized(labels))
-        return weighted_mean(losses, weights)
+        outputs = full_precision(outputs)
+        targets = self.standardized(labels).to(outputs)
+        return weighted_mean(NUMBER_LOSSES[self.loss_name](outputs, targets, reduction="none").mean(-1), weights)
 
     def standardized(self, values: Tensor) -> Tensor:
         """Standardize targets, `(y - mean) / std`, `[batch, targets]`, float64."""
@@ -138,16 +135,10 @@ class RegressionTask(Task):
         Args:
             outputs: `[images, targets]`.
             labels: `[images, targets]`.
-
-        Returns:
-            `mae`, `rmse`, `r2` (means over targets), `images`, `loss` and `per_target`.
-
-        Raises:
-            ValueError: If the lengths differ or are 0.
         """
         from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error  # lazy: slow import
 
-        scores, truth = paired(outputs, np.asarray(labels, dtype=float), "outputs")
+        scores, truth = paired(outputs, np.asarray(labels, dtype=float))
         predicted = self.numbers(scores).numpy()
         by_target = {"multioutput": "raw_values"}
         mae = mean_absolute_error(truth, predicted, **by_target)
@@ -156,14 +147,14 @@ class RegressionTask(Task):
         r2 = np.full(len(self.names), np.nan)
         if is_varying.any():
             r2[is_varying] = r2_score(truth[:, is_varying], predicted[:, is_varying], **by_target)
-        loss = NUMBER_LOSSES["mse"](full_precision(scores).double(), self.standardized(torch.as_tensor(truth)))
+        squares = (full_precision(scores).double() - self.standardized(torch.as_tensor(truth))).square()
         median_errors, mean_errors = truth - np.asarray(self.median), truth - np.asarray(self.mean)
         return {
             "mae": float(mae.mean()),
             "rmse": float(rmse.mean()),
             "r2": float(r2[is_varying].mean()) if is_varying.any() else float("nan"),
             "images": len(truth),
-            "loss": float(loss.mean()),
+            "loss": float(squares.mean(-1).mean()),
             "per_target": [
                 {
                     "name": name,
@@ -215,11 +206,12 @@ class RegressionTask(Task):
         mapped[list(numbers)] = label
         return mapped
 
-    def result_table(self, scores: Mapping[str, Any]) -> ResultTable:
+    def result_table(self, scores: Mapping[str, Any]) -> Table:
         """Return errors of each target and of the baselines (training median or mean)."""
         keys = ("mae", "rmse", "r2", "baseline_mae", "baseline_rmse")
         rows = [[row["name"], *(f"{row[key]:.4g}" for key in keys)] for row in scores["per_target"]]
-        return ResultTable("targets", ["target", "MAE", "RMSE", "R²", "MAE of the median", "RMSE of the mean"], rows)
+        columns = ["target", "MAE", "RMSE", "R²", "MAE of the median", "RMSE of the mean"]
+        return make_table(columns, rows, title="targets")
 
     def image_predictions(
         self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor

@@ -4,34 +4,30 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from PIL import Image
+from rich.table import Table
 from torch import Tensor, nn
 
 from snella_app.backbones import DECODER, create_segmenter
+from snella_app.console import make_table
 from snella_app.data import ImageDataset, MaskDataset
 from snella_app.records import MaskPrediction, MaskPredictions
 from snella_app.report.examples import ImageSource, overlay_panels, read_mask, write_mask
 from snella_app.tasks import predictions as image_outputs
 from snella_app.tasks.losses import full_precision, weighted_mean
-from snella_app.tasks.task import ResultTable, Task
+from snella_app.tasks.task import Task, paired
 
 
 def pixel_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Count the pixels of each image by true class (row) and predicted class (column).
+    """Count the pixels of each image by true class (row) and predicted class (column), `[batch, classes, classes]`.
 
-    Args:
-        predicted: `[batch, height, width]`, int64.
-        labels: `[batch, height, width]`, int64.
-        num_classes: Number of classes.
-
-    Returns:
-        `[batch, classes, classes]`, int64.
+    Both masks are `[batch, height, width]`, int64.
     """
     batch, size = len(labels), num_classes**2
     cells = labels * num_classes + predicted + size * torch.arange(batch, device=labels.device)[:, None, None]
@@ -39,19 +35,25 @@ def pixel_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def image_scores(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute Dice and IoU of each foreground class in each image.
+    """Compute Dice and IoU of each class in each image.
 
     Dice = 2 TP / (2 TP + FP + FN),  IoU = TP / (TP + FP + FN)
 
     Args:
-        counts: `[images, classes, classes]` from `pixel_counts`; class 0 is the background.
+        counts: `[images, classes, classes]` from `pixel_counts`.
 
     Returns:
-        Two arrays `[images, classes - 1]`; NaN if a class is neither present nor predicted.
+        Two arrays `[images, classes]`; NaN if a class is neither present nor predicted.
     """
-    hits, wrong = _hits_and_errors(counts)
+    hits = np.diagonal(counts, axis1=1, axis2=2).astype(float)
+    wrong = counts.sum(1) + counts.sum(2) - 2 * hits
     with np.errstate(invalid="ignore"):
-        return (2 * hits / (2 * hits + wrong))[:, 1:], (hits / (hits + wrong))[:, 1:]
+        return 2 * hits / (2 * hits + wrong), hits / (hits + wrong)
+
+
+def foreground_means(scores: np.ndarray) -> list[float]:
+    """Return the mean over the foreground classes of each row `[images, classes]`; NaN without a class."""
+    return [_nanmean(row[1:], math.nan) for row in scores]
 
 
 def pooled_scores(counts: np.ndarray, classes: list[str]) -> dict[str, Any]:
@@ -65,36 +67,31 @@ def pooled_scores(counts: np.ndarray, classes: list[str]) -> dict[str, Any]:
     Args:
         counts: `[images, classes, classes]` from `pixel_counts`; class 0 is the background.
         classes: Class names by index.
-
-    Returns:
-        `dice`, `iou` (by image), `dice_pooled`, `iou_pooled`, `iou_pooled_with_background`,
-        `dice_gps_foreground_only`, `iou_gps_foreground_only`, `pixel_accuracy`, `images`, `per_class`, and `confusion`
-        (pixel counts; rows are true classes).
     """
     dice, iou = image_scores(counts)
     total = counts.sum(0)
-    pooled_dice, pooled_iou = (values[0] for values in _pooled(total))
+    pooled_dice, pooled_iou = image_scores(total[None])
     foreground_only = total.copy()
     foreground_only[0] = 0
-    gps_dice, gps_iou = (values[0] for values in _pooled(foreground_only))
+    gps_dice, gps_iou = image_scores(foreground_only[None])
     return {
-        "dice": _nanmean_or_one(np.asarray(_by_image(dice))),
-        "iou": _nanmean_or_one(np.asarray(_by_image(iou))),
-        "dice_pooled": _nanmean_or_one(pooled_dice[1:]),
-        "iou_pooled": _nanmean_or_one(pooled_iou[1:]),
-        "iou_pooled_with_background": _nanmean_or_one(pooled_iou),
-        "dice_gps_foreground_only": _nanmean_or_one(gps_dice[1:]),
-        "iou_gps_foreground_only": _nanmean_or_one(gps_iou[1:]),
+        "dice": _nanmean(np.asarray(foreground_means(dice)), 1.0),
+        "iou": _nanmean(np.asarray(foreground_means(iou)), 1.0),
+        "dice_pooled": _nanmean(pooled_dice[0, 1:], 1.0),
+        "iou_pooled": _nanmean(pooled_iou[0, 1:], 1.0),
+        "iou_pooled_with_background": _nanmean(pooled_iou[0], 1.0),
+        "dice_gps_foreground_only": _nanmean(gps_dice[0, 1:], 1.0),
+        "iou_gps_foreground_only": _nanmean(gps_iou[0, 1:], 1.0),
         "pixel_accuracy": float(np.trace(total) / total.sum()),
         "images": len(counts),
         "per_class": [
             {
                 "name": name,
                 "pixels": int(total[label].sum()),
-                "dice": _nanmean(dice[:, label - 1]) if label else None,
-                "iou": _nanmean(iou[:, label - 1]) if label else None,
-                "dice_pooled": _nanmean(pooled_dice[label]),
-                "iou_pooled": _nanmean(pooled_iou[label]),
+                "dice": _nanmean(dice[:, label], None) if label else None,
+                "iou": _nanmean(iou[:, label], None) if label else None,
+                "dice_pooled": _nanmean(pooled_dice[:, label], None),
+                "iou_pooled": _nanmean(pooled_iou[:, label], None),
             }
             for label, name in enumerate(classes)
         ],
@@ -102,90 +99,26 @@ def pooled_scores(counts: np.ndarray, classes: list[str]) -> dict[str, Any]:
     }
 
 
-def _pooled(total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute Dice and IoU of every class, `[1, classes]`, from counts `[classes, classes]`."""
-    hits, wrong = _hits_and_errors(total[None])
-    with np.errstate(invalid="ignore"):
-        return 2 * hits / (2 * hits + wrong), hits / (hits + wrong)
-
-
-def _hits_and_errors(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return TP and FP + FN of each class, `[images, classes]`."""
-    hits = np.diagonal(counts, axis1=1, axis2=2).astype(float)
-    return hits, counts.sum(1) + counts.sum(2) - 2 * hits
-
-
-def _nanmean(values: np.ndarray | np.floating[Any]) -> float | None:
-    """Return the mean of non-NaN values; None if there are none."""
-    valid = np.atleast_1d(values)[~np.isnan(np.atleast_1d(values))]
-    return float(valid.mean()) if len(valid) else None
-
-
-def _nanmean_or_one(values: np.ndarray) -> float:
-    """Return the mean of non-NaN values; 1 if there are none."""
-    mean = _nanmean(values)
-    return 1.0 if mean is None else mean
-
-
-def _by_image(values: np.ndarray) -> list[float]:
-    """Return the class mean of each image; NaN for images without classes."""
-    means = [_nanmean(row) for row in values]
-    return [math.nan if mean is None else mean for mean in means]
+def _nanmean(values: np.ndarray, default: Any) -> Any:
+    """Return the mean of the values that are not NaN, or the default if there are none."""
+    valid = values[~np.isnan(values)]
+    return float(valid.mean()) if len(valid) else default
 
 
 _MAX_EXAMPLES = 12
 
 
-def mask_file(index: int) -> str:
-    """Return the path of an image's predicted mask in the run folder."""
-    return f"masks/{index:05}.png"
-
-
 def choose_indices(dice: Sequence[float], limit: int = _MAX_EXAMPLES) -> list[int]:
-    """Choose example images: half with the lowest Dice, the others evenly spaced over the rest.
-
-    Args:
-        dice: Dice of each image; NaN (no foreground) is sorted last.
-        limit: Maximum number of images.
-    """
-    order = np.argsort(np.asarray(dice, dtype=float), kind="stable").tolist()  # NaN sorts last
+    """Choose example images: half with the lowest Dice, the others evenly spaced over the rest; NaN sorts last."""
+    order = np.argsort(np.asarray(dice, dtype=float), kind="stable").tolist()
     worst, rest = order[: limit // 2], order[limit // 2 :]
     count = min(len(rest), limit - len(worst))
     return worst + [rest[(2 * i + 1) * len(rest) // (2 * count)] for i in range(count)]
 
 
-@torch.inference_mode()
-def write_masks(model: nn.Module, dataset: ImageDataset, indices: Sequence[int], folder: Path) -> None:
-    """Predict the masks of selected images and write them as label maps, replacing previous ones.
-
-    Args:
-        model: Segmentation model.
-        dataset: Dataset of transformed items.
-        indices: Selected images.
-        folder: Run folder.
-    """
-    target = (folder / mask_file(0)).parent
-    target.mkdir(exist_ok=True)
-    for old in target.glob("*.png"):
-        old.unlink()
-    device = next(model.parameters()).device
-    model.eval()
-    for index in indices:
-        image, _ = dataset[index]
-        labels = model(image[None].to(device)).argmax(1)[0].to(torch.uint8).cpu().numpy()
-        write_mask(labels, folder / mask_file(index))
-
-
-def overlay_source(dataset: MaskDataset, folder: Path) -> ImageSource:
-    """Return a source of panels (image, true mask, predicted mask) by index; None without a stored mask."""
-
-    def load_panels(index: int) -> Image.Image | None:
-        path = folder / mask_file(index)
-        if not path.is_file():
-            return None
-        return overlay_panels(dataset.image(index), [dataset.mask(index), np.asarray(read_mask(path))])
-
-    return load_panels
+def _mask_file(index: int) -> str:
+    """Return the path of an image's predicted mask in the run folder."""
+    return f"masks/{index:05}.png"
 
 
 MaskLoss = Literal["dice", "iou", "none"]
@@ -256,28 +189,12 @@ class SegmentationTask(Task):
     )
 
     def __post_init__(self) -> None:
-        """Check the fields and report all errors in one message."""
-        errors = []
+        """Check the number of classes."""
         if len(self.classes) < 2:
-            errors.append(f"classes must have at least 2 entries including background, got {list(self.classes)}")
-        if not 0.0 <= self.label_smoothing < 1.0:
-            errors.append(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        if self.mask_loss not in get_args(MaskLoss):
-            errors.append(f"mask_loss must be one of {', '.join(get_args(MaskLoss))}, got {self.mask_loss!r}")
-        if errors:
-            raise ValueError("; ".join(errors))
-
-    @staticmethod
-    def build_model(name: str, **options: Any) -> nn.Module:
-        """Build a backbone with a decoder; arguments as for `create_segmenter`."""
-        return create_segmenter(name, **options)
+            raise ValueError(f"classes must have at least 2 entries including background, got {list(self.classes)}")
 
     def check_data(self, dataset: ImageDataset, spec: str) -> None:
-        """Check that images have masks.
-
-        Raises:
-            ValueError: If images have no masks.
-        """
+        """Raise ValueError if images have no masks."""
         if not isinstance(dataset, MaskDataset):
             raise ValueError(
                 f"data must be images with masks for task segmentation, e.g. masks:PATH, got {spec!r}; "
@@ -285,27 +202,14 @@ class SegmentationTask(Task):
             )
 
     def collate(self, items: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
-        """Collate transformed items into a batch.
-
-        Args:
-            items: Images `[channels, height, width]` of equal size, with masks `[height, width]`.
-
-        Returns:
-            `images` `[batch, channels, height, width]` and `labels` `[batch, height, width]` (int64).
-        """
+        """Collate images and masks; `labels` is `[batch, height, width]`, int64."""
         images, masks = zip(*items, strict=True)
         return {"images": torch.stack(list(images)), "labels": torch.stack(list(masks)).long()}
 
     def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """Compute the weighted mean of cross-entropy plus overlap loss.
 
-        Args:
-            outputs: Class scores, `[batch, classes, height, width]`.
-            labels: `[batch, height, width]`.
-            weights: Sample weights, `[batch]`; None means equal weights.
-
-        Returns:
-            0-dim.
+        `outputs` are class scores `[batch, classes, height, width]`, `labels` is `[batch, height, width]`.
         """
         return weighted_mean(self._losses(outputs, labels, self.label_smoothing), weights)
 
@@ -316,21 +220,8 @@ class SegmentationTask(Task):
         return torch.cat([counts.double(), losses[:, None].double()], 1), labels.new_zeros(len(labels))
 
     def metrics(self, reduced: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
-        """Compute the scores of `pooled_scores`, and the loss without label smoothing.
-
-        Args:
-            reduced: Rows from `reduce`.
-            labels: Zeros from `reduce`.
-
-        Returns:
-            Plain values including the mean `loss`.
-
-        Raises:
-            ValueError: If there are no images.
-        """
-        rows = np.asarray(reduced)
-        if len(rows) == 0:
-            raise ValueError("there must be at least one image, got 0")
+        """Compute the scores of `pooled_scores`, and the loss without label smoothing, from the rows of `reduce`."""
+        rows = paired(reduced, labels)[0].numpy()
         return {**pooled_scores(self._counts(rows), list(self.classes)), "loss": float(rows[:, -1].mean())}
 
     def sample_outputs(self, reduced: ArrayLike) -> Tensor:
@@ -339,31 +230,45 @@ class SegmentationTask(Task):
 
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> MaskPredictions:
         """Return Dice and IoU of each image, averaged over classes, and the stored mask if any."""
-        scores = image_scores(self._counts(sample_outputs.numpy()))
-        dice, iou = map(_by_image, scores)
-        files = [mask_file(index) for index in range(len(dataset.names))]
+        dice, iou = map(foreground_means, image_scores(self._counts(sample_outputs.numpy())))
+        files = [_mask_file(index) for index in range(len(dataset.names))]
         items = [
             MaskPrediction(index, name, dice[index], iou[index], file if (folder / file).is_file() else None)
             for index, (name, file) in enumerate(zip(dataset.names, files, strict=True))
         ]
         return MaskPredictions(split, items=items)
 
+    @torch.inference_mode()
     def save_examples(self, model: nn.Module, dataset: ImageDataset, sample_outputs: Tensor, folder: Path) -> None:
-        """Write the predicted masks of the images selected by `choose_indices`."""
-        dice = _by_image(image_scores(self._counts(sample_outputs.numpy()))[0])
-        write_masks(model, dataset, choose_indices(dice), folder)
+        """Predict the masks of the images selected by `choose_indices`, and replace the stored ones."""
+        target = (folder / _mask_file(0)).parent
+        target.mkdir(exist_ok=True)
+        for old in target.glob("*.png"):
+            old.unlink()
+        device = next(model.parameters()).device
+        model.eval()
+        dice, _ = image_scores(self._counts(sample_outputs.numpy()))
+        for index in choose_indices(foreground_means(dice)):
+            image, _ = dataset[index]
+            labels = model(image[None].to(device)).argmax(1)[0].to(torch.uint8).cpu().numpy()
+            write_mask(labels, folder / _mask_file(index))
 
-    def report_images(self, dataset: ImageDataset, folder: Path) -> ImageSource:
+    def report_images(self, dataset: Any, folder: Path) -> ImageSource:
         """Return panels of image, true mask and predicted mask for images with a stored mask."""
-        if not isinstance(dataset, MaskDataset):
-            raise TypeError(f"dataset must have masks, got {type(dataset).__name__}")
-        return overlay_source(dataset, folder)
+
+        def load_panels(index: int) -> Image.Image | None:
+            path = folder / _mask_file(index)
+            if not path.is_file():
+                return None
+            return overlay_panels(dataset.image(index), [dataset.mask(index), np.asarray(read_mask(path))])
+
+        return load_panels
 
     def remap_labels(self, label: Tensor, numbers: Sequence[int]) -> Tensor:
         """Map the class indices of a mask."""
         return torch.tensor(numbers)[label]
 
-    def result_table(self, scores: Mapping[str, Any]) -> ResultTable:
+    def result_table(self, scores: Mapping[str, Any]) -> Table:
         """Return Dice and IoU of each class."""
         columns = ["class", "pixels", "Dice by image", "IoU by image", "Dice pooled", "IoU pooled"]
         keys = ("dice", "iou", "dice_pooled", "iou_pooled")
@@ -371,16 +276,11 @@ class SegmentationTask(Task):
             [row["name"], f"{row['pixels']:,}", *("–" if row[key] is None else f"{row[key]:.4f}" for key in keys)]
             for row in scores["per_class"]
         ]
-        return ResultTable("classes", columns, rows)
+        return make_table(columns, rows, title="classes")
 
     def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:
         """Return class probabilities of each pixel, `[batch, classes, height, width]`."""
         return full_precision(outputs).softmax(dim=1)
-
-    def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
-        """Return scores of the mean probabilities, `[images, classes, height, width]`."""
-        logs = torch.stack([scores.float().log_softmax(1) for scores in outputs])
-        return logs.logsumexp(0) - math.log(len(outputs))
 
     def image_predictions(
         self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
@@ -393,6 +293,7 @@ class SegmentationTask(Task):
             masks.append(image_outputs.MaskPrediction(path, labels.to(torch.uint8).cpu().numpy(), list(self.classes)))
         return masks
 
+    build_model = staticmethod(create_segmenter)
     check_output = staticmethod(image_outputs.check_mask_output)
     write_predictions = staticmethod(image_outputs.write_mask_predictions)
 

@@ -1,8 +1,8 @@
 """`Task`: the interface of tasks for training, evaluation and reports."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from PIL import Image
+from rich.table import Table
 from torch import Tensor, nn
 
 from snella_app.backbones import create_backbone
@@ -17,18 +18,10 @@ from snella_app.data import ImageDataset, MaskDataset
 from snella_app.records import LabelSetPredictions, MaskPredictions, NumberPredictions, Predictions
 from snella_app.report.examples import ImageSource
 from snella_app.tasks import predictions as image_outputs
+from snella_app.tasks.losses import full_precision
 from snella_app.text import listed, nearest
 
 TargetKind = Literal["class", "labels", "numbers"]
-
-
-@dataclass(frozen=True)
-class ResultTable:
-    """Human-readable table: title, column names, and rows of text; the first column holds row names."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
 
 
 class Task(ABC):
@@ -68,25 +61,21 @@ class Task(ABC):
     """Format string of the best epoch's validation scores."""
     test_format: ClassVar[str]
     """Format string of the test scores."""
+    result_format: ClassVar[str]
+    """Format string of all main scores."""
     monitor_names: ClassVar[Mapping[str, str]] = {}
     """Display names of monitored metrics that `val_format` does not show."""
-    result_format: ClassVar[str]
-    """Format string of scores."""
+    final_name: ClassVar[str] = "probabilities"
+    """Name of the `final_outputs`."""
 
     monitor: str
 
-    @classmethod
-    def create(cls, classes: Sequence[str], **settings: Any) -> Self:
-        """Create the task; settings of other tasks are ignored, None selects the default."""
-        settings["loss_name"] = settings.pop("loss", None) if cls.losses else None
-        known = {f.name for f in fields(cls)} & {name for name, value in settings.items() if value is not None}  # type: ignore[arg-type]
-        arguments = {name: tuple(value) if isinstance(value := settings[name], list) else value for name in known}
-        return cls(tuple(classes), **arguments)  # type: ignore[call-arg]
-
-    @staticmethod
-    def build_model(name: str, **options: Any) -> nn.Module:
-        """Build the pre-trained model with a new head; options as for `create_backbone`."""
-        return create_backbone(name, **options)
+    build_model: ClassVar[Callable[..., nn.Module]] = staticmethod(create_backbone)
+    """Build the pre-trained model with a new head."""
+    check_output: ClassVar[Callable[..., None]] = staticmethod(image_outputs.check_output)
+    """Check the output arguments of `write_predictions` before prediction."""
+    write_predictions: ClassVar[Callable[..., Path]] = staticmethod(image_outputs.write_predictions)
+    """Write the results of `image_predictions` to a file or folder and return its path."""
 
     @staticmethod
     def count_outputs(classes: Sequence[str]) -> int:
@@ -98,17 +87,8 @@ class Task(ABC):
         """Return the classes in index order."""
         return list(classes)
 
-    @property
-    def best_metric(self) -> str:
-        """Entry of an epoch's row for epoch selection."""
-        return f"val_{self.monitor}"
-
     def check_data(self, dataset: ImageDataset, spec: str) -> None:
-        """Check that the data fits the task; the base class rejects images with masks.
-
-        Raises:
-            ValueError: If the data does not fit the task.
-        """
+        """Raise ValueError if the data does not fit the task; the base class rejects images with masks."""
         if isinstance(dataset, MaskDataset):
             raise ValueError(
                 f"task must be segmentation for images with masks like {spec}, got {self.name!r}; "
@@ -128,19 +108,21 @@ class Task(ABC):
         return self
 
     def state(self) -> dict[str, Any]:
-        """Return the plain values that `create` needs for prediction besides the classes."""
+        """Return the plain values that `create_task` needs for prediction besides the classes."""
         return {}
 
     def for_ensemble(self, tasks: Sequence[Any]) -> Self:
         """Return the task of an ensemble of models with the given tasks."""
         return self
 
-    @abstractmethod
     def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
         """Average the outputs of several models or several views.
 
-        `tasks` are the tasks of the models; None uses this task.
+        The base class returns logits whose softmax over dimension 1 is the mean of the probabilities. `tasks` are the
+        tasks of the models; None uses this task.
         """
+        logs = torch.stack([full_precision(logits).log_softmax(1) for logits in outputs])
+        return logs.logsumexp(0) - math.log(len(outputs))
 
     def outputs(self, model: Callable[[Tensor], Tensor], images: Tensor, tta: int = 1) -> Tensor:
         """Return a model's outputs; `tta=2` averages over the images `[..., width]` and their horizontal flips."""
@@ -179,11 +161,15 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self, reduced: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
-        """Compute scores on a dataset, including `loss`, as plain values."""
+        """Compute scores on a dataset, including `loss`, as plain values.
 
-    @abstractmethod
+        Raises:
+            ValueError: If there are no images.
+        """
+
     def sample_outputs(self, reduced: ArrayLike) -> Tensor:
         """Compute per-sample outputs for `predictions.json`, one row per sample."""
+        return self.final_outputs(torch.as_tensor(np.asarray(reduced)))
 
     @abstractmethod
     def predictions(
@@ -231,10 +217,6 @@ class Task(ABC):
         """Return the score for epoch selection: the monitored metric; a lower validation loss breaks ties."""
         return self.monitors[self.monitor] * row[f"val_{self.monitor}"], -row["val_loss"]
 
-    def epoch_text(self, row: Mapping[str, Any]) -> str:
-        """Format the validation scores of an epoch."""
-        return self.epoch_format.format_map(row)
-
     def final_text(self, val: Mapping[str, Any], test: Mapping[str, Any] | None) -> str:
         """Format the best epoch's validation scores and, if present, the test scores."""
         text = "" if test is None else f", test {self.test_format.format_map(test)}"
@@ -242,56 +224,31 @@ class Task(ABC):
         selection = "" if name is None else f" ({name} {val[self.monitor]:.4f})"
         return f"validation {self.val_format.format_map(val)}{selection}{text}"
 
-    def result_text(self, scores: Mapping[str, Any]) -> str:
-        """Format scores."""
-        return self.result_format.format_map(scores)
-
     @abstractmethod
-    def result_table(self, scores: Mapping[str, Any]) -> ResultTable:
+    def result_table(self, scores: Mapping[str, Any]) -> Table:
         """Return scores by class or target as a table."""
-
-    final_name: ClassVar[str] = "probabilities"
-    """Name of the `final_outputs`."""
 
     @abstractmethod
     def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:
         """Convert model outputs to predictions: class probabilities, or regression values in their unit.
 
-        Args:
-            outputs: Model outputs.
-            temperature: Calibrated divisor of the logits.
+        `temperature` is the calibrated divisor of the logits.
         """
 
     @abstractmethod
     def image_predictions(self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor) -> Sequence[Any]:
         """Convert model outputs of images outside a dataset to prediction objects, one per image."""
 
-    check_output: ClassVar[Callable[..., None]] = staticmethod(image_outputs.check_output)
-    """Check the output arguments of `write_predictions` before prediction."""
-    write_predictions: ClassVar[Callable[..., Path]] = staticmethod(image_outputs.write_predictions)
-    """Write the results of `image_predictions` to a file or folder and return its path."""
-
-    @staticmethod
-    def prediction_text(prediction: Any, top_k: int | None) -> str:
-        """Format the prediction of an image as one line."""
-        return prediction.text(top_k)
-
     def decoding_comment(self) -> str:
         """Return a Python comment that decodes the output of a merged model."""
         return "# classes[model(transform(image.convert('RGB'))[None]).argmax()]"
 
 
-def paired(outputs: ArrayLike, labels: ArrayLike, name: str = "logits") -> tuple[Tensor, np.ndarray]:
-    """Return outputs and labels after checking that their lengths are equal and at least 1.
-
-    Raises:
-        ValueError: If lengths differ or are 0.
-    """
+def paired(outputs: ArrayLike, labels: ArrayLike) -> tuple[Tensor, np.ndarray]:
+    """Return outputs and labels after checking that their lengths are equal and at least 1."""
     scores, truth = torch.as_tensor(np.asarray(outputs)), np.asarray(labels)
     if len(truth) == 0 or len(scores) != len(truth):
-        raise ValueError(
-            f"{name} and labels must have the same length of at least 1, got {len(scores)} and {len(truth)}"
-        )
+        raise ValueError(f"outputs and labels must have one length of at least 1, got {len(scores)} and {len(truth)}")
     return scores, truth
 
 
@@ -300,26 +257,13 @@ def unknown_class(name: str, classes: Sequence[str]) -> str:
     return f"no class {name!r}" + nearest(name, classes, form=" (nearest: '{}')")
 
 
-def check_monitor(task: type[Task], monitor: str) -> str | None:
-    """Return the error for a metric that the task does not support; None for a valid metric."""
-    if monitor in task.monitors:
-        return None
-    hint = nearest(monitor.lower().replace("-", "_"), task.monitors, cutoff=0.4)
-    return f"monitor must be one of {', '.join(task.monitors)} for task {task.name}, got {monitor!r}{hint}"
-
-
 ClassWeights = str | Mapping[str, float] | None
 
 
 def resolve_class_weights(
     setting: ClassWeights, classes: Sequence[str], balanced: Sequence[float]
 ) -> tuple[float, ...] | None:
-    """Return the weight of each class.
-
-    Args:
-        setting: balanced, none, or weights by class name.
-        classes: Class names by index.
-        balanced: Weights for `balanced`.
+    """Return the weight of each class; `balanced` are the weights for the setting `balanced`.
 
     Raises:
         ValueError: If a name is not a class, a class has no weight, or a weight is negative or not finite.
@@ -341,19 +285,3 @@ def resolve_class_weights(
             f"class_weights must have one weight per class ({', '.join(map(repr, classes))}): {'; '.join(errors)}"
         )
     return tuple(float(weights[name]) for name in classes)
-
-
-def class_frequencies(labels: Sequence[int], classes: Sequence[str]) -> np.ndarray:
-    """Return the number of images of each class, `[classes]`.
-
-    Raises:
-        ValueError: If a class has no images, since balancing uses inverse frequencies.
-    """
-    counts = np.bincount(labels, minlength=len(classes))
-    absent = [repr(name) for name, count in zip(classes, counts, strict=True) if count == 0]
-    if absent:
-        raise ValueError(
-            "class_weights and sampler need training images of every class, got none of "
-            f"{', '.join(absent[:5])}; add images, or pass class_weights by name"
-        )
-    return counts

@@ -461,7 +461,7 @@ class ProgressDisplay(TrainerCallback):
         self._best, is_best = max(self._best, score), score >= self._best
         part, shown = self.protocol.selected_on, ""
         if part is not None and f"{part}_loss" in metrics:
-            text = self.task.epoch_text(self.protocol.with_val_prefix(metrics))
+            text = self.task.epoch_format.format_map(self.protocol.with_val_prefix(metrics))
             shown = f"  {part} loss {metrics[f'{part}_loss']:.4f}  {text}"
         is_start = state.global_step == 0
         epoch = f"epoch {round(state.epoch):>3}/{state.num_train_epochs}"

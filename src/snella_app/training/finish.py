@@ -162,7 +162,7 @@ def _metrics(session: Session, trainer: SnellaTrainer) -> Metrics:
         best_epoch=best_epoch(trainer.history, trainer.selection_score),
         protocol=protocol.name,
         selected_on=protocol.selected_on,
-        best_metric=protocol.best_metric(parts.task.best_metric),
+        best_metric=protocol.best_metric(f"val_{parts.task.monitor}"),
         ema=session.plan.optim.ema,
         train_s=round(trainer.elapsed_s, 3),
         trainable_parameters=trainable_parameters(parts.model),
@@ -290,4 +290,4 @@ def _final_text(
         saved = (
             f"epoch {best}, the last" if protocol.selected_on is None else f"epoch {best}, the best on the test images"
         )
-    return f"{saved}: " + ("not evaluated" if test is None else f"test {task.result_text(test)}")
+    return f"{saved}: " + ("not evaluated" if test is None else f"test {task.result_format.format_map(test)}")

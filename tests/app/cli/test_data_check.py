@@ -37,13 +37,10 @@ def test_all_problems_are_reported_in_one_error(data, capsys):
     assert "missing" in shown.out and "VTAB-1k in" in shown.out and "FGVC in" in shown.out
 
 
-def test_invalid_arguments_are_reported(data, failing, tmp_path):
+def test_missing_data_is_reported(failing, tmp_path):
     assert "(it is empty); use class folders" in failing("data", "check", str(tmp_path))
     assert "--folder" not in failing("data", "check", str(tmp_path / "nowhere"))
     assert "nowhere', which does not exist" in failing("data", "check", str(tmp_path / "nowhere"))
-    assert "check" in failing("data", "chek", str(data))
-    assert "needs DATA" in failing("data", "check")
-    assert "data has no option --decod; nearest: --decode" in failing("data", "check", str(data), "--decod")
 
 
 def test_decode_checks_all_images(data, failing, tmp_path):

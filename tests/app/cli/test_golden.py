@@ -29,6 +29,8 @@ ERRORS = [
     f"{TRAIN} --method lora8",
     f"{TRAIN} --device gpu",
     "train --target-sparsty 0.5",
+    "predict --model x a.png",
+    "inspect --batch-size 8",
     "train --xyz 1",
     "train extra",
     "train --epochs",
@@ -47,6 +49,7 @@ ERRORS = [
     "train --config broken.yaml",
     "train --config deep.yaml",
     "train --config circle.yaml",
+    "train --config date.yaml",
     "train --config list.yaml",
     "train --config bytes.yaml",
     "train --config unknown.yaml",
@@ -142,6 +145,7 @@ def test_errors_match_the_golden_files(capsys, monkeypatch, tmp_path):
     (tmp_path / "broken.yaml").write_text("epochs: 3\n  a: [\n")
     (tmp_path / "deep.yaml").write_text("a: " + "[" * 3000)
     (tmp_path / "circle.yaml").write_text("method_options: &a {kernel: *a}\n")
+    (tmp_path / "date.yaml").write_text("2001-01-01: 1\n")
     (tmp_path / "list.yaml").write_text("- a\n")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00\xd8")
     (tmp_path / "unknown.yaml").write_text("epochs: 3\nepoks: 3\n")

@@ -1,7 +1,5 @@
 """`snella inspect --backbone`: a table of memory without a run."""
 
-import pytest
-
 from snella_app.cli.main import main
 
 
@@ -19,23 +17,11 @@ def test_a_gpu_adds_predicted_steps_for_plain_vits(capsys):
     assert main(["inspect", "--backbone", "test_vit", "--batch", "4", "--dtype", "bf16", "--device", "h100"]) == 0
     text = capsys.readouterr().out
     assert "bf16, AdamW, on H100 SXM" in text and "step, ms" in text
-    assert "predicted from datasheet values, not measured" in text
+    assert "predicted from datasheet values, with a range of efficiencies" in text
     assert main(["inspect", "--backbone", "test_convnext", "--batch", "4", "--device", "h100"]) == 0
     text = capsys.readouterr().out
     assert "step, ms" not in text and "step times are predicted for plain ViTs only, got test_convnext" in text
 
 
-@pytest.mark.parametrize(
-    ("args", "line"),
-    [
-        ([], "inspect takes either RUN, a run folder, or --backbone NAME, got neither"),
-        (["r", "--backbone", "test_vit"], "or --backbone NAME, got RUN r and --backbone test_vit"),
-        (["r", "--batch", "4", "--img-size", "32"], "--batch 4, --img-size 32 can only be used with --backbone NAME"),
-        (["--backbone", "test_vit", "--report"], "--report needs a run; leave it out with --backbone"),
-        (["--backbone", "test_vit", "--batch", "0", "--r", "-1"], "--batch must be at least 1, got 0; --r must be at"),
-        (["--backbone", "test_vat"], "unknown backbone 'test_vat'; nearest: 'test_vit'"),
-        (["--backbone", "test_vit", "--dtype", "fp16"], "--dtype must be one of fp32, bf16, got fp16"),
-    ],
-)
-def test_conflicting_arguments_are_one_error(args, line, failing):
-    assert line in failing("inspect", *args)
+def test_an_unknown_backbone_is_reported(failing):
+    assert "unknown backbone 'test_vat'; nearest: 'test_vit'" in failing("inspect", "--backbone", "test_vat")

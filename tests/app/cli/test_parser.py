@@ -24,20 +24,20 @@ def test_help_explains_every_command_with_an_example(name, capsys):
 
 def test_options_accept_dashes_and_underscores():
     for option in ("--target-sparsity", "--target_sparsity"):
-        name, is_debugging, settings = parse(["train", "--data", "digits", option, "0.5"])
-        assert (name, is_debugging, settings["target_sparsity"], settings["data"]) == ("train", False, 0.5, "digits")
-    assert parse(["train", "--target-sparsity=0.25"])[2]["target_sparsity"] == 0.25
+        name, settings = parse(["train", "--data", "digits", option, "0.5"])
+        assert (name, settings["target_sparsity"], settings["data"]) == ("train", 0.5, "digits")
+    assert parse(["train", "--target-sparsity=0.25"])[1]["target_sparsity"] == 0.25
 
 
 def test_flags_accept_an_optional_value():
-    assert parse(["train", "--resume", "--out", "x"])[2]["resume"] is True
-    assert parse(["train", "--out", "x", "--resume"])[2]["resume"] is True
-    assert parse(["train", "--resume", "false"])[2]["resume"] is False
-    assert parse(["train", "--skip_corrupt"])[2]["skip_corrupt"] is True
-    assert parse(["compare", "--skip-corrupt", "--out", "x"])[2]["skip_corrupt"] is True
-    assert parse(["compare", "--skip-corrupt", "false", "--out", "x"])[2]["skip_corrupt"] is False
-    assert parse(["compare", "--out", "x"])[2]["skip_corrupt"] is None
-    settings = parse(["predict", "run", "--skip-corrupt", "a.png", "b.png"])[2]
+    assert parse(["train", "--resume", "--out", "x"])[1]["resume"] is True
+    assert parse(["train", "--out", "x", "--resume"])[1]["resume"] is True
+    assert parse(["train", "--resume", "false"])[1]["resume"] is False
+    assert parse(["train", "--skip_corrupt"])[1]["skip_corrupt"] is True
+    assert parse(["compare", "--skip-corrupt", "--out", "x"])[1]["skip_corrupt"] is True
+    assert parse(["compare", "--skip-corrupt", "false", "--out", "x"])[1]["skip_corrupt"] is False
+    assert parse(["compare", "--out", "x"])[1]["skip_corrupt"] is None
+    settings = parse(["predict", "run", "--skip-corrupt", "a.png", "b.png"])[1]
     assert (settings["skip_corrupt"], settings["images"]) == (True, ["a.png", "b.png"])
 
 
@@ -56,15 +56,15 @@ def test_flags_accept_an_optional_value():
 def test_explicit_options_override_a_preset(args, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file.yaml").write_text("preset: paper\nepochs: 7\n")
-    _, _, settings = parse(["train", "--out", "x", *args.split()])
+    _, settings = parse(["train", "--out", "x", *args.split()])
     assert {name: settings[name] for name in expected} == expected
 
 
 def test_method_options_are_set_individually():
     args = ["train", "--method-options.kernel", "rbf", "--method-options.min_layer_share", "0.1"]
-    assert parse(args)[2]["method_options"] == {"kernel": "rbf", "min_layer_share": 0.1}
+    assert parse(args)[1]["method_options"] == {"kernel": "rbf", "min_layer_share": 0.1}
     args = ["train", "--method_options.kernel", "p_linear", "--method_options.min_layer_share=0.1"]
-    assert parse(args)[2]["method_options"] == {"kernel": "p_linear", "min_layer_share": 0.1}
+    assert parse(args)[1]["method_options"] == {"kernel": "p_linear", "min_layer_share": 0.1}
 
 
 @pytest.mark.parametrize("option", ["--print-config", "--print_config", "--print-config=skip_default"])
@@ -91,43 +91,15 @@ def test_help_of_train_shows_basic_options_first_and_method_defaults(capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (
-            ["train", "--target-sparsty", "0.5"],
-            "snella train has no option --target-sparsty; nearest: --target-sparsity",
-        ),
-        (["trian"], "no command 'trian'; nearest: train"),
-        ([], "missing command; choose one of train, evaluate, predict, .*, demo; see snella --help"),
-        (["train", "--epochs", "many"], "--epochs must be an integer, got many"),
-        (["train", "--lr", "x"], "--lr must be a number, got x"),
-        (["train", "--resume=perhaps"], "--resume must be true or false, got perhaps"),
-        (["train", "--method-options", "rbf"], "--method-options must be settings such as {kernel: rbf}, got rbf"),
-        (["train", "--epochs"], "--epochs needs a value"),
-        (["merge", "run"], "snella merge needs --out; see snella merge --help"),
-        (["predict", "run"], "snella predict needs IMAGES"),
-        (["predict"], "snella predict needs RUN and IMAGES; see snella predict --help"),
-        (["evaluate"], "snella evaluate needs RUN"),
-        (["data"], "snella data needs ACTION and DATA"),
-        (
-            ["train", "--augment", "flop"],
-            "--augment must be one of auto, none, flip, crop, crop-no-flip, imagenet, .*, got flop",
-        ),
-        (["train", "--config", "missing.yaml"], "missing.yaml"),
-        (["train", "--model", "x"], "no option --model; use --backbone; see snella train --help"),
         (["train", "--learning-rate=1"], "no option --learning-rate; use --lr;"),
         (["train", "--output_dir", "x"], "no option --output-dir; use --out;"),
-        (["train", "--batch", "8"], "no option --batch; use --batch-size;"),
-        (["inspect", "--batch-size", "8"], "no option --batch-size; use --batch;"),
         (["language", "--warmup", "0.3"], "no option --warmup; nearest: --"),
-        (["predict", "--model", "x", "a.png"], "no option --model; give RUN; see snella predict --help"),
-        (["predict", "elves.png"], "needs RUN, a run folder, before the images: snella predict RUN elves.png"),
-        (["predict", "--out", "p.csv", "elves.png"], "before the images: snella predict RUN elves.png"),
         (["predict", "--out=p.csv", "--skip-corrupt", "elves.png"], "before the images: snella predict RUN elves.png"),
         (["train", "--task", "multi-label"], "got multi-label; did you mean multilabel"),
-        (["train", "--precision", "bfloat16"], "got bfloat16; did you mean bf16"),
-        (["export", "run", "--format", "onxx"], "got onxx; did you mean onnx"),
     ],
 )
 def test_parser_errors_use_the_typed_names(args, message):
+    """`golden/errors.txt` has more."""
     with pytest.raises(UsageError, match=message):
         parse(args)
 
@@ -156,47 +128,9 @@ def test_a_missing_configuration_mapping_is_rejected():
         parse(["train", "--config", "epochs: 3 " + 300 * "x"])
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("epochs: 3\n  a: [\n", r"--config .*c\.yaml, line 2: mapping values are not allowed here"),
-        ("a: " + "[" * 3000, r"--config .*c\.yaml is nested too deeply"),
-        ("method_options: &a {kernel: *a}\n", r"--config .*c\.yaml has a recursive setting"),
-        (
-            "2001-01-01: 1\n",
-            r"--config .*c\.yaml must use strings as setting names: keys must be .*, not datetime\.date",
-        ),
-        ("- a\n", r"--config .*c\.yaml must contain settings such as 'epochs: 20', got list"),
-        (b"\xff\xfe\x00\xd8", r"--config .*c\.yaml must be a YAML text file: "),
-    ],
-)
-def test_an_invalid_configuration_file_is_reported(content, message, tmp_path):
-    (tmp_path / "c.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UsageError, match=message):
-        parse(["train", f"--config={tmp_path / 'c.yaml'}"])
-
-
-def test_a_missing_configuration_file_error_suggests_similar_names(tmp_path):
-    (tmp_path / "config.yaml").write_text("epochs: 3\n")
-    with pytest.raises(
-        UsageError, match=r"must be an existing YAML file, got '.*confg\.yaml'; nearest: 'config\.yaml'"
-    ):
-        parse(["train", "--config", str(tmp_path / "confg.yaml")])
+def test_a_missing_folder_of_a_configuration_file_is_reported(tmp_path):
     with pytest.raises(UsageError, match=r"got '.*a/c\.yaml'; there is no folder '.*a'"):
         parse(["train", "--config", str(tmp_path / "a" / "c.yaml")])
-
-
-def test_help_imports_no_heavy_library():
-    code = (
-        "import sys, snella; early = set(sys.modules)\n"
-        "from snella_app.cli.main import main\n"
-        "try: main(['train', '--help'])\n"
-        "except SystemExit: pass\n"
-        "late = {name.split('.')[0] for name in set(sys.modules) - early}\n"
-        "print('LATE', sorted(late & {'timm', 'torchvision', 'matplotlib', 'sklearn', 'accelerate'}))\n"
-    )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "LATE []" in process.stdout
 
 
 def test_help_is_also_a_command(capsys):
@@ -216,14 +150,6 @@ def test_everyday_commands_come_before_research_commands(capsys):
     names = [re.findall(r"^  ([a-z-]+)", text, re.MULTILINE) for text in (everyday, research)]
     assert {"train", "predict", "data", "compare"} <= set(names[0]) and {"bench", "fit-matrix"} <= set(names[1])
     assert sorted([*names[0], *names[1]]) == sorted(COMMANDS)
-
-
-def test_missing_settings_are_reported_as_options(capsys):
-    assert main(["train", "--epochs", "3"]) == 2
-    assert capsys.readouterr().err == (
-        "snella: missing required options: --data, --backbone, --out, e.g. --data photos --backbone "
-        "vit_base_patch16_224.augreg_in21k --out runs/photos\n"
-    )
 
 
 HIDDEN = """

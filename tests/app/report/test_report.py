@@ -227,8 +227,8 @@ def test_printed_commands_and_attributes_exist(task, kind, tmp_path):
     folder = tmp_path / "a run's folder"
     lines = [line for use in uses(folder, task) for block in use.blocks for line in block.splitlines()]
     commands = [parse(shlex.split(line)[1:]) for line in lines if line.startswith("snella ")]
-    assert [name for name, _, _ in commands] == ["predict", "serve", "export", "merge", "evaluate", "inspect"]
-    assert {settings["run"] for _, _, settings in commands} == {str(folder)}
+    assert [name for name, _ in commands] == ["predict", "serve", "export", "merge", "evaluate", "inspect"]
+    assert {settings["run"] for _, settings in commands} == {str(folder)}
     python = ast.parse("\n".join(line for line in lines if not line.startswith(("snella ", "curl "))))
     assert str(folder) in [node.value for node in ast.walk(python) if isinstance(node, ast.Constant)]
     used = {n.attr for n in ast.walk(python) if isinstance(n, ast.Attribute) and n.value.id == "prediction"}

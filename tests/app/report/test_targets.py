@@ -68,7 +68,7 @@ def write_run(folder, name):
     write(
         Metrics(
             best_epoch=2,
-            best_metric=task.best_metric,
+            best_metric=f"val_{task.monitor}",
             trainable_parameters=10_000,
             history=history,
             val=scores_from(scores),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from snella_app.tasks import ClassificationTask, MultiLabelTask, OrdinalTask, RegressionTask
 from snella_app.tasks.classification import predicted_ranks
-from snella_app.tasks.losses import binary_focal, corn, corn_probabilities, cross_entropy, focal, logit_adjusted
+from snella_app.tasks.losses import binary_focal, corn, corn_probabilities, focal
 
 LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 1.0, 0.0]], dtype=torch.float64)
 LABELS = torch.tensor([0, 2])
@@ -22,29 +22,27 @@ def test_the_focal_loss_matches_its_formula():
 
 def test_the_logit_adjustment_adds_log_priors():
     priors = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
-    adjusted = logit_adjusted(LOGITS, LABELS, log_priors=priors.log())
+    task = ClassificationTask(tuple("abc"), loss_name="logit-adjusted", log_priors=tuple(priors.log().tolist()))
     weighted = LOGITS.exp() * priors
     expected = -(weighted / weighted.sum(1, keepdim=True)).log()[[0, 1], LABELS]
-    assert torch.allclose(adjusted, expected)
-    with pytest.raises(ValueError, match="log_priors must be set for the logit-adjusted loss, got None"):
-        logit_adjusted(LOGITS, LABELS)
+    assert torch.allclose(task.loss(LOGITS, LABELS), expected.mean())
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, focal, logit_adjusted])
-def test_mixed_labels_have_the_mixed_loss(loss):
-    priors = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+@pytest.mark.parametrize("name", ClassificationTask.losses)
+def test_mixed_labels_have_the_mixed_loss(name):
+    task = ClassificationTask(tuple("abc"), loss_name=name, log_priors=(-0.7, -1.2, -1.6))
     mixed = 0.3 * F.one_hot(LABELS, 3) + 0.7 * F.one_hot(torch.tensor([1, 0]), 3)
-    parts = [loss(LOGITS, labels, log_priors=priors) for labels in (LABELS, torch.tensor([1, 0]))]
-    assert torch.allclose(loss(LOGITS, mixed.double(), log_priors=priors), 0.3 * parts[0] + 0.7 * parts[1])
+    parts = [task.loss(LOGITS, labels) for labels in (LABELS, torch.tensor([1, 0]))]
+    assert torch.allclose(task.loss(LOGITS, mixed.double()), 0.3 * parts[0] + 0.7 * parts[1])
 
 
 def test_the_binary_focal_loss_matches_its_formula():
     labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     p = LOGITS.sigmoid()
     losses = -(labels * (1 - p) ** 2 * p.log() + (1 - labels) * p**2 * (1 - p).log())
-    assert torch.allclose(binary_focal(LOGITS, labels), losses.mean(1))
-    weighted = binary_focal(LOGITS, labels, positive_weights=torch.tensor([3.0, 1.0, 0.5]))
-    assert torch.allclose(weighted, (losses * torch.where(labels > 0, torch.tensor([3.0, 1.0, 0.5]), 1.0)).mean(1))
+    assert torch.allclose(binary_focal(LOGITS, labels), losses)
+    weights = torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64)
+    assert torch.allclose(binary_focal(LOGITS, labels, weights), losses * torch.where(labels > 0, weights, 1.0))
 
 
 def test_corn_uses_only_the_conditional_outputs_of_a_sample():
@@ -65,13 +63,13 @@ def test_corn_probabilities_are_products_of_conditional_probabilities():
 
 
 def test_class_and_sample_weights_multiply_the_loss():
-    losses = cross_entropy(LOGITS, LABELS)
+    losses = F.cross_entropy(LOGITS, LABELS, reduction="none")
     task = ClassificationTask(("a", "b", "c"), weight_by_class=(2.0, 1.0, 0.5))
     assert torch.allclose(task.loss(LOGITS, LABELS), (2 * losses[0] + 0.5 * losses[1]) / 2)
     sample_weights = torch.tensor([3.0, 0.0])
     assert torch.allclose(task.loss(LOGITS, LABELS, sample_weights), 6 * losses[0] / 2)
     mixed = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
-    soft = cross_entropy(LOGITS, mixed)
+    soft = F.cross_entropy(LOGITS, mixed, reduction="none")
     assert torch.allclose(task.loss(LOGITS, mixed), (1.5 * soft[0] + 0.5 * soft[1]) / 2)
 
 

@@ -37,7 +37,7 @@ def test_reduced_batches_give_the_metrics():
     # SCORES predicts [[0, 1], [1, 0]] (the tie goes to the background); -SCORES [[1, 0], [0, 0]]
     assert scores["dice"] == pytest.approx((2 * 2 / (2 * 2 + 1) + 0) / 2)
     assert scores["loss"] == pytest.approx(float(task.loss(torch.cat([SCORES, -SCORES]), LABELS.repeat(2, 1, 1))))
-    with pytest.raises(ValueError, match="there must be at least one image, got 0"):
+    with pytest.raises(ValueError, match="one length of at least 1, got 0 and 0"):
         task.metrics(reduced[:0].numpy(), labels[:0].numpy())
 
 
@@ -47,11 +47,9 @@ def test_epochs_are_ranked_by_dice_and_then_by_loss():
     assert max(rows, key=task.selection_score) is rows[2]
 
 
-def test_invalid_settings_are_reported_together():
-    with pytest.raises(ValueError) as caught:
-        SegmentationTask(("one",), 1.5, "hinge")
-    for text in ("got ['one']", "label_smoothing must be in [0, 1), got 1.5", "one of dice, iou, none, got 'hinge'"):
-        assert text in str(caught.value)
+def test_a_single_class_is_rejected():
+    with pytest.raises(ValueError, match=r"at least 2 entries including background, got \['one'\]"):
+        SegmentationTask(("one",))
 
 
 def test_tasks_have_the_configured_names():
@@ -73,12 +71,10 @@ def test_settings_of_another_task_are_rejected():
         TrainConfig.from_flat(**required, task="detection")
 
 
-def test_each_task_checks_its_data(tmp_path):
+def test_each_task_checks_its_data():
     task = SegmentationTask(("background", "polyp"))
     with pytest.raises(ValueError, match=r"must be images with masks for task segmentation, .*got 'digits'"):
         task.check_data(ImageDataset(None, [], [], []), "digits")
-    with pytest.raises(TypeError, match="dataset must have masks, got ImageDataset"):
-        task.report_images(ImageDataset(None, [], [], []), tmp_path)
 
 
 def test_examples_are_the_worst_and_evenly_spaced_images():

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from snella_app.tasks.classification import fit_probe
+from snella_app.tasks.linear_fit import fit_probe
 from snella_app.training.linear_probe import choose_augmentation, init_head_from_probe, resolve_head_init
 from snella_app.training.train import train
 

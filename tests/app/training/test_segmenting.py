@@ -69,7 +69,7 @@ def test_stored_masks_reproduce_their_dice(run, folder):
     assert predicted.shape == (32, 32)
     both = (torch.as_tensor(np.array(values)).long()[None] for values in (predicted, truth))
     dice, _ = image_scores(pixel_counts(*both, 3).numpy())
-    assert item["dice"] == pytest.approx(np.nanmean(dice), abs=0.05)  # torchvision may round to the neighboring pixel
+    assert item["dice"] == pytest.approx(np.nanmean(dice[:, 1:]), abs=0.05)  # torchvision rounds
 
 
 def test_the_report_shows_curves_classes_and_overlays(run):
@@ -216,11 +216,11 @@ def test_sam_learns_polyps_with_the_settings_of_the_paper(tmp_path, capsys):
 
 def test_the_experiment_of_table_v_matches_the_paper():
     path = Path(__file__).parents[3] / "experiments" / "polyp" / "table5.yaml"
-    _, _, settings = parse(["train", "--config", str(path), "--out", "runs/polyp"])
+    _, settings = parse(["train", "--config", str(path), "--out", "runs/polyp"])
     config = TrainConfig.from_flat(**settings).resolved()
     assert (config.optim.epochs, config.optim.batch_size, config.optim.lr, config.optim.min_lr) == (20, 1, 1e-3, 1e-7)
     assert config.data.task == "segmentation" and config.method.all_options()["r"] == 8
-    _, _, settings = parse(["train", "--config", str(path), "--out", "o", "--method", "lora-8", "--scaling", "null"])
+    _, settings = parse(["train", "--config", str(path), "--out", "o", "--method", "lora-8", "--scaling", "null"])
     assert TrainConfig.from_flat(**settings).resolved().method.all_options() == {"r": 8}
 
 

@@ -341,7 +341,7 @@ def test_the_command_line_accepts_a_number_or_auto(capsys):
     from snella_app.cli.parser import parse
 
     args = ["train", "--data", "digits", "--backbone", "test_vit", "--out", "x", "--batch-size"]
-    assert parse([*args, "auto"])[2]["batch_size"] == "auto" and parse([*args, "8"])[2]["batch_size"] == 8
+    assert parse([*args, "auto"])[1]["batch_size"] == "auto" and parse([*args, "8"])[1]["batch_size"] == 8
     assert main([*args, "many"]) == 2
     assert "--batch-size must be an integer or auto, got many" in capsys.readouterr().err
 

@@ -67,14 +67,6 @@ class DreamBoothConfig(RunSettings):
         *("data", "subject", "pipeline", "out", "method", "class_name", "token", "prompt", "resolution", "steps", "lr"),
         *("prior_weight", "samples", "skip_corrupt", "device", "precision", "resume", "overwrite"),
     )
-    order: ClassVar[tuple[str, ...]] = (
-        *("data", "subject", "pipeline", "out", "method", "token", "class_name", "prompt", "r", "target_sparsity"),
-        *("scaling", "method_options", "resolution", "steps", "batch_size", "accumulation", "lr", "scalar_lr"),
-        *("weight_decay", "max_grad_norm", "optimizer", "gradient_checkpointing", "weighting", "precondition"),
-        *("flip", "prior_weight", "class_images", "class_prompt", "max_sequence_length", "save_every", "samples"),
-        *("sample_steps", "guidance", "skip_corrupt", "seed", "device", "precision", "resume", "overwrite"),
-        *("progress",),
-    )
 
     method: RecipeMethodConfig = field(default_factory=RecipeMethodConfig)
     optim: DreamBoothOptimConfig = field(default_factory=DreamBoothOptimConfig)

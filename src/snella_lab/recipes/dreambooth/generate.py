@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from rich.console import Console
 from snella_app.console import make_console
 from snella_app.data.images import IMAGE_SUFFIXES
 from snella_app.device import autocast, choose_device
-from snella_app.files import write_bytes, write_json
+from snella_app.files import write_json, write_png
 from snella_app.methods import load_trained
 from snella_app.records import RunInfo, read
 from snella_app.runs.folder import adapter_digest
@@ -260,9 +259,7 @@ def _write(target: GeneratedImage, image: Image.Image) -> None:
     info = PngInfo()
     info.add_itxt("prompt", target.prompt)
     info.add_itxt("seed", str(target.seed))
-    content = io.BytesIO()
-    image.save(content, format="PNG", pnginfo=info)
-    write_bytes(target.path, content.getvalue())
+    write_png(target.path, image, pnginfo=info)
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,6 @@ class LanguageConfig(RunSettings):
         *("data", "model", "out", "method", "template", "epochs", "batch_size", "accumulation", "max_length", "lr"),
         *("device", "precision", "resume", "overwrite"),
     )
-    order: ClassVar[tuple[str, ...]] = (
-        *("data", "model", "out", "method", "template", "r", "target_sparsity", "scaling", "method_options"),
-        *("max_length", "learn_prompt", "epochs", "batch_size", "accumulation", "lr", "scalar_lr", "weight_decay"),
-        *("warmup_steps", "max_grad_norm", "optimizer", "gradient_checkpointing", "val_size", "base", "seed"),
-        *("device", "precision", "resume", "overwrite", "progress"),
-    )
 
     method: RecipeMethodConfig = field(default_factory=RecipeMethodConfig)
     optim: LanguageOptimConfig = field(default_factory=LanguageOptimConfig)

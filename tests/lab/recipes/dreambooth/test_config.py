@@ -69,7 +69,7 @@ def test_prompts_contain_token_and_class():
 
 
 def test_command_line_parses_the_settings():
-    name, _, settings = parse(
+    name, settings = parse(
         [
             "dreambooth",
             "--data",

@@ -1,0 +1,135 @@
+"""Predictions on one split of a run: `predictions.json`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
+
+from snella_app.records.record import OPTIONAL, Float, Record
+
+
+@dataclass(frozen=True)
+class SplitPredictions(Record):
+    """Base class of predictions on one split: `predictions.json`."""
+
+    file: ClassVar[str] = "predictions.json"
+
+    split: str = "val"
+
+    @property
+    def split_name(self) -> str:
+        """Human-readable name of the split."""
+        return "validation" if self.split == "val" else self.split
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Class prediction for one image."""
+
+    index: int
+    name: str
+    label: int
+    probabilities: list[Float]
+    rank: int | None = field(default=None, metadata=OPTIONAL)
+    group: str | None = field(default=None, metadata=OPTIONAL)
+
+    @property
+    def predicted(self) -> int:
+        """Predicted class: highest probability, or the predicted rank of ordered classes."""
+        if self.rank is not None:
+            return self.rank
+        return max(range(len(self.probabilities)), key=self.probabilities.__getitem__)
+
+    @property
+    def probability(self) -> float:
+        """Probability of the predicted class."""
+        return self.probabilities[self.predicted]
+
+    @property
+    def is_right(self) -> bool:
+        """True if the predicted class is the label."""
+        return self.predicted == self.label
+
+
+@dataclass(frozen=True)
+class Predictions(SplitPredictions):
+    """Class predictions on one split."""
+
+    items: list[Prediction] = field(kw_only=True)
+
+    def with_temperature(self, temperature: float) -> Self:
+        """Return these predictions with temperature-scaled probabilities, `p ** (1 / T)`, normalized to sum to 1."""
+
+        def changed(item: Prediction) -> Prediction:
+            powers = [p ** (1 / temperature) for p in item.probabilities]
+            return replace(item, probabilities=[power / sum(powers) for power in powers])
+
+        return self if temperature == 1.0 else replace(self, items=[changed(item) for item in self.items])
+
+    def for_classes(self, count: int) -> Self:
+        """Return these predictions after checking that each has `count` probabilities.
+
+        Raises:
+            ValueError: If a prediction has another number of probabilities or an invalid label.
+        """
+        for i, item in enumerate(self.items):
+            if len(item.probabilities) != count or not 0 <= item.label < count:
+                raise ValueError(
+                    f"{self.file}: items[{i}] has {len(item.probabilities)} probabilities and label {item.label}, "
+                    f"but run.json lists {count} classes; train again with `--overwrite`"
+                )
+        return self
+
+
+@dataclass(frozen=True)
+class LabelSetPrediction:
+    """True labels and predicted probabilities of one image."""
+
+    index: int
+    name: str
+    labels: list[int]
+    probabilities: list[Float]
+
+
+@dataclass(frozen=True)
+class LabelSetPredictions(SplitPredictions):
+    """Multi-label predictions on one split."""
+
+    thresholds: list[Float] = field(kw_only=True)
+    items: list[LabelSetPrediction] = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class NumberPrediction:
+    """True and predicted regression targets of one image, in their units."""
+
+    index: int
+    name: str
+    values: list[Float]
+    predicted: list[Float]
+
+
+@dataclass(frozen=True)
+class NumberPredictions(SplitPredictions):
+    """Regression predictions on one split."""
+
+    items: list[NumberPrediction] = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class MaskPrediction:
+    """Segmentation scores of one image; NaN if no class is present or predicted. `mask` is a file in the run folder."""
+
+    index: int
+    name: str = ""
+    dice: Float = math.nan
+    iou: Float = math.nan
+    mask: str | None = None
+
+
+@dataclass(frozen=True)
+class MaskPredictions(SplitPredictions):
+    """Segmentation results on one split."""
+
+    items: list[MaskPrediction] = field(kw_only=True)
