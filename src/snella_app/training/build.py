@@ -65,14 +65,7 @@ class LoadedData:
 
 
 def epoch_sampler(train: ImageDataset, task: Task, sampler: str, seed: int) -> EpochSampler:
-    """Return the sampler of the training images.
-
-    Args:
-        train: Training images.
-        task: Task with the sampling weights.
-        sampler: `DataConfig.sampler`.
-        seed: Seed of the run.
-    """
+    """Return the sampler of the training images; `sampler` is `DataConfig.sampler`."""
     weights = task.sample_weights(train) if sampler == "weighted" else None
     return EpochSampler(len(train), seed, weights)
 
@@ -138,15 +131,6 @@ def has_selection(run: Path) -> bool:
     return (run / FOLDER / METHOD_FILE).is_file()
 
 
-def restore_selection(run: Path, backbone: nn.Module) -> nn.Module:
-    """Apply the stored selection of a run to the backbone, with its initial values.
-
-    Raises:
-        AdapterFileError: If the stored selection is damaged.
-    """
-    return load_trained(run / FOLDER, backbone)
-
-
 @dataclass
 class RunComponents:
     """Data, model and task of a run, ready for training.
@@ -159,6 +143,7 @@ class RunComponents:
         data_config: Preprocessing in timm's format.
         seed: Seed of the run.
         workers: Number of data loading processes.
+        trained_part: The head, if the splits contain its precomputed inputs; None if the whole model is trained.
         probe_features: Pooled features of the probe images before training; set by `snella_app.training.linear_probe`.
         initial_layer_features: Features of several layers for the same images; None once the run trains the model.
     """
@@ -170,6 +155,7 @@ class RunComponents:
     data_config: dict[str, Any]
     seed: int = 0
     workers: int = 0
+    trained_part: nn.Module | None = None
     probe_features: Tensor | None = None
     initial_layer_features: Tensor | None = None
 
@@ -236,6 +222,7 @@ def build(
 
     Raises:
         ValueError: If data, model and method do not fit together.
+        AdapterFileError: If the stored selection is damaged.
     """
     config, task, seed = data.config, data.task, data.seed
     info = BackboneInfo(
@@ -255,10 +242,19 @@ def build(
     )
     pretrained_config = getattr(backbone, "pretrained_cfg", None) or {}  # only timm models have one
     info = dataclasses.replace(info, architecture=pretrained_config.get("architecture") or None)
-    splits = _transformed(data, data_config)
+    augment: Any = task.augment if config.augment == "auto" else config.augment
+    train_transform = build_transform(data_config, train=True, augment=augment, random_erasing=config.random_erasing)
+    transform = build_transform(data_config, train=False, augment="none")
+    parts = existing_splits(data.splits)
+    sized = read_at_side(list(parts.values()), read_side(data_config, data.splits.train))
+    transformed: dict[str, Any] = {
+        name: part.with_transform(train_transform if name == "train" else transform)
+        for name, part in zip(parts, sized, strict=True)
+    }
+    splits = dataclasses.replace(data.splits, **transformed)
     torch.manual_seed(seed)
     if resumed is not None and has_selection(resumed):
-        adapted = restore_selection(resumed, backbone).to(device)
+        adapted = load_trained(resumed / FOLDER, backbone).to(device)
     else:
         batches = None
         if find_method(method.name).needs_batches:
@@ -270,20 +266,6 @@ def build(
     if model.grad_checkpointing:
         checkpoint_gradients(adapted)
     return RunComponents(splits, adapted, task, info, data_config, seed, config.workers)
-
-
-def _transformed(data: LoadedData, data_config: dict[str, Any]) -> DataSplits:
-    """Return the splits with the transforms of training and evaluation."""
-    config, task = data.config, data.task
-    augment: Any = task.augment if config.augment == "auto" else config.augment
-    train_transform = build_transform(data_config, train=True, augment=augment, random_erasing=config.random_erasing)
-    transform = build_transform(data_config, train=False, augment="none")
-    by_name = existing_splits(data.splits)
-    side = read_side(data_config, data.splits.train)
-    read = dict(zip(by_name, read_at_side(list(by_name.values()), side), strict=True))
-    transforms = {"train": train_transform, "val": transform, "test": transform}
-    transformed: dict[str, Any] = {name: part.with_transform(transforms[name]) for name, part in read.items()}
-    return dataclasses.replace(data.splits, **transformed)
 
 
 def load_initial_weights(parts: RunComponents, spec: str, run: RunFolder) -> None:

@@ -4,7 +4,7 @@ import math
 import resource
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +27,14 @@ from snella_app.methods.defaults import MEMORY_METHODS
 Call = tuple[str, int]
 """Module name, or `ATTENTION`, and call index within the forward pass."""
 ATTENTION = "scaled_dot_product_attention"
+_STATUS = Path("/proc/self/status")
+_FEW, _MORE = 2, 3
+"""Batch sizes of the two passes. Batch size 1 is not representative: batch norm rejects it, and axes of length 1 avoid
+copies."""
+_ROWS_OF_TILE, _COLUMNS_OF_TILE = 32, 64  # of the Triton kernels, which store partial gradients per tile
+_EAGER_MATRICES = 14  # temporary matrices of the eager backward pass besides `ΔW`, default kernel; measured
+_CLASSES = 100
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -112,18 +120,20 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     def unpack(_: None) -> Tensor:
         raise RuntimeError("record_forward does not support a backward pass, got one; run only the forward pass")
 
-    def note(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
-        passed = {t.data_ptr(): t.numel() * t.element_size() for t in (*_tensors(inputs), *_tensors(output))}
-        record.calls[name, call_counts[name]] = ModuleCall(record.saved_bytes - recomputed, sum(passed.values()))
+    def note(name: str, passed: int) -> None:
+        record.calls[name, call_counts[name]] = ModuleCall(record.saved_bytes - recomputed, passed)
         call_counts[name] += 1
+
+    def note_module(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
+        tensors = {tensor.data_ptr(): tensor for tensor in (*_tensors(inputs), *_tensors(output))}
+        note(name, _bytes(tensors.values()))
 
     def note_attention(inputs: tuple[Tensor, ...], output: Tensor) -> None:
         # decoding recreates the inputs and the output in the backward pass, in addition to the gradients
-        passed = 2 * _bytes([*inputs, output])
-        record.calls[ATTENTION, call_counts[ATTENTION]] = ModuleCall(record.saved_bytes - recomputed, passed)
-        call_counts[ATTENTION] += 1
+        note(ATTENTION, 2 * _bytes([*inputs, output]))
 
-    handles = [module.register_forward_hook(partial(note, name)) for name, module in working_modules(model).items()]
+    modules = working_modules(model)
+    handles = [module.register_forward_hook(partial(note_module, name)) for name, module in modules.items()]
     checkpoint = torch.utils.checkpoint.checkpoint
     try:
         torch.utils.checkpoint.checkpoint = compute_now
@@ -185,9 +195,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(inner)
 
 
-_STATUS = Path("/proc/self/status")
-
-
 def peak_rss_mib() -> float:
     """Return the peak resident memory of this process in MiB.
 
@@ -200,13 +207,6 @@ def peak_rss_mib() -> float:
                 return round(int(value.split()[0]) / 2**10, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / 2 ** (20 if sys.platform == "darwin" else 10), 1)
-
-
-_FEW, _MORE = 2, 3
-"""Batch sizes of the two passes. Batch size 1 is not representative: batch norm rejects it, and axes of length 1 avoid
-copies."""
-_ROWS_OF_TILE, _COLUMNS_OF_TILE = 32, 64  # of the Triton kernels, which store partial gradients per tile
-_EAGER_MATRICES = 14  # temporary matrices of the eager backward pass besides `ΔW`, default kernel; measured
 
 
 @dataclass(frozen=True)
@@ -318,16 +318,12 @@ def _matrix_temporary(module: nn.Module | None, device_type: str) -> int:
 
 def _trained_bytes(module: nn.Module) -> int:
     """Return the bytes of the trainable parameters."""
-    return _bytes([p for p in module.parameters() if p.requires_grad])
+    return _bytes(p for p in module.parameters() if p.requires_grad)
 
 
-def _bytes(tensors: list[Tensor]) -> int:
+def _bytes(tensors: Iterable[Tensor]) -> int:
     """Return the total bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-_CLASSES = 100
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def compared_methods(r: int) -> list[str]:

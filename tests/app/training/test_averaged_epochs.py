@@ -43,7 +43,7 @@ def test_a_checkpoint_restores_the_epochs_and_rejects_another_model(tmp_path):
     other = EpochSnapshots(nn.Linear(3, 2), 3)
     other.load(tmp_path)
     assert other.epochs == [4] and torch.equal(other._values[4]["bias"], layer.bias)
-    with pytest.raises(CheckpointError, match=r"got a difference in epoch 4 in bias; start over"):
+    with pytest.raises(CheckpointError, match=r"got a difference in bias; start over"):
         EpochSnapshots(nn.Linear(3, 2, bias=False), 3).load(tmp_path)
     with pytest.raises(CheckpointError, match=r"epoch_ends\.safetensors is missing"):
         other.load(tmp_path / "checkpoints")

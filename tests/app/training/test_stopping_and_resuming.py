@@ -16,13 +16,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from snella_app.config import TrainConfig
-from snella_app.records import BackboneInfo, DataInfo, RunInfo
 from snella_app.report.report import write_report
 from snella_app.runs import RunFolder
-from snella_app.runs.images import load_splits, splits_digest
 from snella_app.tasks.classification import ClassificationTask
-from snella_app.training.checkpoints import CheckpointError, latest_checkpoint
-from snella_app.training.session import InterruptCallback, NonFiniteLossError, TrainingInterrupted, checkpoint_to_resume
+from snella_app.training.checkpoints import CheckpointError, checkpoint_to_resume, latest_checkpoint
+from snella_app.training.session import InterruptCallback, NonFiniteLossError, TrainingInterrupted
 from snella_app.training.train import train
 from snella_app.training.trainer import SnellaTrainer
 
@@ -127,13 +125,10 @@ def test_estimated_gradients_resume_bit_for_bit(settings, tmp_path):
     assert not is_bit_identical(outcome(train(exact, Console(file=io.StringIO())))[0], expected[0])
 
 
-def test_a_run_killed_before_its_first_checkpoint_restarts(settings, uninterrupted):
+def test_a_run_killed_before_its_first_checkpoint_restarts(settings, uninterrupted, tmp_path):
     config = settings()
-    run = RunFolder(config.run.out)
-    run.create(run.resolve_settings(config))
-    backbone = BackboneInfo(name=config.model.backbone)
-    data = DataInfo(spec=config.data.spec, digest=splits_digest(load_splits(config.data, config.run.seed)))
-    run.write(RunInfo(status="running", method=config.method.name, backbone=backbone, classes=[], data=data))
+    kill(config, "step", 2, tmp_path)
+    assert latest_checkpoint(RunFolder(config.run.out).checkpoints) is None
     assert is_bit_identical(outcome(resume(config)[0]), uninterrupted)
 
 

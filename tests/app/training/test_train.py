@@ -292,7 +292,7 @@ def test_the_live_report_refreshes_without_affecting_the_run(settings, finished,
         return path
 
     monkeypatch.setattr(training, "write_report", record)
-    monkeypatch.setattr(sys.modules["snella_app.training.train"], "_REPORT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(training, "_REPORT_INTERVAL_S", 0.0)
     run = train(settings(method_options={}), Console(file=io.StringIO()))
 
     *live, last = pages

@@ -18,7 +18,7 @@ from snella_app.runs import RunFolder
 from snella_app.training.optimizer import build_optimizer, checkpoint_gradients, set_drop_path
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import _tracking, train
-from snella_app.training.trainer import SnellaTrainer, training_arguments
+from snella_app.training.trainer import SnellaTrainer
 
 from .components import build_components
 
@@ -194,8 +194,7 @@ def test_the_mixed_loss_equals_the_soft_label_loss(settings, console):
     parts = build_components(config)
     run = RunFolder(config.run.out)
     run.create(config)
-    args = training_arguments(config.optim, config.run, run.checkpoints)
-    trainer = SnellaTrainer(parts, config.data, config.optim, args, run, [])
+    trainer = SnellaTrainer(parts, config, run, [])
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     inputs = {"images": images, "labels": labels, "other_labels": labels.roll(1), "share": 0.3}
     one_hot = torch.eye(3)
