@@ -115,13 +115,7 @@ def selection_data(
 
 
 def store_selection(run: Path, method: str, model: nn.Module) -> None:
-    """Save the parameters that a method selected, for resuming; no-op for methods without selection.
-
-    Args:
-        run: Run folder.
-        method: Method name.
-        model: Model from `build_method`.
-    """
+    """Save the parameters that a method selected, for resuming; no-op for methods without selection."""
     if find_method(method).needs_batches and not has_selection(run):
         save_trained(model, run / FOLDER)
 
@@ -269,12 +263,7 @@ def build(
 
 
 def load_initial_weights(parts: RunComponents, spec: str, run: RunFolder) -> None:
-    """Load the trained weights of another run into the model of a new run.
-
-    Args:
-        parts: Components of the new run. A note is added if its splits differ from the other run's.
-        spec: Data of the new run, for the error message.
-        run: The other run.
+    """Load the trained weights of another run into the model of a new run; note different splits.
 
     Raises:
         ValueError: If the other run was trained on different classes.
@@ -296,11 +285,7 @@ def load_initial_weights(parts: RunComponents, spec: str, run: RunFolder) -> Non
 def _selection_images(
     method: str, data: LoadedData, splits: DataSplits, data_config: dict[str, Any]
 ) -> tuple[ImageDataset, ImageDataset | None]:
-    """Return training and validation images for a method that selects its trained parameters.
-
-    If the protocol trains on the validation images, the split of the standard protocol is used instead. Test images
-    are never used.
-    """
+    """Return training and validation images for selection; if the protocol has none, of the standard protocol."""
     if splits.val is not None or not find_method(method).needs_validation:
         return splits.train, splits.val
     config = dataclasses.replace(data.config, protocol="standard")

@@ -201,11 +201,7 @@ def _swapped_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[
 
 
 class ScheduleCallback(TrainerCallback):
-    """Callback that attaches a method's schedule when training starts.
-
-    Args:
-        make: `Method.schedule`.
-    """
+    """Callback that attaches a method's schedule when training starts."""
 
     def __init__(self, make: Callable[[nn.Module, int], Any]) -> None:
         self.make = make

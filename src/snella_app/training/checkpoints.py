@@ -49,11 +49,7 @@ def require_file(checkpoint: Path, name: str) -> Path:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the complete checkpoint with the highest step; None if there is none.
-
-    Args:
-        folder: The run's `checkpoints` folder.
-    """
+    """Return the complete checkpoint with the highest step in a run's `checkpoints` folder; None if there is none."""
     checkpoints = _checkpoints(folder)
     return checkpoints[0] if checkpoints else None
 
@@ -68,10 +64,6 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def checkpoint_to_resume(run: RunFolderOf[Any], console: Console) -> Path | None:
     """Remove incomplete and obsolete checkpoints, and return the latest intact one; None if there is none.
-
-    Args:
-        run: Run folder.
-        console: Output console for the chosen checkpoint and the damage of later ones.
 
     Raises:
         CheckpointError: If all checkpoints are damaged; the message names a file and the remedies.
@@ -97,12 +89,7 @@ def checkpoint_to_resume(run: RunFolderOf[Any], console: Console) -> Path | None
 
 
 def find_damage(checkpoint: Path, run_id: str | None) -> str:
-    """Describe the damage of a checkpoint's files without loading them; empty for an intact checkpoint.
-
-    Args:
-        checkpoint: Checkpoint folder.
-        run_id: Id of the resumed run.
-    """
+    """Describe the damage of a checkpoint's files without loading them; empty for an intact checkpoint."""
     path = checkpoint / MANIFEST
     if not path.is_file():
         return f"{MANIFEST} is missing"
@@ -132,11 +119,7 @@ def _files_of(checkpoint: Path) -> list[str]:
 
 
 def remove_incomplete(folder: Path, keep: Path | None = None) -> int:
-    """Remove staging folders of a killed process and obsolete checkpoints.
-
-    Args:
-        folder: The run's `checkpoints` folder.
-        keep: Checkpoint to keep; the latest if None.
+    """Remove staging folders of a killed process, and all checkpoints except `keep`, or the latest if None.
 
     Returns:
         Number of removed folders and files.
@@ -169,11 +152,7 @@ def convert_read_errors(checkpoint: str | Path | None) -> Iterator[None]:
 
 @contextmanager
 def stage_checkpoint(run: RunFolderOf[Any], name: str) -> Iterator[Path]:
-    """Write a checkpoint to a staging folder, add digests and publish it with a single rename.
-
-    Args:
-        run: Run folder; the checkpoint goes to its `checkpoints` folder.
-        name: Name of the checkpoint; must not exist yet.
+    """Write a new checkpoint to a staging folder, add digests and publish it with a single rename.
 
     Yields:
         The staging folder; only its subfolder `name` is published.

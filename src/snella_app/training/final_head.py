@@ -63,12 +63,7 @@ def measure_features(
 ) -> MeasuredFeatures:
     """Compute features of several layers with the evaluation transform.
 
-    Args:
-        parts: Components with the model on its device.
-        images: Images of the split.
-        views: 1 for the images, 2 for the images and their flips.
-        load: Function that returns batches.
-        first_view: Precomputed features of the unflipped images, if available.
+    The views are the images and, with `views=2`, their flips. `first_view` contains precomputed features of the images.
     """
     plain = original_images(images).with_transform(build_transform(parts.data_config, train=False, augment="none"))
     model, layers = parts.model, probed_layers(parts.model)
@@ -100,13 +95,8 @@ def _targets(task: Task, images: ImageDataset) -> dict[str, Tensor]:
 def fit_layers(parts: RunComponents, train: ImageDataset, views: int, load: Load) -> LayerFit:
     """Fit a linear head to features of several layers of the trained model.
 
-    A first fit to the training images predicts the validation images. The final fit uses both splits.
-
-    Args:
-        parts: Data and model; `initial_layer_features` optionally contains the features of `train`.
-        train: Training images.
-        views: See `measure_features`.
-        load: Function that returns batches.
+    A first fit to the training images predicts the validation images. The final fit uses both splits. If available,
+    `parts.initial_layer_features` are the features of the training images.
     """
     outputs = parts.task.count_outputs(parts.splits.classes)
     measured = measure_features(parts, train, views, load, parts.initial_layer_features)
@@ -142,12 +132,7 @@ def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any])
 
 
 def layer_fit_seconds(parts: RunComponents, rows: int) -> float:
-    """Estimate the CPU time of the fits in `fit_layers` in seconds, without feature extraction.
-
-    Args:
-        parts: Data and model.
-        rows: Number of images times views.
-    """
+    """Estimate the CPU time of the fits in `fit_layers` in seconds; a row is one view of an image."""
     base: Any = base_model(parts.model)
     channels = [int(entry["num_chs"]) for entry in base.feature_info]
     width = 2 * sum(channels[layer] for layer in probed_layers(parts.model))

@@ -53,10 +53,6 @@ class LiveReport(TrainerCallback):
     """Callback that updates the report after an epoch, at most once every `_REPORT_INTERVAL_S` seconds.
 
     The pause after an update is at least 20 times its duration, so updates take at most 5% of the time.
-
-    Args:
-        trainer: The trainer.
-        step_timer: Callback that measures step time and memory.
     """
 
     def __init__(self, trainer: SnellaTrainer, step_timer: StepTimeCallback) -> None:
@@ -80,14 +76,7 @@ class LiveReport(TrainerCallback):
 
 
 def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Console, render_report: bool = True) -> None:
-    """Evaluate the saved model, write results and report, and print a summary.
-
-    Args:
-        trainer: Trainer after the last epoch.
-        step_timer: Callback that measured step time and memory.
-        console: Output console.
-        render_report: If True, write the HTML report.
-    """
+    """Evaluate the saved model, write results and report, and print a summary."""
     train_s, run, parts = trainer.elapsed_s, trainer.run_folder, trainer.parts
     averaged = trainer.average_epochs()
     wait_for_everyone()  # until the main process has written the best adapter
@@ -145,11 +134,7 @@ def _measure(trainer: SnellaTrainer) -> tuple[dict[str, Outputs], FinalHead | No
 
 
 def _fit_final_head(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> tuple[LayerFit | None, FinalHead | None]:
-    """Fit a linear head on several layers if requested, and save it unless it is clearly worse on the validation set.
-
-    The outputs of a saved head replace the validation outputs of the trained head in `outputs`. The results are the
-    fit, or None if it is not saved, and its record, or None if no head was fitted.
-    """
+    """Fit a linear head on several layers if requested; save it and replace `outputs` unless it is clearly worse."""
     plan, parts, run = trainer.plan, trainer.parts, trainer.run_folder
     task = parts.task
     if is_main():

@@ -1,6 +1,5 @@
 """Cross-validation: one run per fold and a table over folds."""
 
-import dataclasses
 import html
 import math
 import statistics
@@ -19,8 +18,6 @@ from snella_app.runs.folder import RunFolder
 from snella_app.training.train import train
 
 __all__ = ["is_cross_validation", "train_folds"]
-
-_SKIPPED = ("confusion",)
 
 
 def is_cross_validation(folder: str | Path) -> bool:
@@ -76,14 +73,8 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
 
 def scalar_metrics(scores: Any) -> dict[str, float]:
     """Return the scalar metrics of a split; empty if it was not evaluated."""
-    if scores is None:
-        return {}
-    values = plain(scores) if dataclasses.is_dataclass(scores) else dict(scores)
-    return {
-        name: float(value)
-        for name, value in values.items()
-        if name not in _SKIPPED and isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    values = {} if scores is None else plain(scores)
+    return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
 
 
 def summarize_folds(results: FoldResults, *, test: bool = False) -> dict[str, tuple[float, float]]:

@@ -97,12 +97,7 @@ def _has_timm_features(model: nn.Module) -> bool:
 
 
 def cache_features(parts: RunComponents, batch_size: int) -> None:
-    """Replace all images by their features, and train only the head.
-
-    Args:
-        parts: Data and model; the datasets and `trained_part` are replaced.
-        batch_size: Batch size.
-    """
+    """Replace all images in `parts` by their features, and train only the head."""
     parts.model.eval()
     for name, images in existing_splits(parts.splits).items():
         setattr(parts.splits, name, FeatureDataset(images, extract_features(parts, images, batch_size)))
@@ -143,13 +138,7 @@ def extract_features(
 
 @torch.no_grad()
 def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int) -> NDArray[np.float32]:
-    """Return the inputs to the head of a model from `build_method`, `[images, width]`.
-
-    Args:
-        model: Model; left in evaluation mode.
-        parts: Images with their transform.
-        batch_size: Batch size.
-    """
+    """Return the inputs to the head of a model from `build_method`, `[images, width]`, in evaluation mode."""
     head = spec_of(model).head
     heads = [module for name, module in model.named_modules() if name == head or name.endswith(f".model.{head}")]
     seen: list[Tensor] = []
@@ -176,10 +165,6 @@ def probe_features(parts: RunComponents, optim: OptimConfig) -> Tensor:
     """Return the pooled features of the probe images before training, `[images, width]`; computed once.
 
     If the final head uses several layers, this also caches the features of these layers.
-
-    Args:
-        parts: Data and model; caches the features.
-        optim: Batch size and final head.
     """
     if parts.probe_features is None:
         train, rows, batch_size = parts.splits.train, probe_rows(parts), optim.effective_batch_size
@@ -208,12 +193,7 @@ def can_probe(parts: RunComponents) -> bool:
 
 
 def can_skip_training(optim: OptimConfig, protocol: str) -> bool:
-    """Return whether `epochs` may be 0: the head starts from a linear probe and is evaluated on validation images.
-
-    Args:
-        optim: Settings with `head_init` resolved.
-        protocol: `DataConfig.protocol`.
-    """
+    """Return whether `epochs` may be 0: the head starts from a linear probe and is evaluated on validation images."""
     return optim.head_init == "probe" and get_protocol(protocol).selected_on == "val"
 
 
@@ -248,10 +228,7 @@ def init_head_from_probe(parts: RunComponents, optim: OptimConfig) -> None:
     A random head sends random gradients through the backbone in the first steps; a fitted head does not (Kumar et al.,
     2022, arXiv 2202.10054). The fit uses at most 5,000 training images without augmentation. Features are divided by
     their root mean variance. The L2 penalty is `1/(2·0.1)·‖w‖² = 5 ‖w‖²`, added to the sum of the images' losses.
-
-    Args:
-        parts: Data and model; the head is changed in place. Features from `cache_features` are reused.
-        optim: Batch size and final head.
+    Features from `cache_features` are reused.
 
     Raises:
         ValueError: If the model has no linear head on pooled features, or the task does not support a linear fit.
@@ -283,9 +260,7 @@ def base_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 def is_clearly_better(only_first: int, only_second: int) -> bool:
     """Return whether the first of two classifiers is clearly better (McNemar's test, two standard errors).
 
-    Args:
-        only_first: Number of images that only the first classifier predicts correctly.
-        only_second: Number of images that only the second classifier predicts correctly.
+    The arguments are the numbers of images that only one of the classifiers predicts correctly.
     """
     return only_first - only_second > _CLEAR * math.sqrt(only_first + only_second)
 

@@ -175,7 +175,14 @@ def shape_of_backbone(backbone: str, img_size: int | None = None, classes: int =
     from timm.layers import Mlp
     from timm.models.vision_transformer import Block, VisionTransformer
 
-    model = _build_on_meta(backbone, img_size, classes)
+    from snella_app.backbones import create_backbone
+
+    options: dict[str, Any] = {"num_classes": classes, "pretrained": False, "img_size": img_size}
+    try:
+        with torch.device("meta"):
+            model = create_backbone(backbone, **options)
+    except RuntimeError:  # meta tensors have no values; timm 1.0.20 reads some
+        model = create_backbone(backbone, **options)
     block = model.blocks[0] if isinstance(model, VisionTransformer) else None
     if not isinstance(model, VisionTransformer) or type(block) is not Block or type(block.mlp) is not Mlp:
         return None
@@ -193,14 +200,3 @@ def shape_of_backbone(backbone: str, img_size: int | None = None, classes: int =
         outputs=classes,
         has_layer_scale=not isinstance(block.ls1, nn.Identity),
     )
-
-
-def _build_on_meta(backbone: str, img_size: int | None, classes: int) -> nn.Module:
-    """Build a backbone without allocating its weights; on the CPU if timm reads tensor values while it builds."""
-    from snella_app.backbones import create_backbone
-
-    try:
-        with torch.device("meta"):
-            return create_backbone(backbone, num_classes=classes, pretrained=False, img_size=img_size)
-    except RuntimeError:  # meta tensors have no values; timm 1.0.20 reads some
-        return create_backbone(backbone, num_classes=classes, pretrained=False, img_size=img_size)

@@ -293,11 +293,9 @@ def _extrapolate(few: int, more: int, batch_size: int) -> int:
 
 
 def _matrix_temporary(module: nn.Module | None, device_type: str) -> int:
-    """Return the bytes of temporary weight-sized tensors of an adapted layer, the maximum over both passes.
-
-    In the backward pass the weight gradient replaces the effective weight. Numba kernels materialize `ΔW` only in the
-    forward pass, to find its threshold; Triton kernels and torch operations merge it in both passes.
-    """
+    """Return the bytes of temporary weight-sized tensors of an adapted layer, the maximum over both passes."""
+    # in the backward pass the weight gradient replaces the effective weight; Numba kernels materialize `ΔW` only in the
+    # forward pass, to find its threshold; Triton kernels and torch operations merge it in both passes
     if not isinstance(module, SnellaLayer) or module.merged or module.disable_adapters:
         return 0
     entries, weight = module.out_features * module.in_features, cast(Tensor, module.get_base_layer().weight)

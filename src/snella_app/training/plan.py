@@ -39,11 +39,7 @@ def resolve(
 ) -> tuple[TrainConfig, RunComponents]:
     """Choose precision, image size, batch size, heads, augmentation and number of epochs of a new run, in this order.
 
-    Args:
-        config: Settings with the method's defaults; fields may be `"auto"` or None.
-        data: Loaded images.
-        parts: Data and model for the requested settings; the transform of the training images is replaced.
-        console: Output console for the choices.
+    Fields of `config` may be `"auto"` or None. The transform of the training images is replaced.
 
     Returns:
         The plan, settings without automatic fields, and data and model, rebuilt if the image size changed.
@@ -94,10 +90,6 @@ def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
     a probe-initialized head, else `none`. The `official` protocol uses `trained` and `random`, as the authors' scripts
     do. A run that starts from another one keeps its head.
 
-    Args:
-        parts: Data and model.
-        config: Settings to resolve.
-
     Raises:
         ValueError: If `final_head` is `layers`, but the model or the task does not support it.
     """
@@ -131,10 +123,7 @@ def _reason_for_trained(parts: RunComponents, is_sharded: bool) -> str | None:
 
 @torch.no_grad()
 def _reads_features(parts: RunComponents) -> bool:
-    """Return whether the features of all layers can be read and the final features equal the inputs of the head.
-
-    timm's `forward_intermediates` may not support methods that add tokens or change the whole forward pass.
-    """
+    """Return whether `forward_intermediates` works with the method: its final features are the inputs of the head."""
     layers = probed_layers(parts.model)
     if not layers:
         return False
@@ -169,12 +158,7 @@ def choose_augmentation(parts: RunComponents, data: DataConfig, optim: OptimConf
     probe on flipped images is not sufficient: it fails on the flips of figures that all face left.
 
     `tta="auto"` averages the predictions for an image and its flip if training flips images and the task is
-    single-label classification.
-
-    Args:
-        parts: Data and model; the transform of the training images is replaced.
-        data: Settings to resolve.
-        optim: Batch size and final head.
+    single-label classification. The transform of the training images is replaced.
     """
     augment: Any = data.augment
     if augment == "auto":

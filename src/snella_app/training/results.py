@@ -32,13 +32,7 @@ _USUAL_SIZE, MIN_SIZE = 224, 48
 
 
 def describe_run(plan: TrainConfig, parts: RunComponents, names: Collection[str] = SPLITS) -> RunInfo:
-    """Build the record of a new run.
-
-    Args:
-        plan: Settings without automatic fields.
-        parts: Data and model.
-        names: Splits in use; their contents are recorded.
-    """
+    """Build the record of a new run, with the contents of the splits in `names`."""
     splits = parts.splits
     return RunInfo(
         status="running",
@@ -106,13 +100,7 @@ def describe_allocation(model: nn.Module, allocator: BudgetAllocator) -> Allocat
 
 
 def describe_generator(model: nn.Module, adapter: Path, **measured: Any) -> GeneratorMetrics:
-    """Build the metrics record of a generator: cost and losses.
-
-    Args:
-        model: Trained model.
-        adapter: Adapter folder.
-        **measured: Fields of `GeneratorMetrics` that the recipe provides.
-    """
+    """Build the metrics record of a generator: cost, and fields that the recipe provides."""
     matrices = matrices_of(model)
     return GeneratorMetrics(
         trainable_parameters=trainable_parameters(model),
@@ -136,13 +124,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> None:
-    """Print data, model, method, budgets, steps and estimated memory.
-
-    Args:
-        console: Output console.
-        plan: Settings without automatic fields.
-        parts: Data and model.
-    """
+    """Print data, model, method, budgets, steps and estimated memory."""
     splits, model, optim = parts.splits, parts.model, plan.optim
     protocol, matrices = get_protocol(plan.data.protocol), matrices_of(model)
     adapter = cast(PeftModel, model).peft_config["default"] if matrices else None
@@ -213,14 +195,10 @@ def free_memory(device: torch.device) -> int:
 
 
 def shorten_hint(parts: RunComponents, factor: float) -> str:
-    """Return a hint on shortening the run.
+    """Return a hint on shortening the run by a factor.
 
     The hint assumes that step time is proportional to the number of pixels. This holds for convolutions and
     underestimates the savings in attention.
-
-    Args:
-        parts: Data and model.
-        factor: Ratio of the expected to the desired duration.
     """
     side, patch = int(parts.data_config["input_size"][-1]), size_step(parts.model)
     shorter = int(side / math.sqrt(factor)) // patch * patch

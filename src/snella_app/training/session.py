@@ -186,11 +186,7 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 @contextmanager
 def record_status(run: RunFolderOf[Any], command: str) -> Iterator[None]:
-    """Record an interruption or failure inside the context in `run.json`.
-
-    Args:
-        run: Run folder.
-        command: Command that resumes the run, e.g. `train`.
+    """Record an interruption or failure inside the context in `run.json`; `command` resumes the run.
 
     Raises:
         TrainingInterrupted: If the context is interrupted; the message has the checkpoint and the command to resume.

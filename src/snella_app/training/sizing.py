@@ -54,11 +54,6 @@ def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -
     Candidates are powers of two up to 256 with at least 10 steps per epoch. The largest candidate with a predicted
     memory of at most 0.8 of the free memory is tested with a trial step, and halved while the step runs out of memory.
     The model is unchanged.
-
-    Args:
-        parts: Data and model.
-        optim: Requested batch size, and precision.
-        console: Output console for the choice.
     """
     if optim.batch_size != "auto":
         return optim.batch_size
@@ -94,13 +89,6 @@ def fit_image_size(
     Candidates are multiples of the model's patch size or reduction, from 48 pixels to the backbone's default. The
     search stops within 15% of the largest size that fits; if no size fits, the result is the smallest. Models that
     do not support other sizes keep their default.
-
-    Args:
-        parts: Data and model at the backbone's default size.
-        config: Settings with `time_budget`, without `img_size`, with `head_init` and `final_head` resolved.
-        at_size: Function that builds data and model for another image size.
-        console: Output console for the choice.
-        started_at: `time.monotonic()` at the start of loading data and model.
 
     Returns:
         Image size; None for the backbone's default.
@@ -184,16 +172,9 @@ class _LargestSize:
 def _largest_size(
     sizes: Sequence[int], seconds_at: Callable[[int], float], allowed_s: Callable[[], float]
 ) -> _LargestSize:
-    """Find the largest size whose time is within the allowed time, to within 15%.
-
-    The search starts at the smallest size, since a step at the largest may exceed the budget. The next size is the
-    largest that would fit if time were proportional to the number of pixels.
-
-    Args:
-        sizes: Candidates in ascending order.
-        seconds_at: Function that measures the time at a size.
-        allowed_s: Function that returns the maximum time in seconds, which measurements reduce.
-    """
+    """Find the largest of some ascending sizes whose time is within the allowed time, to within 15%."""
+    # starts at the smallest size, since a step at the largest may exceed the budget; the next size is the largest that
+    # would fit if time were proportional to the number of pixels
     seconds: dict[int, float] = {}
     fits, too_large, index = -1, len(sizes), 0
     while fits + 1 < too_large and not (
@@ -237,12 +218,6 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, star
     """Return the number of epochs that fit in `time_budget`, at most 100, from a few timed steps.
 
     The minimum is 1 epoch, or 0 for a probe-initialized head that is evaluated on validation images.
-
-    Args:
-        parts: Data and model.
-        config: Resolved settings with `time_budget` and a batch size.
-        console: Output console for the choice.
-        started_at: `time.monotonic()` at the start of loading data and model.
     """
     time_budget = str(config.optim.time_budget)
     times = _measure_times(parts, config)
@@ -338,11 +313,7 @@ def _step_seconds(
     batch: int,
     step: Callable[[RunComponents, str, dict[str, Tensor]], None],
 ) -> float:
-    """Return the median time of a step including data loading, in seconds.
-
-    The first step is excluded, since it may compile kernels. The second step may compile as well. At least two steps
-    are therefore timed after the first, and the median of an even number of times is the lower one.
-    """
+    """Return the median time of a step including data loading, in seconds."""
     generator = torch.Generator().manual_seed(parts.seed)  # leaves torch's global generator unchanged
     loader = DataLoader(dataset, batch, collate_fn=parts.task.collate, num_workers=parts.workers, generator=generator)
     limit_s = _MEASURED_SHARE * budget_seconds(str(optim.time_budget))
@@ -358,6 +329,7 @@ def _step_seconds(
         if number == _TIMED_STEPS or (number >= _FEWEST_TIMED - 1 and sum(spans[1:]) > limit_s):
             break
         start = time.perf_counter()
+    # the first step, and sometimes the second, compiles kernels
     return statistics.median_low(spans[1:] or spans)
 
 

@@ -158,11 +158,7 @@ def _fit(
     keep_checkpoints: bool,
     render_report: bool,
 ) -> tuple[SnellaTrainer, StepTimeCallback]:
-    """Initialize the head and train, from the last checkpoint if there is one.
-
-    Raises:
-        KeyboardInterrupt: If training was interrupted; a checkpoint has been saved.
-    """
+    """Initialize the head and train from the last checkpoint, if any; raise KeyboardInterrupt after an interruption."""
     start, optim, trackers = time.monotonic(), plan.optim, plan.run.trackers
     matrices, method = matrices_of(parts.model), method_of(parts.model)
     step_images = optim.effective_batch_size * optim.accumulate
@@ -208,11 +204,7 @@ def _fit(
 
 @contextmanager
 def _tracking(trackers: Sequence[str], run: RunFolder) -> Iterator[None]:
-    """Redirect trackers to the run folder and suppress their output; the user's environment variables take precedence.
-
-    Raises:
-        ValueError: If a tracker raises an error.
-    """
+    """Redirect trackers to the run folder, except where environment variables are set, and suppress their output."""
     if not trackers:
         yield
         return

@@ -38,12 +38,7 @@ class _StoppedEarlyError(Exception):
 
 
 class _StartCallback(TrainerCallback):
-    """Callback that evaluates the initial model and ends a resumed run that has already stopped early.
-
-    Args:
-        trainer: The trainer; an earlier callback must attach its allocator.
-        evaluate_initial: If True, evaluate the model before the first step as epoch 0, which may be the best epoch.
-    """
+    """Callback that evaluates the initial model and ends a resumed run that has already stopped early."""
 
     def __init__(self, trainer: SnellaTrainer, evaluate_initial: bool) -> None:
         self.trainer, self.evaluate_initial = trainer, evaluate_initial
@@ -364,15 +359,13 @@ class SnellaTrainer(CheckpointingTrainer):
         )
 
     def _mix(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Apply MixUp or CutMix, if enabled; adds the other image's label and the mixing weight to the batch.
-
-        Torchvision mixes one-hot labels; with the image index as label, a row contains the mixing weight.
-        """
+        """Apply MixUp or CutMix, if enabled; adds the other image's label and the mixing weight to the batch."""
         alphas = {v2.MixUp: self.plan.data.mixup, v2.CutMix: self.plan.data.cutmix}
         count = len(inputs["labels"])
         mixers = [kind(alpha=alpha, num_classes=count) for kind, alpha in alphas.items() if alpha]
         if not mixers or count == 1:
             return inputs
+        # torchvision mixes one-hot labels; with the image index as label, a row contains the mixing weight
         numbers = torch.arange(count, device=inputs["images"].device)
         images, rows = v2.RandomChoice(mixers)(inputs["images"], numbers)
         return {**inputs, "images": images, "other_labels": inputs["labels"].roll(1, 0), "share": float(rows[0, 0])}
@@ -422,13 +415,7 @@ class SnellaTrainer(CheckpointingTrainer):
 
 
 def training_arguments(plan: TrainConfig, checkpoints: Path, keep_checkpoints: bool = True) -> TrainingArguments:
-    """Return Trainer arguments: evaluation and checkpoint per epoch, warmup and cosine decay.
-
-    Args:
-        plan: Settings without automatic fields.
-        checkpoints: Output folder.
-        keep_checkpoints: Save a checkpoint after each epoch.
-    """
+    """Return Trainer arguments: evaluation and checkpoint per epoch, warmup and cosine decay."""
     optim = plan.optim
     return base_training_arguments(
         checkpoints,
