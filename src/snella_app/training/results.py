@@ -127,7 +127,7 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
     """Print data, model, method, budgets, steps and estimated memory."""
     splits, model, optim = parts.splits, parts.model, plan.optim
     protocol, matrices = get_protocol(plan.data.protocol), matrices_of(model)
-    adapter = cast(PeftModel, model).peft_config["default"] if matrices else None
+    adapter = cast(SnellaConfig, cast(PeftModel, model).peft_config["default"]) if matrices else None
     trained, adapted = trainable_parameters(model), sum(m.size for m in matrices)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     _, height, width = parts.data_config["input_size"]

@@ -2,7 +2,6 @@
 
 import math
 import os
-import signal
 import sys
 
 import pytest
@@ -20,7 +19,7 @@ from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import _tracking, train
 from snella_app.training.trainer import SnellaTrainer
 
-from .components import build_components
+from .components import build_components, interrupt_before
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -247,20 +246,11 @@ ALL_OPTIONS = {
 }
 
 
-def test_a_run_with_all_options_resumes_bit_for_bit(settings, console, monkeypatch, tmp_path):
+def test_a_run_with_all_options_resumes_bit_for_bit(settings, console, tmp_path):
     uninterrupted = train(settings(**ALL_OPTIONS, out=str(tmp_path / "uninterrupted")), console)
     config = settings(**ALL_OPTIONS)
-    with monkeypatch.context() as patch:
-        original = SnellaTrainer.training_step
-
-        def press_ctrl_c(self, *args, **kwargs):
-            if self.state.global_step == 5 and self._micro_step == 0:
-                os.kill(os.getpid(), signal.SIGINT)
-            return original(self, *args, **kwargs)
-
-        patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
-        with pytest.raises(TrainingInterrupted, match="checkpoint-6"):
-            train(config, console)
+    with interrupt_before(5), pytest.raises(TrainingInterrupted, match="checkpoint-6"):
+        train(config, console)
     run = train(TrainConfig.from_flat(out=config.run.out, resume=True), console)
     assert history_of(run) == history_of(uninterrupted)
     first, second = adapter_of(run), adapter_of(uninterrupted)
