@@ -96,10 +96,17 @@ def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
     optim, is_official = config.optim, config.data.protocol == "official"
     final_head: Literal["trained", "layers"] = "trained"
     if optim.final_head == "layers" or (optim.final_head == "auto" and not is_official):
-        reason = _reason_for_trained(parts, config.run.shard)
-        if reason is not None and optim.final_head == "layers":
-            raise ValueError(f"final_head='layers' needs {reason}; use final_head='trained'")
-        final_head = "layers" if reason is None else "trained"
+        missing = None
+        if not parts.task.has_linear_fit:
+            missing = f"a task with one output per image, got {parts.task.name}"
+        elif process_count() > 1 or config.run.shard:
+            missing = "a single process"
+        elif not _reads_features(parts):
+            missing = f"a timm model with forward_intermediates, got {type(parts.model).__name__}"
+        if missing is None:
+            final_head = "layers"
+        elif optim.final_head == "layers":
+            raise ValueError(f"final_head='layers' needs {missing}; use final_head='trained'")
     init, norm = optim.head_init, optim.head_norm
     if config.model.init_from is None:
         if init == "auto":
@@ -108,17 +115,6 @@ def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
             norm = "running" if init == "probe" else "none"
     optim = dataclasses.replace(optim, final_head=final_head, head_init=init, head_norm=norm)
     return dataclasses.replace(config, optim=optim)
-
-
-def _reason_for_trained(parts: RunComponents, is_sharded: bool) -> str | None:
-    """Return the missing requirement for a probe on several layers; None if all are met."""
-    if not parts.task.has_linear_fit:
-        return f"a task with one output per image, got {parts.task.name}"
-    if process_count() > 1 or is_sharded:
-        return "a single process"
-    if not _reads_features(parts):
-        return f"a timm model with forward_intermediates, got {type(parts.model).__name__}"
-    return None
 
 
 @torch.no_grad()
