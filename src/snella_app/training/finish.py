@@ -23,10 +23,10 @@ from snella_app.report.card import model_card
 from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate
 from snella_app.runs.folder import CARD
-from snella_app.runs.layer_probe import LAYER_PROBE
+from snella_app.runs.layer_probe import LAYER_PROBE, LayerProbe
 from snella_app.training.callbacks import StepTimeCallback
 from snella_app.training.distributed import is_main, is_sharded, process_count, wait_for_everyone
-from snella_app.training.final_head import LayerFit, fit_layers, is_clearly_worse, measure_layers
+from snella_app.training.final_head import fit_layers, is_clearly_worse, measure_layers
 from snella_app.training.linear_probe import original_images, probe_rows
 from snella_app.training.memory import peak_rss_mib
 from snella_app.training.results import (
@@ -124,16 +124,16 @@ def _measure(trainer: SnellaTrainer) -> tuple[dict[str, Outputs], FinalHead | No
     """Compute the outputs of the final head on validation and test images, and the record of a fitted head."""
     parts = trainer.parts
     outputs = {} if parts.splits.val is None else {"val": trainer.outputs(parts.splits.val)}
-    fit, final_head = _fit_final_head(trainer, outputs)
+    probe, final_head = _fit_final_head(trainer, outputs)
     test, views = parts.splits.test, trainer.plan.data.views
-    if test is not None and fit is not None:
-        outputs["test"] = measure_layers(parts, fit.probe, test, views, trainer.get_eval_dataloader)
+    if test is not None and probe is not None:
+        outputs["test"] = measure_layers(parts, probe, test, views, trainer.get_eval_dataloader)
     elif test is not None:
         outputs["test"] = trainer.outputs(test)
     return outputs, final_head
 
 
-def _fit_final_head(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> tuple[LayerFit | None, FinalHead | None]:
+def _fit_final_head(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> tuple[LayerProbe | None, FinalHead | None]:
     """Fit a linear head on several layers if requested; save it and replace `outputs` unless it is clearly worse."""
     plan, parts, run = trainer.plan, trainer.parts, trainer.run_folder
     task = parts.task
@@ -143,19 +143,18 @@ def _fit_final_head(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> tupl
     if plan.optim.final_head != "layers" or process_count() > 1:  # a run resumed in several processes
         return None, None
     train = original_images(parts.splits.train).subset(probe_rows(parts).tolist())
-    fit = fit_layers(parts, train, plan.data.views, trainer.get_eval_dataloader)
-    if fit.val is None:
-        record = FinalHead(fit.probe.layers, True)
-    else:
-        val, val_trained = (float(task.metrics(*part)[task.monitor]) for part in (fit.val, outputs["val"]))
-        is_saved = not is_clearly_worse(task, fit.val, outputs["val"])
-        record = FinalHead(fit.probe.layers, is_saved, task.monitor, val, val_trained)
+    probe, val = fit_layers(parts, train, plan.data.views, trainer.get_eval_dataloader)
+    record = FinalHead(probe.layers, True)
+    if val is not None:
+        score, score_trained = (float(task.metrics(*part)[task.monitor]) for part in (val, outputs["val"]))
+        is_saved = not is_clearly_worse(task, val, outputs["val"])
+        record = FinalHead(probe.layers, is_saved, task.monitor, score, score_trained)
         if not is_saved:
             return None, record
-        outputs["val"] = fit.val
-    fit.probe.save(run.adapter / LAYER_PROBE)
+        outputs["val"] = val
+    probe.save(run.adapter / LAYER_PROBE)
     run.update("running", final_head="layers")
-    return fit, record
+    return probe, record
 
 
 def _write_task_state(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> dict[str, dict[str, Any] | None]:
