@@ -5,7 +5,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -90,11 +90,9 @@ class WeightAverage(TrainerCallback):
         """Update the average."""
         self.update()
 
-    @contextmanager
-    def average_parameters(self) -> Iterator[None]:
+    def average_parameters(self) -> AbstractContextManager[None]:
         """Use the averaged parameters in the model inside the context."""
-        with _swapped_parameters(self._parameters, self._averages):
-            yield
+        return _swapped_parameters(self._parameters, self._averages)
 
     def save(self, checkpoint: Path) -> None:
         """Write the averages to a checkpoint folder."""
@@ -143,16 +141,14 @@ class EpochSnapshots:
         for old in self.epochs[: -self.count]:
             del self._values[old]
 
-    @contextmanager
-    def average_parameters(self, epochs: Sequence[int]) -> Iterator[None]:
+    def average_parameters(self, epochs: Sequence[int]) -> AbstractContextManager[None]:
         """Use the mean parameters of the given epochs in the model inside the context."""
         first, *others = epochs
         means = {name: value.clone() for name, value in self._values[first].items()}
         average = get_swa_multi_avg_fn()
         for number, epoch in enumerate(others, 1):
             average(list(means.values()), [self._values[epoch][name] for name in means], number)
-        with _swapped_parameters(self._parameters, means):
-            yield
+        return _swapped_parameters(self._parameters, means)
 
     def save(self, checkpoint: Path) -> None:
         """Write the values to a checkpoint folder."""
