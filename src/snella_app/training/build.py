@@ -76,13 +76,7 @@ def selection_data(
     """Return training and validation batches for parameter selection, reproducible from the seed; never test images.
 
     Pass `k` over the training images uses the order and augmentation of epoch `k` of the run. Validation images keep
-    their order.
-
-    Args:
-        train: Training images with the run's transform.
-        val: Validation images with the evaluation transform, if available.
-        data: Task, sampler, batch size, seed and number of workers.
-        console: Output console for progress; None shows none.
+    their order. `console` shows the progress.
     """
     passes, task, seed = count(), data.task, data.seed
     show = data.shows_progress and console is not None and console.is_terminal
@@ -157,14 +151,7 @@ class RunComponents:
 def load(
     config: DataConfig, optim: OptimConfig, run: RunConfig, console: Console | None = None, source: Any = None
 ) -> LoadedData:
-    """Load the images and create the task.
-
-    Args:
-        config: Images, labels and splits.
-        optim: Loss and monitored metric of the task, and the batch size.
-        run: Seed.
-        console: Output console for progress; None shows none.
-        source: Dataset object named by `config.spec`.
+    """Load the images, or those of the dataset object `source`, and create the task.
 
     Raises:
         ValueError: If the batch size exceeds the number of training images, or data and task do not fit together.
@@ -204,15 +191,8 @@ def build(
 ) -> RunComponents:
     """Create the backbone for loaded data, apply the method, and set the transforms.
 
-    `data` is not modified, so components for several image sizes can coexist.
-
-    Args:
-        model: Backbone.
-        method: Resolved method.
-        data: Images and task.
-        device: Device of the model.
-        resumed: Folder of the resumed or initial run; its stored selection is reused.
-        console: Output console for selection progress; None shows none.
+    `data` is not modified, so components for several image sizes can coexist. `resumed` is the folder of the resumed or
+    initial run; its stored selection is reused.
 
     Raises:
         ValueError: If data, model and method do not fit together.

@@ -210,11 +210,7 @@ class ScheduleCallback(TrainerCallback):
 
 
 class StepTimeCallback(TrainerCallback):
-    """Callback that records step time (forward pass to optimizer step, without data loading) and GPU memory.
-
-    Args:
-        device: Device of the model; memory is recorded only on a GPU.
-    """
+    """Callback that records step time (forward pass to optimizer step, without data loading) and memory of a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

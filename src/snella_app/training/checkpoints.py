@@ -329,12 +329,7 @@ def base_training_arguments(
 ) -> TrainingArguments:
     """Return Trainer arguments shared by all runs: one device per process, without Trainer logging.
 
-    Args:
-        checkpoints: Output folder.
-        device: Training device.
-        seed: Seed of the run.
-        precision: fp32, or bf16 or fp16 for autocast.
-        **options: Other arguments of the run; `report_to` names trackers.
+    `precision` is fp32, or bf16 or fp16 for autocast; `report_to` in `options` names trackers.
     """
     with _accelerate_device(device):
         arguments = TrainingArguments(

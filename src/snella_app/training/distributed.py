@@ -36,10 +36,7 @@ def is_main() -> bool:
 
 
 def require_single_process(operation: str) -> None:
-    """Raise an error in distributed launches.
-
-    Args:
-        operation: Name of the operation for the message, such as "a comparison".
+    """Raise an error in distributed launches; `operation` is its subject, such as "a comparison".
 
     Raises:
         NotImplementedError: If the world size is larger than 1.
@@ -61,10 +58,7 @@ _UNSUPPORTED_MODES = {
 
 
 def init_process_group(device: str) -> None:
-    """Initialize the process group; no-op in a single process.
-
-    Args:
-        device: auto, cpu or cuda; each process uses the GPU of its local rank.
+    """Initialize the process group, with the GPU of the local rank or the CPU; no-op in a single process.
 
     Raises:
         NotImplementedError: If Accelerate is configured to shard the model.
@@ -156,14 +150,11 @@ def main_process_only(context: contextlib.AbstractContextManager[Any]) -> Iterat
 
 
 def shard_frozen(model: nn.Module) -> None:
-    """Shard every frozen weight across processes; trainable parameters stay replicated.
+    """Shard every frozen weight of a model on its device across processes; trainable parameters stay replicated.
 
     A block's weights are gathered for its forward and backward pass and freed after each. Weights outside the blocks
     are gathered for the whole pass of the model. All processes must run the same passes and call `average_gradients`
     after the last backward pass of a step.
-
-    Args:
-        model: Model from `build_method`, on its device, identical in all processes.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -136,11 +136,6 @@ def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int) -> tuple[Te
 
     The `n` samples are all views of all images.
 
-    Args:
-        task: Task with the loss.
-        measured: Features and targets.
-        outputs: Number of outputs.
-
     Returns:
         Weight `[outputs, width]` and bias `[outputs]` for unnormalized features, float32.
     """

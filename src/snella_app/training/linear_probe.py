@@ -115,12 +115,7 @@ def extract_features(
 ) -> Tensor:
     """Compute features of images in evaluation mode, float32, `[images, width]`.
 
-    Args:
-        parts: Components with the model.
-        images: Images with their transform.
-        batch_size: Batch size.
-        layers: Layers for `layer_features`, on the model's device; None for the pooled features, on the CPU.
-        is_flipped: If True, flip the images horizontally.
+    The features are pooled, on the CPU, or with `layers` those of `layer_features`, on the model's device.
     """
     base: Any = base_model(parts.model)
     device, was_training = next(parts.model.parameters()).device, parts.model.training

@@ -85,11 +85,7 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
 
     The function records sizes and releases the tensors, so it needs only the memory of a forward pass without
     gradients. Under activation checkpointing, a segment's saved tensors exist only during its backward pass; before
-    and after it, only the segment's inputs are saved.
-
-    Args:
-        model: Model; mode, buffers and random state are restored.
-        images: `[batch, channels, height, width]` on the model's device.
+    and after it, only the segment's inputs are saved. Mode, buffers and random state of the model are restored.
     """
     record = ForwardRecord()
     model_storages = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
@@ -166,12 +162,7 @@ class _AttentionRecorder(TorchFunctionMode):
 
 @contextmanager
 def preserve_state(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Restore mode, buffers and random state of a model on exit.
-
-    Args:
-        model: Model that runs inside the context.
-        images: Input images, for their device.
-    """
+    """Restore mode, buffers and random state of a model on exit; the random state is that of the images' device."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     was_training = model.training
     try:
@@ -340,15 +331,8 @@ def predict_for_methods(
 ) -> Iterator[tuple[str, tuple[int, int, int], StepMemory]]:
     """Predict the memory of each method; yields method, `(channels, height, width)` and memory.
 
-    Models are built one at a time on the CPU, with random weights and a head of 100 classes.
-
-    Args:
-        backbone: Backbone name, see `create_backbone`.
-        batch: Batch size.
-        img_size: Input resolution in pixels; the backbone's default if None.
-        r: Rank of SNELLA and LoRA.
-        dtype: Dtype of weights and activations; PEFT keeps adapters in float32.
-        device_type: Device type of the training.
+    Models are built one at a time on the CPU, with random weights and a head of 100 classes. `dtype` applies to weights
+    and activations; PEFT keeps adapters in float32.
 
     Raises:
         ValueError: If a number is below 1, or `dtype` or the backbone is unknown. Everything except the backbone is

@@ -141,12 +141,7 @@ def _decay_rates(optimizer: Optimizer, model: nn.Module, decay: float) -> None:
 
 
 def set_drop_path(model: nn.Module, head: str, rate: float) -> None:
-    """Set stochastic depth: the drop rate rises linearly from 0 in the first block to `rate` in the last.
-
-    Args:
-        model: Backbone with its head, changed in place.
-        head: Name of the head.
-        rate: Drop probability of a residual branch per image, in [0, 1).
+    """Set stochastic depth in place: the drop rate rises linearly from 0 in the first block to `rate` in the last.
 
     Raises:
         ValueError: If the backbone's blocks do not support drop path.

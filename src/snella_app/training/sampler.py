@@ -77,12 +77,9 @@ def _shard_size(images: int, rank: int, count: int) -> int:
 
 
 class EpochCallback(TrainerCallback):
-    """Callback that sets the epoch of datasets and samplers.
+    """Callback that calls `set_epoch` of datasets and samplers, with epochs counted from 0.
 
     Accelerate also does this, but not for an epoch that is resumed midway.
-
-    Args:
-        *targets: Objects with a method `set_epoch(epoch)`; epochs are counted from 0.
     """
 
     def __init__(self, *targets: Any) -> None:

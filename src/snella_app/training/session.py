@@ -105,11 +105,7 @@ def lock_run(run: RunFolderOf[Any], *, is_shared: bool = False) -> Iterator[None
     """Lock a run folder against writes by other processes.
 
     The lock is a kernel file lock, which is released whenever the process ends. Folders created for the lock are
-    removed if they stay empty.
-
-    Args:
-        run: Run folder; may not exist yet.
-        is_shared: Allow distributed training, where only the main process locks.
+    removed if they stay empty. `is_shared` allows distributed training, where only the main process locks.
 
     Raises:
         RunInUseError: If a running process holds the lock; the message has its process id.
