@@ -118,17 +118,12 @@ def _files_of(checkpoint: Path) -> list[str]:
     return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
 
 
-def remove_incomplete(folder: Path, keep: Path | None = None) -> int:
-    """Remove staging folders of a killed process, and all checkpoints except `keep`, or the latest if None.
-
-    Returns:
-        Number of removed folders and files.
-    """
+def remove_incomplete(folder: Path, keep: Path | None = None) -> None:
+    """Remove staging folders of a killed process, and all checkpoints except `keep`, or the latest if None."""
     keep = keep or latest_checkpoint(folder)
-    leftovers = [path for path in folder.iterdir() if path != keep] if folder.is_dir() else []
-    for path in leftovers:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return len(leftovers)
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if path != keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager

@@ -76,9 +76,9 @@ def test_incomplete_and_old_checkpoints_are_ignored_and_removed(run):
     (run.checkpoints / ".staging-checkpoint-15" / "checkpoint-15").mkdir(parents=True)
     (run.checkpoints / "stray").write_text("x")
     assert latest_checkpoint(run.checkpoints) == run.checkpoints / "checkpoint-10"
-    assert remove_incomplete(run.checkpoints) == 3
+    remove_incomplete(run.checkpoints)
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-10"]
-    assert remove_incomplete(run.path / "missing") == 0
+    remove_incomplete(run.path / "missing")
 
 
 def test_a_checkpoint_is_published_atomically(run):
