@@ -2,6 +2,7 @@ import errno
 import json
 
 import pytest
+from safetensors import SafetensorError
 
 from snella_app.files import sealed
 from snella_app.runs import RunFolder
@@ -119,6 +120,7 @@ def test_other_errors_pass_through(run, tmp_path):
     with pytest.raises(KeyError, match="bug"), convert_write_errors(tmp_path):
         raise KeyError("bug")
     assert not is_write_failure(ValueError("shapes differ")) and not is_write_failure(FileNotFoundError("x"))
+    assert is_write_failure(SafetensorError("I/O error: No space left on device (os error 28)"))
     assert not list(run.checkpoints.iterdir())
 
 

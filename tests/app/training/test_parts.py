@@ -18,7 +18,6 @@ from snella_app.methods import build_method
 from snella_app.tasks import ClassificationTask
 from snella_app.training.build import RunComponents, resolve_data_config
 from snella_app.training.callbacks import ProgressDisplay
-from snella_app.training.checkpoints import is_write_failure
 from snella_app.training.optimizer import build_optimizer
 from snella_app.training.results import best_epoch, free_memory, log_summary, shorten_hint
 from snella_app.training.sampler import EpochSampler, mix_seed
@@ -248,14 +247,3 @@ def test_unknown_public_names_are_rejected():
     with pytest.raises(AttributeError, match=r"module 'snella_app\.runs' has no attribute 'tarin'"):
         _ = snella_app.runs.tarin
     assert all(getattr(snella_app.runs, name) is not None for name in snella_app.runs.__all__)
-
-
-def test_write_errors_of_other_libraries_are_recognized():
-    from safetensors import SafetensorError
-
-    assert is_write_failure(
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    )
-    assert is_write_failure(
-        RuntimeError("[enforce fail at inline_container.cc:863] . PytorchStreamWriter failed writing file")
-    )
