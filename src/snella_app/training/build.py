@@ -66,14 +66,7 @@ class LoadedData:
 
 
 def epoch_sampler(train: ImageDataset, task: Task, sampler: str, seed: int) -> EpochSampler:
-    """Return the sampler of the training images.
-
-    Args:
-        train: Training images.
-        task: Task with the sampling weights.
-        sampler: `DataConfig.sampler`.
-        seed: Seed of the run.
-    """
+    """Return the sampler of the training images; `sampler` is `DataConfig.sampler`."""
     weights = task.sample_weights(train) if sampler == "weighted" else None
     return EpochSampler(len(train), seed, weights)
 
@@ -84,13 +77,7 @@ def selection_data(
     """Return training and validation batches for parameter selection, reproducible from the seed; never test images.
 
     Pass `k` over the training images uses the order and augmentation of epoch `k` of the run. Validation images keep
-    their order.
-
-    Args:
-        train: Training images with the run's transform.
-        val: Validation images with the evaluation transform, if available.
-        data: Task, sampler, batch size, seed and number of workers.
-        console: Output console for progress; None shows none.
+    their order. `console` shows the progress.
     """
     passes, task, seed = count(), data.task, data.seed
     show = data.shows_progress and console is not None and console.is_terminal
@@ -123,13 +110,7 @@ def selection_data(
 
 
 def store_selection(run: Path, method: str, model: nn.Module) -> None:
-    """Save the parameters that a method selected, for resuming; no-op for methods without selection.
-
-    Args:
-        run: Run folder.
-        method: Method name.
-        model: Model from `build_method`.
-    """
+    """Save the parameters that a method selected, for resuming; no-op for methods without selection."""
     if find_method(method).needs_batches and not has_selection(run):
         save_trained(model, run / FOLDER)
 
@@ -137,15 +118,6 @@ def store_selection(run: Path, method: str, model: nn.Module) -> None:
 def has_selection(run: Path) -> bool:
     """Return whether a run has a complete stored selection."""
     return (run / FOLDER / METHOD_FILE).is_file()
-
-
-def restore_selection(run: Path, backbone: nn.Module) -> nn.Module:
-    """Apply the stored selection of a run to the backbone, with its initial values.
-
-    Raises:
-        AdapterFileError: If the stored selection is damaged.
-    """
-    return load_trained(run / FOLDER, backbone)
 
 
 @dataclass
@@ -160,6 +132,7 @@ class RunComponents:
         data_config: Preprocessing in timm's format.
         seed: Seed of the run.
         workers: Number of data loading processes.
+        trained_part: The head, if the splits contain its precomputed inputs; None if the whole model is trained.
         probe_features: Pooled features of the probe images before training; set by `snella_app.training.linear_probe`.
         initial_layer_features: Features of several layers for the same images; None once the run trains the model.
     """
@@ -171,6 +144,7 @@ class RunComponents:
     data_config: dict[str, Any]
     seed: int = 0
     workers: int = 0
+    trained_part: nn.Module | None = None
     probe_features: Tensor | None = None
     initial_layer_features: Tensor | None = None
 
@@ -178,14 +152,7 @@ class RunComponents:
 def load(
     config: DataConfig, optim: OptimConfig, run: RunConfig, console: Console | None = None, source: Any = None
 ) -> LoadedData:
-    """Load the images and create the task.
-
-    Args:
-        config: Images, labels and splits.
-        optim: Loss and monitored metric of the task, and the batch size.
-        run: Seed.
-        console: Output console for progress; None shows none.
-        source: Dataset object named by `config.spec`.
+    """Load the images, or those of the dataset object `source`, and create the task.
 
     Raises:
         ValueError: If the batch size exceeds the number of training images, or data and task do not fit together.
@@ -225,18 +192,12 @@ def build(
 ) -> RunComponents:
     """Create the backbone for loaded data, apply the method, and set the transforms.
 
-    `data` is not modified, so components for several image sizes can coexist.
-
-    Args:
-        model: Backbone.
-        method: Resolved method.
-        data: Images and task.
-        device: Device of the model.
-        resumed: Folder of the resumed or initial run; its stored selection is reused.
-        console: Output console for selection progress; None shows none.
+    `data` is not modified, so components for several image sizes can coexist. `resumed` is the folder of the resumed or
+    initial run; its stored selection is reused.
 
     Raises:
         ValueError: If data, model and method do not fit together.
+        AdapterFileError: If the stored selection is damaged.
     """
     config, task, seed = data.config, data.task, data.seed
     info = BackboneInfo(
@@ -256,10 +217,19 @@ def build(
     )
     pretrained_config = getattr(backbone, "pretrained_cfg", None) or {}  # only timm models have one
     info = dataclasses.replace(info, architecture=pretrained_config.get("architecture") or None)
-    splits = _transformed(data, data_config)
+    augment: Any = task.augment if config.augment == "auto" else config.augment
+    train_transform = build_transform(data_config, train=True, augment=augment, random_erasing=config.random_erasing)
+    transform = build_transform(data_config, train=False, augment="none")
+    parts = existing_splits(data.splits)
+    sized = read_at_side(list(parts.values()), read_side(data_config, data.splits.train))
+    transformed: dict[str, Any] = {
+        name: part.with_transform(train_transform if name == "train" else transform)
+        for name, part in zip(parts, sized, strict=True)
+    }
+    splits = dataclasses.replace(data.splits, **transformed)
     torch.manual_seed(seed)
     if resumed is not None and has_selection(resumed):
-        adapted = restore_selection(resumed, backbone).to(device)
+        adapted = load_trained(resumed / FOLDER, backbone).to(device)
     else:
         batches = None
         if find_method(method.name).needs_batches:
@@ -273,27 +243,8 @@ def build(
     return RunComponents(splits, adapted, task, info, data_config, seed, config.workers)
 
 
-def _transformed(data: LoadedData, data_config: dict[str, Any]) -> DataSplits:
-    """Return the splits with the transforms of training and evaluation."""
-    config, task = data.config, data.task
-    augment: Any = task.augment if config.augment == "auto" else config.augment
-    train_transform = build_transform(data_config, train=True, augment=augment, random_erasing=config.random_erasing)
-    transform = build_transform(data_config, train=False, augment="none")
-    by_name = existing_splits(data.splits)
-    side = read_side(data_config, data.splits.train)
-    read = dict(zip(by_name, read_at_side(list(by_name.values()), side), strict=True))
-    transforms = {"train": train_transform, "val": transform, "test": transform}
-    transformed: dict[str, Any] = {name: part.with_transform(transforms[name]) for name, part in read.items()}
-    return dataclasses.replace(data.splits, **transformed)
-
-
 def load_initial_weights(parts: RunComponents, spec: str, run: RunFolder) -> None:
-    """Load the trained weights of another run into the model of a new run.
-
-    Args:
-        parts: Components of the new run. A note is added if its splits differ from the other run's.
-        spec: Data of the new run, for the error message.
-        run: The other run.
+    """Load the trained weights of another run into the model of a new run; note different splits.
 
     Raises:
         ValueError: If the other run was trained on different classes.
@@ -315,11 +266,7 @@ def load_initial_weights(parts: RunComponents, spec: str, run: RunFolder) -> Non
 def _selection_images(
     method: str, data: LoadedData, splits: DataSplits, data_config: dict[str, Any]
 ) -> tuple[ImageDataset, ImageDataset | None]:
-    """Return training and validation images for a method that selects its trained parameters.
-
-    If the protocol trains on the validation images, the split of the standard protocol is used instead. Test images
-    are never used.
-    """
+    """Return training and validation images for selection; if the protocol has none, of the standard protocol."""
     if splits.val is not None or not find_method(method).needs_validation:
         return splits.train, splits.val
     config = dataclasses.replace(data.config, protocol="standard")

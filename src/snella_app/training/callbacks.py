@@ -1,10 +1,11 @@
-"""Trainer callbacks: progress display, weight averaging, method schedules, step time and memory."""
+"""Trainer callbacks: weight averaging, method schedules, step time, trackers and progress."""
 
+import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,9 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from snella import SnellaCallback
 from snella.matrices import AdaptedMatrix
@@ -90,11 +90,9 @@ class WeightAverage(TrainerCallback):
         """Update the average."""
         self.update()
 
-    @contextmanager
-    def average_parameters(self) -> Iterator[None]:
+    def average_parameters(self) -> AbstractContextManager[None]:
         """Use the averaged parameters in the model inside the context."""
-        with _swapped_parameters(self._parameters, self._averages):
-            yield
+        return _swapped_parameters(self._parameters, self._averages)
 
     def save(self, checkpoint: Path) -> None:
         """Write the averages to a checkpoint folder."""
@@ -109,13 +107,7 @@ class WeightAverage(TrainerCallback):
         """
         path = require_file(checkpoint, _FILE)
         with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            if names != set(self._averages):
-                different = sorted(names ^ set(self._averages))[:3]
-                raise CheckpointError(
-                    f"{path} must contain the averages of this model's trainable parameters, got a difference in "
-                    f"{', '.join(different)}; start over with --overwrite"
-                )
+            _check_names(path, file.keys(), self._averages)
             for name, average in self._averages.items():
                 average.copy_(file.get_tensor(name))
             self.steps = int(file.metadata()["steps"])
@@ -149,16 +141,14 @@ class EpochSnapshots:
         for old in self.epochs[: -self.count]:
             del self._values[old]
 
-    @contextmanager
-    def average_parameters(self, epochs: Sequence[int]) -> Iterator[None]:
+    def average_parameters(self, epochs: Sequence[int]) -> AbstractContextManager[None]:
         """Use the mean parameters of the given epochs in the model inside the context."""
         first, *others = epochs
         means = {name: value.clone() for name, value in self._values[first].items()}
         average = get_swa_multi_avg_fn()
         for number, epoch in enumerate(others, 1):
             average(list(means.values()), [self._values[epoch][name] for name in means], number)
-        with _swapped_parameters(self._parameters, means):
-            yield
+        return _swapped_parameters(self._parameters, means)
 
     def save(self, checkpoint: Path) -> None:
         """Write the values to a checkpoint folder."""
@@ -176,90 +166,75 @@ class EpochSnapshots:
         for key, value in load_file(path).items():
             number, name = key.split("/", 1)
             self._values.setdefault(int(number), {})[name] = value
-        for epoch, values in self._values.items():
-            if different := sorted(values.keys() ^ self._parameters.keys())[:3]:
-                raise CheckpointError(
-                    f"{path} must contain this model's trainable parameters, got a difference in epoch {epoch} in "
-                    f"{', '.join(different)}; start over with --overwrite"
-                )
+        for values in self._values.values():
+            _check_names(path, values, self._parameters)
+
+
+def _check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> None:
+    """Check that a checkpoint's file has a value for each trainable parameter, and no others."""
+    if different := sorted(set(stored) ^ set(expected))[:3]:
+        raise CheckpointError(
+            f"{path} must contain this model's trainable parameters, got a difference in {', '.join(different)}; "
+            "start over with --overwrite"
+        )
 
 
 @contextmanager
 def _swapped_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Replace parameter values inside the context and restore them on exit."""
+    """Replace parameter values inside the context; copies in place, so that layers detect stale caches."""
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    _copy(parameters, values)
+
+    @torch.no_grad()
+    def copy(source: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in parameters.items():
+            parameter.copy_(source[name])
+
+    copy(values)
     try:
         yield
     finally:
-        _copy(parameters, before)
-
-
-@torch.no_grad()
-def _copy(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
-    """Copy values in place, so that layers detect stale caches."""
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
+        copy(before)
 
 
 class ScheduleCallback(TrainerCallback):
-    """Callback that attaches a method's schedule when training starts.
-
-    Args:
-        make: `Method.schedule`.
-
-    Attributes:
-        schedule: The attached schedule; None before training.
-    """
+    """Callback that attaches a method's schedule when training starts."""
 
     def __init__(self, make: Callable[[nn.Module, int], Any]) -> None:
         self.make = make
-        self.schedule: Any = None
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        if model is None or optimizer is None:
-            raise RuntimeError(f"ScheduleCallback needs the Trainer's model and optimizer, got {model} and {optimizer}")
-        self.schedule = self.make(model, max(state.max_steps, 1))
-        self.schedule.attach(optimizer)
+        """Attach the schedule to the optimizer."""
+        self.make(model, max(state.max_steps, 1)).attach(optimizer)
 
 
 class StepTimeCallback(TrainerCallback):
-    """Callback that records step time (forward pass to optimizer step, without data loading) and GPU memory.
-
-    Args:
-        device: Device of the model; memory is recorded only on a GPU.
-    """
+    """Callback that records step time (forward pass to optimizer step, without data loading) and memory of a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.step_s: list[float] = []
         self.reserved_bytes: list[int] = []
-        self._start: float | None = None
+        self._start = 0.0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the timer."""
-        self._synchronize()
-        self._start = time.perf_counter()
+        self._start = self._now()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop the timer and record the memory."""
-        self._synchronize()
-        if self._start is not None:
-            self.step_s.append(time.perf_counter() - self._start)
+        self.step_s.append(self._now() - self._start)
         if self.device.type == "cuda":
             self.reserved_bytes.append(torch.cuda.memory_reserved(self.device))
+
+    def _now(self) -> float:
+        """Return the time in seconds, after the work of a GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def summary(self) -> dict[str, Any]:
         """Return median step time (s) and GPU memory (bytes; None on a CPU), named as in PEFT's method comparison."""
@@ -270,11 +245,6 @@ class StepTimeCallback(TrainerCallback):
             "accelerator_memory_reserved_avg": int(np.mean(reserved)) if reserved else None,
             "accelerator_memory_reserved_99th": int(np.percentile(reserved, 99)) if reserved else None,
         }
-
-    def _synchronize(self) -> None:
-        """Synchronize the GPU."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 class TrackingCallback(TrainerCallback):
@@ -294,13 +264,11 @@ class TrackingCallback(TrainerCallback):
         self.trainer, self.matrices, self.step_images = trainer, matrices, step_images
         self._logged_at = (0, time.perf_counter())
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start the timer."""
         self._logged_at = (state.global_step, time.perf_counter())
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Log the loss and the throughput."""
         last_step, last_time = self._logged_at
         if state.global_step % _LOGGED_STEPS == 0:
@@ -309,7 +277,7 @@ class TrackingCallback(TrainerCallback):
             self._log({"loss": self.trainer.last_loss, "images_per_s": throughput})
             self._logged_at = (state.global_step, now)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Log the values of all matrices."""
         allocator = self.trainer.allocator
         if self.matrices and allocator is not None:
@@ -356,8 +324,10 @@ class ProgressDisplay(TrainerCallback):
         allocation: Callback that owns the allocator; None without budgets.
         show_bar: If True, show the bar or the lines that replace it.
         shorten: Function that returns a hint on shortening the run for a slowdown factor; None for no hint.
-        clock: Function that returns the time in seconds.
         step_images: Images per step, for the throughput; None to hide it.
+
+    Attributes:
+        last_loss: Function that returns the loss of the last step.
     """
 
     def __init__(
@@ -369,34 +339,29 @@ class ProgressDisplay(TrainerCallback):
         allocation: SnellaCallback | None = None,
         show_bar: bool = True,
         shorten: Callable[[float], str] | None = None,
-        clock: Callable[[], float] = time.monotonic,
         step_images: int | None = None,
     ) -> None:
-        self.console = console
-        self.task, self.protocol = task, protocol
-        self.total_weights = total_weights
-        self.allocation = allocation
+        self.console, self.task, self.protocol = console, task, protocol
+        self.total_weights, self.allocation = total_weights, allocation
         self.show_bar = show_bar and console.is_terminal
         self.show_lines = show_bar and not console.is_terminal
-        self.shorten, self.clock, self.step_images = shorten, clock, step_images
-        self.last_loss: Callable[[], float] = lambda: float("nan")
+        self.shorten, self.step_images = shorten, step_images
+        self.last_loss: Callable[[], float] = lambda: math.nan
         self._bar: Progress | None = None
-        self._task: Any = None
-        self._best = (float("-inf"), float("-inf"))
+        self._bar_task: Any = None
+        self._best = (-math.inf, -math.inf)
         self._step_ends: deque[float] = deque(maxlen=_TIMED_STEPS)
         self._last_line = 0.0
         self._has_estimated = False
-        self._losses: list[float] = []
+        self._first_loss: float | None = None
         self._has_warned = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start the bar at the current step."""
         past = [row for row in state.log_history if "budget" in row]
         self._best = max((self._score(row) for row in past), default=self._best)
-        self._last_line = self.clock()
-        self._step_ends = deque([self._last_line], _TIMED_STEPS)
+        self._last_line = time.monotonic()
+        self._step_ends.append(self._last_line)
         if self.show_bar and state.is_world_process_zero:
             columns = (
                 TextColumn("{task.description}"),
@@ -406,55 +371,44 @@ class ProgressDisplay(TrainerCallback):
                 TextColumn("{task.fields[shown]}"),
             )
             self._bar = Progress(*columns, console=self.console, transient=True)
-            self._task = self._bar.add_task(
+            self._bar_task = self._bar.add_task(
                 "training", total=state.max_steps, completed=state.global_step, shown="the first step takes longest"
             )
             self._bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Update the bar or print progress lines."""
-        if state.is_world_process_zero:
-            self._step_ends.append(self.clock())
-            self._write_lines(state)
-        if self._bar is not None:
-            epoch = f"epoch {int(min(state.epoch, state.num_train_epochs - 1e-6)) + 1}/{state.num_train_epochs}"
-            shown = f"loss {self.last_loss():.3f}{self._budget()}{self._throughput()}"
-            self._bar.update(self._task, completed=state.global_step, description=epoch, shown=shown)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Show in the bar that evaluation is running."""
-        if self._bar is not None and self.protocol.selected_on is not None:
-            self._bar.update(self._task, shown=f"evaluating on {self.protocol.selected_on} images")
-
-    def _write_lines(self, state: TrainerState) -> None:
-        """Print the estimated remaining time once, then progress lines at intervals."""
-        now, steps = self._step_ends[-1], len(self._step_ends) - 1
-        step_s = self._step_s()
-        left_s = step_s * (state.max_steps - state.global_step)
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Update the bar, or print the estimated remaining time once and progress lines at intervals."""
+        if not state.is_world_process_zero:
+            return
+        now = time.monotonic()
+        self._step_ends.append(now)
+        steps, steps_left, step_s = len(self._step_ends) - 1, state.max_steps - state.global_step, self._step_s()
+        left_s = step_s * steps_left
         is_long = steps > 1 and now - self._step_ends[0] >= _ESTIMATE_S
         if not self._has_estimated and (steps >= _ESTIMATE_STEPS or is_long):
             self._has_estimated = True
             if left_s >= 60:
-                factor = left_s / _LONG_S
-                hint = self.shorten(factor) if self.shorten is not None and factor > 1 else ""
-                steps_left = state.max_steps - state.global_step
-                print_line(
-                    self.console,
-                    f"about {seconds_text(left_s)} remaining: {steps_left} steps of {seconds_text(step_s)}{hint}",
-                )
+                hint = self.shorten(left_s / _LONG_S) if self.shorten is not None and left_s > _LONG_S else ""
+                estimate = f"{steps_left} steps of {seconds_text(step_s)}{hint}"
+                print_line(self.console, f"about {seconds_text(left_s)} remaining: {estimate}")
                 self._last_line = now
         if self.show_lines and now - self._last_line >= _LINE_S:
             self._last_line = now
             remaining = f"  about {seconds_text(left_s)} remaining" if steps > 1 else ""
             step = f"step {state.global_step}/{state.max_steps}"
             print_line(self.console, f"{step}  loss {self.last_loss():.4f}{self._throughput()}{remaining}")
+        if self._bar is not None:
+            epoch = f"epoch {int(min(state.epoch, state.num_train_epochs - 1e-6)) + 1}/{state.num_train_epochs}"
+            shown = f"loss {self.last_loss():.3f}{self._budget()}{self._throughput()}"
+            self._bar.update(self._bar_task, completed=state.global_step, description=epoch, shown=shown)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
-    ) -> None:
-        """Print the results of the epoch."""
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Show in the bar that evaluation is running."""
+        if self._bar is not None and self.protocol.selected_on is not None:
+            self._bar.update(self._bar_task, shown=f"evaluating on {self.protocol.selected_on} images")
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Print the results of the epoch, and warn once if the loss is well above the first epoch's."""
         if not state.is_world_process_zero:
             return
         score = self._score(metrics)
@@ -463,31 +417,27 @@ class ProgressDisplay(TrainerCallback):
         if part is not None and f"{part}_loss" in metrics:
             text = self.task.epoch_format.format_map(self.protocol.with_val_prefix(metrics))
             shown = f"  {part} loss {metrics[f'{part}_loss']:.4f}  {text}"
-        is_start = state.global_step == 0
+        is_best = is_best and bool(shown)
+        best = "  best" if is_best else ""
         epoch = f"epoch {round(state.epoch):>3}/{state.num_train_epochs}"
-        loss = "before training" if is_start else f"loss {metrics['train_loss']:.4f}"
-        budget = "" if is_start else self._budget()
-        print_line(self.console, f"{epoch}  {loss}{shown}{budget}{'  best' if shown and is_best else ''}")
-        if is_start:
+        if state.global_step == 0:
+            print_line(self.console, f"{epoch}  before training{shown}{best}")
             return
-        self._losses.append(metrics["train_loss"])
-        if state.global_step >= _RISING_AFTER_STEPS and not (shown and is_best):
-            self._warn_about_rising_loss()
-
-    def _score(self, row: Mapping[str, Any]) -> tuple[float, float]:
-        """Return the selection score of an epoch."""
-        return self.protocol.selection_score(row, self.task.selection_score)
-
-    def _warn_about_rising_loss(self) -> None:
-        """Warn once if the loss is well above the first epoch's."""
-        first, last = self._losses[0], self._losses[-1]
-        if last > _RISING_RATIO * first and not self._has_warned:
+        loss = metrics["train_loss"]
+        print_line(self.console, f"{epoch}  loss {loss:.4f}{shown}{self._budget()}{best}")
+        self._first_loss = loss if self._first_loss is None else self._first_loss
+        is_harmful = loss > _RISING_RATIO * self._first_loss and not is_best
+        if is_harmful and state.global_step >= _RISING_AFTER_STEPS and not self._has_warned:
             self._has_warned = True
             print_line(
                 self.console,
-                f"the training loss has risen from {first:.4f} to {last:.4f}: the learning rate is too high; "
-                "stop and retry with a third of --lr",
+                f"the training loss has risen from {self._first_loss:.4f} to {loss:.4f}: the learning rate is too "
+                "high; stop and retry with a third of --lr",
             )
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Remove the bar."""
+        self.close()
 
     def close(self) -> None:
         """Remove the bar."""
@@ -495,11 +445,9 @@ class ProgressDisplay(TrainerCallback):
             self._bar.stop()
             self._bar = None
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Remove the bar."""
-        self.close()
+    def _score(self, row: Mapping[str, Any]) -> tuple[float, float]:
+        """Return the selection score of an epoch."""
+        return self.protocol.selection_score(row, self.task.selection_score)
 
     def _step_s(self) -> float:
         """Return the median time of recent steps; skips the first, which compiles, if there are others."""
@@ -508,8 +456,9 @@ class ProgressDisplay(TrainerCallback):
 
     def _throughput(self) -> str:
         """Format the throughput; empty for the first step, which compiles."""
-        step_s = self._step_s() if self.step_images is not None and len(self._step_ends) > 2 else 0.0
-        return f"  {(self.step_images or 0) / step_s:,.0f} images/s" if step_s > 0 else ""
+        if self.step_images is None or len(self._step_ends) <= 2:
+            return ""
+        return f"  {self.step_images / max(self._step_s(), 1e-9):,.0f} images/s"
 
     def _budget(self) -> str:
         """Format the budget as a fraction of the adapted weights."""
@@ -517,6 +466,3 @@ class ProgressDisplay(TrainerCallback):
         if allocator is None or not self.total_weights:
             return ""
         return f"  budget {sum(allocator.budgets.values()) / self.total_weights:.1%}"
-
-
-__all__ = ["EpochSnapshots", "WeightAverage"]

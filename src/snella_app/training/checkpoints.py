@@ -1,22 +1,35 @@
-"""Atomic checkpoints: written to a staging folder, synced and renamed."""
+"""Atomic checkpoints, and `CheckpointingTrainer`, which writes and loads them."""
 
 import contextlib
 import errno
 import json
+import math
+import os
 import pickle
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from snella_app.console import print_line
 from snella_app.files import WRITE_FAILURES, is_intact, sealed, sha256_of, sync_folder, sync_tree, write_json
+from snella_app.methods import load_trained_into, save_trained
 from snella_app.runs.folder import RunFolderOf
+from snella_app.training.distributed import is_main, mean_across_processes, process_count, wait_for_everyone
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST = "manifest.json"
 """Last file written to a checkpoint: the run's id and the SHA-256 digests of all other files."""
+_PROGRESS_FILE = "progress.json"
+_DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
 
 
 class CheckpointError(OSError):
@@ -36,11 +49,7 @@ def require_file(checkpoint: Path, name: str) -> Path:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the complete checkpoint with the highest step; None if there is none.
-
-    Args:
-        folder: The run's `checkpoints` folder.
-    """
+    """Return the complete checkpoint with the highest step in a run's `checkpoints` folder; None if there is none."""
     checkpoints = _checkpoints(folder)
     return checkpoints[0] if checkpoints else None
 
@@ -53,14 +62,8 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 
-def intact_checkpoint(run: RunFolderOf[Any]) -> tuple[Path | None, list[str]]:
-    """Find the run's undamaged checkpoint with the highest step.
-
-    Args:
-        run: Run folder.
-
-    Returns:
-        The checkpoint, None if the run has no checkpoints, and the damage of checkpoints with higher steps.
+def checkpoint_to_resume(run: RunFolderOf[Any], console: Console) -> Path | None:
+    """Remove incomplete and obsolete checkpoints, and return the latest intact one; None if there is none.
 
     Raises:
         CheckpointError: If all checkpoints are damaged; the message names a file and the remedies.
@@ -70,23 +73,23 @@ def intact_checkpoint(run: RunFolderOf[Any]) -> tuple[Path | None, list[str]]:
     for checkpoint in _checkpoints(run.checkpoints):
         damage = find_damage(checkpoint, run_id)
         if not damage:
-            return checkpoint, damages
+            for skipped in damages:
+                print_line(console, f"note: skipped {skipped}")
+            remove_incomplete(run.checkpoints, checkpoint)
+            print_line(console, f"resuming from {checkpoint}")
+            return checkpoint
         damages.append(f"{checkpoint}: {damage}")
     if damages:
         raise CheckpointError(
             f"the checkpoint is damaged: {damages[0]}; start over with --overwrite, "
             f"or remove {run.checkpoints} and --resume again, which trains from the first epoch"
         )
-    return None, []
+    remove_incomplete(run.checkpoints)
+    return None
 
 
 def find_damage(checkpoint: Path, run_id: str | None) -> str:
-    """Describe the damage of a checkpoint's files without loading them; empty for an intact checkpoint.
-
-    Args:
-        checkpoint: Checkpoint folder.
-        run_id: Id of the resumed run.
-    """
+    """Describe the damage of a checkpoint's files without loading them; empty for an intact checkpoint."""
     path = checkpoint / MANIFEST
     if not path.is_file():
         return f"{MANIFEST} is missing"
@@ -115,31 +118,16 @@ def _files_of(checkpoint: Path) -> list[str]:
     return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
 
 
-def _write_manifest(checkpoint: Path, run_id: str | None) -> None:
-    """Write the run's id and the digests of a checkpoint's files."""
-    files = {name: sha256_of(checkpoint / name) for name in _files_of(checkpoint)}
-    write_json(checkpoint / MANIFEST, sealed({"run": run_id, "files": files}))
-
-
-def remove_incomplete(folder: Path, keep: Path | None = None) -> int:
-    """Remove staging folders of a killed process and obsolete checkpoints.
-
-    Args:
-        folder: The run's `checkpoints` folder.
-        keep: Checkpoint to keep; the latest if None.
-
-    Returns:
-        Number of removed folders and files.
-    """
+def remove_incomplete(folder: Path, keep: Path | None = None) -> None:
+    """Remove staging folders of a killed process, and all checkpoints except `keep`, or the latest if None."""
     keep = keep or latest_checkpoint(folder)
-    leftovers = [path for path in folder.iterdir() if path != keep] if folder.is_dir() else []
-    for path in leftovers:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return len(leftovers)
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if path != keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
-def convert_read_errors(checkpoint: Path) -> Iterator[None]:
+def convert_read_errors(checkpoint: str | Path | None) -> Iterator[None]:
     """Convert errors inside the context to `CheckpointError`.
 
     Raises:
@@ -159,11 +147,7 @@ def convert_read_errors(checkpoint: Path) -> Iterator[None]:
 
 @contextmanager
 def stage_checkpoint(run: RunFolderOf[Any], name: str) -> Iterator[Path]:
-    """Write a checkpoint to a staging folder, add digests and publish it with a single rename.
-
-    Args:
-        run: Run folder; the checkpoint goes to its `checkpoints` folder.
-        name: Name of the checkpoint; must not exist yet.
+    """Write a new checkpoint to a staging folder, add digests and publish it with a single rename.
 
     Yields:
         The staging folder; only its subfolder `name` is published.
@@ -171,33 +155,50 @@ def stage_checkpoint(run: RunFolderOf[Any], name: str) -> Iterator[Path]:
     Raises:
         CheckpointError: If writing fails, e.g. because the disk is full. Existing checkpoints are unchanged.
     """
-    folder = run.checkpoints
-    staging = folder / f".staging-{name}"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        (staging / name).mkdir(parents=True)
-        yield staging
-        _write_manifest(staging / name, run.id)
-        sync_tree(staging / name)
-        (staging / name).rename(folder / name)
-        sync_folder(folder)
-    except Exception as error:
-        if is_write_failure(error):
-            raise CheckpointError(_reason(error, folder / name)) from error
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    target = run.checkpoints / name
+    staging = run.checkpoints / f".staging-{name}"
+    staged = staging / name
+    with convert_write_errors(target):
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staged.mkdir(parents=True)
+            yield staging
+            files = {file: sha256_of(staged / file) for file in _files_of(staged)}
+            write_json(staged / MANIFEST, sealed({"run": run.id, "files": files}))
+            sync_tree(staged)
+            staged.rename(target)
+            sync_folder(run.checkpoints)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
-def convert_write_errors(path: Path) -> Iterator[None]:
-    """Convert a failed write of the best adapter to `CheckpointError`; each file is replaced atomically."""
+def convert_write_errors(target: Path) -> Iterator[None]:
+    """Convert a failed write of a checkpoint or adapter to `CheckpointError`.
+
+    Raises:
+        CheckpointError: If writing fails; the message has the free space and the intact previous folder.
+    """
     try:
         yield
     except Exception as error:
-        if is_write_failure(error):
-            raise CheckpointError(_reason(error, path)) from error
-        raise
+        if not is_write_failure(error):
+            raise
+        text, free_space = str(error), ""
+        with contextlib.suppress(OSError):
+            free_space = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free)"
+        if "No space left" in text or getattr(error, "errno", None) == errno.EDQUOT:
+            text = "the disk is full"
+        elif "PytorchStreamWriter" in text or "inline_container" in text:  # torch's writer has no errno
+            text = "the disk is full or the file size limit is reached"
+        if _NAME.fullmatch(target.name):
+            previous = latest_checkpoint(target.parent)
+        else:
+            previous = target if any(target.glob("*.safetensors")) else None
+        intact = f"the previous one, {previous}, is intact" if previous is not None else "no earlier one exists"
+        raise CheckpointError(
+            f"could not write {target}: {text}{free_space}; {intact}; free some space and resume with --resume"
+        ) from error
 
 
 def is_write_failure(error: BaseException) -> bool:
@@ -210,21 +211,148 @@ def is_write_failure(error: BaseException) -> bool:
     return any(sign in str(error) for sign in WRITE_FAILURES)
 
 
-def _reason(error: BaseException, target: Path) -> str:
-    """Format the error with the free space and the intact previous file."""
-    free_space = ""
-    with contextlib.suppress(OSError):
-        free_space = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free)"
-    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # torch's zip writer reports no errno
-    is_writer_error = not isinstance(error, OSError) and (
-        "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
-    )
-    cause = "the disk is full" if is_full or "No space left" in str(error) else str(error)
-    cause = "the disk is full or the file size limit is reached" if is_writer_error else cause
-    if _NAME.fullmatch(target.name):
-        previous = latest_checkpoint(target.parent)
-    else:
-        previous = target if any(target.glob("*.safetensors")) else None
-    intact = f"the previous one, {previous}, is intact" if previous is not None else "no earlier one exists"
-    return f"could not write {target}: {cause}{free_space}; {intact}; free some space and resume with --resume"
+class CheckpointingTrainer(Trainer):
+    """Trainer with atomic checkpoints of only the trained weights.
+
+    Differences from transformers' Trainer:
+    - A checkpoint contains only trained weights and is published atomically.
+    - A non-finite loss or gradient ends the run before it changes the weights.
+    - Elapsed time includes the time before an interruption.
+
+    Args:
+        trained: Model with the trained weights, from `build_method` or `adapt_headless`.
+        run: Run folder for checkpoints.
+        **options: Options of transformers' Trainer; `model` defaults to `trained`.
+
+    Attributes:
+        last_loss: Loss of the latest forward pass.
+        session_start: `time.monotonic()` at the start of this session; set it to include earlier preparation.
+    """
+
+    def __init__(self, trained: nn.Module, run: RunFolderOf[Any], **options: Any) -> None:
+        self.trained_model = trained
+        self.run_folder = run
+        self.last_loss = math.nan
+        self.session_start = time.monotonic()
+        self._earlier_s = 0.0
+        self._staging: Path | None = None
+        super().__init__(**{"model": trained, **options})
+        self.remove_callback(PrinterCallback)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Training time in seconds, including time before an interruption."""
+        return self._earlier_s + time.monotonic() - self.session_start
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run the forward and backward pass of one batch.
+
+        Raises:
+            NonFiniteLossError: If the loss is not finite; the step is discarded.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        value = mean_across_processes(loss.item())
+        if not math.isfinite(value):
+            raise self._not_finite("the loss", value)
+        self.last_loss = value
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the gradient norm before clipping and check that it is finite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16 and not math.isfinite(float(norm)):  # in fp16 the scaler skips the step
+            raise self._not_finite("the gradient", float(norm))
+        return norm
+
+    def _not_finite(self, what: str, value: float) -> Exception:
+        """Build the error with the step, the last saved state and the remedy."""
+        raise NotImplementedError
+
+    def store_flos(self) -> None:
+        """No-op; FLOPs are not tracked, and the base class would gather them from all processes."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return the staging folder while a checkpoint is written, else the checkpoints folder."""
+        return str(self._staging or self.run_folder.checkpoints)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint atomically in the main process, then remove older ones."""
+        folder, name = self.run_folder.checkpoints, f"checkpoint-{self.state.global_step}"
+        if is_main() and not (folder / name).is_dir():
+            with stage_checkpoint(self.run_folder, name) as self._staging:
+                try:
+                    super()._save_checkpoint(model, trial)
+                    self._write_state(self._staging / name)
+                finally:
+                    self._staging = None
+            remove_incomplete(folder)
+        wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the trained weights."""
+        save_trained(self.trained_model, output_dir or str(self.run_folder.adapter))
+
+    def _write_state(self, checkpoint: Path, **values: Any) -> None:
+        """Write elapsed time and `values`, which the Trainer's state does not include."""
+        write_json(checkpoint / _PROGRESS_FILE, {"elapsed_s": self.elapsed_s, **values})
+
+    def _read_state(self, checkpoint: Path) -> dict[str, Any]:
+        """Load the state written by `_write_state`."""
+        values: dict[str, Any] = json.loads((checkpoint / _PROGRESS_FILE).read_text(encoding="utf-8"))
+        self._earlier_s = values["elapsed_s"]
+        return values
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the trained weights and the trainer state."""
+        with convert_read_errors(resume_from_checkpoint):
+            load_trained_into(self.trained_model, Path(resume_from_checkpoint))
+            self._read_state(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the optimizer and scheduler states."""
+        with convert_read_errors(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load the random number generator states."""
+        with convert_read_errors(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+def base_training_arguments(
+    checkpoints: Path, device: torch.device, *, seed: int, precision: str, **options: Any
+) -> TrainingArguments:
+    """Return Trainer arguments shared by all runs: one device per process, without Trainer logging.
+
+    `precision` is fp32, or bf16 or fp16 for autocast; `report_to` in `options` names trackers.
+    """
+    with _accelerate_device(device):
+        arguments = TrainingArguments(
+            output_dir=str(checkpoints),
+            seed=seed,
+            use_cpu=device.type == "cpu",
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            logging_nan_inf_filter=False,
+            disable_tqdm=True,
+            log_level="error",
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            **{"report_to": "none", **options},
+        )
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+@contextmanager
+def _accelerate_device(device: torch.device) -> Iterator[None]:
+    """Select the device for Accelerate, e.g. cuda:1; it selects the CPU and per-process GPUs itself."""
+    if device.type == "cpu" or process_count() > 1 or _DEVICE_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[_DEVICE_VARIABLE] = str(device)
+    try:
+        yield
+    finally:
+        del os.environ[_DEVICE_VARIABLE]

@@ -14,6 +14,8 @@ Precision = Literal["float32", "autocast", "bfloat16"]
 """`autocast`: bfloat16 activations over float32 weights; `bfloat16`: autocast with frozen weights in bfloat16."""
 
 _FLOAT32, _HALF = 4, 2
+_SIZES: dict[Precision, tuple[int, int, int]] = {"float32": (4, 4, 4), "autocast": (2, 4, 4), "bfloat16": (2, 2, 2)}
+"""Bytes of an activation, of a frozen weight and of an entry of the residual stream."""
 _INT8 = 17 / 16  # bytes per entry: one float32 scale for 64 entries
 _ADAMW = 28  # bytes per parameter: reads weight, gradient and two moments, writes weight and moments
 _DENSE_FROM = 0.1  # below this density, CPUs compute only the changed entries of a weight gradient
@@ -301,25 +303,30 @@ def count_step(
             Repeated merging and repeated adapter products are not counted.
     """
     options = METHODS[method]
-    tokens, activation, weight = model.tokens * batch, *_sizes(precision)
+    tokens, (activation, weight, _) = model.tokens * batch, _SIZES[precision]
     adapters, trainable = count_adapters(model, method, r), count_trainable(model, method, r)
     is_full = _is_full(trainable - adapters, model.parameters)
     base_weight = _FLOAT32 if is_full else weight
     gradient_flops, half_gradient_flops, gradient_bytes = _weight_gradient(
         model, options, tokens, sparsity, precision, kernels
     )
-    block = _frozen_block(model, tokens, activation, weight, precision)
-    if is_checkpointed:
-        block = block.plus(_repeated_forward(model, tokens, block))
+    block = _frozen_block(model, tokens, precision)
+    if is_checkpointed:  # a third of the vector operations, bytes and calls of both passes
+        products = 2 * tokens * model.entries + 4 * tokens * model.tokens * model.width
+        block = block.plus(_Cost(products, block.vector / 3, block.moved / 3, block.calls / 3))
     block = block.plus(_method_cost(model, options, tokens, activation, r))
     block = block.plus(_Cost(products=gradient_flops, moved=gradient_bytes))
     is_merged = options.family == "snella"
     merged = model.depth * model.entries if is_merged else 0
     rows = model.depth * sum(m // count for m, _, count in model.layers) if is_merged else 0
+    # the patch embedding needs no input gradient, but a language model's head does; full fine-tuning adds weight
+    # gradients
+    head = model.outputs if model.is_llama else 0
+    outside_blocks = 2 * tokens * model.width * (model.patch * (1 + is_full) + head * (2 + is_full))
     temporary = tokens * (model.hidden + model.width) * activation
     temporary += max(m * n for m, n, _ in model.layers) * (_FLOAT32 + weight) if is_merged else 0
     return StepCount(
-        products=model.depth * block.products + _products_outside_blocks(model, tokens, is_full),
+        products=model.depth * block.products + outside_blocks,
         half_products=model.depth * half_gradient_flops,
         vector=model.depth * block.vector,
         moved=model.depth * block.moved + _ADAMW * trainable,
@@ -338,23 +345,6 @@ def count_step(
     )
 
 
-def _products_outside_blocks(model: Transformer, tokens: int, is_full: bool) -> int:
-    """Count the FLOPs of the patch embedding and of a language model's head.
-
-    The patch embedding needs no input gradient, but the head does. Full fine-tuning adds a weight gradient to both.
-    """
-    head = model.outputs if model.is_llama else 0
-    return 2 * tokens * model.width * (model.patch * (1 + is_full) + head * (2 + is_full))
-
-
-def _sizes(precision: Precision) -> tuple[int, int]:
-    """Return the bytes of an activation and of a frozen weight."""
-    return (
-        _FLOAT32 if precision == "float32" else _HALF,
-        _HALF if precision == "bfloat16" else _FLOAT32,
-    )
-
-
 @dataclass(frozen=True)
 class _Cost:
     """Products, vector operations, bytes moved and calls of one block in both passes."""
@@ -369,9 +359,9 @@ class _Cost:
         return _Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-def _frozen_block(model: Transformer, tokens: int, activation: int, weight: int, precision: Precision) -> _Cost:
+def _frozen_block(model: Transformer, tokens: int, precision: Precision) -> _Cost:
     """Count the work of one block of the frozen model."""
-    d, h = model.width, model.hidden
+    d, h, (activation, weight, _) = model.width, model.hidden, _SIZES[precision]
     scores = model.heads * model.tokens
     # output and input gradient; attention has two products forward and five backward
     products = 2 * 2 * tokens * model.entries + 14 * tokens * model.tokens * d
@@ -385,12 +375,6 @@ def _frozen_block(model: Transformer, tokens: int, activation: int, weight: int,
     if precision == "autocast":
         moved += 2 * (_FLOAT32 + _HALF) * model.entries
     return _Cost(products, vector, moved, 22 + 4 * (precision != "float32"))
-
-
-def _repeated_forward(model: Transformer, tokens: int, block: _Cost) -> _Cost:
-    """Count the forward pass of one frozen block, with a third of its vector operations, bytes and calls."""
-    products = 2 * tokens * model.entries + 4 * tokens * model.tokens * model.width
-    return _Cost(products, block.vector / 3, block.moved / 3, block.calls / 3)
 
 
 def _method_cost(model: Transformer, options: Method, tokens: int, activation: int, r: int) -> _Cost:
@@ -426,7 +410,7 @@ def _weight_gradient(
     """Count products, bfloat16 products and bytes of one block's weight gradients."""
     if options.family not in ("full", "snella"):
         return 0.0, 0.0, 0.0
-    activation, _ = _sizes(precision)
+    activation, _, _ = _SIZES[precision]
     read = tokens * sum(m + n for m, n, _ in model.layers)
     flop = 2.0 * tokens * model.entries * options.sample
     if options.family == "snella" and not kernels.dense and 1 - sparsity < _DENSE_FROM:
@@ -444,10 +428,9 @@ def _weight_gradient(
 def _saved_bytes(
     model: Transformer, options: Method, tokens: int, r: int, precision: Precision, is_checkpointed: bool
 ) -> float:
-    """Count the bytes saved for the backward pass; see `_saved_by_block`."""
+    """Count the bytes saved for the backward pass."""
     d = model.width
-    activation, _ = _sizes(precision)
-    stream = _HALF if precision == "bfloat16" else _FLOAT32
+    activation, _, stream = _SIZES[precision]
     block = _saved_by_block(model, options, tokens, r, precision)
     # input and output of the last normalization; under autocast, the head saves a cast copy of its input instead of
     # the output, and SNELLA does not recompute the input of the head
@@ -465,24 +448,17 @@ def _saved_bytes(
 
 
 def _saved_by_block(model: Transformer, options: Method, tokens: int, r: int, precision: Precision) -> float:
-    """Count the bytes that one block saves.
-
-    Without recomputation: inputs and outputs of two normalizations, q, k and v, the output and the logsumexp of
-    attention, and the input and output of the activation (and of the gate). Recomputation drops the outputs of the
-    normalizations and the activation. 8-bit activations also drop the output of attention.
-    """
+    """Count the bytes that one block saves."""
     d, h, kv = model.width, model.hidden, model.kv_width or model.width
-    activation, _ = _sizes(precision)
-    stream = _HALF if precision == "bfloat16" else _FLOAT32
+    activation, _, stream = _SIZES[precision]
     attention, gates = d + 2 * kv, 1 + model.is_llama
-    per_token: float
-    if options.compress:
+    # inputs of two normalizations, q, k and v, the output of attention, and the input of the activation (and the gate)
+    per_token: float = 2 * d * stream + (attention + d + gates * h) * activation
+    if options.compress:  # in 8 bits, without the output of attention
         per_token = _INT8 * (2 * d + attention + gates * h)
-    else:
-        per_token = 2 * d * stream + (attention + d + gates * h) * activation
-    if not options.recompute and options.family != "frozen":
+    if not options.recompute and options.family != "frozen":  # outputs of the normalizations and the activation
         per_token += (2 * d + gates * h) * activation
-    per_token += model.heads * _FLOAT32 + (2 if model.is_llama else 4) * _FLOAT32
+    per_token += model.heads * _FLOAT32 + (2 if model.is_llama else 4) * _FLOAT32  # logsumexp, statistics
     fixed = 0.0
     if options.family == "full":
         per_token += 2 * d * stream * model.is_llama + 2 * d * activation * model.has_layer_scale

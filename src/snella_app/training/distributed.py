@@ -1,4 +1,4 @@
-"""Distributed training with `torchrun` or `accelerate launch`: ranks, collectives and sharded batches."""
+"""Distributed training with `torchrun` or `accelerate launch`: ranks, collectives and FSDP2 sharding."""
 
 import contextlib
 import os
@@ -8,9 +8,16 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import Sampler
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from snella.layer import SnellaLayer
+from snella_app.methods import spec_of
+from snella_app.methods.model_parts import base_model, find_blocks
 
 _T = TypeVar("_T")
+_GATHERED_BLOCKS = 2
+"""Number of blocks with gathered weights at a time: the running block and the prefetched one."""
 
 
 def process_count() -> int:
@@ -29,10 +36,7 @@ def is_main() -> bool:
 
 
 def require_single_process(operation: str) -> None:
-    """Raise an error in distributed launches.
-
-    Args:
-        operation: Name of the operation for the message, such as "a comparison".
+    """Raise an error in distributed launches; `operation` is its subject, such as "a comparison".
 
     Raises:
         NotImplementedError: If the world size is larger than 1.
@@ -54,10 +58,7 @@ _UNSUPPORTED_MODES = {
 
 
 def init_process_group(device: str) -> None:
-    """Initialize the process group; no-op in a single process.
-
-    Args:
-        device: auto, cpu or cuda; each process uses the GPU of its local rank.
+    """Initialize the process group, with the GPU of the local rank or the CPU; no-op in a single process.
 
     Raises:
         NotImplementedError: If Accelerate is configured to shard the model.
@@ -87,25 +88,15 @@ def wait_for_everyone() -> None:
         dist.barrier()
 
 
-def any_across_processes(flag: bool) -> bool:
-    """Return True if the flag is set in any process."""
-    if process_count() == 1:
-        return flag
-    value = torch.tensor(int(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value)
-
-
 def mean_across_processes(value: float) -> float:
     """Return the mean of a number over all processes; NaN if any value is NaN."""
     if process_count() == 1:
         return value
-    total = torch.tensor(value, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(total)
-    return float(total) / process_count()
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return float(sum_across_processes(torch.tensor(value, dtype=torch.float64, device=device))) / process_count()
 
 
-def sum_across_processes(values: torch.Tensor) -> torch.Tensor:
+def sum_across_processes(values: Tensor) -> Tensor:
     """Sum a tensor over all processes, in place."""
     if process_count() > 1:
         dist.all_reduce(values)
@@ -158,37 +149,89 @@ def main_process_only(context: contextlib.AbstractContextManager[Any]) -> Iterat
         raise SystemExit(status) from None
 
 
-def shard_size(images: int, rank: int, count: int) -> int:
-    """Return the number of images of one rank when a batch is split as evenly as possible, larger parts first."""
-    return images // count + (rank < images % count)
+def shard_frozen(model: nn.Module) -> None:
+    """Shard every frozen weight of a model on its device across processes; trainable parameters stay replicated.
 
-
-class ShardedBatches(Sampler[list[int]]):
-    """Batch sampler that splits each global batch into consecutive parts, one per process.
-
-    If a small last batch leaves a process without images, it receives the first image with weight 0.
-
-    Args:
-        sampler: Indices of all images, identical in all processes.
-        batch_size: Global batch size.
-        rank: Rank of this process.
-        count: Number of processes.
+    A block's weights are gathered for its forward and backward pass and freed after each. Weights outside the blocks
+    are gathered for the whole pass of the model. All processes must run the same passes and call `average_gradients`
+    after the last backward pass of a step.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-    def __init__(self, sampler: Sampler[int], batch_size: int, rank: int, count: int) -> None:
-        self.sampler, self.batch_size, self.rank, self.count = sampler, batch_size, rank, count
+    mesh = init_device_mesh(next(model.parameters()).device.type, (process_count(),))
+    in_order = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    _apply_flattened(_broadcast, [parameter.detach() for parameter in in_order])
+    trained = set(in_order)
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh, ignored_params=trained)
+        block.register_forward_hook(_drop_effective_weights)
+    # reshard after the forward pass in all processes; otherwise reading the model's state would reshard only one
+    fully_shard(model, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        indices = list(self.sampler)
-        for start in range(0, len(indices), self.batch_size):
-            batch = indices[start : start + self.batch_size]
-            before = sum(shard_size(len(batch), rank, self.count) for rank in range(self.rank))
-            yield batch[before : before + shard_size(len(batch), self.rank, self.count)] or batch[:1]
 
-    def __len__(self) -> int:
-        return -(-len(self.sampler) // self.batch_size)  # type: ignore[arg-type]
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether `shard_frozen` was applied to a model."""
+    if process_count() == 1:
+        return False
+    from torch.distributed.fsdp import FSDPModule
 
-    def weight(self, number: int) -> int:
-        """Return the number of images of batch `number` that belong to this process."""
-        images = min(self.batch_size, len(self.sampler) - number * self.batch_size)  # type: ignore[arg-type]
-        return shard_size(images, self.rank, self.count)
+    return isinstance(model, FSDPModule)
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Average gradients over all processes and broadcast the main process's batch norm statistics."""
+
+    def average(flat: Tensor) -> None:
+        dist.all_reduce(flat)
+        flat /= process_count()
+
+    _apply_flattened(average, [parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    _apply_flattened(_broadcast, [buffer for layer in layers for buffer in layer.buffers()])
+
+
+def sharding_savings(model: nn.Module, count: int) -> int:
+    """Predict the bytes that each of `count` processes saves by sharding the frozen weights of an unsharded model."""
+    if count == 1:
+        return 0
+    blocks = [_frozen_bytes(block) for block in _blocks(model)]
+    total = _frozen_bytes(model)
+    outside = total - sum(blocks)
+    gathered = outside + min(_GATHERED_BLOCKS * max(blocks, default=0), sum(blocks))
+    return max(total - total // count - gathered, 0)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the backbone's repeated blocks in forward order."""
+    return [block for _, block in find_blocks(base_model(model), spec_of(model).head)]
+
+
+def _drop_effective_weights(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    """Forward hook: free cached effective weights, which evaluation would otherwise keep unsharded."""
+    if not module.training:
+        for layer in module.modules():
+            if isinstance(layer, SnellaLayer):
+                layer.clear_cache()
+
+
+def _frozen_bytes(module: nn.Module) -> int:
+    """Return the bytes of the frozen parameters."""
+    return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
+
+
+def _broadcast(flat: Tensor) -> None:
+    """Broadcast a tensor from the main process, in place."""
+    dist.broadcast(flat, src=0)
+
+
+def _apply_flattened(operation: Callable[[Tensor], None], tensors: list[Tensor]) -> None:
+    """Apply an in-place operation to one vector per dtype, which contains all tensors of the dtype."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for parts in by_dtype.values():
+        flat = torch.cat([tensor.flatten() for tensor in parts])
+        operation(flat)
+        for tensor, values in zip(parts, flat.split([tensor.numel() for tensor in parts]), strict=True):
+            tensor.copy_(values.view_as(tensor))

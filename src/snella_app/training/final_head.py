@@ -39,20 +39,6 @@ class MeasuredFeatures:
     weights: Tensor | None
 
 
-@dataclass
-class LayerFit:
-    """Fitted layer probe and its validation outputs.
-
-    Attributes:
-        probe: Probe fitted to the training and validation images.
-        val: Reduced outputs and labels of the validation images, from a fit to only the training images; None without
-            validation images.
-    """
-
-    probe: LayerProbe
-    val: tuple[np.ndarray, np.ndarray] | None
-
-
 Load = Callable[[ImageDataset], Iterable[dict[str, Tensor]]]
 """Function that returns collated batches of a dataset."""
 
@@ -63,60 +49,54 @@ def measure_features(
 ) -> MeasuredFeatures:
     """Compute features of several layers with the evaluation transform.
 
-    Args:
-        parts: Components with the model on its device.
-        images: Images of the split.
-        views: 1 for the images, 2 for the images and their flips.
-        load: Function that returns batches.
-        first_view: Precomputed features of the unflipped images, if available.
+    The views are the images and, with `views=2`, their flips. `first_view` contains precomputed features of the images.
     """
     plain = original_images(images).with_transform(build_transform(parts.data_config, train=False, augment="none"))
+    if first_view is not None and views == 1:
+        targets = [(torch.empty(0), *plain.target_and_weight(index)) for index in range(len(plain))]
+        batch = parts.task.collate(targets)
+        return MeasuredFeatures([first_view], batch["labels"], batch.get("weights"))
     model, layers = parts.model, probed_layers(parts.model)
     device = next(model.parameters()).device
     model.eval()
-    features_by_view: dict[int, list[Tensor]] = {number: [] for number in range(0 if first_view is None else 1, views)}
+    features: list[list[Tensor]] = [[] for _ in range(views)]
     labels: list[Tensor] = []
     weights: list[Tensor] = []
-    for batch in load(plain) if features_by_view else [_targets(parts.task, plain)]:
-        for number, view in features_by_view.items():
-            batch_images = batch["images"].to(device)
-            features = layer_features(model, batch_images.flip(-1) if number else batch_images, layers)
-            view.append(features.float())
+    for batch in load(plain):
+        batch_images = batch["images"].to(device)
+        if first_view is None:
+            features[0].append(layer_features(model, batch_images, layers).float())
+        if views == 2:
+            features[1].append(layer_features(model, batch_images.flip(-1), layers).float())
         labels.append(batch["labels"])
         weights += [batch["weights"]] if "weights" in batch else []
-    precomputed = [] if first_view is None else [first_view]
-    return MeasuredFeatures(
-        [*precomputed, *(torch.cat(view) for view in features_by_view.values())],
-        torch.cat(labels),
-        torch.cat(weights) if weights else None,
-    )
+    measured = [torch.cat(view) for view in features if view]
+    if first_view is not None:
+        measured.insert(0, first_view)
+    return MeasuredFeatures(measured, torch.cat(labels), torch.cat(weights) if weights else None)
 
 
-def _targets(task: Task, images: ImageDataset) -> dict[str, Tensor]:
-    """Collate the targets of all images without loading the images."""
-    return task.collate([(torch.empty(0), *images.target_and_weight(index)) for index in range(len(images))])
-
-
-def fit_layers(parts: RunComponents, train: ImageDataset, views: int, load: Load) -> LayerFit:
+def fit_layers(
+    parts: RunComponents, train: ImageDataset, views: int, load: Load
+) -> tuple[LayerProbe, tuple[np.ndarray, np.ndarray] | None]:
     """Fit a linear head to features of several layers of the trained model.
 
-    A first fit to the training images predicts the validation images. The final fit uses both splits.
+    A first fit to the training images predicts the validation images. The final fit uses both splits. If available,
+    `parts.initial_layer_features` are the features of the training images.
 
-    Args:
-        parts: Data and model; `initial_layer_features` optionally contains the features of `train`.
-        train: Training images.
-        views: See `measure_features`.
-        load: Function that returns batches.
+    Returns:
+        The probe from the final fit, and the reduced outputs and labels of the validation images from the first fit;
+        None without validation images.
     """
     outputs = parts.task.count_outputs(parts.splits.classes)
     measured = measure_features(parts, train, views, load, parts.initial_layer_features)
     val = None if parts.splits.val is None else measure_features(parts, parts.splits.val, views, load)
     weight, bias = fit_linear(parts.task, measured, outputs)
-    layers, val_outputs = probed_layers(parts.model), None
+    val_outputs = None
     if val is not None:
         val_outputs = _outputs(parts.task, val, weight, bias)
         weight, bias = fit_linear(parts.task, _concatenate(measured, val), outputs)
-    return LayerFit(LayerProbe(parts.model, layers, weight, bias).to(weight.device), val_outputs)
+    return LayerProbe(parts.model, probed_layers(parts.model), weight, bias).to(weight.device), val_outputs
 
 
 def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: int, load: Load) -> Any:
@@ -142,12 +122,7 @@ def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any])
 
 
 def layer_fit_seconds(parts: RunComponents, rows: int) -> float:
-    """Estimate the CPU time of the fits in `fit_layers` in seconds, without feature extraction.
-
-    Args:
-        parts: Data and model.
-        rows: Number of images times views.
-    """
+    """Estimate the CPU time of the fits in `fit_layers` in seconds; a row is one view of an image."""
     base: Any = base_model(parts.model)
     channels = [int(entry["num_chs"]) for entry in base.feature_info]
     width = 2 * sum(channels[layer] for layer in probed_layers(parts.model))
@@ -160,11 +135,6 @@ def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int) -> tuple[Te
         min_{W,b}  mean_i loss(W x̂_i + b, y_i) + ‖W‖² / (2 C n),   x̂ = (x − mean) / std,   C = 0.01
 
     The `n` samples are all views of all images.
-
-    Args:
-        task: Task with the loss.
-        measured: Features and targets.
-        outputs: Number of outputs.
 
     Returns:
         Weight `[outputs, width]` and bias `[outputs]` for unnormalized features, float32.
@@ -201,4 +171,4 @@ def _concatenate(first: MeasuredFeatures, second: MeasuredFeatures) -> MeasuredF
     return MeasuredFeatures(views, torch.cat([first.labels, second.labels]), weights)
 
 
-__all__ = ["LayerFit", "fit_layers", "is_clearly_worse", "layer_fit_seconds", "measure_layers"]
+__all__ = ["fit_layers", "is_clearly_worse", "layer_fit_seconds", "measure_layers"]

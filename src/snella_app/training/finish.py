@@ -1,21 +1,21 @@
-"""End of a training run: evaluation of the saved model, results, report and console summary."""
+"""End of a training run: evaluation of the saved model, results, reports and console summary."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from transformers import TrainerCallback
 
 from snella_app.console import print_line
-from snella_app.data import ImageDataset
-from snella_app.data.protocol import RunProtocol
 from snella_app.files import write_text
 from snella_app.methods import load_trained_into
 from snella_app.records import AveragedEpochs, EpochRow, FinalHead, Metrics, plain, scores_from
@@ -23,10 +23,10 @@ from snella_app.report.card import model_card
 from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate
 from snella_app.runs.folder import CARD
-from snella_app.runs.layer_probe import LAYER_PROBE
-from snella_app.tasks import Task
-from snella_app.training.distributed import is_main, process_count, wait_for_everyone
-from snella_app.training.final_head import LayerFit, fit_layers, is_clearly_worse, measure_layers
+from snella_app.runs.layer_probe import LAYER_PROBE, LayerProbe
+from snella_app.training.callbacks import StepTimeCallback
+from snella_app.training.distributed import is_main, is_sharded, process_count, wait_for_everyone
+from snella_app.training.final_head import fit_layers, is_clearly_worse, measure_layers
 from snella_app.training.linear_probe import original_images, probe_rows
 from snella_app.training.memory import peak_rss_mib
 from snella_app.training.results import (
@@ -37,8 +37,6 @@ from snella_app.training.results import (
     sparsity_summary,
     trainable_parameters,
 )
-from snella_app.training.session import Session
-from snella_app.training.sharding import is_sharded
 from snella_app.training.trainer import SnellaTrainer
 
 _ADAPTER_USE = """This folder contains an adapter in PEFT format. Run `import snella` before loading it with PEFT; the
@@ -46,192 +44,187 @@ package registers the adapter's keys. With the run folder, `snella predict RUN I
 `snella merge RUN --out MODEL` merges the adapter into a plain model.
 """
 _MAX_PREDICTIONS = 5_000  # predictions of a large test split take hundreds of megabytes
+_REPORT_INTERVAL_S = 30.0
 Outputs = tuple[np.ndarray, np.ndarray]
 """Reduced outputs and targets of all images in a split."""
 
 
-@dataclass
-class _Measured:
-    """Results of the saved model.
+class LiveReport(TrainerCallback):
+    """Callback that updates the report after an epoch, at most once every `_REPORT_INTERVAL_S` seconds.
 
-    Attributes:
-        outputs: Outputs of the final head by split.
-        averaged: Weight average over epochs, if computed.
-        final_head: Linear head on several layers, if fitted.
+    The pause after an update is at least 20 times its duration, so updates take at most 5% of the time.
     """
 
-    outputs: dict[str, Outputs]
-    averaged: AveragedEpochs | None
-    final_head: FinalHead | None
+    def __init__(self, trainer: SnellaTrainer, step_timer: StepTimeCallback) -> None:
+        self.trainer, self.step_timer = trainer, step_timer
+        self._written_at, self._pause = time.monotonic(), _REPORT_INTERVAL_S
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        """Write the report of the completed epochs."""
+        start = time.monotonic()
+        if start - self._written_at < self._pause:
+            return
+        trainer = self.trainer
+        with contextlib.suppress(OSError, ValueError):  # e.g. a full disk, which saving the checkpoint reports
+            allocation = (
+                None if trainer.allocator is None else describe_allocation(trainer.parts.model, trainer.allocator)
+            )
+            metrics = _metrics(trainer, self.step_timer)
+            write_report(trainer.run_folder.path, metrics=metrics, allocation=allocation)
+        self._written_at = time.monotonic()
+        self._pause = max(_REPORT_INTERVAL_S, 20 * (self._written_at - start))
 
 
-def write_live_report(session: Session, trainer: SnellaTrainer) -> None:
-    """Write the report of the completed epochs."""
-    parts = session.parts
-    allocation = None if trainer.allocator is None else describe_allocation(parts.model, trainer.allocator)
-    write_report(session.run.path, metrics=_metrics(session, trainer), allocation=allocation)
-
-
-def finish(session: Session, trainer: SnellaTrainer) -> None:
+def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Console, render_report: bool = True) -> None:
     """Evaluate the saved model, write results and report, and print a summary."""
-    train_s, run, parts = trainer.elapsed_s, session.run, session.parts
-    measured = _measure(session, trainer)
-    name, reported_images = ("val", parts.splits.val) if parts.splits.val is not None else ("test", parts.splits.test)
-    if reported_images is not None and len(reported_images) > _MAX_PREDICTIONS:
-        reported_images = None
-    if not is_main():
-        if reported_images is not None and is_sharded(parts.model):
-            # the main process predicts examples and needs the weight shards of this process
-            with tempfile.TemporaryDirectory() as folder:
-                sample_outputs = parts.task.sample_outputs(measured.outputs[name][0])
-                parts.task.save_examples(parts.model, reported_images, sample_outputs, Path(folder))
-        return
-    scores = _write_task_state(session, measured.outputs)
-    if trainer.allocator is not None:
-        run.write(describe_allocation(parts.model, trainer.allocator))
-    report_images = (
-        None if reported_images is None else _write_predictions(session, name, reported_images, measured.outputs[name])
-    )
-    run.write(
-        dataclasses.replace(
-            _metrics(session, trainer),
-            train_s=round(train_s, 3),
-            averaged=measured.averaged,
-            final_head=measured.final_head,
-            val=None if scores["val"] is None else scores_from(scores["val"]),
-            test=None if scores["test"] is None else scores_from(scores["test"]),
-        )
-    )
-    write_text(run.adapter / CARD, model_card(run.path, _ADAPTER_USE, library="peft"))
-    # written before the status, so that resuming a run killed here completes it
-    report = write_report(run.path, report_images, state="finished") if session.render_report else None
-    run.finish()
-    _print_results(session, trainer, measured, scores)
-    print_line(session.console, f"adapter {run.adapter}" + (f", report {report}" if report else ""))
-
-
-def _measure(session: Session, trainer: SnellaTrainer) -> _Measured:
-    """Load the saved adapter and compute the outputs of the final head on validation and test images."""
-    parts, console = session.parts, session.console
+    train_s, run, parts = trainer.elapsed_s, trainer.run_folder, trainer.parts
     averaged = trainer.average_epochs()
     wait_for_everyone()  # until the main process has written the best adapter
     if trainer.feature_norm is not None:
         trainer.feature_norm.remove()
-    load_trained_into(parts.model, session.run.adapter)
+    load_trained_into(parts.model, run.adapter)
     with console.status("evaluating the saved model") if console.is_terminal else contextlib.nullcontext():
-        outputs = {} if parts.splits.val is None else {"val": trainer.outputs(parts.splits.val)}
-        fit, final_head = _fit_final_head(session, trainer, outputs)
-        if parts.splits.test is not None:
-            views, loader = session.plan.data.views, trainer.get_eval_dataloader
-            outputs["test"] = (
-                trainer.outputs(parts.splits.test)
-                if fit is None
-                else measure_layers(parts, fit.probe, parts.splits.test, views, loader)
-            )
-    return _Measured(outputs, averaged, final_head)
+        outputs, final_head = _measure(trainer)
+    name, images = ("val", parts.splits.val) if parts.splits.val is not None else ("test", parts.splits.test)
+    if images is not None and len(images) > _MAX_PREDICTIONS:
+        images = None
+    if not is_main():
+        if images is not None and is_sharded(parts.model):
+            # the main process predicts examples and needs the weight shards of this process
+            with tempfile.TemporaryDirectory() as folder:
+                parts.task.save_examples(parts.model, images, parts.task.sample_outputs(outputs[name][0]), Path(folder))
+        return
+    scores = _write_task_state(trainer, outputs)
+    if trainer.allocator is not None:
+        run.write(describe_allocation(parts.model, trainer.allocator))
+    report_images = None
+    if images is not None:
+        sample_outputs = parts.task.sample_outputs(outputs[name][0])
+        parts.task.save_examples(parts.model, images, sample_outputs, run.path)
+        run.write(parts.task.predictions(images, sample_outputs, name, run.path))
+        report_images = parts.task.report_images(images, run.path)
+    metrics = dataclasses.replace(
+        _metrics(trainer, step_timer),
+        train_s=round(train_s, 3),
+        averaged=averaged,
+        final_head=final_head,
+        val=None if scores["val"] is None else scores_from(scores["val"]),
+        test=None if scores["test"] is None else scores_from(scores["test"]),
+    )
+    run.write(metrics)
+    write_text(run.adapter / CARD, model_card(run.path, _ADAPTER_USE, library="peft"))
+    # written before the status, so that resuming a run killed here completes it
+    report = write_report(run.path, report_images, state="finished") if render_report else None
+    run.finish()
+    _print_results(console, trainer, metrics, scores)
+    print_line(console, f"adapter {run.adapter}" + (f", report {report}" if report else ""))
 
 
-def _write_task_state(session: Session, outputs: dict[str, Outputs]) -> dict[str, dict[str, Any] | None]:
+def _measure(trainer: SnellaTrainer) -> tuple[dict[str, Outputs], FinalHead | None]:
+    """Compute the outputs of the final head on validation and test images, and the record of a fitted head."""
+    parts = trainer.parts
+    outputs = {} if parts.splits.val is None else {"val": trainer.outputs(parts.splits.val)}
+    probe, final_head = _fit_final_head(trainer, outputs)
+    test, views = parts.splits.test, trainer.plan.data.views
+    if test is not None and probe is not None:
+        outputs["test"] = measure_layers(parts, probe, test, views, trainer.get_eval_dataloader)
+    elif test is not None:
+        outputs["test"] = trainer.outputs(test)
+    return outputs, final_head
+
+
+def _fit_final_head(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> tuple[LayerProbe | None, FinalHead | None]:
+    """Fit a linear head on several layers if requested; save it and replace `outputs` unless it is clearly worse."""
+    plan, parts, run = trainer.plan, trainer.parts, trainer.run_folder
+    task = parts.task
+    if is_main():
+        (run.adapter / LAYER_PROBE).unlink(missing_ok=True)  # left by an interrupted `finish`
+        run.update("running", final_head="trained")
+    if plan.optim.final_head != "layers" or process_count() > 1:  # a run resumed in several processes
+        return None, None
+    train = original_images(parts.splits.train).subset(probe_rows(parts).tolist())
+    probe, val = fit_layers(parts, train, plan.data.views, trainer.get_eval_dataloader)
+    record = FinalHead(probe.layers, True)
+    if val is not None:
+        score, score_trained = (float(task.metrics(*part)[task.monitor]) for part in (val, outputs["val"]))
+        is_saved = not is_clearly_worse(task, val, outputs["val"])
+        record = FinalHead(probe.layers, is_saved, task.monitor, score, score_trained)
+        if not is_saved:
+            return None, record
+        outputs["val"] = val
+    probe.save(run.adapter / LAYER_PROBE)
+    run.update("running", final_head="layers")
+    return probe, record
+
+
+def _write_task_state(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> dict[str, dict[str, Any] | None]:
     """Calibrate the task on validation outputs, store its state and temperature, and return the scores by split."""
-    run, parts = session.run, session.parts
+    run, parts = trainer.run_folder, trainer.parts
     if "val" in outputs:
         parts.task = parts.task.calibrated(*outputs["val"])
     scores = {name: parts.task.metrics(*outputs[name]) if name in outputs else None for name in ("val", "test")}
     if state := parts.task.state():
         run.update("running", task_state=state)
     if parts.task.has_one_class:
-        probabilities = {name: parts.task.sample_outputs(reduced) for name, (reduced, _) in outputs.items()}
-        calibration = calibrate({name: (probabilities[name], torch.from_numpy(outputs[name][1])) for name in outputs})
+        calibration = calibrate(
+            {
+                name: (parts.task.sample_outputs(reduced), torch.from_numpy(labels))
+                for name, (reduced, labels) in outputs.items()
+            }
+        )
         run.update("running", calibration=None if calibration is None else plain(calibration))
     return scores
 
 
-def _write_predictions(session: Session, name: str, images: ImageDataset, outputs: Outputs) -> Any:
-    """Write the predictions of a split and the examples for the report; return the source of the report's images."""
-    run, parts = session.run, session.parts
-    sample_outputs = parts.task.sample_outputs(outputs[0])
-    parts.task.save_examples(parts.model, images, sample_outputs, run.path)
-    run.write(parts.task.predictions(images, sample_outputs, name, run.path))
-    return parts.task.report_images(images, run.path)
-
-
-def _metrics(session: Session, trainer: SnellaTrainer) -> Metrics:
+def _metrics(trainer: SnellaTrainer, step_timer: StepTimeCallback) -> Metrics:
     """Build the metrics record of the completed epochs."""
-    parts, protocol, matrices = session.parts, trainer.protocol, matrices_of(session.parts.model)
+    parts, protocol, matrices = trainer.parts, trainer.protocol, matrices_of(trainer.parts.model)
     return Metrics(
         best_epoch=best_epoch(trainer.history, trainer.selection_score),
         protocol=protocol.name,
         selected_on=protocol.selected_on,
         best_metric=protocol.best_metric(f"val_{parts.task.monitor}"),
-        ema=session.plan.optim.ema,
+        ema=trainer.plan.optim.ema,
         train_s=round(trainer.elapsed_s, 3),
         trainable_parameters=trainable_parameters(parts.model),
         adapted_weights=sum(m.size for m in matrices) if matrices else None,
-        adapter_bytes=folder_bytes(session.run.adapter),
+        adapter_bytes=folder_bytes(trainer.run_folder.adapter),
         peak_rss_mib=peak_rss_mib(),
-        **session.step_timer.summary(),
+        **step_timer.summary(),
         history=[EpochRow(**protocol.with_val_prefix(row)) for row in trainer.history],
     )
 
 
-def _fit_final_head(
-    session: Session, trainer: SnellaTrainer, outputs: dict[str, Outputs]
-) -> tuple[LayerFit | None, FinalHead | None]:
-    """Fit a linear head on several layers if requested, and save it unless it is clearly worse on the validation set.
-
-    Args:
-        session: Training session; the head is saved in the adapter folder.
-        trainer: Trainer that provides the data loaders.
-        outputs: Validation outputs of the trained head, if available; replaced by the outputs of a saved final head.
-
-    Returns:
-        The fit, or None if it is not saved, and its record, or None if no head was fitted.
-    """
-    views, parts, run = session.plan.data.views, session.parts, session.run
-    task = parts.task
-    if is_main():
-        (run.adapter / LAYER_PROBE).unlink(missing_ok=True)  # left by an interrupted `finish`
-        run.update("running", final_head="trained")
-    if session.plan.optim.final_head != "layers" or process_count() > 1:  # a run resumed in several processes
-        return None, None
-    train = original_images(parts.splits.train).subset(probe_rows(parts).tolist())
-    fit = fit_layers(parts, train, views, trainer.get_eval_dataloader)
-    if fit.val is None:
-        record = FinalHead(fit.probe.layers, True)
-    else:
-        val, val_trained = (float(task.metrics(*part)[task.monitor]) for part in (fit.val, outputs["val"]))
-        is_saved = not is_clearly_worse(task, fit.val, outputs["val"])
-        record = FinalHead(fit.probe.layers, is_saved, task.monitor, val, val_trained)
-        if not is_saved:
-            return None, record
-        outputs["val"] = fit.val
-    fit.probe.save(run.adapter / LAYER_PROBE)
-    run.update("running", final_head="layers")
-    return fit, record
-
-
 def _print_results(
-    session: Session, trainer: SnellaTrainer, measured: _Measured, scores: dict[str, dict[str, Any] | None]
+    console: Console, trainer: SnellaTrainer, metrics: Metrics, scores: dict[str, dict[str, Any] | None]
 ) -> None:
     """Print the selected epoch, its results and the sparsity of the adapter."""
-    console, parts, averaged = session.console, session.parts, measured.averaged
-    best, epochs = best_epoch(trainer.history, trainer.selection_score), session.plan.optim.epochs
+    parts, protocol, epochs = trainer.parts, trainer.protocol, trainer.plan.optim.epochs
+    best, averaged, head = best_epoch(trainer.history, trainer.selection_score), metrics.averaged, metrics.final_head
     if trainer.has_stopped_early and (last := trainer.history[-1]["epoch"]) < epochs:
         print_line(console, f"stopped after epoch {last} of {epochs}")
     if averaged is not None:
         print_line(console, _averaged_text(averaged, best))
-    if measured.final_head is not None:
-        print_line(console, _final_head_text(measured.final_head))
+    if head is not None:
+        print_line(console, _final_head_text(head))
     average = averaged.text if averaged is not None and averaged.is_saved else None
-    saved = average if epochs else _untrained_text(measured.final_head)
-    print_line(console, _final_text(parts.task, trainer.protocol, best, scores["val"], scores["test"], saved))
-    if trainer.protocol.warning:
-        print_line(console, f"{trainer.protocol.name} protocol: {trainer.protocol.warning}")
-    measured_part = scores["val"] or scores["test"] or {}
-    if parts.task.has_one_class and (only_class := _only_class(measured_part, parts.splits.classes)):
+    saved = average
+    if not epochs:
+        saved = f"not trained (0 epochs); the {head.name if head and head.is_saved else 'linear probe'} is saved"
+    val, test = scores["val"], scores["test"]
+    if val is not None:
+        selected = f"best epoch {best}" if best > 0 else "no epoch is better than the initial model, which is saved"
+        print_line(console, f"{saved or selected}: {parts.task.final_text(val, test)}")
+    else:
+        selected = f"epoch {best}, the {'last' if protocol.selected_on is None else 'best on the test images'}"
+        result = "not evaluated" if test is None else f"test {parts.task.result_format.format_map(test)}"
+        print_line(console, f"{saved or selected}: {result}")
+    if protocol.warning:
+        print_line(console, f"{protocol.name} protocol: {protocol.warning}")
+    if parts.task.has_one_class and (only_class := _only_class(val or test or {}, parts.splits.classes)):
         print_line(
             console,
-            f"note: every {'test' if scores['val'] is None else 'validation'} image is predicted as {only_class!r}; "
+            f"note: every {'test' if val is None else 'validation'} image is predicted as {only_class!r}; "
             "the model did not learn to distinguish the classes; try a larger --img-size, more --epochs or --sampler "
             "weighted",
         )
@@ -253,11 +246,6 @@ def _final_head_text(head: FinalHead) -> str:
     return f"{head.name} is the final head: {head.comparison}; refitted on training and validation images"
 
 
-def _untrained_text(head: FinalHead | None) -> str:
-    """Describe the saved model of a run without epochs."""
-    return f"not trained (0 epochs); the {head.name if head is not None and head.is_saved else 'linear probe'} is saved"
-
-
 def _only_class(scores: dict[str, Any], classes: Sequence[str]) -> str | None:
     """Return the only predicted class; None if several classes are predicted or the images have only one class."""
     confusion = np.asarray(scores.get("confusion") or [[]])
@@ -272,22 +260,3 @@ def _averaged_text(averaged: AveragedEpochs, best: int) -> str:
         return f"{averaged.kind} {candidates}: {averaged.text} is saved"
     worse = f"is worse on the validation set than epoch {best}, which is saved"
     return f"{averaged.kind} {candidates}: {averaged.text} {worse}"
-
-
-def _final_text(
-    task: Task,
-    protocol: RunProtocol,
-    best: int,
-    val: dict[str, Any] | None,
-    test: dict[str, Any] | None,
-    saved: str | None,
-) -> str:
-    """Format the results of the saved model and the selection criterion; `saved` describes a model without an epoch."""
-    if val is not None:
-        selected = f"best epoch {best}" if best > 0 else "no epoch is better than the initial model, which is saved"
-        return f"{saved or selected}: {task.final_text(val, test)}"
-    if saved is None:
-        saved = (
-            f"epoch {best}, the last" if protocol.selected_on is None else f"epoch {best}, the best on the test images"
-        )
-    return f"{saved}: " + ("not evaluated" if test is None else f"test {task.result_format.format_map(test)}")

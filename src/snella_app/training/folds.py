@@ -1,15 +1,12 @@
 """Cross-validation: one run per fold and a table over folds."""
 
-import dataclasses
 import html
-import math
 import statistics
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from snella_app.config import TrainConfig
 from snella_app.console import make_console, make_table, print_line
@@ -19,8 +16,6 @@ from snella_app.runs.folder import RunFolder
 from snella_app.training.train import train
 
 __all__ = ["is_cross_validation", "train_folds"]
-
-_SKIPPED = ("confusion",)
 
 
 def is_cross_validation(folder: str | Path) -> bool:
@@ -63,38 +58,27 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
         metrics = read(Metrics, run.path)
         held_out = read(RunInfo, run.path).data.fold_part or "test"
         chosen = metrics.test if held_out == "test" else metrics.val
-        test = scalar_metrics(metrics.test) if held_out == "val" else {}
-        row = FoldRow(fold, run.path.name, metrics.best_epoch, scalar_metrics(chosen), test)
+        test = _scalar_metrics(metrics.test) if held_out == "val" else {}
+        row = FoldRow(fold, run.path.name, metrics.best_epoch, _scalar_metrics(chosen), test)
         folder.write(FoldResults(count, held_out, [*results.rows, row]))
         results = read(FoldResults, folder.path)
-    write_text(folder.path / "folds.md", _markdown(results))
-    write_text(folder.path / "folds.html", _page(results, str(config.data.spec), config.method.name))
-    console.print(_table(results))
+    columns, rows = _cells(results)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---:"] * len(columns), *rows)]
+    write_text(folder.path / "folds.md", "\n".join(lines) + "\n")
+    title = f"{count} folds of {config.data.spec} by {config.method.name}"
+    write_text(folder.path / "folds.html", _page(html.escape(title), columns, rows, results))
+    table = make_table(columns, rows[:-1], left=0)
+    table.add_section()
+    table.add_row(*rows[-1])
+    console.print(table)
     print_line(console, f"table {folder.path / 'folds.html'}; snella predict {folder.path} averages all models")
     return results
 
 
-def scalar_metrics(scores: Any) -> dict[str, float]:
+def _scalar_metrics(scores: Any) -> dict[str, float]:
     """Return the scalar metrics of a split; empty if it was not evaluated."""
-    if scores is None:
-        return {}
-    values = plain(scores) if dataclasses.is_dataclass(scores) else dict(scores)
-    return {
-        name: float(value)
-        for name, value in values.items()
-        if name not in _SKIPPED and isinstance(value, int | float) and not isinstance(value, bool)
-    }
-
-
-def summarize_folds(results: FoldResults, *, test: bool = False) -> dict[str, tuple[float, float]]:
-    """Compute the mean and sample standard deviation (n - 1) of each metric over the folds."""
-    rows = [row.test if test else row.scores for row in results.rows]
-    names = [name for name in (rows[0] if rows else {}) if all(name in row for row in rows)]
-    summary = {}
-    for name in names:
-        values = [row[name] for row in rows]
-        summary[name] = (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan)
-    return summary
+    values = {} if scores is None else plain(scores)
+    return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
 
 
 def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
@@ -134,33 +118,23 @@ def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 
 
 def _cells(results: FoldResults) -> tuple[list[str], list[list[str]]]:
-    """Build the columns and rows of the table; the last row has mean and standard deviation."""
-    parts: list[tuple[str, bool]] = [(results.held_out, False)]
-    if results.rows and results.rows[0].test:
-        parts.append(("test", True))
-    columns, rows = ["fold"], [[str(row.fold)] for row in results.rows]
-    last = ["mean ± standard deviation"]
-    for part, is_test in parts:
-        for name, (mean, deviation) in summarize_folds(results, test=is_test).items():
+    """Build the columns and rows of the table; the last row has means and sample standard deviations."""
+    columns, rows, last = ["fold"], [[str(row.fold)] for row in results.rows], ["mean ± standard deviation"]
+    held_out, test = [row.scores for row in results.rows], [row.test for row in results.rows]
+    for part, scores in ((results.held_out, held_out), ("test", test)):
+        for name in (name for name in scores[0] if all(name in row for row in scores)):
+            values = [row[name] for row in scores]
             columns.append(f"{part} {name.replace('_', ' ')}")
-            for cells, row in zip(rows, results.rows, strict=True):
-                cells.append(f"{(row.test if is_test else row.scores)[name]:.4f}")
-            last.append(f"{mean:.4f} ± {deviation:.4f}")
+            for cells, value in zip(rows, values, strict=True):
+                cells.append(f"{value:.4f}")
+            last.append(f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}")
     for cells, row in zip(rows, results.rows, strict=True):
         cells.append("–" if row.best_epoch is None else str(row.best_epoch))
     return [*columns, "best epoch"], [*rows, [*last, ""]]
 
 
-def _markdown(results: FoldResults) -> str:
-    """Format the table as Markdown."""
-    columns, rows = _cells(results)
-    lines = [columns, ["---:" for _ in columns], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
-
-
-def _page(results: FoldResults, data: str, method: str) -> str:
+def _page(title: str, columns: list[str], rows: list[list[str]], results: FoldResults) -> str:
     """Format the table as an HTML page with links to the folds' reports."""
-    columns, rows = _cells(results)
     css = resources.files("snella_app.report").joinpath("report.css").read_text(encoding="utf-8")
     head = "".join(f'<th scope="col" class="n">{html.escape(name)}</th>' for name in columns)
     body = ""
@@ -171,7 +145,6 @@ def _page(results: FoldResults, data: str, method: str) -> str:
             f"<tr><th scope='row' class='n' style='white-space: normal'>{link}</th>"
             f"{''.join(f'<td class=n>{cell}</td>' for cell in others)}</tr>"
         )
-    title = f"{results.folds} folds of {html.escape(data)} by {html.escape(method)}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -182,12 +155,3 @@ def _page(results: FoldResults, data: str, method: str) -> str:
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         '<p class="sideways" aria-hidden="true">scroll sideways for more columns ⟷</p></section></main></body></html>\n'
     )
-
-
-def _table(results: FoldResults) -> Table:
-    """Build the terminal table."""
-    columns, rows = _cells(results)
-    table = make_table(columns, rows[:-1], left=0)
-    table.add_section()
-    table.add_row(*rows[-1])
-    return table

@@ -110,16 +110,7 @@ LAUNCHES = (5e-6, 10e-6, 20e-6)
 def gpu_rates(
     gpu: str, product: int = 1, vector: int = 1, memory: int = 1, launch: int = 1, *, is_float32: bool = False
 ) -> Rates:
-    """Return the rates of a GPU.
-
-    Args:
-        gpu: Key of `GPUS`.
-        product: Index into `EFFICIENCIES["product"]`: 0 low, 1 expected, 2 high.
-        vector: Index into `EFFICIENCIES["vector"]`.
-        memory: Index into `EFFICIENCIES["memory"]`.
-        launch: Index into `LAUNCHES`.
-        is_float32: True if matrix products run in float32 without tensor cores.
-    """
+    """Return the rates of a GPU at four levels: 0 low, 1 expected, 2 high."""
     peak = GPUS[gpu]
     products = (peak.vector if is_float32 else peak.product) * EFFICIENCIES["product"][product]
     # an instruction per lane is half of the datasheet's FLOP
@@ -147,13 +138,7 @@ def predict_on_gpu(
 ) -> tuple[float, float, float]:
     """Predict the lowest, expected and highest step time with Triton kernels, in seconds.
 
-    Args:
-        gpu: Key of `GPUS`.
-        shape: Shape of the model.
-        method: Key of `METHODS`.
-        batch: Batch size.
-        r: Rank.
-        dtype: `fp32`, or `bf16` for autocast over frozen weights in bfloat16.
+    `dtype` is `fp32`, or `bf16` for autocast over frozen weights in bfloat16.
     """
     is_float32 = dtype == "fp32"
     precision: Precision = "float32" if is_float32 else "bfloat16"
@@ -166,16 +151,18 @@ def shape_of_backbone(backbone: str, img_size: int | None = None, classes: int =
     """Return the shape of a plain timm `VisionTransformer`; None for other models, other blocks and gated MLPs.
 
     The model is built on the meta device, which allocates no weights.
-
-    Args:
-        backbone: Backbone name, see `create_backbone`.
-        img_size: Input resolution in pixels; the backbone's default if None.
-        classes: Number of outputs of the head.
     """
     from timm.layers import Mlp
     from timm.models.vision_transformer import Block, VisionTransformer
 
-    model = _build_on_meta(backbone, img_size, classes)
+    from snella_app.backbones import create_backbone
+
+    options: dict[str, Any] = {"num_classes": classes, "pretrained": False, "img_size": img_size}
+    try:
+        with torch.device("meta"):
+            model = create_backbone(backbone, **options)
+    except RuntimeError:  # meta tensors have no values; timm 1.0.20 reads some
+        model = create_backbone(backbone, **options)
     block = model.blocks[0] if isinstance(model, VisionTransformer) else None
     if not isinstance(model, VisionTransformer) or type(block) is not Block or type(block.mlp) is not Mlp:
         return None
@@ -193,14 +180,3 @@ def shape_of_backbone(backbone: str, img_size: int | None = None, classes: int =
         outputs=classes,
         has_layer_scale=not isinstance(block.ls1, nn.Identity),
     )
-
-
-def _build_on_meta(backbone: str, img_size: int | None, classes: int) -> nn.Module:
-    """Build a backbone without allocating its weights; on the CPU if timm reads tensor values while it builds."""
-    from snella_app.backbones import create_backbone
-
-    try:
-        with torch.device("meta"):
-            return create_backbone(backbone, num_classes=classes, pretrained=False, img_size=img_size)
-    except RuntimeError:  # meta tensors have no values; timm 1.0.20 reads some
-        return create_backbone(backbone, num_classes=classes, pretrained=False, img_size=img_size)

@@ -4,7 +4,7 @@ import math
 import resource
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +27,14 @@ from snella_app.methods.defaults import MEMORY_METHODS
 Call = tuple[str, int]
 """Module name, or `ATTENTION`, and call index within the forward pass."""
 ATTENTION = "scaled_dot_product_attention"
+_STATUS = Path("/proc/self/status")
+_FEW, _MORE = 2, 3
+"""Batch sizes of the two passes. Batch size 1 is not representative: batch norm rejects it, and axes of length 1 avoid
+copies."""
+_ROWS_OF_TILE, _COLUMNS_OF_TILE = 32, 64  # of the Triton kernels, which store partial gradients per tile
+_EAGER_MATRICES = 14  # temporary matrices of the eager backward pass besides `ΔW`, default kernel; measured
+_CLASSES = 100
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -77,11 +85,7 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
 
     The function records sizes and releases the tensors, so it needs only the memory of a forward pass without
     gradients. Under activation checkpointing, a segment's saved tensors exist only during its backward pass; before
-    and after it, only the segment's inputs are saved.
-
-    Args:
-        model: Model; mode, buffers and random state are restored.
-        images: `[batch, channels, height, width]` on the model's device.
+    and after it, only the segment's inputs are saved. Mode, buffers and random state of the model are restored.
     """
     record = ForwardRecord()
     model_storages = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
@@ -112,18 +116,20 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     def unpack(_: None) -> Tensor:
         raise RuntimeError("record_forward does not support a backward pass, got one; run only the forward pass")
 
-    def note(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
-        passed = {t.data_ptr(): t.numel() * t.element_size() for t in (*_tensors(inputs), *_tensors(output))}
-        record.calls[name, call_counts[name]] = ModuleCall(record.saved_bytes - recomputed, sum(passed.values()))
+    def note(name: str, passed: int) -> None:
+        record.calls[name, call_counts[name]] = ModuleCall(record.saved_bytes - recomputed, passed)
         call_counts[name] += 1
+
+    def note_module(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
+        tensors = {tensor.data_ptr(): tensor for tensor in (*_tensors(inputs), *_tensors(output))}
+        note(name, _bytes(tensors.values()))
 
     def note_attention(inputs: tuple[Tensor, ...], output: Tensor) -> None:
         # decoding recreates the inputs and the output in the backward pass, in addition to the gradients
-        passed = 2 * _bytes([*inputs, output])
-        record.calls[ATTENTION, call_counts[ATTENTION]] = ModuleCall(record.saved_bytes - recomputed, passed)
-        call_counts[ATTENTION] += 1
+        note(ATTENTION, 2 * _bytes([*inputs, output]))
 
-    handles = [module.register_forward_hook(partial(note, name)) for name, module in working_modules(model).items()]
+    modules = working_modules(model)
+    handles = [module.register_forward_hook(partial(note_module, name)) for name, module in modules.items()]
     checkpoint = torch.utils.checkpoint.checkpoint
     try:
         torch.utils.checkpoint.checkpoint = compute_now
@@ -156,12 +162,7 @@ class _AttentionRecorder(TorchFunctionMode):
 
 @contextmanager
 def preserve_state(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Restore mode, buffers and random state of a model on exit.
-
-    Args:
-        model: Model that runs inside the context.
-        images: Input images, for their device.
-    """
+    """Restore mode, buffers and random state of a model on exit; the random state is that of the images' device."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     was_training = model.training
     try:
@@ -185,9 +186,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(inner)
 
 
-_STATUS = Path("/proc/self/status")
-
-
 def peak_rss_mib() -> float:
     """Return the peak resident memory of this process in MiB.
 
@@ -200,13 +198,6 @@ def peak_rss_mib() -> float:
                 return round(int(value.split()[0]) / 2**10, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / 2 ** (20 if sys.platform == "darwin" else 10), 1)
-
-
-_FEW, _MORE = 2, 3
-"""Batch sizes of the two passes. Batch size 1 is not representative: batch norm rejects it, and axes of length 1 avoid
-copies."""
-_ROWS_OF_TILE, _COLUMNS_OF_TILE = 32, 64  # of the Triton kernels, which store partial gradients per tile
-_EAGER_MATRICES = 14  # temporary matrices of the eager backward pass besides `ΔW`, default kernel; measured
 
 
 @dataclass(frozen=True)
@@ -293,11 +284,9 @@ def _extrapolate(few: int, more: int, batch_size: int) -> int:
 
 
 def _matrix_temporary(module: nn.Module | None, device_type: str) -> int:
-    """Return the bytes of temporary weight-sized tensors of an adapted layer, the maximum over both passes.
-
-    In the backward pass the weight gradient replaces the effective weight. Numba kernels materialize `ΔW` only in the
-    forward pass, to find its threshold; Triton kernels and torch operations merge it in both passes.
-    """
+    """Return the bytes of temporary weight-sized tensors of an adapted layer, the maximum over both passes."""
+    # in the backward pass the weight gradient replaces the effective weight; Numba kernels materialize `ΔW` only in the
+    # forward pass, to find its threshold; Triton kernels and torch operations merge it in both passes
     if not isinstance(module, SnellaLayer) or module.merged or module.disable_adapters:
         return 0
     entries, weight = module.out_features * module.in_features, cast(Tensor, module.get_base_layer().weight)
@@ -318,16 +307,12 @@ def _matrix_temporary(module: nn.Module | None, device_type: str) -> int:
 
 def _trained_bytes(module: nn.Module) -> int:
     """Return the bytes of the trainable parameters."""
-    return _bytes([p for p in module.parameters() if p.requires_grad])
+    return _bytes(p for p in module.parameters() if p.requires_grad)
 
 
-def _bytes(tensors: list[Tensor]) -> int:
+def _bytes(tensors: Iterable[Tensor]) -> int:
     """Return the total bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-_CLASSES = 100
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def compared_methods(r: int) -> list[str]:
@@ -346,15 +331,8 @@ def predict_for_methods(
 ) -> Iterator[tuple[str, tuple[int, int, int], StepMemory]]:
     """Predict the memory of each method; yields method, `(channels, height, width)` and memory.
 
-    Models are built one at a time on the CPU, with random weights and a head of 100 classes.
-
-    Args:
-        backbone: Backbone name, see `create_backbone`.
-        batch: Batch size.
-        img_size: Input resolution in pixels; the backbone's default if None.
-        r: Rank of SNELLA and LoRA.
-        dtype: Dtype of weights and activations; PEFT keeps adapters in float32.
-        device_type: Device type of the training.
+    Models are built one at a time on the CPU, with random weights and a head of 100 classes. `dtype` applies to weights
+    and activations; PEFT keeps adapters in float32.
 
     Raises:
         ValueError: If a number is below 1, or `dtype` or the backbone is unknown. Everything except the backbone is

@@ -17,8 +17,6 @@ from snella.layer import SnellaLayer
 from snella_app.methods import method_of, spec_of
 from snella_app.methods.model_parts import base_model, find_blocks, is_inside
 
-_PACKAGE = "bitsandbytes"
-
 
 def build_low_bit_optimizer(
     model: nn.Module, requested: str, device: torch.device, *, lr: float, scalar_lr: float | None, weight_decay: float
@@ -52,8 +50,12 @@ def _choose_adamw(requested: str, device: torch.device) -> tuple[type[Optimizer]
     if requested == "adamw":
         return AdamW, "AdamW"
     try:
-        optimizer_cls: type[Optimizer] = importlib.import_module(_PACKAGE).optim.AdamW8bit
-        _check_step(optimizer_cls, device)
+        optimizer_cls: type[Optimizer] = importlib.import_module("bitsandbytes").optim.AdamW8bit
+        parameter = nn.Parameter(torch.zeros(64, 128, device=device))  # large enough for 8-bit state
+        parameter.grad = torch.ones_like(parameter)
+        optimizer_cls([parameter], lr=1.0).step()  # type: ignore[call-arg]
+        if not bool((parameter != 0).all()):
+            raise RuntimeError("its step leaves parameters unchanged")
         return optimizer_cls, "8-bit AdamW of bitsandbytes"
     except Exception as error:
         # bitsandbytes can be missing, outdated or without a kernel for this device, with various exception types
@@ -64,15 +66,6 @@ def _choose_adamw(requested: str, device: torch.device) -> tuple[type[Optimizer]
                 "pip install bitsandbytes, or leave it at auto"
             ) from error
         return AdamW, f"AdamW, because 8-bit AdamW does not run on {device} ({reason})"
-
-
-def _check_step(optimizer_cls: type[Optimizer], device: torch.device) -> None:
-    """Run one step on a parameter that is large enough for 8-bit state."""
-    parameter = nn.Parameter(torch.zeros(64, 128, device=device))
-    parameter.grad = torch.ones_like(parameter)
-    optimizer_cls([parameter], lr=1.0).step()  # type: ignore[call-arg]
-    if not bool((parameter != 0).all()):
-        raise RuntimeError("its step leaves parameters unchanged")
 
 
 def build_optimizer(
@@ -126,11 +119,7 @@ def _parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay:
 
 
 def _decay_rates(optimizer: Optimizer, model: nn.Module, decay: float) -> None:
-    """Split each parameter group by layer with learning rates `lr · decay^(layers after it)`.
-
-    Layers are numbered as in timm's layer-wise decay: stem, blocks, head. Parameters that a method adds to a block
-    belong to the block.
-    """
+    """Split each parameter group by timm's layer numbers, with learning rates `lr · decay^(layers after it)`."""
     base = base_model(model)
     if not callable(getattr(base, "group_matcher", None)):
         raise ValueError(
@@ -152,12 +141,7 @@ def _decay_rates(optimizer: Optimizer, model: nn.Module, decay: float) -> None:
 
 
 def set_drop_path(model: nn.Module, head: str, rate: float) -> None:
-    """Set stochastic depth: the drop rate rises linearly from 0 in the first block to `rate` in the last.
-
-    Args:
-        model: Backbone with its head, changed in place.
-        head: Name of the head.
-        rate: Drop probability of a residual branch per image, in [0, 1).
+    """Set stochastic depth in place: the drop rate rises linearly from 0 in the first block to `rate` in the last.
 
     Raises:
         ValueError: If the backbone's blocks do not support drop path.
@@ -177,9 +161,6 @@ def set_drop_path(model: nn.Module, head: str, rate: float) -> None:
 
 def checkpoint_gradients(model: nn.Module) -> None:
     """Enable gradient checkpointing: save only the inputs of the backbone's blocks and recompute the rest.
-
-    Args:
-        model: Model from `build_method`, changed in place.
 
     Raises:
         ValueError: If the backbone does not support gradient checkpointing.

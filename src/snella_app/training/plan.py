@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, Literal
 
+import numpy as np
+import torch
 from rich.console import Console
 
-from snella_app.config import TrainConfig
+from snella_app.config import DataConfig, OptimConfig, TrainConfig
 from snella_app.console import print_line
+from snella_app.data import build_transform, has_flips
 from snella_app.device import choose_device, choose_precision
 from snella_app.methods import find_method
+from snella_app.runs.layer_probe import layer_features, probed_layers
 from snella_app.training.build import LoadedData, RunComponents, build
-from snella_app.training.distributed import broadcast_from_main
+from snella_app.training.distributed import broadcast_from_main, process_count
 from snella_app.training.linear_probe import (
+    base_and_head,
+    can_probe,
     can_skip_training,
-    choose_augmentation,
-    choose_final_head,
-    resolve_head_init,
+    extract_features,
+    is_clearly_better,
+    probe_features,
+    probe_images,
+    probe_rows,
 )
 from snella_app.training.sizing import fit_batch_size, fit_epochs, fit_image_size
+
+_MAX_FLIPPED = 500
+"""Maximum number of training images for the flip test."""
+_FOLDS = 4
 
 
 def resolve(
@@ -26,27 +39,37 @@ def resolve(
 ) -> tuple[TrainConfig, RunComponents]:
     """Choose precision, image size, batch size, heads, augmentation and number of epochs of a new run, in this order.
 
-    Args:
-        config: Settings with the method's defaults; fields may be `"auto"` or None.
-        data: Loaded images.
-        parts: Data and model for the requested settings.
-        console: Output console for the choices.
+    Fields of `config` may be `"auto"` or None. The transform of the training images is replaced.
 
     Returns:
         The plan, settings without automatic fields, and data and model, rebuilt if the image size changed.
 
     Raises:
-        ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images.
+        ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images, or the
+            model or the task does not support the requested final head.
     """
-    device = choose_device(config.run.device)
+    device, protocol = choose_device(config.run.device), config.data.protocol
     config = config.replace(precision=broadcast_from_main(lambda: choose_precision(config.optim.precision, device)))
     if config.optim.time_budget is not None and config.model.img_size is None:
-        parts, config = _at_fitting_size(config, data, parts, console)
-    if config.optim.batch_size == "auto":
-        config = config.replace(batch_size=broadcast_from_main(lambda: fit_batch_size(parts, config.optim, console)))
-    plan = choose_heads(parts, config)
-    has_final_head = plan.optim.final_head == "layers" and can_skip_training(plan.optim, plan.data.protocol)
-    if has_final_head and find_method(plan.method.name).is_head_only:
+
+        def at_size(size: int) -> RunComponents:
+            return build(dataclasses.replace(config.model, img_size=size), config.method, data, device)
+
+        sized = choose_heads(parts, config)
+        size = broadcast_from_main(lambda: fit_image_size(parts, sized, at_size, console, data.started_at))
+        if size is not None:
+            parts, config = at_size(size), config.replace(img_size=size)
+    config = config.replace(batch_size=broadcast_from_main(lambda: fit_batch_size(parts, config.optim, console)))
+    optim = config.optim.with_batch_size_for(len(parts.splits.train))
+    plan = choose_heads(parts, dataclasses.replace(config, optim=optim))
+    plan = dataclasses.replace(plan, data=choose_augmentation(parts, plan.data, plan.optim))
+    can_skip = can_skip_training(plan.optim, protocol)
+    if plan.optim.epochs == 0 and not can_skip:
+        raise ValueError(
+            f"epochs must be at least 1, got 0 with head_init={plan.optim.head_init!r} and protocol={protocol!r}; "
+            "0 epochs require head_init='probe' and a protocol that selects on validation images"
+        )
+    if can_skip and plan.optim.final_head == "layers" and find_method(plan.method.name).is_head_only:
         if plan.optim.epochs:
             print_line(
                 console,
@@ -59,46 +82,117 @@ def resolve(
     return plan, parts
 
 
-def _at_fitting_size(
-    config: TrainConfig, data: LoadedData, parts: RunComponents, console: Console
-) -> tuple[RunComponents, TrainConfig]:
-    """Return data and model at the largest image size that fits in the time budget, and settings with this size."""
-
-    def at_size(size: int) -> RunComponents:
-        model = dataclasses.replace(config.model, img_size=size)
-        return build(model, config.method, data, choose_device(config.run.device))
-
-    with_heads = _with_heads(parts, config)
-    size = broadcast_from_main(lambda: fit_image_size(parts, with_heads, at_size, console, data.started_at))
-    return (parts, config) if size is None else (at_size(size), config.replace(img_size=size))
-
-
 def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
-    """Choose batch size, final head, the initialization of the trained head and the augmentation.
+    """Resolve `final_head`, `head_init` and `head_norm`, which do not depend on the image size.
 
-    Args:
-        parts: Data and model; the transform of the training images is replaced.
-        config: Settings, without automatic batch size.
+    `final_head="auto"` is `layers` if the model and the task support it, else `trained`. `head_init="auto"` is `probe`
+    for a linear head of a timm classifier with at least two classes, else `random`. `head_norm="auto"` is `running` for
+    a probe-initialized head, else `none`. The `official` protocol uses `trained` and `random`, as the authors' scripts
+    do. A run that starts from another one keeps its head.
 
     Raises:
-        ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images.
+        ValueError: If `final_head` is `layers`, but the model or the task does not support it.
     """
-    optim = config.optim.with_batch_size_for(len(parts.splits.train))
-    config = _with_heads(parts, dataclasses.replace(config, optim=optim))
-    data, optim = choose_augmentation(parts, config.data, config.optim), config.optim
-    if optim.epochs == 0 and not can_skip_training(optim, data.protocol):
-        raise ValueError(
-            f"epochs must be at least 1, got 0 with head_init={optim.head_init!r} and protocol={data.protocol!r}; "
-            "0 epochs require head_init='probe' and a protocol that selects on validation images"
-        )
-    return dataclasses.replace(config, data=data)
-
-
-def _with_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
-    """Choose the final head and the initialization of the trained head, which do not depend on the image size."""
-    optim, protocol = config.optim, config.data.protocol
-    final_head = choose_final_head(parts, optim.final_head, protocol, is_sharded=config.run.shard)
-    optim = dataclasses.replace(optim, final_head=final_head)
+    optim, is_official = config.optim, config.data.protocol == "official"
+    final_head: Literal["trained", "layers"] = "trained"
+    if optim.final_head == "layers" or (optim.final_head == "auto" and not is_official):
+        missing = None
+        if not parts.task.has_linear_fit:
+            missing = f"a task with one output per image, got {parts.task.name}"
+        elif process_count() > 1 or config.run.shard:
+            missing = "a single process"
+        elif not _reads_features(parts):
+            missing = f"a timm model with forward_intermediates, got {type(parts.model).__name__}"
+        if missing is None:
+            final_head = "layers"
+        elif optim.final_head == "layers":
+            raise ValueError(f"final_head='layers' needs {missing}; use final_head='trained'")
+    init, norm = optim.head_init, optim.head_norm
     if config.model.init_from is None:
-        optim = resolve_head_init(parts, optim, protocol)
+        if init == "auto":
+            init = "probe" if not is_official and can_probe(parts) else "random"
+        if norm == "auto":
+            norm = "running" if init == "probe" else "none"
+    optim = dataclasses.replace(optim, final_head=final_head, head_init=init, head_norm=norm)
     return dataclasses.replace(config, optim=optim)
+
+
+@torch.no_grad()
+def _reads_features(parts: RunComponents) -> bool:
+    """Return whether `forward_intermediates` works with the method: its final features are the inputs of the head."""
+    layers = probed_layers(parts.model)
+    if not layers:
+        return False
+    channels, height, width = parts.data_config["input_size"]
+    model, inputs_of_head = parts.model, []
+    image = torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+    image = image.to(next(model.parameters()).device)
+    was_training = model.training
+    model.eval()
+    _, head = base_and_head(model)
+    handle = head.register_forward_pre_hook(lambda module, inputs: inputs_of_head.append(inputs[0].flatten(1)))
+    try:
+        model(image)
+        final = layer_features(model, image, layers)[:, : inputs_of_head[0].shape[1]]
+        return bool(torch.allclose(inputs_of_head[0], final, atol=1e-4, rtol=1e-4))
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, AssertionError):
+        return False
+    finally:
+        handle.remove()
+        model.train(was_training)
+
+
+def choose_augmentation(parts: RunComponents, data: DataConfig, optim: OptimConfig) -> DataConfig:
+    """Resolve `augment="auto"` and `tta="auto"`.
+
+    `augment="auto"` selects `Task.augment`: crops and flips for single-label, multi-label and ordinal tasks, flips for
+    regression and segmentation. The `official` protocol uses flips.
+
+    Single-label classification leaves out flips if they change the classes. Cross-validation compares a linear probe on
+    images with a linear probe on images and their flips, which averages the predictions for both. Flips are left out if
+    the second probe is clearly worse on held-out images (McNemar's test, two standard errors). Evaluating the first
+    probe on flipped images is not sufficient: it fails on the flips of figures that all face left.
+
+    `tta="auto"` averages the predictions for an image and its flip if training flips images and the task is
+    single-label classification. The transform of the training images is replaced.
+    """
+    augment: Any = data.augment
+    if augment == "auto":
+        augment = parts.task.augment if data.protocol != "official" else "flip"
+        if augment == "crop" and _flips_change_classes(parts, optim):
+            augment = "crop-no-flip"
+        transform = build_transform(parts.data_config, train=True, augment=augment, random_erasing=data.random_erasing)
+        parts.splits.train = parts.splits.train.with_transform(transform)
+    tta = data.tta
+    if tta == "auto":
+        is_averaged = has_flips(augment) and parts.task.has_one_class and data.protocol != "official"
+        tta = 2 if is_averaged else 1
+    return dataclasses.replace(data, augment=augment, tta=tta)
+
+
+def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
+    """Return whether a cross-validated probe is clearly worse with flips, for fitting and for prediction."""
+    if not parts.task.has_one_class or not can_probe(parts):
+        return False
+    rows = probe_rows(parts)
+    order = np.random.default_rng(parts.seed).permutation(len(rows))[:_MAX_FLIPPED]
+    plain = probe_features(parts, optim)[torch.from_numpy(order)].double().numpy()
+    images = probe_images(parts, rows[order])
+    flipped = extract_features(parts, images, optim.effective_batch_size, is_flipped=True).double().numpy()
+    labels = np.asarray(parts.splits.train.labels)[rows[order]]
+    outputs = parts.task.count_outputs(parts.splits.classes)
+    only_without = only_with = 0
+    for held_out in np.array_split(np.arange(len(labels)), _FOLDS):
+        train_rows = np.setdiff1d(np.arange(len(labels)), held_out)
+        if len(set(labels[train_rows].tolist())) < 2:
+            continue
+        is_correct = []
+        for views in ([plain], [plain, flipped]):
+            targets = np.tile(labels[train_rows], len(views))
+            fit = parts.task.fit_linear(np.concatenate([view[train_rows] for view in views]), targets, outputs, None)
+            logits = [torch.from_numpy(view[held_out]) @ fit[0].T + fit[1] for view in views]
+            predicted = parts.task.sample_outputs(parts.task.average_outputs(logits)).argmax(-1)
+            is_correct.append(predicted.numpy() == labels[held_out])
+        only_without += int((is_correct[0] & ~is_correct[1]).sum())
+        only_with += int((is_correct[1] & ~is_correct[0]).sum())
+    return is_clearly_better(only_without, only_with)

@@ -24,22 +24,15 @@ from snella_app.methods import method_of, method_options
 from snella_app.records import Allocation, AllocationStep, DataInfo, GeneratorMetrics, MatrixInfo, RunInfo
 from snella_app.runs.images import SPLITS, absolute_folder, content_digests, split_sizes, splits_digest
 from snella_app.training.build import RunComponents, read_side
-from snella_app.training.distributed import process_count
+from snella_app.training.distributed import process_count, sharding_savings
 from snella_app.training.memory import peak_rss_mib, predict_step_memory
-from snella_app.training.sharding import sharding_savings
 
 _PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
 _USUAL_SIZE, MIN_SIZE = 224, 48
 
 
 def describe_run(plan: TrainConfig, parts: RunComponents, names: Collection[str] = SPLITS) -> RunInfo:
-    """Build the record of a new run.
-
-    Args:
-        plan: Settings without automatic fields.
-        parts: Data and model.
-        names: Splits in use; their contents are recorded.
-    """
+    """Build the record of a new run, with the contents of the splits in `names`."""
     splits = parts.splits
     return RunInfo(
         status="running",
@@ -107,13 +100,7 @@ def describe_allocation(model: nn.Module, allocator: BudgetAllocator) -> Allocat
 
 
 def describe_generator(model: nn.Module, adapter: Path, **measured: Any) -> GeneratorMetrics:
-    """Build the metrics record of a generator: cost and losses.
-
-    Args:
-        model: Trained model.
-        adapter: Adapter folder.
-        **measured: Fields of `GeneratorMetrics` that the recipe provides.
-    """
+    """Build the metrics record of a generator: cost, and fields that the recipe provides."""
     matrices = matrices_of(model)
     return GeneratorMetrics(
         trainable_parameters=trainable_parameters(model),
@@ -137,57 +124,63 @@ def folder_bytes(folder: Path) -> int:
 
 
 def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> None:
-    """Print data, model, method, budgets, steps and estimated memory.
-
-    Args:
-        console: Output console.
-        plan: Settings without automatic fields.
-        parts: Data and model.
-    """
+    """Print data, model, method, budgets, steps and estimated memory."""
     splits, model, optim = parts.splits, parts.model, plan.optim
-    channels, height, width = parts.data_config["input_size"]
-    trained, matrices = trainable_parameters(model), matrices_of(model)
-    frozen, adapted = sum(p.numel() for p in model.parameters()) - trained, sum(m.size for m in matrices)
-    matrices_text = f"; {len(matrices)} matrices, {adapted:,} adapted weights" if matrices else ""
+    protocol, matrices = get_protocol(plan.data.protocol), matrices_of(model)
+    adapter = cast(SnellaConfig, cast(PeftModel, model).peft_config["default"]) if matrices else None
+    trained, adapted = trainable_parameters(model), sum(m.size for m in matrices)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    _, height, width = parts.data_config["input_size"]
+
     classes = ", ".join(splits.classes[:6]) + (", …" if len(splits.classes) > 6 else "")
-    batch = optim.effective_batch_size
-    steps = counted(optim.steps_per_epoch(len(splits.train)), "step")
-    images = f"{optim.accumulate} × {counted(batch, 'image')}" if optim.accumulate > 1 else counted(batch, "image")
-    device = next(model.parameters()).device
-    precision = "" if optim.precision == "fp32" else f" in {optim.precision}"
-    count = process_count()
-    processes = f", by {count} processes" if count > 1 else ""
-    processes += " with sharded frozen weights" if count > 1 and plan.run.shard else ""
-    batch = -(-batch // count)
-    with autocast(device, optim.precision):
-        memory = predict_step_memory(model, (channels, height, width), batch).total / 2**20
-    memory -= sharding_savings(model, count) / 2**20 if plan.run.shard else 0
-    free = free_memory(device) / 2**20
     rows = [
         ("data", splits.description),
         (parts.task.outputs_name, f"{len(splits.classes)}: {classes}"),
         *(("note", note) for note in splits.notes),
-        *_protocol_rows(plan.data.protocol, optim),
-        ("backbone", f"{plan.model.backbone}, {frozen or trained:,} weights, images of {height}×{width} px"),
-        ("method", f"{plan.method.name}, {trained:,} trainable parameters{matrices_text}"),
-        _start_row(plan.model.init_from, optim.head_init),
-        *([("budget", _budget_text(_adapter_config(model), adapted))] if matrices else []),
-        ("training", f"{counted(optim.epochs, 'epoch')} of {steps}, {images} each, on {device}{precision}{processes}"),
-        *_stopping_rows(optim, _adapter_config(model) if matrices else None),
-        (
-            "memory",
-            f"about {memory:,.0f} MiB of {free:,.0f} MiB free (estimate for weights, gradients, optimizer, batch)",
-        ),
-        *_cost_warnings(plan, parts, memory, free),
     ]
-    print_rows(console, rows)
+    if protocol.name != "standard":
+        rows.append(("protocol", f"{protocol.name}: {protocol.summary}"))
+    if protocol.warning:
+        rows.append(("warning", protocol.warning))
+    if optim.ema is not None:
+        rows.append(("average", f"exponential moving average of the trained weights, decay {optim.ema:g}"))
+    if optim.swa is not None:
+        rows.append(("average", f"mean of the trained weights of the last {optim.swa} epochs (swa)"))
+    if optim.soup is not None:
+        rows.append(("average", f"greedy soup of the best of the last {optim.soup} epochs"))
+    rows.append(("backbone", f"{plan.model.backbone}, {frozen or trained:,} weights, images of {height}×{width} px"))
+    matrices_text = f"; {len(matrices)} matrices, {adapted:,} adapted weights" if matrices else ""
+    rows.append(("method", f"{plan.method.name}, {trained:,} trainable parameters{matrices_text}"))
+    if plan.model.init_from is not None:
+        rows.append(("start", f"trained weights of {plan.model.init_from}, including the head"))
+    else:
+        is_probe = optim.head_init == "probe"
+        rows.append(("head", "initialized from a linear probe" if is_probe else "initialized at random"))
+    if adapter is not None:
+        start, end = (adapted - round(value * adapted) for value in (adapter.init_sparsity, adapter.target_sparsity))
+        at_end = f"{adapter.target_sparsity:.0%} sparse at the end"
+        rows.append(("budget", f"b_0 {start:,} → b_T {end:,} weights ({at_end}), {adapter.schedule}"))
+
+    device, count, batch = next(model.parameters()).device, process_count(), optim.effective_batch_size
+    steps = counted(optim.steps_per_epoch(len(splits.train)), "step")
+    images = f"{optim.accumulate} × {counted(batch, 'image')}" if optim.accumulate > 1 else counted(batch, "image")
+    where = f"on {device}" + ("" if optim.precision == "fp32" else f" in {optim.precision}")
+    if count > 1:
+        where += f", by {count} processes" + (" with sharded frozen weights" if plan.run.shard else "")
+    rows.append(("training", f"{counted(optim.epochs, 'epoch')} of {steps}, {images} each, {where}"))
+    rows += _stopping_rows(optim, adapter)
+    memory, free = predicted_memory(parts, optim.precision, -(-batch // count)) / 2**20, free_memory(device) / 2**20
+    memory -= sharding_savings(model, count) / 2**20 if plan.run.shard else 0
+    estimate = "estimate for weights, gradients, optimizer, batch"
+    rows.append(("memory", f"about {memory:,.0f} MiB of {free:,.0f} MiB free ({estimate})"))
+    print_rows(console, [*rows, *_cost_warnings(plan, parts, memory, free)])
 
 
-def _start_row(init_from: str | None, head_init: str) -> tuple[str, str]:
-    """Describe the initialization of the head, or of all trained weights."""
-    if init_from is not None:
-        return "start", f"trained weights of {init_from}, including the head"
-    return "head", "initialized from a linear probe" if head_init == "probe" else "initialized at random"
+def predicted_memory(parts: RunComponents, precision: str, batch_size: int) -> int:
+    """Predict the peak memory of one training step, in bytes."""
+    channels, height, width = parts.data_config["input_size"]
+    with autocast(next(parts.model.parameters()).device, precision):
+        return predict_step_memory(parts.model, (channels, height, width), batch_size).total
 
 
 def free_memory(device: torch.device) -> int:
@@ -202,14 +195,10 @@ def free_memory(device: torch.device) -> int:
 
 
 def shorten_hint(parts: RunComponents, factor: float) -> str:
-    """Return a hint on shortening the run.
+    """Return a hint on shortening the run by a factor.
 
     The hint assumes that step time is proportional to the number of pixels. This holds for convolutions and
     underestimates the savings in attention.
-
-    Args:
-        parts: Data and model.
-        factor: Ratio of the expected to the desired duration.
     """
     side, patch = int(parts.data_config["input_size"][-1]), size_step(parts.model)
     shorter = int(side / math.sqrt(factor)) // patch * patch
@@ -267,30 +256,3 @@ def _stopping_rows(optim: OptimConfig, adapter: SnellaConfig | None) -> list[tup
         return [("note", f"{note}; use --method-options.schedule_end {SCHEDULE_END}")]
     reached = math.ceil(end * optim.epochs)
     return [("stopping", f"{text}, from epoch {reached}, when the budget reaches its target (schedule_end {end:g})")]
-
-
-def _protocol_rows(name: str, optim: OptimConfig) -> list[tuple[str, str]]:
-    """Describe a non-default protocol and weight averaging."""
-    protocol = get_protocol(name)
-    rows = [] if protocol.name == "standard" else [("protocol", f"{protocol.name}: {protocol.summary}")]
-    if protocol.warning:
-        rows.append(("warning", protocol.warning))
-    if optim.ema is not None:
-        rows.append(("average", f"exponential moving average of the trained weights, decay {optim.ema:g}"))
-    if optim.swa is not None:
-        rows.append(("average", f"mean of the trained weights of the last {optim.swa} epochs (swa)"))
-    if optim.soup is not None:
-        rows.append(("average", f"greedy soup of the best of the last {optim.soup} epochs"))
-    return rows
-
-
-def _adapter_config(model: nn.Module) -> SnellaConfig:
-    """Return the adapter's configuration of a model with budgets."""
-    return cast(SnellaConfig, cast(PeftModel, model).peft_config["default"])
-
-
-def _budget_text(settings: SnellaConfig, total: int) -> str:
-    """Format the initial and target budget, b_0 and b_T, of `total` adapted weights."""
-    start, end = (total - round(sparsity * total) for sparsity in (settings.init_sparsity, settings.target_sparsity))
-    sparsity = f"{settings.target_sparsity:.0%} sparse at the end"
-    return f"b_0 {start:,} → b_T {end:,} weights ({sparsity}), {settings.schedule}"

@@ -1,11 +1,11 @@
-"""Sampler with an order that depends only on the seed and the epoch."""
+"""Samplers with an order that depends only on the seed and the epoch."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 
 class EpochSampler(Sampler[int]):
@@ -40,21 +40,52 @@ class EpochSampler(Sampler[int]):
         return self.length
 
 
-class EpochCallback(TrainerCallback):
-    """Callback that sets the epoch of datasets and samplers.
+class ShardedBatches(Sampler[list[int]]):
+    """Batch sampler that splits each global batch into consecutive parts, one per process.
 
-    Accelerate also does this, but not for an epoch that is resumed midway.
+    If a small last batch leaves a process without images, it receives the first image with weight 0.
 
     Args:
-        *targets: Objects with a method `set_epoch(epoch)`; epochs are counted from 0.
+        sampler: Indices of all images, identical in all processes.
+        batch_size: Global batch size.
+        rank: Rank of this process.
+        count: Number of processes.
+    """
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, rank: int, count: int) -> None:
+        self.sampler, self.batch_size, self.rank, self.count = sampler, batch_size, rank, count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        indices = list(self.sampler)
+        for start in range(0, len(indices), self.batch_size):
+            batch = indices[start : start + self.batch_size]
+            before = sum(_shard_size(len(batch), rank, self.count) for rank in range(self.rank))
+            yield batch[before : before + _shard_size(len(batch), self.rank, self.count)] or batch[:1]
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self.batch_size)  # type: ignore[arg-type]
+
+    def weight(self, number: int) -> int:
+        """Return the number of images of batch `number` that belong to this process."""
+        images = min(self.batch_size, len(self.sampler) - number * self.batch_size)  # type: ignore[arg-type]
+        return _shard_size(images, self.rank, self.count)
+
+
+def _shard_size(images: int, rank: int, count: int) -> int:
+    """Return the number of images of one rank; the first ranks get one more if a batch cannot be split evenly."""
+    return images // count + (rank < images % count)
+
+
+class EpochCallback(TrainerCallback):
+    """Callback that calls `set_epoch` of datasets and samplers, with epochs counted from 0.
+
+    Accelerate also does this, but not for an epoch that is resumed midway.
     """
 
     def __init__(self, *targets: Any) -> None:
         self.targets = targets
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Set the current epoch."""
         for target in self.targets:
             target.set_epoch(state.global_step // (state.max_steps // int(state.num_train_epochs)))

@@ -1,4 +1,4 @@
-"""`Session` of a run: locking, resuming, interrupts and final status."""
+"""Session of a run: lock, interrupts and final status."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
-from rich.console import Console
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from snella_app.config import TrainConfig
-from snella_app.console import print_line
-from snella_app.runs.folder import RunFolder, RunFolderOf
-from snella_app.training.build import RunComponents
-from snella_app.training.callbacks import StepTimeCallback
-from snella_app.training.checkpoints import intact_checkpoint, latest_checkpoint, remove_incomplete
-from snella_app.training.distributed import any_across_processes, process_count, require_single_process
+from snella_app.runs.folder import RunFolderOf
+from snella_app.training.checkpoints import latest_checkpoint
+from snella_app.training.distributed import mean_across_processes, process_count, require_single_process
+
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+_HELD: set[int] = set()
+"""File descriptors of the locks that this process holds."""
 
 
 class TrainingInterrupted(Exception):
@@ -39,27 +37,8 @@ class NonFiniteLossError(Exception):
     exit_status = 2
 
 
-@dataclass
-class Session:
-    """State of a training session.
-
-    Attributes:
-        plan: Settings without automatic fields.
-        run: Run folder.
-        parts: Data and model.
-        console: Output console for progress and results.
-        step_timer: Callback that measures step time and memory.
-        keep_checkpoints: If True, save a checkpoint after each epoch.
-        render_report: If True, write the HTML report.
-    """
-
-    plan: TrainConfig
-    run: RunFolder
-    parts: RunComponents
-    console: Console
-    step_timer: StepTimeCallback
-    keep_checkpoints: bool = True
-    render_report: bool = True
+class RunInUseError(OSError):
+    """Raised when another process is writing to the run folder."""
 
 
 class InterruptCallback(TrainerCallback):
@@ -81,9 +60,7 @@ class InterruptCallback(TrainerCallback):
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
@@ -98,21 +75,20 @@ class InterruptCallback(TrainerCallback):
         with contextlib.suppress(OSError):  # closed terminal; signal handlers must not use buffered streams
             os.write(2, b"\nsnella: finishing this step and saving, then stopping; repeat to stop immediately\n")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop midway through an epoch; the end of an epoch saves anyway."""
-        self.is_requested = any_across_processes(self.is_requested)
+        if mean_across_processes(float(self.is_requested)) > 0:
+            self.is_requested = True  # also if another process received the signal
         if self.is_requested and not _is_epoch_end(state):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Skip the evaluation and the checkpoint of an unfinished epoch, which is already saved."""
         if not _is_epoch_end(state):
             control.should_log = control.should_evaluate = control.should_save = False
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop after the checkpoint of a complete epoch."""
         if self.is_requested:
             control.should_training_stop = True
@@ -124,25 +100,12 @@ def _is_epoch_end(state: TrainerState) -> bool:
     return state.global_step % steps_per_epoch == 0
 
 
-_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
-_HELD: set[int] = set()
-"""File descriptors of the locks that this process holds."""
-
-
-class RunInUseError(OSError):
-    """Raised when another process is writing to the run folder."""
-
-
 @contextmanager
 def lock_run(run: RunFolderOf[Any], *, is_shared: bool = False) -> Iterator[None]:
     """Lock a run folder against writes by other processes.
 
     The lock is a kernel file lock, which is released whenever the process ends. Folders created for the lock are
-    removed if they stay empty.
-
-    Args:
-        run: Run folder; may not exist yet.
-        is_shared: Allow distributed training, where only the main process locks.
+    removed if they stay empty. `is_shared` allows distributed training, where only the main process locks.
 
     Raises:
         RunInUseError: If a running process holds the lock; the message has its process id.
@@ -217,32 +180,9 @@ def _close_inherited() -> None:
 os.register_at_fork(after_in_child=_close_inherited)
 
 
-def checkpoint_to_resume(run: RunFolderOf[Any], console: Console) -> Path | None:
-    """Remove incomplete and obsolete checkpoints, and return the latest intact one; None if there is none.
-
-    Args:
-        run: Run folder.
-        console: Output console for the chosen checkpoint and the damage of later ones.
-
-    Raises:
-        CheckpointError: If all checkpoints are damaged; the message names a file and the remedies.
-    """
-    checkpoint, damages = intact_checkpoint(run)
-    for damage in damages:
-        print_line(console, f"note: skipped {damage}")
-    remove_incomplete(run.checkpoints, checkpoint)
-    if checkpoint is not None:
-        print_line(console, f"resuming from {checkpoint}")
-    return checkpoint
-
-
 @contextmanager
 def record_status(run: RunFolderOf[Any], command: str) -> Iterator[None]:
-    """Record an interruption or failure inside the context in `run.json`.
-
-    Args:
-        run: Run folder.
-        command: Command that resumes the run, e.g. `train`.
+    """Record an interruption or failure inside the context in `run.json`; `command` resumes the run.
 
     Raises:
         TrainingInterrupted: If the context is interrupted; the message has the checkpoint and the command to resume.
@@ -258,7 +198,10 @@ def record_status(run: RunFolderOf[Any], command: str) -> Iterator[None]:
         ) from None
     except Exception as error:
         plain = _without_worker(error)
-        _record_failure(run, plain)
+        try:
+            run.update("failed", error=str(plain))
+        except OSError as second:
+            plain.add_note(f"the status in {run.path} could not be updated: {second}")
         if plain is error:
             raise
         raise plain from None
@@ -271,11 +214,3 @@ def _without_worker(error: Exception) -> Exception:
         return error
     last = text.strip().splitlines()[-1]
     return type(error)(last.removeprefix(f"{type(error).__name__}: "))
-
-
-def _record_failure(run: RunFolderOf[Any], error: Exception) -> None:
-    """Record the error in `run.json`; a failed write must not hide the original error."""
-    try:
-        run.update("failed", error=str(error))
-    except OSError as second:
-        error.add_note(f"the status in {run.path} could not be updated: {second}")

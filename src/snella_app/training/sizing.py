@@ -5,13 +5,10 @@ import dataclasses
 import io
 import itertools
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
@@ -31,8 +28,8 @@ from snella_app.training.build import RunComponents
 from snella_app.training.distributed import process_count
 from snella_app.training.final_head import layer_fit_seconds
 from snella_app.training.linear_probe import can_skip_training, probe_rows
-from snella_app.training.memory import predict_step_memory, preserve_state
-from snella_app.training.results import MIN_SIZE, free_memory, size_step
+from snella_app.training.memory import preserve_state
+from snella_app.training.results import MIN_SIZE, free_memory, predicted_memory, size_step
 
 _LARGEST_BATCH, _FEWEST_STEPS = 256, 10
 _MEMORY_SHARE = 0.8
@@ -51,34 +48,26 @@ _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
 """Errors of models that do not support an image size."""
 
 
-def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -> int | Literal["auto"] | None:
+def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -> int | None:
     """Return the batch size, with `batch_size="auto"` resolved to the largest batch size that fits in memory.
 
     Candidates are powers of two up to 256 with at least 10 steps per epoch. The largest candidate with a predicted
     memory of at most 0.8 of the free memory is tested with a trial step, and halved while the step runs out of memory.
     The model is unchanged.
-
-    Args:
-        parts: Data and model.
-        optim: Requested batch size, and precision.
-        console: Output console for the choice.
     """
     if optim.batch_size != "auto":
         return optim.batch_size
-    device = next(parts.model.parameters()).device
-    free = free_memory(device)
+    free = free_memory(next(parts.model.parameters()).device)
     largest = max(1, min(_LARGEST_BATCH, len(parts.splits.train) // _FEWEST_STEPS // process_count()))
     batch = 1 << largest.bit_length() - 1
-    while batch > 1 and _predicted_memory(parts, optim.precision, batch) > _MEMORY_SHARE * free:
+    while batch > 1 and predicted_memory(parts, optim.precision, batch) > _MEMORY_SHARE * free:
         batch //= 2
-    while batch > 1 and _runs_out_of_memory(partial(_trial_step, parts, optim.precision, _first_images(parts, batch))):
+    while batch > 1 and _runs_out_of_memory(parts, optim.precision, batch):
         batch //= 2
-    memory = _predicted_memory(parts, optim.precision, batch) / 2**20
+    memory = predicted_memory(parts, optim.precision, batch) / 2**20
     total_batch = batch * process_count()
-    print_line(
-        console,
-        f"batch size {total_batch}: a step takes about {memory:,.0f} of {free / 2**20:,.0f} MiB free",
-    )
+    step = f"a step takes about {memory:,.0f} of {free / 2**20:,.0f} MiB free"
+    print_line(console, f"batch size {total_batch}: {step}")
     return total_batch
 
 
@@ -87,7 +76,7 @@ def fit_image_size(
     config: TrainConfig,
     at_size: Callable[[int], RunComponents],
     console: Console,
-    begun: float | None = None,
+    started_at: float,
 ) -> int | None:
     """Choose the largest image size at which the run fits in `time_budget`.
 
@@ -101,17 +90,9 @@ def fit_image_size(
     search stops within 15% of the largest size that fits; if no size fits, the result is the smallest. Models that
     do not support other sizes keep their default.
 
-    Args:
-        parts: Data and model at the backbone's default size.
-        config: Settings with `time_budget`, without `img_size`, with `head_init` and `final_head` resolved.
-        at_size: Function that builds data and model for another image size.
-        console: Output console for the choice.
-        begun: `time.monotonic()` at the start of loading data and model; now if None.
-
     Returns:
         Image size; None for the backbone's default.
     """
-    begun = time.monotonic() if begun is None else begun
     optim, budget = config.optim, str(config.optim.time_budget)
     default, step = int(parts.data_config["input_size"][-1]), size_step(parts.model)
     sizes = [*range(-(-MIN_SIZE // step) * step, default, step), default]
@@ -123,23 +104,29 @@ def fit_image_size(
     epochs = counted(optim.epochs, "epoch")
     print_line(console, f"measuring step times to fit {epochs} into {budget}")
 
+    def measure(size: int, with_training: bool) -> _Times:
+        try:
+            return _measure_times(parts if size == default else at_size(size), config, with_training)
+        except _SIZE_ERRORS as error:
+            raise _SizeError(f"{size} px ({str(error).strip().partition(chr(10))[0]})") from error
+
+    def head_seconds(size: int) -> float:
+        return measure(size, with_training=False).final_s
+
+    def epoch_seconds(size: int) -> float:
+        times = measure(size, with_training=True)
+        return times.epoch_s + times.final_s / optim.epochs
+
     def left_s() -> float:
-        return _left_seconds(budget, begun)
+        return _left_seconds(budget, started_at)
 
     def left_per_epoch_s() -> float:
         return left_s() / optim.epochs
 
-    def epoch_seconds(size: int) -> float:
-        times = _measure_times(parts if size == default else at_size(size), config)
-        return times.epoch_s + times.final_s / optim.epochs
-
-    def head_seconds(size: int) -> float:
-        return _measure_times(parts if size == default else at_size(size), config, with_training=False).final_s
-
+    search = None
+    has_head = can_skip_training(optim, config.data.protocol) and optim.final_head == "layers"
+    trains = optim.epochs > 0 and not (has_head and find_method(config.method.name).is_head_only)
     try:
-        search = None
-        has_head = can_skip_training(optim, config.data.protocol) and optim.final_head == "layers"
-        trains = optim.epochs and not (has_head and find_method(config.method.name).is_head_only)
         if has_head or not trains:
             largest_side = max(_SMALL_SIDE, _median_side(parts.splits.train)) if trains else default
             head_sizes = [size for size in sizes if size - step < largest_side] or sizes[:1]
@@ -175,7 +162,7 @@ class _SizeError(Exception):
 
 @dataclass
 class _LargestSize:
-    """Result of a search: the size, whether it fits, and the measured seconds by size."""
+    """Result of a search: the size, a flag that it fits, and the seconds by size."""
 
     size: int
     fits: bool
@@ -185,29 +172,16 @@ class _LargestSize:
 def _largest_size(
     sizes: Sequence[int], seconds_at: Callable[[int], float], allowed_s: Callable[[], float]
 ) -> _LargestSize:
-    """Find the largest size whose time is within the allowed time, to within 15%.
-
-    The search starts at the smallest size, since a step at the largest may exceed the budget. The next size is the
-    largest that would fit if time were proportional to the number of pixels.
-
-    Args:
-        sizes: Candidates in ascending order.
-        seconds_at: Function that measures the time at a size.
-        allowed_s: Function that returns the maximum time in seconds, which measurements reduce.
-
-    Raises:
-        _SizeError: If the model does not support a size.
-    """
+    """Find the largest of some ascending sizes whose time is within the allowed time, to within 15%."""
+    # starts at the smallest size, since a step at the largest may exceed the budget; the next size is the largest that
+    # would fit if time were proportional to the number of pixels
     seconds: dict[int, float] = {}
     fits, too_large, index = -1, len(sizes), 0
     while fits + 1 < too_large and not (
         0 <= fits < too_large < len(sizes) and sizes[too_large] <= _SIZE_RATIO * sizes[fits]
     ):
         size = sizes[index]
-        try:
-            seconds[size] = seconds_at(size)
-        except _SIZE_ERRORS as error:
-            raise _SizeError(f"{size} px ({str(error).strip().partition(chr(10))[0]})") from error
+        seconds[size] = seconds_at(size)
         allowed = max(allowed_s(), 0.0)
         fits, too_large = (index, too_large) if seconds[size] <= allowed else (fits, index)
         largest = size * math.sqrt(allowed / max(seconds[size], 1e-9))
@@ -240,21 +214,14 @@ def _reason_to_keep_size(config: TrainConfig) -> str | None:
     return None
 
 
-def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begun: float | None = None) -> int:
+def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, started_at: float) -> int:
     """Return the number of epochs that fit in `time_budget`, at most 100, from a few timed steps.
 
     The minimum is 1 epoch, or 0 for a probe-initialized head that is evaluated on validation images.
-
-    Args:
-        parts: Data and model.
-        config: Resolved settings with `time_budget` and a batch size.
-        console: Output console for the choice.
-        begun: `time.monotonic()` at the start of loading data and model; now if None.
     """
     time_budget = str(config.optim.time_budget)
-    begun = time.monotonic() if begun is None else begun
     times = _measure_times(parts, config)
-    left_s = _left_seconds(time_budget, begun) - times.final_s
+    left_s = _left_seconds(time_budget, started_at) - times.final_s
     fewest = 0 if can_skip_training(config.optim, config.data.protocol) else 1
     epochs = max(fewest, min(_MOST_EPOCHS, int(left_s / times.epoch_s)))
     text = f"{counted(epochs, 'epoch')} in {time_budget}: one epoch takes about {seconds_text(times.epoch_s)}"
@@ -268,9 +235,9 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, begu
     return epochs
 
 
-def _left_seconds(budget: str, begun: float) -> float:
+def _left_seconds(budget: str, started_at: float) -> float:
     """Return the seconds of a time budget that remain for steps and evaluation."""
-    return _TIME_SHARE * budget_seconds(budget) - (time.monotonic() - begun)
+    return _TIME_SHARE * budget_seconds(budget) - (time.monotonic() - started_at)
 
 
 @dataclass(frozen=True)
@@ -288,45 +255,24 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     per_batch = max(optim.effective_batch_size // process_count(), 1)
     train_s = _step_seconds(parts, optim, parts.splits.train, per_batch, _trial_step) if with_training else 0.0
     steps = optim.steps_per_epoch(len(parts.splits.train)) * optim.accumulate
-    selection = get_protocol(data.protocol).selection_part(parts.splits)
-    measured = [part for name, part in existing_splits(parts.splits).items() if name != "train"]
+    measured = {name: part for name, part in existing_splits(parts.splits).items() if name != "train"}
     if not measured:
         return _Times(steps * train_s, 0.0)
     # the first pass reads from disk; later passes may read from memory
-    first_read_s = _step_seconds(parts, optim, measured[-1], per_batch, _only_read)
+    *_, last = measured.values()
+    first_read_s = _step_seconds(parts, optim, last, per_batch, _only_read)
     views = 2 if data.tta == "auto" else data.views
-    evaluation_s = views * _step_seconds(parts, optim, measured[-1], per_batch, _trial_evaluation)
-
-    def batches_of(part: ImageDataset) -> int:
-        return -(-len(part) // optim.effective_batch_size)
-
-    def seconds_of(part: ImageDataset) -> float:
-        return batches_of(part) * evaluation_s
-
-    selection_s = 0.0 if selection is None else seconds_of(selection)
-    epoch_s = steps * train_s + selection_s
-    final_s = sum(batches_of(part) * first_read_s + seconds_of(part) for part in measured)
+    evaluation_s = views * _step_seconds(parts, optim, last, per_batch, _trial_evaluation)
+    batches = {name: -(-len(part) // optim.effective_batch_size) for name, part in measured.items()}
+    selection_s = batches.get(str(get_protocol(data.protocol).selected_on), 0) * evaluation_s
+    final_s = sum(batches.values()) * (first_read_s + evaluation_s)
     if can_skip_training(optim, data.protocol):
         final_s += selection_s  # evaluation of the initial model
     if optim.final_head == "layers":
         rows = len(probe_rows(parts))
-        feature_s = -(-rows // optim.effective_batch_size) * evaluation_s
-        feature_s += 0.0 if parts.splits.val is None else seconds_of(parts.splits.val)
-        final_s += feature_s + layer_fit_seconds(parts, views * rows)
-    return _Times(epoch_s, final_s)
-
-
-def _predicted_memory(parts: RunComponents, precision: str, batch: int) -> int:
-    """Predict the peak memory of one step, in bytes."""
-    channels, height, width = parts.data_config["input_size"]
-    with autocast(next(parts.model.parameters()).device, precision):
-        return predict_step_memory(parts.model, (channels, height, width), batch).total
-
-
-def _first_images(parts: RunComponents, count: int) -> dict[str, Tensor]:
-    """Return a batch of the first training images."""
-    train = parts.splits.train
-    return parts.task.collate([train[index % len(train)] for index in range(count)])
+        feature_batches = -(-rows // optim.effective_batch_size) + batches.get("val", 0)
+        final_s += feature_batches * evaluation_s + layer_fit_seconds(parts, views * rows)
+    return _Times(steps * train_s + selection_s, final_s)
 
 
 def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:
@@ -367,11 +313,7 @@ def _step_seconds(
     batch: int,
     step: Callable[[RunComponents, str, dict[str, Tensor]], None],
 ) -> float:
-    """Return the median time of a step including data loading, in seconds.
-
-    The first step is excluded, since it may compile kernels. The second step may compile as well. At least two steps
-    are therefore timed after the first, and the median of an even number of times is the lower one.
-    """
+    """Return the median time of a step including data loading, in seconds."""
     generator = torch.Generator().manual_seed(parts.seed)  # leaves torch's global generator unchanged
     loader = DataLoader(dataset, batch, collate_fn=parts.task.collate, num_workers=parts.workers, generator=generator)
     limit_s = _MEASURED_SHARE * budget_seconds(str(optim.time_budget))
@@ -387,15 +329,18 @@ def _step_seconds(
         if number == _TIMED_STEPS or (number >= _FEWEST_TIMED - 1 and sum(spans[1:]) > limit_s):
             break
         start = time.perf_counter()
+    # the first step, and sometimes the second, compiles kernels
     return statistics.median_low(spans[1:] or spans)
 
 
-def _runs_out_of_memory(step: Callable[[], None]) -> bool:
-    """Return whether a step runs out of memory; other errors propagate."""
+def _runs_out_of_memory(parts: RunComponents, precision: str, batch: int) -> bool:
+    """Return whether a trial step runs out of memory; other errors propagate."""
+    train = parts.splits.train
+    images = [train[index % len(train)] for index in range(batch)]
     try:
-        step()
+        _trial_step(parts, precision, parts.task.collate(images))
     except RuntimeError as error:  # base class of torch.OutOfMemoryError
-        if not isinstance(error, torch.OutOfMemoryError) and not re.search("memory", str(error)):
+        if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
             raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,15 +1,10 @@
-"""Trainers: `SnellaTrainer` for labeled images, and its base class `CheckpointingTrainer`."""
+"""Trainer for labeled images."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,47 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from snella import BudgetAllocator, SnellaCallback
-from snella_app.config import DataConfig, OptimConfig, RunConfig
+from snella_app.config import TrainConfig
 from snella_app.data import ImageDataset
 from snella_app.data.protocol import get_protocol
 from snella_app.device import autocast, choose_device
-from snella_app.files import write_json
-from snella_app.methods import load_trained_into, method_of, save_trained
+from snella_app.methods import method_of, save_trained
 from snella_app.records import AveragedEpochs
-from snella_app.runs.folder import RunFolder, RunFolderOf
+from snella_app.runs.folder import RunFolder
 from snella_app.training.build import RunComponents, epoch_sampler
 from snella_app.training.callbacks import EpochSnapshots, WeightAverage
-from snella_app.training.checkpoints import (
-    convert_read_errors,
-    convert_write_errors,
-    remove_incomplete,
-    stage_checkpoint,
-)
-from snella_app.training.distributed import (
-    ShardedBatches,
-    is_main,
-    mean_across_processes,
-    process_count,
-    process_index,
-    wait_for_everyone,
-)
-from snella_app.training.feature_norm import FeatureNorm
+from snella_app.training.checkpoints import CheckpointingTrainer, base_training_arguments, convert_write_errors
+from snella_app.training.distributed import average_gradients, is_sharded, process_count, process_index
+from snella_app.training.linear_probe import FeatureNorm
 from snella_app.training.optimizer import build_optimizer
-from snella_app.training.sampler import EpochCallback, mix_seed
+from snella_app.training.sampler import EpochCallback, ShardedBatches, mix_seed
 from snella_app.training.session import NonFiniteLossError
-from snella_app.training.sharding import average_gradients, is_sharded
-
-_PROGRESS_FILE = "progress.json"
 
 
 class _StoppedEarlyError(Exception):
@@ -66,194 +38,17 @@ class _StoppedEarlyError(Exception):
 
 
 class _StartCallback(TrainerCallback):
-    """Callback that evaluates the initial model and ends a resumed run that has already stopped early.
-
-    Args:
-        trainer: The trainer; an earlier callback must attach its allocator.
-        evaluate_initial: If True, evaluate the model before the first step as epoch 0, which may be the best epoch.
-    """
+    """Callback that evaluates the initial model and ends a resumed run that has already stopped early."""
 
     def __init__(self, trainer: SnellaTrainer, evaluate_initial: bool) -> None:
         self.trainer, self.evaluate_initial = trainer, evaluate_initial
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.evaluate_initial and state.global_step == 0 and not self.trainer.history:
             state.epoch = 0
             self.trainer.evaluate()
         if self.trainer.has_stopped_early:
             raise _StoppedEarlyError
-
-
-class CheckpointingTrainer(Trainer):
-    """Trainer with atomic checkpoints of only the trained weights.
-
-    Differences from transformers' Trainer:
-    - A checkpoint contains only trained weights and is published atomically.
-    - A non-finite loss or gradient ends the run before it changes the weights.
-    - Elapsed time includes the time before an interruption.
-
-    Args:
-        trained: Model with the trained weights, from `build_method` or `adapt_headless`.
-        run: Run folder for checkpoints.
-        start: `time.monotonic()` at the start of this session; now if None.
-        **options: Options of transformers' Trainer; `model` defaults to `trained`.
-
-    Attributes:
-        last_loss: Loss of the latest forward pass.
-    """
-
-    def __init__(self, trained: nn.Module, run: RunFolderOf[Any], start: float | None = None, **options: Any) -> None:
-        self.trained_model = trained
-        self.run_folder = run
-        self.last_loss = math.nan
-        self._earlier_s = 0.0
-        self._session_start = time.monotonic() if start is None else start
-        self._staging: Path | None = None
-        super().__init__(**{"model": trained, **options})
-        self.remove_callback(PrinterCallback)
-
-    @property
-    def elapsed_s(self) -> float:
-        """Training time in seconds, including time before an interruption."""
-        return self._earlier_s + time.monotonic() - self._session_start
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Run the forward and backward pass of one batch.
-
-        Raises:
-            NonFiniteLossError: If the loss is not finite; the step is discarded.
-        """
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        value = mean_across_processes(loss.item())
-        if not math.isfinite(value):
-            raise self._not_finite("the loss", value)
-        self.last_loss = value
-        return loss
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Return the gradient norm before clipping and check that it is finite."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        if not self.args.fp16 and not math.isfinite(float(norm)):  # in fp16 the scaler skips the step
-            raise self._not_finite("the gradient", float(norm))
-        return norm
-
-    def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
-        """Build the error with the step, the last saved state and the remedy."""
-        raise NotImplementedError
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Return the staging folder while a checkpoint is written, else the checkpoints folder."""
-        return str(self._staging or self.run_folder.checkpoints)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint atomically in the main process, then remove older ones."""
-        if is_main():
-            self._write_checkpoint(model, trial)
-        wait_for_everyone()
-
-    def store_flos(self) -> None:
-        """No-op; FLOPs are not tracked, and the base class would gather them from all processes."""
-
-    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint and remove older ones."""
-        folder, name = self.run_folder.checkpoints, f"checkpoint-{self.state.global_step}"
-        if (folder / name).is_dir():
-            return
-        with stage_checkpoint(self.run_folder, name) as self._staging:
-            try:
-                super()._save_checkpoint(model, trial)
-                self._write_state(self._staging / name)
-            finally:
-                self._staging = None
-        remove_incomplete(folder)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write the trained weights."""
-        save_trained(self.trained_model, output_dir or str(self.run_folder.adapter))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the trained weights and the trainer state."""
-        checkpoint = Path(resume_from_checkpoint)
-        with convert_read_errors(checkpoint):
-            load_trained_into(self.trained_model, checkpoint)
-            self._read_state(checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the optimizer and scheduler states."""
-        with nullcontext() if checkpoint is None else convert_read_errors(Path(checkpoint)):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Load the random number generator states."""
-        with nullcontext() if checkpoint is None else convert_read_errors(Path(checkpoint)):
-            super()._load_rng_state(checkpoint)
-
-    def _write_state(self, checkpoint: Path, **values: Any) -> None:
-        """Write elapsed time and `values`, which the Trainer's state does not include."""
-        write_json(checkpoint / _PROGRESS_FILE, {"elapsed_s": self.elapsed_s, **values})
-
-    def _read_state(self, checkpoint: Path) -> dict[str, Any]:
-        """Load the state written by `_write_state`."""
-        values: dict[str, Any] = json.loads((checkpoint / _PROGRESS_FILE).read_text(encoding="utf-8"))
-        self._earlier_s = values["elapsed_s"]
-        return values
-
-
-def base_training_arguments(
-    checkpoints: Path, device: torch.device, *, seed: int, precision: str, **options: Any
-) -> TrainingArguments:
-    """Return Trainer arguments shared by all runs: one device per process, without Trainer logging.
-
-    Args:
-        checkpoints: Output folder.
-        device: Training device.
-        seed: Seed of the run.
-        precision: fp32, or bf16 or fp16 for autocast.
-        **options: Other arguments of the run; `report_to` names trackers.
-    """
-    with _accelerate_device(device):
-        arguments = TrainingArguments(
-            output_dir=str(checkpoints),
-            seed=seed,
-            use_cpu=device.type == "cpu",
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
-            logging_nan_inf_filter=False,
-            disable_tqdm=True,
-            log_level="error",
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            label_names=["labels"],
-            **{"report_to": "none", **options},
-        )
-        arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
-
-
-_DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
-
-
-@contextlib.contextmanager
-def _accelerate_device(device: torch.device) -> Iterator[None]:
-    """Select the device for Accelerate, e.g. cuda:1; it selects the CPU and per-process GPUs itself."""
-    if device.type == "cpu" or process_count() > 1 or _DEVICE_VARIABLE in os.environ:
-        yield
-        return
-    os.environ[_DEVICE_VARIABLE] = str(device)
-    try:
-        yield
-    finally:
-        del os.environ[_DEVICE_VARIABLE]
-
-
-@dataclass
-class _Progress:
-    """Loss of the current epoch."""
-
-    loss_sum: float = 0.0
-    steps: int = 0
 
 
 class SnellaTrainer(CheckpointingTrainer):
@@ -266,65 +61,56 @@ class SnellaTrainer(CheckpointingTrainer):
     - Checkpoints include the weight average and the stored weights of the last epochs.
 
     Args:
-        parts: Model from `build_method`, task, training images, and images for epoch selection under the protocol of
-            `data`; without them, the last epoch is saved.
-        data: Protocol, sampler, MixUp, CutMix and views per prediction.
-        optim: Resolved settings.
-        args: From `training_arguments`.
+        parts: Model, task, training images, and images for epoch selection under the protocol; without them, the last
+            epoch is saved.
+        plan: Settings without automatic fields.
         run: Run folder for checkpoints and the best adapter.
         callbacks: Additional callbacks.
-        trained_part: Submodule that receives the datasets' items; the whole model if None.
-        start: `time.monotonic()` at the start of this session; now if None.
         feature_norm: Normalization of the head's inputs, folded into the saved head; None to disable.
-        is_initialized: True if the trained weights start from another run, whose result may be the best epoch.
-        scaling: Scaling of the update, for the message about a non-finite loss.
+        keep_checkpoints: If True, save a checkpoint after each epoch.
     """
 
     def __init__(
         self,
         parts: RunComponents,
-        data: DataConfig,
-        optim: OptimConfig,
-        args: TrainingArguments,
+        plan: TrainConfig,
         run: RunFolder,
         callbacks: list[TrainerCallback],
-        trained_part: nn.Module | None = None,
-        start: float | None = None,
         feature_norm: FeatureNorm | None = None,
-        is_initialized: bool = False,
-        scaling: float | None = None,
+        keep_checkpoints: bool = True,
     ) -> None:
-        model, train = parts.model, parts.splits.train
-        self.data_config, self.optim_config, self._scaling = data, optim, scaling
-        self.feature_norm = feature_norm
-        self.task = parts.task
-        self.protocol = get_protocol(data.protocol)
+        model, train, optim = parts.model, parts.splits.train, plan.optim
+        self.parts, self.plan, self.task = parts, plan, parts.task
+        self.protocol = get_protocol(plan.data.protocol)
         self.validation_set = val = self.protocol.selection_part(parts.splits)
+        self.feature_norm = feature_norm
         self.average = None if optim.ema is None else WeightAverage(model, optim.ema)
-        averaging: list[TrainerCallback] = [] if self.average is None else [self.average]
-        averaging += [] if feature_norm is None else [feature_norm]
         self.snapshots = EpochSnapshots(model, count) if (count := optim.swa or optim.soup) else None
-        self.progress = _Progress()
+        self._stored_parts = [part for part in (self.average, self.snapshots, feature_norm) if part is not None]
+        self._epoch_loss, self._epoch_steps = 0.0, 0
+        self._step_loss, self._micro_step = 0.0, 0
         self._weights: list[float] = []
-        self._micro_step, self._step_loss = 0, 0.0
-        self._sampler = epoch_sampler(train, self.task, data.sampler, parts.seed)
-        self._is_sharded = is_sharded(model) and trained_part is None
+        self._sampler = epoch_sampler(train, self.task, plan.data.sampler, parts.seed)
         self._shards = ShardedBatches(self._sampler, optim.effective_batch_size, process_index(), process_count())
         self._is_weighted = optim.accumulate > 1 or self._shards.count > 1
+        self._is_sharded = is_sharded(model) and parts.trained_part is None
         super().__init__(
             model,
             run,
-            start,
-            model=model if trained_part is None else trained_part,
-            args=args,
+            model=model if parts.trained_part is None else parts.trained_part,
+            args=training_arguments(plan, run.checkpoints, keep_checkpoints),
             data_collator=self.task.collate,
             train_dataset=train,
             eval_dataset=train if val is None else val,  # `evaluate` selects the data itself
-            callbacks=[EpochCallback(train, self._sampler), *averaging, *callbacks],
+            callbacks=[
+                EpochCallback(train, self._sampler),
+                *(part for part in (self.average, feature_norm) if part is not None),
+                *callbacks,
+            ],
         )
         self.model_accepts_loss_kwargs = False
-        evaluate_initial = self.protocol.selected_on == "val" and (optim.head_init == "probe" or is_initialized)
-        self.add_callback(_StartCallback(self, evaluate_initial))
+        may_be_best = optim.head_init == "probe" or plan.model.init_from is not None
+        self.add_callback(_StartCallback(self, may_be_best and self.protocol.selected_on == "val"))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; a resumed run that has already stopped early is unchanged."""
@@ -350,7 +136,7 @@ class SnellaTrainer(CheckpointingTrainer):
         Only evaluated epochs within the target budget count, so a run does not stop before it reaches the target
         sparsity.
         """
-        patience, allocator = self.optim_config.early_stopping, self.allocator
+        patience, allocator = self.plan.optim.early_stopping, self.allocator
         if patience is None:
             return False
         rows = [
@@ -369,7 +155,7 @@ class SnellaTrainer(CheckpointingTrainer):
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
         """Return the context of a training step; evaluation does not enter it and computes in float32."""
-        return autocast(self.args.device, self.optim_config.precision)
+        return autocast(self.args.device, self.plan.optim.precision)
 
     def selection_score(self, row: Mapping[str, Any]) -> tuple[float, float]:
         """Return the selection score of a history row."""
@@ -393,7 +179,7 @@ class SnellaTrainer(CheckpointingTrainer):
         allocator = self.allocator
         with nullcontext() if self.average is None else self.average.average_parameters():
             row: dict[str, Any] = {
-                "train_loss": self.progress.loss_sum / self.progress.steps if self.progress.steps else math.nan,
+                "train_loss": self._epoch_loss / self._epoch_steps if self._epoch_steps else math.nan,
                 **self._selection_scores(),
                 "lr": float(self._get_learning_rate()),
                 "budget": None if allocator is None else sum(allocator.budgets.values()),
@@ -404,7 +190,7 @@ class SnellaTrainer(CheckpointingTrainer):
                 and not allocator.has_reached_target
             ):
                 row["is_denser"] = True  # only epochs that reached the target budget can be the best
-            self.progress.loss_sum, self.progress.steps = 0.0, 0
+            self._epoch_loss, self._epoch_steps = 0.0, 0
             score = self.selection_score(row)
             is_best = all(self.selection_score(past) <= score for past in self.history)
             self.log(row)
@@ -438,7 +224,7 @@ class SnellaTrainer(CheckpointingTrainer):
             return None
         rows = {row["epoch"]: self.selection_score(row) for row in self.history}
         chosen = candidates.epochs
-        if self.optim_config.soup is not None:
+        if self.plan.optim.soup is not None:
             best_first = sorted(candidates.epochs, key=lambda epoch: (rows[epoch], epoch), reverse=True)
             chosen = best_first[:1]
             score, _ = self._evaluate_mean(chosen)
@@ -452,7 +238,7 @@ class SnellaTrainer(CheckpointingTrainer):
         if is_saved:
             with candidates.average_parameters(chosen):
                 self._save_adapter()
-        kind: Literal["swa", "soup"] = "swa" if self.optim_config.soup is None else "soup"
+        kind: Literal["swa", "soup"] = "swa" if self.plan.optim.soup is None else "soup"
         return AveragedEpochs(kind, chosen, candidates.epochs, is_saved, scores)
 
     def _evaluate_mean(self, epochs: Sequence[int]) -> tuple[tuple[float, float], dict[str, float]]:
@@ -473,7 +259,7 @@ class SnellaTrainer(CheckpointingTrainer):
     def _selection_scores(self) -> dict[str, float]:
         """Evaluate the selection split under the names of the history; empty if the epoch is not evaluated."""
         epoch = round(self.state.epoch or 0)
-        if self.validation_set is None or not self.protocol.is_measured(epoch, self.optim_config.epochs):
+        if self.validation_set is None or not self.protocol.is_measured(epoch, self.plan.optim.epochs):
             return {}
         return self._evaluate_split(self.validation_set)
 
@@ -488,7 +274,7 @@ class SnellaTrainer(CheckpointingTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer with its parameter groups."""
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.trained_model, **self.optim_config.optimizer_options())
+            self.optimizer = build_optimizer(self.trained_model, **self.plan.optim.optimizer_options())
         return self.optimizer
 
     def compute_loss(
@@ -527,8 +313,8 @@ class SnellaTrainer(CheckpointingTrainer):
         if self._micro_step == self.current_gradient_accumulation_steps:
             if self._is_sharded:
                 average_gradients(self.trained_model)
-            self.progress.loss_sum += self._step_loss
-            self.progress.steps += 1
+            self._epoch_loss += self._step_loss
+            self._epoch_steps += 1
         return loss
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, *others: Any) -> Any:
@@ -540,8 +326,8 @@ class SnellaTrainer(CheckpointingTrainer):
         self._micro_step, self._step_loss = 0, 0.0
         if self._is_weighted:
             shards, count = self._shards, len(batches)
-            per_epoch = self.optim_config.steps_per_epoch(len(self._sampler))
-            first = self.state.global_step % per_epoch * self.optim_config.accumulate
+            per_epoch = self.plan.optim.steps_per_epoch(len(self._sampler))
+            first = self.state.global_step % per_epoch * self.plan.optim.accumulate
             images = min(len(self._sampler), (first + count) * shards.batch_size) - first * shards.batch_size
             numbers = range(first, first + count)
             self._weights = [shards.weight(number) * count * shards.count / images for number in numbers]
@@ -573,15 +359,13 @@ class SnellaTrainer(CheckpointingTrainer):
         )
 
     def _mix(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Apply MixUp or CutMix, if enabled; adds the other image's label and the mixing weight to the batch.
-
-        Torchvision mixes one-hot labels; with the image index as label, a row contains the mixing weight.
-        """
-        alphas = {v2.MixUp: self.data_config.mixup, v2.CutMix: self.data_config.cutmix}
+        """Apply MixUp or CutMix, if enabled; adds the other image's label and the mixing weight to the batch."""
+        alphas = {v2.MixUp: self.plan.data.mixup, v2.CutMix: self.plan.data.cutmix}
         count = len(inputs["labels"])
         mixers = [kind(alpha=alpha, num_classes=count) for kind, alpha in alphas.items() if alpha]
         if not mixers or count == 1:
             return inputs
+        # torchvision mixes one-hot labels; with the image index as label, a row contains the mixing weight
         numbers = torch.arange(count, device=inputs["images"].device)
         images, rows = v2.RandomChoice(mixers)(inputs["images"], numbers)
         return {**inputs, "images": images, "other_labels": inputs["labels"].roll(1, 0), "share": float(rows[0, 0])}
@@ -592,7 +376,7 @@ class SnellaTrainer(CheckpointingTrainer):
         """Return the reduced outputs and labels of a batch, without a loss; `Task.metrics` computes the loss."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            outputs = self.task.outputs(model, inputs["images"], self.data_config.views)
+            outputs = self.task.outputs(model, inputs["images"], self.plan.data.views)
         return None, *self.task.reduce(outputs, inputs["labels"])
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
@@ -601,18 +385,16 @@ class SnellaTrainer(CheckpointingTrainer):
 
     def _write_state(self, checkpoint: Path, **values: Any) -> None:
         """Also write the current epoch's loss, the weight averages and the feature statistics."""
-        super()._write_state(checkpoint, **asdict(self.progress), **values)
-        for part in (self.average, self.snapshots, self.feature_norm):
-            if part is not None:
-                part.save(checkpoint)
+        super()._write_state(checkpoint, loss_sum=self._epoch_loss, steps=self._epoch_steps, **values)
+        for part in self._stored_parts:
+            part.save(checkpoint)
 
     def _read_state(self, checkpoint: Path) -> dict[str, Any]:
         """Load the state written by `_write_state`."""
         values = super()._read_state(checkpoint)
-        self.progress = _Progress(values["loss_sum"], values["steps"])
-        for part in (self.average, self.snapshots, self.feature_norm):
-            if part is not None:
-                part.load(checkpoint)
+        self._epoch_loss, self._epoch_steps = values["loss_sum"], values["steps"]
+        for part in self._stored_parts:
+            part.load(checkpoint)
         return values
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
@@ -622,34 +404,23 @@ class SnellaTrainer(CheckpointingTrainer):
         epoch = (step - 1) // per_epoch + 1
         done = sum(row["epoch"] > 0 for row in self.history)
         saved = f"the state after epoch {done} and the best adapter are saved" if done else "no adapter was saved"
-        rates = {name: getattr(self.optim_config, name) for name in ("lr", "scalar_lr", "head_lr")}
-        options = {**rates, "scaling": self._scaling}
-        option_text = ", ".join(
-            f"--{name.replace('_', '-')} (now {rate:g})" for name, rate in options.items() if rate is not None
-        )
+        optim, scaling = self.plan.optim, self.plan.method.scaling
+        options = {"lr": optim.lr, "scalar-lr": optim.scalar_lr, "head-lr": optim.head_lr, "scaling": scaling}
+        named = ", ".join(f"--{name} (now {value:g})" for name, value in options.items() if value is not None)
         return NonFiniteLossError(
             f"{what} became {value} in epoch {epoch}, step {step} of {self.state.max_steps}; "
             f"{saved} in {self.run_folder.path}; "
-            f"start a new run with a lower {option_text} or a larger --warmup-ratio"
+            f"start a new run with a lower {named} or a larger --warmup-ratio"
         )
 
 
-def training_arguments(
-    optim: OptimConfig, run: RunConfig, checkpoints: Path, workers: int = 0, keep_checkpoints: bool = True
-) -> TrainingArguments:
-    """Return Trainer arguments: evaluation and checkpoint per epoch, warmup and cosine decay.
-
-    Args:
-        optim: Resolved settings.
-        run: Seed, device and trackers.
-        checkpoints: Output folder.
-        workers: Number of data loading processes.
-        keep_checkpoints: Save a checkpoint after each epoch.
-    """
+def training_arguments(plan: TrainConfig, checkpoints: Path, keep_checkpoints: bool = True) -> TrainingArguments:
+    """Return Trainer arguments: evaluation and checkpoint per epoch, warmup and cosine decay."""
+    optim = plan.optim
     return base_training_arguments(
         checkpoints,
-        choose_device(run.device),
-        seed=run.seed,
+        choose_device(plan.run.device),
+        seed=plan.run.seed,
         precision="fp16" if optim.precision == "fp16" else "fp32",  # `SnellaTrainer` enters bfloat16 autocast
         num_train_epochs=optim.epochs,
         per_device_train_batch_size=-(-optim.effective_batch_size // process_count()),
@@ -662,8 +433,8 @@ def training_arguments(
         eval_strategy="epoch",
         save_strategy="epoch" if keep_checkpoints else "no",
         logging_strategy="no",
-        dataloader_num_workers=workers,
+        dataloader_num_workers=plan.data.workers,
         gradient_accumulation_steps=optim.accumulate,
-        report_to=run.trackers or "none",
-        run_name=str(run.out),
+        report_to=plan.run.trackers or "none",
+        run_name=str(plan.run.out),
     )

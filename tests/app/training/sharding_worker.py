@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from snella.layer import SnellaLayer
 from snella_app.methods import SelectionData, build_method
-from snella_app.training.sharding import average_gradients, is_sharded, shard_frozen
+from snella_app.training.distributed import average_gradients, is_sharded, shard_frozen
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 LABELS = torch.tensor([0, 1, 2, 0])

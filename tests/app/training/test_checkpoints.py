@@ -2,14 +2,15 @@ import errno
 import json
 
 import pytest
+from safetensors import SafetensorError
 
 from snella_app.files import sealed
 from snella_app.runs import RunFolder
 from snella_app.training.checkpoints import (
     CheckpointError,
+    checkpoint_to_resume,
     convert_write_errors,
     find_damage,
-    intact_checkpoint,
     is_write_failure,
     latest_checkpoint,
     remove_incomplete,
@@ -39,17 +40,17 @@ def test_the_latest_checkpoint_has_the_highest_step(run):
     assert latest_checkpoint(run.checkpoints) == run.checkpoints / "checkpoint-100"
 
 
-def test_a_checkpoint_of_another_run_is_rejected_or_skipped(run, tmp_path):
+def test_a_checkpoint_of_another_run_is_rejected_or_skipped(run, tmp_path, console):
     other = RunFolder(tmp_path / "other")
     other.checkpoints.mkdir(parents=True)
     other.update("running")
     foreign = checkpoint(other, "checkpoint-9").rename(run.checkpoints / "checkpoint-9")
     message = rf"checkpoint-9: it belongs to another run \({other.id}; this run is {run.id}\); start over"
     with pytest.raises(CheckpointError, match=message):
-        intact_checkpoint(run)
+        checkpoint_to_resume(run, console)
     expected = checkpoint(run, "checkpoint-4")
-    latest, damages = intact_checkpoint(run)
-    assert latest == expected and [damage.partition(":")[0] for damage in damages] == [str(foreign)]
+    assert checkpoint_to_resume(run, console) == expected and not foreign.exists()
+    assert f"note: skipped {foreign}: it belongs to another run" in console.file.getvalue()
 
 
 def test_a_checkpoint_without_a_run_id_is_rejected(run):
@@ -76,9 +77,9 @@ def test_incomplete_and_old_checkpoints_are_ignored_and_removed(run):
     (run.checkpoints / ".staging-checkpoint-15" / "checkpoint-15").mkdir(parents=True)
     (run.checkpoints / "stray").write_text("x")
     assert latest_checkpoint(run.checkpoints) == run.checkpoints / "checkpoint-10"
-    assert remove_incomplete(run.checkpoints) == 3
+    remove_incomplete(run.checkpoints)
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-10"]
-    assert remove_incomplete(run.path / "missing") == 0
+    remove_incomplete(run.path / "missing")
 
 
 def test_a_checkpoint_is_published_atomically(run):
@@ -94,6 +95,7 @@ def test_a_failed_write_keeps_the_previous_checkpoint(run):
     with (
         pytest.raises(
             CheckpointError,
+            checkpoint_to_resume,
             match=r"checkpoint-2: the disk is full \(\d+ MiB free\); the previous one, .*checkpoint-1, is intact",
         ),
         stage_checkpoint(run, "checkpoint-2"),
@@ -118,6 +120,7 @@ def test_other_errors_pass_through(run, tmp_path):
     with pytest.raises(KeyError, match="bug"), convert_write_errors(tmp_path):
         raise KeyError("bug")
     assert not is_write_failure(ValueError("shapes differ")) and not is_write_failure(FileNotFoundError("x"))
+    assert is_write_failure(SafetensorError("I/O error: No space left on device (os error 28)"))
     assert not list(run.checkpoints.iterdir())
 
 

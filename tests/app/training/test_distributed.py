@@ -1,7 +1,6 @@
 """Distributed training with `torchrun`: equal adapters, a single writer, resuming with another number of processes."""
 
 import os
-import signal
 import subprocess
 import sys
 
@@ -13,13 +12,13 @@ from safetensors.torch import load_file
 from snella_app.config import TrainConfig
 from snella_app.runs import RunFolder
 from snella_app.training.checkpoints import latest_checkpoint
-from snella_app.training.distributed import ShardedBatches, init_process_group
-from snella_app.training.sampler import EpochSampler
+from snella_app.training.distributed import init_process_group
+from snella_app.training.sampler import EpochSampler, ShardedBatches
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
-from snella_app.training.trainer import SnellaTrainer
 
 from ..data.mask_folders import write_pairs
+from .components import interrupt_before
 
 pytestmark = [
     pytest.mark.usefixtures("no_report"),
@@ -104,21 +103,10 @@ def test_an_interrupted_run_of_two_processes_resumes_in_one(shard, settings, sin
 
 
 @SHARDING
-def test_an_interrupted_run_of_one_process_resumes_in_two(
-    shard, settings, single_process_run, console, monkeypatch, tmp_path
-):
+def test_an_interrupted_run_of_one_process_resumes_in_two(shard, settings, single_process_run, console, tmp_path):
     config = settings(**SAME)
-    with monkeypatch.context() as patch:
-        original = SnellaTrainer.training_step
-
-        def press_ctrl_c(self, *args, **kwargs):
-            if self.state.global_step == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-            return original(self, *args, **kwargs)
-
-        patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
-        with pytest.raises(TrainingInterrupted, match="checkpoint-2"):
-            train(config, console)
+    with interrupt_before(1), pytest.raises(TrainingInterrupted, match="checkpoint-2"):
+        train(config, console)
     process = train_in_two(tmp_path, "--out", config.run.out, "--resume", *(["--shard"] if shard else []))
     assert process.returncode == 0, process.stderr
     assert f"holds {0.5 if shard else 1.0} of the frozen weights" in process.stdout

@@ -4,7 +4,6 @@ import pytest
 import timm
 import torch
 from torch import nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from snella import BudgetAllocator
 from snella.matrices import adapted_matrices
@@ -78,13 +77,6 @@ def test_a_checkpoint_without_averages_or_of_another_model_is_rejected(layer, tm
     WeightAverage(nn.Linear(3, 2), 0.9).save(tmp_path)
     with pytest.raises(CheckpointError, match=r"trainable parameters, got a difference in bias; start over"):
         average.load(tmp_path)
-
-
-def test_the_average_is_updated_at_every_trainer_step(layer, tmp_path):
-    average = WeightAverage(layer, 0.9)
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    average.on_step_end(arguments, TrainerState(), TrainerControl())
-    assert average.steps == 1
 
 
 def test_averaged_factors_match_the_budgets_exactly():

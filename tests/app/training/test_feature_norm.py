@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from snella_app.training.checkpoints import CheckpointError
-from snella_app.training.feature_norm import FeatureNorm
+from snella_app.training.linear_probe import FeatureNorm
 
 
 def head_and_features(seed=0):

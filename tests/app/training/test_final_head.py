@@ -21,7 +21,8 @@ from snella_app.runs.predict import load
 from snella_app.tasks import create_task
 from snella_app.training import final_head
 from snella_app.training.final_head import MeasuredFeatures, fit_linear, is_clearly_worse
-from snella_app.training.linear_probe import base_and_head, choose_final_head
+from snella_app.training.linear_probe import base_and_head
+from snella_app.training.plan import choose_heads
 from snella_app.training.train import train
 
 from .components import build_components
@@ -241,7 +242,7 @@ def test_settings_can_keep_the_trained_head(options, tmp_path):
 def test_features_equal_head_inputs_for_methods_with_extra_modules(method, tmp_path):
     settings = config(tmp_path, method=method, r=None).resolved()
     parts = build_components(settings)
-    assert choose_final_head(parts, "auto", "standard") == "layers"
+    assert choose_heads(parts, settings).optim.final_head == "layers"
     images, model = torch.randn(2, 3, 32, 32), parts.model.eval()
     with torch.no_grad():
         head_inputs = layer_features(model, images, probed_layers(model))[:, :64]
@@ -253,7 +254,7 @@ def test_unsupported_final_heads_are_rejected(tmp_path):
     parts = build_components(settings)
     parts.model.forward_intermediates = None
     with pytest.raises(ValueError, match="final_head='layers' needs a timm model with forward_intermediates"):
-        choose_final_head(parts, "layers", "standard")
+        choose_heads(parts, settings)
 
 
 def test_without_validation_images_the_head_is_fitted_to_all_images(tmp_path):

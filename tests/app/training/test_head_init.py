@@ -10,7 +10,8 @@ from PIL import Image
 from rich.console import Console
 
 from snella_app.tasks.linear_fit import fit_probe
-from snella_app.training.linear_probe import choose_augmentation, init_head_from_probe, resolve_head_init
+from snella_app.training.linear_probe import init_head_from_probe
+from snella_app.training.plan import choose_augmentation, choose_heads
 from snella_app.training.train import train
 
 from . import digits
@@ -114,7 +115,7 @@ def test_the_probe_matches_scikit_learn_on_scaled_features(classes):
 def test_auto_selects_the_probe_for_a_linear_head_except_with_the_official_protocol(options, expected, tmp_path):
     settings = config(tmp_path, **{"head_init": "auto"} | options).resolved()
     parts = build_components(settings)
-    assert resolve_head_init(parts, settings.optim, settings.data.protocol).head_init == expected
+    assert choose_heads(parts, settings).optim.head_init == expected
 
 
 class MirrorSensitive(torch.nn.Module):

@@ -12,7 +12,8 @@ from snella_app.training import train as running_module
 from snella_app.training.linear_probe import cache_features, can_cache_features
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
-from snella_app.training.trainer import SnellaTrainer
+
+from .components import interrupt_before
 
 LINEAR = {"method": "linear", "method_options": {}, "augment": "none", "epochs": 3, "final_head": "trained"}
 
@@ -63,20 +64,11 @@ def test_the_training_time_includes_feature_extraction(settings, monkeypatch, no
     assert train(settings(**LINEAR)).read_json("metrics.json")["train_s"] > 1.5
 
 
-def test_an_interrupted_probe_resumes_to_the_same_result(settings, tmp_path, monkeypatch, no_report):
+def test_an_interrupted_probe_resumes_to_the_same_result(settings, tmp_path, no_report):
     expected = train(settings(out=str(tmp_path / "uninterrupted"), **LINEAR)).read_json("metrics.json")
-    evaluate = SnellaTrainer.evaluate
-
-    def interrupt_in_the_second_epoch(self, *args, **kwargs):
-        if self.history:
-            raise KeyboardInterrupt
-        return evaluate(self, *args, **kwargs)
-
-    monkeypatch.setattr(SnellaTrainer, "evaluate", interrupt_in_the_second_epoch)
     config = settings(out=str(tmp_path / "cut"), **LINEAR)
-    with pytest.raises(TrainingInterrupted):
+    with interrupt_before(6, presses=2), pytest.raises(TrainingInterrupted, match="checkpoint-4"):
         train(config)
-    monkeypatch.setattr(SnellaTrainer, "evaluate", evaluate)
     resumed = train(TrainConfig.from_flat(out=config.run.out, resume=True, progress=False)).read_json("metrics.json")
     assert resumed["test"] == expected["test"]
     assert resumed["history"] == expected["history"]

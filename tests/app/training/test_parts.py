@@ -1,6 +1,7 @@
 """Sampler, optimizer groups, progress, devices."""
 
 import io
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,7 +18,6 @@ from snella_app.methods import build_method
 from snella_app.tasks import ClassificationTask
 from snella_app.training.build import RunComponents, resolve_data_config
 from snella_app.training.callbacks import ProgressDisplay
-from snella_app.training.checkpoints import is_write_failure
 from snella_app.training.optimizer import build_optimizer
 from snella_app.training.results import best_epoch, free_memory, log_summary, shorten_hint
 from snella_app.training.sampler import EpochSampler, mix_seed
@@ -106,34 +106,42 @@ def test_without_a_terminal_lines_replace_the_bar_and_mark_the_best_epoch():
     assert not first.endswith("best") and second.endswith("best")
 
 
-def printed_by_steps(seconds, max_steps=100, shorten=None, **options):
-    """Return the non-terminal output for steps of the given durations in seconds."""
-    output, now = io.StringIO(), [0.0]
-    console = Console(file=output, width=200)
-    display = ProgressDisplay(console, TASK, PROTOCOLS["standard"], shorten=shorten, clock=lambda: now[0], **options)
-    display.last_loss = lambda: 0.5
-    state = TrainerState(max_steps=max_steps, num_train_epochs=2)
-    display.on_train_begin(None, state, TrainerControl())
-    for span in seconds:
-        now[0] += span
-        state.global_step, state.epoch = state.global_step + 1, 0.1
-        display.on_step_end(None, state, TrainerControl())
-    return output.getvalue().replace("\N{NO-BREAK SPACE}", " ").splitlines()
+@pytest.fixture
+def printed_by_steps(monkeypatch):
+    """Return a function that returns the non-terminal output for steps of the given durations in seconds."""
+    now = [0.0]
+    monkeypatch.setattr("snella_app.training.callbacks.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def steps(seconds, max_steps=100, **options):
+        output = io.StringIO()
+        display = ProgressDisplay(Console(file=output, width=200), TASK, PROTOCOLS["standard"], **options)
+        display.last_loss = lambda: 0.5
+        state = TrainerState(max_steps=max_steps, num_train_epochs=2)
+        display.on_train_begin(None, state, TrainerControl())
+        for span in seconds:
+            now[0] += span
+            state.global_step, state.epoch = state.global_step + 1, 0.1
+            display.on_step_end(None, state, TrainerControl())
+        return output.getvalue().replace("\N{NO-BREAK SPACE}", " ").splitlines()
+
+    return steps
 
 
-def test_the_remaining_time_is_printed_after_the_first_steps():
+def test_the_remaining_time_is_printed_after_the_first_steps(printed_by_steps):
     assert printed_by_steps([9.0, 1.0, 1.0, 1.0, 1.0]) == ["about 1 min 36 s remaining: 96 steps of 1.0 s"]
     assert printed_by_steps([9.0, 0.1, 0.1, 0.1]) == []
 
 
-def test_slow_steps_are_reported_after_the_second_with_a_remedy():
+def test_slow_steps_are_reported_after_the_second_with_a_remedy(printed_by_steps):
     factors = []
-    first, estimate = printed_by_steps([90.0, 60.0], 82, lambda factor: factors.append(factor) or "; less with X")
+    first, estimate = printed_by_steps(
+        [90.0, 60.0], 82, shorten=lambda factor: factors.append(factor) or "; less with X"
+    )
     assert first == "step 1/82  loss 0.5000"  # the first step compiles and is not representative
     assert estimate == "about 1 h 20 min remaining: 80 steps of 1 min 0 s; less with X" and factors == [16.0]
 
 
-def test_without_a_terminal_a_line_is_printed_every_half_minute_if_enabled():
+def test_without_a_terminal_a_line_is_printed_every_half_minute_if_enabled(printed_by_steps):
     lines = printed_by_steps([10.0] * 9)
     assert lines[1:] == [
         "step 5/100  loss 0.5000  about 15 min 50 s remaining",
@@ -239,14 +247,3 @@ def test_unknown_public_names_are_rejected():
     with pytest.raises(AttributeError, match=r"module 'snella_app\.runs' has no attribute 'tarin'"):
         _ = snella_app.runs.tarin
     assert all(getattr(snella_app.runs, name) is not None for name in snella_app.runs.__all__)
-
-
-def test_write_errors_of_other_libraries_are_recognized():
-    from safetensors import SafetensorError
-
-    assert is_write_failure(
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    )
-    assert is_write_failure(
-        RuntimeError("[enforce fail at inline_container.cc:863] . PytorchStreamWriter failed writing file")
-    )

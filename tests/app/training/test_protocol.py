@@ -1,8 +1,6 @@
 """Runs under each protocol on tiny data in the layouts of the benchmarks, started from the command line."""
 
 import io
-import os
-import signal
 
 import pytest
 import torch
@@ -20,8 +18,9 @@ from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
-from snella_app.training.trainer import SnellaTrainer
 from tests.benchmark_folders import write_fgvc, write_vtab
+
+from .components import interrupt_before
 
 
 @pytest.fixture(scope="module")
@@ -254,21 +253,12 @@ def test_a_run_with_ema_saves_the_average_with_exact_budgets(settings, no_report
     assert run.read_json("metrics.json")["ema"] == 0.9
 
 
-def test_a_run_with_ema_resumes_bit_for_bit(settings, console, no_report, monkeypatch):
-    step, short = 6, {"ema": 0.9, "epochs": 2}
+def test_a_run_with_ema_resumes_bit_for_bit(settings, console, no_report):
+    short = {"ema": 0.9, "epochs": 2}
     uninterrupted = train(settings(**short, out=settings().run.out + "-uninterrupted"), console)
-    config, original = settings(**short), SnellaTrainer.training_step
-
-    def press_ctrl_c(self, *args, **kwargs):
-        loss = original(self, *args, **kwargs)
-        if self.state.global_step + 1 == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return loss
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
-        with pytest.raises(TrainingInterrupted, match=f"checkpoint-{step}"):
-            train(config, console)
+    config = settings(**short)
+    with interrupt_before(5), pytest.raises(TrainingInterrupted, match="checkpoint-6"):
+        train(config, console)
     run = train(TrainConfig.from_flat(out=config.run.out, resume=True), console)
     for name in ("adapter/adapter_model", "checkpoints/checkpoint-8/ema", "checkpoints/checkpoint-8/adapter_model"):
         first, second = (load_file(r.path / f"{name}.safetensors") for r in (run, uninterrupted))

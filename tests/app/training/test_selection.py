@@ -14,7 +14,8 @@ from snella_app.tasks import ClassificationTask
 from snella_app.training.build import FOLDER, LoadedData, has_selection, selection_data, store_selection
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
-from snella_app.training.trainer import SnellaTrainer
+
+from .components import interrupt_before
 
 OPTIONS = {"noah": {"sizes": [1], "supernet_epochs": 1, "population": 2, "generations": 1}}
 
@@ -96,17 +97,9 @@ def test_noah_searches_on_separate_images_that_the_run_also_trains_on(settings, 
 def test_a_resumed_run_reuses_the_selection_and_ends_bit_identical(settings, console, no_report, monkeypatch):
     chosen = {"method": "spt-lora-2", "method_options": {"budget": 0.003, "alpha": 40}, "epochs": 2}
     uninterrupted = train(settings(**chosen, out=settings().run.out + "-uninterrupted"), console)
-    config, evaluate = settings(**chosen), SnellaTrainer.evaluate
-
-    def interrupt_in_the_second_epoch(self, *args, **kwargs):
-        if self.history:
-            raise KeyboardInterrupt
-        return evaluate(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SnellaTrainer, "evaluate", interrupt_in_the_second_epoch)
-        with pytest.raises(TrainingInterrupted, match="checkpoint"):
-            train(config, console)
+    config = settings(**chosen)
+    with interrupt_before(6, presses=2), pytest.raises(TrainingInterrupted, match="checkpoint-4"):
+        train(config, console)
     calls = []
     monkeypatch.setattr("snella_lab.methods.spt.squared_gradients", lambda *args: calls.append(args))
     run = train(TrainConfig.from_flat(out=config.run.out, resume=True, progress=False), console)

@@ -10,7 +10,7 @@ import torch
 
 from snella_app.config import TrainConfig
 from snella_app.methods import METHODS, build_method
-from snella_app.training.sharding import sharding_savings
+from snella_app.training.distributed import sharding_savings
 from tests.processes import run_in_two_processes
 
 REQUIRED_SETTINGS = {"data": "digits", "backbone": "test_vit", "out": "runs/x"}

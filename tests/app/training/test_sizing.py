@@ -71,7 +71,8 @@ def test_a_trial_step_restores_the_model(settings):
     before = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
     state = torch.random.get_rng_state()
     parts.model.eval()
-    sizing._trial_step(parts, config.optim.precision, sizing._first_images(parts, 3))
+    images = [parts.splits.train[index] for index in range(3)]
+    sizing._trial_step(parts, config.optim.precision, parts.task.collate(images))
     assert torch.equal(torch.random.get_rng_state(), state) and not parts.model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in parts.model.state_dict().items())
     assert all(parameter.grad is None for parameter in parts.model.parameters())
@@ -105,7 +106,7 @@ def test_epochs_fill_the_time_budget(budget, epochs, message, settings, console,
     seconds = {sizing._trial_step: 0.5, sizing._trial_evaluation: 0.1, sizing._only_read: 0.0}
     monkeypatch.setattr(sizing, "_step_seconds", lambda parts, optim, dataset, batch, step: seconds[step])
     assert len(parts.splits.train) == 14 and len(parts.splits.val) == 3
-    assert fit_epochs(parts, config, console) == epochs
+    assert fit_epochs(parts, config, console, time.monotonic()) == epochs
     assert message in console.file.getvalue()
 
 
@@ -144,7 +145,8 @@ def select_size(settings, console, **changes):
     def at_size(size):
         return build(dataclasses.replace(config.model, img_size=size), config.method, data, device)
 
-    return fit_image_size(at_size(None), config, at_size, console), console.file.getvalue()
+    started_at = sizing.time.monotonic()
+    return fit_image_size(at_size(None), config, at_size, console, started_at), console.file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -291,7 +293,7 @@ def test_a_backbone_with_a_fixed_size_keeps_it(settings, console, timed_by_pixel
     def at_size(size):
         raise ValueError(f"no {size}\nat all")
 
-    assert fit_image_size(parts, config, at_size, console) is None
+    assert fit_image_size(parts, config, at_size, console, time.monotonic()) is None
     assert "image size stays 160 px: test_vit does not support 48 px (no 48)" in console.file.getvalue()
 
 

@@ -16,15 +16,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from snella_app.config import TrainConfig
-from snella_app.records import BackboneInfo, DataInfo, RunInfo
 from snella_app.report.report import write_report
 from snella_app.runs import RunFolder
-from snella_app.runs.images import load_splits, splits_digest
 from snella_app.tasks.classification import ClassificationTask
-from snella_app.training.checkpoints import CheckpointError, latest_checkpoint
-from snella_app.training.session import InterruptCallback, NonFiniteLossError, TrainingInterrupted, checkpoint_to_resume
+from snella_app.training.checkpoints import CheckpointError, checkpoint_to_resume, latest_checkpoint
+from snella_app.training.session import InterruptCallback, NonFiniteLossError, TrainingInterrupted
 from snella_app.training.train import train
 from snella_app.training.trainer import SnellaTrainer
+
+from .components import interrupt_before
 
 fit = importlib.import_module("snella_app.training.train")._fit
 
@@ -127,13 +127,10 @@ def test_estimated_gradients_resume_bit_for_bit(settings, tmp_path):
     assert not is_bit_identical(outcome(train(exact, Console(file=io.StringIO())))[0], expected[0])
 
 
-def test_a_run_killed_before_its_first_checkpoint_restarts(settings, uninterrupted):
+def test_a_run_killed_before_its_first_checkpoint_restarts(settings, uninterrupted, tmp_path):
     config = settings()
-    run = RunFolder(config.run.out)
-    run.create(run.resolve_settings(config))
-    backbone = BackboneInfo(name=config.model.backbone)
-    data = DataInfo(spec=config.data.spec, digest=splits_digest(load_splits(config.data, config.run.seed)))
-    run.write(RunInfo(status="running", method=config.method.name, backbone=backbone, classes=[], data=data))
+    kill(config, "step", 2, tmp_path)
+    assert latest_checkpoint(RunFolder(config.run.out).checkpoints) is None
     assert is_bit_identical(outcome(resume(config)[0]), uninterrupted)
 
 
@@ -141,26 +138,14 @@ def test_a_run_killed_before_its_first_checkpoint_restarts(settings, uninterrupt
     ("step", "number"),
     [(1, signal.SIGINT), (6, signal.SIGINT), (8, signal.SIGINT), (6, signal.SIGTERM), (6, signal.SIGHUP)],
 )
-def test_an_interrupted_run_saves_and_resumes_bit_for_bit(step, number, settings, console, uninterrupted, monkeypatch):
+def test_an_interrupted_run_saves_and_resumes_bit_for_bit(step, number, settings, console, uninterrupted):
     config = settings()
-    original = SnellaTrainer.training_step
-
-    def stop(self, *args, **kwargs):
-        loss = original(self, *args, **kwargs)
-        if self.state.global_step + 1 == step:
-            os.kill(os.getpid(), number)
-        return loss
-
     if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup, tested separately
         signal.signal(number, signal.SIG_DFL)
     handler = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        patch.setattr(SnellaTrainer, "training_step", stop)
-        with pytest.raises(
-            TrainingInterrupted,
-            match=rf"saved as .*checkpoint-{step}; resume with: snella train --out .*run --resume",
-        ):
-            train(config, console)
+    message = rf"saved as .*checkpoint-{step}; resume with: snella train --out .*run --resume"
+    with interrupt_before(step - 1, number=number), pytest.raises(TrainingInterrupted, match=message):
+        train(config, console)
     assert signal.getsignal(number) == handler
     assert RunFolder(config.run.out).status == "interrupted"
     run, _ = resume(config)
@@ -224,21 +209,10 @@ def test_resuming_a_finished_run_removes_leftovers_of_a_kill(finished, tmp_path)
     assert [path.name for path in run.path.glob(".*")] == [".mine"]
 
 
-def test_a_second_ctrl_c_stops_immediately_and_keeps_the_last_checkpoint(settings, console, uninterrupted, monkeypatch):
+def test_a_second_ctrl_c_stops_immediately_and_keeps_the_last_checkpoint(settings, console, uninterrupted):
     config = settings()
-    original = SnellaTrainer.training_step
-
-    def press_twice(self, *args, **kwargs):
-        loss = original(self, *args, **kwargs)
-        if self.state.global_step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-        return loss
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SnellaTrainer, "training_step", press_twice)
-        with pytest.raises(TrainingInterrupted, match=r"saved as .*checkpoint-4;"):
-            train(config, console)
+    with interrupt_before(5, presses=2), pytest.raises(TrainingInterrupted, match=r"saved as .*checkpoint-4;"):
+        train(config, console)
     assert is_bit_identical(outcome(resume(config)[0]), uninterrupted)
 
 
@@ -289,22 +263,13 @@ def test_an_altered_checkpoint_is_reported_with_remedies(settings, console, unin
     assert is_bit_identical(outcome(resume(config)[0]), uninterrupted)
 
 
-def test_the_best_adapter_of_another_run_is_rejected(settings, console, uninterrupted, finished, monkeypatch):
+def test_the_best_adapter_of_another_run_is_rejected(settings, console, uninterrupted, finished):
     config = settings()
     run = RunFolder(config.run.out)
-    original = SnellaTrainer.training_step
-
-    def interrupt(self, *args, **kwargs):
-        if self.state.global_step == 6:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SnellaTrainer, "training_step", interrupt)
-        for start in (lambda: train(config, console), lambda: resume(config)):
-            with pytest.raises(TrainingInterrupted, match="checkpoint-4"):
-                start()
-            assert "adapter/adapter_model.safetensors" in run.read_json("run.json")["files"]
+    for start in (lambda: train(config, console), lambda: resume(config)):
+        with interrupt_before(6, presses=2), pytest.raises(TrainingInterrupted, match="checkpoint-4"):
+            start()
+        assert "adapter/adapter_model.safetensors" in run.read_json("run.json")["files"]
     original = run.adapter.rename(run.path / ".own")
     shutil.copytree(finished.adapter, run.adapter)
     message = r"run is damaged: adapter/.*adapter_model\.safetensors.* changed after the run wrote it"
@@ -318,21 +283,12 @@ def test_the_best_adapter_of_another_run_is_rejected(settings, console, uninterr
 
 
 @pytest.mark.parametrize("method", ["lora-2", "linear", "full", "snella-matched-2"])
-def test_other_methods_resume_bit_for_bit(method, settings, console, monkeypatch, tmp_path):
+def test_other_methods_resume_bit_for_bit(method, settings, console, tmp_path):
     options = {"lora_dropout": 0.3} if method == "lora-2" else {}
     config = settings(method=method, method_options=options, epochs=2)
     expected = train(settings(method=method, method_options=options, epochs=2, out=str(tmp_path / "expected")), console)
-    with monkeypatch.context() as patch:
-        original = SnellaTrainer.training_step
-
-        def press_ctrl_c(self, *args, **kwargs):
-            if self.state.global_step == 5:
-                os.kill(os.getpid(), signal.SIGINT)
-            return original(self, *args, **kwargs)
-
-        patch.setattr(SnellaTrainer, "training_step", press_ctrl_c)
-        with pytest.raises(TrainingInterrupted, match="checkpoint-6"):
-            train(config, console)
+    with interrupt_before(5), pytest.raises(TrainingInterrupted, match="checkpoint-6"):
+        train(config, console)
     run, _ = resume(config)
     for folder in ("adapter", "checkpoints/checkpoint-8"):
         files = [sorted((r.path / folder).glob("*.safetensors")) for r in (run, expected)]

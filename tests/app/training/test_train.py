@@ -136,8 +136,6 @@ def test_training_learns(settings, console, no_report):
 
 
 def test_the_test_images_are_evaluated_once_with_the_best_adapter(settings, console, no_report, monkeypatch):
-    from snella_app.training.trainer import SnellaTrainer
-
     seen = []
     outputs = SnellaTrainer.outputs
 
@@ -216,8 +214,6 @@ def test_the_default_batch_size_is_reduced_to_the_training_images(settings, cons
 
 @pytest.mark.parametrize(("best", "is_reported"), [(1, True), (3, False)])
 def test_a_best_epoch_before_the_target_budget_is_noted(best, is_reported, settings, console, no_report, monkeypatch):
-    from snella_app.training.trainer import SnellaTrainer
-
     selection_scores = SnellaTrainer._selection_scores
 
     def scores(self):
@@ -270,8 +266,6 @@ def test_large_images_are_read_at_one_resolution_in_training_evaluation_and_pred
 
 
 def test_run_json_records_a_failure(settings, console, monkeypatch):
-    from snella_app.training.trainer import SnellaTrainer
-
     def fail(self, dataset):
         raise RuntimeError("the sensor melted")
 
@@ -292,7 +286,7 @@ def test_the_live_report_refreshes_without_affecting_the_run(settings, finished,
         return path
 
     monkeypatch.setattr(training, "write_report", record)
-    monkeypatch.setattr(sys.modules["snella_app.training.train"], "_REPORT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(training, "_REPORT_INTERVAL_S", 0.0)
     run = train(settings(method_options={}), Console(file=io.StringIO()))
 
     *live, last = pages

@@ -407,7 +407,7 @@ def test_interrupted_run_resumes_bit_identically(tiny, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("snella_app.training.trainer.remove_incomplete", press_ctrl_c)
+        patch.setattr("snella_app.training.checkpoints.remove_incomplete", press_ctrl_c)
         with pytest.raises(TrainingInterrupted):
             run_cell(tmp_path / "c", experiment, cell, keep_checkpoints=True)
     assert [path.name for path in cell.folder(tmp_path / "c").glob("checkpoints/*")] == ["checkpoint-2"]
@@ -427,7 +427,7 @@ def test_checkpoint_with_other_settings_is_not_resumed(tiny, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("snella_app.training.trainer.remove_incomplete", press_ctrl_c)
+        patch.setattr("snella_app.training.checkpoints.remove_incomplete", press_ctrl_c)
         with pytest.raises(TrainingInterrupted):
             run_cell(tmp_path, *cells[0], keep_checkpoints=True)
     assert run_cell(tmp_path, *cells[1]).row.results.epochs == 3

@@ -24,6 +24,7 @@ from snella_app.methods import load_trained_into, save_trained
 from snella_app.methods.registry import adapt_headless
 from snella_app.records import BackboneInfo, DataInfo, FixedLoss, LossRow, RunInfo, read
 from snella_app.training.checkpoints import (
+    checkpoint_to_resume,
     convert_read_errors,
     convert_write_errors,
     remove_incomplete,
@@ -40,7 +41,6 @@ from snella_app.training.sampler import EpochSampler, mix_seed
 from snella_app.training.session import (
     InterruptCallback,
     NonFiniteLossError,
-    checkpoint_to_resume,
     lock_run,
     record_status,
 )

@@ -25,7 +25,12 @@ from snella_app.device import choose_device
 from snella_app.methods import save_trained
 from snella_app.methods.registry import adapt_headless
 from snella_app.records import BackboneInfo, DataInfo, LossRow, RunInfo, read, record_from
-from snella_app.training.checkpoints import convert_write_errors
+from snella_app.training.checkpoints import (
+    CheckpointingTrainer,
+    base_training_arguments,
+    checkpoint_to_resume,
+    convert_write_errors,
+)
 from snella_app.training.results import (
     describe_allocation,
     describe_generator,
@@ -36,11 +41,9 @@ from snella_app.training.results import (
 from snella_app.training.session import (
     InterruptCallback,
     NonFiniteLossError,
-    checkpoint_to_resume,
     lock_run,
     record_status,
 )
-from snella_app.training.trainer import CheckpointingTrainer, base_training_arguments
 from snella_lab.recipes.instruct.config import LanguageConfig, LanguageFolder
 from snella_lab.recipes.instruct.data import IGNORED, Template, encode, pad_right, read_instructions
 from snella_lab.recipes.run import build_optimizer, describe_run, load_pretrained, progress_bar
