@@ -26,7 +26,7 @@ from snella_app.methods.model_parts import find_head
 from snella_app.methods.saving import METHOD_FILE
 from snella_app.records import BackboneInfo, RunInfo, read
 from snella_app.runs.folder import RunFolder
-from snella_app.runs.images import encode_targets, existing_splits, is_same_split, load_splits
+from snella_app.runs.images import encode_targets, is_same_split, load_splits
 from snella_app.runs.model import make_backbone
 from snella_app.tasks import Task, create_task
 from snella_app.training.distributed import process_count
@@ -278,7 +278,7 @@ def _transformed(data: LoadedData, data_config: dict[str, Any]) -> DataSplits:
     augment: Any = task.augment if config.augment == "auto" else config.augment
     train_transform = build_transform(data_config, train=True, augment=augment, random_erasing=config.random_erasing)
     transform = build_transform(data_config, train=False, augment="none")
-    by_name = existing_splits(data.splits)
+    by_name = data.splits.parts
     side = read_side(data_config, data.splits.train)
     read = dict(zip(by_name, read_at_side(list(by_name.values()), side), strict=True))
     transforms = {"train": train_transform, "val": transform, "test": transform}

@@ -20,7 +20,6 @@ from snella_app.data import ImageDataset, build_transform, has_flips
 from snella_app.data.protocol import get_protocol
 from snella_app.methods import method_of, spec_of
 from snella_app.methods.model_parts import base_model
-from snella_app.runs.images import existing_splits
 from snella_app.runs.layer_probe import layer_features, probed_layers
 from snella_app.training.build import RunComponents
 from snella_app.training.distributed import process_count
@@ -96,7 +95,7 @@ def cache_features(parts: RunComponents, batch_size: int) -> nn.Module:
         parts: Data and model; the datasets are replaced.
         batch_size: Batch size.
     """
-    for name, images in existing_splits(parts.splits).items():
+    for name, images in parts.splits.parts.items():
         features = torch.cat(list(pooled_features(parts.model, images, batch_size, parts.workers)))
         setattr(parts.splits, name, FeatureDataset(images, features))
     return parts.model.get_submodule(spec_of(parts.model).head)
