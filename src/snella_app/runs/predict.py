@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -151,7 +151,7 @@ class Predictor:
 
     def iter_predictions(
         self,
-        images: Sequence[ImageInput],
+        images: Iterable[ImageInput],
         *,
         tta: int | None = None,
         unsure: Unsure = None,
@@ -200,7 +200,7 @@ class Predictor:
         return unsure
 
     def _batches(
-        self, images: Sequence[ImageInput], skip_corrupt: bool, on_skipped: Callable[[Path, str], None]
+        self, images: Iterable[ImageInput], skip_corrupt: bool, on_skipped: Callable[[Path, str], None]
     ) -> Iterator[tuple[list[Path], list[Image.Image], Tensor]]:
         """Yield batches of file names, images and model inputs."""
 

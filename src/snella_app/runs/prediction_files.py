@@ -7,7 +7,6 @@ import json
 import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,15 +204,13 @@ def _watch_predictions(
 
 @contextlib.contextmanager
 def _until_interrupted() -> Iterator[None]:
-    """Run the block until Ctrl-C or, in the main thread, SIGTERM; then continue after the block."""
-    is_main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
+    """Run the block until Ctrl-C or SIGTERM, then continue after the block."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with contextlib.suppress(KeyboardInterrupt):
             yield
     finally:
-        if is_main:
-            signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _images_in_rows(path: Path) -> list[Path]:
