@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def _outline(labels: np.ndarray) -> np.ndarray:
     return edge
 
 
-ImageSource = Mapping[int, Image.Image | None] | Callable[[int], Image.Image | None]
+ImageSource = Callable[[int], Image.Image | None]
 """Maps the index of an image in its split to the image, or to None if it is unavailable."""
 
 
@@ -119,14 +119,12 @@ def choose_examples(items: Sequence[Prediction], limit: int = 24) -> tuple[list[
 def embed_image(index: int, images: ImageSource | None, max_side: int = 176) -> EmbeddedImage:
     """Load an image by its index and encode it; read errors are stored in `problem`."""
     try:
-        image = images(index) if callable(images) else (images or {}).get(index)
-        return (
-            EmbeddedImage(problem="image unavailable")
-            if image is None
-            else EmbeddedImage(*image_data_uri(image, max_side))
-        )
+        image = None if images is None else images(index)
     except OSError as error:
         return EmbeddedImage(problem=f"cannot be read: {error}")
+    return (
+        EmbeddedImage(problem="image unavailable") if image is None else EmbeddedImage(*image_data_uri(image, max_side))
+    )
 
 
 def image_data_uri(image: Image.Image, max_side: int = 176) -> tuple[str, int, int]:

@@ -40,6 +40,7 @@ from snella_app.report.style import (
     inline_svg,
     new_figure,
     percent_axis,
+    plot_line,
     scale_bar,
     shortened,
     text_on,
@@ -100,13 +101,7 @@ _SHARES = ("accuracy", "dice", "map")
 
 
 def score_curves(metrics: Metrics, name: str) -> Figure:
-    """Draw the task's validation scores by epoch.
-
-    Args:
-        metrics: Metrics of the run.
-        name: One of accuracy (with balanced accuracy), dice (with IoU), map (with F1), kappa (with accuracy and rank
-            error), error (MAE and RMSE of one target), r2 (several targets).
-    """
+    """Draw the task's validation scores by epoch; `name` is a key of `_SCORE_CURVES`."""
     title, _, lines = _SCORE_CURVES[name]
     figure = _curves(metrics, title.format(metrics.selection), lines)
     if name in _SHARES:
@@ -198,11 +193,8 @@ def _curves(metrics: Metrics, title: str, lines: Sequence[tuple[str, str, str]])
     epochs = [row.epoch for row in metrics.history]
     handles, labels = [], [label for label, _, _ in lines]
     for _, field, color in lines:
-        points = [(row.epoch, value) for row in metrics.history if not math.isnan(value := getattr(row, field))]
-        marker = "o" if len(points) <= 30 else ""
-        # some protocols do not measure every score
-        epoch_numbers, values = zip(*points, strict=True) if points else ((), ())
-        handles += axes.plot(epoch_numbers, values, color=color, linewidth=2, marker=marker, markersize=4)
+        measured = [row for row in metrics.history if not math.isnan(getattr(row, field))]
+        handles += plot_line(axes, [row.epoch for row in measured], [getattr(row, field) for row in measured], color)
     if metrics.best_epoch is not None:
         handles.append(axes.axvline(metrics.best_epoch, color=MUTED, linewidth=1.2, linestyle=DASHED, zorder=1))
         labels.append("best epoch")
@@ -229,44 +221,28 @@ _SPLITS = {"val": "validation"}
 _SQUARE = (FIGURE_SIZE[1], FIGURE_SIZE[1])
 
 
-def curves_section(metrics: Metrics | None) -> list[Markup]:
-    """Return loss and accuracy curves over the epochs."""
-    if metrics is None or not metrics.history:
+def curves_section(metrics: Metrics) -> list[Markup]:
+    """Return curves over the epochs: loss, and the first quality metric with values in the history."""
+    if not metrics.history:
         return []
     last = metrics.history[-1]
-    return [
-        inline_svg(
-            loss_curves(metrics),
-            "curve-loss",
-            f"Loss by epoch; last epoch {last.epoch}: training {measure_text(last.train_loss)}, "
-            f"{metrics.selection} {measure_text(last.val_loss)}.",
-        ),
-        *([] if metrics.selected_on is None else [_score_curves(metrics)]),
-    ]
-
-
-def _score_curves(metrics: Metrics) -> Markup:
-    """Return curves of the first quality metric with values in the history."""
-    last = metrics.history[-1]
-    measured = (
-        n
-        for n, (_, _, lines) in _SCORE_CURVES.items()
-        if any(not math.isnan(getattr(r, lines[0][1])) for r in metrics.history)
-    )
-    name = next(measured, "accuracy")
+    losses = f"training {measure_text(last.train_loss)}, {metrics.selection} {measure_text(last.val_loss)}"
+    svgs = [inline_svg(loss_curves(metrics), "curve-loss", f"Loss by epoch; last epoch {last.epoch}: {losses}.")]
+    if metrics.selected_on is None:
+        return svgs
+    fields = {name: lines[0][1] for name, (_, _, lines) in _SCORE_CURVES.items()}
+    measured = [n for n, f in fields.items() if any(not math.isnan(getattr(row, f)) for row in metrics.history)]
+    name = measured[0] if measured else "accuracy"
     if name == "error" and isinstance(metrics.val, RegressionScores) and len(metrics.val.per_target) > 1:
         name = "r2"  # targets have different units
-    _, label, lines = _SCORE_CURVES[name]
-    value = getattr(last, lines[0][1])
+    value = getattr(last, fields[name])
     text = percent_text(value) if name in _SHARES else measure_text(value)
-    return inline_svg(
-        score_curves(metrics, name),
-        f"curve-{name}",
-        f"{metrics.selection.capitalize()} {label} by epoch; last epoch {last.epoch}: {text}.",
-    )
+    label = f"{metrics.selection.capitalize()} {_SCORE_CURVES[name][1]}"
+    description = f"{label} by epoch; last epoch {last.epoch}: {text}."
+    return [*svgs, inline_svg(score_curves(metrics, name), f"curve-{name}", description)]
 
 
-def comparison_section(rows: list[MethodResult] | None) -> dict[str, Any] | None:
+def comparison_section(rows: Sequence[MethodResult]) -> dict[str, Any] | None:
     """Return the accuracy and cost of the compared methods."""
     if not rows:
         return None
@@ -275,10 +251,8 @@ def comparison_section(rows: list[MethodResult] | None) -> dict[str, Any] | None
     return {"rows": rows, "figures": [accuracy, cost]}
 
 
-def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] | None:
+def confusion_section(info: RunInfo, metrics: Metrics) -> dict[str, Any] | None:
     """Return the confusion matrix and per-class scores, on the test split if present."""
-    if metrics is None:
-        return None
     split, scores = metrics.measured
     if not isinstance(scores, Scores) or not scores.confusion:
         return None
@@ -291,7 +265,7 @@ def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] 
             "confusion-matrix",
             f"Confusion matrix of {len(info.classes)} classes on the {split} images; values are in the table below.",
         ),
-        "rows": sorted(_class_rows(info, scores), key=lambda row: (math.isnan(row["recall"]), row["recall"])),
+        "rows": _class_rows(info, scores),
         "pairs": _confused_pairs(info, scores),
     }
 
@@ -308,23 +282,17 @@ def _confused_pairs(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
 
 
 def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
-    """Return image count, recall and precision by class."""
-    rows = []
+    """Return image count, recall and precision by class, lowest recall first."""
+    rows: list[dict[str, Any]] = []
     for i, name in enumerate(info.classes):
         images, predicted = sum(scores.confusion[i]), sum(row[i] for row in scores.confusion)
-        hits = scores.confusion[i][i]
-        recall, precision = (hits / n if n else math.nan for n in (images, predicted))
+        recall, precision = (scores.confusion[i][i] / n if n else math.nan for n in (images, predicted))
         rows.append({"name": name, "images": images, "recall": recall, "precision": precision})
-    return rows
+    return sorted(rows, key=lambda row: (math.isnan(row["recall"]), row["recall"]))
 
 
 def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
-    """Return reliability and coverage curves of a calibrated run; None without calibration.
-
-    Args:
-        info: Record of the run.
-        predictions: Validation predictions before temperature scaling.
-    """
+    """Return reliability and coverage curves of a calibrated run, from predictions before temperature scaling."""
     calibration = info.calibration
     if calibration is None or not calibration.reliability:
         return None
@@ -403,17 +371,16 @@ def reliability_curve(reliability: Reliability) -> Figure:
 def coverage_curve(predictions: Predictions, calibration: Calibration) -> Figure:
     """Draw accuracy of the most confident predictions against coverage, and mark the suggested threshold."""
     figure, axes = new_figure(*_SQUARE, "Coverage on validation")
-    confidence = np.array([item.probability for item in predictions.items])
-    right = np.array([item.is_right for item in predictions.items])[np.argsort(-confidence, kind="stable")]
-    shares = np.arange(1, len(right) + 1) / len(right)
-    handles = axes.plot(shares, right.cumsum() / np.arange(1, len(right) + 1), color=ACCENT, linewidth=2)
+    right = [item.is_right for item in sorted(predictions.items, key=lambda item: -item.probability)]
+    counts = np.arange(1, len(right) + 1)
+    accuracy = np.cumsum(right) / counts
+    handles = axes.plot(counts / len(right), accuracy, color=ACCENT, linewidth=2)
     labels = ["accuracy"]
     if calibration.threshold is not None:
         handles.append(axes.axvline(calibration.coverage, color=WARM, linewidth=1.5, linestyle=DASHED))
         labels.append(f"probability ≥ {percent_text(calibration.threshold)}")
     axes.set(xlim=(0, 1.02), xlabel="coverage: fraction of images", ylabel="accuracy")
-    low = min(0.9, float((right.cumsum() / np.arange(1, len(right) + 1)).min()))
-    bottom = max(0.0, low - 0.05)
+    bottom = max(0.0, min(0.9, float(accuracy.min())) - 0.05)
     axes.set_ylim(bottom, 1 + 0.04 * (1 - bottom))
     percent_axis(axes, "both")
     add_legend(figure, handles, labels, columns=2)
