@@ -20,7 +20,7 @@ def config(path, **changes):
 
 def create_run(path, status):
     run = RunFolder(path)
-    run.create(config(path).resolved())
+    run.prepare(config(path).resolved(), is_resumed=False)
     run.update(status)
     return run
 
@@ -62,7 +62,7 @@ def test_a_kill_while_the_adapter_is_written_leaves_it_without_digests(tmp_path)
 
 def test_resuming_uses_the_stored_settings(tmp_path):
     run = RunFolder(tmp_path / "run")
-    run.create(config(run.path, epochs=7, method="lora-4").resolved())
+    run.prepare(config(run.path, epochs=7, method="lora-4").resolved(), is_resumed=False)
     run.update("running")
     settled = run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True))
     values = settled.flat()
@@ -76,7 +76,7 @@ def test_resuming_uses_the_stored_settings(tmp_path):
 
 def test_per_call_settings_are_not_stored(tmp_path):
     run = RunFolder(tmp_path / "run")
-    run.create(config(run.path, overwrite=True, progress=False).resolved())
+    run.prepare(config(run.path, overwrite=True, progress=False).resolved(), is_resumed=False)
     text = (run.path / "config.yaml").read_text()
     assert not any(name in text for name in ("overwrite", "resume", "progress"))
     (run.path / "config.yaml").write_text(text + "overwrite: true\nprogress: false\nresume: false\n")
@@ -119,7 +119,7 @@ def test_overwrite_removes_only_the_run(tmp_path):
     (run.path / "notes.txt").write_text("mine")
     (run.adapter).mkdir()
     (run.adapter / "old.safetensors").write_text("x")
-    run.create(config(run.path).resolved())
+    run.prepare(config(run.path).resolved(), is_resumed=False)
     assert (run.path / "notes.txt").read_text() == "mine"
     assert not run.adapter.exists() and run.status is None
 
@@ -203,7 +203,7 @@ def test_a_new_run_gets_a_new_id_and_a_resumed_one_keeps_it(tmp_path):
     run.update("interrupted")
     run.prepare(run.read_config(), is_resumed=True)
     assert run.id == first and len(first) == 32
-    run.create(config(run.path).resolved())
+    run.prepare(config(run.path).resolved(), is_resumed=False)
     run.update("running")
     assert run.id != first
 
@@ -236,7 +236,7 @@ def test_a_kill_during_overwrite_leaves_a_resumable_or_rejected_folder(tmp_path,
             patch.setattr(type(run.path), "unlink", killing(type(run.path).unlink))
             patch.setattr("shutil.rmtree", killing(shutil.rmtree))
             with contextlib.suppress(Killed):
-                run.create(new_config)
+                run.prepare(new_config, is_resumed=False)
         try:
             outcomes.append(run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True)).optim.epochs)
         except ValueError as error:

@@ -130,7 +130,7 @@ def test_estimated_gradients_resume_bit_for_bit(settings, tmp_path):
 def test_a_run_killed_before_its_first_checkpoint_restarts(settings, uninterrupted):
     config = settings()
     run = RunFolder(config.run.out)
-    run.create(run.resolve_settings(config))
+    run.prepare(run.resolve_settings(config), is_resumed=False)
     backbone = BackboneInfo(name=config.model.backbone)
     data = DataInfo(spec=config.data.spec, digest=splits_digest(load_splits(config.data, config.run.seed)))
     run.write(RunInfo(status="running", method=config.method.name, backbone=backbone, classes=[], data=data))
