@@ -194,12 +194,13 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
             f"run={folder.path} has a final head that was fitted to the validation images; keep the temperature fitted "
             "during training"
         )
-    if not loaded.info.data.sizes.get("val"):
+    sizes = loaded.info.data.sizes
+    if not sizes.get("val"):
         raise ValueError(
             f"run={folder.path} has no validation images to fit a temperature on; train with --val-fraction above 0"
         )
     measured: dict[str, tuple[Tensor, Tensor]] = {}
-    names: tuple[Split, ...] = ("val", "test") if loaded.info.data.sizes.get("test") else ("val",)
+    names: tuple[Split, ...] = ("val", "test") if sizes.get("test") else ("val",)
     for split in names:
         splits, _, parts = images_for_run(loaded, None, split)
         reduced, labels = _run_model(loaded, splits.classes, parts, batch_size)
@@ -220,24 +221,13 @@ def images_for_run(
     skip_corrupt: bool = False,
     columns: str | None = None,
 ) -> tuple[DataSplits, Split, list[ImageDataset]]:
-    """Load the images to evaluate a run on, with its transform.
-
-    Args:
-        loaded: The run.
-        data: As for `evaluate`.
-        split: As for `evaluate`.
-        skip_corrupt: Skip images that cannot be read.
-        columns: As for `evaluate`.
+    """Load the images to evaluate a run on, with its transform; arguments and errors are those of `evaluate`.
 
     Returns:
         Splits of the data, name of the selected split, and its datasets.
-
-    Raises:
-        FileNotFoundError: If the data of the run no longer exists.
-        ValueError: As for `evaluate`, except for unknown classes.
     """
     splits, is_run_data = _load_splits(loaded, data, split, skip_corrupt, columns)
-    chosen = _resolve_split(split, splits) if is_run_data else "all" if split == "auto" else split
+    chosen = _resolve_split(split, splits) if is_run_data or split != "auto" else "all"
     loaded.task.check_data(splits.train, _spec(loaded, data))
     if loaded.task.target != "class":
         splits = encode_targets(splits, create_task(loaded.task.name, splits.classes))
@@ -247,7 +237,9 @@ def images_for_run(
 
 def _spec(loaded: LoadedRun, data: Any) -> str:
     """Return the specification of the data to evaluate on."""
-    return loaded.info.data.spec if data is None else data if isinstance(data, str) else "python:data"
+    if data is None:
+        return loaded.info.data.spec
+    return data if isinstance(data, str) else "python:data"
 
 
 def _load_splits(
@@ -296,7 +288,9 @@ def _load_splits(
 
 def _resolve_split(split: Split, splits: DataSplits) -> Split:
     """Resolve `auto` to the test split, or validation if there is none."""
-    return split if split != "auto" else "test" if splits.test is not None else "val"
+    if split != "auto":
+        return split
+    return "val" if splits.test is None else "test"
 
 
 def _split_names(split: Split) -> Collection[str]:
@@ -306,12 +300,12 @@ def _split_names(split: Split) -> Collection[str]:
 
 def _split_parts(splits: DataSplits, split: Split) -> list[ImageDataset]:
     """Return the datasets of a split."""
-    present = splits.parts
     if split == "all":
-        return list(present.values())
-    if split not in present:
-        raise ValueError(f"split must be one of {', '.join([*present, 'all', 'auto'])} for this data, got {split!r}")
-    return [present[split]]
+        return list(splits.parts.values())
+    if split not in splits.parts:
+        allowed = ", ".join([*splits.parts, "all", "auto"])
+        raise ValueError(f"split must be one of {allowed} for this data, got {split!r}")
+    return [splits.parts[split]]
 
 
 def _run_model(

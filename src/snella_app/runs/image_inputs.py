@@ -36,12 +36,8 @@ def split_inputs(
 ) -> tuple[list[ImageInput], bool]:
     """Split inputs into single images.
 
-    Args:
-        images: One image, or several: a folder, a pattern, a table of files, a batch as a 4-dim array or tensor, or an
-            iterable of any of these.
-        columns: As for `expand`.
-        run_columns: As for `expand`.
-        keep_missing: As for `expand`.
+    `images` is one image, or several: a folder, a pattern, a table of files, a batch as a 4-dim array or tensor, or an
+    iterable of any of these. The other arguments are those of `expand`.
 
     Returns:
         List of images, and True if the input was a single image.
@@ -64,10 +60,8 @@ def split_inputs(
         )
     single: list[ImageInput] = []
     for image in images:
-        if isinstance(image, str | Path):
-            single += expand([image], columns, run_columns, keep_missing=keep_missing)
-        else:
-            single.append(image)
+        is_path = isinstance(image, str | Path)
+        single += expand([image], columns, run_columns, keep_missing=keep_missing) if is_path else [image]
     if not single:
         raise ValueError("images must name at least one file or folder, got none")
     return single, False

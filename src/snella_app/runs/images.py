@@ -56,13 +56,7 @@ def changed_splits(data: DataInfo, splits: DataSplits, names: Collection[str]) -
 
 
 def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collection[str] = SPLITS) -> None:
-    """Check that the images of a run have not changed since training.
-
-    Args:
-        run: Folder of the run, for the error message.
-        data: Data record of the run.
-        splits: Current splits from the settings of the run.
-        names: Splits whose images are read and compared.
+    """Check that the splits of a run have not changed since training, nor the images of the splits in `names`.
 
     Raises:
         ValueError: If the images differ; the message has both sizes and a remedy.
@@ -84,15 +78,12 @@ def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collectio
 
 
 def find_data(run: Path, spec: str, absolute: str | None) -> str:
-    """Locate the data of a run.
+    """Return the data specification of a run, with `absolute` in place of a relative folder that does not exist.
 
     Args:
         run: Folder of the run, for the error message.
         spec: Data specification used for training.
         absolute: Absolute path of its folder at training time; None for other data.
-
-    Returns:
-        `spec`, or `spec` with its folder replaced by `absolute`.
 
     Raises:
         FileNotFoundError: If neither folder exists.
@@ -147,12 +138,7 @@ def load_splits(config: DataConfig, seed: int, data: Any = None) -> DataSplits:
 
 
 def load_run_splits(run: RunFolder, data: DataInfo, **changes: Any) -> DataSplits:
-    """Load the splits of a run, whose folder may have been renamed since training.
-
-    Args:
-        run: Run folder.
-        data: Data record of the run.
-        **changes: Changed fields of the run's `DataConfig`.
+    """Load the splits of a run; `changes` replace fields of its `DataConfig`.
 
     Raises:
         FileNotFoundError: If the data no longer exists.

@@ -153,9 +153,7 @@ def _load_model(folder: RunFolder, info: RunInfo, device: torch.device) -> Loade
 def configured_image_size(model: nn.Module, *, is_strict: bool = False) -> int | None:
     """Return the image size that a model is configured for; None if it accepts any size.
 
-    Args:
-        model: Backbone or segmenter.
-        is_strict: Also return None for models that accept other sizes.
+    `is_strict` also returns None for models that accept other sizes.
     """
     patches: Any = getattr(getattr(model, "encoder", model), "patch_embed", None)
     size = getattr(patches, "img_size", None)
@@ -186,12 +184,7 @@ def unfinished_note(loaded: LoadedRun) -> str | None:
 
 
 class Ensemble(nn.Module):
-    """Ensemble that averages the outputs of several runs.
-
-    Args:
-        runs: Runs with the same input and output shapes.
-        task: Task that averages the outputs.
-    """
+    """Ensemble that averages the outputs of several runs with the same input and output shapes."""
 
     def __init__(self, runs: Sequence[LoadedRun], task: Task) -> None:
         super().__init__()

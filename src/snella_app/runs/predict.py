@@ -120,10 +120,7 @@ class Predictor:
         return predictions[0] if is_single else predictions
 
     def features(self, images: Any) -> np.ndarray:
-        """Compute features: the inputs of the classifier head.
-
-        Args:
-            images: As for `predict`.
+        """Compute the features of images, as for `predict`: the inputs of the classifier head.
 
         Returns:
             `[images, width]`, or `[width]` for one image; float32.
@@ -159,15 +156,10 @@ class Predictor:
         on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
         on_features: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[Any]:
-        """Yield predictions one by one; stores the masks of only one batch.
+        """Yield the predictions of single images one by one; stores the masks of only one batch.
 
-        Args:
-            images: Single images, as returned by `snella_app.runs.image_inputs.split_inputs`.
-            tta: As for `predict`.
-            unsure: As for `predict`.
-            skip_corrupt: As for `predict`.
-            on_skipped: Called with each skipped image and the reason.
-            on_features: Called with the features of each image, before its prediction is yielded.
+        `on_skipped` is called with each skipped image and the reason, `on_features` with the features of each image
+        before its prediction is yielded. The other arguments are those of `predict`.
         """
         threshold = self.resolve_threshold(tta, unsure)
         for paths, originals, tensors in self._batches(images, skip_corrupt, on_skipped):
