@@ -291,7 +291,7 @@ def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (math.isnan(row["recall"]), row["recall"]))
 
 
-def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
+def calibration_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | None:
     """Return reliability and coverage curves of a calibrated run, from predictions before temperature scaling."""
     calibration = info.calibration
     if calibration is None or not calibration.reliability:
@@ -304,7 +304,7 @@ def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[
             f"Fraction correct against probability; expected calibration error {percent_text(shown.ece)}.",
         )
     ]
-    if predictions is not None and predictions.split == "val" and predictions.items:
+    if predictions.split == "val" and predictions.items:
         svgs.append(
             inline_svg(
                 coverage_curve(predictions.with_temperature(calibration.temperature), calibration),
@@ -324,10 +324,8 @@ def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[
     }
 
 
-def ranking_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
+def ranking_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | None:
     """Return ROC (two classes) and precision-recall curves over all thresholds."""
-    if predictions is None:
-        return None
     labels = np.array([item.label for item in predictions.items])
     scores = np.array([item.probabilities for item in predictions.items])
     if len(set(labels.tolist())) < 2:

@@ -90,7 +90,7 @@ def results_section(metrics: Metrics, marks: Sequence[tuple[str, float]]) -> dic
         low, high = max(scores.accuracy - scores.margin, 0.0), min(scores.accuracy + scores.margin, 1.0)
         scale = {"value": scores.accuracy, "low": low, "high": high, "marks": marks}
     adapter = [
-        "" if metrics.best_epoch is None else " ".join(filter(None, _saved_epoch(metrics))),
+        "" if metrics.best_epoch is None else _saved_epoch(metrics),
         "" if math.isnan(metrics.train_s) else f"trained in {seconds_text(metrics.train_s)}",
         f"adapter file {bytes_text(metrics.adapter_bytes)}" if metrics.adapter_bytes else "",
     ]
@@ -124,25 +124,22 @@ def method_facts(metrics: Metrics, allocation: Allocation | None, budgets: Mappi
 _SHORT_METRICS = {"map": "mAP", "mae": "MAE", "rmse": "RMSE", "r2": "R²"}
 
 
-def _saved_epoch(metrics: Metrics) -> tuple[str, str, str]:
-    """Return label, value and note of the saved adapter's epoch and its selection."""
-    total = f"of {metrics.history[-1].epoch}" if metrics.history else ""
-    average = "" if metrics.ema is None else f"; average of the weights, decay {metrics.ema:g}"
+def _saved_epoch(metrics: Metrics) -> str:
+    """Return the epoch of the saved adapter and its selection."""
+    total = f" of {metrics.history[-1].epoch}" if metrics.history else ""
     if (averaged := metrics.averaged) is not None and averaged.is_saved:
-        kind = "(SWA over {})" if averaged.kind == "swa" else "(greedy soup of {})"
-        offered = f"epochs {averaged.offered[0]} to {averaged.offered[-1]} {total}"
-        return "averaged epochs", ", ".join(map(str, averaged.epochs)), kind.format(offered)
+        epochs, kind = ", ".join(map(str, averaged.epochs)), "SWA over" if averaged.kind == "swa" else "greedy soup of"
+        return f"averaged epochs {epochs} ({kind} epochs {averaged.offered[0]} to {averaged.offered[-1]}{total})"
+    average = "" if metrics.ema is None else f"; average of the weights, decay {metrics.ema:g}"
     if metrics.selected_on is None:
-        return "epoch", str(metrics.best_epoch), f"{total}, last epoch, no selection{average}"
-    split, _, metric = metrics.best_metric.partition("_")
-    chosen_by = f"{'validation' if split == 'val' else split} {_SHORT_METRICS.get(metric, metric.replace('_', ' '))}"
-    return "best epoch", str(metrics.best_epoch), (f"{total}, by {chosen_by}" if total else "") + average
+        return f"epoch {metrics.best_epoch}{total}, last epoch, no selection{average}"
+    metric = metrics.best_metric.partition("_")[2]
+    metric = _SHORT_METRICS.get(metric, metric.replace("_", " "))
+    return f"best epoch {metrics.best_epoch}{total}, by {metrics.selection} {metric}{average}"
 
 
-def groups_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
+def groups_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | None:
     """Return accuracy by group (patient, site, video), lowest first; None for data without groups."""
-    if predictions is None:
-        return None
     by_group: dict[str, list[Prediction]] = {}
     for item in predictions.items:
         if item.group is not None:
@@ -288,19 +285,16 @@ def allocation_section(
     }
 
 
-def _class_predictions(folder: Path, info: RunInfo) -> Predictions | None:
-    """Return the stored predictions of a nominal or ordinal classifier; None if absent."""
-    if info.task not in ("classification", "ordinal"):
-        return None
-    predictions = read_if_present(Predictions, folder)
-    return None if predictions is None or not predictions.for_classes(len(info.classes)).items else predictions
+def _class_predictions(folder: Path, info: RunInfo) -> Predictions:
+    """Return the stored predictions of a nominal or ordinal classifier; empty if absent."""
+    is_classifier = info.task in ("classification", "ordinal")
+    predictions = read_if_present(Predictions, folder) if is_classifier else None
+    return Predictions(items=[]) if predictions is None else predictions.for_classes(len(info.classes))
 
 
-def examples_section(
-    info: RunInfo, predictions: Predictions | None, images: ImageSource | None
-) -> dict[str, Any] | None:
+def examples_section(info: RunInfo, predictions: Predictions, images: ImageSource | None) -> dict[str, Any] | None:
     """Return sample images with calibrated predictions, like those of `snella predict`."""
-    if predictions is None:
+    if not predictions.items:
         return None
     if info.calibration is not None:
         predictions = predictions.with_temperature(info.calibration.temperature)
@@ -328,11 +322,10 @@ def examples_section(
     }
 
 
-def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions | None) -> list[dict[str, Any]]:
+def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions) -> list[dict[str, Any]]:
     """Return the heat maps that `snella explain RUN` wrote to the run, wrong predictions first."""
-    items = [] if predictions is None else predictions.items
     entries = []
-    for item in sorted(items, key=lambda item: (item.is_right, -item.probability)):
+    for item in sorted(predictions.items, key=lambda item: (item.is_right, -item.probability)):
         path = folder / "heat_maps" / f"{item.index}.png"
         if path.is_file():
             with open_image(path) as image:
