@@ -149,8 +149,8 @@ def test_the_outcome_is_a_sentence_with_a_baseline(run):
         (
             ("cat", "dog"),
             [[60, 0], [38, 2]],
-            "Always predicting 'cat', the most frequent class, gets 60.0%. The model does not exceed it by more than the "
-            "95% margin: no evidence of learning yet.",
+            "Always predicting 'cat', the most frequent class, gets 60.0%. The model does not exceed it by more than "
+            "the 95% margin: no evidence of learning yet.",
         ),
         (
             ("cat", "dog"),
