@@ -399,8 +399,7 @@ def write_report(
 
     Args:
         run: Run folder.
-        images: Images of the split in `predictions.json` by index: a mapping, or a callable such as the validation
-            set's `image`.
+        images: Returns an image of the split in `predictions.json` by index, e.g. the validation set's `image`.
         metrics: Current metrics of an unfinished run, which has no `metrics.json` yet.
         allocation: Current allocation of an unfinished run, which has no `allocation.json` yet.
         state: Overrides the recorded status `running`: `stopped` if the process was killed, `finished` once the final
