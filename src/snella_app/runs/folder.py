@@ -22,11 +22,7 @@ from snella_app.records import FORMAT, Allocation, FoldResults, Record, RunInfo,
 
 
 def adapter_digest(folder: Path) -> str:
-    """Return the first 16 hex digits of the SHA-256 of an adapter's weights, to match results with weights.
-
-    Args:
-        folder: `RUN/adapter`.
-    """
+    """Return the first 16 hex digits of the SHA-256 of the weights in `RUN/adapter`, to match results with weights."""
     total = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -49,7 +45,6 @@ _FOLDERS = ("adapter", "checkpoints", "commands", "heat_maps", "masks", "selecti
 _DIGESTED = ("config.yaml", "metrics.json", "allocation.json", "predictions.json", "adapter", "selection")
 CARD = "README.md"
 """Model card of the adapter. It has no digest, since users edit it."""
-_NEW_RUN_HINT = "; to train a finished run further with other settings, use snella train --init-from {} --out NEW"
 _INHERITED = (
     *("task", "backbone", "weights", "pretrained", "channels", "method", "r", "scaling"),
     *("columns", "white", "skip_corrupt", "class_order", "protocol", "seed", "test_seed", "folds", "fold"),
@@ -57,7 +52,6 @@ _INHERITED = (
 )
 """Settings inherited with `init_from`. Other values would not fit the trained weights, or would evaluate them on
 training images."""
-_REMEDY = "copy the file again, or train again with `--overwrite`"
 _CHANGEABLE = (*SESSION_FIELDS, *UNSTORED_FIELDS, "data")
 """Settings that may change when a run is resumed; images have separate digests."""
 
@@ -115,14 +109,16 @@ class RunFolderOf(Generic[S]):
             return None
         status: Status | None = run.get("status")
         if status not in get_args(Status):
-            raise ValueError(f"{self.path / 'run.json'} is damaged: it has no valid status; {_REMEDY}")
+            raise ValueError(
+                f"{self.path / 'run.json'} is damaged: it has no valid status; copy the file again, or train again "
+                "with `--overwrite`"
+            )
         return status
 
     @property
     def id(self) -> str | None:
         """Unique id of the run; None if the folder has no run, or if an early version of snella wrote it."""
-        run_id: str | None = (self._read_run() or {}).get("id")
-        return run_id
+        return (self._read_run() or {}).get("id")
 
     @property
     def was_killed(self) -> bool:
@@ -198,8 +194,7 @@ class RunFolderOf(Generic[S]):
 
     def _read_run(self) -> dict[str, Any] | None:
         """Read `run.json`; None if the folder has no run."""
-        run: dict[str, Any] | None = self.read_json("run.json") if (self.path / "run.json").is_file() else None
-        return run
+        return self.read_json("run.json") if (self.path / "run.json").is_file() else None
 
     def _stored_digests(self) -> dict[str, str]:
         """Return the digests in `run.json`: of the adapter, and of all results once the run is finished."""
@@ -244,12 +239,9 @@ class RunFolderOf(Generic[S]):
             if stored_digest in (None, _settings_digest(stored)):
                 values = {name: value for name, value in stored.items() if name not in UNSTORED_FIELDS}
                 return self.settings_type.from_flat(**values)
-        except (TypeError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} is damaged: {error}; train again with `--overwrite`") from None
-        except ValueError as error:  # its message is written for the command line
-            raise ValueError(
-                f"{path} is damaged: {_for_config_file(str(error))}; train again with `--overwrite`"
-            ) from None
+        except (TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
+            reason = _for_config_file(str(error))
+            raise ValueError(f"{path} is damaged: {reason}; train again with `--overwrite`") from None
         raise ValueError(
             f"{path} was altered after it was written: the run was started with other settings; restore the file, or "
             "train again with `--overwrite`"
@@ -372,11 +364,9 @@ class RunFolderOf(Generic[S]):
 
     def _stored_digest(self) -> str | None:
         """Return the stored settings digest; None for runs written by early versions."""
-        for name in ("run.json", FoldResults.file):
-            if (self.path / name).is_file():
-                digest: str | None = self.read_json(name).get("settings")
-                return digest
-        return None
+        folds = self.path / FoldResults.file
+        stored = self._read_run() or (records.read_object(folds) if folds.is_file() else {})
+        return stored.get("settings")
 
     def remove_temporary_files(self) -> None:
         """Remove temporary files left by a killed process; the caller must hold the lock."""
@@ -391,21 +381,19 @@ class RunFolderOf(Generic[S]):
         if requested.get("data") and run.get("data", {}).get("digest"):
             stored = stored.replace(data=requested["data"])
         if differences := config.differences(stored):
+            hint = f"; to train a finished run further with other settings, use snella train --init-from {self.path}"
             raise ValueError(
                 f"resume continues {self.path} with its stored settings, but {'; '.join(differences)}; leave them out"
-                + (_NEW_RUN_HINT.format(self.path) if "init_from" in requested else "")
+                + (f"{hint} --out NEW" if "init_from" in requested else "")
             )
         return stored.replace(**{name: requested[name] for name in SESSION_FIELDS if name in requested})
 
     def _has_unexpected_files(self) -> bool:
         """Return whether the folder contains anything other than runs and the files of an unfinished run."""
-        if not self.path.exists():
-            return False
         if not self.path.is_dir():
-            return True
-        expected = {*self.files, *self.folders}
-        unexpected = [e for e in self.path.iterdir() if e.name not in expected and not e.name.startswith(".")]
-        return any(not (entry / "run.json").is_file() for entry in unexpected)
+            return self.path.exists()
+        unexpected = (entry for entry in self.path.iterdir() if entry.name not in (*self.files, *self.folders))
+        return any(not entry.name.startswith(".") and not (entry / "run.json").is_file() for entry in unexpected)
 
     def _clear(self, keep: str | None = None) -> None:
         """Remove only the run's own files: checkpoints first, then `run.json` (which marks a run), then the rest."""

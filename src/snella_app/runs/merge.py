@@ -53,7 +53,8 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
 
     Raises:
         FileExistsError: If the file exists, or the folder is not empty.
-        ValueError: If `out` has an unsupported suffix, or is a folder and the task is segmentation.
+        ValueError: If `out` has an unsupported suffix, or is a folder and the task is segmentation; or if `run` is a
+            cross-validation.
     """
     path = Path(out)
     _check_out(path, overwrite=overwrite)

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from snella_app.config import TrainConfig
 from snella_app.files import sealed, write_json
 from snella_app.methods import AdapterFileError
+from snella_app.records import FoldResults, FoldRow, write
 from snella_app.report.inspect import inspect_summary
-from snella_app.runs import RunFolder, load_run
-from snella_app.runs.evaluate import evaluate
+from snella_app.runs import RunFolder, TaskBank, load_run
+from snella_app.runs.evaluate import calibrate_run, evaluate
+from snella_app.runs.export import export
 from snella_app.runs.merge import loading_snippet, merge
 from snella_app.runs.predict import predict
 from snella_app.runs.prediction_files import predict_to_files
@@ -359,6 +361,23 @@ def test_a_run_without_adapter_has_a_remedy(finished, tmp_path):
         load_run(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="this is not a run folder"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        calibrate_run,
+        lambda run: merge(run, run / "model"),
+        lambda run: export(run, "timm", run / "model"),
+        lambda run: TaskBank({"task": run}, device="cpu"),
+    ],
+)
+def test_a_cross_validation_is_not_a_single_run(use, tmp_path):
+    write(FoldResults(3, rows=[FoldRow(1, "fold-1", 1, {})]), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"is a cross-validation with several models; pass one of .*, e\.g\. .*/fold-1$"
+    ):
+        use(tmp_path)
 
 
 def test_resuming_does_not_train_a_finished_run(finished, console):
