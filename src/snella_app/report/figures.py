@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -59,52 +59,37 @@ def loss_curves(metrics: Metrics) -> Figure:
     return _curves(metrics, "Loss", lines)
 
 
-_SCORE_CURVES: dict[str, tuple[str, str, tuple[tuple[str, str, str], ...]]] = {
-    "dice": (
-        "Overlap on {}, mean over images",
-        "Dice",
-        (("Dice", "val_dice", ACCENT), ("IoU", "val_iou", COLORS[2])),
-    ),
-    "map": (
-        "Precision and F1 on {}",
-        "mean average precision",
-        (
-            ("mAP", "val_map", ACCENT),
-            ("macro F1", "val_macro_f1", COLORS[2]),
-            ("micro F1", "val_micro_f1", COLORS[3]),
-        ),
-    ),
-    "kappa": (
-        "Agreement on {}",
-        "quadratic weighted kappa",
-        (
-            ("kappa", "val_kappa", ACCENT),
-            ("accuracy", "val_accuracy", COLORS[2]),
-            ("mean rank error", "val_mae", WARM),
-        ),
-    ),
-    "error": (
-        "Errors on {}",
-        "mean absolute error",
-        (("MAE", "val_mae", ACCENT), ("RMSE", "val_rmse", COLORS[2])),
-    ),
-    "r2": ("R² on {}", "R², mean over targets,", (("R², mean over targets", "val_r2", ACCENT),)),
-    "accuracy": (
-        "Accuracy on {}",
-        "accuracy",
-        (("accuracy", "val_accuracy", ACCENT), ("balanced accuracy", "val_balanced_accuracy", COLORS[2])),
-    ),
+class _Curves(NamedTuple):
+    """Title, description and lines `(label, field of EpochRow, color)` of `score_curves`."""
+
+    title: str
+    description: str
+    lines: tuple[tuple[str, str, str], ...]
+    is_share: bool = False
+
+
+_DICE = (("Dice", "val_dice", ACCENT), ("IoU", "val_iou", COLORS[2]))
+_MAP = (("mAP", "val_map", ACCENT), ("macro F1", "val_macro_f1", COLORS[2]), ("micro F1", "val_micro_f1", COLORS[3]))
+_KAPPA = (("kappa", "val_kappa", ACCENT), ("accuracy", "val_accuracy", COLORS[2]), ("mean rank error", "val_mae", WARM))
+_ERROR = (("MAE", "val_mae", ACCENT), ("RMSE", "val_rmse", COLORS[2]))
+_R2 = (("R², mean over targets", "val_r2", ACCENT),)
+_ACCURACY = (("accuracy", "val_accuracy", ACCENT), ("balanced accuracy", "val_balanced_accuracy", COLORS[2]))
+_SCORE_CURVES = {
+    "dice": _Curves("Overlap on {}, mean over images", "Dice", _DICE, is_share=True),
+    "map": _Curves("Precision and F1 on {}", "mean average precision", _MAP, is_share=True),
+    "kappa": _Curves("Agreement on {}", "quadratic weighted kappa", _KAPPA),
+    "error": _Curves("Errors on {}", "mean absolute error", _ERROR),
+    "r2": _Curves("R² on {}", "R², mean over targets,", _R2),
+    "accuracy": _Curves("Accuracy on {}", "accuracy", _ACCURACY, is_share=True),
 }
-"""Title, description and lines `(label, field of EpochRow, color)` of `score_curves`, in order of preference."""
-_SHARES = ("accuracy", "dice", "map")
-"""Curves of `score_curves` with values in [0, 1]."""
+"""Score curves by metric, in order of preference."""
 
 
 def score_curves(metrics: Metrics, name: str) -> Figure:
     """Draw the task's validation scores by epoch; `name` is a key of `_SCORE_CURVES`."""
-    title, _, lines = _SCORE_CURVES[name]
-    figure = _curves(metrics, title.format(metrics.selection), lines)
-    if name in _SHARES:
+    curves = _SCORE_CURVES[name]
+    figure = _curves(metrics, curves.title.format(metrics.selection), curves.lines)
+    if curves.is_share:
         percent_axis(figure.axes[0])
     return figure
 
@@ -230,14 +215,14 @@ def curves_section(metrics: Metrics) -> list[Markup]:
     svgs = [inline_svg(loss_curves(metrics), "curve-loss", f"Loss by epoch; last epoch {last.epoch}: {losses}.")]
     if metrics.selected_on is None:
         return svgs
-    fields = {name: lines[0][1] for name, (_, _, lines) in _SCORE_CURVES.items()}
+    fields = {name: curves.lines[0][1] for name, curves in _SCORE_CURVES.items()}
     measured = [n for n, f in fields.items() if any(not math.isnan(getattr(row, f)) for row in metrics.history)]
     name = measured[0] if measured else "accuracy"
     if name == "error" and isinstance(metrics.val, RegressionScores) and len(metrics.val.per_target) > 1:
         name = "r2"  # targets have different units
-    value = getattr(last, fields[name])
-    text = percent_text(value) if name in _SHARES else measure_text(value)
-    label = f"{metrics.selection.capitalize()} {_SCORE_CURVES[name][1]}"
+    value, curves = getattr(last, fields[name]), _SCORE_CURVES[name]
+    text = percent_text(value) if curves.is_share else measure_text(value)
+    label = f"{metrics.selection.capitalize()} {curves.description}"
     description = f"{label} by epoch; last epoch {last.epoch}: {text}."
     return [*svgs, inline_svg(score_curves(metrics, name), f"curve-{name}", description)]
 
