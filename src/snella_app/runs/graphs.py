@@ -54,7 +54,7 @@ class Graph:
     summary: str = ""
 
 
-def export_onnx(model: nn.Module, example: Tensor, metadata: dict[str, str], output: str, opset: int | None) -> Graph:
+def export_onnx(model: nn.Module, example: Tensor, metadata: dict[str, Any], output: str, opset: int | None) -> Graph:
     """Export a model to ONNX, for any batch size.
 
     Args:
@@ -101,7 +101,7 @@ def export_onnx(model: nn.Module, example: Tensor, metadata: dict[str, str], out
     )
 
 
-def export_torchscript(model: nn.Module, example: Tensor, metadata: dict[str, str], *_: Any) -> Graph:
+def export_torchscript(model: nn.Module, example: Tensor, metadata: dict[str, Any], *_: Any) -> Graph:
     """Export a model to TorchScript; arguments are those of `export_onnx`."""
     file = io.BytesIO()
     with torch.no_grad():
@@ -110,11 +110,11 @@ def export_torchscript(model: nn.Module, example: Tensor, metadata: dict[str, st
     return _torch_graph("TorchScript", file, torch.jit.load(file), "torch.jit.load(PATH, _extra_files=files)")
 
 
-def export_torch(model: nn.Module, example: Tensor, metadata: dict[str, str], *_: Any) -> Graph:
+def export_torch(model: nn.Module, example: Tensor, metadata: dict[str, Any], *_: Any) -> Graph:
     """Export a model with `torch.export`; arguments are those of `export_onnx`."""
     file = io.BytesIO()
     program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, file, extra_files=dict(metadata))
+    torch.export.save(program, file, extra_files=metadata)
     file.seek(0)
     run = torch.export.load(file).module()
     return _torch_graph("torch.export", file, run, "torch.export.load(PATH, extra_files=files).module()")
