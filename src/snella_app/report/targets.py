@@ -170,8 +170,8 @@ def label_cards(
         shares = [percent_text(probability) for probability in item.probabilities]
         marked = [f"{classes[c]} {shares[c]}" for c in np.flatnonzero(predicted[row])]
         true = [classes[c] if predicted[row, c] else f"{classes[c]} ({shares[c]})" for c in item.labels]
-        texts = [", ".join(labels) or "no label" for labels in (marked, true)]
-        return Card(item.name, not wrong[row], *texts, embed_image(item.index, images))
+        predicted_text, true_text = (", ".join(labels) or "no label" for labels in (marked, true))
+        return Card(item.name, not wrong[row], predicted_text, true_text, embed_image(item.index, images))
 
     wrong = (predicted != truth.astype(bool)).any(1).tolist()
     note = f"of {len(losses)} images, {sum(wrong)} of which have a wrong or missing label; worst first"

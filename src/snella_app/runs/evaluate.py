@@ -247,7 +247,7 @@ def _load_splits(
 ) -> tuple[DataSplits, bool]:
     """Load the splits of the run or of other data; the second value is True for data of the run."""
     config, stored = loaded.folder.read_config(), loaded.info.data
-    changes = {
+    changes: dict[str, Any] = {
         "skip_corrupt": skip_corrupt or config.data.skip_corrupt,
         "columns": config.data.columns if columns is None else columns,
     }
