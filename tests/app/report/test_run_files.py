@@ -123,17 +123,19 @@ def test_a_list_is_rejected(run):
         read(MethodResults, run.folder)
 
 
-def test_true_is_not_a_number(run):
-    run.finished()
-    run.change("metrics.json", train_s=True)
-    with pytest.raises(ValueError, match=r"'train_s' must be a number, got bool True"):
-        read(Metrics, run.folder)
-
-
-def test_a_confusion_matrix_that_is_not_square_is_rejected(run):
-    run.finished()
-    run.change("metrics.json", val={"accuracy": 0.5, "confusion": [[1, 2], [3]]})
-    with pytest.raises(ValueError, match=r"val: confusion must be square, got 2 rows of lengths \[1, 2\]"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_s": True}, "'train_s' must be a number, got bool True"),
+        (
+            {"val": {"accuracy": 0.5, "confusion": [[1, 2], [3]]}},
+            r"val: confusion must be square, got 2 rows of lengths \[1, 2\]",
+        ),
+    ],
+)
+def test_an_invalid_metric_is_reported(run, change, message):
+    run.finished().change("metrics.json", **change)
+    with pytest.raises(ValueError, match=message):
         read(Metrics, run.folder)
 
 

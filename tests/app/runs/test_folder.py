@@ -25,18 +25,17 @@ def create_run(path, status):
     return run
 
 
-def test_a_finished_run_is_not_overwritten_by_default(tmp_path):
-    run = create_run(tmp_path / "run", "finished")
-    with pytest.raises(
-        FileExistsError,
-        match=r"out=.*run contains a finished run; choose another folder, or start over with --overwrite",
-    ):
-        run.resolve_settings(config(run.path))
-
-
-def test_an_unfinished_run_can_be_resumed_or_restarted(tmp_path):
-    run = create_run(tmp_path / "run", "interrupted")
-    with pytest.raises(FileExistsError, match=r"an unfinished run \(interrupted\); resume it with --resume"):
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        ("finished", "a finished run; choose another folder, or start over with --overwrite"),
+        ("interrupted", r"an unfinished run \(interrupted\); resume it with --resume, choose another folder, or start"),
+        ("running", r"an unfinished run \(running or killed\); resume it with --resume"),
+    ],
+)
+def test_a_run_is_not_overwritten_by_default(status, message, tmp_path):
+    run = create_run(tmp_path / "run", status)
+    with pytest.raises(FileExistsError, match=f"out=.*run contains {message}"):
         run.resolve_settings(config(run.path))
     assert run.resolve_settings(config(run.path, overwrite=True)).run.overwrite
 
@@ -88,12 +87,6 @@ def test_an_invalid_status_is_reported_as_damage(tmp_path):
     run = create_run(tmp_path / "run", "running")
     (run.path / "run.json").write_text("{}")
     with pytest.raises(ValueError, match=r"run.json is damaged: it has no valid status; copy the file again, or train"):
-        run.resolve_settings(config(run.path))
-
-
-def test_a_running_status_may_be_a_killed_run(tmp_path):
-    run = create_run(tmp_path / "run", "running")
-    with pytest.raises(FileExistsError, match=r"an unfinished run \(running or killed\); resume it with --resume"):
         run.resolve_settings(config(run.path))
 
 
