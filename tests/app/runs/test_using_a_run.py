@@ -359,6 +359,7 @@ def test_a_run_without_adapter_has_a_remedy(finished, tmp_path):
         lambda run: export(run, "timm", run / "model"),
         lambda run: TaskBank({"task": run}, device="cpu"),
     ],
+    ids=["calibrate", "merge", "export", "TaskBank"],
 )
 def test_a_cross_validation_is_not_a_single_run(use, tmp_path):
     write(FoldResults(3, rows=[FoldRow(1, "fold-1", 1, {})]), tmp_path)
