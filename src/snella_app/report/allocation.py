@@ -27,6 +27,7 @@ from snella_app.report.style import (
     epoch_axis,
     new_figure,
     percent_axis,
+    plot_line,
     scale_bar,
     shortened,
     text_on,
@@ -214,13 +215,9 @@ def budget_curve(allocation: Allocation, epochs: int | None) -> Figure:
         epochs: Epochs spanned by the schedule; None uses allocations as the time unit.
     """
     figure, axes = new_figure(*FIGURE_SIZE, "Total budget")
-    times = _times(allocation, epochs)
-    share = [entry.budget / allocation.total_weights for entry in allocation.history]
-    marker = "o" if len(times) <= 30 else ""
-    handles = axes.plot(times, share, color=ACCENT, linewidth=2, marker=marker, markersize=4)
-    handles.append(
-        axes.axhline(allocation.target_budget / allocation.total_weights, color=WARM, linewidth=1.4, linestyle=DASHED)
-    )
+    times, total = _times(allocation, epochs), allocation.total_weights
+    handles = plot_line(axes, times, [entry.budget / total for entry in allocation.history], ACCENT)
+    handles.append(axes.axhline(allocation.target_budget / total, color=WARM, linewidth=1.4, linestyle=DASHED))
     axes.set_ylim(0, 1.05)
     percent_axis(axes)
     axes.set_ylabel("share of adapted weights")
@@ -230,15 +227,9 @@ def budget_curve(allocation: Allocation, epochs: int | None) -> Figure:
 
 
 def budget_shares(allocation: Allocation, epochs: int | None, *, by_block: bool = False) -> Figure:
-    """Draw a stacked plot of the budget shares by matrix type or block over the epochs.
-
-    Args:
-        allocation: As for `budget_curve`.
-        epochs: As for `budget_curve`.
-        by_block: If True, draw blocks instead of types.
-    """
+    """Draw a stacked plot of the budget shares by matrix type or block; other arguments as for `budget_curve`."""
     grid = arrange(allocation.matrices, {matrix.name: matrix.size for matrix in allocation.matrices})
-    groups: list[str | int | None] = list(grid.depths if by_block else grid.kinds)
+    groups: list[str | int | None] = [*(grid.depths if by_block else grid.kinds)]
     group_indices = {m.name: groups.index(m.depth if by_block else m.kind) for m in allocation.matrices}
     totals = np.zeros((len(groups), len(allocation.history)))
     for column, entry in enumerate(allocation.history):
@@ -268,10 +259,7 @@ def budget_shares(allocation: Allocation, epochs: int | None, *, by_block: bool 
 
 
 def frozen_curve(allocation: Allocation, epochs: int | None) -> Figure:
-    """Draw the numbers of frozen (budget 0) and full (budget of all weights) matrices.
-
-    Arguments are those of `budget_curve`.
-    """
+    """Draw the numbers of frozen (budget 0) and full (budget of all weights) matrices, like `budget_curve`."""
     figure, axes = new_figure(
         FIGURE_SIZE[0], FIGURE_SIZE[1] + 25, f"Frozen and full among {len(allocation.matrices)} matrices"
     )
@@ -280,11 +268,7 @@ def frozen_curve(allocation: Allocation, epochs: int | None) -> Figure:
     budgets = [entry.budgets.items() for entry in allocation.history]
     frozen = [sum(budget == 0 for _, budget in step) for step in budgets]
     full = [sum(budget == sizes[name] for name, budget in step) for step in budgets]
-    marker = "o" if len(times) <= 30 else ""
-    handles = [
-        axes.plot(times, counts, color=color, linewidth=2, marker=marker, markersize=4)[0]
-        for counts, color in ((frozen, WARM), (full, ACCENT))
-    ]
+    handles = [*plot_line(axes, times, frozen, WARM), *plot_line(axes, times, full, ACCENT)]
     axes.set_ylim(0, 1.05 * len(allocation.matrices))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.set_ylabel("matrices")
@@ -313,10 +297,10 @@ def importance_curves(allocation: Allocation, epochs: int | None) -> Figure:
     for i, (kind, lines) in enumerate(kinds.items()):
         color = COLORS[i % len(COLORS)]
         axes.plot(times, np.asarray(lines).T, color=color, linewidth=0.8, alpha=0.3)
-        is_finite = np.isfinite(lines)
-        mean = np.nansum(lines, axis=0) / np.where(is_finite.any(axis=0), is_finite.sum(axis=0), math.nan)
-        (line,) = axes.plot(times, mean, color=color, linewidth=2.4, marker="o" if len(times) <= 30 else "", ms=4)
-        handles.append(Line2D([], [], color=line.get_color(), linewidth=2.4))
+        counts = np.isfinite(lines).sum(axis=0)
+        mean = np.nansum(lines, axis=0) / np.where(counts, counts, math.nan)
+        axes.plot(times, mean, color=color, linewidth=2.4, marker="o" if len(times) <= 30 else "", ms=4)
+        handles.append(Line2D([], [], color=color, linewidth=2.4))
         labels.append(shortened(kind, 16))
     log_axis(axes)
     axes.set_ylabel("importance (log scale)")

@@ -18,6 +18,11 @@ _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "cro
 _CLOSED_SET = " The model assigns one of the classes above to any image."
 _TAGS = {"classification": "image-classification", "segmentation": "image-segmentation"}
 """Hub pipeline tags by task."""
+_SELECTION = {
+    "test": "The best epoch was selected on the test images, so these results are optimistic.",
+    "val": "The best epoch was selected on the validation images; the test images were evaluated once.",
+    None: "These are the results of the last epoch; no epoch was selected.",
+}
 _SPLITS = {"train": "training", "val": "validation"}
 _LICENSE = "# license: fill in, e.g. apache-2.0; the licenses of the backbone weights and the images limit the choice"
 
@@ -123,13 +128,8 @@ def _results_table(metrics: Metrics | None) -> str:
     if not rows:
         return ""
     lines = [f"| {_escape(label)} | {value} | {note} |" for label, value, note in rows]
-    protocol = (
-        "The best epoch was selected on the test images, so these results are optimistic."
-        if metrics.selected_on == "test"
-        else "The best epoch was selected on the validation images; the test images were evaluated once."
-    )
-    size = "" if not isinstance(metrics.measured[1], MaskScores) else " Measured at the input resolution."
-    return "\n".join(["## Results", "", "| | | |", "|---|---|---|", *lines, "", protocol + size])
+    size = " Measured at the input resolution." if isinstance(metrics.measured[1], MaskScores) else ""
+    return "\n".join(["## Results", "", "| | | |", "|---|---|---|", *lines, "", _SELECTION[metrics.selected_on] + size])
 
 
 def _data(info: RunInfo) -> list[tuple[str, str]]:

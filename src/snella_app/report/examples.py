@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,11 @@ def overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
         labels: `[height, width]`, uint8; resized to the image by nearest neighbor.
     """
     sized = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST))
+    is_edge = np.zeros(sized.shape, bool)  # the right or lower neighbor has another label
+    is_edge[:, :-1] |= sized[:, :-1] != sized[:, 1:]
+    is_edge[:-1] |= sized[:-1] != sized[1:]
     pixels, colors = np.asarray(image.convert("RGB")).astype(float), mask_colors(256)[sized].astype(float)
-    opacity = np.where(_outline(sized), 1.0, _OPACITY) * (sized > 0)
+    opacity = np.where(is_edge, 1.0, _OPACITY) * (sized > 0)
     mixed = pixels + opacity[..., None] * (colors - pixels)
     return Image.fromarray(mixed.round().astype(np.uint8))
 
@@ -80,15 +83,7 @@ def overlay_panels(image: Image.Image, masks: Sequence[np.ndarray]) -> Image.Ima
     return canvas
 
 
-def _outline(labels: np.ndarray) -> np.ndarray:
-    """Return a mask of pixels whose right or lower neighbor has another label."""
-    edge = np.zeros(labels.shape, bool)
-    edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
-    edge[:-1] |= labels[:-1] != labels[1:]
-    return edge
-
-
-ImageSource = Mapping[int, Image.Image | None] | Callable[[int], Image.Image | None]
+ImageSource = Callable[[int], Image.Image | None]
 """Maps the index of an image in its split to the image, or to None if it is unavailable."""
 
 
@@ -117,14 +112,12 @@ def choose_examples(items: Sequence[Prediction], limit: int = 24) -> tuple[list[
 def embed_image(index: int, images: ImageSource | None, max_side: int = 176) -> EmbeddedImage:
     """Load an image by its index and encode it; read errors are stored in `problem`."""
     try:
-        image = images(index) if callable(images) else (images or {}).get(index)
-        return (
-            EmbeddedImage(problem="image unavailable")
-            if image is None
-            else EmbeddedImage(*image_data_uri(image, max_side))
-        )
+        image = None if images is None else images(index)
     except OSError as error:
         return EmbeddedImage(problem=f"cannot be read: {error}")
+    return (
+        EmbeddedImage(problem="image unavailable") if image is None else EmbeddedImage(*image_data_uri(image, max_side))
+    )
 
 
 def image_data_uri(image: Image.Image, max_side: int = 176) -> tuple[str, int, int]:
@@ -171,9 +164,7 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
     layer, width, patch = _target_layer(model)
     inputs = images.detach().clone().requires_grad_()
     with torch.enable_grad():
-        product = LayerGradientXActivation(model, layer, multiply_by_inputs=True).attribute(
-            inputs, target=outputs.to(images.device)
-        )
+        product = LayerGradientXActivation(model, layer).attribute(inputs, target=outputs.to(images.device))
     return _resized_heat(_summed_grid(product.detach().float(), width, patch, images.shape[-2:]).clamp_min(0), images)
 
 
@@ -200,11 +191,8 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
     """
     base, blocks, patch = _vit_parts(model)
     attentions: list[Any] = [getattr(block, "attn", None) for block in blocks]
-    if (
-        patch is None
-        or not attentions
-        or not all(hasattr(a, "attn_drop") and hasattr(a, "fused_attn") for a in attentions)
-    ):
+    is_vit = all(hasattr(attention, "attn_drop") and hasattr(attention, "fused_attn") for attention in attentions)
+    if patch is None or not attentions or not is_vit:
         raise ValueError(f"attention rollout needs a timm ViT, got {type(base).__name__}; use gradcam")
     rows, columns = images.shape[-2] // patch[0], images.shape[-1] // patch[1]
     rolled: list[Tensor] = []

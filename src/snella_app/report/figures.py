@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -40,6 +40,7 @@ from snella_app.report.style import (
     inline_svg,
     new_figure,
     percent_axis,
+    plot_line,
     scale_bar,
     shortened,
     text_on,
@@ -58,58 +59,37 @@ def loss_curves(metrics: Metrics) -> Figure:
     return _curves(metrics, "Loss", lines)
 
 
-_SCORE_CURVES: dict[str, tuple[str, str, tuple[tuple[str, str, str], ...]]] = {
-    "dice": (
-        "Overlap on {}, mean over images",
-        "Dice",
-        (("Dice", "val_dice", ACCENT), ("IoU", "val_iou", COLORS[2])),
-    ),
-    "map": (
-        "Precision and F1 on {}",
-        "mean average precision",
-        (
-            ("mAP", "val_map", ACCENT),
-            ("macro F1", "val_macro_f1", COLORS[2]),
-            ("micro F1", "val_micro_f1", COLORS[3]),
-        ),
-    ),
-    "kappa": (
-        "Agreement on {}",
-        "quadratic weighted kappa",
-        (
-            ("kappa", "val_kappa", ACCENT),
-            ("accuracy", "val_accuracy", COLORS[2]),
-            ("mean rank error", "val_mae", WARM),
-        ),
-    ),
-    "error": (
-        "Errors on {}",
-        "mean absolute error",
-        (("MAE", "val_mae", ACCENT), ("RMSE", "val_rmse", COLORS[2])),
-    ),
-    "r2": ("R² on {}", "R², mean over targets,", (("R², mean over targets", "val_r2", ACCENT),)),
-    "accuracy": (
-        "Accuracy on {}",
-        "accuracy",
-        (("accuracy", "val_accuracy", ACCENT), ("balanced accuracy", "val_balanced_accuracy", COLORS[2])),
-    ),
+class _Curves(NamedTuple):
+    """Title, description and lines `(label, field of EpochRow, color)` of `score_curves`."""
+
+    title: str
+    description: str
+    lines: tuple[tuple[str, str, str], ...]
+    is_share: bool = False
+
+
+_DICE = (("Dice", "val_dice", ACCENT), ("IoU", "val_iou", COLORS[2]))
+_MAP = (("mAP", "val_map", ACCENT), ("macro F1", "val_macro_f1", COLORS[2]), ("micro F1", "val_micro_f1", COLORS[3]))
+_KAPPA = (("kappa", "val_kappa", ACCENT), ("accuracy", "val_accuracy", COLORS[2]), ("mean rank error", "val_mae", WARM))
+_ERROR = (("MAE", "val_mae", ACCENT), ("RMSE", "val_rmse", COLORS[2]))
+_R2 = (("R², mean over targets", "val_r2", ACCENT),)
+_ACCURACY = (("accuracy", "val_accuracy", ACCENT), ("balanced accuracy", "val_balanced_accuracy", COLORS[2]))
+_SCORE_CURVES = {
+    "dice": _Curves("Overlap on {}, mean over images", "Dice", _DICE, is_share=True),
+    "map": _Curves("Precision and F1 on {}", "mean average precision", _MAP, is_share=True),
+    "kappa": _Curves("Agreement on {}", "quadratic weighted kappa", _KAPPA),
+    "error": _Curves("Errors on {}", "mean absolute error", _ERROR),
+    "r2": _Curves("R² on {}", "R², mean over targets,", _R2),
+    "accuracy": _Curves("Accuracy on {}", "accuracy", _ACCURACY, is_share=True),
 }
-"""Title, description and lines `(label, field of EpochRow, color)` of `score_curves`, in order of preference."""
-_SHARES = ("accuracy", "dice", "map")
-"""Curves of `score_curves` with values in [0, 1]."""
+"""Score curves by metric, in order of preference."""
 
 
 def score_curves(metrics: Metrics, name: str) -> Figure:
-    """Draw the task's validation scores by epoch.
-
-    Args:
-        metrics: Metrics of the run.
-        name: One of accuracy (with balanced accuracy), dice (with IoU), map (with F1), kappa (with accuracy and rank
-            error), error (MAE and RMSE of one target), r2 (several targets).
-    """
-    title, _, lines = _SCORE_CURVES[name]
-    figure = _curves(metrics, title.format(metrics.selection), lines)
-    if name in _SHARES:
+    """Draw the task's validation scores by epoch; `name` is a key of `_SCORE_CURVES`."""
+    curves = _SCORE_CURVES[name]
+    figure = _curves(metrics, curves.title.format(metrics.selection), curves.lines)
+    if curves.is_share:
         percent_axis(figure.axes[0])
     return figure
 
@@ -198,11 +178,8 @@ def _curves(metrics: Metrics, title: str, lines: Sequence[tuple[str, str, str]])
     epochs = [row.epoch for row in metrics.history]
     handles, labels = [], [label for label, _, _ in lines]
     for _, field, color in lines:
-        points = [(row.epoch, value) for row in metrics.history if not math.isnan(value := getattr(row, field))]
-        marker = "o" if len(points) <= 30 else ""
-        # some protocols do not measure every score
-        epoch_numbers, values = zip(*points, strict=True) if points else ((), ())
-        handles += axes.plot(epoch_numbers, values, color=color, linewidth=2, marker=marker, markersize=4)
+        measured = [row for row in metrics.history if not math.isnan(getattr(row, field))]
+        handles += plot_line(axes, [row.epoch for row in measured], [getattr(row, field) for row in measured], color)
     if metrics.best_epoch is not None:
         handles.append(axes.axvline(metrics.best_epoch, color=MUTED, linewidth=1.2, linestyle=DASHED, zorder=1))
         labels.append("best epoch")
@@ -229,44 +206,28 @@ _SPLITS = {"val": "validation"}
 _SQUARE = (FIGURE_SIZE[1], FIGURE_SIZE[1])
 
 
-def curves_section(metrics: Metrics | None) -> list[Markup]:
-    """Return loss and accuracy curves over the epochs."""
-    if metrics is None or not metrics.history:
+def curves_section(metrics: Metrics) -> list[Markup]:
+    """Return curves over the epochs: loss, and the first quality metric with values in the history."""
+    if not metrics.history:
         return []
     last = metrics.history[-1]
-    return [
-        inline_svg(
-            loss_curves(metrics),
-            "curve-loss",
-            f"Loss by epoch; last epoch {last.epoch}: training {measure_text(last.train_loss)}, "
-            f"{metrics.selection} {measure_text(last.val_loss)}.",
-        ),
-        *([] if metrics.selected_on is None else [_score_curves(metrics)]),
-    ]
-
-
-def _score_curves(metrics: Metrics) -> Markup:
-    """Return curves of the first quality metric with values in the history."""
-    last = metrics.history[-1]
-    measured = (
-        n
-        for n, (_, _, lines) in _SCORE_CURVES.items()
-        if any(not math.isnan(getattr(r, lines[0][1])) for r in metrics.history)
-    )
-    name = next(measured, "accuracy")
+    losses = f"training {measure_text(last.train_loss)}, {metrics.selection} {measure_text(last.val_loss)}"
+    svgs = [inline_svg(loss_curves(metrics), "curve-loss", f"Loss by epoch; last epoch {last.epoch}: {losses}.")]
+    if metrics.selected_on is None:
+        return svgs
+    fields = {name: curves.lines[0][1] for name, curves in _SCORE_CURVES.items()}
+    measured = [n for n, f in fields.items() if any(not math.isnan(getattr(row, f)) for row in metrics.history)]
+    name = measured[0] if measured else "accuracy"
     if name == "error" and isinstance(metrics.val, RegressionScores) and len(metrics.val.per_target) > 1:
         name = "r2"  # targets have different units
-    _, label, lines = _SCORE_CURVES[name]
-    value = getattr(last, lines[0][1])
-    text = percent_text(value) if name in _SHARES else measure_text(value)
-    return inline_svg(
-        score_curves(metrics, name),
-        f"curve-{name}",
-        f"{metrics.selection.capitalize()} {label} by epoch; last epoch {last.epoch}: {text}.",
-    )
+    value, curves = getattr(last, fields[name]), _SCORE_CURVES[name]
+    text = percent_text(value) if curves.is_share else measure_text(value)
+    label = f"{metrics.selection.capitalize()} {curves.description}"
+    description = f"{label} by epoch; last epoch {last.epoch}: {text}."
+    return [*svgs, inline_svg(score_curves(metrics, name), f"curve-{name}", description)]
 
 
-def comparison_section(rows: list[MethodResult] | None) -> dict[str, Any] | None:
+def comparison_section(rows: Sequence[MethodResult]) -> dict[str, Any] | None:
     """Return the accuracy and cost of the compared methods."""
     if not rows:
         return None
@@ -275,10 +236,8 @@ def comparison_section(rows: list[MethodResult] | None) -> dict[str, Any] | None
     return {"rows": rows, "figures": [accuracy, cost]}
 
 
-def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] | None:
+def confusion_section(info: RunInfo, metrics: Metrics) -> dict[str, Any] | None:
     """Return the confusion matrix and per-class scores, on the test split if present."""
-    if metrics is None:
-        return None
     split, scores = metrics.measured
     if not isinstance(scores, Scores) or not scores.confusion:
         return None
@@ -291,7 +250,7 @@ def confusion_section(info: RunInfo, metrics: Metrics | None) -> dict[str, Any] 
             "confusion-matrix",
             f"Confusion matrix of {len(info.classes)} classes on the {split} images; values are in the table below.",
         ),
-        "rows": sorted(_class_rows(info, scores), key=lambda row: (math.isnan(row["recall"]), row["recall"])),
+        "rows": _class_rows(info, scores),
         "pairs": _confused_pairs(info, scores),
     }
 
@@ -308,23 +267,17 @@ def _confused_pairs(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
 
 
 def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
-    """Return image count, recall and precision by class."""
-    rows = []
+    """Return image count, recall and precision by class, lowest recall first."""
+    rows: list[dict[str, Any]] = []
     for i, name in enumerate(info.classes):
         images, predicted = sum(scores.confusion[i]), sum(row[i] for row in scores.confusion)
-        hits = scores.confusion[i][i]
-        recall, precision = (hits / n if n else math.nan for n in (images, predicted))
+        recall, precision = (scores.confusion[i][i] / n if n else math.nan for n in (images, predicted))
         rows.append({"name": name, "images": images, "recall": recall, "precision": precision})
-    return rows
+    return sorted(rows, key=lambda row: (math.isnan(row["recall"]), row["recall"]))
 
 
-def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
-    """Return reliability and coverage curves of a calibrated run; None without calibration.
-
-    Args:
-        info: Record of the run.
-        predictions: Validation predictions before temperature scaling.
-    """
+def calibration_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | None:
+    """Return reliability and coverage curves of a calibrated run, from predictions before temperature scaling."""
     calibration = info.calibration
     if calibration is None or not calibration.reliability:
         return None
@@ -336,7 +289,7 @@ def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[
             f"Fraction correct against probability; expected calibration error {percent_text(shown.ece)}.",
         )
     ]
-    if predictions is not None and predictions.split == "val" and predictions.items:
+    if predictions.split == "val" and predictions.items:
         svgs.append(
             inline_svg(
                 coverage_curve(predictions.with_temperature(calibration.temperature), calibration),
@@ -356,10 +309,8 @@ def calibration_section(info: RunInfo, predictions: Predictions | None) -> dict[
     }
 
 
-def ranking_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
+def ranking_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | None:
     """Return ROC (two classes) and precision-recall curves over all thresholds."""
-    if predictions is None:
-        return None
     labels = np.array([item.label for item in predictions.items])
     scores = np.array([item.probabilities for item in predictions.items])
     if len(set(labels.tolist())) < 2:
@@ -403,17 +354,16 @@ def reliability_curve(reliability: Reliability) -> Figure:
 def coverage_curve(predictions: Predictions, calibration: Calibration) -> Figure:
     """Draw accuracy of the most confident predictions against coverage, and mark the suggested threshold."""
     figure, axes = new_figure(*_SQUARE, "Coverage on validation")
-    confidence = np.array([item.probability for item in predictions.items])
-    right = np.array([item.is_right for item in predictions.items])[np.argsort(-confidence, kind="stable")]
-    shares = np.arange(1, len(right) + 1) / len(right)
-    handles = axes.plot(shares, right.cumsum() / np.arange(1, len(right) + 1), color=ACCENT, linewidth=2)
+    right = [item.is_right for item in sorted(predictions.items, key=lambda item: -item.probability)]
+    counts = np.arange(1, len(right) + 1)
+    accuracy = np.cumsum(right) / counts
+    handles = axes.plot(counts / len(right), accuracy, color=ACCENT, linewidth=2)
     labels = ["accuracy"]
     if calibration.threshold is not None:
         handles.append(axes.axvline(calibration.coverage, color=WARM, linewidth=1.5, linestyle=DASHED))
         labels.append(f"probability ≥ {percent_text(calibration.threshold)}")
     axes.set(xlim=(0, 1.02), xlabel="coverage: fraction of images", ylabel="accuracy")
-    low = min(0.9, float((right.cumsum() / np.arange(1, len(right) + 1)).min()))
-    bottom = max(0.0, low - 0.05)
+    bottom = max(0.0, min(0.9, float(accuracy.min())) - 0.05)
     axes.set_ylim(bottom, 1 + 0.04 * (1 - bottom))
     percent_axis(axes, "both")
     add_legend(figure, handles, labels, columns=2)

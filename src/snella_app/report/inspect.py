@@ -21,11 +21,9 @@ from snella_app.records import (
     Allocation,
     AnswerScores,
     GeneratorMetrics,
-    MaskScores,
     MatrixInfo,
     Metrics,
     RunInfo,
-    Scores,
     SubjectFidelity,
     plain,
     read,
@@ -36,23 +34,27 @@ from snella_app.text import bytes_text, percent_text, plain_text, seconds_text
 
 _REMEDY = "copy the adapter again, or train again with `--overwrite`"
 _FILES = ("adapter_model.safetensors", "trainable.safetensors")
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _UNTRAINED = ("snella_budget", "positions")
 _PART = re.compile(r"\.(?P<part>(?:snella|lora)_(?!embedding)\w+?)(?:\.weight|\.\d+)?$")
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """Header of an adapter file: tensor shapes and dtypes by name, without values.
+    """Header and configuration of an adapter file, without the values of its tensors.
 
-    `parts` counts values by tensor type: `snella_A`, `snella_B`, the scalars, `positions` (indices of individually
-    trained entries) and `other` (the head).
+    Attributes:
+        path: File.
+        shapes: Tensor shapes by name.
+        value_bytes: Bytes per trained value: size of the widest floating-point dtype in the file.
+        parts: Number of values by tensor type: `snella_A`, `snella_B`, the scalars, `positions` (indices of
+            individually trained entries) and `other` (the head).
+        config: Configuration saved with the adapter.
     """
 
     path: Path
-    size_bytes: int
     shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]
+    value_bytes: int
     parts: Mapping[str, int]
     config: Mapping[str, Any]
 
@@ -60,11 +62,6 @@ class AdapterFile:
     def parameters(self) -> int:
         """Number of trained values, excluding budgets, masks and positions."""
         return sum(count for part, count in self.parts.items() if part not in _UNTRAINED)
-
-    @property
-    def value_bytes(self) -> int:
-        """Bytes per trained value: size of the widest floating-point dtype in the file."""
-        return max((_BYTES.get(kind, 4) for kind in self.dtypes.values() if kind.startswith(("F", "BF"))), default=4)
 
 
 def read_adapter(run: str | Path) -> AdapterFile | None:
@@ -81,7 +78,7 @@ def read_adapter(run: str | Path) -> AdapterFile | None:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a mapping
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
+            sizes = [_FLOAT_BYTES.get(str(part.get_dtype()), 0) for part in slices.values()]
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}; {_REMEDY}") from error
     parts: dict[str, int] = {}
@@ -89,7 +86,7 @@ def read_adapter(run: str | Path) -> AdapterFile | None:
         match = _PART.search(name)
         part = match["part"] if match else "positions" if name.endswith(".indices") else "other"
         parts[part] = parts.get(part, 0) + math.prod(shape)
-    return AdapterFile(path, path.stat().st_size, shapes, dtypes, parts, _config(folder))
+    return AdapterFile(path, shapes, max(sizes, default=0) or 4, parts, _read_settings(folder))
 
 
 def saved_budgets(adapter: AdapterFile, matrices: Sequence[MatrixInfo]) -> dict[str, int]:
@@ -102,11 +99,11 @@ def saved_budgets(adapter: AdapterFile, matrices: Sequence[MatrixInfo]) -> dict[
     """
     budgets: dict[str, int] = {}
     with safe_open(adapter.path, framework="numpy") as file:
-        modules = {_module_of(key): key for key in adapter.shapes if key.endswith(".snella_budget")}
+        keys = [key for key in adapter.shapes if key.endswith(".snella_budget")]
+        modules = {key.removesuffix(".snella_budget").removeprefix("base_model.model."): key for key in keys}
         for module, key in modules.items():
-            plain_layer = (m.name for m in matrices if m.name == module)
-            fused = (m.name for m in matrices if m.name.rpartition(".")[0] == module and m.name not in modules)
-            names = [*plain_layer, *fused]
+            fused = [m.name for m in matrices if m.name.rpartition(".")[0] == module and m.name not in modules]
+            names = [m.name for m in matrices if m.name == module] + fused
             values = [int(value) for value in file.get_tensor(key).reshape(-1)]
             if len(names) != len(values):
                 raise ValueError(
@@ -126,12 +123,7 @@ def current_budgets(adapter: AdapterFile | None, allocation: Allocation | None) 
     return {matrix.name: matrix.budget for matrix in allocation.matrices} | saved
 
 
-def _module_of(key: str) -> str:
-    """Return the module name of a budget key in a PEFT file."""
-    return key.removesuffix(".snella_budget").removeprefix("base_model.model.")
-
-
-def _config(folder: Path) -> dict[str, Any]:
+def _read_settings(folder: Path) -> dict[str, Any]:
     """Return the configuration saved with the adapter; empty if absent."""
     for name in ("adapter_config.json", "method.json"):
         file = folder / name
@@ -173,15 +165,13 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
     metrics = read_if_present(Metrics, folder)
     allocation = read_if_present(Allocation, folder)
     adapter = read_adapter(folder)
-    budgets = current_budgets(adapter, allocation)
-    value_bytes = adapter.value_bytes if adapter else 4
-    is_generator = info.task in _GENERATOR_TASKS
-    scores: dict[str, Any] = (
-        dict(_generator_scores(folder, info.task))
-        if is_generator
-        else {name: _scores(getattr(metrics, part, None)) for name, part in (("validation", "val"), ("test", "test"))}
-    )
-    curve = read(GeneratorMetrics, folder).learning() if is_generator and metrics else None
+    curve = None
+    if info.task in _GENERATOR_TASKS:
+        scores = _generator_scores(folder, info.task)
+        curve = metrics and read(GeneratorMetrics, folder).learning()
+    else:
+        by_split = {"validation": metrics and metrics.val, "test": metrics and metrics.test}
+        scores = {name: part and {**part.values(), "text": part.text()} for name, part in by_split.items()}
     summary: dict[str, Any] = {
         "run": str(folder),
         "status": info.status,
@@ -208,18 +198,17 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
         },
         "adapter_missing": adapter is None and info.is_finished,
         "missing": [name for name in info.files or {} if not (folder / name).is_file()],
-        "sizes": {"adapter_bytes": adapter.size_bytes if adapter else None},
+        "sizes": {"adapter_bytes": adapter and adapter.path.stat().st_size},
         "settings": dict(adapter.config) if adapter else {},
         "budgets": None,
     }
     if allocation is not None:
-        has_saved_budgets = adapter is not None and bool(saved_budgets(adapter, allocation.matrices))
-        total_budget = sum(budgets.values())
+        budgets, value_bytes = _summarize_budgets(allocation, adapter), adapter.value_bytes if adapter else 4
+        summary["budgets"] = budgets
         summary["sizes"] |= {
-            "sparse_update_bytes": total_budget * (value_bytes + _INDEX_BYTES),
+            "sparse_update_bytes": budgets["budget"] * (value_bytes + _INDEX_BYTES),
             "adapted_weights_bytes": allocation.total_weights * value_bytes,
         }
-        summary["budgets"] = _budgets(allocation, budgets, from_adapter=has_saved_budgets)
     return summary
 
 
@@ -229,34 +218,29 @@ def inspect_run(run: str | Path) -> Group:
     budgets = summary["budgets"]
     parts: list[Table | Text] = [_overview(summary)]
     if budgets is not None:
-        parts += [Text(), _grid_table(budgets)]
         frozen = budgets["frozen"]
-        if frozen:
-            names = ", ".join(frozen)
-            parts.append(Text(f"\nFrozen ({len(frozen)} of {len(budgets['matrices'])}, budget 0): {names}", "yellow"))
+        names = f"Frozen ({len(frozen)} of {len(budgets['matrices'])}, budget 0): {', '.join(frozen)}"
+        parts += [Text(), _grid_table(budgets)]
+        parts.append(Text(f"\n{names}", "yellow") if frozen else Text("\nNo matrix is frozen."))
+        if summary["adapter_missing"]:
+            parts.append(Text("The adapter is missing; these budgets come from allocation.json.", "red"))
         else:
-            parts.append(Text("\nNo matrix is frozen."))
-        style = "red" if summary["adapter_missing"] or budgets["mismatches"] else ""
-        text = "The adapter is missing; these budgets come from allocation.json."
-        parts.append(Text(text if summary["adapter_missing"] else _nonzeros_text(budgets), style))
+            parts.append(Text(_nonzeros_text(budgets), "red" if budgets["mismatches"] else ""))
     if summary["settings"]:
-        parts += [Text(), _settings_table(summary["settings"])]
+        rows = ((key, plain_text(value)) for key, value in summary["settings"].items() if value is not None)
+        parts += [Text(), _facts_table(rows, title="Adapter settings", title_justify="left", title_style="bold")]
     return Group(*parts)
 
 
-def _scores(scores: Scores | MaskScores | None) -> dict[str, Any] | None:
-    """Return the scores of a split as plain values."""
-    return None if scores is None else {**scores.values(), "text": scores.text()}
-
-
-def _budgets(allocation: Allocation, budgets: dict[str, int], from_adapter: bool) -> dict[str, Any]:
+def _summarize_budgets(allocation: Allocation, adapter: AdapterFile | None) -> dict[str, Any]:
     """Return total budgets, budgets by matrix, and sparsity by matrix type and block."""
+    budgets = current_budgets(adapter, allocation)
     grid = arrange(allocation.matrices, budgets)
     return {
         "total_weights": allocation.total_weights,
         "target": allocation.target_budget,
         "budget": sum(budgets.values()),
-        "from_adapter": from_adapter,
+        "from_adapter": adapter is not None and "snella_budget" in adapter.parts,
         "allocations": len(allocation.history),
         "frozen": [m.name for m in allocation.matrices if budgets[m.name] == 0],
         "nonzeros": sum(m.nonzeros for m in allocation.matrices),
@@ -358,16 +342,13 @@ def _grid_table(budgets: dict[str, Any]) -> Table:
     for kind in budgets["kinds"]:
         table.add_column(Text(kind), justify="right")
     for row, depth in enumerate(budgets["depths"]):
-        values = [budgets["sparsity"][kind][row] for kind in budgets["kinds"]]
-        table.add_row("–" if depth is None else str(depth), *map(_cell, values))
+        cells = []
+        for kind in budgets["kinds"]:
+            sparsity = budgets["sparsity"][kind][row]
+            text = "" if sparsity is None else f"{min(100 * sparsity, 99.9):.1f}"
+            cells.append(Text("×", "yellow") if sparsity == 1 else Text(text))
+        table.add_row("–" if depth is None else str(depth), *cells)
     return table
-
-
-def _cell(sparsity: float | None) -> Text:
-    """Format one sparsity in percent: × for a frozen matrix, otherwise at most 99.9."""
-    if sparsity is None:
-        return Text("")
-    return Text("×", "yellow") if sparsity == 1 else Text(f"{min(100 * sparsity, 99.9):.1f}")
 
 
 def _nonzeros_text(budgets: dict[str, Any]) -> str:
@@ -380,17 +361,11 @@ def _nonzeros_text(budgets: dict[str, Any]) -> str:
     return f"Non-zero entries: {budgets['nonzeros']:,}, equal to the budget (from {source}) in every matrix."
 
 
-def _settings_table(settings: dict[str, Any]) -> Table:
-    """Return the non-None adapter settings."""
-    rows = ((key, plain_text(value)) for key, value in settings.items() if value is not None)
-    return _facts_table(rows, title="Adapter settings", title_justify="left", title_style="bold")
-
-
 _GENERATOR_TASKS = ("generation", "language")
 """Tasks whose runs report steps and loss instead of a best epoch and accuracy."""
 
 
-def _generator_scores(run: str | Path, task: str) -> dict[str, float]:
+def _generator_scores(run: str | Path, task: str) -> dict[str, Any]:
     """Return the evaluation scores of a generator by name; empty without an evaluation."""
     if task == "generation":
         fidelity = read_if_present(SubjectFidelity, run)

@@ -65,19 +65,23 @@ from snella_app.text import (
 )
 
 _MAX_SIDE = 800
+_RESULTS = ("warning", "verdict", "results", "facts", "curves", "confusion", "classes", "labels", "numbers")
+"""Sections that are omitted before the first epoch."""
+_OPTIMISTIC = (
+    "Protocol {}: the best epoch was selected on the test images. The test results are optimistic and not comparable "
+    "with runs that select on the validation images."
+)
 Fact = tuple[str, str, str]
 """Label, value and note of a number in the report."""
 
 
-def results_section(metrics: Metrics | None, marks: Sequence[tuple[str, float]] = ()) -> dict[str, Any] | None:
+def results_section(metrics: Metrics, marks: Sequence[tuple[str, float]]) -> dict[str, Any]:
     """Return the main score (test, or validation without a test split), its scale, other scores and adapter facts.
 
     Args:
         metrics: Metrics of the run.
         marks: Accuracy baselines, `(name, accuracy)`.
     """
-    if metrics is None:
-        return None
     splits = (("test", metrics.test), ("validation", metrics.val))
     facts = [row for split, scores in splits if scores is not None for row in scores.rows(split)]
     scale: dict[str, Any] | None = None
@@ -85,21 +89,21 @@ def results_section(metrics: Metrics | None, marks: Sequence[tuple[str, float]] 
     if isinstance(scores, Scores) and not isinstance(scores, OrdinalScores) and scores.images:
         low, high = max(scores.accuracy - scores.margin, 0.0), min(scores.accuracy + scores.margin, 1.0)
         scale = {"value": scores.accuracy, "low": low, "high": high, "marks": marks}
-    return {"hero": facts[0] if facts else None, "scale": scale, "others": facts[1:], "adapter": _adapter_text(metrics)}
+    adapter = [
+        "" if metrics.best_epoch is None else _saved_epoch(metrics),
+        "" if math.isnan(metrics.train_s) else f"trained in {seconds_text(metrics.train_s)}",
+        f"adapter file {bytes_text(metrics.adapter_bytes)}" if metrics.adapter_bytes else "",
+    ]
+    return {
+        "hero": facts[0] if facts else None,
+        "scale": scale,
+        "others": facts[1:],
+        "adapter": " · ".join(filter(None, adapter)),
+    }
 
 
-def _adapter_text(metrics: Metrics) -> str:
-    """Return the epoch, training time and file size of the saved adapter as one line."""
-    parts = [] if metrics.best_epoch is None else [" ".join(filter(None, _saved_epoch(metrics)))]
-    parts += [] if math.isnan(metrics.train_s) else [f"trained in {seconds_text(metrics.train_s)}"]
-    parts += [f"adapter file {bytes_text(metrics.adapter_bytes)}"] if metrics.adapter_bytes else []
-    return " · ".join(parts)
-
-
-def method_facts(metrics: Metrics | None, allocation: Allocation | None, budgets: Mapping[str, int]) -> list[Fact]:
+def method_facts(metrics: Metrics, allocation: Allocation | None, budgets: Mapping[str, int]) -> list[Fact]:
     """Return trainable parameters, budget, final head and peak memory."""
-    if metrics is None:
-        return []
     facts = [_count_fact("trainable parameters", metrics.trainable_parameters)]
     if allocation is not None:
         total_budget, total = sum(budgets.values()), allocation.total_weights
@@ -120,28 +124,27 @@ def method_facts(metrics: Metrics | None, allocation: Allocation | None, budgets
 _SHORT_METRICS = {"map": "mAP", "mae": "MAE", "rmse": "RMSE", "r2": "R²"}
 
 
-def _saved_epoch(metrics: Metrics) -> tuple[str, str, str]:
-    """Return label, value and note of the saved adapter's epoch and its selection."""
-    total = f"of {metrics.history[-1].epoch}" if metrics.history else ""
-    average = "" if metrics.ema is None else f"; average of the weights, decay {metrics.ema:g}"
+def _saved_epoch(metrics: Metrics) -> str:
+    """Return the epoch of the saved adapter and its selection."""
+    total = f" of {metrics.history[-1].epoch}" if metrics.history else ""
     if (averaged := metrics.averaged) is not None and averaged.is_saved:
-        kind = "(SWA over {})" if averaged.kind == "swa" else "(greedy soup of {})"
-        offered = f"epochs {averaged.offered[0]} to {averaged.offered[-1]} {total}"
-        return "averaged epochs", ", ".join(map(str, averaged.epochs)), kind.format(offered)
+        epochs, kind = ", ".join(map(str, averaged.epochs)), "SWA over" if averaged.kind == "swa" else "greedy soup of"
+        return f"averaged epochs {epochs} ({kind} epochs {averaged.offered[0]} to {averaged.offered[-1]}{total})"
+    average = "" if metrics.ema is None else f"; average of the weights, decay {metrics.ema:g}"
     if metrics.selected_on is None:
-        return "epoch", str(metrics.best_epoch), f"{total}, last epoch, no selection{average}"
-    split, _, metric = metrics.best_metric.partition("_")
-    chosen_by = f"{'validation' if split == 'val' else split} {_SHORT_METRICS.get(metric, metric.replace('_', ' '))}"
-    return "best epoch", str(metrics.best_epoch), (f"{total}, by {chosen_by}" if total else "") + average
+        return f"epoch {metrics.best_epoch}{total}, last epoch, no selection{average}"
+    metric = metrics.best_metric.partition("_")[2]
+    metric = _SHORT_METRICS.get(metric, metric.replace("_", " "))
+    return f"best epoch {metrics.best_epoch}{total}, by {metrics.selection} {metric}{average}"
 
 
-def groups_section(info: RunInfo, predictions: Predictions | None) -> dict[str, Any] | None:
+def groups_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | None:
     """Return accuracy by group (patient, site, video), lowest first; None for data without groups."""
     by_group: dict[str, list[Prediction]] = {}
-    for item in predictions.items if predictions is not None else []:
+    for item in predictions.items:
         if item.group is not None:
             by_group.setdefault(item.group, []).append(item)
-    if predictions is None or len(by_group) < 2:
+    if len(by_group) < 2:
         return None
     rows: list[dict[str, Any]] = []
     for name, items in by_group.items():
@@ -166,14 +169,14 @@ def groups_section(info: RunInfo, predictions: Predictions | None) -> dict[str, 
     }
 
 
-def baselines(info: RunInfo, metrics: Metrics | None, comparison: list[MethodResult] | None) -> list[tuple[str, float]]:
+def baselines(info: RunInfo, metrics: Metrics, comparison: Sequence[MethodResult]) -> list[tuple[str, float]]:
     """Return accuracy baselines by name: the most frequent class, and the linear probe if compared."""
-    scores = None if metrics is None else metrics.measured[1]
+    scores = metrics.measured[1]
     if not isinstance(scores, Scores) or not scores.images:
         return []
     majority, share = _most_frequent(scores)
     marks = [(f"always {info.classes[majority]!r}", share)]
-    probe = next((row for row in comparison or [] if row.method == PROBE_METHOD), None)
+    probe = next((row for row in comparison if row.method == PROBE_METHOD), None)
     return marks if probe is None or math.isnan(probe.accuracy) else [*marks, ("linear probe", probe.accuracy)]
 
 
@@ -184,10 +187,8 @@ def _most_frequent(scores: Scores) -> tuple[int, float]:
     return majority, sizes[majority] / scores.images
 
 
-def verdict_text(info: RunInfo, metrics: Metrics | None) -> str:
+def verdict_text(info: RunInfo, metrics: Metrics) -> str:
     """Return the result as a sentence, compared with the most frequent class; empty for segmentation."""
-    if metrics is None:
-        return ""
     split, scores = metrics.measured
     if isinstance(scores, LabelSetScores):
         return targets.label_set_verdict(scores, split)
@@ -217,10 +218,8 @@ def update_section(
     adapter: AdapterFile | None, allocation: Allocation | None, budgets: Mapping[str, int] | None = None
 ) -> dict[str, Any] | None:
     """Return the update of the deepest query projection with a budget; None for adapters without updates."""
-    if adapter is None:
-        return None
     infos = {} if allocation is None else {matrix.name: matrix for matrix in allocation.matrices}
-    source = adapter_updates(adapter, infos)
+    source = None if adapter is None else adapter_updates(adapter, infos)
     if source is None or not source[0]:
         return None
     changed = [name for name in source[0] if (budgets or {}).get(name, 1) > 0]
@@ -286,24 +285,21 @@ def allocation_section(
     }
 
 
-def _class_predictions(folder: Path, info: RunInfo) -> Predictions | None:
-    """Return the stored predictions of a nominal or ordinal classifier; None if absent."""
-    if info.task not in ("classification", "ordinal"):
-        return None
-    predictions = read_if_present(Predictions, folder)
-    return None if predictions is None or not predictions.for_classes(len(info.classes)).items else predictions
+def _class_predictions(folder: Path, info: RunInfo) -> Predictions:
+    """Return the stored predictions of a nominal or ordinal classifier; empty if absent."""
+    is_classifier = info.task in ("classification", "ordinal")
+    predictions = read_if_present(Predictions, folder) if is_classifier else None
+    return Predictions(items=[]) if predictions is None else predictions.for_classes(len(info.classes))
 
 
-def examples_section(
-    info: RunInfo, predictions: Predictions | None, images: ImageSource | None
-) -> dict[str, Any] | None:
+def examples_section(info: RunInfo, predictions: Predictions, images: ImageSource | None) -> dict[str, Any] | None:
     """Return sample images with calibrated predictions, like those of `snella predict`."""
-    if predictions is None:
+    if not predictions.items:
         return None
     if info.calibration is not None:
         predictions = predictions.with_temperature(info.calibration.temperature)
     wrong, right = choose_examples(predictions.items)
-    n_wrong = sum(not item.is_right for item in predictions.items)
+    n_right = sum(item.is_right for item in predictions.items)
 
     def example(item: Prediction) -> dict[str, Any]:
         return {
@@ -316,9 +312,8 @@ def examples_section(
             "label_probability": item.probabilities[item.label],
         }
 
-    n_right = len(predictions.items) - n_wrong
     groups = (
-        ("Wrong predictions", f"{len(wrong)} of {n_wrong}, most confident first", wrong),
+        ("Wrong predictions", f"{len(wrong)} of {len(predictions.items) - n_right}, most confident first", wrong),
         ("Correct predictions", f"{len(right)} of {n_right}, evenly spaced", right),
     )
     return {
@@ -327,19 +322,17 @@ def examples_section(
     }
 
 
-def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions | None) -> list[dict[str, Any]]:
+def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions) -> list[dict[str, Any]]:
     """Return the heat maps that `snella explain RUN` wrote to the run, wrong predictions first."""
-    items = {item.index: item for item in (predictions.items if predictions is not None else [])}
     entries = []
-    for path in (folder / "heat_maps").glob("*.png"):
-        item = items.get(int(path.stem)) if path.stem.isdigit() else None
-        if item is not None:
+    for item in sorted(predictions.items, key=lambda item: (item.is_right, -item.probability)):
+        path = folder / "heat_maps" / f"{item.index}.png"
+        if path.is_file():
             with open_image(path) as image:
-                by = image.info["by"]
-                picture = EmbeddedImage(*image_data_uri(image, _MAX_SIDE))
+                picture, by = EmbeddedImage(*image_data_uri(image, _MAX_SIDE)), image.info["by"]
             names = {"predicted": info.classes[item.predicted], "label": info.classes[item.label]}
             entries.append({"item": item, "picture": picture, "by": by, **names})
-    return sorted(entries, key=lambda entry: (entry["item"].is_right, -entry["item"].probability))
+    return entries
 
 
 def _count_fact(label: str, count: int) -> Fact:
@@ -349,7 +342,6 @@ def _count_fact(label: str, count: int) -> Fact:
 
 
 _CONFUSED_IN_GROUP, _SHOWN_GROUPS = 3, 30
-_MERGE_OUTPUTS = {"segmentation": ("the whole model in one file", "model.safetensors")}
 _PREDICTION_FIELDS = {
     "multilabel": "prediction.labels, prediction.probabilities",
     "regression": "prediction.values",
@@ -373,9 +365,9 @@ def uses(folder: Path, task: str) -> list[Use]:
         folder: Run folder.
         task: Task of the run.
     """
-    run = shlex.quote(str(folder))
-    merged, out = _MERGE_OUTPUTS.get(task, ("a folder that timm loads without snella", "model"))
-    masks = " --out masks" if task == "segmentation" else ""
+    run, masks, merged, out = shlex.quote(str(folder)), "", "a folder that timm loads without snella", "model"
+    if task == "segmentation":
+        masks, merged, out = " --out masks", "the whole model in one file", "model.safetensors"
     fields = _PREDICTION_FIELDS.get(task, "prediction.label, prediction.probability")
     python = (
         f"import snella\n\nmodel = snella.load({str(folder)!r})\n"
@@ -407,8 +399,7 @@ def write_report(
 
     Args:
         run: Run folder.
-        images: Images of the split in `predictions.json` by index: a mapping, or a callable such as the validation
-            set's `image`.
+        images: Returns an image of the split in `predictions.json` by index, e.g. the validation set's `image`.
         metrics: Current metrics of an unfinished run, which has no `metrics.json` yet.
         allocation: Current allocation of an unfinished run, which has no `allocation.json` yet.
         state: Overrides the recorded status `running`: `stopped` if the process was killed, `finished` once the final
@@ -430,22 +421,31 @@ def write_report(
     adapter = read_adapter(folder)
     budgets = current_budgets(adapter, allocation)
     compared = read_if_present(MethodResults, folder)
-    comparison = None if compared is None else compared.rows
+    comparison = [] if compared is None else compared.rows
     config = folder / "config.yaml"
     class_predictions = _class_predictions(folder, info)
-    context: dict[str, Any] = {
+    results: dict[str, Any] = dict.fromkeys(_RESULTS)
+    if metrics is not None:
+        results |= {
+            "warning": _OPTIMISTIC.format(metrics.protocol) if metrics.selected_on == "test" else "",
+            "verdict": verdict_text(info, metrics),
+            "results": results_section(metrics, baselines(info, metrics, comparison)),
+            "facts": method_facts(metrics, allocation, budgets),
+            "curves": figures.curves_section(metrics),
+            "confusion": figures.confusion_section(info, metrics),
+            "classes": targets.classes_section(metrics),
+            "labels": targets.labels_section(folder, info, metrics, images),
+            "numbers": targets.numbers_section(folder, info, metrics, images),
+        }
+    context = {
+        **results,
         "run": info,
         "state": "stopped" if state == "stopped" and info.status == "running" else info.status,
         "written": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "folder": str(folder),
         "quoted": shlex.quote(str(folder)),
         "metrics": metrics,
-        "warning": _warning(metrics),
-        "verdict": verdict_text(info, metrics),
-        "results": results_section(metrics, baselines(info, metrics, comparison)),
-        "facts": method_facts(metrics, allocation, budgets),
-        "curves": figures.curves_section(metrics),
-        "confusion": figures.confusion_section(info, metrics),
+        "measured": "test" if metrics is None else metrics.measured[0],
         "groups": groups_section(info, class_predictions),
         "calibration": figures.calibration_section(info, class_predictions),
         "ranking": figures.ranking_section(info, class_predictions),
@@ -454,13 +454,9 @@ def write_report(
         "comparison": figures.comparison_section(comparison),
         "examples": examples_section(info, class_predictions, images),
         "heat_maps": heat_maps_section(folder, info, class_predictions),
-        "classes": targets.classes_section(metrics),
         "masks": targets.masks_section(folder, info, images),
-        "labels": targets.labels_section(folder, info, metrics, images),
-        "numbers": targets.numbers_section(folder, info, metrics, images),
         "uses": [] if adapter is None else uses(folder, info.task),
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
-        "measured": "test" if metrics is None else metrics.measured[0],
     }
     return write_page(folder, "snella_app.report", context)
 
@@ -499,13 +495,3 @@ def write_page(folder: Path, package: str, context: Mapping[str, Any], name: str
 def breakable(text: str) -> Markup:
     """Insert line-break opportunities after `:`, `/`, `_` and `.`."""
     return Markup(re.sub(r"([:/_.])", r"\1<wbr>", str(escape(text))))
-
-
-def _warning(metrics: Metrics | None) -> str:
-    """Return a caveat about the results, or an empty string."""
-    if metrics is None or metrics.selected_on != "test":
-        return ""
-    return (
-        f"Protocol {metrics.protocol}: the best epoch was selected on the test images. The test results are "
-        "optimistic and not comparable with runs that select on the validation images."
-    )

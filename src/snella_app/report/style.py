@@ -24,6 +24,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, to_rgb, to_rgba, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from snella_app.files import write_bytes
@@ -55,15 +56,7 @@ def new_figure(width: float, height: float, title: str = "") -> tuple[Figure, Ax
 def new_panels(
     width: float, height: float, titles: Sequence[str], columns: int, **subplots: Any
 ) -> tuple[Figure, list[Axes]]:
-    """Return a styled figure with one panel per title.
-
-    Args:
-        width: Width of the figure in CSS pixels.
-        height: Height of the figure in CSS pixels.
-        titles: Titles of the panels.
-        columns: Panels per row.
-        subplots: Additional arguments of `Figure.subplots`, e.g. `sharey="row"`.
-    """
+    """Return a styled figure of `width` × `height` CSS pixels with one panel per title; `subplots` as in matplotlib."""
     figure = _new_canvas(width, height)
     grid = figure.subplots(-(-len(titles) // columns), columns, squeeze=False, **subplots).flat
     panels = [_styled(axes, title) for axes, title in zip(grid, titles, strict=False)]
@@ -105,6 +98,11 @@ def style_of(number: int) -> tuple[str, str]:
     """Return color and marker of line `number`; markers distinguish lines that share one of the 16 colors."""
     colors = (*COLORS, *MORE_COLORS)
     return colors[number % len(colors)], _MARKERS[(number + number // len(COLORS)) % len(_MARKERS)]
+
+
+def plot_line(axes: Axes, x: Sequence[float], y: Sequence[float], color: str) -> list[Line2D]:
+    """Plot a line, with a marker at each of up to 30 points."""
+    return axes.plot(x, y, color=color, linewidth=2, marker="o" if len(x) <= 30 else "", markersize=4)
 
 
 def epoch_axis(axes: Axes, label: str = "epoch") -> None:
@@ -200,13 +198,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 
 def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as `NAME.svg`, `NAME.png`, `NAME-dark.svg` and `NAME-dark.png`.
-
-    Args:
-        figure: Figure in the light colors of this module; changed to dark colors in place.
-        folder: Existing output folder.
-        name: Stem of the file names.
-    """
+    """Write a figure as `NAME.svg`, `NAME.png`, `NAME-dark.svg` and `NAME-dark.png`; darkens the figure in place."""
     light = [save_figure(figure, folder / f"{name}{ending}") for ending in (".svg", ".png")]
     darken(figure)
     return [*light, *(save_figure(figure, folder / f"{name}-dark{ending}") for ending in (".svg", ".png"))]

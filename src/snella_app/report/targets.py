@@ -64,10 +64,7 @@ class Card:
 def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[str], scores: LabelSetScores) -> Figure:
     """Draw precision against recall by label; the most frequent labels are colored, and dots mark thresholds.
 
-    Args:
-        predictions: Predictions of one split.
-        classes: Label names.
-        scores: Scores on the same split.
+    `scores` are measured on the split of the predictions.
     """
     figure, axes = new_figure(FIGURE_SIZE[0], FIGURE_SIZE[1] + 80, "Precision and recall")
     probabilities, truth = _label_arrays(predictions, len(classes))
@@ -91,13 +88,7 @@ def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[
 
 
 def true_and_predicted(predictions: NumberPredictions, target: int, name: str) -> Figure:
-    """Draw predicted against true values of one target, with the identity line.
-
-    Args:
-        predictions: Predictions of one split; at most 2,000 evenly spaced ones are drawn.
-        target: Index of the target.
-        name: Name of the target.
-    """
+    """Draw predicted against true values of a target, with the identity line; at most 2,000, evenly spaced."""
     truth, predicted = _number_arrays(predictions)
     chosen = np.unique(np.linspace(0, len(truth) - 1, min(len(truth), _MAX_POINTS)).round().astype(int))
     x, y = truth[chosen, target], predicted[chosen, target]
@@ -113,13 +104,7 @@ def true_and_predicted(predictions: NumberPredictions, target: int, name: str) -
 
 
 def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> Figure:
-    """Draw box plots of the errors of one target by ranges of its true value (whiskers: 5th to 95th percentile).
-
-    Args:
-        predictions: Predictions of one split.
-        target: Index of the target.
-        name: Name of the target.
-    """
+    """Draw box plots of the errors of a target by ranges of its true value (whiskers: 5th to 95th percentile)."""
     truth, predicted = (values[:, target] for values in _number_arrays(predictions))
     errors = predicted - truth
     count = max(1, min(_MAX_RANGES, len(truth) // _MIN_IN_RANGE))
@@ -182,25 +167,15 @@ def label_cards(
 
     def card(row: int) -> Card:
         item = predictions.items[row]
-        marked = [
-            f"{classes[c]} {percent_text(probabilities[row, c])}" for c in map(int, np.flatnonzero(predicted[row]))
-        ]
-        true = [
-            classes[c] if predicted[row, c] else f"{classes[c]} ({percent_text(probabilities[row, c])})"
-            for c in item.labels
-        ]
-        return Card(
-            item.name,
-            bool((predicted[row] == truth[row].astype(bool)).all()),
-            ", ".join(marked) or "no label",
-            ", ".join(true) or "no label",
-            embed_image(item.index, images),
-        )
+        shares = [percent_text(probability) for probability in item.probabilities]
+        marked = [f"{classes[c]} {shares[c]}" for c in np.flatnonzero(predicted[row])]
+        true = [classes[c] if predicted[row, c] else f"{classes[c]} ({shares[c]})" for c in item.labels]
+        predicted_text, true_text = (", ".join(labels) or "no label" for labels in (marked, true))
+        return Card(item.name, not wrong[row], predicted_text, true_text, embed_image(item.index, images))
 
-    wrong = int((predicted != truth.astype(bool)).any(1).sum())
-    return _groups(
-        losses, card, f"of {len(losses)} images, {wrong} of which have a wrong or missing label; worst first"
-    )
+    wrong = (predicted != truth.astype(bool)).any(1).tolist()
+    note = f"of {len(losses)} images, {sum(wrong)} of which have a wrong or missing label; worst first"
+    return _groups(losses, card, note)
 
 
 def number_cards(
@@ -225,80 +200,48 @@ def number_cards(
     return _groups(errors, card, f"of {len(errors)} images, largest errors first")
 
 
-def labels_section(
-    folder: Path, info: RunInfo, metrics: Metrics | None, images: ImageSource | None
-) -> dict[str, Any] | None:
+def labels_section(folder: Path, info: RunInfo, metrics: Metrics, images: ImageSource | None) -> dict[str, Any] | None:
     """Return the table of labels (test split if present), and curves and images of the predicted split."""
-    if metrics is None:
-        return None
     split, scores = metrics.measured
     if not isinstance(scores, LabelSetScores):
         return None
     predictions = read_if_present(LabelSetPredictions, folder)
-    figures, groups = [], []
-    if predictions is not None and predictions.items:
-        groups = label_cards(predictions, info.classes, images)
-        split_scores = metrics.test if predictions.split == "test" else metrics.val
-        if isinstance(split_scores, LabelSetScores):
-            figures = [
-                inline_svg(
-                    precision_recall_curves(predictions, info.classes, split_scores),
-                    "precision-recall",
-                    f"Precision against recall of {len(info.classes)} labels on the {predictions.split_name} images; "
-                    "values are in the table.",
-                )
-            ]
-    return {
-        "split": split,
-        "count": scores.images,
-        "rows": sorted(scores.per_class, key=lambda row: (math.isnan(row.average_precision), row.average_precision)),
-        "figures": figures,
-        "figure_split": "" if predictions is None else predictions.split_name,
-        "groups": groups,
-    }
+    rows = sorted(scores.per_class, key=lambda row: (math.isnan(row.average_precision), row.average_precision))
+    section: dict[str, Any] = {"split": split, "count": scores.images, "rows": rows}
+    if predictions is None or not predictions.items:
+        return {**section, "figures": [], "figure_split": "", "groups": []}
+    figures, split_name = [], predictions.split_name
+    split_scores = metrics.test if predictions.split == "test" else metrics.val
+    if isinstance(split_scores, LabelSetScores):
+        figure = precision_recall_curves(predictions, info.classes, split_scores)
+        description = f"Precision against recall of {len(info.classes)} labels on the {split_name} images"
+        figures.append(inline_svg(figure, "precision-recall", f"{description}; values are in the table."))
+    groups = label_cards(predictions, info.classes, images)
+    return {**section, "figures": figures, "figure_split": split_name, "groups": groups}
 
 
-def numbers_section(
-    folder: Path, info: RunInfo, metrics: Metrics | None, images: ImageSource | None
-) -> dict[str, Any] | None:
+def numbers_section(folder: Path, info: RunInfo, metrics: Metrics, images: ImageSource | None) -> dict[str, Any] | None:
     """Return the table of targets (test split if present), scatter plots, errors by range, and images."""
-    if metrics is None:
-        return None
     split, scores = metrics.measured
     if not isinstance(scores, RegressionScores):
         return None
     predictions = read_if_present(NumberPredictions, folder)
-    figures, groups = [], []
-    if predictions is not None and predictions.items:
-        groups = number_cards(predictions, info.classes, images)
-        split_name = predictions.split_name
-        for target, name in enumerate(info.classes):
-            figures += [
-                inline_svg(
-                    true_and_predicted(predictions, target, name),
-                    f"scatter-{target}",
-                    f"Predicted against true {name} of {len(predictions.items)} {split_name} images.",
-                ),
-                inline_svg(
-                    residual_ranges(predictions, target, name),
-                    f"residuals-{target}",
-                    f"Error of {name} by ranges of its true value on the {split_name} images.",
-                ),
-            ]
-    return {
-        "split": split,
-        "count": scores.images,
-        "rows": scores.per_target,
-        "figures": figures,
-        "figure_split": "" if predictions is None else predictions.split_name,
-        "groups": groups,
-    }
+    section: dict[str, Any] = {"split": split, "count": scores.images, "rows": scores.per_target}
+    if predictions is None or not predictions.items:
+        return {**section, "figures": [], "figure_split": "", "groups": []}
+    figures, split_name = [], predictions.split_name
+    for target, name in enumerate(info.classes):
+        scatter, boxes = true_and_predicted(predictions, target, name), residual_ranges(predictions, target, name)
+        description = f"Predicted against true {name} of {len(predictions.items)} {split_name} images."
+        figures.append(inline_svg(scatter, f"scatter-{target}", description))
+        description = f"Error of {name} by ranges of its true value on the {split_name} images."
+        figures.append(inline_svg(boxes, f"residuals-{target}", description))
+    groups = number_cards(predictions, info.classes, images)
+    return {**section, "figures": figures, "figure_split": split_name, "groups": groups}
 
 
-def classes_section(metrics: Metrics | None) -> dict[str, Any] | None:
+def classes_section(metrics: Metrics) -> dict[str, Any] | None:
     """Return Dice and IoU by class, on the test split if present."""
-    if metrics is None:
-        return None
     split, scores = metrics.measured
     if not isinstance(scores, MaskScores):
         return None
@@ -310,32 +253,29 @@ def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> di
     if info.task != "segmentation":
         return None
     predictions = read_if_present(MaskPredictions, folder)
-    shown = [] if predictions is None else [item for item in predictions.items if item.mask]
-    if predictions is None or not shown:
+    if predictions is None or not any(item.mask for item in predictions.items):
         return None
+    shown = [item for item in predictions.items if item.mask]
     shown.sort(key=lambda item: (math.isnan(item.dice), item.dice))
-    items = [
-        {"name": i.name, "dice": i.dice, "iou": i.iou, "picture": embed_image(i.index, images, _MAX_SIDE)}
-        for i in shown
-    ]
-    colors = mask_colors(len(info.classes)) / 255
+    colors = (mask_colors(len(info.classes)) / 255)[1:]
     return {
         "split": predictions.split_name,
-        "note": f"{len(items)} of {len(predictions.items)} images: the worst, then others evenly spaced.",
-        "legend": [
-            {"name": name, "color": to_hex(color)} for name, color in zip(info.classes[1:], colors[1:], strict=True)
+        "note": f"{len(shown)} of {len(predictions.items)} images: the worst, then others evenly spaced.",
+        "legend": [{"name": name, "color": to_hex(c)} for name, c in zip(info.classes[1:], colors, strict=True)],
+        "items": [
+            {"name": i.name, "dice": i.dice, "iou": i.iou, "picture": embed_image(i.index, images, _MAX_SIDE)}
+            for i in shown
         ],
-        "items": items,
     }
 
 
 def _groups(errors: np.ndarray, card: Any, note: str) -> list[dict[str, Any]]:
     """Return cards for the worst images, and for others evenly spaced from worst to best."""
-    order = np.argsort(-errors, kind="stable")
+    order = np.argsort(-errors, kind="stable").tolist()
     worst, rest = order[:_SHOWN], order[_SHOWN:]
-    others = [int(rest[i * len(rest) // _SHOWN]) for i in range(_SHOWN)] if len(rest) > _SHOWN else rest.tolist()
+    others = [rest[i * len(rest) // _SHOWN] for i in range(_SHOWN)] if len(rest) > _SHOWN else rest
     return [
-        {"title": "Worst", "note": f"{len(worst)} {note}", "cards": [card(int(row)) for row in worst]},
+        {"title": "Worst", "note": f"{len(worst)} {note}", "cards": [card(row) for row in worst]},
         {
             "title": "Others",
             "note": f"{len(others)} of the remaining images, evenly spaced from worst to best",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,12 +32,7 @@ UpdateSource = tuple[dict[str, tuple[int, int]], Callable[[str], Tensor]]
 
 
 def adapter_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateSource | None:
-    """Return the updates of a SNELLA or LoRA adapter file; None for other methods.
-
-    Args:
-        adapter: Adapter file.
-        infos: Matrices in `allocation.json` by name.
-    """
+    """Return the updates of a SNELLA or LoRA adapter file, `infos` by matrix name; None for other methods."""
     if any(key.endswith(".snella_A") for key in adapter.shapes):
         return _snella_updates(adapter, infos)
     return _lora_updates(adapter) if _is_plain_lora(adapter) else None
@@ -53,11 +47,10 @@ def deepest_query(names: Sequence[str]) -> str:
 def _snella_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateSource:
     """Return updates computed by the reference implementation from factors, scalars and budgets."""
     config = SnellaConfig.from_pretrained(str(adapter.path.parent))
-    modules = _modules(adapter, ".snella_A")
     locations: dict[str, tuple[str, int]] = {}
     rows: dict[str, tuple[int, ...]] = {}
     shapes: dict[str, tuple[int, int]] = {}
-    for module in modules:
+    for module in _modules(adapter, ".snella_A"):
         groups, n, _ = adapter.shapes[f"{_PREFIX}{module}.snella_A"]
         m = adapter.shapes[f"{_PREFIX}{module}.snella_B"][0]
         names = part_names(module, groups, infos)
@@ -73,7 +66,8 @@ def _snella_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> Up
             merged.clear()  # cache one fused layer: its matrices are merged together and requested in sequence
             spec = UpdateSpec(kernel, rows[module], config.sparsify_mode, config.scaling)  # type: ignore[arg-type]
             with safe_open(adapter.path, "pt") as file:
-                values = [_tensor(file, adapter, f"{module}.snella_{part}") for part in _PARTS]
+                keys = [f"{_PREFIX}{module}.snella_{part}" for part in _PARTS]
+                values = [file.get_tensor(key) if key in adapter.shapes else None for key in keys]
                 budgets = tuple(file.get_tensor(f"{_PREFIX}{module}.snella_budget").reshape(-1).tolist())
             with torch.no_grad():
                 merged[module] = sparsify_update(Update(spec, Factors(*values), budgets))[0]  # type: ignore[arg-type]
@@ -89,12 +83,6 @@ def _modules(adapter: AdapterFile, suffix: str) -> list[str]:
 
 
 _PARTS = ("A", "B", "piece_coeff", "alpha", "beta", "temperature")
-
-
-def _tensor(file: Any, adapter: AdapterFile, name: str) -> Tensor | None:
-    """Return a tensor of the file, or None if absent."""
-    key = _PREFIX + name
-    return file.get_tensor(key) if key in adapter.shapes else None
 
 
 def _is_plain_lora(adapter: AdapterFile) -> bool:
@@ -118,7 +106,8 @@ def _lora_updates(adapter: AdapterFile) -> UpdateSource:
     shapes: dict[str, tuple[int, int]] = {}
     for module in _modules(adapter, ".lora_A.weight"):
         m, n = (
-            adapter.shapes[f"{_PREFIX}{module}.lora_{letter}.weight"][axis] for letter, axis in (("B", 0), ("A", 1))
+            adapter.shapes[f"{_PREFIX}{module}.lora_B.weight"][0],
+            adapter.shapes[f"{_PREFIX}{module}.lora_A.weight"][1],
         )
         names = part_names(module, 3 if module.endswith("qkv") and m % 3 == 0 else 1, {})
         locations |= {name: (module, group, m // len(names)) for group, name in enumerate(names)}
@@ -165,15 +154,8 @@ def draw_updates(updates: Mapping[str, Tensor], name: str) -> Figure:
         limit = float(np.quantile(np.abs(drawn)[drawn != 0], 0.99)) if drawn.any() else 1.0
         rows, inputs = value.shape
         axes.grid(False)
-        axes.imshow(
-            drawn,
-            cmap=signed_map(),
-            vmin=-limit,
-            vmax=limit,
-            extent=(0, inputs, rows, 0),
-            interpolation="none",
-            aspect="equal",
-        )
+        cmap, extent = signed_map(), (0, inputs, rows, 0)
+        axes.imshow(drawn, cmap=cmap, vmin=-limit, vmax=limit, extent=extent, interpolation="none", aspect="equal")
         density = percent_text(float(value.count_nonzero()) / value.numel())
         axes.set_xlabel(f"{density} changed, max {value.abs().max():.2g}")
         axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))

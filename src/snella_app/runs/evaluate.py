@@ -9,14 +9,14 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader
 
 from snella_app.console import make_console, print_line, track_progress
 from snella_app.data import DataSplits, ImageDataset, LoadOptions, has_columns, load_data
 from snella_app.data.copies import find_equal_images, find_near_copies
 from snella_app.data.datasets import read_at_side
 from snella_app.data.sources import show_reading
-from snella_app.records import Calibration, DataInfo, RunInfo, plain, read
+from snella_app.records import Calibration, RunInfo, plain, read
 from snella_app.report.examples import ImageSource
 from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate
@@ -26,13 +26,12 @@ from snella_app.runs.images import (
     changed_splits,
     check_splits,
     encode_targets,
-    existing_splits,
-    find_data,
     is_same_split,
+    load_run_splits,
     load_splits,
 )
-from snella_app.runs.model import Ensemble, LoadedRun, get_task, load_run, unfinished_note
-from snella_app.tasks import Task, create_task
+from snella_app.runs.model import Ensemble, LoadedRun, get_task, load_run, load_single_run, unfinished_note
+from snella_app.tasks import create_task
 
 
 def rewrite_report(run: str | Path, console: Console | None = None) -> Path:
@@ -54,43 +53,19 @@ def rewrite_report(run: str | Path, console: Console | None = None) -> Path:
     folder = RunFolder(run)
     info = read(RunInfo, folder.path)
     task = get_task(info)
+    images: ImageSource | None = None
     try:
-        dataset = _report_images(folder, info.data)
-        images: ImageSource | None = None if dataset is None else task.report_images(dataset, folder.path)
+        splits = load_run_splits(folder, info.data)
+        name = "test" if splits.val is None else "val"  # as in `predictions.json`
+        check_splits(folder.path, info.data, splits, (name,))
+        if (part := splits.parts.get(name)) is not None:
+            images = task.report_images(part, folder.path)
     except (OSError, ValueError, ImportError) as error:
         print_line(console or make_console(), f"note: the report has no images: {error}")
-        images = None
     return write_report(folder.path, images, state="stopped" if folder.was_killed else None)
 
 
-def _report_images(folder: RunFolder, stored: DataInfo) -> ImageDataset | None:
-    """Return the images listed in `predictions.json`."""
-    config = folder.read_config()
-    spec = find_data(folder.path, str(config.data.spec), stored.folder)
-    splits = load_splits(dataclasses.replace(config.data, spec=spec), config.run.seed)
-    name = "test" if splits.val is None else "val"
-    check_splits(folder.path, stored, splits, (name,))
-    return existing_splits(splits).get(name)
-
-
 Split = Literal["auto", "train", "val", "test", "all"]
-
-
-class _Relabeled(Dataset[tuple[Tensor, Any]]):
-    """Concatenated datasets with the class indices of the run."""
-
-    def __init__(self, parts: Sequence[ImageDataset], numbers: list[int], task: Task) -> None:
-        self.items = [(part, index) for part in parts for index in range(len(part))]
-        self.numbers = numbers
-        self.task = task
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        part, inner = self.items[index]
-        image, label, *_ = part[inner]
-        return image, self.task.remap_labels(label, self.numbers)
 
 
 def evaluate(
@@ -133,43 +108,34 @@ def evaluate(
     with show_reading(console):
         splits, chosen, parts = images_for_run(loaded, data, split, skip_corrupt=skip_corrupt, columns=columns)
         training_note = _training_note(loaded, splits if data is None else None, _split_parts(splits, chosen), chosen)
-    status_note = unfinished_note(loaded)
-    items = _Relabeled(parts, _class_indices(splits.classes, loaded), loaded.task)
-    scores = loaded.task.metrics(*_run_model(loaded, items, batch_size, console))
-    head = {
+    scores = loaded.task.metrics(*_run_model(loaded, splits.classes, parts, batch_size, console))
+    notes = [*splits.notes, training_note, unfinished_note(loaded)]
+    return {
         "data": _spec(loaded, data),
         "split": chosen,
-        "images": len(items),
-        "notes": [*splits.notes, *(note for note in (training_note, status_note) if note)],
+        "images": sum(map(len, parts)),
+        "notes": [note for note in notes if note],
+        "classes": loaded.classes,
+        **scores,
     }
-    return {**head, "classes": loaded.classes, **scores}
 
 
 def _training_note(
     loaded: LoadedRun, run_splits: DataSplits | None, parts: Sequence[ImageDataset], split: Split
 ) -> str | None:
-    """Return a note on evaluated images whose pixels match training images; None if there are none.
-
-    Args:
-        loaded: The run.
-        run_splits: Splits of the run, if they are evaluated; their notes already report duplicates in the test split.
-        parts: Evaluated images.
-        split: Evaluated split.
-    """
+    """Return a note on evaluated images whose pixels match training images; `run_splits` is None for other data."""
     if run_splits is not None and split in ("val", "test") and not isinstance(loaded.model, Ensemble):
         if split == "val" and loaded.probe is not None:
             return (
                 "the final head was also fitted to these images, so results are optimistic; metrics.json has results "
                 "of a fit to only the training images"
             )
-        return None
+        return None  # the notes of the splits already report duplicates
     if run_splits is None:
-        config, stored = loaded.folder.read_config(), loaded.info.data
         try:
-            spec = find_data(loaded.folder.path, str(config.data.spec), stored.folder)
-            run_splits = load_splits(dataclasses.replace(config.data, spec=spec), config.run.seed)
-            if not is_same_split(stored, run_splits):
-                raise ValueError(f"files were added or removed in {spec}")
+            run_splits = load_run_splits(loaded.folder, loaded.info.data)
+            if not is_same_split(loaded.info.data, run_splits):
+                raise ValueError(f"files were added or removed in {loaded.info.data.spec}")
         except (OSError, ValueError, ImportError) as error:
             return (
                 f"cannot check for training images of the run among these images: {error}; results are optimistic if "
@@ -220,12 +186,7 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
             images have changed.
     """
     folder = RunFolder(run)
-    loaded = load_run(folder, device)
-    if isinstance(loaded.model, Ensemble):
-        raise ValueError(
-            f"run={folder.path} is a cross-validation with several models; calibrate each run, e.g. "
-            f"{loaded.folder.path}"
-        )
+    loaded = load_single_run(folder, device)
     if not loaded.task.has_one_class or not loaded.info.is_finished:
         got = f"task {loaded.task.name!r}" if loaded.info.is_finished else f"status {loaded.info.status!r}"
         raise ValueError(f"run={folder.path} must be a finished classification run to be calibrated, got {got}")
@@ -234,16 +195,16 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
             f"run={folder.path} has a final head that was fitted to the validation images; keep the temperature fitted "
             "during training"
         )
-    if not loaded.info.data.sizes.get("val"):
+    sizes = loaded.info.data.sizes
+    if not sizes.get("val"):
         raise ValueError(
             f"run={folder.path} has no validation images to fit a temperature on; train with --val-fraction above 0"
         )
     measured: dict[str, tuple[Tensor, Tensor]] = {}
-    names: tuple[Split, ...] = ("val", "test") if loaded.info.data.sizes.get("test") else ("val",)
+    names: tuple[Split, ...] = ("val", "test") if sizes.get("test") else ("val",)
     for split in names:
         splits, _, parts = images_for_run(loaded, None, split)
-        items = _Relabeled(parts, _class_indices(splits.classes, loaded), loaded.task)
-        reduced, labels = _run_model(loaded, items, batch_size)
+        reduced, labels = _run_model(loaded, splits.classes, parts, batch_size)
         measured[split] = (loaded.task.sample_outputs(reduced), labels)
     calibration = calibrate(measured)
     if calibration is None:
@@ -261,40 +222,25 @@ def images_for_run(
     skip_corrupt: bool = False,
     columns: str | None = None,
 ) -> tuple[DataSplits, Split, list[ImageDataset]]:
-    """Load the images to evaluate a run on, with its transform.
-
-    Args:
-        loaded: The run.
-        data: As for `evaluate`.
-        split: As for `evaluate`.
-        skip_corrupt: Skip images that cannot be read.
-        columns: As for `evaluate`.
+    """Load the images to evaluate a run on, with its transform; arguments and errors are those of `evaluate`.
 
     Returns:
         Splits of the data, name of the selected split, and its datasets.
-
-    Raises:
-        FileNotFoundError: If the data of the run no longer exists.
-        ValueError: As for `evaluate`, except for unknown classes.
     """
     splits, is_run_data = _load_splits(loaded, data, split, skip_corrupt, columns)
-    chosen = _resolve_split(split, splits) if is_run_data else "all" if split == "auto" else split
+    chosen = _resolve_split(split, splits) if is_run_data or split != "auto" else "all"
     loaded.task.check_data(splits.train, _spec(loaded, data))
     if loaded.task.target != "class":
         splits = encode_targets(splits, create_task(loaded.task.name, splits.classes))
-    return (
-        splits,
-        chosen,
-        [
-            part.with_transform(loaded.transform)
-            for part in read_at_side(_split_parts(splits, chosen), loaded.reading.side)
-        ],
-    )
+    parts = read_at_side(_split_parts(splits, chosen), loaded.reading.side)
+    return splits, chosen, [part.with_transform(loaded.transform) for part in parts]
 
 
 def _spec(loaded: LoadedRun, data: Any) -> str:
     """Return the specification of the data to evaluate on."""
-    return loaded.info.data.spec if data is None else data if isinstance(data, str) else "python:data"
+    if data is None:
+        return loaded.info.data.spec
+    return data if isinstance(data, str) else "python:data"
 
 
 def _load_splits(
@@ -302,18 +248,15 @@ def _load_splits(
 ) -> tuple[DataSplits, bool]:
     """Load the splits of the run or of other data; the second value is True for data of the run."""
     config, stored = loaded.folder.read_config(), loaded.info.data
-    images, seed = config.data, config.run.seed
-    images = dataclasses.replace(
-        images,
-        skip_corrupt=skip_corrupt or images.skip_corrupt,
-        columns=images.columns if columns is None else columns,
-    )
+    changes: dict[str, Any] = {
+        "skip_corrupt": skip_corrupt or config.data.skip_corrupt,
+        "columns": config.data.columns if columns is None else columns,
+    }
     if data is None:
-        spec = find_data(loaded.folder.path, str(images.spec), stored.folder)
-        splits = load_splits(dataclasses.replace(images, spec=spec), seed)
+        splits = load_run_splits(loaded.folder, stored, **changes)
         measured = _split_names(_resolve_split(split, splits))
         check_splits(loaded.folder.path, stored, splits, measured)
-        unknown = [name for name in existing_splits(splits) if name in measured and name not in stored.contents]
+        unknown = [name for name in splits.parts if name in measured and name not in stored.contents]
         if unknown:
             splits.notes.append(
                 f"cannot check {', '.join(unknown)} for replaced images: the run did not read this split, so run.json "
@@ -321,34 +264,36 @@ def _load_splits(
             )
         return splits, True
     note = None
-    with contextlib.suppress(ValueError):
-        is_spec = isinstance(data, str)
-        images = dataclasses.replace(images, spec=data if is_spec else images.spec)
-        splits = load_splits(images, seed, None if is_spec else data)
-        changed = changed_splits(stored, splits, _split_names(_resolve_split(split, splits)))
-        if is_same_split(stored, splits) and not changed:
-            return splits, True
+    with contextlib.suppress(ValueError):  # the data may not fit the settings of the run
+        spec, source = (data, None) if isinstance(data, str) else (config.data.spec, data)
+        splits = load_splits(dataclasses.replace(config.data, spec=spec, **changes), config.run.seed, source)
         if is_same_split(stored, splits):
+            changed = changed_splits(stored, splits, _split_names(_resolve_split(split, splits)))
+            if not changed:
+                return splits, True
             note = f"the files have the same names as the run's images but other contents in {', '.join(changed)}"
     splits = load_data(
         data,
         LoadOptions(
-            seed=seed,
+            seed=config.run.seed,
             skip_corrupt=skip_corrupt,
-            columns=images.columns if columns is not None or has_columns(data) else None,
+            columns=changes["columns"] if columns is not None or has_columns(data) else None,
             channels=loaded.reading.channels,
             white=loaded.info.data.white,
             target=loaded.task.target,
             divide=split not in ("auto", "all"),
         ),
     )
-    splits.notes += [] if note is None else [f"{note}: evaluated as other data"]
+    if note is not None:
+        splits.notes.append(f"{note}: evaluated as other data")
     return splits, False
 
 
 def _resolve_split(split: Split, splits: DataSplits) -> Split:
     """Resolve `auto` to the test split, or validation if there is none."""
-    return split if split != "auto" else "test" if splits.test is not None else "val"
+    if split != "auto":
+        return split
+    return "val" if splits.test is None else "test"
 
 
 def _split_names(split: Split) -> Collection[str]:
@@ -358,35 +303,38 @@ def _split_names(split: Split) -> Collection[str]:
 
 def _split_parts(splits: DataSplits, split: Split) -> list[ImageDataset]:
     """Return the datasets of a split."""
-    present = existing_splits(splits)
     if split == "all":
-        return list(present.values())
-    if split not in present:
-        raise ValueError(f"split must be one of {', '.join([*present, 'all', 'auto'])} for this data, got {split!r}")
-    return [present[split]]
+        return list(splits.parts.values())
+    if split not in splits.parts:
+        allowed = ", ".join([*splits.parts, "all", "auto"])
+        raise ValueError(f"split must be one of {allowed} for this data, got {split!r}")
+    return [splits.parts[split]]
 
 
-def _class_indices(names: list[str], loaded: LoadedRun) -> list[int]:
-    """Map the classes of the data to class indices of the run."""
-    unknown = [name for name in names if name not in loaded.classes]
+def _run_model(
+    loaded: LoadedRun,
+    classes: Sequence[str],
+    parts: Sequence[ImageDataset],
+    batch_size: int,
+    console: Console | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the reduced outputs and the labels of all images, on the CPU; `classes` are those of the data."""
+    unknown = [name for name in classes if name not in loaded.classes]
     if unknown:
         raise ValueError(
             f"the run was not trained on the classes {unknown} of the data; its classes are {loaded.classes}"
         )
-    return [loaded.classes.index(name) for name in names]
+    task, numbers = loaded.task, [loaded.classes.index(name) for name in classes]
 
+    def collate(items: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+        return task.collate([(image, task.remap_labels(label, numbers)) for image, label, *_ in items])
 
-def _run_model(
-    loaded: LoadedRun, items: _Relabeled, batch_size: int, console: Console | None = None
-) -> tuple[Tensor, Tensor]:
-    """Run the model on all items, and return the reduced outputs and the labels on the CPU."""
+    batches = DataLoader(ConcatDataset(parts), batch_size, collate_fn=collate)
     reduced: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.inference_mode():
-        batches = DataLoader(items, batch_size, collate_fn=loaded.task.collate)
         for batch in track_progress(batches, "evaluating", len(batches), console):
-            images = batch["images"].to(loaded.device)
-            outputs = loaded.task.outputs(loaded.network, images, loaded.info.tta).cpu()
-            for collected, part in zip((reduced, labels), loaded.task.reduce(outputs, batch["labels"]), strict=True):
+            outputs = task.outputs(loaded.network, batch["images"].to(loaded.device), loaded.info.tta).cpu()
+            for collected, part in zip((reduced, labels), task.reduce(outputs, batch["labels"]), strict=True):
                 collected.append(part)
     return torch.cat(reduced), torch.cat(labels)

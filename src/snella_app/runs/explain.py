@@ -1,26 +1,24 @@
 """Heat maps of predictions, and nearest training images."""
 
-import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from sklearn.metrics.pairwise import cosine_similarity
 
-from snella_app.data import ImageDataset
-from snella_app.files import create_folder, write_bytes, write_text
+from snella_app.data import DataSplits
+from snella_app.files import create_folder, write_bytes
 from snella_app.records import Predictions, read
 from snella_app.report.examples import attention_rollout, choose_examples, heat_maps, image_data_uri, overlay_heat
+from snella_app.report.report import write_page
 from snella_app.runs.evaluate import rewrite_report
-from snella_app.runs.images import check_splits, existing_splits, find_data, load_splits
+from snella_app.runs.images import check_splits, load_run_splits
 from snella_app.runs.predict import Predictor, load
 from snella_app.runs.prediction_files import expand_for
 from snella_app.text import percent_text
@@ -87,54 +85,45 @@ def explain(
         raise FileExistsError(
             f"out={out} is not empty; choose another folder, or write into it with --overwrite (overwrite=True)"
         )
-    _check_map(by)
     if by == "rollout" and of is not None:
         raise ValueError(f"of must be left out with rollout, which does not depend on a class, got {of!r}")
     if neighbors < 0:
         raise ValueError(f"neighbors must be at least 0, got {neighbors}")
     files = expand_for(run, images, columns, skip_corrupt)
-    model = load(run, device, batch_size=batch_size)
-    _check_task(model)
+    model = _load_classifier(run, by, batch_size, device)
     if of is not None and of not in model.classes:
         raise ValueError(f"of must be one of the run's classes, {', '.join(model.classes)}, got {of!r}")
     notes: list[str] = []
     rows: list[np.ndarray] = []
-    needs_features = neighbors > 0
     predictions = list(
         model.iter_predictions(
             files,
             skip_corrupt=skip_corrupt,
             on_skipped=lambda path, reason: notes.append(f"skipped {str(path)!r} ({reason})"),
-            on_features=rows.append if needs_features else None,
+            on_features=rows.append if neighbors else None,
         )
     )
-    neighbors_by_image = (
-        _neighbors(model, rows, neighbors, notes) if needs_features and rows else [[] for _ in predictions]
-    )
+    neighbors_by_image = _neighbors(model, rows, neighbors, notes) if rows else [[] for _ in predictions]
+    targets = [of or prediction.label for prediction in predictions]
+    overlays = _overlays(model, [prediction.path for prediction in predictions], targets, by)
     with create_folder(folder):
-        entries = []
-        for start in range(0, len(predictions), batch_size):
-            part = predictions[start : start + batch_size]
-            targets = [of or p.label for p in part]
-            for offset, (prediction, target, heat) in enumerate(
-                zip(part, targets, _overlays(model, [p.path for p in part], targets, by), strict=True)
-            ):
-                number = start + offset
-                name = f"{number + 1:04}-{prediction.path.stem}.png"
-                write_bytes(folder / name, _png(heat[1], by))
-                entries.append(
-                    {
-                        "name": str(prediction.path),
-                        "file": name,
-                        "text": ", ".join(f"{c} {percent_text(p)}" for c, p in prediction.ranking[:3]),
-                        "target": f"for {target}" if by == "gradcam" else "of attention, independent of the class",
-                        "image": _image_fields(heat[0]),
-                        "heat": _image_fields(heat[1]),
-                        "neighbors": neighbors_by_image[number],
-                    }
-                )
-        write_text(folder / "index.html", _page(model, entries, of, by))
-    return ExplainResult(folder / "index.html", len(entries), notes)
+        entries: list[dict[str, Any]] = []
+        for prediction, target, (image, heat) in zip(predictions, targets, overlays, strict=True):
+            name = f"{len(entries) + 1:04}-{prediction.path.stem}.png"
+            write_bytes(folder / name, _png(heat, by))
+            entries.append(
+                {
+                    "name": str(prediction.path),
+                    "text": ", ".join(f"{c} {percent_text(p)}" for c, p in prediction.ranking[:3]),
+                    "target": f"for {target}" if by == "gradcam" else "of attention, independent of the class",
+                    "image": _image_fields(image),
+                    "heat": _image_fields(heat),
+                    "neighbors": neighbors_by_image[len(entries)],
+                }
+            )
+        context = {"run": model.loaded.info, "entries": entries, "of": of, "by": by}
+        page = write_page(folder, "snella_app.report", context, "index.html")
+    return ExplainResult(page, len(entries), notes)
 
 
 def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: int = 16, device: str = "auto") -> Path:
@@ -154,24 +143,20 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
         ValueError: If the run is not a classification run, or its images have changed.
         ImportError: If Captum is not installed.
     """
-    _check_map(by)
-    model = load(run, device, batch_size=batch_size)
-    _check_task(model)
+    model = _load_classifier(run, by, batch_size, device)
     predictions = read(Predictions, run)
-    split = existing_splits(_load_run_splits(model))[predictions.split]
+    split = _load_run_splits(model).parts[predictions.split]
     wrong, right = choose_examples(predictions.items, _NUM_EXAMPLES)
     items = [*wrong, *right]
     folder = Path(run) / HEAT_MAPS
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
-    for start in range(0, len(items), batch_size):
-        part = items[start : start + batch_size]
-        images = [split.image(item.index) for item in part]
-        classes = [model.classes[item.predicted] for item in part]
-        for item, (_, heat) in zip(part, _overlays(model, images, classes, by), strict=True):
-            heat.thumbnail((_MAX_SIDE, _MAX_SIDE))
-            write_bytes(folder / f"{item.index}.png", _png(heat, by))
+    images = [split.image(item.index) for item in items]
+    overlays = _overlays(model, images, [model.classes[item.predicted] for item in items], by)
+    for item, (_, heat) in zip(items, overlays, strict=True):
+        heat.thumbnail((_MAX_SIDE, _MAX_SIDE))
+        write_bytes(folder / f"{item.index}.png", _png(heat, by))
     return rewrite_report(run)
 
 
@@ -186,32 +171,26 @@ def nearest_images(features: np.ndarray, others: np.ndarray, count: int) -> list
     Returns:
         For each row of `features`, pairs of index and cosine similarity, nearest first.
     """
-    norms = (np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in (features, others))
-    unit, unit_others = (rows / norm for rows, norm in zip((features, others), norms, strict=True))
-    cosines = unit @ unit_others.T
+    cosines = cosine_similarity(features, others)
     order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
     return [[(int(column), float(cosines[row, column])) for column in nearest] for row, nearest in enumerate(order)]
 
 
-def _check_map(by: str) -> None:
-    """Reject an unknown heat map method."""
+def _load_classifier(run: str | Path, by: str, batch_size: int, device: str) -> Predictor:
+    """Check the heat map method, and load a run with one class per image."""
     if by not in get_args(HeatMap):
         raise ValueError(f"by must be one of {', '.join(get_args(HeatMap))}, got {by!r}")
-
-
-def _check_task(model: Predictor) -> None:
-    """Reject tasks without one class per image."""
+    model = load(run, device, batch_size=batch_size)
     if not model.loaded.task.has_one_class:
         raise ValueError(f"run must be a classification run for heat maps, got a run of {model.loaded.info.task!r}")
+    return model
 
 
-def _load_run_splits(model: Predictor) -> Any:
-    """Load the splits of the run's data."""
-    folder, stored = model.loaded.folder, model.loaded.info.data
-    config = folder.read_config()
-    spec = find_data(folder.path, str(config.data.spec), stored.folder)
-    splits = load_splits(dataclasses.replace(config.data, spec=spec), config.run.seed)
-    check_splits(folder.path, stored, splits, ())
+def _load_run_splits(model: Predictor) -> DataSplits:
+    """Load the splits of the run's data, and check that they are the same."""
+    folder, data = model.loaded.folder, model.loaded.info.data
+    splits = load_run_splits(folder, data)
+    check_splits(folder.path, data, splits, ())
     return splits
 
 
@@ -220,41 +199,40 @@ def _neighbors(
 ) -> list[list[dict[str, Any]]]:
     """Return the nearest training images; if they cannot be read, add a note and return empty lists."""
     try:
-        train: ImageDataset = _load_run_splits(model).train
+        train = _load_run_splits(model).train
         step = max(1, -(-len(train) // _MAX_CANDIDATES))
-        candidates = list(range(0, len(train), step))
-        size = model.batch_size
-        chunks = [candidates[start : start + size] for start in range(0, len(candidates), size)]
-        others = np.concatenate([model.features([train.image(index) for index in chunk]) for chunk in chunks])
+        candidates = range(0, len(train), step)
+        others: list[np.ndarray] = []
+        list(model.iter_predictions((train.image(index) for index in candidates), on_features=others.append))
     except (OSError, ValueError) as error:
         notes.append(f"no nearest training images: {error}")
         return [[] for _ in rows]
     if step > 1:
         notes.append(f"neighbors are among {len(candidates):,} of {len(train):,} training images, evenly spaced")
-    neighbors = nearest_images(np.stack(rows), others, count)
-    return [
-        [
-            {
-                **_image_fields(train.image(candidates[index])),
-                "label": model.classes[train.labels[candidates[index]]],
-                "name": train.names[candidates[index]],
-                "cosine": f"{cosine:.2f}",
-            }
-            for index, cosine in neighbors_of_image
-        ]
-        for neighbors_of_image in neighbors
-    ]
+
+    def describe(index: int, cosine: float) -> dict[str, Any]:
+        fields = {"label": model.classes[train.labels[index]], "name": train.names[index], "cosine": f"{cosine:.2f}"}
+        return {**_image_fields(train.image(index)), **fields}
+
+    neighbors = nearest_images(np.stack(rows), np.stack(others), count)
+    return [[describe(candidates[place], cosine) for place, cosine in row] for row in neighbors]
 
 
 def _overlays(
     model: Predictor, images: Sequence[Path | Image.Image], classes: Sequence[str], by: HeatMap
-) -> list[tuple[Image.Image, Image.Image]]:
-    """Return each preprocessed image, without and with its heat map."""
-    tensors, targets = model.preprocess(images), torch.tensor([model.classes.index(name) for name in classes])
-    network, tensors = model.loaded.network, tensors.to(model.device)
-    heat = heat_maps(network, tensors, targets) if by == "gradcam" else attention_rollout(network, tensors)
-    inputs = [model.to_pil_image(tensor) for tensor in tensors]
-    return [(image, overlay_heat(image, heat_map)) for image, heat_map in zip(inputs, heat, strict=True)]
+) -> Iterator[tuple[Image.Image, Image.Image]]:
+    """Yield each preprocessed image, without and with its heat map for a class."""
+    network, targets = model.loaded.network, [model.classes.index(name) for name in classes]
+    for start in range(0, len(images), model.batch_size):
+        part = slice(start, start + model.batch_size)
+        tensors = model.preprocess(images[part]).to(model.device)
+        if by == "gradcam":
+            heat = heat_maps(network, tensors, torch.tensor(targets[part]))
+        else:
+            heat = attention_rollout(network, tensors)
+        for tensor, heat_map in zip(tensors, heat, strict=True):
+            image = model.to_pil_image(tensor)
+            yield image, overlay_heat(image, heat_map)
 
 
 def _image_fields(image: Image.Image) -> dict[str, Any]:
@@ -269,12 +247,3 @@ def _png(image: Image.Image, by: HeatMap) -> bytes:
     metadata.add_text("by", by)
     image.save(content, "PNG", pnginfo=metadata)
     return content.getvalue()
-
-
-def _page(model: Predictor, entries: Sequence[dict[str, Any]], of: str | None, by: HeatMap) -> str:
-    """Render `index.html`."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    templates = resources.files("snella_app.report")
-    template = environment.from_string(templates.joinpath("explained.html.jinja").read_text(encoding="utf-8"))
-    style = templates.joinpath("report.css").read_text(encoding="utf-8")
-    return template.render(run=model.loaded.info, entries=entries, of=of, by=by, style=Markup(style))

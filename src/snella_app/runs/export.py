@@ -1,78 +1,78 @@
 """Export of a run's model to other formats, with verified outputs."""
 
-import contextlib
 import dataclasses
 import importlib
-import io
-import json
-import logging
-import math
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import save_as_lora
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from snella.compat.sparse_file import Entries, SparsePatch, ValueDtype, digest_of, load_sparse
 from snella.layer import SnellaLayer
 from snella_app.console import counted
-from snella_app.data import ImageDataset, read_image
+from snella_app.data import read_image
 from snella_app.data.datasets import file_paths, read_at_side
-from snella_app.files import annotate_write_errors, create_folder, sync_tree, write_text
+from snella_app.files import annotate_write_errors, create_folder, sync_tree, write_json, write_text
+from snella_app.methods import merge_trained
+from snella_app.records import RunInfo
 from snella_app.report.card import model_card
-from snella_app.runs.images import existing_splits, find_data, load_splits
-from snella_app.runs.merge import merged_model, prediction_notes, run_metadata, write_timm_folder
-from snella_app.runs.model import Ensemble, LoadedRun, load_run, make_backbone
+from snella_app.runs.graphs import (
+    Graph,
+    compare_outputs,
+    export_onnx,
+    export_torch,
+    export_torchscript,
+    preparation_code,
+    quiet_exporters,
+)
+from snella_app.runs.images import load_run_splits
+from snella_app.runs.merge import check_folder_files, prediction_notes, run_metadata, write_timm_folder
+from snella_app.runs.model import LoadedRun, load_single_run, make_backbone
 
-OUTPUT_BOUND = 1e-4
-"""Maximum error of exported outputs relative to the largest output; allows for rounding in float32."""
 _NUM_IMAGES = 8
-_DEFAULT_RANK = 32
-_TWO_GIB = 2**31
 _MAX_CHANGED = 0.9  # maximum fraction of changed weights in a sparse file
+_IN_METADATA = "'temperature' in its metadata"
+_IN_CONFIG = "'temperature' in its config.json, which no library applies automatically"
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Result of an export: its path, measurements, and Python code that loads it."""
+
+    path: Path
+    notes: list[str]
+    snippet: str
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Options of export formats; None selects the default of the format.
+    """Options of an export.
 
     Args:
-        opset: ONNX opset version.
-        rank: Rank of the exported LoRA.
+        out: Output file or folder, for the loading snippet.
+        opset: ONNX opset version; None selects the exporter's.
+        rank: Rank of the LoRA.
         values: Data type of the values in a sparse file.
-        images: Images to compare outputs on; test or validation images of the run if empty.
         logits: Export the model's raw outputs instead of the outputs of `predict`.
-        run_images: Images of the run to compare outputs on if `images` is empty; set by `export`.
+        images: Preprocessed images to compare outputs on, `[n, C, H, W]`; empty for formats without a comparison.
+        example: File of the first image, for the loading snippet; None if it is not a file.
     """
 
-    opset: int | None = None
-    rank: int | None = None
-    values: ValueDtype | None = None
-    images: Sequence[str | Path] = ()
-    logits: bool = False
-    run_images: ImageDataset | None = None
-
-
-@dataclass
-class ExportResult:
-    """Result of an export.
-
-    Args:
-        path: File or folder.
-        notes: Measurements, one per line.
-        snippet: Python code that loads the export.
-    """
-
-    path: Path
-    notes: list[str] = field(default_factory=list)
-    snippet: str = ""
+    out: Path
+    opset: int | None
+    rank: int
+    values: ValueDtype
+    logits: bool
+    images: Tensor
+    example: Path | None
 
 
 @dataclass(frozen=True)
@@ -80,26 +80,20 @@ class ExportFormat:
     """Export format: an entry of `FORMATS`.
 
     Args:
-        summary: Short description.
         suffix: Suffix of the file or folder name.
-        write: `(loaded, path, options) -> notes`; writes the export to a temporary path.
-        snippet: Python code that loads `{path}`, or a function that returns it.
-        options: Supported fields of `ExportOptions`.
-        packages: Required modules, each with the extra that installs it.
+        write: `(loaded, path, options) -> (notes, snippet)`; writes the export to a temporary path.
+        options: Supported options of `export`.
+        packages: Required packages of the extra `export`.
         is_folder: True if the export is a folder.
-        temperature: Location of the temperature, if the outputs do not apply it.
-        tasks: Supported tasks; None for all.
+        is_for_classifiers: True if other tasks are not supported.
     """
 
-    summary: str
     suffix: str
-    write: Callable[[LoadedRun, Path, ExportOptions], list[str]]
-    snippet: str | Callable[[LoadedRun, Path, ExportOptions], str]
+    write: Callable[[LoadedRun, Path, ExportOptions], tuple[list[str], str]]
     options: tuple[str, ...] = ()
-    packages: tuple[tuple[str, str], ...] = ()
+    packages: tuple[str, ...] = ()
     is_folder: bool = False
-    temperature: str = "'temperature' in its metadata"
-    tasks: tuple[str, ...] | None = None
+    is_for_classifiers: bool = False
 
 
 def export(
@@ -120,8 +114,8 @@ def export(
     of the run, or regression values in their original units.
 
     The export is atomic: it is written to a temporary path and renamed after verification. For ONNX, TorchScript and
-    `torch.export`, outputs on real images must be within `OUTPUT_BOUND` of torch's outputs with the same classes, for
-    several batch sizes. Sparse files restore the fine-tuned weights bit for bit.
+    `torch.export`, outputs on real images must be within 1e-4 of torch's outputs with the same classes, for several
+    batch sizes. Sparse files restore the fine-tuned weights bit for bit.
 
     Args:
         run: Run folder.
@@ -143,9 +137,10 @@ def export(
         ValueError: If the format is unknown, an option does not apply to it, it does not support the task or method, or
             outputs differ.
     """
-    export_format = _find(format)
-    options = ExportOptions(opset, rank, values, images, logits)
-    _check_options(format, export_format, options)
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    export_format = FORMATS[format]
+    _check_options(format, {"opset": opset, "rank": rank, "values": values, "images": images, "logits": logits})
     path = Path(f"{str(run).rstrip('/')}{export_format.suffix}") if out is None else Path(out)
     if path.exists() and not overwrite:
         raise FileExistsError(
@@ -156,81 +151,58 @@ def export(
             f"out={path} is a {'folder' if path.is_dir() else 'file'}, which {format} cannot replace; choose another "
             "name"
         )
-    for package, extra in export_format.packages:
-        _require(package, format, extra)
-    loaded = load_run(run, device="cpu")
-    if isinstance(loaded.model, Ensemble):
-        raise ValueError(f"run={run} is a cross-validation with several models; export one, e.g. {loaded.folder.path}")
-    if export_format.tasks is not None and loaded.task.name not in export_format.tasks:
-        supported = ", ".join(name for name, entry in FORMATS.items() if entry.tasks is None)
+    for package in export_format.packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(f"format {format} needs {package}: pip install 'snella[export]' ({error})") from None
+    loaded = load_single_run(run, device="cpu")
+    if export_format.is_for_classifiers and loaded.task.name != "classification":
+        supported = ", ".join(name for name, entry in FORMATS.items() if not entry.is_for_classifiers)
         raise ValueError(f"format={format} does not support the task {loaded.task.name}; use one of {supported}")
-    if "images" in export_format.options and not images:
-        options = dataclasses.replace(options, run_images=_run_images(loaded))
+    batch, example = _load_images(loaded, images) if "images" in export_format.options else (torch.empty(0), None)
+    options = ExportOptions(path, opset, rank or 32, values or "fp32", logits, batch, example)
     temporary = path.with_name(f".{path.name}.tmp")
     with create_folder(path.parent), annotate_write_errors(path):
         try:
             _remove(temporary)
-            notes = export_format.write(loaded, temporary, options) + _output_notes(loaded, export_format, options)
+            notes, snippet = export_format.write(loaded, temporary, options)
             if path.is_dir():
-                _reject_other_files(path, temporary)
+                check_folder_files(path, [file.name for file in temporary.iterdir()])
                 _remove(path)
             if temporary.is_dir():
                 sync_tree(temporary)
             temporary.replace(path)
         finally:
             _remove(temporary)
-    snippet = export_format.snippet
-    text = (
-        snippet.format(path=str(path), backbone=loaded.info.backbone.name)
-        if isinstance(snippet, str)
-        else snippet(loaded, path, options)
-    )
-    return ExportResult(path, notes, text)
+    return ExportResult(path, notes, snippet)
 
 
-def _output_notes(loaded: LoadedRun, export_format: ExportFormat, options: ExportOptions) -> list[str]:
-    """Describe the outputs, temperature and test-time augmentation."""
-    info = loaded.info
-    temperature = info.temperature if "logits" in export_format.options else info.trained_head_temperature
-    averages_flips = loaded.info.tta == 2
-    if "logits" in export_format.options and not options.logits:
-        temperature_text = "" if temperature == 1.0 else f", from logits divided by the temperature {temperature:g}"
-        views = ["outputs are averaged over an image and its flip, as in predict"] if averages_flips else []
-        return [
-            f"outputs are the {loaded.task.final_name} of predict{temperature_text}; use --logits for logits",
-            *views,
-        ]
-    views = prediction_notes(loaded.info)
-    if temperature == 1.0:
-        return views
-    text = "outputs are logits without temperature: softmax(outputs / {:g}) gives the probabilities of {}"
-    note = text.format(temperature, "predict --tta 1" if averages_flips else "predict")
-    return [f"{note}; the temperature is {export_format.temperature}", *views]
-
-
-def _find(name: str) -> ExportFormat:
-    """Return the entry of a format."""
-    if name not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
-    return FORMATS[name]
-
-
-def _check_options(name: str, export_format: ExportFormat, options: ExportOptions) -> None:
-    """Reject options of other formats and out-of-range numbers."""
-    for option, value in vars(options).items():
-        if value not in (None, (), False) and value != [] and option not in export_format.options:
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Reject options of other formats, and an invalid rank."""
+    for option, value in options.items():
+        if value not in (None, False, (), []) and option not in FORMATS[name].options:
             supporting = ", ".join(other for other, entry in FORMATS.items() if option in entry.options)
             raise ValueError(f"{option}={value} is an option of format {supporting}, not of {name}; leave it out")
-    if options.rank is not None and options.rank < 1:
-        raise ValueError(f"rank must be at least 1, got {options.rank}")
+    if options["rank"] is not None and options["rank"] < 1:
+        raise ValueError(f"rank must be at least 1, got {options['rank']}")
 
 
-def _require(package: str, name: str, extra: str) -> Any:
-    """Import a module that a format needs."""
+def _load_images(loaded: LoadedRun, images: Sequence[str | Path]) -> tuple[Tensor, Path | None]:
+    """Preprocess the images, or test, validation or training images of the run; also return the first file."""
+    if images:
+        paths = [Path(image) for image in images]
+        return torch.stack([loaded.transform(read_image(path, loaded.reading)) for path in paths]), paths[0]
     try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f"format {name} needs {package}: pip install 'snella[{extra}]' ({error})") from None
+        parts = load_run_splits(loaded.folder, loaded.info.data).parts
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"images must be given to compare outputs, since the run's images cannot be read: {error}"
+        ) from None
+    part = parts.get("test") or parts.get("val") or parts["train"]
+    (dataset,) = read_at_side([part.with_transform(loaded.transform)], loaded.reading.side)
+    batch = torch.stack([dataset[index][0] for index in range(min(_NUM_IMAGES, len(dataset)))])
+    return batch, file_paths(part).get(0)
 
 
 def _remove(path: Path) -> None:
@@ -241,15 +213,14 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _reject_other_files(folder: Path, written: Path) -> None:
-    """Reject a folder with files that an export did not write."""
-    names = {file.name for file in written.iterdir()}
-    unexpected = sorted(file.name for file in folder.iterdir() if file.name not in names)
-    if unexpected:
-        raise FileExistsError(f"out={folder} is a folder with other files, e.g. {unexpected[0]!r}; choose a new folder")
-
-
-# verification -------------------------------------------------------------------------------------------------------
+def _logits_notes(info: RunInfo, location: str) -> list[str]:
+    """Explain how to compute the probabilities of `predict` from exported logits."""
+    notes, temperature = prediction_notes(info), info.trained_head_temperature
+    if temperature == 1.0:
+        return notes
+    command = "predict --tta 1" if info.tta == 2 else "predict"
+    formula = f"softmax(outputs / {temperature:g}) gives the probabilities of {command}"
+    return [f"outputs are logits without temperature: {formula}; the temperature is {location}", *notes]
 
 
 class _FinalOutputs(nn.Module):
@@ -265,249 +236,126 @@ class _FinalOutputs(nn.Module):
         return self.task.final_outputs(self.task.outputs(self.model, images, self.tta), self.temperature)
 
 
-def _graph_model(loaded: LoadedRun, options: ExportOptions) -> tuple[nn.Module, nn.Module]:
-    """Return the merged model and the module to export."""
-    probe = loaded.probe
-    merged = merged_model(loaded.model)
-    merged = (merged if probe is None else probe.with_model(merged)).eval()
-    return merged, merged if options.logits else _FinalOutputs(merged, loaded).eval()
-
-
-def _sample_images(loaded: LoadedRun, options: ExportOptions) -> Tensor:
-    """Load real images as a batch `[n, C, H, W]`: the given images, or images of the run."""
-    if options.run_images is None:
-        return torch.stack([loaded.transform(read_image(Path(image), loaded.reading)) for image in options.images])
-    (part,) = read_at_side([options.run_images.with_transform(loaded.transform)], loaded.reading.side)
-    return torch.stack([part[index][0] for index in range(min(_NUM_IMAGES, len(part)))])
-
-
-def _run_images(loaded: LoadedRun) -> ImageDataset:
-    """Return the run's test images, falling back to validation and then training images."""
-    config = loaded.folder.read_config()
-    try:
-        spec = find_data(loaded.folder.path, str(config.data.spec), loaded.info.data.folder)
-        parts = existing_splits(load_splits(dataclasses.replace(config.data, spec=spec), config.run.seed))
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(
-            f"images must be given to compare outputs, since the run's images cannot be read: {error}"
-        ) from None
-    return parts.get("test") or parts.get("val") or parts["train"]
-
-
-def _compare(images: Tensor, model: nn.Module, run_exported: Callable[[Tensor], Tensor], name: str) -> str:
-    """Compare outputs on all images and on batches of one and two.
-
-    Raises:
-        ValueError: If outputs differ by more than `OUTPUT_BOUND`, or predicted classes differ.
-    """
-    worst = 0.0
-    with torch.inference_mode():
-        for count in sorted({1, min(2, len(images)), len(images)}):
-            expected, got = model(images[:count]).float(), run_exported(images[:count].clone()).float()
-            error = (
-                float((got - expected).abs().max() / expected.abs().max()) if got.shape == expected.shape else torch.inf
-            )
-            worst = max(worst, error) if error == error else torch.inf
-            if worst > OUTPUT_BOUND or not torch.equal(got.argmax(1), expected.argmax(1)):
-                raise ValueError(
-                    f"{name} outputs must equal torch outputs to within {OUTPUT_BOUND:g} of the largest output, with "
-                    f"the same classes, got a difference of {worst:.1e} on {counted(count, 'image')}; "
-                    "nothing was written"
-                )
-    return (
-        f"outputs on {counted(len(images), 'image')} differ by {worst:.1e} of the largest (allowed: {OUTPUT_BOUND:g})"
-    )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the exporters' warnings and progress output."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-
-
-def _dynamic_batch() -> Any:
-    """Return shapes with a dynamic batch dimension."""
-    return ({0: torch.export.Dim("batch")},)
-
-
-# formats ------------------------------------------------------------------------------------------------------------
-
-
-def _write_onnx(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[str]:
-    onnxruntime = _require("onnxruntime", "onnx", "export")
-    images = _sample_images(loaded, options)
-    merged, model = _graph_model(loaded, options)
+def _write_graph(
+    export_graph: Callable[..., Graph], loaded: LoadedRun, path: Path, options: ExportOptions
+) -> tuple[list[str], str]:
+    """Export the merged model with its final head as a graph, and compare its outputs with torch's."""
+    merged = merge_trained(loaded.model)
+    merged = (merged if loaded.probe is None else loaded.probe.with_model(merged)).eval()
+    model = merged if options.logits else _FinalOutputs(merged, loaded).eval()
     output = "logits" if options.logits else loaded.task.final_name
-    if sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) >= _TWO_GIB:
-        raise ValueError("format onnx supports at most 2 GiB of weights; use torch-export or timm")
-    example = images[:1].expand(2, -1, -1, -1).contiguous()
-    with _quiet():
+    example = options.images[:1].expand(2, -1, -1, -1).contiguous()
+    with quiet_exporters():
         try:
-            program = torch.onnx.export(
-                model,
-                (example,),
-                input_names=["images"],
-                output_names=[output],
-                opset_version=options.opset,
-                dynamic_shapes=_dynamic_batch(),
-                dynamo=True,
-                verbose=False,
-            )
-        except Exception as error:
-            opset_text = "" if options.opset is None else f" with opset={options.opset} (try without opset)"
-            raise ValueError(f"torch cannot export this model to ONNX{opset_text}: {_first_line(error)}") from error
-    if program is None:
-        raise ValueError("torch cannot export this model to ONNX: its exporter returned nothing")
-    proto = program.model_proto
-    for key, value in run_metadata(loaded, merged).items():
-        proto.metadata_props.add(key=key, value=value)
-    content = proto.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-
-    def run(batch: Tensor) -> Tensor:
-        (outputs,) = session.run(None, {"images": batch.numpy()})
-        return torch.from_numpy(outputs)
-
-    note = _compare(images, model, run, "ONNX Runtime")
-    path.write_bytes(content)
-    opset = max(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
-    if options.opset not in (None, opset):
-        raise ValueError(f"torch exports this model with opset {opset}, not with opset={options.opset}; leave it out")
-    return [f"opset {opset}, any batch size; ONNX Runtime's {note}"]
+            graph = export_graph(model, example, run_metadata(loaded, merged), output, options.opset)
+        except Exception as error:  # the following lines of an exporter's error are its log
+            reason, hint = str(error).strip().partition("\n")[0][:300], "; leave out opset" if options.opset else ""
+            raise ValueError(f"torch cannot export this model: {reason}{hint}") from error
+        note = compare_outputs(graph, model, options.images)
+    path.write_bytes(graph.content)
+    info = dataclasses.replace(loaded.info, final_head="trained")  # the graph contains the final head
+    if options.logits:
+        notes = _logits_notes(info, _IN_METADATA)
+    else:
+        divided = f", from logits divided by the temperature {info.temperature:g}" if info.temperature != 1.0 else ""
+        notes = [f"outputs are the {output} of predict{divided}; use --logits for logits"]
+        notes += ["outputs are averaged over an image and its flip, as in predict"] if info.tta == 2 else []
+    return [note, *notes], _graph_snippet(loaded, options, graph, output)
 
 
-def _write_torchscript(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[str]:
-    images = _sample_images(loaded, options)
-    merged, model = _graph_model(loaded, options)
-    example = images[:1].expand(2, -1, -1, -1).contiguous()
-    with _quiet(), torch.no_grad():
-        traced = torch.jit.trace(model, example)
-        torch.jit.save(traced, str(path), _extra_files=run_metadata(loaded, merged))
-        reloaded = torch.jit.load(str(path))
-        return [f"TorchScript's {_compare(images, model, reloaded, 'TorchScript')}"]
+def _graph_snippet(loaded: LoadedRun, options: ExportOptions, graph: Graph, output: str) -> str:
+    """Return Python code that loads a graph and runs it on the example image, or on zeros."""
+    preparation = None if options.example is None else preparation_code(loaded)
+    lines = ["import json", f"import numpy as np, {graph.module}"]
+    if preparation is None:
+        shape = (1, *loaded.info.data_config["input_size"])
+        images = f"np.zeros({shape}, np.float32)  # use images preprocessed by 'data_config' in the file"
+    else:
+        lines += ["from PIL import Image, ImageOps", *preparation]
+        images = f"transform(Image.open({str(options.example)!r}))[None]"
+    if loaded.task.head is not None:
+        result = f"{output}[0].argmax(0)"
+    else:
+        result = f"{output}[0]" if options.logits else f"dict(zip(classes, {output}[0].tolist()))"
+    lines += [
+        graph.load_code.replace("PATH", repr(str(options.out))),
+        f"images = {images}",
+        f"{output} = {graph.run_code}",
+    ]
+    return "\n".join([*lines, f"print({result})"])
 
 
-def _write_torch_export(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[str]:
-    images = _sample_images(loaded, options)
-    merged, model = _graph_model(loaded, options)
-    example = images[:1].expand(2, -1, -1, -1).contiguous()
-    with _quiet():
-        try:
-            program = torch.export.export(model, (example,), dynamic_shapes=_dynamic_batch())
-        except Exception as error:
-            raise ValueError(f"torch.export cannot export this model: {_first_line(error)}") from error
-        content = io.BytesIO()
-        torch.export.save(program, content, extra_files=run_metadata(loaded, merged))
-        path.write_bytes(content.getvalue())
-        content.seek(0)
-        return [f"torch.export's {_compare(images, model, torch.export.load(content).module(), 'torch.export')}"]
+def _write_timm(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[list[str], str]:
+    _write_timm_folder(loaded, path)
+    snippet = f"import timm\nmodel = timm.create_model('local-dir:' + {str(options.out)!r}, pretrained=True).eval()"
+    return _logits_notes(loaded.info, _IN_CONFIG), snippet
 
 
-def _first_line(error: Exception) -> str:
-    """Return the first line of an exporter's error; the rest is its log."""
-    return str(error).strip().partition("\n")[0][:300]
-
-
-def _write_timm(loaded: LoadedRun, path: Path, options: ExportOptions, **entries: Any) -> list[str]:
+def _write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> dict[str, Any]:
+    """Write the folder and return its `config.json`; reject backbones outside timm."""
     if loaded.info.backbone.architecture is None:
         raise ValueError(
             f"timm cannot build {loaded.info.backbone.name}; use --format onnx, or snella merge to a .safetensors file"
         )
-    write_timm_folder(loaded, path, **entries)
-    return []
+    return write_timm_folder(loaded, path, **entries)
 
 
-_USE_HF = """```python
-from transformers import pipeline
-
-classify = pipeline("image-classification", model="PATH_OR_NAME")
-print(classify("image.jpg"))
-```
-"""
-_USE_LORA = """```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(backbone, "PATH_OR_NAME")  # the backbone above, with the same number of classes
-```
-"""
-
-
-def _name(loaded: LoadedRun) -> str:
-    """Return the name of the model for its card."""
-    return loaded.folder.path.resolve().name
-
-
-def _write_hf(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[str]:
+def _write_hf(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[list[str], str]:
     # transformers reads timm folders; these entries set the model class explicitly
     entries = {"model_type": "timm_wrapper", "architectures": ["TimmWrapperForImageClassification"]}
-    _write_timm(loaded, path, options, **entries)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    processor = {
-        "image_processor_type": "TimmWrapperImageProcessor",
-        "architecture": config["architecture"],
-        "pretrained_cfg": config["pretrained_cfg"],
-    }
-    write_text(path / "preprocessor_config.json", json.dumps(processor, indent=1) + "\n")
-    card = model_card(loaded.folder.path, _USE_HF, name=_name(loaded), library="transformers", tags=["timm"])
-    write_text(path / "README.md", card)
-    return []
+    config = _write_timm_folder(loaded, path, **entries)
+    processor = {name: config[name] for name in ("architecture", "pretrained_cfg")}
+    write_json(path / "preprocessor_config.json", {"image_processor_type": "TimmWrapperImageProcessor", **processor})
+    code = "from transformers import pipeline\nclassify = pipeline('image-classification', model={!r})"
+    use = f"```python\n{code.format('PATH_OR_NAME')}\nprint(classify('image.jpg'))\n```"
+    _write_card(loaded, path, use, "transformers", ["timm"])
+    return _logits_notes(loaded.info, _IN_CONFIG), code.format(str(options.out))
 
 
-def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[str]:
-    from peft.tuners.lora.conversion import convert_to_lora
-
-    model, rank = loaded.model, options.rank or _DEFAULT_RANK
-    layers = _tuner_layers(model)
-    if not isinstance(model, PeftModel) or not layers:
-        raise ValueError(f"format lora needs a PEFT adapter, got a run of method {loaded.info.method}")
-    if str(getattr(model.peft_config["default"].peft_type, "value", "")) == "LORA":
+def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[list[str], str]:
+    model: Any = loaded.model
+    if isinstance(model, PeftModel) and model.peft_config["default"].peft_type == "LORA":
         raise ValueError(f"the adapter of the run is already a LoRA; use {loaded.folder.adapter}")
-    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    unsupported = sorted({type(layer).__name__ for layer in adapted if not layer.supports_lora_conversion("default")})
-    if unsupported:
-        raise ValueError(f"PEFT only converts linear layers to LoRA, got adapted layers {', '.join(unsupported)}")
-    images = _sample_images(loaded, options)
-    with torch.inference_mode():
-        expected = model(images)
-    deltas = {name: layer.get_delta_weight("default").clone() for name, layer in layers.items()}
-    smallest = min(min(delta.shape) for delta in deltas.values())
-    if rank > smallest:
-        raise ValueError(f"rank must be at most {smallest}, the smallest matrix dimension, got {rank}")
-    config, tensors = convert_to_lora(model, rank=rank)
-    config.inference_mode = True
-    path.mkdir()
-    config.save_pretrained(str(path))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "adapter_model.safetensors")
-    write_text(path / "README.md", model_card(loaded.folder.path, _USE_LORA, name=_name(loaded), library="peft"))
-    lora_model = PeftModel.from_pretrained(make_backbone(loaded.info.backbone, loaded.task.name), str(path)).eval()
-    lost = total = 0.0
-    for name, layer in _tuner_layers(lora_model).items():
-        lost += float((layer.get_delta_weight("default") - deltas[name]).double().square().sum())
-        total += float(deltas[name].double().square().sum())
-    with torch.inference_mode():
-        got = lora_model(images)
+    with torch.no_grad():
+        expected = model(options.images)
+    try:
+        save_as_lora(path, model, options.rank)
+    except (TypeError, ValueError) as error:  # e.g. layers that are not linear
+        raise ValueError(
+            f"PEFT cannot convert the {loaded.info.method} model to a LoRA with rank={options.rank}: {error}"
+        ) from error
+    code = "from peft import PeftModel\nmodel = PeftModel.from_pretrained(backbone, {!r})  # {}"
+    backbone = loaded.info.backbone
+    card_code = code.format("PATH_OR_NAME", "the backbone above, with the same number of classes")
+    _write_card(loaded, path, f"```python\n{card_code}\n```", "peft", [])
+    lora_model = PeftModel.from_pretrained(make_backbone(backbone, loaded.task.name), str(path)).eval()
+    layers, lost, total = _tuner_layers(model), 0.0, 0.0
+    with torch.no_grad():
+        got = lora_model(options.images)
+        for name, layer in _tuner_layers(lora_model).items():
+            delta = layers[name].get_delta_weight("default")
+            lost += float((layer.get_delta_weight("default") - delta).double().square().sum())
+            total += float(delta.double().square().sum())
     agreement = float((got.argmax(1) == expected.argmax(1)).double().mean())
-    error = float((got - expected).abs().max() / expected.abs().max())
-    return [
-        f"rank {rank}: ‖ΔW − BA‖ / ‖ΔW‖ = {(lost / total) ** 0.5 if total else 0.0:.4f} (Frobenius, all layers); "
-        f"outputs on {counted(len(images), 'image')} differ by {error:.1e} of the largest; "
+    difference = float((got - expected).abs().max() / expected.abs().max())
+    note = (
+        f"rank {options.rank}: ‖ΔW − BA‖ / ‖ΔW‖ = {(lost / total) ** 0.5 if total else 0.0:.4f} (Frobenius, all layers)"
+        f"; outputs on {counted(len(got), 'image')} differ by {difference:.1e} of the largest; "
         f"{agreement:.1%} have the same class"
-    ]
+    )
+    return [note, *_logits_notes(loaded.info, "not in the folder")], code.format(str(options.out), backbone.name)
 
 
-def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> list[str]:
-    values = options.values or "fp32"
+def _write_card(loaded: LoadedRun, path: Path, use: str, library: str, tags: Sequence[str]) -> None:
+    """Write the model card of an exported folder."""
+    name = loaded.folder.path.resolve().name
+    write_text(path / "README.md", model_card(loaded.folder.path, use, name=name, library=library, tags=tags))
+
+
+def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[list[str], str]:
     base = make_backbone(loaded.info.backbone, loaded.task.name)
     patch = sparse_patch(loaded.model, base)
-    model = merged_model(loaded.model)
+    model = merge_trained(loaded.model)
     fine_tuned = model.state_dict()
     patch.apply(base)
     applied = base.state_dict(keep_vars=True)
@@ -523,7 +371,7 @@ def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> list
         )
     patch.replaced = {name: tensor.detach().clone() for name, tensor in others.items()}
     patch.metadata = run_metadata(loaded, model)
-    content = patch.to_bytes(values)
+    content = patch.to_bytes(options.values)
     size = sum(tensor.numel() * tensor.element_size() for tensor in fine_tuned.values())
     changed = sum(len(entries.indices) for entries in patch.entries.values())
     replaced = sum(tensor.numel() for tensor in others.values())
@@ -540,14 +388,21 @@ def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> list
         for name, tensor in base.state_dict().items()
         if name in stored.shapes and tensor.numel()
     ]
-    note = f"{changed:,} changed weights, {replaced:,} replaced values; {len(content) / size:.3f} of the full size"
     exact = "bit for bit" if not any(errors) else f"to within {max(errors):.1e}"
-    return [f"{note}; restores the fine-tuned weights {exact}"]
+    note = (
+        f"{changed:,} changed weights, {replaced:,} replaced values; {len(content) / size:.3f} of the full size; "
+        f"restores the fine-tuned weights {exact}"
+    )
+    snippet = (
+        f"from snella import load_sparse\npatch = load_sparse(backbone, {str(options.out)!r})"
+        f"  # {loaded.info.backbone.name}; undo: patch.remove()"
+    )
+    return [note, *_logits_notes(loaded.info, _IN_METADATA)], snippet
 
 
 def _tuner_layers(model: nn.Module) -> dict[str, Any]:
     """Return the adapted PEFT layers by their names in the backbone."""
-    inner: nn.Module = model.base_model.model if isinstance(model, PeftModel) else model  # type: ignore[assignment]
+    inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
     return {
         name: module
         for name, module in inner.named_modules()
@@ -582,160 +437,19 @@ def sparse_patch(model: nn.Module, base: nn.Module) -> SparsePatch:
     return SparsePatch(changed, {}, shapes, {name: digest_of(tensors[name]) for name in changed})
 
 
-_RUN_TORCH = "model(torch.from_numpy(images)).detach().numpy()"
-_GRAPHS = {
-    "onnx": (
-        "onnxruntime",
-        "session = onnxruntime.InferenceSession({path!r})\n"
-        "classes = json.loads(session.get_modelmeta().custom_metadata_map['classes'])",
-        "session.run(None, {'images': images})[0]",
-    ),
-    "torchscript": (
-        "torch",
-        "files = {{'classes': ''}}\nmodel = torch.jit.load({path!r}, _extra_files=files)\n"
-        "classes = json.loads(files['classes'])",
-        _RUN_TORCH,
-    ),
-    "torch-export": (
-        "torch",
-        "files = {{'classes': ''}}\nmodel = torch.export.load({path!r}, extra_files=files).module()\n"
-        "classes = json.loads(files['classes'])",
-        _RUN_TORCH,
-    ),
-}
-"""Loading snippet of each graph format: imported module, code to load the file, code to run `images`."""
-
-
-def _graph_snippet(format: str) -> Callable[[LoadedRun, Path, ExportOptions], str]:
-    """Build the loading snippet of a graph format."""
-
-    def write(loaded: LoadedRun, path: Path, options: ExportOptions) -> str:
-        module, load, run = _GRAPHS[format]
-        image = _example_image(options)
-        preparation = None if image is None else _preparation(loaded)
-        lines = ["import json", f"import numpy as np, {module}"]
-        if preparation is None:
-            shape = (1, *loaded.info.data_config["input_size"])
-            images = f"np.zeros({shape}, np.float32)  # use images preprocessed by 'data_config' in the file"
-        else:
-            lines += ["from PIL import Image, ImageOps", *preparation]
-            images = f"transform(Image.open({image!r}))[None]"
-        name = "logits" if options.logits else loaded.task.final_name
-        is_mask = loaded.task.head is not None
-        result = (
-            f"{name}[0].argmax(0)"
-            if is_mask
-            else f"{name}[0]"
-            if options.logits
-            else f"dict(zip(classes, {name}[0].tolist()))"
-        )
-        return "\n".join(
-            [*lines, load.format(path=str(path)), f"images = {images}", f"{name} = {run}", f"print({result})"]
-        )
-
-    return write
-
-
-def _example_image(options: ExportOptions) -> str | None:
-    """Return the first compared image file, for the snippet; None if the images are not files."""
-    part = options.run_images
-    if part is None:
-        return str(options.images[0])
-    path = file_paths(part).get(0)
-    return None if path is None else str(path)
-
-
-def _preparation(loaded: LoadedRun) -> list[str] | None:
-    """Return Python code that preprocesses an 8-bit or 16-bit image like `predict`, with NumPy and Pillow.
-
-    The result is None unless the images are grayscale or RGB and `white` is not set.
-    """
-    config = loaded.info.data_config
-    channels, size = int(config["input_size"][0]), int(config["input_size"][-1])
-    mode = {1: "L", 3: "RGB"}.get(channels)
-    if mode is None or loaded.info.data.white is not None:
-        return None
-    scaled = math.floor(size / (config.get("crop_pct") or 1.0))
-    resample = f"Image.Resampling.{config.get('interpolation', 'bicubic').upper()}"
-    sides = (
-        f"({scaled}, {scaled})"
-        if config.get("crop_mode") == "squash"
-        else f"[int({scaled} * side / min(image.size)) for side in image.size]"
-    )
-    mean, std = ([round(float(value), 6) for value in config[name]] for name in ("mean", "std"))
-    return [
-        "def transform(image):",
-        "    image = ImageOps.exif_transpose(image)",
-        "    if image.mode.startswith('I;16'):",
-        "        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))",
-        "    if image.mode.endswith('A') or 'transparency' in image.info:",
-        "        white = Image.new('RGBA', image.size, 'white')",
-        "        image = Image.alpha_composite(white, image.convert('RGBA'))",
-        f"    image = image.convert({mode!r})",
-        f"    image = image.resize({sides}, {resample})",
-        f"    left, top = (round((side - {size}) / 2) for side in image.size)",
-        f"    image = image.crop((left, top, left + {size}, top + {size}))",
-        f"    pixels = np.asarray(image, np.float32).reshape({size}, {size}, {channels}) / 255",
-        f"    return ((pixels - np.float32({mean})) / np.float32({std})).transpose(2, 0, 1)",
-    ]
-
-
+_GRAPH_OPTIONS = ("images", "logits")
 FORMATS: dict[str, ExportFormat] = {
-    "sparse": ExportFormat(
-        "positions and values of the changed weights",
-        ".sparse.safetensors",
-        _write_sparse,
-        "from snella import load_sparse\npatch = load_sparse(backbone, {path!r})  # {backbone}; undo: patch.remove()",
-        options=("values",),
-    ),
+    "sparse": ExportFormat(".sparse.safetensors", _write_sparse, options=("values",)),
     "onnx": ExportFormat(
-        "merged model for ONNX Runtime and others",
         ".onnx",
-        _write_onnx,
-        _graph_snippet("onnx"),
-        options=("opset", "images", "logits"),
-        packages=(("onnx", "export"), ("onnxscript", "export"), ("onnxruntime", "export")),
+        partial(_write_graph, export_onnx),
+        options=("opset", *_GRAPH_OPTIONS),
+        packages=("onnx", "onnxscript", "onnxruntime"),
     ),
-    "torchscript": ExportFormat(
-        "merged model for torch.jit",
-        ".torchscript.pt",
-        _write_torchscript,
-        _graph_snippet("torchscript"),
-        options=("images", "logits"),
-    ),
-    "torch-export": ExportFormat(
-        "merged model as a torch.export graph",
-        ".pt2",
-        _write_torch_export,
-        _graph_snippet("torch-export"),
-        options=("images", "logits"),
-    ),
-    "lora": ExportFormat(
-        "closest LoRA of a given rank, for programs that only support LoRA",
-        "-lora",
-        _write_lora,
-        "from peft import PeftModel\nmodel = PeftModel.from_pretrained(backbone, {path!r})  # {backbone}",
-        options=("rank", "images"),
-        is_folder=True,
-        temperature="not in the folder",
-    ),
-    "timm": ExportFormat(
-        "merged model as a timm folder",
-        "-timm",
-        _write_timm,
-        "import timm\nmodel = timm.create_model('local-dir:' + {path!r}, pretrained=True).eval()",
-        is_folder=True,
-        temperature="'temperature' in its config.json, which no library applies automatically",
-        tasks=("classification",),
-    ),
-    "hf": ExportFormat(
-        "merged model as a transformers folder, with a model card",
-        "-hf",
-        _write_hf,
-        "from transformers import pipeline\nclassify = pipeline('image-classification', model={path!r})",
-        is_folder=True,
-        temperature="'temperature' in its config.json, which no library applies automatically",
-        tasks=("classification",),
-    ),
+    "torchscript": ExportFormat(".torchscript.pt", partial(_write_graph, export_torchscript), options=_GRAPH_OPTIONS),
+    "torch-export": ExportFormat(".pt2", partial(_write_graph, export_torch), options=_GRAPH_OPTIONS),
+    "lora": ExportFormat("-lora", _write_lora, options=("rank", "images"), is_folder=True),
+    "timm": ExportFormat("-timm", _write_timm, is_folder=True, is_for_classifiers=True),
+    "hf": ExportFormat("-hf", _write_hf, is_folder=True, is_for_classifiers=True),
 }
 """Export formats by the value of `--format`."""

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, get_args
@@ -22,11 +22,7 @@ from snella_app.records import FORMAT, Allocation, FoldResults, Record, RunInfo,
 
 
 def adapter_digest(folder: Path) -> str:
-    """Return the first 16 hex digits of the SHA-256 of an adapter's weights, to match results with weights.
-
-    Args:
-        folder: `RUN/adapter`.
-    """
+    """Return the first 16 hex digits of the SHA-256 of the weights in `RUN/adapter`, to match results with weights."""
     total = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -46,11 +42,9 @@ _FILES = (
     "report.html",
 )
 _FOLDERS = ("adapter", "checkpoints", "commands", "heat_maps", "masks", "selection", "tracking")
-_DIGESTED = ("config.yaml", "metrics.json", "allocation.json", "predictions.json")
-_DIGESTED_FOLDERS = ("adapter", "selection")
+_DIGESTED = ("config.yaml", "metrics.json", "allocation.json", "predictions.json", "adapter", "selection")
 CARD = "README.md"
 """Model card of the adapter. It has no digest, since users edit it."""
-_NEW_RUN_HINT = "; to train a finished run further with other settings, use snella train --init-from {} --out NEW"
 _INHERITED = (
     *("task", "backbone", "weights", "pretrained", "channels", "method", "r", "scaling"),
     *("columns", "white", "skip_corrupt", "class_order", "protocol", "seed", "test_seed", "folds", "fold"),
@@ -58,17 +52,12 @@ _INHERITED = (
 )
 """Settings inherited with `init_from`. Other values would not fit the trained weights, or would evaluate them on
 training images."""
-_REMEDY = "copy the file again, or train again with `--overwrite`"
 _CHANGEABLE = (*SESSION_FIELDS, *UNSTORED_FIELDS, "data")
 """Settings that may change when a run is resumed; images have separate digests."""
 
 
-def settings_digest(values: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the settings in `config.yaml`, without settings that may change when a run is resumed.
-
-    Args:
-        values: Content of the file.
-    """
+def _settings_digest(values: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the settings in `config.yaml`, without settings that may change when a run is resumed."""
     bound = {str(name): value for name, value in values.items() if name not in _CHANGEABLE}
     return hashlib.sha256(json.dumps(bound, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -115,19 +104,21 @@ class RunFolderOf(Generic[S]):
         Raises:
             ValueError: If the file is damaged.
         """
-        if not (self.path / "run.json").is_file():
+        run = self._read_run()
+        if run is None:
             return None
-        run = self.read_json("run.json")
-        if run.get("status") not in get_args(Status):
-            raise ValueError(f"{self.path / 'run.json'} is damaged: it has no valid status; {_REMEDY}")
-        status: Status = run["status"]
+        status: Status | None = run.get("status")
+        if status not in get_args(Status):
+            raise ValueError(
+                f"{self.path / 'run.json'} is damaged: it has no valid status; copy the file again, or train again "
+                "with `--overwrite`"
+            )
         return status
 
     @property
     def id(self) -> str | None:
         """Unique id of the run; None if the folder has no run, or if an early version of snella wrote it."""
-        run_id = self.read_json("run.json").get("id") if (self.path / "run.json").is_file() else None
-        return None if run_id is None else str(run_id)
+        return (self._read_run() or {}).get("id")
 
     @property
     def was_killed(self) -> bool:
@@ -138,17 +129,12 @@ class RunFolderOf(Generic[S]):
         if self.status != "running":
             return False
         try:
-            descriptor = os.open(self.lock, os.O_RDONLY | os.O_NOFOLLOW)
+            with open(self.lock, opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return True
         except OSError:
             return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        finally:
-            os.close(descriptor)
         return True
 
     def read_json(self, name: str) -> Any:
@@ -167,10 +153,8 @@ class RunFolderOf(Generic[S]):
 
     def write(self, record: Record) -> None:
         """Write a record's file atomically; add the run id and the digests to records that have these fields."""
-        is_legacy = (self.path / "run.json").is_file() and self.id is None  # early versions wrote no id
-        if isinstance(record, RunInfo) and not is_legacy:
-            binding: Any = self._binding()
-            record = dataclasses.replace(record, **binding, files=self._stored_digests() or None)
+        if isinstance(record, RunInfo):
+            record = dataclasses.replace(record, **self._binding(), files=self._stored_digests() or None)
         elif isinstance(record, FoldResults):
             record = dataclasses.replace(record, settings=self._binding()["settings"])
         records.write(record, self.path)
@@ -178,8 +162,7 @@ class RunFolderOf(Generic[S]):
 
     def update(self, status: Status, error: str | None = None, **values: Any) -> None:
         """Update entries of `run.json`, and leave the others unchanged."""
-        has_record = (self.path / "run.json").is_file()
-        run = self.read_json("run.json") if has_record else {"format": FORMAT, **self._binding()}
+        run = self._read_run() or {"format": FORMAT, **self._binding()}
         run.update(values, status=status)
         run.pop("error", None)
         if error is not None:
@@ -188,7 +171,7 @@ class RunFolderOf(Generic[S]):
 
     def finish(self) -> None:
         """Set the status to finished, and store the digests of settings, results and adapter."""
-        self.update("finished", files=self._digests(_DIGESTED, _DIGESTED_FOLDERS))
+        self.update("finished", files=self._digests(*_DIGESTED))
 
     @contextmanager
     def writing_adapter(self) -> Iterator[None]:
@@ -198,20 +181,24 @@ class RunFolderOf(Generic[S]):
         """
         self.update("running", files={})
         yield
-        self.update("running", files=self._digests((), ("adapter",)))
+        self.update("running", files=self._digests("adapter"))
 
-    def _digests(self, names: Iterable[str], folders: Iterable[str]) -> dict[str, str]:
-        """Return the digests of existing files and of all files in folders, except the model card."""
-        paths = [self.path / name for name in names]
-        for folder in folders:
-            files = (path for path in (self.path / folder).rglob("*") if path.is_file() and path.name != CARD)
-            paths += sorted(files)
-        return {path.relative_to(self.path).as_posix(): sha256_of(path) for path in paths if path.is_file()}
+    def _digests(self, *names: str) -> dict[str, str]:
+        """Return the digests of files, and of all files in folders except the model card."""
+        paths: list[Path] = []
+        for name in names:
+            path = self.path / name
+            paths += sorted(path.rglob("*")) if path.is_dir() else [path]
+        files = (path for path in paths if path.is_file() and path.name != CARD)
+        return {path.relative_to(self.path).as_posix(): sha256_of(path) for path in files}
+
+    def _read_run(self) -> dict[str, Any] | None:
+        """Read `run.json`; None if the folder has no run."""
+        return self.read_json("run.json") if (self.path / "run.json").is_file() else None
 
     def _stored_digests(self) -> dict[str, str]:
         """Return the digests in `run.json`: of the adapter, and of all results once the run is finished."""
-        run = self.read_json("run.json") if (self.path / "run.json").is_file() else {}
-        return dict(run.get("files") or {})
+        return (self._read_run() or {}).get("files") or {}
 
     def check_files(self) -> None:
         """Compare files with their digests in `run.json`; an unfinished run has only digests of its adapter.
@@ -221,30 +208,20 @@ class RunFolderOf(Generic[S]):
         """
         check_files(self.path, self._stored_digests())
 
-    def check_complete(self) -> None:
-        """Check that a finished run has all files that it wrote.
-
-        Raises:
-            FileNotFoundError: If files are missing; lists all of them.
-        """
-        files = self.read_json("run.json").get("files", {})
-        if missing := [name for name in files if not (self.path / name).is_file()]:
-            raise FileNotFoundError(
-                f"{self.path} is finished, but lacks {', '.join(missing)}; restore it from a copy, or train again with "
-                "`--overwrite`"
-            )
-
     def _update_digest(self, name: str) -> None:
         """Update the digest of a rewritten file of a finished run."""
-        values = self.read_json("run.json") if (self.path / "run.json").is_file() else {}
-        if name in values.get("files", {}):
-            files = {**values["files"], name: sha256_of(self.path / name)}
-            write_json(self.path / "run.json", sealed({**values, "files": files}))
+        files = self._stored_digests()
+        if name in files:
+            self.update("finished", files={**files, name: sha256_of(self.path / name)})
 
     def write_config(self, config: S) -> None:
         """Write `config.yaml`, without settings such as `overwrite` that apply to one call."""
-        write_text(self.path / "config.yaml", yaml.safe_dump(config.stored(), sort_keys=False))
+        self._write_settings(config)
         self._update_digest("config.yaml")
+
+    def _write_settings(self, config: S) -> None:
+        """Write `config.yaml` without updating its digest."""
+        write_text(self.path / "config.yaml", yaml.safe_dump(config.stored(), sort_keys=False))
 
     def read_config(self) -> S:
         """Read the configuration of the run.
@@ -259,15 +236,12 @@ class RunFolderOf(Generic[S]):
         stored_digest = self._stored_digest()
         try:
             stored = self._stored_settings()
-            if stored_digest is None or settings_digest(stored) == stored_digest:
+            if stored_digest in (None, _settings_digest(stored)):
                 values = {name: value for name, value in stored.items() if name not in UNSTORED_FIELDS}
                 return self.settings_type.from_flat(**values)
-        except (TypeError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} is damaged: {error}; train again with `--overwrite`") from None
-        except ValueError as error:  # its message is written for the command line
-            raise ValueError(
-                f"{path} is damaged: {_for_config_file(str(error))}; train again with `--overwrite`"
-            ) from None
+        except (TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
+            reason = _for_config_file(str(error))
+            raise ValueError(f"{path} is damaged: {reason}; train again with `--overwrite`") from None
         raise ValueError(
             f"{path} was altered after it was written: the run was started with other settings; restore the file, or "
             "train again with `--overwrite`"
@@ -305,29 +279,15 @@ class RunFolderOf(Generic[S]):
             FileNotFoundError: If `resume` is set, but there is neither a run nor the data and backbone to start one.
             ValueError: If `resume` is set with settings that differ from the stored ones.
         """
-        status = self.status
-        if config.run.resume and status is not None:
-            if status != "finished" and self.id is None:
-                raise ValueError(
-                    f"{self.path} was started by an early version of snella, whose checkpoints have no run id; finish "
-                    "it with that version, or start over with --overwrite"
-                )
-            return self._resumed_settings(config)
-        requested = config.flat()
+        status, requested = self.status, config.flat()
         can_start = all(requested[name] for name in config.required)
-        if config.run.resume and not can_start and (self.path / "config.yaml").is_file():
-            return self._restart_settings(config)
-        if config.run.resume and not can_start:
-            raise FileNotFoundError(
-                f"out must be the folder of a run to resume, got {self.path}, which has no run; "
-                f"give {' and '.join(config.required)} to start one"
-            )
+        if config.run.resume and (status is not None or not can_start):
+            self._check_resumable(config, status)
+            return self._resumed_settings(config)
         if status is not None and not config.run.overwrite:
-            state, hint = (
-                ("a finished run", "")
-                if status == "finished"
-                else (f"an unfinished run ({status_text(status)})", "resume it with --resume, ")
-            )
+            state, hint = "a finished run", ""
+            if status != "finished":
+                state, hint = f"an unfinished run ({status_text(status)})", "resume it with --resume, "
             raise FileExistsError(
                 f"out={self.path} contains {state}; {hint}choose another folder, or start over with --overwrite"
             )
@@ -349,44 +309,54 @@ class RunFolderOf(Generic[S]):
         status = self.status if resolved.run.resume else None
         if status == "finished":
             self.check_adapter()
-            self.check_complete()
+            if missing := [name for name in self._stored_digests() if not (self.path / name).is_file()]:
+                raise FileNotFoundError(
+                    f"{self.path} is finished, but lacks {', '.join(missing)}; restore it from a copy, or train again "
+                    "with `--overwrite`"
+                )
         elif status is not None:
             self.check_files()
         return resolved, status
 
     def prepare(self, config: S, *, is_resumed: bool) -> None:
-        """Create the folder of a new run, or prepare a folder for resuming."""
-        self.remove_temporary_files()
-        if is_resumed:
-            self.write_config(config)
-            self.checkpoints.mkdir(exist_ok=True)
-        else:
-            self.create(config)
-
-    def create(self, config: S) -> None:
-        """Start a run: write `config.yaml`, remove the old run, create the folders.
+        """Prepare a folder for resuming, or start a new run: write `config.yaml` and remove the old run.
 
         If the process is killed here, the old run no longer matches `config.yaml` and is rejected, or the folder has
         neither `run.json` nor checkpoints, and `resume` starts the run from `config.yaml`.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / "config.yaml", yaml.safe_dump(config.stored(), sort_keys=False))
-        self._clear(keep="config.yaml")
+        self.remove_temporary_files()
+        if is_resumed:
+            self.write_config(config)
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write_settings(config)
+            self._clear(keep="config.yaml")
         self.checkpoints.mkdir(exist_ok=True)
 
-    def _restart_settings(self, config: S) -> S:
-        """Return the settings of a run that was killed before it wrote `run.json`."""
-        if any(self.checkpoints.glob("checkpoint-*")):
+    def _check_resumable(self, config: S, status: Status | None) -> None:
+        """Check that the folder has a run to resume, or one that was killed before it wrote `run.json`."""
+        if status is None and not (self.path / "config.yaml").is_file():
+            raise FileNotFoundError(
+                f"out must be the folder of a run to resume, got {self.path}, which has no run; "
+                f"give {' and '.join(config.required)} to start one"
+            )
+        if status is None and any(self.checkpoints.glob("checkpoint-*")):
             raise FileNotFoundError(
                 f"{self.path} has checkpoints but no run.json; restore that file, or start over with --overwrite"
             )
-        return self._resumed_settings(config)
+        if status not in (None, "finished") and self.id is None:
+            raise ValueError(
+                f"{self.path} was started by an early version of snella, whose checkpoints have no run id; finish "
+                "it with that version, or start over with --overwrite"
+            )
 
-    def _binding(self) -> dict[str, str | None]:
-        """Return the run id, newly generated if there is no run, and the settings digest."""
+    def _binding(self) -> dict[str, Any]:
+        """Return the run id, newly generated for a new run, and the settings digest; early versions wrote neither."""
+        run = self._read_run() or {"id": secrets.token_hex(16)}
+        if "id" not in run:
+            return {}
         has_config = (self.path / "config.yaml").is_file()
-        settings = settings_digest(self._stored_settings()) if has_config else None
-        return {"id": self.id or secrets.token_hex(16), "settings": settings}
+        return {"id": run["id"], "settings": _settings_digest(self._stored_settings()) if has_config else None}
 
     def _stored_settings(self) -> dict[str, Any]:
         """Read `config.yaml`."""
@@ -394,11 +364,9 @@ class RunFolderOf(Generic[S]):
 
     def _stored_digest(self) -> str | None:
         """Return the stored settings digest; None for runs written by early versions."""
-        for name in ("run.json", FoldResults.file):
-            if (self.path / name).is_file():
-                digest: str | None = self.read_json(name).get("settings")
-                return digest
-        return None
+        folds = self.path / FoldResults.file
+        stored = self._read_run() or (records.read_object(folds) if folds.is_file() else {})
+        return stored.get("settings")
 
     def remove_temporary_files(self) -> None:
         """Remove temporary files left by a killed process; the caller must hold the lock."""
@@ -409,32 +377,27 @@ class RunFolderOf(Generic[S]):
     def _resumed_settings(self, config: S) -> S:
         """Return the stored settings; reject other values in `config`, except for a new location of `data`."""
         stored, requested = self.read_config(), config.flat()
-        run = self.read_json("run.json") if self.status is not None else {}
+        run = self._read_run() or {}
         if requested.get("data") and run.get("data", {}).get("digest"):
             stored = stored.replace(data=requested["data"])
-        differences = config.differences(stored)
-        if differences:
+        if differences := config.differences(stored):
+            hint = f"; to train a finished run further with other settings, use snella train --init-from {self.path}"
             raise ValueError(
                 f"resume continues {self.path} with its stored settings, but {'; '.join(differences)}; leave them out"
-                + (_NEW_RUN_HINT.format(self.path) if "init_from" in requested else "")
+                + (f"{hint} --out NEW" if "init_from" in requested else "")
             )
         return stored.replace(**{name: requested[name] for name in SESSION_FIELDS if name in requested})
 
     def _has_unexpected_files(self) -> bool:
         """Return whether the folder contains anything other than runs and the files of an unfinished run."""
-        if not self.path.exists():
-            return False
         if not self.path.is_dir():
-            return True
-        expected = {*self.files, *self.folders}
-        unexpected = [e for e in self.path.iterdir() if e.name not in expected and not e.name.startswith(".")]
-        return any(not (entry / "run.json").is_file() for entry in unexpected)
+            return self.path.exists()
+        unexpected = (entry for entry in self.path.iterdir() if entry.name not in (*self.files, *self.folders))
+        return any(not entry.name.startswith(".") and not (entry / "run.json").is_file() for entry in unexpected)
 
     def _clear(self, keep: str | None = None) -> None:
         """Remove only the run's own files: checkpoints first, then `run.json` (which marks a run), then the rest."""
-        folders = sorted(self.folders, key=lambda name: name != "checkpoints")
-        files = sorted(self.files, key=lambda name: name != "run.json")
-        for name in (folders[0], *files, *folders[1:]):
+        for name in ("checkpoints", "run.json", *self.files, *self.folders):
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -464,12 +427,11 @@ class RunFolder(RunFolderOf[TrainConfig]):
         self.check_adapter()
         stored, requested = self.read_config().flat(), config.flat()
         settings = TrainConfig.settings()
-        different = [
+        if different := [
             f"{name} is {stored[name]!r} there and {requested[name]!r} here"
             for name in _INHERITED
             if requested[name] != settings[name].default and requested[name] != stored[name]
-        ]
-        if different:
+        ]:
             raise ValueError(
                 f"init_from={self.path} requires the settings of that run, but {'; '.join(different)}; leave them out"
             )

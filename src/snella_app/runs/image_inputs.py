@@ -1,6 +1,5 @@
 """Inputs of predictions: files, folders, patterns, tables, standard input, PIL images, arrays and tensors."""
 
-import difflib
 import glob
 import io
 import sys
@@ -19,7 +18,7 @@ from snella_app.data import read_image, split_spec
 from snella_app.data.columns import Columns
 from snella_app.data.images import DECODING_ERRORS, IMAGE_SUFFIXES, RGB, Reading, decode_image, is_image, to_channels
 from snella_app.data.table import TABLE_SUFFIXES, table_paths
-from snella_app.text import listed
+from snella_app.text import listed, similar_paths
 
 __all__ = ["ImageInput", "expand", "missing_path_hint", "new_files", "read_input", "split_inputs"]
 
@@ -27,7 +26,6 @@ ImageInput = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """One image: a file, its bytes, a PIL image, an array `[height, width]` or `[height, width, 1, 3 or 4]`, or a tensor
 `[height, width]` or `[1, 3 or 4, height, width]`. Values are 0 to 255 (uint8) or 0 to 1 (floating point)."""
 
-_STANDARD_INPUT = "-"
 _PIL_CHANNELS = (1, 3, 4)
 """Numbers of channels of PIL images."""
 _PATTERN = "*?["
@@ -39,12 +37,8 @@ def split_inputs(
 ) -> tuple[list[ImageInput], bool]:
     """Split inputs into single images.
 
-    Args:
-        images: One image, or several: a folder, a pattern, a table of files, a batch as a 4-dim array or tensor, or an
-            iterable of any of these.
-        columns: As for `expand`.
-        run_columns: As for `expand`.
-        keep_missing: As for `expand`.
+    `images` is one image, or several: a folder, a pattern, a table of files, a batch as a 4-dim array or tensor, or an
+    iterable of any of these. The other arguments are those of `expand`.
 
     Returns:
         List of images, and True if the input was a single image.
@@ -67,10 +61,8 @@ def split_inputs(
         )
     single: list[ImageInput] = []
     for image in images:
-        if isinstance(image, str | Path):
-            single += expand([image], columns, run_columns, keep_missing=keep_missing)
-        else:
-            single.append(image)
+        is_path = isinstance(image, str | Path)
+        single += expand([image], columns, run_columns, keep_missing=keep_missing) if is_path else [image]
     if not single:
         raise ValueError("images must name at least one file or folder, got none")
     return single, False
@@ -100,11 +92,11 @@ def expand(
     check_listed = list if keep_missing else _require_all
     for entry in images:
         prefix, rest = split_spec(str(entry))
-        is_table = prefix in ("csv:", "parquet:") and bool(rest)
-        image = Path(rest if is_table and rest else entry)
-        if str(entry) == _STANDARD_INPUT:
+        table = rest if prefix in ("csv:", "parquet:") else None
+        image = Path(table or entry)
+        if str(entry) == "-":
             paths += check_listed(Path(line) for line in sys.stdin.read().splitlines() if line.strip())
-        elif is_table or (image.suffix.lower() in TABLE_SUFFIXES and image.is_file()):
+        elif table or (image.suffix.lower() in TABLE_SUFFIXES and image.is_file()):
             paths += check_listed(_paths_in_table(image, columns, run_columns))
         elif image.is_dir():
             inside = _images_in(image)
@@ -113,11 +105,14 @@ def expand(
                     f"the folder {image} has no images; supported suffixes are {', '.join(sorted(IMAGE_SUFFIXES))}"
                 )
             paths += inside
-        elif not image.exists() and any(char in str(entry) for char in _PATTERN):
-            matches = sorted(Path(match) for match in glob.glob(str(Path(entry).expanduser()), recursive=True))
-            paths += _existing(match for match in matches if match.is_file() and is_image(match)) or _existing([image])
+        elif image.exists():
+            paths.append(image)
         else:
-            paths += _existing([image])
+            matches = sorted(Path(match) for match in glob.glob(str(image.expanduser()), recursive=True))
+            matching = [match for match in matches if match.is_file() and is_image(match)]
+            if not matching:
+                raise FileNotFoundError(f"no image {image}{missing_path_hint(image)}")
+            paths += matching
     if not paths:
         raise ValueError("images must name at least one file or folder, got none")
     return paths
@@ -187,11 +182,7 @@ def missing_path_hint(missing: Path) -> str:
     """Return a hint for a missing path: a pattern without a match, a missing folder, or a similar name."""
     if any(char in missing.name for char in _PATTERN):
         return f"; no file in {missing.parent} matches the pattern; fix it, or pass the folder"
-    if not missing.parent.is_dir():
-        return f"; there is no folder {missing.parent}"
-    similar = difflib.get_close_matches(missing.name, sorted(child.name for child in missing.parent.iterdir()), n=1)
-    folder = "the current folder" if missing.parent == Path() else missing.parent
-    return f"; nearest: {similar[0]!r}" if similar else f"; {folder} has no similar name"
+    return similar_paths(missing, most=1)
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -210,16 +201,6 @@ def _paths_in_table(table: Path, columns: str | None, run_columns: str | None) -
         if path is None:
             raise
         return table_paths(table, Columns({"path": path}))
-
-
-def _existing(paths: Iterable[Path]) -> list[Path]:
-    """Return the paths; raise an error for the first missing file."""
-    existing = []
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"no image {path}{missing_path_hint(path)}")
-        existing.append(path)
-    return existing
 
 
 def _require_all(paths: Iterable[Path]) -> list[Path]:

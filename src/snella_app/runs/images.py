@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from snella_app.config import DataConfig
-from snella_app.data import DataSplits, ImageDataset, LoadOptions, data_folder, load_data, split_spec, with_class_order
+from snella_app.data import DataSplits, LoadOptions, data_folder, load_data, split_spec, with_class_order
 from snella_app.data.table import TABLE_SUFFIXES
 from snella_app.records import DataInfo
+from snella_app.runs.folder import RunFolder
 from snella_app.tasks import Task, task_class
 
 SPLITS = ("train", "val", "test")
@@ -18,31 +19,23 @@ SPLITS = ("train", "val", "test")
 
 def splits_digest(splits: DataSplits) -> str:
     """Return the SHA-256 of classes, names and labels of all splits, in order; independent of the folder's path."""
-    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
-    names_and_labels = {key: None if part is None else [part.names, part.labels] for key, part in parts.items()}
-    annotations = {key: part.annotations.plain() for key, part in parts.items() if part is not None}
+    parts = splits.parts
+    names_and_labels = {name: [parts[name].names, parts[name].labels] if name in parts else None for name in SPLITS}
+    content: list[Any] = [splits.classes, names_and_labels]
+    annotations = {name: part.annotations.plain() for name, part in parts.items()}
     if any(annotations.values()):
-        return hashlib.sha256(json.dumps([splits.classes, names_and_labels, annotations]).encode()).hexdigest()
-    return hashlib.sha256(json.dumps([splits.classes, names_and_labels]).encode()).hexdigest()
+        content.append(annotations)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def content_digests(splits: DataSplits, names: Collection[str] = SPLITS) -> dict[str, str]:
-    """Return the SHA-256 of the images of each existing split."""
-    return {name: part.content_digest() for name, part in existing_splits(splits).items() if name in names}
-
-
-def existing_splits(splits: DataSplits) -> dict[str, ImageDataset]:
-    """Return the existing splits by name."""
-    return {name: part for name in SPLITS if (part := getattr(splits, name)) is not None}
+def content_digests(splits: DataSplits, names: Collection[str]) -> dict[str, str]:
+    """Return the SHA-256 of the images of each existing split in `names`."""
+    return {name: part.content_digest() for name, part in splits.parts.items() if name in names}
 
 
 def split_sizes(splits: DataSplits) -> dict[str, int]:
     """Return the number of images in each split."""
-    return {
-        "train": len(splits.train),
-        "val": 0 if splits.val is None else len(splits.val),
-        "test": 0 if splits.test is None else len(splits.test),
-    }
+    return {name: len(splits.parts.get(name, ())) for name in SPLITS}
 
 
 def absolute_folder(spec: str) -> str | None:
@@ -56,36 +49,27 @@ def is_same_split(data: DataInfo, splits: DataSplits) -> bool:
     return data.digest == splits_digest(splits)
 
 
-def changed_splits(data: DataInfo, splits: DataSplits, names: Collection[str] = SPLITS) -> list[str]:
+def changed_splits(data: DataInfo, splits: DataSplits, names: Collection[str]) -> list[str]:
     """Return the splits whose image contents differ from the digests stored by a run."""
-    stored = data.contents
-    return [
-        name for name, digest in content_digests(splits, set(names) & set(stored)).items() if digest != stored[name]
-    ]
+    digests = content_digests(splits, set(names) & set(data.contents))
+    return [name for name, digest in digests.items() if digest != data.contents[name]]
 
 
 def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collection[str] = SPLITS) -> None:
-    """Check that the images of a run have not changed since training.
-
-    Args:
-        run: Folder of the run, for the error message.
-        data: Data record of the run.
-        splits: Current splits from the settings of the run.
-        names: Splits whose images are read and compared.
+    """Check that the splits of a run have not changed since training, nor the images of the splits in `names`.
 
     Raises:
         ValueError: If the images differ; the message has both sizes and a remedy.
     """
     if not is_same_split(data, splits):
-        stored_sizes, current_sizes = _counts(data.sizes), _counts(split_sizes(splits))
+        stored_sizes, current_sizes = _sizes_text(data.sizes), _sizes_text(split_sizes(splits))
         files = "the same number of other files" if stored_sizes == current_sizes else current_sizes
         raise ValueError(
             f"data must contain the images of {run}, {stored_sizes}, got {files} in {data.spec}: "
             "files were added, removed or renamed, and a new split would evaluate on training images; restore "
             "the files, evaluate on other images with --data, or train a new run"
         )
-    changed = changed_splits(data, splits, names)
-    if changed:
+    if changed := changed_splits(data, splits, names):
         raise ValueError(
             f"data must contain the images of {run}, got files with the same names but other contents in {data.spec} "
             f"({', '.join(changed)}): images were replaced or re-encoded; restore the files, evaluate on other images "
@@ -94,15 +78,12 @@ def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collectio
 
 
 def find_data(run: Path, spec: str, absolute: str | None) -> str:
-    """Locate the data of a run.
+    """Return the data specification of a run, with `absolute` in place of a relative folder that does not exist.
 
     Args:
         run: Folder of the run, for the error message.
         spec: Data specification used for training.
         absolute: Absolute path of its folder at training time; None for other data.
-
-    Returns:
-        `spec`, or `spec` with its folder replaced by `absolute`.
 
     Raises:
         FileNotFoundError: If neither folder exists.
@@ -120,7 +101,7 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
     )
 
 
-def _counts(sizes: Mapping[str, int]) -> str:
+def _sizes_text(sizes: Mapping[str, int]) -> str:
     """Format the sizes of splits."""
     return ", ".join(f"{name} {count}" for name, count in sizes.items())
 
@@ -144,10 +125,21 @@ def load_splits(config: DataConfig, seed: int, data: Any = None) -> DataSplits:
     return with_class_order(splits, task.order_classes(splits.classes, config.class_order))
 
 
+def load_run_splits(run: RunFolder, data: DataInfo, **changes: Any) -> DataSplits:
+    """Load the splits of a run; `changes` replace fields of its `DataConfig`.
+
+    Raises:
+        FileNotFoundError: If the data no longer exists.
+    """
+    config = run.read_config()
+    spec = find_data(run.path, str(config.data.spec), data.folder)
+    return load_splits(dataclasses.replace(config.data, spec=spec, **changes), config.run.seed)
+
+
 def encode_targets(splits: DataSplits, task: Task) -> DataSplits:
     """Return the splits with targets encoded for the task's loss, and sample weights for training images."""
     encode = None if task.target == "class" else task.encode
     parts: dict[str, Any] = {
-        name: part.with_targets(encode, is_weighted=name == "train") for name, part in existing_splits(splits).items()
+        name: part.with_targets(encode, is_weighted=name == "train") for name, part in splits.parts.items()
     }
     return dataclasses.replace(splits, **parts)

@@ -1,6 +1,7 @@
 """Merging a run's update into the backbone, as plain timm weights."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from snella_app.files import create_folder, write_bytes, write_json
 from snella_app.methods import merge_trained
 from snella_app.records import BackboneInfo, RunInfo, plain, record_from
 from snella_app.runs.layer_probe import LAYER_PROBE, layer_probe_snippet
-from snella_app.runs.model import LoadedRun, configured_image_size, load_run, make_backbone
+from snella_app.runs.model import LoadedRun, configured_image_size, load_single_run, make_backbone
 from snella_app.tasks import task_class
 
 _SUFFIX = ".safetensors"
@@ -52,13 +53,14 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
 
     Raises:
         FileExistsError: If the file exists, or the folder is not empty.
-        ValueError: If `out` has an unsupported suffix, or is a folder and the task is segmentation.
+        ValueError: If `out` has an unsupported suffix, or is a folder and the task is segmentation; or if `run` is a
+            cross-validation.
     """
     path = Path(out)
-    _check_out(path, str(out), overwrite=overwrite)
-    loaded = load_run(run, device="cpu")
+    _check_out(path, overwrite=overwrite)
+    loaded = load_single_run(run, device="cpu")
     if path.suffix == _SUFFIX:
-        model = merged_model(loaded.model)
+        model = merge_trained(loaded.model)
         with create_folder(path.parent):
             write_bytes(path, tensors_bytes(_weights(model), run_metadata(loaded, model)))
             _write_final_head(loaded, _final_head_file(path))
@@ -67,7 +69,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
     return path
 
 
-def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> nn.Module:
+def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> dict[str, Any]:
     """Write the model of a run in timm's folder format.
 
     Args:
@@ -76,19 +78,19 @@ def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> nn.Modul
         entries: Additional entries of `config.json`.
 
     Returns:
-        The merged model.
+        Content of `config.json`.
 
     Raises:
         ValueError: If timm cannot build the model; nothing is written.
     """
-    model = merged_model(loaded.model)
+    model = merge_trained(loaded.model)
     config = {**_timm_config(loaded, model, str(path)), **entries}
     with create_folder(path):
         (path / _CONFIG).unlink(missing_ok=True)  # written last, since timm loads no folder without it
         _write_final_head(loaded, _final_head_file(path))
         write_bytes(path / _WEIGHTS, tensors_bytes(_weights(model), {"format": "pt"}))
         write_json(path / _CONFIG, config)
-    return model
+    return config
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -96,27 +98,32 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
 
 
-def _check_out(path: Path, typed: str, *, overwrite: bool) -> None:
+def _check_out(path: Path, *, overwrite: bool) -> None:
     """Reject unsupported suffixes, and existing files that must not be replaced."""
     if not path.is_dir() and path.suffix.lower() in _OTHER_SUFFIXES:
         raise ValueError(
-            f"out must end with {_SUFFIX}, or be a folder for a model in timm's format, got {typed!r}; "
+            f"out must end with {_SUFFIX}, or be a folder for a model in timm's format, got {str(path)!r}; "
             f"use {str(path.with_suffix(_SUFFIX))!r} or {str(path.with_suffix(''))!r}"
         )
     if path.is_dir() and path.suffix != _SUFFIX:
-        unexpected = sorted(
-            child.name for child in path.iterdir() if child.name not in (_CONFIG, _WEIGHTS, LAYER_PROBE)
-        )
-        if unexpected:
-            raise FileExistsError(
-                f"out={path} is a folder with other files, e.g. {unexpected[0]!r}; choose a new folder"
-            )
-        if next(path.iterdir(), None) is None:
+        check_folder_files(path, (_CONFIG, _WEIGHTS, LAYER_PROBE))
+        if not any(path.iterdir()):
             return
     if path.exists() and not overwrite:
         raise FileExistsError(
             f"out={path} exists; choose another name, or replace it with --overwrite (overwrite=True)"
         )
+
+
+def check_folder_files(folder: Path, written: Collection[str]) -> None:
+    """Reject an output folder with files other than those that are written to it.
+
+    Raises:
+        FileExistsError: If there are other files.
+    """
+    unexpected = sorted(file.name for file in folder.iterdir() if file.name not in written)
+    if unexpected:
+        raise FileExistsError(f"out={folder} is a folder with other files, e.g. {unexpected[0]!r}; choose a new folder")
 
 
 def run_metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
@@ -187,27 +194,26 @@ def loading_snippet(path: str | Path) -> str:
     """
     if Path(path).is_dir():
         use = json.loads((Path(path) / _CONFIG).read_text(encoding="utf-8"))[_USE]
-        libraries = "timm, torch" if "torch." in use else "timm"
-        lines = (
-            f"import {libraries}\nmodel = timm.create_model({f'local-dir:{path}'!r}, pretrained=True).eval()\n"
+        return (
+            f"import timm{', torch' if 'torch.' in use else ''}\n"
+            f"model = timm.create_model({f'local-dir:{path}'!r}, pretrained=True).eval()\n"
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
-            "classes = model.pretrained_cfg['label_names']\n"
+            f"classes = model.pretrained_cfg['label_names']\n{_use_lines(Path(path), use)}"
         )
-        return lines + _use_lines(Path(path), use)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     if task_class(metadata["task"]).head is not None:
         return f"from snella_app.runs import load_merged\nmodel = load_merged({str(path)!r})"
-    size = json.loads(metadata["img_size"])
-    arguments = f"{metadata['architecture']!r}, num_classes={metadata['num_classes']}"
-    arguments += "" if size is None else f", img_size={size}"
-    model_args = json.loads(metadata["model_args"])
-    arguments += "".join(f", {name}={value!r}" for name, value in model_args.items())
-    use = metadata[_USE]
-    libraries = "json, timm, torch" if "torch." in use else "json, timm"
+    size, use = json.loads(metadata["img_size"]), metadata[_USE]
+    arguments = json.loads(metadata["model_args"])
+    if size is not None:
+        arguments = {"img_size": size, **arguments}
+    options = "".join(f", {name}={value!r}" for name, value in arguments.items())
+    torch_import = ", torch" if "torch." in use else ""
     return (
-        f"import {libraries}; from safetensors import safe_open; from safetensors.torch import load_file\n"
-        f"model = timm.create_model({arguments}).eval()\n"
+        f"import json, timm{torch_import}; from safetensors import safe_open; from safetensors.torch import load_file\n"
+        f"model = timm.create_model({metadata['architecture']!r}, num_classes={metadata['num_classes']}{options})"
+        ".eval()\n"
         f"model.load_state_dict(load_file({str(path)!r}))\n"
         f"metadata = safe_open({str(path)!r}, 'pt').metadata()\n"
         "transform = timm.data.create_transform(**json.loads(metadata['data_config']))\n"
@@ -234,11 +240,7 @@ def _use_lines(path: Path, use: str) -> str:
 
 
 def prediction_notes(info: RunInfo) -> list[str]:
-    """Return notes on differences between `predict` and the merged model; empty if outputs are equal.
-
-    Args:
-        info: Record of the run.
-    """
+    """Return notes on differences between `predict` and the merged model; empty if outputs are equal."""
     notes = []
     if info.final_head == "layers":
         notes.append(
@@ -286,12 +288,3 @@ def load_merged(path: str | Path) -> nn.Module:
 def _model_args(model: nn.Module) -> dict[str, Any]:
     """Return the arguments of `timm.create_model` besides the name of the architecture."""
     return dict((getattr(model, "pretrained_cfg", None) or {}).get("model_args") or {})
-
-
-def merged_model(model: nn.Module) -> nn.Module:
-    """Merge the trained parameters into the backbone.
-
-    Raises:
-        ValueError: If the method cannot be merged.
-    """
-    return merge_trained(model)

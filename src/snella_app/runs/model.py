@@ -1,8 +1,7 @@
 """Loading the best model of a run."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,72 +82,78 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
     results = read_if_present(FoldResults, folder.path)
-    if results is not None:
-        return _load_ensemble(folder, results, device)
+    if results is None:
+        return load_single_run(folder, device)
+    if len(results.rows) < results.folds:
+        raise FileNotFoundError(
+            f"{folder.path} has {len(results.rows)} of {results.folds} folds; finish it with "
+            f"snella train --out {folder.path} --resume"
+        )
+    loaded = [load_single_run(folder.path / row.folder, device) for row in results.rows]
+    first = loaded[0]
+    task = first.task.for_ensemble([fold.task for fold in loaded])
+    model = Ensemble(loaded, task).eval()
+    info = dataclasses.replace(first.info, calibration=None, tta=1)  # each model applies its own
+    return LoadedRun(first.folder, model, first.transform, first.classes, task, info)
+
+
+def load_single_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
+    """Load the best model of a run like `load_run`, but reject a cross-validation."""
+    folder = run if isinstance(run, RunFolder) else RunFolder(run)
+    if results := read_if_present(FoldResults, folder.path):
+        example = f", e.g. {folder.path / results.rows[0].folder}" if results.rows else ""
+        raise ValueError(f"run={folder.path} is a cross-validation with several models; pass one of its runs{example}")
     info = read(RunInfo, folder.path)
-    with _convert_errors(folder.path):
-        task = get_task(info)
-        _check_outputs(info, task)
-        folder.check_adapter()
-        backbone = make_backbone(info.backbone, task.name)
-        size = configured_image_size(backbone, is_strict=True)
-        model = load_trained(folder.adapter, backbone).to(choose_device(device))
-        probe = read_layer_probe(folder.adapter, model)
-        if probe is not None:
-            _check_head(probe, info)
-            probe = probe.to(next(model.parameters()).device).eval()
-        try:
-            transform = build_transform(info.data_config, train=False, augment="none")
-            _check_transform(transform, info, size)
-        except ValueError as error:
-            raise ValueError(
-                f"{folder.path / info.file}: data_config: {error}; copy it again, or train again with `--overwrite`"
-            ) from error
-    return LoadedRun(folder, model, transform, list(info.classes), task, info, probe)
+    try:
+        return _load_model(folder, info, choose_device(device))
+    except NotImplementedError:
+        raise
+    except _LIBRARY_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{folder.path} cannot be loaded: run.json or the adapter settings do not fit the weights: {reason:.300}; "
+            "copy the run again, or train again with `--overwrite`"
+        ) from error
 
 
 _LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError)
 """Errors that torch, timm and PEFT raise for invalid values."""
 
 
-@contextmanager
-def _convert_errors(run: Path) -> Iterator[None]:
-    """Convert library errors about the files of a run to a ValueError that names the run."""
-    try:
-        yield
-    except NotImplementedError:
-        raise
-    except _LIBRARY_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"{run} cannot be loaded: run.json or the adapter settings do not fit the weights: {reason:.300}; "
-            "copy the run again, or train again with `--overwrite`"
-        ) from error
-
-
-def _check_outputs(info: RunInfo, task: Task) -> None:
-    """Check that the number of class names matches the outputs of the model."""
-    expected, num_outputs = task.count_outputs(info.classes), info.backbone.num_classes
-    if num_outputs is not None and expected != num_outputs:
+def _load_model(folder: RunFolder, info: RunInfo, device: torch.device) -> LoadedRun:
+    """Load the model of a run, and check that it fits the classes and the transform."""
+    task = get_task(info)
+    num_outputs = info.backbone.num_classes
+    if num_outputs not in (None, task.count_outputs(info.classes)):
         raise ValueError(
             f"run.json must name the classes of {num_outputs} outputs, got {len(info.classes)} names; copy the run "
             "again, or train again with `--overwrite`"
         )
-
-
-def _check_head(probe: LayerProbe, info: RunInfo) -> None:
-    """Check that the final head has as many outputs as the trained head."""
-    expected, num_outputs = info.backbone.num_classes, probe.linear.out_features
-    if expected not in (None, num_outputs):
-        raise ValueError(f"the final head must have {expected} outputs, got {num_outputs}; copy the run again")
+    folder.check_adapter()
+    backbone = make_backbone(info.backbone, task.name)
+    size = configured_image_size(backbone, is_strict=True)
+    model = load_trained(folder.adapter, backbone).to(device)
+    probe = read_layer_probe(folder.adapter, model)
+    if probe is not None:
+        if num_outputs not in (None, probe.linear.out_features):
+            raise ValueError(
+                f"the final head must have {num_outputs} outputs, got {probe.linear.out_features}; copy the run again"
+            )
+        probe = probe.to(device).eval()
+    try:
+        transform = build_transform(info.data_config, train=False, augment="none")
+        _check_transform(transform, info, size)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder.path / info.file}: data_config: {error}; copy it again, or train again with `--overwrite`"
+        ) from error
+    return LoadedRun(folder, model, transform, list(info.classes), task, info, probe)
 
 
 def configured_image_size(model: nn.Module, *, is_strict: bool = False) -> int | None:
     """Return the image size that a model is configured for; None if it accepts any size.
 
-    Args:
-        model: Backbone or segmenter.
-        is_strict: Also return None for models that accept other sizes.
+    `is_strict` also returns None for models that accept other sizes.
     """
     patches: Any = getattr(getattr(model, "encoder", model), "patch_embed", None)
     size = getattr(patches, "img_size", None)
@@ -179,12 +184,7 @@ def unfinished_note(loaded: LoadedRun) -> str | None:
 
 
 class Ensemble(nn.Module):
-    """Ensemble that averages the outputs of several runs.
-
-    Args:
-        runs: Runs with the same input and output shapes.
-        task: Task that averages the outputs.
-    """
+    """Ensemble that averages the outputs of several runs with the same input and output shapes."""
 
     def __init__(self, runs: Sequence[LoadedRun], task: Task) -> None:
         super().__init__()
@@ -197,26 +197,8 @@ class Ensemble(nn.Module):
         return self.task.average_outputs(outputs, [run.task for run in self.runs])
 
 
-def _load_ensemble(folder: RunFolder, results: FoldResults, device: str) -> LoadedRun:
-    """Load the models of all folds as an ensemble."""
-    if len(results.rows) < results.folds:
-        raise FileNotFoundError(
-            f"{folder.path} has {len(results.rows)} of {results.folds} folds; finish it with "
-            f"snella train --out {folder.path} --resume"
-        )
-    loaded = [load_run(folder.path / row.folder, device) for row in results.rows]
-    first = loaded[0]
-    task = first.task.for_ensemble([fold.task for fold in loaded])
-    model = Ensemble(loaded, task).eval()
-    info = dataclasses.replace(first.info, calibration=None, tta=1)  # each model applies its own
-    return LoadedRun(first.folder, model, first.transform, first.classes, task, info)
-
-
 def get_task(info: RunInfo) -> Task:
     """Return the task of a run.
-
-    Args:
-        info: Record of the run.
 
     Raises:
         ValueError: If the run has an unsupported task, such as a personalized generator; the message names the
@@ -242,5 +224,5 @@ def make_backbone(backbone: BackboneInfo, task: str = "classification") -> nn.Mo
         weights=backbone.weights,
         pretrained=backbone.pretrained is not False,
         img_size=backbone.img_size,
-        **({} if backbone.channels == 3 else {"channels": backbone.channels}),
+        **({} if backbone.channels == 3 else {"channels": backbone.channels}),  # segmenters support only 3
     )

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from snella_app.methods import spec_of
 from snella_app.methods.model_parts import base_model
-from snella_app.records import FoldResults, RunInfo, read, read_if_present
+from snella_app.records import FoldResults, RunInfo, read_if_present
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.image_inputs import ImageInput, missing_path_hint, read_input, split_inputs
 from snella_app.runs.model import Ensemble, LoadedRun, get_task_name, load_run
@@ -35,7 +35,6 @@ __all__ = [
     "table_columns",
 ]
 
-_RUN_FILE = "run.json"
 _THREADS = 4  # decoding and resizing release the GIL
 _CROP_ENLARGEMENT = 8 / 7  # upscaling before corner crops, e.g. from 224 to 256 pixels
 _CORNERS = ((0, 0), (1, 1), (0, 1), (1, 0))
@@ -114,16 +113,14 @@ class Predictor:
             ValueError: If an image cannot be read, or a setting does not apply to the task.
             TypeError: If an input is not an image.
         """
-        inputs, is_single = split_inputs(images, run_columns=self._columns, keep_missing=skip_corrupt)
+        columns = table_columns(self.loaded.folder.path)
+        inputs, is_single = split_inputs(images, run_columns=columns, keep_missing=skip_corrupt)
         skip_corrupt = skip_corrupt and not is_single
         predictions = list(self.iter_predictions(inputs, tta=tta, unsure=unsure, skip_corrupt=skip_corrupt))
         return predictions[0] if is_single else predictions
 
     def features(self, images: Any) -> np.ndarray:
-        """Compute features: the inputs of the classifier head.
-
-        Args:
-            images: As for `predict`.
+        """Compute the features of images, as for `predict`: the inputs of the classifier head.
 
         Returns:
             `[images, width]`, or `[width]` for one image; float32.
@@ -131,10 +128,9 @@ class Predictor:
         Raises:
             ValueError: If the model has no head that takes one vector per image.
         """
-        inputs, is_single = split_inputs(images, run_columns=self._columns)
+        inputs, is_single = split_inputs(images, run_columns=table_columns(self.loaded.folder.path))
         rows: list[np.ndarray] = []
-        for _ in self.iter_predictions(inputs, on_features=rows.append):
-            pass
+        list(self.iter_predictions(inputs, on_features=rows.append))
         return rows[0] if is_single else np.stack(rows)
 
     def preprocess(self, images: Sequence[ImageInput]) -> Tensor:
@@ -152,7 +148,7 @@ class Predictor:
 
     def iter_predictions(
         self,
-        images: Sequence[ImageInput],
+        images: Iterable[ImageInput],
         *,
         tta: int | None = None,
         unsure: Unsure = None,
@@ -160,29 +156,23 @@ class Predictor:
         on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
         on_features: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[Any]:
-        """Yield predictions one by one; stores the masks of only one batch.
+        """Yield the predictions of single images one by one; stores the masks of only one batch.
 
-        Args:
-            images: Single images, as returned by `snella_app.runs.image_inputs.split_inputs`.
-            tta: As for `predict`.
-            unsure: As for `predict`.
-            skip_corrupt: As for `predict`.
-            on_skipped: Called with each skipped image and the reason.
-            on_features: Called with the features of each image, before its prediction is yielded.
+        `on_skipped` is called with each skipped image and the reason, `on_features` with the features of each image
+        before its prediction is yielded. The other arguments are those of `predict`.
         """
         threshold = self.resolve_threshold(tta, unsure)
         for paths, originals, tensors in self._batches(images, skip_corrupt, on_skipped):
             outputs, features = self._outputs(tensors, tta, on_features is not None)
-            predictions = self.loaded.task.image_predictions(paths, originals, outputs)
-            for index, prediction in enumerate(predictions):
+            for index, prediction in enumerate(self.loaded.task.image_predictions(paths, originals, outputs)):
                 if on_features is not None and features is not None:
                     on_features(features[index])
-                yield prediction if threshold is None else _with_threshold(prediction, threshold)
-
-    @property
-    def _columns(self) -> str | None:
-        """Columns of the run's table."""
-        return table_columns(self.loaded.folder.path)
+                if threshold is None:
+                    yield prediction
+                elif isinstance(prediction, Prediction):
+                    yield dataclasses.replace(prediction, unsure_below=threshold)
+                else:
+                    raise ValueError(f"unsure needs a task with one class per image, got {threshold:g}; leave it out")
 
     def resolve_threshold(self, tta: int | None, unsure: Unsure) -> float | None:
         """Validate `tta` and `unsure`, and return the threshold for unsure predictions, if any."""
@@ -202,7 +192,7 @@ class Predictor:
         return unsure
 
     def _batches(
-        self, images: Sequence[ImageInput], skip_corrupt: bool, on_skipped: Callable[[Path, str], None]
+        self, images: Iterable[ImageInput], skip_corrupt: bool, on_skipped: Callable[[Path, str], None]
     ) -> Iterator[tuple[list[Path], list[Image.Image], Tensor]]:
         """Yield batches of file names, images and model inputs."""
 
@@ -232,12 +222,12 @@ class Predictor:
     def _outputs(self, images: Tensor, tta: int | None, wants_features: bool) -> tuple[Tensor, np.ndarray | None]:
         """Return calibrated outputs of a batch, averaged over views, and features of the first view."""
         head_inputs: list[Any] = []
+        width: int | None = None
         with self._lock, torch.inference_mode(), contextlib.ExitStack() as hooks:
             if wants_features:
-                head = _head(self.loaded)
-                hooks.callback(
-                    head.register_forward_pre_hook(lambda module, inputs: head_inputs.append(inputs[0])).remove
-                )
+                head, width = _head(self.loaded)
+                handle = head.register_forward_pre_hook(lambda module, inputs: head_inputs.append(inputs[0]))
+                hooks.callback(handle.remove)
             is_calibrated = tta in (None, self.loaded.info.tta)  # the temperature was fitted to averaged outputs
             outputs = [self._view_outputs(images.to(self.device), view) for view in range(tta or self.loaded.info.tta)]
             outputs = outputs if is_calibrated else [output / self.temperature for output in outputs]
@@ -245,13 +235,9 @@ class Predictor:
             averaged = averaged / self.temperature if is_calibrated else averaged
         if not wants_features:
             return averaged, None
-        if (
-            not head_inputs
-            or not isinstance(head_inputs[0], Tensor)
-            or head_inputs[0].flatten(1).shape[0] != len(images)
-        ):
+        if not head_inputs or not isinstance(head_inputs[0], Tensor) or len(head_inputs[0]) != len(images):
             raise ValueError("features need a classifier head with one input vector per image; this model has none")
-        return averaged, head_inputs[0].flatten(1)[:, : _feature_width(self.loaded)].float().cpu().numpy()
+        return averaged, head_inputs[0].flatten(1)[:, :width].float().cpu().numpy()
 
     def _view_outputs(self, images: Tensor, view: int) -> Tensor:
         """Return the outputs for one view of a batch; undo the flip of segmentation outputs."""
@@ -289,8 +275,8 @@ def run_task_class(run: str | Path) -> type[Task]:
     """Return the task class of a run; classification for a missing run, which is reported later."""
     results = read_if_present(FoldResults, run)
     run = run if results is None or not results.rows else Path(run) / results.rows[0].folder
-    has_run = (Path(run) / _RUN_FILE).is_file()
-    return task_class(get_task_name(read(RunInfo, run)) if has_run else "classification")
+    info = read_if_present(RunInfo, run)
+    return task_class("classification" if info is None else get_task_name(info))
 
 
 def predict(
@@ -342,11 +328,11 @@ def iter_predictions(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    folder = run.folder.path if isinstance(run, LoadedRun) else Path(run)
     if not isinstance(run, LoadedRun):
-        check_order(Path(run), images)
-    folder = run.folder.path if isinstance(run, LoadedRun) else run
+        check_order(folder, images)
     inputs, _ = split_inputs(images, columns, table_columns(folder), keep_missing=options.get("skip_corrupt", False))
-    loaded = run if isinstance(run, LoadedRun) else load_run(run, device)
+    loaded = run if isinstance(run, LoadedRun) else load_run(folder, device)
     yield from Predictor(loaded, batch_size=batch_size).iter_predictions(inputs, **options)
 
 
@@ -355,8 +341,8 @@ def check_order(run: Path, images: Any) -> None:
     if run.is_file():
         raise ValueError(f"run must be the folder of a run, got the file {str(run)!r}; pass the run before the images")
     paths = [Path(image) for image in images if isinstance(image, str | Path)] if isinstance(images, list) else []
-    swapped = [image for image in paths if (image / _RUN_FILE).is_file()]
-    if swapped and not (run / _RUN_FILE).is_file():
+    swapped = [image for image in paths if (image / RunInfo.file).is_file()]
+    if swapped and not (run / RunInfo.file).is_file():
         raise ValueError(
             f"run must be the folder of a run, got {str(run)!r}; {str(swapped[0])!r} is a run, pass it "
             "before the images"
@@ -372,22 +358,10 @@ def _name(index: int, image: ImageInput) -> Path:
     return Path(getattr(image, "filename", "") or f"[{index}]")
 
 
-def _head(loaded: LoadedRun) -> nn.Module:
-    """Return the head used for predictions, including a PEFT wrapper."""
-    return _trained_head(loaded) if loaded.probe is None else loaded.probe.linear
-
-
-def _trained_head(loaded: LoadedRun) -> nn.Module:
-    """Return the head that was trained with the model."""
-    return base_model(loaded.model).get_submodule(spec_of(loaded.model).head)
-
-
-def _feature_width(loaded: LoadedRun) -> int | None:
-    """Return the number of leading head inputs that are the model's pooled features; None for all."""
-    if loaded.probe is None:
-        return None
-    head = _trained_head(loaded)
-    return int(head.in_features) if isinstance(head.in_features, int) else None
+def _head(loaded: LoadedRun) -> tuple[nn.Module, int | None]:
+    """Return the head used for predictions, and how many of its first inputs are pooled features; None for all."""
+    trained: Any = base_model(loaded.model).get_submodule(spec_of(loaded.model).head)
+    return (trained, None) if loaded.probe is None else (loaded.probe.linear, trained.in_features)
 
 
 def _view(images: Tensor, view: int) -> Tensor:
@@ -401,10 +375,3 @@ def _view(images: Tensor, view: int) -> Tensor:
         top, left = bottom * (size[0] - height), right * (size[1] - width)
         images = enlarged[..., top : top + height, left : left + width]
     return images.flip(-1) if is_flipped else images
-
-
-def _with_threshold(prediction: Any, threshold: float) -> Any:
-    """Return a prediction with a threshold for unsure predictions."""
-    if not isinstance(prediction, Prediction):
-        raise ValueError(f"unsure needs a task with one class per image, got {threshold:g}; leave it out")
-    return dataclasses.replace(prediction, unsure_below=threshold)

@@ -7,7 +7,6 @@ import json
 import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,10 @@ def predict_to_files(
     """
     console, task = make_console(), run_task_class(run)
     threshold = parse_unsure(unsure)
-    _check_features(features, watch, overwrite=overwrite)
+    if features is not None and watch:
+        raise ValueError("features must be left out with watch, which never ends")
+    if features is not None:
+        _check_features(features, overwrite=overwrite)
     folders = [Path(image) for image in images if Path(image).is_dir()]
     suffix = "" if out is None or Path(out).is_dir() else Path(out).suffix.lower()
     is_appended = watch and suffix in (".csv", ".jsonl")
@@ -67,16 +69,14 @@ def predict_to_files(
         raise ValueError(f"watch needs a folder among the images, got {', '.join(images)}")
     task.check_output(out, top_k, overwrite=overwrite or is_appended)
     check_order(Path(run), list(images))
-    files: list[Path] = []
-    if not watch or len(folders) < len(images):
-        files = expand_for(
-            run, [image for image in images if not watch or Path(image) not in folders], columns, skip_corrupt
-        )
+    listed_images = [image for image in images if not watch or Path(image) not in folders]
+    files = [] if watch and not listed_images else expand_for(run, listed_images, columns, skip_corrupt)
     model = load(run, device, batch_size=batch_size)
     skipped: list[str] = []
     errors = make_console(sys.stderr)
     if (status_note := unfinished_note(model.loaded)) is not None:
         print_line(errors, f"note: {status_note}")
+    names: list[Path] = []
     rows: list[np.ndarray] = []
 
     def skip(path: Path, reason: str) -> None:
@@ -85,29 +85,29 @@ def predict_to_files(
             print_line(errors, f"skipped {skipped[-1]}")
 
     def predict_paths(paths: Sequence[Path]) -> Iterator[Any]:
-        return model.iter_predictions(
+        for prediction in model.iter_predictions(
             paths,
             tta=tta,
             unsure=threshold,
             skip_corrupt=skip_corrupt or watch,
             on_skipped=skip,
             on_features=None if features is None else rows.append,
-        )
+        ):
+            names.append(prediction.path)
+            yield prediction
 
-    names: list[Path] = []
     if watch:
         predictions: Iterable[Any] = _watch_predictions(predict_paths, files, folders, out if is_appended else None)
     else:
         predictions = track_progress(predict_paths(files), "predicting", len(files), None if out is None else errors)
-    recorded = _record_paths(predictions, names)
     with _until_interrupted() if watch else contextlib.nullcontext():
         if out is None:
-            for prediction in recorded:
+            for prediction in predictions:
                 print_line(console, f"{prediction.path}: {prediction.text(top_k)}")
         elif is_appended:
-            _append_rows(recorded, Path(out), task, top_k, console)
+            _append_rows(predictions, Path(out), task, top_k, console)
         else:
-            task.write_predictions(recorded, out, top_k, overwrite=overwrite)
+            task.write_predictions(predictions, out, top_k, overwrite=overwrite)
     if out is not None:
         print_line(console, f"{counted(len(names), 'image')}: {out}")
     if features is not None:
@@ -122,7 +122,7 @@ def predict_to_files(
         print_line(errors, f"skipped {counted(len(skipped), 'image')}: {listed(skipped)}")
 
 
-def expand_for(run: str | Path, images: Any, columns: str | None, keep_missing: bool = False) -> list[Path]:
+def expand_for(run: str | Path, images: Any, columns: str | None, keep_missing: bool) -> list[Path]:
     """Expand `images` into files with `snella_app.runs.image_inputs.expand`, after checking the run."""
     paths = [images] if isinstance(images, str | Path) else list(images)
     check_order(Path(run), paths)
@@ -146,7 +146,7 @@ def write_features(
         ValueError: If the suffix is not supported.
         ImportError: If the file is Parquet and pyarrow is not installed.
     """
-    _check_features(str(out), False, overwrite=overwrite)
+    _check_features(str(out), overwrite=overwrite)
     path, image_names, content = Path(out), [str(name) for name in names], io.BytesIO()
     table = np.stack(features) if features else np.zeros((0, 0), np.float32)
     if path.suffix == ".npz":
@@ -164,13 +164,9 @@ def write_features(
     return path
 
 
-def _check_features(features: str | None, watch: bool, *, overwrite: bool) -> None:
+def _check_features(features: str, *, overwrite: bool) -> None:
     """Check that the feature file can be written."""
-    if features is None:
-        return
     path = Path(features)
-    if watch:
-        raise ValueError("features must be left out with watch, which never ends")
     if path.suffix not in _FEATURE_SUFFIXES:
         raise ValueError(f"features must end with {', '.join(_FEATURE_SUFFIXES)}, got {features!r}")
     if path.suffix == ".parquet":
@@ -194,36 +190,27 @@ def parse_unsure(unsure: str | None) -> Any:
         raise ValueError(f"unsure must be auto or a probability in (0, 1], got {unsure!r}") from None
 
 
-def _record_paths(predictions: Iterable[Any], names: list[Path]) -> Iterator[Any]:
-    """Yield the predictions, and append their image paths to `names`."""
-    for prediction in predictions:
-        names.append(prediction.path)
-        yield prediction
-
-
 def _watch_predictions(
     predict_paths: Any, files: Sequence[Path], folders: Sequence[Path], out: str | None
 ) -> Iterator[Any]:
     """Yield predictions of files, then of new images in folders, indefinitely."""
-    listed_images = [] if out is None or not Path(out).is_file() else _images_in_rows(Path(out))
-    done = {path.resolve() for path in listed_images}
+    written = [] if out is None or not Path(out).is_file() else _images_in_rows(Path(out))
+    done = {path.resolve() for path in written}
     yield from predict_paths([path for path in files if path.resolve() not in done])
-    for new in new_files(folders, listed_images):
+    for new in new_files(folders, written):
         if new:
             yield from predict_paths(new)
 
 
 @contextlib.contextmanager
 def _until_interrupted() -> Iterator[None]:
-    """Run the block until Ctrl-C or, in the main thread, SIGTERM; then continue after the block."""
-    is_main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
+    """Run the block until Ctrl-C or SIGTERM, then continue after the block."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with contextlib.suppress(KeyboardInterrupt):
             yield
     finally:
-        if is_main:
-            signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _images_in_rows(path: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from snella_app.console import make_console, print_line
-from snella_app.data.images import RGB, Reading, array_pixels, open_image
+from snella_app.data.images import Reading, array_pixels, open_image
 from snella_app.runs.predict import Predictor, Unsure, load
 from snella_app.tasks.predictions import Prediction
 
@@ -31,6 +31,11 @@ _PAGE = Path(__file__).with_name("serve.html")
 _BYTES_PER_PIXEL = 4
 _CONNECTIONS = 64
 _DOCS = ("/docs", "/openapi.json")
+_BIND_ERRORS = {
+    errno.EADDRINUSE: "is in use; choose another --port, or 0 for a free one",
+    errno.EACCES: "needs more permissions; choose a --port of 1024 or above",
+    errno.EADDRNOTAVAIL: "is not an address of this machine; use --host 127.0.0.1 or 0.0.0.0",
+}
 _NOSNIFF = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
@@ -176,9 +181,8 @@ def create_app(
     @app.exception_handler(RequestValidationError)
     async def explain_form(request: Request, error: RequestValidationError) -> Any:
         fields = ", ".join(map(repr, error.body)) if isinstance(error.body, Mapping) and error.body else "no field"
-        return JSONResponse(
-            {"error": f"images must be files in the form field 'files', got {fields}; {_curl(request)}"}, 422
-        )
+        example = f"curl -F files=@photo.jpg {request.base_url}predict"
+        return JSONResponse({"error": f"images must be files in the form field 'files', got {fields}; {example}"}, 422)
 
     @app.exception_handler(HTTPException)
     async def explain_status(request: Request, error: HTTPException) -> Any:
@@ -303,12 +307,7 @@ def _listener(host: str, port: int) -> Iterator[socket.socket]:
         try:
             listener.bind(address)
         except OSError as error:
-            number = error.errno or 0
-            reason = {
-                errno.EADDRINUSE: "is in use; choose another --port, or 0 for a free one",
-                errno.EACCES: "needs more permissions; choose a --port of 1024 or above",
-                errno.EADDRNOTAVAIL: "is not an address of this machine; use --host 127.0.0.1 or 0.0.0.0",
-            }.get(number, f"is unavailable: {error.strerror}; choose another --port")
+            reason = _BIND_ERRORS.get(error.errno or 0, f"is unavailable: {error.strerror}; choose another --port")
             raise OSError(f"{host}:{port} {reason}") from error
         yield listener
 
@@ -344,12 +343,7 @@ _DOCS_POLICY = (
 """Policy of FastAPI's documentation page, which loads its viewer from a CDN."""
 
 
-def _curl(request: Any) -> str:
-    """Return a curl command for this server."""
-    return f"curl -F files=@photo.jpg {request.base_url}predict"
-
-
-def _checked_pixels(file: Any, limits: ServerLimits, reading: Reading = RGB) -> float:
+def _checked_pixels(file: Any, limits: ServerLimits, reading: Reading) -> float:
     """Return the cost of an uploaded file in pixels, from its header and size.
 
     Raises:
@@ -388,12 +382,10 @@ def _prediction_json(model: Predictor, prediction: Any) -> dict[str, Any]:
     text = prediction.text()
     if not isinstance(prediction, Prediction):
         return {"text": text}
-    unsure = {} if prediction.unsure_below is None else {"unsure": prediction.is_unsure}
-    probabilities = {name: round(p, 6) for name, p in prediction.ranking}
     return {
         "text": text,
         "label": prediction.label,
         "probability": round(prediction.probability, 6),
-        **unsure,
-        "probabilities": probabilities,
+        **({} if prediction.unsure_below is None else {"unsure": prediction.is_unsure}),
+        "probabilities": {name: round(p, 6) for name, p in prediction.ranking},
     }

@@ -18,9 +18,10 @@ from snella.layer import Linear, SnellaLayer
 from snella.update import Factors, Update
 from snella_app.data import read_image
 from snella_app.device import choose_device
-from snella_app.records import BackboneInfo
-from snella_app.runs.merge import merged_model
-from snella_app.runs.model import Ensemble, LoadedRun, load_run, make_backbone
+from snella_app.methods import merge_trained
+from snella_app.runs.model import LoadedRun, load_single_run, make_backbone
+
+__all__ = ["TaskBank"]
 
 _MIB = 2**20
 _MAX_REPLACED = 0.25  # maximum fraction of a backbone that a task may replace: heads, tokens, norms
@@ -99,11 +100,7 @@ class TaskBank:
         return sum(_bytes(weights.values()) for weights in self._cached.values())
 
     def classes(self, task: str) -> list[str]:
-        """Return the class names of a task, in the order of its outputs.
-
-        Raises:
-            ValueError: If the task does not exist.
-        """
+        """Return the class names of a task, in the order of its outputs; raises ValueError for an unknown task."""
         return list(self._find(task).loaded.classes)
 
     def add(self, name: str, run: str | Path) -> None:
@@ -118,16 +115,16 @@ class TaskBank:
             ValueError: If the run has another backbone, or its weights need more than `memory_mib`.
             NotImplementedError: If its method stores whole weights.
         """
-        loaded = load_run(run, "cpu")
-        if isinstance(loaded.model, Ensemble):
-            raise ValueError(f"run={run} is a cross-validation with several models; add one, e.g. {loaded.folder.path}")
-        backbone_key = _backbone_key(loaded.info.backbone, loaded.task.name)
+        loaded = load_single_run(run, "cpu")
+        backbone = loaded.info.backbone
+        seed = None if backbone.pretrained is not False else backbone.seed  # random weights depend on the seed
+        backbone_key = (backbone.name, backbone.weights, backbone.img_size, loaded.task.name, seed)
         if self._tasks and backbone_key != self._key:
             raise ValueError(
                 f"run={run} must have the backbone of the bank, {self._key}, got {backbone_key}; "
                 "create one bank per backbone"
             )
-        base = make_backbone(loaded.info.backbone, loaded.task.name) if self._model is None else self._model
+        base = make_backbone(backbone, loaded.task.name) if self._model is None else self._model
         base = base.to(self._device).eval()
         tensors = base.state_dict(keep_vars=True)
         updates = _collect_updates(loaded.model.to(self._device))
@@ -138,14 +135,14 @@ class TaskBank:
                     "the same pre-trained weights"
                 )
             update.base = tensors[key].detach()
-        merged = merged_model(loaded.model).state_dict()
+        merged = merge_trained(loaded.model).state_dict()
         replaced = {
             key: tensor.detach()
             for key, tensor in merged.items()
             if key not in updates and not (key in tensors and torch.equal(tensor, tensors[key]))
         }
-        is_small = _bytes(replaced.values()) <= _MAX_REPLACED * _bytes(tensors.values())
-        if merged.keys() != tensors.keys() or not is_small:
+        max_replaced = _MAX_REPLACED * _bytes(tensors.values())
+        if merged.keys() != tensors.keys() or _bytes(replaced.values()) > max_replaced:
             raise NotImplementedError(
                 f"run={run} was trained with {loaded.info.method}, which stores whole weights, but a bank needs "
                 "SNELLA factors; load this run separately"
@@ -163,11 +160,7 @@ class TaskBank:
             self._tasks[name] = _Task(replace(loaded, model=base, probe=probe), updates, replaced)
 
     def remove(self, name: str) -> None:
-        """Remove a task and its cached weights.
-
-        Raises:
-            ValueError: If the task does not exist.
-        """
+        """Remove a task and its cached weights; raises ValueError for an unknown task."""
         self._find(name)
         with self._lock:
             del self._tasks[name]
@@ -265,20 +258,14 @@ class TaskBank:
             _, free = self._cached.popitem(last=False)
         weights = {}
         for key, entry in task.updates.items():
-            base, out = entry.base, free.pop(key, None)
-            out = torch.empty_like(base) if out is None else out
-            oriented = (base.T, out.T) if entry.is_transposed else (base, out)
-            write_effective_weight(oriented[0], entry.update, oriented[1], entry.cache)
+            base, out = entry.base, free[key] if key in free else torch.empty_like(entry.base)
             weights[key] = out
+            if entry.is_transposed:
+                base, out = base.T, out.T
+            write_effective_weight(base, entry.update, out, entry.cache)
         self.merges += 1
         self._cached[name] = weights
         return weights
-
-
-def _backbone_key(backbone: BackboneInfo, task: str) -> tuple[Any, ...]:
-    """Return the backbone settings that all runs of a bank share, with the seed of random weights."""
-    seed = None if backbone.pretrained is not False else backbone.seed
-    return (backbone.name, backbone.weights, backbone.img_size, task, seed)
 
 
 def _collect_updates(model: nn.Module) -> dict[str, _Update]:
@@ -288,17 +275,14 @@ def _collect_updates(model: nn.Module) -> dict[str, _Update]:
     for name, layer in inner.named_modules():
         if isinstance(layer, SnellaLayer):
             update = layer.get_update("default")
-            tensors: list[Any] = [None if tensor is None else tensor.detach() for tensor in update.factors]
-            factors = Factors(*tensors)
+            factors: list[Any] = [None if tensor is None else tensor.detach() for tensor in update.factors]
             weight: Tensor = cast(Any, layer.get_base_layer()).weight
             is_transposed = isinstance(layer, Linear) and layer.is_transposed
-            updates[layer.weight_name(name)] = _Update(update._replace(factors=factors), weight.detach(), is_transposed)
+            update = update._replace(factors=Factors(*factors))
+            updates[layer.weight_name(name)] = _Update(update, weight.detach(), is_transposed)
     return updates
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Return the size of tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-__all__ = ["TaskBank"]

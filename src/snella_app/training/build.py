@@ -27,7 +27,7 @@ from snella_app.methods.model_parts import find_head
 from snella_app.methods.saving import METHOD_FILE
 from snella_app.records import BackboneInfo, RunInfo, read
 from snella_app.runs.folder import RunFolder
-from snella_app.runs.images import encode_targets, existing_splits, is_same_split, load_splits
+from snella_app.runs.images import encode_targets, is_same_split, load_splits
 from snella_app.runs.model import make_backbone
 from snella_app.tasks import Task, create_task
 from snella_app.training.distributed import process_count
@@ -220,7 +220,7 @@ def build(
     augment: Any = task.augment if config.augment == "auto" else config.augment
     train_transform = build_transform(data_config, train=True, augment=augment, random_erasing=config.random_erasing)
     transform = build_transform(data_config, train=False, augment="none")
-    parts = existing_splits(data.splits)
+    parts = data.splits.parts
     sized = read_at_side(list(parts.values()), read_side(data_config, data.splits.train))
     transformed: dict[str, Any] = {
         name: part.with_transform(train_transform if name == "train" else transform)

@@ -23,7 +23,6 @@ from snella_app.data import ImageDataset, build_transform
 from snella_app.data.protocol import get_protocol
 from snella_app.methods import method_of, spec_of
 from snella_app.methods.model_parts import base_model
-from snella_app.runs.images import existing_splits
 from snella_app.runs.layer_probe import layer_features, probed_layers
 from snella_app.training.build import RunComponents
 from snella_app.training.checkpoints import CheckpointError, require_file
@@ -99,7 +98,7 @@ def _has_timm_features(model: nn.Module) -> bool:
 def cache_features(parts: RunComponents, batch_size: int) -> None:
     """Replace all images in `parts` by their features, and train only the head."""
     parts.model.eval()
-    for name, images in existing_splits(parts.splits).items():
+    for name, images in parts.splits.parts.items():
         setattr(parts.splits, name, FeatureDataset(images, extract_features(parts, images, batch_size)))
     parts.trained_part = parts.model.get_submodule(spec_of(parts.model).head)
 

@@ -22,7 +22,6 @@ from snella_app.data import ImageDataset
 from snella_app.data.protocol import get_protocol
 from snella_app.device import autocast
 from snella_app.methods import find_method
-from snella_app.runs.images import existing_splits
 from snella_app.text import seconds_text
 from snella_app.training.build import RunComponents
 from snella_app.training.distributed import process_count
@@ -255,7 +254,7 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     per_batch = max(optim.effective_batch_size // process_count(), 1)
     train_s = _step_seconds(parts, optim, parts.splits.train, per_batch, _trial_step) if with_training else 0.0
     steps = optim.steps_per_epoch(len(parts.splits.train)) * optim.accumulate
-    measured = {name: part for name, part in existing_splits(parts.splits).items() if name != "train"}
+    measured = {name: part for name, part in parts.splits.parts.items() if name != "train"}
     if not measured:
         return _Times(steps * train_s, 0.0)
     # the first pass reads from disk; later passes may read from memory

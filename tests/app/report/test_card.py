@@ -39,6 +39,8 @@ def test_missing_or_optimistic_results_are_noted(run):
     )
     run.finished().change("metrics.json", selected_on="test", best_metric="test_accuracy")
     assert "these results are optimistic" in model_card(run.folder, "x")
+    run.change("metrics.json", selected_on=None)
+    assert "results of the last epoch; no epoch was selected" in model_card(run.folder, "x")
 
 
 def test_the_base_model_has_its_hub_id(run):

@@ -130,10 +130,19 @@ def test_a_file_name_that_is_not_utf8_is_read(run):
     assert read(Predictions, run.folder).items[0].name == "caf\udce9"
 
 
-def test_a_confusion_matrix_that_is_not_square_is_rejected(run):
-    run.finished()
-    run.change("metrics.json", val={"accuracy": 0.5, "confusion": [[1, 2], [3]]})
-    with pytest.raises(ValueError, match=r"val: confusion must be square, got 2 rows of lengths \[1, 2\]"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_s": True}, "'train_s' must be a number, got bool True"),
+        (
+            {"val": {"accuracy": 0.5, "confusion": [[1, 2], [3]]}},
+            r"val: confusion must be square, got 2 rows of lengths \[1, 2\]",
+        ),
+    ],
+)
+def test_an_invalid_metric_is_reported(run, change, message):
+    run.finished().change("metrics.json", **change)
+    with pytest.raises(ValueError, match=message):
         read(Metrics, run.folder)
 
 

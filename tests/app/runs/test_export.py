@@ -20,7 +20,8 @@ from snella_app.cli.main import main
 from snella_app.config import TrainConfig
 from snella_app.runs import export as exporting
 from snella_app.runs import load_run
-from snella_app.runs.export import FORMATS, OUTPUT_BOUND, export
+from snella_app.runs.export import FORMATS, export
+from snella_app.runs.graphs import OUTPUT_BOUND, preparation_code
 from snella_app.runs.model import make_backbone
 from snella_app.runs.predict import predict
 from snella_app.training.train import train
@@ -122,16 +123,16 @@ def test_the_printed_snippet_runs_and_matches_predict(name, mode, finished, phot
 
 
 def test_a_run_with_a_white_value_has_no_preprocessing_snippet(loaded):
-    assert exporting._preparation(loaded) is not None
+    assert preparation_code(loaded) is not None
     data = dataclasses.replace(loaded.info.data, white=4095)
     other = dataclasses.replace(loaded, info=dataclasses.replace(loaded.info, data=data))
-    assert exporting._preparation(other) is None
+    assert preparation_code(other) is None
 
 
 def test_the_images_of_the_run_are_loaded_once(finished, tmp_path, monkeypatch):
     loadings = []
-    load = exporting.load_splits
-    monkeypatch.setattr(exporting, "load_splits", lambda *args: loadings.append(args) or load(*args))
+    load = exporting.load_run_splits
+    monkeypatch.setattr(exporting, "load_run_splits", lambda *args: loadings.append(args) or load(*args))
     result = export(finished.path, "torchscript", tmp_path / "m")
     assert "transform(Image.open(" in result.snippet and len(loadings) == 1
 
@@ -148,12 +149,12 @@ def test_onnx_stores_classes_and_preprocessing_and_supports_opset(finished, load
 
 @pytest.mark.parametrize("name", CHECKED)
 def test_different_outputs_are_rejected_without_a_file(name, finished, tmp_path, monkeypatch):
-    compare = exporting._compare
+    compare = exporting.compare_outputs
 
-    def compare_altered(images, model, run, name):
-        return compare(images, model, lambda batch: 1.01 * run(batch), name)
+    def compare_altered(graph, model, images):
+        return compare(dataclasses.replace(graph, run=lambda batch: 1.01 * graph.run(batch)), model, images)
 
-    monkeypatch.setattr(exporting, "_compare", compare_altered)
+    monkeypatch.setattr(exporting, "compare_outputs", compare_altered)
     with pytest.raises(ValueError, match=r"outputs must equal torch outputs .* nothing was written"):
         export(finished.path, name, tmp_path / "model")
     assert not list(tmp_path.iterdir())
@@ -267,7 +268,7 @@ def test_lora_error_decreases_with_its_rank(finished, loaded, images, expected, 
         notes.append(float(result.notes[0].split("= ")[1].split(" ")[0]))
     assert 0.05 < notes[0] < 1 and notes[1] < 1e-3  # 64 is the rank of every matrix of this model
     assert errors[1] < 1e-4
-    with pytest.raises(ValueError, match="rank must be at most 64, the smallest matrix dimension, got 65"):
+    with pytest.raises(ValueError, match="model to a LoRA with rank=65: The chosen rank 65 is larger than the weight"):
         export(finished.path, "lora", tmp_path / "big", rank=65)
 
 

@@ -20,23 +20,22 @@ def config(path, **changes):
 
 def create_run(path, status):
     run = RunFolder(path)
-    run.create(config(path).resolved())
+    run.prepare(config(path).resolved(), is_resumed=False)
     run.update(status)
     return run
 
 
-def test_a_finished_run_is_not_overwritten_by_default(tmp_path):
-    run = create_run(tmp_path / "run", "finished")
-    with pytest.raises(
-        FileExistsError,
-        match=r"out=.*run contains a finished run; choose another folder, or start over with --overwrite",
-    ):
-        run.resolve_settings(config(run.path))
-
-
-def test_an_unfinished_run_can_be_resumed_or_restarted(tmp_path):
-    run = create_run(tmp_path / "run", "interrupted")
-    with pytest.raises(FileExistsError, match=r"an unfinished run \(interrupted\); resume it with --resume"):
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        ("finished", "a finished run; choose another folder, or start over with --overwrite"),
+        ("interrupted", r"an unfinished run \(interrupted\); resume it with --resume, choose another folder, or start"),
+        ("running", r"an unfinished run \(running or killed\); resume it with --resume"),
+    ],
+)
+def test_a_run_is_not_overwritten_by_default(status, message, tmp_path):
+    run = create_run(tmp_path / "run", status)
+    with pytest.raises(FileExistsError, match=f"out=.*run contains {message}"):
         run.resolve_settings(config(run.path))
     assert run.resolve_settings(config(run.path, overwrite=True)).run.overwrite
 
@@ -62,7 +61,7 @@ def test_a_kill_while_the_adapter_is_written_leaves_it_without_digests(tmp_path)
 
 def test_resuming_uses_the_stored_settings(tmp_path):
     run = RunFolder(tmp_path / "run")
-    run.create(config(run.path, epochs=7, method="lora-4").resolved())
+    run.prepare(config(run.path, epochs=7, method="lora-4").resolved(), is_resumed=False)
     run.update("running")
     settled = run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True))
     values = settled.flat()
@@ -76,7 +75,7 @@ def test_resuming_uses_the_stored_settings(tmp_path):
 
 def test_per_call_settings_are_not_stored(tmp_path):
     run = RunFolder(tmp_path / "run")
-    run.create(config(run.path, overwrite=True, progress=False).resolved())
+    run.prepare(config(run.path, overwrite=True, progress=False).resolved(), is_resumed=False)
     text = (run.path / "config.yaml").read_text()
     assert not any(name in text for name in ("overwrite", "resume", "progress"))
     (run.path / "config.yaml").write_text(text + "overwrite: true\nprogress: false\nresume: false\n")
@@ -88,12 +87,6 @@ def test_an_invalid_status_is_reported_as_damage(tmp_path):
     run = create_run(tmp_path / "run", "running")
     (run.path / "run.json").write_text("{}")
     with pytest.raises(ValueError, match=r"run.json is damaged: it has no valid status; copy the file again, or train"):
-        run.resolve_settings(config(run.path))
-
-
-def test_a_running_status_may_be_a_killed_run(tmp_path):
-    run = create_run(tmp_path / "run", "running")
-    with pytest.raises(FileExistsError, match=r"an unfinished run \(running or killed\); resume it with --resume"):
         run.resolve_settings(config(run.path))
 
 
@@ -119,7 +112,7 @@ def test_overwrite_removes_only_the_run(tmp_path):
     (run.path / "notes.txt").write_text("mine")
     (run.adapter).mkdir()
     (run.adapter / "old.safetensors").write_text("x")
-    run.create(config(run.path).resolved())
+    run.prepare(config(run.path).resolved(), is_resumed=False)
     assert (run.path / "notes.txt").read_text() == "mine"
     assert not run.adapter.exists() and run.status is None
 
@@ -203,7 +196,7 @@ def test_a_new_run_gets_a_new_id_and_a_resumed_one_keeps_it(tmp_path):
     run.update("interrupted")
     run.prepare(run.read_config(), is_resumed=True)
     assert run.id == first and len(first) == 32
-    run.create(config(run.path).resolved())
+    run.prepare(config(run.path).resolved(), is_resumed=False)
     run.update("running")
     assert run.id != first
 
@@ -236,7 +229,7 @@ def test_a_kill_during_overwrite_leaves_a_resumable_or_rejected_folder(tmp_path,
             patch.setattr(type(run.path), "unlink", killing(type(run.path).unlink))
             patch.setattr("shutil.rmtree", killing(shutil.rmtree))
             with contextlib.suppress(Killed):
-                run.create(new_config)
+                run.prepare(new_config, is_resumed=False)
         try:
             outcomes.append(run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True)).optim.epochs)
         except ValueError as error:

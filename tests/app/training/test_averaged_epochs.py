@@ -77,7 +77,7 @@ def test_swa_saves_the_mean_of_the_last_epochs_at_the_target_sparsity(settings, 
     assert sum(matrix.budget for matrix in matrices) == total - round(0.9 * total)
     assert [matrix.nonzeros() for matrix in matrices] == [matrix.budget for matrix in matrices]
     assert "the average of epochs 2, 3, 4 is saved" in console.file.getvalue()
-    assert _saved_epoch(read(Metrics, run.path)) == (*("averaged epochs", "2, 3, 4", "(SWA over epochs 2 to 4 of 4)"),)
+    assert _saved_epoch(read(Metrics, run.path)) == "averaged epochs 2, 3, 4 (SWA over epochs 2 to 4 of 4)"
 
 
 def test_a_soup_adds_epochs_greedily_by_validation_score(settings, console, epoch_weights):

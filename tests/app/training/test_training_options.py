@@ -185,7 +185,7 @@ def test_the_mixed_loss_equals_the_soft_label_loss(settings, console):
     config = settings(method="linear", method_options={}, mixup=1.0).resolved()
     parts = build_components(config)
     run = RunFolder(config.run.out)
-    run.create(config)
+    run.prepare(config, is_resumed=False)
     trainer = SnellaTrainer(parts, config, run, [])
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     inputs = {"images": images, "labels": labels, "other_labels": labels.roll(1), "share": 0.3}
