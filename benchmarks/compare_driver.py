@@ -59,7 +59,7 @@ class SimulatedExecutor:
         start = time.process_time()
         row = CellRow(**self._header(cell), status="success", total_time=12.5, results=_results(cell))
         _store(self._root, cell.folder(self._root), row)
-        sent = pickle.dumps(Finished(cell, Outcome("trained", row)))  # a copy, as from a worker
+        sent = pickle.dumps(Finished(cell, Outcome(row)))  # a copy, as from a worker
         self._ended.append(pickle.loads(sent))
         self.worker_s += time.process_time() - start
 

@@ -45,7 +45,7 @@ from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
 from snella_lab.comparison.progress import ComparisonProgress
 from snella_lab.comparison.report import print_paper_comparison, print_paper_orderings, write_markdown, write_page
-from snella_lab.comparison.run_cell import probe_images, record_crash
+from snella_lab.comparison.run_cell import Outcome, probe_images, record_crash
 from snella_lab.comparison.search import Candidate
 from snella_lab.comparison.slurm import write_slurm_scripts
 from snella_lab.comparison.statistics import Rows, Spread, average
@@ -104,8 +104,9 @@ def compare(
     requested, experiment = experiment, _resolve_experiment(experiment, root)
     part = execution.part_and_count
     if part is not None:
-        rows = read_part(root, [(data, method) for data, method, _ in units(experiment)[part[0] :: part[1]]])
-        _train_all(root, Plan(experiment, rows, part), rows.values(), execution, console)
+        planned = units(experiment)[part[0] :: part[1]]
+        rows = read_part(root, [(data, method) for data, method, _ in planned])
+        _train_all(root, Plan(experiment, rows, planned), rows.values(), execution, console)
         return root
     if not execution.draw_only:
         validate_inputs(experiment, console, checks_device=execution.emit is None)
@@ -234,14 +235,10 @@ def _resolve_experiment(experiment: Experiment | None, root: Path) -> Experiment
 
 def _store(root: Path, experiment: Experiment) -> Experiment:
     """Store and return the experiment, merged with changes that other processes made in the meantime."""
-    while True:
-        with cell_lock(root / LOCKS, FILE) as is_acquired:
-            if is_acquired:
-                experiment = (
-                    _resolve_experiment(experiment, root) if (root / FILE).is_file() else experiment.with_probes()
-                )
-                experiment.write(root)
-                return experiment
+    with cell_lock(root / LOCKS, FILE, timeout_s=-1):
+        experiment = _resolve_experiment(experiment, root) if (root / FILE).is_file() else experiment.with_probes()
+        experiment.write(root)
+    return experiment
 
 
 def _print_additional_entries(requested: Experiment, merged: Experiment, console: Console) -> None:
@@ -364,7 +361,7 @@ def _trained_row(root: Path, experiment: Experiment, cell: Cell) -> CellRow:
     finally:
         executor.close()
     outcome = ended[0].outcome
-    row = outcome.row if outcome else record_crash(root, experiment, cell, ended[0].error)
+    row = record_crash(root, experiment, cell, outcome.error) if outcome.error else outcome.row
     if row is None:
         raise CellsFailedError(f"another process is training {cell.title} in {root}; wait for it, then start again")
     return row
@@ -401,17 +398,16 @@ def _train_all(root: Path, plan: Plan, rows: Iterable[CellRow], execution: Execu
                 ended = executor.wait(_POLL_S)
                 overdue = limit.stop_overdue(running.values(), ended)
                 for finished in [*ended, *overdue]:
-                    running.pop(finished.cell.name)
-                    row = finished.outcome.row if finished.outcome else None
-                    if finished.outcome is None:
-                        is_stopped = any(finished is item for item in overdue)
-                        row = record_crash(root, plan.experiment, finished.cell, finished.error, is_stopped)
+                    cell, outcome = finished
+                    running.pop(cell.name)
+                    row = outcome.row
+                    if outcome.error:
+                        row = record_crash(root, plan.experiment, cell, outcome.error, finished in overdue)
                     if row is None:
-                        progress.removed(finished.cell)
+                        progress.removed(cell)
                     else:
                         plan.record(row)
-                        is_local = finished.outcome is None or finished.outcome.state == "trained"
-                        progress.ended(finished.cell, row, max(1, executor.slots), is_local)
+                        progress.ended(cell, row, max(1, executor.slots), outcome.is_local)
     except (KeyboardInterrupt, TrainingInterrupted):
         command = f"snella compare --out {shlex.quote(str(root))}"
         command += "" if execution.part is None else f" --part {execution.part}"
@@ -452,7 +448,7 @@ class _RunLimit:
                 self._executor.stop(cell)
                 del self._started[cell.name]
                 error = f"no result within {self._limit_s / 60:g} minutes (run_limit); the run was stopped"
-                overdue.append(Finished(cell, None, error))
+                overdue.append(Finished(cell, Outcome(error=error)))
         return overdue
 
 

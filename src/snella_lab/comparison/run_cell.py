@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import psutil
@@ -192,13 +192,14 @@ def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str,
     }
 
 
-def read_results(run: RunFolder) -> CellResults:
+def read_results(folder: Path) -> CellResults:
     """Read the results of a finished run."""
-    metrics, data = read(Metrics, run.path), read(RunInfo, run.path).data
+    metrics, data, adapter = read(Metrics, folder), read(RunInfo, folder).data, RunFolder(folder).adapter
+    peft_config = adapter / "adapter_config.json"  # missing for methods outside PEFT
     best = next(row for row in metrics.history if row.epoch == metrics.adapter_epoch)
     epochs = sum(row.epoch > 0 for row in metrics.history)
     return CellResults(
-        peft_config=_adapter_config(run.adapter),
+        peft_config=json.loads(peft_config.read_text()) if peft_config.is_file() else None,
         num_trainable_params=metrics.trainable_parameters,
         adapted_weights=metrics.adapted_weights,
         kept_weights=best.budget,
@@ -227,12 +228,6 @@ def _scores(scores: SplitScores | None) -> dict[str, float | None]:
     task_metrics = [name for measures in MEASURES.values() for name in measures if hasattr(scores, name)]
     names = dict.fromkeys(("accuracy", "balanced_accuracy", "loss", *task_metrics))
     return {name: getattr(scores, name, None) for name in names}
-
-
-def _adapter_config(adapter: Path) -> dict[str, Any] | None:
-    """Return the PEFT configuration of an adapter; None for methods outside PEFT."""
-    path = adapter / "adapter_config.json"
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Path) -> CellRow | None:
@@ -277,8 +272,8 @@ def drop_adapters(root: Path, experiment: Experiment, cell: Cell) -> None:
         experiment: The experiment.
         cell: The cell that just finished; tuning runs of the same method, task and seed are affected.
     """
-    folder = replace(cell, is_final=False).folder(root).parent
-    rows = {path.parent: read_row(path.parent) for path in folder.glob(f"*_seed-{cell.seed}/{CellRow.file}")}
+    trials = replace(cell, is_final=False).folder(root).parent
+    rows = {path.parent: read_row(path.parent) for path in trials.glob(f"*_seed-{cell.seed}/{CellRow.file}")}
     ranks = {folder: tuning_result(row).rank for folder, row in rows.items() if row is not None}
     is_reusable = not cell.is_final and cell.seed < experiment.seeds
     for folder, rank in ranks.items():
@@ -292,15 +287,17 @@ _ERROR_LENGTH = 400
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of `run_cell`.
+    """Outcome of a cell: a row, an error, or neither if another process has claimed the cell.
 
     Args:
-        state: trained (by this call), finished (before this call) or claimed (by another process).
-        row: Row of the cell; None if claimed.
+        row: Row of the cell, which may record a failed training run.
+        is_local: False if another process stored the row.
+        error: Error outside training, e.g. a crash of the process.
     """
 
-    state: Literal["trained", "finished", "claimed"]
     row: CellRow | None = None
+    is_local: bool = True
+    error: str = ""
 
 
 def run_cell(
@@ -326,18 +323,16 @@ def run_cell(
     folder = cell.folder(root)
     row = read_row(folder)
     if row is not None:
-        return Outcome("finished", row)
+        return Outcome(row, is_local=False)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
         row = read_row(folder)
-        if row is not None:
-            return Outcome("finished", row)
-        if not is_acquired:
-            return Outcome("claimed")
-        row = _row(root, experiment, cell, folder, is_dedicated, keep_checkpoints)
+        if row is not None or not is_acquired:
+            return Outcome(row, is_local=False)
+        row = _train_cell(root, experiment, cell, is_dedicated, keep_checkpoints)
         append_row(root, folder, row)
         drop_adapters(root, experiment, cell)
     remove_lock(root / LOCKS, cell.name)
-    return Outcome("trained", row)
+    return Outcome(row)
 
 
 def record_crash(
@@ -355,10 +350,10 @@ def record_crash(
     folder = cell.folder(root)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
         row = read_row(folder)
-        if row is None and not is_acquired and not ignores_lock:
-            return None
         if row is None:
-            row = _failed(row_header(cell, experiment, _now()), error, 0.0)
+            if not is_acquired and not ignores_lock:
+                return None
+            row = CellRow(**row_header(cell, experiment, _now()), status="failed", error=error, total_time=0.0)
             append_row(root, folder, row)
     remove_lock(root / LOCKS, cell.name)
     return row
@@ -382,13 +377,11 @@ def _checkpoint_s(folder: Path, config: TrainConfig) -> float | None:
         return None
 
 
-def _row(
-    root: Path, experiment: Experiment, cell: Cell, folder: Path, is_dedicated: bool, keep_checkpoints: bool
-) -> CellRow:
+def _train_cell(root: Path, experiment: Experiment, cell: Cell, is_dedicated: bool, keep_checkpoints: bool) -> CellRow:
     """Train and evaluate a cell, and return a row with its results or error."""
     start, before_mib = time.monotonic(), psutil.Process().memory_info().rss / 2**20
     created_at = _now()
-    log = root / LOGS / (cell.name.replace("/", "!") + ".txt")
+    folder, log = cell.folder(root), root / LOGS / (cell.name.replace("/", "!") + ".txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     config = cell.config(experiment, folder)
     earlier_s = _checkpoint_s(folder, config)
@@ -406,55 +399,32 @@ def _row(
                     keep_checkpoints=keep_checkpoints,
                     render_report=False,
                 )
-            run = RunFolder(folder)
-            results = read_results(run)
-            if cell.is_final and results.test[experiment.metric] is None:
-                raise ValueError(f"data {cell.data.data!r} must have a test split, got none")
-            results = replace(
-                results,
-                trained_as=None if trial is None else trial.cell,
-                changed_weights=count_changed_weights(run.path) if cell.is_final else None,
-                **_memory(run, trial, before_mib if is_dedicated else None),
-                **_forgetting(root, experiment, cell, run),
-            )
-            shutil.rmtree(run.checkpoints, ignore_errors=True)
+            results = read_results(folder)
+            if trial is not None and trial.results is not None:
+                memory = {name: getattr(trial.results, name) for name in ("peak_rss_mib", "training_mib")}
+                results = replace(results, trained_as=trial.cell, **memory)
+            elif is_dedicated:
+                peak_mib = read(Metrics, folder).peak_rss_mib
+                results = replace(results, peak_rss_mib=peak_mib, training_mib=round(peak_mib - before_mib, 1))
+            if cell.is_final:
+                if results.test[experiment.metric] is None:
+                    raise ValueError(f"data {cell.data.data!r} must have a test split, got none")
+                results = replace(results, changed_weights=count_changed_weights(folder))
+                if (probe := experiment.probe_data(cell.data)) is not None:
+                    forgetting = measure_forgetting(folder, probe, experiment.forgetting_images, root / "frozen")
+                    results = replace(results, **forgetting)
+            shutil.rmtree(RunFolder(folder).checkpoints, ignore_errors=True)
         except (KeyboardInterrupt, TrainingInterrupted):
             raise
         except Exception as error:
             traceback.print_exc(file=file)
             text = " ".join(str(error).split())  # the log contains the full text
             text = text if len(text) <= _ERROR_LENGTH else text[:_ERROR_LENGTH] + " …"
-            return _failed(head, f"{type(error).__name__}: {text}", time.monotonic() - start)
+            elapsed_s = round(time.monotonic() - start, 3)
+            return CellRow(**head, status="failed", error=f"{type(error).__name__}: {text}", total_time=elapsed_s)
     earlier_s = (earlier_s or 0.0) if trial is None else trial.total_time
     total = round(time.monotonic() - start + earlier_s, 3)
     return CellRow(**head, status="success", total_time=total, results=results)
-
-
-def _memory(run: RunFolder, trial: CellRow | None, before_mib: float | None) -> dict[str, Any]:
-    """Return the peak resident memory of the training process, with and without libraries.
-
-    Args:
-        run: The run.
-        trial: Row of the reused tuning run, if any.
-        before_mib: Resident memory before the run; None if the process also runs other cells.
-    """
-    if trial is not None and trial.results is not None:
-        return {"peak_rss_mib": trial.results.peak_rss_mib, "training_mib": trial.results.training_mib}
-    if before_mib is None:
-        return {}
-    peak = read(Metrics, run.path).peak_rss_mib
-    return {"peak_rss_mib": peak, "training_mib": round(peak - before_mib, 1)}
-
-
-def _forgetting(root: Path, experiment: Experiment, cell: Cell, run: RunFolder) -> dict[str, Any]:
-    """Return the forgetting fields of a final run; empty if forgetting is not measured."""
-    data = experiment.probe_data(cell.data) if cell.is_final else None
-    return {} if data is None else measure_forgetting(run.path, data, experiment.forgetting_images, root / "frozen")
-
-
-def _failed(head: dict[str, Any], error: str, elapsed_s: float) -> CellRow:
-    """Return the row of a failed run."""
-    return CellRow(**head, status="failed", error=error, total_time=round(elapsed_s, 3))
 
 
 def _now() -> str:

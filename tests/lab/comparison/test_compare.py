@@ -450,7 +450,7 @@ class HangingExecutor:
             return
         row = self.make_row(self.experiment, cell.data.name, cell.method.name, cell.seed)
         append_row(self.root, cell.folder(self.root), row)
-        self.ended.append(Finished(cell, Outcome("trained", row)))
+        self.ended.append(Finished(cell, Outcome(row)))
 
     def wait(self, timeout_s):
         time.sleep(0.05)
@@ -484,7 +484,7 @@ def test_run_limit_excludes_the_time_of_an_earlier_attempt(tiny, tmp_path, make_
     with cell_lock(tmp_path / "locks", cell.name):
         assert not limit.stop_overdue([cell], [])
         now[0] += 11.0
-        assert not limit.stop_overdue([cell], [Finished(cell, None, "claimed by another process")])
+        assert not limit.stop_overdue([cell], [Finished(cell, Outcome())])
         assert not limit.stop_overdue([cell], []) and not executor.stopped
         now[0] += 11.0
         (overdue,) = limit.stop_overdue([cell], [])
