@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cost_text import markdown_table
+from documents import markdown_table, put_between
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from scipy.optimize import nnls
-from step_tables import put_between
 
 from snella_app.report.style import COLORS, FIGURE_SIZE, INK, add_legend, new_figure, save_figure
 from snella_app.training.cost_model import (

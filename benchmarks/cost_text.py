@@ -34,12 +34,6 @@ def device_text(device: str) -> str:
     return " ".join([threads, "of an" if name else "of a", *name, "CPU"])
 
 
-def markdown_table(head: list[str], lines: list[list[str]]) -> str:
-    """Format a Markdown table."""
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
-
-
 def time_text(total_s: float) -> str:
     """Format a duration with two significant digits in a suitable unit."""
     for unit, size, limit in _UNITS:

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from documents import markdown_table
 from PIL import Image
 
 READERS = ("folder", "hf", "datasets")
@@ -106,11 +107,11 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if "state" in row:
             groups.setdefault((f"{row['images']} {row['kind'].upper()}", row["state"], row["reader"]), []).append(row)
-    lines = [["images", "caches", "reader", *columns.values()], [*["---"] * 3, *["---:"] * len(columns)]]
+    lines = []
     for key, runs in groups.items():
         medians = [statistics.median(run[name] for run in runs) for name in columns]
         lines.append([*key, *(f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in medians)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table(["images", "caches", "reader", *columns.values()], lines, left=3)
 
 
 def write_images(source: Path, folder: Path, kind: str, count: int) -> list[Path]:

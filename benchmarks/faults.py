@@ -73,6 +73,7 @@ from snella_app.cli.main import main
 from snella_app.cli.parser import COMMANDS
 from snella_app.runs import folder as _run_folder  # noqa: F401 - imported before forking
 from snella_app.training import train as _train  # noqa: F401 - imported before forking
+from snella_lab.provenance import git_state, processor_name
 
 TINY = [
     "train", "--data", "digits", "--backbone", "test_vit", "--pretrained", "false", "--img-size", "32", "--r", "2",
@@ -116,6 +117,11 @@ CRASHED = 70
 def fork(work: Callable[[], int], signal_after_s: float | None = None, limit_s: float = LIMIT_S) -> Finished:
     """Run `work`, which returns the exit status, in a forked process; optionally kill it after a delay."""
     return Child(work).wait(signal_after_s, limit_s)
+
+
+def command(*argv: str) -> Finished:
+    """Run a command in a forked process."""
+    return fork(functools.partial(main, list(argv)))
 
 
 class Child:
@@ -237,14 +243,17 @@ class Harness:
     child = Child
     outcome = staticmethod(lambda run: outcome(run))
 
-    def count_command(self, group: str, description: str, result: Finished, is_same: Callable[[], bool]) -> None:
-        """Count the outcome of a command: a traceback, a one-line error, or results, which `is_same` compares."""
+    def count_command(
+        self, group: str, description: str, result: Finished, is_same: Callable[[], bool],
+        same: str = "harmless", rejected: str = "one line",
+    ) -> None:  # fmt: skip
+        """Count the outcome of a command: a traceback, an error, or results, which `is_same` compares."""
         if result.has_traceback:
             self.count(group, "traceback", description, result.text)
         elif result.status:
-            self.count(group, "one line")
+            self.count(group, rejected, description, result.text)
         else:
-            self.count(group, "harmless" if is_same() else "other results", description, result.text)
+            self.count(group, same if is_same() else "other results", description, result.text)
 
     def count(self, group: str, result: str, description: str = "", text: str = "") -> None:
         """Count the result of a trial, and record the details of failures."""
@@ -265,40 +274,32 @@ class Harness:
     def prepare(self) -> None:
         """Train without faults to measure time and file operations, and create interrupted runs."""
         run = self.root / "uninterrupted" / "run"
-        counts_file = self.root / "operations"
+        modules_file = self.root / "modules"
 
-        def work() -> int:
-            count = call_at_file_operation(run, None, die)
-            status = main([*TINY, "--out", str(run)])
-            counts_file.write_text(json.dumps({"operations": count[0], "modules": list(sys.modules)}))
-            return status
+        def after() -> None:
+            modules_file.write_text(json.dumps(list(sys.modules)))
 
-        result = fork(work)
-        if result.status:
-            raise SystemExit(f"the uninterrupted run failed:\n{result.text}")
-        counts = json.loads(counts_file.read_text())
-        self.operations = counts["operations"]
-        for name in counts["modules"]:  # import lazily loaded modules once, for all processes
+        self.operations = self.count_operations(run, TINY, after)
+        for name in json.loads(modules_file.read_text()):  # import lazily loaded modules once, for all processes
             if not name.startswith("triton"):  # it prints errors at exit
                 with suppress(Exception):
                     importlib.import_module(name)
         gc.freeze()
         start = time.monotonic()
-        fork(lambda: main([*TINY, "--out", str(run), "--overwrite"]))
+        command(*TINY, "--out", str(run), "--overwrite")
         self.duration_s = time.monotonic() - start
         self.finished, self.expected = run, outcome(run)
         self.unfinished = self.root / "cut" / "run"
         for number in range(self.operations // 2, self.operations):
-            result = fork(functools.partial(train_until, self.unfinished, number, die))
+            fork(functools.partial(train_until, self.unfinished, number, die))
             if list((self.unfinished / "checkpoints").glob("checkpoint-*")):
                 break
             shutil.rmtree(self.unfinished, ignore_errors=True)
-        other = self.root / "other" / "run"
-        fork(functools.partial(train_until, other, number, die, [*TINY, "--seed", "1"]))
-        self.unfinished_other = other
+        self.unfinished_other = self.root / "other" / "run"
+        fork(functools.partial(train_until, self.unfinished_other, number, die, [*TINY, "--seed", "1"]))
         if self.sizes["overwritten"]:
-            complete = shutil.copytree(other, self.root / "other" / "complete", symlinks=True)
-            fork(lambda: main(["train", "--out", str(complete), "--resume"]))
+            complete = shutil.copytree(self.unfinished_other, self.root / "other" / "complete", symlinks=True)
+            command("train", "--out", str(complete), "--resume")
             self.expected_of_other = outcome(complete)
         self.images = self.root / "images"
         self.images.mkdir()
@@ -306,19 +307,32 @@ class Harness:
         for index, image in enumerate(pixels):
             Image.fromarray(image).save(self.images / f"{index}.png")
 
-    def resume(self, group: str, description: str, run: Path) -> None:
-        """Resume a run and compare the results."""
-        result = fork(lambda: main(["train", "--out", str(run), "--resume"]))
-        if result.status == 2 and "holds none; give data and backbone" in result.text:  # killed before the start
-            result = fork(lambda: main([*TINY, "--out", str(run), "--overwrite"]))
-        if result.has_traceback:
-            self.count(group, "traceback", description, result.text)
-        elif result.status != 0:
-            self.count(group, "not resumed", description, result.text)
-        else:
-            self.count(
-                group, "same bits" if outcome(run) == self.expected else "other results", description, result.text
-            )
+    def count_operations(self, run: Path, argv: list[str], after: Callable[[], None] = lambda: None) -> int:
+        """Train without faults and return the number of file operations; then call `after` in the process."""
+        count_file = run.parent.parent / f"operations-{run.parent.name}"
+
+        def work() -> int:
+            count = call_at_file_operation(run, None, die)
+            status = main([*argv, "--out", str(run)])
+            count_file.write_text(str(count[0]))
+            after()
+            return status
+
+        result = fork(work)
+        if result.status:
+            raise SystemExit(f"the uninterrupted run failed:\n{result.text}")
+        return int(count_file.read_text())
+
+    def resume(
+        self, group: str, description: str, run: Path, argv: list[str] = TINY, is_same: Callable[[], bool] | None = None
+    ) -> None:
+        """Resume a run, or start it if it was killed before its start, and compare the results."""
+        result = command("train", "--out", str(run), "--resume")
+        needs_start = "which has no run" in result.text or (is_same is not None and "--overwrite" in result.text)
+        if result.status == 2 and needs_start:
+            result = command(*argv, "--out", str(run), "--overwrite")
+        is_same = is_same or (lambda: outcome(run) == self.expected)
+        self.count_command(group, description, result, is_same, "same bits", "not resumed")
 
     def killed(self) -> None:
         """Kill runs at random times and before random file operations."""
@@ -327,7 +341,7 @@ class Harness:
             if number % 2:
                 instant = draw.uniform(0.0, 1.05 * self.duration_s)
                 description = f"after {instant:.3f} s"
-                fork(lambda run=run: main([*TINY, "--out", str(run)]), signal_after_s=instant)
+                fork(functools.partial(main, [*TINY, "--out", str(run)]), signal_after_s=instant)
             else:
                 operation = draw.randint(1, self.operations)
                 description = f"before file operation {operation}"
@@ -338,6 +352,14 @@ class Harness:
                 fork(functools.partial(train_until, run, operation, die, ["train", "--resume"]))
             self.resume("killed", description, run)
 
+    def count_full_disk(self, group: str, description: str, result: Finished) -> bool:
+        """Count the outcome of a run on a full disk; return False after a traceback."""
+        if result.has_traceback:
+            self.count(group, "traceback", description, result.text)
+        else:
+            self.count(group, "one line" if result.status else "no effect")
+        return not result.has_traceback
+
     def disk_full(self) -> None:
         """Fail all writes after a random one, or limit the file size."""
         for number, draw, folder in self.trials("disk full"):
@@ -345,33 +367,35 @@ class Harness:
             if number % 2:
                 limit = int(2 ** draw.uniform(0, 19))
                 description = f"file size limit of {limit} bytes"
-                result = fork(functools.partial(train_limited, run, limit))
+                result = fork(functools.partial(call_limited, [*TINY, "--out", str(run)], limit))
             else:
                 operation = draw.randint(1, self.operations)
                 description = f"full after file operation {operation}"
                 result = fork(functools.partial(train_until, run, operation, fail_writes))
-            if result.has_traceback:
-                self.count("disk full", "traceback", description, result.text)
-                continue
-            self.count("disk full", "one line" if result.status else "no effect")
-            self.resume("disk full", description, run)
+            if self.count_full_disk("disk full", description, result):
+                self.resume("disk full", description, run)
 
     def small_disk(self) -> None:
         """Train on a small file system, if mounting is allowed."""
-        for _, draw, folder in self.trials("small disk"):
-            size = draw.randint(16, 1200) * 1024
-            with mounted(folder, size) as is_mounted:
+        self.train_mounted("small disk", lambda draw: f"size={draw.randint(16, 1200) * 1024}", "size=64m")
+
+    def inodes(self) -> None:
+        """Train on a file system with few inodes, if mounting is allowed."""
+        limits = f"size={2**26},nr_inodes="
+        self.train_mounted("inodes", lambda draw: f"{limits}{draw.randint(3, 22)}", "nr_inodes=100000")
+
+    def train_mounted(self, group: str, limits: Callable[[random.Random], str], free: str) -> None:
+        """Train on file systems with the mount options `limits`, then resume with the options `free`."""
+        for _, draw, folder in self.trials(group):
+            options = limits(draw)
+            with mounted(folder, options) as is_mounted:
                 if not is_mounted:
-                    self.count("small disk", "mount failed")
+                    self.count(group, "mount failed")
                     return
-                description = f"a disk of {size} bytes"
-                result = fork(lambda folder=folder: main([*TINY, "--out", str(folder / "run")]))
-                if result.has_traceback:
-                    self.count("small disk", "traceback", description, result.text)
-                    continue
-                self.count("small disk", "one line" if result.status else "no effect")
-                subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
-                self.resume("small disk", description, folder / "run")
+                result = command(*TINY, "--out", str(folder / "run"))
+                if self.count_full_disk(group, options, result):
+                    subprocess.run(["mount", "-o", f"remount,{free}", str(folder)], check=True)
+                    self.resume(group, options, folder / "run")
 
     def overwritten(self) -> None:
         """Kill a run that overwrites an unfinished run with different settings."""
@@ -380,21 +404,19 @@ class Harness:
             operation = draw.randint(1, 30)
             description = f"before file operation {operation}"
             fork(functools.partial(train_until, run, operation, die, [*TINY, "--overwrite"]))
-            result = fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
+            result = command("train", "--out", str(run), "--resume")
             if result.has_traceback:
                 self.count("overwritten", "traceback", description, result.text)
             elif result.status and "--overwrite" in result.text:
-                fork(lambda run=run: main([*TINY, "--out", str(run), "--overwrite"]))
+                command(*TINY, "--out", str(run), "--overwrite")
                 same = outcome(run) == self.expected
                 self.count("overwritten", "needs overwrite" if same else "other results", description, result.text)
             elif result.status:
                 self.count("overwritten", "not resumed", description, result.text)
             else:
                 results = outcome(run)
-                results_by_kind = {"old run resumed": self.expected_of_other, "new run started": self.expected}
-                kind = next(
-                    (name for name, expected in results_by_kind.items() if results == expected), "other results"
-                )
+                known = {"old run resumed": self.expected_of_other, "new run started": self.expected}
+                kind = next((name for name, expected in known.items() if results == expected), "other results")
                 self.count("overwritten", kind, description, result.text)
 
     def folds(self) -> None:
@@ -417,48 +439,30 @@ class Harness:
             return
         uninterrupted = self.root / group / "uninterrupted"
         uninterrupted.parent.mkdir(parents=True)
-        count_file = self.root / group / "operations"
-
-        def count() -> int:
-            operations = call_at_file_operation(uninterrupted, None, die)
-            status = main([*argv, "--out", str(uninterrupted)])
-            count_file.write_text(str(operations[0]))
-            return status
-
-        result = fork(count)
-        if result.status:
-            raise SystemExit(f"the uninterrupted run of {group} failed:\n{result.text}")
-        expected, operations = read_results(uninterrupted), int(count_file.read_text())
+        operations = self.count_operations(uninterrupted, argv)
+        expected = read_results(uninterrupted)
         for _, draw, folder in self.trials(group):
             run, operation = folder / "run", draw.randint(1, operations)
-            description = f"before file operation {operation}"
             fork(functools.partial(train_until, run, operation, die, argv))
-            result = fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
-            if result.status == 2 and ("which holds none" in result.text or "--overwrite" in result.text):
-                result = fork(lambda run=run: main([*argv, "--out", str(run), "--overwrite"]))
-            if result.has_traceback or result.status:
-                self.count(group, "traceback" if result.has_traceback else "not resumed", description, result.text)
-            else:
-                self.count(
-                    group, "same bits" if read_results(run) == expected else "other results", description, result.text
-                )
+            description = f"before file operation {operation}"
+            self.resume(group, description, run, argv, lambda run=run: read_results(run) == expected)
 
     def merged(self) -> None:
         """Kill merge and export: files with final names must be complete, and a second call must succeed."""
         commands = {
-            "merge to a file": ["merge", str(self.finished), "--out", "m.safetensors", "--overwrite"],
-            "merge to a folder": ["merge", str(self.finished), "--out", "m", "--overwrite"],
-            "export": ["export", str(self.finished), "--format", "sparse", "--out", "s.safetensors", "--overwrite"],
+            "m.safetensors": ["merge", str(self.finished)],
+            "m": ["merge", str(self.finished)],
+            "s.safetensors": ["export", str(self.finished), "--format", "sparse"],
         }
         for number, draw, folder in self.trials("merged"):
             name = list(commands)[number % len(commands)]
-            target = folder / commands[name][commands[name].index("--out") + 1]
-            argv = [str(target) if arg == target.name else arg for arg in commands[name]]
+            target = folder / name
+            argv = [*commands[name], "--out", str(target), "--overwrite"]
             operation = draw.randint(1, 8)
             fork(functools.partial(call_until, folder, operation, die, argv))
             remaining = contents_of(target)
-            result = fork(lambda argv=argv: main(argv))
-            description = f"{name}, killed before file operation {operation}"
+            result = command(*argv)
+            description = f"{argv[0]} to {name}, killed before file operation {operation}"
             if result.has_traceback or result.status:
                 self.count("merged", "traceback" if result.has_traceback else "not resumed", description, result.text)
             elif remaining and remaining != contents_of(target) and (target.is_file() or "config.json" in remaining):
@@ -471,17 +475,18 @@ class Harness:
     def limits(self) -> None:
         """Limit the file size: commands must print a one-line error with a file name and leave no empty folder."""
         run, images = str(self.finished), str(self.images)
-        commands = [
-            lambda out: ["merge", run, "--out", f"{out}/m.safetensors"],
-            lambda out: ["merge", run, "--out", f"{out}/m"],
-            lambda out: ["export", run, "--format", "sparse", "--out", f"{out}/s.safetensors"],
-            lambda out: ["explain", run, images, "--out", f"{out}/maps"],
-            lambda out: ["plot", "allocation", run, "--out", f"{out}/plots"],
-            lambda out: ["predict", run, images, "--out", f"{out}/p.csv"],
-            lambda out: ["evaluate", run, "--out", f"{out}/e.json"],
-        ]
+        commands = {
+            "m.safetensors": ["merge", run],
+            "m": ["merge", run],
+            "s.safetensors": ["export", run, "--format", "sparse"],
+            "maps": ["explain", run, images],
+            "plots": ["plot", "allocation", run],
+            "p.csv": ["predict", run, images],
+            "e.json": ["evaluate", run],
+        }
         for number, draw, folder in self.trials("limits"):
-            argv = commands[number % len(commands)](folder / "new")
+            name = list(commands)[number % len(commands)]
+            argv = [*commands[name], "--out", str(folder / "new" / name)]
             limit = draw.choice([0, 10, 200])
             result = fork(functools.partial(call_limited, argv, limit))
             description = f"{' '.join(argv)} with a file size limit of {limit} bytes"
@@ -494,23 +499,6 @@ class Harness:
                 self.count("limits", "leftover files" if empty else "no path", description, f"{empty} {result.text}")
             else:
                 self.count("limits", "one line with path")
-
-    def inodes(self) -> None:
-        """Train on a file system with few inodes, if mounting is allowed."""
-        for _, draw, folder in self.trials("inodes"):
-            count = draw.randint(3, 22)
-            with mounted(folder, 2**26, f"nr_inodes={count}") as is_mounted:
-                if not is_mounted:
-                    self.count("inodes", "mount failed")
-                    return
-                description = f"a disk for {count} files"
-                result = fork(lambda folder=folder: main([*TINY, "--out", str(folder / "run")]))
-                if result.has_traceback:
-                    self.count("inodes", "traceback", description, result.text)
-                    continue
-                self.count("inodes", "one line" if result.status else "no effect")
-                subprocess.run(["mount", "-o", "remount,nr_inodes=100000", str(folder)], check=True)
-                self.resume("inodes", description, folder / "run")
 
     def torchruns(self) -> None:
         """Start two torchrun commands, with two processes each, in one folder."""
@@ -541,14 +529,14 @@ class Harness:
         for _, draw, folder in self.trials("finished"):
             run = shutil.copytree(self.finished, folder / "run", symlinks=True)
             description = damage(draw, run, [path for path in files_of(run) if "checkpoints" not in path.parts])
-            for command, output in self.run_commands(run).items():
+            for name, output in self.run_commands(run).items():
                 if output.startswith("traceback"):
-                    self.count("finished", "traceback", f"{description}: {command}", output)
-                elif output.startswith("status") or (command == "inspect" and "The adapter is missing" in output):
+                    self.count("finished", "traceback", f"{description}: {name}", output)
+                elif output.startswith("status") or (name == "inspect" and "The adapter is missing" in output):
                     self.count("finished", "noticed")
                 else:
-                    same = output == expected[command]
-                    self.count("finished", "harmless" if same else "other results", f"{description}: {command}", output)
+                    same = output == expected[name]
+                    self.count("finished", "harmless" if same else "other results", f"{description}: {name}", output)
 
     def run_commands(self, run: Path) -> dict[str, str]:
         """Run all commands on a run and return their output (or its digest), `status N: line`, or a traceback."""
@@ -602,14 +590,10 @@ class Harness:
         for _, draw, folder in self.trials("checkpoint"):
             run = shutil.copytree(self.unfinished, folder / "run", symlinks=True)
             description = damage(draw, run, files_of(run))
-            result = fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
-            if result.has_traceback:
-                self.count("checkpoint", "traceback", description, result.text)
-            elif result.status:
-                self.count("checkpoint", "noticed")
-            else:
-                same = outcome(run) == self.expected
-                self.count("checkpoint", "harmless" if same else "other results", description, result.text)
+            result = command("train", "--out", str(run), "--resume")
+            self.count_command(
+                "checkpoint", description, result, lambda run=run: outcome(run) == self.expected, rejected="noticed"
+            )
 
     def fuzzed(self) -> None:
         """Run random command lines and configuration files."""
@@ -625,7 +609,7 @@ class Harness:
         """Start a second process in the folder of an active run."""
         for number, draw, folder in self.trials("together"):
             run = folder / "run"
-            first = Child(lambda run=run: main([*TINY, "--out", str(run)]))
+            first = Child(functools.partial(main, [*TINY, "--out", str(run)]))
             option = ("--resume", "--overwrite", "")[number % 3]
             argv = ["train", "--out", str(run), "--resume"] if option == "--resume" else [*TINY, "--out", str(run)]
             argv += ["--overwrite"] if option == "--overwrite" else []
@@ -634,7 +618,7 @@ class Harness:
             is_stopped = draw.random() < 0.3
             if is_stopped:
                 os.kill(first.pid, signal.SIGSTOP)
-            second = fork(lambda argv=argv: main(argv))
+            second = command(*argv)
             if is_stopped:
                 os.kill(first.pid, signal.SIGCONT)
             result = first.wait()
@@ -678,10 +662,10 @@ def call_limited(argv: list[str], limit: int) -> int:
 
 
 @contextmanager
-def mounted(folder: Path, size: int, *options: str) -> Iterator[bool]:
-    """Mount a file system of `size` bytes at `folder`; yield False if mounting is not permitted."""
-    command = ["mount", "-t", "tmpfs", "-o", ",".join((f"size={size}", *options)), "tmpfs", str(folder)]
-    is_mounted = shutil.which("mount") is not None and subprocess.run(command, capture_output=True).returncode == 0
+def mounted(folder: Path, options: str) -> Iterator[bool]:
+    """Mount a file system in memory at `folder`; yield False if mounting is not permitted."""
+    argv = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    is_mounted = shutil.which("mount") is not None and subprocess.run(argv, capture_output=True).returncode == 0
     try:
         yield is_mounted
     finally:
@@ -689,16 +673,9 @@ def mounted(folder: Path, size: int, *options: str) -> Iterator[bool]:
             subprocess.run(["umount", str(folder)], check=True)
 
 
-def train_until(run: Path, operation: int, action: Callable[[], None], argv: list[str] | None = None) -> int:
+def train_until(run: Path, operation: int, action: Callable[[], None], argv: list[str] = TINY) -> int:
     """Train and call `action` before a file operation."""
-    call_at_file_operation(run, operation, action)
-    return main([*(TINY if argv is None else argv), "--out", str(run)])
-
-
-def train_limited(run: Path, limit: int) -> int:
-    """Train with a file size limit in bytes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    return main([*TINY, "--out", str(run)])
+    return call_until(run, operation, action, [*argv, "--out", str(run)])
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -752,15 +729,8 @@ REACHED = 71
 """Exit status of a fuzzed command that reached the training loop."""
 MEMORY_BYTES = 8 * 2**30
 EXPENSIVE = (
-    "compare",
-    "demo",
-    "bench",
-    "dreambooth",
-    "language",
-    "generate",
-    "evaluate-generation",
-    "evaluate-language",
-    "compare",
+    *("compare", "demo", "bench", "dreambooth", "language"),
+    *("generate", "evaluate-generation", "evaluate-language"),
 )
 
 
@@ -829,8 +799,8 @@ def run_fuzzed(argv: list[str], folder: Path) -> int:
     call = _parser.call
 
     def parse_only(name: str, settings: dict[str, object]) -> Callable[[], None]:
-        command = call(name, settings)
-        return (lambda: None) if name in EXPENSIVE else command
+        bound = call(name, settings)
+        return (lambda: None) if name in EXPENSIVE else bound
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     _parser.call = parse_only
@@ -867,23 +837,6 @@ def table(counts: dict[str, Counter[str]]) -> str:
     return "\n".join(lines)
 
 
-def provenance() -> dict[str, object]:
-    """Return commit, CPU model and torch version."""
-    here = Path(__file__).parent
-
-    def git(*argv: str) -> str:
-        done = subprocess.run(["git", *argv], cwd=here, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "cpu": models[0].partition(":")[2].strip() if models else "",
-        "torch": torch.__version__,
-    }
-
-
 def run_all(arguments: argparse.Namespace) -> int:
     """Run all groups, then print and store the counts."""
     sizes = QUICK if arguments.quick else FULL
@@ -910,8 +863,9 @@ def run_all(arguments: argparse.Namespace) -> int:
     for failure in harness.failures:
         print(failure)
     print(table(harness.counts))
+    commit, is_dirty = git_state()
     row = {
-        **provenance(),
+        **{"commit": commit or "", "dirty": bool(is_dirty), "cpu": processor_name(), "torch": torch.__version__},
         "seed": arguments.seed,
         "quick": arguments.quick,
         "elapsed_s": round(time.monotonic() - start, 1),

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from documents import markdown_table, put_between
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -750,8 +751,8 @@ def table(rows: list[Result]) -> str:
     for column in range(3):
         lines = _merge(lines, column)
     head = ["engine", "loop", "option", "same on all ranks", "loss, 2", "loss, 4", "saved", "2 → 4", "4 → 1"]
-    texts = [f"| {' | '.join(line)} |" for line in ([*head, "bytes per step"], ["---"] * 10, *lines)]
-    return "\n".join([*texts, "", f"{failed} settings failed; the rows contain their errors."])
+    text = markdown_table([*head, "bytes per step"], lines)
+    return f"{text}\n\n{failed} settings failed; the rows contain their errors."
 
 
 def _merge(lines: list[list[str]], column: int) -> list[list[str]]:
@@ -788,14 +789,6 @@ def _short(error: str) -> str:
     return f"`{text if len(text) <= 130 else text[:129] + '…'}`"
 
 
-def write_table(rows: list[Result]) -> None:
-    """Replace the table in the note."""
-    begin, end = "<!-- many devices begin -->", "<!-- many devices end -->"
-    text = NOTE.read_text(encoding="utf-8")
-    before, rest = text.split(begin)
-    NOTE.write_text(f"{before}{begin}\n\n{table(rows)}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -830,7 +823,7 @@ def main() -> None:
             ROWS.unlink(missing_ok=True)
         append_rows(arguments.out, [{**row, **provenance} for row in rows])
     if arguments.out == ROWS:
-        write_table(read_rows(ROWS))
+        put_between(NOTE, "<!-- many devices begin -->", "<!-- many devices end -->", table(read_rows(ROWS)))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def exchanged(harness: Any) -> None:
     for number, draw, folder in harness.trials("exchanged"):
         run = shutil.copytree(harness.unfinished, folder / "run", symlinks=True)
         description = _MODIFICATIONS[number % len(_MODIFICATIONS)](draw, run, harness.unfinished_other)
-        result = harness.fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
+        result = harness.fork(functools.partial(main, ["train", "--out", str(run), "--resume"]))
         target = folder / _LINK_TARGET
         if target.exists() and target.read_text() != _LINK_TARGET:
             harness.count("exchanged", "other results", description, result.text)
@@ -142,11 +142,16 @@ def objects(harness: Any) -> None:
         else:
             file.write_text(text)
             argv = [*harness.tiny, "--class-weights", str(file), "--out", str(run)]
-        result = harness.fork(lambda argv=argv: main(argv))
+        result = harness.fork(functools.partial(main, argv))
         if marker.exists():
             harness.count("objects", "executed", " ".join(argv), result.text)
         else:
             harness.count_command("objects", " ".join(argv), result, lambda: True)
+
+
+def _png_chunk(kind: bytes, content: bytes) -> bytes:
+    """Return a chunk of a PNG file with its length and checksum."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def make_png(width: int, height: int, content: bytes | None = None) -> bytes:
@@ -155,9 +160,8 @@ def make_png(width: int, height: int, content: bytes | None = None) -> bytes:
         packer = zlib.compressobj(9)
         content = b"".join(packer.compress(bytes(3 * width + 1)) for _ in range(height)) + packer.flush()
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = [(b"IHDR", head), (b"IDAT", content), (b"IEND", b"")]
-    chunks = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in parts]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    parts = ((b"IHDR", head), (b"IDAT", content), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(kind, part) for kind, part in parts)
 
 
 def _npy_header(shape: tuple[int, ...]) -> bytes:
@@ -214,10 +218,8 @@ def _text_bomb() -> bytes:
     """Return a PNG with a compressed text of 1 GiB."""
     packer = zlib.compressobj(9)
     text = b"".join(packer.compress(bytes(2**20)) for _ in range(1024)) + packer.flush()
-    data = b"Comment\0\0" + text
-    chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
     image = make_png(16, 16)
-    return image[:33] + chunk + image[33:]
+    return image[:33] + _png_chunk(b"zTXt", b"Comment\0\0" + text) + image[33:]
 
 
 def requests(harness: Any) -> None:
