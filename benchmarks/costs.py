@@ -8,12 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cost_text import device_text, flop_text, memory_text, notes_text, time_text
 from counted_step import CountedStep
 from documents import markdown_table, put_between
+from estimates import (
+    BACKBONE,
+    RowSpeed,
+    Workload,
+    device_text,
+    final_run,
+    flop_text,
+    has_gpu_rows,
+    memory_text,
+    notes_text,
+    one_method,
+    row_speed,
+    seconds,
+    time_text,
+    training,
+)
 from paper_models import METHOD, SAM_NAMES, classifier, llama_7b, sam, sd3_medium
-from row_speed import BACKBONE, RowSpeed, has_gpu_rows, row_speed
-from workloads import Workload, final_run, one_method, seconds, training
 
 from snella_app.data.benchmarks import FGVC_DATASETS
 from snella_app.files import write_text

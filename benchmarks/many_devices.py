@@ -28,11 +28,40 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import peft.peft_model
+import safetensors.torch
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState
 from documents import markdown_table, put_between
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import StackDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers.models.vit.modeling_vit import ViTLayer
+
+from snella import BudgetAllocator, SnellaConfig, create_snella_optimizer
+from snella.callback import SnellaCallback
+from snella.matrices import adapted_matrices
+from snella_lab.bench.rows import append_rows, conditions, read_rows
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 NOTE = Path(__file__).parent.parent / "docs" / "notes" / "checks.md"
@@ -57,11 +86,6 @@ COMPILER = "aot_eager"
 
 def make_model(has_allocator: bool = True) -> nn.Module:
     """Build the adapted tiny ViT, identical in all processes."""
-    from peft import get_peft_model
-    from transformers import ViTConfig, ViTForImageClassification
-
-    from snella import SnellaConfig
-
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     base = ViTForImageClassification(
@@ -69,7 +93,7 @@ def make_model(has_allocator: bool = True) -> nn.Module:
     )
     settings: dict[str, Any] = {"impl": "eager", "modules_to_save": ["classifier"]}
     sparsity = {} if has_allocator else {"init_sparsity": 0.7, "target_sparsity": 0.7}
-    return get_peft_model(base, SnellaConfig(r=4, target_modules=TARGETS, **settings, **sparsity))
+    return peft.get_peft_model(base, SnellaConfig(r=4, target_modules=TARGETS, **settings, **sparsity))
 
 
 def images() -> tuple[Tensor, Tensor]:
@@ -108,9 +132,6 @@ class CommunicatedBytes(TorchDispatchMode):
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from torch.distributed.tensor import DTensor
-        from torch.utils._pytree import tree_leaves
-
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its collectives are dispatched separately
         output = func(*args, **(kwargs or {}))
@@ -181,8 +202,6 @@ class Cell:
 
 def attach(cell: Cell, model: nn.Module, optimizer: Any) -> Any:
     """Attach an allocator and count its communicated bytes."""
-    from snella import BudgetAllocator
-
     if not cell.has_allocator:
         return None
     allocator = BudgetAllocator(model, total_epochs=STEPS // PER_EPOCH, steps_per_epoch=PER_EPOCH).attach(optimizer)
@@ -190,10 +209,23 @@ def attach(cell: Cell, model: nn.Module, optimizer: Any) -> Any:
     return allocator
 
 
+def train_steps(cell: Cell, train_step: Callable[[int], list[float]], save: Callable[[], None]) -> None:
+    """Record the mean loss of the micro-batches in each step, and save a checkpoint."""
+    for step in range(cell.first, STEPS):
+        losses = train_step(step)
+        cell.losses.append(sum(losses) / len(losses))
+        if step + 1 == SAVED_AT and not cell.first:
+            save()
+
+
+def reset_accelerate() -> None:
+    """Reset Accelerate's global state, so that the next run can choose another engine."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def check_engine(cell: Cell, wrapped: nn.Module) -> None:
     """Raise an error if the loop replaced the engine, as Accelerate does on a CPU."""
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
     wrapped = getattr(wrapped, "_orig_mod", wrapped)
     expected = {
         "FSDP1": isinstance(wrapped, FullyShardedDataParallel),
@@ -212,8 +244,6 @@ def run_torchrun(cell: Cell) -> dict[str, Tensor]:
     if cell.option == "checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     wrapped = _wrap(cell, model)
-    from snella import create_snella_optimizer
-
     optimizer = create_snella_optimizer(wrapped, lr=LR)
     allocator = attach(cell, wrapped, optimizer)
     if cell.first:
@@ -222,7 +252,8 @@ def run_torchrun(cell: Cell) -> dict[str, Tensor]:
         wrapped.compile(backend=COMPILER)
     is_autocast = cell.option == "bf16" and cell.engine in (SINGLE, "DDP")
     wrapped.train()
-    for step in range(cell.first, STEPS):
+
+    def train_step(step: int) -> list[float]:
         parts, losses = local_batches(step, cell.accumulated), []
         for number, (x, y) in enumerate(parts):
             is_last = number == len(parts) - 1
@@ -232,26 +263,16 @@ def run_torchrun(cell: Cell) -> dict[str, Tensor]:
             losses.append(float(loss))
         optimizer.step()
         optimizer.zero_grad()
-        cell.losses.append(sum(losses) / len(losses))
-        if step + 1 == SAVED_AT and not cell.first:
-            _save(cell, wrapped, model, optimizer)
+        return losses
+
+    train_steps(cell, train_step, lambda: _save(cell, wrapped, model, optimizer))
     if allocator is not None:
         cell.budgets = allocator.budgets
-    return model.state_dict() if cell.engine == SINGLE else _full_state(wrapped)
+    return model.state_dict() if cell.engine == SINGLE else _full_state(cell, wrapped)
 
 
 def _wrap(cell: Cell, model: nn.Module) -> nn.Module:
     """Wrap a model with the engine."""
-    from torch.distributed.fsdp import (
-        FullyShardedDataParallel,
-        MixedPrecision,
-        MixedPrecisionPolicy,
-        fully_shard,
-    )
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-    from torch.nn.parallel import DistributedDataParallel
-    from transformers.models.vit.modeling_vit import ViTLayer
-
     if rank_and_count()[1] == 1:
         return model
     half = torch.bfloat16 if cell.option == "bf16" else None
@@ -287,8 +308,6 @@ def _syncing(cell: Cell, model: nn.Module, is_last: bool) -> contextlib.Abstract
 
 def _save(cell: Cell, wrapped: nn.Module, model: nn.Module, optimizer: Any) -> None:
     """Save the full state on rank 0."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
     rank, count = rank_and_count()
     if count == 1:
         return
@@ -303,8 +322,6 @@ def _save(cell: Cell, wrapped: nn.Module, model: nn.Module, optimizer: Any) -> N
 
 def _load(cell: Cell, wrapped: nn.Module, optimizer: Any) -> None:
     """Load the state saved by a different number of processes."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
     _, count = rank_and_count()
     saved = torch.load(cell.checkpoint(RESUMED_FROM[count]) / "state.pt", weights_only=True)
     options = StateDictOptions(full_state_dict=True)
@@ -316,8 +333,6 @@ def _load(cell: Cell, wrapped: nn.Module, optimizer: Any) -> None:
 def _run_deepspeed(cell: Cell) -> dict[str, Tensor]:
     """Train with `deepspeed.initialize`."""
     import deepspeed
-
-    from snella import create_snella_optimizer
 
     _, count = rank_and_count()
     model = make_model(cell.has_allocator)
@@ -331,18 +346,17 @@ def _run_deepspeed(cell: Cell) -> dict[str, Tensor]:
     if cell.option == "compile":
         engine.compile(backend=COMPILER)
     engine.train()
-    for step in range(cell.first, STEPS):
+
+    def train_step(step: int) -> list[float]:
         losses = []
         for x, y in local_batches(step, cell.accumulated):
-            if cell.option == "bf16":
-                x = x.bfloat16()
-            loss = engine(pixel_values=x, labels=y).loss
+            loss = engine(pixel_values=x.bfloat16() if cell.option == "bf16" else x, labels=y).loss
             engine.backward(loss)
             engine.step()
             losses.append(float(loss))
-        cell.losses.append(sum(losses) / len(losses))
-        if step + 1 == SAVED_AT and not cell.first:
-            engine.save_checkpoint(str(cell.checkpoint(count)))
+        return losses
+
+    train_steps(cell, train_step, lambda: engine.save_checkpoint(str(cell.checkpoint(count))))
     return deepspeed_state(model)
 
 
@@ -370,13 +384,7 @@ def deepspeed_state(model: nn.Module) -> dict[str, Tensor]:
 
 def run_accelerate(cell: Cell) -> dict[str, Tensor]:
     """Train with Accelerate and return the full final state."""
-    from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState, GradientState
-
-    from snella import create_snella_optimizer
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     _, count = rank_and_count()
     plugins: dict[str, Any] = {}
     if cell.engine.startswith("FSDP"):
@@ -407,7 +415,8 @@ def run_accelerate(cell: Cell) -> dict[str, Tensor]:
     if cell.first:
         accelerator.load_state(str(cell.checkpoint(RESUMED_FROM[count])))
     wrapped.train()
-    for step in range(cell.first, STEPS):
+
+    def train_step(step: int) -> list[float]:
         losses = []
         for x, y in local_batches(step, cell.accumulated):
             with accelerator.accumulate(wrapped):
@@ -416,23 +425,26 @@ def run_accelerate(cell: Cell) -> dict[str, Tensor]:
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(float(loss))
-        cell.losses.append(sum(losses) / len(losses))
-        if step + 1 == SAVED_AT and not cell.first and count > 1:
-            accelerator.save_state(str(cell.checkpoint(count)), safe_serialization=False)
-            if accelerator.is_main_process:
-                # check_engine accepts only DDP, whose processes all have the full state
-                accelerator.unwrap_model(wrapped, keep_torch_compile=False).save_pretrained(cell.checkpoint(count))
+        return losses
+
+    def save() -> None:
+        if count == 1:
+            return
+        accelerator.save_state(str(cell.checkpoint(count)), safe_serialization=False)
+        if accelerator.is_main_process:
+            # check_engine accepts only DDP, whose processes all have the full state
+            accelerator.unwrap_model(wrapped, keep_torch_compile=False).save_pretrained(cell.checkpoint(count))
+
+    train_steps(cell, train_step, save)
     if allocator is not None:
         cell.budgets = allocator.budgets
+    return _full_state(cell, wrapped)
+
+
+def _full_state(cell: Cell, wrapped: nn.Module) -> dict[str, Tensor]:
+    """Return the full state of a wrapped model."""
     if cell.engine.startswith("ZeRO"):
-        return deepspeed_state(model)
-    return _full_state(wrapped)
-
-
-def _full_state(wrapped: nn.Module) -> dict[str, Tensor]:
-    """Return the full state of a model wrapped by DDP or FSDP."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
+        return deepspeed_state(wrapped.module)
     wrapped = getattr(wrapped, "_orig_mod", wrapped)
     if rank_and_count()[1] == 1:
         return wrapped.state_dict()
@@ -441,15 +453,7 @@ def _full_state(wrapped: nn.Module) -> dict[str, Tensor]:
 
 def run_trainer(cell: Cell) -> dict[str, Tensor]:
     """Train with transformers' Trainer and return the full final state."""
-    from accelerate.state import AcceleratorState, GradientState
-    from torch.utils.data import StackDataset
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    from snella import create_snella_optimizer
-    from snella.callback import SnellaCallback
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     _, count = rank_and_count()
     X, y = images()
 
@@ -520,9 +524,7 @@ def run_trainer(cell: Cell) -> dict[str, Tensor]:
     cell.losses = [sum(group) / len(group) * scale for group in groups]
     if callback.allocator is not None:
         cell.budgets = callback.allocator.budgets
-    if cell.engine.startswith("ZeRO"):
-        return deepspeed_state(trainer.model)
-    return _full_state(trainer.model_wrapped)
+    return _full_state(cell, trainer.model_wrapped)
 
 
 RUNNERS = {"torchrun": run_torchrun, "accelerate": run_accelerate, "Trainer": run_trainer}
@@ -533,8 +535,6 @@ RUNNERS = {"torchrun": run_torchrun, "accelerate": run_accelerate, "Trainer": ru
 
 def digest(cell: Cell, state: dict[str, Tensor]) -> str:
     """Return a hash of this process's budgets and sparse updates, which depend on the thresholds."""
-    from snella.matrices import adapted_matrices
-
     plain = make_model(cell.has_allocator)
     names = dict(plain.state_dict())
     cleaned = {_plain_name(name): tensor for name, tensor in state.items()}
@@ -561,16 +561,11 @@ def _plain_name(name: str) -> str:
 
 def run_cell(cell: Cell) -> dict[str, Any]:
     """Run a cell and return the result of this process."""
-    import safetensors.torch
-
     written: list[str] = []
-    save = safetensors.torch.save_file
 
     def save_file(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> None:
         written.append(str(filename))
-        save(tensors, filename, *args, **kwargs)
-
-    import peft.peft_model
+        safetensors.torch.save_file(tensors, filename, *args, **kwargs)
 
     peft.peft_model.safe_save_file = save_file
     torch._dynamo.reset()
@@ -815,8 +810,6 @@ def main() -> None:
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
             rows = measure(arguments, Path(arguments.folder or folder))
-    from snella_lab.bench.rows import append_rows, conditions, read_rows
-
     if rows:
         provenance = conditions("cpu")
         if arguments.out == ROWS:

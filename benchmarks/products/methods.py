@@ -112,18 +112,13 @@ def table(rows: list[dict], names: Sequence[str], key: str) -> str:
             for name in names[1:]
         }
     )
-    heads = [key, *runs, "mean", f"minus {reference or 'none'}", "p"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = [[key, *runs, "mean", f"minus {reference or 'none'}", "p"], ["---"] * (len(runs) + 4)]
     for name in names:
         means = [fmean(scores[name] for scores in seeds) for seeds in runs.values()]
         cells = [decimal_text(100 * value, 1) for value in [*means, fmean(means)]]
         gap = differences.get(name)
-        lines.append(
-            "| "
-            + " | ".join([name or "none", *cells, difference_text(gap, len(runs)), significance_texts(gap)[0]])
-            + " |"
-        )
-    return "\n".join(lines)
+        lines.append([name or "none", *cells, difference_text(gap, len(runs)), significance_texts(gap)[0]])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 if __name__ == "__main__":
