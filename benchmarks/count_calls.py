@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from unittest import mock
 
 import torch
@@ -53,26 +53,35 @@ class Calls:
         return Counter({file: count for file, count in self.by_file.items() if file.startswith(folder)})
 
 
-def count_calls(function: Callable[[], object]) -> Calls:
-    """Call `function` and count the Python calls that it makes, with `sys.setprofile`."""
-    calls, last, skipped = Calls(), "", getattr(function, "__code__", None)
+def profile_calls(function: Callable[[], object], hook: Callable[[FrameType], None]) -> None:
+    """Call `function` and pass the frame of each Python call to `hook`."""
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal last
-        code: CodeType = frame.f_code
-        # skip code without a file, e.g. a generated `__init__`
-        is_counted = code is not skipped and not code.co_filename.startswith("<") and code.co_filename != KERNELS
-        if event != "call" or not is_counted:
-            return
-        calls.by_file[code.co_filename] += 1
-        calls.switches += code.co_filename != last
-        last = code.co_filename
+        if event == "call":
+            hook(frame)
 
     sys.setprofile(profile)
     try:
         function()
     finally:
         sys.setprofile(None)
+
+
+def count_calls(function: Callable[[], object]) -> Calls:
+    """Call `function` and count the Python calls that it makes."""
+    calls, last, skipped = Calls(), "", getattr(function, "__code__", None)
+
+    def count(frame: FrameType) -> None:
+        nonlocal last
+        code = frame.f_code
+        # skip code without a file, e.g. a generated `__init__`
+        if code is skipped or code.co_filename.startswith("<") or code.co_filename == KERNELS:
+            return
+        calls.by_file[code.co_filename] += 1
+        calls.switches += code.co_filename != last
+        last = code.co_filename
+
+    profile_calls(function, count)
     return calls
 
 
@@ -80,19 +89,14 @@ def functions_receiving(kind: type, function: Callable[[], object]) -> dict[str,
     """Call `function` and return the project functions that receive an instance of `kind`, by source file."""
     receivers: dict[str, set[str]] = {}
 
-    def profile(frame: FrameType, event: str, argument: object) -> None:
+    def record(frame: FrameType) -> None:
         code = frame.f_code
-        if event != "call" or not code.co_filename.startswith(f"{PROJECT}/snella"):
-            return
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        if any(isinstance(frame.f_locals.get(name), kind) for name in names):
+        is_project = code.co_filename.startswith(f"{PROJECT}/snella")
+        if is_project and any(isinstance(frame.f_locals.get(name), kind) for name in names):
             receivers.setdefault(code.co_filename, set()).add(code.co_qualname)
 
-    sys.setprofile(profile)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
+    profile_calls(function, record)
     return receivers
 
 
@@ -107,9 +111,9 @@ def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:
     """
     entered: dict[str, set[str]] = {}
 
-    def profile(frame: FrameType, event: str, argument: object) -> None:
+    def record(frame: FrameType) -> None:
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(f"{PROJECT}/snella"):
+        if code.co_filename.startswith(f"{PROJECT}/snella"):
             entered.setdefault(code.co_filename, set()).add(code.co_qualname)
 
     def stop(*_: object) -> None:
@@ -118,11 +122,7 @@ def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:
 
     console = make_console(file=io.StringIO())
     with mock.patch.object(SnellaTrainer, "training_step", stop), suppress(_FirstStepError):
-        sys.setprofile(profile)
-        try:
-            train(config, console)
-        finally:
-            sys.setprofile(None)
+        profile_calls(lambda: train(config, console), record)
     return entered
 
 

@@ -127,11 +127,14 @@ def write_images(source: Path, folder: Path, kind: str, count: int) -> list[Path
         if kind == "png":
             files[-1].write_bytes(file.read_bytes())
             continue
-        image = Image.open(file).convert("RGB")
-        scale = _SIDE / max(image.size)
-        size = round(scale * image.width), round(scale * image.height)
-        image.resize(size, Image.Resampling.BICUBIC).save(files[-1], quality=90)
+        enlarge(Image.open(file).convert("RGB")).save(files[-1], quality=90)
     return files
+
+
+def enlarge(image: Image.Image) -> Image.Image:
+    """Resize an image to a longer side of 1600 pixels."""
+    scale = _SIDE / max(image.size)
+    return image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BICUBIC)
 
 
 def drop_from_page_cache(files: Iterable[Path]) -> None:
@@ -207,10 +210,7 @@ def hf_dataset(folder: str, transform: Callable[[Any], Any]) -> Any:
     images = datasets.load_dataset("imagefolder", data_dir=folder, split="train")
 
     def convert(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {
-            "image": [transform(image.convert("RGB")) for image in batch["image"]],
-            "label": batch["label"],
-        }
+        return {"image": [transform(image.convert("RGB")) for image in batch["image"]], "label": batch["label"]}
 
     images.set_transform(convert)
     return _Pairs(images)

@@ -95,9 +95,7 @@ POLICIES: dict[str, Callable[[], Contexts]] = {
 
 
 def checkpoint_blocks(
-    model: nn.Module,
-    contexts: Callable[[], Contexts],
-    saving: Callable[[], AbstractContextManager[None]] = nullcontext,
+    model: nn.Module, contexts: Callable[[], Contexts], saving: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> None:
     """Disable SNELLA's recomputation of inputs, and checkpoint each block instead.
 

@@ -438,12 +438,7 @@ def evaluate_language(
 
 @command("snella_lab.recipes.demo")
 def demo(
-    *,
-    out: str = "runs/demo",
-    overwrite: bool = True,
-    epochs: int | None = None,
-    seed: int = 0,
-    device: Device = "auto",
+    *, out: str = "runs/demo", overwrite: bool = True, epochs: int | None = None, seed: int = 0, device: Device = "auto"
 ) -> None:
     """Compare a linear probe, LoRA and SNELLA on images of solar cells.
 

@@ -87,10 +87,7 @@ class Choice:
             )
         factor = None if self.candidate is None else self.candidate.lr_factor
         return SearchChoice(
-            lr_factor=factor,
-            lr_on_edge=self.lr_on_edge,
-            weight_decay_on_edge=self.weight_decay_on_edge,
-            trials=trials,
+            lr_factor=factor, lr_on_edge=self.lr_on_edge, weight_decay_on_edge=self.weight_decay_on_edge, trials=trials
         )
 
 

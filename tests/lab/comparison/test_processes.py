@@ -121,10 +121,7 @@ def test_ray_trains_cells_on_a_local_cluster(tiny, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     experiment, output = tiny(methods=["linear", "bias"], grid={"lr_factors": [1.0]}), io.StringIO()
     compare(
-        experiment,
-        tmp_path / "c",
-        ExecutionConfig(workers=2, threads=1, ray=True),
-        Console(file=output, width=200),
+        experiment, tmp_path / "c", ExecutionConfig(workers=2, threads=1, ray=True), Console(file=output, width=200)
     )
     assert not ray.is_initialized()
     rows = rows_of(tmp_path / "c")
