@@ -45,7 +45,7 @@ from snella.layer import SnellaLayer
 from snella.memory import recompute
 from snella.memory.compression import Layout, decode, encode
 from snella.memory.recompute import mark_outputs, unmark_outputs
-from snella_lab.bench.bench import quartiles
+from snella_lab.bench.bench import ratio_fields
 from snella_lab.bench.rows import append_rows, conditions, read_rows
 
 ROWS = Path(__file__).with_suffix(".jsonl")
@@ -274,10 +274,7 @@ def measure(title: str, setting: Setting, rounds: int) -> list[dict[str, Any]]:
             times[name] += [seconds] if round_number else []
     for row in rows:
         for reference in ("lora", "snella", "snella-compress"):
-            pairs = zip(times[row["variant"]], times[reference], strict=True)
-            ratios = [step_s / reference_s for step_s, reference_s in pairs]
-            row[f"step_over_{reference}"] = round(statistics.median(ratios), 3)
-            row[f"step_over_{reference}_quartiles"] = [round(q, 3) for q in quartiles(ratios)]
+            row |= ratio_fields(reference, times[row["variant"]], times[reference])
         row |= {"step_s": round(statistics.median(times[row["variant"]]), 4), "clock": "process time"}
         row |= conditions("cpu")
     return rows

@@ -333,10 +333,17 @@ def _summary(steps: list[StepTime], reference_steps: list[StepTime] | None) -> d
         for key in ("forward_s", "backward_s", "step_s")
     }
     if reference_steps:
-        ratios = [step.step_s / reference.step_s for step, reference in zip(steps, reference_steps, strict=True)]
-        summary[f"step_over_{REFERENCE}"] = round(statistics.median(ratios), 3)
-        summary[f"step_over_{REFERENCE}_quartiles"] = [round(q, 3) for q in quartiles(ratios)]
+        summary |= ratio_fields(REFERENCE, [s.step_s for s in steps], [s.step_s for s in reference_steps])
     return summary
+
+
+def ratio_fields(reference: str, times: list[float], reference_times: list[float]) -> dict[str, Any]:
+    """Return the median and the quartiles of the ratio to a reference over rounds, as row fields."""
+    ratios = [time_s / reference_s for time_s, reference_s in zip(times, reference_times, strict=True)]
+    return {
+        f"step_over_{reference}": round(statistics.median(ratios), 3),
+        f"step_over_{reference}_quartiles": [round(quartile, 3) for quartile in quartiles(ratios)],
+    }
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
