@@ -53,20 +53,7 @@ _MIB, _GIB = 2**20, 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """A row and its counts.
-
-    Args:
-        machine: Device of the row.
-        model: Name of the backbone.
-        method: Key of `METHODS`.
-        batch: Batch size.
-        r: Rank.
-        sparsity: Fraction of unchanged weights.
-        precision: Dtypes of activations and frozen weights.
-        step: Count of the measured step, which may use only the first blocks of the model.
-        full: Count for the full model.
-        row: The row.
-    """
+    """A row and its counts: `step` of the measured step, which may use only the first blocks, `full` of the full model."""
 
     machine: str
     model: str
@@ -99,8 +86,7 @@ def read_case(row: dict[str, Any]) -> Case | None:
 def count_row(row: dict[str, Any]) -> Case | None:
     """Count the step of a CPU row, with or without autocast.
 
-    Returns:
-        The case; None for other devices, models or methods, and for bfloat16 activations without autocast.
+    Return None for other devices, models or methods, and for bfloat16 activations without autocast.
     """
     model, method = row.get("backbone", row.get("model")), row.get("method")
     if model not in SHAPES or method not in METHODS or not row["device"].startswith("cpu"):
@@ -335,12 +321,7 @@ _MAX_TOKENS = 1_000_000
 
 
 def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int | None:
-    """Return the token count of the smallest batch that meets a condition; None above a million tokens.
-
-    Args:
-        model: Shape of the model.
-        is_reached: Condition on the batch size; monotonic.
-    """
+    """Return the tokens of the smallest batch that meets a monotonic condition; None above a million tokens."""
     low, high = 0, _MAX_TOKENS // model.tokens
     if not is_reached(high):
         return None

@@ -38,12 +38,7 @@ PROJECT = str(Path(PACKAGE).parent)
 
 @dataclass
 class Calls:
-    """Python calls during a call of a function.
-
-    Args:
-        by_file: Number of calls by source file, without Numba kernels.
-        switches: Number of file changes between consecutive calls.
-    """
+    """Python calls during a call of a function, by source file, and changes of the file between consecutive calls."""
 
     by_file: Counter[str] = field(default_factory=Counter)
     switches: int = 0
@@ -128,15 +123,7 @@ def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:
 
 @dataclass
 class Size:
-    """Size of a root package.
-
-    Args:
-        modules: Number of files.
-        lines: Number of lines.
-        code: Number of lines, excluding blank lines, comments and docstrings.
-        largest_class: Name and number of methods.
-        longest_signature: Name and number of parameters, excluding `self` and `cls`.
-    """
+    """Size of a root package; `code` excludes blank lines, comments and docstrings."""
 
     modules: int = 0
     lines: int = 0

@@ -33,13 +33,7 @@ class Line:
 
 @dataclass(frozen=True)
 class RowSpeed:
-    """Linear models fitted to two batch sizes: a constant cost of the merge, and a cost per image.
-
-    Args:
-        step: Forward pass, backward pass and optimizer.
-        forward: Forward pass only.
-        device: Device name in the rows.
-    """
+    """Linear models fitted to two batch sizes: a constant cost of the merge, and a cost per image."""
 
     step: Line
     forward: Line
@@ -47,11 +41,7 @@ class RowSpeed:
 
 
 def row_speed(rows: list[dict[str, Any]], counted: CountedStep) -> RowSpeed:
-    """Fit both models to the newest row of each batch size with at least three rounds.
-
-    Args:
-        rows: Rows of results.jsonl.
-        counted: Step of the rows' backbone on one image.
+    """Fit both models to the newest rows of the backbone with at least three rounds; `counted` is its step on one image.
 
     Raises:
         ValueError: If a batch size has no CPU row, the rows come from two machines, or times grow faster than the batch
@@ -102,13 +92,7 @@ _VTAB_TRAIN, _VTAB_VAL = 800, 200
 
 @dataclass(frozen=True)
 class Workload:
-    """Number of batches and samples to process.
-
-    Args:
-        passes: Number of training batches (forward and backward).
-        trained: Number of training samples over all epochs.
-        evaluated: Number of evaluation samples (forward only).
-    """
+    """Number of training batches (`passes`), and of training and evaluation samples over all epochs."""
 
     passes: float
     trained: float
@@ -131,11 +115,7 @@ def training(images: int, epochs: int, batch: int, evaluated: float = 0.0) -> Wo
 def seconds(speed: RowSpeed, counted: CountedStep, work: Workload, *, is_checkpointed: bool = False) -> float:
     """Estimate the seconds of a workload: training with the step model, evaluation from the forward FLOP.
 
-    Args:
-        speed: Speed of the machine.
-        counted: Step on `counted.batch` samples.
-        work: Workload.
-        is_checkpointed: True if each training step repeats the forward pass, including the merge.
+    If `is_checkpointed`, each training step repeats the forward pass, including the merge.
     """
     forward = counted.forward_flop / counted.batch
     total = speed.step.seconds(work.passes, counted.adapted, work.trained * counted.training_flop / counted.batch)

@@ -58,15 +58,9 @@ def accuracy(
     with_flips: bool,
     average: bool,
 ) -> float:
-    """Fit a head and return its test accuracy.
+    """Fit a head on `num_features` features (None: all), optionally with validation images and flips; return its accuracy.
 
-    Args:
-        parts: Features from `features_of`.
-        task: Task from `features_of`, which defines the loss.
-        num_features: Number of features; None uses all.
-        with_val: Also train on validation images.
-        with_flips: Also train on flipped images.
-        average: Average the probabilities of an image and its flip.
+    `average` averages the probabilities of a test image and its flip.
     """
     fitted = [parts["train"], parts["val"]] if with_val else [parts["train"]]
     views = [torch.cat([part.views[view][:, :num_features] for part in fitted]) for view in range(1 + with_flips)]

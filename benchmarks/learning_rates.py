@@ -55,14 +55,8 @@ _FIRST_EVALUATED = 0.6  # fraction of the epochs before the first evaluation
 class Features:
     """Outputs of the frozen blocks, `[images, tokens, width]`, and labels, `[images]`.
 
-    Attributes:
-        train: Training images, `[sides, images, tokens, width]`; includes mirror images if the recipe flips.
-        train_labels: Labels of `train`.
-        val: Validation images, for selecting the epoch.
-        val_labels: Labels of `val`.
-        rest: Evaluation images.
-        rest_labels: Labels of `rest`.
-        classes: Number of classes.
+    `train` has the shape `[sides, images, tokens, width]` and includes mirror images if the recipe flips. `val` selects
+    the epoch; `rest` is evaluated.
     """
 
     train: Tensor

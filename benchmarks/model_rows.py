@@ -41,12 +41,9 @@ class Setting:
 
     Args:
         model: A timm model name, or `llama`.
-        batch: Batch size.
-        tokens: Sequence length.
         side: Image size; None uses the model's default.
         depth: Number of blocks to build; None builds all.
         blocks: Number of blocks in the full model.
-        r: Rank.
         autocast: Run steps under bfloat16 autocast.
         frozen: Dtype of the frozen weights.
         fused: Use fused attention in Swin (timm's `TIMM_FUSED_ATTN=2`).

@@ -99,10 +99,8 @@ def checkpoint_blocks(
 ) -> None:
     """Disable SNELLA's recomputation of inputs, and checkpoint each block instead.
 
-    Args:
-        model: The model.
-        contexts: Function that returns the contexts of a block's forward pass and of its recomputation.
-        saving: Function that returns the context that saves a block's inputs.
+    `contexts` returns the contexts of a block's forward pass and of its recomputation, `saving` the context that saves
+    a block's inputs.
     """
 
     def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

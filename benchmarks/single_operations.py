@@ -32,16 +32,8 @@ def measure_sampling(
 ) -> dict[str, Any]:
     """Time `∂L/∂W = grad_yᵀ x` at the nonzero entries of `S`, compared with the dense product.
 
-    Args:
-        m: Output features.
-        n: Input features.
-        tokens: Rows of `x` and `grad_y`.
-        density: Fraction of nonzero entries in `S`.
-        r: Rank.
-        rounds: Number of rounds; medians are reported.
-
-    Returns:
-        A row with both times in seconds and their ratio.
+    `tokens` are the rows of `x` and `grad_y`, `density` is the fraction of nonzero entries. The row contains the
+    median times and their ratio.
 
     Raises:
         RuntimeError: If the sampled entries differ from the dense product.
@@ -87,18 +79,9 @@ def measure_matrix(
 ) -> dict[str, Any]:
     """Time the effective weight of a matrix (merge, exact selection, addition), compared with its forward product.
 
-    Args:
-        m: Output features.
-        n: Input features.
-        tokens: Rows of the input.
-        r: Rank.
-        sparsity: Sparsity of the update.
-        rounds: Number of rounds; medians are reported.
-        impl: Implementation, as in `adapted_linear`.
-
     Returns:
-        A row with both times in seconds, their ratio, and `extra_over_matrix`: peak memory beyond weight and factors,
-        in multiples of the matrix size, including 1 for the effective weight.
+        A row with both median times, their ratio, and `extra_over_matrix`: peak memory beyond weight and factors, in
+        multiples of the matrix size, including 1 for the effective weight.
 
     Raises:
         RuntimeError: If the op differs from the reference.
@@ -142,17 +125,7 @@ def measure_competition(
 
     Layer level: importance, once per step, and budget allocation, once per epoch. Weight level: selection, measured as
     the time of all effective weights minus the time without selection. A step selects once, because the backward pass
-    reuses the thresholds.
-
-    Args:
-        backbone: A timm model name.
-        batch: Batch size.
-        r: Rank.
-        sparsity: Sparsity of the update.
-        rounds: Number of rounds; medians are reported.
-
-    Returns:
-        A row with the seconds of a step and of each part, and `competition_over_step`.
+    reuses the thresholds. The row contains the seconds of a step and of each part, and `competition_over_step`.
     """
     workload = Workload(backbone, r, sparsity)
     images, labels = random_batch(workload, batch)

@@ -52,20 +52,12 @@ OVERVIEW_BEGIN, OVERVIEW_END = "<!-- overview of benchmarks/bundled-suite begins
 
 
 def read_suite(folder: Path = RESULTS) -> tuple[Experiment, list[CellRow]]:
-    """Read the experiment and the rows of a folder.
-
-    Raises:
-        ValueError: If a row is damaged.
-    """
+    """Read the experiment and the rows of a folder."""
     return read_experiment(str(folder / "experiment.yaml")), read_cells(folder / "results.jsonl")
 
 
 def update_suite(page: Path = PAGE) -> bool:
-    """Write the tables of the suite into the page; return True if it changed.
-
-    Raises:
-        ValueError: If a row is damaged or the page has no markers.
-    """
+    """Write the tables of the suite into the page; return True if it changed."""
     experiment, rows = read_suite()
     changed = [
         put_between(page, BEGIN, END, accuracy_table(experiment, rows)),
@@ -137,11 +129,7 @@ def defaults_table(experiment: Experiment, rows: Rows, untuned: Rows) -> str:
 
 
 def update_twins(page: Path = TWINS_PAGE) -> bool:
-    """Write the twins' orderings into the page; return True if it changed.
-
-    Raises:
-        ValueError: If a row is damaged or the page has no markers.
-    """
+    """Write the twins' orderings into the page; return True if it changed."""
     claims = [result.texts[:3] for result in paper_orderings(*read_suite(TWINS))]
     return put_between(page, TWINS_BEGIN, END, markdown_table(ORDERING_HEADINGS[:3], claims, left=1))
 
@@ -160,11 +148,7 @@ def draw_twins(folder: Path = TWINS_FIGURES) -> list[Path]:
 
 
 def update_overview(page: Path) -> bool:
-    """Write the means over all tasks into the page; return True if it changed.
-
-    Raises:
-        ValueError: If a row is damaged or the page has no markers.
-    """
+    """Write the means over all tasks into the page; return True if it changed."""
     experiment, rows = read_suite()
     return put_between(page, OVERVIEW_BEGIN, OVERVIEW_END, overview(experiment, rows))
 

@@ -55,13 +55,9 @@ _RESERVED_KIB = 1
 
 @dataclass(frozen=True)
 class Resources:
-    """Resources of one compiled kernel.
+    """Resources of one compiled kernel: registers and spills per thread, shared memory per program.
 
     Attributes:
-        registers: Registers per thread.
-        spilled_bytes: Local memory per thread.
-        shared_bytes: Shared memory per program.
-        instructions: Number of machine instructions.
         executed: Instructions that a thread executes per entry of its tile. Loops over pieces and their widths count
             once per iteration; the loop over tiles counts once.
         occupancy: Active warps over the multiprocessor's warps.

@@ -88,12 +88,7 @@ def measure(folder: Path, run: dict) -> dict:
 def table(rows: list[dict], names: Sequence[str], key: str) -> str:
     """Return accuracies by folder, and differences from the first name with Student's t intervals over folders.
 
-    Folders are averaged over the seeds that all names have in common.
-
-    Args:
-        rows: Rows with equal numbers of epochs.
-        names: Rows of the table: values of `key` in `rows`; others are ignored.
-        key: `method` or `options`.
+    Folders are averaged over the seeds that all names have in common. `names` are values of `key` in the rows.
     """
     values: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
     for row in rows:

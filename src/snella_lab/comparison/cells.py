@@ -124,14 +124,9 @@ def units(experiment: Experiment) -> list[Unit]:
 
 
 class Plan:
-    """Finished and remaining cells of an experiment.
+    """Finished and remaining cells of an experiment, or of its units in `planned`.
 
     The cost of each method call is independent of the number of finished cells.
-
-    Args:
-        experiment: The experiment.
-        rows: Rows of finished cells by cell name.
-        planned: Units to plan; None plans all cells.
 
     Attributes:
         done: Number of finished cells.
@@ -197,11 +192,7 @@ class _Run:
 
 
 class _Pair:
-    """Finished and remaining cells of one method on one task.
-
-    Attributes:
-        seeds: Seeds of the final runs.
-    """
+    """Finished and remaining cells of one method on one task, with the seeds of its final runs."""
 
     def __init__(self, experiment: Experiment, data: DataEntry, method: MethodEntry) -> None:
         self._experiment, self._data, self._method = experiment, data, method

@@ -159,12 +159,9 @@ def _has_diverged(row: CellRow) -> bool:
 
 
 def validate_inputs(experiment: Experiment, console: Console, checks_device: bool = True) -> None:
-    """Validate all data and the backbone before training.
+    """Validate all data and the backbone before training, and print descriptions of the data.
 
-    Args:
-        experiment: The experiment.
-        console: Output console for descriptions of the data.
-        checks_device: Check that the device exists; False if only the cluster's machines have it.
+    With `checks_device=False`, the device may exist only on the cluster's machines.
 
     Raises:
         ValueError: If data or the backbone are missing or invalid; the message lists all errors.
@@ -419,13 +416,7 @@ def _train_all(root: Path, plan: Plan, rows: Iterable[CellRow], execution: Execu
 
 
 class _RunLimit:
-    """Time limit of each run, starting when its worker locks the cell.
-
-    Args:
-        root: Folder of the comparison.
-        executor: Executor of the runs.
-        limit_s: Maximum seconds.
-    """
+    """Time limit of each run, starting when its worker locks the cell."""
 
     def __init__(self, root: Path, executor: Executor, limit_s: float) -> None:
         self._root, self._executor, self._limit_s = root, executor, limit_s

@@ -79,13 +79,6 @@ class InProcesses:
 
     Processes fork from a server that has only imported the libraries, so they start quickly and their peak memory is
     that of the cell.
-
-    Args:
-        root: Folder of the comparison.
-        experiment: The experiment.
-        slots: Number of parallel processes.
-        threads: Threads per process.
-        keep_checkpoints: Save a checkpoint after each epoch.
     """
 
     def __init__(
@@ -196,7 +189,6 @@ class OnRay:
         gpus: GPUs per cell, reserved as Ray GPUs; None divides the cluster's GPUs among `slots`, at most one per cell.
 
     Raises:
-        ImportError: If Ray is not installed.
         ConnectionError: If no cluster is reachable at `RAY_ADDRESS`.
         ValueError: If no machine of the cluster has enough CPUs and GPUs for a cell.
     """
@@ -323,11 +315,7 @@ def _gpu_share(gpus: float, slots: int | None, experiment: Experiment) -> float:
 
 
 def import_ray() -> Any:
-    """Import and return `ray`.
-
-    Raises:
-        ImportError: If Ray is not installed.
-    """
+    """Import and return `ray`; raise an ImportError with the command that installs it."""
     try:
         import ray
         import ray.exceptions

@@ -50,14 +50,7 @@ _FRACTIONS = {f"test_{metric}" for measures in MEASURES.values() for metric in m
 
 @dataclass(frozen=True)
 class PaperComparison:
-    """A number reported in a paper and the measured result.
-
-    Args:
-        method: Method label.
-        column: A task, a group, or one of the two means.
-        reported: Reported result in percent.
-        measured: Measured result in percent; None if a run is missing.
-    """
+    """A number reported in a paper and the measured result, in percent; `column` is a task, a group or a mean."""
 
     method: str
     column: str
@@ -101,8 +94,7 @@ class OrderingResult:
     Attributes:
         claim: Human-readable claim, e.g. `cubic above linear`.
         verdict: `holds` or `contradicted` for a decided difference, else `not decided` or `not run`.
-        difference: Difference between the higher and the lower method of the claim, paired by task and seed, with
-            Holm's correction over the claims; None without runs.
+        difference: Paired difference with Holm's correction over the claims; None without runs.
         is_fraction: True for fractions such as accuracy.
     """
 
@@ -179,16 +171,7 @@ MARKDOWN_FILE = "comparison.md"
 
 
 def markdown_tables(experiment: Experiment, rows: Rows, summary: Summary | None = None) -> str:
-    """Format the result tables as Markdown, with caption, command, machines and dates.
-
-    Args:
-        experiment: The experiment, for order, groups and reference.
-        rows: All rows.
-        summary: Results of the rows; None computes them.
-
-    Returns:
-        Markdown text; a single sentence if no final run is finished.
-    """
+    """Format the result tables as Markdown, with caption, command, machines and dates; `summary` None computes it."""
     summary = summary or summarize(experiment, rows)
     if not summary.finals:
         return "No final run is finished yet.\n"
@@ -249,17 +232,7 @@ _SELECTED_EPOCH = {
 
 
 def write_page(root: Path, experiment: Experiment, rows: Rows, summary: Summary | None = None) -> Path:
-    """Write the HTML report atomically.
-
-    Args:
-        root: Folder of the comparison.
-        experiment: The experiment.
-        rows: All rows.
-        summary: Results of the rows; None computes them.
-
-    Returns:
-        Path of the report.
-    """
+    """Write the HTML report atomically, and return its path; `summary` None computes it."""
     summary = summary or summarize(experiment, rows)
     context = {
         "experiment": experiment,

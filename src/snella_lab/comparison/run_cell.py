@@ -47,14 +47,7 @@ from snella_lab.provenance import git_state, package_info, system_info
 
 
 def count_changed_weights(run: Path) -> int | None:
-    """Merge a run's update into its backbone and count the changed weights outside the head.
-
-    Args:
-        run: Folder of a finished run.
-
-    Returns:
-        Number of changed weights; None for a method that cannot be merged.
-    """
+    """Merge a run's update and count the changed weights outside the head; None if the method cannot be merged."""
     loaded = load_run(run, device="cpu")
     head = spec_of(loaded.model).head
     try:
@@ -65,13 +58,7 @@ def count_changed_weights(run: Path) -> int | None:
 
 
 def count_differences(model: nn.Module, other: nn.Module, head: str) -> int:
-    """Count the weights that differ between two models of the same architecture.
-
-    Args:
-        model: First model.
-        other: Second model.
-        head: Name of the module to exclude.
-    """
+    """Count the weights that differ between two models of the same architecture, except in the module `head`."""
     values = dict(other.named_parameters())
     return sum(
         int((parameter != values[name]).sum())
@@ -84,14 +71,9 @@ _FOLDS = 5
 
 
 def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_size: int = 32) -> dict[str, Any]:
-    """Compare the linear-probe accuracy of adapted and frozen features on other data.
+    """Compare the linear-probe accuracy of adapted and frozen features on at most `images` images of other data.
 
-    Args:
-        run: Folder of a finished run.
-        data: Probe data, other than the run's.
-        images: Maximum number of probe images.
-        cache: Folder for the cached accuracy of frozen features, shared by all runs of a backbone.
-        batch_size: Batch size.
+    The accuracy of frozen features is cached in `cache`, which all runs of a backbone share.
 
     Returns:
         The `CellResults` fields `forgetting` (a fraction, negative if the adapted features are better),
@@ -231,13 +213,7 @@ def _scores(scores: SplitScores | None) -> dict[str, float | None]:
 
 
 def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Path) -> CellRow | None:
-    """Copy a tuning run with the final run's settings, and evaluate it on the test images.
-
-    Args:
-        root: Folder of the comparison.
-        experiment: The experiment.
-        cell: The final cell.
-        folder: Folder of the final run; must not exist.
+    """Copy a tuning run with the final run's settings to `folder`, and evaluate it on the test images.
 
     Returns:
         Row of the tuning run; None if the run or its adapter is missing, or if it was trained with other settings or
@@ -263,14 +239,9 @@ def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Pa
 
 
 def drop_adapters(root: Path, experiment: Experiment, cell: Cell) -> None:
-    """Delete adapters of tuning runs that no final run can reuse.
+    """Delete adapters of tuning runs that no final run can reuse, after a cell of the same method, task and seed.
 
     The adapters of the best tuning runs are kept until the final run is finished.
-
-    Args:
-        root: Folder of the comparison.
-        experiment: The experiment.
-        cell: The cell that just finished; tuning runs of the same method, task and seed are affected.
     """
     trials = replace(cell, is_final=False).folder(root).parent
     rows = {path.parent: read_row(path.parent) for path in trials.glob(f"*_seed-{cell.seed}/{CellRow.file}")}
@@ -306,15 +277,8 @@ def run_cell(
     """Train a cell and store its row, unless it is finished or claimed by another process.
 
     An interrupted attempt resumes from its checkpoint; without one, its files are deleted first. A failed run is
-    stored as a row with its error.
-
-    Args:
-        root: Folder of the comparison.
-        experiment: The experiment.
-        cell: The cell.
-        is_dedicated: True if the process runs only this cell, so that its peak memory is that of the cell.
-        keep_checkpoints: Save a checkpoint after each epoch, for preemptible machines. SIGTERM and Ctrl-C always
-            save one.
+    stored as a row with its error. In a dedicated process, the peak memory is that of the cell. `keep_checkpoints`
+    saves a checkpoint after each epoch, for preemptible machines; SIGTERM and Ctrl-C always save one.
 
     Raises:
         TrainingInterrupted: On Ctrl-C; the lock of the cell is released.
@@ -340,12 +304,7 @@ def record_crash(
 ) -> CellRow | None:
     """Store and return the row of a cell whose process crashed; None if another process has claimed it.
 
-    Args:
-        root: Folder of the comparison.
-        experiment: The experiment.
-        cell: The cell.
-        error: Reason for the crash.
-        ignores_lock: Store the row even if an unresponsive process holds the lock of the cell.
+    `ignores_lock` stores the row even if an unresponsive process holds the lock of the cell.
     """
     folder = cell.folder(root)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
@@ -360,11 +319,7 @@ def record_crash(
 
 
 def _checkpoint_s(folder: Path, config: TrainConfig) -> float | None:
-    """Return the training time before the checkpoint of an interrupted attempt.
-
-    Returns:
-        Seconds; None without an intact checkpoint from the same settings and package versions.
-    """
+    """Return the training time before an intact checkpoint of the same settings and versions; None without one."""
     run = RunFolder(folder)
     checkpoint = latest_checkpoint(run.checkpoints)
     try:

@@ -92,13 +92,7 @@ class Choice:
 
 
 def next_tuning_runs(grid: Grid, default_weight_decay: float, results: Results) -> list[Candidate] | Choice:
-    """Return the candidates to train next, or the final choice.
-
-    Args:
-        grid: The grid; a single candidate needs no tuning run.
-        default_weight_decay: The method's default weight decay.
-        results: Results of tuning runs.
-    """
+    """Return the candidates to train next, or the final choice; a single candidate needs no tuning run."""
     factors = sorted(set(grid.lr_factors))
     if len(factors) == 1 and not {w for w in grid.weight_decays if w != default_weight_decay}:
         only = Candidate(factors[0])

@@ -115,12 +115,7 @@ class Summary:
 
 
 def summarize(experiment: Experiment, rows: Rows) -> Summary:
-    """Compute the results of all methods.
-
-    Args:
-        experiment: The experiment, for order, groups and reference.
-        rows: All rows; methods and tasks outside the experiment are ignored.
-    """
+    """Compute the results of all methods; rows of methods and tasks outside the experiment are ignored."""
     names, task_names = [m.name for m in experiment.methods], {d.name for d in experiment.data}
     rows = [row for row in rows if row.experiment_name in names and row.task_name in task_names]
     finals = final_rows(rows)
@@ -284,10 +279,7 @@ def recommend(
 ) -> tuple[str, str]:
     """Return the recommended method and the reason as a sentence; see `recommendation_text`.
 
-    Args:
-        means: Mean of the metric over seeds, by method.
-        costs: `accelerator_memory_max`, `training_mib` and `train_time` by method.
-        measure: Title of the metric.
+    `means` are over seeds; `costs` contain `accelerator_memory_max`, `training_mib` and `train_time`.
     """
     best = max(means, key=lambda name: means[name].mean)
     top = means[best]
