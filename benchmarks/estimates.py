@@ -41,7 +41,7 @@ class RowSpeed:
 
 
 def row_speed(rows: list[dict[str, Any]], counted: CountedStep) -> RowSpeed:
-    """Fit both models to the newest rows of the backbone with at least three rounds; `counted` is its step on one image.
+    """Fit both models to the backbone's newest rows with at least three rounds; `counted` is its step on one image.
 
     Raises:
         ValueError: If a batch size has no CPU row, the rows come from two machines, or times grow faster than the batch
