@@ -40,8 +40,8 @@ import functools
 import gc
 import hashlib
 import importlib
-import io
 import json
+import operator
 import os
 import random
 import resource
@@ -55,7 +55,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -523,67 +523,48 @@ class Harness:
 
     def damaged_run(self) -> None:
         """Damage a finished run, then run every command on it."""
-        expected = self.run_commands(self.finished)
-        if any(output.startswith("status") for output in expected.values()):
-            raise SystemExit(f"an undamaged run was rejected: {expected}")
+        expected = {}
+        for name, result, text in self.run_commands(self.finished):
+            if result.status:
+                raise SystemExit(f"an undamaged run was rejected by {name}: {text}")
+            expected[name] = text
         for _, draw, folder in self.trials("finished"):
             run = shutil.copytree(self.finished, folder / "run", symlinks=True)
-            description = damage(draw, run, [path for path in files_of(run) if "checkpoints" not in path.parts])
-            for name, output in self.run_commands(run).items():
-                if output.startswith("traceback"):
-                    self.count("finished", "traceback", f"{description}: {name}", output)
-                elif output.startswith("status") or (name == "inspect" and "The adapter is missing" in output):
+            damaged = damage(draw, run, [path for path in files_of(run) if "checkpoints" not in path.parts])
+            for name, result, text in self.run_commands(run):
+                if name == "inspect" and "The adapter is missing" in text:
                     self.count("finished", "noticed")
-                else:
-                    same = output == expected[name]
-                    self.count("finished", "harmless" if same else "other results", f"{description}: {name}", output)
+                    continue
+                is_same = functools.partial(operator.eq, text, expected[name])
+                self.count_command("finished", f"{damaged}: {name}", result, is_same, rejected="noticed")
 
-    def run_commands(self, run: Path) -> dict[str, str]:
-        """Run all commands on a run and return their output (or its digest), `status N: line`, or a traceback."""
+    def run_commands(self, run: Path) -> Iterator[tuple[str, Finished, str]]:
+        """Run all commands on a run; yield name, result, and the results or a digest, after an error the output."""
         folder = run.parent
-        argv = {
+        commands = {
             "predict": ["predict", str(run), str(self.images), "--out", str(folder / "p.csv"), "--overwrite"],
             "evaluate": ["evaluate", str(run), "--out", str(folder / "e.json")],
             "merge": ["merge", str(run), "--out", str(folder / "m.safetensors"), "--overwrite"],
             "inspect": ["inspect", str(run)],
             "resume": ["train", "--out", str(run), "--resume"],
         }
-        outputs_file = folder / "outputs.json"
-
-        def work() -> int:
-            outputs = {name: self._run_command(name, line, run) for name, line in argv.items()}
-            outputs_file.write_text(json.dumps(outputs))
-            return 0
-
-        result = fork(work)
-        return json.loads(outputs_file.read_text()) if result.status == 0 else {"all": f"traceback {result.text}"}
-
-    def _run_command(self, name: str, argv: list[str], run: Path) -> str:
-        """Run a command in this process and return its output."""
-        output = io.StringIO()
-        try:
-            with redirect_stdout(output), redirect_stderr(output):
-                status = main(argv)
-        except BaseException:
-            return "traceback " + traceback.format_exc()
-        text = output.getvalue()
-        if status:
-            return f"status {status}: {text}"
-        folder = run.parent
-        if name == "predict":
-            text = (folder / "p.csv").read_text()
-        elif name == "evaluate":
-            result = json.loads((folder / "e.json").read_text())
-            text = json.dumps({key: result[key] for key in result if key != "notes"})
-        elif name == "merge":
-            tensors = load_file(folder / "m.safetensors")
-            digest = hashlib.sha256()
-            for key in sorted(tensors):
-                digest.update(key.encode() + tensors[key].numpy().tobytes())
-            text = digest.hexdigest()
-        elif name == "resume":
-            text = json.dumps(outcome(run), sort_keys=True)
-        return text.replace(str(folder), "")
+        for name, argv in commands.items():
+            result = command(*argv)
+            text = result.text
+            if result.status == 0 and name == "predict":
+                text = (folder / "p.csv").read_text()
+            elif result.status == 0 and name == "evaluate":
+                values = json.loads((folder / "e.json").read_text())
+                text = json.dumps({key: value for key, value in values.items() if key != "notes"})
+            elif result.status == 0 and name == "merge":
+                tensors = load_file(folder / "m.safetensors")
+                digest = hashlib.sha256()
+                for key in sorted(tensors):
+                    digest.update(key.encode() + tensors[key].numpy().tobytes())
+                text = digest.hexdigest()
+            elif result.status == 0 and name == "resume":
+                text = json.dumps(outcome(run), sort_keys=True)
+            yield name, result, text.replace(str(folder), "")
 
     def damaged_checkpoint(self) -> None:
         """Damage an interrupted run, then resume it."""

@@ -58,7 +58,7 @@ def accuracy(
     with_flips: bool,
     average: bool,
 ) -> float:
-    """Fit a head on `num_features` features (None: all), optionally also on validation images and flips; return its accuracy.
+    """Fit a head on `num_features` features (None: all), optionally with validation images and flips; return its score.
 
     `average` averages the probabilities of a test image and its flip.
     """

@@ -236,7 +236,7 @@ def _shira(model: nn.Module, workload: Workload) -> nn.Module:
 
 
 def _method(name: str, *sparse: str, has_rank: bool = True) -> Builder:
-    """Return a builder for a method of `snella train`, with the workload's rank, and its sparsity for the options `sparse`.
+    """Return a builder for a method of `snella train`; the options in `sparse` get the workload's sparsity.
 
     Methods that need data before training receive one batch of two random images.
     """
