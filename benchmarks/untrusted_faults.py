@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from fault_harness import TINY, Child, Harness, fork, outcome
 from PIL import Image
 
 from snella_app.cli.main import main
@@ -43,19 +44,17 @@ MARKUP = (
 """Class and file names that pages must escape."""
 
 
-def exchanged(harness: Any) -> None:
+def exchanged(harness: Harness) -> None:
     """Copy files from another unfinished run, edit settings or add unlisted files; then resume."""
     for number, draw, folder in harness.trials("exchanged"):
         run = shutil.copytree(harness.unfinished, folder / "run", symlinks=True)
         description = _MODIFICATIONS[number % len(_MODIFICATIONS)](draw, run, harness.unfinished_other)
-        result = harness.fork(functools.partial(main, ["train", "--out", str(run), "--resume"]))
+        result = fork(functools.partial(main, ["train", "--out", str(run), "--resume"]))
         target = folder / _LINK_TARGET
         if target.exists() and target.read_text() != _LINK_TARGET:
             harness.count("exchanged", "other results", description, result.text)
         else:
-            harness.count_command(
-                "exchanged", description, result, lambda run=run: harness.outcome(run) == harness.expected
-            )
+            harness.count_command("exchanged", description, result, lambda run=run: outcome(run) == harness.expected)
 
 
 def _replace_checkpoints(draw: random.Random, run: Path, other: Path) -> str:
@@ -97,7 +96,7 @@ def _link_lock(draw: random.Random, run: Path, other: Path) -> str:
 _MODIFICATIONS = (_replace_checkpoints, _replace_files, _edit_settings, _add_unlisted_file, _link_lock)
 
 
-def forged(harness: Any) -> None:
+def forged(harness: Harness) -> None:
     """Change values in `run.json` or the adapter settings of a finished run, with valid hashes."""
     odd_values = [None, -1, 0, 7, 10**9, "x", "", [], {}, [1, 2], 0.5, True, [0.5] * 5, ["a"] * 3, {"a": 1}]
     for _, draw, folder in harness.trials("forged"):
@@ -116,7 +115,7 @@ def forged(harness: Any) -> None:
             values["files"] = {}
         (run / "run.json").write_text(json.dumps(sealed(values)))
         argv = ["predict", str(run), str(harness.images), "--out", str(folder / "p.csv")]
-        result = harness.fork(functools.partial(_run_with_memory_limit, argv))
+        result = fork(functools.partial(_run_with_memory_limit, argv))
         harness.count_command("forged", f"{name}: {value!r}", result, lambda: True)
 
 
@@ -126,7 +125,7 @@ def _run_with_memory_limit(argv: list[str]) -> int:
     return main(argv)
 
 
-def objects(harness: Any) -> None:
+def objects(harness: Harness) -> None:
     """Pass YAML that constructs Python objects to every command that reads YAML."""
     for number, _, folder in harness.trials("objects"):
         marker = folder / "executed"
@@ -141,8 +140,8 @@ def objects(harness: Any) -> None:
             argv = ["train", "--config", str(file), "--out", str(run)]
         else:
             file.write_text(text)
-            argv = [*harness.tiny, "--class-weights", str(file), "--out", str(run)]
-        result = harness.fork(functools.partial(main, argv))
+            argv = [*TINY, "--class-weights", str(file), "--out", str(run)]
+        result = fork(functools.partial(main, argv))
         if marker.exists():
             harness.count("objects", "executed", " ".join(argv), result.text)
         else:
@@ -174,7 +173,7 @@ def _npy_header(shape: tuple[int, ...]) -> bytes:
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
 
-def bombs(harness: Any) -> None:
+def bombs(harness: Harness) -> None:
     """Read decompression bombs and PostScript in image folders, mask folders and prediction input."""
     contents: list[tuple[str, Callable[[], bytes]]] = [
         ("a header of 60,000 × 60,000", lambda: make_png(60_000, 60_000, zlib.compress(b"\0"))),
@@ -207,7 +206,7 @@ def bombs(harness: Any) -> None:
             os.environ["PATH"] = f"{program.parent}:{os.environ['PATH']}"
             return _run_with_memory_limit(argv)
 
-        result = harness.fork(run)
+        result = fork(run)
         if marker.exists():
             harness.count("bombs", "executed", f"{description}: {argv}", result.text)
         else:
@@ -222,12 +221,12 @@ def _text_bomb() -> bytes:
     return image[:33] + _png_chunk(b"zTXt", b"Comment\0\0" + text) + image[33:]
 
 
-def requests(harness: Any) -> None:
+def requests(harness: Harness) -> None:
     """Send parallel requests with large images; expect status 200, 413, 422 or 503 and bounded memory."""
     max_mib = 1_500
     for _, _, folder in harness.trials("requests"):
         port_file = folder / "port"
-        child = harness.child(functools.partial(_serve, harness.finished, port_file))
+        child = Child(functools.partial(_serve, harness.finished, port_file))
         port = _wait_for_port(port_file)
         if port is None:
             harness.count("requests", "no server", "start", child.wait(signal_after_s=0).text)
@@ -296,7 +295,7 @@ def _resident_mib(pid: int) -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)
 
 
-def markup(harness: Any) -> None:
+def markup(harness: Harness) -> None:
     """Put markup into all names in the data and open the pages in a browser, if available."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     for _, _, folder in harness.trials("markup"):
@@ -312,7 +311,7 @@ def markup(harness: Any) -> None:
         pages = [run / "report.html", folder / "maps" / "index.html"]
 
         def work(run: Path = run, data: Path = data, folder: Path = folder) -> int:
-            tiny = list(harness.tiny)
+            tiny = [*TINY]
             tiny[tiny.index("--data") + 1] = f"folder:{data}"
             for name in ("train", "val", "test"):
                 at = tiny.index(f"--{name}-size")
@@ -320,13 +319,13 @@ def markup(harness: Any) -> None:
             status = main([*tiny, "--epochs", "1", "--batch-size", "8", "--out", str(run)])
             return status or main(["explain", str(run), str(data), "--out", str(folder / "maps")])
 
-        result = harness.fork(work)
+        result = fork(work)
         if result.has_traceback or result.status:
             kind = "traceback" if result.has_traceback else "refused"
             harness.count("markup", kind, "train and explain", result.text)
             continue
         port_file = folder / "port"
-        server = harness.child(functools.partial(_serve, run, port_file))
+        server = Child(functools.partial(_serve, run, port_file))
         try:
             with _browser(program, folder / "chromium") as browser:
                 for page in pages:
@@ -359,7 +358,7 @@ def _browser(program: str, profile: Path) -> Iterator[Any]:
         browser.close()
 
 
-def _count_page(harness: Any, name: str, browser: Any) -> None:
+def _count_page(harness: Harness, name: str, browser: Any) -> None:
     """Count a page as executed if markup created elements or ran scripts."""
     state = browser.evaluate(
         "[window.hit, document.querySelectorAll('[onerror],[onload],[onmouseover]').length, "
