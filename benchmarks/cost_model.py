@@ -278,17 +278,10 @@ def bytes_table(folder: Path = FOLDER) -> str:
 
 def datasheet_table() -> str:
     """Format the datasheet values."""
-    lines = [
-        [
-            gpu.name,
-            f"{gpu.product / 1e12:,.0f}",
-            f"{gpu.vector / 1e12:.1f}",
-            f"{gpu.memory / 1e12:.2f}",
-            f"{gpu.link / 1e9:.0f}",
-            gpu.source,
-        ]
-        for gpu in GPUS.values()
-    ]
+    lines = []
+    for gpu in GPUS.values():
+        rates = [f"{gpu.product / 1e12:,.0f}", f"{gpu.vector / 1e12:.1f}", f"{gpu.memory / 1e12:.2f}"]
+        lines.append([gpu.name, *rates, f"{gpu.link / 1e9:.0f}", gpu.source])
     head = ["GPU", "matrix products, TFLOP/s", "float32, TFLOP/s", "memory, TB/s", "link, GB/s", "source"]
     return markdown_table(head, lines)
 
@@ -334,7 +327,8 @@ def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int |
 def crossing_table(cases: list[Case]) -> str:
     """Format the tokens per step at which the merge takes less than 10%, and SNELLA is as fast as LoRA."""
     epyc = fit_rates(cases_of(EPYC_2, cases))
-    lines = [[f"{machine_name(EPYC_2)}, ViT-B/16, float32", *_crossings(epyc, "ViT-B/16", _count_on_cpu)]]
+    on_cpu = _crossings(epyc, "ViT-B/16", lambda model, method, batch: count_step(MODELS[model], method, batch))
+    lines = [[f"{machine_name(EPYC_2)}, ViT-B/16, float32", *on_cpu]]
     lines += [
         [f"{gpu.name}, {model}", *_crossings(gpu_rates(name), model, count_on_gpu)]
         for name, gpu in GPUS.items()
@@ -344,13 +338,8 @@ def crossing_table(cases: list[Case]) -> str:
     return markdown_table([*head, 'SNELLA with `"sample:1/4"` is as fast as LoRA'], lines)
 
 
-def _count_on_cpu(model: str, method: str, batch: int) -> StepCount:
-    """Count a step in float32 with Numba kernels."""
-    return count_step(MODELS[model], method, batch)
-
-
 def _crossings(rates: Rates, model: str, count: Callable[[str, str, int], StepCount]) -> list[str]:
-    """Format the three token counts for a machine and a model."""
+    """Format the three token counts for a machine and a model, with two significant digits."""
 
     def is_merge_small(batch: int) -> bool:
         step = count(model, "snella", batch)
@@ -360,12 +349,8 @@ def _crossings(rates: Rates, model: str, count: Callable[[str, str, int], StepCo
         return lambda batch: rates.seconds(count(model, method, batch)) < rates.seconds(count(model, "lora", batch))
 
     conditions = (is_merge_small, is_fast("snella"), is_fast("snella-sample-quarter"))
-    return [_tokens_text(tokens_until(MODELS[model], condition)) for condition in conditions]
-
-
-def _tokens_text(tokens: int | None) -> str:
-    """Format a token count with two significant digits."""
-    return "never" if tokens is None else f"{int(float(f'{tokens:.2g}')):,}"
+    tokens = [tokens_until(MODELS[model], condition) for condition in conditions]
+    return ["never" if number is None else f"{int(float(f'{number:.2g}')):,}" for number in tokens]
 
 
 _LARGE = ("ViT-L/16", "ViT-H/14", "ViT-g/14", "ViT-22B/14", "LLaMA-70B")

@@ -128,7 +128,10 @@ def compare(
         _train_all(root, Plan(experiment, rows), rows.values(), execution, console)
         rows, _ = collect(root)
     page = _write_reports(root, experiment, list(rows.values()), console)
-    failed = [row for row in rows.values() if row.status == "failed" and not _has_diverged(row)]
+    failed = [row for row in rows.values() if row.status == "failed"]
+    # tuning runs may diverge at high learning rates
+    diverged = NonFiniteLossError.__name__
+    failed = [row for row in failed if row.purpose == "final" or not str(row.error).startswith(diverged)]
     if failed and not execution.draw_only:
         first = min(failed, key=lambda row: (row.purpose != "final", row.cell))
         raise CellsFailedError(
@@ -151,11 +154,6 @@ def _write_reports(root: Path, experiment: Experiment, rows: Rows, console: Cons
         print_line(console, f"official protocol: {warning}")
     print_line(console, f"rows: {root / 'results.jsonl'}, report: {page}")
     return page
-
-
-def _has_diverged(row: CellRow) -> bool:
-    """Return True for a tuning run with a non-finite loss, which is expected at high learning rates."""
-    return row.purpose == "trial" and str(row.error).startswith(NonFiniteLossError.__name__)
 
 
 def validate_inputs(experiment: Experiment, console: Console, checks_device: bool = True) -> None:

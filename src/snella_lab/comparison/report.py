@@ -136,15 +136,12 @@ def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
         text += "" if metric == _METRIC else f" in {metric.replace('_', ' ')}"
         claims.append((text, value, metric in _FRACTIONS))
     corrected = with_holm(dict(enumerate(value for _, value, _ in claims)))
-    return [
-        OrderingResult(text, _verdict(corrected[number]), corrected[number], is_fraction)
-        for number, (text, _, is_fraction) in enumerate(claims)
-    ]
-
-
-def _verdict(value: Difference | None) -> str:
-    """Return the verdict on a claim of a positive difference."""
-    return "not run" if value is None else ("not decided", "holds", "contradicted")[value.direction]
+    results = []
+    for number, (text, _, is_fraction) in enumerate(claims):
+        value = corrected[number]
+        verdict = "not run" if value is None else ("not decided", "holds", "contradicted")[value.direction]
+        results.append(OrderingResult(text, verdict, value, is_fraction))
+    return results
 
 
 def print_paper_orderings(console: Console, experiment: Experiment, rows: Rows) -> None:
@@ -234,17 +231,24 @@ _SELECTED_EPOCH = {
 def write_page(root: Path, experiment: Experiment, rows: Rows, summary: Summary | None = None) -> Path:
     """Write the HTML report atomically, and return its path; `summary` None computes it."""
     summary = summary or summarize(experiment, rows)
+    title = experiment.name
+    if title == Experiment.name:
+        title += f" on {', '.join(entry.name for entry in experiment.data)}"
+    times = {row.cell: row.total_time for row in rows}
+    # the times of final runs include reused tuning runs
+    reused_s = sum(times.get(row.results.trained_as or "", 0.0) for row in rows if row.results is not None)
+    protocol = experiment.settings.get("protocol", "standard")
     context = {
         "experiment": experiment,
-        "title": _title(experiment),
+        "title": title,
         "summary": summary,
         "tables": [_table(summary, metric, title) for metric, title in summary.metrics.items()]
         if summary.finals
         else [],
         "published": [row.texts for row in paper_comparison(experiment, summary)],
         "orderings": [result.texts for result in paper_orderings(experiment, rows)],
-        "evaluated_epoch": _SELECTED_EPOCH[experiment.settings.get("protocol", "standard")],
-        "warning": get_protocol(experiment.settings.get("protocol", "standard")).warning,
+        "evaluated_epoch": _SELECTED_EPOCH[protocol],
+        "warning": get_protocol(protocol).warning,
         "costs": _costs(summary),
         "pareto": _pareto(summary),
         "rates": _learning_rate_figures(summary, rows),
@@ -264,17 +268,10 @@ def write_page(root: Path, experiment: Experiment, rows: Rows, summary: Summary 
         "machines": _machines(rows),
         "tuned": "Learning rate and weight decay" if experiment.grid.weight_decays else "The learning rate",
         "trials": sum(row.purpose == "trial" for row in rows),
-        "total_time": seconds_text(sum(row.total_time for row in rows) - _reused_s(rows)),
+        "total_time": seconds_text(sum(row.total_time for row in rows) - reused_s),
         "settings": yaml.safe_dump(experiment.as_dict(), sort_keys=False, allow_unicode=True),
     }
     return write_template(root, "snella_lab.comparison", context, FILE)
-
-
-def _title(experiment: Experiment) -> str:
-    """Return the experiment's name; append the tasks to the default name."""
-    if experiment.name != Experiment.name:
-        return experiment.name
-    return f"{experiment.name} on {', '.join(entry.name for entry in experiment.data)}"
 
 
 def _headline(summary: Summary) -> dict[str, Any] | None:
@@ -296,12 +293,6 @@ def _headline(summary: Summary) -> dict[str, Any] | None:
 def _score_text(mean: float, summary: Summary) -> str:
     """Format a mean; fractions in percent."""
     return percent_text(mean) if summary.column in _FRACTIONS else decimal_text(mean, 3)
-
-
-def _reused_s(rows: Rows) -> float:
-    """Return the seconds of reused tuning runs, which the final runs' times include."""
-    times = {row.cell: row.total_time for row in rows}
-    return sum(times.get(row.results.trained_as or "", 0.0) for row in rows if row.results is not None)
 
 
 def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:

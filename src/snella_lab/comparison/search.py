@@ -135,15 +135,12 @@ def _missing(candidates: Sequence[Candidate], grid: Grid, results: Results) -> l
 
 def _best(candidates: Sequence[Candidate], results: Results) -> Candidate | None:
     """Return the candidate with the highest mean rank over seeds; the first one on ties, None if all failed."""
-    ranks = [(_mean_rank(results[c]), c) for c in candidates]
-    rank, best = max(ranks, key=lambda item: item[0])
-    return best if math.isfinite(rank[0]) else None
-
-
-def _mean_rank(results: Sequence[TuningResult]) -> tuple[float, float]:
-    """Return the means of accuracy and negative loss."""
-    accuracies, losses = zip(*(result.rank for result in results), strict=True)
-    return sum(accuracies) / len(results), sum(losses) / len(results)
+    ranks = {}
+    for candidate in candidates:
+        accuracies, losses = zip(*(result.rank for result in results[candidate]), strict=True)
+        ranks[candidate] = sum(accuracies) / len(accuracies), sum(losses) / len(losses)
+    best = max(ranks, key=ranks.__getitem__)
+    return best if math.isfinite(ranks[best][0]) else None
 
 
 def _extension(factors: Sequence[float], best: float) -> float | None:

@@ -85,8 +85,10 @@ def append_row(root: Path, folder: Path, row: CellRow) -> None:
     write(row, folder)
     path = root / FILE
     line = json.dumps(sealed(plain(row)), allow_nan=False) + "\n"
-    if path.is_file() and path.stat().st_size and not _ends_with_newline(path):
-        line = "\n" + line
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line  # ends a truncated line
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line.encode())
@@ -173,7 +175,8 @@ def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
                 rows[name], restored[name] = replace(row, train_config={}), columns
         if notes and restored:
             notes.append(f"{len(restored)} rows restored from cell folders")
-        if rows and (notes or restored or _line_count(path) != len(rows)):
+        line_count = path.read_bytes().count(b"\n") if path.is_file() else 0
+        if rows and (notes or restored or line_count != len(rows)):
             with cell_lock(root / LOCKS, FILE) as is_acquired:
                 if is_acquired:  # otherwise another process is writing it
                     with _open(path) as current:  # includes rows added by other processes
@@ -282,15 +285,3 @@ def _shared(row: CellRow, pool: dict[str, Any]) -> CellRow:
 def _text(path: Path) -> str:
     """Return the text of a file; empty if missing."""
     return path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
-
-
-def _line_count(path: Path) -> int:
-    """Return the number of lines in a file."""
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
-
-
-def _ends_with_newline(path: Path) -> bool:
-    """Return True if a nonempty file ends with a newline."""
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
