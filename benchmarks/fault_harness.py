@@ -38,6 +38,12 @@ TINY = [
 LIMIT_S = 120
 
 
+def tiny_without(*options: str) -> list[str]:
+    """Return the command line of a tiny run without some options and their values."""
+    pairs = zip(TINY[1::2], TINY[2::2], strict=True)
+    return [TINY[0], *(arg for pair in pairs if pair[0] not in options for arg in pair)]
+
+
 _COMPARED = ("other results", "traceback")
 
 

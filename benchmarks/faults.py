@@ -71,6 +71,7 @@ from fault_harness import (
     fork,
     outcome,
     sha256_of,
+    tiny_without,
     train_until,
 )
 from fuzzed_commands import fuzzed
@@ -177,18 +178,14 @@ def overwritten(harness: Harness) -> None:
 
 
 def folds(harness: Harness) -> None:
-    """Kill and resume a cross-validation."""
-    argv = [arg for arg in TINY if arg != "--test-size"]
-    del argv[argv.index("--val-size") + 2]  # value of --test-size; the folds are the test splits
-    argv += ["--folds", "2"]
+    """Kill and resume a cross-validation, whose folds are the test splits."""
+    argv = [*tiny_without("--test-size"), "--folds", "2"]
     _killed_variant(harness, "folds", argv, lambda run: (run / "folds.json").read_bytes())
 
 
 def features(harness: Harness) -> None:
     """Kill and resume a linear probe on cached features."""
-    argv = [arg for arg in TINY if arg != "--r"]
-    del argv[argv.index("--img-size") + 2]
-    argv += ["--method", "linear", "--augment", "none"]
+    argv = [*tiny_without("--r"), "--method", "linear", "--augment", "none"]
     _killed_variant(harness, "features", argv, outcome)
 
 
@@ -373,8 +370,7 @@ def together(harness: Harness) -> None:
 def torchrun(run: Path) -> "subprocess.Popen[str]":
     """Start a training run with two processes."""
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    tiny = [arg for arg in TINY if arg != "--r"]  # torchrun would parse it as an option
-    tiny[tiny.index("--img-size") + 2] = "--method=snella-2"  # replaces the rank
+    tiny = [*tiny_without("--r"), "--method", "snella-2"]  # torchrun would parse --r as its own option
     argv += ["-m", "snella_app.cli.main", *tiny, "--out", str(run)]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

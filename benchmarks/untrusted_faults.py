@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from fault_harness import TINY, Child, Harness, fork, outcome
+from fault_harness import TINY, Child, Harness, fork, outcome, tiny_without
 from PIL import Image
 
 from snella_app.cli.main import main
@@ -311,11 +311,7 @@ def markup(harness: Harness) -> None:
         pages = [run / "report.html", folder / "maps" / "index.html"]
 
         def work(run: Path = run, data: Path = data, folder: Path = folder) -> int:
-            tiny = [*TINY]
-            tiny[tiny.index("--data") + 1] = f"folder:{data}"
-            for name in ("train", "val", "test"):
-                at = tiny.index(f"--{name}-size")
-                del tiny[at : at + 2]
+            tiny = [*tiny_without("--data", "--train-size", "--val-size", "--test-size"), "--data", f"folder:{data}"]
             status = main([*tiny, "--epochs", "1", "--batch-size", "8", "--out", str(run)])
             return status or main(["explain", str(run), str(data), "--out", str(folder / "maps")])
 

@@ -17,31 +17,20 @@ from snella_app.training.session import TrainingInterrupted
 from snella_lab.comparison.cells import Cell
 from snella_lab.comparison.compare import CellsFailedError, _RunLimit, compare
 from snella_lab.comparison.executors import Finished, InThisProcess, _gpu_share
+from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
 from snella_lab.comparison.run_cell import Outcome, record_crash, run_cell
 from snella_lab.comparison.search import Candidate
 from snella_lab.comparison.store import append_row, cell_lock, is_locked, read_row
 
-from .conftest import rows_of
+from .conftest import TINY, rows_of
 
 
 @pytest.fixture(scope="module")
 def experiment():
-    from snella_lab.comparison.experiment import Experiment
-
-    values = {
-        "methods": ["linear", "lora-2"],
-        "data": ["digits"],
-        "backbone": "test_vit",
-        "seeds": 1,
-        "grid": {"lr_factors": [0.3, 1.0], "weight_decays": [], "max_extensions": 0},
-        "forgetting": ["mnist5k"],
-        "forgetting_images": 60,
-        "train": {"pretrained": False, "img_size": 32, "epochs": 1, "batch_size": 20, "device": "cpu"},
-    }
-    values["train"] |= {"train_size": 40, "val_size": 20, "test_size": 30, "augment": "none"}
-    return Experiment.from_dict(values)
+    train = {**TINY["train"], "augment": "none"}
+    return Experiment.from_dict({**TINY, "forgetting": ["mnist5k"], "forgetting_images": 60, "train": train})
 
 
 @pytest.fixture(scope="module")
