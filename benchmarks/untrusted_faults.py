@@ -4,7 +4,6 @@ Each function takes the harness and counts one result per trial; `faults.py` des
 """
 
 import functools
-import http.client
 import io
 import json
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import urllib3
 import yaml
 from fault_harness import TINY, Child, Harness, fork, outcome, tiny_without
 from PIL import Image
@@ -278,15 +278,9 @@ def _serve(run: Path, port_file: Path) -> int:
 
 def _post_images(port: int, images: list[bytes], statuses: list[int]) -> None:
     """Send images and append the response status."""
-    parts = [
-        f'--x\r\nContent-Disposition: form-data; name="files"; filename="{i}.png"\r\n\r\n'.encode() + image + b"\r\n"
-        for i, image in enumerate(images)
-    ]
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    headers = {"Content-Type": "multipart/form-data; boundary=x"}
-    connection.request("POST", "/predict", b"".join(parts) + b"--x--\r\n", headers)
-    statuses.append(connection.getresponse().status)
-    connection.close()
+    fields = [("files", (f"{number}.png", image)) for number, image in enumerate(images)]
+    url = f"http://127.0.0.1:{port}/predict"
+    statuses.append(urllib3.request("POST", url, fields=fields, timeout=120, retries=False).status)
 
 
 def _resident_mib(pid: int) -> float:

@@ -72,21 +72,18 @@ class Cell:
             backbone=experiment.backbone,
             out=str(out),
             seed=self.seed,
-            **tuned_settings(experiment, self.data, self.method, self.candidate),
+            **tuned_settings(experiment.config(self.method, self.data), self.candidate),
         )
 
 
-def tuned_settings(
-    experiment: Experiment, data: DataEntry, method: MethodEntry, candidate: Candidate
-) -> dict[str, float]:
-    """Return `lr`, `head_lr` and `weight_decay` of a candidate, based on the method's defaults.
+def tuned_settings(defaults: TrainConfig, candidate: Candidate) -> dict[str, float]:
+    """Return `lr`, `head_lr` and `weight_decay` of a candidate, based on the settings at the method's defaults.
 
     The factor scales `lr`. It scales `head_lr` only for methods that train nothing but the head.
     """
-    optim = make_config(method, data, experiment.settings, backbone=experiment.backbone, out="-").optim
+    optim, is_head_only = defaults.optim, find_method(defaults.method.name).is_head_only
     lr, decay = optim.lr or 0.0, optim.weight_decay or 0.0
     head_lr = lr if optim.head_lr is None else optim.head_lr
-    is_head_only = find_method(method.method).is_head_only
     return {
         "lr": _rounded(lr * candidate.lr_factor),
         "head_lr": _rounded(head_lr * candidate.lr_factor) if is_head_only else head_lr,
@@ -117,7 +114,7 @@ def units(experiment: Experiment) -> list[Unit]:
     seeds = tuple(range(experiment.seeds))
     split: list[Unit] = []
     for data, method in itertools.product(experiment.data, experiment.methods):
-        decay = tuned_settings(experiment, data, method, Candidate())["weight_decay"]
+        decay = experiment.config(method, data).optim.weight_decay or 0.0
         has_search = isinstance(next_tuning_runs(experiment.grid, decay, {}), list)
         split += [(data, method, seeds)] if has_search else [(data, method, (seed,)) for seed in seeds]
     return split
@@ -197,7 +194,8 @@ class _Pair:
     def __init__(self, experiment: Experiment, data: DataEntry, method: MethodEntry) -> None:
         self._experiment, self._data, self._method = experiment, data, method
         self.seeds: tuple[int, ...] = ()
-        self._default_decay = tuned_settings(experiment, data, method, Candidate())["weight_decay"]
+        self._defaults = experiment.config(method, data)
+        self._default_decay = self._defaults.optim.weight_decay or 0.0
         self._runs: dict[str, _Run] = {}
         self._ready: list[Cell] | None = None
 
@@ -233,7 +231,7 @@ class _Pair:
         Once a final run is evaluated on the test images, its hyperparameters apply to all seeds of the pair, even if
         tuning runs are repeated later.
         """
-        experiment, data, method, grid = self._experiment, self._data, self._method, self._experiment.grid
+        data, method, grid = self._data, self._method, self._experiment.grid
         evaluated = [run for run in self._runs.values() if run.is_final and run.error is None]
         if evaluated:
             first = min(evaluated, key=lambda run: run.seed)
@@ -250,7 +248,7 @@ class _Pair:
             first_error = next((run.error for run in trials if run.error), "no error was recorded")
             error = f"all {len(choice.tried)} tuning runs failed; first error: {first_error}"
             return [Cell(data, method, seed, Candidate(), True, blocked_by=error) for seed in self.seeds]
-        search = choice.record(results, lambda candidate: tuned_settings(experiment, data, method, candidate))
+        search = choice.record(results, lambda candidate: tuned_settings(self._defaults, candidate))
         return [Cell(data, method, seed, choice.candidate, True, search) for seed in self.seeds]
 
 

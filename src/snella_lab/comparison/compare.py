@@ -39,7 +39,6 @@ from snella_lab.comparison.experiment import (
     Experiment,
     Grid,
     MethodEntry,
-    make_config,
 )
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
@@ -176,7 +175,7 @@ def validate_inputs(experiment: Experiment, console: Console, checks_device: boo
             probe_images(str(name), experiment.forgetting_images)
         except (OSError, ValueError, ImportError) as error:
             errors.append(f"forgetting: {error}")
-    config = make_config(PROBE, experiment.data[0], experiment.settings, backbone=experiment.backbone, out="-")
+    config = experiment.config(PROBE, experiment.data[0])
     try:
         if checks_device:
             choose_device(config.run.device)

@@ -326,6 +326,10 @@ class Experiment:
         defaults = [entry.name for entry in self.methods if parse_method(entry.method)[0] == REFERENCE_METHOD]
         return self.reference or (defaults[0] if defaults else self.methods[0].name)
 
+    def config(self, method: MethodEntry, data: DataEntry) -> TrainConfig:
+        """Return the settings of a run at the method's default learning rate and weight decay."""
+        return make_config(method, data, self.settings, backbone=self.backbone, out="-")
+
     def probe_data(self, task: DataEntry) -> str | None:
         """Return the dataset that measures forgetting after training on `task`, or None; never the task's own."""
         return next((data for data in self.with_probes().forgetting or () if data != task.data), None)
@@ -449,7 +453,7 @@ class Experiment:
         errors = []
         for method, data in pairs:
             try:
-                make_config(method, data, self.settings, backbone=self.backbone, out="-")
+                self.config(method, data)
             except (ValueError, TypeError) as error:
                 errors.append(str(error))
         return errors
