@@ -53,7 +53,7 @@ _MIB, _GIB = 2**20, 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """A row and its counts: `step` of the measured step, maybe of the first blocks only; `full` of the full model."""
+    """A row and its counts: `step` for the measured blocks, `full` for the full model."""
 
     machine: str
     model: str

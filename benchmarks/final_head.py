@@ -58,8 +58,9 @@ def accuracy(
     with_flips: bool,
     average: bool,
 ) -> float:
-    """Fit a head on `num_features` features (None: all), optionally with validation images and flips; return its score.
+    """Fit a head and return its test accuracy.
 
+    `num_features` None uses all features; `with_val` and `with_flips` add validation images and flips to the fit, and
     `average` averages the probabilities of a test image and its flip.
     """
     fitted = [parts["train"], parts["val"]] if with_val else [parts["train"]]

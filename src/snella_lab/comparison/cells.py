@@ -121,7 +121,7 @@ def units(experiment: Experiment) -> list[Unit]:
 
 
 class Plan:
-    """Finished and remaining cells of an experiment, or of its units in `planned`.
+    """Finished and remaining cells of an experiment; `planned` restricts it to some of its units.
 
     The cost of each method call is independent of the number of finished cells.
 
