@@ -300,7 +300,7 @@ def damaged_run(harness: Harness) -> None:
 
 
 def run_commands(harness: Harness, run: Path) -> Iterator[tuple[str, Finished, str]]:
-    """Run all commands on a run; yield name, process, and its results (a digest of tensors), after an error its output."""
+    """Run all commands on a run; yield name, process, and results (a digest of tensors), after an error the output."""
     folder = run.parent
     commands = {
         "predict": ["predict", str(run), str(harness.images), "--out", str(folder / "p.csv"), "--overwrite"],
