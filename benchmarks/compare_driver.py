@@ -20,19 +20,20 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch
 from rich.console import Console
 
-from snella_app.files import sealed
-from snella_app.records import CellResults, CellRow, plain
+from snella_app.records import CellResults, CellRow
 from snella_lab.bench.rows import append_rows, conditions
 from snella_lab.comparison import compare as driver
 from snella_lab.comparison.cells import Cell
 from snella_lab.comparison.executors import Finished
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.run_cell import Outcome, row_header
+from snella_lab.comparison.store import append_row
 
 METHODS = ["linear", "bias", "lora-2", "lora-4", "lora-8", "lora-16", "snella-2", "snella-4", "snella-8", "full"]
 CELLS_PER_TASK = 10 * len(METHODS)
@@ -58,8 +59,9 @@ class SimulatedExecutor:
         """Write the row of a cell."""
         start = time.process_time()
         row = CellRow(**self._header(cell), status="success", total_time=12.5, results=_results(cell))
-        _store(self._root, cell.folder(self._root), row)
-        sent = pickle.dumps(Finished(cell, Outcome("trained", row)))  # a copy, as from a worker
+        with mock.patch("os.fsync"):
+            append_row(self._root, cell.folder(self._root), row)
+        sent = pickle.dumps(Finished(cell, Outcome(row)))  # a copy, as from a worker
         self._ended.append(pickle.loads(sent))
         self.worker_s += time.process_time() - start
 
@@ -84,15 +86,6 @@ class SimulatedExecutor:
 
     def close(self) -> None:
         """No-op."""
-
-
-def _store(root: Path, folder: Path, row: CellRow) -> None:
-    """Write a row like `append_row`, without fsync."""
-    columns = sealed(plain(row))
-    folder.mkdir(parents=True)
-    (folder / CellRow.file).write_text(json.dumps(columns, indent=1) + "\n")
-    with (root / "results.jsonl").open("a") as file:
-        file.write(json.dumps(columns) + "\n")
 
 
 def _results(cell: Cell) -> CellResults:
@@ -142,11 +135,8 @@ def _compare(root: Path, cells: int) -> dict[str, float]:
         original(*arguments, **options)
         phases["train_s"] = time.process_time() - start - executors[-1].worker_s
 
-    driver._executor, driver._train_all, driver.validate_inputs = (
-        executor,
-        train_all,
-        lambda *arguments, **options: None,
-    )
+    driver._executor, driver._train_all = executor, train_all
+    driver.validate_inputs = lambda *arguments, **options: None
     start = time.process_time()
     try:
         driver.compare(experiment, root, console=Console(file=io.StringIO(), width=200))

@@ -10,30 +10,23 @@ out together with all measurements of its configuration: model, batch size, rank
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cost_text import markdown_table
+from documents import markdown_table, put_between
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from scipy.optimize import nnls
-from step_tables import put_between
 
 from snella_app.report.style import COLORS, FIGURE_SIZE, INK, add_legend, new_figure, save_figure
-from snella_app.training.cost_model import (
-    METHODS,
-    MODELS,
-    TRITON,
-    Precision,
-    StepCount,
-    Transformer,
-    count_step,
-)
+from snella_app.training.cost_model import METHODS, MODELS, TRITON, Precision, StepCount, Transformer, count_step
 from snella_app.training.machines import GPUS, Rates, gpu_rates, ratio_range
 from snella_lab.bench.rows import read_rows
 
@@ -60,20 +53,7 @@ _MIB, _GIB = 2**20, 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """A row and its counts.
-
-    Args:
-        machine: Device of the row.
-        model: Name of the backbone.
-        method: Key of `METHODS`.
-        batch: Batch size.
-        r: Rank.
-        sparsity: Fraction of unchanged weights.
-        precision: Dtypes of activations and frozen weights.
-        step: Count of the measured step, which may use only the first blocks of the model.
-        full: Count for the full model.
-        row: The row.
-    """
+    """A row and its counts: `step` for the measured blocks, `full` for the full model."""
 
     machine: str
     model: str
@@ -98,11 +78,7 @@ class Case:
 
 
 def read_case(row: dict[str, Any]) -> Case | None:
-    """Count the step of a CPU row in float32 without autocast.
-
-    Returns:
-        The case; None for other rows.
-    """
+    """Count the step of a CPU row in float32 without autocast; return None for other rows."""
     case = count_row(row)
     return case if case is not None and case.precision == "float32" else None
 
@@ -110,8 +86,7 @@ def read_case(row: dict[str, Any]) -> Case | None:
 def count_row(row: dict[str, Any]) -> Case | None:
     """Count the step of a CPU row, with or without autocast.
 
-    Returns:
-        The case; None for other devices, models or methods, and for bfloat16 activations without autocast.
+    Return None for other devices, models or methods, and for bfloat16 activations without autocast.
     """
     model, method = row.get("backbone", row.get("model")), row.get("method")
     if model not in SHAPES or method not in METHODS or not row["device"].startswith("cpu"):
@@ -123,14 +98,12 @@ def count_row(row: dict[str, Any]) -> Case | None:
         precision = "bfloat16" if row["frozen"] == "bfloat16" else "autocast"
     elif row.get("frozen", "float32") != "float32":
         return None
-    common = (row["batch"], row["r"], row["sparsity"], precision)
-    shape = SHAPES[model]
-
-    def count(blocks: Transformer) -> StepCount:
-        return count_step(blocks, method, row["batch"], r=row["r"], sparsity=row["sparsity"], precision=precision)
-
-    measured = count(replace(shape, depth=row.get("depth") or shape.depth))
-    return Case(row["device"], model, method, *common, measured, count(shape), row)
+    batch, r, sparsity, shape = row["batch"], row["r"], row["sparsity"], SHAPES[model]
+    measured, full = (
+        count_step(replace(shape, depth=depth), method, batch, r=r, sparsity=sparsity, precision=precision)
+        for depth in (row.get("depth") or shape.depth, shape.depth)
+    )
+    return Case(row["device"], model, method, batch, r, sparsity, precision, measured, full, row)
 
 
 def timed_cases(folder: Path = FOLDER) -> list[Case]:
@@ -214,17 +187,17 @@ def leave_one_out(cases: list[Case]) -> list[HeldOut]:
 
 def ratio_errors(held_out: list[HeldOut]) -> list[float]:
     """Return the relative errors of predicted ratios to LoRA."""
-    references = {
-        (prediction.case.machine, prediction.case.configuration): prediction
-        for prediction in held_out
-        if prediction.case.method == "lora"
-    }
-    errors = []
+    groups: dict[tuple[Any, ...], dict[str, HeldOut]] = {}
     for prediction in held_out:
-        reference = references.get((prediction.case.machine, prediction.case.configuration))
-        if reference is not None and reference is not prediction:
-            errors.append((1 + prediction.error) / (1 + reference.error) - 1)
-    return errors
+        case = prediction.case
+        groups.setdefault((case.machine, case.configuration), {})[case.method] = prediction
+    return [
+        (1 + prediction.error) / (1 + methods["lora"].error) - 1
+        for methods in groups.values()
+        if "lora" in methods
+        for method, prediction in methods.items()
+        if method != "lora"
+    ]
 
 
 _ERROR_HEAD = ("measurements", "median error", "largest error", "within 15%", "median error of the ratio to LoRA")
@@ -232,19 +205,20 @@ _ERROR_HEAD = ("measurements", "median error", "largest error", "within 15%", "m
 
 def error_table(held_out: list[HeldOut]) -> str:
     """Format held-out errors of step times, one line per machine."""
-    lines = []
-    for machine in dict.fromkeys(prediction.case.machine for prediction in held_out):
-        predictions = [prediction for prediction in held_out if prediction.case.machine == machine]
-        lines.append([machine_name(machine), *_error_cells(predictions), _percent(_median(ratio_errors(predictions)))])
+    machines: dict[str, list[HeldOut]] = {}
+    for prediction in held_out:
+        machines.setdefault(prediction.case.machine, []).append(prediction)
+    lines = [[machine_name(machine), *_error_cells(predictions)] for machine, predictions in machines.items()]
     return markdown_table(["machine", *_ERROR_HEAD], lines)
 
 
 def _error_cells(held_out: list[HeldOut]) -> list[str]:
-    """Format the number of measurements, median error, largest error and number of measurements within the goal."""
+    """Format number of measurements, median and largest error, number within the goal, and error of ratios."""
     worst = max(held_out, key=lambda prediction: abs(prediction.error))
     within = sum(abs(prediction.error) <= _TIME_GOAL for prediction in held_out)
-    median = _percent(_median([prediction.error for prediction in held_out]))
-    return [str(len(held_out)), median, f"{worst.error:+.0%} ({worst.case.method})", str(within)]
+    median = f"{_median(prediction.error for prediction in held_out):.0%}"
+    largest, ratios = f"{worst.error:+.0%} ({worst.case.method})", f"{_median(ratio_errors(held_out)):.0%}"
+    return [str(len(held_out)), median, largest, str(within), ratios]
 
 
 def other_machines_table(cases: list[Case], folder: Path = FOLDER) -> str:
@@ -253,10 +227,7 @@ def other_machines_table(cases: list[Case], folder: Path = FOLDER) -> str:
         (f"another {machine_name(EPYC_2)}", "ViT-B/16", other_epyc_cases(cases, folder)),
         (machine_name(INTEL_1), "ViT-S/14 and ViT-B/16", intel_cases(cases, folder)),
     )
-    lines = [
-        [name, models, *_error_cells(predictions), _percent(_median(ratio_errors(predictions)))]
-        for name, models, predictions in groups
-    ]
+    lines = [[name, models, *_error_cells(predictions)] for name, models, predictions in groups]
     return markdown_table(["machine", "models", *_ERROR_HEAD], lines)
 
 
@@ -289,15 +260,8 @@ def rates_table(cases: list[Case]) -> str:
         rates = fit_rates(cases_of(machine, cases))
         giga = [f"{value / 1e9:.3g}" for value in (rates.product, rates.half_product, rates.vector, rates.memory)]
         lines.append([machine_name(machine), *giga, f"{rates.call_s * 1e6:.0f}"])
-    head = [
-        "machine",
-        "float32 products, GFLOP/s",
-        "bfloat16 products, GFLOP/s",
-        "vector operations, G/s",
-        "memory, GB/s",
-        "call, µs",
-    ]
-    return markdown_table(head, lines)
+    head = ["machine", "float32 products, GFLOP/s", "bfloat16 products, GFLOP/s"]
+    return markdown_table([*head, "vector operations, G/s", "memory, GB/s", "call, µs"], lines)
 
 
 def bytes_table(folder: Path = FOLDER) -> str:
@@ -314,17 +278,10 @@ def bytes_table(folder: Path = FOLDER) -> str:
 
 def datasheet_table() -> str:
     """Format the datasheet values."""
-    lines = [
-        [
-            gpu.name,
-            f"{gpu.product / 1e12:,.0f}",
-            f"{gpu.vector / 1e12:.1f}",
-            f"{gpu.memory / 1e12:.2f}",
-            f"{gpu.link / 1e9:.0f}",
-            gpu.source,
-        ]
-        for gpu in GPUS.values()
-    ]
+    lines = []
+    for gpu in GPUS.values():
+        rates = [f"{gpu.product / 1e12:,.0f}", f"{gpu.vector / 1e12:.1f}", f"{gpu.memory / 1e12:.2f}"]
+        lines.append([gpu.name, *rates, f"{gpu.link / 1e9:.0f}", gpu.source])
     head = ["GPU", "matrix products, TFLOP/s", "float32, TFLOP/s", "memory, TB/s", "link, GB/s", "source"]
     return markdown_table(head, lines)
 
@@ -339,29 +296,25 @@ def count_on_gpu(model: str, method: str, batch: int) -> StepCount:
 
 def ratio_table() -> str:
     """Format predicted ratios to LoRA, with ranges, at two batch sizes."""
+    settings = list(itertools.product(_GPU_MODELS, (16, 128)))
     lines = []
     for name, gpu in GPUS.items():
-        cells = []
-        for model in _GPU_MODELS:
-            for batch in (16, 128):
-                reference = count_on_gpu(model, "lora", batch)
-                low, expected, high = ratio_range(name, count_on_gpu(model, "snella", batch), reference)
-                cells.append(f"{expected:.2f} ({low:.2f}–{high:.2f})")
-        lines.append([gpu.name, *cells])
-    head = ["predicted, not measured", *(f"{model}, batch {batch}" for model in _GPU_MODELS for batch in (16, 128))]
+        ranges = (_ratio_range(name, model, batch) for model, batch in settings)
+        lines.append([gpu.name, *(f"{expected:.2f} ({low:.2f}–{high:.2f})" for low, expected, high in ranges)])
+    head = ["predicted, not measured", *(f"{model}, batch {batch}" for model, batch in settings)]
     return markdown_table(head, lines)
+
+
+def _ratio_range(gpu: str, model: str, batch: int) -> tuple[float, float, float]:
+    """Return the lowest, expected and highest ratio to LoRA."""
+    return ratio_range(gpu, count_on_gpu(model, "snella", batch), count_on_gpu(model, "lora", batch))
 
 
 _MAX_TOKENS = 1_000_000
 
 
 def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int | None:
-    """Return the token count of the smallest batch that meets a condition; None above a million tokens.
-
-    Args:
-        model: Shape of the model.
-        is_reached: Condition on the batch size; monotonic.
-    """
+    """Return the tokens of the smallest batch that meets a monotonic condition; None above a million tokens."""
     low, high = 0, _MAX_TOKENS // model.tokens
     if not is_reached(high):
         return None
@@ -374,7 +327,8 @@ def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int |
 def crossing_table(cases: list[Case]) -> str:
     """Format the tokens per step at which the merge takes less than 10%, and SNELLA is as fast as LoRA."""
     epyc = fit_rates(cases_of(EPYC_2, cases))
-    lines = [[f"{machine_name(EPYC_2)}, ViT-B/16, float32", *_crossings(epyc, "ViT-B/16", _count_on_cpu)]]
+    on_cpu = _crossings(epyc, "ViT-B/16", lambda model, method, batch: count_step(MODELS[model], method, batch))
+    lines = [[f"{machine_name(EPYC_2)}, ViT-B/16, float32", *on_cpu]]
     lines += [
         [f"{gpu.name}, {model}", *_crossings(gpu_rates(name), model, count_on_gpu)]
         for name, gpu in GPUS.items()
@@ -384,13 +338,8 @@ def crossing_table(cases: list[Case]) -> str:
     return markdown_table([*head, 'SNELLA with `"sample:1/4"` is as fast as LoRA'], lines)
 
 
-def _count_on_cpu(model: str, method: str, batch: int) -> StepCount:
-    """Count a step in float32 with Numba kernels."""
-    return count_step(MODELS[model], method, batch)
-
-
 def _crossings(rates: Rates, model: str, count: Callable[[str, str, int], StepCount]) -> list[str]:
-    """Format the three token counts for a machine and a model."""
+    """Format the three token counts for a machine and a model, with two significant digits."""
 
     def is_merge_small(batch: int) -> bool:
         step = count(model, "snella", batch)
@@ -400,12 +349,8 @@ def _crossings(rates: Rates, model: str, count: Callable[[str, str, int], StepCo
         return lambda batch: rates.seconds(count(model, method, batch)) < rates.seconds(count(model, "lora", batch))
 
     conditions = (is_merge_small, is_fast("snella"), is_fast("snella-sample-quarter"))
-    return [_tokens_text(tokens_until(MODELS[model], condition)) for condition in conditions]
-
-
-def _tokens_text(tokens: int | None) -> str:
-    """Format a token count with two significant digits."""
-    return "never" if tokens is None else f"{int(float(f'{tokens:.2g}')):,}"
+    tokens = [tokens_until(MODELS[model], condition) for condition in conditions]
+    return ["never" if number is None else f"{int(float(f'{number:.2g}')):,}" for number in tokens]
 
 
 _LARGE = ("ViT-L/16", "ViT-H/14", "ViT-g/14", "ViT-22B/14", "LLaMA-70B")
@@ -416,32 +361,17 @@ def memory_table() -> str:
     """Format GiB per device on eight devices."""
     lines = []
     for name in _LARGE:
-        model = MODELS[name]
-        batch = 1 if model.is_llama else 32
-
-        def count(method: str, model: Transformer = model, batch: int = batch, **options: bool) -> StepCount:
-            return count_step(model, method, batch, precision="bfloat16", kernels=TRITON, **options)
-
+        model, batch = MODELS[name], 1 if MODELS[name].is_llama else 32
+        count = partial(count_step, model, batch=batch, precision="bfloat16", kernels=TRITON)
         full = count_step(model, "full", batch, precision="autocast")
         lora, inputs_saved, snella = (count(method) for method in ("lora", "snella-keep-inputs", "snella"))
         int8, blocks = count("snella-compress"), count("snella", is_checkpointed=True)
         peaks = [full.peak, full.sharded_peak(_DEVICES), lora.peak, inputs_saved.peak, snella.peak]
         peaks += [step.sharded_peak(_DEVICES) for step in (inputs_saved, snella, int8, blocks)]
         lines.append([name, *(_gib(value) for value in peaks)])
-    head = [
-        "GiB per device, predicted, not measured",
-        "full, DDP",
-        "full, FSDP2",
-        "LoRA, DDP",
-        "SNELLA, DDP, inputs saved",
-    ]
-    head += [
-        "SNELLA, DDP",
-        "SNELLA, FSDP2, inputs saved",
-        "SNELLA, FSDP2",
-        "SNELLA, FSDP2, 8-bit activations",
-        "SNELLA, FSDP2, checkpointed blocks",
-    ]
+    options = ("DDP, inputs saved", "DDP", "FSDP2, inputs saved", "FSDP2", "FSDP2, 8-bit activations")
+    head = ["GiB per device, predicted, not measured", "full, DDP", "full, FSDP2", "LoRA, DDP"]
+    head += [f"SNELLA, {option}" for option in (*options, "FSDP2, checkpointed blocks")]
     return markdown_table(head, lines)
 
 
@@ -455,14 +385,8 @@ def communication_table() -> str:
         cells = [_gib(step.communicated(_DEVICES, "ddp")) for step in steps]
         cells += [_gib(step.communicated(_DEVICES, "fsdp2")) for step in (steps[0], steps[2])]
         lines.append([name, *cells])
-    head = [
-        "GiB sent per device and step, predicted, not measured",
-        "full, DDP",
-        "LoRA, DDP",
-        "SNELLA, DDP",
-        "full, FSDP2",
-    ]
-    return markdown_table([*head, "SNELLA, FSDP2"], lines)
+    head = ["GiB sent per device and step, predicted, not measured", "full, DDP", "LoRA, DDP", "SNELLA, DDP"]
+    return markdown_table([*head, "full, FSDP2", "SNELLA, FSDP2"], lines)
 
 
 def _gib(value: float) -> str:
@@ -474,11 +398,6 @@ def _gib(value: float) -> str:
 def _median(errors: Iterable[float]) -> float:
     """Return the median magnitude."""
     return statistics.median(abs(error) for error in errors)
-
-
-def _percent(value: float) -> str:
-    """Format a percentage."""
-    return f"{value:.0%}"
 
 
 def machine_name(device: str) -> str:
@@ -516,35 +435,21 @@ def update_page(page: Path = PAGE, folder: Path = FOLDER) -> bool:
 def errors_figure(held_out: list[HeldOut]) -> Figure:
     """Plot predicted versus measured seconds of held-out measurements, one marker per method family."""
     figure, axes = new_figure(*FIGURE_SIZE, "Held-out steps on CPUs")
-    limits = [
-        min(prediction.case.seconds for prediction in held_out) * 0.7,
-        max(prediction.case.seconds for prediction in held_out) * 1.4,
-    ]
-    axes.fill_between(
-        limits, [0.85 * x for x in limits], [1.15 * x for x in limits], color=COLORS[0], alpha=0.12, linewidth=0
-    )
+    measured = [prediction.case.seconds for prediction in held_out]
+    limits = [min(measured) * 0.7, max(measured) * 1.4]
+    low, high = ([factor * x for x in limits] for factor in (1 - _TIME_GOAL, 1 + _TIME_GOAL))
+    axes.fill_between(limits, low, high, color=COLORS[0], alpha=0.12, linewidth=0)
     axes.plot(limits, limits, color=INK, linewidth=1)
     for index, family in enumerate(("lora", "dora", "full", "snella", "frozen")):
-        predictions = [prediction for prediction in held_out if METHODS[prediction.case.method].family == family]
-        axes.plot(
-            [prediction.case.seconds for prediction in predictions],
-            [prediction.seconds for prediction in predictions],
-            "os^Dv"[index],
-            markersize=5,
-            color=COLORS[index],
-            alpha=0.8,
-            label="snella and options" if family == "snella" else family,
-        )
-    for set_scale, axis, set_limits in (
-        (axes.set_xscale, axes.xaxis, axes.set_xlim),
-        (axes.set_yscale, axes.yaxis, axes.set_ylim),
-    ):
-        set_scale("log")
+        points = [(p.case.seconds, p.seconds) for p in held_out if METHODS[p.case.method].family == family]
+        label = "snella and options" if family == "snella" else family
+        style = {"markersize": 5, "color": COLORS[index], "alpha": 0.8, "label": label}
+        axes.plot(*zip(*points, strict=True), "os^Dv"[index], **style)
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks([0.2, 0.5, 1, 2, 5, 10, 20], ["0.2", "0.5", "1", "2", "5", "10", "20"])
         axis.set_minor_locator(NullLocator())
-        set_limits(*limits)
-    axes.set_xlabel("measured seconds per step")
-    axes.set_ylabel("predicted seconds per step")
+    axes.set(xlim=limits, ylim=limits, xlabel="measured seconds per step", ylabel="predicted seconds per step")
     add_legend(figure, *axes.get_legend_handles_labels(), columns=3)
     return figure
 
@@ -553,31 +458,15 @@ def ratios_figure() -> Figure:
     """Plot the predicted step time of SNELLA relative to LoRA versus the tokens per step."""
     figure, axes = new_figure(*FIGURE_SIZE, "SNELLA relative to LoRA, predicted, not measured")
     batches = [2**power for power in range(11)]
-    for index, (gpu, model) in enumerate(
-        [("h100", "ViT-B/16"), ("h100", "ViT-H/14"), ("rtx4090", "ViT-B/16"), ("rtx4090", "ViT-H/14")]
-    ):
-        ranges = [
-            ratio_range(gpu, count_on_gpu(model, "snella", batch), count_on_gpu(model, "lora", batch))
-            for batch in batches
-        ]
-        tokens = [batch * MODELS[model].tokens for batch in batches]
-        low, expected, high = zip(*ranges, strict=True)
+    for index, (gpu, model) in enumerate(itertools.product(("h100", "rtx4090"), ("ViT-B/16", "ViT-H/14"))):
+        low, expected, high = zip(*(_ratio_range(gpu, model, batch) for batch in batches), strict=True)
+        tokens, label = [batch * MODELS[model].tokens for batch in batches], f"{GPUS[gpu].name}, {model}"
         if index == 0:
-            label = f"range of assumptions, {GPUS[gpu].name}, {model}"
-            axes.fill_between(tokens, low, high, color=COLORS[index], alpha=0.15, linewidth=0, label=label)
-        axes.plot(
-            tokens,
-            expected,
-            marker="os^Dv"[index],
-            markersize=4,
-            color=COLORS[index],
-            label=f"{GPUS[gpu].name}, {model}",
-        )
+            fill = {"color": COLORS[index], "alpha": 0.15, "linewidth": 0, "label": f"range of assumptions, {label}"}
+            axes.fill_between(tokens, low, high, **fill)
+        axes.plot(tokens, expected, marker="os^Dv"[index], markersize=4, color=COLORS[index], label=label)
     axes.axhline(1, color=INK, linewidth=1, linestyle="--")
-    axes.set_xscale("log")
-    axes.set_ylim(0, 5)
-    axes.set_xlabel("tokens per step")
-    axes.set_ylabel("step time, LoRA = 1")
+    axes.set(xscale="log", ylim=(0, 5), xlabel="tokens per step", ylabel="step time, LoRA = 1")
     add_legend(figure, *axes.get_legend_handles_labels(), columns=2)
     return figure
 

@@ -8,12 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cost_text import device_text, flop_text, markdown_table, memory_text, notes_text, time_text
 from counted_step import CountedStep
+from documents import markdown_table, put_between
+from estimates import (
+    BACKBONE,
+    RowSpeed,
+    Workload,
+    device_text,
+    final_run,
+    flop_text,
+    has_gpu_rows,
+    memory_text,
+    notes_text,
+    one_method,
+    row_speed,
+    seconds,
+    time_text,
+    training,
+)
 from paper_models import METHOD, SAM_NAMES, classifier, llama_7b, sam, sd3_medium
-from row_speed import BACKBONE, RowSpeed, has_gpu_rows, row_speed
-from step_tables import put_between
-from workloads import Workload, final_run, one_method, seconds, training
 
 from snella_app.data.benchmarks import FGVC_DATASETS
 from snella_app.files import write_text
@@ -46,23 +59,14 @@ _INSTRUCTIONS = 170_000
 
 @dataclass(frozen=True)
 class Costs:
-    """Cost text for pages and experiment files.
-
-    Args:
-        pages: Text by page name.
-        experiments: Text by path below `experiments/`.
-    """
+    """Cost text by page name, and by path below `experiments/`."""
 
     pages: dict[str, str]
     experiments: dict[str, str]
 
 
 def estimate(rows: list[dict[str, Any]]) -> Costs:
-    """Estimate all costs.
-
-    Raises:
-        ValueError: If rows are missing or inconsistent; see `row_speed`.
-    """
+    """Estimate all costs; see `row_speed` for errors."""
     speed = row_speed(rows, classifier(BACKBONE, 1))
     notes = notes_text(speed, has_gpu_rows(rows))
     estimators = {"benchmarks": _benchmarks, "tasks": _polyps, "generation": _dreambooth, "language": _language}
@@ -80,14 +84,7 @@ def estimate(rows: list[dict[str, Any]]) -> Costs:
 
 
 def update_costs(rows_file: Path, root: Path = ROOT) -> list[Path]:
-    """Write the estimates into the pages and the experiment files.
-
-    Returns:
-        The changed files.
-
-    Raises:
-        ValueError: If a file has no marker, or rows are missing or inconsistent.
-    """
+    """Write the estimates into the pages and the experiment files, and return the changed files."""
     costs = estimate(read_rows(rows_file))
     pages = {root / "docs" / name: text for name, text in costs.pages.items()}
     changed = [path for path, text in pages.items() if put_between(path, BEGIN, END, text)]
@@ -102,11 +99,7 @@ def update_costs(rows_file: Path, root: Path = ROOT) -> list[Path]:
 
 
 def with_cost(content: str, text: str, path: Path) -> str:
-    """Replace the estimate in an experiment file, from its marker to the next field.
-
-    Raises:
-        ValueError: If the file has no marker.
-    """
+    """Replace the estimate in an experiment file, from its marker to the next field."""
     pattern = rf"^(?P<indent>(?:#| ) +){re.escape(_MARK)}.*\n(?:(?P=indent)(?! ).*\n)*"
     match = re.search(pattern, content, re.MULTILINE)
     if match is None:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from unittest import mock
 
 import torch
@@ -38,12 +38,7 @@ PROJECT = str(Path(PACKAGE).parent)
 
 @dataclass
 class Calls:
-    """Python calls during a call of a function.
-
-    Args:
-        by_file: Number of calls by source file, without Numba kernels.
-        switches: Number of file changes between consecutive calls.
-    """
+    """Python calls during a call of a function, by source file, and changes of the file between consecutive calls."""
 
     by_file: Counter[str] = field(default_factory=Counter)
     switches: int = 0
@@ -53,26 +48,35 @@ class Calls:
         return Counter({file: count for file, count in self.by_file.items() if file.startswith(folder)})
 
 
-def count_calls(function: Callable[[], object]) -> Calls:
-    """Call `function` and count the Python calls that it makes, with `sys.setprofile`."""
-    calls, last, skipped = Calls(), "", getattr(function, "__code__", None)
+def profile_calls(function: Callable[[], object], hook: Callable[[FrameType], None]) -> None:
+    """Call `function` and pass the frame of each Python call to `hook`."""
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal last
-        code: CodeType = frame.f_code
-        # skip code without a file, e.g. a generated `__init__`
-        is_counted = code is not skipped and not code.co_filename.startswith("<") and code.co_filename != KERNELS
-        if event != "call" or not is_counted:
-            return
-        calls.by_file[code.co_filename] += 1
-        calls.switches += code.co_filename != last
-        last = code.co_filename
+        if event == "call":
+            hook(frame)
 
     sys.setprofile(profile)
     try:
         function()
     finally:
         sys.setprofile(None)
+
+
+def count_calls(function: Callable[[], object]) -> Calls:
+    """Call `function` and count the Python calls that it makes."""
+    calls, last, skipped = Calls(), "", getattr(function, "__code__", None)
+
+    def count(frame: FrameType) -> None:
+        nonlocal last
+        code = frame.f_code
+        # skip code without a file, e.g. a generated `__init__`
+        if code is skipped or code.co_filename.startswith("<") or code.co_filename == KERNELS:
+            return
+        calls.by_file[code.co_filename] += 1
+        calls.switches += code.co_filename != last
+        last = code.co_filename
+
+    profile_calls(function, count)
     return calls
 
 
@@ -80,19 +84,14 @@ def functions_receiving(kind: type, function: Callable[[], object]) -> dict[str,
     """Call `function` and return the project functions that receive an instance of `kind`, by source file."""
     receivers: dict[str, set[str]] = {}
 
-    def profile(frame: FrameType, event: str, argument: object) -> None:
+    def record(frame: FrameType) -> None:
         code = frame.f_code
-        if event != "call" or not code.co_filename.startswith(f"{PROJECT}/snella"):
-            return
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        if any(isinstance(frame.f_locals.get(name), kind) for name in names):
+        is_project = code.co_filename.startswith(f"{PROJECT}/snella")
+        if is_project and any(isinstance(frame.f_locals.get(name), kind) for name in names):
             receivers.setdefault(code.co_filename, set()).add(code.co_qualname)
 
-    sys.setprofile(profile)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
+    profile_calls(function, record)
     return receivers
 
 
@@ -107,9 +106,9 @@ def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:
     """
     entered: dict[str, set[str]] = {}
 
-    def profile(frame: FrameType, event: str, argument: object) -> None:
+    def record(frame: FrameType) -> None:
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(f"{PROJECT}/snella"):
+        if code.co_filename.startswith(f"{PROJECT}/snella"):
             entered.setdefault(code.co_filename, set()).add(code.co_qualname)
 
     def stop(*_: object) -> None:
@@ -118,25 +117,13 @@ def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:
 
     console = make_console(file=io.StringIO())
     with mock.patch.object(SnellaTrainer, "training_step", stop), suppress(_FirstStepError):
-        sys.setprofile(profile)
-        try:
-            train(config, console)
-        finally:
-            sys.setprofile(None)
+        profile_calls(lambda: train(config, console), record)
     return entered
 
 
 @dataclass
 class Size:
-    """Size of a root package.
-
-    Args:
-        modules: Number of files.
-        lines: Number of lines.
-        code: Number of lines, excluding blank lines, comments and docstrings.
-        largest_class: Name and number of methods.
-        longest_signature: Name and number of parameters, excluding `self` and `cls`.
-    """
+    """Size of a root package; `code` excludes blank lines, comments and docstrings."""
 
     modules: int = 0
     lines: int = 0

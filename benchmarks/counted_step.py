@@ -48,11 +48,10 @@ def count_step(build: Callable[[], nn.Module], inputs: Mapping[str, Any], checkp
     save the input unless it is recomputed.
 
     Args:
-        build: Function that creates the model with SNELLA adapters; called on the meta device, in float32.
+        build: Creates the model with SNELLA adapters; called on the meta device, in float32.
         inputs: Arguments of the model on the meta device, the first one a batch; a single positional tensor has the
             name `""`.
-        checkpointed: Name of the module list whose blocks use activation checkpointing, e.g. `"layers"`. FLOPs exclude
-            the recomputation.
+        checkpointed: Name of the module list whose blocks are checkpointed. FLOPs exclude the recomputation.
     """
     with torch.device("meta"):
         model = build().train()

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image
+from data_reading import CONFIG, enlarge
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
@@ -23,13 +23,6 @@ from snella_app.data.datasets import ImageDataset
 from snella_app.data.sources import FileImages
 from snella_lab.bench.rows import append_rows, conditions
 
-CONFIG = {
-    "input_size": (3, 224, 224),
-    "mean": (0.5,) * 3,
-    "std": (0.5,) * 3,
-    "crop_pct": 0.9,
-    "interpolation": "bicubic",
-}
 BATCH = 32
 
 
@@ -41,9 +34,7 @@ def write_images(folder: Path, kind: str, count: int) -> None:
         class_folder.mkdir(parents=True, exist_ok=True)
         image = stamps.image(index)
         if kind == "photographs":
-            scale = 1600 / max(image.size)
-            image = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BICUBIC)
-            image.save(class_folder / f"{index:04}.jpg", quality=90)
+            enlarge(image).save(class_folder / f"{index:04}.jpg", quality=90)
         else:
             image.save(class_folder / f"{index:04}.png")
 
@@ -87,10 +78,7 @@ def main() -> None:
                 "batch": BATCH,
                 "command": f"python benchmarks/data_loading.py --images {options.images} --rounds {options.rounds}",
                 **conditions("cpu"),
-                **{
-                    f"{name.replace(' ', '_')}_images_per_cpu_s": round(options.images / s, 1)
-                    for name, s in medians.items()
-                },
+                **{f"{n.replace(' ', '_')}_images_per_cpu_s": round(options.images / s, 1) for n, s in medians.items()},
                 "first_epoch_over_ImageFolder": round(medians["ImageFolder"] / medians["first epoch"], 3),
                 "later_epochs_over_ImageFolder": round(medians["ImageFolder"] / medians["later epochs"], 3),
             }

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from documents import markdown_table
 from PIL import Image
 
 READERS = ("folder", "hf", "datasets")
@@ -106,11 +107,11 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if "state" in row:
             groups.setdefault((f"{row['images']} {row['kind'].upper()}", row["state"], row["reader"]), []).append(row)
-    lines = [["images", "caches", "reader", *columns.values()], [*["---"] * 3, *["---:"] * len(columns)]]
+    lines = []
     for key, runs in groups.items():
         medians = [statistics.median(run[name] for run in runs) for name in columns]
         lines.append([*key, *(f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in medians)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table(["images", "caches", "reader", *columns.values()], lines, left=3)
 
 
 def write_images(source: Path, folder: Path, kind: str, count: int) -> list[Path]:
@@ -126,11 +127,14 @@ def write_images(source: Path, folder: Path, kind: str, count: int) -> list[Path
         if kind == "png":
             files[-1].write_bytes(file.read_bytes())
             continue
-        image = Image.open(file).convert("RGB")
-        scale = _SIDE / max(image.size)
-        size = round(scale * image.width), round(scale * image.height)
-        image.resize(size, Image.Resampling.BICUBIC).save(files[-1], quality=90)
+        enlarge(Image.open(file).convert("RGB")).save(files[-1], quality=90)
     return files
+
+
+def enlarge(image: Image.Image) -> Image.Image:
+    """Resize an image to a longer side of 1600 pixels."""
+    scale = _SIDE / max(image.size)
+    return image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BICUBIC)
 
 
 def drop_from_page_cache(files: Iterable[Path]) -> None:
@@ -206,10 +210,7 @@ def hf_dataset(folder: str, transform: Callable[[Any], Any]) -> Any:
     images = datasets.load_dataset("imagefolder", data_dir=folder, split="train")
 
     def convert(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {
-            "image": [transform(image.convert("RGB")) for image in batch["image"]],
-            "label": batch["label"],
-        }
+        return {"image": [transform(image.convert("RGB")) for image in batch["image"]], "label": batch["label"]}
 
     images.set_transform(convert)
     return _Pairs(images)

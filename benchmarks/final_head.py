@@ -60,13 +60,8 @@ def accuracy(
 ) -> float:
     """Fit a head and return its test accuracy.
 
-    Args:
-        parts: Features from `features_of`.
-        task: Task from `features_of`, which defines the loss.
-        num_features: Number of features; None uses all.
-        with_val: Also train on validation images.
-        with_flips: Also train on flipped images.
-        average: Average the probabilities of an image and its flip.
+    `num_features` None uses all features; `with_val` and `with_flips` add validation images and flips to the fit, and
+    `average` averages the probabilities of a test image and its flip.
     """
     fitted = [parts["train"], parts["val"]] if with_val else [parts["train"]]
     views = [torch.cat([part.views[view][:, :num_features] for part in fitted]) for view in range(1 + with_flips)]

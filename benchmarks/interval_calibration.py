@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from documents import markdown_table
 
 from snella_lab.bench.rows import append_rows, conditions
 from snella_lab.comparison.statistics import LEVEL, difference_of, with_holm
@@ -91,14 +92,14 @@ def measure(count: int) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Format the rows as Markdown."""
-    head = "| differences | comparisons | tasks | seeds | t and Holm | percentile bootstrap |"
-    lines = [head, "|---|---:|---:|---:|---:|---:|"]
+    lines = []
     for row in rows:
         bootstrap = row.get("bootstrap_called_clear")
         cells = [row["differences"], *(str(row[key]) for key in ("comparisons", "tasks", "seeds"))]
         cells += [f"{100 * row['called_clear']:.1f}%", "" if bootstrap is None else f"{100 * bootstrap:.1f}%"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    head = ("differences", "comparisons", "tasks", "seeds", "t and Holm", "percentile bootstrap")
+    return markdown_table(head, lines, left=1)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ finished runs are skipped.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import random
 import time
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ from snella_app.training.callbacks import WeightAverage
 from snella_app.training.optimizer import build_optimizer
 from snella_app.training.results import matrices_of
 from snella_app.training.sampler import EpochSampler
-from snella_lab.provenance import git_state, system_info
+from snella_lab.bench.rows import append_rows, read_rows
+from snella_lab.provenance import measurement_info
 
 HERE = Path(__file__).parent
 SUITE = HERE.parent / "experiments" / "bundled-suite.yaml"
@@ -54,14 +55,8 @@ _FIRST_EVALUATED = 0.6  # fraction of the epochs before the first evaluation
 class Features:
     """Outputs of the frozen blocks, `[images, tokens, width]`, and labels, `[images]`.
 
-    Attributes:
-        train: Training images, `[sides, images, tokens, width]`; includes mirror images if the recipe flips.
-        train_labels: Labels of `train`.
-        val: Validation images, for selecting the epoch.
-        val_labels: Labels of `val`.
-        rest: Evaluation images.
-        rest_labels: Labels of `rest`.
-        classes: Number of classes.
+    `train` has the shape `[sides, images, tokens, width]` and includes mirror images if the recipe flips. `val` selects
+    the epoch; `rest` is evaluated.
     """
 
     train: Tensor
@@ -88,35 +83,23 @@ def main() -> None:
     parser.add_argument("--options", default="{}", help="method options, JSON")
     parser.add_argument("--probe-inverse-penalty", type=float, default=INVERSE_PENALTY, help="for head_init=probe")
     parser.add_argument("--cache", default=".cache/learning_rates")
-    parser.add_argument("--out", default=str(HERE / "learning_rates.jsonl"))
+    parser.add_argument("--out", type=Path, default=HERE / "learning_rates.jsonl")
     args = parser.parse_args()
     settings = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in args.set)}
-    options, out = json.loads(args.options), Path(args.out)
-    for factor in map(float, args.factors.split(",")):
-        for seed in map(int, args.seeds.split(",")):
-            for task in args.tasks.split(","):
-                for method in args.methods.split(","):
-                    setting = {"task": task, "method": method, "lr_factor": factor, "seed": seed, "blocks": args.blocks}
-                    setting |= {"val_size": args.val_size, "settings": settings, "options": options}
-                    setting |= {"probe_inverse_penalty": args.probe_inverse_penalty, "recipe": args.recipe}
-                    setting |= {"selection": "val"}
-                    if not is_done(out, setting):
-                        append(out, {**setting, **run(setting, Path(args.cache))})
-
-
-def is_done(out: Path, setting: dict[str, Any]) -> bool:
-    """Return True if `out` contains the run's row."""
-    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    return any(all(row.get(key) == value for key, value in setting.items()) for row in rows)
-
-
-def append(out: Path, row: dict[str, Any]) -> None:
-    """Append a row and print its results."""
-    with out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print({key: row[key] for key in ("task", "method", "lr_factor", "seed", "settings", "options")}, flush=True)
-    shown = {name: (scores["val_accuracy"], scores.get("accuracy")) for name, scores in row["kept"].items()}
-    print("   ", shown, row["cpu_s"], flush=True)
+    shared = {"blocks": args.blocks, "val_size": args.val_size, "settings": settings, "selection": "val"}
+    shared |= {"options": json.loads(args.options), "recipe": args.recipe}
+    shared |= {"probe_inverse_penalty": args.probe_inverse_penalty}
+    lists = [text.split(",") for text in (args.factors, args.seeds, args.tasks, args.methods)]
+    for factor, seed, task, method in itertools.product(*lists):
+        setting = {"task": task, "method": method, "lr_factor": float(factor), "seed": int(seed), **shared}
+        rows = read_rows(args.out) if args.out.exists() else []
+        if any(setting == {key: row.get(key) for key in setting} for row in rows):
+            continue
+        row = {**setting, **run(setting, Path(args.cache))}
+        append_rows(args.out, [row])
+        print({key: row[key] for key in ("task", "method", "lr_factor", "seed", "settings", "options")}, flush=True)
+        shown = {name: (scores["val_accuracy"], scores.get("accuracy")) for name, scores in row["kept"].items()}
+        print("   ", shown, row["cpu_s"], flush=True)
 
 
 def config_of(setting: dict[str, Any]) -> TrainConfig:
@@ -150,17 +133,15 @@ def run(setting: dict[str, Any], cache: Path) -> dict[str, Any]:
     optim = config.optim.with_batch_size_for(images)
     torch.manual_seed(config.run.seed)
     backbone = new_backbone(config, features.classes)
-    blocks = list(backbone.blocks)[12 - setting["blocks"] :]  # type: ignore[arg-type]
     model = build_method(config.method.name, backbone, head="head", **config.method.all_options())
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    forward = nn.Sequential(*(block for block in base.blocks[-len(blocks) :]), base.norm, Head(base))  # type: ignore
+    forward = nn.Sequential(*base.blocks[-setting["blocks"] :], base.norm, Head(base))  # type: ignore
     steps_per_epoch = -(-images // optim.effective_batch_size)
     total = steps_per_epoch * optim.epochs
     has_probe_start = optim.head_init == "probe" or (optim.head_init == "auto" and total < 100)
-    if has_probe_start:
-        start_from_probe(model, forward, features, setting["probe_inverse_penalty"])
     results: dict[str, dict[str, Any]] = {}
     if has_probe_start:
+        start_from_probe(model, forward, features, setting["probe_inverse_penalty"])
         results["start"] = evaluate_both(model, forward, features)
     optimizer = build_optimizer(model, **optim.optimizer_options())
     schedule = get_cosine_schedule_with_warmup(optimizer, round(optim.warmup_ratio * total), total)
@@ -189,8 +170,8 @@ def run(setting: dict[str, Any], cache: Path) -> dict[str, Any]:
         row: dict[str, Any] = {"epoch": epoch + 1, "train_loss": round(sum(losses) / len(losses), 4)}
         if allocator is not None:
             row["sparsity"] = round(1 - sum(allocator.budgets.values()) / allocator.total_weights, 4)
-        is_denser = allocator is not None and (allocator.config.schedule_end or 1.0) < 1
-        is_denser = is_denser and allocator is not None and not allocator.has_reached_target
+        has_early_target = allocator is not None and (allocator.config.schedule_end or 1.0) < 1
+        is_denser = has_early_target and not allocator.has_reached_target
         for name in ("raw", "ema") if epoch + 1 > _FIRST_EVALUATED * optim.epochs else ():
             with average.average_parameters() if name == "ema" else nullcontext():
                 row[name] = measure(model, forward, features.val, features.val_labels)
@@ -200,22 +181,17 @@ def run(setting: dict[str, Any], cache: Path) -> dict[str, Any]:
                         best[key] = (score, trained_values(model), {"epoch": epoch + 1, **row[name]})
                         best[key][2]["sparsity"] = row.get("sparsity")
         history.append(row)
-    result = {"update_rms": update_rms(model)}
+    rms = update_rms(model)
     for name, (_, values, row) in best.items():
         same = results.get(name.removeprefix("last_"), {})
         is_measured = same.get("epoch") == row["epoch"]
         results[name] = same if is_measured else reevaluate(model, forward, features, values, row)
-    return {
-        **{"kept": results, "history": history, "lr": optim.lr, "steps": total, "train_images": images},
-        **{"val_images": len(features.val), "measured_images": len(features.rest), **result},
-        **{"img_size": config.model.img_size, "backbone": config.model.backbone, "classes": features.classes},
-        **{"batch_size": optim.effective_batch_size, "epochs": optim.epochs, "has_probe_start": has_probe_start},
-        **{
-            "cpu_s": round(time.process_time() - start, 1),
-            **dict(zip(("commit", "is_dirty"), git_state(), strict=True)),
-        },
-        **{"system": system_info(), "created_at": datetime.now(UTC).isoformat(timespec="seconds")},
-    }
+    result = {"kept": results, "history": history, "lr": optim.lr, "steps": total, "train_images": images}
+    result |= {"val_images": len(features.val), "measured_images": len(features.rest)}
+    result |= {"img_size": config.model.img_size, "backbone": config.model.backbone, "classes": features.classes}
+    result |= {"batch_size": optim.effective_batch_size, "epochs": optim.epochs, "has_probe_start": has_probe_start}
+    result |= {"update_rms": rms, "cpu_s": round(time.process_time() - start, 1)}
+    return result | measurement_info()
 
 
 def trained_values(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ DeepSpeed is used if it can be imported, e.g. from a folder in PYTHONPATH.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import itertools
 import json
@@ -22,16 +21,31 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import peft.peft_model
+import safetensors.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from device_loops import (
+    RESUMED_FROM,
+    SAVED_AT,
+    SINGLE,
+    Cell,
+    make_model,
+    rank_and_count,
+    run_accelerate,
+    run_torchrun,
+    run_trainer,
+)
+from documents import markdown_table, put_between
+from torch import Tensor
+
+from snella.matrices import adapted_matrices
+from snella_lab.bench.rows import append_rows, conditions, read_rows
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 NOTE = Path(__file__).parent.parent / "docs" / "notes" / "checks.md"
@@ -40,500 +54,11 @@ ENGINES = ("DDP", "FSDP2", "FSDP1", "ZeRO-1", "ZeRO-2", "ZeRO-3")
 OPTIONS = ("plain", "accumulation", "checkpointing", "bf16", "compile")
 COUNTS = (2, 4)
 DEEPSPEED_OPTIONS = ("plain", "bf16")
-RESUMED_FROM = {4: 2, 1: 4}
-"""Number of processes that saved the checkpoint, by number of processes that resume it."""
-STEPS, SAVED_AT, PER_EPOCH = 12, 6, 3
-BATCH, SIDE, CLASSES = 16, 16, 5
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
-LR = 1e-2
-SINGLE = "one process"
-COMPILER = "aot_eager"
-"""Backend of torch.compile; the default backend compiles C++ for minutes."""
-
-
-# model and data -------------------------------------------------------------------------------------------------------
-
-
-def make_model(has_allocator: bool = True) -> nn.Module:
-    """Build the adapted tiny ViT, identical in all processes."""
-    from peft import get_peft_model
-    from transformers import ViTConfig, ViTForImageClassification
-
-    from snella import SnellaConfig
-
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    base = ViTForImageClassification(
-        ViTConfig(**sizes, image_size=SIDE, patch_size=8, num_channels=1, num_labels=CLASSES)
-    )
-    settings: dict[str, Any] = {"impl": "eager", "modules_to_save": ["classifier"]}
-    sparsity = {} if has_allocator else {"init_sparsity": 0.7, "target_sparsity": 0.7}
-    return get_peft_model(base, SnellaConfig(r=4, target_modules=TARGETS, **settings, **sparsity))
-
-
-def images() -> tuple[Tensor, Tensor]:
-    """Return the images of all steps, `[steps·batch, 1, side, side]`, and their labels."""
-    generator = torch.Generator().manual_seed(1)
-    labels = torch.randint(CLASSES, (STEPS * BATCH,), generator=generator)
-    noise = torch.randn(len(labels), 1, SIDE, SIDE, generator=generator)
-    return noise + torch.linspace(-1, 1, CLASSES)[labels][:, None, None, None], labels
-
-
-def local_batches(step: int, accumulated: int) -> list[tuple[Tensor, Tensor]]:
-    """Return this process's share of each micro-batch in a step."""
-    X, y = images()
-    rank, count = rank_and_count()
-    parts = []
-    for start in range(step * BATCH, (step + 1) * BATCH, BATCH // accumulated):
-        share = BATCH // accumulated // count
-        indices = slice(start + rank * share, start + (rank + 1) * share)
-        parts.append((X[indices], y[indices]))
-    return parts
-
-
-def rank_and_count() -> tuple[int, int]:
-    """Return the rank and the number of processes."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-# communication --------------------------------------------------------------------------------------------------------
-
-
-class CommunicatedBytes(TorchDispatchMode):
-    """Dispatch mode that sums the bytes of collectives per process: the larger of input and output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from torch.distributed.tensor import DTensor
-        from torch.utils._pytree import tree_leaves
-
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its collectives are dispatched separately
-        output = func(*args, **(kwargs or {}))
-        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
-            sizes = [
-                sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(part) if isinstance(leaf, Tensor))
-                for part in (*args, output)
-            ]
-            self.total += max(sizes)
-        return output
-
-
-def count_bytes(allocator: Any) -> list[int]:
-    """Return a list that receives the bytes that the allocator communicates in each step."""
-    per_step: list[int] = []
-    step = [0]
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with CommunicatedBytes() as mode:
-                result = function(*args, **kwargs)
-            step[0] += mode.total
-            return result
-
-        return call
-
-    finish = allocator._finish_step
-    allocator._update_importance = counted(allocator._update_importance)
-    allocator._allocate = counted(allocator._allocate)
-
-    def finish_step(number: int) -> None:
-        finish(number)
-        per_step.append(step[0])
-        step[0] = 0
-
-    allocator._finish_step = finish_step
-    return per_step
-
-
-# one run --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Cell:
-    """A training run: loop, parallelization engine and option."""
-
-    loop: str
-    engine: str
-    option: str
-    folder: Path
-    has_allocator: bool = True
-    first: int = 0
-    """Step to resume from."""
-    losses: list[float] = field(default_factory=list)
-    allocator_bytes: list[int] = field(default_factory=list)
-    budgets: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def accumulated(self) -> int:
-        """Micro-batches per step."""
-        return 2 if self.option == "accumulation" else 1
-
-    def checkpoint(self, count: int) -> Path:
-        """Return the folder of the checkpoint written by `count` processes."""
-        mode = "" if self.has_allocator else "-fixed"
-        return self.folder / f"{self.loop}-{self.engine}-{self.option}{mode}-{count}".replace(" ", "-")
-
-
-def attach(cell: Cell, model: nn.Module, optimizer: Any) -> Any:
-    """Attach an allocator and count its communicated bytes."""
-    from snella import BudgetAllocator
-
-    if not cell.has_allocator:
-        return None
-    allocator = BudgetAllocator(model, total_epochs=STEPS // PER_EPOCH, steps_per_epoch=PER_EPOCH).attach(optimizer)
-    cell.allocator_bytes = count_bytes(allocator)
-    return allocator
-
-
-def check_engine(cell: Cell, wrapped: nn.Module) -> None:
-    """Raise an error if the loop replaced the engine, as Accelerate does on a CPU."""
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    wrapped = getattr(wrapped, "_orig_mod", wrapped)
-    expected = {
-        "FSDP1": isinstance(wrapped, FullyShardedDataParallel),
-        "FSDP2": isinstance(wrapped, FSDPModule),
-        "ZeRO": type(wrapped).__module__.startswith("deepspeed"),
-    }
-    if not expected.get(cell.engine.partition("-")[0], True):
-        raise RuntimeError(f"{cell.loop} ignores {cell.engine} on a CPU and uses {type(wrapped).__name__}")
-
-
-def run_torchrun(cell: Cell) -> dict[str, Tensor]:
-    """Train in a plain loop and return the full final state."""
-    if cell.engine.startswith("ZeRO"):
-        return _run_deepspeed(cell)
-    model = make_model(cell.has_allocator)
-    if cell.option == "checkpointing":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    wrapped = _wrap(cell, model)
-    from snella import create_snella_optimizer
-
-    optimizer = create_snella_optimizer(wrapped, lr=LR)
-    allocator = attach(cell, wrapped, optimizer)
-    if cell.first:
-        _load(cell, wrapped, optimizer)
-    if cell.option == "compile":
-        wrapped.compile(backend=COMPILER)
-    is_autocast = cell.option == "bf16" and cell.engine in (SINGLE, "DDP")
-    wrapped.train()
-    for step in range(cell.first, STEPS):
-        parts, losses = local_batches(step, cell.accumulated), []
-        for number, (x, y) in enumerate(parts):
-            is_last = number == len(parts) - 1
-            with _syncing(cell, wrapped, is_last), torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
-                loss = wrapped(pixel_values=x, labels=y).loss.float()
-                (loss / len(parts)).backward()
-            losses.append(float(loss))
-        optimizer.step()
-        optimizer.zero_grad()
-        cell.losses.append(sum(losses) / len(losses))
-        if step + 1 == SAVED_AT and not cell.first:
-            _save(cell, wrapped, model, optimizer)
-    if allocator is not None:
-        cell.budgets = allocator.budgets
-    return model.state_dict() if cell.engine == SINGLE else _full_state(wrapped)
-
-
-def _wrap(cell: Cell, model: nn.Module) -> nn.Module:
-    """Wrap a model with the engine."""
-    from torch.distributed.fsdp import (
-        FullyShardedDataParallel,
-        MixedPrecision,
-        MixedPrecisionPolicy,
-        fully_shard,
-    )
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-    from torch.nn.parallel import DistributedDataParallel
-    from transformers.models.vit.modeling_vit import ViTLayer
-
-    if rank_and_count()[1] == 1:
-        return model
-    half = torch.bfloat16 if cell.option == "bf16" else None
-    if cell.engine == "DDP":
-        return DistributedDataParallel(model)
-    if cell.engine == "FSDP1":
-        return FullyShardedDataParallel(
-            model,
-            auto_wrap_policy=ModuleWrapPolicy({ViTLayer}),
-            use_orig_params=True,
-            device_id=torch.device("cpu"),
-            mixed_precision=MixedPrecision(param_dtype=half) if half else None,
-        )
-    if cell.engine == "FSDP2":
-        policy = MixedPrecisionPolicy(param_dtype=half)
-        for module in model.modules():
-            if isinstance(module, ViTLayer):
-                fully_shard(module, mp_policy=policy)
-        return fully_shard(model, mp_policy=policy)
-    return model
-
-
-def _syncing(cell: Cell, model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[Any]:
-    """Average gradients only after the last micro-batch of a step."""
-    if rank_and_count()[1] == 1:
-        return contextlib.nullcontext()
-    if cell.engine == "FSDP2":
-        model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
-    elif cell.engine in ("DDP", "FSDP1") and not is_last:
-        return model.no_sync()  # type: ignore[operator,no-any-return]
-    return contextlib.nullcontext()
-
-
-def _save(cell: Cell, wrapped: nn.Module, model: nn.Module, optimizer: Any) -> None:
-    """Save the full state on rank 0."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-    rank, count = rank_and_count()
-    if count == 1:
-        return
-    # without CPU offload, because FSDP1 on a CPU frees or overwrites state that it offloads
-    weights, state = get_state_dict(wrapped, optimizer, options=StateDictOptions(full_state_dict=True))
-    if rank == 0:
-        folder = cell.checkpoint(count)
-        folder.mkdir(parents=True)
-        torch.save({"model": weights, "optimizer": state}, folder / "state.pt")
-        model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
-
-
-def _load(cell: Cell, wrapped: nn.Module, optimizer: Any) -> None:
-    """Load the state saved by a different number of processes."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
-    _, count = rank_and_count()
-    saved = torch.load(cell.checkpoint(RESUMED_FROM[count]) / "state.pt", weights_only=True)
-    options = StateDictOptions(full_state_dict=True)
-    set_state_dict(
-        wrapped, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options
-    )
-
-
-def _run_deepspeed(cell: Cell) -> dict[str, Tensor]:
-    """Train with `deepspeed.initialize`."""
-    import deepspeed
-
-    from snella import create_snella_optimizer
-
-    _, count = rank_and_count()
-    model = make_model(cell.has_allocator)
-    if cell.option == "checkpointing":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = create_snella_optimizer(model, lr=LR)
-    engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(cell))
-    attach(cell, model, optimizer)
-    if cell.first:
-        engine.load_checkpoint(str(cell.checkpoint(RESUMED_FROM[count])))
-    if cell.option == "compile":
-        engine.compile(backend=COMPILER)
-    engine.train()
-    for step in range(cell.first, STEPS):
-        losses = []
-        for x, y in local_batches(step, cell.accumulated):
-            if cell.option == "bf16":
-                x = x.bfloat16()
-            loss = engine(pixel_values=x, labels=y).loss
-            engine.backward(loss)
-            engine.step()
-            losses.append(float(loss))
-        cell.losses.append(sum(losses) / len(losses))
-        if step + 1 == SAVED_AT and not cell.first:
-            engine.save_checkpoint(str(cell.checkpoint(count)))
-    return deepspeed_state(model)
-
-
-def deepspeed_config(cell: Cell) -> dict[str, Any]:
-    """Return DeepSpeed's configuration; its default clips gradients to a norm of 1."""
-    _, count = rank_and_count()
-    return {
-        "train_micro_batch_size_per_gpu": BATCH // count // cell.accumulated,
-        "gradient_accumulation_steps": cell.accumulated,
-        "zero_optimization": {"stage": int(cell.engine[-1])},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "gradient_clipping": 0.0,
-        "bf16": {"enabled": cell.option == "bf16"},
-    }
-
-
-def deepspeed_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the full state of a model sharded by ZeRO."""
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        return {name: tensor.detach().float().clone() for name, tensor in model.state_dict().items()}
-
-
-def run_accelerate(cell: Cell) -> dict[str, Tensor]:
-    """Train with Accelerate and return the full final state."""
-    from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState, GradientState
-
-    from snella import create_snella_optimizer
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    _, count = rank_and_count()
-    plugins: dict[str, Any] = {}
-    if cell.engine.startswith("FSDP"):
-        plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-            fsdp_version=int(cell.engine[-1]),
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["ViTLayer"],
-            state_dict_type="FULL_STATE_DICT" if cell.engine == "FSDP1" else "SHARDED_STATE_DICT",
-            use_orig_params=True,
-            activation_checkpointing=cell.option == "checkpointing",
-        )
-    elif cell.engine.startswith("ZeRO"):
-        plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=deepspeed_config(cell))
-    accelerator = Accelerator(
-        cpu=True,
-        mixed_precision="bf16" if cell.option == "bf16" else "no",
-        gradient_accumulation_steps=cell.accumulated,
-        dynamo_backend=COMPILER if cell.option == "compile" else "no",
-        **plugins,
-    )
-    model = make_model(cell.has_allocator)
-    if cell.option == "checkpointing" and not cell.engine.startswith("FSDP"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = create_snella_optimizer(model, lr=LR)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    check_engine(cell, wrapped)
-    allocator = attach(cell, wrapped, optimizer)
-    if cell.first:
-        accelerator.load_state(str(cell.checkpoint(RESUMED_FROM[count])))
-    wrapped.train()
-    for step in range(cell.first, STEPS):
-        losses = []
-        for x, y in local_batches(step, cell.accumulated):
-            with accelerator.accumulate(wrapped):
-                loss = wrapped(pixel_values=x, labels=y).loss
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            losses.append(float(loss))
-        cell.losses.append(sum(losses) / len(losses))
-        if step + 1 == SAVED_AT and not cell.first and count > 1:
-            accelerator.save_state(str(cell.checkpoint(count)), safe_serialization=False)
-            if accelerator.is_main_process:
-                # check_engine accepts only DDP, whose processes all have the full state
-                accelerator.unwrap_model(wrapped, keep_torch_compile=False).save_pretrained(cell.checkpoint(count))
-    if allocator is not None:
-        cell.budgets = allocator.budgets
-    if cell.engine.startswith("ZeRO"):
-        return deepspeed_state(model)
-    return _full_state(wrapped)
-
-
-def _full_state(wrapped: nn.Module) -> dict[str, Tensor]:
-    """Return the full state of a model wrapped by DDP or FSDP."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    wrapped = getattr(wrapped, "_orig_mod", wrapped)
-    if rank_and_count()[1] == 1:
-        return wrapped.state_dict()
-    return get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
-
-
-def run_trainer(cell: Cell) -> dict[str, Tensor]:
-    """Train with transformers' Trainer and return the full final state."""
-    from accelerate.state import AcceleratorState, GradientState
-    from torch.utils.data import StackDataset
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    from snella import create_snella_optimizer
-    from snella.callback import SnellaCallback
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    _, count = rank_and_count()
-    X, y = images()
-
-    class Counted(TrainerCallback):
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            if callback.allocator is not None:
-                cell.allocator_bytes = count_bytes(callback.allocator)
-
-    class SnellaTrainer(Trainer):
-        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-            if self.optimizer is None:
-                self.optimizer = create_snella_optimizer(self.model, lr=LR)
-            return self.optimizer
-
-        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-            check_engine(cell, self.model_wrapped)
-            loss = super().training_step(*args, **kwargs)
-            micro_losses.append(float(loss))
-            return loss
-
-    micro_losses: list[float] = []
-    callback = SnellaCallback()
-    settings: dict[str, Any] = {}
-    if cell.engine.startswith("FSDP"):
-        settings["fsdp"] = "full_shard"
-        settings["fsdp_config"] = {
-            "version": int(cell.engine[-1]),
-            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "transformer_layer_cls_to_wrap": ["ViTLayer"],
-            "state_dict_type": "FULL_STATE_DICT" if cell.engine == "FSDP1" else "SHARDED_STATE_DICT",
-            "use_orig_params": True,
-        }
-    elif cell.engine.startswith("ZeRO"):
-        settings["deepspeed"] = deepspeed_config(cell)
-    shared = cell.checkpoint(RESUMED_FROM.get(count, 0) if cell.first else count)
-    arguments = TrainingArguments(
-        output_dir=str(cell.checkpoint(count)) + ("-resumed" if cell.first else ""),
-        use_cpu=True,
-        per_device_train_batch_size=BATCH // count // cell.accumulated,
-        gradient_accumulation_steps=cell.accumulated,
-        gradient_checkpointing=cell.option == "checkpointing",
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        bf16=cell.option == "bf16",
-        torch_compile=cell.option == "compile",
-        torch_compile_backend=COMPILER if cell.option == "compile" else None,
-        max_steps=STEPS,
-        save_steps=SAVED_AT,
-        max_grad_norm=0.0,
-        lr_scheduler_type="constant",
-        report_to=[],
-        disable_tqdm=True,
-        logging_strategy="no",
-        train_sampling_strategy="sequential",
-        **settings,
-    )
-    # PER_EPOCH steps per epoch, so that the callback's epochs match the other loops
-    data = StackDataset(pixel_values=X[: PER_EPOCH * BATCH], labels=y[: PER_EPOCH * BATCH])
-    trainer = SnellaTrainer(
-        make_model(cell.has_allocator),
-        arguments,
-        train_dataset=data,
-        callbacks=[callback, Counted()] if cell.has_allocator else [],
-    )
-    resume = str(shared / f"checkpoint-{SAVED_AT}") if cell.first else None
-    trainer.train(resume_from_checkpoint=resume)
-    groups = zip(*[iter(micro_losses)] * cell.accumulated, strict=True)
-    scale = cell.accumulated  # the Trainer divides by it
-    cell.losses = [sum(group) / len(group) * scale for group in groups]
-    if callback.allocator is not None:
-        cell.budgets = callback.allocator.budgets
-    if cell.engine.startswith("ZeRO"):
-        return deepspeed_state(trainer.model)
-    return _full_state(trainer.model_wrapped)
-
-
 RUNNERS = {"torchrun": run_torchrun, "accelerate": run_accelerate, "Trainer": run_trainer}
-
-
-# worker ---------------------------------------------------------------------------------------------------------------
 
 
 def digest(cell: Cell, state: dict[str, Tensor]) -> str:
     """Return a hash of this process's budgets and sparse updates, which depend on the thresholds."""
-    from snella.matrices import adapted_matrices
-
     plain = make_model(cell.has_allocator)
     names = dict(plain.state_dict())
     cleaned = {_plain_name(name): tensor for name, tensor in state.items()}
@@ -560,16 +85,11 @@ def _plain_name(name: str) -> str:
 
 def run_cell(cell: Cell) -> dict[str, Any]:
     """Run a cell and return the result of this process."""
-    import safetensors.torch
-
     written: list[str] = []
-    save = safetensors.torch.save_file
 
     def save_file(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> None:
         written.append(str(filename))
-        save(tensors, filename, *args, **kwargs)
-
-    import peft.peft_model
+        safetensors.torch.save_file(tensors, filename, *args, **kwargs)
 
     peft.peft_model.safe_save_file = save_file
     torch._dynamo.reset()
@@ -633,9 +153,6 @@ def work(arguments: argparse.Namespace) -> None:
             stream.flush()
             dist.barrier()
     os._exit(0)  # gloo's threads occasionally deadlock at exit
-
-
-# driver ---------------------------------------------------------------------------------------------------------------
 
 
 def run(command: Sequence[str], log: Path, environment: dict[str, str], timeout: float) -> bool:
@@ -725,9 +242,6 @@ def summarize(key: Key, results: list[Result], by_key: dict[Key, list[Result]]) 
     }
 
 
-# table ----------------------------------------------------------------------------------------------------------------
-
-
 def table(rows: list[Result]) -> str:
     """Format the Markdown table and the number of failed settings.
 
@@ -750,8 +264,8 @@ def table(rows: list[Result]) -> str:
     for column in range(3):
         lines = _merge(lines, column)
     head = ["engine", "loop", "option", "same on all ranks", "loss, 2", "loss, 4", "saved", "2 → 4", "4 → 1"]
-    texts = [f"| {' | '.join(line)} |" for line in ([*head, "bytes per step"], ["---"] * 10, *lines)]
-    return "\n".join([*texts, "", f"{failed} settings failed; the rows contain their errors."])
+    text = markdown_table([*head, "bytes per step"], lines)
+    return f"{text}\n\n{failed} settings failed; the rows contain their errors."
 
 
 def _merge(lines: list[list[str]], column: int) -> list[list[str]]:
@@ -788,14 +302,6 @@ def _short(error: str) -> str:
     return f"`{text if len(text) <= 130 else text[:129] + '…'}`"
 
 
-def write_table(rows: list[Result]) -> None:
-    """Replace the table in the note."""
-    begin, end = "<!-- many devices begin -->", "<!-- many devices end -->"
-    text = NOTE.read_text(encoding="utf-8")
-    before, rest = text.split(begin)
-    NOTE.write_text(f"{before}{begin}\n\n{table(rows)}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -822,15 +328,13 @@ def main() -> None:
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
             rows = measure(arguments, Path(arguments.folder or folder))
-    from snella_lab.bench.rows import append_rows, conditions, read_rows
-
     if rows:
         provenance = conditions("cpu")
         if arguments.out == ROWS:
             ROWS.unlink(missing_ok=True)
         append_rows(arguments.out, [{**row, **provenance} for row in rows])
     if arguments.out == ROWS:
-        write_table(read_rows(ROWS))
+        put_between(NOTE, "<!-- many devices begin -->", "<!-- many devices end -->", table(read_rows(ROWS)))
 
 
 if __name__ == "__main__":

@@ -44,11 +44,7 @@ def draw_method() -> Figure:
     _arrow(figure, 0.552, 0.600)
     _budgets(figure.add_axes((0.665, 0.30, 0.325, 0.45)), generator)
     for x, title, text in (
-        (
-            0.015,
-            "1  Merge",
-            "A nonlinear kernel κ maps each pair of factor\nrows, one of A and one of B, to an entry",
-        ),
+        (0.015, "1  Merge", "A nonlinear kernel κ maps each pair of factor\nrows, one of A and one of B, to an entry"),
         (
             0.355,
             "2  Compete within a matrix",

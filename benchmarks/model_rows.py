@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from snella import BudgetAllocator, SnellaConfig, create_snella_optimizer
 from snella_app.training.memory import record_forward
-from snella_lab.bench.bench import quartiles
+from snella_lab.bench.bench import ratio_fields
 from snella_lab.bench.rows import append_rows, conditions
 
 _VISION = r".*\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
@@ -41,12 +41,9 @@ class Setting:
 
     Args:
         model: A timm model name, or `llama`.
-        batch: Batch size.
-        tokens: Sequence length.
         side: Image size; None uses the model's default.
         depth: Number of blocks to build; None builds all.
         blocks: Number of blocks in the full model.
-        r: Rank.
         autocast: Run steps under bfloat16 autocast.
         frozen: Dtype of the frozen weights.
         fused: Use fused attention in Swin (timm's `TIMM_FUSED_ATTN=2`).
@@ -206,10 +203,8 @@ def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
         row = {**common, **conditions("cpu"), "method": name, "kept_mib": round(saved[name] / 2**20, 1)}
         row["kept_over_lora"] = round(saved[name] / saved["lora"], 4)
         if rounds:
-            ratios = [step_s / lora_s for step_s, lora_s in zip(times[name], times["lora"], strict=True)]
-            row["step_s"] = round(statistics.median(times[name]), 4)
-            row["step_over_lora"] = round(statistics.median(ratios), 3)
-            row["step_over_lora_quartiles"] = [round(q, 3) for q in quartiles(ratios)]
+            row |= {"step_s": round(statistics.median(times[name]), 4)}
+            row |= ratio_fields("lora", times[name], times["lora"])
         rows.append(row)
     return rows
 

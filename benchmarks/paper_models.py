@@ -54,9 +54,7 @@ def sam(name: str, batch: int) -> CountedStep:
     sizes = _SAM[name]
     quarter = sizes["num_hidden_layers"] // 4
     vision = SamVisionConfig(
-        **sizes,
-        mlp_dim=4 * sizes["hidden_size"],
-        global_attn_indexes=[quarter * part - 1 for part in range(1, 5)],
+        **sizes, mlp_dim=4 * sizes["hidden_size"], global_attn_indexes=[quarter * part - 1 for part in range(1, 5)]
     )
 
     def build() -> nn.Module:

@@ -7,10 +7,8 @@ Methods and precisions are interleaved; rows contain medians over `--rounds`.
 
 import argparse
 import itertools
-import json
 import statistics
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,8 @@ from torch import nn
 
 from snella import SnellaConfig
 from snella_app.device import autocast
-from snella_lab.provenance import git_state, system_info
+from snella_lab.bench.rows import append_rows
+from snella_lab.provenance import measurement_info
 
 HERE = Path(__file__).parent
 MODELS = (("vit_small_patch14_dinov2", 70, 32), ("vit_base_patch16_224", 224, 16))
@@ -35,14 +34,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "precision.jsonl")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    shared: dict[str, Any] = dict(zip(("commit", "is_dirty"), git_state(), strict=True))
-    shared |= {"threads": args.threads, "rounds": args.rounds, "torch": torch.__version__, "system": system_info()}
-    shared |= {"created_at": datetime.now(UTC).isoformat(timespec="seconds")}
+    shared = {"threads": args.threads, "rounds": args.rounds, "torch": torch.__version__, **measurement_info()}
     for name, size, batch in MODELS:
         for row in measure(name, size, batch, args.rounds):
             print(row, flush=True)
-            with args.out.open("a") as file:
-                file.write(json.dumps({**row, **shared}) + "\n")
+            append_rows(args.out, [{**row, **shared}])
 
 
 def measure(name: str, size: int, batch: int, rounds: int) -> list[dict[str, Any]]:

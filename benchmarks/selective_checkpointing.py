@@ -30,9 +30,9 @@ from typing import Any, cast
 from unittest.mock import patch
 
 import torch
+from documents import markdown_table, put_between
 from model_rows import MethodRunner, Setting
 from single_operations import peak_bytes
-from step_tables import put_between
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
@@ -45,7 +45,7 @@ from snella.layer import SnellaLayer
 from snella.memory import recompute
 from snella.memory.origins import Layout, decode, encode
 from snella.memory.recompute import mark_outputs, unmark_outputs
-from snella_lab.bench.bench import quartiles
+from snella_lab.bench.bench import ratio_fields
 from snella_lab.bench.rows import append_rows, conditions, read_rows
 
 ROWS = Path(__file__).with_suffix(".jsonl")
@@ -95,16 +95,12 @@ POLICIES: dict[str, Callable[[], Contexts]] = {
 
 
 def checkpoint_blocks(
-    model: nn.Module,
-    contexts: Callable[[], Contexts],
-    saving: Callable[[], AbstractContextManager[None]] = nullcontext,
+    model: nn.Module, contexts: Callable[[], Contexts], saving: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> None:
     """Disable SNELLA's recomputation of inputs, and checkpoint each block instead.
 
-    Args:
-        model: The model.
-        contexts: Function that returns the contexts of a block's forward pass and of its recomputation.
-        saving: Function that returns the context that saves a block's inputs.
+    `contexts` returns the contexts of a block's forward pass and of its recomputation, `saving` the context that saves
+    a block's inputs.
     """
 
     def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -276,10 +272,7 @@ def measure(title: str, setting: Setting, rounds: int) -> list[dict[str, Any]]:
             times[name] += [seconds] if round_number else []
     for row in rows:
         for reference in ("lora", "snella", "snella-compress"):
-            pairs = zip(times[row["variant"]], times[reference], strict=True)
-            ratios = [step_s / reference_s for step_s, reference_s in pairs]
-            row[f"step_over_{reference}"] = round(statistics.median(ratios), 3)
-            row[f"step_over_{reference}_quartiles"] = [round(q, 3) for q in quartiles(ratios)]
+            row |= ratio_fields(reference, times[row["variant"]], times[reference])
         row |= {"step_s": round(statistics.median(times[row["variant"]]), 4), "clock": "process time"}
         row |= conditions("cpu")
     return rows
@@ -392,24 +385,27 @@ def tables(rows: list[dict[str, Any]]) -> str:
     """Format the latest rows as Markdown."""
     latest = {(row["title"], row["variant"]): row for row in rows if row["benchmark"] == "selective_checkpointing"}
     names = list(VARIANTS)[1:]
-    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines = []
     for title in SETTINGS:
         cells = []
         for name in names:
             row = latest[title, name]
             ratio = row["step_over_snella-compress" if name.endswith("compress") else "step_over_snella"]
             cells.append(f"{row['kept_over_lora']:.2f}, {ratio:.2f}, {row['step_mib']:.0f} MiB")
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+        lines.append([title, *cells])
     checks = {row["variant"]: row for row in rows if row["benchmark"] == "selective_checks"}
-    lines += ["", "| | `torch.compile` | repeated backward pass | DDP, 2 processes |", "|---|---|---|---|"]
-    lines += [
-        f"| {name} | {' | '.join(row[key] for key in ('compile', 'repeated_backward', 'ddp'))} |"
-        for name, row in checks.items()
+    check_lines = [
+        [name, *(row[key] for key in ("compile", "repeated_backward", "ddp"))] for name, row in checks.items()
     ]
     frames = {row["title"]: row for row in rows if row["benchmark"] == "tracking_frames"}
-    lines += ["", "| | frame checks per step | their share of the step |", "|---|---|---|"]
-    lines += [f"| {title} | {row['checks']} | {row['checks_over_step']:.2%} |" for title, row in frames.items()]
-    return "\n".join(lines)
+    frame_lines = [[title, str(row["checks"]), f"{row['checks_over_step']:.2%}"] for title, row in frames.items()]
+    return "\n\n".join(
+        (
+            markdown_table(["", *names], lines),
+            markdown_table(["", "`torch.compile`", "repeated backward pass", "DDP, 2 processes"], check_lines),
+            markdown_table(["", "frame checks per step", "their share of the step"], frame_lines),
+        )
+    )
 
 
 def update_page(page: Path = PAGE, rows_file: Path = ROWS) -> bool:

@@ -32,16 +32,8 @@ def measure_sampling(
 ) -> dict[str, Any]:
     """Time `∂L/∂W = grad_yᵀ x` at the nonzero entries of `S`, compared with the dense product.
 
-    Args:
-        m: Output features.
-        n: Input features.
-        tokens: Rows of `x` and `grad_y`.
-        density: Fraction of nonzero entries in `S`.
-        r: Rank.
-        rounds: Number of rounds; medians are reported.
-
-    Returns:
-        A row with both times in seconds and their ratio.
+    `tokens` are the rows of `x` and `grad_y`, `density` is the fraction of nonzero entries. The row contains the
+    median times and their ratio.
 
     Raises:
         RuntimeError: If the sampled entries differ from the dense product.
@@ -67,19 +59,8 @@ def measure_sampling(
         sparse_grad, torch.where(sparse_grad == 0, sparse_grad, dense_grad), atol=1e-3 * float(dense_grad.abs().max())
     ):
         raise RuntimeError(f"sampled entries differ from the dense product at density {density}; nothing was timed")
-    sampled_s, dense_s, ratio = _interleaved(sampled, dense, rounds)
-    return {
-        "benchmark": "sampled_gradient",
-        "shape": [m, n],
-        "tokens": tokens,
-        "density": density,
-        "r": r,
-        "rounds": rounds,
-        **conditions("cpu"),
-        "sampled_s": sampled_s,
-        "dense_s": dense_s,
-        "sampled_over_dense": ratio,
-    }
+    row = {"benchmark": "sampled_gradient", "shape": [m, n], "tokens": tokens, "density": density, "r": r}
+    return {**row, "rounds": rounds, **conditions("cpu"), **_interleaved(sampled, dense, rounds)}
 
 
 def measure_matrix(
@@ -87,18 +68,9 @@ def measure_matrix(
 ) -> dict[str, Any]:
     """Time the effective weight of a matrix (merge, exact selection, addition), compared with its forward product.
 
-    Args:
-        m: Output features.
-        n: Input features.
-        tokens: Rows of the input.
-        r: Rank.
-        sparsity: Sparsity of the update.
-        rounds: Number of rounds; medians are reported.
-        impl: Implementation, as in `adapted_linear`.
-
     Returns:
-        A row with both times in seconds, their ratio, and `extra_over_matrix`: peak memory beyond weight and factors,
-        in multiples of the matrix size, including 1 for the effective weight.
+        A row with both median times, their ratio, and `extra_over_matrix`: peak memory beyond weight and factors, in
+        multiples of the matrix size, including 1 for the effective weight.
 
     Raises:
         RuntimeError: If the op differs from the reference.
@@ -118,21 +90,9 @@ def measure_matrix(
         return F.linear(x, weight)
 
     effective(), product()
-    effective_s, product_s, ratio = _interleaved(effective, product, rounds)
-    return {
-        "benchmark": "one_matrix",
-        "shape": [m, n],
-        "tokens": tokens,
-        "r": r,
-        "sparsity": sparsity,
-        "impl": impl,
-        "rounds": rounds,
-        **conditions("cpu"),
-        "effective_s": effective_s,
-        "product_s": product_s,
-        "effective_over_product": ratio,
-        "extra_over_matrix": round(peak_bytes(effective) / (4 * m * n), 2),
-    }
+    row = {"benchmark": "one_matrix", "shape": [m, n], "tokens": tokens, "r": r, "sparsity": sparsity, "impl": impl}
+    row |= {"rounds": rounds, **conditions("cpu"), **_interleaved(effective, product, rounds)}
+    return {**row, "extra_over_matrix": round(peak_bytes(effective) / (4 * m * n), 2)}
 
 
 def measure_competition(
@@ -142,17 +102,7 @@ def measure_competition(
 
     Layer level: importance, once per step, and budget allocation, once per epoch. Weight level: selection, measured as
     the time of all effective weights minus the time without selection. A step selects once, because the backward pass
-    reuses the thresholds.
-
-    Args:
-        backbone: A timm model name.
-        batch: Batch size.
-        r: Rank.
-        sparsity: Sparsity of the update.
-        rounds: Number of rounds; medians are reported.
-
-    Returns:
-        A row with the seconds of a step and of each part, and `competition_over_step`.
+    reuses the thresholds. The row contains the seconds of a step and of each part, and `competition_over_step`.
     """
     workload = Workload(backbone, r, sparsity)
     images, labels = random_batch(workload, batch)
@@ -212,8 +162,8 @@ def _random_factors(m: int, n: int, r: int) -> tuple[Factors, torch.Generator]:
     return Factors(A, B, torch.tensor([[0.1, -0.1]]), torch.ones(1), torch.zeros(1)), generator
 
 
-def _interleaved(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float, float]:
-    """Call two functions alternately, and return their median seconds and their median ratio."""
+def _interleaved(first: Callable[[], object], second: Callable[[], object], rounds: int) -> dict[str, float]:
+    """Call two functions alternately, and return their median seconds and median ratio by the functions' names."""
     times: list[tuple[float, float]] = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -221,9 +171,10 @@ def _interleaved(first: Callable[[], object], second: Callable[[], object], roun
         middle = time.perf_counter()
         second()
         times.append((middle - start, time.perf_counter() - middle))
-    ratio = statistics.median(first_s / second_s for first_s, second_s in times)
     first_s, second_s = (round(statistics.median(values), 5) for values in zip(*times, strict=True))
-    return first_s, second_s, round(ratio, 3)
+    ratio = round(statistics.median(first_s / second_s for first_s, second_s in times), 3)
+    names = first.__name__, second.__name__
+    return {f"{names[0]}_s": first_s, f"{names[1]}_s": second_s, f"{names[0]}_over_{names[1]}": ratio}
 
 
 def peak_bytes(function: Callable[[], Tensor]) -> int:

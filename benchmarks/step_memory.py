@@ -18,7 +18,7 @@ from typing import Any
 
 import timm
 import torch
-from step_tables import put_between
+from documents import markdown_table, put_between
 
 from snella_app.training.memory import predict_step_memory
 from snella_lab.bench.baselines import BASELINES, NUM_CLASSES, Workload, random_batch
@@ -99,15 +99,15 @@ def memory_tables(rows: list[dict[str, Any]]) -> str:
     titles = {"peak_mib": "Peak memory of a training step", "kept_mib": "Saved for backward"}
     tables = []
     for field, title in titles.items():
-        sizes = [f"{by_key[name, 'full', False]['weights'] / 1e6:.0f} M" for name in backbones]
-        heads = [f"{name} ({size}) | with recomputation" for name, size in zip(backbones, sizes, strict=True)]
-        lines = [f"**{title}, batch {rows[0]['batch']}, float32**, MiB, counted from shapes", ""]
-        lines += [f"| | {' | '.join(heads)} |", "|---" * (1 + 2 * len(backbones)) + "|"]
+        head = [""]
+        for name in backbones:
+            head += [f"{name} ({by_key[name, 'full', False]['weights'] / 1e6:.0f} M)", "with recomputation"]
+        lines = []
         for family in METHODS:
             pairs = [by_key.get((name, family, flag)) for name in backbones for flag in (False, True)]
-            cells = ["" if row is None else f"{row[field]:,.0f}" for row in pairs]
-            lines.append(f"| {family} | {' | '.join(cells)} |")
-        tables.append("\n".join(lines))
+            lines.append([family, *("" if row is None else f"{row[field]:,.0f}" for row in pairs)])
+        caption = f"**{title}, batch {rows[0]['batch']}, float32**, MiB, counted from shapes"
+        tables.append(f"{caption}\n\n{markdown_table(head, lines)}")
     return "\n\n".join(tables)
 
 

@@ -6,6 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from documents import markdown_table, put_between
+
 from snella_lab.bench.baselines import REFERENCE
 from snella_lab.bench.rows import grouped, is_step_time, read_rows, setting_key, sort_key
 
@@ -47,35 +49,13 @@ def performance_section(rows: list[dict[str, Any]]) -> str:
 
 
 def update_document(path: str | Path, rows_file: str | Path) -> bool:
-    """Write the performance tables between the markers of a Markdown file.
-
-    Returns:
-        True if the file changed.
-
-    Raises:
-        ValueError: If the file has no markers.
-    """
+    """Write the performance tables between the markers of a Markdown file; return True if it changed."""
     return put_between(path, _BEGIN, _END, performance_section(read_rows(rows_file)))
 
 
-def put_between(path: str | Path, begin: str, end: str, section: str) -> bool:
-    """Replace the text between two markers of a Markdown file; see `update_document`."""
-    file = Path(path)
-    text = file.read_text(encoding="utf-8")
-    if begin not in text or end not in text:
-        raise ValueError(f"{file} must contain the markers {begin!r} and {end!r}; add both lines")
-    before, _, rest = text.partition(begin)
-    after = rest.partition(end)[2]
-    updated = f"{before}{begin}\n\n{section}\n\n{end}{after}"
-    if updated != text:
-        file.write_text(updated, encoding="utf-8")
-    return updated != text
-
-
-def _markdown(title: str, head: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table with a title."""
-    lines = [" | ".join(cells) for cells in (head, *rows)]
-    return "\n".join([title, "", f"| {lines[0]} |", "|---" * len(head) + "|", *(f"| {line} |" for line in lines[1:])])
+def _source(row: dict[str, Any]) -> str:
+    """Format the device and date of a row."""
+    return f"{row['device']}, {row['date'][:10]}"
 
 
 def _step_table(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> str:
@@ -94,7 +74,7 @@ def _step_table(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> str:
         cells += [f"{row['saved_mib']:,.0f} MiB"]
         cells += [f"{row[memory]:,.0f} MiB" if memory in row else ""] if memory else []
         lines.append(cells)
-    return _markdown(title, head, lines)
+    return f"{title}\n\n{markdown_table(head, lines)}"
 
 
 def _memory_tables(rows: list[dict[str, Any]]) -> list[str]:
@@ -120,7 +100,7 @@ def _memory_tables(rows: list[dict[str, Any]]) -> list[str]:
                 f"{saved[name]:,.0f} MiB ({saved[name] / reference:.2f})" if name in saved else "" for name in names
             ]
             lines.append(cells)
-        tables.append(_markdown(title, ["backbone", REFERENCE, *names], lines))
+        tables.append(f"{title}\n\n{markdown_table(['backbone', REFERENCE, *names], lines)}")
     return tables
 
 
@@ -129,19 +109,18 @@ _MEMORY = {"peak_gpu_mib": "peak memory", "peak_rss_mib": "peak RSS"}
 
 def _matrix_table(rows: list[dict[str, Any]]) -> str:
     """Return the table of single-matrix measurements."""
-    source = f"{rows[0]['device']}, {rows[0]['date'][:10]}"
     head = ["matrix", "seconds", "relative to the forward product", "tokens", "extra memory / matrix size"]
     lines = []
     for row in rows:
         (m, n), ratio, extra = row["shape"], row["effective_over_product"], row["extra_over_matrix"]
         lines.append([f"{m}×{n}", f"{row['effective_s']:.4f}", str(ratio), f"{row['tokens']:,}", str(extra)])
-    return _markdown(f"**Effective weight of one matrix: merge, exact selection, addition** · {source}", head, lines)
+    title = f"**Effective weight of one matrix: merge, exact selection, addition** · {_source(rows[0])}"
+    return f"{title}\n\n{markdown_table(head, lines)}"
 
 
 def _sampling_table(rows: list[dict[str, Any]]) -> str:
     """Return the table of sparse and dense weight gradients, one line per matrix and token count."""
     densities = sorted({row["density"] for row in rows})
-    source = f"{rows[0]['device']}, {rows[0]['date'][:10]}"
     lines = []
     by_shape: dict[tuple[int, int, int], dict[float, float]] = {}
     for row in rows:
@@ -149,13 +128,14 @@ def _sampling_table(rows: list[dict[str, Any]]) -> str:
     for (m, n, tokens), ratios in by_shape.items():
         cells = [f"{ratios[density]:.2f}" if density in ratios else "" for density in densities]
         lines.append([f"{m}×{n}", f"{tokens:,}", *cells])
-    title = f"**Sparse weight gradient (SDDMM): time relative to the dense product** · {source}"
-    return _markdown(title, ["matrix", "tokens", *(f"density {density:.1%}" for density in densities)], lines)
+    title = f"**Sparse weight gradient (SDDMM): time relative to the dense product** · {_source(rows[0])}"
+    head = ["matrix", "tokens", *(f"density {density:.1%}" for density in densities)]
+    return f"{title}\n\n{markdown_table(head, lines)}"
 
 
 def _competition_table(rows: list[dict[str, Any]]) -> str:
     """Return the table of importance, selection and allocation times, one line per backbone and batch size."""
-    source = f"{rows[0]['device']}, {rows[0]['date'][:10]}, median of {rows[0]['rounds']}, {rows[0]['clock']}"
+    title = f"**Overhead of importance, selection and allocation** · {_source(rows[0])}, median of {rows[0]['rounds']}"
     head = ["", "step", "importance", "selection", "fraction of the step", "allocation, once per epoch"]
     lines = [
         [
@@ -167,4 +147,4 @@ def _competition_table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return _markdown(f"**Overhead of importance, selection and allocation** · {source}", head, lines)
+    return f"{title}, {rows[0]['clock']}\n\n{markdown_table(head, lines)}"

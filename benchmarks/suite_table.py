@@ -10,9 +10,10 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+from documents import markdown_table, put_between
 from interval_calibration import ROWS as CALIBRATION_ROWS
 from interval_calibration import table as calibration_table
-from step_tables import put_between
+from twin_tables import read_cells
 
 from snella_app.records import CellRow
 from snella_app.report.style import save_figure, write_figure
@@ -22,9 +23,7 @@ from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.figures import forest, learning_rate_curves, pareto
 from snella_lab.comparison.report import ORDERING_HEADINGS, paper_orderings, table_cells
 from snella_lab.comparison.statistics import Difference, Rows, difference, final_rows, mean_over_tasks, with_holm
-from snella_lab.comparison.store import read_lines
 from snella_lab.comparison.summary import (
-    MethodSummary,
     Summary,
     cost_texts,
     difference_text,
@@ -53,33 +52,17 @@ OVERVIEW_BEGIN, OVERVIEW_END = "<!-- overview of benchmarks/bundled-suite begins
 
 
 def read_suite(folder: Path = RESULTS) -> tuple[Experiment, list[CellRow]]:
-    """Read the experiment and the rows of a folder.
-
-    Raises:
-        ValueError: If a row is damaged.
-    """
-    return read_experiment(str(folder / "experiment.yaml")), _rows(folder / "results.jsonl")
-
-
-def _rows(file: Path) -> list[CellRow]:
-    """Read the rows of a file; raise a ValueError for damaged lines."""
-    rows, notes = read_lines(file)
-    if notes:
-        raise ValueError("; ".join(notes))
-    return list(rows.values())
+    """Read the experiment and the rows of a folder."""
+    return read_experiment(str(folder / "experiment.yaml")), read_cells(folder / "results.jsonl")
 
 
 def update_suite(page: Path = PAGE) -> bool:
-    """Write the tables of the suite into the page; return True if it changed.
-
-    Raises:
-        ValueError: If a row is damaged or the page has no markers.
-    """
+    """Write the tables of the suite into the page; return True if it changed."""
     experiment, rows = read_suite()
     changed = [
         put_between(page, BEGIN, END, accuracy_table(experiment, rows)),
         put_between(page, PAIRS_BEGIN, PAIRS_END, leads_table(experiment, rows)),
-        put_between(page, DEFAULTS_BEGIN, DEFAULTS_END, defaults_table(experiment, rows, untuned_rows())),
+        put_between(page, DEFAULTS_BEGIN, DEFAULTS_END, defaults_table(experiment, rows, read_cells(UNTUNED))),
         put_between(page, CALIBRATION_BEGIN, CALIBRATION_END, calibration_table(read_rows(CALIBRATION_ROWS))),
     ]
     return any(changed)
@@ -89,7 +72,8 @@ def accuracy_table(experiment: Experiment, rows: Rows) -> str:
     """Format accuracies by task and costs, except for the columns of `overview`."""
     headings, *lines = table_cells(summarize(experiment, rows), METRIC, with_costs=True)
     shown = [column for column, heading in enumerate(headings) if heading not in IN_OVERVIEW]
-    return _markdown_table([[line[column] for column in shown] for line in (headings, *lines)])
+    head, *body = ([line[column] for column in shown] for line in (headings, *lines))
+    return markdown_table(head, body, left=1)
 
 
 def leads(rows: Rows, leader: str, names: list[str], tasks: list[str]) -> dict[str, Difference | None]:
@@ -104,25 +88,20 @@ def leads_table(experiment: Experiment, rows: Rows) -> str:
     fewer = [task for task in tasks if task != HELD_OUT]
     chosen = [(leader, part) for leader in LEADERS for part in (tasks, fewer)]
     differences = [leads(rows, leader, names, part) for leader, part in chosen]
-    head = [f"{leader} minus{f', without {HELD_OUT}' if part is fewer else ''}" for leader, part in chosen]
-    lines = [["", *(text for title in head for text in (title, "p"))]]
+    titles = [f"{leader} minus{f', without {HELD_OUT}' if part is fewer else ''}" for leader, part in chosen]
+    lines = []
     for name in names:
         cells = [
             _lead_texts(difference_by_name.get(name), len(part))[:2]
             for difference_by_name, (_, part) in zip(differences, chosen, strict=True)
         ]
         lines.append([name, *(text for texts in cells for text in texts)])
-    return _markdown_table(lines)
+    return markdown_table(["", *(text for title in titles for text in (title, "p"))], lines, left=1)
 
 
 def _lead_texts(lead: Difference | None, tasks: int) -> tuple[str, str, str]:
     """Format a difference with its interval and tests."""
     return difference_text(lead, tasks), *significance_texts(lead)
-
-
-def untuned_rows() -> list[CellRow]:
-    """Read the runs at default learning rates in cases where tuning selected other values."""
-    return _rows(UNTUNED)
 
 
 def defaults_rows(rows: Rows, untuned: Rows) -> list[CellRow]:
@@ -139,29 +118,20 @@ def defaults_table(experiment: Experiment, rows: Rows, untuned: Rows) -> str:
     tasks, reference = [entry.name for entry in experiment.data], experiment.reference_name
     names = list(dict.fromkeys(row.experiment_name for row in finals))
     differences = with_holm({n: difference(finals, n, reference, tasks, METRIC) for n in names if n != reference})
-    lines = [["at default learning rates", "mean over tasks", f"minus {reference}", "p", "above", *tasks]]
+    lines = []
     for name in names:
         single = [difference(finals, name, reference, [task], METRIC) for task in tasks]
         by_task = [difference_text(d and replace(d, low=math.nan), 1) if name != reference else "–" for d in single]
         mean = spread_text(mean_over_tasks(finals, name, tasks, METRIC))
         lines.append([name, mean, *_lead_texts(differences.get(name), len(tasks)), *by_task])
-    return _markdown_table(lines)
+    head = ["at default learning rates", "mean over tasks", f"minus {reference}", "p", "above", *tasks]
+    return markdown_table(head, lines, left=1)
 
 
 def update_twins(page: Path = TWINS_PAGE) -> bool:
-    """Write the twins' orderings into the page; return True if it changed.
-
-    Raises:
-        ValueError: If a row is damaged or the page has no markers.
-    """
-    claims = [ORDERING_HEADINGS, *(result.texts for result in paper_orderings(*read_suite(TWINS)))]
-    return put_between(page, TWINS_BEGIN, END, _markdown_table([list(texts[:3]) for texts in claims]))
-
-
-def _markdown_table(lines: list[list[str]]) -> str:
-    """Format cells as a table with all columns but the first right-aligned."""
-    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+    """Write the twins' orderings into the page; return True if it changed."""
+    claims = [result.texts[:3] for result in paper_orderings(*read_suite(TWINS))]
+    return put_between(page, TWINS_BEGIN, END, markdown_table(ORDERING_HEADINGS[:3], claims, left=1))
 
 
 def draw_twins(folder: Path = TWINS_FIGURES) -> list[Path]:
@@ -178,11 +148,7 @@ def draw_twins(folder: Path = TWINS_FIGURES) -> list[Path]:
 
 
 def update_overview(page: Path) -> bool:
-    """Write the means over all tasks into the page; return True if it changed.
-
-    Raises:
-        ValueError: If a row is damaged or the page has no markers.
-    """
+    """Write the means over all tasks into the page; return True if it changed."""
     experiment, rows = read_suite()
     return put_between(page, OVERVIEW_BEGIN, OVERVIEW_END, overview(experiment, rows))
 
@@ -193,14 +159,13 @@ def overview(experiment: Experiment, rows: Rows) -> str:
     if finished is None:
         return "No method is finished on every task and seed."
     summary = summarize(finished, rows)
-    lines = [["method", f"mean over {len(summary.tasks)} tasks", f"minus {summary.reference}", "p", "above"]]
-    lines[0] += ["trainable", "adapter"]
-    for method in sorted(summary.methods, key=_mean, reverse=True):
+    head = ["method", f"mean over {len(summary.tasks)} tasks", f"minus {summary.reference}", "p", "above"]
+    lines = []
+    for method in sorted(summary.methods, key=lambda method: summary.means[method.name].mean, reverse=True):
         costs, lead = cost_texts(method.costs), method.to_reference[METRIC]
         mean = spread_text(method.over_tasks[METRIC])
-        cells = [method.name, mean, *_lead_texts(lead, len(summary.tasks)), costs["trainable"], costs["file"]]
-        lines.append(cells)
-    return f"{_markdown_table(lines)}\n\n{decided_text(summary)}"
+        lines.append([method.name, mean, *_lead_texts(lead, len(summary.tasks)), costs["trainable"], costs["file"]])
+    return f"{markdown_table([*head, 'trainable', 'adapter'], lines, left=1)}\n\n{decided_text(summary)}"
 
 
 def decided_text(summary: Summary) -> str:
@@ -214,12 +179,6 @@ def decided_text(summary: Summary) -> str:
     )
     scope = f"Intervals are over {len(summary.tasks)} tasks; p is corrected over {len(differences)} comparisons."
     return textwrap.fill(f"{scope} {outcome}", 120, break_long_words=False, break_on_hyphens=False)
-
-
-def _mean(method: MethodSummary) -> float:
-    """Return the method's mean accuracy over tasks."""
-    mean = method.over_tasks[METRIC]
-    return 0.0 if mean is None else mean.mean
 
 
 def draw_suite(folder: Path = FIGURES) -> list[Path]:

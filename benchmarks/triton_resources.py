@@ -13,7 +13,6 @@ AMD's `gfx942`; these rows only report errors.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import tempfile
@@ -28,6 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from snella.backends.triton import backend, backward, forward
+from snella_lab.bench.rows import append_rows
+from snella_lab.provenance import git_state
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
@@ -54,13 +55,9 @@ _RESERVED_KIB = 1
 
 @dataclass(frozen=True)
 class Resources:
-    """Resources of one compiled kernel.
+    """Resources of one compiled kernel: registers and spills per thread, shared memory per program.
 
     Attributes:
-        registers: Registers per thread.
-        spilled_bytes: Local memory per thread.
-        shared_bytes: Shared memory per program.
-        instructions: Number of machine instructions.
         executed: Instructions that a thread executes per entry of its tile. Loops over pieces and their widths count
             once per iteration; the loop over tiles counts once.
         occupancy: Active warps over the multiprocessor's warps.
@@ -99,11 +96,6 @@ def variants(rank: int = 8) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         counting = {"TARGETS": targets, "LEVEL": targets, "BLOCK": backend.COUNT_BLOCK}
         yield f"count within bin, {mode_name}", forward.count_within_bin, counting
         yield f"finish thresholds, {mode_name}", forward.finish_thresholds, {"TARGETS": targets}
-
-
-def launch_of(kernel: Any, settings: dict[str, Any], aligned: bool = True) -> dict[str, Any]:
-    """Return the launch options of a kernel."""
-    return backend.launch_options(kernel.__name__, settings.get("R", 1), aligned)
 
 
 def compile_for(
@@ -213,7 +205,7 @@ def main() -> None:
             for capability, aligned in [(capability, True) for capability in args.capabilities] + [(90, False)]:
                 if capability not in args.capabilities:
                     continue
-                launch = launch_of(kernel, settings, aligned)
+                launch = backend.launch_options(kernel.__name__, settings.get("R", 1), aligned)
                 if args.launch:
                     launch |= dict(zip(("num_warps", "maxnreg"), args.launch, strict=True))
                 warps = launch["num_warps"]
@@ -229,17 +221,21 @@ def main() -> None:
         return
     for name, kernel, settings in [] if args.launch else variants(args.ranks[0]):
         try:
-            compile_for(GPUTarget("hip", "gfx942", 64), kernel, settings, launch_of(kernel, settings))
+            compile_for(
+                GPUTarget("hip", "gfx942", 64),
+                kernel,
+                settings,
+                backend.launch_options(kernel.__name__, settings.get("R", 1), True),
+            )
             error = ""
         except Exception as exception:  # the row records any error of Triton's AMD backend
             error = f"{type(exception).__name__}: {str(exception).splitlines()[0][:200] if str(exception) else ''}"
         rows.append({"kernel": name, "rank": args.ranks[0], "capability": "gfx942", "error": error})
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROWS.parent
-    )
-    earlier = args.out.read_text() if args.launch else ""
-    versions = {"triton": triton.__version__, "tile": TILE, "commit": commit.stdout.strip(), "launch": args.launch}
-    args.out.write_text(earlier + "".join(json.dumps({**row, **versions}) + "\n" for row in rows))
+    commit = (git_state()[0] or "")[:7]
+    versions = {"triton": triton.__version__, "tile": TILE, "commit": commit, "launch": args.launch}
+    if not args.launch:
+        args.out.unlink(missing_ok=True)
+    append_rows(args.out, [{**row, **versions} for row in rows])
 
 
 if __name__ == "__main__":

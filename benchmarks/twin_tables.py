@@ -9,6 +9,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from documents import markdown_table
+
+from snella_app.records import CellRow
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.report import ORDERING_HEADINGS, paper_orderings
 from snella_lab.comparison.statistics import Rows
@@ -27,22 +30,21 @@ def twin_tables(rows: Rows) -> str:
     parts = []
     for name, number in TABLES.items():
         experiment = read_experiment(f"twin-table{number}")
-        lines = [ORDERING_HEADINGS, *(result.texts for result in paper_orderings(experiment, rows))]
-        cells = [f"| {' | '.join(line)} |" for line in lines]
-        parts.append("\n".join([f"**Table {name}**", "", cells[0], "|---|---:|---:|---:|---:|", *cells[1:]]))
+        lines = [result.texts for result in paper_orderings(experiment, rows)]
+        parts.append(f"**Table {name}**\n\n{markdown_table(ORDERING_HEADINGS, lines, left=1)}")
     return "\n\n".join(parts)
 
 
-def read_folder(folder: Path) -> Rows:
-    """Read the rows of a folder.
+def read_cells(file: Path) -> list[CellRow]:
+    """Read the rows of a comparison.
 
     Raises:
-        FileNotFoundError: If the folder contains no comparison.
+        FileNotFoundError: If the file does not exist.
         ValueError: If a row is damaged.
     """
-    if not (folder / ROWS_FILE).is_file():
-        raise FileNotFoundError(f"{folder} contains no {ROWS_FILE}; run: make twins")
-    rows, notes = read_lines(folder / ROWS_FILE)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} contains no {file.name}; run: make twins")
+    rows, notes = read_lines(file)
     if notes:
         raise ValueError("; ".join(notes))
     return list(rows.values())
@@ -51,4 +53,4 @@ def read_folder(folder: Path) -> Rows:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/twins"))
-    print(twin_tables(read_folder(parser.parse_args().folder)))
+    print(twin_tables(read_cells(parser.parse_args().folder / ROWS_FILE)))

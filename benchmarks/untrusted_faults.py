@@ -4,7 +4,6 @@ Each function takes the harness and counts one result per trial; `faults.py` des
 """
 
 import functools
-import http.client
 import io
 import json
 import os
@@ -23,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import urllib3
 import yaml
+from fault_harness import TINY, Child, Harness, fork, outcome, tiny_without
 from PIL import Image
 
 from snella_app.cli.main import main
@@ -43,19 +44,17 @@ MARKUP = (
 """Class and file names that pages must escape."""
 
 
-def exchanged(harness: Any) -> None:
+def exchanged(harness: Harness) -> None:
     """Copy files from another unfinished run, edit settings or add unlisted files; then resume."""
     for number, draw, folder in harness.trials("exchanged"):
         run = shutil.copytree(harness.unfinished, folder / "run", symlinks=True)
         description = _MODIFICATIONS[number % len(_MODIFICATIONS)](draw, run, harness.unfinished_other)
-        result = harness.fork(lambda run=run: main(["train", "--out", str(run), "--resume"]))
+        result = fork(functools.partial(main, ["train", "--out", str(run), "--resume"]))
         target = folder / _LINK_TARGET
         if target.exists() and target.read_text() != _LINK_TARGET:
             harness.count("exchanged", "other results", description, result.text)
         else:
-            harness.count_command(
-                "exchanged", description, result, lambda run=run: harness.outcome(run) == harness.expected
-            )
+            harness.count_command("exchanged", description, result, lambda run=run: outcome(run) == harness.expected)
 
 
 def _replace_checkpoints(draw: random.Random, run: Path, other: Path) -> str:
@@ -97,7 +96,7 @@ def _link_lock(draw: random.Random, run: Path, other: Path) -> str:
 _MODIFICATIONS = (_replace_checkpoints, _replace_files, _edit_settings, _add_unlisted_file, _link_lock)
 
 
-def forged(harness: Any) -> None:
+def forged(harness: Harness) -> None:
     """Change values in `run.json` or the adapter settings of a finished run, with valid hashes."""
     odd_values = [None, -1, 0, 7, 10**9, "x", "", [], {}, [1, 2], 0.5, True, [0.5] * 5, ["a"] * 3, {"a": 1}]
     for _, draw, folder in harness.trials("forged"):
@@ -116,7 +115,7 @@ def forged(harness: Any) -> None:
             values["files"] = {}
         (run / "run.json").write_text(json.dumps(sealed(values)))
         argv = ["predict", str(run), str(harness.images), "--out", str(folder / "p.csv")]
-        result = harness.fork(functools.partial(_run_with_memory_limit, argv))
+        result = fork(functools.partial(_run_with_memory_limit, argv))
         harness.count_command("forged", f"{name}: {value!r}", result, lambda: True)
 
 
@@ -126,7 +125,7 @@ def _run_with_memory_limit(argv: list[str]) -> int:
     return main(argv)
 
 
-def objects(harness: Any) -> None:
+def objects(harness: Harness) -> None:
     """Pass YAML that constructs Python objects to every command that reads YAML."""
     for number, _, folder in harness.trials("objects"):
         marker = folder / "executed"
@@ -141,12 +140,17 @@ def objects(harness: Any) -> None:
             argv = ["train", "--config", str(file), "--out", str(run)]
         else:
             file.write_text(text)
-            argv = [*harness.tiny, "--class-weights", str(file), "--out", str(run)]
-        result = harness.fork(lambda argv=argv: main(argv))
+            argv = [*TINY, "--class-weights", str(file), "--out", str(run)]
+        result = fork(functools.partial(main, argv))
         if marker.exists():
             harness.count("objects", "executed", " ".join(argv), result.text)
         else:
             harness.count_command("objects", " ".join(argv), result, lambda: True)
+
+
+def _png_chunk(kind: bytes, content: bytes) -> bytes:
+    """Return a chunk of a PNG file with its length and checksum."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def make_png(width: int, height: int, content: bytes | None = None) -> bytes:
@@ -155,9 +159,8 @@ def make_png(width: int, height: int, content: bytes | None = None) -> bytes:
         packer = zlib.compressobj(9)
         content = b"".join(packer.compress(bytes(3 * width + 1)) for _ in range(height)) + packer.flush()
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = [(b"IHDR", head), (b"IDAT", content), (b"IEND", b"")]
-    chunks = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in parts]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    parts = ((b"IHDR", head), (b"IDAT", content), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(kind, part) for kind, part in parts)
 
 
 def _npy_header(shape: tuple[int, ...]) -> bytes:
@@ -170,7 +173,7 @@ def _npy_header(shape: tuple[int, ...]) -> bytes:
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
 
-def bombs(harness: Any) -> None:
+def bombs(harness: Harness) -> None:
     """Read decompression bombs and PostScript in image folders, mask folders and prediction input."""
     contents: list[tuple[str, Callable[[], bytes]]] = [
         ("a header of 60,000 × 60,000", lambda: make_png(60_000, 60_000, zlib.compress(b"\0"))),
@@ -203,7 +206,7 @@ def bombs(harness: Any) -> None:
             os.environ["PATH"] = f"{program.parent}:{os.environ['PATH']}"
             return _run_with_memory_limit(argv)
 
-        result = harness.fork(run)
+        result = fork(run)
         if marker.exists():
             harness.count("bombs", "executed", f"{description}: {argv}", result.text)
         else:
@@ -214,18 +217,16 @@ def _text_bomb() -> bytes:
     """Return a PNG with a compressed text of 1 GiB."""
     packer = zlib.compressobj(9)
     text = b"".join(packer.compress(bytes(2**20)) for _ in range(1024)) + packer.flush()
-    data = b"Comment\0\0" + text
-    chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
     image = make_png(16, 16)
-    return image[:33] + chunk + image[33:]
+    return image[:33] + _png_chunk(b"zTXt", b"Comment\0\0" + text) + image[33:]
 
 
-def requests(harness: Any) -> None:
+def requests(harness: Harness) -> None:
     """Send parallel requests with large images; expect status 200, 413, 422 or 503 and bounded memory."""
     max_mib = 1_500
     for _, _, folder in harness.trials("requests"):
         port_file = folder / "port"
-        child = harness.child(functools.partial(_serve, harness.finished, port_file))
+        child = Child(functools.partial(_serve, harness.finished, port_file))
         port = _wait_for_port(port_file)
         if port is None:
             harness.count("requests", "no server", "start", child.wait(signal_after_s=0).text)
@@ -277,15 +278,9 @@ def _serve(run: Path, port_file: Path) -> int:
 
 def _post_images(port: int, images: list[bytes], statuses: list[int]) -> None:
     """Send images and append the response status."""
-    parts = [
-        f'--x\r\nContent-Disposition: form-data; name="files"; filename="{i}.png"\r\n\r\n'.encode() + image + b"\r\n"
-        for i, image in enumerate(images)
-    ]
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    headers = {"Content-Type": "multipart/form-data; boundary=x"}
-    connection.request("POST", "/predict", b"".join(parts) + b"--x--\r\n", headers)
-    statuses.append(connection.getresponse().status)
-    connection.close()
+    fields = [("files", (f"{number}.png", image)) for number, image in enumerate(images)]
+    url = f"http://127.0.0.1:{port}/predict"
+    statuses.append(urllib3.request("POST", url, fields=fields, timeout=120, retries=False).status)
 
 
 def _resident_mib(pid: int) -> float:
@@ -294,7 +289,7 @@ def _resident_mib(pid: int) -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)
 
 
-def markup(harness: Any) -> None:
+def markup(harness: Harness) -> None:
     """Put markup into all names in the data and open the pages in a browser, if available."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     for _, _, folder in harness.trials("markup"):
@@ -310,21 +305,17 @@ def markup(harness: Any) -> None:
         pages = [run / "report.html", folder / "maps" / "index.html"]
 
         def work(run: Path = run, data: Path = data, folder: Path = folder) -> int:
-            tiny = list(harness.tiny)
-            tiny[tiny.index("--data") + 1] = f"folder:{data}"
-            for name in ("train", "val", "test"):
-                at = tiny.index(f"--{name}-size")
-                del tiny[at : at + 2]
+            tiny = [*tiny_without("--data", "--train-size", "--val-size", "--test-size"), "--data", f"folder:{data}"]
             status = main([*tiny, "--epochs", "1", "--batch-size", "8", "--out", str(run)])
             return status or main(["explain", str(run), str(data), "--out", str(folder / "maps")])
 
-        result = harness.fork(work)
+        result = fork(work)
         if result.has_traceback or result.status:
             kind = "traceback" if result.has_traceback else "refused"
             harness.count("markup", kind, "train and explain", result.text)
             continue
         port_file = folder / "port"
-        server = harness.child(functools.partial(_serve, run, port_file))
+        server = Child(functools.partial(_serve, run, port_file))
         try:
             with _browser(program, folder / "chromium") as browser:
                 for page in pages:
@@ -357,7 +348,7 @@ def _browser(program: str, profile: Path) -> Iterator[Any]:
         browser.close()
 
 
-def _count_page(harness: Any, name: str, browser: Any) -> None:
+def _count_page(harness: Harness, name: str, browser: Any) -> None:
     """Count a page as executed if markup created elements or ran scripts."""
     state = browser.evaluate(
         "[window.hit, document.querySelectorAll('[onerror],[onload],[onmouseover]').length, "

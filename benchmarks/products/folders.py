@@ -215,12 +215,7 @@ def clipart(packages: Path) -> list[Sample]:
     root = packages / "usr/share/openclipart/png"
     labels = ("animals", "buildings", "food", "geography", "people", "plants", "recreation", "tools", "transportation")
     return [
-        Sample(
-            f"{label}-{path.stem}",
-            label,
-            f"{label}/{path.parent.name}/{_stem(path.stem)}",
-            partial(drawing, path),
-        )
+        Sample(f"{label}-{path.stem}", label, f"{label}/{path.parent.name}/{_stem(path.stem)}", partial(drawing, path))
         for label in labels
         for path in sorted((root / label).rglob("*.png"))
         if path.stat().st_size < _LARGE and "cards" not in path.parts  # one deck of 52
@@ -252,10 +247,7 @@ def stamps(packages: Path) -> list[Sample]:
     data = load_stamps(str(root))
     return [
         Sample(
-            name,
-            data.classes[label],
-            str(Path(name).with_name(_stem(Path(name).stem))),
-            partial(drawing, root / name),
+            name, data.classes[label], str(Path(name).with_name(_stem(Path(name).stem))), partial(drawing, root / name)
         )
         for name, label in zip(data.train.names, data.train.labels, strict=True)
     ]
@@ -314,12 +306,7 @@ def scripts(packages: Path) -> list[Sample]:
             for code in chosen[:24]:
                 for number, font in enumerate(codes[code][:2]):
                     samples.append(
-                        Sample(
-                            f"{code:05x}-{number}",
-                            script,
-                            f"{chr(code).lower()}",
-                            partial(glyph, chr(code), font),
-                        )
+                        Sample(f"{code:05x}-{number}", script, chr(code).lower(), partial(glyph, chr(code), font))
                     )
     return samples
 

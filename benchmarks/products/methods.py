@@ -88,12 +88,7 @@ def measure(folder: Path, run: dict) -> dict:
 def table(rows: list[dict], names: Sequence[str], key: str) -> str:
     """Return accuracies by folder, and differences from the first name with Student's t intervals over folders.
 
-    Folders are averaged over the seeds that all names have in common.
-
-    Args:
-        rows: Rows with equal numbers of epochs.
-        names: Rows of the table: values of `key` in `rows`; others are ignored.
-        key: `method` or `options`.
+    Folders are averaged over the seeds that all names have in common. `names` are values of `key` in the rows.
     """
     values: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
     for row in rows:
@@ -112,18 +107,13 @@ def table(rows: list[dict], names: Sequence[str], key: str) -> str:
             for name in names[1:]
         }
     )
-    heads = [key, *runs, "mean", f"minus {reference or 'none'}", "p"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = [[key, *runs, "mean", f"minus {reference or 'none'}", "p"], ["---"] * (len(runs) + 4)]
     for name in names:
         means = [fmean(scores[name] for scores in seeds) for seeds in runs.values()]
         cells = [decimal_text(100 * value, 1) for value in [*means, fmean(means)]]
         gap = differences.get(name)
-        lines.append(
-            "| "
-            + " | ".join([name or "none", *cells, difference_text(gap, len(runs)), significance_texts(gap)[0]])
-            + " |"
-        )
-    return "\n".join(lines)
+        lines.append([name or "none", *cells, difference_text(gap, len(runs)), significance_texts(gap)[0]])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,16 @@ from pathlib import Path
 from environments import interpreter, make
 from folders import DEVELOPMENT, HELD_OUT
 
+from snella_lab.bench.rows import append_rows, read_rows
+
 PRODUCTS: dict[str, tuple[str, str, str]] = {
     "snella": ("main", "snella_train.py", "default"),
-    "snella-fixed-epochs": ("main", "snella_train.py", "fixed-epochs"),
-    "snella-own-size": ("main", "snella_train.py", "own-size"),
-    "snella-lora-8": ("main", "snella_train.py", "lora-8"),
-    "snella-dora-8": ("main", "snella_train.py", "dora-8"),
-    "snella-full": ("main", "snella_train.py", "full"),
     **{
-        f"snella-{part}": ("main", "snella_train.py", part)
-        for part in ("no-recipe", "no-head-norm", "no-crops", "one-view", "random-head", "trained-head")
+        f"snella-{variant}": ("main", "snella_train.py", variant)
+        for variant in (
+            *("fixed-epochs", "own-size", "lora-8", "dora-8", "full", "no-recipe"),
+            *("no-head-norm", "no-crops", "one-view", "random-head", "trained-head"),
+        )
     },
     "fastai": ("fastai", "fastai_finetune.py", "default"),
     "fastai-bn": ("fastai", "fastai_finetune.py", "bn"),
@@ -59,7 +59,7 @@ def main() -> None:
     subprocess.run([sys.executable, _HERE / "weights.py", "--cache", args.cache / "weights"], check=True)
     for name in args.products:
         make(args.cache / "environments", PRODUCTS[name][0])
-    done = {tuple(row[key] for key in _KEYS) for row in read_rows(args.out)}
+    done = {tuple(row[key] for key in _KEYS) for row in read_rows(args.out)} if args.out.exists() else set()
     failed = []
     for seed, minutes, folder, name in combinations(args.seeds, args.minutes, args.folders, args.products):
         if (name, folder, minutes, args.pixels, seed, args.weights) in done:
@@ -79,19 +79,12 @@ def main() -> None:
                 failed.append(f"{name} on {folder}, {minutes:g} min, seed {seed}: status {status}")
                 print("failed:", failed[-1], flush=True)
                 continue
-            text = row.read_text()
-            with args.out.open("a") as rows:
-                rows.write(text)
-            scores = json.loads(text)
+            scores = json.loads(row.read_text())
+            append_rows(args.out, [scores])
             result = f"{100 * scores['accuracy']:.1f} in {scores['seconds']:.0f} s"
             print(f"{name} {folder} {minutes:g} min seed {seed}: {result}", flush=True)
     if failed:
         raise SystemExit(f"{len(failed)} runs failed: " + "; ".join(failed))
-
-
-def read_rows(file: Path) -> list[dict]:
-    """Read the rows of a file; empty if the file is missing."""
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.exists() else []
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ python benchmarks/products/table.py rows.jsonl [--products snella fastai ...] [-
 """
 
 import argparse
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from snella_app.text import decimal_text
+from snella_lab.bench.rows import read_rows
 from snella_lab.comparison.statistics import Difference, difference_of, with_holm
 from snella_lab.comparison.summary import difference_text, significance_texts
 
@@ -27,8 +27,7 @@ def main() -> None:
     parser.add_argument("--minutes", nargs="+", type=float, help="default: all")
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.rows.read_text().splitlines() if line.strip()]
-    rows = [row for row in rows if args.products is None or row["product"] in args.products]
+    rows = [row for row in read_rows(args.rows) if args.products is None or row["product"] in args.products]
     rows = [row for row in rows if args.minutes is None or row["minutes"] in args.minutes]
     for minutes in sorted({row["minutes"] for row in rows}):
         print(f"\n{minutes:g} minutes\n\n{markdown([row for row in rows if row['minutes'] == minutes])}")

@@ -81,21 +81,19 @@ def plot(
         device: auto, or a torch device such as cpu, cuda:1 or mps (features, masks, gradcam).
         overwrite: Overwrite existing files.
     """
+    options = _set_options(locals(), "kind", "runs", "out", "overwrite")
     import inspect
 
     from snella_app.console import make_console, print_line
     from snella_lab.analysis.plot import plot_function, write_plots
 
     function = plot_function(kind)
-    options: dict[str, Any] = dict(by=by, matrix=matrix, data=data, split=split, limit=limit, seed=seed, device=device)
-    options |= dict(steps=steps, batch_size=batch_size)
-    set_options = {name: value for name, value in options.items() if value is not None}
-    unsupported = sorted(set(set_options) - set(inspect.signature(function).parameters))
+    unsupported = sorted(set(options) - set(inspect.signature(function).parameters))
     if unsupported:
-        names = ", ".join(f"--{name.replace('_', '-')} {set_options[name]}" for name in unsupported)
+        names = ", ".join(f"--{name.replace('_', '-')} {options[name]}" for name in unsupported)
         raise ValueError(f"{names}: not an option of snella plot {kind}; see snella plot --help")
     console = make_console()
-    plots = function(runs, **set_options)
+    plots = function(runs, **options)
     paths = write_plots(plots, out, overwrite=overwrite)
     for note in (note for plot in plots for note in plot.notes):
         print_line(console, note)
@@ -140,14 +138,14 @@ def fit_matrix(
         seed: Seed for the matrices and initial factors; default 0.
         overwrite: Overwrite existing figures and tables.
     """
+    options = _set_options(locals(), "out", "preset", "overwrite")
     from snella_app.console import make_console, make_table
     from snella_lab.analysis.matrix_fit import PRESETS, fit_matrices
     from snella_lab.analysis.plot import write_plots
 
-    values: dict[str, Any] = dict(size=size, matrices=matrices, r=r, steps=steps, lr=lr, seed=seed)
-    values["ranks"] = None if ranks is None else tuple(parse_list("ranks", ranks, int))
-    values["kernels"] = None if kernels is None else tuple(parse_list("kernels", kernels, str))
-    config = replace(PRESETS[preset], **{name: value for name, value in values.items() if value is not None})
+    kinds: dict[str, Any] = {"ranks": int, "kernels": str}
+    options |= {name: tuple(parse_list(name, options[name], kinds[name])) for name in kinds.keys() & options.keys()}
+    config = replace(PRESETS[preset], **options)
     console = make_console()
     with console.status("") as status:
         plots = fit_matrices(config, out, lambda name, step: status.update(f"{name}: step {step} of {config.steps}"))
@@ -161,6 +159,11 @@ def fit_matrix(
     title = f"mean squared error after {config.steps:,} steps, r={config.r}"
     console.print(make_table(columns, cells, title=title))
     _print_plots(console, paths)
+
+
+def _set_options(values: dict[str, Any], *excluded: str) -> dict[str, Any]:
+    """Return the values of a command's `locals()` that are set, except those in `excluded`."""
+    return {name: value for name, value in values.items() if value is not None and name not in excluded}
 
 
 def _print_plots(console: "Console", paths: Iterable[Path]) -> None:
@@ -246,22 +249,11 @@ def generate(
         overwrite: Replace existing images in the folder.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
+    options = _set_options(locals(), "run", "out", "prompt", "prompts", "live")
     from snella_app.console import counted, make_console, print_line
     from snella_lab.recipes.dreambooth.generate import generate, select_prompts
 
-    images = generate(
-        run,
-        select_prompts(run, prompt, prompts, live),
-        out,
-        pictures=pictures,
-        seed=seed,
-        steps=steps,
-        guidance=guidance,
-        batch_size=batch_size,
-        pipeline=pipeline,
-        device=device,
-        overwrite=overwrite,
-    )
+    images = generate(run, select_prompts(run, prompt, prompts, live), out, **options)
     print_line(make_console(), f"{counted(len(images), 'image')}: {out}")
 
 
@@ -303,23 +295,12 @@ def evaluate_generation(
         out: JSON file for the results.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
+    options = _set_options(locals(), "run", "out")
     from snella_app.console import make_console
     from snella_app.files import write_json
     from snella_lab.recipes.dreambooth.evaluate import evaluate_generation
 
-    result = evaluate_generation(
-        run,
-        clip=clip,
-        dino=dino,
-        prompts=prompts,
-        live=live,
-        pictures=pictures,
-        steps=steps,
-        batch_size=batch_size,
-        pipeline=pipeline,
-        device=device,
-        overwrite=overwrite,
-    )
+    result = evaluate_generation(run, **options)
     make_console().print(_generation_table(result))
     if out is not None:
         write_json(Path(out), result)
@@ -384,28 +365,15 @@ def bench(
         out: JSON Lines file to append to.
         figures: Folder for figures of all rows in --out.
     """
-    from snella_lab.bench.bench import BenchConfig
-    from snella_lab.bench.bench import bench as run_bench
-    from snella_lab.bench.bench import grid as run_grid
+    options = _set_options(locals(), "grid")
+    from snella_lab.bench import bench as library
 
     if grid:
-        run_bench(run_grid(device, out))
+        library.bench(library.grid(device, out))
         return
-    run_bench(
-        BenchConfig(
-            backbones=parse_list("backbones", backbones, str),
-            batch=parse_list("batch", batch, int),
-            methods=parse_list("methods", methods, str),
-            r=parse_list("r", r, int),
-            sparsity=parse_list("sparsity", sparsity, float),
-            dtype=parse_list("dtype", dtype, str),
-            device=device,
-            rounds=rounds,
-            memory=memory,
-            out=out,
-            figures=figures,
-        )
-    )
+    kinds = {"backbones": str, "batch": int, "methods": str, "r": int, "sparsity": float, "dtype": str}
+    options |= {name: parse_list(name, options[name], kind) for name, kind in kinds.items()}
+    library.bench(library.BenchConfig(**options))
 
 
 @command("snella_lab.recipes.instruct.train", is_research=True)
@@ -454,20 +422,11 @@ def evaluate_language(
         overwrite: Replace answers generated with other settings.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
+    options = _set_options(locals(), "run", "data")
     from snella_app.console import make_console, make_table
     from snella_lab.recipes.instruct.evaluate import evaluate_language
 
-    result = evaluate_language(
-        run,
-        data,
-        beams=beams,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        limit=limit,
-        model=model,
-        device=device,
-        overwrite=overwrite,
-    )
+    result = evaluate_language(run, data, **options)
     counts = ("right", "questions", "unanswered")
     rows = result["tasks"].items()
     cells = ((task, f"{row['accuracy']:.4f}", *(str(row[name]) for name in counts)) for task, row in rows)
@@ -479,12 +438,7 @@ def evaluate_language(
 
 @command("snella_lab.recipes.demo")
 def demo(
-    *,
-    out: str = "runs/demo",
-    overwrite: bool = True,
-    epochs: int | None = None,
-    seed: int = 0,
-    device: Device = "auto",
+    *, out: str = "runs/demo", overwrite: bool = True, epochs: int | None = None, seed: int = 0, device: Device = "auto"
 ) -> None:
     """Compare a linear probe, LoRA and SNELLA on images of solar cells.
 

@@ -4,6 +4,7 @@ import functools
 import os
 import platform
 import subprocess
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -35,6 +36,13 @@ def system_info() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def measurement_info() -> dict[str, Any]:
+    """Return the commit, machine and date of a measurement."""
+    commit, is_dirty = git_state()
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"commit": commit, "is_dirty": is_dirty, "system": system_info(), "created_at": date}
 
 
 @functools.cache

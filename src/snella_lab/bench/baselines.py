@@ -182,15 +182,7 @@ _TARGETS = r".*\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 
 @dataclass(frozen=True)
 class Workload:
-    """Model and settings of a measurement.
-
-    Args:
-        backbone: A timm model name.
-        r: Rank.
-        sparsity: Fraction of adapted weights that SNELLA leaves unchanged.
-        dtype: Dtype of weights and activations.
-        device: A torch device.
-    """
+    """Model and settings of a measurement; `sparsity` is the fraction of unchanged adapted weights."""
 
     backbone: str
     r: int = 8
@@ -244,10 +236,9 @@ def _shira(model: nn.Module, workload: Workload) -> nn.Module:
 
 
 def _method(name: str, *sparse: str, has_rank: bool = True) -> Builder:
-    """Return a builder for a method of `snella train` with default options.
+    """Return a builder for a method of `snella train`; the options in `sparse` get the workload's sparsity.
 
-    The rank and the options in `sparse` are set from the workload. Methods that need data before training receive one
-    batch of two random images.
+    Methods that need data before training receive one batch of two random images.
     """
 
     def build(model: nn.Module, workload: Workload) -> nn.Module:

@@ -107,12 +107,7 @@ class StepTime:
 
 
 class Runner:
-    """Model and optimizer of one method.
-
-    Args:
-        name: One of `BASELINES`.
-        workload: Backbone, rank, sparsity, dtype and device.
-    """
+    """Model and optimizer of one method in `BASELINES`."""
 
     def __init__(self, name: str, workload: Workload) -> None:
         self.device = torch.device(workload.device)
@@ -167,10 +162,7 @@ def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
 def peak_of_child(function: Callable[..., float], name: str, *args: Any) -> dict[str, float]:
     """Measure the peak resident set size of a new process that calls `function(name, *args)`.
 
-    Args:
-        function: Importable function that returns the peak before the measurement.
-        name: First argument, which identifies the measurement in errors.
-        args: Additional arguments.
+    The importable function returns the peak before the measurement; `name` identifies the measurement in errors.
 
     Returns:
         `peak_rss_mib`, the total peak, and `peak_step_mib`, the total peak minus the returned one.
@@ -222,17 +214,10 @@ _TABLE_COLUMNS = ("method", "forward_s", "backward_s", "step_s", f"step_over_{RE
 
 
 def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str, Any]]:
-    """Time training steps of all methods on the same images.
+    """Time training steps of all methods on the same images, and return the rows, also appended to `config.out`.
 
     After two warm-up steps, every round takes one step of each method, in random order. A method is skipped if its op
     differs from the reference or its gradients are not finite.
-
-    Args:
-        config: Settings.
-        console: Output console; stdout if None.
-
-    Returns:
-        The rows, also appended to `config.out`.
 
     Raises:
         ValueError: If the device is not available.
@@ -333,10 +318,17 @@ def _summary(steps: list[StepTime], reference_steps: list[StepTime] | None) -> d
         for key in ("forward_s", "backward_s", "step_s")
     }
     if reference_steps:
-        ratios = [step.step_s / reference.step_s for step, reference in zip(steps, reference_steps, strict=True)]
-        summary[f"step_over_{REFERENCE}"] = round(statistics.median(ratios), 3)
-        summary[f"step_over_{REFERENCE}_quartiles"] = [round(q, 3) for q in quartiles(ratios)]
+        summary |= ratio_fields(REFERENCE, [s.step_s for s in steps], [s.step_s for s in reference_steps])
     return summary
+
+
+def ratio_fields(reference: str, times: list[float], reference_times: list[float]) -> dict[str, Any]:
+    """Return the median and the quartiles of the ratio to a reference over rounds, as row fields."""
+    ratios = [time_s / reference_s for time_s, reference_s in zip(times, reference_times, strict=True)]
+    return {
+        f"step_over_{reference}": round(statistics.median(ratios), 3),
+        f"step_over_{reference}_quartiles": [round(quartile, 3) for quartile in quartiles(ratios)],
+    }
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:

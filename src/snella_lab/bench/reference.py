@@ -57,11 +57,7 @@ class BackendCheck:
 def check_backend(impl: str, device: str, dtype: str = "fp32", *, sparsity: float = 0.7) -> BackendCheck:
     """Compare a backend with the float64 reference on every kernel and shape of this module.
 
-    Args:
-        impl: Implementation, as in `adapted_linear`.
-        device: A torch device.
-        dtype: Dtype of input, weight and gradient: `fp32` or `bf16`.
-        sparsity: Sparsity of the update.
+    `dtype` is the dtype of input, weight and gradient: `fp32` or `bf16`.
     """
     worst, where, cases = 0.0, "", 0
     for kernel in KERNELS:
@@ -79,11 +75,6 @@ def check_backend(impl: str, device: str, dtype: str = "fp32", *, sparsity: floa
 
 def op_error(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | None:
     """Compare an implementation with the reference in float32.
-
-    Args:
-        impl: Implementation, as in `adapted_linear`.
-        device: Device of the comparison.
-        sparsity: Sparsity of the update.
 
     Returns:
         Error message with the worst tensor, or the reason why the implementation cannot run; None if all tensors are

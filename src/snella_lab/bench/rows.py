@@ -86,14 +86,9 @@ def is_step_time(row: dict[str, Any]) -> bool:
 
 
 def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
-    """Draw step time versus batch size and memory versus model size.
+    """Draw step time versus batch size and memory versus model size as SVG, and return the paths.
 
-    Args:
-        rows_file: JSON lines from `bench`; the last row of each setting is drawn.
-        folder: Output folder for the SVG files.
-
-    Returns:
-        Paths of the SVG files.
+    The last row of each setting is drawn.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -39,13 +39,12 @@ from snella_lab.comparison.experiment import (
     Experiment,
     Grid,
     MethodEntry,
-    make_config,
 )
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
 from snella_lab.comparison.progress import ComparisonProgress
 from snella_lab.comparison.report import print_paper_comparison, print_paper_orderings, write_markdown, write_page
-from snella_lab.comparison.run_cell import probe_images, record_crash
+from snella_lab.comparison.run_cell import Outcome, probe_images, record_crash
 from snella_lab.comparison.search import Candidate
 from snella_lab.comparison.slurm import write_slurm_scripts
 from snella_lab.comparison.statistics import Rows, Spread, average
@@ -104,8 +103,9 @@ def compare(
     requested, experiment = experiment, _resolve_experiment(experiment, root)
     part = execution.part_and_count
     if part is not None:
-        rows = read_part(root, [(data, method) for data, method, _ in units(experiment)[part[0] :: part[1]]])
-        _train_all(root, Plan(experiment, rows, part), rows.values(), execution, console)
+        planned = units(experiment)[part[0] :: part[1]]
+        rows = read_part(root, [(data, method) for data, method, _ in planned])
+        _train_all(root, Plan(experiment, rows, planned), rows.values(), execution, console)
         return root
     if not execution.draw_only:
         validate_inputs(experiment, console, checks_device=execution.emit is None)
@@ -127,7 +127,10 @@ def compare(
         _train_all(root, Plan(experiment, rows), rows.values(), execution, console)
         rows, _ = collect(root)
     page = _write_reports(root, experiment, list(rows.values()), console)
-    failed = [row for row in rows.values() if row.status == "failed" and not _has_diverged(row)]
+    failed = [row for row in rows.values() if row.status == "failed"]
+    # tuning runs may diverge at high learning rates
+    diverged = NonFiniteLossError.__name__
+    failed = [row for row in failed if row.purpose == "final" or not str(row.error).startswith(diverged)]
     if failed and not execution.draw_only:
         first = min(failed, key=lambda row: (row.purpose != "final", row.cell))
         raise CellsFailedError(
@@ -152,18 +155,10 @@ def _write_reports(root: Path, experiment: Experiment, rows: Rows, console: Cons
     return page
 
 
-def _has_diverged(row: CellRow) -> bool:
-    """Return True for a tuning run with a non-finite loss, which is expected at high learning rates."""
-    return row.purpose == "trial" and str(row.error).startswith(NonFiniteLossError.__name__)
-
-
 def validate_inputs(experiment: Experiment, console: Console, checks_device: bool = True) -> None:
-    """Validate all data and the backbone before training.
+    """Validate all data and the backbone before training, and print descriptions of the data.
 
-    Args:
-        experiment: The experiment.
-        console: Output console for descriptions of the data.
-        checks_device: Check that the device exists; False if only the cluster's machines have it.
+    With `checks_device=False`, the device may exist only on the cluster's machines.
 
     Raises:
         ValueError: If data or the backbone are missing or invalid; the message lists all errors.
@@ -180,7 +175,7 @@ def validate_inputs(experiment: Experiment, console: Console, checks_device: boo
             probe_images(str(name), experiment.forgetting_images)
         except (OSError, ValueError, ImportError) as error:
             errors.append(f"forgetting: {error}")
-    config = make_config(PROBE, experiment.data[0], experiment.settings, backbone=experiment.backbone, out="-")
+    config = experiment.config(PROBE, experiment.data[0])
     try:
         if checks_device:
             choose_device(config.run.device)
@@ -234,14 +229,10 @@ def _resolve_experiment(experiment: Experiment | None, root: Path) -> Experiment
 
 def _store(root: Path, experiment: Experiment) -> Experiment:
     """Store and return the experiment, merged with changes that other processes made in the meantime."""
-    while True:
-        with cell_lock(root / LOCKS, FILE) as is_acquired:
-            if is_acquired:
-                experiment = (
-                    _resolve_experiment(experiment, root) if (root / FILE).is_file() else experiment.with_probes()
-                )
-                experiment.write(root)
-                return experiment
+    with cell_lock(root / LOCKS, FILE, timeout_s=-1):
+        experiment = _resolve_experiment(experiment, root) if (root / FILE).is_file() else experiment.with_probes()
+        experiment.write(root)
+    return experiment
 
 
 def _print_additional_entries(requested: Experiment, merged: Experiment, console: Console) -> None:
@@ -364,7 +355,7 @@ def _trained_row(root: Path, experiment: Experiment, cell: Cell) -> CellRow:
     finally:
         executor.close()
     outcome = ended[0].outcome
-    row = outcome.row if outcome else record_crash(root, experiment, cell, ended[0].error)
+    row = record_crash(root, experiment, cell, outcome.error) if outcome.error else outcome.row
     if row is None:
         raise CellsFailedError(f"another process is training {cell.title} in {root}; wait for it, then start again")
     return row
@@ -401,17 +392,16 @@ def _train_all(root: Path, plan: Plan, rows: Iterable[CellRow], execution: Execu
                 ended = executor.wait(_POLL_S)
                 overdue = limit.stop_overdue(running.values(), ended)
                 for finished in [*ended, *overdue]:
-                    running.pop(finished.cell.name)
-                    row = finished.outcome.row if finished.outcome else None
-                    if finished.outcome is None:
-                        is_stopped = any(finished is item for item in overdue)
-                        row = record_crash(root, plan.experiment, finished.cell, finished.error, is_stopped)
+                    cell, outcome = finished
+                    running.pop(cell.name)
+                    row = outcome.row
+                    if outcome.error:
+                        row = record_crash(root, plan.experiment, cell, outcome.error, finished in overdue)
                     if row is None:
-                        progress.removed(finished.cell)
+                        progress.removed(cell)
                     else:
                         plan.record(row)
-                        is_local = finished.outcome is None or finished.outcome.state == "trained"
-                        progress.ended(finished.cell, row, max(1, executor.slots), is_local)
+                        progress.ended(cell, row, max(1, executor.slots), outcome.is_local)
     except (KeyboardInterrupt, TrainingInterrupted):
         command = f"snella compare --out {shlex.quote(str(root))}"
         command += "" if execution.part is None else f" --part {execution.part}"
@@ -423,13 +413,7 @@ def _train_all(root: Path, plan: Plan, rows: Iterable[CellRow], execution: Execu
 
 
 class _RunLimit:
-    """Time limit of each run, starting when its worker locks the cell.
-
-    Args:
-        root: Folder of the comparison.
-        executor: Executor of the runs.
-        limit_s: Maximum seconds.
-    """
+    """Time limit of each run, starting when its worker locks the cell."""
 
     def __init__(self, root: Path, executor: Executor, limit_s: float) -> None:
         self._root, self._executor, self._limit_s = root, executor, limit_s
@@ -452,7 +436,7 @@ class _RunLimit:
                 self._executor.stop(cell)
                 del self._started[cell.name]
                 error = f"no result within {self._limit_s / 60:g} minutes (run_limit); the run was stopped"
-                overdue.append(Finished(cell, None, error))
+                overdue.append(Finished(cell, Outcome(error=error)))
         return overdue
 
 

@@ -6,11 +6,9 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from snella_app.training.session import TrainingInterrupted
 from snella_lab.comparison.cells import Cell
@@ -18,22 +16,12 @@ from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.run_cell import Outcome, run_cell, set_threads
 from snella_lab.provenance import GitState, git_state, set_git_state
 
-_PRELOADED = ["snella_lab.comparison.run_cell"]
 
-
-@dataclass(frozen=True)
-class Finished:
-    """A finished cell.
-
-    Args:
-        cell: The cell.
-        outcome: Result of `run_cell`; None if the process crashed.
-        error: Reason for the crash, or the error raised outside training.
-    """
+class Finished(NamedTuple):
+    """A finished cell, with a row or an error."""
 
     cell: Cell
-    outcome: Outcome | None
-    error: str = ""
+    outcome: Outcome
 
 
 class Executor(Protocol):
@@ -91,13 +79,6 @@ class InProcesses:
 
     Processes fork from a server that has only imported the libraries, so they start quickly and their peak memory is
     that of the cell.
-
-    Args:
-        root: Folder of the comparison.
-        experiment: The experiment.
-        slots: Number of parallel processes.
-        threads: Threads per process.
-        keep_checkpoints: Save a checkpoint after each epoch.
     """
 
     def __init__(
@@ -108,7 +89,7 @@ class InProcesses:
         methods = multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
-            self._context.set_forkserver_preload(_PRELOADED)
+            self._context.set_forkserver_preload(["snella_lab.comparison.run_cell"])
         self._running: dict[Connection, tuple[Cell, Any]] = {}
 
     def start(self, cell: Cell) -> None:
@@ -153,14 +134,12 @@ class InProcesses:
         """Return the outcome that a process sent, or the reason for its crash."""
         cell, process = self._running.pop(connection)
         try:
-            outcome, error = connection.recv()
+            outcome = connection.recv()
         except EOFError:
-            outcome, error = None, ""
+            outcome = None
         process.join()
         connection.close()
-        if outcome is None and not error:
-            error = _crash_reason(process.exitcode)
-        return Finished(cell, outcome, error)
+        return Finished(cell, outcome or Outcome(error=_crash_reason(process.exitcode)))
 
 
 def _work(
@@ -176,22 +155,14 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_threads(threads)
     set_git_state(state)
-    with _errors_sent(connection) as send:
-        send((run_cell(root, experiment, cell, True, keep_checkpoints), ""))
-
-
-@contextlib.contextmanager
-def _errors_sent(connection: Connection) -> Iterator[Any]:
-    """Send errors to the parent instead of raising them."""
     try:
-        yield connection.send
-    except (KeyboardInterrupt, TrainingInterrupted, BrokenPipeError):
-        return  # the parent has exited or is terminating this process
+        outcome = run_cell(root, experiment, cell, is_dedicated=True, keep_checkpoints=keep_checkpoints)
+    except (KeyboardInterrupt, TrainingInterrupted):
+        return  # the parent is terminating this process
     except Exception as error:
-        with contextlib.suppress(BrokenPipeError):
-            connection.send((None, f"{type(error).__name__}: {error}"))
-    finally:
-        connection.close()
+        outcome = Outcome(error=f"{type(error).__name__}: {error}")
+    with contextlib.suppress(BrokenPipeError):  # the parent has exited
+        connection.send(outcome)
 
 
 def _crash_reason(exit_code: int | None) -> str:
@@ -218,7 +189,6 @@ class OnRay:
         gpus: GPUs per cell, reserved as Ray GPUs; None divides the cluster's GPUs among `slots`, at most one per cell.
 
     Raises:
-        ImportError: If Ray is not installed.
         ConnectionError: If no cluster is reachable at `RAY_ADDRESS`.
         ValueError: If no machine of the cluster has enough CPUs and GPUs for a cell.
     """
@@ -232,7 +202,9 @@ class OnRay:
         if self._owns_ray:
             _connect(ray, None if slots is None else slots * threads)
         self._slots, self._threads = slots, threads
-        self._gpus = _gpu_share(self._total("GPU"), slots, experiment) if gpus is None else gpus
+        self._gpus = gpus
+        if gpus is None:
+            self._gpus = _gpu_share(sum(node.get("GPU", 0.0) for node in self._nodes()), slots, experiment)
         self._root = root.resolve()
         self._arguments = ray.put((self._root, experiment, threads, git_state(), Path.cwd()))
         # max_calls=1 starts a new worker for each cell, so that its peak memory is that of the cell
@@ -292,9 +264,9 @@ class OnRay:
             reason = f"{type(error).__name__}: {lines[-1] if lines else 'the worker crashed'}"
             restarts = self._restarts.get(cell.name, 0)
             if isinstance(error, self._ray.exceptions.RayTaskError):
-                return Finished(cell, None, reason)
+                return Finished(cell, Outcome(error=reason))
             if restarts == MAX_RESTARTS:
-                return Finished(cell, None, f"{reason} (after {restarts} restarts)")
+                return Finished(cell, Outcome(error=f"{reason} (after {restarts} restarts)"))
             self._restarts[cell.name] = restarts + 1
             self.start(cell)
             return None
@@ -302,10 +274,6 @@ class OnRay:
     def _nodes(self) -> list[dict[str, float]]:
         """Return the resources of all live machines."""
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-
-    def _total(self, resource: str) -> float:
-        """Return the cluster's total amount of a resource."""
-        return sum(node.get(resource, 0.0) for node in self._nodes())
 
     def _slots_of(self, node: dict[str, float]) -> int:
         """Return the number of cells that fit on a machine."""
@@ -326,9 +294,7 @@ def _connect(ray: Any, cpus: int | None) -> None:
     """Connect to the cluster at `RAY_ADDRESS`, or start a local one with `cpus` CPUs."""
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
-        ray.init(
-            address="local", log_to_driver=False, include_dashboard=False, num_cpus=cpus or max(1, os.cpu_count() or 1)
-        )
+        ray.init(address="local", log_to_driver=False, include_dashboard=False, num_cpus=cpus or os.cpu_count())
         return
     try:
         ray.init(address=address, log_to_driver=False)
@@ -349,11 +315,7 @@ def _gpu_share(gpus: float, slots: int | None, experiment: Experiment) -> float:
 
 
 def import_ray() -> Any:
-    """Import and return `ray`.
-
-    Raises:
-        ImportError: If Ray is not installed.
-    """
+    """Import and return `ray`; raise an ImportError with the command that installs it."""
     try:
         import ray
         import ray.exceptions

@@ -34,13 +34,21 @@ def reported_errors(published: Mapping[str, Any], tasks: Iterable[str], groups: 
     if not published:
         return []
     unknown = [key for key in published if key not in ("source", "values", "orderings")]
-    values, claims = published.get("values", {}), published.get("orderings", [])
+    values = published.get("values", {})
     is_empty = not {"values", "orderings"} & set(published)
     if unknown or is_empty or not published.get("source") or not isinstance(values, Mapping):
         return [f"published must contain 'source' and 'values' or 'orderings', got {', '.join(map(str, published))}"]
-    labels = list(tasks)
+    labels, errors = list(tasks), []
+    for claim in published.get("orderings", []):
+        known = {"higher", "lower", "task", "metric"}
+        if not isinstance(claim, Mapping) or set(claim) - known or not claim.get("higher") or not claim.get("lower"):
+            errors.append(
+                "published.orderings must contain 'higher' and 'lower', and may contain 'task' and 'metric', "
+                f"got {claim!r}"
+            )
+        elif claim.get("task") is not None and claim["task"] not in labels:
+            errors.append(f"'task' in published.orderings must be one of {', '.join(labels)}, got {claim['task']!r}")
     columns = {*labels, *groups, OVER_TASKS, OVER_GROUPS}
-    errors = [error for claim in claims for error in _ordering_errors(claim, labels)]
     for method, numbers in values.items():
         if not isinstance(numbers, Mapping):
             errors.append(f"published.values {method!r} must map tasks to numbers, got {numbers!r}")
@@ -51,19 +59,6 @@ def reported_errors(published: Mapping[str, Any], tasks: Iterable[str], groups: 
             if column not in columns or isinstance(value, bool) or not isinstance(value, int | float)
         ]
     return errors
-
-
-def _ordering_errors(claim: Any, tasks: Sequence[str]) -> list[str]:
-    """Return the errors of one `orderings` entry."""
-    known = ("higher", "lower", "task", "metric")
-    is_valid = isinstance(claim, Mapping) and set(claim) <= set(known) and claim.get("higher") and claim.get("lower")
-    if not is_valid:
-        return [
-            f"published.orderings must contain 'higher' and 'lower', and may contain 'task' and 'metric', got {claim!r}"
-        ]
-    if claim.get("task") is not None and claim["task"] not in tasks:
-        return [f"'task' in published.orderings must be one of {', '.join(tasks)}, got {claim['task']!r}"]
-    return []
 
 
 MEASURES: dict[str, dict[str, str]] = {
@@ -135,14 +130,9 @@ def method_entry(value: Any) -> MethodEntry:
     Raises:
         ValueError: If a key is unknown or `method` is missing.
     """
-    if isinstance(value, str):
-        return MethodEntry(value, value)
-    known = ("name", "method", "options", *METHOD_SETTINGS)
-    entry = _mapping(value, "methods", known, "method")
+    entry = _entry(value, "methods", "method", ("name", "options", *METHOD_SETTINGS))
     settings = {key: entry[key] for key in METHOD_SETTINGS if key in entry}
-    return MethodEntry(
-        str(entry.get("name", entry["method"])), str(entry["method"]), dict(entry.get("options", {})), settings
-    )
+    return MethodEntry(entry["name"], str(entry["method"]), dict(entry.get("options", {})), settings)
 
 
 def data_entry(value: Any) -> DataEntry:
@@ -151,12 +141,23 @@ def data_entry(value: Any) -> DataEntry:
     Raises:
         ValueError: If a key is unknown or `data` is missing.
     """
-    if isinstance(value, str):
-        return DataEntry(value, value, value)
-    entry = _mapping(value, "data", ("name", "data", "group", *DATA_SETTINGS), "data")
-    name = str(entry.get("name", entry["data"]))
+    entry = _entry(value, "data", "data", ("name", "group", *DATA_SETTINGS))
     settings = {key: entry[key] for key in DATA_SETTINGS if key in entry}
-    return DataEntry(name, str(entry["data"]), str(entry.get("group", name)), settings)
+    return DataEntry(entry["name"], str(entry["data"]), str(entry.get("group", entry["name"])), settings)
+
+
+def _entry(value: Any, where: str, required: str, optional: Iterable[str]) -> dict[str, Any]:
+    """Parse a name or a mapping with the key `required`, which is also the default `name`."""
+    if isinstance(value, str):
+        value = {required: value}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must contain names or mappings with '{required}', got {value!r}")
+    label = f"{where} entry {value.get('name', value.get(required, '?'))!r}"
+    if errors := unknown_keys(label, value, (required, *optional)):
+        raise ValueError(errors[0])
+    if not value.get(required):
+        raise ValueError(f"{where} must have '{required}' in every entry, got {dict(value)!r}")
+    return {**value, "name": str(value.get("name", value[required]))}
 
 
 def plain_entry(entry: MethodEntry | DataEntry) -> dict[str, Any]:
@@ -182,13 +183,15 @@ def entry_errors(kind: str, entries: Iterable[MethodEntry | DataEntry]) -> list[
     return errors
 
 
-def unknown_keys(where: str, keys: Iterable[str], known: Iterable[str]) -> str | None:
-    """Return an error message that lists unknown keys with suggestions, or None."""
-    choices, unknown = list(known), []
-    for key in keys:
-        if key not in choices:
-            unknown.append(f"{key!r}" + nearest(str(key), choices, most=2, cutoff=0.5, form=" (nearest: {})"))
-    return f"{where} has unknown settings: {', '.join(unknown)}; it takes {', '.join(choices)}" if unknown else None
+def unknown_keys(where: str, keys: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return an error message that lists unknown keys with suggestions; empty if all keys are known."""
+    choices = list(known)
+    unknown = [
+        f"{key!r}" + nearest(str(key), choices, most=2, cutoff=0.5, form=" (nearest: {})")
+        for key in keys
+        if key not in choices
+    ]
+    return [f"{where} has unknown settings: {', '.join(unknown)}; it takes {', '.join(choices)}"] if unknown else []
 
 
 def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any], **values: Any) -> TrainConfig:
@@ -217,18 +220,6 @@ def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any],
     return TrainConfig.from_flat(**{**settings, **values}).resolved()
 
 
-def _mapping(value: Any, where: str, known: Iterable[str], required: str) -> Mapping[str, Any]:
-    """Return the value after checking that it is a mapping with known keys."""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where} must contain names or mappings with '{required}', got {value!r}")
-    error = unknown_keys(f"{where} entry {value.get('name', value.get(required, '?'))!r}", value, known)
-    if error:
-        raise ValueError(error)
-    if not value.get(required):
-        raise ValueError(f"{where} must have '{required}' in every entry, got {dict(value)!r}")
-    return value
-
-
 _DESCRIPTIONS = ("name", "about", "command", "cost", "expected")
 _MUTABLE = ("methods", "data", "seeds", *_DESCRIPTIONS, "reference", "published")
 """Fields that may change between calls on the same folder, because finished cells do not depend on them."""
@@ -251,6 +242,9 @@ class Grid:
     weight_decays: tuple[float, ...] = (0.0, 0.1)
     max_extensions: int = 2
     seeds: int = 1
+
+
+_GRID_AXES = ("lr_factors", "weight_decays")
 
 
 @dataclass(frozen=True)
@@ -296,7 +290,6 @@ class Experiment:
     def __post_init__(self) -> None:
         """Validate all settings that need neither data nor model, and report all errors together."""
         errors = [*self._size_errors(), *entry_errors("methods", self.methods), *entry_errors("data", self.data)]
-        error = unknown_keys("train", self.settings, SHARED_SETTINGS)
         names = [entry.name for entry in self.methods]
         if self.reference is not None and self.reference not in names:
             hint = nearest(self.reference, names, most=2, cutoff=0.4, form=" (nearest: {})")
@@ -304,7 +297,7 @@ class Experiment:
         task = self.settings.get("task", "classification")
         if task not in MEASURES:
             errors.append(f"task must be one of {', '.join(MEASURES)} in a comparison, got {task!r}")
-        errors += [error] if error else self._cell_errors()
+        errors += unknown_keys("train", self.settings, SHARED_SETTINGS) or self._cell_errors()
         errors += reported_errors(self.published, [d.name for d in self.data], [d.group for d in self.data])
         has_search = len(set(self.grid.lr_factors)) > 1 or len(self.grid.weight_decays) > 0
         if self.settings.get("protocol") == "official" and has_search:
@@ -333,29 +326,30 @@ class Experiment:
         defaults = [entry.name for entry in self.methods if parse_method(entry.method)[0] == REFERENCE_METHOD]
         return self.reference or (defaults[0] if defaults else self.methods[0].name)
 
+    def config(self, method: MethodEntry, data: DataEntry) -> TrainConfig:
+        """Return the settings of a run at the method's default learning rate and weight decay."""
+        return make_config(method, data, self.settings, backbone=self.backbone, out="-")
+
     def probe_data(self, task: DataEntry) -> str | None:
         """Return the dataset that measures forgetting after training on `task`, or None; never the task's own."""
         return next((data for data in self.with_probes().forgetting or () if data != task.data), None)
 
     def with_probes(self) -> "Experiment":
         """Return the experiment with `forgetting` resolved, so that tasks added later do not change it."""
+        if self.forgetting is not None:
+            return self
         has_classes = self.settings.get("task", "classification") == "classification"
-        probes = [
-            entry.data
-            for entry in self.data[:2]
-            if has_classes and "columns" not in {**self.settings, **entry.settings}
-        ]
-        default = (*probes, "digits")
-        return replace(self, forgetting=default if self.forgetting is None else self.forgetting)
+        tasks = [entry for entry in self.data[:2] if "columns" not in {**self.settings, **entry.settings}]
+        return replace(self, forgetting=(*(entry.data for entry in tasks if has_classes), "digits"))
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to plain values, in the format of an experiment file."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["methods"] = [plain_entry(entry) for entry in self.methods]
         values["data"] = [plain_entry(entry) for entry in self.data]
-        values["grid"] = {f.name: _plain(getattr(self.grid, f.name)) for f in fields(Grid)}
+        values["grid"] = {**dataclasses.asdict(self.grid), **{k: list(getattr(self.grid, k)) for k in _GRID_AXES}}
         values["train"] = dict(values.pop("settings"))
-        values["forgetting"] = _plain(self.forgetting)
+        values["forgetting"] = None if self.forgetting is None else list(self.forgetting)
         values["published"] = dict(self.published)
         return values
 
@@ -366,35 +360,30 @@ class Experiment:
         Raises:
             ValueError: If a key is unknown or missing, or a value is out of range.
         """
-        known = [f.name for f in fields(cls) if f.name != "settings"] + ["train"]
-        errors: list[str | None] = [
-            f"{key} must be a mapping, got {values[key]!r}"
-            for key in ("grid", "train")
-            if not isinstance(values.get(key) or {}, Mapping)
-        ]
-        if errors:
-            raise ValueError("; ".join(map(str, errors)))
-        errors = [unknown_keys("the experiment", values, known)]
-        errors += [unknown_keys("grid", dict(values.get("grid") or {}), [f.name for f in fields(Grid)])]
+        grid, train = values.get("grid") or {}, values.get("train") or {}
+        for key, value in (("grid", grid), ("train", train)):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{key} must be a mapping, got {value!r}")
+        known = [*(f.name for f in fields(cls) if f.name != "settings"), "train"]
+        errors = unknown_keys("the experiment", values, known)
+        errors += unknown_keys("grid", grid, [f.name for f in fields(Grid)])
         errors += [
             f"{key} is required, e.g. {key}: {example}"
             for key, example in (("methods", "[lora-8, snella-8]"), ("data", "[digits]"), ("backbone", "NAME"))
             if not values.get(key)
         ]
-        if any(errors):
-            raise ValueError("; ".join(error for error in errors if error))
-        plain = {k: v for k, v in values.items() if k not in ("methods", "data", "grid", "train", "forgetting")}
-        grid = dict(values.get("grid") or {})
-        for key in {"lr_factors", "weight_decays"} & grid.keys():
-            grid[key] = _numbers(f"grid.{key}", grid[key])
-        return cls(
-            methods=tuple(method_entry(value) for value in listed(values["methods"])),
-            data=tuple(data_entry(value) for value in listed(values["data"])),
-            grid=Grid(**grid),
-            settings=dict(values.get("train") or {}),
-            forgetting=None if values.get("forgetting") is None else tuple(listed(values["forgetting"])),
-            **plain,
-        )
+        if errors:
+            raise ValueError("; ".join(errors))
+        numbers = {key: _numbers(f"grid.{key}", grid[key]) for key in _GRID_AXES if key in grid}
+        forgetting = values.get("forgetting")
+        parsed = {
+            "methods": tuple(method_entry(value) for value in listed(values["methods"])),
+            "data": tuple(data_entry(value) for value in listed(values["data"])),
+            "grid": Grid(**{**grid, **numbers}),
+            "settings": dict(train),
+            "forgetting": None if forgetting is None else tuple(listed(forgetting)),
+        }
+        return cls(**{**{key: value for key, value in values.items() if key != "train"}, **parsed})
 
     def write(self, folder: Path) -> None:
         """Write `experiment.yaml`."""
@@ -406,17 +395,24 @@ class Experiment:
         Raises:
             ValueError: If a setting that finished cells depend on differs.
         """
-        if self.forgetting is None:
-            return replace(self, forgetting=stored.with_probes().forgetting).merged_with(stored.with_probes(), folder)
-        new_values, stored_values = self.as_dict(), stored.with_probes().as_dict()
-        changed = [key for key in new_values if key not in _MUTABLE and new_values[key] != stored_values[key]]
+        stored = stored.with_probes()
+        forgetting = stored.forgetting if self.forgetting is None else self.forgetting
+        new_values, stored_values = replace(self, forgetting=forgetting).as_dict(), stored.as_dict()
+        errors = []
+        for key in [key for key in new_values if key not in _MUTABLE and new_values[key] != stored_values[key]]:
+            new, old = new_values[key], stored_values[key]
+            if isinstance(new, dict):
+                changed = [k for k in {**old, **new} if new.get(k) != old.get(k)]
+                errors += [f"{k} is {old.get(k)!r}, got {new.get(k)!r}" for k in changed]
+            else:
+                errors.append(f"{key} is {old!r}, got {new!r}")
         for kind in ("methods", "data"):
-            old = {entry["name"]: entry for entry in stored_values[kind]}
-            changed += [f"{kind} {e['name']!r}" for e in new_values[kind] if old.get(e["name"], e) != e]
-        if changed:
-            texts = [_difference(key, new_values, stored_values) for key in changed]
+            entries = {entry["name"]: entry for entry in stored_values[kind]}
+            changed = [e["name"] for e in new_values[kind] if entries.get(e["name"], e) != e]
+            errors += [f"{kind} {name!r} has other settings" for name in changed]
+        if errors:
             raise ValueError(
-                f"{folder} contains a comparison with other settings: {'; '.join(texts)}; rows are not comparable; "
+                f"{folder} contains a comparison with other settings: {'; '.join(errors)}; rows are not comparable; "
                 "choose another folder, or use the stored settings"
             )
         return replace(
@@ -425,6 +421,7 @@ class Experiment:
             data=(*stored.data, *(e for e in self.data if e.name not in [s.name for s in stored.data])),
             seeds=max(self.seeds, stored.seeds),
             reference=self.reference or stored.reference,
+            forgetting=forgetting,
             published=_merged_reports(stored.published, self.published),
         )
 
@@ -451,16 +448,12 @@ class Experiment:
 
     def _cell_errors(self) -> list[str]:
         """Return errors in the settings of cells."""
+        pairs = [(method, data) for method in self.methods for data in self.data[:1]]
+        pairs += [(PROBE, data) for data in self.data[1:]]
         errors = []
-        for method in self.methods:
-            for data in self.data[:1]:
-                try:
-                    make_config(method, data, self.settings, backbone=self.backbone, out="-")
-                except (ValueError, TypeError) as error:
-                    errors.append(str(error))
-        for data in self.data[1:]:
+        for method, data in pairs:
             try:
-                make_config(PROBE, data, self.settings, backbone=self.backbone, out="-")
+                self.config(method, data)
             except (ValueError, TypeError) as error:
                 errors.append(str(error))
         return errors
@@ -481,11 +474,6 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
         raise ValueError(f"{name} must be numbers, e.g. [0.3, 1, 3], got {value!r}") from None
 
 
-def _plain(value: Any) -> Any:
-    """Convert tuples to lists."""
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _merged_reports(stored: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
     """Merge reported numbers and orderings, stored ones first; a new source replaces them."""
     if not new or not stored or new.get("source") != stored.get("source"):
@@ -498,13 +486,3 @@ def _merged_reports(stored: Mapping[str, Any], new: Mapping[str, Any]) -> Mappin
     claims += [claim for claim in new.get("orderings", []) if claim not in claims]
     parts = {"values": values, "orderings": claims}
     return {"source": new["source"], **{key: part for key, part in parts.items() if part}}
-
-
-def _difference(key: str, new: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
-    """Describe a changed setting by its stored and new value; for mappings, list only entries that differ."""
-    if key.partition(" ")[0] in ("methods", "data") and " " in key:
-        return f"{key} has other settings"
-    if isinstance(new[key], dict):
-        inner = [k for k in {**stored[key], **new[key]} if new[key].get(k) != stored[key].get(k)]
-        return ", ".join(f"{k} is {stored[key].get(k)!r}, got {new[key].get(k)!r}" for k in inner)
-    return f"{key} is {stored[key]!r}, got {new[key]!r}"

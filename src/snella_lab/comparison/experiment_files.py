@@ -1,6 +1,5 @@
 """YAML experiment files, given by path or bundled name."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,7 @@ import snella_lab
 from snella_app.text import nearest
 from snella_lab.comparison.experiment import (
     FILE,
-    DataEntry,
     Experiment,
-    MethodEntry,
     data_entry,
     listed,
     method_entry,
@@ -44,7 +41,13 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
         FileNotFoundError: If `name` is neither a file nor a bundled experiment.
         ValueError: If the file is not a YAML mapping, or a setting is unknown or invalid.
     """
-    path = _find(name)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        bundled = bundled_experiments()
+        if name not in bundled:
+            hint, names = nearest(name, bundled, most=2, cutoff=0.4), ", ".join(bundled) or "none"
+            raise FileNotFoundError(f"experiment must be a YAML file or one of {names}, got {name!r}{hint}")
+        path = bundled[name]
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -64,40 +67,21 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     A label of a method or task, or the data of a task, stands for the existing entry with its settings. A reference
     that is no longer among the methods is removed.
     """
-    result, changes = {**values}, {**changes}
-    if "methods" in changes:
-        methods = {e.name: e for e in map(method_entry, listed(values.get("methods") or []))}
-        changes["methods"] = [_resolve_entry(value, methods) for value in changes["methods"]]
-    if "data" in changes:
-        data = [data_entry(value) for value in listed(values.get("data") or [])]
-        tasks = {e.data: e for e in reversed(data)} | {e.name: e for e in data}
-        changes["data"] = [_resolve_entry(value, tasks) for value in changes["data"]]
+    methods = {entry.name: entry for entry in map(method_entry, listed(values.get("methods") or []))}
+    data = [data_entry(value) for value in listed(values.get("data") or [])]
+    entries = {"methods": methods, "data": {e.data: e for e in reversed(data)} | {e.name: e for e in data}}
+    result = {**values}
     for key, value in changes.items():
-        inner = result.get(key)
-        result[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
+        if key in entries:
+            known: dict[str, Any] = entries[key]
+            result[key] = [plain_entry(known[v]) if isinstance(v, str) and v in known else v for v in value]
+        else:
+            inner = result.get(key)
+            result[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
     if "methods" in changes and "reference" not in changes:
-        names = [method_entry(value).name for value in changes["methods"]]
+        names = [method_entry(value).name for value in result["methods"]]
         result["reference"] = result["reference"] if result.get("reference") in names else None
     return result
-
-
-def _resolve_entry(value: Any, entries: Mapping[str, MethodEntry] | Mapping[str, DataEntry]) -> Any:
-    """Return the existing entry with that name, else the value itself."""
-    return plain_entry(entries[value]) if isinstance(value, str) and value in entries else value
-
-
-def _find(name: str) -> Path:
-    """Return the file at a path or with a bundled name."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    bundled = bundled_experiments()
-    if name in bundled:
-        return bundled[name]
-    hint = nearest(name, bundled, most=2, cutoff=0.4)
-    raise FileNotFoundError(
-        f"experiment must be a YAML file or one of {', '.join(bundled) or 'none'}, got {name!r}{hint}"
-    )
 
 
 _NONE = "none"
@@ -113,7 +97,16 @@ def experiment_from_options(options: CompareOptions) -> Experiment | None:
         FileNotFoundError: If the experiment does not exist.
         ValueError: If a setting is missing, unknown, out of range or not a number.
     """
-    changes = _changes(options)
+    values = {name: value for name, value in options.flat().items() if value is not None}
+    changes: dict[str, Any] = {key: values[key] for key in ("backbone", "seeds", "reference") if key in values}
+    changes.update({key: listed(values[key]) for key in ("methods", "data") if key in values})
+    if "forgetting" in values:
+        changes["forgetting"] = [] if values["forgetting"] == _NONE else listed(values["forgetting"])
+    names = {"tune_seeds": "seeds", "extensions": "max_extensions"}
+    grid: dict[str, Any] = {name: values[key] for key, name in names.items() if key in values}
+    grid |= {key: _numbers(key, values[key]) for key in ("lr_factors", "weight_decays") if key in values}
+    train = {**options.train, **{key: values[key] for key in ("task", "monitor") if key in values}}
+    changes |= {key: section for key, section in (("grid", grid), ("train", train)) if section}
     if options.experiment is not None:
         return read_experiment(options.experiment, changes)
     if not changes:
@@ -121,21 +114,6 @@ def experiment_from_options(options: CompareOptions) -> Experiment | None:
     stored = Path(options.out) / FILE
     base = read_experiment(str(stored)).as_dict() if stored.is_file() else {}
     return Experiment.from_dict(merged(base, changes))
-
-
-def _changes(options: CompareOptions) -> dict[str, Any]:
-    """Convert the options that are set to entries of an experiment file."""
-    values = {name: value for name, value in options.flat().items() if value is not None}
-    changes: dict[str, Any] = {key: values[key] for key in ("backbone", "seeds", "reference") if key in values}
-    changes.update({key: listed(values[key]) for key in ("methods", "data") if key in values})
-    if "forgetting" in values:
-        changes["forgetting"] = [] if values["forgetting"] == _NONE else listed(values["forgetting"])
-    grid = {
-        name: values[key] for key, name in (("tune_seeds", "seeds"), ("extensions", "max_extensions")) if key in values
-    }
-    grid.update({key: _numbers(key, values[key]) for key in ("lr_factors", "weight_decays") if key in values})
-    train: dict[str, Any] = {**options.train, **{key: values[key] for key in ("task", "monitor") if key in values}}
-    return changes | ({"grid": grid} if grid else {}) | ({"train": train} if train else {})
 
 
 def _numbers(name: str, text: str) -> list[float]:

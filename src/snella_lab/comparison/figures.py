@@ -83,16 +83,10 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], title: str) -> Figure | None:
-    """Plot validation accuracy versus learning rate, one line per method, with a filled marker at the selected one.
+    """Plot validation accuracy versus learning rate, one line per method, averaged over `tasks`.
 
-    Learning rates are relative to each method's default, so that all methods share an axis. Crosses at the bottom mark
-    failed runs.
-
-    Args:
-        summary: Results of the comparison, for the order of methods.
-        rows: All rows.
-        tasks: Tasks to average over, at factors tried on all of them; the marker of a mean is its best learning rate.
-        title: Figure title.
+    Learning rates are relative to each method's default, so that all methods share an axis. A filled marker shows the
+    selected learning rate, for several tasks the best one. Crosses at the bottom mark failed runs.
     """
     pairs: dict[tuple[str, str], list[CellRow]] = {}
     for row in rows:
@@ -162,12 +156,9 @@ def lr_curve(rows: Rows, method: str, task: str) -> list[tuple[float, float | No
 
 
 def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | None:
-    """Plot paired differences from the reference with intervals, over all tasks and by task.
+    """Plot paired differences from the reference with intervals, over all tasks and optionally by task.
 
-    Args:
-        summary: Results of the comparison.
-        with_tasks: Also plot single tasks below each method.
-        width: Width in pixels; narrow figures truncate names earlier.
+    Narrow figures, below 600 pixels, truncate names earlier.
     """
     longest = 30 if width >= 600 else 16
     lines: list[tuple[str, Any, bool]] = []

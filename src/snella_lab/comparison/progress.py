@@ -16,10 +16,7 @@ from snella_lab.comparison.cells import Cell, Plan
 class ComparisonProgress:
     """Console progress of a comparison: one line per run and, on a terminal, a progress bar.
 
-    Args:
-        console: Output console.
-        plan: Finished and remaining runs.
-        rows: Rows of finished runs, for estimating the remaining time.
+    `rows` of finished runs serve to estimate the remaining time.
     """
 
     def __init__(self, console: Console, plan: Plan, rows: Iterable[CellRow]) -> None:
@@ -96,10 +93,9 @@ class ComparisonProgress:
                 self._durations[key] = total + row.total_time, count + 1
 
     def _remaining_s(self) -> float:
-        """Estimate the total time of the remaining runs from mean durations.
+        """Estimate the total time of the remaining runs from the mean of the same task and method, task, or all runs.
 
-        Uses the mean of the same task and method, else of the same task, else of all runs. The estimate visits all
-        pairs, so it is updated at most once per second.
+        The estimate visits all pairs, so it is updated at most once per second.
         """
         if time.monotonic() - self._estimated_at > 1:
             self._estimated_at, self._estimate_s = time.monotonic(), 0.0

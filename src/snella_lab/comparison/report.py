@@ -19,7 +19,16 @@ from snella_app.report.style import inline_svg, shortened
 from snella_app.text import decimal_text, measure_text, percent_text, plain_text, points_text, seconds_text
 from snella_lab.comparison import figures
 from snella_lab.comparison.experiment import MEASURES, OVER_GROUPS, OVER_TASKS, Experiment
-from snella_lab.comparison.statistics import LEVEL, MIN_UNITS, Difference, Rows, difference, final_rows, with_holm
+from snella_lab.comparison.statistics import (
+    LEVEL,
+    MIN_UNITS,
+    Difference,
+    Rows,
+    complete_mean,
+    difference,
+    final_rows,
+    with_holm,
+)
 from snella_lab.comparison.summary import (
     MethodSummary,
     Summary,
@@ -41,14 +50,7 @@ _FRACTIONS = {f"test_{metric}" for measures in MEASURES.values() for metric in m
 
 @dataclass(frozen=True)
 class PaperComparison:
-    """A number reported in a paper and the measured result.
-
-    Args:
-        method: Method label.
-        column: A task, a group, or one of the two means.
-        reported: Reported result in percent.
-        measured: Measured result in percent; None if a run is missing.
-    """
+    """A number reported in a paper and the measured result, in percent; `column` is a task, a group or a mean."""
 
     method: str
     column: str
@@ -92,8 +94,7 @@ class OrderingResult:
     Attributes:
         claim: Human-readable claim, e.g. `cubic above linear`.
         verdict: `holds` or `contradicted` for a decided difference, else `not decided` or `not run`.
-        difference: Difference between the higher and the lower method of the claim, paired by task and seed, with
-            Holm's correction over the claims; None without runs.
+        difference: Paired difference with Holm's correction over the claims; None without runs.
         is_fraction: True for fractions such as accuracy.
     """
 
@@ -135,15 +136,12 @@ def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
         text += "" if metric == _METRIC else f" in {metric.replace('_', ' ')}"
         claims.append((text, value, metric in _FRACTIONS))
     corrected = with_holm(dict(enumerate(value for _, value, _ in claims)))
-    return [
-        OrderingResult(text, _verdict(corrected[number]), corrected[number], is_fraction)
-        for number, (text, _, is_fraction) in enumerate(claims)
-    ]
-
-
-def _verdict(value: Difference | None) -> str:
-    """Return the verdict on a claim of a positive difference."""
-    return "not run" if value is None else ("not decided", "holds", "contradicted")[value.direction]
+    results = []
+    for number, (text, _, is_fraction) in enumerate(claims):
+        value = corrected[number]
+        verdict = "not run" if value is None else ("not decided", "holds", "contradicted")[value.direction]
+        results.append(OrderingResult(text, verdict, value, is_fraction))
+    return results
 
 
 def print_paper_orderings(console: Console, experiment: Experiment, rows: Rows) -> None:
@@ -158,16 +156,11 @@ def print_paper_orderings(console: Console, experiment: Experiment, rows: Rows) 
 def _measured_result(column: str, line: MethodSummary, summary: Summary) -> float | None:
     """Return a method's measured result in one column, in percent."""
     spreads = line.per_task[_METRIC]
-    if column == OVER_TASKS:
-        value = line.over_tasks[_METRIC]
-    elif column == OVER_GROUPS:
-        value = line.over_groups[_METRIC]
-    elif column in summary.groups and column not in spreads:
-        means = [spreads[task] for task in summary.groups[column]]
-        present = [mean.mean for mean in means if mean is not None]
-        return 100 * sum(present) / len(present) if len(present) == len(means) else None
-    else:
-        value = spreads.get(column)
+    if column in summary.groups and column not in spreads:
+        mean = complete_mean([None if (s := spreads[task]) is None else s.mean for task in summary.groups[column]])
+        return None if mean is None else 100 * mean
+    means = {OVER_TASKS: line.over_tasks[_METRIC], OVER_GROUPS: line.over_groups[_METRIC]}
+    value = means[column] if column in means else spreads.get(column)
     return None if value is None else 100 * value.mean
 
 
@@ -175,16 +168,7 @@ MARKDOWN_FILE = "comparison.md"
 
 
 def markdown_tables(experiment: Experiment, rows: Rows, summary: Summary | None = None) -> str:
-    """Format the result tables as Markdown, with caption, command, machines and dates.
-
-    Args:
-        experiment: The experiment, for order, groups and reference.
-        rows: All rows.
-        summary: Results of the rows; None computes them.
-
-    Returns:
-        Markdown text; a single sentence if no final run is finished.
-    """
+    """Format the result tables as Markdown, with caption, command, machines and dates; `summary` None computes it."""
     summary = summary or summarize(experiment, rows)
     if not summary.finals:
         return "No final run is finished yet.\n"
@@ -245,29 +229,26 @@ _SELECTED_EPOCH = {
 
 
 def write_page(root: Path, experiment: Experiment, rows: Rows, summary: Summary | None = None) -> Path:
-    """Write the HTML report atomically.
-
-    Args:
-        root: Folder of the comparison.
-        experiment: The experiment.
-        rows: All rows.
-        summary: Results of the rows; None computes them.
-
-    Returns:
-        Path of the report.
-    """
+    """Write the HTML report atomically, and return its path; `summary` None computes it."""
     summary = summary or summarize(experiment, rows)
+    title = experiment.name
+    if title == Experiment.name:
+        title += f" on {', '.join(entry.name for entry in experiment.data)}"
+    times = {row.cell: row.total_time for row in rows}
+    # the times of final runs include reused tuning runs
+    reused_s = sum(times.get(row.results.trained_as or "", 0.0) for row in rows if row.results is not None)
+    protocol = experiment.settings.get("protocol", "standard")
     context = {
         "experiment": experiment,
-        "title": _title(experiment),
+        "title": title,
         "summary": summary,
         "tables": [_table(summary, metric, title) for metric, title in summary.metrics.items()]
         if summary.finals
         else [],
         "published": [row.texts for row in paper_comparison(experiment, summary)],
         "orderings": [result.texts for result in paper_orderings(experiment, rows)],
-        "evaluated_epoch": _SELECTED_EPOCH[experiment.settings.get("protocol", "standard")],
-        "warning": get_protocol(experiment.settings.get("protocol", "standard")).warning,
+        "evaluated_epoch": _SELECTED_EPOCH[protocol],
+        "warning": get_protocol(protocol).warning,
         "costs": _costs(summary),
         "pareto": _pareto(summary),
         "rates": _learning_rate_figures(summary, rows),
@@ -287,17 +268,10 @@ def write_page(root: Path, experiment: Experiment, rows: Rows, summary: Summary 
         "machines": _machines(rows),
         "tuned": "Learning rate and weight decay" if experiment.grid.weight_decays else "The learning rate",
         "trials": sum(row.purpose == "trial" for row in rows),
-        "total_time": seconds_text(sum(row.total_time for row in rows) - _reused_s(rows)),
+        "total_time": seconds_text(sum(row.total_time for row in rows) - reused_s),
         "settings": yaml.safe_dump(experiment.as_dict(), sort_keys=False, allow_unicode=True),
     }
     return write_template(root, "snella_lab.comparison", context, FILE)
-
-
-def _title(experiment: Experiment) -> str:
-    """Return the experiment's name; append the tasks to the default name."""
-    if experiment.name != Experiment.name:
-        return experiment.name
-    return f"{experiment.name} on {', '.join(entry.name for entry in experiment.data)}"
 
 
 def _headline(summary: Summary) -> dict[str, Any] | None:
@@ -321,32 +295,18 @@ def _score_text(mean: float, summary: Summary) -> str:
     return percent_text(mean) if summary.column in _FRACTIONS else decimal_text(mean, 3)
 
 
-def _reused_s(rows: Rows) -> float:
-    """Return the seconds of reused tuning runs, which the final runs' times include."""
-    times = {row.cell: row.total_time for row in rows}
-    return sum(times.get(row.results.trained_as or "", 0.0) for row in rows if row.results is not None)
-
-
 def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
     """Return headings and lines of one metric, with the best value of each column marked."""
-    columns, headings, lines = [], [], []
-    if len(summary.tasks) > 1:
-        columns.append([m.over_tasks[metric] for m in summary.methods])
-        headings.append("mean over tasks")
-    if summary.has_groups:
-        columns.append([m.over_groups[metric] for m in summary.methods])
-        headings.append("mean over groups")
-    means = max(len(headings), 1)  # columns before the difference; for a single task, its score
-    for task in summary.tasks:
-        columns.append([m.per_task[metric][task] for m in summary.methods])
-        headings.append(task)
-    best = [max((value.mean for value in column if value), default=None) for column in columns]
+    scores = summary.scores(metric)
+    headings = [*(heading for heading in scores if heading not in summary.tasks), *summary.tasks]
+    means = max(len(headings) - len(summary.tasks), 1)  # columns before the difference; for a single task, its score
+    best = {heading: max((value.mean for value in scores[heading] if value), default=None) for heading in headings}
+    lines = []
     for number, method in enumerate(summary.methods):
         cells = []
-        for column, top in zip(columns, best, strict=True):
-            value = column[number]
-            is_best = value is not None and value.mean == top
-            cells.append({"text": spread_text(value), "is_best": is_best})
+        for heading in headings:
+            value = scores[heading][number]
+            cells.append({"text": spread_text(value), "is_best": value is not None and value.mean == best[heading]})
         difference = method.to_reference[metric]
         text, tests = difference_text(difference, len(summary.tasks)), significance_texts(difference)
         lines.append({"name": method.name, "cells": cells, "difference": text, "tests": tests})
@@ -356,33 +316,23 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
 
 def _costs(summary: Summary) -> dict[str, Any]:
     """Return headings and lines of the cost table, without empty columns."""
-    titles = {
-        "trainable": "trainable",
-        "changed": "changed weights",
-        "file": "file",
-        "step": "median step",
-        "time": "training",
-        "memory": "peak memory",
-        "forgetting": "forgetting",
-    }
-    texts = [(method.name, cost_texts(method.costs)) for method in summary.methods]
-    shown = [key for key in titles if any(line[key] != "–" for _, line in texts)]
+    titles = {"trainable": "trainable", "changed": "changed weights", "file": "file", "step": "median step"}
+    titles |= {"time": "training", "memory": "peak memory", "forgetting": "forgetting"}
+    texts = {method.name: cost_texts(method.costs) for method in summary.methods}
+    shown = [key for key in titles if any(line[key] != "–" for line in texts.values())]
     return {
         "headings": [titles[key] for key in shown],
-        "lines": [{"name": name, "cells": [line[key] for key in shown]} for name, line in texts],
-        "has_memory": "memory" in shown,
-        "has_forgetting": "forgetting" in shown,
-        "has_changed": "changed" in shown,
+        "lines": [{"name": name, "cells": [line[key] for key in shown]} for name, line in texts.items()],
+        **{f"has_{key}": key in shown for key in ("memory", "forgetting", "changed")},
     }
 
 
 def _pareto(summary: Summary) -> list[Markup]:
     """Plot the metric versus each measured cost."""
     has_gpu = any(method.costs["accelerator_memory_max"] for method in summary.methods)
+    memory = ("accelerator_memory_max", "peak GPU memory, bytes", "Memory", False)
     axes = [
-        ("accelerator_memory_max", "peak GPU memory, bytes", "Memory", False)
-        if has_gpu
-        else ("training_mib", "peak memory minus libraries, MiB", "Memory", False),
+        memory if has_gpu else ("training_mib", "peak memory minus libraries, MiB", "Memory", False),
         ("num_trainable_params", "trainable parameters", "Trainable parameters", True),
         ("step_time", "median step time, seconds", "Step time", False),
     ]
@@ -409,15 +359,15 @@ def _forest(summary: Summary, with_tasks: bool) -> Markup:
 def _learning_rate_figures(summary: Summary, rows: Rows) -> list[Markup]:
     """Plot the metric versus learning rate: the mean over tasks, then each task."""
     tasks = summary.tasks or sorted({row.task_name for row in rows})
-    overall = [("Mean over tasks", tasks)] if len(tasks) > 1 else []
-    plots = []
     by_task: dict[str, list[CellRow]] = {}
     for row in rows:
         by_task.setdefault(row.task_name, []).append(row)
-    single = [(task, [task]) for task in tasks] if len(tasks) <= MAX_TASK_FIGURES else []
-    for number, (title, task_group) in enumerate([*overall, *single]):
-        task_rows = rows if len(task_group) > 1 else by_task.get(task_group[0], [])
-        figure = figures.learning_rate_curves(summary, task_rows, task_group, shortened(title, 40))
+    groups: list[tuple[str, list[str], Rows]] = [("Mean over tasks", tasks, rows)] if len(tasks) > 1 else []
+    if len(tasks) <= MAX_TASK_FIGURES:
+        groups += [(task, [task], by_task.get(task, [])) for task in tasks]
+    plots = []
+    for number, (title, names, task_rows) in enumerate(groups):
+        figure = figures.learning_rate_curves(summary, task_rows, names, shortened(title, 40))
         if figure is not None:
             text = f"{title}: validation {summary.measure} versus learning rate, one line per method."
             plots.append(_svg(figure, f"rates-{number}", text))
@@ -429,26 +379,15 @@ def _selected_hyperparameters(summary: Summary, rows: Rows) -> list[dict[str, An
     finals: dict[tuple[str, str], CellRow] = {}
     for final in final_rows(rows):
         finals.setdefault((final.task_name, final.experiment_name), final)
+    pairs = [(task, method.name) for task in summary.tasks for method in summary.methods]
     lines = []
-    for task in summary.tasks:
-        for method in summary.methods:
-            row = finals.get((task, method.name))
-            if row is not None:
-                search = row.search or SearchChoice(lr_factor=None)
-                lines.append(
-                    {
-                        "task": task,
-                        "method": method.name,
-                        "factor": f"×{row.lr_factor:g}",
-                        "lr": plain_text(row.lr),
-                        "head_lr": plain_text(row.head_lr),
-                        "weight_decay": plain_text(row.weight_decay),
-                        "trials": len(search.trials),
-                        "edge": ", ".join(
-                            ["learning rate"] * search.lr_on_edge + ["weight decay"] * search.weight_decay_on_edge
-                        ),
-                    }
-                )
+    for task, method in (pair for pair in pairs if pair in finals):
+        row = finals[task, method]
+        search = row.search or SearchChoice(lr_factor=None)
+        edges = ["learning rate"] * search.lr_on_edge + ["weight decay"] * search.weight_decay_on_edge
+        rates = {name: plain_text(getattr(row, name)) for name in ("lr", "head_lr", "weight_decay")}
+        line = {"task": task, "method": method, "factor": f"×{row.lr_factor:g}", **rates}
+        lines.append({**line, "trials": len(search.trials), "edge": ", ".join(edges)})
     return lines
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import psutil
@@ -47,14 +47,7 @@ from snella_lab.provenance import git_state, package_info, system_info
 
 
 def count_changed_weights(run: Path) -> int | None:
-    """Merge a run's update into its backbone and count the changed weights outside the head.
-
-    Args:
-        run: Folder of a finished run.
-
-    Returns:
-        Number of changed weights; None for a method that cannot be merged.
-    """
+    """Merge a run's update and count the changed weights outside the head; None if the method cannot be merged."""
     loaded = load_run(run, device="cpu")
     head = spec_of(loaded.model).head
     try:
@@ -65,13 +58,7 @@ def count_changed_weights(run: Path) -> int | None:
 
 
 def count_differences(model: nn.Module, other: nn.Module, head: str) -> int:
-    """Count the weights that differ between two models of the same architecture.
-
-    Args:
-        model: First model.
-        other: Second model.
-        head: Name of the module to exclude.
-    """
+    """Count the weights that differ between two models of the same architecture, except in the module `head`."""
     values = dict(other.named_parameters())
     return sum(
         int((parameter != values[name]).sum())
@@ -84,14 +71,9 @@ _FOLDS = 5
 
 
 def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_size: int = 32) -> dict[str, Any]:
-    """Compare the linear-probe accuracy of adapted and frozen features on other data.
+    """Compare the linear-probe accuracy of adapted and frozen features on at most `images` images of other data.
 
-    Args:
-        run: Folder of a finished run.
-        data: Probe data, other than the run's.
-        images: Maximum number of probe images.
-        cache: Folder for the cached accuracy of frozen features, shared by all runs of a backbone.
-        batch_size: Batch size.
+    The accuracy of frozen features is cached in `cache`, which all runs of a backbone share.
 
     Returns:
         The `CellResults` fields `forgetting` (a fraction, negative if the adapted features are better),
@@ -192,13 +174,14 @@ def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str,
     }
 
 
-def read_results(run: RunFolder) -> CellResults:
+def read_results(folder: Path) -> CellResults:
     """Read the results of a finished run."""
-    metrics, data = read(Metrics, run.path), read(RunInfo, run.path).data
+    metrics, data, adapter = read(Metrics, folder), read(RunInfo, folder).data, RunFolder(folder).adapter
+    peft_config = adapter / "adapter_config.json"  # missing for methods outside PEFT
     best = next(row for row in metrics.history if row.epoch == metrics.adapter_epoch)
     epochs = sum(row.epoch > 0 for row in metrics.history)
     return CellResults(
-        peft_config=_adapter_config(run.adapter),
+        peft_config=json.loads(peft_config.read_text()) if peft_config.is_file() else None,
         num_trainable_params=metrics.trainable_parameters,
         adapted_weights=metrics.adapted_weights,
         kept_weights=best.budget,
@@ -229,20 +212,8 @@ def _scores(scores: SplitScores | None) -> dict[str, float | None]:
     return {name: getattr(scores, name, None) for name in names}
 
 
-def _adapter_config(adapter: Path) -> dict[str, Any] | None:
-    """Return the PEFT configuration of an adapter; None for methods outside PEFT."""
-    path = adapter / "adapter_config.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
 def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Path) -> CellRow | None:
-    """Copy a tuning run with the final run's settings, and evaluate it on the test images.
-
-    Args:
-        root: Folder of the comparison.
-        experiment: The experiment.
-        cell: The final cell.
-        folder: Folder of the final run; must not exist.
+    """Copy a tuning run with the final run's settings to `folder`, and evaluate it on the test images.
 
     Returns:
         Row of the tuning run; None if the run or its adapter is missing, or if it was trained with other settings or
@@ -268,17 +239,12 @@ def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Pa
 
 
 def drop_adapters(root: Path, experiment: Experiment, cell: Cell) -> None:
-    """Delete adapters of tuning runs that no final run can reuse.
+    """Delete adapters of tuning runs that no final run can reuse, after a cell of the same method, task and seed.
 
     The adapters of the best tuning runs are kept until the final run is finished.
-
-    Args:
-        root: Folder of the comparison.
-        experiment: The experiment.
-        cell: The cell that just finished; tuning runs of the same method, task and seed are affected.
     """
-    folder = replace(cell, is_final=False).folder(root).parent
-    rows = {path.parent: read_row(path.parent) for path in folder.glob(f"*_seed-{cell.seed}/{CellRow.file}")}
+    trials = replace(cell, is_final=False).folder(root).parent
+    rows = {path.parent: read_row(path.parent) for path in trials.glob(f"*_seed-{cell.seed}/{CellRow.file}")}
     ranks = {folder: tuning_result(row).rank for folder, row in rows.items() if row is not None}
     is_reusable = not cell.is_final and cell.seed < experiment.seeds
     for folder, rank in ranks.items():
@@ -292,15 +258,17 @@ _ERROR_LENGTH = 400
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of `run_cell`.
+    """Outcome of a cell: a row, an error, or neither if another process has claimed the cell.
 
     Args:
-        state: trained (by this call), finished (before this call) or claimed (by another process).
-        row: Row of the cell; None if claimed.
+        row: Row of the cell, which may record a failed training run.
+        is_local: False if another process stored the row.
+        error: Error outside training, e.g. a crash of the process.
     """
 
-    state: Literal["trained", "finished", "claimed"]
     row: CellRow | None = None
+    is_local: bool = True
+    error: str = ""
 
 
 def run_cell(
@@ -309,15 +277,8 @@ def run_cell(
     """Train a cell and store its row, unless it is finished or claimed by another process.
 
     An interrupted attempt resumes from its checkpoint; without one, its files are deleted first. A failed run is
-    stored as a row with its error.
-
-    Args:
-        root: Folder of the comparison.
-        experiment: The experiment.
-        cell: The cell.
-        is_dedicated: True if the process runs only this cell, so that its peak memory is that of the cell.
-        keep_checkpoints: Save a checkpoint after each epoch, for preemptible machines. SIGTERM and Ctrl-C always
-            save one.
+    stored as a row with its error. In a dedicated process, the peak memory is that of the cell. `keep_checkpoints`
+    saves a checkpoint after each epoch, for preemptible machines; SIGTERM and Ctrl-C always save one.
 
     Raises:
         TrainingInterrupted: On Ctrl-C; the lock of the cell is released.
@@ -326,18 +287,16 @@ def run_cell(
     folder = cell.folder(root)
     row = read_row(folder)
     if row is not None:
-        return Outcome("finished", row)
+        return Outcome(row, is_local=False)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
         row = read_row(folder)
-        if row is not None:
-            return Outcome("finished", row)
-        if not is_acquired:
-            return Outcome("claimed")
-        row = _row(root, experiment, cell, folder, is_dedicated, keep_checkpoints)
+        if row is not None or not is_acquired:
+            return Outcome(row, is_local=False)
+        row = _train_cell(root, experiment, cell, is_dedicated, keep_checkpoints)
         append_row(root, folder, row)
         drop_adapters(root, experiment, cell)
     remove_lock(root / LOCKS, cell.name)
-    return Outcome("trained", row)
+    return Outcome(row)
 
 
 def record_crash(
@@ -345,31 +304,22 @@ def record_crash(
 ) -> CellRow | None:
     """Store and return the row of a cell whose process crashed; None if another process has claimed it.
 
-    Args:
-        root: Folder of the comparison.
-        experiment: The experiment.
-        cell: The cell.
-        error: Reason for the crash.
-        ignores_lock: Store the row even if an unresponsive process holds the lock of the cell.
+    `ignores_lock` stores the row even if an unresponsive process holds the lock of the cell.
     """
     folder = cell.folder(root)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
         row = read_row(folder)
-        if row is None and not is_acquired and not ignores_lock:
-            return None
         if row is None:
-            row = _failed(row_header(cell, experiment, _now()), error, 0.0)
+            if not is_acquired and not ignores_lock:
+                return None
+            row = CellRow(**row_header(cell, experiment, _now()), status="failed", error=error, total_time=0.0)
             append_row(root, folder, row)
     remove_lock(root / LOCKS, cell.name)
     return row
 
 
 def _checkpoint_s(folder: Path, config: TrainConfig) -> float | None:
-    """Return the training time before the checkpoint of an interrupted attempt.
-
-    Returns:
-        Seconds; None without an intact checkpoint from the same settings and package versions.
-    """
+    """Return the training time before an intact checkpoint of the same settings and versions; None without one."""
     run = RunFolder(folder)
     checkpoint = latest_checkpoint(run.checkpoints)
     try:
@@ -382,13 +332,11 @@ def _checkpoint_s(folder: Path, config: TrainConfig) -> float | None:
         return None
 
 
-def _row(
-    root: Path, experiment: Experiment, cell: Cell, folder: Path, is_dedicated: bool, keep_checkpoints: bool
-) -> CellRow:
+def _train_cell(root: Path, experiment: Experiment, cell: Cell, is_dedicated: bool, keep_checkpoints: bool) -> CellRow:
     """Train and evaluate a cell, and return a row with its results or error."""
     start, before_mib = time.monotonic(), psutil.Process().memory_info().rss / 2**20
     created_at = _now()
-    log = root / LOGS / (cell.name.replace("/", "!") + ".txt")
+    folder, log = cell.folder(root), root / LOGS / (cell.name.replace("/", "!") + ".txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     config = cell.config(experiment, folder)
     earlier_s = _checkpoint_s(folder, config)
@@ -406,55 +354,32 @@ def _row(
                     keep_checkpoints=keep_checkpoints,
                     render_report=False,
                 )
-            run = RunFolder(folder)
-            results = read_results(run)
-            if cell.is_final and results.test[experiment.metric] is None:
-                raise ValueError(f"data {cell.data.data!r} must have a test split, got none")
-            results = replace(
-                results,
-                trained_as=None if trial is None else trial.cell,
-                changed_weights=count_changed_weights(run.path) if cell.is_final else None,
-                **_memory(run, trial, before_mib if is_dedicated else None),
-                **_forgetting(root, experiment, cell, run),
-            )
-            shutil.rmtree(run.checkpoints, ignore_errors=True)
+            results = read_results(folder)
+            if trial is not None and trial.results is not None:
+                memory = {name: getattr(trial.results, name) for name in ("peak_rss_mib", "training_mib")}
+                results = replace(results, trained_as=trial.cell, **memory)
+            elif is_dedicated:
+                peak_mib = read(Metrics, folder).peak_rss_mib
+                results = replace(results, peak_rss_mib=peak_mib, training_mib=round(peak_mib - before_mib, 1))
+            if cell.is_final:
+                if results.test[experiment.metric] is None:
+                    raise ValueError(f"data {cell.data.data!r} must have a test split, got none")
+                results = replace(results, changed_weights=count_changed_weights(folder))
+                if (probe := experiment.probe_data(cell.data)) is not None:
+                    forgetting = measure_forgetting(folder, probe, experiment.forgetting_images, root / "frozen")
+                    results = replace(results, **forgetting)
+            shutil.rmtree(RunFolder(folder).checkpoints, ignore_errors=True)
         except (KeyboardInterrupt, TrainingInterrupted):
             raise
         except Exception as error:
             traceback.print_exc(file=file)
             text = " ".join(str(error).split())  # the log contains the full text
             text = text if len(text) <= _ERROR_LENGTH else text[:_ERROR_LENGTH] + " …"
-            return _failed(head, f"{type(error).__name__}: {text}", time.monotonic() - start)
+            elapsed_s = round(time.monotonic() - start, 3)
+            return CellRow(**head, status="failed", error=f"{type(error).__name__}: {text}", total_time=elapsed_s)
     earlier_s = (earlier_s or 0.0) if trial is None else trial.total_time
     total = round(time.monotonic() - start + earlier_s, 3)
     return CellRow(**head, status="success", total_time=total, results=results)
-
-
-def _memory(run: RunFolder, trial: CellRow | None, before_mib: float | None) -> dict[str, Any]:
-    """Return the peak resident memory of the training process, with and without libraries.
-
-    Args:
-        run: The run.
-        trial: Row of the reused tuning run, if any.
-        before_mib: Resident memory before the run; None if the process also runs other cells.
-    """
-    if trial is not None and trial.results is not None:
-        return {"peak_rss_mib": trial.results.peak_rss_mib, "training_mib": trial.results.training_mib}
-    if before_mib is None:
-        return {}
-    peak = read(Metrics, run.path).peak_rss_mib
-    return {"peak_rss_mib": peak, "training_mib": round(peak - before_mib, 1)}
-
-
-def _forgetting(root: Path, experiment: Experiment, cell: Cell, run: RunFolder) -> dict[str, Any]:
-    """Return the forgetting fields of a final run; empty if forgetting is not measured."""
-    data = experiment.probe_data(cell.data) if cell.is_final else None
-    return {} if data is None else measure_forgetting(run.path, data, experiment.forgetting_images, root / "frozen")
-
-
-def _failed(head: dict[str, Any], error: str, elapsed_s: float) -> CellRow:
-    """Return the row of a failed run."""
-    return CellRow(**head, status="failed", error=error, total_time=round(elapsed_s, 3))
 
 
 def _now() -> str:

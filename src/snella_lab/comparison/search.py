@@ -87,21 +87,12 @@ class Choice:
             )
         factor = None if self.candidate is None else self.candidate.lr_factor
         return SearchChoice(
-            lr_factor=factor,
-            lr_on_edge=self.lr_on_edge,
-            weight_decay_on_edge=self.weight_decay_on_edge,
-            trials=trials,
+            lr_factor=factor, lr_on_edge=self.lr_on_edge, weight_decay_on_edge=self.weight_decay_on_edge, trials=trials
         )
 
 
 def next_tuning_runs(grid: Grid, default_weight_decay: float, results: Results) -> list[Candidate] | Choice:
-    """Return the candidates to train next, or the final choice.
-
-    Args:
-        grid: The grid; a single candidate needs no tuning run.
-        default_weight_decay: The method's default weight decay.
-        results: Results of tuning runs.
-    """
+    """Return the candidates to train next, or the final choice; a single candidate needs no tuning run."""
     factors = sorted(set(grid.lr_factors))
     if len(factors) == 1 and not {w for w in grid.weight_decays if w != default_weight_decay}:
         only = Candidate(factors[0])
@@ -144,15 +135,12 @@ def _missing(candidates: Sequence[Candidate], grid: Grid, results: Results) -> l
 
 def _best(candidates: Sequence[Candidate], results: Results) -> Candidate | None:
     """Return the candidate with the highest mean rank over seeds; the first one on ties, None if all failed."""
-    ranks = [(_mean_rank(results[c]), c) for c in candidates]
-    rank, best = max(ranks, key=lambda item: item[0])
-    return best if math.isfinite(rank[0]) else None
-
-
-def _mean_rank(results: Sequence[TuningResult]) -> tuple[float, float]:
-    """Return the means of accuracy and negative loss."""
-    accuracies, losses = zip(*(result.rank for result in results), strict=True)
-    return sum(accuracies) / len(results), sum(losses) / len(results)
+    ranks = {}
+    for candidate in candidates:
+        accuracies, losses = zip(*(result.rank for result in results[candidate]), strict=True)
+        ranks[candidate] = sum(accuracies) / len(accuracies), sum(losses) / len(losses)
+    best = max(ranks, key=ranks.__getitem__)
+    return best if math.isfinite(ranks[best][0]) else None
 
 
 def _extension(factors: Sequence[float], best: float) -> float | None:

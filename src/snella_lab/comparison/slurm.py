@@ -47,13 +47,9 @@ sbatch "$@" --dependency="afterany:${{job%%;*}}" {report}
 def write_slurm_scripts(root: Path, experiment: Experiment, execution: ExecutionConfig) -> Path:
     """Write `train.sh` (an array job), `report.sh` and `submit.sh`, and return the path of `submit.sh`.
 
-    Each array index trains one of the experiment's `units`, or several if there are more than `MAX_PARTS`.
-
-    Args:
-        root: Folder of the comparison, on a file system shared by all machines.
-        experiment: The experiment.
-        execution: `workers`, `threads` (1 if None) and `run_limit` per array index, and `emit_to`, the script folder
-            (`ROOT/slurm` if None).
+    Each array index trains one of the experiment's `units`, or several if there are more than `MAX_PARTS`. `workers`,
+    `threads` (1 if None) and `run_limit` of `execution` apply to an array index. All machines must share the file
+    system of `root`.
     """
     root = root.resolve()
     scripts = root / "slurm" if execution.emit_to is None else Path(execution.emit_to).resolve()

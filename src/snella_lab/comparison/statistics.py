@@ -103,15 +103,7 @@ def mean_over_groups(rows: Rows, method: str, groups: Mapping[str, Sequence[str]
 def difference(rows: Rows, method: str, reference: str, tasks: Sequence[str], metric: str) -> Difference | None:
     """Compute the difference from the reference, paired by task and seed, with its Student's t interval.
 
-    Args:
-        rows: Final rows.
-        method: Method label.
-        reference: Label of the reference method.
-        tasks: Tasks to include.
-        metric: Row column.
-
-    Returns:
-        The uncorrected difference (see `with_holm`); None without pairs.
+    The difference is uncorrected (see `with_holm`); None without pairs.
     """
     pairs = [values for values in _paired(rows, method, reference, tasks, metric) if values]
     return difference_of(pairs) if pairs else None

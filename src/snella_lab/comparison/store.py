@@ -40,7 +40,7 @@ def cell_lock(folder: Path, name: str, timeout_s: float = _WAIT_S) -> Iterator[b
     Args:
         folder: Folder of all locks; created if missing.
         name: Unique cell name; slashes are replaced.
-        timeout_s: Maximum waiting time.
+        timeout_s: Maximum waiting time; -1 waits until the lock is free.
 
     Yields:
         True if acquired, False if another process holds the lock.
@@ -80,19 +80,15 @@ def _lock_file(folder: Path, name: str) -> Path:
 
 
 def append_row(root: Path, folder: Path, row: CellRow) -> None:
-    """Store the row of a cell in its folder and append it to the results file.
-
-    Args:
-        root: Folder of the comparison.
-        folder: Folder of the cell; created if missing.
-        row: Row of the cell.
-    """
+    """Store the row of a cell in its folder, created if missing, and append it to the results file."""
     folder.mkdir(parents=True, exist_ok=True)
     write(row, folder)
     path = root / FILE
     line = json.dumps(sealed(plain(row)), allow_nan=False) + "\n"
-    if path.is_file() and path.stat().st_size and not _ends_with_newline(path):
-        line = "\n" + line
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line  # ends a truncated line
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line.encode())
@@ -115,13 +111,7 @@ def read_lines(path: Path) -> tuple[dict[str, CellRow], list[str]]:
 
 @dataclass(frozen=True)
 class _Line:
-    """A valid line of the results file.
-
-    Args:
-        start: Offset in the file in bytes.
-        size: Number of bytes.
-        row: The row.
-    """
+    """A valid line of the results file: its offset and size in bytes, and its row."""
 
     start: int
     size: int
@@ -134,15 +124,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _read_lines(file: BinaryIO, path: Path, is_brief: bool = False) -> tuple[dict[str, _Line], list[str]]:
-    """Read the last valid line of each cell; also return notes about invalid lines.
-
-    Offsets refer to `file`, even if another process replaces `path` in the meantime.
-
-    Args:
-        file: Open results file.
-        path: Path of the file, for notes.
-        is_brief: Omit `train_config`, which takes most of a row's memory.
-    """
+    """Read the last valid line of each cell, without `train_config` if brief, and notes about invalid lines."""
     lines: dict[str, _Line] = {}
     notes: list[str] = []
     pool: dict[str, Any] = {}
@@ -163,16 +145,10 @@ def _read_lines(file: BinaryIO, path: Path, is_brief: bool = False) -> tuple[dic
 
 
 def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
-    """Read all rows and repair damaged files.
+    """Read all rows and repair damaged files; return the rows by cell name, without `train_config`, and notes.
 
     A valid line takes precedence over the `cell.json` of its cell. The results file is rewritten if rows are missing,
     duplicated or damaged; a `cell.json` that differs from its line is rewritten.
-
-    Args:
-        root: Folder of the comparison.
-
-    Returns:
-        Rows by cell name, without `train_config`, and notes about repairs.
     """
     path = root / FILE
     with _open(path) as file:
@@ -199,7 +175,8 @@ def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
                 rows[name], restored[name] = replace(row, train_config={}), columns
         if notes and restored:
             notes.append(f"{len(restored)} rows restored from cell folders")
-        if rows and (notes or restored or _line_count(path) != len(rows)):
+        line_count = path.read_bytes().count(b"\n") if path.is_file() else 0
+        if rows and (notes or restored or line_count != len(rows)):
             with cell_lock(root / LOCKS, FILE) as is_acquired:
                 if is_acquired:  # otherwise another process is writing it
                     with _open(path) as current:  # includes rows added by other processes
@@ -233,13 +210,7 @@ def read_part(root: Path, pairs: Iterable[tuple[DataEntry, MethodEntry]]) -> dic
 
 
 def drop_failed(root: Path) -> list[str]:
-    """Remove the rows of failed cells, so that the cells are trained again.
-
-    Args:
-        root: Folder of the comparison.
-
-    Returns:
-        Names of the failed cells.
+    """Remove the rows of failed cells, so that the cells are trained again; return their names.
 
     Raises:
         TimeoutError: If another process is writing the results file.
@@ -278,14 +249,7 @@ def _parsed(text: str) -> dict[str, Any] | None:
 
 
 def _checked(columns: dict[str, Any] | None, pool: dict[str, Any]) -> tuple[CellRow | None, str | None]:
-    """Convert parsed columns to a row; otherwise return None and an error message that follows a file name.
-
-    The cell name becomes a path below the comparison's folder and must not escape it.
-
-    Args:
-        columns: Parsed columns; None for text that is not a row.
-        pool: Values of earlier rows, shared by rows with equal values.
-    """
+    """Convert parsed columns to a row, or return an error; `pool` contains values shared with earlier rows."""
     if columns is None:
         return None, "is not a comparison row"
     name = columns["cell"]
@@ -321,15 +285,3 @@ def _shared(row: CellRow, pool: dict[str, Any]) -> CellRow:
 def _text(path: Path) -> str:
     """Return the text of a file; empty if missing."""
     return path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
-
-
-def _line_count(path: Path) -> int:
-    """Return the number of lines in a file."""
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
-
-
-def _ends_with_newline(path: Path) -> bool:
-    """Return True if a nonempty file ends with a newline."""
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"

@@ -1,17 +1,15 @@
 """Result tables of a comparison for the report and the terminal."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from snella_app.console import counted, make_table, print_line
 from snella_app.records import CellRow
 from snella_app.text import bytes_text, count_text, percent_text, points_text, seconds_text
-from snella_lab.comparison.experiment import Experiment
+from snella_lab.comparison.experiment import OVER_GROUPS, OVER_TASKS, Experiment
 from snella_lab.comparison.statistics import (
     LEVEL,
     MIN_UNITS,
@@ -101,6 +99,15 @@ class Summary:
         """Mean of the main metric over tasks, by method; methods without results are omitted."""
         return {m.name: value for m in self.methods if (value := m.over_tasks[self.column]) is not None}
 
+    def scores(self, metric: str) -> dict[str, list[Spread | None]]:
+        """Return the scores of all methods by column: the tasks, then the means over tasks and groups."""
+        columns = {task: [method.per_task[metric][task] for method in self.methods] for task in self.tasks}
+        if len(self.tasks) > 1:
+            columns[OVER_TASKS] = [method.over_tasks[metric] for method in self.methods]
+        if self.has_groups:
+            columns[OVER_GROUPS] = [method.over_groups[metric] for method in self.methods]
+        return columns
+
     @property
     def recommendation(self) -> tuple[str, str]:
         """Recommended method and the reason as a sentence; requires results."""
@@ -108,12 +115,7 @@ class Summary:
 
 
 def summarize(experiment: Experiment, rows: Rows) -> Summary:
-    """Compute the results of all methods.
-
-    Args:
-        experiment: The experiment, for order, groups and reference.
-        rows: All rows; methods and tasks outside the experiment are ignored.
-    """
+    """Compute the results of all methods; rows of methods and tasks outside the experiment are ignored."""
     names, task_names = [m.name for m in experiment.methods], {d.name for d in experiment.data}
     rows = [row for row in rows if row.experiment_name in names and row.task_name in task_names]
     finals = final_rows(rows)
@@ -277,10 +279,7 @@ def recommend(
 ) -> tuple[str, str]:
     """Return the recommended method and the reason as a sentence; see `recommendation_text`.
 
-    Args:
-        means: Mean of the metric over seeds, by method.
-        costs: `accelerator_memory_max`, `training_mib` and `train_time` by method.
-        measure: Title of the metric.
+    `means` are over seeds; `costs` contain `accelerator_memory_max`, `training_mib` and `train_time`.
     """
     best = max(means, key=lambda name: means[name].mean)
     top = means[best]
@@ -329,15 +328,16 @@ def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
     memory, mib = costs.get("accelerator_memory_max"), costs.get("training_mib")
     if not memory:
         memory = None if mib is None else mib * 2**20
-    return {
-        "trainable": _text(costs.get("num_trainable_params"), lambda v: count_text(round(v))),
-        "changed": _text(costs.get("changed_weights"), lambda v: count_text(round(v))),
-        "file": _text(costs.get("file_size"), bytes_text),
-        "step": _text(costs.get("step_time"), lambda v: f"{1000 * v:.1f} ms"),
-        "time": _text(costs.get("train_time"), seconds_text),
-        "memory": _text(memory, bytes_text),
-        "forgetting": _text(costs.get("forgetting"), points_text),
+    formats: dict[str, tuple[float | None, Callable[[float], str]]] = {
+        "trainable": (costs.get("num_trainable_params"), lambda value: count_text(round(value))),
+        "changed": (costs.get("changed_weights"), lambda value: count_text(round(value))),
+        "file": (costs.get("file_size"), bytes_text),
+        "step": (costs.get("step_time"), lambda value: f"{1000 * value:.1f} ms"),
+        "time": (costs.get("train_time"), seconds_text),
+        "memory": (memory, bytes_text),
+        "forgetting": (costs.get("forgetting"), points_text),
     }
+    return {name: "–" if value is None else form(value) for name, (value, form) in formats.items()}
 
 
 def caption(summary: Summary) -> str:
@@ -368,7 +368,8 @@ def print_summary(console: Console, summary: Summary) -> None:
         print_line(console, "no final run is finished yet")
         return
     for metric, title in summary.metrics.items():
-        console.print(_table(summary, metric, title))
+        headings, *lines = table_cells(summary, metric, with_costs=metric == summary.column)
+        console.print(make_table(headings, lines, title=f"test {title}"))
     print_line(console, outcome_text(summary))
     print_line(console, recommendation_text(summary))
     print_line(console, caption(summary))
@@ -383,26 +384,11 @@ def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list
     texts = [cost_texts(method.costs) for method in summary.methods]
     names = ("trainable", "changed", "file", "step", "memory", "forgetting") if with_costs else ()
     costs = [name for name in names if any(line[name] != "–" for line in texts)]
-    headings = ["method", *summary.tasks, *(["mean over tasks"] if len(summary.tasks) > 1 else [])]
-    headings += ["mean over groups"] if summary.has_groups else []
-    lines = [[*headings, f"difference from {summary.reference}", "p", "above", *costs]]
-    for method in summary.methods:
-        cells = [spread_text(method.per_task[metric][task]) for task in summary.tasks]
-        cells += [spread_text(method.over_tasks[metric])] if len(summary.tasks) > 1 else []
-        cells += [spread_text(method.over_groups[metric])] if summary.has_groups else []
+    scores = summary.scores(metric)
+    lines = [["method", *scores, f"difference from {summary.reference}", "p", "above", *costs]]
+    for number, method in enumerate(summary.methods):
+        cells = [spread_text(column[number]) for column in scores.values()]
         cells += [difference_text(method.to_reference[metric], len(summary.tasks))]
         cells += significance_texts(method.to_reference[metric])
-        cells += [cost_texts(method.costs)[key] for key in costs]
-        lines.append([method.name, *cells])
+        lines.append([method.name, *cells, *(texts[number][key] for key in costs)])
     return lines
-
-
-def _table(summary: Summary, metric: str, title: str) -> Table:
-    """Return the console table."""
-    headings, *lines = table_cells(summary, metric, with_costs=metric == summary.column)
-    return make_table(headings, lines, title=f"test {title}")
-
-
-def _text(value: float | None, format_number: Any) -> str:
-    """Format a number; None becomes a dash."""
-    return "–" if value is None else str(format_number(value))

@@ -25,14 +25,7 @@ from snella_app.training.cost_model import (
     count_step,
     count_trainable,
 )
-from snella_app.training.machines import (
-    GPUS,
-    Rates,
-    gpu_rates,
-    predict_on_gpu,
-    ratio_range,
-    shape_of_backbone,
-)
+from snella_app.training.machines import GPUS, Rates, gpu_rates, predict_on_gpu, ratio_range, shape_of_backbone
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "benchmarks"

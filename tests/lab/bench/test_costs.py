@@ -131,7 +131,7 @@ def test_checkpointing_saves_block_inputs_and_one_block():
 
 
 def test_constants_are_fitted_through_two_rows():
-    from row_speed import row_speed
+    from estimates import row_speed
 
     rows = [make_row(4, 1.0 + 4 * 0.5, 0.4 + 4 * 0.1), make_row(16, 1.0 + 16 * 0.5, 0.4 + 16 * 0.1)]
     speed = row_speed(rows, make_counted_step())
@@ -141,7 +141,7 @@ def test_constants_are_fitted_through_two_rows():
 
 
 def test_newest_row_with_enough_rounds_is_used():
-    from row_speed import row_speed
+    from estimates import row_speed
 
     rows = [make_row(4, 9.0, 3.0), make_row(16, 9.0, 3.0), make_row(4, 3.0, 1.0), make_row(4, 8.0, 2.0, rounds=2)]
     rows += [
@@ -153,7 +153,7 @@ def test_newest_row_with_enough_rounds_is_used():
 
 
 def test_missing_or_inconsistent_rows_are_rejected():
-    from row_speed import row_speed
+    from estimates import row_speed
 
     with pytest.raises(ValueError, match=r"at batch 4 and 16, got none at 16; run: python benchmarks/step_time.py"):
         row_speed([make_row(4, 3.0, 1.0), make_row(16, 9.0, 3.0, rounds=2)], make_counted_step())
@@ -166,8 +166,7 @@ def test_missing_or_inconsistent_rows_are_rejected():
 
 
 def test_seconds_include_passes_flop_and_recomputation():
-    from row_speed import Line, RowSpeed
-    from workloads import Workload, seconds
+    from estimates import Line, RowSpeed, Workload, seconds
 
     speed = RowSpeed(step=Line(0.1, 0.001), forward=Line(0.01, 0.002), device="cpu")
     step, work = (
@@ -180,7 +179,7 @@ def test_seconds_include_passes_flop_and_recomputation():
 
 
 def test_workload_of_an_experiment_matches_its_file():
-    from workloads import Workload, final_run, one_method
+    from estimates import Workload, final_run, one_method
 
     vtab = read_experiment("table1-vtab")
     assert final_run(vtab) == Workload(19 * 100 * 32, 19 * 100_000, 387_904)
@@ -218,7 +217,7 @@ def test_only_the_cost_of_an_experiment_is_replaced(before, indent, after):
 
 
 def test_numbers_have_two_digits_and_readable_units():
-    from cost_text import flop_text, memory_text, time_text
+    from estimates import flop_text, memory_text, time_text
 
     texts = [time_text(s) for s in (8.04, 660, 3600 * 22.2, 86400 * 2.84, 86400 * 93.4, 86400 * 289, 86400 * 840)]
     assert texts == ["8.0 s", "11 min", "22 hours", "2.8 days", "93 days", "290 days", "2.3 years"]
@@ -227,8 +226,7 @@ def test_numbers_have_two_digits_and_readable_units():
 
 
 def test_notes_mention_missing_gpu_rows_only_if_missing():
-    from cost_text import notes_text
-    from row_speed import has_gpu_rows, row_speed
+    from estimates import has_gpu_rows, notes_text, row_speed
 
     rows = read_rows(ROWS)
     speed = row_speed([make_row(4, 3.0, 1.0), make_row(16, 9.0, 3.0)], make_counted_step())

@@ -24,12 +24,13 @@ def _scripts(monkeypatch):
 def suite():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
-        from suite_table import defaults_rows, leads, read_suite, untuned_rows
+        from suite_table import UNTUNED, defaults_rows, leads, read_suite
+        from twin_tables import read_cells
 
         experiment, rows = read_suite()
         names, tasks = [m.name for m in experiment.methods], [d.name for d in experiment.data]
         fewer = [task for task in tasks if task != "mri-regions"]
-        untuned = defaults_rows(rows, untuned_rows())
+        untuned = defaults_rows(rows, read_cells(UNTUNED))
         return {
             "all": {leader: leads(rows, leader, names, tasks) for leader in ("snella-matched-8", "snella-8")},
             "without": {leader: leads(rows, leader, names, fewer) for leader in ("snella-matched-8", "snella-8")},
@@ -163,12 +164,12 @@ def test_twins_have_six_tasks_five_seeds_tuned_learning_rates_and_both_scalings(
 
 def test_twin_tables_of_a_tiny_run_cover_all_tables(tmp_path):
     """Use one of the six files, a few images and random weights."""
-    from twin_tables import read_folder, twin_tables
+    from twin_tables import read_cells, twin_tables
 
     from snella_lab.comparison.compare import compare
 
     with pytest.raises(FileNotFoundError, match=r"contains no results\.jsonl; run: make twins"):
-        read_folder(tmp_path)
+        read_cells(tmp_path / "results.jsonl")
     overrides = {"methods": ["klora-8", "within-layers-scaling-1", "klora-8-scaling-1"], "data": ["digits"], "seeds": 1}
     values = read_experiment("twin-table9", overrides).as_dict()
     values["data"] = [{"data": "digits", "group": "glyphs"}]
@@ -179,7 +180,7 @@ def test_twin_tables_of_a_tiny_run_cover_all_tables(tmp_path):
     sizes = {"train_size": 20, "val_size": 20, "test_size": 20, "epochs": 1, "batch_size": 10, "img_size": 32}
     values["train"] = {**values["train"], **sizes, "pretrained": False, "device": "cpu"}
     compare(Experiment.from_dict(values), tmp_path / "twins", ExecutionConfig(workers=0))
-    rows = read_folder(tmp_path / "twins")
+    rows = read_cells(tmp_path / "twins" / "results.jsonl")
     assert {row.experiment_name for row in rows if row.status == "success"} == set(overrides["methods"])
     tables = twin_tables(rows)
     assert [f"**Table {name}**" in tables for name in ("VII", "VIII", "IX", "X", "XI", "XII")] == [True] * 6

@@ -17,31 +17,20 @@ from snella_app.training.session import TrainingInterrupted
 from snella_lab.comparison.cells import Cell
 from snella_lab.comparison.compare import CellsFailedError, _RunLimit, compare
 from snella_lab.comparison.executors import Finished, InThisProcess, _gpu_share
+from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
 from snella_lab.comparison.run_cell import Outcome, record_crash, run_cell
 from snella_lab.comparison.search import Candidate
 from snella_lab.comparison.store import append_row, cell_lock, is_locked, read_row
 
-from .conftest import rows_of
+from .conftest import TINY, rows_of
 
 
 @pytest.fixture(scope="module")
 def experiment():
-    from snella_lab.comparison.experiment import Experiment
-
-    values = {
-        "methods": ["linear", "lora-2"],
-        "data": ["digits"],
-        "backbone": "test_vit",
-        "seeds": 1,
-        "grid": {"lr_factors": [0.3, 1.0], "weight_decays": [], "max_extensions": 0},
-        "forgetting": ["mnist5k"],
-        "forgetting_images": 60,
-        "train": {"pretrained": False, "img_size": 32, "epochs": 1, "batch_size": 20, "device": "cpu"},
-    }
-    values["train"] |= {"train_size": 40, "val_size": 20, "test_size": 30, "augment": "none"}
-    return Experiment.from_dict(values)
+    train = {**TINY["train"], "augment": "none"}
+    return Experiment.from_dict({**TINY, "forgetting": ["mnist5k"], "forgetting_images": 60, "train": train})
 
 
 @pytest.fixture(scope="module")
@@ -450,7 +439,7 @@ class HangingExecutor:
             return
         row = self.make_row(self.experiment, cell.data.name, cell.method.name, cell.seed)
         append_row(self.root, cell.folder(self.root), row)
-        self.ended.append(Finished(cell, Outcome("trained", row)))
+        self.ended.append(Finished(cell, Outcome(row)))
 
     def wait(self, timeout_s):
         time.sleep(0.05)
@@ -484,7 +473,7 @@ def test_run_limit_excludes_the_time_of_an_earlier_attempt(tiny, tmp_path, make_
     with cell_lock(tmp_path / "locks", cell.name):
         assert not limit.stop_overdue([cell], [])
         now[0] += 11.0
-        assert not limit.stop_overdue([cell], [Finished(cell, None, "claimed by another process")])
+        assert not limit.stop_overdue([cell], [Finished(cell, Outcome())])
         assert not limit.stop_overdue([cell], []) and not executor.stopped
         now[0] += 11.0
         (overdue,) = limit.stop_overdue([cell], [])

@@ -121,10 +121,7 @@ def test_ray_trains_cells_on_a_local_cluster(tiny, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     experiment, output = tiny(methods=["linear", "bias"], grid={"lr_factors": [1.0]}), io.StringIO()
     compare(
-        experiment,
-        tmp_path / "c",
-        ExecutionConfig(workers=2, threads=1, ray=True),
-        Console(file=output, width=200),
+        experiment, tmp_path / "c", ExecutionConfig(workers=2, threads=1, ray=True), Console(file=output, width=200)
     )
     assert not ray.is_initialized()
     rows = rows_of(tmp_path / "c")
@@ -162,11 +159,11 @@ def on_ray(monkeypatch, root, work, *, device="cpu", slots=None, gpus=None):
 
 
 def finish(executor, count, limit_s=200):
-    """Wait for `count` finished cells or the time limit; return outcome and error by cell name."""
+    """Wait for `count` finished cells or the time limit; return the outcomes by cell name."""
     ended, end = [], time.monotonic() + limit_s
     while len(ended) < count and time.monotonic() < end:
         ended += executor.wait(1.0)
-    return {finished.cell.name: (finished.outcome, finished.error) for finished in ended}
+    return {finished.cell.name: finished.outcome for finished in ended}
 
 
 def cells(*names):
@@ -189,9 +186,13 @@ def test_ray_restarts_cells_of_killed_workers_up_to_a_limit(cluster, tmp_path, m
         for cell in cells("once", "never"):
             executor.start(cell)
         ended = finish(executor, 2)
-    assert ended["once"] == ("trained", "") and (tmp_path / "once").read_text() == "xx"
-    outcome, error = ended["never"]
-    assert outcome is None and error.endswith("(after 2 restarts)") and (tmp_path / "never").read_text() == "xxx"
+    assert ended["once"] == "trained" and (tmp_path / "once").read_text() == "xx"
+    outcome = ended["never"]
+    assert (
+        outcome.row is None
+        and outcome.error.endswith("(after 2 restarts)")
+        and (tmp_path / "never").read_text() == "xxx"
+    )
 
 
 def test_ray_stops_a_hanging_cell_and_the_others_continue(cluster, tmp_path, monkeypatch):
@@ -211,7 +212,7 @@ def test_ray_stops_a_hanging_cell_and_the_others_continue(cluster, tmp_path, mon
         executor.start(other)
         assert finish(executor, 1, limit_s=3) == {}
         executor.stop(hangs)
-        assert finish(executor, 1) == {"other": ("trained", "")}
+        assert finish(executor, 1) == {"other": "trained"}
 
 
 def test_ray_uses_an_existing_cluster_and_machines_added_later(cluster, tmp_path, monkeypatch):
@@ -259,7 +260,7 @@ def test_ray_shares_a_gpu_among_cells(tmp_path, monkeypatch):
             assert executor.slots == 2
             for cell in cells("a", "b"):
                 executor.start(cell)
-            assert finish(executor, 2) == {"a": ([0], ""), "b": ([0], "")}
+            assert finish(executor, 2) == {"a": [0], "b": [0]}
         with on_ray(monkeypatch, tmp_path, work, device="cuda", slots=3) as executor:
             assert executor.slots == 3
         with on_ray(monkeypatch, tmp_path, work, device="cpu") as executor:

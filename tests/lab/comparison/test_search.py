@@ -105,13 +105,11 @@ def test_choice_records_every_tuning_run():
 
 def test_factor_scales_the_head_only_if_nothing_else_is_trained(tiny):
     experiment = tiny(methods=["linear", "mlp-3", "lora-2", {"name": "custom", "method": "lora-2", "lr": 0.5}])
-    rates = {m.name: tuned_settings(experiment, experiment.data[0], m, Candidate(3.0, 0.2)) for m in experiment.methods}
+    configs = {method.name: experiment.config(method, experiment.data[0]) for method in experiment.methods}
+    rates = {name: tuned_settings(config, Candidate(3.0, 0.2)) for name, config in configs.items()}
     assert rates["linear"]["head_lr"] == 0.009 and rates["lora-2"] == {"lr": 3e-3, "head_lr": 1e-3, "weight_decay": 0.2}
     assert rates["custom"]["lr"] == 1.5
-    assert (
-        rates["mlp-3"]["head_lr"]
-        > tuned_settings(experiment, experiment.data[0], experiment.methods[1], Candidate())["lr"]
-    )
+    assert rates["mlp-3"]["head_lr"] > tuned_settings(configs["mlp-3"], Candidate())["lr"]
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp-3"])

@@ -33,7 +33,7 @@ def cells_of(plan):
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
 def test_parts_without_a_search_partition_the_cells(tiny, count):
     experiment = tiny(methods=["linear", "bias"], data=["digits", "mnist5k"], seeds=2, grid={"lr_factors": [1.0]})
-    parts = [cells_of(Plan(experiment, {}, (number, count))) for number in range(count)]
+    parts = [cells_of(Plan(experiment, {}, units(experiment)[number::count])) for number in range(count)]
     assert len(units(experiment)) == 8
     assert sorted(name for part in parts for name in part) == sorted(cells_of(Plan(experiment, {})))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -45,7 +45,7 @@ def test_search_stays_in_one_part(tiny, make_row):
         ("digits", "linear", (0, 1, 2)),
         ("digits", "bias", (0, 1, 2)),
     ]
-    plan = Plan(experiment, {}, (1, 2))
+    plan = Plan(experiment, {}, units(experiment)[1::2])
     assert {cell.method.name for cell in plan.ready()} == {"bias"} and plan.left == 5
     row = make_row(experiment, "digits", "linear", 0)
     plan.record(row)
