@@ -48,6 +48,7 @@ class Config:
     Attributes:
         flat_names: Flat names that differ from the field name, by field.
         order: Flat names that come first in help and files, in this order.
+        positional: Flat names of positional arguments on the command line.
         minimums: Minimum value by field.
         nonnegative: Fields that are finite and at least 0.
         fractions: Fields in [0, 1).
@@ -55,6 +56,7 @@ class Config:
 
     flat_names: ClassVar[Mapping[str, str]] = {}
     order: ClassVar[tuple[str, ...]] = ()
+    positional: ClassVar[tuple[str, ...]] = ()
     minimums: ClassVar[Mapping[str, int]] = {}
     nonnegative: ClassVar[tuple[str, ...]] = ()
     fractions: ClassVar[tuple[str, ...]] = ()

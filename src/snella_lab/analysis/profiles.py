@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from snella_app.report.style import GRID, INK, MUTED, add_legend, new_figure, shortened, style_of
+from snella_app.report.style import DASHED, GRID, INK, MUTED, add_legend, new_figure, shortened, style_of
 from snella_app.runs.model import load_run
 from snella_lab.analysis.plot import Plot, Row, grouped, run_labels
 from snella_lab.comparison.experiment import FILE as EXPERIMENT_FILE
@@ -256,15 +256,11 @@ def _draw_memory(rows: Sequence[Row]) -> Figure:
     figure, axes = new_figure(640, 380, f"Live tensors during training, batch size {rows[0]['batch_size']}")
     handles, runs = [], grouped(rows, "run")
     for number, points in enumerate(runs.values()):
-        handles += axes.plot(
-            [row["position"] for row in points],
-            [row["mib"] for row in points],
-            color=style_of(number)[0],
-            linewidth=1.8,
-        )
+        positions, sizes = [row["position"] for row in points], [row["mib"] for row in points]
+        handles += axes.plot(positions, sizes, color=style_of(number)[0], linewidth=1.8)
     last = math.ceil(max(row["position"] for row in rows))
     for position in range(0, last + 1, len(_PHASES)):
-        axes.axvline(position, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(position, color=MUTED, linewidth=1, linestyle=DASHED)
     axes.set_xticks([position + 0.5 for position in range(last)], [_PHASES[position % 3] for position in range(last)])
     axes.tick_params(axis="x", length=0)
     axes.grid(False, axis="x")

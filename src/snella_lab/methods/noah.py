@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number
-from snella_app.methods.model_parts import attach, restoring, token_blocks, width_of_block
+from snella_app.methods.model_parts import attach, token_blocks, width_of_block
 from snella_app.methods.partial import train_head
 from snella_lab.methods.adapter import Adapter, apply_adapter
 from snella_lab.methods.calibration import SelectionData, selection_data
@@ -352,11 +352,10 @@ def _apply(model: nn.Module, head: str, subnet: Subnet) -> nn.Module:
 
 def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Rebuild the subnet; the shapes of the stored tensors determine its sizes."""
-    with restoring(model):
-        names = [name for name, _, _ in qkv_layers(model, head)]
-        parts = ("prompts.tokens", "attn.qkv.low_rank.A", "mlp.adapter.down.weight")
-        sizes = [tuple(len(tensors.get(f"{name}.{part}", ())) for name in names) for part in parts]
-        return _apply(model, head, Subnet(*sizes))
+    names = [name for name, _, _ in qkv_layers(model, head)]
+    parts = ("prompts.tokens", "attn.qkv.low_rank.A", "mlp.adapter.down.weight")
+    sizes = [tuple(len(tensors.get(f"{name}.{part}", ())) for name in names) for part in parts]
+    return _apply(model, head, Subnet(*sizes))
 
 
 def _list_of_sizes(sizes: Any) -> str | None:

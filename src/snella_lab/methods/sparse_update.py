@@ -14,7 +14,7 @@ from snella.config import SnellaConfig
 from snella.initialization import init_factors
 from snella.update import Conv2dOp, Factors, LayerOp, LinearOp, UpdateSpec, without_view
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number, one_of
-from snella_app.methods.model_parts import is_inside, restoring
+from snella_app.methods.model_parts import is_inside
 from snella_app.methods.partial import train_head
 from snella_lab.methods.calibration import Loss, SelectionData, loss_of, selection_data, summed_gradients
 
@@ -460,9 +460,8 @@ def _apply(model: nn.Module, head: str, selected: Mapping[str, Tensor]) -> nn.Mo
 
 def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Rebuild the modules from the stored positions."""
-    with restoring(model):
-        stored = {key.removesuffix(".indices"): value for key, value in tensors.items() if key.endswith(".indices")}
-        return _apply(model, head, stored)
+    stored = {key.removesuffix(".indices"): value for key, value in tensors.items() if key.endswith(".indices")}
+    return _apply(model, head, stored)
 
 
 GPS = Method(

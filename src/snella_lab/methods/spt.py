@@ -20,7 +20,7 @@ from snella.config import SnellaConfig
 from snella.targets import count_rows
 from snella.update import LinearOp
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number
-from snella_app.methods.model_parts import adaptable_layers, is_inside, restoring
+from snella_app.methods.model_parts import adaptable_layers, is_inside
 from snella_app.methods.partial import train_head
 from snella_lab.methods.adapter import Adapter
 from snella_lab.methods.calibration import SelectionData, loss_of, rank_entries, selection_data, squared_gradients
@@ -317,9 +317,8 @@ def restore_selection(
         elif not base_name.endswith(".values") and not is_inside(base_name, head):
             dense.append(base_name)
     groups = {name: tuple(sorted(numbers)) for name, numbers in structured.items()}
-    with restoring(model):
-        selection = SptSelection(entries, groups, tuple(dense))
-        return apply_selection(model, head, selection, options.get("r", 8), structure)
+    selection = SptSelection(entries, groups, tuple(dense))
+    return apply_selection(model, head, selection, options.get("r", 8), structure)
 
 
 def merge_selection(model: nn.Module) -> nn.Module:
@@ -497,9 +496,8 @@ def _apply_mask(model: nn.Module, head: str, options: Options, selected: Mapping
 
 def _restore_mask(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Rebuild the structure from the stored positions."""
-    with restoring(model):
-        stored = {key.removesuffix(".indices"): value for key, value in tensors.items() if key.endswith(".indices")}
-        return _apply_mask(model, head, options, stored)
+    stored = {key.removesuffix(".indices"): value for key, value in tensors.items() if key.endswith(".indices")}
+    return _apply_mask(model, head, options, stored)
 
 
 def _mask_optimizer(

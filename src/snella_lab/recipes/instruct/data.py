@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from snella_app.text import listed, similar_paths
 
@@ -166,6 +167,12 @@ class Template:
         return before.replace("{input}", entry.input) + entry.instruction + after.replace("{input}", entry.input)
 
 
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Tokenize a prompt without an end token."""
+    ids = list(tokenizer(prompt).input_ids)
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
 def encode(tokenizer: Any, prompt: str, response: str, max_length: int, *, learn_prompt: bool) -> dict[str, list[int]]:
     """Tokenize prompt, response and end token, and create the labels.
 
@@ -179,9 +186,7 @@ def encode(tokenizer: Any, prompt: str, response: str, max_length: int, *, learn
     Returns:
         `input_ids` and `labels`.
     """
-    prompt_ids = list(tokenizer(prompt).input_ids)
-    if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
-        prompt_ids.pop()
+    prompt_ids = encode_prompt(tokenizer, prompt)
     response_ids = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     ids = [*prompt_ids, *response_ids][:max_length]
     labels = ids if learn_prompt else [*[IGNORED] * len(prompt_ids), *response_ids][:max_length]
@@ -190,19 +195,20 @@ def encode(tokenizer: Any, prompt: str, response: str, max_length: int, *, learn
 
 def pad_right(items: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, Tensor]:
     """Collate a training batch, padded on the right."""
-    length = max(len(item["input_ids"]) for item in items)
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for item in items:
-        missing = length - len(item["input_ids"])
-        rows["input_ids"].append([*item["input_ids"], *[pad_id] * missing])
-        rows["attention_mask"].append([*[1] * len(item["input_ids"]), *[0] * missing])
-        rows["labels"].append([*item["labels"], *[IGNORED] * missing])
-    return {name: torch.tensor(values) for name, values in rows.items()}
+    ids = [torch.tensor(item["input_ids"]) for item in items]
+    labels = [torch.tensor(item["labels"]) for item in items]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
 
 
 def pad_left(prompts: Sequence[list[int]], pad_id: int) -> dict[str, Tensor]:
     """Collate prompts for generation, padded on the left."""
-    length = max(map(len, prompts))
-    ids = [[*[pad_id] * (length - len(prompt)), *prompt] for prompt in prompts]
-    mask = [[*[0] * (length - len(prompt)), *[1] * len(prompt)] for prompt in prompts]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    ids = [torch.tensor(prompt) for prompt in prompts]
+    mask = [torch.ones_like(row) for row in ids]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side="left"),
+        "attention_mask": pad_sequence(mask, batch_first=True, padding_side="left"),
+    }
