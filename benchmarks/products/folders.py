@@ -10,6 +10,7 @@ images in an earlier split are removed from val and test. Splits use seed 0.
 import argparse
 import gzip
 import io
+import os
 import pickletools
 import random
 import re
@@ -249,7 +250,8 @@ def stamps(packages: Path) -> list[Sample]:
     from snella_lab.bundled.data import load_stamps
 
     root = packages / "usr/share/tuxpaint/stamps"
-    data = load_stamps(str(root))
+    os.environ["SNELLA_STAMPS"] = str(root)
+    data = load_stamps()
     return [
         Sample(
             name,

@@ -390,10 +390,7 @@ CATALOG: dict[str, Method] = {
         random_seed=0,
     ),
     "supertuning": _from_peft(
-        "the weights of largest magnitude",
-        "Super-Tuning, arXiv 2607.09287",
-        peft.SupertuningConfig,
-        _UNDECAYED,
+        "the weights of largest magnitude", "Super-Tuning, arXiv 2607.09287", peft.SupertuningConfig, _UNDECAYED
     ),
     "fourierft": _from_peft(
         "a few 2D Fourier coefficients of each update",
@@ -428,13 +425,7 @@ CATALOG: dict[str, Method] = {
         _DECAYED,
         "r",
     ),
-    "lokr": _from_peft(
-        "Kronecker products",
-        "LoKr, Yeh et al., arXiv 2309.14859",
-        peft.LoKrConfig,
-        _DECAYED,
-        "r",
-    ),
+    "lokr": _from_peft("Kronecker products", "LoKr, Yeh et al., arXiv 2309.14859", peft.LoKrConfig, _DECAYED, "r"),
     "boft": _from_peft(
         "orthogonal factors in butterfly form",
         "BOFT, Liu et al., arXiv 2311.06243",

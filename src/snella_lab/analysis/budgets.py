@@ -101,10 +101,6 @@ def allocation(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot
 
         sparsity[l] = 1 − budget[l] / weights[l],   trend[l] = a + slope·l by least squares over the layers
 
-    Args:
-        runs: Folders of runs with budgets.
-        by: Layer granularity.
-
     Returns:
         One plot with a row for each layer and run; `allocation-trend` contains slope and intercept.
 
@@ -138,10 +134,6 @@ def evolution(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]
     """Plot the importance and sparsity of each layer (Figure 16) and the total budget (Figure 6) during training.
 
     The importance of a layer is the mean importance of its matrices. Each run has its own column of panels.
-
-    Args:
-        runs: Folders of runs with budgets.
-        by: Layer granularity.
 
     Returns:
         Two plots. `evolution` has a row for each layer and recorded allocation; its figure shows some of them.

@@ -39,15 +39,12 @@ _PERPLEXITY = 30.0
 
 
 def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Plot]:
-    """Plot sample images, one row per dataset, ordered by group (Figure 11).
+    """Plot sample images of different classes, one row per dataset, ordered by group (Figure 11).
 
     Args:
         sources: Data specifications as in `snella train`, or names or files of experiments.
-        limit: Images per dataset, from different classes where possible.
+        limit: Images per dataset.
         seed: Seed of the selection.
-
-    Returns:
-        One plot with a row for each image.
 
     Raises:
         ValueError: If `limit` is less than 1 or data cannot be loaded.
@@ -82,14 +79,8 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
 def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, device: str = "auto") -> list[Plot]:
     """Plot images, true masks and each run's predicted masks (Figure 8).
 
-    Args:
-        runs: Folders of segmentation runs on the same data.
-        split: Split of the first run's data; `auto` selects the test split, else validation.
-        limit: Number of images, evenly spaced over the split.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
-
-    Returns:
-        One plot with a row for each image, which contains the Dice score of each run, averaged over foreground classes.
+    The images are evenly spaced over a split of the first run's data; see `PlotOptions`. The table contains the Dice
+    score of each run, averaged over foreground classes.
 
     Raises:
         FileNotFoundError: If a folder contains no finished run.
@@ -155,18 +146,8 @@ def gradcam(
 
     Images are cropped by the first run's transform. `snella_app.report.examples.heat_maps` computes the maps of ViT,
     Swin, ConvNeXt and other timm models. The pre-trained model combines the first run's pre-trained backbone with its
-    trained head.
-
-    Args:
-        runs: Folders of classification runs.
-        data: Dataset for all runs; None uses the first run's.
-        split: Data split; `auto` selects the first run's test split.
-        limit: Number of images, from different classes where possible.
-        seed: Seed of the selection.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
-
-    Returns:
-        One plot with a row for each image and model, which contains the fraction of the map's sum in the central ninth.
+    trained head. The table contains the fraction of each map's sum in the central ninth. See `PlotOptions` for the
+    arguments.
 
     Raises:
         FileNotFoundError: If a folder contains no finished run, or the data no longer exists.
@@ -235,9 +216,6 @@ def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
             file names that most folders share. A folder without them, e.g. of the subject's photos, shows its first
             images.
         limit: Images per folder.
-
-    Returns:
-        One plot with a row for each image.
 
     Raises:
         FileNotFoundError: If a folder contains no images.
@@ -338,16 +316,7 @@ def features(
         NMI = 2·I(clusters; classes) / (H(clusters) + H(classes)),   clusters by k-means, one per class
 
     The first panel shows the pre-trained backbone of the first run. Clusters are computed on the features, not on the
-    two-dimensional embedding, which depends on the seed.
-
-    Args:
-        runs: Folders of classification runs.
-        data: Dataset for all runs; None uses the first run's.
-        split: Data split; `auto` selects the first run's test split.
-        limit: Maximum number of images, stratified by class.
-        seed: Seed of image selection, clustering and embedding.
-        batch_size: Batch size.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
+    two-dimensional embedding, which depends on the seed. See `PlotOptions` for the arguments.
 
     Returns:
         One plot with a row for each image and model; `features-nmi` has a row for each model.

@@ -89,11 +89,7 @@ PRESETS: dict[str, FitConfig] = {
 
 
 def find_kernel(name: str) -> Merge:
-    """Return the merge function of a kernel, by name or import path.
-
-    Raises:
-        ValueError: If the kernel is unknown, or the import path is neither a kernel nor a function.
-    """
+    """Return the merge function of a kernel, by name or import path; raise `ValueError` if there is none."""
     if name in KERNELS:
         return make_kernel(name).merge
     module, colon, attribute = name.partition(":")
@@ -310,7 +306,7 @@ def definiteness(kernels: Sequence[str], points: int = 60, r: int = 8, seed: int
         kernels: Names or import paths, see `find_kernel`.
         points: Number of random points.
         r: Dimension of the points.
-        seed: Seed of the points.
+        seed: Seed.
 
     Returns:
         One row per kernel: `trace`; `asymmetry`, the largest difference between K and its transpose; `smallest` and

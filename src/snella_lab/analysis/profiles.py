@@ -39,9 +39,6 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
     Args:
         folders: Folders written by `snella compare`; only methods in all of them are drawn.
 
-    Returns:
-        One plot with a row for each method and axis.
-
     Raises:
         FileNotFoundError: If a folder contains no comparison.
         ValueError: If the comparisons share no finished method, or the radar has fewer than three axes.
@@ -73,10 +70,10 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
     for axis, values in results.items():
         means = [values[name][0] for name in methods]
         for name in methods:
-            mean, deviation, task_count = values[name]
-            scaled = scaled_radius(mean, min(means), max(means))
-            row = {"axis": axis, "method": name, "accuracy": mean, "std": deviation, "tasks": task_count}
-            table.append({**row, "radius": scaled})
+            mean, deviation, count = values[name]
+            radius = scaled_radius(mean, min(means), max(means))
+            row = {"axis": axis, "method": name, "accuracy": mean, "std": deviation, "tasks": count, "radius": radius}
+            table.append(row)
     return [Plot("radar", table, partial(_draw_radar, table))]
 
 
@@ -90,12 +87,8 @@ def memory(runs: Sequence[str | Path], *, steps: int = 2, batch_size: int | None
     """Plot the memory of live tensors during training steps of each run (Figure 7b).
 
     Each model takes `steps` training steps with AdamW on random images. After every torch operation, the bytes of all
-    live tensors are recorded, including weights. The memory that an allocator reserves is larger.
-
-    Args:
-        runs: Run folders; results are comparable for the same backbone and batch size.
-        steps: Number of training steps.
-        batch_size: Batch size; None uses the first run's.
+    live tensors are recorded, including weights. The memory that an allocator reserves is larger. Results are
+    comparable for the same backbone and batch size, by default the first run's.
 
     Returns:
         One plot with a row for each recorded operation. `memory-peaks` contains the peak of each phase, last step.

@@ -112,15 +112,8 @@ def choose_matrix(run_updates: Sequence[RunUpdates], name: str | None) -> str:
 
 
 def effective_rank(values: Tensor) -> float:
-    """Compute exp(−Σ p_i log p_i) with p_i = σ_i / Σ σ (Roy and Vetterli 2007); 0 for a zero matrix.
-
-    Args:
-        values: Singular values.
-    """
-    if not values.sum():
-        return 0.0
-    probs = values / values.sum()
-    return float(torch.special.entr(probs).sum().exp())
+    """Compute exp(−Σ p_i log p_i), p_i = σ_i / Σ σ, of singular values (Roy and Vetterli 2007); 0 for a zero matrix."""
+    return float(torch.special.entr(values / values.sum()).sum().exp()) if values.any() else 0.0
 
 
 def rank_row(update: Tensor) -> dict[str, Any]:
@@ -144,9 +137,8 @@ def rank_row(update: Tensor) -> dict[str, Any]:
 def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plot]:
     """Plot each run's update of one matrix (Figure 12a), with singular values and effective ranks.
 
-    Args:
-        runs: Run folders: SNELLA and LoRA on any task, other weight-changing methods on image tasks.
-        matrix: Matrix name; None selects the deepest query projection.
+    The runs use SNELLA or LoRA on any task, or other weight-changing methods on image tasks. Without `matrix`, the
+    deepest query projection is drawn.
 
     Returns:
         Two plots. `update` has a row for each run, with size, density and ranks. `update-spectrum` has a row for each
@@ -181,11 +173,8 @@ def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plo
 def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plot]:
     """Plot the overlap between the updates of several tasks, by layer and by weight (Figures 12b, 12c, section 4.5).
 
-    Chance levels are computed for the same updates with randomly permuted entries.
-
-    Args:
-        runs: At least two run folders with the same backbone.
-        matrix: Matrix for the weight plots; None selects the deepest query projection.
+    Chance levels are computed for the same updates with randomly permuted entries. The runs have the same backbone. The
+    weight plots show `matrix`, by default the deepest query projection.
 
     Returns:
         Three plots. `overlap`: mean cosine similarity over all pairs of tasks, one row per layer. `overlap-frequency`:
@@ -275,8 +264,7 @@ def update_frequencies(stacked: Tensor) -> np.ndarray:
 def chance_frequencies(fractions: Iterable[float]) -> np.ndarray:
     """Compute the probabilities that 0, 1, … independent tasks change a weight (Poisson binomial distribution).
 
-    Args:
-        fractions: Fraction of weights that each task changes.
+    `fractions` are the fractions of weights that each task changes.
     """
     distribution = np.ones(1)
     for fraction in fractions:

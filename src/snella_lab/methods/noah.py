@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from math import ceil
 from random import Random
 from typing import Any, NamedTuple, cast
@@ -100,21 +99,11 @@ def search_subnet(
     generations: int,
     report: Callable[[str], None],
 ) -> Subnet:
-    """Find the subnet with the highest score by evolutionary search.
+    """Find the subnet with the highest score by evolutionary search; ties go to the smallest one.
 
-    Each generation adds `population` new candidates within the budget: up to half are mutations of the best ten, up to
-    half are crossovers, and the rest are random. No candidate is evaluated twice.
-
-    Args:
-        space: Search space.
-        score: Function that scores a subnet; higher is better.
-        rng: Random number generator.
-        population: Candidates per generation.
-        generations: Number of generations after the initial random one.
-        report: Callback for a progress line per generation.
-
-    Returns:
-        The best subnet; ties go to the smallest one.
+    After an initial random generation, each generation adds `population` new candidates within the budget: up to half
+    are mutations of the best ten, up to half are crossovers, and the rest are random. No candidate is evaluated twice.
+    `report` receives a progress line per generation.
     """
     scores: dict[Subnet, tuple[float, float]] = {}
 
@@ -144,7 +133,7 @@ def search_subnet(
             parents = sorted(scores, key=rank, reverse=True)[:_NUM_PARENTS]
             breed(mutate, population // 2)
             breed(cross, population // 2)
-        breed(partial(space.sample, rng), population - (len(scores) - before))
+        breed(lambda: space.sample(rng), population - (len(scores) - before))
         if len(scores) == before:
             report(f"noah: no candidates left with at most {space.budget:,} parameters")
             break
@@ -204,15 +193,9 @@ def activate(supernet: nn.Module, subnet: Subnet) -> None:
 def train_supernet(
     supernet: nn.Module, space: SubnetSpace, data: SelectionData, *, epochs: int, lr: float, weight_decay: float
 ) -> Random:
-    """Train the supernet with a random subnet per batch and a per-epoch cosine learning-rate schedule.
+    """Train the supernet by AdamW with a random subnet per batch and a per-epoch cosine learning-rate schedule.
 
-    Args:
-        supernet: Model from `build_supernet`.
-        space: Search space; its budget is ignored.
-        data: Training batches and loss.
-        epochs: Training epochs.
-        lr: Initial learning rate of AdamW.
-        weight_decay: Weight decay of AdamW.
+    The budget of the search space is ignored.
 
     Returns:
         Random number generator for the search, seeded from torch.

@@ -24,7 +24,14 @@ from snella_app.methods.model_parts import adaptable_layers, is_inside
 from snella_app.methods.partial import train_head
 from snella_lab.methods.adapter import Adapter
 from snella_lab.methods.calibration import SelectionData, loss_of, rank_entries, selection_data, squared_gradients
-from snella_lab.methods.sparse_update import MaskedUpdate, SparseEntries, SparseUpdate, can_be_sparse, merge_sparse
+from snella_lab.methods.sparse_update import (
+    MaskedUpdate,
+    SparseEntries,
+    SparseUpdate,
+    can_be_sparse,
+    merge_sparse,
+    stored_indices,
+)
 
 _RULES = {
     "r": integer(),
@@ -51,11 +58,6 @@ class StructuredModule(nn.Module, ABC):
 
     def __init__(self, rows: int, columns: int, r: int) -> None:
         super().__init__()
-
-    @staticmethod
-    @abstractmethod
-    def count(rows: int, columns: int, r: int) -> int:
-        """Count the module's parameters."""
 
     @abstractmethod
     def forward(self, layer: "SptLayer", x: Tensor, h: Tensor) -> Tensor:
@@ -199,26 +201,10 @@ def rows_of(model: nn.Module, name: str) -> tuple[int, ...]:
     return count_rows(name, len(weight), weight[0].numel(), parent, "auto")
 
 
-def vectors(model: nn.Module, head: str) -> list[str]:
-    """Return the names of biases, norms and layer scales outside the head, the patch embedding and the stem."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 1 and not is_inside(name, head) and not _FROZEN_PARTS.intersection(name.split("."))
-    ]
-
-
 def select(
     model: nn.Module, head: str, options: Options, data: SelectionData, structure: type[StructuredModule]
 ) -> SptSelection:
     """Select exactly `budget` backbone parameters by sensitivity.
-
-    Args:
-        model: Frozen model.
-        head: Name of the head.
-        options: Method options.
-        data: Training data and the task's loss.
-        structure: Class of structured modules.
 
     Raises:
         ValueError: If the budget exceeds the model's maximum or does not cover the class token.
@@ -231,7 +217,12 @@ def select(
         raise ValueError(
             f"budget must exceed {fixed / 1e6:g} million parameters, the size of the class token, got {budget / 1e6:g}"
         )
-    vector_names = vectors(model, head)
+    # biases, norms and layer scales
+    vector_names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 1 and not is_inside(name, head) and not _FROZEN_PARTS.intersection(name.split("."))
+    ]
     names = [*(f"{name}.weight" for name in layers), *vector_names]
     sensitivities = squared_gradients(model, names, data, loss_of(data), options.get("calibration_batches", 8))
     r, alpha, beta = options.get("r", 8), options.get("alpha", 10), options.get("beta", 5)
@@ -243,7 +234,9 @@ def select(
         for group, (start, stop) in enumerate(pairwise(accumulate(rows_of(model, name), initial=0))):
             groups.append((name, group, start * matrix.shape[1]))
             values.append(matrix[start:stop])
-            costs.append(structure.count(stop - start, matrix.shape[1], r))
+            with torch.device("meta"):
+                module = structure(stop - start, matrix.shape[1], r)
+            costs.append(sum(parameter.numel() for parameter in module.parameters()))
             thresholds.append(max(1, ceil(costs[-1] / alpha)))
     for name in vector_names:
         groups.append((name, -1, 0))
@@ -270,15 +263,7 @@ def select(
 def apply_selection(
     model: nn.Module, head: str, selection: SptSelection, r: int, structure: type[StructuredModule]
 ) -> nn.Module:
-    """Make the head, the selected weights and vectors, and the modules trainable.
-
-    Args:
-        model: Frozen model; changed in place.
-        head: Name of the head.
-        selection: Result of `select`.
-        r: Rank or bottleneck width of the modules.
-        structure: Class of the structured modules.
-    """
+    """Make the head, the selected weights and vectors, and structured modules of width `r` trainable."""
     train_head(model, head)
     for name in selection.dense:
         model.get_parameter(name).requires_grad_(True)
@@ -368,11 +353,6 @@ class OutputAdapter(StructuredModule):
         adapted: Tensor = self.adapter(h.movedim(dim, -1)).movedim(-1, dim)
         return adapted
 
-    @staticmethod
-    def count(rows: int, columns: int, r: int) -> int:
-        """Count the module's parameters."""
-        return 2 * r * rows + r + rows
-
 
 SPT_ADAPTER = spt_method(
     "the most sensitive weights, and an adapter after each matrix with many of them",
@@ -410,11 +390,6 @@ class LowRank(StructuredModule):
     def delta(self) -> Tensor:
         """Compute B A."""
         return self.B @ self.A
-
-    @staticmethod
-    def count(rows: int, columns: int, r: int) -> int:
-        """Count the module's parameters."""
-        return r * (rows + columns)
 
 
 def add_low_rank(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -496,8 +471,7 @@ def _apply_mask(model: nn.Module, head: str, options: Options, selected: Mapping
 
 def _restore_mask(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Rebuild the structure from the stored positions."""
-    stored = {key.removesuffix(".indices"): value for key, value in tensors.items() if key.endswith(".indices")}
-    return _apply_mask(model, head, options, stored)
+    return _apply_mask(model, head, options, stored_indices(tensors))
 
 
 def _mask_optimizer(

@@ -20,7 +20,6 @@ LIVE_CLASSES = ("cat", "dog")
 _LIST_PATTERN = re.compile(r"=\s*\[(.*?)^\s*\]", re.DOTALL | re.MULTILINE)
 _STRING_PATTERN = re.compile(r"^\s*(?:'([^'\n]*)'|\"([^\"\n]*)\")", re.MULTILINE)
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
-_PLACEHOLDER_NUMBERS = {"{token}": "{0}", "{class}": "{1}"}
 
 
 @dataclass(frozen=True)
@@ -70,22 +69,15 @@ def read_prompt_file(path: str | Path) -> PromptFile:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts must be a UTF-8 text file, got '{path}': {error}") from None
+    text = text.replace("{token}", "{0}").replace("{class}", "{1}")
     lists = [
-        [_numbered(single or double) for single, double in _STRING_PATTERN.findall(body)]
-        for body in _LIST_PATTERN.findall(text)
+        [single or double for single, double in _STRING_PATTERN.findall(body)] for body in _LIST_PATTERN.findall(text)
     ]
     if not lists:
         lines = (line.strip() for line in text.splitlines())
-        lists = [[_numbered(line) for line in lines if line and not line.startswith("#")]]
+        lists = [[line for line in lines if line and not line.startswith("#")]]
     _check(file, lists)
-    return PromptFile(lists[0], lists[1] if len(lists) > 1 else lists[0], _classes(text))
-
-
-def _numbered(template: str) -> str:
-    """Replace named placeholders with numbered ones."""
-    for name, number in _PLACEHOLDER_NUMBERS.items():
-        template = template.replace(name, number)
-    return template
+    return PromptFile(lists[0], lists[-1], _classes(text))
 
 
 def _classes(text: str) -> dict[str, str]:
