@@ -51,7 +51,10 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
     """
     if limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
-    entries = [entry for source in sources for entry in _data_entries(str(source))]
+    entries: list[DataEntry] = []
+    for source in map(str, sources):
+        is_experiment = source in bundled_experiments() or source.endswith((".yaml", ".yml"))
+        entries += read_experiment(source).data if is_experiment else [data_entry(source)]
     order = list(dict.fromkeys(entry.group for entry in entries))
     entries.sort(key=lambda entry: order.index(entry.group))
     rows: list[Row] = []
@@ -246,13 +249,6 @@ def mean_dice(mask: np.ndarray, truth: np.ndarray) -> float:
     """Compute the Dice score 2·|A ∩ B| / (|A| + |B|), averaged over all nonzero classes; 1 if there are none."""
     classes = [label for label in np.union1d(mask, truth) if label > 0]
     return float(f1_score(truth.ravel(), mask.ravel(), labels=classes, average="macro")) if classes else 1.0
-
-
-def _data_entries(source: str) -> list[DataEntry]:
-    """Return the data entries of an experiment, or the entry of a data specification."""
-    if source in bundled_experiments() or source.endswith((".yaml", ".yml")):
-        return list(read_experiment(source).data)
-    return [data_entry(source)]
 
 
 def _class_balanced_indices(labels: Sequence[int], count: int, seed: int) -> list[int]:

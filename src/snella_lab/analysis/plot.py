@@ -125,14 +125,11 @@ def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = Fal
     from snella_app.report.style import write_figure
 
     folder = Path(out)
-    tables = {
-        folder / f"{plot.name}{suffix}.csv": rows
-        for plot in plots
-        for suffix, rows in {"": plot.rows, **{f"-{name}": rows for name, rows in plot.tables.items()}}.items()
-    }
-    figures = (
-        folder / f"{plot.name}{dark}.{kind}" for plot in plots for dark in ("", "-dark") for kind in ("svg", "png")
-    )
+    tables, figures = {}, []
+    for plot in plots:
+        tables[folder / f"{plot.name}.csv"] = plot.rows
+        tables |= {folder / f"{plot.name}-{name}.csv": rows for name, rows in plot.tables.items()}
+        figures += [folder / f"{plot.name}{ending}" for ending in (".svg", ".png", "-dark.svg", "-dark.png")]
     existing = [path for path in (*tables, *figures) if path.exists()]
     if existing and not overwrite:
         raise FileExistsError(
@@ -150,17 +147,12 @@ def csv_text(rows: Sequence[Row]) -> str:
     """Format rows as CSV with the union of their columns; NaN and None become empty cells."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([_plain(row.get(name)) for name in columns] for row in rows)
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        # NaN is unequal to itself
+        writer.writerow({name: "" if value != value else value for name, value in row.items()})
     return out.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    """Convert a CSV cell; floats keep full precision."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return repr(value) if isinstance(value, float) else value
 
 
 def plot_function(kind: Kind) -> Callable[..., list[Plot]]:
