@@ -117,8 +117,6 @@ def _check(file: Path, lists: list[list[str]]) -> None:
 
 PROMPT_FILE = "prompts_and_classes.txt"
 """The DreamBooth dataset's file with classes and prompts."""
-_FOLDER_CONTENT = "with the images of one subject"
-_DATASET_CONTENT = "with one folder of images per subject, as in the DreamBooth dataset"
 
 
 @dataclass(frozen=True)
@@ -174,30 +172,12 @@ def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = 
                 f"subject is only valid with dreambooth:PATH, got {subject!r} with {spec!r}; omit it, "
                 f"or use dreambooth:{path}"
             )
-        folder = existing_folder(path, "folder", _FOLDER_CONTENT)
-        return _concept(folder, None, skip_corrupt)
-    root = existing_folder(path, "dreambooth", _DATASET_CONTENT)
-    folder = _subject_folder(root, subject)
-    prompts = root / PROMPT_FILE
-    classes = read_prompt_file(prompts).classes if prompts.is_file() else {}
-    return _concept(folder, classes.get(folder.name), skip_corrupt)
-
-
-def _subject_folder(root: Path, subject: str | None) -> Path:
-    """Return the folder of a subject; errors list the available ones."""
-    names = sorted(child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
-    if not names:
-        raise ValueError(f"dreambooth:{root} has no subject folders; put images at PATH/subject/image.jpg")
-    if subject in names:
-        return root / str(subject)
-    if subject is None:
-        raise ValueError(f"subject must name one of the {len(names)} folders in {root}, got none: {listed(names)}")
-    shown = nearest(subject, names, most=3, cutoff=0.4) or f"; available: {listed(names)}"
-    raise FileNotFoundError(f"subject must name one of the {len(names)} folders in {root}, got {subject!r}{shown}")
-
-
-def _concept(folder: Path, class_name: str | None, skip_corrupt: bool) -> Concept:
-    """Load a subject's folder; report all corrupt images together."""
+        folder, classes = existing_folder(path, "folder", "with the images of one subject"), {}
+    else:
+        content = "with one folder of images per subject, as in the DreamBooth dataset"
+        root = existing_folder(path, "dreambooth", content)
+        folder, prompts = _subject_folder(root, subject), root / PROMPT_FILE
+        classes = read_prompt_file(prompts).classes if prompts.is_file() else {}
     files = sorted(child for child in folder.iterdir() if child.is_file() and not child.name.startswith("."))
     paths = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
@@ -214,4 +194,17 @@ def _concept(folder: Path, class_name: str | None, skip_corrupt: bool) -> Concep
             reasons = listed(f"{name} ({reason})" for name, reason in reasons_by_name.items())
             raise ValueError(f"all {len(paths)} images in '{folder}' are corrupt: {reasons}")
     valid = [path for index, path in enumerate(paths) if index not in broken]
-    return Concept(folder.name, valid, class_name, notes)
+    return Concept(folder.name, valid, classes.get(folder.name), notes)
+
+
+def _subject_folder(root: Path, subject: str | None) -> Path:
+    """Return the folder of a subject; errors list the available ones."""
+    names = sorted(child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if not names:
+        raise ValueError(f"dreambooth:{root} has no subject folders; put images at PATH/subject/image.jpg")
+    if subject in names:
+        return root / str(subject)
+    if subject is None:
+        raise ValueError(f"subject must name one of the {len(names)} folders in {root}, got none: {listed(names)}")
+    shown = nearest(subject, names, most=3, cutoff=0.4) or f"; available: {listed(names)}"
+    raise FileNotFoundError(f"subject must name one of the {len(names)} folders in {root}, got {subject!r}{shown}")

@@ -115,9 +115,13 @@ class TrainingSet:
 class _StepAllocation(SnellaCallback):
     """`SnellaCallback` with epochs of the subject's images; the Trainer sees one epoch of micro-batches."""
 
-    def __init__(self, allocator: BudgetAllocator) -> None:
+    def __init__(self, model: nn.Module, total_steps: int, steps_per_epoch: int) -> None:
         super().__init__()
-        self.allocator = allocator
+        epochs = math.ceil(total_steps / steps_per_epoch)
+        self.allocator = BudgetAllocator(
+            model, total_epochs=epochs, steps_per_epoch=steps_per_epoch, total_steps=total_steps
+        )
+        self.allocator.has_exact_steps = True
 
     def on_train_begin(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Attach the allocator."""
@@ -154,13 +158,14 @@ class DreamBoothTrainer(RecipeTrainer):
     ) -> None:
         self.objective, self.subject, self.classes = objective, subject, classes
         self.loss_before = math.nan
-        optim = config.optim
+        model, optim = objective.transformer, config.optim
+        steps_per_epoch = math.ceil(len(subject.images) / (optim.batch_size * optim.accumulation))
         super().__init__(
-            objective.transformer,
+            model,
             config,
             run,
             console,
-            self._allocation(objective.transformer, config),
+            _StepAllocation(model, config.steps, steps_per_epoch) if matrices_of(model) else None,
             model=objective,
             train_dataset=range(config.steps * optim.accumulation),
             data_collator=lambda indices: {"index": indices[0]},
@@ -180,20 +185,6 @@ class DreamBoothTrainer(RecipeTrainer):
             ),
         )
         self.model_accepts_loss_kwargs = False
-
-    def _allocation(self, model: nn.Module, config: DreamBoothConfig) -> SnellaCallback | None:
-        """Return the callback with the budget allocator; None for methods without budgets."""
-        if not matrices_of(model):
-            return None
-        steps_per_epoch = math.ceil(len(self.subject.images) / (config.optim.batch_size * config.optim.accumulation))
-        allocator = BudgetAllocator(
-            model,
-            total_epochs=math.ceil(config.steps / steps_per_epoch),
-            steps_per_epoch=steps_per_epoch,
-            total_steps=config.steps,
-        )
-        allocator.has_exact_steps = True
-        return _StepAllocation(allocator)
 
     def fit(self) -> None:
         """Train, and compute the loss on fixed noise before the first step.
@@ -245,9 +236,12 @@ class DreamBoothTrainer(RecipeTrainer):
     def _micro_batch_loss(
         self, model: nn.Module, training_set: TrainingSet, index: int, generator: torch.Generator
     ) -> Tensor:
-        """Compute the mean loss of the micro-batch with a global index."""
+        """Compute the mean loss of the micro-batch with a global index; each epoch has a new order of images."""
         count, total = self.config.optim.batch_size, len(training_set.images)
-        indices = [_epoch_index(total, self.args.seed, index * count + k) for k in range(count)]
+        order, indices = EpochSampler(total, self.args.seed), []
+        for position in range(index * count, (index + 1) * count):
+            order.set_epoch(position // total)
+            indices.append(list(order)[position % total])
         times = self.objective.sample_times(count, generator)
         return self._losses(model, training_set, indices, times, generator).mean()
 
@@ -273,13 +267,6 @@ class DreamBoothTrainer(RecipeTrainer):
         values = super()._read_state(checkpoint)
         self.loss_before = values["loss_before"]
         return values
-
-
-def _epoch_index(count: int, seed: int, position: int) -> int:
-    """Return the image index at a global position; each epoch visits every image once in a new order."""
-    order = EpochSampler(count, seed)
-    order.set_epoch(position // count)
-    return list(order)[position % count]
 
 
 _PACKAGES = ("snella", "torch", "peft", "diffusers", "transformers", "accelerate")
