@@ -90,12 +90,8 @@ def read_instructions(path: str | Path, choices: tuple[str, ...] | None = None) 
     ]
 
 
-def read_benchmark(folder: str | Path, choices: dict[str, tuple[str, ...]]) -> dict[str, list[Instruction]]:
-    """Read `FOLDER/TASK/test.json` of all tasks in a folder.
-
-    Args:
-        folder: Benchmark folder.
-        choices: Answer choices by task name.
+def read_benchmark(folder: str | Path) -> dict[str, list[Instruction]]:
+    """Read `FOLDER/TASK/test.json` of all tasks in a benchmark folder.
 
     Raises:
         FileNotFoundError: If the folder does not exist or contains no known task; the message lists its subfolders.
@@ -104,14 +100,14 @@ def read_benchmark(folder: str | Path, choices: dict[str, tuple[str, ...]]) -> d
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"data must be a folder with TASK/{_TEST_FILE}, got '{folder}'{similar_paths(root)}")
-    files = {name: root / name / _TEST_FILE for name in choices if (root / name / _TEST_FILE).is_file()}
+    files = {name: root / name / _TEST_FILE for name in CHOICES if (root / name / _TEST_FILE).is_file()}
     if not files:
         folders = sorted(child.name for child in root.iterdir() if child.is_dir())
         raise FileNotFoundError(
-            f"'{root}' must contain at least one of {', '.join(f'{name}/{_TEST_FILE}' for name in choices)}, got "
+            f"'{root}' must contain at least one of {', '.join(f'{name}/{_TEST_FILE}' for name in CHOICES)}, got "
             f"folders: {listed(folders) if folders else 'none'}"
         )
-    return {name: read_instructions(file, choices[name]) for name, file in files.items()}
+    return {name: read_instructions(file, CHOICES[name]) for name, file in files.items()}
 
 
 def _error(entry: Any, choices: tuple[str, ...] | None) -> str:
@@ -149,12 +145,9 @@ class Template:
     def __init__(self, path: str | Path | None = None) -> None:
         self.plain, self.with_input = _PLAIN, _WITH_INPUT
         if path is not None:
-            file = Path(path).expanduser()
-            if not file.is_file():
-                raise FileNotFoundError(f"template must be an existing text file, got '{path}'")
-            text = file.read_text(encoding="utf-8")
+            text = Path(path).expanduser().read_text(encoding="utf-8")
             if "{instruction}" not in text:
-                raise ValueError(f"template '{file}' must contain {{instruction}}, got none")
+                raise ValueError(f"template '{path}' must contain {{instruction}}, got none")
             has_input = "{input}" in text
             self.plain = text.replace("{input}", "")
             self.with_input = text if has_input else text.replace("{instruction}", "{instruction}\n{input}")

@@ -19,7 +19,6 @@ from snella_app.records import RunInfo, read
 from snella_app.runs.folder import adapter_digest
 from snella_lab.recipes.instruct.config import RESULT_FILE, EvaluateLanguageOptions, LanguageFolder
 from snella_lab.recipes.instruct.data import (
-    CHOICES,
     Instruction,
     Template,
     encode_prompt,
@@ -52,7 +51,7 @@ def evaluate_language(options: EvaluateLanguageOptions, console: Console | None 
     if read(RunInfo, folder.path).task != "language":
         raise ValueError(f"run must be a snella language run folder, got {options.run}, a run of another task")
     folder.check_adapter()
-    questions = {name: entries[: options.limit] for name, entries in read_benchmark(options.data, CHOICES).items()}
+    questions = {name: entries[: options.limit] for name, entries in read_benchmark(options.data).items()}
     digest = adapter_digest(folder.adapter)
     settings = {"beams": options.beams, "max_new_tokens": options.max_new_tokens, "adapter": digest}
     answers = {task: _read_answers(folder, task, settings, options.overwrite) for task in questions}

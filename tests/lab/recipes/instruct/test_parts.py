@@ -91,7 +91,7 @@ def test_template_ignores_braces_in_instruction_and_input(tmp_path):
     path.write_text("Q:")
     with pytest.raises(ValueError, match=r"template '.*template.txt' must contain \{instruction\}, got none"):
         Template(path)
-    with pytest.raises(FileNotFoundError, match=r"template must be an existing text file, got .*gone.txt"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
         Template(tmp_path / "gone.txt")
 
 
