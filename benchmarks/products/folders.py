@@ -279,7 +279,8 @@ def mri_regions(packages: Path) -> list[Sample]:
     """Return MRI patches by brain region, split into separate slabs."""
     from snella_lab.bundled.data import load_mri_regions
 
-    data = load_mri_regions(str(packages / "usr/share/mricron/templates"))
+    os.environ["SNELLA_MRI"] = str(packages / "usr/share/mricron/templates")
+    data = load_mri_regions()
     samples = []
     for part in _PARTS:
         images = getattr(data, part)
