@@ -95,7 +95,7 @@ def find_head(model: nn.Module, head: str | None = None) -> str:
     """
     modules = dict(model.named_modules())
     name = _declared_head(model, modules) if head is None else head
-    if name not in modules:
+    if name is None or name not in modules:
         linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
         problem = (
             f"{type(model).__name__} does not declare its classifier head; pass head=..."

@@ -3,7 +3,6 @@
 SPT is sensitivity-aware visual parameter-efficient fine-tuning, He et al., arXiv 2303.08566.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -44,24 +43,12 @@ _RULES = {
 _VIT_B_WEIGHTS = 84_934_656
 _FROZEN_PARTS = {"patch_embed", "patch_embedding", "patch_merging", "downsample", "stem"}
 
+Structure = Callable[[int, int, int], nn.Module]
+"""Constructor of a structured module from the matrix's rows and columns and the rank or bottleneck width.
 
-class StructuredModule(nn.Module, ABC):
-    """Module that replaces the sparse entries of a matrix with many sensitive weights.
-
-    A mergeable module has a method `delta` that returns its weight update, `[rows, columns]`.
-
-    Args:
-        rows: Rows of the matrix (output width).
-        columns: Columns of the matrix (input width).
-        r: Rank or bottleneck width.
-    """
-
-    def __init__(self, rows: int, columns: int, r: int) -> None:
-        super().__init__()
-
-    @abstractmethod
-    def forward(self, layer: "SptLayer", x: Tensor, h: Tensor) -> Tensor:
-        """Return the adapted output from the layer's prepared input `x` and output `h`."""
+The module maps an `SptLayer`, its prepared input `x` and the output `h` of the matrix to the adapted output. A
+mergeable module has a method `delta` that returns its weight update, `[rows, columns]`.
+"""
 
 
 class SptLayer(SparseUpdate):
@@ -79,7 +66,7 @@ class SptLayer(SparseUpdate):
         base_layer: nn.Module,
         indices: Tensor,
         row_counts: Sequence[int],
-        structured: Mapping[int, StructuredModule],
+        structured: Mapping[int, nn.Module],
     ) -> None:
         super().__init__(base_layer, indices)
         self.row_counts = list(row_counts)
@@ -201,9 +188,7 @@ def rows_of(model: nn.Module, name: str) -> tuple[int, ...]:
     return count_rows(name, len(weight), weight[0].numel(), parent, "auto")
 
 
-def select(
-    model: nn.Module, head: str, options: Options, data: SelectionData, structure: type[StructuredModule]
-) -> SptSelection:
+def select(model: nn.Module, head: str, options: Options, data: SelectionData, structure: Structure) -> SptSelection:
     """Select exactly `budget` backbone parameters by sensitivity.
 
     Raises:
@@ -260,9 +245,7 @@ def select(
     )
 
 
-def apply_selection(
-    model: nn.Module, head: str, selection: SptSelection, r: int, structure: type[StructuredModule]
-) -> nn.Module:
+def apply_selection(model: nn.Module, head: str, selection: SptSelection, r: int, structure: Structure) -> nn.Module:
     """Make the head, the selected weights and vectors, and structured modules of width `r` trainable."""
     train_head(model, head)
     for name in selection.dense:
@@ -285,7 +268,7 @@ def apply_selection(
 
 
 def restore_selection(
-    model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor], structure: type[StructuredModule]
+    model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor], structure: Structure
 ) -> nn.Module:
     """Rebuild the modules of a saved adapter from its tensors."""
     entries: dict[str, Tensor] = {}
@@ -316,7 +299,7 @@ def merge_selection(model: nn.Module) -> nn.Module:
     return model
 
 
-def spt_method(summary: str, source: str, structure: type[StructuredModule], **fields: Any) -> Method:
+def spt_method(summary: str, source: str, structure: Structure, **fields: Any) -> Method:
     """Create an SPT method for a class of structured modules; `fields` are other fields of `Method`."""
 
     def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
@@ -340,11 +323,11 @@ def spt_method(summary: str, source: str, structure: type[StructuredModule], **f
     )
 
 
-class OutputAdapter(StructuredModule):
+class OutputAdapter(nn.Module):
     """Adapter on the output of one matrix: h + U gelu(D h + d) + u; see `Adapter`."""
 
     def __init__(self, rows: int, columns: int, r: int) -> None:
-        super().__init__(rows, columns, r)
+        super().__init__()
         self.adapter = Adapter(rows, r)
 
     def forward(self, layer: SptLayer, x: Tensor, h: Tensor) -> Tensor:
@@ -364,14 +347,14 @@ SPT_ADAPTER = spt_method(
 output, h + U gelu(D h + d) + u."""
 
 
-class LowRank(StructuredModule):
+class LowRank(nn.Module):
     """Low-rank update of one matrix: h + B A x.
 
     `A` `[r, columns]` is initialized uniformly in ±1/sqrt(columns), as in LoRA; `B` `[rows, r]` starts at zero.
     """
 
     def __init__(self, rows: int, columns: int, r: int) -> None:
-        super().__init__(rows, columns, r)
+        super().__init__()
         self.A = nn.Parameter(torch.empty(r, columns))
         self.B = nn.Parameter(torch.zeros(rows, r))
         nn.init.kaiming_uniform_(self.A, a=sqrt(5))

@@ -156,7 +156,8 @@ class DreamBoothTrainer(RecipeTrainer):
         subject: TrainingSet,
         classes: TrainingSet | None = None,
     ) -> None:
-        self.objective, self.subject, self.classes = objective, subject, classes
+        self.objective = objective
+        self.subject, self.classes = subject, classes
         self.loss_before = math.nan
         model, optim = objective.transformer, config.optim
         steps_per_epoch = math.ceil(len(subject.images) / (optim.batch_size * optim.accumulation))
@@ -211,7 +212,7 @@ class DreamBoothTrainer(RecipeTrainer):
         return math.fsum(values) / len(values)
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, int], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the loss of the micro-batch with a global index."""
         index, accumulation = inputs["index"], self.args.gradient_accumulation_steps
@@ -230,8 +231,11 @@ class DreamBoothTrainer(RecipeTrainer):
 
     def loss_history(self) -> list[LossRow]:
         """Return loss, gradient norm and budget of each step."""
-        names = ("step", "loss", "grad_norm", "budget")
-        return [LossRow(**{name: row[name] for name in names}) for row in self.state.log_history if "loss" in row]
+        return [
+            LossRow(step=int(row["step"]), loss=row["loss"], grad_norm=row["grad_norm"], budget=row["budget"])  # type: ignore[arg-type]
+            for row in self.state.log_history
+            if "loss" in row
+        ]
 
     def _micro_batch_loss(
         self, model: nn.Module, training_set: TrainingSet, index: int, generator: torch.Generator
