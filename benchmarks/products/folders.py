@@ -10,6 +10,7 @@ images in an earlier split are removed from val and test. Splits use seed 0.
 import argparse
 import gzip
 import io
+import os
 import pickletools
 import random
 import re
@@ -244,7 +245,8 @@ def stamps(packages: Path) -> list[Sample]:
     from snella_lab.bundled.data import load_stamps
 
     root = packages / "usr/share/tuxpaint/stamps"
-    data = load_stamps(str(root))
+    os.environ["SNELLA_STAMPS"] = str(root)
+    data = load_stamps()
     return [
         Sample(
             name, data.classes[label], str(Path(name).with_name(_stem(Path(name).stem))), partial(drawing, root / name)
@@ -269,7 +271,8 @@ def mri_regions(packages: Path) -> list[Sample]:
     """Return MRI patches by brain region, split into separate slabs."""
     from snella_lab.bundled.data import load_mri_regions
 
-    data = load_mri_regions(str(packages / "usr/share/mricron/templates"))
+    os.environ["SNELLA_MRI"] = str(packages / "usr/share/mricron/templates")
+    data = load_mri_regions()
     samples = []
     for part in _PARTS:
         images = getattr(data, part)

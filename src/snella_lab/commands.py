@@ -6,45 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from snella_app.cli.command import Device, command, parse_list
+from snella_lab.analysis.plot import PlotOptions
 from snella_lab.comparison.options import CompareOptions
-from snella_lab.recipes.dreambooth.config import DreamBoothConfig
-from snella_lab.recipes.instruct.config import LanguageConfig
+from snella_lab.recipes.dreambooth.config import DreamBoothConfig, EvaluateGenerationOptions, GenerateOptions
+from snella_lab.recipes.instruct.config import EvaluateLanguageOptions, LanguageConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 
 @command("snella_lab.analysis.plot", is_research=True)
-def plot(
-    kind: Literal[
-        "allocation",
-        "evolution",
-        "update",
-        "overlap",
-        "features",
-        "radar",
-        "memory",
-        "samples",
-        "masks",
-        "gradcam",
-        "images",
-    ],
-    runs: list[str],
-    /,
-    *,
-    out: str,
-    by: Literal["block", "matrix"] | None = None,
-    matrix: str | None = None,
-    data: str | None = None,
-    split: Literal["auto", "train", "val", "test", "all"] | None = None,
-    limit: int | None = None,
-    seed: int | None = None,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    device: Device | None = None,
-    overwrite: bool = False,
-) -> None:
+def plot(options: PlotOptions) -> None:
     """Plot results of runs as SVG and PNG, with data as CSV.
 
       snella plot allocation runs/photos runs/cells --out plots
@@ -64,37 +36,13 @@ def plot(
     features plots a t-SNE of each model's features; radar plots the accuracy of methods by task group. memory plots
     memory use during training steps. samples, masks and images show data, predicted segmentation masks and generated
     images. gradcam shows class activation maps of the true class.
-
-    Args:
-        kind: allocation, evolution, update, overlap, features, radar, memory, samples, masks, gradcam or images.
-        runs: Run folders; comparison folders (radar), image folders (images), or datasets or experiments (samples).
-        out: Output folder; created.
-        by: Layer granularity (allocation, evolution): block or matrix; default block.
-        matrix: Matrix to plot (update, overlap), e.g. blocks.11.attn.qkv.q; defaults to the deepest query projection.
-        data: Dataset (features, gradcam), as for snella train; defaults to the first run's data.
-        split: Data split (features, masks, gradcam); defaults to the test images.
-        limit: Maximum number of images in total (features; default 500) or per row (samples, masks, gradcam, images;
-            default 6).
-        seed: Seed for image selection and embedding (features, samples, gradcam; default 0).
-        steps: Training steps (memory; default 2).
-        batch_size: Batch size (memory, features); defaults to the first run's (memory) or 32 (features).
-        device: auto, or a torch device such as cpu, cuda:1 or mps (features, masks, gradcam).
-        overwrite: Overwrite existing files.
     """
-    options = _set_options(locals(), "kind", "runs", "out", "overwrite")
-    import inspect
-
     from snella_app.console import make_console, print_line
-    from snella_lab.analysis.plot import plot_function, write_plots
+    from snella_lab.analysis.plot import make_plots, write_plots
 
-    function = plot_function(kind)
-    unsupported = sorted(set(options) - set(inspect.signature(function).parameters))
-    if unsupported:
-        names = ", ".join(f"--{name.replace('_', '-')} {options[name]}" for name in unsupported)
-        raise ValueError(f"{names}: not an option of snella plot {kind}; see snella plot --help")
     console = make_console()
-    plots = function(runs, **options)
-    paths = write_plots(plots, out, overwrite=overwrite)
+    plots = make_plots(options)
+    paths = write_plots(plots, options.out, overwrite=options.overwrite)
     for note in (note for plot in plots for note in plot.notes):
         print_line(console, note)
     _print_plots(console, paths)
@@ -211,68 +159,23 @@ def dreambooth(config: DreamBoothConfig) -> None:
 
 
 @command("snella_lab.recipes.dreambooth.generate", is_research=True)
-def generate(
-    run: str,
-    /,
-    *,
-    out: str,
-    prompt: str | None = None,
-    prompts: str | None = None,
-    live: bool | None = None,
-    pictures: int = 4,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    batch_size: int = 1,
-    pipeline: str | None = None,
-    overwrite: bool = False,
-    device: Device = "auto",
-) -> None:
+def generate(options: GenerateOptions) -> None:
     """Generate images with the adapter of a snella dreambooth run.
 
-      snella generate runs/my-dog --prompt "a photo of sks dog on the beach" --out images
-      snella generate runs/my-dog --prompts prompts.txt --pictures 2 --out images
+    snella generate runs/my-dog --prompt "a photo of sks dog on the beach" --out images
+    snella generate runs/my-dog --prompts prompts.txt --pictures 2 --out images
 
-    Args:
-        run: Run folder.
-        out: Output folder for the images.
-        prompt: Prompt with the run's subject token, e.g. sks.
-        prompts: Prompt file with one prompt per line, {0} for the token and {1} for the class; or DreamBooth's
-            prompts_and_classes.txt.
-        live: Use the file's prompts for live subjects; default for cats and dogs.
-        pictures: Number of images per prompt.
-        seed: Seed of each prompt's first image; it increases by 1 for each further image.
-        steps: Sampling steps; defaults to the run's.
-        guidance: Guidance scale; defaults to the run's.
-        batch_size: Batch size.
-        pipeline: Path or hub name of the pipeline; defaults to the run's.
-        overwrite: Replace existing images in the folder.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
+    An image depends only on its prompt and seed.
     """
-    options = _set_options(locals(), "run", "out", "prompt", "prompts", "live")
     from snella_app.console import counted, make_console, print_line
-    from snella_lab.recipes.dreambooth.generate import generate, select_prompts
+    from snella_lab.recipes.dreambooth.generate import generate
 
-    images = generate(run, select_prompts(run, prompt, prompts, live), out, **options)
-    print_line(make_console(), f"{counted(len(images), 'image')}: {out}")
+    images = generate(options)
+    print_line(make_console(), f"{counted(len(images), 'image')}: {options.out}")
 
 
 @command("snella_lab.recipes.dreambooth.evaluate", is_research=True)
-def evaluate_generation(
-    run: str,
-    /,
-    clip: str = "openai/clip-vit-base-patch32",
-    dino: str = "facebook/dinov2-base",
-    prompts: str | None = None,
-    live: bool | None = None,
-    pictures: int = 4,
-    steps: int | None = None,
-    batch_size: int = 1,
-    pipeline: str | None = None,
-    overwrite: bool = False,
-    out: str | None = None,
-    device: Device = "auto",
-) -> None:
+def evaluate_generation(options: EvaluateGenerationOptions) -> None:
     """Evaluate subject fidelity, text alignment and diversity on DreamBooth's prompts.
 
       snella evaluate-generation runs/dog6 --clip clip-vit-base-patch32 --dino dinov2-base
@@ -280,30 +183,23 @@ def evaluate_generation(
 
     By default, four images are generated for each of 25 prompts. The second command evaluates every run in a folder.
     Run the same command again to resume an interrupted evaluation.
-
-    Args:
-        run: Run folder, or a folder of runs.
-        clip: CLIP model: a local folder in transformers format or a hub name.
-        dino: DINOv2 model: a local folder in transformers format or a hub name.
-        prompts: Prompt file; defaults to prompts_and_classes.txt in the run's dreambooth: folder.
-        live: Use the file's prompts for live subjects; default for cats and dogs.
-        pictures: Number of images per prompt.
-        steps: Sampling steps; defaults to the run's.
-        batch_size: Batch size.
-        pipeline: Path or hub name of the pipeline; defaults to the run's.
-        overwrite: Replace images generated with other settings.
-        out: JSON file for the results.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
-    options = _set_options(locals(), "run", "out")
-    from snella_app.console import make_console
+    from snella_app.console import make_console, make_table
     from snella_app.files import write_json
     from snella_lab.recipes.dreambooth.evaluate import evaluate_generation
 
-    result = evaluate_generation(run, **options)
-    make_console().print(_generation_table(result))
-    if out is not None:
-        write_json(Path(out), result)
+    result = evaluate_generation(options)
+    names = list(result["mean"])
+    cells = ((row["subject"], row["method"], *(f"{row[name]:.4f}" for name in names)) for row in result["runs"])
+    title = "alignment: cosine similarity of CLIP embeddings; Vendi score: DINOv2 embeddings"
+    table = make_table(("subject", "method", *(name.replace("_", " ") for name in names)), cells, title=title, left=2)
+    if len(result["runs"]) > 1:
+        table.add_section()
+        table.add_row("mean", "", *(f"{result['mean'][name]:.4f}" for name in names))
+        table.add_row("standard error", "", *(f"{result['standard_error'][name]:.4f}" for name in names))
+    make_console().print(table)
+    if options.out is not None:
+        write_json(Path(options.out), result)
 
 
 @command("snella_lab.bench.doctor")
@@ -391,42 +287,18 @@ def language(config: LanguageConfig) -> None:
 
 
 @command("snella_lab.recipes.instruct.evaluate", is_research=True)
-def evaluate_language(
-    run: str,
-    /,
-    *,
-    data: str,
-    beams: int = 1,
-    max_new_tokens: int = 32,
-    batch_size: int = 8,
-    limit: int | None = None,
-    model: str | None = None,
-    overwrite: bool = False,
-    device: Device = "auto",
-) -> None:
+def evaluate_language(options: EvaluateLanguageOptions) -> None:
     """Evaluate a fine-tuned language model on the commonsense benchmark.
 
       snella evaluate-language runs/llama --data dataset
       snella evaluate-language runs/llama --data dataset --limit 100
 
     dataset contains TASK/test.json. Run the same command again to resume an interrupted evaluation.
-
-    Args:
-        run: Run folder.
-        data: Folder with TASK/test.json for some or all of the eight tasks.
-        beams: Beam search width; 1 is greedy decoding. The benchmark's script uses 4.
-        max_new_tokens: Maximum number of tokens per answer.
-        batch_size: Batch size.
-        limit: Maximum number of questions per task.
-        model: Path or hub name of the model; defaults to the run's.
-        overwrite: Replace answers generated with other settings.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
-    options = _set_options(locals(), "run", "data")
     from snella_app.console import make_console, make_table
     from snella_lab.recipes.instruct.evaluate import evaluate_language
 
-    result = evaluate_language(run, data, **options)
+    result = evaluate_language(options)
     counts = ("right", "questions", "unanswered")
     rows = result["tasks"].items()
     cells = ((task, f"{row['accuracy']:.4f}", *(str(row[name]) for name in counts)) for task, row in rows)
@@ -456,18 +328,3 @@ def demo(
 
     changes: dict[str, Any] = {"seed": seed} | ({} if epochs is None else {"epochs": epochs})
     run_demo(out, overwrite=overwrite, device=device, **changes)
-
-
-def _generation_table(result: dict[str, Any]) -> "Table":
-    """Return a table with a row per subject, then the mean and standard error over subjects."""
-    from snella_app.console import make_table
-
-    names = list(result["mean"])
-    cells = ((row["subject"], row["method"], *(f"{row[name]:.4f}" for name in names)) for row in result["runs"])
-    title = "alignment: cosine similarity of CLIP embeddings; Vendi score: DINOv2 embeddings"
-    table = make_table(("subject", "method", *(name.replace("_", " ") for name in names)), cells, title=title, left=2)
-    if len(result["runs"]) > 1:
-        table.add_section()
-        table.add_row("mean", "", *(f"{result['mean'][name]:.4f}" for name in names))
-        table.add_row("standard error", "", *(f"{result['standard_error'][name]:.4f}" for name in names))
-    return table

@@ -17,7 +17,7 @@ class Command:
 
     Attributes:
         function: Function to call. Positional-only parameters become positional arguments, others options. If the only
-            parameter is a `Config`, its settings become the options. The docstring is the help.
+            parameter is a `Config`, its settings become the arguments. The docstring is the help.
         library: Module to import before the call, while Ctrl-C exits immediately.
         is_recorded: If True, store the settings in the run folder as `commands/NAME.yaml`.
         is_research: If True, list the command under research commands.

@@ -93,7 +93,7 @@ def options_of(function: Callable[..., None]) -> list[Option]:
     config = settings_class(function)
     if config is not None:
         settings = config.command_options().values()
-        return [Option(s.name, s.type, s.fresh_default(), _text_of(s), False) for s in settings]
+        return [Option(s.name, s.type, s.fresh_default(), _text_of(s), s.name in config.positional) for s in settings]
     helps, hints = _texts(function), _hints(function)
     return [
         Option(

@@ -47,6 +47,7 @@ class Config:
     Attributes:
         flat_names: Flat names that differ from the field name, by field.
         basic: Flat names of the settings that most users need; they come first in help and files.
+        positional: Flat names of positional arguments on the command line.
         minimums: Minimum value by field.
         nonnegative: Fields that are finite and at least 0.
         fractions: Fields in [0, 1).
@@ -54,6 +55,7 @@ class Config:
 
     flat_names: ClassVar[Mapping[str, str]] = {}
     basic: ClassVar[tuple[str, ...]] = ()
+    positional: ClassVar[tuple[str, ...]] = ()
     minimums: ClassVar[Mapping[str, int]] = {}
     nonnegative: ClassVar[tuple[str, ...]] = ()
     fractions: ClassVar[tuple[str, ...]] = ()

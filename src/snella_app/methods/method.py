@@ -42,11 +42,7 @@ def one_of(*choices: Any) -> Rule:
 def check_by(rules: Mapping[str, Rule]) -> Callable[[Mapping[str, Any]], list[str]]:
     """Build a `Method.check` from one rule per option.
 
-    Args:
-        rules: Rules by option name.
-
-    Returns:
-        Function from options to error messages such as "r must be an integer of at least 1, got 0".
+    It returns messages such as "r must be an integer of at least 1, got 0".
     """
 
     def check(options: Mapping[str, Any]) -> list[str]:
@@ -68,10 +64,6 @@ def _class_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs.float(), labels)
 
 
-def _ignore_progress(text: str) -> None:
-    """Discard a progress message."""
-
-
 @dataclass(frozen=True)
 class SelectionData:
     """Data for methods that select weights or candidates; passed as `build_method(..., batches=...)`.
@@ -88,7 +80,7 @@ class SelectionData:
     train: Batches
     validation: Batches | None = None
     loss: Callable[[Tensor, Tensor], Tensor] = _class_loss
-    report: Callable[[str], None] = _ignore_progress
+    report: Callable[[str], None] = lambda text: None
     has_class_scores: bool = True
 
     def __call__(self) -> Iterable[tuple[Tensor, Tensor]]:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -53,18 +52,6 @@ def attached(model: nn.Module, name: str, kind: type[nn.Module]) -> Iterator[tup
             yield module_name, module, child
 
 
-def detach(module: nn.Module, name: str, *hooks: Callable[..., Any]) -> None:
-    """Remove a child and its hooks.
-
-    Args:
-        module: Module of the backbone.
-        name: As for `attach`.
-        hooks: Functions passed to `attach`.
-    """
-    delattr(module, name)
-    remove_hooks(module, *hooks)
-
-
 def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
     """Remove forward hooks by their functions.
 
@@ -75,21 +62,14 @@ def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
             del table[key]
 
 
-def freeze_running_statistics(model: nn.Module) -> int:
+def freeze_running_statistics(model: nn.Module) -> None:
     """Make batch normalization layers use their running statistics in training mode.
 
     Otherwise, each batch would change the running statistics, which adapters do not save.
-
-    Args:
-        model: Backbone; changed in place.
-
-    Returns:
-        Number of frozen layers.
     """
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    for layer in layers:
-        layer.register_forward_pre_hook(_use_stored_statistics)
-    return len(layers)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.register_forward_pre_hook(_use_stored_statistics)
 
 
 def _use_stored_statistics(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -114,15 +94,15 @@ def find_head(model: nn.Module, head: str | None = None) -> str:
             (`num_classes=0`).
     """
     modules = dict(model.named_modules())
-    if head is not None:
-        if head not in modules:
-            linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-            raise ValueError(
-                f"head must name a module of the model, got {head!r}; its last linear layers are {linears[-3:]}"
-            )
-        name = head
-    else:
-        name = _declared_head(model, modules)
+    name = _declared_head(model, modules) if head is None else head
+    if name is None or name not in modules:
+        linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+        problem = (
+            f"{type(model).__name__} does not declare its classifier head; pass head=..."
+            if head is None
+            else f"head must name a module of the model, got {head!r}"
+        )
+        raise ValueError(f"{problem}; its last linear layers are {linears[-3:]}")
     if not any(True for _ in modules[name].parameters()):
         raise ValueError(
             f"the head {name!r} has no weights (num_classes={getattr(model, 'num_classes', None)}); "
@@ -131,21 +111,14 @@ def find_head(model: nn.Module, head: str | None = None) -> str:
     return name
 
 
-def _declared_head(model: nn.Module, modules: dict[str, nn.Module]) -> str:
-    """Return the head that a timm model declares."""
+def _declared_head(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
+    """Return the head that a timm model declares; None for other models."""
     declared = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
-    if isinstance(declared, str) and declared in modules:
-        return declared
+    if declared in modules:
+        return str(declared)
     get_classifier = getattr(model, "get_classifier", None)
     classifier = get_classifier() if callable(get_classifier) else None
-    for name, module in modules.items():
-        if module is classifier:
-            return name
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    raise ValueError(
-        f"{type(model).__name__} does not declare its classifier head; "
-        f"pass head=..., its last linear layers are {linears[-3:]}"
-    )
+    return next((name for name, module in modules.items() if module is classifier), None)
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -203,16 +176,13 @@ def find_blocks(model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
     return [
         (name, module)
         for name, module in candidates
-        if not any(is_inside(other, name) and other != name for other, _ in candidates) and _has_weights(module)
+        if not any(is_inside(other, name) and other != name for other, _ in candidates)
+        and any(True for _ in module.parameters())
     ]
 
 
 def require_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
-    """Return the blocks as `find_blocks` does, or raise an error if there are none.
-
-    Raises:
-        ValueError: If the model has no blocks.
-    """
+    """Return the blocks of a backbone like `find_blocks`; raise `ValueError` if there are none."""
     blocks = find_blocks(model, head)
     if not blocks:
         raise ValueError(
@@ -230,33 +200,25 @@ def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn
             positions, which added tokens lack.
     """
     blocks = require_blocks(method, model, head)
-    reason = ""
-    is_token_model = isinstance(getattr(model, "num_prefix_tokens", None), int)
-    if not isinstance(model.get_submodule(head), nn.Linear) and not hasattr(model, "num_prefix_tokens"):
-        raise ValueError(
-            f"method {method!r} cannot be applied to {type(model).__name__}: its {head!r} takes feature maps, to which "
-            "tokens cannot be added; use a plain ViT classifier (timm's VisionTransformer)"
-        )
-    if not is_token_model or any(name.count(".") > 1 for name, _ in blocks):
+    has_prefix = isinstance(getattr(model, "num_prefix_tokens", None), int)
+    position_parts = ("relative_position_bias_table", "rel_pos", "rel_pos_h", "attention_biases")
+    attentions = [getattr(block, "attn", None) for _, block in blocks]
+    if not has_prefix and not isinstance(model.get_submodule(head), nn.Linear):
+        reason = f"its {head!r} takes feature maps, to which tokens cannot be added"
+    elif not has_prefix or any(name.count(".") > 1 for name, _ in blocks):
         reason = "its blocks do not share one token sequence"
     elif any(width_of_block(block) is None for _, block in blocks):
         reason = "its blocks are not pre-norm attention and MLP"
-    elif getattr(model, "rope", None) is not None or getattr(model, "shared_rel_pos_bias", None) is not None:
+    elif any(getattr(model, name, None) is not None for name in ("rope", "shared_rel_pos_bias")) or any(
+        getattr(attention, name, None) is not None for attention in attentions for name in position_parts
+    ):
         reason = "it rotates or biases tokens by their position, which added tokens lack"
-    elif any(_has_position_bias(getattr(block, "attn", None)) for _, block in blocks):
-        reason = "it biases tokens by their position, which added tokens lack"
-    if reason:
-        raise ValueError(
-            f"method {method!r} cannot be applied to {type(model).__name__}: {reason}; "
-            "use a plain ViT (timm's VisionTransformer)"
-        )
-    return blocks
-
-
-def _has_position_bias(attention: nn.Module | None) -> bool:
-    """Return whether an attention module has a relative position bias."""
-    names = ("relative_position_bias_table", "rel_pos", "rel_pos_h", "attention_biases")
-    return any(getattr(attention, name, None) is not None for name in names)
+    else:
+        return blocks
+    raise ValueError(
+        f"method {method!r} cannot be applied to {type(model).__name__}: {reason}; use a plain ViT classifier (timm's "
+        "VisionTransformer)"
+    )
 
 
 def width_of_block(block: nn.Module) -> int | None:
@@ -280,25 +242,5 @@ def mlps(model: nn.Module, head: str) -> Iterator[tuple[str, nn.Module, int]]:
                 yield name, module, linears[-1].out_features
 
 
-def _has_weights(module: nn.Module) -> bool:
-    """Return whether a module has parameters."""
-    return next(module.parameters(), None) is not None
-
-
 class AdapterFileError(ValueError):
     """Error for a damaged adapter file, or one that does not fit the model."""
-
-
-@contextmanager
-def restoring(model: nn.Module) -> Iterator[None]:
-    """Convert errors raised while a saved selection is restored into `AdapterFileError`.
-
-    Raises:
-        AdapterFileError: If a layer is missing, has another type or has fewer weights.
-    """
-    try:
-        yield
-    except (AttributeError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise AdapterFileError(
-            f"the adapter does not fit {type(model).__name__}: {error}; load it into the architecture it was trained on"
-        ) from error

@@ -47,16 +47,9 @@ def peft_method(
     targets: Targets = adaptable_layers,
     **fields: Any,
 ) -> Method:
-    """Create the `Method` of a PEFT adapter.
+    """Create the `Method` of a PEFT adapter, with the fields of `Method`.
 
-    Args:
-        summary: As for `Method`.
-        source: As for `Method`.
-        config: As for `Method`.
-        options: As for `Method`.
-        suffix: As for `Method`.
-        targets: Selects the target modules if `target_modules` is not among the options.
-        **fields: Further fields of `Method`.
+    `targets` selects the target modules if `target_modules` is not among the options.
     """
 
     def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
@@ -100,13 +93,13 @@ def merge_adapter(model: Any) -> nn.Module:
     return merged
 
 
-def config_fields(config: type[PeftConfig]) -> tuple[str, ...]:
+def _config_fields(config: type[PeftConfig]) -> tuple[str, ...]:
     """Return the fields that a configuration adds to `PeftConfig`, except `modules_to_save`, the head."""
     base = {f.name for f in dataclasses.fields(PeftConfig)} | {"modules_to_save"}
     return tuple(f.name for f in dataclasses.fields(config) if f.name not in base and f.init)
 
 
-_SNELL_OPTIONS = config_fields(SnellaConfig)
+_SNELL_OPTIONS = _config_fields(SnellaConfig)
 _SPARSITY_OPTIONS = (
     *("target_sparsity", "init_sparsity", "sparsify_mode", "allocation", "schedule", "importance", "realloc_every"),
     *("beta1", "beta2", "min_layer_share", "zero_init_ema"),
@@ -182,14 +175,7 @@ initialization: with mix_k it is about 1/m for a matrix with m outputs.
 
 
 _LORA_OPTIONS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "use_rslora",
-    "use_dora",
-    "bias",
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "use_dora", "bias"),
 )
 
 
@@ -256,9 +242,9 @@ class RankSchedule:
     """
 
     def __init__(self, model: nn.Module, total_steps: int) -> None:
-        if not is_adalora(model):
+        if not isinstance(model, PeftModel) or not isinstance(model.base_model, AdaLoraModel):
             raise TypeError(f"model must have an AdaLoRA adapter, got {type(model).__name__}")
-        self.tuner: AdaLoraModel = model.base_model  # type: ignore[assignment]
+        self.tuner: AdaLoraModel = model.base_model
         self.config: AdaLoraConfig = self.tuner.peft_config[self.tuner.trainable_adapter_name]  # type: ignore[assignment]
         self.step = 0
         if self.config.tinit == 0 and self.config.tfinal == 0:
@@ -314,22 +300,17 @@ class RankSchedule:
             self.load_state_dict(state)
 
 
-def is_adalora(model: nn.Module) -> bool:
-    """Return whether the model has PEFT's AdaLoRA adapter."""
-    return isinstance(model, PeftModel) and isinstance(model.base_model, AdaLoraModel)
-
-
 @contextmanager
 def all_ranks(config: PeftConfig) -> Iterator[None]:
     """Make PEFT save AdaLoRA factors at full size, with zeros for pruned ranks."""
-    pattern = getattr(config, "rank_pattern", None)
-    if isinstance(config, AdaLoraConfig):
-        config.rank_pattern = None
+    if not isinstance(config, AdaLoraConfig):
+        yield
+        return
+    pattern, config.rank_pattern = config.rank_pattern, None
     try:
         yield
     finally:
-        if isinstance(config, AdaLoraConfig):
-            config.rank_pattern = pattern
+        config.rank_pattern = pattern
 
 
 def orthogonality(model: nn.Module) -> Tensor:
@@ -384,17 +365,11 @@ def _from_peft(
             return kind(modules_to_save=[head], **{**fixed, **options})  # type: ignore[call-arg]
 
     source = f"{source}; PEFT's implementation"
-    return peft_method(summary, source, config, config_fields(kind), suffix=suffix, targets=targets, defaults=defaults)
+    return peft_method(summary, source, config, _config_fields(kind), suffix=suffix, targets=targets, defaults=defaults)
 
 
-def layer_norms(model: nn.Module, head: str) -> str:
-    """Return a regular expression that matches the LayerNorm modules outside the head.
-
-    Plain names match too many modules, since PEFT matches suffixes: `norm` also matches `blocks.0.attn.norm`.
-
-    Raises:
-        ValueError: If the model has no such LayerNorm.
-    """
+def _layer_norms(model: nn.Module, head: str) -> str:
+    """Return a pattern of the LayerNorm modules outside the head; PEFT would match plain names as suffixes."""
     names = [
         name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm) and not is_inside(name, head)
     ]
@@ -415,10 +390,7 @@ CATALOG: dict[str, Method] = {
         random_seed=0,
     ),
     "supertuning": _from_peft(
-        "the weights of largest magnitude",
-        "Super-Tuning, arXiv 2607.09287",
-        peft.SupertuningConfig,
-        _UNDECAYED,
+        "the weights of largest magnitude", "Super-Tuning, arXiv 2607.09287", peft.SupertuningConfig, _UNDECAYED
     ),
     "fourierft": _from_peft(
         "a few 2D Fourier coefficients of each update",
@@ -453,13 +425,7 @@ CATALOG: dict[str, Method] = {
         _DECAYED,
         "r",
     ),
-    "lokr": _from_peft(
-        "Kronecker products",
-        "LoKr, Yeh et al., arXiv 2309.14859",
-        peft.LoKrConfig,
-        _DECAYED,
-        "r",
-    ),
+    "lokr": _from_peft("Kronecker products", "LoKr, Yeh et al., arXiv 2309.14859", peft.LoKrConfig, _DECAYED, "r"),
     "boft": _from_peft(
         "orthogonal factors in butterfly form",
         "BOFT, Liu et al., arXiv 2311.06243",
@@ -486,7 +452,7 @@ CATALOG: dict[str, Method] = {
         "LN tuning, Zhao et al., arXiv 2312.11420",
         peft.LNTuningConfig,
         _UNDECAYED,
-        targets=layer_norms,
+        targets=_layer_norms,
     ),
 }
 """Methods defined only by a PEFT configuration, by name."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from snella.targets import default_targets
 from snella_app.methods.method import Batches, Method, MethodSpec, Options
-from snella_app.methods.model_parts import find_head
+from snella_app.methods.model_parts import AdapterFileError, find_head
 from snella_app.methods.partial import BIAS, FULL, LINEAR, MLP, PARTIAL
 from snella_app.methods.peft_methods import ADALORA, CATALOG, DORA, KLORA, LORA, SNELL, SNELLA, SNELLA_MATCHED
 from snella_app.plugins import plugins
@@ -43,11 +43,7 @@ def method_names() -> list[str]:
 
 
 def find_method(name: str) -> Method:
-    """Return the method for a name such as `snella-8` or `snella`.
-
-    Raises:
-        ValueError: As for `parse_method`.
-    """
+    """Return the method for a name such as `snella-8` or `snella`; see `parse_method` for errors."""
     return METHODS[parse_method(name)[0]]
 
 
@@ -117,14 +113,15 @@ def build_method(
             f"method {name!r} selects parameters from training data, got batches=None; "
             "pass batches=..., a callable that returns pairs of images and labels"
         )
-    head_name = _freeze(model, head)
+    head = find_head(model, head)
+    model.requires_grad_(False)
     try:
-        built = method.build(model, head_name, options, batches if method.needs_batches else None)
+        built = method.build(model, head, options, batches if method.needs_batches else None)
     except (ValueError, TypeError) as error:
         if method.config is None:
             raise
         raise ValueError(f"method {name!r} cannot be applied to {type(model).__name__}: {error}") from error
-    return _with_spec(built, name, options, head_name)
+    return _with_spec(built, name, options, head)
 
 
 def restore_method(
@@ -133,14 +130,22 @@ def restore_method(
     """Rebuild the model structure of `build_method` without training data; values are not loaded.
 
     Arguments and errors are those of `build_method`; `tensors` are the saved tensors by name.
+
+    Raises:
+        AdapterFileError: If the tensors do not fit the model.
     """
     options, method = check_method(name, options), find_method(name)
-    head_name = _freeze(model, head)
-    if method.restore is not None:
-        built = method.restore(model, head_name, options, tensors)
-    else:
-        built = method.build(model, head_name, options, None)
-    return _with_spec(built, name, options, head_name)
+    head = find_head(model, head)
+    model.requires_grad_(False)
+    if method.restore is None:
+        return _with_spec(method.build(model, head, options, None), name, options, head)
+    try:
+        restored = method.restore(model, head, options, tensors)
+    except (AttributeError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise AdapterFileError(
+            f"the adapter does not fit {type(model).__name__}: {error}; load it into the architecture it was trained on"
+        ) from error
+    return _with_spec(restored, name, options, head)
 
 
 def check_method(name: str, options: Options) -> Options:
@@ -156,7 +161,9 @@ def check_method(name: str, options: Options) -> Options:
     method = METHODS[family]
     unknown = [key for key in options if key not in method.options]
     if unknown:
-        raise ValueError(_unknown_options(name, unknown, method.options))
+        hints = [f"{key!r}{nearest(key, method.options, most=2, cutoff=0.5, form=' (nearest: {})')}" for key in unknown]
+        known = ", ".join(method.options) or "no options"
+        raise ValueError(f"method {name!r} has no option {', '.join(hints)}; it has {known}")
     if number is not None:
         suffix = str(method.suffix)
         if options.get(suffix, number) != number:
@@ -220,21 +227,6 @@ def _with_spec(model: nn.Module, name: str, options: Options, head: str) -> nn.M
     return model
 
 
-def _freeze(model: nn.Module, head: str | None) -> str:
-    """Freeze all parameters and return the name of the head."""
-    head_name = find_head(model, head)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return head_name
-
-
-def _unknown_options(name: str, unknown: list[str], known: tuple[str, ...]) -> str:
-    """Format the error message for unknown options."""
-    parts = [f"{key!r}{nearest(key, known, most=2, cutoff=0.5, form=' (nearest: {})')}" for key in unknown]
-    has = f"it has {', '.join(known)}" if known else "it has no options"
-    return f"method {name!r} has no option {', '.join(parts)}; {has}"
-
-
 def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn.Module:
     """Prepare a model without a head for training with a method; `load_trained` restores the result.
 
@@ -250,15 +242,12 @@ def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn
     Raises:
         ValueError: If the method, an option or a value is invalid, or the method needs a head.
     """
-    options, config_of = check_method(method, options), find_method(method).config
-    if config_of is None and find_method(method) is not FULL:
+    options, found = check_method(method, options), find_method(method)
+    if found is FULL:
+        return _with_spec(model.requires_grad_(True), method, options, head="")
+    if found.config is None:
         raise ValueError(f"method must be a PEFT adapter or full for a model without a head, got {method!r}")
-    for parameter in model.parameters():
-        parameter.requires_grad_(config_of is None)
-    built: nn.Module = model
-    if config_of is not None:
-        targets = options.get("target_modules") or default_targets(model)
-        config = config_of("", {**options, "target_modules": targets})
-        config.modules_to_save = None  # type: ignore[attr-defined]
-        built = get_peft_model(model, config)
-    return _with_spec(built, method, options, head="")  # the whole model, which has no separate head
+    model.requires_grad_(False)
+    config = found.config("", {**options, "target_modules": options.get("target_modules") or default_targets(model)})
+    config.modules_to_save = None  # type: ignore[attr-defined]
+    return _with_spec(get_peft_model(model, config), method, options, head="")

@@ -1,7 +1,6 @@
 """Saving trained parameters, and loading them into a fresh backbone."""
 
 import copy
-import hashlib
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from snella.compat.sparse_file import tensors_bytes, tensors_digest
 from snella.config import read_config
-from snella_app.files import write_bytes
+from snella_app.files import sha256_of, write_bytes
 from snella_app.methods.method import MethodSpec
 from snella_app.methods.model_parts import AdapterFileError
 from snella_app.methods.peft_methods import all_ranks, inject, without_harmless_warnings
@@ -29,7 +28,6 @@ TENSOR_FILE = "trainable.safetensors"
 REMEDY = "copy the adapter again, or train again with `--overwrite`"
 """Remedy in errors about damaged or incomplete adapters."""
 _TENSORS_DIGEST, _SETTINGS_DIGEST = "sha256", "settings_sha256"
-_MAX_HEADER_BYTES = 100_000_000
 _SHOWN = 3
 
 _logger = logging.getLogger(__name__)
@@ -58,7 +56,7 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         write_bytes(target / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True).encode())
     method_info = {"format": 1, "method": spec.name, "options": _plain(spec.options), "head": spec.head}
     write_bytes(target / METHOD_FILE, json.dumps(method_info, indent=2).encode() + b"\n")
-    write_bytes(target / file, _as_safetensors(tensors, _settings_digest(target)))
+    write_bytes(target / file, _as_safetensors(tensors, sha256_of(_settings_file(target))))
 
 
 def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Module:
@@ -73,8 +71,7 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
 
     Raises:
         FileNotFoundError: If the folder contains no adapter.
-        AdapterFileError: If the file is damaged, altered, does not fit the model, or contains non-finite values. The
-            message names the tensor.
+        AdapterFileError: If the file is damaged, altered, does not fit the model, or contains non-finite values.
     """
     source = Path(folder)
     if (source / CONFIG_NAME).is_file():
@@ -82,12 +79,9 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
     elif (source / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise FileNotFoundError(f"no adapter file {source / CONFIG_NAME}; {REMEDY}")
     elif (source / METHOD_FILE).is_file():
-        method_info = _read_settings(source / METHOD_FILE)
-        read_header(source / TENSOR_FILE)
+        info = _read_settings(source / METHOD_FILE)
         tensors = _read_tensors(source / TENSOR_FILE)
-        model = restore_method(
-            method_info["method"], backbone, tensors, head=method_info["head"], **method_info["options"]
-        )
+        model = restore_method(info["method"], backbone, tensors, head=info["head"], **info["options"])
     else:
         raise FileNotFoundError(
             f"{source} contains no adapter: it has neither {CONFIG_NAME} nor {METHOD_FILE}; {REMEDY}"
@@ -102,13 +96,12 @@ def load_trained_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         FileNotFoundError: If the folder contains no tensors.
         AdapterFileError: If the file is damaged, altered, does not fit the model, or contains non-finite values. The
-            message names the tensor; the model is left unchanged.
+            model is left unchanged.
     """
     targets, file = _trained_tensors(model)
     path = Path(folder) / file
-    check_fits(path, read_header(path), {name: list(tensor.shape) for name, tensor in targets.items()})
     tensors = _read_tensors(path)
-    _check_finite(path, tensors, targets)
+    _check_fits(path, tensors, targets)
     if isinstance(model, PeftModel):
         with all_ranks(model.peft_config["default"]), without_harmless_warnings():
             set_peft_model_state_dict(model, tensors)
@@ -124,11 +117,13 @@ def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
         config = read_config(folder)
     config.inference_mode = False
     model = inject(backbone, config)
-    method = folder / METHOD_FILE
-    method_info: dict[str, Any] = _read_settings(method) if method.is_file() else {}
-    name = method_info.get("method", str(getattr(config.peft_type, "value", config.peft_type)).lower())
-    family = parse_method(name)[0] if "method" in method_info else (name if name in METHODS else "")
-    model.snella_method = MethodSpec(name, method_info.get("options", {}), method_info.get("head", "head"), family)  # type: ignore[assignment]
+    if (folder / METHOD_FILE).is_file():
+        info = _read_settings(folder / METHOD_FILE)
+        spec = MethodSpec(info["method"], info["options"], info["head"], parse_method(info["method"])[0])
+    else:
+        name = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+        spec = MethodSpec(name, family=name if name in METHODS else "")
+    model.snella_method = spec  # type: ignore[assignment]
     return model
 
 
@@ -162,8 +157,21 @@ def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], str]:
     return tensors, TENSOR_FILE
 
 
-def _check_finite(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
-    """Reject infinities and NaN, except where the model's values are not finite either (`-inf` masks)."""
+def _check_fits(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+    """Check names and shapes, and that values are finite where the model's are; masks of the model have `-inf`."""
+    common = [name for name in targets if name in tensors]
+    shapes = {name: (list(tensors[name].shape), list(targets[name].shape)) for name in common}
+    different = [
+        f"{name!r} is {stored} in the file and {expected} in the model"
+        for name, (stored, expected) in shapes.items()
+        if stored != expected
+    ]
+    missing, extra = targets.keys() - tensors.keys(), tensors.keys() - targets.keys()
+    errors = [listed(different, _SHOWN)] if different else []
+    errors += [f"the file lacks {listed(map(repr, sorted(missing)), _SHOWN)}"] if missing else []
+    errors += [f"the model lacks {listed(map(repr, sorted(extra)), _SHOWN)}"] if extra else []
+    if errors:
+        raise AdapterFileError(f"{path} belongs to another model: {'; '.join(errors)}")
     for name, value in tensors.items():
         invalid = ~torch.isfinite(value)
         if invalid.any() and (invalid & torch.isfinite(targets[name].detach().cpu())).any():
@@ -174,13 +182,15 @@ def _check_finite(path: Path, tensors: dict[str, Tensor], targets: dict[str, Ten
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file with a valid header, and verify the digests in its metadata."""
+    """Read the tensors of a file, and verify the digests in its metadata."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter file {path}; {REMEDY}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         tensors = load_file(path)
     except SafetensorError as error:
-        raise AdapterFileError(f"{path} is damaged: {error}; {REMEDY}") from None
+        raise AdapterFileError(f"{path} is damaged: {error} ({path.stat().st_size} bytes); {REMEDY}") from None
     if _TENSORS_DIGEST not in metadata:
         _logger.warning("note: %s has no SHA-256 digest; its integrity cannot be checked", path)
         return tensors
@@ -188,10 +198,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise AdapterFileError(
             f"{path} is damaged: its values were altered after it was written (SHA-256 differs); {REMEDY}"
         )
-    if metadata.get(_SETTINGS_DIGEST) != _settings_digest(path.parent):
+    settings = _settings_file(path.parent)
+    if metadata.get(_SETTINGS_DIGEST) != sha256_of(settings):
         raise AdapterFileError(
-            f"{_settings_file(path.parent)} is damaged: it was altered after the adapter was saved (SHA-256 differs); "
-            f"{REMEDY}"
+            f"{settings} is damaged: it was altered after the adapter was saved (SHA-256 differs); {REMEDY}"
         )
     return tensors
 
@@ -200,12 +210,6 @@ def _settings_file(folder: Path) -> Path:
     """Return the path of the settings file of an adapter."""
     path = folder / CONFIG_NAME
     return path if path.is_file() else folder / METHOD_FILE
-
-
-def _settings_digest(folder: Path) -> str:
-    """Return the SHA-256 of the settings file; empty if it does not exist."""
-    path = _settings_file(folder)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _as_safetensors(tensors: dict[str, Tensor], settings_digest: str) -> bytes:
@@ -231,69 +235,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return getattr(value, "value", value)
-
-
-def read_header(path: Path) -> dict[str, list[int]]:
-    """Read the names and shapes of the tensors in a safetensors file.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        AdapterFileError: If the file is truncated or is not a safetensors file. The message names incomplete tensors.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter file {path}; {REMEDY}")
-
-    def damaged(problem: str) -> AdapterFileError:
-        return AdapterFileError(f"{path} is damaged: {problem}; {REMEDY}")
-
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise damaged(f"its safetensors header claims {length} bytes, the file has {size}")
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            ends = {name: 8 + length + int(entry["data_offsets"][1]) for name, entry in tensors.items()}
-            shapes = {name: [int(n) for n in entry["shape"]] for name, entry in tensors.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise damaged(f"its safetensors header is unreadable ({error})") from None
-    truncated = [name for name, end in ends.items() if end > size]
-    if truncated:
-        raise damaged(f"truncated at {size} of {max(ends.values())} bytes; {_shorten(truncated)} is incomplete")
-    if max(ends.values(), default=8 + length) != size:
-        raise damaged(f"it has {size} bytes, its header describes {max(ends.values(), default=8 + length)}")
-    return shapes
-
-
-def check_fits(path: Path, actual: dict[str, list[int]], expected: dict[str, list[int]]) -> None:
-    """Compare the shapes in a file with those of the model.
-
-    Args:
-        path: File name, for the error message.
-        actual: Shapes in the file, from `read_header`.
-        expected: Shapes required by the model.
-
-    Raises:
-        AdapterFileError: If shapes differ, or tensors are missing or unexpected. One error reports all of them.
-    """
-    errors = [
-        f"{name!r} is {actual[name]} in the file and {shape} in the model"
-        for name, shape in expected.items()
-        if name in actual and actual[name] != shape
-    ]
-    if len(errors) > _SHOWN:
-        errors = [*errors[:_SHOWN], f"{len(errors) - _SHOWN} more tensors differ in shape"]
-    missing = [name for name in expected if name not in actual]
-    extra = [name for name in actual if name not in expected]
-    if missing:
-        errors.append(f"the file lacks {_shorten(missing)}")
-    if extra:
-        errors.append(f"the model lacks {_shorten(extra)}")
-    if errors:
-        raise AdapterFileError(f"{path} belongs to another model: {'; '.join(errors)}")
-
-
-def _shorten(names: list[str]) -> str:
-    """Format the first names and the number of remaining names."""
-    return listed(map(repr, names), _SHOWN)

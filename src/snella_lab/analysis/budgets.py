@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 
 from snella.allocation import budget_at
 from snella_app.records import Allocation, AllocationStep, MatrixInfo, RunInfo, read, read_if_present
@@ -21,10 +21,12 @@ from snella_app.report.allocation import linear_trend, log_axis
 from snella_app.report.inspect import current_budgets, read_adapter
 from snella_app.report.style import (
     ACCENT,
+    DASHED,
     MUTED,
     WARM,
     accent_map,
     add_legend,
+    epoch_axis,
     new_figure,
     new_panels,
     percent_axis,
@@ -99,10 +101,6 @@ def allocation(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot
 
         sparsity[l] = 1 − budget[l] / weights[l],   trend[l] = a + slope·l by least squares over the layers
 
-    Args:
-        runs: Folders of runs with budgets.
-        by: Layer granularity.
-
     Returns:
         One plot with a row for each layer and run; `allocation-trend` contains slope and intercept.
 
@@ -136,10 +134,6 @@ def evolution(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]
     """Plot the importance and sparsity of each layer (Figure 16) and the total budget (Figure 6) during training.
 
     The importance of a layer is the mean importance of its matrices. Each run has its own column of panels.
-
-    Args:
-        runs: Folders of runs with budgets.
-        by: Layer granularity.
 
     Returns:
         Two plots. `evolution` has a row for each layer and recorded allocation; its figure shows some of them.
@@ -228,17 +222,18 @@ def _draw_evolution(rows: Sequence[Row], metrics: Mapping[str, str], by: Layers)
     handles: list[Line2D] = []
     names: list[str] = []
     for column, run_rows in enumerate(grouped(rows, "run").values()):
-        steps = _evenly_spaced(sorted({row["step"] for row in run_rows}))
+        steps = sorted({row["step"] for row in run_rows})
+        if len(steps) > _MAX_STEPS:
+            steps = [steps[index] for index in np.linspace(0, len(steps) - 1, _MAX_STEPS).round().astype(int)]
         top, bottom = panels[column], panels[column + len(labels)]
         for number, step in enumerate(steps):
             step_rows = [row for row in run_rows if row["step"] == step]
-            color = time_color(number, len(steps))
+            color = to_hex(accent_map()(0.18 + 0.82 * number / max(len(steps) - 1, 1)), keep_alpha=True)
             positions = [row["position"] for row in step_rows]
             importance = [row["importance"] if row["importance"] > 0 else np.nan for row in step_rows]
-            top.plot(positions, importance, color=color, linewidth=1.8, marker="o", markersize=3)
-            (line,) = bottom.plot(
-                positions, [row["sparsity"] for row in step_rows], color=color, linewidth=1.8, marker="o", markersize=3
-            )
+            style: dict[str, Any] = {"color": color, "linewidth": 1.8, "marker": "o", "markersize": 3}
+            top.plot(positions, importance, **style)
+            (line,) = bottom.plot(positions, [row["sparsity"] for row in step_rows], **style)
             if column == 0:
                 handles.append(line)
                 names.append("start" if step == 0 else f"step {step}")
@@ -268,35 +263,21 @@ def _draw_budgets(rows: Sequence[Row], runs: Sequence[BudgetedRun]) -> Figure:
         grid = np.linspace(0, last["total"], 201)
         scale = last["step"] / last["t"] if last["t"] else 1.0
         curve = [budget_at(int(1000 * t), 1000 * last["total"], first, target, schedule) / total_weights for t in grid]
-        axes.plot(grid * scale, curve, color=color, linewidth=1, linestyle=(0, (4, 3)))
+        axes.plot(grid * scale, curve, color=color, linewidth=1, linestyle=DASHED)
         style: dict[str, Any] = {"color": color, "linewidth": 2, "marker": marker if len(run_rows) <= 30 else ""}
         steps, fractions = [row["step"] for row in run_rows], [row["share"] for row in run_rows]
         handles += axes.step(steps, fractions, where="post", markersize=5, **style)
     axes.set_ylim(0, 1.05)
     percent_axis(axes)
     axes.set(xlabel="optimizer step", ylabel="budget / adapted weights")
-    handles.append(Line2D([], [], color=MUTED, linewidth=1, linestyle=(0, (4, 3))))
+    handles.append(Line2D([], [], color=MUTED, linewidth=1, linestyle=DASHED))
     add_legend(figure, handles, [*(shortened(run.label, 24) for run in runs), "schedule"])
     return figure
 
 
-def time_color(number: int, count: int) -> str:
-    """Return the color of step `number` out of `count`, from light to dark."""
-    return to_hex(accent_map()(0.18 + 0.82 * number / max(count - 1, 1)), keep_alpha=True)
-
-
-def _evenly_spaced(values: Sequence[int]) -> list[int]:
-    """Select at most `_MAX_STEPS` evenly spaced values, including the first and the last."""
-    if len(values) <= _MAX_STEPS:
-        return list(values)
-    indices = np.linspace(0, len(values) - 1, _MAX_STEPS).round().astype(int)
-    return [values[index] for index in indices]
-
-
 def _layer_axis(axes: Axes, rows: Sequence[Row], by: Layers) -> None:
     """Set the ticks and label of the layer axis."""
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    epoch_axis(axes, "block" if by == "block" else "matrix (in model order)")
     if by == "block":
         names = {row["position"]: row["layer"] for row in rows}
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(round(value), "")))
-    axes.set_xlabel("block" if by == "block" else "matrix (in model order)")

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.manifold import TSNE
-from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics import f1_score, normalized_mutual_info_score
+from sklearn.preprocessing import normalize
 from torch import nn
 
-from snella_app.data import LoadOptions, load_data, read_image
-from snella_app.data.datasets import MaskDataset
+from snella_app.data import DataSplits, LoadOptions, load_data, read_image
+from snella_app.data.datasets import ImageDataset
 from snella_app.data.images import is_image
 from snella_app.data.splits import stratified_sample
 from snella_app.methods import build_method, spec_of
@@ -38,22 +39,22 @@ _PERPLEXITY = 30.0
 
 
 def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Plot]:
-    """Plot sample images, one row per dataset, ordered by group (Figure 11).
+    """Plot sample images of different classes, one row per dataset, ordered by group (Figure 11).
 
     Args:
         sources: Data specifications as in `snella train`, or names or files of experiments.
-        limit: Images per dataset, from different classes where possible.
+        limit: Images per dataset.
         seed: Seed of the selection.
-
-    Returns:
-        One plot with a row for each image.
 
     Raises:
         ValueError: If `limit` is less than 1 or data cannot be loaded.
     """
     if limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
-    entries = [entry for source in sources for entry in _data_entries(str(source))]
+    entries: list[DataEntry] = []
+    for source in map(str, sources):
+        is_experiment = source in bundled_experiments() or source.endswith((".yaml", ".yml"))
+        entries += read_experiment(source).data if is_experiment else [data_entry(source)]
     order = list(dict.fromkeys(entry.group for entry in entries))
     entries.sort(key=lambda entry: order.index(entry.group))
     rows: list[Row] = []
@@ -81,50 +82,58 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
 def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, device: str = "auto") -> list[Plot]:
     """Plot images, true masks and each run's predicted masks (Figure 8).
 
-    Args:
-        runs: Folders of segmentation runs on the same data.
-        split: Split of the first run's data; `auto` selects the test split, else validation.
-        limit: Number of images, evenly spaced over the split.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
-
-    Returns:
-        One plot with a row for each image, which contains the Dice score of each run, averaged over foreground classes.
+    The images are evenly spaced over a split of the first run's data; see `PlotOptions`. The table contains the Dice
+    score of each run, averaged over foreground classes.
 
     Raises:
         FileNotFoundError: If a folder contains no finished run.
         ValueError: If a run's task is not segmentation.
     """
-    first = load_run(runs[0], device)
-    _, _, parts = images_for_run(first, None, split)
-    items = [(part, index) for part in parts for index in range(len(part))]
-    selected = [items[i * len(items) // min(limit, len(items))] for i in range(min(limit, len(items)))]
+    labels = run_labels(runs)
+    models = [_load(run, "segmentation", device) for run in runs]
+    _, items = _items(models[0], None, split)
+    count = min(limit, len(items))
+    selected = [items[number * len(items) // count] for number in range(count)]
+    images = [part.image(index) for part, index in selected]
+    true = [np.asarray(part.mask(index)) for part, index in selected]  # type: ignore[attr-defined]
     rows: list[dict[str, object]] = [{"image": part.names[index]} for part, index in selected]
-    columns: list[list[Image.Image]] = [[part.image(index) for part, index in selected]]
-    true: list[np.ndarray] = []
-    for part, index in selected:
-        if not isinstance(part, MaskDataset):
-            raise ValueError(f"masks requires segmentation runs, got {runs[0]} with task {first.task.name!r}")
-        true.append(np.asarray(part.mask(index)))
-    columns.append([overlay(image, mask) for image, mask in zip(columns[0], true, strict=True)])
-    for label, run in zip(run_labels(runs), runs, strict=True):
-        loaded = first if run == runs[0] else load_run(run, device)
-        if loaded.task.name != "segmentation":
-            raise ValueError(f"masks requires segmentation runs, got {run} with task {loaded.task.name!r}")
-        predicted = []
-        with torch.inference_mode():
-            for image in columns[0]:
-                scores = loaded.network(loaded.transform(image)[None].to(loaded.device)).float()
-                size = (image.height, image.width)
-                sized = torch.nn.functional.interpolate(scores, size, mode="bilinear", align_corners=False)
-                predicted.append(sized.argmax(1)[0].to(torch.uint8).cpu().numpy())
-        for row, mask, truth in zip(rows, predicted, true, strict=True):
-            row[f"dice {label}"] = mean_dice(mask, truth)
-        columns.append([overlay(image, mask) for image, mask in zip(columns[0], predicted, strict=True)])
-    titles = ["image", "true mask", *run_labels(runs)]
-    captions = [[""] * len(rows)] * 2 + [
-        [f"Dice {row[f'dice {label}']:.2f}" for row in rows] for label in run_labels(runs)
-    ]
-    return [Plot("masks", rows, partial(_draw_grid, columns, titles, captions))]
+    columns = [images, _overlays(images, true)]
+    captions = [[""] * count, [""] * count]
+    for label, loaded in zip(labels, models, strict=True):
+        predicted = [_predict_mask(loaded, image) for image in images]
+        scores = [mean_dice(mask, truth) for mask, truth in zip(predicted, true, strict=True)]
+        for row, score in zip(rows, scores, strict=True):
+            row[f"dice {label}"] = score
+        columns.append(_overlays(images, predicted))
+        captions.append([f"Dice {score:.2f}" for score in scores])
+    return [Plot("masks", rows, partial(_draw_grid, columns, ["image", "true mask", *labels], captions))]
+
+
+def _load(run: str | Path, task: str, device: str) -> LoadedRun:
+    """Load a run and check its task."""
+    loaded = load_run(run, device)
+    if loaded.task.name != task:
+        raise ValueError(f"runs must be {task} runs, got {run} with task {loaded.task.name!r}")
+    return loaded
+
+
+def _items(loaded: LoadedRun, data: str | None, split: Split) -> tuple[DataSplits, list[tuple[ImageDataset, int]]]:
+    """Return the splits of a run's data, and the images of one split as dataset and index."""
+    splits, _, parts = images_for_run(loaded, data, split)
+    return splits, [(part, index) for part in parts for index in range(len(part))]
+
+
+@torch.inference_mode()
+def _predict_mask(loaded: LoadedRun, image: Image.Image) -> np.ndarray:
+    """Return the predicted mask of an image, at its size."""
+    scores = loaded.network(loaded.transform(image)[None].to(loaded.device)).float()
+    sized = torch.nn.functional.interpolate(scores, (image.height, image.width), mode="bilinear", align_corners=False)
+    return sized.argmax(1)[0].to(torch.uint8).cpu().numpy()
+
+
+def _overlays(images: Sequence[Image.Image], masks: Sequence[np.ndarray]) -> list[Image.Image]:
+    """Draw masks over images."""
+    return [overlay(image, mask) for image, mask in zip(images, masks, strict=True)]
 
 
 def gradcam(
@@ -140,55 +149,36 @@ def gradcam(
 
     Images are cropped by the first run's transform. `snella_app.report.examples.heat_maps` computes the maps of ViT,
     Swin, ConvNeXt and other timm models. The pre-trained model combines the first run's pre-trained backbone with its
-    trained head.
-
-    Args:
-        runs: Folders of classification runs.
-        data: Dataset for all runs; None uses the first run's.
-        split: Data split; `auto` selects the first run's test split.
-        limit: Number of images, from different classes where possible.
-        seed: Seed of the selection.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
-
-    Returns:
-        One plot with a row for each image and model, which contains the fraction of the map's sum in the central ninth.
+    trained head. The table contains the fraction of each map's sum in the central ninth. See `PlotOptions` for the
+    arguments.
 
     Raises:
         FileNotFoundError: If a folder contains no finished run, or the data no longer exists.
         ValueError: If a run's task is not classification, or its model has no feature map.
         ImportError: If Captum is not installed.
     """
-    first = load_run(runs[0], device)
-    splits, _, parts = images_for_run(first, data, split)
-    items = [(part, index) for part in parts for index in range(len(part))]
-    selected = [
-        items[index] for index in _class_balanced_indices([part.labels[index] for part, index in items], limit, seed)
-    ]
+    labels = run_labels(runs)
+    models = [_load(run, "classification", device) for run in runs]
+    first = models[0]
+    splits, items = _items(first, data, split)
+    chosen = _class_balanced_indices([part.labels[index] for part, index in items], limit, seed)
+    selected = [items[index] for index in chosen]
     images = [part.image(index) for part, index in selected]
+    classes = [splits.classes[part.labels[index]] for part, index in selected]
+    numbers = torch.tensor([first.classes.index(name) for name in classes])
     inputs = [_model_input_image(first, image) for image in images]
-    numbers = torch.tensor([first.classes.index(splits.classes[part.labels[index]]) for part, index in selected])
     grid: list[list[Image.Image]] = [inputs]
     rows: list[Row] = []
-    labels = run_labels(runs)
-    for label, run in zip([PRETRAINED, *labels], [None, *runs], strict=True):
-        loaded = first if run is None else load_run(run, device)
-        if loaded.task.name != "classification":
-            raise ValueError(f"gradcam requires classification runs, got {run} with task {loaded.task.name!r}")
-        model = _pretrained_with_head(loaded) if run is None else loaded.model
+    networks = [_pretrained_with_head(first), *(loaded.model for loaded in models)]
+    for label, loaded, model in zip([PRETRAINED, *labels], [first, *models], networks, strict=True):
         batch = torch.stack([loaded.transform(image) for image in images]).to(loaded.device)
         maps = heat_maps(model.to(loaded.device), batch, numbers)
         grid.append([overlay_heat(image, heat) for image, heat in zip(inputs, maps, strict=True)])
         rows += [
-            {
-                "run": label,
-                "image": part.names[index],
-                "class": splits.classes[part.labels[index]],
-                "share_in_middle": center_fraction(heat),
-            }
-            for (part, index), heat in zip(selected, maps, strict=True)
+            {"run": label, "image": part.names[index], "class": name, "share_in_middle": center_fraction(heat)}
+            for (part, index), name, heat in zip(selected, classes, maps, strict=True)
         ]
-    captions = [[shortened(splits.classes[part.labels[index]], 13) for part, index in selected]]
-    captions += [[""] * len(inputs)] * (len(grid) - 1)
+    captions = [[shortened(name, 13) for name in classes], *[[""] * len(inputs)] * (len(grid) - 1)]
     return [Plot("gradcam", rows, partial(_draw_grid, grid, ["image", PRETRAINED, *labels], captions))]
 
 
@@ -230,9 +220,6 @@ def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
             images.
         limit: Images per folder.
 
-    Returns:
-        One plot with a row for each image.
-
     Raises:
         FileNotFoundError: If a folder contains no images.
     """
@@ -261,18 +248,7 @@ def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
 def mean_dice(mask: np.ndarray, truth: np.ndarray) -> float:
     """Compute the Dice score 2·|A ∩ B| / (|A| + |B|), averaged over all nonzero classes; 1 if there are none."""
     classes = [label for label in np.union1d(mask, truth) if label > 0]
-    if not classes:
-        return 1.0
-    intersections = [float(((mask == label) & (truth == label)).sum()) for label in classes]
-    sizes = [float((mask == label).sum() + (truth == label).sum()) for label in classes]
-    return float(np.mean([2 * intersection / size for intersection, size in zip(intersections, sizes, strict=True)]))
-
-
-def _data_entries(source: str) -> list[DataEntry]:
-    """Return the data entries of an experiment, or the entry of a data specification."""
-    if source in bundled_experiments() or source.endswith((".yaml", ".yml")):
-        return list(read_experiment(source).data)
-    return [data_entry(source)]
+    return float(f1_score(truth.ravel(), mask.ravel(), labels=classes, average="macro")) if classes else 1.0
 
 
 def _class_balanced_indices(labels: Sequence[int], count: int, seed: int) -> list[int]:
@@ -336,16 +312,7 @@ def features(
         NMI = 2·I(clusters; classes) / (H(clusters) + H(classes)),   clusters by k-means, one per class
 
     The first panel shows the pre-trained backbone of the first run. Clusters are computed on the features, not on the
-    two-dimensional embedding, which depends on the seed.
-
-    Args:
-        runs: Folders of classification runs.
-        data: Dataset for all runs; None uses the first run's.
-        split: Data split; `auto` selects the first run's test split.
-        limit: Maximum number of images, stratified by class.
-        seed: Seed of image selection, clustering and embedding.
-        batch_size: Batch size.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
+    two-dimensional embedding, which depends on the seed. See `PlotOptions` for the arguments.
 
     Returns:
         One plot with a row for each image and model; `features-nmi` has a row for each model.
@@ -354,67 +321,50 @@ def features(
         FileNotFoundError: If a folder contains no finished run, or the data no longer exists.
         ValueError: If a run's task is not classification.
     """
-    labels = run_labels(runs)
-    first = load_run(runs[0], device)
-    splits, _, parts = images_for_run(first, data, split)
-    classes = [label for part in parts for label in part.labels]
-    selected = np.arange(len(classes))
-    if len(classes) > limit:
-        names = splits.classes
-        selected = np.array(sorted(stratified_sample(classes, limit, seed=seed, classes=names, argument="limit")))
+    models = [_load(run, "classification", device) for run in runs]
+    first = models[0]
+    splits, items = _items(first, data, split)
+    classes = [part.labels[index] for part, index in items]
+    selected = list(range(len(items)))
+    if len(items) > limit:
+        selected = sorted(stratified_sample(classes, limit, seed=seed, classes=splits.classes, argument="limit"))
     targets = np.array(classes)[selected]
-    models: list[tuple[str, NDArray[np.float32]]] = []
-    for label, run in zip([PRETRAINED, *labels], [None, *runs], strict=True):
-        loaded = first if run is None else load_run(run, device)
-        model = loaded.model
-        if run is None:
-            model = build_method("linear", make_backbone(first.info.backbone)).to(first.device)
-        elif loaded.task.name != "classification":
-            raise ValueError(f"features requires classification runs, got {run} with task {loaded.task.name!r}")
-        starts = np.cumsum([0, *map(len, parts)])
-        subsets = [
-            part.subset((selected[(selected >= start) & (selected < start + len(part))] - start).tolist())
-            for part, start in zip(parts, starts, strict=False)
-        ]
-        inputs = [part.with_transform(loaded.transform) for part in subsets if len(part)]
-        models.append((label, head_inputs(model, inputs, batch_size)))
-    embeddings = {label: embed(values, seed) for label, values in models}
+    indices: dict[ImageDataset, list[int]] = {}
+    for number in selected:
+        part, index = items[number]
+        indices.setdefault(part, []).append(index)
+    pretrained = build_method("linear", make_backbone(first.info.backbone)).to(first.device)
+    networks = [pretrained, *(loaded.model for loaded in models)]
+    values: dict[str, NDArray[np.float32]] = {}
+    for label, loaded, model in zip([PRETRAINED, *run_labels(runs)], [first, *models], networks, strict=True):
+        inputs = [part.subset(chosen).with_transform(loaded.transform) for part, chosen in indices.items()]
+        values[label] = head_inputs(model, inputs, batch_size)
+    count = len(set(targets.tolist()))
     scores: list[Row] = [
-        {
-            "run": label,
-            "images": len(targets),
-            "classes": len(set(targets.tolist())),
-            "nmi": cluster_nmi(values, targets, seed),
-        }
-        for label, values in models
+        {"run": label, "images": len(targets), "classes": count, "nmi": cluster_nmi(features, targets, seed)}
+        for label, features in values.items()
     ]
     rows = [
         {"run": label, "image": int(index), "class": splits.classes[number], "x": float(x), "y": float(y)}
-        for label, points in embeddings.items()
-        for index, number, (x, y) in zip(selected, targets, points, strict=True)
+        for label, features in values.items()
+        for index, number, (x, y) in zip(selected, targets, embed(features, seed), strict=True)
     ]
     notes = [f"{row['run']}: NMI {row['nmi']:.3f}" for row in scores]
     return [Plot("features", rows, partial(_draw_features, rows, scores), notes, {"nmi": scores})]
 
 
 def embed(values: NDArray[np.float32], seed: int = 0) -> NDArray[np.float64]:
-    """Embed features `[images, width]` in two dimensions with t-SNE, `[images, 2]`."""
+    """Embed features `[images, width]`, normalized to unit length, in two dimensions with t-SNE, `[images, 2]`."""
     perplexity = min(_PERPLEXITY, (len(values) - 1) / 3)
-    embedding = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(_normalized(values))
+    embedding = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(normalize(values))
     return embedding.astype(float)
 
 
 def cluster_nmi(values: NDArray[np.float32], classes: NDArray[np.int64], seed: int = 0) -> float:
     """Compute the normalized mutual information between classes and k-means clusters, one cluster per class."""
     count = len(set(classes.tolist()))
-    clusters = KMeans(count, n_init=10, random_state=seed).fit_predict(_normalized(values))
+    clusters = KMeans(count, n_init=10, random_state=seed).fit_predict(normalize(values))
     return float(normalized_mutual_info_score(classes, clusters))
-
-
-def _normalized(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Normalize features to unit length, which limits the influence of outliers."""
-    norms = np.linalg.norm(values, axis=1, keepdims=True)
-    return (values / np.maximum(norms, 1e-12)).astype(np.float32)
 
 
 def _draw_features(rows: Sequence[Row], scores: Sequence[Row]) -> Figure:

@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
 from torch import Tensor
 
 from snella.kernels import KERNELS, Kernel, KernelScalars, make_kernel
@@ -87,11 +89,7 @@ PRESETS: dict[str, FitConfig] = {
 
 
 def find_kernel(name: str) -> Merge:
-    """Return the merge function of a kernel, by name or import path.
-
-    Raises:
-        ValueError: If the kernel is unknown, or the import path is neither a kernel nor a function.
-    """
+    """Return the merge function of a kernel, by name or import path; raise `ValueError` if there is none."""
     if name in KERNELS:
         return make_kernel(name).merge
     module, colon, attribute = name.partition(":")
@@ -278,20 +276,17 @@ def kernel_curves(kernels: Sequence[str], points: int = 161) -> list[Row]:
     xs = torch.linspace(-_X_MAX, _X_MAX, points, dtype=torch.float64)
     rows: list[Row] = []
     for name in kernels:
-        merge = find_kernel(name)
-        A = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-        B = torch.stack([xs, torch.zeros_like(xs)], 1)
-        values = _kernel_values(merge, A, B)
-        jacobian = torch.autograd.functional.jacobian(partial(_kernel_values, merge, A), B)
-        slopes = jacobian[..., 0].diagonal()
-        curve = zip(xs.tolist(), values.tolist(), slopes.tolist(), strict=True)
+        evaluate = partial(_kernel_values, find_kernel(name))
+        slopes = torch.autograd.functional.jacobian(evaluate, xs).diagonal()
+        curve = zip(xs.tolist(), evaluate(xs).tolist(), slopes.tolist(), strict=True)
         rows += [{"kernel": name, "x": x, "value": value, "slope": slope} for x, value, slope in curve]
     return rows
 
 
-def _kernel_values(merge: Merge, A: Tensor, B: Tensor) -> Tensor:
-    """Evaluate the kernel for the single row of `A` and each row of `B`."""
-    return merge(A, B, _unit_scalars())[:, 0]
+def _kernel_values(merge: Merge, xs: Tensor) -> Tensor:
+    """Evaluate κ(1, x) for each x, `[points]`."""
+    A = xs.new_tensor([[1.0, 0.0]])
+    return merge(A, torch.stack([xs, torch.zeros_like(xs)], 1), _unit_scalars())[:, 0]
 
 
 def _unit_scalars() -> KernelScalars:
@@ -311,7 +306,7 @@ def definiteness(kernels: Sequence[str], points: int = 60, r: int = 8, seed: int
         kernels: Names or import paths, see `find_kernel`.
         points: Number of random points.
         r: Dimension of the points.
-        seed: Seed of the points.
+        seed: Seed.
 
     Returns:
         One row per kernel: `trace`; `asymmetry`, the largest difference between K and its transpose; `smallest` and
@@ -369,55 +364,59 @@ def _settings(config: FitConfig) -> dict[str, Any]:
     return {**values, "ranks": list(config.ranks)}
 
 
+def _plot_kernels(
+    axes: Axes, rows: Sequence[Row], x: str, y: str, markers: tuple[int, int] = (0, 1)
+) -> tuple[list[Line2D], list[str]]:
+    """Draw one line per kernel; `markers` are offset per line and interval. Return the lines and kernels."""
+    lines, kernels = [], grouped(rows, "kernel")
+    for number, points in enumerate(kernels.values()):
+        color, marker = style_of(number)
+        lines += axes.plot(
+            [row[x] for row in points],
+            [row[y] for row in points],
+            color=color,
+            linewidth=2,
+            marker=marker,
+            markersize=6,
+            markevery=(markers[0] * number, markers[1]),
+        )
+    return lines, list(kernels)
+
+
 def _draw_curves(rows: Sequence[Row]) -> Figure:
     """Draw kernel values and their derivatives."""
     figure, (left, right) = new_panels(860, 380, ["κ(1, x)", "Derivative"], 2)
-    handles, kernels = [], grouped(rows, "kernel")
-    for number, points in enumerate(kernels.values()):
-        style: dict[str, Any] = {"color": style_of(number)[0], "linewidth": 2, "marker": style_of(number)[1]}
-        style |= {"markevery": (4 * number, 24), "markersize": 6}
-        xs = [row["x"] for row in points]
-        handles += left.plot(xs, [row["value"] for row in points], **style)
-        right.plot(xs, [row["slope"] for row in points], **style)
+    lines, kernels = _plot_kernels(left, rows, "x", "value", (4, 24))
+    _plot_kernels(right, rows, "x", "slope", (4, 24))
     left.set_xlabel("x")
     right.set_xlabel("x")
-    add_legend(figure, handles, list(kernels), columns=6)
+    add_legend(figure, lines, kernels, columns=6)
     return figure
 
 
 def _draw_errors(rows: Sequence[Row]) -> Figure:
     """Draw the mean error versus rank, with standard deviations."""
     figure, axes = new_figure(560, 380, "Fit error of random matrices")
-    handles, kernels = [], grouped(rows, "kernel")
-    for number, points in enumerate(kernels.values()):
-        color, marker = style_of(number)
-        ranks, means = [row["rank"] for row in points], [row["mse"] for row in points]
-        axes.errorbar(
-            ranks, means, [row["std"] for row in points], color=color, linewidth=1, alpha=0.6, linestyle="none"
-        )
-        handles += axes.plot(ranks, means, color=color, linewidth=2, marker=marker, markersize=6)
+    lines, kernels = _plot_kernels(axes, rows, "rank", "mse")
+    for line, points in zip(lines, grouped(rows, "kernel").values(), strict=True):
+        deviations = [row["std"] for row in points]
+        axes.errorbar(*line.get_data(), deviations, color=line.get_color(), linewidth=1, alpha=0.6, linestyle="none")
     axes.set_xscale("log", base=2)
     ranks = sorted({row["rank"] for row in rows})
-    axes.xaxis.set_major_locator(FixedLocator(ranks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.set_ylim(bottom=0)
     axes.set(xlabel="matrix rank", ylabel="mean squared error (unit variance)")
-    add_legend(figure, handles, list(kernels))
+    add_legend(figure, lines, kernels)
     return figure
 
 
 def _draw_gradients(rows: Sequence[Row]) -> Figure:
     """Draw the gradient norm versus step."""
     figure, axes = new_figure(560, 380, "Gradient norm of the factors")
-    handles, kernels = [], grouped(rows, "kernel")
-    for number, points in enumerate(kernels.values()):
-        color, marker = style_of(number)
-        steps = [row["step"] for row in points]
-        norms = [row["gradient_norm"] or math.nan for row in points]
-        style: dict[str, Any] = {"color": color, "linewidth": 1.8, "marker": marker, "markersize": 5}
-        handles += axes.plot(steps, norms, markevery=(2 * number, 14), **style)
+    shown = [{**row, "gradient_norm": row["gradient_norm"] or math.nan} for row in rows]  # log scale
+    lines, kernels = _plot_kernels(axes, shown, "step", "gradient_norm", (2, 14))
     log_axis(axes)
     axes.set(xlabel="step", ylabel="norm (log scale)")
-    add_legend(figure, handles, list(kernels))
+    add_legend(figure, lines, kernels)
     return figure

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import importlib
+import inspect
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+from snella_app.config import Config
 from snella_app.files import create_folder, write_text
 
 if TYPE_CHECKING:
@@ -19,7 +21,20 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 T = TypeVar("T")
 
-KINDS = {
+Kind = Literal[
+    "allocation",
+    "evolution",
+    "update",
+    "overlap",
+    "features",
+    "radar",
+    "memory",
+    "samples",
+    "masks",
+    "gradcam",
+    "images",
+]
+_MODULES: dict[Kind, str] = {
     "allocation": "budgets",
     "evolution": "budgets",
     "update": "updates",
@@ -33,6 +48,44 @@ KINDS = {
     "images": "images",
 }
 """Module of each plot function in `snella_lab.analysis`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions(Config):
+    """Options of `snella plot`; None selects the default of the plot function.
+
+    Args:
+        kind: allocation, evolution, update, overlap, features, radar, memory, samples, masks, gradcam or images.
+        runs: Run folders; comparison folders (radar), image folders (images), or datasets or experiments (samples).
+        out: Output folder; created.
+        by: Layer granularity (allocation, evolution): block or matrix; default block.
+        matrix: Matrix to plot (update, overlap), e.g. blocks.11.attn.qkv.q; defaults to the deepest query projection.
+        data: Dataset (features, gradcam), as for snella train; defaults to the first run's data.
+        split: Data split (features, masks, gradcam); defaults to the test images.
+        limit: Maximum number of images in total (features; default 500) or per row (samples, masks, gradcam, images;
+            default 6).
+        seed: Seed for image selection and embedding (features, samples, gradcam; default 0).
+        steps: Training steps (memory; default 2).
+        batch_size: Batch size (memory, features); defaults to the first run's (memory) or 32 (features).
+        device: auto, or a torch device such as cpu, cuda:1 or mps (features, masks, gradcam).
+        overwrite: Overwrite existing files.
+    """
+
+    positional: ClassVar = ("kind", "runs")
+
+    kind: Kind
+    runs: list[str]
+    out: str
+    by: Literal["block", "matrix"] | None = None
+    matrix: str | None = None
+    data: str | None = None
+    split: Literal["auto", "train", "val", "test", "all"] | None = None
+    limit: int | None = None
+    seed: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    device: str | None = None
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +111,7 @@ def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = Fal
     """Write each plot as light and dark SVG and PNG, and its data as CSV.
 
     Args:
-        plots: Plots from a function in `KINDS`.
+        plots: Plots from `make_plots` or a plot function.
         out: Output folder; created if missing.
         overwrite: Replace existing files.
 
@@ -72,14 +125,11 @@ def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = Fal
     from snella_app.report.style import write_figure
 
     folder = Path(out)
-    tables = {
-        folder / f"{plot.name}{suffix}.csv": rows
-        for plot in plots
-        for suffix, rows in {"": plot.rows, **{f"-{name}": rows for name, rows in plot.tables.items()}}.items()
-    }
-    figures = (
-        folder / f"{plot.name}{dark}.{kind}" for plot in plots for dark in ("", "-dark") for kind in ("svg", "png")
-    )
+    tables, figures = {}, []
+    for plot in plots:
+        tables[folder / f"{plot.name}.csv"] = plot.rows
+        tables |= {folder / f"{plot.name}-{name}.csv": rows for name, rows in plot.tables.items()}
+        figures += [folder / f"{plot.name}{ending}" for ending in (".svg", ".png", "-dark.svg", "-dark.png")]
     existing = [path for path in (*tables, *figures) if path.exists()]
     if existing and not overwrite:
         raise FileExistsError(
@@ -97,30 +147,39 @@ def csv_text(rows: Sequence[Row]) -> str:
     """Format rows as CSV with the union of their columns; NaN and None become empty cells."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([_plain(row.get(name)) for name in columns] for row in rows)
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        # NaN is unequal to itself
+        writer.writerow({name: "" if value != value else value for name, value in row.items()})
     return out.getvalue()
 
 
-def _plain(value: Any) -> Any:
-    """Convert a CSV cell; floats keep full precision."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return repr(value) if isinstance(value, float) else value
+def plot_function(kind: Kind) -> Callable[..., list[Plot]]:
+    """Import and return the function of a plot kind."""
+    function: Callable[..., list[Plot]] = getattr(
+        importlib.import_module(f"snella_lab.analysis.{_MODULES[kind]}"), kind
+    )
+    return function
 
 
-def plot_function(kind: str) -> Callable[..., list[Plot]]:
-    """Import and return the function of a plot kind.
+def make_plots(options: PlotOptions) -> list[Plot]:
+    """Compute the plots of a kind.
 
     Raises:
-        ValueError: If the kind is unknown.
+        ValueError: If an option does not apply to the kind.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    module = importlib.import_module(f"snella_lab.analysis.{KINDS[kind]}")
-    function: Callable[..., list[Plot]] = getattr(module, kind)
-    return function
+    function = plot_function(options.kind)
+    values = {
+        name: value
+        for name, value in options.flat().items()
+        if value is not None and name not in ("kind", "runs", "out", "overwrite")
+    }
+    unsupported = sorted(set(values) - set(inspect.signature(function).parameters))
+    if unsupported:
+        names = ", ".join(f"--{name.replace('_', '-')} {values[name]}" for name in unsupported)
+        raise ValueError(f"{names}: not an option of snella plot {options.kind}; see snella plot --help")
+    return function(options.runs, **values)
 
 
 def grouped(rows: Sequence[Row], column: str) -> dict[str, list[Row]]:

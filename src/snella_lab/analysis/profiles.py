@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from snella_app.report.style import GRID, INK, MUTED, add_legend, new_figure, shortened, style_of
+from snella_app.report.style import DASHED, GRID, INK, MUTED, add_legend, new_figure, shortened, style_of
 from snella_app.runs.model import load_run
 from snella_lab.analysis.plot import Plot, Row, grouped, run_labels
 from snella_lab.comparison.experiment import FILE as EXPERIMENT_FILE
@@ -38,9 +38,6 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
 
     Args:
         folders: Folders written by `snella compare`; only methods in all of them are drawn.
-
-    Returns:
-        One plot with a row for each method and axis.
 
     Raises:
         FileNotFoundError: If a folder contains no comparison.
@@ -73,10 +70,10 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
     for axis, values in results.items():
         means = [values[name][0] for name in methods]
         for name in methods:
-            mean, deviation, task_count = values[name]
-            scaled = scaled_radius(mean, min(means), max(means))
-            row = {"axis": axis, "method": name, "accuracy": mean, "std": deviation, "tasks": task_count}
-            table.append({**row, "radius": scaled})
+            mean, deviation, count = values[name]
+            radius = scaled_radius(mean, min(means), max(means))
+            row = {"axis": axis, "method": name, "accuracy": mean, "std": deviation, "tasks": count, "radius": radius}
+            table.append(row)
     return [Plot("radar", table, partial(_draw_radar, table))]
 
 
@@ -90,12 +87,8 @@ def memory(runs: Sequence[str | Path], *, steps: int = 2, batch_size: int | None
     """Plot the memory of live tensors during training steps of each run (Figure 7b).
 
     Each model takes `steps` training steps with AdamW on random images. After every torch operation, the bytes of all
-    live tensors are recorded, including weights. The memory that an allocator reserves is larger.
-
-    Args:
-        runs: Run folders; results are comparable for the same backbone and batch size.
-        steps: Number of training steps.
-        batch_size: Batch size; None uses the first run's.
+    live tensors are recorded, including weights. The memory that an allocator reserves is larger. Results are
+    comparable for the same backbone and batch size, by default the first run's.
 
     Returns:
         One plot with a row for each recorded operation. `memory-peaks` contains the peak of each phase, last step.
@@ -256,15 +249,11 @@ def _draw_memory(rows: Sequence[Row]) -> Figure:
     figure, axes = new_figure(640, 380, f"Live tensors during training, batch size {rows[0]['batch_size']}")
     handles, runs = [], grouped(rows, "run")
     for number, points in enumerate(runs.values()):
-        handles += axes.plot(
-            [row["position"] for row in points],
-            [row["mib"] for row in points],
-            color=style_of(number)[0],
-            linewidth=1.8,
-        )
+        positions, sizes = [row["position"] for row in points], [row["mib"] for row in points]
+        handles += axes.plot(positions, sizes, color=style_of(number)[0], linewidth=1.8)
     last = math.ceil(max(row["position"] for row in rows))
     for position in range(0, last + 1, len(_PHASES)):
-        axes.axvline(position, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(position, color=MUTED, linewidth=1, linestyle=DASHED)
     axes.set_xticks([position + 0.5 for position in range(last)], [_PHASES[position % 3] for position in range(last)])
     axes.tick_params(axis="x", length=0)
     axes.grid(False, axis="x")

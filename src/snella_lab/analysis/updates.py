@@ -23,10 +23,12 @@ from snella_app.report.allocation import log_axis
 from snella_app.report.inspect import read_adapter
 from snella_app.report.style import (
     ACCENT,
+    DASHED,
     MUTED,
     WARM,
     accent_map,
     add_legend,
+    epoch_axis,
     new_figure,
     new_panels,
     scale_bar,
@@ -109,26 +111,14 @@ def choose_matrix(run_updates: Sequence[RunUpdates], name: str | None) -> str:
     return deepest_query(common)
 
 
-def singular_values(update: Tensor) -> Tensor:
-    """Return the singular values of a matrix in descending order, float64."""
-    return torch.linalg.svdvals(update.double())
-
-
 def effective_rank(values: Tensor) -> float:
-    """Compute exp(−Σ p_i log p_i) with p_i = σ_i / Σ σ (Roy and Vetterli 2007); 0 for a zero matrix.
-
-    Args:
-        values: Singular values.
-    """
-    if not values.sum():
-        return 0.0
-    probs = values / values.sum()
-    return float(torch.special.entr(probs).sum().exp())
+    """Compute exp(−Σ p_i log p_i), p_i = σ_i / Σ σ, of singular values (Roy and Vetterli 2007); 0 for a zero matrix."""
+    return float(torch.special.entr(values / values.sum()).sum().exp()) if values.any() else 0.0
 
 
 def rank_row(update: Tensor) -> dict[str, Any]:
     """Return size, density, norms and ranks of an update; `rank` counts singular values above float32 precision."""
-    values = singular_values(update)
+    values = torch.linalg.svdvals(update.double())
     largest = float(values[0])
     tolerance = largest * max(update.shape) * torch.finfo(torch.float32).eps
     return {
@@ -147,9 +137,8 @@ def rank_row(update: Tensor) -> dict[str, Any]:
 def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plot]:
     """Plot each run's update of one matrix (Figure 12a), with singular values and effective ranks.
 
-    Args:
-        runs: Run folders: SNELLA and LoRA on any task, other weight-changing methods on image tasks.
-        matrix: Matrix name; None selects the deepest query projection.
+    The runs use SNELLA or LoRA on any task, or other weight-changing methods on image tasks. Without `matrix`, the
+    deepest query projection is drawn.
 
     Returns:
         Two plots. `update` has a row for each run, with size, density and ranks. `update-spectrum` has a row for each
@@ -166,7 +155,7 @@ def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plo
     spectrum = [
         {"run": label, "matrix": name, "index": index, "singular_value": value}
         for label, matrix_update in updates.items()
-        for index, value in enumerate(singular_values(matrix_update).tolist(), start=1)
+        for index, value in enumerate(torch.linalg.svdvals(matrix_update.double()).tolist(), start=1)
     ]
     same_type = [other for other in run_updates[0].shapes if _without_numbers(other) == _without_numbers(name)]
     ranks = [
@@ -184,11 +173,8 @@ def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plo
 def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plot]:
     """Plot the overlap between the updates of several tasks, by layer and by weight (Figures 12b, 12c, section 4.5).
 
-    Chance levels are computed for the same updates with randomly permuted entries.
-
-    Args:
-        runs: At least two run folders with the same backbone.
-        matrix: Matrix for the weight plots; None selects the deepest query projection.
+    Chance levels are computed for the same updates with randomly permuted entries. The runs have the same backbone. The
+    weight plots show `matrix`, by default the deepest query projection.
 
     Returns:
         Three plots. `overlap`: mean cosine similarity over all pairs of tasks, one row per layer. `overlap-frequency`:
@@ -203,12 +189,7 @@ def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Pl
         raise ValueError(f"overlap requires at least 2 runs, got {len(runs)}")
     run_updates = [read_updates(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
     name = choose_matrix(run_updates, matrix)
-    common = [
-        other
-        for other, shape in run_updates[0].shapes.items()
-        if all(run.shapes.get(other) == shape for run in run_updates)
-    ]
-    layers = _layers(common, run_updates)
+    layers = _layers(run_updates)
     rows: list[Row] = []
     counts, expected = np.zeros(len(runs) + 1), np.zeros(len(runs) + 1)
     for position, (layer, names) in enumerate(layers.items()):
@@ -283,8 +264,7 @@ def update_frequencies(stacked: Tensor) -> np.ndarray:
 def chance_frequencies(fractions: Iterable[float]) -> np.ndarray:
     """Compute the probabilities that 0, 1, … independent tasks change a weight (Poisson binomial distribution).
 
-    Args:
-        fractions: Fraction of weights that each task changes.
+    `fractions` are the fractions of weights that each task changes.
     """
     distribution = np.ones(1)
     for fraction in fractions:
@@ -307,11 +287,13 @@ def _axis_means(changed: Tensor) -> list[Row]:
     return sorted(entries, key=lambda row: -float(row["mean_tasks"]))
 
 
-def _layers(names: Sequence[str], run_updates: Sequence[RunUpdates]) -> dict[str, list[str]]:
-    """Group matrices by block, in order of depth."""
+def _layers(run_updates: Sequence[RunUpdates]) -> dict[str, list[str]]:
+    """Group the matrices that all runs change by block, in order of depth."""
     infos = {name: info for run in run_updates for name, info in run.infos.items()}
     layers: dict[str, list[str]] = {}
-    for name in names:
+    for name, shape in run_updates[0].shapes.items():
+        if any(run.shapes.get(name) != shape for run in run_updates):
+            continue
         if name in infos:
             depth = infos[name].depth
         else:
@@ -338,16 +320,14 @@ def _draw_spectrum(spectrum: Sequence[Row], rows: Sequence[Row], ranks: Sequence
         if len(values):
             left.plot(np.arange(1, len(values) + 1), values / values[0], color=color, linewidth=2)
         run_ranks = [entry for entry in ranks if entry["run"] == row["run"]]
-        positions, heights = (
-            [entry["position"] for entry in run_ranks],
-            [entry["effective_rank"] for entry in run_ranks],
-        )
+        positions = [entry["position"] for entry in run_ranks]
+        heights = [entry["effective_rank"] for entry in run_ranks]
         handles += right.plot(positions, heights, color=color, linewidth=2, marker=marker, markersize=5)
     left.set_yscale("log")
     left.set(xlabel="index", ylabel="relative to the largest")
-    right.set(xlabel="matrix (in model order)", ylabel="effective rank")
+    right.set_ylabel("effective rank")
     right.set_ylim(bottom=0)
-    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    epoch_axis(right, "matrix (in model order)")
     labels = [f"{shortened(row['run'], 20)}: {row['effective_rank']:.1f}, rank {row['rank']}" for row in rows]
     add_legend(figure, handles, labels)
     return figure
@@ -364,7 +344,7 @@ def _draw_similarity(rows: Sequence[Row]) -> Figure:
         positions, [row["cosine"] for row in layers], color=ACCENT, linewidth=2.2, marker="o", markersize=5
     )
     chance = [row["chance"] for row in layers]
-    (random,) = axes.plot(positions, chance, color=WARM, linewidth=1.6, linestyle=(0, (4, 3)), marker="s", markersize=4)
+    (random,) = axes.plot(positions, chance, color=WARM, linewidth=1.6, linestyle=DASHED, marker="s", markersize=4)
     axes.set_ylim(min(0, *lowest, 0) - 0.02, max(0.5, *highest) + 0.05)
     axes.set_xticks(
         positions[:: -(-len(positions) // 12)], [row["layer"] for row in layers][:: -(-len(positions) // 12)]
@@ -384,8 +364,8 @@ def _draw_frequencies(rows: Sequence[Row], name: str) -> Figure:
     axes.set_ylim(0.5, 2 * max(row["weights"] for row in rows))
     log_axis(axes)
     axes.grid(False, axis="x")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="number of tasks", ylabel="weights (log scale)")
+    epoch_axis(axes, "number of tasks")
+    axes.set_ylabel("weights (log scale)")
     add_legend(figure, [bars, *marks], ["observed", "expected if independent"])  # type: ignore[list-item]
     return figure
 

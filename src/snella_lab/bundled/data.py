@@ -14,7 +14,6 @@ from snella_app.data.masks import MASK_STRATA
 from snella_app.data.sources import ArrayImages, ArrayMasks, FileImages
 
 _HEADER_BYTES = 348
-_FIRST_VOXEL = 352
 _UINT8 = 2
 
 
@@ -28,31 +27,20 @@ def read_nifti(path: Path) -> np.ndarray:
         `[x, y, z]`, uint8.
 
     Raises:
-        FileNotFoundError: If the file does not exist.
         ValueError: If the file is damaged or has another format.
     """
     try:
         content = gzip.decompress(path.read_bytes())
-    except FileNotFoundError:
-        raise
-    except (OSError, EOFError, zlib.error) as error:
+        order = "<" if int.from_bytes(content[:4], "little") == _HEADER_BYTES else ">"
+        count, *dimensions = np.frombuffer(content, f"{order}i2", 8, 40).tolist()
+        data_type = int(np.frombuffer(content, f"{order}i2", 1, 70)[0])
+        shape = tuple(dimensions[:count])
+        if content[344:347] != b"n+1" or count != 3 or data_type != _UINT8:
+            raise ValueError(f"must be a NIfTI-1 volume of bytes, got shape {list(shape)} and data type {data_type}")
+        start = int(np.frombuffer(content, f"{order}f4", 1, 108)[0])
+        return np.frombuffer(content, np.uint8, int(np.prod(shape)), start).reshape(shape, order="F")
+    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"'{path}' is damaged: {error}") from error
-    if len(content) < _FIRST_VOXEL or content[344:347] != b"n+1":
-        raise ValueError(f"'{path}' must be a NIfTI-1 file with a header of {_FIRST_VOXEL} bytes and magic 'n+1'")
-    order = "<" if int.from_bytes(content[:4], "little") == _HEADER_BYTES else ">"
-    dimensions = np.frombuffer(content, f"{order}i2", 8, 40).tolist()
-    data_type = int(np.frombuffer(content, f"{order}i2", 1, 70)[0])
-    shape = tuple(dimensions[1 : 1 + dimensions[0]])
-    if dimensions[0] != 3 or data_type != _UINT8:
-        raise ValueError(
-            f"'{path}' must contain a 3D volume of bytes, got shape {list(shape)} and data type {data_type}"
-        )
-    start = max(int(np.frombuffer(content, f"{order}f4", 1, 108)[0]), _FIRST_VOXEL)
-    if len(content) - start < np.prod(shape):
-        raise ValueError(
-            f"'{path}' is damaged: the header specifies shape {list(shape)}, got {len(content) - start} bytes"
-        )
-    return np.frombuffer(content, np.uint8, int(np.prod(shape)), start).reshape(shape, order="F")
 
 
 _FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"  # installed by the Debian package
@@ -63,17 +51,16 @@ _STAMPS_FOLDER = "/usr/share/tuxpaint/stamps"  # installed by the Debian package
 _MIN_STAMPS = 12
 
 
-def load_fashion_mnist(folder: str | None = None) -> Collection:
+def load_fashion_mnist() -> Collection:
     """Load Fashion-MNIST: 60,000 training and 10,000 test images of clothing, 28x28 grayscale, 10 classes.
 
-    Args:
-        folder: Folder with the four IDX files; defaults to `$SNELLA_FASHION_MNIST`, else the Debian package's folder.
+    The four IDX files are in `$SNELLA_FASHION_MNIST`, else in the Debian package's folder.
 
     Raises:
         FileNotFoundError: If files are missing.
         ValueError: If a file is damaged.
     """
-    root = Path(folder or os.environ.get("SNELLA_FASHION_MNIST") or _FASHION_FOLDER).expanduser()
+    root = Path(os.environ.get("SNELLA_FASHION_MNIST") or _FASHION_FOLDER).expanduser()
     parts = {}
     for part, prefix in (("train", "train"), ("test", "t10k")):
         pixels = _read_idx(root / f"{prefix}-images-idx3-ubyte.gz", 3)
@@ -89,22 +76,20 @@ def load_fashion_mnist(folder: str | None = None) -> Collection:
     return Collection("fashion-mnist", _FASHION_CLASSES, parts["train"], test=parts["test"], has_parts=True)
 
 
-def load_stamps(folder: str | None = None) -> Collection:
+def load_stamps() -> Collection:
     """Load Tux Paint's stamps: photos and drawings on a white background, by category.
 
     Classes are the categories with at least 12 images; the Debian package has 13. `*_mirror.png` files are skipped,
-    because mirrored copies would leak test images into the training split.
-
-    Args:
-        folder: Folder with the stamps; defaults to `$SNELLA_STAMPS`, else the Debian package's folder.
+    because mirrored copies would leak test images into the training split. The stamps are in `$SNELLA_STAMPS`, else in
+    the Debian package's folder.
 
     Raises:
         FileNotFoundError: If the folder is missing.
         ValueError: If fewer than two categories have enough images.
     """
-    root = Path(folder or os.environ.get("SNELLA_STAMPS") or _STAMPS_FOLDER).expanduser()
+    root = Path(os.environ.get("SNELLA_STAMPS") or _STAMPS_FOLDER).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(missing_package_message("stamps", root, "tuxpaint-stamps-default", "SNELLA_STAMPS"))
+        raise FileNotFoundError(_missing_package("stamps", root, "tuxpaint-stamps-default", "SNELLA_STAMPS"))
     files = {
         category.name: [file for file in sorted(category.rglob("*.png")) if not file.stem.endswith("_mirror")]
         for category in sorted(root.iterdir())
@@ -128,25 +113,17 @@ def _read_idx(file: Path, dimensions: int) -> np.ndarray:
     """Read a gzipped IDX file of unsigned bytes."""
     if not file.is_file():
         raise FileNotFoundError(
-            missing_package_message("fashion-mnist", file, "dataset-fashion-mnist", "SNELLA_FASHION_MNIST")
+            _missing_package("fashion-mnist", file, "dataset-fashion-mnist", "SNELLA_FASHION_MNIST")
         )
     try:
         content = gzip.decompress(file.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
+        shape = np.frombuffer(content, ">i4", dimensions, 4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"data fashion-mnist: '{file}' is damaged: {error}") from error
-    header = 4 + 4 * dimensions
-    if len(content) < header or content[:4] != bytes([0, 0, 8, dimensions]):
-        raise ValueError(f"data fashion-mnist: '{file}' is damaged: not an IDX file with {dimensions} dimensions")
-    shape = tuple(np.frombuffer(content, ">i4", dimensions, 4).tolist())
-    if len(content) - header != np.prod(shape):
-        size = len(content) - header
-        raise ValueError(
-            f"data fashion-mnist: '{file}' is damaged: the header specifies shape {list(shape)}, got {size} values"
-        )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def missing_package_message(data: str, path: Path, package: str, variable: str) -> str:
+def _missing_package(data: str, path: Path, package: str, variable: str) -> str:
     """Return the error message for a missing Debian package."""
     return f"data {data}: '{path}' does not exist; run `apt install {package}`, or set {variable} to its folder"
 
@@ -176,38 +153,36 @@ _SLAB_NOTE = (
 )
 
 
-def load_mri(folder: str | None = None) -> Collection:
+def load_mri() -> Collection:
     """Load axial MRI slices of a head with brain masks, 217×217 grayscale, 1 mm per pixel.
 
-    Args:
-        folder: Folder with the volumes; defaults to `$SNELLA_MRI`, else the Debian package's folder.
+    The volumes are in `$SNELLA_MRI`, else in the Debian package's folder.
 
     Raises:
         FileNotFoundError: If volumes are missing.
         ValueError: If a volume is damaged, or its shape differs from the head's.
     """
-    root = _root(folder, "mri")
+    root = _root("mri")
     return _slices("mri", ["background", "brain"], _volume(root / _HEAD), (_volume(root / _BRAIN) > 0).astype(np.uint8))
 
 
-def load_mri_lobes(folder: str | None = None) -> Collection:
+def load_mri_lobes() -> Collection:
     """Load the slices of `load_mri` with nine groups of brain regions as classes; see `load_mri` for errors."""
-    root = _root(folder, "mri-lobes")
+    root = _root("mri-lobes")
     return _slices("mri-lobes", ["background", *REGIONS], _volume(root / _HEAD), _groups(root))
 
 
-def load_mri_regions(folder: str | None = None) -> Collection:
+def load_mri_regions() -> Collection:
     """Load 64×64 mm patches, labeled by the group of brain regions at the center; see `load_mri` for errors.
 
     Centers are on a 10 mm grid in every third slice, where the surrounding 3×3 pixels belong to a single group.
     """
-    root = _root(folder, "mri-regions")
+    root = _root("mri-regions")
     head, groups = _volume(root / _HEAD), _groups(root)
     half = _PATCH_SIZE // 2
-    patches: list[np.ndarray] = []
-    samples: dict[str, list[tuple[int, str]]] = {"train": [], "val": [], "test": []}
-    rows: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    parts = {}
     for part, heights in _slabs().items():
+        patches, numbers, names = [], [], []
         for z in heights[::_SLICE_STEP]:
             image = np.pad(_upright(head, z), half)
             labels = _upright(groups, z)
@@ -215,14 +190,10 @@ def load_mri_regions(folder: str | None = None) -> Collection:
                 for x in range(_GRID_STEP // 2, labels.shape[1], _GRID_STEP):
                     neighborhood = labels[y - 1 : y + 2, x - 1 : x + 2]
                     if labels[y, x] and (neighborhood == labels[y, x]).all():
-                        rows[part].append(len(patches))
                         patches.append(image[y : y + _PATCH_SIZE, x : x + _PATCH_SIZE])
-                        samples[part].append((int(labels[y, x]) - 1, f"mri-regions/z{z:03}-y{y:03}-x{x:03}"))
-    source = ArrayImages(np.stack(patches))
-    parts = {
-        part: ImageDataset(source, rows[part], [label for label, _ in items], [name for _, name in items])
-        for part, items in samples.items()
-    }
+                        numbers.append(int(labels[y, x]) - 1)
+                        names.append(f"mri-regions/z{z:03}-y{y:03}-x{x:03}")
+        parts[part] = ImageDataset(ArrayImages(np.stack(patches)), range(len(patches)), numbers, names)
     notes = [_SLAB_NOTE.format("mri-regions")]
     return Collection("mri-regions", list(REGIONS), parts["train"], parts["val"], parts["test"], True, notes)
 
@@ -264,22 +235,18 @@ def _groups(root: Path) -> np.ndarray:
     numbers = np.zeros(256, np.uint8)
     for line in (root / _ATLAS_NAMES).read_text().splitlines():
         number, _, rest = line.partition(" ")
-        if number.isdigit():
-            numbers[int(number)] = _group_of(rest.split()[0])
+        for group, prefixes in enumerate(REGIONS.values(), start=1):
+            if rest.startswith(prefixes):
+                numbers[int(number)] = group
     return numbers[atlas]
 
 
-def _group_of(name: str) -> int:
-    """Return the group number of a region, from 1; 0 if no prefix matches."""
-    return next((n for n, prefixes in enumerate(REGIONS.values(), 1) if name.startswith(prefixes)), 0)
-
-
-def _root(folder: str | None, data: str) -> Path:
+def _root(data: str) -> Path:
     """Return the folder after validating its files and volume shapes."""
-    root = Path(folder or os.environ.get("SNELLA_MRI") or _FOLDER).expanduser()
+    root = Path(os.environ.get("SNELLA_MRI") or _FOLDER).expanduser()
     for name in (_HEAD, _BRAIN, _ATLAS, _ATLAS_NAMES):
         if not (root / name).is_file():
-            raise FileNotFoundError(missing_package_message(data, root / name, "mricron-data", "SNELLA_MRI"))
+            raise FileNotFoundError(_missing_package(data, root / name, "mricron-data", "SNELLA_MRI"))
     shapes = {name: list(_volume(root / name).shape) for name in (_HEAD, _BRAIN, _ATLAS)}
     if any(shape != shapes[_HEAD] or shape[2] <= _LAST_SLICE or shape[1] < shape[0] for shape in shapes.values()):
         raise ValueError(

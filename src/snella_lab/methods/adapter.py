@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number, one_of
-from snella_app.methods.model_parts import attach, attached, detach, is_inside, mlps, remove_hooks
+from snella_app.methods.model_parts import attach, attached, is_inside, mlps, remove_hooks
 from snella_app.methods.partial import train_head
+from snella_app.text import listed
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -85,8 +86,7 @@ def add_adapters(method: str, model: nn.Module, head: str, make: Callable[[int, 
 
 def _build_adapter(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
     """Attach an `Adapter` to each MLP, inside the residual branch."""
-    kwargs = {name: options[name] for name in ("scale", "dropout", "activation") if name in options}
-    return add_adapters("adapter", model, head, lambda width, index: Adapter(width, options.get("r", 8), **kwargs))
+    return add_adapters("adapter", model, head, lambda width, index: Adapter(width, **options))
 
 
 ADAPTER = Method(
@@ -141,13 +141,9 @@ class MosaAdapter(Adapter):
 
 def _build_mosa(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
     """Attach `MosaAdapter` to each MLP, with different masks for each block."""
-    kwargs = {name: options[name] for name in ("experts", "scale", "dropout") if name in options}
+    kwargs = {name: options[name] for name in ("r", "experts", "scale", "dropout") if name in options}
     seed = options.get("mask_seed", 0)
-
-    def make(width: int, index: int) -> nn.Module:
-        return MosaAdapter(width, options.get("r", 8), seed=seed + index, **kwargs)
-
-    return add_adapters("mosa", model, head, make)
+    return add_adapters("mosa", model, head, lambda width, index: MosaAdapter(width, seed=seed + index, **kwargs))
 
 
 MOSA = Method(
@@ -157,13 +153,7 @@ MOSA = Method(
     ("r", "experts", "scale", "dropout", "mask_seed"),
     suffix="r",
     check=check_by(
-        {
-            "r": integer(),
-            "experts": integer(),
-            "scale": number(),
-            "dropout": number(0, 1),
-            "mask_seed": integer(0),
-        }
+        {"r": integer(), "experts": integer(), "scale": number(), "dropout": number(0, 1), "mask_seed": integer(0)}
     ),
     unmerged_reason="adds a nonlinear bottleneck to each block",
     defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-2, "r": 16},
@@ -261,21 +251,20 @@ def _merge_ssf(model: nn.Module) -> nn.Module:
     """Merge γ and β into each layer: W <- γ W, b <- γ b + β."""
     layers = list(attached(model, "ssf", ScaleShift))
     without_bias = [
-        name for name, module, _ in layers if getattr(module, "weight", None) is None or module.bias is None
+        repr(name) for name, module, _ in layers if getattr(module, "weight", None) is None or module.bias is None
     ]
     if without_bias:
-        layer_text = repr(without_bias[0]) + (f" and {len(without_bias) - 1} more layers" if without_bias[1:] else "")
         raise ValueError(
             f"method 'ssf' cannot be merged into {type(model).__name__}: the shift requires a bias, got none in "
-            f"{layer_text}; "
-            "keep the adapter separate and load it with load_trained"
+            f"{listed(without_bias, 1)}; keep the adapter separate and load it with load_trained"
         )
     for _, module, ssf in layers:
         weight: Tensor = module.weight  # type: ignore[assignment]
         bias: Tensor = module.bias  # type: ignore[assignment]
         weight.mul_(ssf.scale.view(-1, *[1] * (weight.ndim - 1)))
         bias.mul_(ssf.scale).add_(ssf.shift)
-        detach(module, "ssf", apply_scale_shift)
+        delattr(module, "ssf")
+        remove_hooks(module, apply_scale_shift)
     remove_hooks(model, warn_about_unused)
     return model
 

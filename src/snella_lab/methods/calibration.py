@@ -1,7 +1,7 @@
 """Weight sensitivities from gradients on a few batches before training."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
@@ -50,11 +50,10 @@ def summed_gradients(
 def rank_entries(values: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
     """Find the `count` largest entries of several tensors, in descending order.
 
-    The result is exact and deterministic; ties are ordered by tensor, then by position. Peak memory is the result plus
-    one boolean mask per tensor; no copy of the entries is sorted.
+    The result is deterministic; ties are ordered by tensor, then by position.
 
     Args:
-        values: Nonnegative float32 tensors of any shape.
+        values: Floating-point tensors of any shape.
         count: Number of entries.
 
     Returns:
@@ -63,40 +62,17 @@ def rank_entries(values: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If `count` is negative or exceeds the total number of entries.
     """
-    total = sum(tensor.numel() for tensor in values)
-    if not 0 <= count <= total:
-        raise ValueError(f"count must be in [0, {total}] (total number of entries), got {count}")
-    # nonnegative floats sort like their bit patterns, so integer bisection finds the exact threshold
-    bits = [tensor.reshape(-1).view(torch.int32) for tensor in values]
-    threshold = _kth_largest(bits, count)
-    indices_above = [torch.nonzero(tensor > threshold).flatten() for tensor in bits]
-    magnitudes = torch.cat([tensor[indices].cpu() for tensor, indices in zip(bits, indices_above, strict=True)])
-    order = magnitudes.argsort(descending=True, stable=True)
-    tensor_indices = [torch.cat([torch.full((len(indices),), k) for k, indices in enumerate(indices_above)])[order]]
-    positions = [torch.cat([indices.cpu() for indices in indices_above])[order]]
-    missing = count - len(order)
-    for k, tensor in enumerate(bits):
-        if missing <= 0:
-            break
-        ties = torch.nonzero(tensor == threshold).flatten()[:missing].cpu()
-        tensor_indices.append(torch.full((len(ties),), k))
-        positions.append(ties)
-        missing -= len(ties)
-    return torch.cat(tensor_indices), torch.cat(positions)
-
-
-def _kth_largest(bits: Sequence[Tensor], count: int) -> int:
-    """Return the `count`-th largest nonnegative integer, or the maximum int32 if `count` is 0."""
-    low, high = 0, torch.iinfo(torch.int32).max
-    if count == 0:
-        return high
-    while low < high:
-        middle = (low + high + 1) // 2
-        if sum(int((tensor >= middle).sum()) for tensor in bits) >= count:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    flat = torch.cat([tensor.flatten() for tensor in values])
+    if not 0 <= count <= len(flat):
+        raise ValueError(f"count must be in [0, {len(flat)}] (total number of entries), got {count}")
+    threshold = flat.kthvalue(len(flat) - count + 1).values if count else torch.inf
+    above = torch.nonzero(flat > threshold).flatten()
+    ties = torch.nonzero(flat == threshold).flatten()[: count - len(above)]
+    ranked = torch.cat([above[flat[above].argsort(descending=True, stable=True)], ties]).cpu()
+    sizes = torch.tensor([tensor.numel() for tensor in values])
+    ends = sizes.cumsum(0)
+    owners = torch.bucketize(ranked, ends, right=True)
+    return owners, ranked - (ends - sizes)[owners]
 
 
 def _accumulate(
@@ -112,19 +88,16 @@ def _accumulate(
     unknown = [name for name in names if name not in parameters]
     if unknown:
         raise ValueError(f"names must be parameters of {type(model).__name__}, got {unknown[:3]}")
-    totals = {name: torch.zeros_like(parameters[name], dtype=torch.float32) for name in names}
+    selected = {parameters[name]: torch.zeros_like(parameters[name], dtype=torch.float32) for name in names}
 
-    def collect(name: str) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                add(totals[name], parameter.grad.float())
-            parameter.grad = None
+    def collect(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            add(selected[parameter], parameter.grad.float())  # type: ignore[index]
+        parameter.grad = None
 
-        return hook
-
-    device = next(iter(parameters.values())).device
-    with _calibration_mode(model, [parameters[name] for name in names]), torch.enable_grad():
-        handles = [parameters[name].register_post_accumulate_grad_hook(collect(name)) for name in names]
+    device = next(model.parameters()).device
+    with _calibration_mode(model, selected), torch.enable_grad():
+        handles = [parameter.register_post_accumulate_grad_hook(collect) for parameter in selected]
         try:
             num_batches = 0
             for images, labels in islice(batches(), limit):
@@ -141,15 +114,14 @@ def _accumulate(
                 handle.remove()
     if not num_batches:
         raise ValueError("batches() must yield at least one batch of images and labels, got none")
-    return totals
+    return {name: selected[parameters[name]] for name in names}
 
 
 @contextmanager
-def _calibration_mode(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Enter evaluation mode with gradients for `parameters` only; restore the state on exit."""
+def _calibration_mode(model: nn.Module, selected: Collection[Tensor]) -> Iterator[None]:
+    """Enter evaluation mode with gradients for the selected parameters only; restore the state on exit."""
     modes = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    selected = set(parameters)
     try:
         model.eval()
         for parameter in requires_grad:
@@ -163,11 +135,7 @@ def _calibration_mode(model: nn.Module, parameters: Sequence[nn.Parameter]) -> I
 
 
 def selection_data(batches: Batches | None) -> SelectionData:
-    """Convert the `batches` argument of a method's `build` to `SelectionData`.
-
-    Raises:
-        TypeError: If `batches` is not callable.
-    """
+    """Convert the `batches` argument of a method's `build`; raise `TypeError` if it is not callable."""
     if isinstance(batches, SelectionData):
         return batches
     if not callable(batches):

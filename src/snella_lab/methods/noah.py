@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from math import ceil
 from random import Random
 from typing import Any, NamedTuple, cast
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number
-from snella_app.methods.model_parts import attach, restoring, token_blocks, width_of_block
+from snella_app.methods.model_parts import attach, token_blocks, width_of_block
 from snella_app.methods.partial import train_head
 from snella_lab.methods.adapter import Adapter, apply_adapter
 from snella_lab.methods.calibration import SelectionData, selection_data
@@ -100,21 +99,11 @@ def search_subnet(
     generations: int,
     report: Callable[[str], None],
 ) -> Subnet:
-    """Find the subnet with the highest score by evolutionary search.
+    """Find the subnet with the highest score by evolutionary search; ties go to the smallest one.
 
-    Each generation adds `population` new candidates within the budget: up to half are mutations of the best ten, up to
-    half are crossovers, and the rest are random. No candidate is evaluated twice.
-
-    Args:
-        space: Search space.
-        score: Function that scores a subnet; higher is better.
-        rng: Random number generator.
-        population: Candidates per generation.
-        generations: Number of generations after the initial random one.
-        report: Callback for a progress line per generation.
-
-    Returns:
-        The best subnet; ties go to the smallest one.
+    After an initial random generation, each generation adds `population` new candidates within the budget: up to half
+    are mutations of the best ten, up to half are crossovers, and the rest are random. No candidate is evaluated twice.
+    `report` receives a progress line per generation.
     """
     scores: dict[Subnet, tuple[float, float]] = {}
 
@@ -144,7 +133,7 @@ def search_subnet(
             parents = sorted(scores, key=rank, reverse=True)[:_NUM_PARENTS]
             breed(mutate, population // 2)
             breed(cross, population // 2)
-        breed(partial(space.sample, rng), population - (len(scores) - before))
+        breed(lambda: space.sample(rng), population - (len(scores) - before))
         if len(scores) == before:
             report(f"noah: no candidates left with at most {space.budget:,} parameters")
             break
@@ -204,15 +193,9 @@ def activate(supernet: nn.Module, subnet: Subnet) -> None:
 def train_supernet(
     supernet: nn.Module, space: SubnetSpace, data: SelectionData, *, epochs: int, lr: float, weight_decay: float
 ) -> Random:
-    """Train the supernet with a random subnet per batch and a per-epoch cosine learning-rate schedule.
+    """Train the supernet by AdamW with a random subnet per batch and a per-epoch cosine learning-rate schedule.
 
-    Args:
-        supernet: Model from `build_supernet`.
-        space: Search space; its budget is ignored.
-        data: Training batches and loss.
-        epochs: Training epochs.
-        lr: Initial learning rate of AdamW.
-        weight_decay: Weight decay of AdamW.
+    The budget of the search space is ignored.
 
     Returns:
         Random number generator for the search, seeded from torch.
@@ -352,11 +335,10 @@ def _apply(model: nn.Module, head: str, subnet: Subnet) -> nn.Module:
 
 def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Rebuild the subnet; the shapes of the stored tensors determine its sizes."""
-    with restoring(model):
-        names = [name for name, _, _ in qkv_layers(model, head)]
-        parts = ("prompts.tokens", "attn.qkv.low_rank.A", "mlp.adapter.down.weight")
-        sizes = [tuple(len(tensors.get(f"{name}.{part}", ())) for name in names) for part in parts]
-        return _apply(model, head, Subnet(*sizes))
+    names = [name for name, _, _ in qkv_layers(model, head)]
+    parts = ("prompts.tokens", "attn.qkv.low_rank.A", "mlp.adapter.down.weight")
+    sizes = [tuple(len(tensors.get(f"{name}.{part}", ())) for name in names) for part in parts]
+    return _apply(model, head, Subnet(*sizes))
 
 
 def _list_of_sizes(sizes: Any) -> str | None:

@@ -68,12 +68,7 @@ def remove_prompts(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -
 
 
 class PromptEnd(nn.Module):
-    """Marker of the block after which the first block's prompts are removed.
-
-    Args:
-        prompts: Number of prompts.
-        prefix: Number of prefix tokens.
-    """
+    """Marker of the block after which the first block's prompts are removed."""
 
     def __init__(self, prompts: int, prefix: int) -> None:
         super().__init__()
@@ -150,14 +145,10 @@ class Queries(nn.Module):
         self.summary: Tensor | None = None
 
     def summarize(self, block: Any, qkv: Tensor) -> Tensor:
-        """Summarize a block by attention from the queries to its image tokens.
+        """Summarize a block of a timm ViT by attention from the queries to its image tokens.
 
-        Args:
-            block: Block of a timm ViT.
-            qkv: Output of its `attn.qkv` for the image tokens, `[batch, tokens, 3 · width]`.
-
-        Returns:
-            `[batch, queries, width]`.
+        Returns `[batch, queries, width]`. `qkv` is the output of `attn.qkv` for the image tokens, `[batch, tokens,
+        3 · width]`.
         """
         attn = block.attn
         batch, heads = len(qkv), attn.num_heads

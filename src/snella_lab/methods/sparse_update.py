@@ -13,7 +13,7 @@ from snella.backends import store_gradients, zero_gradients
 from snella.config import SnellaConfig
 from snella.update import Conv2dOp, Factors, LayerOp, LinearOp, UpdateSpec, init_factors, without_view
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number, one_of
-from snella_app.methods.model_parts import is_inside, restoring
+from snella_app.methods.model_parts import is_inside
 from snella_app.methods.partial import train_head
 from snella_lab.methods.calibration import Loss, SelectionData, loss_of, selection_data, summed_gradients
 
@@ -241,11 +241,8 @@ def merged_entries(spec: UpdateSpec, factors: Factors, indices: Tensor) -> Tenso
 
     Args:
         spec: Kernel, rows and scaling; mode and backend are ignored.
-        factors: Factors and scalars.
+        factors: Factors and scalars; the result is differentiable with respect to them.
         indices: Positions in the flattened `[m, n]` matrix, ascending, on the factors' device.
-
-    Returns:
-        `[len(indices)]` in the dtype of the merge, differentiable with respect to `factors`.
     """
     return _MergedEntries.apply(spec, indices, *factors)
 
@@ -332,6 +329,11 @@ def merge_sparse(model: nn.Module) -> nn.Module:
     return model
 
 
+def stored_indices(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the positions in a saved adapter by layer name."""
+    return {name.removesuffix(".indices"): value for name, value in tensors.items() if name.endswith(".indices")}
+
+
 _RULES = {
     "k": integer(),
     "selection_loss": one_of("contrastive", "task"),
@@ -357,12 +359,10 @@ def neuron_layers(model: nn.Module, head: str) -> list[str]:
 
 
 def strongest_inputs(gradient: Tensor, k: int) -> Tensor:
-    """Return the positions of each neuron's `k` largest gradient magnitudes.
-
-    A neuron is a row of the weight reshaped to `[m, n]`. Ties go to the first inputs.
+    """Return the positions of each neuron's `k` largest gradient magnitudes; ties go to the first inputs.
 
     Args:
-        gradient: Gradient of the weight, `[m, ...]`.
+        gradient: Gradient of the weight, `[m, ...]`; a neuron is a row of the weight reshaped to `[m, n]`.
         k: Inputs per neuron; clipped to n.
 
     Returns:
@@ -375,19 +375,12 @@ def strongest_inputs(gradient: Tensor, k: int) -> Tensor:
 
 
 def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
-    """Compute the supervised contrastive loss, which needs no head.
+    """Compute the supervised contrastive loss of features `[n, width]` and labels `[n]`, which needs no head.
 
     loss = mean_i( -1/|P(i)| Σ_{p in P(i)} log( exp(z_i·z_p/τ) / Σ_{a≠i} exp(z_i·z_a/τ) ) ),   z = features/‖features‖
 
-    `P(i)` contains the other features with the same class as `i`. The mean skips features with an empty `P(i)`.
-
-    Args:
-        features: `[n, width]`.
-        labels: `[n]`.
-        temperature: τ.
-
-    Returns:
-        0-dim, float32; 0 if no two features share a class.
+    `P(i)` contains the other features with the same class as `i`. The mean skips features with an empty `P(i)`; it is 0
+    if no two features share a class.
 
     Source: Khosla et al., arXiv 2004.11362, eq. 2.
     """
@@ -459,9 +452,7 @@ def _apply(model: nn.Module, head: str, selected: Mapping[str, Tensor]) -> nn.Mo
 
 def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Rebuild the modules from the stored positions."""
-    with restoring(model):
-        stored = {key.removesuffix(".indices"): value for key, value in tensors.items() if key.endswith(".indices")}
-        return _apply(model, head, stored)
+    return _apply(model, head, stored_indices(tensors))
 
 
 GPS = Method(

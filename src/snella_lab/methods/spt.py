@@ -3,7 +3,6 @@
 SPT is sensitivity-aware visual parameter-efficient fine-tuning, He et al., arXiv 2303.08566.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -20,11 +19,18 @@ from snella.config import SnellaConfig
 from snella.targets import count_rows
 from snella.update import LinearOp
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number
-from snella_app.methods.model_parts import adaptable_layers, is_inside, restoring
+from snella_app.methods.model_parts import adaptable_layers, is_inside
 from snella_app.methods.partial import train_head
 from snella_lab.methods.adapter import Adapter
 from snella_lab.methods.calibration import SelectionData, loss_of, rank_entries, selection_data, squared_gradients
-from snella_lab.methods.sparse_update import MaskedUpdate, SparseEntries, SparseUpdate, can_be_sparse, merge_sparse
+from snella_lab.methods.sparse_update import (
+    MaskedUpdate,
+    SparseEntries,
+    SparseUpdate,
+    can_be_sparse,
+    merge_sparse,
+    stored_indices,
+)
 
 _RULES = {
     "r": integer(),
@@ -37,29 +43,12 @@ _RULES = {
 _VIT_B_WEIGHTS = 84_934_656
 _FROZEN_PARTS = {"patch_embed", "patch_embedding", "patch_merging", "downsample", "stem"}
 
+Structure = Callable[[int, int, int], nn.Module]
+"""Constructor of a structured module from the matrix's rows and columns and the rank or bottleneck width.
 
-class StructuredModule(nn.Module, ABC):
-    """Module that replaces the sparse entries of a matrix with many sensitive weights.
-
-    A mergeable module has a method `delta` that returns its weight update, `[rows, columns]`.
-
-    Args:
-        rows: Rows of the matrix (output width).
-        columns: Columns of the matrix (input width).
-        r: Rank or bottleneck width.
-    """
-
-    def __init__(self, rows: int, columns: int, r: int) -> None:
-        super().__init__()
-
-    @staticmethod
-    @abstractmethod
-    def count(rows: int, columns: int, r: int) -> int:
-        """Count the module's parameters."""
-
-    @abstractmethod
-    def forward(self, layer: "SptLayer", x: Tensor, h: Tensor) -> Tensor:
-        """Return the adapted output from the layer's prepared input `x` and output `h`."""
+The module maps an `SptLayer`, its prepared input `x` and the output `h` of the matrix to the adapted output. A
+mergeable module has a method `delta` that returns its weight update, `[rows, columns]`.
+"""
 
 
 class SptLayer(SparseUpdate):
@@ -77,7 +66,7 @@ class SptLayer(SparseUpdate):
         base_layer: nn.Module,
         indices: Tensor,
         row_counts: Sequence[int],
-        structured: Mapping[int, StructuredModule],
+        structured: Mapping[int, nn.Module],
     ) -> None:
         super().__init__(base_layer, indices)
         self.row_counts = list(row_counts)
@@ -199,26 +188,8 @@ def rows_of(model: nn.Module, name: str) -> tuple[int, ...]:
     return count_rows(name, len(weight), weight[0].numel(), parent, "auto")
 
 
-def vectors(model: nn.Module, head: str) -> list[str]:
-    """Return the names of biases, norms and layer scales outside the head, the patch embedding and the stem."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 1 and not is_inside(name, head) and not _FROZEN_PARTS.intersection(name.split("."))
-    ]
-
-
-def select(
-    model: nn.Module, head: str, options: Options, data: SelectionData, structure: type[StructuredModule]
-) -> SptSelection:
+def select(model: nn.Module, head: str, options: Options, data: SelectionData, structure: Structure) -> SptSelection:
     """Select exactly `budget` backbone parameters by sensitivity.
-
-    Args:
-        model: Frozen model.
-        head: Name of the head.
-        options: Method options.
-        data: Training data and the task's loss.
-        structure: Class of structured modules.
 
     Raises:
         ValueError: If the budget exceeds the model's maximum or does not cover the class token.
@@ -231,7 +202,12 @@ def select(
         raise ValueError(
             f"budget must exceed {fixed / 1e6:g} million parameters, the size of the class token, got {budget / 1e6:g}"
         )
-    vector_names = vectors(model, head)
+    # biases, norms and layer scales
+    vector_names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 1 and not is_inside(name, head) and not _FROZEN_PARTS.intersection(name.split("."))
+    ]
     names = [*(f"{name}.weight" for name in layers), *vector_names]
     sensitivities = squared_gradients(model, names, data, loss_of(data), options.get("calibration_batches", 8))
     r, alpha, beta = options.get("r", 8), options.get("alpha", 10), options.get("beta", 5)
@@ -243,7 +219,9 @@ def select(
         for group, (start, stop) in enumerate(pairwise(accumulate(rows_of(model, name), initial=0))):
             groups.append((name, group, start * matrix.shape[1]))
             values.append(matrix[start:stop])
-            costs.append(structure.count(stop - start, matrix.shape[1], r))
+            with torch.device("meta"):
+                module = structure(stop - start, matrix.shape[1], r)
+            costs.append(sum(parameter.numel() for parameter in module.parameters()))
             thresholds.append(max(1, ceil(costs[-1] / alpha)))
     for name in vector_names:
         groups.append((name, -1, 0))
@@ -267,18 +245,8 @@ def select(
     )
 
 
-def apply_selection(
-    model: nn.Module, head: str, selection: SptSelection, r: int, structure: type[StructuredModule]
-) -> nn.Module:
-    """Make the head, the selected weights and vectors, and the modules trainable.
-
-    Args:
-        model: Frozen model; changed in place.
-        head: Name of the head.
-        selection: Result of `select`.
-        r: Rank or bottleneck width of the modules.
-        structure: Class of the structured modules.
-    """
+def apply_selection(model: nn.Module, head: str, selection: SptSelection, r: int, structure: Structure) -> nn.Module:
+    """Make the head, the selected weights and vectors, and structured modules of width `r` trainable."""
     train_head(model, head)
     for name in selection.dense:
         model.get_parameter(name).requires_grad_(True)
@@ -300,7 +268,7 @@ def apply_selection(
 
 
 def restore_selection(
-    model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor], structure: type[StructuredModule]
+    model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor], structure: Structure
 ) -> nn.Module:
     """Rebuild the modules of a saved adapter from its tensors."""
     entries: dict[str, Tensor] = {}
@@ -317,9 +285,8 @@ def restore_selection(
         elif not base_name.endswith(".values") and not is_inside(base_name, head):
             dense.append(base_name)
     groups = {name: tuple(sorted(numbers)) for name, numbers in structured.items()}
-    with restoring(model):
-        selection = SptSelection(entries, groups, tuple(dense))
-        return apply_selection(model, head, selection, options.get("r", 8), structure)
+    selection = SptSelection(entries, groups, tuple(dense))
+    return apply_selection(model, head, selection, options.get("r", 8), structure)
 
 
 def merge_selection(model: nn.Module) -> nn.Module:
@@ -332,7 +299,7 @@ def merge_selection(model: nn.Module) -> nn.Module:
     return model
 
 
-def spt_method(summary: str, source: str, structure: type[StructuredModule], **fields: Any) -> Method:
+def spt_method(summary: str, source: str, structure: Structure, **fields: Any) -> Method:
     """Create an SPT method for a class of structured modules; `fields` are other fields of `Method`."""
 
     def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
@@ -356,11 +323,11 @@ def spt_method(summary: str, source: str, structure: type[StructuredModule], **f
     )
 
 
-class OutputAdapter(StructuredModule):
+class OutputAdapter(nn.Module):
     """Adapter on the output of one matrix: h + U gelu(D h + d) + u; see `Adapter`."""
 
     def __init__(self, rows: int, columns: int, r: int) -> None:
-        super().__init__(rows, columns, r)
+        super().__init__()
         self.adapter = Adapter(rows, r)
 
     def forward(self, layer: SptLayer, x: Tensor, h: Tensor) -> Tensor:
@@ -368,11 +335,6 @@ class OutputAdapter(StructuredModule):
         dim = layer.channel_dim
         adapted: Tensor = self.adapter(h.movedim(dim, -1)).movedim(-1, dim)
         return adapted
-
-    @staticmethod
-    def count(rows: int, columns: int, r: int) -> int:
-        """Count the module's parameters."""
-        return 2 * r * rows + r + rows
 
 
 SPT_ADAPTER = spt_method(
@@ -385,14 +347,14 @@ SPT_ADAPTER = spt_method(
 output, h + U gelu(D h + d) + u."""
 
 
-class LowRank(StructuredModule):
+class LowRank(nn.Module):
     """Low-rank update of one matrix: h + B A x.
 
     `A` `[r, columns]` is initialized uniformly in ±1/sqrt(columns), as in LoRA; `B` `[rows, r]` starts at zero.
     """
 
     def __init__(self, rows: int, columns: int, r: int) -> None:
-        super().__init__(rows, columns, r)
+        super().__init__()
         self.A = nn.Parameter(torch.empty(r, columns))
         self.B = nn.Parameter(torch.zeros(rows, r))
         nn.init.kaiming_uniform_(self.A, a=sqrt(5))
@@ -411,11 +373,6 @@ class LowRank(StructuredModule):
     def delta(self) -> Tensor:
         """Compute B A."""
         return self.B @ self.A
-
-    @staticmethod
-    def count(rows: int, columns: int, r: int) -> int:
-        """Count the module's parameters."""
-        return r * (rows + columns)
 
 
 def add_low_rank(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -497,9 +454,7 @@ def _apply_mask(model: nn.Module, head: str, options: Options, selected: Mapping
 
 def _restore_mask(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Rebuild the structure from the stored positions."""
-    with restoring(model):
-        stored = {key.removesuffix(".indices"): value for key, value in tensors.items() if key.endswith(".indices")}
-        return _apply_mask(model, head, options, stored)
+    return _apply_mask(model, head, options, stored_indices(tensors))
 
 
 def _mask_optimizer(

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from snella_app.config import TrainConfig
 from snella_app.console import make_console, make_table, print_heading, print_line
@@ -77,7 +76,19 @@ def run_demo(
     report = rewrite_report(folder, console)
     print_heading(console, "comparison")
     print_line(console, f"{folder}: {DEMO_SETTINGS['train_size']} training images, same test images for all methods")
-    console.print(_table(rows))
+    columns = ("method", "accuracy", "balanced accuracy", "trainable parameters", "seconds", "adapter MiB")
+    cells = (
+        (
+            row.method,
+            f"{row.accuracy:.4f}",
+            f"{row.balanced_accuracy:.4f}",
+            f"{row.trainable_parameters:,}",
+            f"{row.train_s:.0f}",
+            f"{(row.adapter_bytes or 0) / 2**20:.2f}",
+        )
+        for row in rows
+    )
+    console.print(make_table(columns, cells))
     print_line(console, f"best SNELLA adapter {run.adapter}; report {report}")
     return folder
 
@@ -96,20 +107,3 @@ def _row(run: RunFolder, method: str) -> MethodResult:
         adapter_bytes=metrics.adapter_bytes,
         best_epoch=metrics.best_epoch,
     )
-
-
-def _table(rows: list[MethodResult]) -> Table:
-    """Return the results table."""
-    columns = ("method", "accuracy", "balanced accuracy", "trainable parameters", "seconds", "adapter MiB")
-    cells = (
-        (
-            row.method,
-            f"{row.accuracy:.4f}",
-            f"{row.balanced_accuracy:.4f}",
-            f"{row.trainable_parameters:,}",
-            f"{row.train_s:.0f}",
-            f"{(row.adapter_bytes or 0) / 2**20:.2f}",
-        )
-        for row in rows
-    )
-    return make_table(columns, cells)

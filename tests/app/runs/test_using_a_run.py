@@ -305,7 +305,7 @@ def test_merging_does_not_overwrite_by_default(finished, tmp_path):
         merge(finished.path, "model.pth")
 
 
-def test_a_damaged_adapter_is_reported_with_its_tensor(finished, tmp_path):
+def test_a_damaged_adapter_is_reported(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "run")
     path = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -315,7 +315,7 @@ def test_a_damaged_adapter_is_reported_with_its_tensor(finished, tmp_path):
         load_run(tmp_path / "run")
     run = RunFolder(tmp_path / "run")
     run.update("finished", files={})
-    with pytest.raises(AdapterFileError, match=r"is damaged: truncated at .*'base_model.model.* is incomplete"):
+    with pytest.raises(AdapterFileError, match=r"is damaged: .*file not fully covered \(\d+ bytes\)"):
         load_run(run)
 
 

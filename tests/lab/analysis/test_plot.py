@@ -1,6 +1,7 @@
 """Plot files: names, tables, light and dark mode, and errors."""
 
 import csv
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,7 +9,16 @@ from matplotlib.text import Text
 from PIL import Image
 
 from snella_app.report.style import INK, PANEL, darken, new_figure
-from snella_lab.analysis.plot import KINDS, Plot, csv_text, plot_function, run_labels, write_plots
+from snella_lab.analysis.plot import (
+    Kind,
+    Plot,
+    PlotOptions,
+    csv_text,
+    make_plots,
+    plot_function,
+    run_labels,
+    write_plots,
+)
 
 ROWS = [{"layer": "0", "value": 0.1 + 0.2}, {"layer": "1", "value": float("nan"), "note": "a,b"}]
 
@@ -59,7 +69,9 @@ def test_run_labels_are_the_shortest_unique_suffixes():
 
 
 def test_every_plot_kind_has_a_function():
-    for kind in KINDS:
+    for kind in get_args(Kind):
         assert plot_function(kind).__name__ == kind
     with pytest.raises(ValueError, match=r"kind must be one of allocation, .* got 'pie'"):
-        plot_function("pie")
+        PlotOptions(kind="pie", runs=["run"], out="plots")
+    with pytest.raises(ValueError, match="--limit 3: not an option of snella plot radar"):
+        make_plots(PlotOptions(kind="radar", runs=["run"], out="plots", limit=3))

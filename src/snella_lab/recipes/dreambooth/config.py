@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from snella_app.config import BaseRunConfig, RunSettings
+from snella_app.config import BaseRunConfig, Config, RunSettings
 from snella_app.runs.folder import RunFolderOf
 from snella_lab.recipes.config import RecipeMethodConfig, RecipeOptimConfig
 
@@ -94,13 +94,10 @@ class DreamBoothConfig(RunSettings):
 
     def errors(self) -> list[str]:
         """Validate all settings that need neither data nor model."""
-        errors = [] if self.token.strip() else [f"token must be a word, got {self.token!r}"]
-        return [
-            *self.missing_errors(is_started=self.run.resume),
-            *errors,
-            *super().errors(),
-            *self.method_errors(),
-        ]
+        errors = self.missing_errors(is_started=self.run.resume)
+        if not self.token.strip():
+            errors.append(f"token must be a word, got {self.token!r}")
+        return [*errors, *super().errors(), *self.method_errors()]
 
     def with_class_name(self, class_name: str | None) -> "DreamBoothConfig":
         """Return a copy with class name and prompts set.
@@ -133,3 +130,86 @@ class DreamBoothFolder(RunFolderOf[DreamBoothConfig]):
     settings_type = DreamBoothConfig
     files = (*RunFolderOf.files, "images.json", "generation.json")
     folders = (*RunFolderOf.folders, "class_images", "samples", "evaluation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(Config):
+    """Options of the commands that generate images with a run.
+
+    Args:
+        run: Run folder.
+        live: Use the file's prompts for live subjects; default for cats and dogs.
+        pictures: Number of images per prompt.
+        steps: Sampling steps; defaults to the run's.
+        batch_size: Batch size.
+        pipeline: Path or hub name of the pipeline; defaults to the run's.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
+    """
+
+    positional: ClassVar = ("run",)
+    minimums: ClassVar = {"pictures": 1, "steps": 1, "batch_size": 1}
+
+    run: str
+    prompts: str | None = None
+    live: bool | None = None
+    pictures: int = 4
+    steps: int | None = None
+    batch_size: int = 1
+    pipeline: str | None = None
+    overwrite: bool = False
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(GenerationOptions):
+    """Options of `snella generate`.
+
+    Args:
+        out: Output folder for the images.
+        prompt: Prompt with the run's subject token, e.g. sks.
+        prompts: Prompt file with one prompt per line, {0} for the token and {1} for the class; or DreamBooth's
+            prompts_and_classes.txt.
+        seed: Seed of each prompt's first image; it increases by 1 for each further image.
+        guidance: Guidance scale; defaults to the run's.
+        overwrite: Replace existing images in the folder.
+    """
+
+    minimums: ClassVar = {"pictures": 1, "seed": 0, "batch_size": 1, "steps": 1}
+    order: ClassVar = ("run", "out", "prompt", "prompts", "live", "pictures", "seed", "steps", "guidance")
+
+    out: str
+    prompt: str | None = None
+    seed: int = 0
+    guidance: float | None = None
+
+    def errors(self) -> list[str]:
+        """Check the fields, and that either `prompt` or `prompts` is set."""
+        errors = super().errors()
+        if bool(self.prompt) == bool(self.prompts):
+            errors.append(
+                f"exactly one of prompt and prompts must be set, got {'both' if self.prompt else 'neither'}; "
+                "pass e.g. --prompt 'a photo of sks dog on the beach'"
+            )
+        return errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateGenerationOptions(GenerationOptions):
+    """Options of `snella evaluate-generation`.
+
+    Args:
+        run: Run folder, or a folder of runs.
+        clip: CLIP model: a local folder in transformers format or a hub name.
+        dino: DINOv2 model: a local folder in transformers format or a hub name.
+        prompts: Prompt file; defaults to prompts_and_classes.txt in the run's dreambooth: folder.
+        overwrite: Replace images generated with other settings.
+        out: JSON file for the results.
+    """
+
+    order: ClassVar = (
+        *("run", "clip", "dino", "prompts", "live", "pictures", "steps", "batch_size", "pipeline", "overwrite", "out"),
+    )
+
+    clip: str = "openai/clip-vit-base-patch32"
+    dino: str = "facebook/dinov2-base"
+    out: str | None = None

@@ -20,7 +20,6 @@ LIVE_CLASSES = ("cat", "dog")
 _LIST_PATTERN = re.compile(r"=\s*\[(.*?)^\s*\]", re.DOTALL | re.MULTILINE)
 _STRING_PATTERN = re.compile(r"^\s*(?:'([^'\n]*)'|\"([^\"\n]*)\")", re.MULTILINE)
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
-_PLACEHOLDER_NUMBERS = {"{token}": "{0}", "{class}": "{1}"}
 
 
 @dataclass(frozen=True)
@@ -70,22 +69,15 @@ def read_prompt_file(path: str | Path) -> PromptFile:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts must be a UTF-8 text file, got '{path}': {error}") from None
+    text = text.replace("{token}", "{0}").replace("{class}", "{1}")
     lists = [
-        [_numbered(single or double) for single, double in _STRING_PATTERN.findall(body)]
-        for body in _LIST_PATTERN.findall(text)
+        [single or double for single, double in _STRING_PATTERN.findall(body)] for body in _LIST_PATTERN.findall(text)
     ]
     if not lists:
         lines = (line.strip() for line in text.splitlines())
-        lists = [[_numbered(line) for line in lines if line and not line.startswith("#")]]
+        lists = [[line for line in lines if line and not line.startswith("#")]]
     _check(file, lists)
-    return PromptFile(lists[0], lists[1] if len(lists) > 1 else lists[0], _classes(text))
-
-
-def _numbered(template: str) -> str:
-    """Replace named placeholders with numbered ones."""
-    for name, number in _PLACEHOLDER_NUMBERS.items():
-        template = template.replace(name, number)
-    return template
+    return PromptFile(lists[0], lists[-1], _classes(text))
 
 
 def _classes(text: str) -> dict[str, str]:
@@ -125,8 +117,6 @@ def _check(file: Path, lists: list[list[str]]) -> None:
 
 PROMPT_FILE = "prompts_and_classes.txt"
 """The DreamBooth dataset's file with classes and prompts."""
-_FOLDER_CONTENT = "with the images of one subject"
-_DATASET_CONTENT = "with one folder of images per subject, as in the DreamBooth dataset"
 
 
 @dataclass(frozen=True)
@@ -182,30 +172,12 @@ def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = 
                 f"subject is only valid with dreambooth:PATH, got {subject!r} with {spec!r}; omit it, "
                 f"or use dreambooth:{path}"
             )
-        folder = existing_folder(path, "folder", _FOLDER_CONTENT)
-        return _concept(folder, None, skip_corrupt)
-    root = existing_folder(path, "dreambooth", _DATASET_CONTENT)
-    folder = _subject_folder(root, subject)
-    prompts = root / PROMPT_FILE
-    classes = read_prompt_file(prompts).classes if prompts.is_file() else {}
-    return _concept(folder, classes.get(folder.name), skip_corrupt)
-
-
-def _subject_folder(root: Path, subject: str | None) -> Path:
-    """Return the folder of a subject; errors list the available ones."""
-    names = sorted(child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
-    if not names:
-        raise ValueError(f"dreambooth:{root} has no subject folders; put images at PATH/subject/image.jpg")
-    if subject in names:
-        return root / str(subject)
-    if subject is None:
-        raise ValueError(f"subject must name one of the {len(names)} folders in {root}, got none: {listed(names)}")
-    shown = nearest(subject, names, most=3, cutoff=0.4) or f"; available: {listed(names)}"
-    raise FileNotFoundError(f"subject must name one of the {len(names)} folders in {root}, got {subject!r}{shown}")
-
-
-def _concept(folder: Path, class_name: str | None, skip_corrupt: bool) -> Concept:
-    """Load a subject's folder; report all corrupt images together."""
+        folder, classes = existing_folder(path, "folder", "with the images of one subject"), {}
+    else:
+        content = "with one folder of images per subject, as in the DreamBooth dataset"
+        root = existing_folder(path, "dreambooth", content)
+        folder, prompts = _subject_folder(root, subject), root / PROMPT_FILE
+        classes = read_prompt_file(prompts).classes if prompts.is_file() else {}
     files = sorted(child for child in folder.iterdir() if child.is_file() and not child.name.startswith("."))
     paths = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
@@ -222,4 +194,17 @@ def _concept(folder: Path, class_name: str | None, skip_corrupt: bool) -> Concep
             reasons = listed(f"{name} ({reason})" for name, reason in reasons_by_name.items())
             raise ValueError(f"all {len(paths)} images in '{folder}' are corrupt: {reasons}")
     valid = [path for index, path in enumerate(paths) if index not in broken]
-    return Concept(folder.name, valid, class_name, notes)
+    return Concept(folder.name, valid, classes.get(folder.name), notes)
+
+
+def _subject_folder(root: Path, subject: str | None) -> Path:
+    """Return the folder of a subject; errors list the available ones."""
+    names = sorted(child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if not names:
+        raise ValueError(f"dreambooth:{root} has no subject folders; put images at PATH/subject/image.jpg")
+    if subject in names:
+        return root / str(subject)
+    if subject is None:
+        raise ValueError(f"subject must name one of the {len(names)} folders in {root}, got none: {listed(names)}")
+    shown = nearest(subject, names, most=3, cutoff=0.4) or f"; available: {listed(names)}"
+    raise FileNotFoundError(f"subject must name one of the {len(names)} folders in {root}, got {subject!r}{shown}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,10 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Mod
 from snella_app.console import make_console
 from snella_app.data.images import read_image
 from snella_app.device import choose_device
-from snella_lab.recipes.dreambooth.config import DreamBoothFolder
+from snella_lab.recipes.dreambooth.config import DreamBoothFolder, EvaluateGenerationOptions
 from snella_lab.recipes.dreambooth.data import PROMPT_FILE, PromptFile, fill, load_concept, read_prompt_file
-from snella_lab.recipes.dreambooth.generate import GeneratedImage, generate_images, load_generator, sampling_of
-from snella_lab.recipes.run import load_pretrained
-
-_EPS = 1e-12
+from snella_lab.recipes.dreambooth.generate import GeneratedImage, load_generator, sampling_of
+from snella_lab.recipes.pretrained import load_pretrained
 
 
 def vendi_score(embeddings: Tensor) -> float:
@@ -43,7 +41,7 @@ def vendi_score(embeddings: Tensor) -> float:
     unit = _normalized(embeddings)
     kernel = unit @ unit.T / len(unit)  # [n, n], trace 1
     eigenvalues = torch.linalg.eigvalsh(kernel).clamp_min(0.0)
-    return float(torch.exp(-torch.special.xlogy(eigenvalues, eigenvalues.clamp_min(_EPS)).sum()))
+    return float(torch.special.entr(eigenvalues).sum().exp())
 
 
 def mean_cosine(first: Tensor, second: Tensor) -> float:
@@ -107,29 +105,25 @@ class ClipEmbedder:
         self.processor = load_pretrained(AutoImageProcessor, name, "clip")
         self.tokenizer = load_pretrained(AutoTokenizer, name, "clip")
 
+    @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         """Embed images, `[n, d]`."""
+        parts = []
+        for batch in _batches(images):
+            pixels = self.processor(images=batch, return_tensors="pt").to(self.device)
+            parts.append(_features(self.model.get_image_features(**pixels)))
+        return torch.cat(parts)
 
-        def embed(batch: Sequence[Image.Image]) -> Tensor:
-            pixels = self.processor(images=list(batch), return_tensors="pt")
-            return self._features(self.model.get_image_features, dict(pixels))
-
-        return _in_batches(images, embed)
-
+    @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embed texts, truncated to CLIP's context length, `[n, d]`."""
         length = self.model.config.text_config.max_position_embeddings
         options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
-
-        def embed(batch: Sequence[str]) -> Tensor:
-            return self._features(self.model.get_text_features, dict(self.tokenizer(list(batch), **options)))
-
-        return _in_batches(texts, embed)
-
-    def _features(self, function: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
-        """Return the projected features from one of CLIP's encoders."""
-        output = function(**{name: value.to(self.device) for name, value in inputs.items()})
-        return output if isinstance(output, Tensor) else output.pooler_output
+        parts = []
+        for batch in _batches(texts):
+            tokens = self.tokenizer(batch, **options).to(self.device)
+            parts.append(_features(self.model.get_text_features(**tokens)))
+        return torch.cat(parts)
 
 
 class DinoEmbedder:
@@ -149,20 +143,24 @@ class DinoEmbedder:
         self.model = load_pretrained(Dinov2Model, name, "dino").to(device).eval()
         self.processor = load_pretrained(AutoImageProcessor, name, "dino")
 
+    @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         """Embed images, `[n, d]`."""
+        parts = []
+        for batch in _batches(images):
+            pixels = self.processor(images=batch, return_tensors="pt").to(self.device)
+            parts.append(_features(self.model(**pixels)))
+        return torch.cat(parts)
 
-        def embed(batch: Sequence[Image.Image]) -> Tensor:
-            pixels = self.processor(images=list(batch), return_tensors="pt")["pixel_values"]
-            return self.model(pixel_values=pixels.to(self.device)).pooler_output
 
-        return _in_batches(images, embed)
+def _batches(items: Sequence[Any]) -> Iterator[list[Any]]:
+    """Split items into batches."""
+    return (list(items[start : start + _BATCH]) for start in range(0, len(items), _BATCH))
 
 
-@torch.no_grad()
-def _in_batches(items: Sequence[Any], embed: Callable[[Sequence[Any]], Tensor]) -> Tensor:
-    """Embed items in batches and return the result on the CPU."""
-    return torch.cat([embed(items[k : k + _BATCH]).float().cpu() for k in range(0, len(items), _BATCH)])
+def _features(output: Any) -> Tensor:
+    """Return the pooled features of a model's output in float32 on the CPU; transformers 5.0 returns them directly."""
+    return (output if isinstance(output, Tensor) else output.pooler_output).float().cpu()
 
 
 METRICS = ("concept_alignment", "text_alignment", "text_alignment_without_token", "vendi", "vendi_by_prompt")
@@ -170,25 +168,14 @@ METRICS = ("concept_alignment", "text_alignment", "text_alignment_without_token"
 RESULT_FILE = "generation.json"
 
 
-def evaluate_generation(
-    runs: str | Path,
-    *,
-    clip: str,
-    dino: str,
-    prompts: str | Path | None = None,
-    live: bool | None = None,
-    pictures: int = 4,
-    steps: int | None = None,
-    batch_size: int = 1,
-    pipeline: str | None = None,
-    device: str = "auto",
-    overwrite: bool = False,
-    console: Console | None = None,
-) -> dict[str, Any]:
+def evaluate_generation(options: EvaluateGenerationOptions, console: Console | None = None) -> dict[str, Any]:
     """Generate missing images for the DreamBooth protocol, and evaluate them.
 
-    Images are written to `evaluation/` and scores to `generation.json` in each run folder. The arguments are the
-    options of `snella evaluate-generation`, and a console for progress bars and notes.
+    Images are written to `evaluation/` and scores to `generation.json` in each run folder.
+
+    Args:
+        options: Options of `snella evaluate-generation`.
+        console: Console of the progress bars; stdout if None.
 
     Returns:
         `{"runs": [metrics per run], "mean": {…}, "standard_error": {…}}`. The standard error is over subjects; None for
@@ -196,48 +183,36 @@ def evaluate_generation(
 
     Raises:
         FileNotFoundError: If a run, prompt file or model does not exist.
-        ValueError: If prompts lack the token placeholder, or a number is out of range.
+        ValueError: If prompts lack the token placeholder.
     """
-    if pictures < 1:
-        raise ValueError(f"pictures must be at least 1, got {pictures}")
-    console = console or make_console()
-    folders = find_runs(runs)
-    target = choose_device(device)
-    lists = {folder: _prompt_file(folder, prompts) for folder in folders}
-    embedders = ClipEmbedder(clip, target), DinoEmbedder(dino, target)
+    console, device = console or make_console(), choose_device(options.device)
+    prompt_files = {folder: _prompt_file(folder, options.prompts) for folder in find_runs(options.run)}
+    embedders = ClipEmbedder(options.clip, device), DinoEmbedder(options.dino, device)
     rows: list[dict[str, Any]] = []
-    for folder in folders:
-        loaded = load_generator(folder, pipeline=pipeline, device=device)
-        config = loaded.config
-        templates = lists[folder].templates(config.class_name, live)
+    for folder, prompt_file in prompt_files.items():
+        generator, config = load_generator(folder, options, console)
+        templates = prompt_file.templates(config.class_name, options.live)
         class_name = config.class_name or ""
-        generated = generate_images(
-            folder / "evaluation",
-            loaded.pipeline,
-            [fill(template, config.token, class_name) for template in templates],
-            range(pictures),
-            sampling_of(config, steps, batch_size=batch_size),
-            loaded.device,
-            console,
-            source=loaded.source,
-            overwrite=overwrite,
+        prompts = [fill(template, config.token, class_name) for template in templates]
+        plain_prompts = [fill(template, "", class_name) for template in templates for _ in range(options.pictures)]
+        images = generator.generate(
+            folder / "evaluation", prompts, range(options.pictures), overwrite=options.overwrite
         )
         concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
-        plain_prompts = [fill(template, "", class_name) for template in templates for _ in range(pictures)]
-        scores = score_images(generated, list(concept.images()), plain_prompts, *embedders)
-        sampling = asdict(sampling_of(config, steps))
-        row = {"subject": concept.name, "method": config.method.name, "pictures": len(generated), **scores}
-        loaded.run.write_json(RESULT_FILE, {"format": 1, **row, "clip": clip, "dino": dino, "drawing": sampling})
+        scores = score_images(images, list(concept.images()), plain_prompts, *embedders)
+        row = {"subject": concept.name, "method": config.method.name, "pictures": len(images), **scores}
+        sampling = asdict(sampling_of(config, options.steps))
+        models = {"clip": options.clip, "dino": options.dino}
+        DreamBoothFolder(folder).write_json(RESULT_FILE, {"format": 1, **row, **models, "drawing": sampling})
         rows.append({"run": str(folder), **row})
-    scores_by_metric = {name: [row[name] for row in rows] for name in METRICS}
-    errors = {
-        name: statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-        for name, values in scores_by_metric.items()
-    }
+    values = {name: [row[name] for row in rows] for name in METRICS}
     return {
         "runs": rows,
-        "mean": {name: statistics.fmean(values) for name, values in scores_by_metric.items()},
-        "standard_error": errors,
+        "mean": {name: statistics.fmean(scores) for name, scores in values.items()},
+        "standard_error": {
+            name: statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None
+            for name, scores in values.items()
+        },
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,20 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import S
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
+from torch import Tensor
 
-from snella_app.console import make_console
+from snella_app.console import make_console, track_progress
 from snella_app.data.images import IMAGE_SUFFIXES
 from snella_app.device import autocast, choose_device
 from snella_app.files import write_json, write_png
 from snella_app.methods import load_trained
 from snella_app.records import RunInfo, read
 from snella_app.runs.folder import adapter_digest
-from snella_lab.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
+from snella_lab.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder, GenerateOptions, GenerationOptions
 from snella_lab.recipes.dreambooth.data import fill, read_prompt_file
-from snella_lab.recipes.dreambooth.pipeline import PromptEmbedding, check_resolution, embed_prompts, load_pipeline
-from snella_lab.recipes.run import progress_bar
+from snella_lab.recipes.dreambooth.pipeline import check_resolution, embed_prompts, load_pipeline
 
+MANIFEST = "images.json"
 _TEXT_COMPONENTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 
 
@@ -64,14 +65,14 @@ def sampling_of(
     )
 
 
+@torch.no_grad()
 def sample_images(
     pipeline: StableDiffusion3Pipeline,
     jobs: Sequence[tuple[str, int]],
     sampling: SamplingConfig,
     device: torch.device,
-    on_image: Callable[[int, Image.Image], None],
-) -> None:
-    """Generate one image per job.
+) -> Iterator[Image.Image]:
+    """Generate one image per job, in order.
 
     Each distinct prompt is embedded once, before sampling. During sampling, only transformer and autoencoder are on the
     device.
@@ -81,25 +82,20 @@ def sample_images(
         jobs: Prompt and seed of each image.
         sampling: Sampling settings.
         device: Torch device.
-        on_image: Callback that receives job index and image, called after each batch.
 
     Raises:
         ValueError: If the pipeline does not support this resolution.
     """
     check_resolution(pipeline, sampling.resolution)
-    prompts = list(dict.fromkeys(prompt for prompt, _ in jobs))
-    is_guided = sampling.guidance > 1
-    texts = [*prompts, *([""] if is_guided else [])]
+    texts = list(dict.fromkeys(prompt for prompt, _ in jobs))
+    texts += [""] if sampling.guidance > 1 else []
     embedded = dict(zip(texts, embed_prompts(pipeline, texts, device, sampling.max_sequence_length), strict=True))
-    image_pipeline = _without_text_encoders(pipeline, device)
-    for start in range(0, len(jobs), sampling.batch_size):
-        batch = jobs[start : start + sampling.batch_size]
-        for number, image in enumerate(_generate_batch(image_pipeline, batch, embedded, sampling, device), start):
-            on_image(number, image)
 
+    def stacked(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        tokens = torch.cat([embedded[prompt].tokens for prompt in prompts])
+        return tokens.to(device), torch.cat([embedded[prompt].pooled for prompt in prompts]).to(device)
 
-def _without_text_encoders(pipeline: StableDiffusion3Pipeline, device: torch.device) -> StableDiffusion3Pipeline:
-    """Build a pipeline on the device without text encoders; diffusers infers the device from all components."""
+    # without text encoders: diffusers infers the device from all components
     no_text: dict[str, Any] = dict.fromkeys(_TEXT_COMPONENTS)
     image_pipeline = StableDiffusion3Pipeline(
         transformer=pipeline.transformer.to(device).eval(),
@@ -108,40 +104,23 @@ def _without_text_encoders(pipeline: StableDiffusion3Pipeline, device: torch.dev
         **no_text,
     )
     image_pipeline.set_progress_bar_config(disable=True)
-    return image_pipeline
-
-
-@torch.no_grad()
-def _generate_batch(
-    pipeline: StableDiffusion3Pipeline,
-    jobs: Sequence[tuple[str, int]],
-    embedded: dict[str, PromptEmbedding],
-    sampling: SamplingConfig,
-    device: torch.device,
-) -> list[Image.Image]:
-    """Generate one batch of images."""
-
-    def stacked(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = torch.cat([embedded[prompt].tokens for prompt in prompts])
-        return tokens.to(device), torch.cat([embedded[prompt].pooled for prompt in prompts]).to(device)
-
-    tokens, pooled = stacked([prompt for prompt, _ in jobs])
-    negative = stacked([""] * len(jobs)) if sampling.guidance > 1 else (None, None)
-    with autocast(device, sampling.precision):
-        return pipeline(
-            prompt_embeds=tokens,
-            pooled_prompt_embeds=pooled,
-            negative_prompt_embeds=negative[0],
-            negative_pooled_prompt_embeds=negative[1],
-            height=sampling.resolution,
-            width=sampling.resolution,
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance,
-            generator=[torch.Generator().manual_seed(seed) for _, seed in jobs],
-        ).images
-
-
-MANIFEST = "images.json"
+    for start in range(0, len(jobs), sampling.batch_size):
+        batch = jobs[start : start + sampling.batch_size]
+        tokens, pooled = stacked([prompt for prompt, _ in batch])
+        negative = stacked([""] * len(batch)) if sampling.guidance > 1 else (None, None)
+        with autocast(device, sampling.precision):
+            images = image_pipeline(
+                prompt_embeds=tokens,
+                pooled_prompt_embeds=pooled,
+                negative_prompt_embeds=negative[0],
+                negative_pooled_prompt_embeds=negative[1],
+                height=sampling.resolution,
+                width=sampling.resolution,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance,
+                generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
+            ).images
+        yield from images
 
 
 @dataclass(frozen=True)
@@ -153,105 +132,91 @@ class GeneratedImage:
     seed: int
 
 
-def generate_images(
-    folder: Path,
-    pipeline: StableDiffusion3Pipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    sampling: SamplingConfig,
-    device: torch.device,
-    console: Console,
-    *,
-    source: str,
-    overwrite: bool = False,
-    show_bar: bool = True,
-) -> list[GeneratedImage]:
-    """Generate an image for each prompt and seed, skipping those from an interrupted call.
+@dataclass(frozen=True)
+class ImageGenerator:
+    """Pipeline and settings for generating images.
 
     Args:
-        folder: Output folder for `PROMPT-SEED.png` and `images.json`; created if missing.
         pipeline: Pipeline with the adapter in its transformer.
-        prompts: Prompts.
-        seeds: Seeds.
-        sampling: Sampling settings.
         device: Torch device.
-        console: Output console; the progress bar appears only on a terminal.
-        source: Pipeline and digest of the adapter; images from another source are an error unless `overwrite` is set.
-        overwrite: Replace other generated images in the folder.
-        show_bar: Show a progress bar.
-
-    Raises:
-        FileExistsError: If the folder contains images from other prompts, seeds or settings, or another adapter.
-        ValueError: If the pipeline does not support this resolution.
+        source: Pipeline and digest of the adapter, to detect images from another source.
+        sampling: Sampling settings.
+        console: Console of the progress bar; None for no bar.
     """
-    width = max(2, len(str(len(prompts) - 1)))
-    images = [
-        GeneratedImage(folder / f"{number:0{width}}-{seed}.png", prompt, seed)
-        for number, prompt in enumerate(prompts)
-        for seed in seeds
-    ]
-    content = {
-        "format": 1,
-        "source": source,
-        "drawing": {name: value for name, value in asdict(sampling).items() if name != "batch_size"},
-        "images": [{"file": image.path.name, "prompt": image.prompt, "seed": image.seed} for image in images],
-    }
-    check_image_folder(folder, content, overwrite=overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
-    if _read_manifest(folder) != content:
-        for path in folder.iterdir():
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                path.unlink()
-        write_json(folder / MANIFEST, content)
-    missing = [image for image in images if not image.path.is_file()]
-    with progress_bar(console, is_shown=show_bar) as bar:
-        task = bar.add_task("generating", total=len(images), completed=len(images) - len(missing))
 
-        def on_image(number: int, image: Image.Image) -> None:
-            _write(missing[number], image)
-            bar.advance(task)
+    pipeline: StableDiffusion3Pipeline
+    device: torch.device
+    source: str
+    sampling: SamplingConfig
+    console: Console | None = None
 
+    def generate(
+        self, folder: Path, prompts: Sequence[str], seeds: Sequence[int], *, overwrite: bool = False
+    ) -> list[GeneratedImage]:
+        """Generate an image for each prompt and seed, skipping those from an interrupted call.
+
+        Args:
+            folder: Output folder for `PROMPT-SEED.png` and `images.json`; created if missing.
+            prompts: Prompts.
+            seeds: Seeds.
+            overwrite: Replace other generated images in the folder.
+
+        Raises:
+            FileExistsError: If the folder contains images from other prompts, seeds, settings or another source, or
+                other files.
+            ValueError: If the pipeline does not support this resolution.
+        """
+        width = max(2, len(str(len(prompts) - 1)))
+        images = [
+            GeneratedImage(folder / f"{number:0{width}}-{seed}.png", prompt, seed)
+            for number, prompt in enumerate(prompts)
+            for seed in seeds
+        ]
+        content = {
+            "format": 1,
+            "source": self.source,
+            "drawing": {name: value for name, value in asdict(self.sampling).items() if name != "batch_size"},
+            "images": [{"file": image.path.name, "prompt": image.prompt, "seed": image.seed} for image in images],
+        }
+        if not _contains(folder, content, overwrite=overwrite):
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.iterdir():
+                if path.suffix.lower() in IMAGE_SUFFIXES:
+                    path.unlink()
+            write_json(folder / MANIFEST, content)
+        missing = [image for image in images if not image.path.is_file()]
         if missing:
-            sample_images(pipeline, [(image.prompt, image.seed) for image in missing], sampling, device, on_image)
-    return images
+            jobs = [(image.prompt, image.seed) for image in missing]
+            samples = sample_images(self.pipeline, jobs, self.sampling, self.device)
+            for target, image in zip(
+                missing, track_progress(samples, "generating", len(missing), self.console), strict=True
+            ):
+                _write(target, image)
+        return images
 
 
-def check_image_folder(folder: Path, content: dict[str, Any], *, overwrite: bool) -> None:
-    """Check that generated images can be written to a folder.
-
-    Args:
-        folder: Output folder; need not exist.
-        content: Expected content of `images.json`.
-        overwrite: Allow replacing other generated images.
-
-    Raises:
-        FileExistsError: If the folder contains other files, or other images and `overwrite` is not set.
-    """
+def _contains(folder: Path, content: dict[str, Any], *, overwrite: bool) -> bool:
+    """Return whether a folder contains these images; raise an error if it contains anything that must be kept."""
     if not folder.exists():
-        return
+        return False
     if not folder.is_dir():
         raise FileExistsError(f"out must be a folder, got the file {folder}; choose another name")
-    manifest = _read_manifest(folder)
-    if manifest == content:
-        return
-    if manifest is None and any(folder.iterdir()):
-        raise FileExistsError(f"out={folder} contains other files; choose an empty or new folder")
-    if manifest is not None and not overwrite:
-        changed = [name for name in ("source", "drawing", "images") if manifest.get(name) != content[name]]
-        reasons = {"source": "another adapter", "drawing": "other settings", "images": "other prompts or seeds"}
-        raise FileExistsError(
-            f"out={folder} contains images from {' and '.join(reasons[name] for name in changed)}; choose another "
-            "folder, or pass --overwrite"
-        )
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read `images.json`; None if it is missing or damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) else None
+        manifest = None
+    if manifest == content:
+        return True
+    if not isinstance(manifest, dict):
+        if any(folder.iterdir()):
+            raise FileExistsError(f"out={folder} contains other files; choose an empty or new folder")
+    elif not overwrite:
+        reasons = {"source": "another adapter", "drawing": "other settings", "images": "other prompts or seeds"}
+        changed = [reason for name, reason in reasons.items() if manifest.get(name) != content[name]]
+        raise FileExistsError(
+            f"out={folder} contains images from {' and '.join(changed)}; choose another folder, or pass --overwrite"
+        )
+    return False
 
 
 def _write(target: GeneratedImage, image: Image.Image) -> None:
@@ -262,24 +227,16 @@ def _write(target: GeneratedImage, image: Image.Image) -> None:
     write_png(target.path, image, pnginfo=info)
 
 
-@dataclass(frozen=True)
-class LoadedGenerator:
-    """A run's pipeline with its adapter."""
-
-    run: DreamBoothFolder
-    config: DreamBoothConfig
-    pipeline: StableDiffusion3Pipeline
-    device: torch.device
-    source: str
-
-
-def load_generator(run: str | Path, *, pipeline: str | None = None, device: str = "auto") -> LoadedGenerator:
-    """Load a run's pipeline with its adapter.
+def load_generator(
+    run: str | Path, options: GenerationOptions, console: Console | None = None, guidance: float | None = None
+) -> tuple[ImageGenerator, DreamBoothConfig]:
+    """Load a run's pipeline with its adapter, and the settings of the run.
 
     Args:
         run: Run folder.
-        pipeline: Path or hub name of the pipeline; None uses the run's.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
+        options: Pipeline, device and sampling settings; None values default to the run's.
+        console: Console of the progress bar.
+        guidance: Guidance scale; None uses the run's.
 
     Raises:
         FileNotFoundError: If the folder is not a run, or the run has no adapter yet.
@@ -291,10 +248,11 @@ def load_generator(run: str | Path, *, pipeline: str | None = None, device: str 
         raise ValueError(f"run must be a snella dreambooth run folder, got {run}, a run of another task")
     folder.check_adapter()
     config = folder.read_config()
-    name = str(pipeline or config.pipeline)
-    loaded = load_pipeline(name, encoder_dtype=torch.bfloat16 if config.optim.precision == "bf16" else torch.float32)
-    load_trained(folder.adapter, loaded.transformer)
-    return LoadedGenerator(folder, config, loaded, choose_device(device), adapter_source(folder, config))
+    pipeline = load_pipeline(str(options.pipeline or config.pipeline), config.optim.precision)
+    load_trained(folder.adapter, pipeline.transformer)
+    sampling = sampling_of(config, options.steps, guidance, options.batch_size)
+    source = adapter_source(folder, config)
+    return ImageGenerator(pipeline, choose_device(options.device), source, sampling, console), config
 
 
 def adapter_source(run: DreamBoothFolder, config: DreamBoothConfig) -> str:
@@ -302,74 +260,23 @@ def adapter_source(run: DreamBoothFolder, config: DreamBoothConfig) -> str:
     return f"{config.pipeline} with adapter {adapter_digest(run.adapter)}"
 
 
-def generate(
-    run: str | Path,
-    prompts: Sequence[str],
-    out: str | Path,
-    *,
-    pictures: int = 4,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    batch_size: int = 1,
-    pipeline: str | None = None,
-    device: str = "auto",
-    overwrite: bool = False,
-    console: Console | None = None,
-) -> list[GeneratedImage]:
-    """Generate images with the pipeline and adapter of a run.
-
-    The arguments are the options of `snella generate`, with filled-in `prompts`, and a console for the progress bar. An
-    image depends only on its prompt and seed.
-
-    Raises:
-        ValueError: If `prompts` is empty, or a number is out of range.
-        FileNotFoundError: If the folder is not a run, or the run has no adapter yet.
-        FileExistsError: If `out` contains other images.
-    """
-    minimums = {"pictures": (pictures, 1), "seed": (seed, 0), "batch_size": (batch_size, 1), "steps": (steps, 1)}
-    errors = [
-        f"{name} must be at least {minimum}, got {value}"
-        for name, (value, minimum) in minimums.items()
-        if value is not None and value < minimum
-    ]
-    errors += [] if prompts else ["prompt is required, e.g. 'a photo of sks dog on the beach', got none"]
-    if errors:
-        raise ValueError("; ".join(errors))
-    loaded = load_generator(run, pipeline=pipeline, device=device)
-    return generate_images(
-        Path(out),
-        loaded.pipeline,
-        prompts,
-        range(seed, seed + pictures),
-        sampling_of(loaded.config, steps, guidance, batch_size),
-        loaded.device,
-        console or make_console(),
-        source=loaded.source,
-        overwrite=overwrite,
-    )
-
-
-def select_prompts(run: str | Path, prompt: str | None, file: str | Path | None, live: bool | None = None) -> list[str]:
-    """Return the prompt, or a file's prompts with the run's token and class filled in.
+def generate(options: GenerateOptions, console: Console | None = None) -> list[GeneratedImage]:
+    """Generate images with the pipeline and adapter of a run. An image depends only on its prompt and seed.
 
     Args:
-        run: Run folder.
-        prompt: Filled-in prompt; mutually exclusive with `file`.
-        file: Prompt file; mutually exclusive with `prompt`.
-        live: Use the file's prompts for live subjects; None uses them for cats and dogs.
+        options: Options of `snella generate`.
+        console: Console of the progress bar; stdout if None.
 
     Raises:
-        ValueError: If neither or both of `prompt` and `file` are set, or the file has no valid prompts.
-        FileNotFoundError: If the file or run does not exist.
+        FileNotFoundError: If the prompt file or run does not exist, or the run has no adapter yet.
+        FileExistsError: If `out` contains other images.
+        ValueError: If the prompt file has no valid prompts.
     """
-    if (prompt is None) == (file is None):
-        raise ValueError(
-            f"exactly one of prompt and prompts must be set, got {'neither' if prompt is None else 'both'}; "
-            "pass e.g. --prompt 'a photo of sks dog on the beach'"
-        )
-    if prompt is not None:
-        return [prompt]
-    config = DreamBoothFolder(run).read_config()
-    templates = read_prompt_file(str(file)).templates(config.class_name, live)
-    return [fill(template, config.token, config.class_name or "") for template in templates]
+    generator, config = load_generator(options.run, options, console or make_console(), options.guidance)
+    if options.prompts is None:
+        prompts = [str(options.prompt)]
+    else:
+        templates = read_prompt_file(options.prompts).templates(config.class_name, options.live)
+        prompts = [fill(template, config.token, config.class_name or "") for template in templates]
+    seeds = range(options.seed, options.seed + options.pictures)
+    return generator.generate(Path(options.out), prompts, seeds, overwrite=options.overwrite)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from snella_app.backbones.create import cache_only_if_unreachable
 from snella_app.text import similar_paths
-from snella_lab.recipes.run import suppress_progress_bars
+from snella_lab.recipes.pretrained import suppress_progress_bars
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,12 @@ _COMPONENTS = (
 )
 
 
-def load_pipeline(name: str, *, encoder_dtype: torch.dtype = torch.float32) -> StableDiffusion3Pipeline:
+def load_pipeline(name: str, precision: str = "fp32") -> StableDiffusion3Pipeline:
     """Load a pipeline onto the CPU, with transformer and autoencoder in float32.
 
     Args:
         name: Local folder in diffusers format, or hub name `owner/repo`.
-        encoder_dtype: Dtype of the frozen text encoders, of which the third is optional.
+        precision: Precision of the frozen text encoders, of which the third is optional: fp32 or bf16.
 
     Raises:
         FileNotFoundError: If the folder does not exist or lacks components; the message lists them.
@@ -175,7 +175,8 @@ def load_pipeline(name: str, *, encoder_dtype: torch.dtype = torch.float32) -> S
     """
     folder = Path(name).expanduser()
     dtypes: dict[str, Any] = {"default": torch.float32}
-    dtypes |= dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), encoder_dtype)
+    if precision == "bf16":
+        dtypes |= dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), torch.bfloat16)
     if folder.is_dir():
         absent = dict.fromkeys(_check_folder(folder))
         with suppress_progress_bars(diffusers):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from snella_app.config import BaseRunConfig, RunSettings
+from snella_app.config import BaseRunConfig, Config, RunSettings
 from snella_app.runs.folder import RunFolderOf
 from snella_lab.recipes.config import RecipeMethodConfig, RecipeOptimConfig
 
@@ -64,14 +64,10 @@ class LanguageConfig(RunSettings):
 
     def errors(self) -> list[str]:
         """Validate all settings that need neither data nor model."""
-        errors = [*self._template_errors(), *super().errors(), *self.method_errors()]
-        return [*self.missing_errors(is_started=self.run.resume), *errors]
-
-    def _template_errors(self) -> list[str]:
-        """Return an error for a missing template file."""
-        if self.template is None or Path(self.template).expanduser().is_file():
-            return []
-        return [f"template must be an existing text file, got {self.template!r}"]
+        errors = self.missing_errors(is_started=self.run.resume)
+        if self.template is not None and not Path(self.template).expanduser().is_file():
+            errors.append(f"template must be an existing text file, got {self.template!r}")
+        return [*errors, *super().errors(), *self.method_errors()]
 
 
 RESULT_FILE = "language.json"
@@ -83,3 +79,33 @@ class LanguageFolder(RunFolderOf[LanguageConfig]):
     settings_type = LanguageConfig
     files = (*RunFolderOf.files, RESULT_FILE)
     folders = (*RunFolderOf.folders, "answers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateLanguageOptions(Config):
+    """Options of `snella evaluate-language`.
+
+    Args:
+        run: Run folder.
+        data: Folder with TASK/test.json for some or all of the eight tasks.
+        beams: Beam search width; 1 is greedy decoding. The benchmark's script uses 4.
+        max_new_tokens: Maximum number of tokens per answer.
+        batch_size: Batch size.
+        limit: Maximum number of questions per task.
+        model: Path or hub name of the model; defaults to the run's.
+        overwrite: Replace answers generated with other settings.
+        device: auto, or a torch device such as cpu, cuda:1 or mps.
+    """
+
+    positional: ClassVar = ("run",)
+    minimums: ClassVar = {"beams": 1, "max_new_tokens": 1, "batch_size": 1, "limit": 1}
+
+    run: str
+    data: str
+    beams: int = 1
+    max_new_tokens: int = 32
+    batch_size: int = 8
+    limit: int | None = None
+    model: str | None = None
+    overwrite: bool = False
+    device: str = "auto"

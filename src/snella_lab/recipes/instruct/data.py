@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from snella_app.text import listed, similar_paths
 
@@ -89,12 +90,8 @@ def read_instructions(path: str | Path, choices: tuple[str, ...] | None = None) 
     ]
 
 
-def read_benchmark(folder: str | Path, choices: dict[str, tuple[str, ...]]) -> dict[str, list[Instruction]]:
-    """Read `FOLDER/TASK/test.json` of all tasks in a folder.
-
-    Args:
-        folder: Benchmark folder.
-        choices: Answer choices by task name.
+def read_benchmark(folder: str | Path) -> dict[str, list[Instruction]]:
+    """Read `FOLDER/TASK/test.json` of all tasks in a benchmark folder.
 
     Raises:
         FileNotFoundError: If the folder does not exist or contains no known task; the message lists its subfolders.
@@ -103,14 +100,14 @@ def read_benchmark(folder: str | Path, choices: dict[str, tuple[str, ...]]) -> d
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"data must be a folder with TASK/{_TEST_FILE}, got '{folder}'{similar_paths(root)}")
-    files = {name: root / name / _TEST_FILE for name in choices if (root / name / _TEST_FILE).is_file()}
+    files = {name: root / name / _TEST_FILE for name in CHOICES if (root / name / _TEST_FILE).is_file()}
     if not files:
         folders = sorted(child.name for child in root.iterdir() if child.is_dir())
         raise FileNotFoundError(
-            f"'{root}' must contain at least one of {', '.join(f'{name}/{_TEST_FILE}' for name in choices)}, got "
+            f"'{root}' must contain at least one of {', '.join(f'{name}/{_TEST_FILE}' for name in CHOICES)}, got "
             f"folders: {listed(folders) if folders else 'none'}"
         )
-    return {name: read_instructions(file, choices[name]) for name, file in files.items()}
+    return {name: read_instructions(file, CHOICES[name]) for name, file in files.items()}
 
 
 def _error(entry: Any, choices: tuple[str, ...] | None) -> str:
@@ -148,12 +145,9 @@ class Template:
     def __init__(self, path: str | Path | None = None) -> None:
         self.plain, self.with_input = _PLAIN, _WITH_INPUT
         if path is not None:
-            file = Path(path).expanduser()
-            if not file.is_file():
-                raise FileNotFoundError(f"template must be an existing text file, got '{path}'")
-            text = file.read_text(encoding="utf-8")
+            text = Path(path).expanduser().read_text(encoding="utf-8")
             if "{instruction}" not in text:
-                raise ValueError(f"template '{file}' must contain {{instruction}}, got none")
+                raise ValueError(f"template '{path}' must contain {{instruction}}, got none")
             has_input = "{input}" in text
             self.plain = text.replace("{input}", "")
             self.with_input = text if has_input else text.replace("{instruction}", "{instruction}\n{input}")
@@ -164,6 +158,12 @@ class Template:
         before, _, after = text.partition("{instruction}")
         # substitute one at a time, because braces in an instruction are literal
         return before.replace("{input}", entry.input) + entry.instruction + after.replace("{input}", entry.input)
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Tokenize a prompt without an end token."""
+    ids = list(tokenizer(prompt).input_ids)
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def encode(tokenizer: Any, prompt: str, response: str, max_length: int, *, learn_prompt: bool) -> dict[str, list[int]]:
@@ -179,9 +179,7 @@ def encode(tokenizer: Any, prompt: str, response: str, max_length: int, *, learn
     Returns:
         `input_ids` and `labels`.
     """
-    prompt_ids = list(tokenizer(prompt).input_ids)
-    if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
-        prompt_ids.pop()
+    prompt_ids = encode_prompt(tokenizer, prompt)
     response_ids = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     ids = [*prompt_ids, *response_ids][:max_length]
     labels = ids if learn_prompt else [*[IGNORED] * len(prompt_ids), *response_ids][:max_length]
@@ -190,19 +188,20 @@ def encode(tokenizer: Any, prompt: str, response: str, max_length: int, *, learn
 
 def pad_right(items: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, Tensor]:
     """Collate a training batch, padded on the right."""
-    length = max(len(item["input_ids"]) for item in items)
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for item in items:
-        missing = length - len(item["input_ids"])
-        rows["input_ids"].append([*item["input_ids"], *[pad_id] * missing])
-        rows["attention_mask"].append([*[1] * len(item["input_ids"]), *[0] * missing])
-        rows["labels"].append([*item["labels"], *[IGNORED] * missing])
-    return {name: torch.tensor(values) for name, values in rows.items()}
+    ids = [torch.tensor(item["input_ids"]) for item in items]
+    labels = [torch.tensor(item["labels"]) for item in items]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
 
 
 def pad_left(prompts: Sequence[list[int]], pad_id: int) -> dict[str, Tensor]:
     """Collate prompts for generation, padded on the left."""
-    length = max(map(len, prompts))
-    ids = [[*[pad_id] * (length - len(prompt)), *prompt] for prompt in prompts]
-    mask = [[*[0] * (length - len(prompt)), *[1] * len(prompt)] for prompt in prompts]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    ids = [torch.tensor(prompt) for prompt in prompts]
+    mask = [torch.ones_like(row) for row in ids]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side="left"),
+        "attention_mask": pad_sequence(mask, batch_first=True, padding_side="left"),
+    }

@@ -20,7 +20,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from snella_lab.recipes.run import suppress_progress_bars
+from snella_lab.recipes.pretrained import suppress_progress_bars
 
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz"]
 CLIP_TOKENS = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from snella_app.cli.main import main
 from snella_app.data.images import read_image
-from snella_lab.recipes.dreambooth.config import DreamBoothConfig
+from snella_lab.recipes.dreambooth.config import DreamBoothConfig, EvaluateGenerationOptions, GenerateOptions
 from snella_lab.recipes.dreambooth.evaluate import (
     ClipEmbedder,
     DinoEmbedder,
@@ -21,10 +21,20 @@ from snella_lab.recipes.dreambooth.evaluate import (
     score_images,
     vendi_score,
 )
-from snella_lab.recipes.dreambooth.generate import GeneratedImage, generate, load_generator, select_prompts
+from snella_lab.recipes.dreambooth.generate import GeneratedImage, generate
 from snella_lab.recipes.dreambooth.train import personalize
 
 CPU = torch.device("cpu")
+
+
+def evaluation(run, clip, dino, **options):
+    return EvaluateGenerationOptions(run=str(run), clip=str(clip), dino=str(dino), device="cpu", **options)
+
+
+def generation(run, out, prompt="sks", **options):
+    return GenerateOptions(run=str(run), out=str(out), prompt=prompt, device="cpu", **{"pictures": 1, **options})
+
+
 PROMPTS = "subject_name,class\ntoy,toy\n\np = [\n'a {0} {1} at sea'\n'{0} {1}'\n]\nq = [\n'a {0} {1} in a hat'\n]\n"
 
 
@@ -97,7 +107,7 @@ def test_every_prompt_is_generated_scored_and_reused(
     assert results["mean"]["vendi"] == pytest.approx(sum(values) / 2)
     assert results["standard_error"]["vendi"] == pytest.approx(abs(values[0] - values[1]) / 2)
     times = {path: path.stat().st_mtime_ns for path in (runs / "toy" / "evaluation").iterdir()}
-    rerun = evaluate_generation(runs / "toy", clip=str(clip_folder), dino=str(dino_folder), pictures=2, device="cpu")
+    rerun = evaluate_generation(evaluation(runs / "toy", clip_folder, dino_folder, pictures=2))
     assert times == {path: path.stat().st_mtime_ns for path in (runs / "toy" / "evaluation").iterdir()}
     assert rerun["mean"]["vendi"] == row["vendi"] and rerun["standard_error"]["vendi"] is None
 
@@ -119,44 +129,42 @@ def test_equal_images_have_the_diversity_of_one(embedders, tmp_path):
 def test_prompts_come_from_the_option_or_a_file(runs, tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("{token} {class} on a tray\n")
-    assert select_prompts(runs / "toy", None, file) == ["sks toy on a tray"]
-    assert select_prompts(runs / "toy", "as typed", None) == ["as typed"]
-    for prompt, prompt_file, shown in ((None, None, "neither"), ("a", file, "both")):
+    (image,) = generate(generation(runs / "toy", tmp_path / "images", None, prompts=str(file)))
+    assert image.prompt == "sks toy on a tray"
+    for prompt, prompts, shown in ((None, None, "neither"), ("a", "b.txt", "both")):
         with pytest.raises(ValueError, match=f"must be set, got {shown}; pass e.g. --prompt"):
-            select_prompts(runs / "toy", prompt, prompt_file)
+            generation(runs / "toy", "images", prompt, prompts=prompts)
 
 
 def test_other_images_are_not_overwritten(runs, tmp_path):
     out = tmp_path / "out"
-    generate(runs / "toy", ["sks"], out, pictures=1, device="cpu")
+    generate(generation(runs / "toy", out))
     with pytest.raises(
         FileExistsError, match=r"out=.*out contains images from other settings and other prompts or seeds; ch"
     ):
-        generate(runs / "toy", ["sks sks"], out, pictures=1, steps=2, device="cpu")
+        generate(generation(runs / "toy", out, "sks sks", steps=2))
     with pytest.raises(FileExistsError, match="contains images from another adapter; choose another folder"):
-        generate(runs / "toy2", ["sks"], out, pictures=1, device="cpu")
-    generate(runs / "toy", ["sks"], out, pictures=1, seed=7, device="cpu", overwrite=True)
+        generate(generation(runs / "toy2", out))
+    generate(generation(runs / "toy", out, seed=7, overwrite=True))
     assert sorted(path.name for path in out.iterdir()) == ["00-7.png", "images.json"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="mine contains other files; choose an empty or new folder"):
-        generate(runs / "toy", ["sks"], tmp_path / "mine", device="cpu", overwrite=True)
+        generate(generation(runs / "toy", tmp_path / "mine", overwrite=True))
     with pytest.raises(FileExistsError, match=r"out must be a folder, got the file .*letter.txt"):
-        generate(runs / "toy", ["sks"], tmp_path / "mine" / "letter.txt", device="cpu")
+        generate(generation(runs / "toy", tmp_path / "mine" / "letter.txt"))
 
 
-def test_invalid_numbers_and_folders_are_rejected(runs, tmp_path, clip_folder, dino_folder):
-    with pytest.raises(
-        ValueError, match=r"pictures must be at least 1, got 0; steps must .* got 0; prompt is required"
-    ):
-        generate(runs / "toy", [], tmp_path / "out", pictures=0, steps=0)
+def test_invalid_numbers_and_folders_are_rejected(tmp_path):
+    with pytest.raises(ValueError, match=r"pictures must be at least 1, got 0; .*steps must be at least 1, got 0"):
+        generation("run", "out", pictures=0, steps=0)
     with pytest.raises(ValueError, match="pictures must be at least 1, got -1"):
-        evaluate_generation(runs, clip=str(clip_folder), dino=str(dino_folder), pictures=-1)
+        evaluation("runs", "clip", "dino", pictures=-1)
     with pytest.raises(FileNotFoundError, match=r"run must be a snella dreambooth run folder or a folder of runs, got"):
         find_runs(tmp_path)
     shutil.copy(Path(__file__).parents[3] / "old_files" / "run" / "run.json", tmp_path)
     with pytest.raises(ValueError, match=r"must be a snella dreambooth run folder, got .*, a run of another task"):
-        load_generator(tmp_path)
+        generate(generation(tmp_path, tmp_path / "out"))
 
 
 def test_folder_without_the_expected_model_is_rejected(runs, clip_folder, dino_folder, tmp_path, monkeypatch):
@@ -176,7 +184,7 @@ def test_run_on_a_plain_folder_requires_a_prompt_file(runs, tmp_path, clip_folde
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("data: dreambooth:", "data: folder:"))
     with pytest.raises(FileNotFoundError, match=r"prompts must be a prompt file, got none, and folder:.* has no prom"):
-        evaluate_generation(run, clip=str(clip_folder), dino=str(dino_folder), device="cpu")
+        evaluate_generation(evaluation(run, clip_folder, dino_folder))
 
 
 def test_vendi_score_is_between_one_and_the_number_of_images(embedders, subject):

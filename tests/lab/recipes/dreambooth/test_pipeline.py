@@ -55,8 +55,8 @@ def test_third_text_encoder_is_optional(copy):
     assert load_pipeline(str(copy)).text_encoder_3 is None
 
 
-def test_dtype_applies_to_the_text_encoders_only(pipeline_folder):
-    pipeline = load_pipeline(str(pipeline_folder), encoder_dtype=torch.bfloat16)
+def test_precision_applies_to_the_text_encoders_only(pipeline_folder):
+    pipeline = load_pipeline(str(pipeline_folder), "bf16")
     parts = (pipeline.text_encoder, pipeline.text_encoder_3, pipeline.transformer, pipeline.vae)
     assert [part.dtype for part in parts] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
 

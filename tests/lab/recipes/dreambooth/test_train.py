@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from snella_app.cli.main import main
 from snella_app.methods import load_trained
 from snella_app.training.session import NonFiniteLossError, TrainingInterrupted
-from snella_lab.recipes.dreambooth.config import DreamBoothConfig
+from snella_lab.recipes.dreambooth.config import DreamBoothConfig, GenerateOptions
 from snella_lab.recipes.dreambooth.generate import SamplingConfig, generate, sample_images
 from snella_lab.recipes.dreambooth.pipeline import load_pipeline
 from snella_lab.recipes.dreambooth.train import DreamBoothTrainer, personalize
@@ -70,16 +70,16 @@ def no_report(monkeypatch):
 
 @contextmanager
 def interrupted_at(step):
-    """Send SIGINT at the end of a step."""
-    take_step = DreamBoothTrainer._take_step
+    """Send SIGINT during a step."""
+    training_step = DreamBoothTrainer.training_step
 
-    def step_and_interrupt(self, *arguments):
-        take_step(self, *arguments)
-        if self.step == step:
+    def interrupt_and_step(self, *arguments):
+        if self.state.global_step == step - 1 and not self.interrupt.is_requested:
             signal.raise_signal(signal.SIGINT)
+        return training_step(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DreamBoothTrainer, "_take_step", step_and_interrupt)
+        patch.setattr(DreamBoothTrainer, "training_step", interrupt_and_step)
         yield
 
 
@@ -92,10 +92,9 @@ def pixels(path):
 
 
 def generated_pixels(pipeline, prompt="a photo of sks toy", seed=0):
-    images = []
     sampling = SamplingConfig(resolution=16, steps=2, max_sequence_length=24)
-    sample_images(pipeline, [(prompt, seed)], sampling, torch.device("cpu"), lambda _, image: images.append(image))
-    return np.asarray(images[0])
+    (image,) = sample_images(pipeline, [(prompt, seed)], sampling, torch.device("cpu"))
+    return np.asarray(image)
 
 
 def test_training_lowers_the_fixed_loss_and_reaches_the_target_budget(finished_run):
@@ -149,10 +148,9 @@ def test_run_folder_contains_records_and_report(finished_run, subject, capsys):
 
 def test_image_depends_only_on_prompt_and_seed(finished_run, pipeline_folder):
     pipeline = load_pipeline(str(pipeline_folder))
-    images = {}
     jobs = [("a toy", 3), ("sks toy", 0), ("a photo of sks toy", 5)]
     sampling = SamplingConfig(resolution=16, steps=2, max_sequence_length=24, batch_size=3)
-    sample_images(pipeline, jobs, sampling, torch.device("cpu"), lambda k, image: images.update({k: np.asarray(image)}))
+    images = [np.asarray(image) for image in sample_images(pipeline, jobs, sampling, torch.device("cpu"))]
     single = generated_pixels(pipeline, *jobs[2])
     # batching may change the last bit of a pixel
     assert np.abs(images[2].astype(int) - single.astype(int)).max() <= 1
@@ -178,7 +176,8 @@ def test_other_methods_train_and_load(settings, no_report, method, file):
     run = personalize(settings(method=method, steps=2, lr=1e-3))
     assert metrics_of(run.path)["fixed_loss"]["after"] < metrics_of(run.path)["fixed_loss"]["before"]
     assert (run.adapter / f"{file}.safetensors").is_file() and not (run.path / "allocation.json").exists()
-    generated = generate(run.path, ["a photo of sks toy"], run.path / "more", pictures=1, device="cpu")
+    prompt, out = "a photo of sks toy", str(run.path / "more")
+    generated = generate(GenerateOptions(run=str(run.path), prompt=prompt, out=out, pictures=1, device="cpu"))
     np.testing.assert_array_equal(pixels(generated[0].path), pixels(run.path / "samples" / "00-0.png"))
 
 

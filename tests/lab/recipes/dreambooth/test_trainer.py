@@ -24,9 +24,9 @@ class Constant(nn.Module):
 def loss_of(weighting="uniform", precondition=False, shift=1.0, time=0.25, velocity=0.5):
     torch.manual_seed(0)
     images, noise = torch.randn(2, 1, 2, 2), torch.randn(2, 1, 2, 2)
-    loss = FlowMatching(FlowMatchEulerDiscreteScheduler(shift=shift), weighting, precondition)
     model = Constant(torch.tensor(velocity))
-    return loss.losses(model, images, noise, torch.tensor([time, time]), PROMPT), images, noise, model
+    loss = FlowMatching(model, FlowMatchEulerDiscreteScheduler(shift=shift), weighting, precondition)
+    return loss(images, noise, torch.tensor([time, time]), PROMPT), images, noise, model
 
 
 def test_loss_is_the_squared_error_of_the_velocity():
@@ -54,21 +54,22 @@ def test_perfect_prediction_has_zero_loss():
     torch.manual_seed(0)
     images, noise = torch.randn(1, 1, 2, 2), torch.randn(1, 1, 2, 2)
     for precondition in (False, True):
-        loss = FlowMatching(FlowMatchEulerDiscreteScheduler(), "logit_normal", precondition)
-        loss_value = loss.losses(Constant(noise - images), images, noise, torch.tensor([0.7]), PROMPT)
+        model = Constant(noise - images)
+        loss = FlowMatching(model, FlowMatchEulerDiscreteScheduler(), "logit_normal", precondition)
+        loss_value = loss(images, noise, torch.tensor([0.7]), PROMPT)
         assert loss_value.item() == pytest.approx(0.0, abs=1e-12)
 
 
 def test_sampling_scheduler_is_not_modified():
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(3)
-    loss = FlowMatching(scheduler, "uniform", True)
+    loss = FlowMatching(nn.Identity(), scheduler, "uniform", True)
     assert len(loss.sigmas) == len(loss.times) == 1000 and len(scheduler.timesteps) == 3
 
 
 def test_logit_normal_times_concentrate_in_the_middle():
     generator = torch.Generator().manual_seed(0)
-    loss = FlowMatching(FlowMatchEulerDiscreteScheduler(), "logit_normal", True)
+    loss = FlowMatching(nn.Identity(), FlowMatchEulerDiscreteScheduler(), "logit_normal", True)
     times = loss.sample_times(4000, generator)
     # P(|u - 1/2| < 1/4) = P(|normal| < ln 3) = 0.728
     assert ((times - 0.5).abs() < 0.25).float().mean().item() == pytest.approx(0.728, abs=0.03)

@@ -5,7 +5,6 @@ import pytest
 from snella_lab.recipes.instruct.data import Instruction, read_benchmark, read_instructions
 
 ENTRY = {"instruction": "Is it wet? true/false", "input": "", "output": "the correct answer is true", "answer": "true"}
-CHOICES = {"boolq": ("true", "false"), "piqa": ("solution1", "solution2")}
 
 
 def write(path, content):
@@ -24,7 +23,7 @@ def test_input_is_optional(tmp_path):
 def test_benchmark_reads_the_tasks_in_the_folder(tmp_path):
     write(tmp_path / "boolq" / "test.json", [ENTRY])
     write(tmp_path / "other" / "test.json", [ENTRY])
-    assert list(read_benchmark(tmp_path, CHOICES)) == ["boolq"]
+    assert list(read_benchmark(tmp_path)) == ["boolq"]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +49,7 @@ def test_invalid_file_is_rejected(tmp_path, content, message):
 def test_invalid_answer_is_rejected(tmp_path):
     write(tmp_path / "boolq" / "test.json", [{**ENTRY, "answer": "maybe"}])
     with pytest.raises(ValueError, match=r"entry 0: answer must be one of true, false, got 'maybe'"):
-        read_benchmark(tmp_path, CHOICES)
+        read_benchmark(tmp_path)
 
 
 def test_missing_path_suggests_existing_ones(tmp_path):
@@ -60,7 +59,7 @@ def test_missing_path_suggests_existing_ones(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"got '.*no/data.json'; there is no folder"):
         read_instructions(tmp_path / "no" / "data.json")
     with pytest.raises(FileNotFoundError, match=r"must be a folder with TASK/test.json, got '.*nowhere'"):
-        read_benchmark(tmp_path / "nowhere", CHOICES)
+        read_benchmark(tmp_path / "nowhere")
     write(tmp_path / "BoolQ" / "test.json", [ENTRY])
-    with pytest.raises(FileNotFoundError, match=r"one of boolq/test.json, piqa/test.json, got folders: BoolQ"):
-        read_benchmark(tmp_path, CHOICES)
+    with pytest.raises(FileNotFoundError, match=r"one of boolq/test.json, piqa/test.json, .*, got folders: BoolQ"):
+        read_benchmark(tmp_path)

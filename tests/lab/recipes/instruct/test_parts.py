@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from huggingface_hub import constants
 
@@ -92,7 +91,7 @@ def test_template_ignores_braces_in_instruction_and_input(tmp_path):
     path.write_text("Q:")
     with pytest.raises(ValueError, match=r"template '.*template.txt' must contain \{instruction\}, got none"):
         Template(path)
-    with pytest.raises(FileNotFoundError, match=r"template must be an existing text file, got .*gone.txt"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
         Template(tmp_path / "gone.txt")
 
 
@@ -125,12 +124,12 @@ def test_setting_errors_contain_the_values(changes, message):
 
 def test_missing_model_is_reported(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"model must be .*, got '.*', which has no AutoModelForCausalLM: "):
-        load_model(str(tmp_path), torch.float32)
+        load_model(str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         ConnectionError, match=r"model must be .*, got 'nobody/llama': it is not cached, and the hub is unreachable"
     ):
-        load_model("nobody/llama", torch.float32)
+        load_model("nobody/llama")
 
 
 def test_table_xviii_experiment_has_valid_settings():

@@ -5,6 +5,7 @@ import math
 import shutil
 import signal
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from snella_app.cli.main import main
 from snella_app.methods import load_trained
 from snella_app.training.session import NonFiniteLossError, TrainingInterrupted
-from snella_lab.recipes.instruct.config import LanguageConfig
+from snella_lab.recipes.instruct.config import EvaluateLanguageOptions, LanguageConfig
 from snella_lab.recipes.instruct.evaluate import evaluate_language
-from snella_lab.recipes.instruct.train import LanguageTrainer, fine_tune, load_model, load_tokenizer
+from snella_lab.recipes.instruct.train import fine_tune, load_model, load_tokenizer
+from snella_lab.recipes.trainer import RecipeTrainer
 
 TINY = {
     "max_length": 64,
@@ -76,6 +78,10 @@ def data(tmp_path_factory):
     return root
 
 
+def evaluation(run, data, **options):
+    return EvaluateLanguageOptions(run=str(run), data=str(data), device="cpu", **options)
+
+
 @pytest.fixture
 def settings(llama, data, tmp_path):
     base = {**TINY, "data": str(data / "train.json"), "model": str(llama), "out": str(tmp_path / "run")}
@@ -119,25 +125,25 @@ def test_all_questions_are_answered_and_counted(finished_run, data, capsys):
 
 
 def test_evaluation_resumes_after_a_truncated_line(finished_run, data):
-    options = dict(max_new_tokens=40, batch_size=2, device="cpu")
-    first = evaluate_language(finished_run, data, **options)
+    options = evaluation(finished_run, data, max_new_tokens=40, batch_size=2)
+    first = evaluate_language(options)
     path = finished_run / "answers" / "boolq.jsonl"
     content = path.read_text()
     lines = content.splitlines(keepends=True)
     path.write_text("".join(lines[:3]) + lines[3][:20])
-    assert evaluate_language(finished_run, data, **options) == first
+    assert evaluate_language(options) == first
     assert path.read_text() == content
     with pytest.raises(
         FileExistsError, match=r"boolq.jsonl contains answers with other settings, .*'beams': 1.*--overwrite"
     ):
-        evaluate_language(finished_run, data, **options, beams=2)
-    assert evaluate_language(finished_run, data, **options, limit=2)["tasks"]["piqa"]["questions"] in (2, 5)
+        evaluate_language(replace(options, beams=2))
+    assert evaluate_language(replace(options, limit=2))["tasks"]["piqa"]["questions"] in (2, 5)
 
 
 def test_saved_adapter_reproduces_the_logits(finished_run, llama):
-    loaded = [load_trained(finished_run / "adapter", load_model(str(llama), torch.float32)) for _ in range(2)]
+    loaded = [load_trained(finished_run / "adapter", load_model(str(llama))) for _ in range(2)]
     ids = torch.tensor([load_tokenizer(str(llama))("is 3 even?").input_ids])
-    plain = load_model(str(llama), torch.float32).eval()(ids).logits
+    plain = load_model(str(llama)).eval()(ids).logits
     with torch.no_grad():
         first, second = (model(input_ids=ids).logits for model in loaded)
     assert torch.equal(first, second) and not torch.allclose(first, plain, atol=1e-3)
@@ -147,23 +153,23 @@ def test_saved_adapter_reproduces_the_logits(finished_run, llama):
 def test_interrupted_run_resumes_bit_identically(settings, tmp_path, method):
     scaling = {} if method == "snella" else {"scaling": None}
     uninterrupted = fine_tune(settings(method=method, **scaling))
-    step = LanguageTrainer.training_step
+    step = RecipeTrainer.training_step
 
     def step_and_interrupt(self, *arguments, **options):
         loss = step(self, *arguments, **options)
         if self.state.global_step == 1:
             signal.raise_signal(signal.SIGINT)
-            LanguageTrainer.training_step = step
+            RecipeTrainer.training_step = step
         return loss
 
-    LanguageTrainer.training_step = step_and_interrupt
+    RecipeTrainer.training_step = step_and_interrupt
     try:
         with pytest.raises(
             TrainingInterrupted, match=r"checkpoint-2; resume with: snella language --out .*cut --resume"
         ):
             fine_tune(settings(method=method, **scaling, out=str(tmp_path / "cut")))
     finally:
-        LanguageTrainer.training_step = step
+        RecipeTrainer.training_step = step
     run = fine_tune(LanguageConfig.from_flat(out=str(tmp_path / "cut"), resume=True))
     first, second = (load_file(each.adapter / "adapter_model.safetensors") for each in (uninterrupted, run))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
@@ -204,10 +210,10 @@ def test_nonfinite_loss_ends_the_run(settings, tmp_path):
 
 def test_invalid_numbers_and_runs_are_rejected(finished_run, data, tmp_path):
     with pytest.raises(ValueError, match="beams must be at least 1, got 0; limit must be at least 1, got 0"):
-        evaluate_language(finished_run, data, beams=0, limit=0)
+        evaluation(finished_run, data, beams=0, limit=0)
     shutil.copy(Path(__file__).parents[3] / "old_files" / "run" / "run.json", tmp_path)
     with pytest.raises(ValueError, match=r"must be a snella language run folder, got .*, a run of another task"):
-        evaluate_language(tmp_path, data)
+        evaluate_language(evaluation(tmp_path, data))
 
 
 def test_resumed_run_requires_the_original_data(settings, tmp_path, data):

@@ -1,57 +1,15 @@
-"""Shared functions of recipe runs: run record, optimizer, pre-trained models and progress bar."""
+"""Loading of pre-trained models in transformers format."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
-from torch.optim import Optimizer
 
 from snella_app.backbones.create import cache_only_if_unreachable
-from snella_app.config import RunSettings, command_line
-from snella_app.records import BackboneInfo, DataInfo, RunInfo
-from snella_app.training.optimizer import build_low_bit_optimizer
-from snella_app.training.results import versions_of
-from snella_lab.recipes.config import RecipeOptimConfig
-
-
-def describe_run(
-    config: RunSettings, command: str, backbone: BackboneInfo, data: DataInfo, packages: Iterable[str]
-) -> RunInfo:
-    """Build the record of a new run.
-
-    Args:
-        config: Resolved settings.
-        command: Command name.
-        backbone: The pre-trained model.
-        data: The training data.
-        packages: Packages whose versions are recorded.
-    """
-    default = type(config).from_flat(**dict.fromkeys((*config.required, "out"), "-"))
-    return RunInfo(
-        status="running",
-        task=config.purpose,
-        method=config.method.name,
-        method_options=config.method.all_options(),
-        backbone=backbone,
-        classes=[],
-        data=data,
-        versions=versions_of(packages),
-        command=command_line(config, default, command),
-    )
-
-
-def build_optimizer(model: nn.Module, optim: RecipeOptimConfig, device: torch.device) -> tuple[Optimizer, str]:
-    """Build the optimizer and return it with its name; see `build_low_bit_optimizer`."""
-    lr, decay = optim.lr or 0.0, optim.weight_decay or 0.0
-    return build_low_bit_optimizer(model, optim.optimizer, device, lr=lr, scalar_lr=optim.scalar_lr, weight_decay=decay)
 
 
 def load_pretrained(kind: Any, name: str, option: str, **options: Any) -> Any:
@@ -100,9 +58,3 @@ def suppress_progress_bars(*libraries: Any) -> Iterator[None]:
     finally:
         for module in enabled:
             module.enable_progress_bar()
-
-
-def progress_bar(console: Console, *, is_shown: bool = True) -> Progress:
-    """Return a progress bar with counts and remaining time, shown only on a terminal and if `is_shown`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not (is_shown and console.is_terminal))

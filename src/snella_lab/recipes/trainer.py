@@ -1,0 +1,195 @@
+"""Trainer of the recipes, and the parts of a run that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from snella import BudgetAllocator, SnellaCallback
+from snella_app.config import RunSettings, command_line
+from snella_app.console import print_line
+from snella_app.methods import save_trained
+from snella_app.records import BackboneInfo, DataInfo, RunInfo
+from snella_app.runs.folder import RunFolderOf
+from snella_app.training.checkpoints import CheckpointingTrainer, checkpoint_to_resume, convert_write_errors
+from snella_app.training.optimizer import build_low_bit_optimizer
+from snella_app.training.results import (
+    describe_allocation,
+    describe_generator,
+    matrices_of,
+    sparsity_summary,
+    trainable_parameters,
+    versions_of,
+)
+from snella_app.training.session import InterruptCallback, NonFiniteLossError
+
+
+class RecipeTrainer(CheckpointingTrainer):
+    """Trainer with a progress bar, a log line per checkpoint, and graceful interruption.
+
+    Args:
+        trained: Model from `adapt_headless`, on its device.
+        config: Resolved settings, a `DreamBoothConfig` or `LanguageConfig`.
+        run: Run folder.
+        console: Output console.
+        allocation: Callback that attaches the budget allocator; None for methods without budgets.
+        **options: Options of transformers' Trainer.
+
+    Attributes:
+        optimizer_name: Name of the optimizer, with the reason for a fallback.
+    """
+
+    def __init__(
+        self,
+        trained: nn.Module,
+        config: Any,
+        run: RunFolderOf[Any],
+        console: Console,
+        allocation: SnellaCallback | None,
+        **options: Any,
+    ) -> None:
+        self.config, self.console, self.allocation = config, console, allocation
+        self.interrupt = InterruptCallback()
+        self.progress = ProgressCallback(self)
+        optim, device = config.optim, next(trained.parameters()).device
+        optimizer, self.optimizer_name = build_low_bit_optimizer(
+            trained,
+            optim.optimizer,
+            device,
+            lr=optim.lr or 0.0,
+            scalar_lr=optim.scalar_lr,
+            weight_decay=optim.weight_decay or 0.0,
+        )
+        callbacks = [*([] if allocation is None else [allocation]), self.interrupt, self.progress]
+        super().__init__(trained, run, callbacks=callbacks, optimizers=(optimizer, None), **options)
+
+    @property
+    def allocator(self) -> BudgetAllocator | None:
+        """Budget allocator, available once training has started; None without budgets."""
+        return None if self.allocation is None else self.allocation.allocator
+
+    def fit(self) -> None:
+        """Train, from the latest checkpoint of the run if it has one.
+
+        Raises:
+            KeyboardInterrupt: If training was interrupted; a checkpoint is saved.
+        """
+        checkpoint = checkpoint_to_resume(self.run_folder, self.console)
+        with self.interrupt, self.progress.bar:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if self.state.global_step < self.state.max_steps:
+            raise KeyboardInterrupt
+
+    def save_results(self, **measured: Any) -> None:
+        """Save the adapter and write `allocation.json` and `metrics.json`; `measured` are fields of the latter."""
+        model, run, device = self.trained_model, self.run_folder, self.args.device
+        with convert_write_errors(run.adapter):
+            save_trained(model, run.adapter)
+        if self.allocator is not None:
+            run.write(describe_allocation(model, self.allocator))
+            print_line(self.console, f"the update {sparsity_summary(matrices_of(model))}")
+        run.write(
+            describe_generator(
+                model,
+                run.adapter,
+                train_s=round(self.elapsed_s, 3),
+                peak_gpu_mib=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
+                optimizer=self.optimizer_name,
+                **measured,
+            )
+        )
+
+    def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
+        """Return the error for a non-finite loss or gradient."""
+        optim, scaling = self.config.optim, self.config.method.scaling
+        options = {"lr": optim.lr, "scalar-lr": optim.scalar_lr, "scaling": scaling}
+        suggestions = ", ".join(f"--{option} (now {rate:g})" for option, rate in options.items() if rate)
+        return NonFiniteLossError(
+            f"{what} became {value} in step {self.state.global_step + 1} of {self.state.max_steps}; the last "
+            f"checkpoint in {self.run_folder.checkpoints} is kept; start a new run with a lower {suggestions}"
+        )
+
+
+class ProgressCallback(TrainerCallback):
+    """Progress bar, and a log line per checkpoint with the mean loss since the last line.
+
+    Args:
+        trainer: The trainer, before its initialization.
+    """
+
+    def __init__(self, trainer: RecipeTrainer) -> None:
+        self.trainer = trainer
+        is_shown = trainer.console.is_terminal and trainer.config.run.progress
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=trainer.console, transient=True, disable=not is_shown)
+        self._losses: list[float] = []
+        self._held_out = ""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the progress bar at the current step."""
+        self._task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance the progress bar."""
+        self.bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Collect the training and held-out losses."""
+        if "loss" in logs:
+            self._losses.append(logs["loss"])
+            self.bar.update(self._task, description=f"loss {logs['loss']:.4f}")
+        if "eval_loss" in logs:
+            self._held_out = f"  held-out loss {logs['eval_loss']:.4f}"
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Print the log line."""
+        text = f"step {state.global_step:>5}/{state.max_steps}"
+        if self._losses:
+            text += f"  loss {sum(self._losses) / len(self._losses):.5f}{self._held_out}"
+        if (allocator := self.trainer.allocator) is not None:
+            text += f"  budget {sum(allocator.budgets.values()) / allocator.total_weights:.1%}"
+        self._losses, self._held_out = [], ""
+        print_line(self.trainer.console, text)
+
+
+def describe_run(
+    config: RunSettings, command: str, backbone: BackboneInfo, data: DataInfo, packages: Iterable[str]
+) -> RunInfo:
+    """Build the record of a new run.
+
+    Args:
+        config: Resolved settings.
+        command: Command name.
+        backbone: The pre-trained model.
+        data: The training data.
+        packages: Packages whose versions are recorded.
+    """
+    default = type(config).from_flat(**dict.fromkeys((*config.required, "out"), "-"))
+    return RunInfo(
+        status="running",
+        task=config.purpose,
+        method=config.method.name,
+        method_options=config.method.all_options(),
+        backbone=backbone,
+        classes=[],
+        data=data,
+        versions=versions_of(packages),
+        command=command_line(config, default, command),
+    )
+
+
+def describe_method(config: RunSettings, model: nn.Module) -> str:
+    """Describe the method and its trainable parameters for the summary of a run."""
+    matrices = matrices_of(model)
+    adapted = f"; {len(matrices)} matrices, {sum(m.size for m in matrices):,} adapted weights" if matrices else ""
+    return f"{config.method.name}, {trainable_parameters(model):,} trainable parameters{adapted}"
