@@ -108,14 +108,15 @@ def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: 
 def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any]) -> bool:
     """Return whether the outputs `val` are clearly worse than the trained head's on the same validation images.
 
-    Single-label classification uses McNemar's test (`is_clearly_better`); other tasks compare the monitored metric.
+    Single-label classification uses McNemar's test with three standard errors, because the trained head's epoch was
+    selected on these images, and the final head will also be fitted to them. Other tasks compare the monitored metric.
     """
     if task.has_one_class:
         labels = torch.as_tensor(np.asarray(trained[1]))
         right, right_trained = (
             task.sample_outputs(reduced).argmax(-1).cpu() == labels for reduced, _ in (val, trained)
         )
-        return is_clearly_better(int((right_trained & ~right).sum()), int((right & ~right_trained).sum()))
+        return is_clearly_better(int((right_trained & ~right).sum()), int((right & ~right_trained).sum()), errors=3.0)
     score, score_trained = (task.metrics(*outputs) for outputs in (val, trained))
     sign = task.monitors[task.monitor]
     return sign * score_trained[task.monitor] > sign * score[task.monitor]

@@ -30,8 +30,6 @@ from snella_app.training.distributed import sum_across_processes
 
 _MAX_PROBE_IMAGES = 5_000
 """Maximum number of training images for a probe; more images hardly change the fit."""
-_CLEAR = 2.0
-"""Minimum difference in standard errors that counts as clear."""
 _NORM_FILE = "feature_norm.safetensors"
 _MOMENTUM = 0.1
 _EPS = 1e-5
@@ -251,12 +249,12 @@ def base_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return base, head
 
 
-def is_clearly_better(only_first: int, only_second: int) -> bool:
-    """Return whether the first of two classifiers is clearly better (McNemar's test, two standard errors).
+def is_clearly_better(only_first: int, only_second: int, errors: float = 2.0) -> bool:
+    """Return whether the first of two classifiers is clearly better (McNemar's test, `errors` standard errors).
 
-    The arguments are the numbers of images that only one of the classifiers predicts correctly.
+    The first two arguments are the numbers of images that only one of the classifiers predicts correctly.
     """
-    return only_first - only_second > _CLEAR * math.sqrt(only_first + only_second)
+    return only_first - only_second > errors * math.sqrt(only_first + only_second)
 
 
 def normalize_features(parts: RunComponents, optim: OptimConfig) -> FeatureNorm:
