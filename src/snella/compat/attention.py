@@ -208,10 +208,8 @@ class ProjectionWeight:
     def weight(self) -> nn.Parameter:
         """Weight of the projection, `[m, n]`."""
         is_output = self.name == _OUTPUT
-        weight: nn.Parameter = (
-            self.attention.out_proj.weight if is_output else getattr(self.attention, self.parameter_name)
-        )
-        return weight
+        weight: Any = self.attention.out_proj.weight if is_output else getattr(self.attention, self.parameter_name)
+        return cast(nn.Parameter, weight)
 
     @property
     def bias(self) -> Tensor | None:

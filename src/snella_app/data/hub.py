@@ -173,7 +173,7 @@ class _ObjectImages(CachedImages):
 
 def _labels_of(part: Any) -> list[Any]:
     """Return the labels of a torch dataset, from its label list or its items."""
-    lists = (getattr(part, name, None) for name in ("targets", "labels", "_labels"))
+    lists: Iterator[Any] = (getattr(part, name, None) for name in ("targets", "labels", "_labels"))
     values = next((values for values in lists if hasattr(values, "__len__") and len(values) == len(part)), None)
     if values is None:
         values = [part[row][1] for row in range(len(part))]

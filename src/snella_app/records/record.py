@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 from pydantic import BeforeValidator, ValidationError
 from pydantic_core import ErrorDetails
@@ -140,7 +140,7 @@ def record_from(kind: type[T], values: Mapping[str, Any]) -> T:
     """
     try:
         # not `validate_json`, which rejects the surrogates of file names that are not UTF-8
-        record: T = type_adapter(kind).validate_python(values)
+        record: T = type_adapter(cast(Any, kind)).validate_python(values)
     except ValidationError as error:
         errors = map(_describe, error.errors(include_url=False))
         raise ValueError(listed(errors, most=3, separator="; ")) from None

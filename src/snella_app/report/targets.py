@@ -168,7 +168,7 @@ def label_cards(
     def card(row: int) -> Card:
         item = predictions.items[row]
         shares = [percent_text(probability) for probability in item.probabilities]
-        marked = [f"{classes[c]} {shares[c]}" for c in np.flatnonzero(predicted[row])]
+        marked = [f"{classes[c]} {shares[c]}" for c in np.flatnonzero(predicted[row]).tolist()]
         true = [classes[c] if predicted[row, c] else f"{classes[c]} ({shares[c]})" for c in item.labels]
         predicted_text, true_text = (", ".join(labels) or "no label" for labels in (marked, true))
         return Card(item.name, not wrong[row], predicted_text, true_text, embed_image(item.index, images))

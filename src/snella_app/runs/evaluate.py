@@ -329,7 +329,7 @@ def _run_model(
     def collate(items: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
         return task.collate([(image, task.remap_labels(label, numbers)) for image, label, *_ in items])
 
-    batches = DataLoader(ConcatDataset(parts), batch_size, collate_fn=collate)
+    batches: DataLoader[Any] = DataLoader(ConcatDataset(parts), batch_size, collate_fn=collate)
     reduced: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.inference_mode():

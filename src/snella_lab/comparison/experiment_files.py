@@ -69,11 +69,12 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """
     methods = {entry.name: entry for entry in map(method_entry, listed(values.get("methods") or []))}
     data = [data_entry(value) for value in listed(values.get("data") or [])]
-    entries = {"methods": methods, "data": {e.data: e for e in reversed(data)} | {e.name: e for e in data}}
+    tasks = {entry.data: entry for entry in reversed(data)} | {entry.name: entry for entry in data}
+    entries: dict[str, dict[str, Any]] = {"methods": methods, "data": tasks}
     result = {**values}
     for key, value in changes.items():
         if key in entries:
-            known: dict[str, Any] = entries[key]
+            known = entries[key]
             result[key] = [plain_entry(known[v]) if isinstance(v, str) and v in known else v for v in value]
         else:
             inner = result.get(key)
@@ -105,8 +106,9 @@ def experiment_from_options(options: CompareOptions) -> Experiment | None:
     names = {"tune_seeds": "seeds", "extensions": "max_extensions"}
     grid: dict[str, Any] = {name: values[key] for key, name in names.items() if key in values}
     grid |= {key: _numbers(key, values[key]) for key in ("lr_factors", "weight_decays") if key in values}
-    train = {**options.train, **{key: values[key] for key in ("task", "monitor") if key in values}}
-    changes |= {key: section for key, section in (("grid", grid), ("train", train)) if section}
+    train: dict[str, Any] = {**options.train, **{key: values[key] for key in ("task", "monitor") if key in values}}
+    sections: dict[str, dict[str, Any]] = {"grid": grid, "train": train}
+    changes |= {key: section for key, section in sections.items() if section}
     if options.experiment is not None:
         return read_experiment(options.experiment, changes)
     if not changes:

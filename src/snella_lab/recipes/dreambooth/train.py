@@ -155,7 +155,7 @@ class DreamBoothTrainer(RecipeTrainer):
         subject: TrainingSet,
         classes: TrainingSet | None = None,
     ) -> None:
-        self.objective = objective
+        self.objective: FlowMatching = objective
         self.subject, self.classes = subject, classes
         self.loss_before = math.nan
         model, optim = objective.transformer, config.optim
