@@ -1,7 +1,9 @@
-"""Suggestions and lists of names in messages, and matching of module names."""
+"""Suggestions and lists of names in messages, matching of module names, and the cache folder."""
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def listed(items: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
@@ -25,3 +27,11 @@ def has_suffix(name: str, suffix: str) -> bool:
 def longest_suffix(name: str, suffixes: Iterable[str]) -> str | None:
     """Return the longest of the suffixes that a module name has, or `None`."""
     return max((suffix for suffix in suffixes if has_suffix(name, suffix)), key=len, default=None)
+
+
+def cache_folder() -> Path:
+    """Return the cache folder: `$SNELLA_CACHE`, else `$XDG_CACHE_HOME/snella`, else `~/.cache/snella`."""
+    if override := os.environ.get("SNELLA_CACHE"):
+        return Path(override).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "snella"

@@ -273,9 +273,9 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
     error: type[Exception] = NotImplementedError
     reason = get_backend(name).unsupported_reason(spec, A)
     if reason is None and name == "triton" and requires_check(A):
-        from snella.backends.triton import backend
+        from snella.backends.triton import verify
 
-        error, reason = RuntimeError, backend.failed_check(spec, A)
+        error, reason = RuntimeError, verify.failed_check(spec, A)
     if reason is None:
         return name, f"Triton kernels on {str(A.device)!r}" if name == "triton" else "Numba kernels on the CPU"
     if impl == name:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from snella._utils import cache_folder
 from snella_app.backbones.checkpoint import Checkpoint, load_weights, update_config
 from snella_app.backbones.create import NamedBackbone
 from snella_app.files import sha256_of, write_bytes
@@ -180,14 +180,6 @@ def load_packaged(model: nn.Module, name: str) -> None:
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid, antialias=False)
     load_weights(model, Checkpoint(state, Path(PACKAGED[name].file)), name=name)
     update_config(model, tag=name.partition(".")[2], url="", hf_hub_id=None)
-
-
-def cache_folder() -> Path:
-    """Return the cache folder: `$SNELLA_CACHE`, else `$XDG_CACHE_HOME/snella`, else `~/.cache/snella`."""
-    if override := os.environ.get("SNELLA_CACHE"):
-        return Path(override).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "snella"
 
 
 def _cached_state(name: str) -> dict[str, Tensor]:

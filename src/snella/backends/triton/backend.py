@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
-from snella.backends import Backend, Gradients, Merged, TorchBackend, zero_gradients
+from snella.backends import Backend, Gradients, Merged, zero_gradients
 from snella.backends.triton import backward, forward
 from snella.kernels import MixK, NormalizedRBF, PLinear
 from snella.sparsify import KEEP_ALL
@@ -38,8 +36,6 @@ _REGISTERS = {
 
 _MAX_ENTRIES = 1 << 30  # positions within a matrix are int32
 _MIN_CAPABILITY = (7, 0)
-_CHECK_ROWS, _CHECK_COLUMNS = 64, 96
-_CHECK_TOLERANCE = 2e-4  # for float32 sums, relative to the largest exact value
 
 
 def launch_options(kernel: str, rank: int = 1, aligned: bool = True) -> dict[str, Any]:
@@ -270,80 +266,3 @@ class TritonBackend(Backend):
             # recompute the softmax statistics if only ΔW was saved
             stats = merged.workspace or launches.softmax_stats()
             return launches.gradients(delta, merged.thresholds, stats, grad_weight.detach().contiguous())
-
-
-# first-use check ---------------------------------------------------------------------------------------------------
-
-
-def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
-    """Return the reason why the Triton kernels fail the check on the device of `A`, or `None` if they pass.
-
-    Merges a 64×96 matrix with the update's kernel, rank and sparsify mode. Compares the effective weight, the
-    threshold and every gradient with torch operations in float64. Runs once per process for each device, dtype, rank,
-    kernel, mode and scaling.
-
-    Args:
-        spec: Spec of the update; only kernel, mode and scaling matter.
-        A: Input-side factors, `[G, n, r]`; only device, dtype and rank matter.
-    """
-    return _compare(replace(spec, row_counts=(_CHECK_ROWS,), backend="triton"), A.shape[-1], A.dtype, A.device)
-
-
-@cache
-def _compare(spec: UpdateSpec, rank: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Return a message about the first wrong result, or `None` if all are correct."""
-    factors = _random_factors(spec, rank, dtype, device)
-    wide_factors = Factors(*(None if tensor is None else tensor.double() for tensor in factors))  # type: ignore[arg-type]
-    budgets = (_unambiguous_budget(spec.merge_matrix(next(spec.matrices(wide_factors)))),)
-    generator = torch.Generator("cpu").manual_seed(1)
-    base, grad = torch.randn(2, _CHECK_ROWS, _CHECK_COLUMNS, generator=generator, device="cpu").to(device)
-    results = []
-    for implementation, inputs in ((TritonBackend(), factors), (TorchBackend(), wide_factors)):
-        merged = implementation.merge(spec, inputs, budgets)
-        result_dtype = torch.float32 if inputs is factors else torch.float64
-        weight, grad_weight = base.to(result_dtype), grad.to(result_dtype)
-        out = torch.empty_like(weight)
-        implementation.add_update(spec, merged, weight, out)
-        results.append((out, merged.thresholds, *implementation.grad_factors(spec, merged, grad_weight)))
-    scalars = [value.abs().max().item() for value in results[1][4:] if value is not None]
-    names = ("merged weight", "threshold", *(f"gradient of {name}" for name in Factors._fields))
-    for index, (name, actual, expected) in enumerate(zip(names, *results, strict=True)):
-        if actual is None or expected is None:
-            continue
-        # gradients of the kernel's scalars are sums with cancellation: use the largest as the scale of all
-        scale = max(scalars) if index >= 4 else expected.abs().max().item()
-        error = (actual.double() - expected).abs().max().item()
-        if not error <= (_CHECK_TOLERANCE + torch.finfo(actual.dtype).eps) * (scale + 1e-3):
-            device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-            return (
-                f"computes a wrong {name} of kernel {spec.kernel.name!r} on {device_name}: largest error {error:.2e}, "
-                f"largest value {scale:.2e} (triton {triton.__version__}, torch {torch.__version__})"
-            )
-    return None
-
-
-def _random_factors(spec: UpdateSpec, rank: int, dtype: torch.dtype, device: torch.device) -> Factors:
-    """Return random factors and scalars of the matrix."""
-    generator = torch.Generator("cpu").manual_seed(0)
-
-    def uniform(*shape: int) -> Tensor:
-        return (2 * torch.rand(*shape, generator=generator, device="cpu") - 1).to(device)
-
-    pieces = spec.kernel.num_pieces
-    signs = (-1.0) ** torch.arange(pieces, device=device)
-    scalars = {
-        "piece_coeff": (0.75 + uniform(1, pieces) / 4) * signs,
-        "alpha": 1 + uniform(1) / 4,
-        "beta": uniform(1) / 4,
-        "temperature": 0.8 + uniform(1) / 4,
-    }
-    scalar_values = (scalars[name] if name in spec.kernel.scalars else None for name in Factors._fields[2:])
-    return Factors(uniform(1, _CHECK_COLUMNS, rank).to(dtype), uniform(_CHECK_ROWS, rank).to(dtype), *scalar_values)
-
-
-def _unambiguous_budget(delta: Tensor) -> int:
-    """Return a budget of 20 to 40% with the widest gap at its threshold, so that rounding changes no selection."""
-    magnitudes = delta.abs().flatten().sort(descending=True).values
-    first, last = int(0.2 * len(magnitudes)), int(0.4 * len(magnitudes))
-    gaps = magnitudes[first:last] - magnitudes[first + 1 : last + 1]
-    return first + int(gaps.argmax()) + 1

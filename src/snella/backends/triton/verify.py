@@ -1,0 +1,162 @@
+"""First-use check of the Triton kernels on a device against torch operations in float64."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from snella._utils import cache_folder
+from snella.backends import TorchBackend
+from snella.backends.triton import backend, backward, forward
+from snella.update import Factors, UpdateSpec
+
+ROWS, COLUMNS = (64,), 96
+TOLERANCE = 2e-4
+"""Tolerance for float32 sums, relative to the largest exact value."""
+_NAMES = ("merged weight", "threshold", *(f"gradient of {name}" for name in Factors._fields))
+_results: dict[str, str | None] = {}
+
+
+def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
+    """Return the reason why the Triton kernels fail the check on the device of `A`, or `None` if they pass.
+
+    Merges a 64×96 matrix with the update's kernel, rank and sparsify mode. Compares the effective weight, the
+    threshold and every gradient with torch operations in float64. The result is cached in memory and in
+    `kernel_checks.json` in the cache folder (`$SNELLA_CACHE`, `$XDG_CACHE_HOME/snella` or `~/.cache/snella`), by
+    device, driver, versions and the kernels' source.
+
+    Args:
+        spec: Spec of the update; only kernel, mode and scaling matter.
+        A: Input-side factors, `[G, n, r]`; only device, dtype and rank matter.
+    """
+    key = _key(spec, A)
+    if key not in _results:
+        saved = _load_results()
+        if key in saved:
+            _results[key] = saved[key]
+        else:
+            _results[key] = _compare(spec, A)
+            _save_results({**saved, key: _results[key]})
+    return _results[key]
+
+
+def _compare(spec: UpdateSpec, A: Tensor) -> str | None:
+    """Return a message about the first wrong result, or `None` if all are correct."""
+    spec = replace(spec, row_counts=ROWS, backend="triton")
+    factors = _factors(spec, A)
+    wide_factors = Factors(*(None if tensor is None else tensor.double() for tensor in factors))  # type: ignore[arg-type]
+    budgets = (_unambiguous_budget(spec.merge_matrix(next(spec.matrices(wide_factors)))),)
+    generator = torch.Generator("cpu").manual_seed(1)
+    base, grad = (torch.randn(ROWS[0], COLUMNS, generator=generator, device="cpu").to(A.device) for _ in range(2))
+    results = []
+    for implementation, inputs in ((backend.TritonBackend(), factors), (TorchBackend(), wide_factors)):
+        merged = implementation.merge(spec, inputs, budgets)
+        dtype = torch.float32 if inputs is factors else torch.float64
+        weight, grad_weight = base.to(dtype), grad.to(dtype)
+        out = torch.empty_like(weight)
+        implementation.add_update(spec, merged, weight, out)
+        results.append((out, merged.thresholds, *implementation.grad_factors(spec, merged, grad_weight)))
+    scalars = [value.abs().max().item() for value in results[1][4:] if value is not None]
+    for index, (name, actual, expected) in enumerate(zip(_NAMES, *results, strict=True)):
+        if actual is None or expected is None:
+            continue
+        # gradients of the kernel's scalars are sums with cancellation: use the largest as the scale of all
+        scale = max(scalars) if index >= 4 else expected.abs().max().item()
+        error = (actual.double() - expected).abs().max().item()
+        if not error <= (TOLERANCE + torch.finfo(actual.dtype).eps) * (scale + 1e-3):
+            versions = f"triton {triton.__version__}, torch {torch.__version__}"
+            return (
+                f"computes a wrong {name} of kernel {spec.kernel.name!r} on {_device_name(A.device)}: largest error "
+                f"{error:.2e}, largest value {scale:.2e} ({versions})"
+            )
+    return None
+
+
+def _factors(spec: UpdateSpec, A: Tensor) -> Factors:
+    """Return random factors and scalars of a matrix, with the rank, dtype and device of `A`."""
+    generator, rank = torch.Generator("cpu").manual_seed(0), A.shape[-1]
+
+    def uniform(*shape: int) -> Tensor:
+        return (2 * torch.rand(*shape, generator=generator, device="cpu") - 1).to(A.device)
+
+    pieces = spec.kernel.num_pieces
+    signs = (-1.0) ** torch.arange(pieces, device=A.device)
+    scalars = {
+        "piece_coeff": (0.75 + uniform(1, pieces) / 4) * signs,
+        "alpha": 1 + uniform(1) / 4,
+        "beta": uniform(1) / 4,
+        "temperature": 0.8 + uniform(1) / 4,
+    }
+    scalar_values = (scalars[name] if name in spec.kernel.scalars else None for name in Factors._fields[2:])
+    return Factors(uniform(1, COLUMNS, rank).to(A.dtype), uniform(ROWS[0], rank).to(A.dtype), *scalar_values)
+
+
+def _unambiguous_budget(delta: Tensor) -> int:
+    """Return a budget of 20 to 40% with the widest gap at its threshold, so that rounding changes no selection."""
+    magnitudes = delta.abs().flatten().sort(descending=True).values
+    first, last = int(0.2 * len(magnitudes)), int(0.4 * len(magnitudes))
+    gaps = magnitudes[first:last] - magnitudes[first + 1 : last + 1]
+    return first + int(gaps.argmax()) + 1
+
+
+def _key(spec: UpdateSpec, A: Tensor) -> str:
+    """Return the cache key of a result."""
+    parts = (_device_name(A.device), _driver(), torch.__version__, triton.__version__, _source_digest())
+    return "; ".join((*parts, repr(spec.kernel), spec.mode, f"{spec.scaling:g}", f"r={A.shape[-1]}", str(A.dtype)))
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    """Return the name and compute capability of a device."""
+    if device.type != "cuda":
+        return str(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} ({major}.{minor})"
+
+
+@cache
+def _driver() -> str:
+    """Return the version line of the NVIDIA driver, or an empty string."""
+    with suppress(OSError):
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].strip()
+    return ""
+
+
+@cache
+def _source_digest() -> str:
+    """Return a digest of the kernels' source."""
+    files = (forward.__file__, backward.__file__, backend.__file__)
+    return hashlib.sha256(b"".join(Path(str(file)).read_bytes() for file in files)).hexdigest()[:16]
+
+
+def _cache_file() -> Path:
+    """Return the path of the results on disk."""
+    return cache_folder() / "kernel_checks.json"
+
+
+def _load_results() -> dict[str, str | None]:
+    """Load the results from disk; empty if the file is missing or corrupt."""
+    try:
+        saved = json.loads(_cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return saved if isinstance(saved, dict) else {}
+
+
+def _save_results(results: dict[str, str | None]) -> None:
+    """Save the results atomically; without a writable folder, every process repeats the check."""
+    file = _cache_file()
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        os.replace(temporary, file)
