@@ -87,9 +87,6 @@ def _line(small: dict[str, Any], large: dict[str, Any], name: str, adapted: int,
     return Line(shared / adapted, per_image / flop)
 
 
-_VTAB_TRAIN, _VTAB_VAL = 800, 200
-
-
 @dataclass(frozen=True)
 class Workload:
     """Number of training batches (`passes`), and of training and evaluation samples over all epochs."""
@@ -160,7 +157,7 @@ def _over_tasks(experiment: Experiment, protocol: str) -> Workload:
 def _sizes(task: str) -> tuple[int, int, int, bool]:
     """Return the sizes of train, val and test, and True if the authors' scripts also train on val."""
     if task in VTAB_TASKS:
-        return _VTAB_TRAIN, _VTAB_VAL, VTAB_TASKS[task].test_size, True
+        return *VTAB_TASKS[task].sizes, True
     return *FGVC_DATASETS[task].sizes, False
 
 

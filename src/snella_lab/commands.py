@@ -162,8 +162,8 @@ def dreambooth(config: DreamBoothConfig) -> None:
 def generate(options: GenerateOptions) -> None:
     """Generate images with the adapter of a snella dreambooth run.
 
-    snella generate runs/my-dog --prompt "a photo of sks dog on the beach" --out images
-    snella generate runs/my-dog --prompts prompts.txt --pictures 2 --out images
+      snella generate runs/my-dog --prompt "a photo of sks dog on the beach" --out images
+      snella generate runs/my-dog --prompts prompts.txt --pictures 2 --out images
 
     An image depends only on its prompt and seed.
     """

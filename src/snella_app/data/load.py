@@ -212,7 +212,7 @@ def _read(spec: Any, options: LoadOptions) -> Collection:
     if options.reading != RGB and prefix not in (_FOLDER, *_TABLES):
         raise ValueError(
             f"channels and white apply only to {', '.join((_FOLDER, *_TABLES))}, got {options.channels} and "
-            f"{options.white} with {spec}"
+            f"{options.reading.white} with {spec}"
         )
     if path is not None and prefix in _READERS:
         collection = _READERS[prefix](path, options)

@@ -289,8 +289,8 @@ class TriedCandidate:
     lr: Float
     head_lr: Float
     weight_decay: Float
-    val_accuracy: float | None
-    val_loss: float | None
+    val_accuracy: float | None = None
+    val_loss: float | None = None
     failed: int = 0
 
 

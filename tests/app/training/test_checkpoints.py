@@ -95,7 +95,6 @@ def test_a_failed_write_keeps_the_previous_checkpoint(run):
     with (
         pytest.raises(
             CheckpointError,
-            checkpoint_to_resume,
             match=r"checkpoint-2: the disk is full \(\d+ MiB free\); the previous one, .*checkpoint-1, is intact",
         ),
         stage_checkpoint(run, "checkpoint-2"),

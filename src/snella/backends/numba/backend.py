@@ -10,7 +10,7 @@ from functools import cache, lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -267,7 +267,7 @@ def pack_factors(spec: UpdateSpec, factors: Factors) -> list[PackedFactors]:
     scales, shifts = [[0.0] * num_matrices if s is None else s.detach().tolist() for s in (alpha, beta)]
     divisors = [1.0] * num_matrices if temperature is None else temperature.detach().tolist()
     linear = np.float32(1.0 if isinstance(kernel, MixK) or not has_softmax else 0.0)
-    arrays = [as_array(tensor.to(torch.float32).contiguous()) for tensor in (A, B, cast(Tensor, coeff))]
+    arrays = [as_array(tensor.to(torch.float32).contiguous()) for tensor in (A, B, coeff)]  # type: ignore[union-attr]
     packed = []
     for group, (scale, shift, divisor) in enumerate(zip(scales, shifts, divisors, strict=True)):
         constant = shift - (scale / spec.row_counts[group] if kernel.center_softmax else 0.0) if has_softmax else 0.0
