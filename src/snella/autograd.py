@@ -433,7 +433,7 @@ def add_by_autograd(
 
     Args:
         weight: Frozen weight, `[m, …]`, or `None` for the sum of the updates.
-        updates: Updates of this weight; at least one without a weight.
+        updates: Updates of this weight; must not be empty if `weight` is `None`.
         shape: Shape of the result if `weight` is `None`; defaults to `[m, n]`.
 
     Returns:

@@ -278,7 +278,7 @@ class SnellaConfig(PeftConfig):
         # check types first, because the later checks compare, hash and compile the values
         errors = [
             f"{name} must be of type {annotation}, got {getattr(self, name)!r}"
-            for name, annotation in SnellaConfig.__annotations__.items()
+            for name, annotation in {**SnellaConfig.__annotations__, "inference_mode": "bool"}.items()
             if not _has_type(getattr(self, name), _FIELD_TYPES[name])
         ]
         if errors:
@@ -465,6 +465,9 @@ class SnellaConfig(PeftConfig):
                     regex.compile(value)
                 except regex.error as error:
                     errors.append(f"{name} must be a regular expression or a list of names, got {value!r}: {error}")
+        for name in ("target_modules", "exclude_modules", "dropout_exclude"):
+            if isinstance(value := getattr(self, name), list | set | tuple) and "" in value:
+                errors.append(f"{name} must not contain empty names, got {value!r}")
         # PEFT and snella build regular expressions from these names
         for name in ("modules_to_save", "rank_pattern", "layers_pattern"):
             names = getattr(self, name) or []

@@ -94,7 +94,8 @@ def coerce(kind: Any, value: Any) -> Any:
         value = list(value)
     elif isinstance(value, Number) and hasattr(value, "item"):
         value = value.item()
-    return type_adapter(kind).validate_python(value, strict=True)
+    result = type_adapter(kind).validate_python(value, strict=True)
+    return value if type(value) is int and isinstance(result, float) else result  # keeps `1` in files of the settings
 
 
 @cache

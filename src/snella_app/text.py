@@ -99,11 +99,20 @@ def nearest(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0
     return form.format(", ".join(near)) if near else ""
 
 
-def similar_paths(path: Path, *, most: int = 3, cutoff: float = 0.5, folders_only: bool = False) -> str:
-    """Suggest files and folders with a name similar to a missing path: "; nearest: 'a', 'b'"; empty if none."""
+def similar_paths(
+    path: Path, *, most: int = 3, cutoff: float = 0.5, folders_only: bool = False, suffixes: tuple[str, ...] = ("",)
+) -> str:
+    """Suggest visible files and folders with a name similar to a missing path; empty if there are none.
+
+    Example: "; nearest: 'a.csv', 'b.csv'". Names end with one of `suffixes`.
+    """
     if not path.parent.is_dir():
         return f"; there is no folder '{path.parent}'"
-    names = sorted(child.name for child in path.parent.iterdir() if child.is_dir() or not folders_only)
+    names = sorted(
+        child.name
+        for child in path.parent.iterdir()
+        if child.name.endswith(suffixes) and not child.name.startswith(".") and (child.is_dir() or not folders_only)
+    )
     near = difflib.get_close_matches(path.name, names, n=most, cutoff=cutoff)
     return f"; nearest: {', '.join(map(repr, near))}" if near else ""
 

@@ -24,9 +24,9 @@ class AdaptedAttention(nn.Module):
 
     The parameters remain in the attention. Each adapted projection is a child of the wrapper: `in_proj` with its three
     matrices (or `q_proj`, `k_proj` and `v_proj` if keys or values have another width), and `out_proj`. With gradients,
-    the wrapper applies the projections separately, with `attend` in between, and saves no merged weight. Without
-    gradients, it calls the attention's `forward` with the effective weights, including its fast path; outputs are
-    bit-identical to the merged model's.
+    the wrapper applies the projections separately, with scaled dot-product attention in between, and saves no merged
+    weight. Without gradients, it calls the attention's `forward` with the effective weights, including its fast path;
+    outputs are bit-identical to the merged model's.
 
     Other attributes (`num_heads`, `batch_first`, …) come from the attention. `in_proj_weight` includes the updates,
     for models that read it.
@@ -297,7 +297,16 @@ def _apply_attention(
     average_attn_weights: bool,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend from projected queries `[N, L, E]` to `[N, S, E]`, with the options of `nn.MultiheadAttention.forward`."""
+    """Compute scaled dot-product attention of projected queries `[N, L, E]`, keys and values `[N, S, E]`.
+
+        w = softmax(q kᵀ / √d + mask),   output = dropout(w) v          for each head of width d
+
+    The options are those of `nn.MultiheadAttention.forward`: `key_padding_mask` is `[N, S]`, and `attn_mask` is
+    `[L, S]` or `[N·heads, L, S]`; true or minus infinity marks masked keys.
+
+    Raises:
+        ValueError: If `is_causal` is set without `attn_mask`.
+    """
     if is_causal and attn_mask is None:
         raise ValueError("is_causal=True requires the causal attn_mask, got attn_mask=None")
     heads = attention.num_heads

@@ -261,6 +261,8 @@ def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | 
 def encode_positions(indices: Tensor, size: int) -> tuple[str, Tensor]:
     """Encode ascending positions below `size` in the smallest of three encodings; return its name and the tensor."""
     positions = indices.cpu()
+    if len(positions) > 1 and not bool((positions.diff() > 0).all()):
+        raise ValueError("positions must be ascending and unique")
     candidates = {"int32": positions.int()}
     if -(-size // 8) < 4 * len(positions):
         mask = np.zeros(size, np.bool_)

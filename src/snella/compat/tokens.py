@@ -179,7 +179,9 @@ def find_tokens(model: nn.Module, names: Iterable[str], *, is_required: bool) ->
     for suffix in names:
         matches = [name for name in parameter_names if name == suffix or name.endswith(f".{suffix}")]
         if is_required and not matches:
-            hint = did_you_mean(suffix.rpartition(".")[2], {name.rpartition(".")[2] for name in parameter_names})
+            hint = did_you_mean(
+                suffix.rpartition(".")[2], sorted({name.rpartition(".")[2] for name in parameter_names})
+            )
             message = f"parameters_to_save={suffix!r} matches no parameter of {type(model).__name__}"
             raise ValueError(f"{message}; {hint}" if hint else message)
         full_names.extend(name for name in matches if name not in full_names)

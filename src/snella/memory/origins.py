@@ -104,11 +104,11 @@ class Origin:
             )
         num_source = len(saved) - len(self.layouts)
         pairs = zip(saved[num_source:], self.layouts, strict=True)
-        args = [tensor if layout is None else decode(tensor, layout) for tensor, layout in pairs]
+        # before decoding the other arguments, to limit the peak memory
+        args = [] if self.source is None else [self.source.compute(saved[:num_source])]
+        args += [tensor if layout is None else decode(tensor, layout) for tensor, layout in pairs]
         inputs: list[Tensor] = []
-        if self.source is not None:
-            args.insert(0, self.source.compute(saved[:num_source]))
-        elif self.is_rounded:
+        if self.source is None and self.is_rounded:
             inputs = [z.requires_grad_() for z, layout in zip(args, self.layouts, strict=True) if layout is not None]
         with torch.set_grad_enabled(bool(inputs)), self._autocast():
             output = self.function(*args)

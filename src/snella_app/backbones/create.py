@@ -106,7 +106,11 @@ def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module
             return timm.create_model(name, pretrained=pretrained, **options)
         except Exception as error:
             names = packaged_names()
-            shipped = f" a backbone from an installed package (--backbone {', '.join(names)})," if names else ""
+            shipped = (
+                f" a backbone from an installed package ({', '.join(names)}; e.g. --backbone {names[0]}),"
+                if names
+                else ""
+            )
             remedy = (
                 "Without the Hub, use weights=PATH with a file (.pth, .safetensors, Google's .npz), a local folder in "
                 f"the Hub's format as the backbone,{shipped} or pretrained=False for random weights"

@@ -94,7 +94,8 @@ def create_segmenter(
 ) -> nn.Module:
     """Build a backbone with a decoder; arguments and errors are those of `create_backbone` and `create_sam_segmenter`.
 
-    `name` is a name for `create_backbone`, which gets a `LightDecoder`, or `sam:PATH`, a pre-trained SAM with decoder.
+    `name` is a name for `create_backbone`, combined with a `LightDecoder`, or `sam:PATH`, a pre-trained SAM with its
+    decoder.
     """
     if name.startswith(SAM_PREFIX):
         from snella_app.backbones.sam import create_sam_segmenter  # lazy: importing transformers' SAM is slow

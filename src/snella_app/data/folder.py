@@ -1,5 +1,6 @@
 """Image folders: `class/image`, or `train|val|test/class/image`."""
 
+import difflib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from snella_app.data.datasets import Collection, ImageDataset
 from snella_app.data.images import HEIC_HINT, IMAGE_SUFFIXES, is_heic, is_image
 from snella_app.data.options import LoadOptions
 from snella_app.data.sources import FileImages, broken_rows
-from snella_app.text import listed, nearest, similar_paths
+from snella_app.text import listed, similar_paths
 
 PARTS = {
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
@@ -198,7 +199,9 @@ def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Pat
             )
         unknown = [name for name in classes if name not in files["train"]]
         if unknown:
-            hints = [nearest(name.lower(), files["train"], form=" (nearest: '{}')") for name in unknown]
+            lowered = {name.lower(): name for name in files["train"]}
+            near = [difflib.get_close_matches(name.lower(), lowered, n=1) for name in unknown]
+            hints = [f" (nearest: {lowered[names[0]]!r})" if names else "" for names in near]
             named = [f"{name!r}{hint}" for name, hint in zip(unknown, hints, strict=True)]
             errors.append(
                 f"classes of '{folders[part].name}' unknown to training: {listed(named)}; "

@@ -226,11 +226,13 @@ def _start_of(file: File) -> bytes:
 def _read_array(file: File, reading: Reading) -> Tensor:
     """Read a TIFF or array file as `[channels, height, width]`, uint8 or float32 in [0, 1]."""
     channels = reading.channels
-    array_pixels(file)  # rejects other files before memory is allocated
     if _start_of(file).startswith(_NUMPY_START):
+        array_pixels(file)  # rejects other files before memory is allocated
         values = np.load(file, allow_pickle=False)
     else:
-        values = _import_tifffile().imread(file)
+        with _import_tifffile().TiffFile(file) as tiff:
+            _check_values(*_shape_and_dtype(tiff))
+            values = tiff.asarray()
     if values.ndim == 2:
         values = values[None]
     if values.ndim != 3 or channels not in (values.shape[0], values.shape[-1]):
@@ -264,16 +266,26 @@ def array_pixels(file: File) -> int:
             shape, _, dtype = read_header(stream)
     else:
         with _import_tifffile().TiffFile(file) as tiff:
-            if not tiff.series:
-                raise ValueError("the file has no image")
-            shape, dtype = tiff.series[0].shape, tiff.series[0].dtype
+            shape, dtype = _shape_and_dtype(tiff)
     if not isinstance(file, str | Path):
         file.seek(0)
+    _check_values(shape, dtype)
+    return math.prod(shape)
+
+
+def _shape_and_dtype(tiff: Any) -> tuple[tuple[int, ...], Any]:
+    """Return the shape and dtype of the first image of an open TIFF file."""
+    if not tiff.series:
+        raise ValueError("the file has no image")
+    return tiff.series[0].shape, tiff.series[0].dtype
+
+
+def _check_values(shape: tuple[int, ...], dtype: Any) -> None:
+    """Check that values are numeric and not too many."""
     if dtype is None or dtype.kind not in "uif":
         raise ValueError(f"values must be numeric, got {dtype}")
     if math.prod(shape) > _MAX_PIXELS * 4:
         raise ValueError(f"the image must have at most {_MAX_PIXELS * 4:,} values, got an array of {list(shape)}")
-    return math.prod(shape)
 
 
 def _import_tifffile() -> Any:
@@ -281,7 +293,8 @@ def _import_tifffile() -> Any:
     try:
         import tifffile
     except ImportError as error:
-        raise ImportError("images with many channels need tifffile; pip install 'snella[channels]'") from error
+        message = "TIFF images with other than 1, 3 or 4 channels need tifffile; pip install 'snella[channels]'"
+        raise ImportError(message) from error
     return tifffile
 
 

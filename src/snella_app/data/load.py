@@ -47,14 +47,14 @@ _READERS: dict[str, Callable[[str, LoadOptions], Collection]] = {
 """Readers by prefix; each takes the text after the colon. Errors: FileNotFoundError for missing data, ValueError for
 unusable data with all problems in one message, ImportError for a missing package."""
 _TABLES = {"csv:": "FILE", "parquet:": "FILE", "hf:": "NAME", "wds:": "SHARDS"}
-"""Prefixes of data with columns, and the noun for the text after the colon."""
+"""Prefixes of data with columns, and the placeholder of the text after the colon."""
 _BENCHMARKS = {"vtab:": VTAB, "fgvc:": FGVC}
 _PREFIXES = (*_READERS, PYTHON_PREFIX)
 
 
 @dataclass
 class DataSplits(Collection):
-    """Collection split for training.
+    """A collection divided into training, validation and test splits.
 
     Attributes:
         description: One-line summary, human-readable.
@@ -173,12 +173,12 @@ def load_data(spec: Any, options: LoadOptions = DEFAULT_OPTIONS) -> DataSplits:
     splits.description = f"{splits.name}: {total:,} images {content}; {counts}"
     splits.warnings = [
         *_missing_class_warnings(splits, options.target),
-        *_metadata_warnings(splits),
+        *_dark_image_warnings(splits),
         *_shared_group_warnings(splits),
         *copy_warnings(splits.parts, [name for name in ("val", "test") if name not in compared]),
         *_imbalance_warnings(splits),
     ]
-    splits.notes = [*splits.notes, *splits.warnings]
+    splits.notes = [*splits.notes, *_page_notes(splits), *splits.warnings]
     return splits
 
 
@@ -390,24 +390,26 @@ def _imbalance_warnings(splits: DataSplits) -> list[str]:
     ]
 
 
-def _metadata_warnings(splits: DataSplits) -> list[str]:
-    """Return warnings about images with several pages or frames, and about dark 16-bit images."""
-    warnings = []
-    known = {name: known_metadata(images) for name, images in splits.parts.items()}
+def _page_notes(splits: DataSplits) -> list[str]:
+    """Return a note about images with several pages or frames."""
     paged = [
-        splits.parts[name].names[position]
-        for name, metadata in known.items()
-        for position, entry in metadata.items()
+        images.names[position]
+        for images in splits.parts.values()
+        for position, entry in known_metadata(images).items()
         if entry.has_pages
     ]
-    if paged:
-        warnings.append(f"only the first page or frame of {counted(len(paged), 'image')} is used: {listed(paged)}")
-    shares = [
-        entry.brightest for metadata in known.values() for entry in metadata.values() if entry.brightest is not None
+    if not paged:
+        return []
+    return [f"only the first page or frame of {counted(len(paged), 'image')} is used: {listed(paged)}"]
+
+
+def _dark_image_warnings(splits: DataSplits) -> list[str]:
+    """Return a warning about dark 16-bit images."""
+    metadata = [entry for images in splits.parts.values() for entry in known_metadata(images).values()]
+    shares = [entry.brightest for entry in metadata if entry.brightest is not None]
+    if not shares or not 0 < max(shares) <= _DARK:
+        return []
+    return [
+        f"{counted(len(shares), '16-bit image')} with values up to {max(shares):.1%} of the range; set the white value "
+        "with --white (white=), e.g. 4095 for 12-bit cameras"
     ]
-    if shares and 0 < max(shares) <= _DARK:
-        warnings.append(
-            f"{counted(len(shares), '16-bit image')} with values up to {max(shares):.1%} of the range; set the "
-            "white value with --white (white=), e.g. 4095 for 12-bit cameras"
-        )
-    return warnings

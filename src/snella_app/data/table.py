@@ -183,7 +183,10 @@ def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:
     """
     file = Path(path).expanduser()
     if not path.strip() or not file.is_file():
-        hint = similar_paths(file, cutoff=0.4) or f"; write {kind}:FILE, e.g. {kind}:photos/labels.{kind}"
+        hint = (
+            similar_paths(file, cutoff=0.4, suffixes=TABLE_SUFFIXES)
+            or f"; write {kind}:FILE, e.g. {kind}:photos/labels.{kind}"
+        )
         got = "is a folder" if path.strip() and file.is_dir() else "does not exist"
         raise FileNotFoundError(f"data must name a table, got {kind}:{path}, which {got}{hint}")
     file = file.absolute()

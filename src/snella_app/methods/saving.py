@@ -119,6 +119,8 @@ def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
     model = inject(backbone, config)
     if (folder / METHOD_FILE).is_file():
         info = _read_settings(folder / METHOD_FILE)
+        if missing := {"method", "options", "head"} - info.keys():
+            raise AdapterFileError(f"{folder / METHOD_FILE} is damaged: {min(missing)!r} is missing; {REMEDY}")
         spec = MethodSpec(info["method"], info["options"], info["head"], parse_method(info["method"])[0])
     else:
         name = str(getattr(config.peft_type, "value", config.peft_type)).lower()
@@ -199,6 +201,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged: its values were altered after it was written (SHA-256 differs); {REMEDY}"
         )
     settings = _settings_file(path.parent)
+    if not settings.is_file():
+        raise AdapterFileError(f"{path} has no settings file {settings.name}; {REMEDY}")
     if metadata.get(_SETTINGS_DIGEST) != sha256_of(settings):
         raise AdapterFileError(
             f"{settings} is damaged: it was altered after the adapter was saved (SHA-256 differs); {REMEDY}"

@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, cast
 
-from pydantic import BeforeValidator, ValidationError
+from pydantic import BeforeValidator, Strict, ValidationError
 from pydantic_core import ErrorDetails
 
 from snella_app.files import is_intact, sealed, write_json
@@ -21,7 +21,7 @@ from snella_app.text import listed
 
 FORMAT = 1
 """Run folder format that this version of snella writes and reads."""
-Float = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+Float = Annotated[float, Strict(), BeforeValidator(lambda value: math.nan if value is None else value)]
 """Float whose NaN is null in the file."""
 
 T = TypeVar("T")

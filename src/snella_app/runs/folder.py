@@ -198,7 +198,7 @@ class RunFolderOf(Generic[S]):
 
     def _stored_digests(self) -> dict[str, str]:
         """Return the digests in `run.json`: of the adapter, and of all results once the run is finished."""
-        return (self._read_run() or {}).get("files") or {}
+        return dict((self._read_run() or {}).get("files") or {})
 
     def check_files(self) -> None:
         """Compare files with their digests in `run.json`; an unfinished run has only digests of its adapter.
@@ -209,10 +209,11 @@ class RunFolderOf(Generic[S]):
         check_files(self.path, self._stored_digests())
 
     def _update_digest(self, name: str) -> None:
-        """Update the digest of a rewritten file of a finished run."""
-        files = self._stored_digests()
+        """Update the stored digest of a rewritten file."""
+        run = self._read_run() or {}
+        files = dict(run.get("files") or {})
         if name in files:
-            self.update("finished", files={**files, name: sha256_of(self.path / name)})
+            self.update(run["status"], run.get("error"), files={**files, name: sha256_of(self.path / name)})
 
     def write_config(self, config: S) -> None:
         """Write `config.yaml`, without settings such as `overwrite` that apply to one call."""

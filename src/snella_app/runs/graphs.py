@@ -142,13 +142,13 @@ def compare_outputs(graph: Graph, model: nn.Module, images: Tensor) -> str:
             expected, got = model(images[:count]).float(), graph.run(images[:count].clone()).float()
             is_comparable = got.shape == expected.shape and bool(got.isfinite().all())
             error = float((got - expected).abs().max() / expected.abs().max()) if is_comparable else math.inf
-            worst = max(worst, error)
-            if not worst <= OUTPUT_BOUND or not torch.equal(got.argmax(1), expected.argmax(1)):
+            if not error <= OUTPUT_BOUND or not torch.equal(got.argmax(1), expected.argmax(1)):
                 raise ValueError(
                     f"{graph.runtime} outputs must equal torch outputs to within {OUTPUT_BOUND:g} of the largest, with "
-                    f"the same classes, got a difference of {worst:.1e} on {counted(count, 'image')}; nothing was "
+                    f"the same classes, got a difference of {error:.1e} on {counted(count, 'image')}; nothing was "
                     "written"
                 )
+            worst = max(worst, error)
     return (
         f"{graph.summary}{graph.runtime}'s outputs on {counted(len(images), 'image')} differ by {worst:.1e} of the "
         f"largest (allowed: {OUTPUT_BOUND:g})"

@@ -182,7 +182,8 @@ def missing_path_hint(missing: Path) -> str:
     """Return a hint for a missing path: a pattern without a match, a missing folder, or a similar name."""
     if any(char in missing.name for char in _PATTERN):
         return f"; no file in {missing.parent} matches the pattern; fix it, or pass the folder"
-    return similar_paths(missing, most=1)
+    folder = "the current folder" if missing.parent == Path() else missing.parent
+    return similar_paths(missing, most=1) or f"; {folder} has no similar name"
 
 
 def _images_in(folder: Path) -> list[Path]:

@@ -78,7 +78,7 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
     Raises:
         FileNotFoundError: If `run` is not a run folder, has no finished epoch, or its adapter is missing.
         ValueError: If `run.json` is damaged, or the run has an unsupported task, such as a personalized generator.
-        AdapterFileError: If the adapter is damaged or does not fit the model; the message names the tensor.
+        AdapterFileError: If the adapter is damaged or does not fit the model.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
     results = read_if_present(FoldResults, folder.path)

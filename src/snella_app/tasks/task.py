@@ -248,7 +248,9 @@ def paired(outputs: ArrayLike, labels: ArrayLike) -> tuple[Tensor, np.ndarray]:
     """Return outputs and labels after checking that their lengths are equal and at least 1."""
     scores, truth = torch.as_tensor(np.asarray(outputs)), np.asarray(labels)
     if len(truth) == 0 or len(scores) != len(truth):
-        raise ValueError(f"outputs and labels must have one length of at least 1, got {len(scores)} and {len(truth)}")
+        raise ValueError(
+            f"outputs and labels must have the same length of at least 1, got {len(scores)} and {len(truth)}"
+        )
     return scores, truth
 
 

@@ -248,7 +248,7 @@ def load_initial_weights(parts: RunComponents, spec: str, run: RunFolder) -> Non
 
     Raises:
         ValueError: If the other run was trained on different classes.
-        AdapterFileError: If its adapter is damaged or has different shapes; names the tensor.
+        AdapterFileError: If its adapter is damaged or has different shapes.
     """
     info = read(RunInfo, run.path)
     classes = list(parts.splits.classes)

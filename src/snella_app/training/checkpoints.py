@@ -158,8 +158,8 @@ def stage_checkpoint(run: RunFolderOf[Any], name: str) -> Iterator[Path]:
     target = run.checkpoints / name
     staging = run.checkpoints / f".staging-{name}"
     staged = staging / name
-    with convert_write_errors(target):
-        try:
+    try:
+        with convert_write_errors(target):  # measures the free space before the staging folder is removed
             shutil.rmtree(staging, ignore_errors=True)
             staged.mkdir(parents=True)
             yield staging
@@ -168,8 +168,8 @@ def stage_checkpoint(run: RunFolderOf[Any], name: str) -> Iterator[Path]:
             sync_tree(staged)
             staged.rename(target)
             sync_folder(run.checkpoints)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def is_main() -> bool:
 
 
 def require_single_process(operation: str) -> None:
-    """Raise an error in distributed launches; `operation` is its subject, such as "a comparison".
+    """Raise an error in distributed launches; `operation` names it in the message, such as "a comparison".
 
     Raises:
         NotImplementedError: If the world size is larger than 1.

@@ -161,7 +161,7 @@ class _SizeError(Exception):
 
 @dataclass
 class _LargestSize:
-    """Result of a search: the size, a flag that it fits, and the seconds by size."""
+    """Result of a search: the size, whether it fits, and the seconds by size."""
 
     size: int
     fits: bool

@@ -75,7 +75,7 @@ def test_a_single_class_is_rejected():
 
 
 def test_logits_without_labels_are_rejected():
-    with pytest.raises(ValueError, match="one length of at least 1, got 2 and 3"):
+    with pytest.raises(ValueError, match="the same length of at least 1, got 2 and 3"):
         ClassificationTask(("a", "b")).metrics(torch.zeros(2, 2), [0, 1, 1])
     with pytest.raises(ValueError, match="got 0 and 0"):
         ClassificationTask(("a", "b")).metrics(torch.zeros(0, 2), [])

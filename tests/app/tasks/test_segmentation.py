@@ -37,7 +37,7 @@ def test_reduced_batches_give_the_metrics():
     # SCORES predicts [[0, 1], [1, 0]] (the tie goes to the background); -SCORES [[1, 0], [0, 0]]
     assert scores["dice"] == pytest.approx((2 * 2 / (2 * 2 + 1) + 0) / 2)
     assert scores["loss"] == pytest.approx(float(task.loss(torch.cat([SCORES, -SCORES]), LABELS.repeat(2, 1, 1))))
-    with pytest.raises(ValueError, match="one length of at least 1, got 0 and 0"):
+    with pytest.raises(ValueError, match="the same length of at least 1, got 0 and 0"):
         task.metrics(reduced[:0].numpy(), labels[:0].numpy())
 
 

@@ -264,10 +264,12 @@ def pack_factors(spec: UpdateSpec, factors: Factors) -> list[PackedFactors]:
     """Convert the factors of each matrix to contiguous arrays and Python scalars."""
     kernel, (A, B, coeff, alpha, beta, temperature) = spec.kernel, factors
     has_softmax, num_matrices = isinstance(kernel, NormalizedRBF), len(spec.rows)
+    if coeff is None or (has_softmax and beta is None):
+        raise ValueError(f"kernel {kernel.name!r} requires the scalars {list(kernel.scalars)}, got None")
     scales, shifts = [[0.0] * num_matrices if s is None else s.detach().tolist() for s in (alpha, beta)]
     divisors = [1.0] * num_matrices if temperature is None else temperature.detach().tolist()
     linear = np.float32(1.0 if isinstance(kernel, MixK) or not has_softmax else 0.0)
-    arrays = [as_array(tensor.to(torch.float32).contiguous()) for tensor in (A, B, coeff)]  # type: ignore[union-attr]
+    arrays = [as_array(tensor.to(torch.float32).contiguous()) for tensor in (A, B, coeff)]
     packed = []
     for group, (scale, shift, divisor) in enumerate(zip(scales, shifts, divisors, strict=True)):
         constant = shift - (scale / spec.row_counts[group] if kernel.center_softmax else 0.0) if has_softmax else 0.0

@@ -175,7 +175,6 @@ class GenerateOptions(GenerationOptions):
     """
 
     minimums: ClassVar = {"pictures": 1, "seed": 0, "batch_size": 1, "steps": 1}
-    order: ClassVar = ("run", "out", "prompt", "prompts", "live", "pictures", "seed", "steps", "guidance")
 
     out: str
     prompt: str | None = None
@@ -205,10 +204,6 @@ class EvaluateGenerationOptions(GenerationOptions):
         overwrite: Replace images generated with other settings.
         out: JSON file for the results.
     """
-
-    order: ClassVar = (
-        *("run", "clip", "dino", "prompts", "live", "pictures", "steps", "batch_size", "pipeline", "overwrite", "out"),
-    )
 
     clip: str = "openai/clip-vit-base-patch32"
     dino: str = "facebook/dinov2-base"

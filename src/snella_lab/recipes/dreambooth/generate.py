@@ -272,11 +272,12 @@ def generate(options: GenerateOptions, console: Console | None = None) -> list[G
         FileExistsError: If `out` contains other images.
         ValueError: If the prompt file has no valid prompts.
     """
+    file = None if options.prompts is None else read_prompt_file(options.prompts)
     generator, config = load_generator(options.run, options, console or make_console(), options.guidance)
-    if options.prompts is None:
+    if file is None:
         prompts = [str(options.prompt)]
     else:
-        templates = read_prompt_file(options.prompts).templates(config.class_name, options.live)
+        templates = file.templates(config.class_name, options.live)
         prompts = [fill(template, config.token, config.class_name or "") for template in templates]
     seeds = range(options.seed, options.seed + options.pictures)
     return generator.generate(Path(options.out), prompts, seeds, overwrite=options.overwrite)
