@@ -142,6 +142,7 @@ def test_a_class_of_only_broken_images_is_rejected(write_images):
             r"classes of 'test' unknown to training: 'B' \(nearest: 'b'\); training has 'a', 'b'",
         ),
         ({"train/cats": 2, "train/dogs": 2, "val/cat": 1}, r"unknown to training: 'cat' \(nearest: 'cats'\)"),
+        ({"train/CATS": 2, "train/DOGS": 2, "val/cats": 1}, r"unknown to training: 'cats' \(nearest: 'CATS'\)"),
         ({"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 0}, "without readable images: 'val/b'"),
         ({"val/a": 2, "test/a": 2}, "has 'test', 'val' but no 'train' with class folders; add PATH/train/"),
         ({"train/a": 2, "val/a": 2, "valid/a": 2}, "has two 'val' splits: 'val' and 'valid'"),

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from typing import get_args
@@ -21,7 +22,7 @@ from snella_app.config import TrainConfig
 from snella_app.runs import export as exporting
 from snella_app.runs import load_run
 from snella_app.runs.export import FORMATS, export
-from snella_app.runs.graphs import OUTPUT_BOUND, preparation_code
+from snella_app.runs.graphs import OUTPUT_BOUND, Graph, compare_outputs, preparation_code
 from snella_app.runs.model import make_backbone
 from snella_app.runs.predict import predict
 from snella_app.training.train import train
@@ -158,6 +159,14 @@ def test_different_outputs_are_rejected_without_a_file(name, finished, tmp_path,
     with pytest.raises(ValueError, match=r"outputs must equal torch outputs .* nothing was written"):
         export(finished.path, name, tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_outputs_of_the_model_that_are_not_finite_are_rejected():
+    model = torch.nn.Linear(2, 1)
+    torch.nn.init.constant_(model.weight, math.nan)
+    graph = Graph("runtime", b"", lambda images: torch.zeros(len(images), 1), "module", "load", "run")
+    with pytest.raises(ValueError, match="got a difference of nan on 1 image"):
+        compare_outputs(graph, model, torch.ones(3, 2))
 
 
 def test_sparse_files_restore_fine_tuned_and_original_weights_bit_for_bit(finished, loaded, images, tmp_path):
