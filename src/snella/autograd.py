@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from snella.backends import Gradients, Merged, get_backend
+from snella.backends import Gradients, Merged, get_backend, zero_gradients
 from snella.memory.origins import ORIGIN_ATTRIBUTE, Origin, origin_of, reject_double_backward
 from snella.sparsify import sparsify
 from snella.update import Factors, LayerOp, LazyWeight, LinearOp, Update, without_view
@@ -403,7 +403,7 @@ def _factor_gradients(
         if not any(needs.factors[k * NUM_FACTORS : (k + 1) * NUM_FACTORS]):
             grads += [None] * NUM_FACTORS
         elif grad_weight is None:
-            grads += [None if tensor is None else torch.zeros_like(tensor) for tensor in update.factors]
+            grads += zero_gradients(update.factors)
         else:
             backend = get_backend(update.spec.backend)
             grads += backend.grad_factors(update.spec, matrices, grad_weight.reshape(shape[0], -1))

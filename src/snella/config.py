@@ -100,6 +100,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "paper": _PAPER,
     "matched": {**_PAPER, "match_update": True, "schedule_end": 0.7},
     "official": {
+        **_PAPER,
         "sparsify_mode": "official",
         "learn_piece_coeff": False,
         "learn_temperature": True,
@@ -109,8 +110,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "dropout_exclude": ["proj", "out_proj", "o_proj", "to_out.0", "attn.c_proj", "attention.output.dense"],
         "parameters_to_save": ["cls_token"],
         "zero_init_ema": True,
-        "match_update": False,
-        "schedule_end": 1.0,
     },
 }
 
@@ -374,7 +373,7 @@ class SnellaConfig(PeftConfig):
         return kwargs
 
     def _choice_errors(self) -> list[str]:
-        """List every field whose value is not an allowed choice, with the closest choice."""
+        """List the fields with an invalid choice, and the closest choice."""
         choices = {
             "preset": get_args(Preset),
             "kernel": tuple(KERNELS),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -105,15 +105,15 @@ class ImportanceTracker:
 
     @torch.no_grad()
     def names_with_gradient(self) -> set[str]:
-        """Return the names of the matrices whose factors both have gradients, at least one of them nonzero."""
+        """Return the names of the matrices with gradients of both factors, at least one of them nonzero."""
         observations = self._observe_factors(with_gradient=True)
         names = [matrix.name for matrix in self.matrices]
-        gradients = [[observations[f"{name}/{letter}"].gradient for letter in "AB"] for name in names]
-        flags = [any(gradient is not None and bool(gradient.any()) for gradient in pair) for pair in gradients]
+        device = _factor_parameters(self.matrices[0])[0].device
+        gradients = [cast(Tensor, observations[f"{name}/{letter}"].gradient) for name in names for letter in "AB"]
+        flags = torch.stack([gradient.any().to(device) for gradient in gradients]).view(-1, 2).any(1)
         if self.has_sharded_factors():
-            local = torch.tensor(flags, dtype=torch.uint8, device=_factor_parameters(self.matrices[0])[0].device)
-            flags = _all_reduce(local, torch.distributed.ReduceOp.MAX).tolist()
-        return {name for name, flag in zip(names, flags, strict=True) if flag}
+            flags = _all_reduce(flags.to(torch.uint8), torch.distributed.ReduceOp.MAX)
+        return {name for name, flag in zip(names, flags.tolist(), strict=True) if flag}
 
     @torch.no_grad()
     def scores(self) -> list[float]:

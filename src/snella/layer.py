@@ -130,6 +130,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     pads_input: Any = False
     """True if the input must be padded before the op."""
+    linear_op: LinearOp
 
     def __init__(
         self,
@@ -362,8 +363,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         with onloaded(self, with_base=True):
             _init_parameters(self, adapter_name)
             self._move_adapter_to_device_of_base_layer(adapter_name)
-        modes = [parse_weight_gradient(config.weight_gradient) for config in self.snella_config.values()]
-        self.linear_op = LinearOp(max(share for share, _ in modes), all(is_rounded for _, is_rounded in modes))
+        _update_linear_op(self)
         self._specs.pop(adapter_name, None)
         update_specs(self)
         self._cache.clear()
@@ -372,6 +372,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer."""
         super().delete_adapter(adapter_name)
+        _update_linear_op(self)
         self._specs.pop(adapter_name, None)
         self._cache.clear()
 
@@ -705,8 +706,18 @@ def drop_adapter(layer: SnellaLayer, adapter_name: str) -> None:
     for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
         if adapter_name in (values := getattr(layer, attribute)):
             del values[adapter_name]
+    _update_linear_op(layer)
+    layer.frozen_peft_weight_names.pop(adapter_name, None)
+    layer._live_budgets.pop(adapter_name, None)
     layer._specs.pop(adapter_name, None)
     layer.clear_cache()
+
+
+def _update_linear_op(layer: SnellaLayer) -> None:
+    """Set the largest token share of all adapters, and bfloat16 products if all adapters use them."""
+    modes = [parse_weight_gradient(config.weight_gradient) for config in layer.snella_config.values()]
+    shares = [share for share, _ in modes]
+    layer.linear_op = LinearOp(max(shares, default=1.0), bool(modes) and all(is_rounded for _, is_rounded in modes))
 
 
 @lru_cache(maxsize=64)

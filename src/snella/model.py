@@ -22,7 +22,14 @@ from transformers.pytorch_utils import Conv1D
 
 from snella._utils import has_suffix, listed
 from snella.cache import buffers_off_meta, check_after_step
-from snella.compat.attention import AdaptedAttention, Projection, disable_fast_path, input_projections, is_adaptable
+from snella.compat.attention import (
+    AdaptedAttention,
+    Projection,
+    ProjectionWeight,
+    disable_fast_path,
+    input_projections,
+    is_adaptable,
+)
 from snella.compat.hooks import onloaded
 from snella.compat.quantization import combined_warning
 from snella.compat.tokens import TokenAdapter, attach_tokens, find_tokens, token_adapters
@@ -443,7 +450,7 @@ class SnellaModel(BaseTuner):
     ) -> None:
         """Add an adapter to one projection of a wrapped attention."""
         full_name = f"{attention_name}.{name}"
-        base = wrapper.base_layer.get_parameter("out_proj.weight" if name == "out_proj" else f"{name}_weight")
+        base = ProjectionWeight(wrapper.base_layer, name).weight
         reject_quantized_projection(base, full_name)
         rows = count_rows(full_name, base.shape[0], base.shape[1], wrapper, peft_config.qkv_groups)
         is_new = wrapper.adapt(name, adapter_name, peft_config, rows, full_name)
@@ -546,7 +553,7 @@ class SnellaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Remap the keys like PEFT and reject an adapter whose tensors do not fit this model."""
+        """Remap the keys like PEFT and reject tensors that do not fit this model."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         expected = {
             f"{name}.{attribute}.{adapter_name}": getattr(module, attribute)[adapter_name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, Self
 
 import torch
@@ -176,13 +177,16 @@ class StepMatcher:
         self.step += 1
         # read at each step, because accelerate's `prepare` replaces the groups
         lr_by_parameter = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        coeffs_by_adapter = [layer.snella_piece_coeff[name].detach().float() for layer, name in self._adapters]
+        sizes = [coeffs.square().mean(1).sqrt() for coeffs in coeffs_by_adapter]
+        all_coeffs = iter(torch.cat([size.to(sizes[0].device) for size in sizes]).tolist())  # one synchronization
         for (layer, name), weight_rms, slopes in zip(self._adapters, self._weight_rms, self._slopes, strict=True):
             lr, scaling = lr_by_parameter.get(id(layer.snella_A[name]), 0.0), abs(layer.scaling[name])
             rank = layer.snella_config[name].rank_of(layer.module_name)
-            coeffs = layer.snella_piece_coeff[name].detach().float().square().mean(1).sqrt().tolist()
+            coeffs = list(islice(all_coeffs, len(weight_rms)))
             scales = []
-            for rms, slope, coeff in zip(weight_rms, slopes, coeffs, strict=True):
-                target_change, step_change = lr * rms / scaling if scaling else 0.0, lr * coeff * math.sqrt(rank)
+            for size, slope, coeff in zip(weight_rms, slopes, coeffs, strict=True):
+                target_change, step_change = lr * size / scaling if scaling else 0.0, lr * coeff * math.sqrt(rank)
                 scale = 1.0  # of a zero step
                 if target_change > 0 and step_change > 0:
                     scale = 2 * target_change / (slope + math.sqrt(slope**2 + 4 * target_change)) / step_change
@@ -225,7 +229,7 @@ def _measure_weight(layer: SnellaLayer, name: str) -> list[float]:
     """Return `rms(W0)` of each matrix."""
     weight = layer._weight()
     W0 = weight if isinstance(weight, Tensor) else weight.materialize()
-    return [float(W0[rows].float().square().mean().sqrt()) for rows in layer.matrix_rows(name)]
+    return torch.stack([W0[rows].float().square().mean().sqrt() for rows in layer.matrix_rows(name)]).tolist()
 
 
 @torch.no_grad()
@@ -233,4 +237,5 @@ def _measure_slopes(layer: SnellaLayer, name: str) -> list[float]:
     """Return `κ` of each matrix."""
     if layer.snella_config[name].sparsify_mode == "none":
         return [1.0] * len(layer.row_counts[name])
-    return [2 * math.sqrt(float(S.abs().mean())) for S in layer.sparse_updates(name)]
+    means = torch.stack([S.abs().mean() for S in layer.sparse_updates(name)]).tolist()
+    return [2 * math.sqrt(mean) for mean in means]

@@ -117,6 +117,11 @@ def similar_paths(
     return f"; nearest: {', '.join(map(repr, near))}" if near else ""
 
 
+def split_text(split: str) -> str:
+    """Return the display name of a split: training, validation or test."""
+    return {"train": "training", "val": "validation"}.get(split, split)
+
+
 def _three_digits(value: float) -> str:
     """Format a number with three significant digits and no exponent."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""Laboratory commands, whose signatures and docstrings define the command line."""
+"""Laboratory commands. Their signatures and docstrings define the command line."""
 
 from collections.abc import Iterable
 from dataclasses import replace

@@ -232,17 +232,6 @@ def requires_check(A: Tensor) -> bool:
     return A.device.type == "cuda"
 
 
-def resolve_implementation(impl: str) -> str:
-    """Validate `impl` and return it.
-
-    Raises:
-        ValueError: If `impl` is unknown.
-    """
-    if impl not in get_args(Implementation):
-        raise ValueError(f"impl must be one of {list(get_args(Implementation))}, got {impl!r}")
-    return impl
-
-
 def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
     """Return the backend for updates with this spec, and the reason for the choice.
 
@@ -262,7 +251,9 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
         RuntimeError: If `impl` is `"triton"` and its kernels fail the first-use check; the message names the error.
         ValueError: If `impl` is unknown.
     """
-    if resolve_implementation(impl) in ("eager", "reference"):
+    if impl not in get_args(Implementation):
+        raise ValueError(f"impl must be one of {list(get_args(Implementation))}, got {impl!r}")
+    if impl in ("eager", "reference"):
         return impl, "set by impl"
     name = "triton" if impl == "triton" or (impl == "auto" and A.device.type == "cuda") else "numba"
     missing = missing_reason(name)
@@ -293,5 +284,4 @@ __all__ = [
     "choose_backend",
     "get_backend",
     "missing_reason",
-    "resolve_implementation",
 ]

@@ -301,7 +301,7 @@ def _apply_attention(
 
         w = softmax(q kᵀ / √d + mask),   output = dropout(w) v          for each head of width d
 
-    The options are those of `nn.MultiheadAttention.forward`: `key_padding_mask` is `[N, S]`, and `attn_mask` is
+    The options are as in `nn.MultiheadAttention.forward`: `key_padding_mask` is `[N, S]`, and `attn_mask` is
     `[L, S]` or `[N·heads, L, S]`; true or minus infinity marks masked keys.
 
     Raises:

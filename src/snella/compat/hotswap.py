@@ -68,11 +68,6 @@ class AdapterValues:
         except SafetensorError as error:
             raise ValueError(f"{path / SAFETENSORS_WEIGHTS_NAME} is damaged: {error}; save the adapter again") from None
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the tensors in bytes."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
-
 
 @torch.no_grad()
 def hotswap(

@@ -74,9 +74,9 @@ def find_quantization(base: Any, name: str) -> Quantization | None:
         problem = _torchao_problem(weight) if isinstance(base, nn.Linear) else "only linear layers are supported"
         if problem is None:
             return TorchaoWeight()
-        description = f"a {kind} whose weight is a {type(weight).__name__} of torchao: {problem}"
+        description = f"a {kind} with a torchao weight of type {type(weight).__name__}: {problem}"
     elif isinstance(weight, Tensor) and not weight.is_floating_point():
-        description = f"a {kind} whose weight is {weight.dtype}"
+        description = f"a {kind} with a {weight.dtype} weight"
     elif packed is not None:
         description = f"a {type(base).__module__}.{kind}, which stores its weight as {packed}"
     else:

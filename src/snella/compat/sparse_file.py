@@ -83,7 +83,7 @@ class SparsePatch:
             raise ValueError(f"values must be one of {list(get_args(ValueDtype))}, got {values!r}")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.replaced.items()}
         for name, changed in self.entries.items():
-            kind, positions = encode_positions(changed.indices, int(np.prod(self.shapes[name])))
+            kind, positions = encode_positions(changed.indices, math.prod(self.shapes[name]))
             tensors[f"{name}:{kind}"] = positions
             tensors[f"{name}:{_VALUES}"] = changed.values.detach().cpu().to(_DTYPES[values])
         header = {"format": FORMAT, "shapes": json.dumps(self.shapes), "digests": json.dumps(self.digests)}

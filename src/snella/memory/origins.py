@@ -30,7 +30,7 @@ class Origin:
     Args:
         function: Computes the tensor.
         device_type: Device type of the tensor.
-        module: Module whose parameters `function` reads. Recomputation raises an error if they have changed.
+        module: Module with the parameters that `function` reads. Recomputation raises an error if they have changed.
         source: Origin of the function's first argument.
         layouts: Layout of each saved argument; `None` for exact tensors.
     """
@@ -208,7 +208,7 @@ def save_rounded(
 
 
 class _RoundedInputs(torch.autograd.Function):
-    """Output whose backward pass reruns the function on decoded inputs."""
+    """Function output; the backward pass reruns the function on decoded inputs."""
 
     @staticmethod
     def forward(ctx: Any, origin: Origin, saved: tuple[Tensor, ...], output: list[Tensor], *inputs: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ def multiply(first: Tensor, mark: Mark, second: Tensor, product: Callable[[Tenso
 
 
 class _Product(torch.autograd.Function):
-    """Product whose backward pass recomputes the first factor."""
+    """Product of two factors; the backward pass recomputes the first one."""
 
     @staticmethod
     def forward(ctx: Any, first: Tensor, second: Tensor, origin: Origin, saved: tuple[Tensor, ...]) -> Tensor:

@@ -157,7 +157,7 @@ def _is_reproducible(module: nn.Module) -> bool:
 
 def _detach_input(module: nn.Module, args: tuple[Any, ...], *, compress: Callable[[], bool]) -> tuple[Tensor] | None:
     """Forward pre-hook that detaches an input that will be saved in int8, so that the module itself saves nothing."""
-    if not _is_recorded() or len(args) != 1 or type(args[0]) is not Tensor or not compress():
+    if not _is_recorded() or len(args) != 1 or type(args[0]) is not Tensor:
         return None
     z = args[0]
     if not (z.requires_grad and z.is_floating_point() and not z.is_inference() and _is_reproducible(module)):
@@ -165,6 +165,8 @@ def _detach_input(module: nn.Module, args: tuple[Any, ...], *, compress: Callabl
     if hasattr(type(z.grad_fn), "_saved_result"):
         return None  # the preceding operation saves it anyway, e.g. ReLU
     if getattr(module, "inplace", False) or any([tensor.requires_grad for tensor in module_tensors(module).values()]):
+        return None
+    if not compress():
         return None
     detached = z.detach()
     setattr(detached, _SOURCE_ATTRIBUTE, z)

@@ -92,7 +92,7 @@ def create_segmenter(
     pretrained: bool = True,
     img_size: int | None = None,
 ) -> nn.Module:
-    """Build a backbone with a decoder; arguments and errors are those of `create_backbone` and `create_sam_segmenter`.
+    """Build a backbone with a decoder; arguments and errors as for `create_backbone` and `create_sam_segmenter`.
 
     `name` is a name for `create_backbone`, combined with a `LightDecoder`, or `sam:PATH`, a pre-trained SAM with its
     decoder.

@@ -375,11 +375,17 @@ def _read_config(path: str, options: Sequence[Option]) -> dict[str, Any]:
         raise UsageError(f"--config must be an existing YAML file, got {path!r}{similar_paths(file, most=2)}")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        json.dumps(content, default=str)  # rejects recursive settings, and names that are not strings
+        json.dumps(content, default=str)  # rejects recursive settings and names such as dates
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", None) or error
+        reasons: dict[type[Exception], str] = {
+            RecursionError: "nested too deeply",
+            TypeError: "names of settings must be strings",
+            UnicodeDecodeError: "must be a UTF-8 text file",
+            ValueError: "a setting must not contain itself",
+        }
+        reason = getattr(error, "problem", None) or reasons.get(type(error), error)
         raise UsageError(f"--config {path}{line}: {reason}; write settings as 'epochs: 20'") from None
     if not isinstance(content, dict):
         raise UsageError(f"--config {path} must contain settings such as 'epochs: 20', got {type(content).__name__}")

@@ -155,7 +155,7 @@ class RunSettings(Config):
 
 
 def command_line(settings: RunSettings, default: RunSettings, command: str) -> str:
-    """Return the command line of `command` for these settings, without options that equal those of `default`."""
+    """Return the command line of `command` for these settings; omits options with the values of `default`."""
     args, defaults = ["snella", command], default.flat()
     for name, value in settings.flat().items():
         if name in UNSTORED_FIELDS or value is None or value == defaults[name]:

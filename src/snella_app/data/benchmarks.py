@@ -1,14 +1,15 @@
 """VTAB-1k and FGVC: folder layouts, loading and validation."""
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from snella_app.console import counted
-from snella_app.data.copies import equal_files
+from snella_app.data.copies import FileDigests, equal_files
 from snella_app.data.datasets import Collection, ImageDataset, file_paths
 from snella_app.data.options import LoadOptions
 from snella_app.data.sources import FileImages
@@ -29,6 +30,7 @@ class Inspection:
         errors: Problems that make the data unusable.
         deviations: Deviations from the benchmark's numbers of images or classes; usable but not comparable.
         notes: Notes for the user.
+        digests: Digests of the compared files.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Inspection:
     errors: list[str] = field(default_factory=list)
     deviations: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    digests: FileDigests = field(default_factory=FileDigests)
 
     def add_part(self, name: str, root: Path, files: Sequence[str], labels: Sequence[int]) -> None:
         """Add a list of files below `root` with their class indices, and record duplicate and missing files."""
@@ -69,7 +72,7 @@ class Inspection:
             self.deviations.append(f"{count} classes must have images, got {len(present)}; missing: {listed(absent)}")
 
     def check_sizes(self, sizes: Mapping[str, int]) -> None:
-        """Record splits whose number of images differs from the benchmark."""
+        """Record splits with a different number of images than the benchmark."""
         self.deviations += [
             f"{name} must have {size:,} images, got {len(self.parts[name]):,}"
             for name, size in sizes.items()
@@ -94,7 +97,7 @@ class Inspection:
             names = listed(path.name for path in common)
             self.errors.append(f"{counted(len(common), 'image')} in both {first} and {second}: {names}")
             return
-        copies = [f"{other.names[a]} = {train.names[b]}" for a, b in equal_files(train, other).items()]
+        copies = [f"{other.names[a]} = {train.names[b]}" for a, b in equal_files(train, other, self.digests).items()]
         if copies:
             records = self.errors if len(copies) > _MAX_COPIES * len(other) else self.notes
             records.append(f"{len(copies)} of {len(other)} images of {second} with copies in {first}: {listed(copies)}")
@@ -132,6 +135,9 @@ class BenchmarkFamily:
         members: Datasets by name.
         layout: Expected folder layout.
         read: Function that reads and checks a dataset folder.
+        parts: Names of the training, validation and test lists.
+        is_resized_whole: See `Collection`.
+        official_joins_val: See `Collection`.
     """
 
     prefix: str
@@ -140,6 +146,9 @@ class BenchmarkFamily:
     members: Mapping[str, BenchmarkDataset]
     layout: str
     read: Callable[[Path, BenchmarkDataset], Inspection]
+    parts: tuple[str, str, str]
+    is_resized_whole: bool = False
+    official_joins_val: bool = False
 
     def find(self, name: str) -> BenchmarkDataset | None:
         """Return the dataset for a folder name, or None."""
@@ -159,12 +168,12 @@ class BenchmarkFamily:
         member = self.find(path.name)
         return path if member is None else self.locate(path.parent, member)
 
-    def load(self, path: str, *, strict_sizes: bool) -> Inspection:
+    def load(self, path: str, options: LoadOptions) -> Collection:
         """Read and check the dataset at a folder path.
 
         Args:
             path: Dataset folder, under any of its names.
-            strict_sizes: Reject deviations from the benchmark's numbers of images or classes; if False, add notes.
+            options: Only `strict_sizes` applies.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
@@ -182,16 +191,30 @@ class BenchmarkFamily:
                 f"{spec}: no folder '{folder}'; see the expected layout with `snella data check {requested.parent}`"
             )
         inspection = self.read(folder, member)
-        problems = [*inspection.errors, *(inspection.deviations if strict_sizes else [])]
+        problems = [*inspection.errors, *(inspection.deviations if options.strict_sizes else [])]
         if problems:
-            remedy = "; to use it anyway, pass strict_sizes=False" if strict_sizes and not inspection.errors else ""
+            remedy = (
+                "; to use it anyway, pass strict_sizes=False" if options.strict_sizes and not inspection.errors else ""
+            )
             raise ValueError(f"{spec} does not match the benchmark's {member.name}: {'; '.join(problems)}{remedy}")
         inspection.notes += [f"differs from the benchmark: {deviation}" for deviation in inspection.deviations]
-        return inspection
+        train, val, test = (inspection.parts.get(name) for name in self.parts)
+        return Collection(
+            inspection.name,
+            inspection.classes,
+            cast(ImageDataset, train),
+            val,
+            test,
+            has_parts=True,
+            notes=inspection.notes,
+            is_resized_whole=self.is_resized_whole,
+            official_joins_val=self.official_joins_val,
+        )
 
 
 _VTAB_LAYOUT = "TASK/{train800,val200,train800val200,test}.txt and TASK/images/{train800,val200,train800val200,test}/"
 _JOINED = "train800val200"
+_VTAB_PARTS = ("train800", "val200", "test")
 VTAB_TASKS: dict[str, BenchmarkDataset] = {
     task.name: task
     for task in (
@@ -219,22 +242,6 @@ VTAB_TASKS: dict[str, BenchmarkDataset] = {
 """VTAB-1k tasks in the order of the paper's Table XIII."""
 
 
-def load_vtab(path: str, options: LoadOptions) -> Collection:
-    """Load one VTAB-1k task: `train800` for training, `val200` for validation, and the test images."""
-    inspection = VTAB.load(path, strict_sizes=options.strict_sizes)
-    return Collection(
-        inspection.name,
-        inspection.classes,
-        inspection.parts["train800"],
-        inspection.parts["val200"],
-        inspection.parts["test"],
-        has_parts=True,
-        notes=inspection.notes,
-        is_resized_whole=True,
-        official_joins_val=True,
-    )
-
-
 def inspect_vtab(folder: Path, task: BenchmarkDataset) -> Inspection:
     """Read and check the lists of one task in its folder."""
     inspection = Inspection(task.name, folder, classes=[str(label) for label in range(task.classes)])
@@ -248,14 +255,14 @@ def inspect_vtab(folder: Path, task: BenchmarkDataset) -> Inspection:
         inspection.notes.append(
             f"{inspection.name}: train800 and val200 are the first 800 and the last 200 of {_JOINED}.txt"
         )
-    missing = [f"{name}.txt" for name in ("train800", "val200", "test") if name not in parts]
+    missing = [f"{name}.txt" for name in _VTAB_PARTS if name not in parts]
     inspection.check_missing(missing, _VTAB_LAYOUT)
     if joined is not None and not missing and joined.labels != parts["train800"].labels + parts["val200"].labels:
-        inspection.errors.append(f"{_JOINED}.txt must list the labels of train800.txt followed by those of val200.txt")
+        inspection.errors.append(f"{_JOINED}.txt must list the labels of train800.txt, then of val200.txt")
     inspection.check_classes(task.classes)
     train, val, test = task.sizes
     inspection.check_sizes({"train800": train, "val200": val, _JOINED: train + val, "test": test})
-    for first, second in (("train800", "val200"), ("train800", "test"), ("val200", "test")):
+    for first, second in itertools.combinations(_VTAB_PARTS, 2):
         inspection.check_overlap(first, second)
     return inspection
 
@@ -283,7 +290,7 @@ def _read_list(inspection: Inspection, name: str) -> None:
     inspection.add_part(name, inspection.folder, files, labels)
 
 
-VTAB = BenchmarkFamily("vtab", "VTAB-1k", "task", VTAB_TASKS, _VTAB_LAYOUT, inspect_vtab)
+VTAB = BenchmarkFamily("vtab", "VTAB-1k", "task", VTAB_TASKS, _VTAB_LAYOUT, inspect_vtab, _VTAB_PARTS, True, True)
 """VTAB-1k."""
 
 
@@ -302,21 +309,6 @@ FGVC_DATASETS: dict[str, BenchmarkDataset] = {
     )
 }
 """FGVC datasets in the order of the paper's Table I."""
-
-
-def load_fgvc(path: str, options: LoadOptions) -> Collection:
-    """Load one FGVC dataset."""
-    inspection = FGVC.load(path, strict_sizes=options.strict_sizes)
-    parts, notes = inspection.parts, inspection.notes
-    return Collection(
-        inspection.name,
-        inspection.classes,
-        parts["train"],
-        parts.get("val"),
-        parts["test"],
-        has_parts=True,
-        notes=notes,
-    )
 
 
 def inspect_fgvc(folder: Path, dataset: BenchmarkDataset) -> Inspection:
@@ -350,7 +342,7 @@ def inspect_fgvc(folder: Path, dataset: BenchmarkDataset) -> Inspection:
     else:
         inspection.check_classes(dataset.classes)
     inspection.check_sizes(sizes)
-    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
+    for first, second in itertools.combinations(_FGVC_PARTS, 2):
         inspection.check_overlap(first, second)
     return inspection
 
@@ -391,5 +383,5 @@ def _folder_names(ids: list[int], parts: list[ImageDataset]) -> list[str]:
     return [str(label) for label in ids]
 
 
-FGVC = BenchmarkFamily("fgvc", "FGVC", "dataset", FGVC_DATASETS, _FGVC_LAYOUT, inspect_fgvc)
+FGVC = BenchmarkFamily("fgvc", "FGVC", "dataset", FGVC_DATASETS, _FGVC_LAYOUT, inspect_fgvc, _FGVC_PARTS)
 """FGVC."""

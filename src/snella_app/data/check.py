@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from snella_app.console import counted
-from snella_app.data.benchmarks import FGVC, FGVC_DATASETS, VTAB, VTAB_TASKS, BenchmarkFamily, Inspection
+from snella_app.data.benchmarks import FGVC, VTAB, BenchmarkFamily, Inspection
 from snella_app.data.copies import find_duplicates
 from snella_app.data.datasets import MaskDataset, file_paths, known_metadata
 from snella_app.data.load import DataSplits, load_data
@@ -91,10 +91,11 @@ def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[Benchm
         checks = [_check_benchmark(family, path) for family, path in _benchmarks_in(root, *_subfolders(root))]
     if not checks:
         children = sorted(child.name for child in root.iterdir())
+        members = "; ".join(f"{family.title} {family.kind}s: {', '.join(family.members)}" for family in _FAMILIES)
         contents = f"it contains {listed(children)}" if children else "it is empty"
         raise ValueError(
             f"'{root}' contains no dataset ({contents}); use class folders, {root}/CLASS/image.jpg, a table, or a "
-            f"benchmark: {layouts}. VTAB-1k tasks: {', '.join(VTAB_TASKS)}; FGVC datasets: {', '.join(FGVC_DATASETS)}"
+            f"benchmark: {layouts}. {members}"
         )
     if decode:
         for inspection in (inspection for check in checks for inspection in check.inspections):

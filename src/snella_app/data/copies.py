@@ -1,7 +1,8 @@
 """Copies of images within a dataset and across splits: equal files, equal pixels and near-duplicates."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,10 @@ _CHUNK, _MAX_PAIRS = 1024, 2_000_000_000
 
 def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> list[str]:
     """Return warnings about images of the named splits that are copies of training images, exact or re-encoded."""
-    train = parts["train"]
+    train, digests = parts["train"], FileDigests()
     notes = []
     for name, part in ((name, parts[name]) for name in names if name in parts):
-        equal = equal_files(train, part)
+        equal = equal_files(train, part, digests)
         copies = {**find_near_copies(train, part), **equal}
         if copies:
             shown = listed(f"{train.names[b]!r} is {part.names[a]!r}" for a, b in sorted(copies.items()))
@@ -35,18 +36,33 @@ def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> li
     return notes
 
 
-def equal_files(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
-    """Find files with the bytes of a training image; only files whose size occurs in both datasets are read.
+class FileDigests(dict[Path, str]):
+    """SHA-256 of files by path, computed on first access."""
+
+    def __missing__(self, path: Path) -> str:
+        return self.setdefault(path, sha256_of(path))
+
+
+def equal_files(train: ImageDataset, others: ImageDataset, digests: FileDigests) -> dict[int, int]:
+    """Find files that are byte-identical to a training image; hashes only files of a size found in both datasets.
 
     Returns:
         Position of the training image by position in `others`.
     """
     paths = [file_paths(images) for images in (train, others)]
     sizes = [{p: path.stat().st_size for p, path in group.items() if path.is_file()} for group in paths]
-    shared = set(sizes[0].values()) & set(sizes[1].values())
-    train_positions = {sha256_of(paths[0][p]): p for p, size in sizes[0].items() if size in shared}
-    digests = {p: sha256_of(paths[1][p]) for p, size in sizes[1].items() if size in shared}
-    return {p: train_positions[digest] for p, digest in digests.items() if digest in train_positions}
+    return _match(sizes, lambda dataset, position: digests[paths[dataset][position]])
+
+
+def _match(keys: Sequence[Mapping[int, Any]], digest: Callable[[int, int], Any]) -> dict[int, int]:
+    """Match positions of two datasets with equal keys and digests; computes digests only for keys found in both."""
+    shared = set(keys[0].values()) & set(keys[1].values())
+    train, others = (
+        {position: digest(dataset, position) for position, key in group.items() if key in shared}
+        for dataset, group in enumerate(keys)
+    )
+    train_positions = {value: position for position, value in train.items()}
+    return {position: train_positions[value] for position, value in others.items() if value in train_positions}
 
 
 def find_duplicates(images: ImageDataset) -> list[list[int]]:
@@ -62,7 +78,7 @@ def find_duplicates(images: ImageDataset) -> list[list[int]]:
 
 
 def find_equal_images(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
-    """Find images whose pixels equal a training image, independent of file format.
+    """Find images with the same pixels as a training image, independent of file format.
 
     Returns:
         Position of the training image by position in `others`.
@@ -73,10 +89,7 @@ def find_equal_images(train: ImageDataset, others: ImageDataset) -> dict[int, in
     ]
     if len(keys[0]) < len(train) or len(keys[1]) < len(others):  # not inspected: compare all images
         keys = [dict.fromkeys(range(len(images))) for images in (train, others)]
-    shared = set(keys[0].values()) & set(keys[1].values())
-    train_positions = {_pixel_digest(train, position): position for position, key in keys[0].items() if key in shared}
-    digests = {position: _pixel_digest(others, position) for position, key in keys[1].items() if key in shared}
-    return {position: train_positions[digest] for position, digest in digests.items() if digest in train_positions}
+    return _match(keys, lambda dataset, position: _pixel_digest((train, others)[dataset], position))
 
 
 def _pixel_digest(images: ImageDataset, position: int) -> bytes:

@@ -27,12 +27,12 @@ starts Ghostscript."""
 _MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
 """Limit for TIFF and array files; Pillow has its own limit for other formats."""
 _STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")
-"""Magic bytes of common formats; those of TIFF and BMP are ambiguous."""
+"""Magic bytes of common formats; TIFF and BMP are ambiguous."""
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 HEIC_HINT = "HEIC images need pillow-heif: pip install 'snella[heic]', or save them as JPEG"
 _NUMPY_START = b"\x93NUMPY"
 _REDUCIBLE = ("L", "RGB", "CMYK", "YCbCr")
-"""Pillow modes whose values can be averaged."""
+"""Pillow modes with values that can be averaged."""
 _PILLOW_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 _THUMBNAIL_SIDE = 16
 _DRAFT = (256, 256)
@@ -211,7 +211,7 @@ def has_heic() -> bool:
 
 
 def _start_of(file: File) -> bytes:
-    """Return the first bytes of a stream, whose position is unchanged, or of a file; empty for unreadable files."""
+    """Return the first bytes of a file or stream, without moving the stream; empty for unreadable files."""
     if not isinstance(file, str | Path):
         start = file.read(12)
         file.seek(0)

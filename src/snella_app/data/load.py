@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from snella_app.console import counted
-from snella_app.data.benchmarks import FGVC, VTAB, load_fgvc, load_vtab
+from snella_app.data.benchmarks import FGVC, VTAB
 from snella_app.data.copies import copy_warnings
 from snella_app.data.datasets import Collection, ImageDataset, Target, joined, known_metadata
 from snella_app.data.folder import load_folder
@@ -26,7 +26,7 @@ from snella_app.data.options import DEFAULT_OPTIONS, LoadOptions, TargetKind
 from snella_app.data.splits import fold_split, grouped_split, stratified_sample, stratified_split
 from snella_app.data.table import load_table
 from snella_app.plugins import plugins
-from snella_app.text import listed, similar_paths
+from snella_app.text import listed, similar_paths, split_text
 
 _DARK = 0.25
 """Fraction of the range that triggers the warning about dark 16-bit images."""
@@ -41,8 +41,8 @@ _READERS: dict[str, Callable[[str, LoadOptions], Collection]] = {
     "parquet:": partial(load_table, kind="parquet"),
     "hf:": load_hf,
     "wds:": load_wds,
-    "vtab:": load_vtab,
-    "fgvc:": load_fgvc,
+    "vtab:": VTAB.load,
+    "fgvc:": FGVC.load,
 }
 """Readers by prefix; each takes the text after the colon. Errors: FileNotFoundError for missing data, ValueError for
 unusable data with all problems in one message, ImportError for a missing package."""
@@ -350,10 +350,9 @@ def _missing_class_warnings(splits: DataSplits, target: TargetKind) -> list[str]
             present = {name for labels in images.annotations.targets or [] for name in cast(tuple[str, ...], labels)}
         absent = [repr(name) for name in names if name not in present]
         if absent:
-            part_name = {"train": "training", "val": "validation"}.get(part, part)
             subject = f"{noun} {absent[0]} has" if len(absent) == 1 else f"{len(absent)} {plural} have"
             named = "" if len(absent) == 1 else f": {listed(absent)}"
-            notes.append(f"{subject} no {part_name} images{named}; {remedies[part]}")
+            notes.append(f"{subject} no {split_text(part)} images{named}; {remedies[part]}")
     return notes
 
 

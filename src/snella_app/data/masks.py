@@ -84,11 +84,14 @@ def collect_masks(
     all_pairs = [pair for split_pairs in pairs.values() for pair in split_pairs]
     checks = dict(zip(all_pairs, decode_all(_check_pair, all_pairs), strict=True))
     masks = {pair: pair.mask.relative_to(root).as_posix() for pair in all_pairs}
-    broken = [check for check in checks.values() if isinstance(check, str)]
+    broken = {
+        pair.image.relative_to(root).as_posix(): check for pair, check in checks.items() if isinstance(check, str)
+    }
     good = {pair: check for pair, check in checks.items() if not isinstance(check, str)}
     notes: list[str] = []
     if broken:
-        text = f"{counted(len(broken), 'pair')} with an unreadable file: {listed(broken)}"
+        named = listed(f"{name} ({reason})" for name, reason in broken.items())
+        text = f"{counted(len(broken), 'pair')} with an unreadable file: {named}"
         if skip_corrupt:
             notes.append(f"skipped {text}")
         else:
@@ -134,7 +137,7 @@ def collect_masks(
         part_masks = FileMasks([pair.mask for pair in split_pairs], is_white_foreground=is_white)
         names = [pair.image.relative_to(root).as_posix() for pair in split_pairs]
         parts[part] = MaskDataset(images, part_masks, range(len(names)), names)
-    return Collection(root.name, classes, **parts, notes=notes, strata=MASK_STRATA)
+    return Collection(root.name, classes, **parts, notes=notes, strata=MASK_STRATA, broken=broken)
 
 
 def find_pairs(folder: Path, root: Path, errors: list[str]) -> list[MaskPair]:

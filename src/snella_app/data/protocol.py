@@ -16,7 +16,7 @@ _OFFICIAL_CROP_PCT = 0.875
 
 @dataclass(frozen=True)
 class RunProtocol:
-    """Protocol for selecting the epoch whose adapter is saved.
+    """Protocol that selects the saved epoch.
 
     Attributes:
         name: Value of `--protocol`.

@@ -49,7 +49,7 @@ def grouped_split(
     scikit-learn's `StratifiedGroupKFold` creates folds; the number of selected folds approximates the fraction. A
     class's only group is never split off, so that every class has training images.
 
-    Arguments and results are those of `stratified_split`.
+    Arguments and return value as for `stratified_split`.
 
     Raises:
         ValueError: If fewer than two groups can be split.
@@ -83,7 +83,7 @@ def fold_split(
 ) -> tuple[list[int], list[int]]:
     """Split off cross-validation fold `fold`, counted from 1, stratified by class; groups stay together.
 
-    Arguments and results are those of `stratified_split`.
+    Arguments and return value as for `stratified_split`.
 
     Raises:
         ValueError: If a class has fewer images than folds, or there are fewer groups than folds.

@@ -197,7 +197,7 @@ def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:
 
 
 def outside_reason(path: Path, roots: Sequence[Path]) -> str:
-    """Return the reason a row may not reference a file, whose links are resolved; empty for files below `roots`."""
+    """Return why a row may not reference a file, after resolving links; empty for files below `roots`."""
     try:
         resolved = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # e.g. a link cycle or a NUL byte

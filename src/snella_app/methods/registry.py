@@ -129,7 +129,7 @@ def restore_method(
 ) -> nn.Module:
     """Rebuild the model structure of `build_method` without training data; values are not loaded.
 
-    Arguments and errors are those of `build_method`; `tensors` are the saved tensors by name.
+    Arguments and errors as for `build_method`; `tensors` are the saved tensors by name.
 
     Raises:
         AdapterFileError: If the tensors do not fit the model.

@@ -67,7 +67,7 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
         backbone: Model that the adapter was trained on, with a head for the same number of classes; changed in place.
 
     Returns:
-        The model in evaluation mode; its outputs are bit-identical to those of the saved model.
+        The model in evaluation mode; its outputs are bit-identical to the saved model's.
 
     Raises:
         FileNotFoundError: If the folder contains no adapter.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 from snella_app.records.record import OPTIONAL, Float, Record
+from snella_app.text import split_text
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class SplitPredictions(Record):
     @property
     def split_name(self) -> str:
         """Human-readable name of the split."""
-        return "validation" if self.split == "val" else self.split
+        return split_text(self.split)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Result records: scores by task, rows of comparisons, and evaluations of image and text generators."""
+"""Result records: scores by task, and rows of comparisons."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from snella_app.files import check_files
 from snella_app.records.record import FORMAT, OPTIONAL, Float, Record
 from snella_app.records.results import SplitScores
+from snella_app.text import split_text
 
 Status = Literal["running", "interrupted", "failed", "finished"]
 
@@ -144,7 +145,7 @@ class Calibration:
         if not self.reliability:
             return ""
         last = self.reliability[-1]
-        images = f"{'validation' if last.split == 'val' else last.split} images"
+        images = f"{split_text(last.split)} images"
         change = f"expected calibration error {100 * last.ece_before:.1f}% without it, {100 * last.ece:.1f}% with it"
         if last.is_better:
             return f"The temperature helped on the {last.count} {images}: {change}."

@@ -285,7 +285,7 @@ def has_importance(allocation: Allocation) -> bool:
 def importance_curves(allocation: Allocation, epochs: int | None) -> Figure:
     """Draw the importance of each matrix (faint) and the mean of each matrix type (strong) on a log scale.
 
-    Zero and non-finite values leave gaps. Arguments are those of `budget_curve`.
+    Zero and non-finite values leave gaps. Arguments as for `budget_curve`.
     """
     figure, axes = new_figure(760, 400, "Importance")
     times = _times(allocation, epochs)

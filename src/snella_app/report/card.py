@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from snella_app.records import MaskScores, Metrics, RunInfo, read, read_if_present
-from snella_app.text import count_text, plain_text, seconds_text
+from snella_app.text import count_text, plain_text, seconds_text, split_text
 
 _MAX_CLASSES = 60
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -23,7 +23,6 @@ _SELECTION = {
     "val": "The best epoch was selected on the validation images; the test images were evaluated once.",
     None: "These are the results of the last epoch; no epoch was selected.",
 }
-_SPLITS = {"train": "training", "val": "validation"}
 _LICENSE = "# license: fill in, e.g. apache-2.0; the licenses of the backbone weights and the images limit the choice"
 
 
@@ -134,7 +133,7 @@ def _results_table(metrics: Metrics | None) -> str:
 
 def _data(info: RunInfo) -> list[tuple[str, str]]:
     """Return data description, image counts, preprocessing and notes."""
-    sizes = ", ".join(f"{_SPLITS.get(part, part)} {count_text(size)}" for part, size in info.data.sizes.items())
+    sizes = ", ".join(f"{split_text(part)} {count_text(size)}" for part, size in info.data.sizes.items())
     preprocessing = {name: info.data_config[name] for name in _PREPROCESSING if name in info.data_config}
     return [
         ("Data", _escape(info.data.description or info.data.spec)),

@@ -45,7 +45,7 @@ from snella_app.report.style import (
     shortened,
     text_on,
 )
-from snella_app.text import count_text, measure_text, percent_text
+from snella_app.text import count_text, measure_text, percent_text, split_text
 
 MAX_NUMBERED_CLASSES = 50
 """Maximum number of classes for which a confusion matrix shows counts."""
@@ -202,7 +202,6 @@ def _bar_axes(rows: Sequence[MethodResult], title: str) -> tuple[Figure, Axes]:
 
 
 _MAX_CURVES, _MAX_CONFUSED = 6, 5
-_SPLITS = {"val": "validation"}
 _SQUARE = (FIGURE_SIZE[1], FIGURE_SIZE[1])
 
 
@@ -301,7 +300,7 @@ def calibration_section(info: RunInfo, predictions: Predictions) -> dict[str, An
         "temperature": f"{calibration.temperature:.3g}",
         "verdict": calibration.verdict,
         "tendency": "overconfident" if calibration.temperature > 1 else "underconfident",
-        "rows": [{"split": _SPLITS.get(r.split, r.split), "values": r} for r in calibration.reliability],
+        "rows": [{"split": split_text(r.split), "values": r} for r in calibration.reliability],
         "threshold": calibration.threshold,
         "coverage": calibration.coverage,
         "accuracy": calibration.accuracy,
@@ -333,7 +332,7 @@ def ranking_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] |
 
 def reliability_curve(reliability: Reliability) -> Figure:
     """Draw accuracy against confidence with and without temperature scaling; dot areas are image counts."""
-    figure, axes = new_figure(*_SQUARE, f"Reliability on {_SPLITS.get(reliability.split, reliability.split)}")
+    figure, axes = new_figure(*_SQUARE, f"Reliability on {split_text(reliability.split)}")
     handles = [axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=DASHED)[0]]
     labels = ["perfectly calibrated"]
     for name, bins, color in (

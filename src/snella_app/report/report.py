@@ -293,7 +293,7 @@ def _class_predictions(folder: Path, info: RunInfo) -> Predictions:
 
 
 def examples_section(info: RunInfo, predictions: Predictions, images: ImageSource | None) -> dict[str, Any] | None:
-    """Return sample images with calibrated predictions, like those of `snella predict`."""
+    """Return sample images with calibrated predictions, as from `snella predict`."""
     if not predictions.items:
         return None
     if info.calibration is not None:

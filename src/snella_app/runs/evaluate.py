@@ -123,7 +123,7 @@ def evaluate(
 def _training_note(
     loaded: LoadedRun, run_splits: DataSplits | None, parts: Sequence[ImageDataset], split: Split
 ) -> str | None:
-    """Return a note on evaluated images whose pixels match training images; `run_splits` is None for other data."""
+    """Return a note on evaluated images that are also training images; `run_splits` is None for other data."""
     if run_splits is not None and split in ("val", "test") and not isinstance(loaded.model, Ensemble):
         if split == "val" and loaded.probe is not None:
             return (
@@ -222,7 +222,7 @@ def images_for_run(
     skip_corrupt: bool = False,
     columns: str | None = None,
 ) -> tuple[DataSplits, Split, list[ImageDataset]]:
-    """Load the images to evaluate a run on, with its transform; arguments and errors are those of `evaluate`.
+    """Load the images to evaluate a run on, with its transform; arguments and errors as for `evaluate`.
 
     Returns:
         Splits of the data, name of the selected split, and its datasets.
@@ -318,7 +318,7 @@ def _run_model(
     batch_size: int,
     console: Console | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the reduced outputs and the labels of all images, on the CPU; `classes` are those of the data."""
+    """Return the reduced outputs and the labels of all images, on the CPU; `classes` are the classes of the data."""
     unknown = [name for name in classes if name not in loaded.classes]
     if unknown:
         raise ValueError(

@@ -22,6 +22,7 @@ from snella_app.data import read_image
 from snella_app.data.datasets import file_paths, read_at_side
 from snella_app.files import annotate_write_errors, create_folder, sync_tree, write_json, write_text
 from snella_app.methods import merge_trained
+from snella_app.methods.model_parts import base_model
 from snella_app.records import RunInfo
 from snella_app.report.card import model_card
 from snella_app.runs.graphs import (
@@ -402,10 +403,9 @@ def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> tupl
 
 def _tuner_layers(model: nn.Module) -> dict[str, Any]:
     """Return the adapted PEFT layers by their names in the backbone."""
-    inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
     return {
         name: module
-        for name, module in inner.named_modules()
+        for name, module in base_model(model).named_modules()
         if isinstance(module, BaseTunerLayer) and hasattr(module, "get_delta_weight")
     }
 

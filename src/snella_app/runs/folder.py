@@ -25,8 +25,7 @@ def adapter_digest(folder: Path) -> str:
     """Return the first 16 hex digits of the SHA-256 of the weights in `RUN/adapter`, to match results with weights."""
     total = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+        total.update(bytes.fromhex(sha256_of(path)))
     return total.hexdigest()[:16]
 
 

@@ -102,7 +102,7 @@ def export_onnx(model: nn.Module, example: Tensor, metadata: dict[str, Any], out
 
 
 def export_torchscript(model: nn.Module, example: Tensor, metadata: dict[str, Any], *_: Any) -> Graph:
-    """Export a model to TorchScript; arguments are those of `export_onnx`."""
+    """Export a model to TorchScript; arguments as for `export_onnx`."""
     file = io.BytesIO()
     with torch.no_grad():
         torch.jit.save(torch.jit.trace(model, example), file, _extra_files=metadata)
@@ -111,7 +111,7 @@ def export_torchscript(model: nn.Module, example: Tensor, metadata: dict[str, An
 
 
 def export_torch(model: nn.Module, example: Tensor, metadata: dict[str, Any], *_: Any) -> Graph:
-    """Export a model with `torch.export`; arguments are those of `export_onnx`."""
+    """Export a model with `torch.export`; arguments as for `export_onnx`."""
     file = io.BytesIO()
     program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, file, extra_files=metadata)
@@ -128,7 +128,7 @@ def _torch_graph(runtime: str, file: io.BytesIO, run: Callable[[Tensor], Tensor]
 
 
 def compare_outputs(graph: Graph, model: nn.Module, images: Tensor) -> str:
-    """Compare the outputs of a graph with those of the model, on all images and on batches of one and two.
+    """Compare the outputs of a graph and the model on all images and on batches of one and two.
 
     Returns:
         Largest difference, as a note.

@@ -38,7 +38,7 @@ def split_inputs(
     """Split inputs into single images.
 
     `images` is one image, or several: a folder, a pattern, a table of files, a batch as a 4-dim array or tensor, or an
-    iterable of any of these. The other arguments are those of `expand`.
+    iterable of any of these. The other arguments are as for `expand`.
 
     Returns:
         List of images, and True if the input was a single image.

@@ -50,7 +50,7 @@ def is_same_split(data: DataInfo, splits: DataSplits) -> bool:
 
 
 def changed_splits(data: DataInfo, splits: DataSplits, names: Collection[str]) -> list[str]:
-    """Return the splits whose image contents differ from the digests stored by a run."""
+    """Return the splits with images that changed since the run, by SHA-256."""
     digests = content_digests(splits, set(names) & set(data.contents))
     return [name for name, digest in digests.items() if digest != data.contents[name]]
 

@@ -40,7 +40,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
     of `snella_app.backbones.create_segmenter`: `encoder.…` (names of the backbone, without a head) and `decoder.…`;
     `load_merged` loads the model.
 
-    Outputs equal those of the adapted model. With SNELLA they are bit-identical, since its layers compute with the
+    The outputs match the adapted model. With SNELLA, they are bit-identical, since its layers compute with the
     effective weight. The temperature is not merged; it is stored in the metadata and in `config.json`.
 
     Args:

@@ -159,7 +159,7 @@ class Predictor:
         """Yield the predictions of single images one by one; stores the masks of only one batch.
 
         `on_skipped` is called with each skipped image and the reason, `on_features` with the features of each image
-        before its prediction is yielded. The other arguments are those of `predict`.
+        before its prediction is yielded. The other arguments are as for `predict`.
         """
         threshold = self.resolve_threshold(tta, unsure)
         for paths, originals, tensors in self._batches(images, skip_corrupt, on_skipped):

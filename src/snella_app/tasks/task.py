@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from snella_app.backbones import create_backbone
 from snella_app.data import ImageDataset, MaskDataset
+from snella_app.data.options import TargetKind
 from snella_app.records import LabelSetPredictions, MaskPredictions, NumberPredictions, Predictions
 from snella_app.report.examples import ImageSource
 from snella_app.tasks import predictions as image_outputs
 from snella_app.tasks.losses import full_precision
 from snella_app.text import listed, nearest
-
-TargetKind = Literal["class", "labels", "numbers"]
 
 
 class Task(ABC):

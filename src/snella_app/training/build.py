@@ -152,7 +152,7 @@ class RunComponents:
 def load(
     config: DataConfig, optim: OptimConfig, run: RunConfig, console: Console | None = None, source: Any = None
 ) -> LoadedData:
-    """Load the images, or those of the dataset object `source`, and create the task.
+    """Load the images, from the dataset object `source` if given, and create the task.
 
     Raises:
         ValueError: If the batch size exceeds the number of training images, or data and task do not fit together.

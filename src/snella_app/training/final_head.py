@@ -16,7 +16,7 @@ from snella_app.tasks.linear_fit import fit_head
 from snella_app.training.build import RunComponents
 from snella_app.training.linear_probe import is_clearly_better, original_images
 
-INVERSE_PENALTY = 0.01
+_INVERSE_PENALTY = 0.01
 """Weight C of the summed loss relative to `‖W‖²/2`, for standardized features."""
 _ITERATIONS = 100
 _EPS = 1e-6
@@ -146,7 +146,7 @@ def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int) -> tuple[Te
     inputs = (features - mean) / std
     labels = torch.cat([measured.labels] * count).to(inputs.device)
     weights = None if measured.weights is None else torch.cat([measured.weights] * count).to(inputs.device)
-    penalty = 1 / (2 * INVERSE_PENALTY * len(inputs))
+    penalty = 1 / (2 * _INVERSE_PENALTY * len(inputs))
     weight, bias = fit_head(inputs, outputs, lambda logits: task.loss(logits, labels, weights), penalty, _ITERATIONS)
     weight = weight / std
     return weight, bias - weight @ mean

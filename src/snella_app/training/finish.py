@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -200,7 +200,7 @@ def _print_results(
 ) -> None:
     """Print the selected epoch, its results and the sparsity of the adapter."""
     parts, protocol, epochs = trainer.parts, trainer.protocol, trainer.plan.optim.epochs
-    best, averaged, head = best_epoch(trainer.history, trainer.selection_score), metrics.averaged, metrics.final_head
+    best, averaged, head = cast(int, metrics.best_epoch), metrics.averaged, metrics.final_head
     if trainer.has_stopped_early and (last := trainer.history[-1]["epoch"]) < epochs:
         print_line(console, f"stopped after epoch {last} of {epochs}")
     if averaged is not None:

@@ -112,7 +112,7 @@ def extract_features(
 ) -> Tensor:
     """Compute features of images in evaluation mode, float32, `[images, width]`.
 
-    The features are pooled, on the CPU, or with `layers` those of `layer_features`, on the model's device.
+    Without `layers`, returns pooled features on the CPU; with `layers`, `layer_features` on the model's device.
     """
     base: Any = base_model(parts.model)
     device, was_training = next(parts.model.parameters()).device, parts.model.training
@@ -131,10 +131,9 @@ def extract_features(
 @torch.no_grad()
 def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int) -> NDArray[np.float32]:
     """Return the inputs to the head of a model from `build_method`, `[images, width]`, in evaluation mode."""
-    head = spec_of(model).head
-    heads = [module for name, module in model.named_modules() if name == head or name.endswith(f".model.{head}")]
+    _, head = base_and_head(model)
     seen: list[Tensor] = []
-    handle = heads[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
+    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
     device = next(model.parameters()).device
     model.eval()
     try:

@@ -171,7 +171,7 @@ class _LargestSize:
 def _largest_size(
     sizes: Sequence[int], seconds_at: Callable[[int], float], allowed_s: Callable[[], float]
 ) -> _LargestSize:
-    """Find the largest of some ascending sizes whose time is within the allowed time, to within 15%."""
+    """Find the largest of the ascending sizes that fits the allowed time, to within 15%."""
     # starts at the smallest size, since a step at the largest may exceed the budget; the next size is the largest that
     # would fit if time were proportional to the number of pixels
     seconds: dict[int, float] = {}

@@ -23,6 +23,7 @@ from snella_app.device import autocast, choose_device
 from snella_app.methods import method_of, save_trained
 from snella_app.records import AveragedEpochs
 from snella_app.runs.folder import RunFolder
+from snella_app.text import split_text
 from snella_app.training.build import RunComponents, epoch_sampler
 from snella_app.training.callbacks import EpochSnapshots, WeightAverage
 from snella_app.training.checkpoints import CheckpointingTrainer, base_training_arguments, convert_write_errors
@@ -267,8 +268,7 @@ class SnellaTrainer(CheckpointingTrainer):
         """Evaluate images of the selection split."""
         scores = self.task.metrics(*self.outputs(images))
         if not math.isfinite(scores["loss"]):
-            part = "test" if self.protocol.selected_on == "test" else "validation"
-            raise self._not_finite(f"the {part} loss", scores["loss"])
+            raise self._not_finite(f"the {split_text(self.protocol.selected_on or 'val')} loss", scores["loss"])
         return self.protocol.with_split_prefix({"val_loss": scores["loss"], **self.task.epoch_row(scores)})
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -116,9 +116,14 @@ def effective_rank(values: Tensor) -> float:
     return float(torch.special.entr(values / values.sum()).sum().exp()) if values.any() else 0.0
 
 
-def rank_row(update: Tensor) -> dict[str, Any]:
-    """Return size, density, norms and ranks of an update; `rank` counts singular values above float32 precision."""
-    values = torch.linalg.svdvals(update.double())
+def rank_row(update: Tensor, values: Tensor | None = None) -> dict[str, Any]:
+    """Return size, density, norms and ranks of an update; `rank` counts singular values above float32 precision.
+
+    Args:
+        update: Update, `[m, n]`.
+        values: Its singular values in float64, if known.
+    """
+    values = torch.linalg.svdvals(update.double()) if values is None else values
     largest = float(values[0])
     tolerance = largest * max(update.shape) * torch.finfo(torch.float32).eps
     return {
@@ -151,15 +156,20 @@ def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plo
     run_updates = [read_updates(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
     name = choose_matrix(run_updates, matrix)
     updates = {run.label: run.make(name) for run in run_updates}
-    rows = [{"run": label, "matrix": name, **rank_row(value)} for label, value in updates.items()]
+    singular = {label: torch.linalg.svdvals(value.double()) for label, value in updates.items()}
+    measured = {label: rank_row(value, singular[label]) for label, value in updates.items()}
+    rows = [{"run": label, "matrix": name, **row} for label, row in measured.items()]
     spectrum = [
         {"run": label, "matrix": name, "index": index, "singular_value": value}
-        for label, matrix_update in updates.items()
-        for index, value in enumerate(torch.linalg.svdvals(matrix_update.double()).tolist(), start=1)
+        for label, values in singular.items()
+        for index, value in enumerate(values.tolist(), start=1)
     ]
     same_type = [other for other in run_updates[0].shapes if _without_numbers(other) == _without_numbers(name)]
     ranks = [
-        {"run": run.label, "matrix": other, "position": position, **rank_row(run.make(other))}
+        {
+            **{"run": run.label, "matrix": other, "position": position},
+            **(measured[run.label] if other == name else rank_row(run.make(other))),
+        }
         for run in run_updates
         for position, other in enumerate(same_type)
         if other in run.shapes

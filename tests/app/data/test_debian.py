@@ -39,7 +39,7 @@ def test_fashion_mnist_has_its_official_test_split(monkeypatch):
     assert data.test.names[7] == "fashion-mnist/test/7" and data.val.names[0].startswith("fashion-mnist/train/")
 
 
-def test_the_environment_variable_sets_the_folder(fashion):
+def test_the_validation_split_is_taken_from_the_training_images(fashion):
     data = load_data("fashion-mnist", LoadOptions(val_fraction=0.25))
     assert (len(data.train), len(data.val), len(data.test)) == (30, 10, 10)
 

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from snella_app.data import LoadOptions, load_data
+from snella_app.data.check import check_data
 from snella_app.data.images import read_label_map
 
 from .mask_folders import write_pairs
@@ -121,6 +122,16 @@ def test_skip_corrupt_skips_broken_pairs(tmp_path):
     data = load_data(f"masks:{root}", LoadOptions(skip_corrupt=True))
     assert len(data.train) + len(data.val) + len(data.test) == 8
     assert any("skipped 1 pair with an unreadable file" in note and "003.png" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("skip_corrupt", [False, True])
+def test_data_check_counts_unreadable_pairs(skip_corrupt, tmp_path):
+    root = write_pairs(tmp_path / "m", 9)
+    (root / "masks" / "003.png").write_bytes(b"no image")
+    check = check_data(f"masks:{root}", LoadOptions(skip_corrupt=skip_corrupt))
+    found, other = (check.notes, check.errors) if skip_corrupt else (check.errors, check.notes)
+    assert len(found) == 1 and "1 unusable image" in found[0] and "003.png" in found[0]
+    assert not other
 
 
 def test_labels_beyond_the_named_classes_are_rejected(tmp_path):

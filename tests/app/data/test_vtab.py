@@ -105,7 +105,7 @@ def test_all_errors_are_reported_in_one_message(kitti):
         "images/test/000003.jpg, images/test/000004.jpg",
         "labels must be in 0 … 3, train800 has 7",
         "val200 has 1 duplicate file: images/val200/000000.jpg",
-        "train800val200.txt must list the labels of train800.txt followed by those of val200.txt",
+        "train800val200.txt must list the labels of train800.txt, then of val200.txt",
     ):
         assert part in str(caught.value)
     assert "strict_sizes" not in str(caught.value)

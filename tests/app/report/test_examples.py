@@ -61,5 +61,5 @@ def test_null_segmentation_metrics_are_read_as_nan(tmp_path):
 def test_a_metric_of_the_wrong_type_is_rejected(tmp_path):
     metrics = {"trainable_parameters": 7, "val": {"dice": 0.5, "iou": "high"}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(ValueError, match=r"val: 'iou' must be a valid number, .*, got 'high'"):
+    with pytest.raises(ValueError, match=r"val: 'iou' must be a valid number, got 'high'"):
         read(Metrics, tmp_path)

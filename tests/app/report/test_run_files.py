@@ -133,7 +133,8 @@ def test_a_file_name_that_is_not_utf8_is_read(run):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train_s": "fast"}, "'train_s' must be a valid number.*, got 'fast'"),
+        ({"train_s": True}, "'train_s' must be a valid number.*, got True"),
+        ({"train_s": "0.5"}, "'train_s' must be a valid number.*, got '0.5'"),
         (
             {"val": {"accuracy": 0.5, "confusion": [[1, 2], [3]]}},
             r"val: confusion must be square, got 2 rows of lengths \[1, 2\]",

@@ -18,6 +18,15 @@ def test_the_focal_loss_matches_its_formula():
     p = LOGITS.softmax(1)
     expected = torch.stack([-((1 - p[0, 0]) ** 2) * p[0, 0].log(), -((1 - p[1, 2]) ** 2) * p[1, 2].log()])
     assert torch.allclose(focal(LOGITS, LABELS), expected)
+    uniform = torch.stack([focal(LOGITS, torch.full((2,), label)) for label in range(3)]).mean(0)
+    assert torch.allclose(focal(LOGITS, LABELS, 0.3), 0.7 * expected + 0.3 * uniform)
+
+
+def test_cross_entropy_smooths_labels():
+    task = ClassificationTask(tuple("abc"), label_smoothing=0.3)
+    log_p = LOGITS.log_softmax(1)
+    expected = -(0.7 * log_p[[0, 1], LABELS] + 0.3 * log_p.mean(1)).mean()
+    assert torch.allclose(task.loss(LOGITS, LABELS), expected)
 
 
 def test_the_logit_adjustment_adds_log_priors():

@@ -328,7 +328,7 @@ def test_a_difference_of_a_few_images_is_not_clear():
         return logits, labels
 
     assert not is_clearly_worse(task, outputs(3), outputs(0))
-    assert not is_clearly_worse(task, outputs(8), outputs(0)) and is_clearly_worse(task, outputs(12), outputs(0))
+    assert not is_clearly_worse(task, outputs(9), outputs(0)) and is_clearly_worse(task, outputs(10), outputs(0))
     assert not is_clearly_worse(task, outputs(0), outputs(6))
 
 

@@ -1,6 +1,7 @@
 """Linear probes on cached features give the same results as on images."""
 
 import time
+from unittest import mock
 
 import pytest
 import timm
@@ -12,8 +13,7 @@ from snella_app.training import train as running_module
 from snella_app.training.linear_probe import cache_features, can_cache_features
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
-
-from .components import interrupt_before
+from snella_app.training.trainer import SnellaTrainer
 
 LINEAR = {"method": "linear", "method_options": {}, "augment": "none", "epochs": 3, "final_head": "trained"}
 
@@ -64,10 +64,20 @@ def test_the_training_time_includes_feature_extraction(settings, monkeypatch, no
     assert train(settings(**LINEAR)).read_json("metrics.json")["train_s"] > 1.5
 
 
-def test_an_interrupted_probe_resumes_to_the_same_result(settings, tmp_path, no_report):
+def test_a_probe_interrupted_during_validation_resumes_to_the_same_result(settings, tmp_path, no_report):
     expected = train(settings(out=str(tmp_path / "uninterrupted"), **LINEAR)).read_json("metrics.json")
     config = settings(out=str(tmp_path / "cut"), **LINEAR)
-    with interrupt_before(6, presses=2), pytest.raises(TrainingInterrupted, match="checkpoint-4"):
+    evaluate = SnellaTrainer.evaluate
+
+    def interrupt_in_the_second_epoch(trainer, *args, **kwargs):
+        if trainer.history:
+            raise KeyboardInterrupt
+        return evaluate(trainer, *args, **kwargs)
+
+    with (
+        mock.patch.object(SnellaTrainer, "evaluate", interrupt_in_the_second_epoch),
+        pytest.raises(TrainingInterrupted),
+    ):
         train(config)
     resumed = train(TrainConfig.from_flat(out=config.run.out, resume=True, progress=False)).read_json("metrics.json")
     assert resumed["test"] == expected["test"]

@@ -262,8 +262,8 @@ def test_memory_is_drawn_versus_model_size(tmp_path):
 
 @pytest.mark.parametrize("out", [["--out", "elsewhere/rows.jsonl"], ["--out=elsewhere/rows.jsonl"]])
 def test_command_in_a_row_excludes_the_output_path(out, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["benchmarks/bench.py", "--rounds", "2", *out, "--r", "8"])
-    assert conditions("cpu")["command"] == "bench.py --rounds 2 --r 8"
+    monkeypatch.setattr("sys.argv", ["benchmarks/step_time.py", "--rounds", "2", *out, "--r", "8"])
+    assert conditions("cpu")["command"] == "step_time.py --rounds 2 --r 8"
 
 
 def test_command_in_a_row_excludes_folders_of_absolute_paths(monkeypatch):

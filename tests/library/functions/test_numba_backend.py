@@ -124,7 +124,7 @@ def test_stale_disk_cache_is_removed(tmp_path):
 
 
 def select_threshold(value, budget):
-    """Select the threshold of a matrix, with the histogram that `merge_and_count` computes."""
+    """Select the threshold of a matrix from its histogram."""
     width, blocks = numba_backend._blocks(value.shape)
     bins = (np.abs(value).view(np.int32) >> loops._HISTOGRAM_SHIFT) - loops._FIRST_BIN
     bins = bins.clip(0, loops.HISTOGRAM_BINS - 1)

@@ -536,7 +536,7 @@ def test_other_torchao_tensors_raise_with_name():
     quantize_(layer, Float8WeightOnlyConfig(set_inductor_config=False))
     with pytest.raises(
         NotImplementedError,
-        match=r"'lin', a Linear whose weight is a Float8Tensor of torchao: requantization is not supported",
+        match=r"'lin', a Linear with a torchao weight of type Float8Tensor: requantization is not supported",
     ):
         wrap(layer)
     layer = nn.Linear(N, M)

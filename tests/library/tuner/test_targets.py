@@ -200,7 +200,7 @@ def test_layer_norm_target_raises(mlp):
 def test_integer_weight_raises():
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(NotImplementedError, match=r"matches '0', a Linear whose weight is torch\.int8"):
+    with pytest.raises(NotImplementedError, match=r"matches '0', a Linear with a torch\.int8 weight"):
         get_peft_model(model, SnellaConfig(target_modules=["0"]))
 
 

@@ -80,3 +80,17 @@ def test_missing_bfloat16_support_warns(is_supported, monkeypatch, recwarn):
     gradients("bfloat16")
     actual = [str(single.message) for single in recwarn if "has no bfloat16 instructions" in str(single.message)]
     assert len(actual) == (0 if is_supported else 1)
+
+
+def test_deleted_and_rejected_adapters_do_not_affect_the_estimate():
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)), SnellaConfig(target_modules=["0"], weight_gradient="sample:1/4")
+    )
+    layer = model.base_model.model[0]
+    model.add_adapter("exact", SnellaConfig(target_modules=["0"]))
+    assert layer.linear_op.token_share == 1.0
+    model.delete_adapter("exact")
+    assert layer.linear_op.token_share == 0.25
+    with pytest.raises(NotImplementedError):
+        model.add_adapter("numba", SnellaConfig(target_modules=["0"], impl="numba", kernel="rbf"))
+    assert layer.linear_op.token_share == 0.25

@@ -174,7 +174,7 @@ class GenerateOptions(GenerationOptions):
         overwrite: Replace existing images in the folder.
     """
 
-    minimums: ClassVar = {"pictures": 1, "seed": 0, "batch_size": 1, "steps": 1}
+    minimums: ClassVar = {**GenerationOptions.minimums, "seed": 0}
 
     out: str
     prompt: str | None = None

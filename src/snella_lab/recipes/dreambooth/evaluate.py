@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -108,11 +108,7 @@ class ClipEmbedder:
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         """Embed images, `[n, d]`."""
-        parts = []
-        for batch in _batches(images):
-            pixels = self.processor(images=batch, return_tensors="pt").to(self.device)
-            parts.append(_features(self.model.get_image_features(**pixels)))
-        return torch.cat(parts)
+        return _embed_images(self.model.get_image_features, self.processor, images, self.device)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -146,11 +142,15 @@ class DinoEmbedder:
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         """Embed images, `[n, d]`."""
-        parts = []
-        for batch in _batches(images):
-            pixels = self.processor(images=batch, return_tensors="pt").to(self.device)
-            parts.append(_features(self.model(**pixels)))
-        return torch.cat(parts)
+        return _embed_images(self.model, self.processor, images, self.device)
+
+
+def _embed_images(
+    embed: Callable[..., Any], processor: Any, images: Sequence[Image.Image], device: torch.device
+) -> Tensor:
+    """Embed images in batches, `[n, d]`."""
+    batches = (processor(images=batch, return_tensors="pt").to(device) for batch in _batches(images))
+    return torch.cat([_features(embed(**pixels)) for pixels in batches])
 
 
 def _batches(items: Sequence[Any]) -> Iterator[list[Any]]:

@@ -33,7 +33,7 @@ class LanguageConfig(RunSettings):
         learn_prompt: Also compute the loss on prompt tokens, as the benchmark's script does.
         epochs: Training epochs.
         warmup_steps: Number of learning rate warmup steps, before linear decay to 0.
-        val_size: Number of held-out entries, whose loss is evaluated each epoch.
+        val_size: Number of held-out entries; their loss is evaluated each epoch.
         base: Dtype of the frozen weights: fp32, or bf16 for half the memory; bf16 rounds small updates away.
     """
 
