@@ -189,7 +189,7 @@ def test_classes_named_like_a_column_get_a_suffix(tmp_path):
 
 
 def test_paths_without_images_are_reported(finished, photos, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no image .*nothing\.png$"):
+    with pytest.raises(FileNotFoundError, match=r"no image .*nothing\.png; .* has no similar name$"):
         predict(finished.path, [tmp_path / "nothing.png"])
     with pytest.raises(FileNotFoundError, match=r"no image .*00\.png; nearest: '0\d+\.png'"):
         predict(finished.path, [photos / "cats" / "00.png"])

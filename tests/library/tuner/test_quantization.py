@@ -541,7 +541,7 @@ def test_other_torchao_tensors_raise_with_name():
         wrap(layer)
     layer = nn.Linear(N, M)
     quantize_(layer, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
-    with pytest.raises(NotImplementedError, match=r"a Int8Tensor of torchao: it also changes .* \(act_quant_kwargs="):
+    with pytest.raises(NotImplementedError, match=r"of type Int8Tensor: it also changes .* \(act_quant_kwargs="):
         wrap(layer)
 
 
