@@ -505,15 +505,16 @@ class SnellaModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Select the entries like PEFT and run the checks of `TrainingWatch.on_saving`.
 
-        PEFT looks up entries by module name. FSDP1 and torch's checkpoint wrapper insert a module into these names, but
-        not into the keys of `state_dict`.
+        PEFT looks up entries by module name, without the leading module that FSDP1 adds around a whole model. FSDP1
+        and torch's checkpoint wrapper also insert modules inside these names, but not into the keys of `state_dict`.
 
         Raises:
             ValueError: If `state_dict` has entries, but no factor of the adapter. An empty `state_dict` is allowed,
                 because FSDP gathers the weights on one rank only.
         """
         layers = _adapted_layers(model, [adapter_name])
-        module_names = {_without_wrappers(name): name for name, _ in model.named_modules()}
+        names = (name.removeprefix("_fsdp_wrapped_module.") for name, _ in model.named_modules())
+        module_names = {_without_wrappers(name): name for name in names}
         renamed = {}
         for name, tensor in state_dict.items():
             owner, _, leaf = name.rpartition(".")

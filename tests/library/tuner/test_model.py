@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import (
     PeftModel,
     get_peft_model,
@@ -18,6 +19,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from snella import SnellaConfig, SnellaModel
 from snella.layer import SnellaLayer
@@ -411,3 +413,16 @@ def test_adapter_of_a_wrapped_layer_is_saved_completely(mlp, tmp_path):
     plain, wrapped = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "wrapped"))
     assert plain.keys() == wrapped.keys() and any("snella_A" in name for name in plain)
     assert all(torch.equal(plain[name], wrapped[name]) for name in plain)
+
+
+@pytest.mark.filterwarnings("ignore:.*NO_SHARD:UserWarning")  # one process
+def test_adapter_of_a_model_in_fsdp_is_saved_completely(mlp):
+    model = mlp.adapted()
+    expected = get_peft_model_state_dict(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        mlp.predict(sharded)
+        assert_same_tensors(get_peft_model_state_dict(sharded), expected)
+    finally:
+        dist.destroy_process_group()
