@@ -72,6 +72,7 @@ test: $(VENV)/.installed-for-tests packages ## run the linter, the type checker 
 	stage tests OMP_NUM_THREADS=1 $(PYTEST) $(FAST); \
 	stage quantized PYTHONPATH=$(VENV)/quantized OMP_NUM_THREADS=1 $(PYTEST) $(QUANTIZED_TESTS); \
 	stage ray PYTHONPATH=$(VENV)/ray OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(RAY_TESTS); \
+	stage peft OMP_NUM_THREADS=1 $(BIN)/python tests/peft_contract.py $(VENV)/peft-contract; \
 	finish
 
 test-oldest: $(VENV)/.installed-for-tests ## test the numerical functions while emulating the oldest x86-64 processor

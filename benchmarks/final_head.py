@@ -66,7 +66,7 @@ def accuracy(
     fitted = [parts["train"], parts["val"]] if with_val else [parts["train"]]
     views = [torch.cat([part.views[view][:, :num_features] for part in fitted]) for view in range(1 + with_flips)]
     labels = torch.cat([part.labels for part in fitted])
-    weight, bias = fit_linear(task, MeasuredFeatures(views, labels, None), task.num_classes)
+    weight, bias = fit_linear(task, MeasuredFeatures(views, labels, None), int(labels.max()) + 1)
     test = parts["test"]
     test_views = test.views if average else test.views[:1]
     probabilities = sum((view[:, :num_features] @ weight.T + bias).softmax(1) for view in test_views)

@@ -58,5 +58,5 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext[None]:
-    """Return the autocast context for training; a no-op context for fp32."""
+    """Return the autocast context of a precision; a no-op context for fp32."""
     return torch.autocast(device.type, _HALF[precision]) if precision in _HALF else nullcontext()

@@ -79,9 +79,9 @@ class OptimConfig(BaseOptimConfig):
             epoch is better on validation. Off by default.
         soup: Greedy soup over the last N epochs: start from the best epoch, and add each epoch to the average that does
             not lower the validation score. Off by default.
-        precision: Precision of the training steps: fp32, or autocast with bf16 or (GPU only) fp16. auto selects bf16 on
-            GPUs and CPUs with bfloat16 instructions, otherwise fp32. Evaluation and prediction use fp32, except
-            for evaluation during fp16 training.
+        precision: Precision of the training steps and of the features to which heads are fitted: fp32, or autocast with
+            bf16 or (GPU only) fp16. auto selects bf16 on GPUs and CPUs with bfloat16 instructions, otherwise fp32.
+            Evaluation and prediction use fp32, except for evaluation during fp16 training.
     """
 
     minimums: ClassVar = {"epochs": 0, "swa": 2, "soup": 2, "early_stopping": 1, "batch_size": 1, "accumulate": 1}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from snella_app.data import ImageDataset, build_transform
+from snella_app.device import autocast
 from snella_app.methods.model_parts import base_model
 from snella_app.runs.layer_probe import LayerProbe, layer_features, probed_layers
 from snella_app.tasks import Task
@@ -45,9 +46,14 @@ Load = Callable[[ImageDataset], Iterable[dict[str, Tensor]]]
 
 @torch.no_grad()
 def measure_features(
-    parts: RunComponents, images: Any, views: int, load: Load, first_view: Tensor | None = None
+    parts: RunComponents,
+    images: Any,
+    views: int,
+    load: Load,
+    precision: str = "fp32",
+    first_view: Tensor | None = None,
 ) -> MeasuredFeatures:
-    """Compute features of several layers with the evaluation transform.
+    """Compute features of several layers with the evaluation transform, in autocast with `precision`.
 
     The views are the images and, with `views=2`, their flips. `first_view` contains precomputed features of the images.
     """
@@ -64,10 +70,11 @@ def measure_features(
     weights: list[Tensor] = []
     for batch in load(plain):
         batch_images = batch["images"].to(device)
-        if first_view is None:
-            features[0].append(layer_features(model, batch_images, layers).float())
-        if views == 2:
-            features[1].append(layer_features(model, batch_images.flip(-1), layers).float())
+        with autocast(device, precision):
+            if first_view is None:
+                features[0].append(layer_features(model, batch_images, layers).float())
+            if views == 2:
+                features[1].append(layer_features(model, batch_images.flip(-1), layers).float())
         labels.append(batch["labels"])
         weights += [batch["weights"]] if "weights" in batch else []
     measured = [torch.cat(view) for view in features if view]
@@ -77,20 +84,21 @@ def measure_features(
 
 
 def fit_layers(
-    parts: RunComponents, train: ImageDataset, views: int, load: Load
+    parts: RunComponents, train: ImageDataset, views: int, load: Load, precision: str
 ) -> tuple[LayerProbe, tuple[np.ndarray, np.ndarray] | None]:
     """Fit a linear head to features of several layers of the trained model.
 
     A first fit to the training images predicts the validation images. The final fit uses both splits. If available,
-    `parts.initial_layer_features` are the features of the training images.
+    `parts.initial_layer_features` are the features of the training images. The features are computed in autocast with
+    `precision`, which is faster in bfloat16; the returned probe computes in the precision of its inputs.
 
     Returns:
         The probe from the final fit, and the reduced outputs and labels of the validation images from the first fit;
         None without validation images.
     """
     outputs = parts.task.count_outputs(parts.splits.classes)
-    measured = measure_features(parts, train, views, load, parts.initial_layer_features)
-    val = None if parts.splits.val is None else measure_features(parts, parts.splits.val, views, load)
+    measured = measure_features(parts, train, views, load, precision, parts.initial_layer_features)
+    val = None if parts.splits.val is None else measure_features(parts, parts.splits.val, views, load, precision)
     weight, bias = fit_linear(parts.task, measured, outputs)
     val_outputs = None
     if val is not None:

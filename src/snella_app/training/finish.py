@@ -143,7 +143,8 @@ def _fit_final_head(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> tupl
     if plan.optim.final_head != "layers" or process_count() > 1:  # a run resumed in several processes
         return None, None
     train = original_images(parts.splits.train).subset(probe_rows(parts).tolist())
-    probe, val = fit_layers(parts, train, plan.data.views, trainer.get_eval_dataloader)
+    load = trainer.get_eval_dataloader
+    probe, val = fit_layers(parts, train, plan.data.views, load, plan.optim.precision)
     record = FinalHead(probe.layers, True)
     if val is not None:
         score, score_trained = (float(task.metrics(*part)[task.monitor]) for part in (val, outputs["val"]))

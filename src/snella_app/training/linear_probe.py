@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from snella_app.config import DataConfig, OptimConfig
 from snella_app.data import ImageDataset, build_transform
 from snella_app.data.protocol import get_protocol
+from snella_app.device import autocast
 from snella_app.methods import method_of, spec_of
 from snella_app.methods.model_parts import base_model
 from snella_app.runs.layer_probe import layer_features, probed_layers
@@ -107,12 +108,14 @@ def extract_features(
     images: ImageDataset,
     batch_size: int,
     *,
+    precision: str = "fp32",
     layers: Sequence[int] | None = None,
     is_flipped: bool = False,
 ) -> Tensor:
     """Compute features of images in evaluation mode, float32, `[images, width]`.
 
-    Without `layers`, returns pooled features on the CPU; with `layers`, `layer_features` on the model's device.
+    Without `layers`, returns pooled features on the CPU; with `layers`, `layer_features` on the model's device. The
+    model computes in autocast with `precision`.
     """
     base: Any = base_model(parts.model)
     device, was_training = next(parts.model.parameters()).device, parts.model.training
@@ -120,10 +123,11 @@ def extract_features(
     features = []
     for batch, *_ in DataLoader(images, batch_size=batch_size, num_workers=parts.workers):
         batch = (batch.flip(-1) if is_flipped else batch).to(device)
-        if layers is None:
-            features.append(base.forward_head(base.forward_features(batch), pre_logits=True).float().cpu())
-        else:
-            features.append(layer_features(parts.model, batch, layers).float())
+        with autocast(device, precision):
+            if layers is None:
+                features.append(base.forward_head(base.forward_features(batch), pre_logits=True).float().cpu())
+            else:
+                features.append(layer_features(parts.model, batch, layers).float())
     parts.model.train(was_training)
     return torch.cat(features)
 
@@ -158,16 +162,19 @@ def probe_features(parts: RunComponents, optim: OptimConfig) -> Tensor:
     If the final head uses several layers, this also caches the features of these layers.
     """
     if parts.probe_features is None:
-        train, rows, batch_size = parts.splits.train, probe_rows(parts), optim.effective_batch_size
+        train, rows = parts.splits.train, probe_rows(parts)
+        batch_size, precision = optim.effective_batch_size, optim.precision
         if isinstance(train, FeatureDataset):
             parts.probe_features = train.features[torch.from_numpy(rows)]
         elif optim.final_head == "layers":
             images, layers = probe_images(parts, rows), probed_layers(parts.model)
-            parts.initial_layer_features = extract_features(parts, images, batch_size, layers=layers)
+            parts.initial_layer_features = extract_features(
+                parts, images, batch_size, precision=precision, layers=layers
+            )
             _, head = base_and_head(parts.model)
             parts.probe_features = parts.initial_layer_features[:, : head.in_features].cpu()
         else:
-            parts.probe_features = extract_features(parts, probe_images(parts, rows), batch_size)
+            parts.probe_features = extract_features(parts, probe_images(parts, rows), batch_size, precision=precision)
     return parts.probe_features
 
 

@@ -178,7 +178,9 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
     order = np.random.default_rng(parts.seed).permutation(len(rows))[:_MAX_FLIPPED]
     plain = probe_features(parts, optim)[torch.from_numpy(order)].double().numpy()
     images = probe_images(parts, rows[order])
-    flipped = extract_features(parts, images, optim.effective_batch_size, is_flipped=True).double().numpy()
+    batch_size, precision = optim.effective_batch_size, optim.precision
+    features = extract_features(parts, images, batch_size, precision=precision, is_flipped=True)
+    flipped = features.double().numpy()
     labels = np.asarray(parts.splits.train.labels)[rows[order]]
     outputs = parts.task.count_outputs(parts.splits.classes)
     only_without = only_with = 0

@@ -261,7 +261,8 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     *_, last = measured.values()
     first_read_s = _step_seconds(parts, optim, last, per_batch, _only_read)
     views = 2 if data.tta == "auto" else data.views
-    evaluation_s = views * _step_seconds(parts, optim, last, per_batch, _trial_evaluation)
+    in_float32 = dataclasses.replace(optim, precision="fp32")
+    evaluation_s = views * _step_seconds(parts, in_float32, last, per_batch, _trial_evaluation)
     batches = {name: -(-len(part) // optim.effective_batch_size) for name, part in measured.items()}
     selection_s = batches.get(str(get_protocol(data.protocol).selected_on), 0) * evaluation_s
     final_s = sum(batches.values()) * (first_read_s + evaluation_s)
@@ -270,7 +271,10 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     if optim.final_head == "layers":
         rows = len(probe_rows(parts))
         feature_batches = -(-rows // optim.effective_batch_size) + batches.get("val", 0)
-        final_s += feature_batches * evaluation_s + layer_fit_seconds(parts, views * rows)
+        features_s = evaluation_s
+        if optim.precision != "fp32":
+            features_s = views * _step_seconds(parts, optim, last, per_batch, _trial_evaluation)
+        final_s += feature_batches * features_s + layer_fit_seconds(parts, views * rows)
     return _Times(steps * train_s + selection_s, final_s)
 
 
@@ -293,12 +297,13 @@ def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) 
 
 @torch.no_grad()
 def _trial_evaluation(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:
-    """Run a forward pass in evaluation mode in float32, and restore the model's state."""
+    """Run a forward pass in evaluation mode, and restore the model's state."""
     model, device = parts.model, next(parts.model.parameters()).device
     images = batch["images"].to(device)
     with preserve_state(model, images):
         model.eval()
-        model(images)
+        with autocast(device, precision):
+            model(images)
 
 
 def _only_read(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from snella_app.runs.layer_probe import LAYER_PROBE, layer_features, probed_laye
 from snella_app.runs.merge import loading_snippet, merge
 from snella_app.runs.predict import load
 from snella_app.tasks import create_task
-from snella_app.training import final_head
+from snella_app.training import final_head, linear_probe
 from snella_app.training.final_head import MeasuredFeatures, fit_linear, is_clearly_worse
 from snella_app.training.linear_probe import base_and_head
 from snella_app.training.plan import choose_heads
@@ -123,9 +123,9 @@ def test_the_final_head_is_fitted_to_features_of_the_trained_model(options, tmp_
     seen = []
     original = final_head.measure_features
 
-    def measure(parts, images, views, load, first_view=None):
-        measured = original(parts, images, views, load, first_view)
-        seen.append((measured.views[0], original(parts, images, 1, load).views[0]))
+    def measure(parts, images, views, load, precision="fp32", first_view=None):
+        measured = original(parts, images, views, load, precision, first_view)
+        seen.append((measured.views[0], original(parts, images, 1, load, precision).views[0]))
         return measured
 
     monkeypatch.setattr(final_head, "measure_features", measure)
@@ -133,6 +133,23 @@ def test_the_final_head_is_fitted_to_features_of_the_trained_model(options, tmp_
     assert run.read_json("metrics.json")["best_epoch"] > 0 and len(seen) == 2  # train and test
     for features, after in seen:
         torch.testing.assert_close(features, after)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_heads_are_fitted_to_features_in_the_training_precision_and_tested_in_float32(
+    precision, dtype, tmp_path, monkeypatch
+):
+    seen = []
+
+    def features(model, images, layers):
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return layer_features(model, images, layers)
+
+    for module in (final_head, linear_probe):
+        monkeypatch.setattr(module, "layer_features", features)
+    train(config(tmp_path, precision=precision), QUIET)
+    batches = len(seen) - seen[::-1].index(dtype) if dtype != torch.float32 else 0
+    assert set(seen[:batches]) <= {dtype} and set(seen[batches:]) == {torch.float32}
 
 
 def test_predictions_and_evaluation_use_the_final_head(finished):
