@@ -82,6 +82,11 @@ class DataInfo:
     class_name: str | None = field(default=None, metadata=OPTIONAL)
     files: list[str] | None = field(default=None, metadata=OPTIONAL)
 
+    def __post_init__(self) -> None:
+        """Check `read_side`."""
+        if self.read_side is not None and self.read_side < 1:
+            raise ValueError(f"read_side must be at least 1, got {self.read_side}")
+
 
 @dataclass(frozen=True)
 class ReliabilityBin:

@@ -60,6 +60,12 @@ def test_an_invalid_data_config_is_a_one_line_error(entry, value, message, forge
         load_run(run)
 
 
+def test_an_invalid_read_side_is_a_one_line_error(forged):
+    run = forged(lambda values: values["data"].__setitem__("read_side", 0))
+    with pytest.raises(ValueError, match=r"run\.json: data: read_side must be at least 1, got 0"):
+        load_run(run)
+
+
 def test_missing_class_names_are_a_one_line_error(forged):
     run = forged(lambda values: values["classes"].pop())
     with pytest.raises(ValueError, match=r"must name the classes of 3 outputs, got 2 names; copy the run again"):
