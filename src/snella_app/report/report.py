@@ -39,12 +39,12 @@ from snella_app.records import (
 from snella_app.report import figures, targets
 from snella_app.report.allocation import (
     adapter_step,
-    arrange,
     block_trend,
     budget_curve,
     budget_shares,
     epochs_of_allocation,
     frozen_curve,
+    group_matrices,
     has_importance,
     importance_curves,
     sparsity_map,
@@ -235,7 +235,7 @@ def allocation_section(
     if allocation is None or not allocation.matrices:
         return None
     epochs = epochs_of_allocation(allocation, metrics, info.is_finished)
-    grid = arrange(allocation.matrices, budgets)
+    grid = group_matrices(allocation.matrices, budgets)
     step = adapter_step(allocation, metrics)
     evolution = []
     if allocation.history:
