@@ -106,7 +106,7 @@ def group_matrices(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -
     return MatrixGrid(kinds, numbered + ([None] if None in depths else []), cells)
 
 
-def epochs_of_allocation(allocation: Allocation, metrics: Metrics | None, is_finished: bool) -> int | None:
+def schedule_epochs(allocation: Allocation, metrics: Metrics | None, is_finished: bool) -> int | None:
     """Return the length of the budget schedule in epochs; None if unknown.
 
     `AllocationStep.t` and `total` count epochs, or optimizer steps if `realloc_every` is a number of steps.

@@ -240,8 +240,9 @@ class Grid:
     Args:
         lr_factors: Learning rates to try, as multiples of the method's default.
         weight_decays: Weight decays to try at the best learning rate, in addition to the method's default.
-        max_extensions: Maximum number of extensions per axis. While the best value is on the edge, the learning rates
-            continue their pattern (1, 3, 10 is followed by 30), and the largest weight decay is multiplied by 10.
+        max_extensions: Maximum number of extensions per axis. An axis is extended while its best value is on the edge:
+            the learning rates continue their pattern (1, 3, 10 is followed by 30), and the largest weight decay is
+            multiplied by 10.
         seeds: Number of seeds per candidate.
     """
 
@@ -402,7 +403,7 @@ class Experiment:
     def merged_with(self, stored: "Experiment", folder: Path) -> "Experiment":
         """Merge with the experiment stored in `folder`.
 
-        The result has the methods, tasks and published numbers of both, and the larger number of seeds.
+        The result has the methods and tasks of both, the larger number of seeds, and merged published numbers.
 
         Raises:
             ValueError: If the experiments differ in a setting that affects finished cells.

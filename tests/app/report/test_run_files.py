@@ -15,7 +15,7 @@ from snella_app.records import (
     read_if_present,
 )
 from snella_app.records.results import NumberScores
-from snella_app.report.allocation import adapter_step, epochs_of_allocation, group_matrices
+from snella_app.report.allocation import adapter_step, group_matrices, schedule_epochs
 from snella_app.report.inspect import current_budgets
 
 
@@ -223,12 +223,12 @@ def test_without_an_adapter_the_budgets_come_from_allocation_json(run):
 def test_allocation_times_map_to_epochs(run):
     run.finished()
     allocation, metrics = read(Allocation, run.folder), read(Metrics, run.folder)
-    assert epochs_of_allocation(allocation, metrics, is_finished=True) == 10
+    assert schedule_epochs(allocation, metrics, is_finished=True) == 10
     run.allocation(epochs=10, realloc=4)
     allocation = read(Allocation, run.folder)
-    assert epochs_of_allocation(allocation, metrics, is_finished=True) == 10
-    assert epochs_of_allocation(allocation, metrics, is_finished=False) is None
-    assert epochs_of_allocation(allocation, None, is_finished=True) is None
+    assert schedule_epochs(allocation, metrics, is_finished=True) == 10
+    assert schedule_epochs(allocation, metrics, is_finished=False) is None
+    assert schedule_epochs(allocation, None, is_finished=True) is None
 
 
 def test_matrices_of_the_same_kind_and_depth_share_a_cell(run):
