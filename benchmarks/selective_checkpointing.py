@@ -403,7 +403,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         (
             markdown_table(["", *names], lines),
             markdown_table(["", "`torch.compile`", "repeated backward pass", "DDP, 2 processes"], check_lines),
-            markdown_table(["", "frame checks per step", "their share of the step"], frame_lines),
+            markdown_table(["", "frame checks per step", "share of step time"], frame_lines),
         )
     )
 

@@ -33,7 +33,7 @@ def attach(
     """
     if hasattr(module, name):
         raise ValueError(
-            f"{type(module).__name__} already has a {name!r} ({type(getattr(module, name)).__name__}); "
+            f"{type(module).__name__} already has an attribute {name!r} ({type(getattr(module, name)).__name__}); "
             "apply a method only once, to a fresh backbone"
         )
     device = next((parameter.device for parameter in module.parameters()), None)
@@ -44,7 +44,7 @@ def attach(
         module.register_forward_hook(after)
 
 
-def attached(model: nn.Module, name: str, kind: type[nn.Module]) -> Iterator[tuple[str, nn.Module, Any]]:
+def find_attached(model: nn.Module, name: str, kind: type[nn.Module]) -> Iterator[tuple[str, nn.Module, Any]]:
     """Yield `(module name, module, child)` for each module with a child `name` of class `kind`."""
     for module_name, module in list(model.named_modules()):
         child = module._modules.get(name)
@@ -53,7 +53,7 @@ def attached(model: nn.Module, name: str, kind: type[nn.Module]) -> Iterator[tup
 
 
 def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
-    """Remove forward hooks by their functions.
+    """Remove the forward hooks and forward pre-hooks with the given functions.
 
     Hooks of a copied model cannot be removed by the original's `RemovableHandle`.
     """
@@ -102,11 +102,11 @@ def find_head(model: nn.Module, head: str | None = None) -> str:
             if head is None
             else f"head must name a module of the model, got {head!r}"
         )
-        raise ValueError(f"{problem}; its last linear layers are {linears[-3:]}")
+        raise ValueError(f"{problem}; the model's last linear layers are {linears[-3:]}")
     if not any(True for _ in modules[name].parameters()):
         raise ValueError(
             f"the head {name!r} has no weights (num_classes={getattr(model, 'num_classes', None)}); "
-            "create the model with num_classes of at least 2"
+            "create the model with num_classes of at least 1"
         )
     return name
 
@@ -128,7 +128,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def is_inside(name: str, module_name: str) -> bool:
-    """Return whether `name` is `module_name` or one of its submodules."""
+    """Return whether the module or parameter `name` is `module_name` or inside it."""
     return name == module_name or name.startswith(module_name + ".")
 
 
@@ -136,7 +136,7 @@ def adaptable_layers(model: nn.Module, head: str) -> list[str]:
     """Return the names of the layers that LoRA and SNELLA adapt.
 
     Like SNELLA's `"all-linear"`, selects all `Linear` layers except the head, patch embedding and patch merging.
-    Networks without such layers use all ungrouped `Conv2d` layers except the first (the stem).
+    If there are none, selects all ungrouped `Conv2d` layers except the first (the stem) and the head.
 
     Args:
         model: Backbone with its head.
@@ -162,7 +162,7 @@ def find_blocks(model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
     """Return the repeated blocks of a backbone in forward order: `blocks.0`, `layers.1.blocks.5`, `layer4.2`.
 
     Blocks are the innermost numbered modules in containers named `blocks`, `layers`, `layer1`, `stages`, `features` or
-    `h`. This covers ViT, Swin, ConvNeXt, EfficientNet and ResNet of timm, and ViT of transformers.
+    `h`. This covers timm's ViT, Swin, ConvNeXt, EfficientNet and ResNet, and transformers' ViT.
 
     Args:
         model: Backbone with its head.
@@ -182,7 +182,7 @@ def find_blocks(model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
 
 
 def require_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
-    """Return the blocks of a backbone like `find_blocks`; raise `ValueError` if there are none."""
+    """Return the result of `find_blocks`; raise `ValueError` if the model has no blocks."""
     blocks = find_blocks(model, head)
     if not blocks:
         raise ValueError(
@@ -196,8 +196,9 @@ def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn
     """Return the blocks of a plain vision transformer, which map tokens `[batch, tokens, width]` to tokens.
 
     Raises:
-        ValueError: If the blocks do not share one token sequence (windows, convolutions), or attention uses token
-            positions, which added tokens lack.
+        ValueError: If the model has no blocks, the head takes feature maps, the blocks do not share one token sequence
+            (windows, convolutions) or lack `attn`, `mlp` or a normalization layer `norm1`, or attention uses rotary or
+            relative positions, which added tokens lack.
     """
     blocks = require_blocks(method, model, head)
     has_prefix = isinstance(getattr(model, "num_prefix_tokens", None), int)
@@ -207,12 +208,12 @@ def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn
         reason = f"its {head!r} takes feature maps, to which tokens cannot be added"
     elif not has_prefix or any(name.count(".") > 1 for name, _ in blocks):
         reason = "its blocks do not share one token sequence"
-    elif any(width_of_block(block) is None for _, block in blocks):
-        reason = "its blocks are not pre-norm attention and MLP"
+    elif any(block_width(block) is None for _, block in blocks):
+        reason = "its blocks lack attn, mlp or a normalization layer norm1"
     elif any(getattr(model, name, None) is not None for name in ("rope", "shared_rel_pos_bias")) or any(
         getattr(attention, name, None) is not None for attention in attentions for name in position_parts
     ):
-        reason = "it rotates or biases tokens by their position, which added tokens lack"
+        reason = "its attention uses rotary or relative positions, which added tokens lack"
     else:
         return blocks
     raise ValueError(
@@ -221,7 +222,7 @@ def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn
     )
 
 
-def width_of_block(block: nn.Module) -> int | None:
+def block_width(block: nn.Module) -> int | None:
     """Return the token width of a transformer block with `norm1`, `attn` and `mlp`; None for other blocks."""
     parts = [getattr(block, name, None) for name in ("norm1", "attn", "mlp")]
     shape = getattr(parts[0], "normalized_shape", None)

@@ -37,7 +37,16 @@ from snella_app.text import points_text
 
 @dataclass(frozen=True)
 class Cell:
-    """Matrices of one type and block index; several if the backbone restarts block indices in each stage."""
+    """Totals of the matrices with the same type and block index.
+
+    A cell contains several matrices if the backbone restarts block indices in each stage.
+
+    Attributes:
+        size: Number of weights.
+        budget: Number of update entries that can be nonzero.
+        frozen: Number of matrices with budget 0.
+        count: Number of matrices.
+    """
 
     size: int
     budget: int
@@ -62,7 +71,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class MatrixGrid:
-    """Cells by `(kind, depth)`; kinds are in forward order, and depth None marks matrices outside the blocks."""
+    """Cells by `(kind, depth)`: matrix type, and block index or None for matrices outside the blocks.
+
+    Kinds are in forward order; depths are ascending, None last.
+    """
 
     kinds: list[str]
     depths: list[int | None]
@@ -74,8 +86,8 @@ class MatrixGrid:
         return sum(cell.frozen for cell in self.cells.values())
 
 
-def arrange(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> MatrixGrid:
-    """Group matrices and their budgets by kind and depth."""
+def group_matrices(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> MatrixGrid:
+    """Group matrices and their budgets by type and block index."""
     groups: dict[tuple[str, int | None], list[MatrixInfo]] = {}
     for matrix in matrices:
         groups.setdefault((matrix.kind, matrix.depth), []).append(matrix)
@@ -94,10 +106,10 @@ def arrange(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Matri
     return MatrixGrid(kinds, numbered + ([None] if None in depths else []), cells)
 
 
-def epochs_of_allocation(allocation: Allocation, metrics: Metrics | None, is_finished: bool) -> int | None:
-    """Return the number of epochs that corresponds to the schedule's `total`; None if unknown.
+def schedule_epochs(allocation: Allocation, metrics: Metrics | None, is_finished: bool) -> int | None:
+    """Return the length of the budget schedule in epochs; None if unknown.
 
-    The allocator counts allocations, which are epochs unless `realloc_every` is a number of steps.
+    `AllocationStep.t` and `total` count epochs, or optimizer steps if `realloc_every` is a number of steps.
     """
     if not allocation.history or metrics is None or not metrics.history:
         return None
@@ -110,8 +122,9 @@ def epochs_of_allocation(allocation: Allocation, metrics: Metrics | None, is_fin
 def adapter_step(allocation: Allocation, metrics: Metrics | None) -> AllocationStep | None:
     """Return the allocation in effect when the saved adapter was evaluated.
 
-    This is the last allocation with the epoch's total budget. If several allocations have this total (constant
-    schedule), those after the end of the epoch are excluded. Without a recorded budget, it is the last allocation.
+    This is the last allocation with the total budget recorded for the adapter's epoch. If several allocations have this
+    total (constant schedule), allocations after that epoch are excluded. Without a recorded budget, the last allocation
+    is returned.
     """
     if not allocation.history:
         return None
@@ -120,7 +133,7 @@ def adapter_step(allocation: Allocation, metrics: Metrics | None) -> AllocationS
     if best is None or best.budget is None:
         return allocation.history[-1]
     matching = [entry for entry in allocation.history if entry.budget == best.budget]
-    share = best.epoch / max(1, *rows)  # only epoch 0 before the end of the first epoch
+    share = best.epoch / max(1, *rows)  # rows may contain only epoch 0
     reached = [entry for entry in matching if entry.step <= share * allocation.history[-1].step]
     return (reached or matching or allocation.history)[-1]
 
@@ -133,9 +146,9 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def sparsity_map(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Figure:
     """Draw the sparsity of each matrix by block (x) and type (y); a cross marks frozen matrices.
 
-    sparsity = 1 - budget / size, in percent; stronger colors mean more trained weights.
+    sparsity = 1 - budget / size, in percent; stronger colors mean more changed weights.
     """
-    grid = arrange(matrices, budgets)
+    grid = group_matrices(matrices, budgets)
     columns, rows = len(grid.depths), len(grid.kinds)
     numbered = columns <= MAX_NUMBERED_BLOCKS
     side = 42 if numbered else 14
@@ -171,7 +184,7 @@ def sparsity_map(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> 
     axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), xlabel="block")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    scale_bar(figure, axes, "sparsity  (× frozen: budget 0)", {0.0: "100%", 0.5: "50%", 1.0: "0%"})
+    scale_bar(figure, axes, "sparsity  (× = frozen, budget 0)", {0.0: "100%", 0.5: "50%", 1.0: "0%"})
     return figure
 
 
@@ -203,7 +216,8 @@ def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> F
     names = dict(enumerate(map(str, depths)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(round(value), "")))
     percent_axis(axes)
-    add_legend(figure, [bars, line], ["weights left unchanged", f"trend, {points_text(slope, 2)} points per block"])  # type: ignore[list-item]
+    labels = ["fraction of unchanged weights", f"trend, {points_text(slope, 2)} points per block"]
+    add_legend(figure, [bars, line], labels)  # type: ignore[list-item]
     return figure
 
 
@@ -212,7 +226,7 @@ def budget_curve(allocation: Allocation, epochs: int | None) -> Figure:
 
     Args:
         allocation: The run's allocation.
-        epochs: Epochs spanned by the schedule; None uses allocations as the time unit.
+        epochs: Length of the schedule in epochs; None shows the allocator's time `t` (epochs or optimizer steps).
     """
     figure, axes = new_figure(*FIGURE_SIZE, "Total budget")
     times, total = _times(allocation, epochs), allocation.total_weights
@@ -227,8 +241,8 @@ def budget_curve(allocation: Allocation, epochs: int | None) -> Figure:
 
 
 def budget_shares(allocation: Allocation, epochs: int | None, *, by_block: bool = False) -> Figure:
-    """Draw a stacked plot of the budget shares by matrix type or block; other arguments as for `budget_curve`."""
-    grid = arrange(allocation.matrices, {matrix.name: matrix.size for matrix in allocation.matrices})
+    """Draw a stacked plot of the budget shares by matrix type, or by block; see `budget_curve` for the arguments."""
+    grid = group_matrices(allocation.matrices, {matrix.name: matrix.size for matrix in allocation.matrices})
     groups: list[str | int | None] = [*(grid.depths if by_block else grid.kinds)]
     group_indices = {m.name: groups.index(m.depth if by_block else m.kind) for m in allocation.matrices}
     totals = np.zeros((len(groups), len(allocation.history)))
@@ -252,16 +266,16 @@ def budget_shares(allocation: Allocation, epochs: int | None, *, by_block: bool 
     percent_axis(axes)
     _time_axis(axes, times, epochs)
     names = ["–" if group is None else shortened(str(group), 16) for group in groups]
-    if len(groups) > 16:  # the end points identify an ordered scale
+    if len(groups) > 16:  # colors are ordered by block, so label only the ends
         handles, names = [handles[0], handles[-1]], [names[0], names[-1]]
     add_legend(figure, handles, names, columns=8 if by_block else 3)
     return figure
 
 
 def frozen_curve(allocation: Allocation, epochs: int | None) -> Figure:
-    """Draw the numbers of frozen (budget 0) and full (budget of all weights) matrices, like `budget_curve`."""
+    """Draw the numbers of frozen (budget 0) and full (budget = size) matrices; arguments as for `budget_curve`."""
     figure, axes = new_figure(
-        FIGURE_SIZE[0], FIGURE_SIZE[1] + 25, f"Frozen and full among {len(allocation.matrices)} matrices"
+        FIGURE_SIZE[0], FIGURE_SIZE[1] + 25, f"Frozen and full matrices (of {len(allocation.matrices)})"
     )
     times = _times(allocation, epochs)
     sizes = {matrix.name: matrix.size for matrix in allocation.matrices}
@@ -273,7 +287,7 @@ def frozen_curve(allocation: Allocation, epochs: int | None) -> Figure:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.set_ylabel("matrices")
     _time_axis(axes, times, epochs)
-    add_legend(figure, handles, ["frozen: budget 0", "full: budget of all weights"])
+    add_legend(figure, handles, ["frozen: budget 0", "full: budget = size"])
     return figure
 
 
@@ -310,7 +324,7 @@ def importance_curves(allocation: Allocation, epochs: int | None) -> Figure:
 
 
 def _times(allocation: Allocation, epochs: int | None) -> list[float]:
-    """Return the time of each allocation, in epochs if known."""
+    """Return the time of each allocation, in epochs, or as the schedule's `t` if `epochs` is None."""
     return [entry.t if epochs is None else entry.t / entry.total * epochs for entry in allocation.history]
 
 
@@ -318,7 +332,7 @@ def _time_axis(axes: Axes, times: list[float], epochs: int | None) -> None:
     """Label the x-axis in the unit of `_times`."""
     if times[0] == times[-1]:
         axes.set_xlim(times[0] - 1, times[0] + 1)
-    epoch_axis(axes, "allocation" if epochs is None else "epoch")
+    epoch_axis(axes, "schedule time t" if epochs is None else "epoch")
 
 
 def _is_drawn(value: float) -> bool:

@@ -29,7 +29,7 @@ from snella_app.records import (
     read,
     read_if_present,
 )
-from snella_app.report.allocation import arrange
+from snella_app.report.allocation import group_matrices
 from snella_app.text import bytes_text, percent_text, plain_text, seconds_text
 
 _REMEDY = "copy the adapter again, or train again with `--overwrite`"
@@ -235,7 +235,7 @@ def inspect_run(run: str | Path) -> Group:
 def _summarize_budgets(allocation: Allocation, adapter: AdapterFile | None) -> dict[str, Any]:
     """Return total budgets, budgets by matrix, and sparsity by matrix type and block."""
     budgets = current_budgets(adapter, allocation)
-    grid = arrange(allocation.matrices, budgets)
+    grid = group_matrices(allocation.matrices, budgets)
     return {
         "total_weights": allocation.total_weights,
         "target": allocation.target_budget,

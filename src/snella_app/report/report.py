@@ -39,14 +39,14 @@ from snella_app.records import (
 from snella_app.report import figures, targets
 from snella_app.report.allocation import (
     adapter_step,
-    arrange,
     block_trend,
     budget_curve,
     budget_shares,
-    epochs_of_allocation,
     frozen_curve,
+    group_matrices,
     has_importance,
     importance_curves,
+    schedule_epochs,
     sparsity_map,
 )
 from snella_app.report.examples import EmbeddedImage, ImageSource, choose_examples, embed_image, image_data_uri
@@ -234,8 +234,8 @@ def allocation_section(
     """Return the sparsity map, budgets and importance over time, and the table of matrices."""
     if allocation is None or not allocation.matrices:
         return None
-    epochs = epochs_of_allocation(allocation, metrics, info.is_finished)
-    grid = arrange(allocation.matrices, budgets)
+    epochs = schedule_epochs(allocation, metrics, info.is_finished)
+    grid = group_matrices(allocation.matrices, budgets)
     step = adapter_step(allocation, metrics)
     evolution = []
     if allocation.history:

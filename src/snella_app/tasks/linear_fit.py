@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 INVERSE_PENALTY = 0.1
-"""scikit-learn's `C` of the linear probe, for features with mean variance 1."""
+"""Inverse regularization strength of the linear probe, scikit-learn's `C`, for features scaled to mean variance 1."""
 _MAX_ITERATIONS = 200
 _TOLERANCE = 1e-5
 """Convergence tolerance on the largest gradient entry."""
@@ -19,11 +19,11 @@ def fit_head(
 ) -> tuple[Tensor, Tensor]:
     """Minimize `loss(X Wᵀ + b) + penalty · ‖W‖²` over `W` and `b` by L-BFGS, starting from zeros.
 
-    Unlike scikit-learn's logistic regression, it supports any loss and GPUs.
+    Supports any differentiable loss and GPUs, unlike scikit-learn's logistic regression.
 
     Args:
         inputs: X, `[images, width]`.
-        outputs: Number of rows of `W`.
+        outputs: Number of outputs, the rows of `W`.
         loss: Maps outputs `[images, outputs]` to a 0-dim loss.
         penalty: Weight of the squared norm.
         iterations: Maximum number of iterations.
@@ -49,7 +49,7 @@ def fit_head(
 
 
 def feature_scale(features: np.ndarray) -> float:
-    """Return the root mean variance of features `[images, width]`; 1 for constant features."""
+    """Return the square root of the mean variance of features `[images, width]`; 1 for constant features."""
     return float(np.sqrt(features.var(0).mean())) or 1.0
 
 
@@ -66,7 +66,8 @@ def fit_probe(
         features: `[images, width]`.
         labels: Class index of each image.
         classes: Number of classes; classes without images get zero weights.
-        inverse_penalty: Weight of the summed losses relative to `‖w‖²/2`.
+        inverse_penalty: scikit-learn's `C`: weight of the summed losses relative to `‖w‖²/2`, for features divided by
+            their `feature_scale`.
         weights: Sample weights `[images]`; None means equal weights.
 
     Returns:
@@ -79,7 +80,7 @@ def fit_probe(
     count = len(inputs)
     penalty = 1 / (2 * inverse_penalty * count)
     if len(present) == 2:
-        penalty *= 2  # scikit-learn's row w corresponds to −w/2 and w/2 with half the squared norm
+        penalty *= 2  # scikit-learn fits one row w; the equivalent rows −w/2 and w/2 have half its squared norm
 
     def loss(logits: Tensor) -> Tensor:
         losses = F.cross_entropy(logits, targets, reduction="none")
@@ -94,7 +95,7 @@ def fit_probe(
 def fit_binary_probe(
     features: np.ndarray, positives: np.ndarray, weights: np.ndarray | None = None, constant: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Fit a binary logistic regression; arguments as for `fit_probe`.
+    """Fit a binary logistic regression with `fit_probe` and its default penalty.
 
     Args:
         features: `[images, width]`.
@@ -103,7 +104,7 @@ def fit_binary_probe(
         constant: Bias if all labels are equal; the weights are then zero.
 
     Returns:
-        Weight `[width]` and bias, 0-dim, of the positive logit, float64.
+        Weight, `[width]`, and bias, 0-dim, of the logit of the positive class, float64.
     """
     if len(set(positives.tolist())) < 2:
         return torch.zeros(features.shape[1], dtype=torch.float64), torch.tensor(constant, dtype=torch.float64)

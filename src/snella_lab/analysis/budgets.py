@@ -1,4 +1,4 @@
-"""Budget plots: sparsity and importance by layer, in the final adapter and during training."""
+"""Budget plots: sparsity by layer in the saved adapter, and sparsity and importance by layer during training."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ class BudgetedRun:
 
     @property
     def metric(self) -> str:
-        """Name of the importance metric in the paper."""
+        """The paper's name for the importance metric."""
         name = str(self.settings.get("importance", "sensitivity"))
         return _METRIC_NAMES.get(name, name)
 
     def layers(self, by: Layers) -> dict[str, list[MatrixInfo]]:
-        """Group the matrices by layer, in model order; matrices outside blocks form the layer `–`."""
+        """Group the matrices by block or matrix, in model order; the last block, `–`, holds those outside blocks."""
         layers: dict[str, list[MatrixInfo]] = {}
         for matrix in self.allocation.matrices:
             block = "–" if matrix.depth is None else str(matrix.depth)
@@ -88,8 +88,8 @@ def read_budgeted_run(run: str | Path, label: str) -> BudgetedRun:
     allocation = read_if_present(Allocation, run)
     if allocation is None or not allocation.matrices:
         raise ValueError(
-            f"run must have weight budgets (methods snella and snell), got {run} with method {info.method!r} and no "
-            "allocation.json, which is written at the end of training"
+            f"run must have weight budgets (methods snella, snella-matched and snell), got {run} with method "
+            f"{info.method!r} and no budgets in allocation.json, which is written at the end of training"
         )
     adapter = read_adapter(run)
     budgets = current_budgets(adapter, allocation)
@@ -102,7 +102,7 @@ def allocation(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot
         sparsity[l] = 1 − budget[l] / weights[l],   trend[l] = a + slope·l by least squares over the layers
 
     Returns:
-        One plot with a row for each layer and run; `allocation-trend` contains slope and intercept.
+        One plot with a row for each layer and run; its table `trend` contains the slope and intercept of each run.
 
     Raises:
         FileNotFoundError: If a folder contains no run.
@@ -136,8 +136,8 @@ def evolution(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]
     The importance of a layer is the mean importance of its matrices. Each run has its own column of panels.
 
     Returns:
-        Two plots. `evolution` has a row for each layer and recorded allocation; its figure shows some of them.
-        `budget` has a row for each allocation, with the scheduled budget.
+        Two plots. `evolution` has a row for each layer and recorded allocation; its figure shows at most six
+        allocations. `budget` has a row for each allocation, with the scheduled budget.
 
     Raises:
         FileNotFoundError: If a folder contains no run.
@@ -206,7 +206,7 @@ def _draw_allocation(rows: Sequence[Row], by: Layers) -> Figure:
         percent_axis(axes)
         _layer_axis(axes, layers, by)
     for axes in panels[::columns]:
-        axes.set_ylabel("sparsity ratio")
+        axes.set_ylabel("sparsity")
     bar, line = panels[0].containers[0], panels[0].lines[0]
     add_legend(figure, [bar, line], ["fraction of unchanged weights", "linear trend"])  # type: ignore[list-item]
     return figure
@@ -244,7 +244,7 @@ def _draw_evolution(rows: Sequence[Row], metrics: Mapping[str, str], by: Layers)
         _layer_axis(bottom, [row for row in run_rows if row["step"] == steps[-1]], by)
         top.tick_params(labelbottom=False)
     panels[0].set_ylabel("importance (log scale)")
-    panels[len(labels)].set_ylabel("sparsity ratio")
+    panels[len(labels)].set_ylabel("sparsity")
     if len(labels) > 1:  # runs may have different steps
         names = ["first", *[""] * (len(names) - 2), "last"] if len(names) > 2 else names
     add_legend(figure, handles, names, columns=min(3 * len(labels), _MAX_STEPS))

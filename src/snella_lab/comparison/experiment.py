@@ -18,7 +18,7 @@ from snella_app.text import nearest
 OVER_TASKS, OVER_GROUPS = "mean over tasks", "mean over groups"
 
 
-def reported_errors(published: Mapping[str, Any], tasks: Iterable[str], groups: Iterable[str]) -> list[str]:
+def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups: Iterable[str]) -> list[str]:
     """Validate an experiment's `published` entry: the numbers reported in a paper.
 
     Args:
@@ -37,14 +37,17 @@ def reported_errors(published: Mapping[str, Any], tasks: Iterable[str], groups: 
     values = published.get("values", {})
     is_empty = not {"values", "orderings"} & set(published)
     if unknown or is_empty or not published.get("source") or not isinstance(values, Mapping):
-        return [f"published must contain 'source' and 'values' or 'orderings', got {', '.join(map(str, published))}"]
+        return [
+            "published must contain 'source', a mapping 'values' or a list 'orderings' or both, and no other keys, got "
+            f"{dict(published)!r:.200}"
+        ]
     labels, errors = list(tasks), []
     for claim in published.get("orderings", []):
         known = {"higher", "lower", "task", "metric"}
         if not isinstance(claim, Mapping) or set(claim) - known or not claim.get("higher") or not claim.get("lower"):
             errors.append(
-                "published.orderings must contain 'higher' and 'lower', and may contain 'task' and 'metric', "
-                f"got {claim!r}"
+                "every entry of published.orderings must contain 'higher' and 'lower', and may contain 'task' and "
+                f"'metric', got {claim!r}"
             )
         elif claim.get("task") is not None and claim["task"] not in labels:
             errors.append(f"'task' in published.orderings must be one of {', '.join(labels)}, got {claim['task']!r}")
@@ -54,7 +57,8 @@ def reported_errors(published: Mapping[str, Any], tasks: Iterable[str], groups: 
             errors.append(f"published.values {method!r} must map tasks to numbers, got {numbers!r}")
             continue
         errors += [
-            f"published.values {method!r} must be numbers in percent by task, group or mean, got {column}: {value!r}"
+            f"published.values {method!r} must map tasks, groups, {OVER_TASKS!r} or {OVER_GROUPS!r} to percentages, "
+            f"got {column}: {value!r}"
             for column, value in numbers.items()
             if column not in columns or isinstance(value, bool) or not isinstance(value, int | float)
         ]
@@ -69,7 +73,7 @@ MEASURES: dict[str, dict[str, str]] = {
 }
 """Metric titles by task type and score name; every metric has a maximum of 1."""
 METHOD_SETTINGS = ("r", "target_sparsity", "scaling", "lr", "scalar_lr", "head_lr", "weight_decay")
-"""Settings of a method entry; `lr` and `weight_decay` are the center of its tuning grid."""
+"""Settings of a method entry. The tuning grid scales `lr` and also tries other values of `weight_decay`."""
 _SPARSE_SETTINGS = ("target_sparsity", "scalar_lr")
 DATA_SETTINGS = (
     *("train_size", "val_size", "test_size", "val_fraction", "test_fraction", "batch_size"),
@@ -104,7 +108,7 @@ class MethodEntry:
 
 
 PROBE = MethodEntry(PROBE_METHOD, PROBE_METHOD)
-"""Method for validating data and backbone; it has no specific settings."""
+"""Linear probe without settings of its own, used to validate the data and the backbone."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def data_entry(value: Any) -> DataEntry:
 
 
 def _entry(value: Any, where: str, required: str, optional: Iterable[str]) -> dict[str, Any]:
-    """Parse a name or a mapping with the key `required`, which is also the default `name`."""
+    """Parse a name or a mapping with the key `required`, whose value is the default `name`."""
     if isinstance(value, str):
         value = {required: value}
     if not isinstance(value, Mapping):
@@ -156,7 +160,7 @@ def _entry(value: Any, where: str, required: str, optional: Iterable[str]) -> di
     if errors := unknown_keys(label, value, (required, *optional)):
         raise ValueError(errors[0])
     if not value.get(required):
-        raise ValueError(f"{where} must have '{required}' in every entry, got {dict(value)!r}")
+        raise ValueError(f"every entry of {where} must have '{required}', got {dict(value)!r}")
     return {**value, "name": str(value.get("name", value[required]))}
 
 
@@ -178,20 +182,23 @@ def entry_errors(kind: str, entries: Iterable[MethodEntry | DataEntry]) -> list[
     for entry in entries:
         folder = folder_name(entry.name).lower()
         if folder in seen:
-            errors.append(f"{kind} must have distinct names, got {seen[folder]!r} and {entry.name!r}; rename one")
+            errors.append(
+                f"{kind} must have distinct folder names, got {seen[folder]!r} and {entry.name!r} (both use the folder "
+                f"{folder!r}); rename one"
+            )
         seen[folder] = entry.name
     return errors
 
 
 def unknown_keys(where: str, keys: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Return an error message that lists unknown keys with suggestions; empty if all keys are known."""
+    """Return a list with one error message that names the unknown keys; empty if all keys are known."""
     choices = list(known)
     unknown = [
         f"{key!r}" + nearest(str(key), choices, most=2, cutoff=0.5, form=" (nearest: {})")
         for key in keys
         if key not in choices
     ]
-    return [f"{where} has unknown settings: {', '.join(unknown)}; it takes {', '.join(choices)}"] if unknown else []
+    return [f"{where} has unknown settings: {', '.join(unknown)}; choose from {', '.join(choices)}"] if unknown else []
 
 
 def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any], **values: Any) -> TrainConfig:
@@ -208,7 +215,7 @@ def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any],
     """
     is_sparse = "target_sparsity" in method_options(method.method)
     settings = {
-        "precision": "fp32",  # not machine-dependent
+        "precision": "fp32",  # auto would depend on the hardware
         **shared,
         **{key: value for key, value in data.settings.items() if is_sparse or key not in _SPARSE_SETTINGS},
         **method.settings,
@@ -222,7 +229,7 @@ def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any],
 
 _DESCRIPTIONS = ("name", "about", "command", "cost", "expected")
 _MUTABLE = ("methods", "data", "seeds", *_DESCRIPTIONS, "reference", "published")
-"""Fields that may change between calls on the same folder, because finished cells do not depend on them."""
+"""Fields that may differ from the stored experiment; existing entries of `methods` and `data` must stay the same."""
 FILE = "experiment.yaml"
 
 
@@ -231,11 +238,12 @@ class Grid:
     """Tuning grid of learning rates and weight decays, shared by all methods.
 
     Args:
-        lr_factors: Factors on the method's default learning rate.
+        lr_factors: Learning rates to try, as multiples of the method's default.
         weight_decays: Weight decays to try at the best learning rate, in addition to the method's default.
-        max_extensions: Maximum number of extensions per axis. The grid grows by its outermost ratio while the best
-            value is on the edge.
-        seeds: Seeds per candidate.
+        max_extensions: Maximum number of extensions per axis. An axis is extended while its best value is on the edge:
+            the learning rates continue their pattern (1, 3, 10 is followed by 30), and the largest weight decay is
+            multiplied by 10.
+        seeds: Number of seeds per candidate.
     """
 
     lr_factors: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -256,12 +264,14 @@ class Experiment:
         data: The tasks.
         backbone: Pre-trained model, as in `snella train --backbone`.
         name: Short name.
-        seeds: Final runs of each method on each task, with seeds 0, 1, …
+        seeds: Number of final runs per method and task, with seeds 0, 1, …
         grid: Tuning grid.
         settings: Settings shared by all runs, entries of `SHARED_SETTINGS`.
-        reference: Method that the others are compared with; None selects the first LoRA, else the first method.
-        forgetting: Datasets for the linear probe that measures forgetting. Each task uses the first one that is not its
-            own. `()` disables the probe; None selects the first two tasks, then digits.
+        reference: Method that the others are compared with; None selects the first LoRA method, or the first method if
+            there is none.
+        forgetting: Datasets for the linear probe that measures forgetting. Each task uses the first one that differs
+            from its own data. `()` disables the probe. None selects `digits`, preceded in classification by the data
+            of the first two tasks, except those with `columns`.
         forgetting_images: Maximum number of images for the probe.
         about: Purpose.
         command: Command that starts the comparison.
@@ -298,12 +308,13 @@ class Experiment:
         if task not in MEASURES:
             errors.append(f"task must be one of {', '.join(MEASURES)} in a comparison, got {task!r}")
         errors += unknown_keys("train", self.settings, SHARED_SETTINGS) or self._cell_errors()
-        errors += reported_errors(self.published, [d.name for d in self.data], [d.group for d in self.data])
+        errors += published_errors(self.published, [d.name for d in self.data], [d.group for d in self.data])
         has_search = len(set(self.grid.lr_factors)) > 1 or len(self.grid.weight_decays) > 0
         if self.settings.get("protocol") == "official" and has_search:
             errors.append(
-                "protocol official has no validation set for tuning; set grid.lr_factors to one number and "
-                f"grid.weight_decays to [], got {list(self.grid.lr_factors)} and {list(self.grid.weight_decays)}"
+                "grid.lr_factors must be one number and grid.weight_decays must be [] with protocol 'official', which "
+                "has no validation set for tuning, got "
+                f"{list(self.grid.lr_factors)} and {list(self.grid.weight_decays)}"
             )
         if errors:
             raise ValueError("; ".join(dict.fromkeys(errors)))
@@ -331,7 +342,7 @@ class Experiment:
         return make_config(method, data, self.settings, backbone=self.backbone, out="-")
 
     def probe_data(self, task: DataEntry) -> str | None:
-        """Return the dataset that measures forgetting after training on `task`, or None; never the task's own."""
+        """Return the first dataset in `forgetting` that differs from the data of `task`; None if there is none."""
         return next((data for data in self.with_probes().forgetting or () if data != task.data), None)
 
     def with_probes(self) -> "Experiment":
@@ -377,11 +388,11 @@ class Experiment:
         numbers = {key: _numbers(f"grid.{key}", grid[key]) for key in _GRID_AXES if key in grid}
         forgetting = values.get("forgetting")
         parsed = {
-            "methods": tuple(method_entry(value) for value in listed(values["methods"])),
-            "data": tuple(data_entry(value) for value in listed(values["data"])),
+            "methods": tuple(method_entry(value) for value in as_list(values["methods"])),
+            "data": tuple(data_entry(value) for value in as_list(values["data"])),
             "grid": Grid(**{**grid, **numbers}),
             "settings": dict(train),
-            "forgetting": None if forgetting is None else tuple(listed(forgetting)),
+            "forgetting": None if forgetting is None else tuple(as_list(forgetting)),
         }
         return cls(**{**{key: value for key, value in values.items() if key != "train"}, **parsed})
 
@@ -390,10 +401,12 @@ class Experiment:
         write_text(folder / FILE, yaml.safe_dump(self.as_dict(), sort_keys=False))
 
     def merged_with(self, stored: "Experiment", folder: Path) -> "Experiment":
-        """Merge with the experiment stored in `folder`: its methods, tasks and seeds.
+        """Merge with the experiment stored in `folder`.
+
+        The result has the methods and tasks of both, the larger number of seeds, and merged published numbers.
 
         Raises:
-            ValueError: If a setting that finished cells depend on differs.
+            ValueError: If the experiments differ in a setting that affects finished cells.
         """
         stored = stored.with_probes()
         forgetting = stored.forgetting if self.forgetting is None else self.forgetting
@@ -403,17 +416,17 @@ class Experiment:
             new, old = new_values[key], stored_values[key]
             if isinstance(new, dict):
                 changed = [k for k in {**old, **new} if new.get(k) != old.get(k)]
-                errors += [f"{k} is {old.get(k)!r}, got {new.get(k)!r}" for k in changed]
+                errors += [f"{key}.{k} is {old.get(k)!r}, got {new.get(k)!r}" for k in changed]
             else:
                 errors.append(f"{key} is {old!r}, got {new!r}")
         for kind in ("methods", "data"):
             entries = {entry["name"]: entry for entry in stored_values[kind]}
             changed = [e["name"] for e in new_values[kind] if entries.get(e["name"], e) != e]
-            errors += [f"{kind} {name!r} has other settings" for name in changed]
+            errors += [f"{kind} entry {name!r} has different settings" for name in changed]
         if errors:
             raise ValueError(
-                f"{folder} contains a comparison with other settings: {'; '.join(errors)}; rows are not comparable; "
-                "choose another folder, or use the stored settings"
+                f"{folder} contains a comparison with different settings: {'; '.join(errors)}; results are not "
+                "comparable; choose another folder, or use the stored settings"
             )
         return replace(
             self,
@@ -422,11 +435,11 @@ class Experiment:
             seeds=max(self.seeds, stored.seeds),
             reference=self.reference or stored.reference,
             forgetting=forgetting,
-            published=_merged_reports(stored.published, self.published),
+            published=_merge_published(stored.published, self.published),
         )
 
     def _size_errors(self) -> list[str]:
-        """Return errors for out-of-range numbers."""
+        """Return errors for out-of-range numbers and an automatic batch size."""
         grid = self.grid
         errors = [
             f"{name} must be an integer of at least {minimum}, got {value!r}"
@@ -439,7 +452,7 @@ class Experiment:
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum
         ]
         if "auto" in (self.settings.get("batch_size"), *(entry.settings.get("batch_size") for entry in self.data)):
-            errors.append("batch_size must be the same number for all runs of a comparison, got 'auto'")
+            errors.append("batch_size must be an integer, the same for all methods on a task, got 'auto'")
         if not grid.lr_factors or not all(0 < f < float("inf") for f in grid.lr_factors):
             errors.append(f"grid.lr_factors must be positive numbers, got {list(grid.lr_factors)}")
         if not all(0 <= w < float("inf") for w in grid.weight_decays):
@@ -447,7 +460,7 @@ class Experiment:
         return errors
 
     def _cell_errors(self) -> list[str]:
-        """Return errors in the settings of cells."""
+        """Return the errors of each method on the first task, and of the linear probe on the other tasks."""
         pairs = [(method, data) for method in self.methods for data in self.data[:1]]
         pairs += [(PROBE, data) for data in self.data[1:]]
         errors = []
@@ -459,7 +472,7 @@ class Experiment:
         return errors
 
 
-def listed(value: Any) -> Sequence[Any]:
+def as_list(value: Any) -> Sequence[Any]:
     """Return the value as a list; split a string at commas."""
     if isinstance(value, str):
         return [item.strip() for item in value.split(",") if item.strip()]
@@ -469,13 +482,13 @@ def listed(value: Any) -> Sequence[Any]:
 def _numbers(name: str, value: Any) -> tuple[float, ...]:
     """Parse numbers from a list or a comma-separated string."""
     try:
-        return tuple(float(number) for number in listed(value))
+        return tuple(float(number) for number in as_list(value))
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be numbers, e.g. [0.3, 1, 3], got {value!r}") from None
 
 
-def _merged_reports(stored: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Merge reported numbers and orderings, stored ones first; a new source replaces them."""
+def _merge_published(stored: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Merge published numbers and orderings; new numbers override stored ones, a new source replaces all."""
     if not new or not stored or new.get("source") != stored.get("source"):
         return new or stored
     values = {

@@ -10,8 +10,8 @@ from snella_app.text import nearest
 from snella_lab.comparison.experiment import (
     FILE,
     Experiment,
+    as_list,
     data_entry,
-    listed,
     method_entry,
     plain_entry,
 )
@@ -67,8 +67,8 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     A label of a method or task, or the data of a task, stands for the existing entry with its settings. A reference
     that is no longer among the methods is removed.
     """
-    methods = {entry.name: entry for entry in map(method_entry, listed(values.get("methods") or []))}
-    data = [data_entry(value) for value in listed(values.get("data") or [])]
+    methods = {entry.name: entry for entry in map(method_entry, as_list(values.get("methods") or []))}
+    data = [data_entry(value) for value in as_list(values.get("data") or [])]
     tasks = {entry.data: entry for entry in reversed(data)} | {entry.name: entry for entry in data}
     entries: dict[str, dict[str, Any]] = {"methods": methods, "data": tasks}
     result = {**values}
@@ -100,9 +100,9 @@ def experiment_from_options(options: CompareOptions) -> Experiment | None:
     """
     values = {name: value for name, value in options.flat().items() if value is not None}
     changes: dict[str, Any] = {key: values[key] for key in ("backbone", "seeds", "reference") if key in values}
-    changes.update({key: listed(values[key]) for key in ("methods", "data") if key in values})
+    changes.update({key: as_list(values[key]) for key in ("methods", "data") if key in values})
     if "forgetting" in values:
-        changes["forgetting"] = [] if values["forgetting"] == _NONE else listed(values["forgetting"])
+        changes["forgetting"] = [] if values["forgetting"] == _NONE else as_list(values["forgetting"])
     names = {"tune_seeds": "seeds", "extensions": "max_extensions"}
     grid: dict[str, Any] = {name: values[key] for key, name in names.items() if key in values}
     grid |= {key: _numbers(key, values[key]) for key in ("lr_factors", "weight_decays") if key in values}
@@ -121,6 +121,6 @@ def experiment_from_options(options: CompareOptions) -> Experiment | None:
 def _numbers(name: str, text: str) -> list[float]:
     """Parse comma-separated numbers."""
     try:
-        return [] if text == _NONE else [float(number) for number in listed(text)]
+        return [] if text == _NONE else [float(number) for number in as_list(text)]
     except ValueError:
         raise ValueError(f"{name} must be numbers separated by commas, e.g. 0.3,1,3, got {text!r}") from None

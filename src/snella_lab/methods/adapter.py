@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number, one_of
-from snella_app.methods.model_parts import attach, attached, is_inside, mlps, remove_hooks
+from snella_app.methods.model_parts import attach, find_attached, is_inside, mlps, remove_hooks
 from snella_app.methods.partial import train_head
 from snella_app.text import listed
 
@@ -200,7 +200,7 @@ def warn_about_unused(module: nn.Module, inputs: tuple[Any, ...], output: Any) -
     """Forward hook of the model: warn once about layers whose `ssf` is never called."""
     if module.training and not getattr(module, "ssf_was_checked", False):
         module.ssf_was_checked = True  # type: ignore[assignment]
-        unused = [name for name, _, ssf in attached(module, "ssf", ScaleShift) if not ssf.was_used]
+        unused = [name for name, _, ssf in find_attached(module, "ssf", ScaleShift) if not ssf.was_used]
         if unused:
             warnings.warn(
                 f"method 'ssf' has no effect on {len(unused)} layers of {type(module).__name__}, e.g. "
@@ -249,7 +249,7 @@ def _build_ssf(model: nn.Module, head: str, options: Options, batches: Batches |
 @torch.no_grad()
 def _merge_ssf(model: nn.Module) -> nn.Module:
     """Merge γ and β into each layer: W <- γ W, b <- γ b + β."""
-    layers = list(attached(model, "ssf", ScaleShift))
+    layers = list(find_attached(model, "ssf", ScaleShift))
     without_bias = [
         repr(name) for name, module, _ in layers if getattr(module, "weight", None) is None or module.bias is None
     ]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number
-from snella_app.methods.model_parts import attach, token_blocks, width_of_block
+from snella_app.methods.model_parts import attach, block_width, token_blocks
 from snella_app.methods.partial import train_head
 from snella_lab.methods.adapter import Adapter, apply_adapter
 from snella_lab.methods.calibration import SelectionData, selection_data
@@ -177,7 +177,7 @@ def build_supernet(model: nn.Module, head: str, size: int) -> nn.Module:
         qkv = cast(nn.Linear, attention.qkv)
         attach(block, "prompts", make_prompts(supernet, block, size), before=insert_prompts, after=remove_prompts)
         attach(qkv, "low_rank", SuperLowRank(qkv.out_features, qkv.in_features, size), after=add_low_rank)
-        attach(mlp, "adapter", SuperAdapter(width_of_block(block) or 0, size), after=apply_adapter)
+        attach(mlp, "adapter", SuperAdapter(block_width(block) or 0, size), after=apply_adapter)
     return supernet
 
 
@@ -276,7 +276,7 @@ def space_of(model: nn.Module, head: str, options: Options) -> SubnetSpace:
     """Build the search space of a model."""
     layers = qkv_layers(model, head)
     space = SubnetSpace(
-        tuple(width_of_block(block) or 0 for _, block, _ in layers),
+        tuple(block_width(block) or 0 for _, block, _ in layers),
         tuple(qkv.in_features + qkv.out_features for _, _, qkv in layers),
         tuple(sorted(options.get("sizes", _SIZES))),
         budget=0,
@@ -328,7 +328,7 @@ def _apply(model: nn.Module, head: str, subnet: Subnet) -> nn.Module:
         if rank:
             attach(qkv, "low_rank", LowRank(qkv.out_features, qkv.in_features, rank), after=add_low_rank)
         if width:
-            adapter = Adapter(width_of_block(block) or 0, width)
+            adapter = Adapter(block_width(block) or 0, width)
             attach(cast(nn.Module, block.mlp), "adapter", adapter, after=apply_adapter)
     return model
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number
-from snella_app.methods.model_parts import attach, token_blocks, width_of_block
+from snella_app.methods.model_parts import attach, block_width, token_blocks
 from snella_app.methods.partial import train_head
 
 
@@ -85,7 +85,7 @@ def make_prompts(model: nn.Module, block: nn.Module, prompts: int, dropout: floa
     """Create prompts for a block of a timm ViT."""
     patch: Any = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (16, 16)
     prefix: Any = getattr(model, "num_prefix_tokens", 1)
-    width = width_of_block(block) or 0
+    width = block_width(block) or 0
     return Prompts(prompts, width, prefix=int(prefix), patch_area=int(patch[0] * patch[1]), dropout=dropout)
 
 

@@ -63,7 +63,8 @@ def test_a_model_without_mlps_is_reported(make_model):
 
 def test_a_second_adapter_is_rejected(make_model):
     with pytest.raises(
-        ValueError, match="Mlp already has a 'adapter' \\(Adapter\\); apply a method only once, to a fresh backbone"
+        ValueError,
+        match="Mlp already has an attribute 'adapter' \\(Adapter\\); apply a method only once, to a fresh backbone",
     ):
         build_method("adapter", build_method("adapter", make_model()))
 

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from snella_app.methods.model_parts import attach, attached, find_blocks, mlps, remove_hooks
+from snella_app.methods.model_parts import attach, find_attached, find_blocks, mlps, remove_hooks
 
 
 class Add(nn.Module):
@@ -32,14 +32,14 @@ def test_an_attached_child_is_saved_and_can_be_detached():
     with torch.no_grad():
         twin[1].extra.value.fill_(0.0)
     assert twin(x).tolist() == [0.0, 0.0] and model(x).tolist() == [3.0, 2.0]
-    assert [(n, m, c.value.item()) for n, m, c in attached(twin, "extra", Add)] == [("1", twin[1], 0.0)]
+    assert [(n, m, c.value.item()) for n, m, c in find_attached(twin, "extra", Add)] == [("1", twin[1], 0.0)]
     del twin[1].extra
     remove_hooks(twin[1], add_before, add_after)
     assert twin(x).tolist() == [0.0, 0.0] and not twin.state_dict() and model(x).tolist() == [3.0, 2.0]
 
 
 def test_a_name_in_use_is_rejected():
-    with pytest.raises(ValueError, match="Linear already has a 'weight' \\(Parameter\\)"):
+    with pytest.raises(ValueError, match="Linear already has an attribute 'weight' \\(Parameter\\)"):
         attach(nn.Linear(2, 2), "weight", Add(1.0))
 
 

@@ -83,10 +83,14 @@ def test_a_model_with_rotary_embeddings_is_rejected(make_model):
     import timm
 
     eva = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1, embed_dim=24, num_heads=2, num_classes=2)
-    with pytest.raises(ValueError, match=r"'vpt-shallow' cannot be applied to Eva: it rotates or biases tokens"):
+    with pytest.raises(
+        ValueError, match=r"'vpt-shallow' cannot be applied to Eva: its attention uses rotary or relative positions"
+    ):
         build_method("vpt-shallow", eva)
     beit = timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=24, num_heads=2, num_classes=2)
-    with pytest.raises(ValueError, match=r"'vqt' cannot be applied to Beit: it rotates or biases tokens"):
+    with pytest.raises(
+        ValueError, match=r"'vqt' cannot be applied to Beit: its attention uses rotary or relative positions"
+    ):
         build_method("vqt", beit)
 
 
@@ -96,5 +100,5 @@ def test_unsupported_blocks_are_rejected():
 
     model = timm.create_model("test_vit", img_size=32, num_classes=2)
     model.blocks[1].norm1 = nn.Identity()
-    with pytest.raises(ValueError, match="its blocks are not pre-norm attention and MLP"):
+    with pytest.raises(ValueError, match="its blocks lack attn, mlp or a normalization layer norm1"):
         build_method("vpt-deep", model)

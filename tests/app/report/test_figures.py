@@ -152,7 +152,7 @@ def test_budget_figures_support_a_single_allocation_and_underscores():
     allocation = small_allocation([(100, 100)])
     assert {"budget", "target"} <= set(texts(inline_svg(allocation_figures.budget_curve(allocation, None), "b", "B")))
     shares = texts(inline_svg(allocation_figures.budget_shares(allocation, None), "s", "S"))
-    assert {"q", "_k", "allocation"} <= set(shares)
+    assert {"q", "_k", "schedule time t"} <= set(shares)
     assert "matrices" in texts(inline_svg(allocation_figures.frozen_curve(allocation, None), "f", "F"))
 
 

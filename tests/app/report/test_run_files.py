@@ -15,7 +15,7 @@ from snella_app.records import (
     read_if_present,
 )
 from snella_app.records.results import NumberScores
-from snella_app.report.allocation import adapter_step, arrange, epochs_of_allocation
+from snella_app.report.allocation import adapter_step, group_matrices, schedule_epochs
 from snella_app.report.inspect import current_budgets
 
 
@@ -223,12 +223,12 @@ def test_without_an_adapter_the_budgets_come_from_allocation_json(run):
 def test_allocation_times_map_to_epochs(run):
     run.finished()
     allocation, metrics = read(Allocation, run.folder), read(Metrics, run.folder)
-    assert epochs_of_allocation(allocation, metrics, is_finished=True) == 10
+    assert schedule_epochs(allocation, metrics, is_finished=True) == 10
     run.allocation(epochs=10, realloc=4)
     allocation = read(Allocation, run.folder)
-    assert epochs_of_allocation(allocation, metrics, is_finished=True) == 10
-    assert epochs_of_allocation(allocation, metrics, is_finished=False) is None
-    assert epochs_of_allocation(allocation, None, is_finished=True) is None
+    assert schedule_epochs(allocation, metrics, is_finished=True) == 10
+    assert schedule_epochs(allocation, metrics, is_finished=False) is None
+    assert schedule_epochs(allocation, None, is_finished=True) is None
 
 
 def test_matrices_of_the_same_kind_and_depth_share_a_cell(run):
@@ -236,7 +236,7 @@ def test_matrices_of_the_same_kind_and_depth_share_a_cell(run):
     allocation = read(Allocation, run.folder)
     matrices = [m for m in allocation.matrices if m.kind in ("attn.q", "attn.k") and m.depth == 0]
     same = [type(m)(m.name, "attn.q", 0, m.shape, m.size, m.budget, m.nonzeros) for m in matrices]
-    grid = arrange(same, {same[0].name: same[0].size, same[1].name: 0})
+    grid = group_matrices(same, {same[0].name: same[0].size, same[1].name: 0})
     cell = grid.cells["attn.q", 0]
     assert (cell.count, cell.density, cell.frozen, cell.is_frozen) == (2, 0.5, 1, False)
 
@@ -245,4 +245,4 @@ def test_matrices_outside_the_blocks_come_last(run):
     run.finished()
     matrices = read(Allocation, run.folder).matrices[:2]
     outside = type(matrices[0])("fc_norm", "fc_norm", None, (4, 4), 16, 16, 16)
-    assert arrange([outside, *matrices], {m.name: 1 for m in [outside, *matrices]}).depths == [0, None]
+    assert group_matrices([outside, *matrices], {m.name: 1 for m in [outside, *matrices]}).depths == [0, None]

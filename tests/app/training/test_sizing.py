@@ -332,7 +332,9 @@ def test_invalid_durations_are_rejected_with_examples(text, settings):
 def test_a_comparison_needs_a_fixed_batch_size():
     from snella_lab.comparison.experiment import Experiment
 
-    with pytest.raises(ValueError, match="batch_size must be the same number for all runs of a comparison, got 'auto'"):
+    with pytest.raises(
+        ValueError, match="batch_size must be an integer, the same for all methods on a task, got 'auto'"
+    ):
         Experiment.from_dict(
             {"methods": ["linear"], "data": ["digits"], "backbone": "test_vit", "train": {"batch_size": "auto"}}
         )

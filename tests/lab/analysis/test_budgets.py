@@ -87,5 +87,7 @@ def test_plots_of_a_real_run_are_drawn(old_run, run):
 
 def test_run_without_budgets_is_rejected(save_run):
     run = save_run("lora")
-    with pytest.raises(ValueError, match=r"must have weight budgets.* with method 'lora-2' and no allocation.json"):
+    with pytest.raises(
+        ValueError, match=r"must have weight budgets.* with method 'lora-2' and no budgets in allocation.json"
+    ):
         allocation([run])

@@ -67,12 +67,12 @@ def test_forgetting_is_never_measured_on_the_task_itself(tiny):
     [
         ({"methods": ["linear", "lorra-8"]}, r"got 'lorra-8'; nearest: lora"),
         ({"methods": [{"method": "lora-2", "options": {"alpha": 3}}]}, r"method 'lora-2' has no option 'alpha'"),
-        ({"methods": ["lora-2", "lora-2"]}, "methods must have distinct names, got 'lora-2' and 'lora-2'"),
-        ({"methods": [{"name": "x"}]}, r"methods must have 'method' in every entry, got \{'name': 'x'\}"),
+        ({"methods": ["lora-2", "lora-2"]}, "methods must have distinct folder names, got 'lora-2' and 'lora-2'"),
+        ({"methods": [{"name": "x"}]}, r"every entry of methods must have 'method', got \{'name': 'x'\}"),
         ({"methods": [{"method": "linear", "scalling": 3}]}, r"'linear' has unknown settings: 'scalling' \(nearest"),
         ({"methods": [3]}, "methods must contain names or mappings with 'method', got 3"),
         ({"data": [{"data": "digits", "size": 3}]}, r"data entry 'digits' has unknown settings: 'size' \(nearest"),
-        ({"data": ["a/b", "a_b"]}, "data must have distinct names, got 'a/b' and 'a_b'"),
+        ({"data": ["a/b", "a_b"]}, r"data must .* got 'a/b' and 'a_b' \(both use the folder 'a_b'\)"),
         ({"reference": "lora-8"}, r"reference must be one of the methods linear, lora-2, got 'lora-8' \(nearest: lo"),
         ({"seeds": 0}, "seeds must be an integer of at least 1, got 0"),
         ({"seeds": "3"}, "seeds must be an integer of at least 1, got '3'"),
@@ -180,10 +180,10 @@ def test_published_numbers_and_orderings_are_merged(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": {"epochs": 7}}, "epochs is 1, got 7"),
+        ({"train": {"epochs": 7}}, r"train\.epochs is 1, got 7"),
         ({"backbone": "test_vit2"}, "backbone is 'test_vit', got 'test_vit2'"),
-        ({"grid": {"lr_factors": [1]}}, r"lr_factors is \[0.3, 1.0\], got \[1.0\]"),
-        ({"methods": [{"name": "linear", "method": "bias"}]}, "methods 'linear' has other settings"),
+        ({"grid": {"lr_factors": [1]}}, r"grid\.lr_factors is \[0.3, 1.0\], got \[1.0\]"),
+        ({"methods": [{"name": "linear", "method": "bias"}]}, "methods entry 'linear' has different settings"),
     ],
 )
 def test_settings_that_differ_from_the_stored_rows_are_rejected(changes, message, tiny, tmp_path):
