@@ -125,9 +125,9 @@ def _measure(trainer: SnellaTrainer) -> tuple[dict[str, Outputs], FinalHead | No
     parts = trainer.parts
     outputs = {} if parts.splits.val is None else {"val": trainer.outputs(parts.splits.val)}
     probe, final_head = _fit_final_head(trainer, outputs)
-    test, views = parts.splits.test, trainer.plan.data.views
+    test, plan = parts.splits.test, trainer.plan
     if test is not None and probe is not None:
-        outputs["test"] = measure_layers(parts, probe, test, views, trainer.get_eval_dataloader)
+        outputs["test"] = measure_layers(parts, probe, test, plan.data.views, plan.optim.effective_batch_size)
     elif test is not None:
         outputs["test"] = trainer.outputs(test)
     return outputs, final_head
@@ -143,8 +143,7 @@ def _fit_final_head(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> tupl
     if plan.optim.final_head != "layers" or process_count() > 1:  # a run resumed in several processes
         return None, None
     train = original_images(parts.splits.train).subset(probe_rows(parts).tolist())
-    load = trainer.get_eval_dataloader
-    probe, val = fit_layers(parts, train, plan.data.views, load, plan.optim.precision)
+    probe, val = fit_layers(parts, train, plan.data.views, plan.optim.effective_batch_size, plan.optim.precision)
     record = FinalHead(probe.layers, True)
     if val is not None:
         score, score_trained = (float(task.metrics(*part)[task.monitor]) for part in (val, outputs["val"]))

@@ -14,6 +14,7 @@ from snella_app.console import print_line
 from snella_app.data import build_transform, has_flips
 from snella_app.device import choose_device, choose_precision
 from snella_app.methods import find_method
+from snella_app.methods.model_parts import recorded_inputs
 from snella_app.runs.layer_probe import layer_features, probed_layers
 from snella_app.training.build import LoadedData, RunComponents, build
 from snella_app.training.distributed import broadcast_from_main, process_count
@@ -124,21 +125,21 @@ def _reads_features(parts: RunComponents) -> bool:
     if not layers:
         return False
     channels, height, width = parts.data_config["input_size"]
-    model, inputs_of_head = parts.model, []
+    model = parts.model
     image = torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(0))
     image = image.to(next(model.parameters()).device)
     was_training = model.training
     model.eval()
     _, head = base_and_head(model)
-    handle = head.register_forward_pre_hook(lambda module, inputs: inputs_of_head.append(inputs[0].flatten(1)))
     try:
-        model(image)
-        final = layer_features(model, image, layers)[:, : inputs_of_head[0].shape[1]]
-        return bool(torch.allclose(inputs_of_head[0], final, atol=1e-4, rtol=1e-4))
+        with recorded_inputs(head) as recorded:
+            model(image)
+        inputs = recorded[0].flatten(1)
+        final = layer_features(model, image, layers)[:, : inputs.shape[1]]
+        return bool(torch.allclose(inputs, final, atol=1e-4, rtol=1e-4))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, AssertionError):
         return False
     finally:
-        handle.remove()
         model.train(was_training)
 
 
@@ -178,8 +179,7 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
     order = np.random.default_rng(parts.seed).permutation(len(rows))[:_MAX_FLIPPED]
     plain = probe_features(parts, optim)[torch.from_numpy(order)].double().numpy()
     images = probe_images(parts, rows[order])
-    batch_size, precision = optim.effective_batch_size, optim.precision
-    features = extract_features(parts, images, batch_size, precision=precision, is_flipped=True)
+    (features,) = extract_features(parts, images, optim.effective_batch_size, optim.precision, flips=[True])
     flipped = features.double().numpy()
     labels = np.asarray(parts.splits.train.labels)[rows[order]]
     outputs = parts.task.count_outputs(parts.splits.classes)
