@@ -125,7 +125,7 @@ class OptimConfig(BaseOptimConfig):
         return self if is_set else dataclasses.replace(self, batch_size=min(DEFAULT_BATCH_SIZE, images))
 
     def optimizer_options(self) -> dict[str, Any]:
-        """Keyword arguments of `snella_app.training.optimizer.build_optimizer`."""
+        """Keyword arguments of `snella_app.training.build.build_optimizer`."""
         return {
             "lr": self.lr or 0.0,
             "head_lr": self.head_lr,

@@ -1,4 +1,4 @@
-"""Trainer callbacks: weight averaging, method schedules, step time, trackers and progress."""
+"""Trainer callbacks: weight averaging, epochs, method schedules, step time, trackers and progress."""
 
 import math
 import statistics
@@ -194,6 +194,21 @@ def _swapped_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[
         yield
     finally:
         copy(before)
+
+
+class EpochCallback(TrainerCallback):
+    """Callback that calls `set_epoch` of datasets and samplers, with epochs counted from 0.
+
+    Accelerate also does this, but not for an epoch that is resumed midway.
+    """
+
+    def __init__(self, *targets: Any) -> None:
+        self.targets = targets
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Set the current epoch."""
+        for target in self.targets:
+            target.set_epoch(state.global_step // (state.max_steps // int(state.num_train_epochs)))
 
 
 class ScheduleCallback(TrainerCallback):

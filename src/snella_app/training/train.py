@@ -21,6 +21,7 @@ from snella_app.console import counted, make_console, print_line
 from snella_app.data.protocol import get_protocol
 from snella_app.device import choose_device
 from snella_app.methods import method_of
+from snella_app.methods.registry import matrices_of
 from snella_app.records import RunInfo, read
 from snella_app.runs.evaluate import rewrite_report
 from snella_app.runs.folder import RunFolder
@@ -44,8 +45,7 @@ from snella_app.training.linear_probe import (
     init_head_from_probe,
     normalize_features,
 )
-from snella_app.training.plan import resolve
-from snella_app.training.results import describe_run, log_summary, matrices_of, shorten_hint
+from snella_app.training.plan import describe_run, log_summary, resolve, shorten_hint
 from snella_app.training.session import InterruptCallback, lock_run, record_status
 from snella_app.training.trainer import SnellaTrainer
 

@@ -24,13 +24,17 @@ from snella_app.methods import method_of, save_trained
 from snella_app.records import AveragedEpochs
 from snella_app.runs.folder import RunFolder
 from snella_app.text import split_text
-from snella_app.training.build import RunComponents, epoch_sampler
-from snella_app.training.callbacks import EpochSnapshots, WeightAverage
+from snella_app.training.build import RunComponents, build_optimizer, epoch_sampler, mix_seed
+from snella_app.training.callbacks import EpochCallback, EpochSnapshots, WeightAverage
 from snella_app.training.checkpoints import CheckpointingTrainer, base_training_arguments, convert_write_errors
-from snella_app.training.distributed import average_gradients, is_sharded, process_count, process_index
+from snella_app.training.distributed import (
+    ShardedBatches,
+    average_gradients,
+    is_sharded,
+    process_count,
+    process_index,
+)
 from snella_app.training.linear_probe import FeatureNorm
-from snella_app.training.optimizer import build_optimizer
-from snella_app.training.sampler import EpochCallback, ShardedBatches, mix_seed
 from snella_app.training.session import NonFiniteLossError
 
 

@@ -37,7 +37,7 @@ from snella_app.runs.evaluate import evaluate
 from snella_app.runs.model import make_backbone
 from snella_app.training.checkpoints import find_damage, latest_checkpoint
 from snella_app.training.linear_probe import head_inputs
-from snella_app.training.results import versions_of
+from snella_app.training.plan import versions_of
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
 from snella_lab.comparison.cells import Cell, tuning_result

@@ -16,11 +16,11 @@ from snella_app.data.protocol import PROTOCOLS
 from snella_app.device import choose_device
 from snella_app.methods import build_method
 from snella_app.tasks import ClassificationTask
-from snella_app.training.build import RunComponents, resolve_data_config
+from snella_app.training.build import EpochSampler, RunComponents, build_optimizer, mix_seed, resolve_data_config
 from snella_app.training.callbacks import ProgressDisplay
-from snella_app.training.optimizer import build_optimizer
-from snella_app.training.results import best_epoch, free_memory, log_summary, shorten_hint
-from snella_app.training.sampler import EpochSampler, mix_seed
+from snella_app.training.finish import best_epoch
+from snella_app.training.plan import log_summary, shorten_hint
+from snella_app.training.sizing import free_memory
 
 TASK = ClassificationTask(("a", "b", "c"))
 
@@ -160,7 +160,7 @@ def test_the_suggested_size_is_a_multiple_of_the_patch_size(side, factor, expect
 
 
 def test_memory_and_time_warnings_are_printed_before_training(monkeypatch):
-    monkeypatch.setattr("snella_app.training.results.free_memory", lambda device: 2**20)
+    monkeypatch.setattr("snella_app.training.plan.free_memory", lambda device: 2**20)
     model = build_method("linear", timm.create_model("test_vit", num_classes=10, img_size=448))
     parts = RunComponents(
         load_data("digits"), model, ClassificationTask(tuple("0123456789")), {}, {"input_size": [3, 448, 448]}
@@ -174,7 +174,7 @@ def test_memory_and_time_warnings_are_printed_before_training(monkeypatch):
 
 
 def test_the_memory_warning_suggests_compression_for_snella(monkeypatch):
-    monkeypatch.setattr("snella_app.training.results.free_memory", lambda device: 2**20)
+    monkeypatch.setattr("snella_app.training.plan.free_memory", lambda device: 2**20)
     parts = RunComponents(
         load_data("digits"),
         build_method("snella", timm.create_model("test_vit", num_classes=10, img_size=32)),
