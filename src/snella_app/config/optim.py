@@ -115,9 +115,14 @@ class OptimConfig(BaseOptimConfig):
         """`batch_size`, or the default if it is not an integer."""
         return self.batch_size if isinstance(self.batch_size, int) else DEFAULT_BATCH_SIZE
 
+    @property
+    def images_per_step(self) -> int:
+        """Number of images in one optimizer step."""
+        return self.effective_batch_size * self.accumulate
+
     def steps_per_epoch(self, images: int) -> int:
         """Return the number of optimizer steps per epoch."""
-        return -(-images // (self.effective_batch_size * self.accumulate))
+        return -(-images // self.images_per_step)
 
     def with_batch_size_for(self, images: int) -> Self:
         """Return a copy with `batch_size` set for this number of training images."""
