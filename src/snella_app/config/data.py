@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from snella_app.config.base import Config, errors_of
+from snella_app.settings import Config, errors_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from snella_app.data import ImageDataset
 from snella_app.data.protocol import get_protocol
 from snella_app.device import autocast
 from snella_app.methods import find_method
-from snella_app.text import seconds_text
+from snella_app.text import first_line, seconds_text
 from snella_app.training.build import RunComponents
 from snella_app.training.distributed import process_count
 from snella_app.training.final_head import layer_fit_seconds
@@ -129,7 +129,7 @@ def fit_image_size(
         try:
             return _measure_times(parts if size == default else at_size(size), config, with_training)
         except _SIZE_ERRORS as error:
-            raise _SizeError(f"{size} px ({str(error).strip().partition(chr(10))[0]})") from error
+            raise _SizeError(f"{size} px ({first_line(error)})") from error
 
     def head_seconds(size: int) -> float:
         return measure(size, with_training=False).final_s
