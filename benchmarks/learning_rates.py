@@ -30,8 +30,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from snella import BudgetAllocator
 from snella_app.config import TrainConfig
-from snella_app.data import build_transform
 from snella_app.data.protocol import get_protocol
+from snella_app.data.transforms import build_transform
 from snella_app.methods import build_method, spec_of
 from snella_app.methods.registry import matrices_of
 from snella_app.records import BackboneInfo

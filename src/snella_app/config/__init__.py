@@ -1,6 +1,5 @@
 """Configurations: `TrainConfig` and its sections, and base classes for the recipes."""
 
-from snella_app.config.data import DataConfig
 from snella_app.config.sections import (
     AUTO_METHOD,
     DEFAULT_BATCH_SIZE,
@@ -15,6 +14,7 @@ from snella_app.config.sections import (
     budget_seconds,
 )
 from snella_app.config.train import SESSION_FIELDS, UNSTORED_FIELDS, RunSettings, TrainConfig, command_line
+from snella_app.data.options import DataConfig
 
 __all__ = [
     "AUTO_METHOD",

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from snella_app.config.data import DataConfig
 from snella_app.config.sections import (
     AUTO_METHOD,
     OPTION_SETTINGS,
@@ -21,6 +20,7 @@ from snella_app.config.sections import (
     OptimConfig,
     RunConfig,
 )
+from snella_app.data.options import DataConfig
 from snella_app.methods.defaults import TRAIN_PRESETS
 from snella_app.settings import Config
 from snella_app.text import nearest

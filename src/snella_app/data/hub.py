@@ -92,7 +92,7 @@ def from_python(data: Any, options: LoadOptions) -> Collection:
                 f"data must be a specification like folder:photos, or map-style datasets of (image, label) items, "
                 f"got {type(part).__name__} for {part_name}"
             )
-    source = _ObjectImages(list(parts.values()), options.reading)
+    source = _ObjectImages(list(parts.values()), options.config.reading)
     labels = [label for part in parts.values() for label in _labels_of(part)]
     class_names = getattr(next(iter(parts.values())), "classes", None)
     classes = None
@@ -199,7 +199,7 @@ def _from_hf(data: Any, where: str, name: str, options: LoadOptions, roots: Sequ
             table.setdefault(column, []).extend(values)
     total = sum(map(len, parts.values()))
     table = {**{column: [_IMAGE] * total for column in images}, **table}
-    columns = Columns.parse(options.columns)
+    columns = Columns.parse(options.config.columns)
     if roots is not None and columns.root is not None:
         roots = [columns.root]
     if images:
@@ -213,7 +213,7 @@ def _from_hf(data: Any, where: str, name: str, options: LoadOptions, roots: Sequ
     encoded = [rows.select_columns([roles["path"]]) for rows in parts.values()]
     encoded = [rows.cast_column(roles["path"], datasets.Image(decode=False)) for rows in encoded]
     names = table.get(_KEY) or [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
-    source = _HubImages(encoded, roles["path"], options.reading, roots)
+    source = _HubImages(encoded, roles["path"], options.config.reading, roots)
     samples = Samples(name, where, source, names, table, roles, notes=notes)
     if options.target != "numbers":
         samples.classes = _class_names(first.features.get(samples.label_columns[0]))

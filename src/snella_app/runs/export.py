@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from snella.compat.sparse_file import Entries, SparsePatch, ValueDtype, digest_of, load_sparse
 from snella.layer import SnellaLayer
 from snella_app.console import counted
-from snella_app.data import read_image
 from snella_app.data.datasets import file_paths, read_at_side
+from snella_app.data.images import read_image
 from snella_app.files import annotate_write_errors, create_folder, sync_tree, write_json, write_text
 from snella_app.methods import merge_trained
 from snella_app.methods.model_parts import base_model

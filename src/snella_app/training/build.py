@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader, Sampler
 
 from snella_app.config import DEFAULT_BATCH_SIZE, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
 from snella_app.console import print_line
-from snella_app.data import DataSplits, ImageDataset, build_transform
-from snella_app.data.datasets import MaskDataset, read_at_side
+from snella_app.data.datasets import ImageDataset, MaskDataset, read_at_side
+from snella_app.data.load import DataSplits
 from snella_app.data.protocol import get_protocol
 from snella_app.data.sources import show_reading
+from snella_app.data.transforms import build_transform
 from snella_app.methods import (
     SelectionData,
     build_method,

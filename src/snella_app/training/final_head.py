@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from snella_app.data import ImageDataset, build_transform
+from snella_app.data.datasets import ImageDataset
+from snella_app.data.transforms import build_transform
 from snella_app.methods.model_parts import base_model
 from snella_app.runs.layer_probe import LayerProbe, probed_layers
 from snella_app.tasks import Task

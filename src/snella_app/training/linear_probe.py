@@ -19,8 +19,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from transformers import TrainerCallback
 
 from snella_app.config import DataConfig, OptimConfig
-from snella_app.data import ImageDataset, build_transform
+from snella_app.data.datasets import ImageDataset
 from snella_app.data.protocol import get_protocol
+from snella_app.data.transforms import build_transform
 from snella_app.device import autocast
 from snella_app.methods import method_of, spec_of
 from snella_app.methods.model_parts import base_model, recorded_inputs

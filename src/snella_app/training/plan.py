@@ -17,8 +17,8 @@ from rich.console import Console
 from snella import SnellaConfig
 from snella_app.config import SCHEDULE_END, DataConfig, OptimConfig, TrainConfig, command_line
 from snella_app.console import counted, print_line, print_rows
-from snella_app.data import build_transform, has_flips
 from snella_app.data.protocol import get_protocol
+from snella_app.data.transforms import build_transform, has_flips
 from snella_app.device import choose_device, choose_precision
 from snella_app.methods import find_method, method_options
 from snella_app.methods.model_parts import recorded_inputs

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from snella_app.config import OptimConfig, TrainConfig, budget_seconds
 from snella_app.console import counted, print_line
-from snella_app.data import ImageDataset
+from snella_app.data.datasets import ImageDataset
 from snella_app.data.protocol import get_protocol
 from snella_app.device import autocast
 from snella_app.methods import find_method

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from snella import BudgetAllocator, SnellaCallback
 from snella_app.config import TrainConfig
-from snella_app.data import ImageDataset
+from snella_app.data.datasets import ImageDataset
 from snella_app.data.protocol import get_protocol
 from snella_app.device import autocast, choose_device
 from snella_app.methods import method_of, save_trained

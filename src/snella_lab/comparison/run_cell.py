@@ -25,8 +25,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from snella_app.config import TrainConfig
-from snella_app.data import ImageDataset, build_transform, load_data
+from snella_app.data.datasets import ImageDataset
+from snella_app.data.load import load_data
 from snella_app.data.splits import stratified_sample
+from snella_app.data.transforms import build_transform
 from snella_app.files import write_json
 from snella_app.methods import build_method, find_method, merge_trained, parse_method, spec_of
 from snella_app.methods.defaults import PROBE_METHOD

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
 from snella_app.config import TrainConfig
-from snella_app.data import load_data
+from snella_app.data.load import load_data
 from snella_app.data.protocol import PROTOCOLS
 from snella_app.device import choose_device
 from snella_app.methods import build_method
