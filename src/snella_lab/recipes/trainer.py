@@ -1,4 +1,4 @@
-"""Trainer of the recipes, and the parts of a run that they share."""
+"""Optimizer and trainer of the recipes, and the parts of a run that they share."""
 
 from __future__ import annotations
 
@@ -26,6 +26,56 @@ from snella_app.training.finish import describe_allocation, folder_bytes, sparsi
 from snella_app.training.memory import peak_rss_mib
 from snella_app.training.plan import versions_of
 from snella_app.training.session import InterruptCallback, NonFiniteLossError
+
+
+def build_low_bit_optimizer(
+    model: nn.Module, requested: str, device: torch.device, *, lr: float, scalar_lr: float | None, weight_decay: float
+) -> tuple[Optimizer, str]:
+    """Build AdamW or 8-bit AdamW for all trainable parameters.
+
+    Args:
+        model: Model from `adapt_headless`, on its device.
+        requested: `auto`, `adamw` or `adamw8bit`.
+        device: Training device.
+        lr: Learning rate of the factors, or of all trainable parameters.
+        scalar_lr: Learning rate of the scalar kernel parameters (SNELLA, SNELL); the optimizer's default if None.
+        weight_decay: Decoupled weight decay; not applied to scalar kernel parameters.
+
+    Returns:
+        The optimizer and its name with the reason for a fallback.
+
+    Raises:
+        ImportError: If `requested` is `adamw8bit` and bitsandbytes is missing or does not run on the device.
+    """
+    optimizer_cls, name = _choose_adamw(requested, device)
+    if any(isinstance(module, SnellaLayer) for module in model.modules()):
+        scalars: dict[str, Any] = {} if scalar_lr is None else {"scalar_lr": scalar_lr}
+        return create_snella_optimizer(model, optimizer_cls, lr=lr, weight_decay=weight_decay, **scalars), name
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return optimizer_cls(trained, lr=lr, weight_decay=weight_decay), name  # type: ignore[call-arg]
+
+
+def _choose_adamw(requested: str, device: torch.device) -> tuple[type[Optimizer], str]:
+    """Return the optimizer class for `auto`, `adamw` or `adamw8bit`, and its human-readable name."""
+    if requested == "adamw":
+        return AdamW, "AdamW"
+    try:
+        optimizer_cls: type[Optimizer] = importlib.import_module("bitsandbytes").optim.AdamW8bit
+        parameter = nn.Parameter(torch.zeros(64, 128, device=device))  # large enough for 8-bit state
+        parameter.grad = torch.ones_like(parameter)
+        optimizer_cls([parameter], lr=1.0).step()  # type: ignore[call-arg]
+        if not bool((parameter != 0).all()):
+            raise RuntimeError("its step leaves parameters unchanged")
+        return optimizer_cls, "8-bit AdamW of bitsandbytes"
+    except Exception as error:
+        # bitsandbytes can be missing, outdated or without a kernel for this device, with various exception types
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if requested == "adamw8bit":
+            raise ImportError(
+                f"optimizer=adamw8bit needs bitsandbytes to run on {device}, but {reason}; "
+                "pip install bitsandbytes, or leave it at auto"
+            ) from error
+        return AdamW, f"AdamW, because 8-bit AdamW does not run on {device} ({reason})"
 
 
 class RecipeTrainer(CheckpointingTrainer):
@@ -87,12 +137,12 @@ class RecipeTrainer(CheckpointingTrainer):
     def save_results(self, **measured: Any) -> None:
         """Save the adapter and write `allocation.json` and `metrics.json`; `measured` are fields of the latter."""
         model, run, device = self.trained_model, self.run_folder, self.args.device
-        matrices = matrices_of(model)
         with convert_write_errors(run.adapter):
             save_trained(model, run.adapter)
         if self.allocator is not None:
             run.write(describe_allocation(model, self.allocator))
-            print_line(self.console, f"the update {sparsity_summary(matrices)}")
+            print_line(self.console, f"the update {sparsity_summary(matrices_of(model))}")
+        matrices = matrices_of(model)
         run.write(
             GeneratorMetrics(
                 trainable_parameters=trainable_parameters(model),
@@ -115,56 +165,6 @@ class RecipeTrainer(CheckpointingTrainer):
             f"{what} became {value} in step {self.state.global_step + 1} of {self.state.max_steps}; the last "
             f"checkpoint in {self.run_folder.checkpoints} is kept; start a new run with a lower {suggestions}"
         )
-
-
-def build_low_bit_optimizer(
-    model: nn.Module, requested: str, device: torch.device, *, lr: float, scalar_lr: float | None, weight_decay: float
-) -> tuple[Optimizer, str]:
-    """Build AdamW or 8-bit AdamW for all trainable parameters.
-
-    Args:
-        model: Model from `adapt_headless`, on its device.
-        requested: `auto`, `adamw` or `adamw8bit`.
-        device: Training device.
-        lr: Learning rate of the factors, or of all trainable parameters.
-        scalar_lr: Learning rate of the scalar kernel parameters (SNELLA, SNELL); the optimizer's default if None.
-        weight_decay: Decoupled weight decay; not applied to scalar kernel parameters.
-
-    Returns:
-        The optimizer and its name with the reason for a fallback.
-
-    Raises:
-        ImportError: If `requested` is `adamw8bit` and bitsandbytes is missing or does not run on the device.
-    """
-    optimizer_cls, name = _choose_adamw(requested, device)
-    if any(isinstance(module, SnellaLayer) for module in model.modules()):
-        scalars: dict[str, Any] = {} if scalar_lr is None else {"scalar_lr": scalar_lr}
-        return create_snella_optimizer(model, optimizer_cls, lr=lr, weight_decay=weight_decay, **scalars), name
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return optimizer_cls(trained, lr=lr, weight_decay=weight_decay), name  # type: ignore[call-arg]
-
-
-def _choose_adamw(requested: str, device: torch.device) -> tuple[type[Optimizer], str]:
-    """Return the optimizer class for `auto`, `adamw` or `adamw8bit`, and its human-readable name."""
-    if requested == "adamw":
-        return AdamW, "AdamW"
-    try:
-        optimizer_cls: type[Optimizer] = importlib.import_module("bitsandbytes").optim.AdamW8bit
-        parameter = nn.Parameter(torch.zeros(64, 128, device=device))  # large enough for 8-bit state
-        parameter.grad = torch.ones_like(parameter)
-        optimizer_cls([parameter], lr=1.0).step()  # type: ignore[call-arg]
-        if not bool((parameter != 0).all()):
-            raise RuntimeError("its step leaves parameters unchanged")
-        return optimizer_cls, "8-bit AdamW of bitsandbytes"
-    except Exception as error:
-        # bitsandbytes can be missing, outdated or without a kernel for this device, with various exception types
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if requested == "adamw8bit":
-            raise ImportError(
-                f"optimizer=adamw8bit needs bitsandbytes to run on {device}, but {reason}; "
-                "pip install bitsandbytes, or leave it at auto"
-            ) from error
-        return AdamW, f"AdamW, because 8-bit AdamW does not run on {device} ({reason})"
 
 
 class ProgressCallback(TrainerCallback):
