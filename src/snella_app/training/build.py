@@ -13,7 +13,6 @@ import timm.data
 import torch
 from peft import PeftModel
 from rich.console import Console
-from rich.progress import track
 from timm.layers import DropPath
 from timm.models import group_parameters
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler
 
 from snella_app.config import DEFAULT_BATCH_SIZE, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
-from snella_app.console import print_line
+from snella_app.console import print_line, track_progress
 from snella_app.data.datasets import ImageDataset, MaskDataset, read_at_side
 from snella_app.data.load import DataSplits
 from snella_app.data.protocol import get_protocol
@@ -136,7 +135,6 @@ def selection_data(
     their order. `console` shows the progress.
     """
     passes, task, seed = count(), data.task, data.seed
-    show = data.shows_progress and console is not None and console.is_terminal
 
     def batches(images: ImageDataset, order: EpochSampler | None) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
@@ -147,7 +145,8 @@ def selection_data(
             num_workers=data.config.workers,
             generator=torch.Generator().manual_seed(seed),  # leaves torch's global generator unchanged
         )
-        steps = track(loader, "selecting trainable weights", console=console, transient=True) if show else loader
+        shown = console if data.shows_progress else None
+        steps = track_progress(loader, "selecting trainable weights", len(loader), shown)
         yield from ((batch["images"], batch["labels"]) for batch in steps)
 
     def train_pass() -> Iterator[tuple[Tensor, Tensor]]:
