@@ -18,9 +18,10 @@ from data_reading import CONFIG, enlarge
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from snella_app.data import build_transform, load_data
 from snella_app.data.datasets import ImageDataset
+from snella_app.data.load import load_data
 from snella_app.data.sources import FileImages
+from snella_app.data.transforms import build_transform
 from snella_lab.bench.rows import append_rows, conditions
 
 BATCH = 32

@@ -162,7 +162,7 @@ def measure(reader: str, folder: str) -> dict[str, Any]:
     start = time.perf_counter()
     from torch.utils.data import DataLoader
 
-    from snella_app.data import build_transform
+    from snella_app.data.transforms import build_transform
 
     if reader != "folder":
         import datasets  # noqa: F401
@@ -195,10 +195,10 @@ def measure(reader: str, folder: str) -> dict[str, Any]:
 
 def snella_dataset(spec: str, transform: Callable[[Any], Any]) -> Any:
     """Return all images as snella reads them for training."""
-    from snella_app.data import LoadOptions, load_data
     from snella_app.data.datasets import read_at_side
+    from snella_app.data.load import load_data
 
-    images = load_data(spec, LoadOptions(divide=False)).train
+    images = load_data(spec, divide=False).train
     return read_at_side([images.with_transform(transform)], _READ_SIDE)[0]
 
 
@@ -258,13 +258,14 @@ def outcome(run: Callable[[], str]) -> str:
 
 def describe_snella(spec: str, folder: Path) -> str:
     """Describe the result of `load_data`; after an error, repeat it with `skip_corrupt`."""
-    from snella_app.data import LoadOptions, load_data
+    from snella_app.config import DataConfig
+    from snella_app.data.load import load_data
 
     try:
-        splits = load_data(spec, LoadOptions(divide=False))
+        splits = load_data(spec, divide=False)
     except ValueError as error:
         message = str(error).replace(f"{folder}/", "").replace(str(folder), "FOLDER")
-        splits = load_data(spec, LoadOptions(divide=False, skip_corrupt=True))
+        splits = load_data(spec, DataConfig(skip_corrupt=True), divide=False)
         return f"error: {message} | skip_corrupt: {_describe_splits(splits)}, broken {sorted(splits.broken)}"
     return _describe_splits(splits)
 

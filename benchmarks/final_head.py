@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from products.folders import DEVELOPMENT
-from torch.utils.data import DataLoader
 
 from snella_app.config import TrainConfig
 from snella_app.device import choose_device
@@ -37,13 +36,9 @@ def features_of(folder: Path, pixels: int) -> tuple[dict[str, MeasuredFeatures],
     data = load(config.data, config.optim, config.run)
     parts = build(config.model, config.method, data, choose_device(config.run.device))
     _, head = base_and_head(parts.model)
-
-    def batches(images: object) -> DataLoader:
-        return DataLoader(images, 32, collate_fn=parts.task.collate)
-
     named = {"train": parts.splits.train, "val": parts.splits.val, "test": parts.splits.test}
     return (
-        {name: measure_features(parts, part, 2, batches) for name, part in named.items()},
+        {name: measure_features(parts, part, 2, 32) for name, part in named.items()},
         parts.task,
         head.in_features,
     )

@@ -30,18 +30,16 @@ from transformers import get_cosine_schedule_with_warmup
 
 from snella import BudgetAllocator
 from snella_app.config import TrainConfig
-from snella_app.data import build_transform
 from snella_app.data.protocol import get_protocol
+from snella_app.data.transforms import build_transform
 from snella_app.methods import build_method, spec_of
+from snella_app.methods.registry import matrices_of
 from snella_app.records import BackboneInfo
 from snella_app.runs.images import load_splits
 from snella_app.runs.model import make_backbone
 from snella_app.tasks.linear_fit import INVERSE_PENALTY, fit_probe
-from snella_app.training.build import resolve_data_config
+from snella_app.training.build import EpochSampler, build_optimizer, resolve_data_config
 from snella_app.training.callbacks import WeightAverage
-from snella_app.training.optimizer import build_optimizer
-from snella_app.training.results import matrices_of
-from snella_app.training.sampler import EpochSampler
 from snella_lab.bench.rows import append_rows, read_rows
 from snella_lab.provenance import measurement_info
 

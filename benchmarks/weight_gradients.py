@@ -25,7 +25,7 @@ from snella.memory.origins import origin_of
 from snella.memory.recompute import mark_outputs, unmark_outputs
 from snella.memory.sampling import sample_tokens
 from snella_app.config import TrainConfig
-from snella_app.data import build_transform
+from snella_app.data.transforms import build_transform
 from snella_app.records import BackboneInfo
 from snella_app.runs.images import load_splits
 from snella_app.runs.model import make_backbone

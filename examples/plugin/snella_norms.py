@@ -60,6 +60,6 @@ def classes(data: str, /) -> None:
     Args:
         data: Dataset, as for snella train --data.
     """
-    from snella_app.data import load_data
+    from snella_app.data.load import load_data
 
     print(", ".join(load_data(data).classes))

@@ -516,8 +516,8 @@ def data(
         decode: Decode every image of a benchmark to find damaged files; takes minutes.
     """
     from snella_app.console import counted, make_console, print_line
-    from snella_app.data import data_names, full_spec, split_spec
     from snella_app.data.check import check_benchmarks, contains_benchmark
+    from snella_app.data.load import data_names, full_spec, split_spec
 
     path = Path(data).expanduser()
     is_user_path = path.is_file() or (path.is_dir() and any(path.iterdir()) and not contains_benchmark(data))
@@ -544,8 +544,8 @@ def data(
 
 def _check_dataset(spec: str, task: str, sheet: str | None, options: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Print a summary of a dataset, write the contact sheet if requested, and return errors and warnings."""
+    from snella_app.config import DataConfig
     from snella_app.console import make_console, make_table, print_line, print_rows
-    from snella_app.data import LoadOptions
     from snella_app.data.check import check_data, contact_sheet
     from snella_app.data.sources import show_reading
     from snella_app.files import create_folder, write_png
@@ -553,7 +553,7 @@ def _check_dataset(spec: str, task: str, sheet: str | None, options: dict[str, A
 
     target, console = task_class(task).target, make_console()
     with show_reading(make_console(sys.stderr)):
-        check = check_data(spec, LoadOptions(target=target, **options))
+        check = check_data(spec, DataConfig(**options), target=target)
     parts = list(check.splits.parts)
     print_line(console, check.splits.description)
     first = "label" if target == "labels" else "class" if check.counts else ""

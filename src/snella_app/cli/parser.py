@@ -21,10 +21,9 @@ from jsonargparse import ArgumentParser
 
 from snella_app.cli import commands as _commands  # noqa: F401 - registers its commands
 from snella_app.cli.command import COMMANDS, Command
-from snella_app.config import Config, Setting
 from snella_app.methods.defaults import TRAIN_PRESETS, shown_defaults
 from snella_app.plugins import plugins
-from snella_app.settings import describe_type, suggest_choice, suggest_setting
+from snella_app.settings import Config, Setting, describe_type, suggest_choice, suggest_setting
 from snella_app.text import nearest, similar_paths
 
 plugins("commands")  # registers the commands of other packages

@@ -1,18 +1,20 @@
 """Configurations: `TrainConfig` and its sections, and base classes for the recipes."""
 
-from snella_app.config.base import Config, Setting
-from snella_app.config.data import DataConfig
-from snella_app.config.model import AUTO_METHOD, BaseMethodConfig, MethodConfig, ModelConfig
-from snella_app.config.optim import DEFAULT_BATCH_SIZE, SCHEDULE_END, BaseOptimConfig, OptimConfig, budget_seconds
-from snella_app.config.run import (
-    SESSION_FIELDS,
-    UNSTORED_FIELDS,
+from snella_app.config.sections import (
+    AUTO_METHOD,
+    DEFAULT_BATCH_SIZE,
+    SCHEDULE_END,
+    BaseMethodConfig,
+    BaseOptimConfig,
     BaseRunConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimConfig,
     RunConfig,
-    RunSettings,
-    command_line,
+    budget_seconds,
 )
-from snella_app.config.train import TrainConfig
+from snella_app.config.train import SESSION_FIELDS, UNSTORED_FIELDS, RunSettings, TrainConfig, command_line
+from snella_app.data.options import DataConfig
 
 __all__ = [
     "AUTO_METHOD",
@@ -23,14 +25,12 @@ __all__ = [
     "BaseMethodConfig",
     "BaseOptimConfig",
     "BaseRunConfig",
-    "Config",
     "DataConfig",
     "MethodConfig",
     "ModelConfig",
     "OptimConfig",
     "RunConfig",
     "RunSettings",
-    "Setting",
     "TrainConfig",
     "budget_seconds",
     "command_line",

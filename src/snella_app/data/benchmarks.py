@@ -173,7 +173,7 @@ class BenchmarkFamily:
 
         Args:
             path: Dataset folder, under any of its names.
-            options: Only `strict_sizes` applies.
+            options: Only `config.strict_sizes` applies.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
@@ -190,12 +190,10 @@ class BenchmarkFamily:
             raise FileNotFoundError(
                 f"{spec}: no folder '{folder}'; see the expected layout with `snella data check {requested.parent}`"
             )
-        inspection = self.read(folder, member)
-        problems = [*inspection.errors, *(inspection.deviations if options.strict_sizes else [])]
+        inspection, is_strict = self.read(folder, member), options.config.strict_sizes
+        problems = [*inspection.errors, *(inspection.deviations if is_strict else [])]
         if problems:
-            remedy = (
-                "; to use it anyway, pass strict_sizes=False" if options.strict_sizes and not inspection.errors else ""
-            )
+            remedy = "; to use it anyway, pass strict_sizes=False" if is_strict and not inspection.errors else ""
             raise ValueError(f"{spec} does not match the benchmark's {member.name}: {'; '.join(problems)}{remedy}")
         inspection.notes += [f"differs from the benchmark: {deviation}" for deviation in inspection.deviations]
         train, val, test = (inspection.parts.get(name) for name in self.parts)

@@ -16,7 +16,7 @@ from snella_app.data.benchmarks import FGVC, VTAB, BenchmarkFamily, Inspection
 from snella_app.data.copies import find_duplicates
 from snella_app.data.datasets import MaskDataset, file_paths, known_metadata
 from snella_app.data.load import DataSplits, load_data
-from snella_app.data.options import DEFAULT_OPTIONS, LoadOptions
+from snella_app.data.options import DataConfig, TargetKind
 from snella_app.data.sources import broken_images
 from snella_app.text import listed, similar_paths
 
@@ -191,24 +191,26 @@ class DataCheck:
     notes: list[str] = field(default_factory=list)
 
 
-def check_data(spec: str, options: LoadOptions = DEFAULT_OPTIONS) -> DataCheck:
+def check_data(spec: str, config: DataConfig | None = None, *, target: TargetKind = "class") -> DataCheck:
     """Load data as in training, skipping broken images, and report its contents and problems.
 
     Args:
         spec: As for `load_data`.
-        options: As for `load_data`; with `skip_corrupt`, unusable images are a note instead of an error.
+        config: As for `load_data`; with `skip_corrupt`, unusable images are a note instead of an error.
+        target: As for `load_data`.
 
     Raises:
         ValueError: If the data cannot be loaded, e.g. a column is missing.
         FileNotFoundError: If the data does not exist.
         ImportError: If a required package is not installed.
     """
-    skipping, target = replace(options, skip_corrupt=True), options.target
+    config = config or DataConfig()
+    skipping = replace(config, skip_corrupt=True)
     errors: list[str] = []
     try:
-        splits = load_data(spec, skipping)
+        splits = load_data(spec, skipping, target=target)
     except ValueError as error:
-        splits = load_data(spec, replace(skipping, divide=False))  # raises again if loading fails
+        splits = load_data(spec, skipping, target=target, divide=False)  # raises again if loading fails
         errors.append(str(error))
     notes = [note for note in splits.notes if note not in splits.warnings]
     check = DataCheck(splits, errors=errors, warnings=list(splits.warnings), notes=notes)
@@ -216,7 +218,7 @@ def check_data(spec: str, options: LoadOptions = DEFAULT_OPTIONS) -> DataCheck:
         named = listed([f"{name} ({reason})" for name, reason in splits.broken.items()])
         check.notes = [note for note in check.notes if named not in note]
         images = counted(len(splits.broken), "unusable image")
-        if options.skip_corrupt:
+        if config.skip_corrupt:
             check.notes.append(f"skipped {images} (--skip-corrupt): {named}")
         else:
             check.errors.append(f"{images}: {named}; skip with --skip-corrupt")

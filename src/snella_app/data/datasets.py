@@ -29,7 +29,7 @@ class Annotations:
 
     Attributes:
         targets: Values of the label column: class name (`str`), number, label names (tuple of `str`), or numbers of
-            several columns (tuple of `float`), depending on `LoadOptions.target`.
+            several columns (tuple of `float`), depending on the `target` of `load_data`.
         weights: Nonnegative sample weights in the loss.
         groups: Group of each image, e.g. a patient, site or video.
     """

@@ -39,12 +39,12 @@ def load_folder(path: str, options: LoadOptions) -> Collection:
     _check_classes(files, folders, root)
     notes = _skipped_notes(root, folders, others)
     paths = [file for by_class in files.values() for file in chain.from_iterable(by_class.values())]
-    source = FileImages(paths, options.reading)
+    source = FileImages(paths, options.config.reading)
     names = {file: file.relative_to(root).as_posix() for file in paths}
     reasons = {paths[row]: reason for row, reason in broken_rows(source, range(len(paths))).items()}
     broken = {names[file]: reason for file, reason in reasons.items()}
     if broken:
-        notes.append(broken_note(broken, len(paths), path, options.skip_corrupt))
+        notes.append(broken_note(broken, len(paths), path, options.config.skip_corrupt))
         files = {
             part: {name: [file for file in members if file not in reasons] for name, members in by_class.items()}
             for part, by_class in files.items()

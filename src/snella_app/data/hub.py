@@ -22,7 +22,7 @@ from snella_app.data.images import Reading, check_regular, decode_image, to_chan
 from snella_app.data.options import LoadOptions
 from snella_app.data.sources import CachedImages
 from snella_app.data.table import Samples, build_collection, outside_reason
-from snella_app.text import listed, similar_paths
+from snella_app.text import first_line, listed, similar_paths
 
 PYTHON_PREFIX = "python:"
 _IMAGE = "<image>"
@@ -92,7 +92,7 @@ def from_python(data: Any, options: LoadOptions) -> Collection:
                 f"data must be a specification like folder:photos, or map-style datasets of (image, label) items, "
                 f"got {type(part).__name__} for {part_name}"
             )
-    source = _ObjectImages(list(parts.values()), options.reading)
+    source = _ObjectImages(list(parts.values()), options.config.reading)
     labels = [label for part in parts.values() for label in _labels_of(part)]
     class_names = getattr(next(iter(parts.values())), "classes", None)
     classes = None
@@ -199,7 +199,7 @@ def _from_hf(data: Any, where: str, name: str, options: LoadOptions, roots: Sequ
             table.setdefault(column, []).extend(values)
     total = sum(map(len, parts.values()))
     table = {**{column: [_IMAGE] * total for column in images}, **table}
-    columns = Columns.parse(options.columns)
+    columns = Columns.parse(options.config.columns)
     if roots is not None and columns.root is not None:
         roots = [columns.root]
     if images:
@@ -213,7 +213,7 @@ def _from_hf(data: Any, where: str, name: str, options: LoadOptions, roots: Sequ
     encoded = [rows.select_columns([roles["path"]]) for rows in parts.values()]
     encoded = [rows.cast_column(roles["path"], datasets.Image(decode=False)) for rows in encoded]
     names = table.get(_KEY) or [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
-    source = _HubImages(encoded, roles["path"], options.reading, roots)
+    source = _HubImages(encoded, roles["path"], options.config.reading, roots)
     samples = Samples(name, where, source, names, table, roles, notes=notes)
     if options.target != "numbers":
         samples.classes = _class_names(first.features.get(samples.label_columns[0]))
@@ -226,7 +226,7 @@ def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:
     try:
         columns = rows.remove_columns(list(images)).to_dict()
     except (ValueError, OverflowError) as error:  # timestamps out of range
-        raise ValueError(f"data cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"data cannot be read: {first_line(error)}") from error
     for column, values in columns.items():
         names = _class_names(rows.features[column])
         if names:
@@ -293,7 +293,7 @@ def _datasets_library(where: str, place: Path) -> Iterator[Any]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        text = first_line(cause)
         nearest = similar_paths(place) if place.parent.is_dir() and not place.exists() else ""
         if isinstance(error, ConnectionError):
             raise ConnectionError(

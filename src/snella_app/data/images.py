@@ -20,6 +20,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.functional import to_pil_image
 
+from snella_app.data.options import FULL_WHITE, Reading
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jfif", ".avif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
 """Formats that Pillow may decode, regardless of the file name; pillow-heif adds HEIF. EPS is excluded because it
@@ -49,8 +51,6 @@ DECODING_ERRORS = (
 )
 """Errors that Pillow raises for invalid, truncated or damaged files."""
 File = str | Path | BinaryIO
-FULL_WHITE = 65535
-"""Largest 16-bit value."""
 
 
 @dataclass(frozen=True)
@@ -72,23 +72,6 @@ class ImageMetadata:
     has_pages: bool
     thumbnail: np.ndarray
     brightest: float | None = None
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Decoding options of images.
-
-    Attributes:
-        channels: 3 for RGB, 1 for gray, 4 for RGBA; any other number for a TIFF (by tifffile) or `.npy` array of
-            `[height, width, channels]`, `[channels, height, width]` or one page per channel.
-        white: Value of 16-bit gray images and arrays mapped to white; larger values are clipped.
-        side: Minimum shorter side; larger 8-bit images are downscaled by an integer factor. JPEGs use the decoder's
-            scaling, which is faster; other formats are averaged. None uses the full resolution.
-    """
-
-    channels: int = 3
-    white: int = FULL_WHITE
-    side: int | None = None
 
 
 RGB = Reading()

@@ -22,7 +22,7 @@ from snella_app.data.folder import load_folder
 from snella_app.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
 from snella_app.data.images import RGB
 from snella_app.data.masks import load_kvasir, load_masks
-from snella_app.data.options import DEFAULT_OPTIONS, LoadOptions, TargetKind
+from snella_app.data.options import DataConfig, LoadOptions, TargetKind
 from snella_app.data.splits import fold_split, grouped_split, stratified_sample, stratified_split
 from snella_app.data.table import load_table
 from snella_app.plugins import plugins
@@ -139,40 +139,50 @@ def data_folder(spec: str) -> Path | None:
     return folder.parent if prefix == "wds:" and not folder.exists() else folder
 
 
-def load_data(spec: Any, options: LoadOptions = DEFAULT_OPTIONS) -> DataSplits:
+def load_data(
+    spec: Any, config: DataConfig | None = None, *, seed: int = 0, target: TargetKind = "class", divide: bool = True
+) -> DataSplits:
     """Load data and create stratified, seeded splits. Images of a group stay in one split.
 
     Existing splits are preserved. A test split is created only for data without splits, a validation split if it is
     missing. Fractions refer to all images to be split. Splits are then subsampled to their sizes, so the test images
     are independent of the number of training images.
 
+    A cross-validation fold is divided from the training and validation images together. It is the test split, or the
+    validation split if the data has a test split. Protocol `official` holds out no images: an existing validation split
+    is used for training on VTAB and ignored for other data.
+
     Args:
         spec: Folder or table (see `full_spec`); one of `data_names()`, e.g. `folder:PATH` (`class/image` or
             `train|val|test/class/image`); or a dataset object (see `snella_app.data.hub.from_python`).
-        options: Options for reading and splitting.
+        config: Columns, image format, splits and their sizes; its `spec`, `task` and augmentation do not apply.
+        seed: Seed of splits, subsampling and augmentation, in [0, 2^32).
+        target: Content of the label column: one class (`class`), any number of labels (`labels`) or numbers
+            (`numbers`, with column names as `classes`). `ImageDataset.labels` contains classes, or strata for the other
+            two; `ImageDataset.annotations` contains raw values, weights and groups.
+        divide: If False, use only existing splits.
 
     Raises:
-        ValueError: If the specification is unknown, an option does not apply to the data, or there are too few images.
+        ValueError: If the specification is unknown, a setting does not apply to the data, or there are too few images.
         FileNotFoundError: If a folder or Debian package does not exist.
         ImportError: If a Python package is not installed.
     """
+    config = config or DataConfig()
+    options = LoadOptions(config, seed, target)
     splits = DataSplits(**vars(_read(spec, options)))
     total = sum(map(len, splits.parts.values()))
-    if options.folds is not None and options.fold is not None:
-        _hold_out(splits, options.folds, options.fold, options.seed_of("test"))
+    if config.folds is not None and config.fold is not None:
+        _hold_out(splits, config.folds, config.fold, options.seed_of("test"))
     is_benchmark = isinstance(spec, str) and spec.startswith(tuple(_BENCHMARKS))
     compared = set(splits.parts) - {splits.fold_part} if is_benchmark else set()  # by the reader of the benchmark
-    if options.divide:
+    if divide:
         _divide(splits, options)
     _subsample(splits, options)
     counts = " · ".join(f"{name} {len(part):,}" for name, part in splits.parts.items())
-    if options.target == "numbers":
-        content = f"with {' and '.join(splits.classes)}"
-    else:
-        content = f"in {len(splits.classes)} classes"
+    content = f"with {' and '.join(splits.classes)}" if target == "numbers" else f"in {len(splits.classes)} classes"
     splits.description = f"{splits.name}: {total:,} images {content}; {counts}"
     splits.warnings = [
-        *_missing_class_warnings(splits, options.target),
+        *_missing_class_warnings(splits, target),
         *_dark_image_warnings(splits),
         *_shared_group_warnings(splits),
         *copy_warnings(splits.parts, [name for name in ("val", "test") if name not in compared]),
@@ -199,20 +209,21 @@ def with_class_order(splits: DataSplits, classes: list[str]) -> DataSplits:
 
 def _read(spec: Any, options: LoadOptions) -> Collection:
     """Read the data in its existing splits."""
+    config = options.config
     if not isinstance(spec, str | Path):
         return from_python(spec, options)
     spec = full_spec(str(spec))
     prefix, path = split_spec(spec)
     if prefix == PYTHON_PREFIX:
         raise ValueError(f"data {spec} is a Python object; pass it to train or evaluate with data=...")
-    if options.columns is not None and prefix not in _TABLES:
+    if config.columns is not None and prefix not in _TABLES:
         raise ValueError(
-            f"columns applies only to data with columns, {', '.join(_TABLES)}, got {options.columns!r} with {spec}"
+            f"columns applies only to data with columns, {', '.join(_TABLES)}, got {config.columns!r} with {spec}"
         )
-    if options.reading != RGB and prefix not in (_FOLDER, *_TABLES):
+    if config.reading != RGB and prefix not in (_FOLDER, *_TABLES):
         raise ValueError(
-            f"channels and white apply only to {', '.join((_FOLDER, *_TABLES))}, got {options.channels} and "
-            f"{options.reading.white} with {spec}"
+            f"channels and white apply only to {', '.join((_FOLDER, *_TABLES))}, got {config.channels} and "
+            f"{config.reading.white} with {spec}"
         )
     if path is not None and prefix in _READERS:
         collection = _READERS[prefix](path, options)
@@ -284,18 +295,18 @@ def _hold_out(splits: DataSplits, folds: int, fold: int, seed: int) -> None:
 
 def _divide(splits: DataSplits, options: LoadOptions) -> None:
     """Create missing splits, and merge or drop the validation split if the protocol has none."""
-    total = len(splits.train)
-    if not splits.has_parts and options.test_fraction > 0:
-        splits.train, splits.test = _split_off(splits, "test", options.test_fraction, options)
-    if options.protocol == "official" and splits.test is None:
+    config, total = options.config, len(splits.train)
+    if not splits.has_parts and config.test_fraction > 0:
+        splits.train, splits.test = _split_off(splits, "test", config.test_fraction, options)
+    if config.protocol == "official" and splits.test is None:
         raise ValueError(
             f"protocol=official needs test images for epoch selection, but {splits.name!r} has none; use another "
             "protocol"
         )
-    if options.protocol == "standard" and splits.val is None:
-        splits.train, splits.val = _split_off(splits, "val", options.val_fraction * total / len(splits.train), options)
-    elif options.protocol != "standard" and splits.val is not None:
-        if options.protocol == "final" or splits.official_joins_val:
+    if config.protocol == "standard" and splits.val is None:
+        splits.train, splits.val = _split_off(splits, "val", config.val_fraction * total / len(splits.train), options)
+    elif config.protocol != "standard" and splits.val is not None:
+        if config.protocol == "final" or splits.official_joins_val:
             splits.train = joined(splits.train, splits.val)
         splits.val = None
 
@@ -318,8 +329,9 @@ def _split_off(
 
 def _subsample(splits: DataSplits, options: LoadOptions) -> None:
     """Subsample the splits to their sizes, and set the seed of the augmentation."""
-    reasons = {"val": f"protocol={options.protocol} has no val split", "test": f"{splits.name!r} has no test split"}
-    for name, size in options.sizes.items():
+    config = options.config
+    reasons = {"val": f"protocol={config.protocol} has no val split", "test": f"{splits.name!r} has no test split"}
+    for name, size in config.sizes.items():
         images = splits.parts.get(name)
         if images is None and size is not None:
             raise ValueError(f"{name}_size must be omitted because {reasons[name]}, got {size}")

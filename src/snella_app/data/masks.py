@@ -55,7 +55,7 @@ def load_masks(path: str, options: LoadOptions) -> Collection:
     folders = {part: root / part for part in parts} if has_parts else {"train": root}
     errors: list[str] = []
     pairs = {part: find_pairs(folder, root, errors) for part, folder in folders.items()}
-    collection = collect_masks(f"masks:{path}", root, pairs, errors, _class_names(root), options.skip_corrupt)
+    collection = collect_masks(f"masks:{path}", root, pairs, errors, _class_names(root), options.config.skip_corrupt)
     collection.has_parts = has_parts
     return collection
 
@@ -239,7 +239,7 @@ def load_kvasir(path: str, options: LoadOptions) -> Collection:
             "selected by SHA-256 of their names (not the official split)"
         )
     parts = {part: [pairs[name] for name in chosen if name in pairs] for part, chosen in names.items()}
-    collection = collect_masks(f"kvasir:{path}", root, parts, errors, CLASSES, options.skip_corrupt)
+    collection = collect_masks(f"kvasir:{path}", root, parts, errors, CLASSES, options.config.skip_corrupt)
     collection.name, collection.has_parts = "kvasir", True
     collection.notes += notes
     return collection

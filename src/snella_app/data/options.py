@@ -1,88 +1,116 @@
-"""Options of `load_data`."""
+"""`DataConfig`, the images of a run, and the options that readers get; without torch, since help imports it."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from snella_app.data.images import FULL_WHITE, Reading
+from snella_app.settings import Config, errors_of
 
 TargetKind = Literal["class", "labels", "numbers"]
 """Content of the label column: one class per row, any number of labels, or regression targets."""
-Protocol = Literal["standard", "final", "official"]
-"""Use of splits for training and epoch selection; see `LoadOptions`."""
+FULL_WHITE = 65535
+"""Largest 16-bit value."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Decoding options of images.
+
+    Attributes:
+        channels: 3 for RGB, 1 for gray, 4 for RGBA; any other number for a TIFF (by tifffile) or `.npy` array of
+            `[height, width, channels]`, `[channels, height, width]` or one page per channel.
+        white: Value of 16-bit gray images and arrays mapped to white; larger values are clipped.
+        side: Minimum shorter side; larger 8-bit images are downscaled by an integer factor. JPEGs use the decoder's
+            scaling, which is faster; other formats are averaged. None uses the full resolution.
+    """
+
+    channels: int = 3
+    white: int = FULL_WHITE
+    side: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """Options for reading and splitting data.
+class DataConfig(Config):
+    """Images, labels, splits and augmentation. The flat name of `spec` is `data`.
 
-    Attributes:
-        seed: Seed of splits, subsampling and augmentation.
-        test_seed: Separate seed of the test split, to share it across seeds; None uses `seed`.
-        val_fraction: Fraction of the validation split.
-        test_fraction: Fraction of the test split; 0 for no test split.
-        train_size: Number of training images; None uses all.
-        val_size: Number of validation images; None uses all.
-        test_size: Number of test images; None uses all.
-        protocol: `standard` uses a validation split. `final` trains on the validation split as well. `official`
-            follows the authors' scripts, which select the epoch on test images. No images are held out; an existing
-            validation split is used for training on VTAB and ignored for other data.
-        folds: Number of cross-validation folds.
-        fold: Held-out fold, counted from 1: the test split, or the validation split if the data has a test split.
-            Training and validation images of the data are pooled before splitting.
-        divide: If False, use only existing splits.
-        columns: Column roles of a table, e.g. `path=file,label=species,group=patient`; other roles are detected by
-            column name.
-        target: Content of the label column: one class (`class`), any number of labels (`labels`) or numbers
-            (`numbers`, with column names as `classes`). `ImageDataset.labels` contains classes, or strata for the other
-            two; `ImageDataset.annotations` contains raw values, weights and groups.
-        channels: Number of image channels: 3 for RGB, 1 for gray, 4 for RGBA, others for multispectral files; see
-            `read_image`.
-        white: Value of 16-bit images mapped to white, e.g. 4095 for 12-bit cameras; None means 65535.
-        skip_corrupt: Skip unusable images and rows with a note instead of raising an error.
-        strict_sizes: Reject benchmark data whose numbers of images or classes differ from the benchmark; if False, add
-            a note.
-
-    Raises:
-        ValueError: If values are out of range; one message lists all errors.
+    Args:
+        spec: Training data: a folder (class/image, or train|val|test/class/image), also written folder:PATH; a table of
+            paths and labels (.csv, .parquet, also written csv:FILE, parquet:FILE); a Hugging Face dataset
+            (hf:FOLDER, hf:OWNER/NAME); WebDataset shards (wds:FOLDER); a benchmark task (vtab:PATH/dtd,
+            fgvc:PATH/cub); or digits, mnist5k, fashion-mnist, elpv, stamps or mri-regions. With masks: masks:PATH
+            (images/ and masks/), kvasir:PATH, mri or mri-lobes.
+        task: classification (one class per image), multilabel (any number of labels), ordinal (ordered classes),
+            regression (numbers) or segmentation (one class per pixel; needs data with masks).
+        columns: Columns of a table, e.g. path=file,label=species,split=part,weight=w,group=patient; others are
+            detected by name. Images of a group stay in the same split.
+        class_order: Class names from lowest to highest, e.g. small,medium,large (ordinal); not needed if the names
+            begin with numbers.
+        train_size: Number of training images, stratified by class; all by default.
+        val_size: Number of validation images; all by default.
+        test_size: Number of test images; all by default.
+        val_fraction: Fraction of the images held out for validation if the data has no validation split.
+        test_fraction: Fraction of the images held out for testing if the data has no test split; 0 for none.
+        test_seed: Seed of the test split, so that runs with different seeds can share it; defaults to seed.
+        folds: Number of cross-validation folds. Trains one run per fold in OUT/fold-1 and so on, and summarizes them in
+            a table. Folds are stratified by class and keep groups together.
+        fold: Train only this fold (from 1) as a single run.
+        protocol: Selection of the best epoch: standard (on validation), final (none; also trains on the validation
+            images and saves the last epoch) or official (on the test images, as in the authors' scripts; results are
+            optimistic and flagged).
+        channels: Image channels: 1 for grayscale, 3 for RGB, 4 for RGBA, or the number of channels of TIFF or .npy
+            files. The backbone's first convolution is adapted.
+        white: Value of 16-bit images that maps to white, e.g. 4095 for 12-bit cameras; defaults to 65535.
+        skip_corrupt: Skip unreadable images and report their number.
+        strict_sizes: Reject benchmark data (vtab, fgvc) with a wrong number of images or classes; false only prints a
+            note.
+        sampler: Order of the training images: shuffle, or weighted, which draws with replacement so that all classes
+            are equally frequent.
+        augment: Data augmentation: none, flip, crop (random resized crop and flip), crop-no-flip, or imagenet (smaller
+            crops, flip and color jitter). randaugment and trivialaugment add random color and geometric changes to
+            crop; 3augment adds one of grayscale, solarization and blur. auto selects flip for regression and
+            segmentation, crop otherwise, or crop-no-flip if a linear probe is clearly worse on flipped images.
+        tta: Test-time augmentation: 2 averages the probabilities of an image and its flip, 1 uses only the image. auto
+            selects 2 if training flips images and each image has one class.
+        random_erasing: Probability of erasing a random rectangle of an image.
+        mixup: Mixup: mixes pairs of images and labels with weights from Beta(mixup, mixup), e.g. 0.8; 0 disables it.
+        cutmix: CutMix: pastes a rectangle of one image into another, with areas from Beta(cutmix, cutmix), e.g. 1; 0
+            disables it. With mixup, each batch uses one of the two.
+        workers: Number of data-loading processes; 0 loads images in the training process.
     """
 
-    seed: int = 0
-    test_seed: int | None = None
-    val_fraction: float = 0.2
-    test_fraction: float = 0.2
+    flat_names: ClassVar = {"spec": "data"}
+    minimums: ClassVar = {
+        **dict.fromkeys(("train_size", "val_size", "test_size", "channels", "white", "fold"), 1),
+        **{"folds": 2, "workers": 0, "test_seed": 0},
+    }
+    nonnegative: ClassVar = ("mixup", "cutmix")
+    fractions: ClassVar = ("test_fraction",)
+
+    spec: str | None = None
+    task: Literal["classification", "multilabel", "ordinal", "regression", "segmentation"] = "classification"
+    columns: str | None = None
+    class_order: str | None = None
     train_size: int | None = None
     val_size: int | None = None
     test_size: int | None = None
-    protocol: Protocol = "standard"
+    val_fraction: float = 0.2
+    test_fraction: float = 0.2
+    test_seed: int | None = None
     folds: int | None = None
     fold: int | None = None
-    divide: bool = True
-    columns: str | None = None
-    target: TargetKind = "class"
+    protocol: Literal["standard", "final", "official"] = "standard"
     channels: int = 3
     white: int | None = None
     skip_corrupt: bool = False
     strict_sizes: bool = True
-
-    def __post_init__(self) -> None:
-        errors = [
-            f"{name} must be in [0, 2^32), got {seed}"
-            for name, seed in (("seed", self.seed), ("test_seed", self.test_seed))
-            if seed is not None and not 0 <= seed < 2**32
-        ]
-        if not 0 < self.val_fraction < 1:
-            errors.append(f"val_fraction must be in (0, 1), got {self.val_fraction}")
-        if not 0 <= self.test_fraction < 1:
-            errors.append(f"test_fraction must be in [0, 1), got {self.test_fraction}")
-        if (held_out := self.val_fraction + self.test_fraction) >= 1:
-            errors.append(f"val_fraction + test_fraction must leave images to train on, got {held_out}")
-        errors += [
-            f"{part}_size must be at least 1, got {size}"
-            for part, size in self.sizes.items()
-            if size is not None and size < 1
-        ]
-        if errors:
-            raise ValueError("; ".join(errors))
+    sampler: Literal["shuffle", "weighted"] = "shuffle"
+    augment: Literal[
+        "auto", "none", "flip", "crop", "crop-no-flip", "imagenet", "randaugment", "trivialaugment", "3augment"
+    ] = "auto"
+    tta: int | Literal["auto"] = "auto"
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    workers: int = 0
 
     @property
     def sizes(self) -> dict[str, int | None]:
@@ -91,12 +119,88 @@ class LoadOptions:
 
     @property
     def reading(self) -> Reading:
-        """Decoding options."""
+        """Decoding options of the images."""
         return Reading(self.channels, self.white or FULL_WHITE)
+
+    @property
+    def views(self) -> int:
+        """Number of views averaged per prediction: `tta`, or 1 if it is auto."""
+        return self.tta if isinstance(self.tta, int) else 1
+
+    def coerce_fields(self) -> list[str]:
+        """Convert the fields, and add the prefix to a bare path in `spec`."""
+        errors = super().coerce_fields()
+        if self.spec:
+            from snella_app.data.load import full_spec
+
+            object.__setattr__(self, "spec", full_spec(self.spec))
+        return errors
+
+    def errors(self) -> list[str]:
+        """Check the fields and their combinations."""
+        errors = super().errors()
+        if self.tta not in ("auto", 1, 2):
+            errors.append(f"tta must be 1, 2 or auto, got {self.tta}; snella predict --tta supports more views")
+        if not 0.0 <= self.random_erasing <= 1.0:
+            errors.append(f"random_erasing must be in [0, 1], got {self.random_erasing}")
+        if not 0.0 < self.val_fraction < 1.0:
+            errors.append(f"val_fraction must be in (0, 1), got {self.val_fraction}")
+        elif self.test_fraction < 1.0 <= (held_out := self.val_fraction + self.test_fraction):
+            errors.append(f"val_fraction + test_fraction must leave images to train on, got {held_out}")
+        if self.task == "segmentation":
+            errors += self._mask_errors()
+        if self.channels not in (1, 3) and self.augment == "imagenet":
+            errors.append(f"augment must be none, flip or crop for {self.channels} channels, got 'imagenet'")
+        if self.fold is not None and (self.folds is None or self.fold > self.folds):
+            errors.append(f"fold must be at most folds, got {self.fold} of {self.folds or 'no folds'}")
+        if self.folds is not None and self.protocol != "standard":
+            errors.append(f"protocol must be standard with folds, got {self.protocol!r}")
+        if self.columns is not None:
+            from snella_app.data.columns import Columns
+
+            errors += errors_of(Columns.parse, self.columns)
+        return errors
+
+    def _mask_errors(self) -> list[str]:
+        """Reject settings that do not support masks."""
+        errors = [] if self.channels == 3 else [f"channels must be 3 with task 'segmentation', got {self.channels}"]
+        given = {name: getattr(self, name) for name in ("mixup", "cutmix", "random_erasing")}
+        errors += [f"{name} does not support masks, got {value}" for name, value in given.items() if value]
+        if self.augment in ("randaugment", "trivialaugment"):
+            errors.append(
+                "augment must be one of none, flip, crop, imagenet, 3augment for images with masks, "
+                f"got {self.augment!r}"
+            )
+        return errors
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Arguments of `load_data`, for the readers.
+
+    Attributes:
+        config: Columns, image format, splits and their sizes.
+        seed: Seed of splits, subsampling and augmentation.
+        target: Content of the label column.
+
+    Raises:
+        ValueError: If a seed is out of range; one message lists all errors.
+    """
+
+    config: DataConfig
+    seed: int = 0
+    target: TargetKind = "class"
+
+    def __post_init__(self) -> None:
+        errors = [
+            f"{name} must be in [0, 2^32), got {seed}"
+            for name, seed in (("seed", self.seed), ("test_seed", self.config.test_seed))
+            if seed is not None and not 0 <= seed < 2**32
+        ]
+        if errors:
+            raise ValueError("; ".join(errors))
 
     def seed_of(self, part: str) -> int:
         """Return the seed of a split."""
-        return self.seed if part != "test" or self.test_seed is None else self.test_seed
-
-
-DEFAULT_OPTIONS = LoadOptions()
+        test_seed = self.config.test_seed
+        return self.seed if part != "test" or test_seed is None else test_seed

@@ -16,7 +16,7 @@ from snella_app.data.datasets import Annotations, Collection, ImageDataset, Targ
 from snella_app.data.folder import PARTS
 from snella_app.data.options import LoadOptions, TargetKind
 from snella_app.data.sources import CachedImages, FileImages, broken_rows
-from snella_app.text import listed, similar_paths
+from snella_app.text import first_line, listed, similar_paths
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 _SEPARATORS = ("|", ";", ",")
@@ -75,11 +75,11 @@ def load_table(path: str, options: LoadOptions, *, kind: str) -> Collection:
     Paths are relative to the table's folder or `root=FOLDER`.
     """
     table, file = read_table(path, kind)
-    where, columns = f"{kind}:{path}", Columns.parse(options.columns)
+    where, columns = f"{kind}:{path}", Columns.parse(options.config.columns)
     roles = columns.resolve(table, ("path", "label"), where)
     names = paths_in(table, roles["path"])
     root = columns.root or file.parent
-    source = FileImages([root / name for name in names], options.reading)
+    source = FileImages([root / name for name in names], options.config.reading)
     samples = Samples(file.stem, where, source, names, table, roles)
     for row, image in enumerate(source.paths):
         reason = outside_reason(image, [root]) if kind == "parquet" and names[row] else ""
@@ -100,7 +100,7 @@ def build_collection(samples: Samples, options: LoadOptions) -> Collection:
 
     Args:
         samples: Raw rows.
-        options: Target and `skip_corrupt`.
+        options: Target and `config.skip_corrupt`.
 
     Raises:
         ValueError: If rows are unusable, splits are unknown, training images are missing, there are fewer than two
@@ -120,7 +120,7 @@ def build_collection(samples: Samples, options: LoadOptions) -> Collection:
     if "path" in samples.roles:
         notes.append(f"columns: {', '.join(f'{role} {column!r}' for role, column in samples.roles.items())}")
     if broken:
-        if not options.skip_corrupt:
+        if not options.config.skip_corrupt:
             raise ValueError(
                 f"{_broken_text(broken, samples)}. Fix or remove them, or skip them with --skip-corrupt "
                 "(skip_corrupt=True)"
@@ -265,7 +265,7 @@ def _read_parquet(file: Path) -> dict[str, list[Any]]:
     try:
         table: dict[str, list[Any]] = parquet.read_table(file).to_pydict()
     except (ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: timestamps out of range
-        raise ValueError(f"'{file}' must be a Parquet file: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"'{file}' must be a Parquet file: {first_line(error)}") from error
     return table
 
 

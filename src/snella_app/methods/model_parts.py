@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from snella.targets import all_linear_names
@@ -125,6 +126,17 @@ def base_model(model: nn.Module) -> nn.Module:
     """Return the model without its PEFT wrapper, if it has one."""
     base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return base
+
+
+@contextmanager
+def recorded_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Append the first input of each call of a module to the returned list inside the context."""
+    inputs_of_calls: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda module, inputs: inputs_of_calls.append(inputs[0]))
+    try:
+        yield inputs_of_calls
+    finally:
+        handle.remove()
 
 
 def is_inside(name: str, module_name: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from peft import get_peft_model
 from torch import Tensor, nn
 
+from snella.matrices import AdaptedMatrix, adapted_matrices
 from snella.targets import default_targets
 from snella_app.methods.method import Batches, Method, MethodSpec, Options
 from snella_app.methods.model_parts import AdapterFileError, find_head
@@ -196,6 +197,17 @@ def spec_of(model: nn.Module) -> MethodSpec:
 def method_of(model: nn.Module) -> Method | None:
     """Return the registered method of a model; None for PEFT adapters of other methods."""
     return METHODS.get(spec_of(model).family)
+
+
+def matrices_of(model: nn.Module) -> list[AdaptedMatrix]:
+    """Return the adapted matrices of a model; empty for methods without budgets."""
+    method = method_of(model)
+    return adapted_matrices(model) if method is not None and method.has_budgets else []
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Count the trainable parameters, including the head."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def merge_trained(model: nn.Module) -> nn.Module:

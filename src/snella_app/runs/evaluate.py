@@ -11,10 +11,11 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
+from snella_app.config import DataConfig
 from snella_app.console import make_console, print_line, track_progress
-from snella_app.data import DataSplits, ImageDataset, LoadOptions, has_columns, load_data
 from snella_app.data.copies import find_equal_images, find_near_copies
-from snella_app.data.datasets import read_at_side
+from snella_app.data.datasets import ImageDataset, read_at_side
+from snella_app.data.load import DataSplits, has_columns, load_data
 from snella_app.data.sources import show_reading
 from snella_app.records import Calibration, RunInfo, plain, read
 from snella_app.report.examples import ImageSource
@@ -274,15 +275,15 @@ def _load_splits(
             note = f"the files have the same names as the run's images but other contents in {', '.join(changed)}"
     splits = load_data(
         data,
-        LoadOptions(
-            seed=config.run.seed,
+        DataConfig(
             skip_corrupt=skip_corrupt,
             columns=changes["columns"] if columns is not None or has_columns(data) else None,
             channels=loaded.reading.channels,
             white=loaded.info.data.white,
-            target=loaded.task.target,
-            divide=split not in ("auto", "all"),
         ),
+        seed=config.run.seed,
+        target=loaded.task.target,
+        divide=split not in ("auto", "all"),
     )
     if note is not None:
         splits.notes.append(f"{note}: evaluated as other data")

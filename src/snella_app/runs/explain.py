@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from sklearn.metrics.pairwise import cosine_similarity
 
-from snella_app.data import DataSplits
+from snella_app.data.load import DataSplits
 from snella_app.files import create_folder, write_bytes
 from snella_app.records import Predictions, read
 from snella_app.report.examples import attention_rollout, choose_examples, heat_maps, image_data_uri, overlay_heat

@@ -14,9 +14,18 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
 
-from snella_app.data import read_image, split_spec
 from snella_app.data.columns import Columns
-from snella_app.data.images import DECODING_ERRORS, IMAGE_SUFFIXES, RGB, Reading, decode_image, is_image, to_channels
+from snella_app.data.images import (
+    DECODING_ERRORS,
+    IMAGE_SUFFIXES,
+    RGB,
+    Reading,
+    decode_image,
+    is_image,
+    read_image,
+    to_channels,
+)
+from snella_app.data.load import split_spec
 from snella_app.data.table import TABLE_SUFFIXES, table_paths
 from snella_app.text import listed, similar_paths
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from snella_app.config import DataConfig
-from snella_app.data import DataSplits, LoadOptions, data_folder, load_data, split_spec, with_class_order
+from snella_app.data.load import DataSplits, data_folder, load_data, split_spec, with_class_order
 from snella_app.data.table import TABLE_SUFFIXES
 from snella_app.records import DataInfo
 from snella_app.runs.folder import RunFolder
@@ -115,13 +115,7 @@ def load_splits(config: DataConfig, seed: int, data: Any = None) -> DataSplits:
         data: Dataset object to load instead of `config.spec`.
     """
     task = task_class(config.task)
-    settings = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(LoadOptions)
-        if hasattr(config, field.name)
-    }
-    options = LoadOptions(**settings, seed=seed, target=task.target)
-    splits = load_data(str(config.spec) if data is None else data, options)
+    splits = load_data(str(config.spec) if data is None else data, config, seed=seed, target=task.target)
     return with_class_order(splits, task.order_classes(splits.classes, config.class_order))
 
 

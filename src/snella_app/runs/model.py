@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from snella_app.data import build_transform
-from snella_app.data.images import FULL_WHITE, Reading
+from snella_app.data.options import FULL_WHITE, Reading
+from snella_app.data.transforms import build_transform
 from snella_app.device import choose_device
 from snella_app.methods import load_trained
 from snella_app.records import BackboneInfo, FoldResults, RunInfo, read, read_if_present

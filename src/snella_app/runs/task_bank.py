@@ -16,7 +16,7 @@ from snella.backends import MergeCache
 from snella.functional import write_effective_weight
 from snella.layer import Linear, SnellaLayer
 from snella.update import Factors, Update
-from snella_app.data import read_image
+from snella_app.data.images import read_image
 from snella_app.device import choose_device
 from snella_app.methods import merge_trained
 from snella_app.runs.model import LoadedRun, load_single_run, make_backbone

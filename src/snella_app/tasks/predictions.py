@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from snella_app.data import read_image
+from snella_app.data.images import read_image
 from snella_app.files import create_folder, write_bytes, write_json, write_png, write_text
 from snella_app.records import plain
 from snella_app.report.examples import overlay, write_mask

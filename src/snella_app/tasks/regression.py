@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from snella_app.console import make_table
-from snella_app.data import ImageDataset
+from snella_app.data.datasets import ImageDataset
 from snella_app.records import NumberPrediction, NumberPredictions
 from snella_app.tasks import predictions as image_outputs
 from snella_app.tasks.linear_fit import feature_scale

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from snella_app.backbones import DECODER, create_segmenter
 from snella_app.console import make_table
-from snella_app.data import ImageDataset, MaskDataset
+from snella_app.data.datasets import ImageDataset, MaskDataset
 from snella_app.records import MaskPrediction, MaskPredictions
 from snella_app.report.examples import ImageSource, overlay_panels, read_mask, write_mask
 from snella_app.tasks import predictions as image_outputs

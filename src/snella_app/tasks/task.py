@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from snella_app.backbones import create_backbone
-from snella_app.data import ImageDataset, MaskDataset
+from snella_app.data.datasets import ImageDataset, MaskDataset
 from snella_app.data.options import TargetKind
 from snella_app.records import LabelSetPredictions, MaskPredictions, NumberPredictions, Predictions
 from snella_app.report.examples import ImageSource

@@ -1,8 +1,8 @@
-"""Components of a training run: `load` loads data and task, `build` creates the model."""
+"""Components of a training run: `load` loads data and task, `build` creates the model; sampler and optimizer."""
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -11,19 +11,32 @@ from typing import Any
 
 import timm.data
 import torch
+from peft import PeftModel
 from rich.console import Console
-from rich.progress import track
+from timm.layers import DropPath
+from timm.models import group_parameters
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Sampler
 
 from snella_app.config import DEFAULT_BATCH_SIZE, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
-from snella_app.console import print_line
-from snella_app.data import DataSplits, ImageDataset, build_transform
-from snella_app.data.datasets import MaskDataset, read_at_side
+from snella_app.console import print_line, track_progress
+from snella_app.data.datasets import ImageDataset, MaskDataset, read_at_side
+from snella_app.data.load import DataSplits
 from snella_app.data.protocol import get_protocol
 from snella_app.data.sources import show_reading
-from snella_app.methods import SelectionData, build_method, find_method, load_trained, load_trained_into, save_trained
-from snella_app.methods.model_parts import find_head
+from snella_app.data.transforms import build_transform
+from snella_app.methods import (
+    SelectionData,
+    build_method,
+    find_method,
+    load_trained,
+    load_trained_into,
+    method_of,
+    save_trained,
+    spec_of,
+)
+from snella_app.methods.model_parts import base_model, find_blocks, find_head, is_inside
 from snella_app.methods.saving import METHOD_FILE
 from snella_app.records import BackboneInfo, RunInfo, read
 from snella_app.runs.folder import RunFolder
@@ -31,8 +44,6 @@ from snella_app.runs.images import encode_targets, is_same_split, load_splits
 from snella_app.runs.model import make_backbone
 from snella_app.tasks import Task, create_task
 from snella_app.training.distributed import process_count
-from snella_app.training.optimizer import checkpoint_gradients, set_drop_path
-from snella_app.training.sampler import EpochSampler
 
 FOLDER = "selection"
 """Subfolder of a run for the selected parameters and their initial values."""
@@ -65,6 +76,50 @@ class LoadedData:
     shows_progress: bool = True
 
 
+def mix_seed(*parts: int) -> int:
+    """Combine several numbers into one seed.
+
+    The seed is a multiplicative hash reduced modulo 2⁶³, so that neighboring inputs give unrelated seeds.
+    """
+    state = 0x9E3779B97F4A7C15
+    for part in parts:
+        state = ((state ^ part) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**64
+        state ^= state >> 31
+    return state % 2**63
+
+
+class EpochSampler(Sampler[int]):
+    """Sampler over `range(length)` in an order that depends only on `(seed, epoch)`.
+
+    Without weights, the order is a random permutation. With weights, `length` items are sampled with replacement, with
+    probabilities proportional to the weights.
+
+    Args:
+        length: Number of items.
+        seed: Seed of the run.
+        weights: Nonnegative weight per item; None for a permutation.
+    """
+
+    def __init__(self, length: int, seed: int, weights: Sequence[float] | None = None) -> None:
+        self.length = length
+        self.seed = seed
+        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, which determines the order."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        if self.weights is None:
+            return iter(torch.randperm(self.length, generator=generator).tolist())
+        return iter(torch.multinomial(self.weights, self.length, replacement=True, generator=generator).tolist())
+
+    def __len__(self) -> int:
+        return self.length
+
+
 def epoch_sampler(train: ImageDataset, task: Task, sampler: str, seed: int) -> EpochSampler:
     """Return the sampler of the training images; `sampler` is `DataConfig.sampler`."""
     weights = task.sample_weights(train) if sampler == "weighted" else None
@@ -80,7 +135,6 @@ def selection_data(
     their order. `console` shows the progress.
     """
     passes, task, seed = count(), data.task, data.seed
-    show = data.shows_progress and console is not None and console.is_terminal
 
     def batches(images: ImageDataset, order: EpochSampler | None) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
@@ -91,7 +145,8 @@ def selection_data(
             num_workers=data.config.workers,
             generator=torch.Generator().manual_seed(seed),  # leaves torch's global generator unchanged
         )
-        steps = track(loader, "selecting trainable weights", console=console, transient=True) if show else loader
+        shown = console if data.shows_progress else None
+        steps = track_progress(loader, "selecting trainable weights", len(loader), shown)
         yield from ((batch["images"], batch["labels"]) for batch in steps)
 
     def train_pass() -> Iterator[tuple[Tensor, Tensor]]:
@@ -243,6 +298,45 @@ def build(
     return RunComponents(splits, adapted, task, info, data_config, seed, config.workers)
 
 
+def set_drop_path(model: nn.Module, head: str, rate: float) -> None:
+    """Set stochastic depth in place: the drop rate rises linearly from 0 in the first block to `rate` in the last.
+
+    Raises:
+        ValueError: If the backbone's blocks do not support drop path.
+    """
+    blocks = find_blocks(model, head)
+    num_replaced = 0
+    for number, (_, block) in enumerate(blocks):
+        for name in ("drop_path", "drop_path1", "drop_path2"):
+            if isinstance(getattr(block, name, None), nn.Identity | DropPath):
+                setattr(block, name, DropPath(rate * number / max(len(blocks) - 1, 1)))
+                num_replaced += 1
+    if not num_replaced:
+        raise ValueError(
+            f"drop_path needs a backbone with droppable residual branches, got {type(model).__name__}; leave it out"
+        )
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Enable gradient checkpointing: save only the inputs of the backbone's blocks and recompute the rest.
+
+    Raises:
+        ValueError: If the backbone does not support gradient checkpointing.
+    """
+    base = base_model(model)
+    for part in (base, getattr(base, "encoder", None)):
+        if callable(setting := getattr(part, "set_grad_checkpointing", None)):
+            try:
+                setting(True)
+                return
+            except AssertionError:  # timm raises it for models with the method but without support
+                break
+    raise ValueError(
+        f"grad_checkpointing needs a backbone that supports it, got {type(base).__name__}; leave it out and use a "
+        "smaller --batch-size with --accumulate"
+    )
+
+
 def load_initial_weights(parts: RunComponents, spec: str, run: RunFolder) -> None:
     """Load the trained weights of another run into the model of a new run; note different splits.
 
@@ -288,3 +382,75 @@ def resolve_data_config(model: nn.Module, img_size: int | None) -> dict[str, Any
 def read_side(data_config: Mapping[str, Any], images: ImageDataset) -> int | None:
     """Return the minimum shorter side of the images when read, for crops; None for images with masks."""
     return None if isinstance(images, MaskDataset) else _READ_MARGIN * int(data_config["input_size"][-1])
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    lr: float,
+    head_lr: float | None = None,
+    weight_decay: float = 0.0,
+    scalar_lr: float | None = None,
+    layer_decay: float | None = None,
+) -> Optimizer:
+    """Build AdamW for all trainable parameters, with weight decay only on matrices and optional layer-wise decay.
+
+    Args:
+        model: Model from `build_method`.
+        lr: Learning rate of the method's parameters.
+        head_lr: Learning rate of the head; `lr` if None.
+        weight_decay: Weight decay of matrices.
+        scalar_lr: Learning rate of the scalar kernel parameters; the method's default if None.
+        layer_decay: Factor of the learning rate per layer below the head; None for equal learning rates.
+
+    Raises:
+        ValueError: If no parameter is trainable, or `layer_decay` is set for a model without timm's layer numbers.
+    """
+    head_lr = lr if head_lr is None else head_lr
+    scalars = {} if scalar_lr is None else {"scalar_lr": scalar_lr}
+    method = method_of(model)
+    if method is not None and method.optimizer is not None:
+        rates = {"lr": lr, "head_lr": head_lr, "weight_decay": weight_decay, **scalars}
+        optimizer = method.optimizer(model, torch.optim.AdamW, **rates)
+    else:
+        optimizer = torch.optim.AdamW(_parameter_groups(model, lr, head_lr, weight_decay))
+    if layer_decay is not None:
+        _decay_rates(optimizer, model, layer_decay)
+    return optimizer
+
+
+def _parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Group the trainable parameters by head and matrices."""
+    head = ("base_model.model." if isinstance(model, PeftModel) else "") + spec_of(model).head
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((is_inside(name, head), parameter.ndim > 1), []).append(parameter)
+    if not groups:
+        raise ValueError(f"method {spec_of(model).name!r} has no trainable parameters in {type(model).__name__}")
+    return [
+        {"params": params, "lr": head_lr if in_head else lr, "weight_decay": weight_decay if is_matrix else 0.0}
+        for (in_head, is_matrix), params in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def _decay_rates(optimizer: Optimizer, model: nn.Module, decay: float) -> None:
+    """Split each parameter group by timm's layer numbers, with learning rates `lr · decay^(layers after it)`."""
+    base = base_model(model)
+    if not callable(getattr(base, "group_matcher", None)):
+        raise ValueError(
+            f"layer_decay needs a timm model with numbered layers, got {type(base).__name__}; leave it out"
+        )
+    numbers = group_parameters(base, base.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
+    last = max(numbers.values())
+    depth = {id(parameter): last - numbers[name] for name, parameter in base.named_parameters() if name in numbers}
+    groups = []
+    for group in optimizer.param_groups:
+        by_depth: dict[int, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_depth.setdefault(depth.get(id(parameter), 0), []).append(parameter)
+        groups += [
+            {**group, "params": parameters, "lr": group["lr"] * decay**behind}
+            for behind, parameters in sorted(by_depth.items())
+        ]
+    optimizer.param_groups[:] = groups

@@ -1,4 +1,4 @@
-"""Trainer callbacks: weight averaging, method schedules, step time, trackers and progress."""
+"""Trainer callbacks: weight averaging, epochs, method schedules, step time, trackers and progress."""
 
 import math
 import statistics
@@ -20,11 +20,8 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from transformers import TrainerCallback, TrainerState
 
-from snella import SnellaCallback
 from snella.matrices import AdaptedMatrix
 from snella_app.console import print_line
-from snella_app.data.protocol import RunProtocol
-from snella_app.tasks import Task
 from snella_app.text import seconds_text
 from snella_app.training.checkpoints import CheckpointError, require_file
 
@@ -196,6 +193,21 @@ def _swapped_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[
         copy(before)
 
 
+class EpochCallback(TrainerCallback):
+    """Callback that calls `set_epoch` of datasets and samplers, with epochs counted from 0.
+
+    Accelerate also does this, but not for an epoch that is resumed midway.
+    """
+
+    def __init__(self, *targets: Any) -> None:
+        self.targets = targets
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Set the current epoch."""
+        for target in self.targets:
+            target.set_epoch(state.global_step // (state.max_steps // int(state.num_train_epochs)))
+
+
 class ScheduleCallback(TrainerCallback):
     """Callback that attaches a method's schedule when training starts."""
 
@@ -257,11 +269,10 @@ class TrackingCallback(TrainerCallback):
     Args:
         trainer: Trainer that sends the values to its trackers.
         matrices: Adapted matrices; empty for methods without budgets.
-        step_images: Images per step.
     """
 
-    def __init__(self, trainer: "SnellaTrainer", matrices: Sequence[AdaptedMatrix], step_images: int) -> None:
-        self.trainer, self.matrices, self.step_images = trainer, matrices, step_images
+    def __init__(self, trainer: "SnellaTrainer", matrices: Sequence[AdaptedMatrix]) -> None:
+        self.trainer, self.matrices = trainer, matrices
         self._logged_at = (0, time.perf_counter())
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -273,7 +284,8 @@ class TrackingCallback(TrainerCallback):
         last_step, last_time = self._logged_at
         if state.global_step % _LOGGED_STEPS == 0:
             now = time.perf_counter()
-            throughput = self.step_images * (state.global_step - last_step) / max(now - last_time, 1e-9)
+            images = self.trainer.plan.optim.images_per_step * (state.global_step - last_step)
+            throughput = images / max(now - last_time, 1e-9)
             self._log({"loss": self.trainer.last_loss, "images_per_s": throughput})
             self._logged_at = (state.global_step, now)
 
@@ -318,35 +330,14 @@ class ProgressDisplay(TrainerCallback):
 
     Args:
         console: Output console; the bar appears only on a terminal.
-        task: Task that formats and scores an epoch's results.
-        protocol: Protocol that selects the best epoch.
-        total_weights: Number of adapted weights, for the relative budget; None without budgets.
-        allocation: Callback that owns the allocator; None without budgets.
-        show_bar: If True, show the bar or the lines that replace it.
-        shorten: Function that returns a hint on shortening the run for a slowdown factor; None for no hint.
-        step_images: Images per step, for the throughput; None to hide it.
-
-    Attributes:
-        last_loss: Function that returns the loss of the last step.
+        trainer: Trainer; without `progress` in its plan, neither the bar nor the lines that replace it appear.
+        shorten: Function that returns a hint on shortening the run for a slowdown factor.
     """
 
-    def __init__(
-        self,
-        console: Console,
-        task: Task,
-        protocol: RunProtocol,
-        total_weights: int | None = None,
-        allocation: SnellaCallback | None = None,
-        show_bar: bool = True,
-        shorten: Callable[[float], str] | None = None,
-        step_images: int | None = None,
-    ) -> None:
-        self.console, self.task, self.protocol = console, task, protocol
-        self.total_weights, self.allocation = total_weights, allocation
-        self.show_bar = show_bar and console.is_terminal
-        self.show_lines = show_bar and not console.is_terminal
-        self.shorten, self.step_images = shorten, step_images
-        self.last_loss: Callable[[], float] = lambda: math.nan
+    def __init__(self, console: Console, trainer: "SnellaTrainer", shorten: Callable[[float], str]) -> None:
+        self.console, self.trainer, self.shorten = console, trainer, shorten
+        self.show_bar = trainer.plan.run.progress and console.is_terminal
+        self.show_lines = trainer.plan.run.progress and not console.is_terminal
         self._bar: Progress | None = None
         self._bar_task: Any = None
         self._best = (-math.inf, -math.inf)
@@ -359,7 +350,7 @@ class ProgressDisplay(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start the bar at the current step."""
         past = [row for row in state.log_history if "budget" in row]
-        self._best = max((self._score(row) for row in past), default=self._best)
+        self._best = max((self.trainer.selection_score(row) for row in past), default=self._best)
         self._last_line = time.monotonic()
         self._step_ends.append(self._last_line)
         if self.show_bar and state.is_world_process_zero:
@@ -388,7 +379,7 @@ class ProgressDisplay(TrainerCallback):
         if not self._has_estimated and (steps >= _ESTIMATE_STEPS or is_long):
             self._has_estimated = True
             if left_s >= 60:
-                hint = self.shorten(left_s / _LONG_S) if self.shorten is not None and left_s > _LONG_S else ""
+                hint = self.shorten(left_s / _LONG_S) if left_s > _LONG_S else ""
                 estimate = f"{steps_left} steps of {seconds_text(step_s)}{hint}"
                 print_line(self.console, f"about {seconds_text(left_s)} remaining: {estimate}")
                 self._last_line = now
@@ -396,26 +387,27 @@ class ProgressDisplay(TrainerCallback):
             self._last_line = now
             remaining = f"  about {seconds_text(left_s)} remaining" if steps > 1 else ""
             step = f"step {state.global_step}/{state.max_steps}"
-            print_line(self.console, f"{step}  loss {self.last_loss():.4f}{self._throughput()}{remaining}")
+            print_line(self.console, f"{step}  loss {self.trainer.last_loss:.4f}{self._throughput()}{remaining}")
         if self._bar is not None:
             epoch = f"epoch {int(min(state.epoch, state.num_train_epochs - 1e-6)) + 1}/{state.num_train_epochs}"
-            shown = f"loss {self.last_loss():.3f}{self._budget()}{self._throughput()}"
+            shown = f"loss {self.trainer.last_loss:.3f}{self._budget()}{self._throughput()}"
             self._bar.update(self._bar_task, completed=state.global_step, description=epoch, shown=shown)
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         """Show in the bar that evaluation is running."""
-        if self._bar is not None and self.protocol.selected_on is not None:
-            self._bar.update(self._bar_task, shown=f"evaluating on {self.protocol.selected_on} images")
+        part = self.trainer.protocol.selected_on
+        if self._bar is not None and part is not None:
+            self._bar.update(self._bar_task, shown=f"evaluating on {part} images")
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Print the results of the epoch, and warn once if the loss is well above the first epoch's."""
         if not state.is_world_process_zero:
             return
-        score = self._score(metrics)
+        score, protocol = self.trainer.selection_score(metrics), self.trainer.protocol
         self._best, is_best = max(self._best, score), score >= self._best
-        part, shown = self.protocol.selected_on, ""
+        part, shown = protocol.selected_on, ""
         if part is not None and f"{part}_loss" in metrics:
-            text = self.task.epoch_format.format_map(self.protocol.with_val_prefix(metrics))
+            text = self.trainer.task.epoch_format.format_map(protocol.with_val_prefix(metrics))
             shown = f"  {part} loss {metrics[f'{part}_loss']:.4f}  {text}"
         is_best = is_best and bool(shown)
         best = "  best" if is_best else ""
@@ -445,10 +437,6 @@ class ProgressDisplay(TrainerCallback):
             self._bar.stop()
             self._bar = None
 
-    def _score(self, row: Mapping[str, Any]) -> tuple[float, float]:
-        """Return the selection score of an epoch."""
-        return self.protocol.selection_score(row, self.task.selection_score)
-
     def _step_s(self) -> float:
         """Return the median time of recent steps; skips the first, which compiles, if there are others."""
         spans = [after - before for before, after in pairwise(self._step_ends)]
@@ -456,13 +444,11 @@ class ProgressDisplay(TrainerCallback):
 
     def _throughput(self) -> str:
         """Format the throughput; empty for the first step, which compiles."""
-        if self.step_images is None or len(self._step_ends) <= 2:
+        if len(self._step_ends) <= 2:
             return ""
-        return f"  {self.step_images / max(self._step_s(), 1e-9):,.0f} images/s"
+        return f"  {self.trainer.plan.optim.images_per_step / max(self._step_s(), 1e-9):,.0f} images/s"
 
     def _budget(self) -> str:
-        """Format the budget as a fraction of the adapted weights."""
-        allocator = None if self.allocation is None else self.allocation.allocator
-        if allocator is None or not self.total_weights:
-            return ""
-        return f"  budget {sum(allocator.budgets.values()) / self.total_weights:.1%}"
+        """Format the budget as a fraction of the adapted weights; empty for methods without budgets."""
+        allocator = self.trainer.allocator
+        return "" if allocator is None else f"  budget {sum(allocator.budgets.values()) / allocator.total_weights:.1%}"

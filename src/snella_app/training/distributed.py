@@ -1,4 +1,4 @@
-"""Distributed training with `torchrun` or `accelerate launch`: ranks, collectives and FSDP2 sharding."""
+"""Distributed training with `torchrun` or `accelerate launch`: ranks, collectives, batches and FSDP2 sharding."""
 
 import contextlib
 import os
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import Sampler
 
 from snella.layer import SnellaLayer
 from snella_app.methods import spec_of
@@ -147,6 +148,42 @@ def main_process_only(context: contextlib.AbstractContextManager[Any]) -> Iterat
         if status is None:
             raise
         raise SystemExit(status) from None
+
+
+class ShardedBatches(Sampler[list[int]]):
+    """Batch sampler that splits each global batch into consecutive parts, one per process.
+
+    If a small last batch leaves a process without images, it receives the first image with weight 0.
+
+    Args:
+        sampler: Indices of all images, identical in all processes.
+        batch_size: Global batch size.
+        rank: Rank of this process.
+        count: Number of processes.
+    """
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, rank: int, count: int) -> None:
+        self.sampler, self.batch_size, self.rank, self.count = sampler, batch_size, rank, count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        indices = list(self.sampler)
+        for start in range(0, len(indices), self.batch_size):
+            batch = indices[start : start + self.batch_size]
+            before = sum(_shard_size(len(batch), rank, self.count) for rank in range(self.rank))
+            yield batch[before : before + _shard_size(len(batch), self.rank, self.count)] or batch[:1]
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self.batch_size)  # type: ignore[arg-type]
+
+    def weight(self, number: int) -> int:
+        """Return the number of images of batch `number` that belong to this process."""
+        images = min(self.batch_size, len(self.sampler) - number * self.batch_size)  # type: ignore[arg-type]
+        return _shard_size(images, self.rank, self.count)
+
+
+def _shard_size(images: int, rank: int, count: int) -> int:
+    """Return the number of images of one rank; the first ranks get one more if a batch cannot be split evenly."""
+    return images // count + (rank < images % count)
 
 
 def shard_frozen(model: nn.Module) -> None:

@@ -1,6 +1,5 @@
 """Final head of a run: the trained head, or a linear probe on features of several layers, fitted after training."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,14 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from snella_app.data import ImageDataset, build_transform
-from snella_app.device import autocast
+from snella_app.data.datasets import ImageDataset
+from snella_app.data.transforms import build_transform
 from snella_app.methods.model_parts import base_model
-from snella_app.runs.layer_probe import LayerProbe, layer_features, probed_layers
+from snella_app.runs.layer_probe import LayerProbe, probed_layers
 from snella_app.tasks import Task
 from snella_app.tasks.linear_fit import fit_head
 from snella_app.training.build import RunComponents
-from snella_app.training.linear_probe import is_clearly_better, original_images
+from snella_app.training.linear_probe import encoded_targets, extract_features, is_clearly_better, original_images
 
 _INVERSE_PENALTY = 0.01
 """Weight C of the summed loss relative to `‖W‖²/2`, for standardized features."""
@@ -40,16 +39,11 @@ class MeasuredFeatures:
     weights: Tensor | None
 
 
-Load = Callable[[ImageDataset], Iterable[dict[str, Tensor]]]
-"""Function that returns collated batches of a dataset."""
-
-
-@torch.no_grad()
 def measure_features(
     parts: RunComponents,
     images: Any,
     views: int,
-    load: Load,
+    batch_size: int,
     precision: str = "fp32",
     first_view: Tensor | None = None,
 ) -> MeasuredFeatures:
@@ -58,33 +52,15 @@ def measure_features(
     The views are the images and, with `views=2`, their flips. `first_view` contains precomputed features of the images.
     """
     plain = original_images(images).with_transform(build_transform(parts.data_config, train=False, augment="none"))
-    if first_view is not None and views == 1:
-        targets = [(torch.empty(0), *plain.target_and_weight(index)) for index in range(len(plain))]
-        batch = parts.task.collate(targets)
-        return MeasuredFeatures([first_view], batch["labels"], batch.get("weights"))
-    model, layers = parts.model, probed_layers(parts.model)
-    device = next(model.parameters()).device
-    model.eval()
-    features: list[list[Tensor]] = [[] for _ in range(views)]
-    labels: list[Tensor] = []
-    weights: list[Tensor] = []
-    for batch in load(plain):
-        batch_images = batch["images"].to(device)
-        with autocast(device, precision):
-            if first_view is None:
-                features[0].append(layer_features(model, batch_images, layers).float())
-            if views == 2:
-                features[1].append(layer_features(model, batch_images.flip(-1), layers).float())
-        labels.append(batch["labels"])
-        weights += [batch["weights"]] if "weights" in batch else []
-    measured = [torch.cat(view) for view in features if view]
-    if first_view is not None:
-        measured.insert(0, first_view)
-    return MeasuredFeatures(measured, torch.cat(labels), torch.cat(weights) if weights else None)
+    known = [] if first_view is None else [first_view]
+    flips, layers = (False, True)[len(known) : views], probed_layers(parts.model)
+    measured = extract_features(parts, plain, batch_size, precision, layers=layers, flips=flips) if flips else []
+    batch = encoded_targets(parts.task, plain, range(len(plain)))
+    return MeasuredFeatures([*known, *measured], batch["labels"], batch.get("weights"))
 
 
 def fit_layers(
-    parts: RunComponents, train: ImageDataset, views: int, load: Load, precision: str
+    parts: RunComponents, train: ImageDataset, views: int, batch_size: int, precision: str
 ) -> tuple[LayerProbe, tuple[np.ndarray, np.ndarray] | None]:
     """Fit a linear head to features of several layers of the trained model.
 
@@ -96,20 +72,20 @@ def fit_layers(
         The probe from the final fit, and the reduced outputs and labels of the validation images from the first fit;
         None without validation images.
     """
-    outputs = parts.task.count_outputs(parts.splits.classes)
-    measured = measure_features(parts, train, views, load, precision, parts.initial_layer_features)
-    val = None if parts.splits.val is None else measure_features(parts, parts.splits.val, views, load, precision)
-    weight, bias = fit_linear(parts.task, measured, outputs)
+    task, outputs = parts.task, parts.task.count_outputs(parts.splits.classes)
+    measured = measure_features(parts, train, views, batch_size, precision, parts.initial_layer_features)
+    weight, bias = fit_linear(task, measured, outputs)
     val_outputs = None
-    if val is not None:
-        val_outputs = _outputs(parts.task, val, weight, bias)
-        weight, bias = fit_linear(parts.task, _concatenate(measured, val), outputs)
+    if parts.splits.val is not None:
+        val = measure_features(parts, parts.splits.val, views, batch_size, precision)
+        val_outputs = _outputs(task, val, weight, bias)
+        weight, bias = fit_linear(task, _concatenate(measured, val), outputs)
     return LayerProbe(parts.model, probed_layers(parts.model), weight, bias).to(weight.device), val_outputs
 
 
-def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: int, load: Load) -> Any:
+def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: int, batch_size: int) -> Any:
     """Compute the reduced outputs of a probe and the labels of a split; see `measure_features` for the arguments."""
-    measured = measure_features(parts, images, views, load)
+    measured = measure_features(parts, images, views, batch_size)
     return _outputs(parts.task, measured, probe.linear.weight, probe.linear.bias)
 
 
@@ -178,6 +154,3 @@ def _concatenate(first: MeasuredFeatures, second: MeasuredFeatures) -> MeasuredF
         weights = torch.cat(sample_weights)
     views = [torch.cat(pair) for pair in zip(first.views, second.views, strict=True)]
     return MeasuredFeatures(views, torch.cat([first.labels, second.labels]), weights)
-
-
-__all__ = ["fit_layers", "is_clearly_worse", "layer_fit_seconds", "measure_layers"]

@@ -6,19 +6,33 @@ import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import TrainerCallback
 
+from snella import BudgetAllocator
+from snella.matrices import AdaptedMatrix
 from snella_app.console import print_line
 from snella_app.files import write_text
 from snella_app.methods import load_trained_into
-from snella_app.records import AveragedEpochs, EpochRow, FinalHead, Metrics, plain, scores_from
+from snella_app.methods.registry import matrices_of, trainable_parameters
+from snella_app.records import (
+    Allocation,
+    AllocationStep,
+    AveragedEpochs,
+    EpochRow,
+    FinalHead,
+    MatrixInfo,
+    Metrics,
+    plain,
+    scores_from,
+)
 from snella_app.report.card import model_card
 from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate
@@ -29,14 +43,6 @@ from snella_app.training.distributed import is_main, is_sharded, process_count, 
 from snella_app.training.final_head import fit_layers, is_clearly_worse, measure_layers
 from snella_app.training.linear_probe import original_images, probe_rows
 from snella_app.training.memory import peak_rss_mib
-from snella_app.training.results import (
-    best_epoch,
-    describe_allocation,
-    folder_bytes,
-    matrices_of,
-    sparsity_summary,
-    trainable_parameters,
-)
 from snella_app.training.trainer import SnellaTrainer
 
 _ADAPTER_USE = """This folder contains an adapter in PEFT format. Run `import snella` before loading it with PEFT; the
@@ -125,9 +131,9 @@ def _measure(trainer: SnellaTrainer) -> tuple[dict[str, Outputs], FinalHead | No
     parts = trainer.parts
     outputs = {} if parts.splits.val is None else {"val": trainer.outputs(parts.splits.val)}
     probe, final_head = _fit_final_head(trainer, outputs)
-    test, views = parts.splits.test, trainer.plan.data.views
+    test, plan = parts.splits.test, trainer.plan
     if test is not None and probe is not None:
-        outputs["test"] = measure_layers(parts, probe, test, views, trainer.get_eval_dataloader)
+        outputs["test"] = measure_layers(parts, probe, test, plan.data.views, plan.optim.effective_batch_size)
     elif test is not None:
         outputs["test"] = trainer.outputs(test)
     return outputs, final_head
@@ -143,8 +149,7 @@ def _fit_final_head(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> tupl
     if plan.optim.final_head != "layers" or process_count() > 1:  # a run resumed in several processes
         return None, None
     train = original_images(parts.splits.train).subset(probe_rows(parts).tolist())
-    load = trainer.get_eval_dataloader
-    probe, val = fit_layers(parts, train, plan.data.views, load, plan.optim.precision)
+    probe, val = fit_layers(parts, train, plan.data.views, plan.optim.effective_batch_size, plan.optim.precision)
     record = FinalHead(probe.layers, True)
     if val is not None:
         score, score_trained = (float(task.metrics(*part)[task.monitor]) for part in (val, outputs["val"]))
@@ -196,6 +201,31 @@ def _metrics(trainer: SnellaTrainer, step_timer: StepTimeCallback) -> Metrics:
     )
 
 
+def best_epoch(
+    history: Sequence[dict[str, Any]], selection_score: Callable[[Mapping[str, Any]], tuple[float, float]]
+) -> int:
+    """Return the epoch with the highest score; ties go to the latest. See `RunProtocol.selection_score`."""
+    return int(max(history, key=lambda row: (selection_score(row), row["epoch"]))["epoch"])
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of the weight files in an adapter folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def describe_allocation(model: nn.Module, allocator: BudgetAllocator) -> Allocation:
+    """Build the allocation record: matrices, budgets of the best adapter and budget history."""
+    return Allocation(
+        total_weights=allocator.total_weights,
+        target_budget=allocator.target_budget,
+        matrices=[
+            MatrixInfo(m.name, m.kind, m.depth, tuple(m.shape), m.size, m.budget, m.nonzeros())
+            for m in matrices_of(model)
+        ],
+        history=[AllocationStep(**entry) for entry in allocator.history],
+    )
+
+
 def _print_results(
     console: Console, trainer: SnellaTrainer, metrics: Metrics, scores: dict[str, dict[str, Any] | None]
 ) -> None:
@@ -236,6 +266,12 @@ def _print_results(
         target = budget if trainer.allocator is None else trainer.allocator.target_budget
         if budget > target and average is None:
             print_line(console, f"epoch {best} was selected before the budget reached its target, {target:,} weights")
+
+
+def sparsity_summary(matrices: Sequence[AdaptedMatrix]) -> str:
+    """Format the number of weights that an update changes."""
+    budget, total = sum(m.budget for m in matrices), sum(m.size for m in matrices)
+    return f"changes {budget:,} of {total:,} weights ({1 - budget / total:.1%} sparse)"
 
 
 def _final_head_text(head: FinalHead) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from transformers import TrainerCallback
 
 from snella_app.config import DataConfig, OptimConfig
-from snella_app.data import ImageDataset, build_transform
+from snella_app.data.datasets import ImageDataset
 from snella_app.data.protocol import get_protocol
+from snella_app.data.transforms import build_transform
 from snella_app.device import autocast
 from snella_app.methods import method_of, spec_of
-from snella_app.methods.model_parts import base_model
+from snella_app.methods.model_parts import base_model, recorded_inputs
 from snella_app.runs.layer_probe import layer_features, probed_layers
+from snella_app.tasks import Task
 from snella_app.training.build import RunComponents
 from snella_app.training.checkpoints import CheckpointError, require_file
 from snella_app.training.distributed import sum_across_processes
@@ -98,7 +100,8 @@ def cache_features(parts: RunComponents, batch_size: int) -> None:
     """Replace all images in `parts` by their features, and train only the head."""
     parts.model.eval()
     for name, images in parts.splits.parts.items():
-        setattr(parts.splits, name, FeatureDataset(images, extract_features(parts, images, batch_size)))
+        (features,) = extract_features(parts, images, batch_size, "fp32")
+        setattr(parts.splits, name, FeatureDataset(images, features))
     parts.trained_part = parts.model.get_submodule(spec_of(parts.model).head)
 
 
@@ -107,45 +110,58 @@ def extract_features(
     parts: RunComponents,
     images: ImageDataset,
     batch_size: int,
+    precision: str,
     *,
-    precision: str = "fp32",
     layers: Sequence[int] | None = None,
-    is_flipped: bool = False,
-) -> Tensor:
-    """Compute features of images in evaluation mode, float32, `[images, width]`.
+    flips: Sequence[bool] = (False,),
+) -> list[Tensor]:
+    """Compute features of images in evaluation mode and autocast with `precision`.
 
-    Without `layers`, returns pooled features on the CPU; with `layers`, `layer_features` on the model's device. The
-    model computes in autocast with `precision`.
+    Args:
+        parts: Model and number of workers.
+        images: Images with a transform; each is decoded once.
+        batch_size: Batch size.
+        precision: fp32, bf16 or fp16.
+        layers: Layers of `layer_features`; None for pooled features.
+        flips: Views; True flips the images.
+
+    Returns:
+        One tensor per view, `[images, width]`, float32; on the CPU without `layers`, else on the model's device.
     """
     base: Any = base_model(parts.model)
     device, was_training = next(parts.model.parameters()).device, parts.model.training
     parts.model.eval()
-    features = []
+    features: list[list[Tensor]] = [[] for _ in flips]
     for batch, *_ in DataLoader(images, batch_size=batch_size, num_workers=parts.workers):
-        batch = (batch.flip(-1) if is_flipped else batch).to(device)
-        with autocast(device, precision):
-            if layers is None:
-                features.append(base.forward_head(base.forward_features(batch), pre_logits=True).float().cpu())
-            else:
-                features.append(layer_features(parts.model, batch, layers).float())
+        batch = batch.to(device)
+        for is_flipped, view in zip(flips, features, strict=True):
+            inputs = batch.flip(-1) if is_flipped else batch
+            with autocast(device, precision):
+                if layers is None:
+                    view.append(base.forward_head(base.forward_features(inputs), pre_logits=True).float().cpu())
+                else:
+                    view.append(layer_features(parts.model, inputs, layers).float())
     parts.model.train(was_training)
-    return torch.cat(features)
+    return [torch.cat(view) for view in features]
+
+
+def encoded_targets(task: Task, images: ImageDataset | FeatureDataset, rows: Iterable[int]) -> dict[str, Tensor]:
+    """Collate `labels` and, if present, sample `weights` of some images, without reading them."""
+    return task.collate([(torch.empty(0), *images.target_and_weight(row)) for row in rows])
 
 
 @torch.no_grad()
 def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int) -> NDArray[np.float32]:
     """Return the inputs to the head of a model from `build_method`, `[images, width]`, in evaluation mode."""
     _, head = base_and_head(model)
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
+    rows: list[Tensor] = []
     device = next(model.parameters()).device
     model.eval()
-    try:
+    with recorded_inputs(head) as recorded:
         for images, *_ in DataLoader(ConcatDataset(parts), batch_size):
             model(images.to(device))
-    finally:
-        handle.remove()
-    return torch.cat(seen).numpy()
+            rows.append(recorded.pop().flatten(1).float().cpu())
+    return torch.cat(rows).numpy()
 
 
 def probe_rows(parts: RunComponents) -> NDArray[np.int64]:
@@ -166,15 +182,15 @@ def probe_features(parts: RunComponents, optim: OptimConfig) -> Tensor:
         batch_size, precision = optim.effective_batch_size, optim.precision
         if isinstance(train, FeatureDataset):
             parts.probe_features = train.features[torch.from_numpy(rows)]
-        elif optim.final_head == "layers":
-            images, layers = probe_images(parts, rows), probed_layers(parts.model)
-            parts.initial_layer_features = extract_features(
-                parts, images, batch_size, precision=precision, layers=layers
-            )
+            return parts.probe_features
+        has_layers = optim.final_head == "layers"
+        layers = probed_layers(parts.model) if has_layers else None
+        (features,) = extract_features(parts, probe_images(parts, rows), batch_size, precision, layers=layers)
+        if has_layers:
+            parts.initial_layer_features = features
             _, head = base_and_head(parts.model)
-            parts.probe_features = parts.initial_layer_features[:, : head.in_features].cpu()
-        else:
-            parts.probe_features = extract_features(parts, probe_images(parts, rows), batch_size, precision=precision)
+            features = features[:, : head.in_features].cpu()
+        parts.probe_features = features
     return parts.probe_features
 
 
@@ -234,8 +250,7 @@ def init_head_from_probe(parts: RunComponents, optim: OptimConfig) -> None:
     head = _require_linear_head(parts.model, "head_init='probe'", "head_init='random'")
     train = parts.splits.train
     features = probe_features(parts, optim).double().numpy()
-    targets = [train.target_and_weight(index) for index in probe_rows(parts).tolist()]
-    batch = parts.task.collate([(torch.empty(0), *target) for target in targets])
+    batch = encoded_targets(parts.task, train, probe_rows(parts).tolist())
     labels = batch["labels"].numpy()
     sample_weights = batch["weights"].double().numpy() if "weights" in batch else None
     factors = [factor for factor in (parts.task.probe_weights(labels), sample_weights) if factor is not None]

@@ -1,22 +1,33 @@
-"""Resolution of automatic settings before the first training step."""
+"""Plan of a run: resolution of automatic settings, the printed summary, and the record of a new run."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+import math
+import platform
+from collections.abc import Collection, Iterable
+from importlib.metadata import version
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from peft import PeftModel
 from rich.console import Console
 
-from snella_app.config import DataConfig, OptimConfig, TrainConfig
-from snella_app.console import print_line
-from snella_app.data import build_transform, has_flips
+from snella import SnellaConfig
+from snella_app.config import SCHEDULE_END, DataConfig, OptimConfig, TrainConfig, command_line
+from snella_app.console import counted, print_line, print_rows
+from snella_app.data.protocol import get_protocol
+from snella_app.data.transforms import build_transform, has_flips
 from snella_app.device import choose_device, choose_precision
-from snella_app.methods import find_method
+from snella_app.methods import find_method, method_options
+from snella_app.methods.model_parts import recorded_inputs
+from snella_app.methods.registry import matrices_of, trainable_parameters
+from snella_app.records import DataInfo, RunInfo
+from snella_app.runs.images import SPLITS, absolute_folder, content_digests, split_sizes, splits_digest
 from snella_app.runs.layer_probe import layer_features, probed_layers
-from snella_app.training.build import LoadedData, RunComponents, build
-from snella_app.training.distributed import broadcast_from_main, process_count
+from snella_app.training.build import LoadedData, RunComponents, build, read_side
+from snella_app.training.distributed import broadcast_from_main, process_count, sharding_savings
 from snella_app.training.linear_probe import (
     base_and_head,
     can_probe,
@@ -27,8 +38,18 @@ from snella_app.training.linear_probe import (
     probe_images,
     probe_rows,
 )
-from snella_app.training.sizing import fit_batch_size, fit_epochs, fit_image_size
+from snella_app.training.sizing import (
+    MIN_SIZE,
+    fit_batch_size,
+    fit_epochs,
+    fit_image_size,
+    free_memory,
+    predicted_memory,
+    size_step,
+)
 
+_PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
+_USUAL_SIZE = 224
 _MAX_FLIPPED = 500
 """Maximum number of training images for the flip test."""
 _FOLDS = 4
@@ -124,21 +145,21 @@ def _reads_features(parts: RunComponents) -> bool:
     if not layers:
         return False
     channels, height, width = parts.data_config["input_size"]
-    model, inputs_of_head = parts.model, []
+    model = parts.model
     image = torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(0))
     image = image.to(next(model.parameters()).device)
     was_training = model.training
     model.eval()
     _, head = base_and_head(model)
-    handle = head.register_forward_pre_hook(lambda module, inputs: inputs_of_head.append(inputs[0].flatten(1)))
     try:
-        model(image)
-        final = layer_features(model, image, layers)[:, : inputs_of_head[0].shape[1]]
-        return bool(torch.allclose(inputs_of_head[0], final, atol=1e-4, rtol=1e-4))
+        with recorded_inputs(head) as recorded:
+            model(image)
+        inputs = recorded[0].flatten(1)
+        final = layer_features(model, image, layers)[:, : inputs.shape[1]]
+        return bool(torch.allclose(inputs, final, atol=1e-4, rtol=1e-4))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, AssertionError):
         return False
     finally:
-        handle.remove()
         model.train(was_training)
 
 
@@ -178,8 +199,7 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
     order = np.random.default_rng(parts.seed).permutation(len(rows))[:_MAX_FLIPPED]
     plain = probe_features(parts, optim)[torch.from_numpy(order)].double().numpy()
     images = probe_images(parts, rows[order])
-    batch_size, precision = optim.effective_batch_size, optim.precision
-    features = extract_features(parts, images, batch_size, precision=precision, is_flipped=True)
+    (features,) = extract_features(parts, images, optim.effective_batch_size, optim.precision, flips=[True])
     flipped = features.double().numpy()
     labels = np.asarray(parts.splits.train.labels)[rows[order]]
     outputs = parts.task.count_outputs(parts.splits.classes)
@@ -198,3 +218,149 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
         only_without += int((is_correct[0] & ~is_correct[1]).sum())
         only_with += int((is_correct[1] & ~is_correct[0]).sum())
     return is_clearly_better(only_without, only_with)
+
+
+def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> None:
+    """Print data, model, method, budgets, steps and estimated memory."""
+    splits, model, optim = parts.splits, parts.model, plan.optim
+    protocol, matrices = get_protocol(plan.data.protocol), matrices_of(model)
+    adapter = cast(SnellaConfig, cast(PeftModel, model).peft_config["default"]) if matrices else None
+    trained, adapted = trainable_parameters(model), sum(m.size for m in matrices)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    _, height, width = parts.data_config["input_size"]
+
+    classes = ", ".join(splits.classes[:6]) + (", …" if len(splits.classes) > 6 else "")
+    rows = [
+        ("data", splits.description),
+        (parts.task.outputs_name, f"{len(splits.classes)}: {classes}"),
+        *(("note", note) for note in splits.notes),
+    ]
+    if protocol.name != "standard":
+        rows.append(("protocol", f"{protocol.name}: {protocol.summary}"))
+    if protocol.warning:
+        rows.append(("warning", protocol.warning))
+    if optim.ema is not None:
+        rows.append(("average", f"exponential moving average of the trained weights, decay {optim.ema:g}"))
+    if optim.swa is not None:
+        rows.append(("average", f"mean of the trained weights of the last {optim.swa} epochs (swa)"))
+    if optim.soup is not None:
+        rows.append(("average", f"greedy soup of the best of the last {optim.soup} epochs"))
+    rows.append(("backbone", f"{plan.model.backbone}, {frozen or trained:,} weights, images of {height}×{width} px"))
+    matrices_text = f"; {len(matrices)} matrices, {adapted:,} adapted weights" if matrices else ""
+    rows.append(("method", f"{plan.method.name}, {trained:,} trainable parameters{matrices_text}"))
+    if plan.model.init_from is not None:
+        rows.append(("start", f"trained weights of {plan.model.init_from}, including the head"))
+    else:
+        is_probe = optim.head_init == "probe"
+        rows.append(("head", "initialized from a linear probe" if is_probe else "initialized at random"))
+    if adapter is not None:
+        start, end = (adapted - round(value * adapted) for value in (adapter.init_sparsity, adapter.target_sparsity))
+        at_end = f"{adapter.target_sparsity:.0%} sparse at the end"
+        rows.append(("budget", f"b_0 {start:,} → b_T {end:,} weights ({at_end}), {adapter.schedule}"))
+
+    device, count, batch = next(model.parameters()).device, process_count(), optim.effective_batch_size
+    steps = counted(optim.steps_per_epoch(len(splits.train)), "step")
+    images = f"{optim.accumulate} × {counted(batch, 'image')}" if optim.accumulate > 1 else counted(batch, "image")
+    where = f"on {device}" + ("" if optim.precision == "fp32" else f" in {optim.precision}")
+    if count > 1:
+        where += f", by {count} processes" + (" with sharded frozen weights" if plan.run.shard else "")
+    rows.append(("training", f"{counted(optim.epochs, 'epoch')} of {steps}, {images} each, {where}"))
+    rows += _stopping_rows(optim, adapter)
+    memory, free = predicted_memory(parts, optim.precision, -(-batch // count)) / 2**20, free_memory(device) / 2**20
+    memory -= sharding_savings(model, count) / 2**20 if plan.run.shard else 0
+    estimate = "estimate for weights, gradients, optimizer, batch"
+    rows.append(("memory", f"about {memory:,.0f} MiB of {free:,.0f} MiB free ({estimate})"))
+    print_rows(console, [*rows, *_cost_warnings(plan, parts, memory, free)])
+
+
+def _cost_warnings(plan: TrainConfig, parts: RunComponents, memory: float, free: float) -> list[tuple[str, str]]:
+    """Build the warnings about memory and time."""
+    rows = []
+    if memory > free:
+        batch_size = plan.optim.effective_batch_size
+        options = [f"--batch-size below {batch_size}"] if batch_size > 1 else []
+        if "compress_activations" in set(method_options(plan.method.name)) - set(plan.method.options):
+            options.append("--method-options.compress_activations true")
+        options += [] if plan.model.grad_checkpointing else ["--grad-checkpointing"]
+        listed = f"{', '.join(options)} or " if options else ""
+        rows.append(("warning", f"not enough free memory; use {listed}a smaller --img-size"))
+    side = int(parts.data_config["input_size"][-1])
+    is_on_cpu = next(parts.model.parameters()).device.type == "cpu"
+    if plan.model.img_size is None and side >= 1.5 * _USUAL_SIZE and is_on_cpu:
+        patch = size_step(parts.model)
+        usual_side = _USUAL_SIZE // patch * patch
+        rows.append(
+            (
+                "warning",
+                f"the model's default of {side}×{side} px takes about {(side / usual_side) ** 2:.0f} times as long on "
+                f"a CPU as {usual_side}×{usual_side} px; pass --img-size {usual_side} to reduce it",
+            )
+        )
+    return rows
+
+
+def _stopping_rows(optim: OptimConfig, adapter: SnellaConfig | None) -> list[tuple[str, str]]:
+    """Describe early stopping and its relation to the sparsity schedule; `adapter` is None without budgets."""
+    if optim.early_stopping is None:
+        return []
+    text = f"after {counted(optim.early_stopping, 'epoch')} without improvement"
+    if adapter is None:
+        return [("stopping", text)]
+    end = adapter.schedule_end or 1.0
+    if end >= 1:
+        note = "early stopping has no effect: the budget reaches its target at the last step (schedule_end 1)"
+        return [("note", f"{note}; use --method-options.schedule_end {SCHEDULE_END}")]
+    reached = math.ceil(end * optim.epochs)
+    return [("stopping", f"{text}, from epoch {reached}, when the budget reaches its target (schedule_end {end:g})")]
+
+
+def shorten_hint(parts: RunComponents, factor: float) -> str:
+    """Return a hint on shortening the run by a factor.
+
+    The hint assumes that step time is proportional to the number of pixels. This holds for convolutions and
+    underestimates the savings in attention.
+    """
+    side, patch = int(parts.data_config["input_size"][-1]), size_step(parts.model)
+    shorter = int(side / math.sqrt(factor)) // patch * patch
+    if shorter < max(MIN_SIZE, patch):
+        return "; to shorten it, reduce --train-size or --epochs, or use a smaller --backbone"
+    fraction = (shorter / side) ** 2
+    return f"; --img-size {shorter} takes about {fraction:.0%} of that time but may lower accuracy"
+
+
+def describe_run(plan: TrainConfig, parts: RunComponents, names: Collection[str] = SPLITS) -> RunInfo:
+    """Build the record of a new run, with the contents of the splits in `names`."""
+    splits = parts.splits
+    return RunInfo(
+        status="running",
+        task=parts.task.name,
+        protocol=plan.data.protocol,
+        ema=plan.optim.ema,
+        tta=plan.data.views,
+        method=plan.method.name,
+        method_options=plan.method.all_options(),
+        backbone=parts.backbone,
+        classes=list(splits.classes),
+        task_state=parts.task.state() or None,
+        data=DataInfo(
+            spec=str(plan.data.spec),
+            seed=plan.run.seed,
+            description=splits.description,
+            sizes=split_sizes(splits),
+            digest=splits_digest(splits),
+            contents=content_digests(splits, names),
+            folder=absolute_folder(str(plan.data.spec)),
+            notes=list(splits.notes),
+            fold_part=splits.fold_part,
+            white=plan.data.white,
+            read_side=read_side(parts.data_config, splits.train),
+        ),
+        data_config=parts.data_config,
+        versions=versions_of(_PACKAGES),
+        command=command_line(plan, TrainConfig.from_flat(data="-", backbone="-", out="-"), "train"),
+    )
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of Python and of packages."""
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

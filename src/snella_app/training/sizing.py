@@ -1,6 +1,7 @@
 """Automatic batch size from memory, and image size and number of epochs from a time budget, by trial steps."""
 
 import bisect
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -9,27 +10,30 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from snella_app.config import OptimConfig, TrainConfig, budget_seconds
 from snella_app.console import counted, print_line
-from snella_app.data import ImageDataset
+from snella_app.data.datasets import ImageDataset
 from snella_app.data.protocol import get_protocol
 from snella_app.device import autocast
 from snella_app.methods import find_method
-from snella_app.text import seconds_text
+from snella_app.text import first_line, seconds_text
 from snella_app.training.build import RunComponents
 from snella_app.training.distributed import process_count
 from snella_app.training.final_head import layer_fit_seconds
 from snella_app.training.linear_probe import can_skip_training, probe_rows
-from snella_app.training.memory import preserve_state
-from snella_app.training.results import MIN_SIZE, free_memory, predicted_memory, size_step
+from snella_app.training.memory import predict_step_memory, preserve_state
 
+MIN_SIZE = 48
+"""Smallest image size that is tried or suggested, in pixels."""
 _LARGEST_BATCH, _FEWEST_STEPS = 256, 10
 _MEMORY_SHARE = 0.8
 """Maximum predicted step memory as a fraction of free memory; the prediction excludes libraries and workspaces."""
@@ -70,6 +74,24 @@ def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -
     return total_batch
 
 
+def predicted_memory(parts: RunComponents, precision: str, batch_size: int) -> int:
+    """Predict the peak memory of one training step, in bytes."""
+    channels, height, width = parts.data_config["input_size"]
+    with autocast(next(parts.model.parameters()).device, precision):
+        return predict_step_memory(parts.model, (channels, height, width), batch_size).total
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes of a GPU, or of the machine or its container."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    with contextlib.suppress(OSError, ValueError):  # missing files, or the value "max"
+        free = min(free, max(int(limit.read_text()) - int(used.read_text()), 0))
+    return free
+
+
 def fit_image_size(
     parts: RunComponents,
     config: TrainConfig,
@@ -107,7 +129,7 @@ def fit_image_size(
         try:
             return _measure_times(parts if size == default else at_size(size), config, with_training)
         except _SIZE_ERRORS as error:
-            raise _SizeError(f"{size} px ({str(error).strip().partition(chr(10))[0]})") from error
+            raise _SizeError(f"{size} px ({first_line(error)})") from error
 
     def head_seconds(size: int) -> float:
         return measure(size, with_training=False).final_s
@@ -153,6 +175,15 @@ def fit_image_size(
         f"{'' if default in seconds else ' (estimated from the number of pixels)'}; use --img-size to set the size",
     )
     return search.size
+
+
+def size_step(model: nn.Module) -> int:
+    """Return the divisor of supported image sizes, from the patch size and the feature stride; 32 if unknown."""
+    modules = list(model.modules())
+    patches = [size[0] for module in modules if isinstance(size := getattr(module, "patch_size", None), tuple)]
+    infos = [info for module in modules if isinstance(info := getattr(module, "feature_info", None), list)]
+    reductions = [int(stage["reduction"]) for info in infos[:1] for stage in info[-1:]]
+    return math.lcm(*map(int, patches[:1]), *reductions) if patches or reductions else 32
 
 
 class _SizeError(Exception):

@@ -18,13 +18,14 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from snella import SnellaCallback
 from snella_app.config import TrainConfig
 from snella_app.console import counted, make_console, print_line
-from snella_app.data.protocol import get_protocol
 from snella_app.device import choose_device
 from snella_app.methods import method_of
+from snella_app.methods.registry import matrices_of
 from snella_app.records import RunInfo, read
 from snella_app.runs.evaluate import rewrite_report
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.images import SPLITS, check_splits, find_data
+from snella_app.text import first_line
 from snella_app.training.build import RunComponents, build, load, load_initial_weights, store_selection
 from snella_app.training.callbacks import ProgressDisplay, ScheduleCallback, StepTimeCallback, TrackingCallback
 from snella_app.training.checkpoints import checkpoint_to_resume, latest_checkpoint
@@ -44,10 +45,9 @@ from snella_app.training.linear_probe import (
     init_head_from_probe,
     normalize_features,
 )
-from snella_app.training.plan import resolve
-from snella_app.training.results import describe_run, log_summary, matrices_of, shorten_hint
+from snella_app.training.plan import describe_run, log_summary, resolve, shorten_hint
 from snella_app.training.session import InterruptCallback, lock_run, record_status
-from snella_app.training.trainer import SnellaTrainer
+from snella_app.training.trainer import SnellaTrainer, StartCallback
 
 
 def train(
@@ -161,20 +161,8 @@ def _fit(
     """Initialize the head and train from the last checkpoint, if any; raise KeyboardInterrupt after an interruption."""
     start, optim, trackers = time.monotonic(), plan.optim, plan.run.trackers
     matrices, method = matrices_of(parts.model), method_of(parts.model)
-    step_images = optim.effective_batch_size * optim.accumulate
     step_timer = StepTimeCallback(next(parts.model.parameters()).device)
-    allocation = SnellaCallback() if matrices and optim.epochs else None
-    display = ProgressDisplay(
-        console,
-        parts.task,
-        get_protocol(plan.data.protocol),
-        sum(m.size for m in matrices) or None,
-        allocation,
-        plan.run.progress,
-        partial(shorten_hint, parts),
-        step_images=step_images,
-    )
-    with InterruptCallback() as interrupt, contextlib.closing(display), _tracking(trackers, run):
+    with InterruptCallback() as interrupt, _tracking(trackers, run):
         checkpoint = broadcast_from_main(lambda: checkpoint_to_resume(run, console)) if plan.run.resume else None
         if can_cache_features(plan.data, parts.model):
             cache_features(parts, optim.effective_batch_size)
@@ -185,18 +173,20 @@ def _fit(
             parts.initial_layer_features = None  # training changes the features
         if plan.run.shard and process_count() > 1:
             shard_frozen(parts.model)
-        callbacks: list[TrainerCallback] = [] if allocation is None else [allocation]
+        callbacks: list[TrainerCallback] = [SnellaCallback()] if matrices and optim.epochs else []
         if method is not None and method.schedule is not None:
             callbacks.append(ScheduleCallback(method.schedule))
-        callbacks += [interrupt, display, step_timer]
-        trainer = SnellaTrainer(parts, plan, run, callbacks, norm, keep_checkpoints)
+        trainer = SnellaTrainer(parts, plan, run, [*callbacks, interrupt], norm, keep_checkpoints)
         trainer.session_start = start
-        display.last_loss = lambda: trainer.last_loss
+        display = ProgressDisplay(console, trainer, partial(shorten_hint, parts))
+        for callback in (display, step_timer, StartCallback(trainer)):
+            trainer.add_callback(callback)
         if trackers:
-            trainer.add_callback(TrackingCallback(trainer, matrices, step_images))
+            trainer.add_callback(TrackingCallback(trainer, matrices))
         if render_report and is_main():
             trainer.add_callback(LiveReport(trainer, step_timer))
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with contextlib.closing(display):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.state.global_step < trainer.state.max_steps and not trainer.has_stopped_early:
         raise KeyboardInterrupt
     return trainer, step_timer
@@ -227,7 +217,7 @@ def _tracking(trackers: Sequence[str], run: RunFolder) -> Iterator[None]:
         package = type(error).__module__.partition(".")[0]
         if package not in trackers:
             raise
-        raise ValueError(f"track={package}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"track={package}: {first_line(error)}") from error
     finally:
         for name in added:
             os.environ.pop(name, None)

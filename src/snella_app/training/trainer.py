@@ -17,20 +17,24 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from snella import BudgetAllocator, SnellaCallback
 from snella_app.config import TrainConfig
-from snella_app.data import ImageDataset
+from snella_app.data.datasets import ImageDataset
 from snella_app.data.protocol import get_protocol
 from snella_app.device import autocast, choose_device
 from snella_app.methods import method_of, save_trained
 from snella_app.records import AveragedEpochs
 from snella_app.runs.folder import RunFolder
 from snella_app.text import split_text
-from snella_app.training.build import RunComponents, epoch_sampler
-from snella_app.training.callbacks import EpochSnapshots, WeightAverage
+from snella_app.training.build import RunComponents, build_optimizer, epoch_sampler, mix_seed
+from snella_app.training.callbacks import EpochCallback, EpochSnapshots, WeightAverage
 from snella_app.training.checkpoints import CheckpointingTrainer, base_training_arguments, convert_write_errors
-from snella_app.training.distributed import average_gradients, is_sharded, process_count, process_index
+from snella_app.training.distributed import (
+    ShardedBatches,
+    average_gradients,
+    is_sharded,
+    process_count,
+    process_index,
+)
 from snella_app.training.linear_probe import FeatureNorm
-from snella_app.training.optimizer import build_optimizer
-from snella_app.training.sampler import EpochCallback, ShardedBatches, mix_seed
 from snella_app.training.session import NonFiniteLossError
 
 
@@ -38,13 +42,16 @@ class _StoppedEarlyError(Exception):
     """Raised when the resumed run has already stopped early."""
 
 
-class _StartCallback(TrainerCallback):
-    """Callback that evaluates the initial model and ends a resumed run that has already stopped early."""
+class StartCallback(TrainerCallback):
+    """Callback that evaluates an initial model that may be the best, and ends a resumed run that has stopped early."""
 
-    def __init__(self, trainer: SnellaTrainer, evaluate_initial: bool) -> None:
-        self.trainer, self.evaluate_initial = trainer, evaluate_initial
+    def __init__(self, trainer: SnellaTrainer) -> None:
+        self.trainer = trainer
+        may_be_best = trainer.plan.optim.head_init == "probe" or trainer.plan.model.init_from is not None
+        self.evaluate_initial = may_be_best and trainer.protocol.selected_on == "val"
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Evaluate the initial model, or end the run."""
         if self.evaluate_initial and state.global_step == 0 and not self.trainer.history:
             state.epoch = 0
             self.trainer.evaluate()
@@ -110,8 +117,6 @@ class SnellaTrainer(CheckpointingTrainer):
             ],
         )
         self.model_accepts_loss_kwargs = False
-        may_be_best = optim.head_init == "probe" or plan.model.init_from is not None
-        self.add_callback(_StartCallback(self, may_be_best and self.protocol.selected_on == "val"))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; a resumed run that has already stopped early is unchanged."""

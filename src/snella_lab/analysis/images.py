@@ -19,9 +19,9 @@ from sklearn.metrics import f1_score, normalized_mutual_info_score
 from sklearn.preprocessing import normalize
 from torch import nn
 
-from snella_app.data import DataSplits, LoadOptions, load_data, read_image
 from snella_app.data.datasets import ImageDataset
-from snella_app.data.images import is_image
+from snella_app.data.images import is_image, read_image
+from snella_app.data.load import DataSplits, load_data
 from snella_app.data.splits import stratified_sample
 from snella_app.methods import build_method, spec_of
 from snella_app.report.examples import heat_maps, overlay, overlay_heat
@@ -61,7 +61,7 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
     images: list[list[Image.Image]] = []
     titles: list[str] = []
     for entry in entries:
-        splits = load_data(entry.data, LoadOptions(seed=seed))
+        splits = load_data(entry.data, seed=seed)
         selected = _class_balanced_indices(splits.train.labels, limit, seed)
         images.append([splits.train.image(index) for index in selected])
         group = "" if entry.group == entry.name else f"{entry.group}: "

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from snella_app.config import Config
 from snella_app.files import create_folder, write_text
+from snella_app.settings import Config
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

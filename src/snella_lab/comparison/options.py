@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
-from snella_app.config import Config, Setting, TrainConfig
+from snella_app.config import TrainConfig
+from snella_app.settings import Config, Setting
 
 
 @dataclass(frozen=True, kw_only=True)

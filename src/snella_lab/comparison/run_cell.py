@@ -25,8 +25,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from snella_app.config import TrainConfig
-from snella_app.data import ImageDataset, build_transform, load_data
+from snella_app.data.datasets import ImageDataset
+from snella_app.data.load import load_data
 from snella_app.data.splits import stratified_sample
+from snella_app.data.transforms import build_transform
 from snella_app.files import write_json
 from snella_app.methods import build_method, find_method, merge_trained, parse_method, spec_of
 from snella_app.methods.defaults import PROBE_METHOD
@@ -37,7 +39,7 @@ from snella_app.runs.evaluate import evaluate
 from snella_app.runs.model import make_backbone
 from snella_app.training.checkpoints import find_damage, latest_checkpoint
 from snella_app.training.linear_probe import head_inputs
-from snella_app.training.results import versions_of
+from snella_app.training.plan import versions_of
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
 from snella_lab.comparison.cells import Cell, tuning_result

@@ -114,7 +114,8 @@ def test_efficientnet_lite_recognizes_photographs():
     stamps = Path("/usr/share/tuxpaint/stamps")
     if not stamps.is_dir():
         pytest.skip("Debian package tuxpaint-stamps-default is not installed")
-    from snella_app.data import build_transform, read_image
+    from snella_app.data.images import read_image
+    from snella_app.data.transforms import build_transform
 
     model = create_backbone(LITE, num_classes=1000).eval()
     transform = build_transform(timm.data.resolve_model_data_config(model), train=False, augment="none")

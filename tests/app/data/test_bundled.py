@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from snella_app.data import LoadOptions, load_data
+from snella_app.config import DataConfig
+from snella_app.data.load import load_data
 from snella_lab.bundled.data import load_elpv, load_mnist5k
 
 
@@ -46,7 +47,7 @@ def test_mnist5k_has_500_images_per_class():
 
 @installed("elpv_dataset", "elpv-dataset")
 def test_elpv_labels_are_thresholded_at_one_half():
-    data = load_data("elpv", LoadOptions(train_size=600, val_size=200))
+    data = load_data("elpv", DataConfig(train_size=600, val_size=200))
     assert data.classes == ["intact", "defective"]
     assert (len(data.train), len(data.val), len(data.test)) == (600, 200, 525)
     assert data.train.image(0).size == (300, 300) and data.train.image(0).mode == "RGB"

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from snella_app.cli.main import main
-from snella_app.data import LoadOptions
+from snella_app.config import DataConfig
 from snella_app.data.check import check_data, contact_sheet
 
 
@@ -114,7 +114,7 @@ def test_label_lists_are_checked_as_multilabel_data(photos, tmp_path, capsys):
     assert main(["data", "check", f"csv:{table}", "--columns", "label=tags", "--task", "multilabel"]) == 0
     printed = capsys.readouterr().out
     assert "complete, no errors found" in printed
-    check = check_data(f"csv:{table}", LoadOptions(columns="label=tags", target="labels"))
+    check = check_data(f"csv:{table}", DataConfig(columns="label=tags"), target="labels")
     assert list(check.counts) == [*check.splits.classes, "(none)"] and sum(check.counts["(none)"].values()) == 1
     assert sum(check.counts["thing"].values()) == len(names) and "(none)" in printed and "label" in printed
 

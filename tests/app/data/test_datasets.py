@@ -6,9 +6,9 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from snella_app.data import ImageDataset, build_transform
-from snella_app.data.datasets import MaskDataset, joined
+from snella_app.data.datasets import ImageDataset, MaskDataset, joined
 from snella_app.data.sources import ArrayImages, ArrayMasks
+from snella_app.data.transforms import build_transform
 
 CONFIG = {
     "input_size": (3, 16, 16),

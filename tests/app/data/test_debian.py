@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snella_app.data import LoadOptions, load_data
+from snella_app.config import DataConfig
+from snella_app.data.load import load_data
 from snella_lab.bundled.data import load_fashion_mnist, load_stamps
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -32,7 +33,7 @@ def fashion(tmp_path, monkeypatch) -> Path:
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Debian package dataset-fashion-mnist is not installed")
 def test_fashion_mnist_has_its_official_test_split(monkeypatch):
     monkeypatch.delenv("SNELLA_FASHION_MNIST", raising=False)
-    data = load_data("fashion-mnist", LoadOptions(train_size=1000, val_size=500))
+    data = load_data("fashion-mnist", DataConfig(train_size=1000, val_size=500))
     assert (len(data.train), len(data.val), len(data.test)) == (1000, 500, 10_000)
     assert Counter(data.test.labels) == dict.fromkeys(range(10), 1000)
     assert data.classes[9] == "ankle boot" and data.train.image(0).size == (28, 28)
@@ -40,7 +41,7 @@ def test_fashion_mnist_has_its_official_test_split(monkeypatch):
 
 
 def test_the_validation_split_is_taken_from_the_training_images(fashion):
-    data = load_data("fashion-mnist", LoadOptions(val_fraction=0.25))
+    data = load_data("fashion-mnist", DataConfig(val_fraction=0.25))
     assert (len(data.train), len(data.val), len(data.test)) == (30, 10, 10)
 
 

@@ -3,8 +3,9 @@ import shutil
 
 import pytest
 
-from snella_app.data import LoadOptions, load_data
+from snella_app.config import DataConfig
 from snella_app.data.benchmarks import FGVC_DATASETS
+from snella_app.data.load import load_data
 from tests.benchmark_folders import write_fgvc
 
 TINY = {"train": 9, "val": 3, "test": 6}
@@ -16,7 +17,7 @@ def cub(tmp_path):
 
 
 def load(folder, **options):
-    return load_data(f"fgvc:{folder}", LoadOptions(strict_sizes=False, **options))
+    return load_data(f"fgvc:{folder}", DataConfig(strict_sizes=False, **options))
 
 
 def test_there_are_five_datasets():

@@ -4,11 +4,13 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from snella_app.data import LoadOptions, images, load_data
+from snella_app.config import DataConfig
+from snella_app.data import images
+from snella_app.data.load import load_data
 
 
-def load(root, **options):
-    return load_data(f"folder:{root}", LoadOptions(**options))
+def load(root, seed=0, **options):
+    return load_data(f"folder:{root}", DataConfig(**options), seed=seed)
 
 
 def test_class_folders_become_a_stratified_split_in_three(write_images):

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from snella_app.data import LoadOptions, load_data
+from snella_app.config import DataConfig
+from snella_app.data.load import load_data
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +86,7 @@ def test_a_saved_dataset_has_its_class_names_and_splits(tmp_path):
     assert again.classes == data.classes and all_items(again).keys() == all_items(data).keys()
     assert again.train.content_digest() == data.train.content_digest()
     with pytest.raises(ValueError, match=r"no column 'kind' for label\. Columns: 'image' \('<image>'\), 'label' \("):
-        load_data(f"hf:{tmp_path}/saved", LoadOptions(columns="label=kind"))
+        load_data(f"hf:{tmp_path}/saved", DataConfig(columns="label=kind"))
 
 
 def test_rows_may_only_reference_files_below_the_folder_or_the_given_root(tmp_path):
@@ -106,10 +107,10 @@ def test_rows_may_only_reference_files_below_the_folder_or_the_given_root(tmp_pa
     outside = save(names, "outside")
     with pytest.raises(ValueError, match=r"20 of 20 rows .* is outside '.*outside'; allow .*--columns root="):
         load_data(outside)
-    assert load_data(outside, LoadOptions(columns=f"root={tmp_path}")).train.image(0).size == (8, 8)
+    assert load_data(outside, DataConfig(columns=f"root={tmp_path}")).train.image(0).size == (8, 8)
     for special in ("/dev/zero", str(tmp_path / "pipe")):
         with pytest.raises(ValueError, match=r"1 of 20 rows .*not a regular file"):
-            load_data(save([*names[:19], special], "special"), LoadOptions(columns="root=/"))
+            load_data(save([*names[:19], special], "special"), DataConfig(columns="root=/"))
         shutil.rmtree(tmp_path / "special")
 
 
@@ -131,7 +132,7 @@ def test_lists_of_class_indices_become_lists_of_names(tmp_path):
         {"image": [{"bytes": encoded(i), "path": None} for i in range(20)], "labels": [[0, 2], [1]] * 10},
         features=datasets.Features({"image": datasets.Image(), "labels": kind}),
     )
-    loaded = load_data(data, LoadOptions(target="labels"))
+    loaded = load_data(data, target="labels")
     assert loaded.classes == ["x", "y", "z"] and set(loaded.train.annotations.targets) == {("x", "z"), ("y",)}
 
 
@@ -156,7 +157,7 @@ def shards(tmp_path):
 def test_shards_have_labels_in_json_and_groups(shards):
     root = shards(["x-000.tar", "x-001.tar", "x-002.tar"])
     for spec in (f"wds:{root}", f"wds:{root}/x-*.tar", f"wds:{root}/x-{{000..002}}.tar"):
-        items = all_items(load_data(spec, LoadOptions(columns="group=json.site")))
+        items = all_items(load_data(spec, DataConfig(columns="group=json.site")))
         assert items == {f"{i:03}": (make_image(i).tobytes(), "ab"[i % 2], f"s{i // 2}") for i in range(30)}
 
 
@@ -190,7 +191,7 @@ def test_a_broken_image_in_a_dataset_is_reported():
         ValueError, match=r"1 of 20 rows of python:data, 1 unreadable: train/000003 \(unknown image format"
     ):
         load_data(data)
-    assert len(load_data(data, LoadOptions(skip_corrupt=True)).train) == 11
+    assert len(load_data(data, DataConfig(skip_corrupt=True)).train) == 11
 
 
 class TorchImages(torch.utils.data.Dataset):

@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 
 import snella
-from snella_app.data import ImageDataset, LoadOptions, images, load_data, read_image
+from snella_app.config import DataConfig
+from snella_app.data import images
 from snella_app.data.copies import find_near_copies
-from snella_app.data.datasets import joined, read_at_side
-from snella_app.data.images import IMAGE_SUFFIXES, Reading, inspect_image, read_label_map, to_rgb
+from snella_app.data.datasets import ImageDataset, joined, read_at_side
+from snella_app.data.images import IMAGE_SUFFIXES, Reading, inspect_image, read_image, read_label_map, to_rgb
+from snella_app.data.load import load_data
 from snella_app.data.sources import FileImages, broken_images, broken_rows
 
 
@@ -258,7 +260,7 @@ def test_dark_16_bit_images_are_noted(tmp_path):
         Image.fromarray(values).save(folder / f"{index}.png")
     note = "12 16-bit images with values up to 6.2% of the range; set the white value with --white (white=), e.g. "
     assert any(text.startswith(note) for text in load_data(f"folder:{tmp_path}").notes)
-    bright = load_data(f"folder:{tmp_path}", LoadOptions(white=4095))
+    bright = load_data(f"folder:{tmp_path}", DataConfig(white=4095))
     assert bright.notes == [] and max(np.asarray(bright.train.image(0)).ravel()) == 255
 
 

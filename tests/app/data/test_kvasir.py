@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from snella_app.data import LoadOptions, load_data
+from snella_app.data.load import load_data
 
 from .mask_folders import write_pairs
 
@@ -26,7 +26,7 @@ def test_without_split_files_names_define_the_split_with_a_note(folder):
     data = load_data(f"kvasir:{folder}")
     assert len(data.test) == 3  # 12%
     assert any("3 test images are selected by SHA-256 of their names" in note for note in data.notes)
-    again = load_data(f"kvasir:{folder}", LoadOptions(seed=5))
+    again = load_data(f"kvasir:{folder}", seed=5)
     assert again.test.names == data.test.names and again.train.names != data.train.names
 
 

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from snella_app.data import LoadOptions, data_names, full_spec, load_data
+from snella_app.config import DataConfig
+from snella_app.data.load import data_names, full_spec, load_data
 
 
 def test_the_accepted_forms_are_listed():
@@ -17,7 +18,7 @@ def names_of(data) -> list[list[str]]:
 
 
 def test_splits_depend_on_the_seed():
-    first, again, other = (load_data("digits", LoadOptions(seed=seed)) for seed in (5, 5, 6))
+    first, again, other = (load_data("digits", seed=seed) for seed in (5, 5, 6))
     assert names_of(first) == names_of(again)
     assert all(a != b for a, b in zip(names_of(first), names_of(other), strict=True))
     assert first.train.seed == first.val.seed == 5
@@ -29,22 +30,22 @@ def test_splits_are_a_partition():
 
 
 def test_fractions_are_of_all_images():
-    data = load_data("digits", LoadOptions(val_fraction=0.3, test_fraction=0.1))
+    data = load_data("digits", DataConfig(val_fraction=0.3, test_fraction=0.1))
     assert (len(data.train), len(data.val), len(data.test)) == (1078, 539, 180)
 
 
 def test_a_test_fraction_of_zero_creates_no_test_split():
-    data = load_data("digits", LoadOptions(test_fraction=0))
+    data = load_data("digits", DataConfig(test_fraction=0))
     assert data.test is None and len(data.val) == 359
     assert data.description == "digits: 1,797 images in 10 classes; train 1,438 · val 359"
 
 
 def test_sizes_subsample_splits_independently():
-    full, small = load_data("digits"), load_data("digits", LoadOptions(train_size=100, val_size=50, test_size=20))
+    full, small = load_data("digits"), load_data("digits", DataConfig(train_size=100, val_size=50, test_size=20))
     assert (len(small.train), len(small.val), len(small.test)) == (100, 50, 20)
     assert all(set(a) < set(b) for a, b in zip(names_of(small), names_of(full), strict=True))
-    assert load_data("digits", LoadOptions(train_size=100)).test.names == full.test.names
-    assert names_of(load_data("digits", LoadOptions(train_size=100, val_size=50, test_size=20))) == names_of(small)
+    assert load_data("digits", DataConfig(train_size=100)).test.names == full.test.names
+    assert names_of(load_data("digits", DataConfig(train_size=100, val_size=50, test_size=20))) == names_of(small)
     counts = [small.train.labels.count(label) for label in range(10)]
     assert min(counts) >= 9 and max(counts) <= 11
 
@@ -85,7 +86,6 @@ def test_a_bare_path_is_resolved_by_its_content(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seed": -1}, "seed must be in [0, 2^32), got -1"),
         ({"val_fraction": 0.0}, "val_fraction must be in (0, 1), got 0.0"),
         ({"test_fraction": 1.0, "val_fraction": 0.1}, "test_fraction must be in [0, 1), got 1.0"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "must leave images to train on, got 1.0"),
@@ -96,9 +96,11 @@ def test_a_bare_path_is_resolved_by_its_content(tmp_path, monkeypatch):
 )
 def test_numbers_out_of_range_are_rejected(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        load_data("digits", LoadOptions(**options))
+        load_data("digits", DataConfig(**options))
 
 
 def test_several_invalid_numbers_are_reported_together():
-    with pytest.raises(ValueError, match=r"seed must be .* got -2; test_size must be at least 1, got -3"):
-        load_data("digits", LoadOptions(seed=-2, test_size=-3))
+    with pytest.raises(ValueError, match=r"test_size must be at least 1, got -3; val_fraction must be .* got 0.0"):
+        DataConfig(test_size=-3, val_fraction=0.0)
+    with pytest.raises(ValueError, match=r"^seed must be .* got -2; test_seed must be in \[0, 2\^32\), got 4294967296"):
+        load_data("digits", DataConfig(test_seed=2**32), seed=-2)

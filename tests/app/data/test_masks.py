@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snella_app.data import LoadOptions, load_data
+from snella_app.config import DataConfig
 from snella_app.data.check import check_data
 from snella_app.data.images import read_label_map
+from snella_app.data.load import load_data
 
 from .mask_folders import write_pairs
 
@@ -69,7 +70,7 @@ def test_a_copy_in_another_split_is_one_warning(tmp_path):
 
 
 def test_image_and_mask_are_transformed_together_and_reproducibly(tmp_path):
-    from snella_app.data import build_transform
+    from snella_app.data.transforms import build_transform
 
     root = write_pairs(tmp_path / "m", 6)
     for index in range(6):  # bright pixels are foreground
@@ -119,7 +120,7 @@ def test_all_file_errors_are_reported_together(tmp_path):
 def test_skip_corrupt_skips_broken_pairs(tmp_path):
     root = write_pairs(tmp_path / "m", 9)
     (root / "masks" / "003.png").write_bytes(b"no image")
-    data = load_data(f"masks:{root}", LoadOptions(skip_corrupt=True))
+    data = load_data(f"masks:{root}", DataConfig(skip_corrupt=True))
     assert len(data.train) + len(data.val) + len(data.test) == 8
     assert any("skipped 1 pair with an unreadable file" in note and "003.png" in note for note in data.notes)
 
@@ -128,7 +129,7 @@ def test_skip_corrupt_skips_broken_pairs(tmp_path):
 def test_data_check_counts_unreadable_pairs(skip_corrupt, tmp_path):
     root = write_pairs(tmp_path / "m", 9)
     (root / "masks" / "003.png").write_bytes(b"no image")
-    check = check_data(f"masks:{root}", LoadOptions(skip_corrupt=skip_corrupt))
+    check = check_data(f"masks:{root}", DataConfig(skip_corrupt=skip_corrupt))
     found, other = (check.notes, check.errors) if skip_corrupt else (check.errors, check.notes)
     assert len(found) == 1 and "1 unusable image" in found[0] and "003.png" in found[0]
     assert not other

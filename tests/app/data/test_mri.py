@@ -4,7 +4,7 @@ import struct
 import numpy as np
 import pytest
 
-from snella_app.data import load_data
+from snella_app.data.load import load_data
 from snella_lab.bundled.data import REGIONS, load_mri, read_nifti
 
 

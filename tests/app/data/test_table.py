@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snella_app.data import LoadOptions, load_data
+from snella_app.config import DataConfig
 from snella_app.data.columns import Columns
+from snella_app.data.load import load_data
 from snella_app.data.table import table_paths
 
 COLUMNS = ("file", "species", "patient")
@@ -53,14 +54,14 @@ def test_columns_are_detected_by_name_and_paths_are_relative_to_the_file(write_t
 @pytest.mark.parametrize(("delimiter", "name"), [(";", "x.csv"), ("\t", "x.tsv")])
 def test_delimiters_are_detected(delimiter, name, write_table):
     file = write_table(rows_of(20), name=name, delimiter=delimiter)
-    assert len(load_data(f"csv:{file}", LoadOptions(columns="path=file,label=species,group=none")).train) == 12
+    assert len(load_data(f"csv:{file}", DataConfig(columns="path=file,label=species,group=none")).train) == 12
 
 
 def test_given_columns_take_precedence_and_paths_may_be_templates(write_table):
     rows = [(f"images/{i:02}.png", f"{i:02}", "ab"[i % 2], "xy"[i // 10]) for i in range(20)]
     file = write_table(rows, ("image", "id", "label", "kind"))
     assert load_data(f"csv:{file}").classes == ["a", "b"]
-    data = load_data(f"csv:{file}", LoadOptions(columns="path=images/{id}.png,label=kind"))
+    data = load_data(f"csv:{file}", DataConfig(columns="path=images/{id}.png,label=kind"))
     assert data.classes == ["x", "y"]
     assert {name: label for part in parts_of(data) for name, label in zip(part.names, part.labels, strict=True)} == {
         f"images/{i:02}.png": i // 10 for i in range(20)
@@ -70,7 +71,7 @@ def test_given_columns_take_precedence_and_paths_may_be_templates(write_table):
 def test_a_missing_column_error_describes_all_columns(write_table):
     file = write_table([(*row, str(i)) for i, row in enumerate(rows_of(4))], (*COLUMNS, "age"))
     with pytest.raises(ValueError) as caught:
-        load_data(f"csv:{file}", LoadOptions(columns="label=specie"))
+        load_data(f"csv:{file}", DataConfig(columns="label=specie"))
     assert str(caught.value) == (
         f"csv:{file}: no column 'specie' for label (nearest: 'species'). Columns: "
         "'file' ('images/00.png', 'images/01.png', 'images/02.png'), 'species' ('cat', 'dog'), "
@@ -100,20 +101,20 @@ def test_invalid_columns_are_rejected(text, message):
 
 def test_images_of_one_group_stay_together_and_classes_are_balanced(write_table):
     rows = [(f"images/{i:02}.png", "ab"[i % 2], f"p{i // 4}") for i in range(60)]
-    data = load_data(f"csv:{write_table(rows)}", LoadOptions(columns="label=species", seed=1))
+    data = load_data(f"csv:{write_table(rows)}", DataConfig(columns="label=species"), seed=1)
     groups = [set(part.annotations.groups) for part in parts_of(data)]
     assert [len(part) for part in parts_of(data)] == [36, 12, 12]
     assert sum(map(len, groups)) == 15 == len(set.union(*groups))
     assert all(Counter(part.labels)[0] == len(part) / 2 for part in parts_of(data))
-    other = load_data(f"csv:{write_table(rows)}", LoadOptions(columns="label=species", seed=2))
+    other = load_data(f"csv:{write_table(rows)}", DataConfig(columns="label=species"), seed=2)
     assert other.test.names != data.test.names
-    without = load_data(f"csv:{write_table(rows)}", LoadOptions(columns="label=species,group=none", seed=1))
+    without = load_data(f"csv:{write_table(rows)}", DataConfig(columns="label=species,group=none"), seed=1)
     assert without.train.annotations.groups is None
 
 
 def test_the_only_group_of_a_class_is_used_for_training(write_table):
     rows = [(f"images/{i:02}.png", "abc"[i % 3], "only" if i % 3 == 2 else f"p{i % 6}-{i // 12}") for i in range(60)]
-    data = load_data(f"csv:{write_table(rows)}", LoadOptions(columns="label=species"))
+    data = load_data(f"csv:{write_table(rows)}", DataConfig(columns="label=species"))
     assert Counter(data.train.labels)[2] == 20
     assert "class 'c' has no test images; add test images, or test scores ignore them" in data.warnings
 
@@ -135,7 +136,7 @@ def test_a_split_column_is_used_and_shared_groups_are_reported(write_table):
         "creates new splits that keep groups together"
     )
     with pytest.raises(ValueError, match=r"the split column must be dev, .*, got 'p0' \(8 rows\), .* split=none"):
-        load_data(f"csv:{write_table(rows_of(20, patients=3))}", LoadOptions(columns="split=patient,label=species"))
+        load_data(f"csv:{write_table(rows_of(20, patients=3))}", DataConfig(columns="split=patient,label=species"))
 
 
 def test_unusable_rows_are_reported_or_skipped(write_table, tmp_path):
@@ -151,14 +152,14 @@ def test_unusable_rows_are_reported_or_skipped(write_table, tmp_path):
     )
     assert message.endswith("images/20.png (no label). Fix or remove them, or skip them with --skip-corrupt "
                             "(skip_corrupt=True)")  # fmt: skip
-    data = load_data(f"csv:{file}", LoadOptions(skip_corrupt=True))
+    data = load_data(f"csv:{file}", DataConfig(skip_corrupt=True))
     assert sum(map(len, parts_of(data))) == 20
     assert data.notes[1].startswith(f"skipped 3 of 23 rows of csv:{file}, 1 no label, 1 no")
 
 
 def test_repeated_rows_are_skipped_and_contradictions_noted(write_table):
     rows = [*rows_of(20), ("images/00.png", "cat", "p0"), ("images/01.png", "cat", "p0")]
-    data = load_data(f"csv:{write_table(rows)}", LoadOptions(columns="group=none"))
+    data = load_data(f"csv:{write_table(rows)}", DataConfig(columns="group=none"))
     assert sum(map(len, parts_of(data))) == 21
     assert data.notes[1:3] == [
         "skipped 1 repeated row",
@@ -179,17 +180,17 @@ def test_repeated_rows_are_skipped_and_contradictions_noted(write_table):
 def test_a_column_without_classes_is_rejected(label, message, write_table):
     file = write_table([(f"images/{i:02}.png", label(i), f"p{i}") for i in range(50)])
     with pytest.raises(ValueError, match=message):
-        load_data(f"csv:{file}", LoadOptions(columns="label=species"))
+        load_data(f"csv:{file}", DataConfig(columns="label=species"))
 
 
 def test_numeric_classes_are_sorted_by_number(write_table):
     file = write_table([(f"images/{i:02}.png", str(i % 3 * 5), f"p{i}") for i in range(30)])
-    assert load_data(f"csv:{file}", LoadOptions(columns="label=species,group=none")).classes == ["0", "5", "10"]
+    assert load_data(f"csv:{file}", DataConfig(columns="label=species,group=none")).classes == ["0", "5", "10"]
 
 
 def test_weights_and_raw_labels_follow_their_images(write_table):
     rows = [(f"images/{i:02}.png", "ab"[i % 2], str(i / 10)) for i in range(20)]
-    data = load_data(f"csv:{write_table(rows, ('file', 'class', 'weight'))}", LoadOptions(train_size=5))
+    data = load_data(f"csv:{write_table(rows, ('file', 'class', 'weight'))}", DataConfig(train_size=5))
     for part in parts_of(data):
         numbers = [int(name[7:9]) for name in part.names]
         assert part.annotations.weights == [number / 10 for number in numbers]
@@ -203,7 +204,7 @@ def test_weights_and_raw_labels_follow_their_images(write_table):
 def test_lists_of_labels_are_split_and_strata_follow_the_rarest(separator, write_table):
     sets = [("a",), ("a", "b"), ("b", "c"), ()]
     rows = [(f"images/{i:02}.png", separator.join(sets[i % 4]), "") for i in range(40)]
-    data = load_data(f"csv:{write_table(rows)}", LoadOptions(columns="label=species,group=none", target="labels"))
+    data = load_data(f"csv:{write_table(rows)}", DataConfig(columns="label=species,group=none"), target="labels")
     assert data.classes == ["a", "b", "c"]
     for part in parts_of(data):
         assert part.annotations.targets == [sets[int(name[7:9]) % 4] for name in part.names]
@@ -212,7 +213,7 @@ def test_lists_of_labels_are_split_and_strata_follow_the_rarest(separator, write
 
 def test_columns_of_zeros_and_ones_are_labels(write_table):
     rows = [(f"images/{i:02}.png", str(i % 2), str(i // 2 % 2)) for i in range(40)]
-    data = load_data(f"csv:{write_table(rows, ('file', 'a', 'b'))}", LoadOptions(columns="label=a+b", target="labels"))
+    data = load_data(f"csv:{write_table(rows, ('file', 'a', 'b'))}", DataConfig(columns="label=a+b"), target="labels")
     assert data.classes == ["a", "b"]
     for name, target in zip(data.train.names, data.train.annotations.targets, strict=True):
         number = int(name[7:9])
@@ -222,17 +223,17 @@ def test_columns_of_zeros_and_ones_are_labels(write_table):
 def test_numbers_are_split_by_ranges(write_table):
     rows = [(f"images/{i:02}.png", str(i / 4), str(-i)) for i in range(60)]
     file = write_table(rows, ("file", "age", "depth"))
-    data = load_data(f"csv:{file}", LoadOptions(columns="label=age", target="numbers"))
+    data = load_data(f"csv:{file}", DataConfig(columns="label=age"), target="numbers")
     assert data.classes == ["age"] and data.description.startswith("photos: 60 images with age; train 36")
     assert data.test.annotations.targets == [int(name[7:9]) / 4 for name in data.test.names]
     assert set(Counter(data.test.labels).values()) == {2}
-    both = load_data(f"csv:{file}", LoadOptions(columns="label=age+depth", target="numbers"))
+    both = load_data(f"csv:{file}", DataConfig(columns="label=age+depth"), target="numbers")
     assert both.classes == ["age", "depth"]
     assert both.val.annotations.targets == [(int(name[7:9]) / 4, -int(name[7:9])) for name in both.val.names]
     rows[7] = ("images/07.png", "old", "1")
     with pytest.raises(ValueError, match=r"images/07.png \(label 'old' is not a number\)"):
         load_data(
-            f"csv:{write_table(rows, ('file', 'age', 'depth'))}", LoadOptions(columns="label=age", target="numbers")
+            f"csv:{write_table(rows, ('file', 'age', 'depth'))}", DataConfig(columns="label=age"), target="numbers"
         )
 
 
@@ -245,12 +246,12 @@ def test_parquet_supports_lists_and_numbers(write_table, tmp_path):
     columns = {"image": names, "tags": [["a"], ["a", "b"]] * 10, "label": [3, 7] * 10, "w": [0.5, None] * 10}
     parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
     assert load_data(f"parquet:{tmp_path}/x.parquet").classes == ["3", "7"]
-    data = load_data(f"parquet:{tmp_path}/x.parquet", LoadOptions(columns="label=tags", target="labels"))
+    data = load_data(f"parquet:{tmp_path}/x.parquet", DataConfig(columns="label=tags"), target="labels")
     assert set(data.train.annotations.targets) == {("a",), ("a", "b")}
     with pytest.raises(ValueError, match="column 'tags' must contain one class per image, got the list 'a' in row 1"):
-        load_data(f"parquet:{tmp_path}/x.parquet", LoadOptions(columns="label=tags"))
+        load_data(f"parquet:{tmp_path}/x.parquet", DataConfig(columns="label=tags"))
     with pytest.raises(ValueError, match=r"10 of 20 rows .*images/01.png \(weight None is not in \[0, 1e\+09\]\)"):
-        load_data(f"parquet:{tmp_path}/x.parquet", LoadOptions(columns="weight=w"))
+        load_data(f"parquet:{tmp_path}/x.parquet", DataConfig(columns="weight=w"))
     (tmp_path / "y.parquet").write_text("no")
     with pytest.raises(ValueError, match=r"y\.parquet' must be a Parquet file"):
         load_data(f"parquet:{tmp_path}/y.parquet")
@@ -279,7 +280,7 @@ def test_parquet_may_only_reference_files_below_its_folder_or_the_given_root(wri
     parquet.write_table(pa.table({"image": names, "label": [0, 1] * 10}), file)
     with pytest.raises(ValueError, match="20 no such file"):
         load_data(f"parquet:{file}")
-    assert len(load_data(f"parquet:{file}", LoadOptions(columns=f"root={tmp_path}")).train) == 12
+    assert len(load_data(f"parquet:{file}", DataConfig(columns=f"root={tmp_path}")).train) == 12
     assert table_paths(file, Columns(root=tmp_path))[0] == tmp_path / names[0]
 
 
@@ -317,13 +318,11 @@ def test_a_missing_table_error_suggests_similar_names(write_table):
 
 def test_other_data_has_no_columns_and_takes_numbers_from_class_names(write_images):
     with pytest.raises(ValueError, match=r"columns applies only to data with columns, csv:, .*digits"):
-        load_data("digits", LoadOptions(columns="label=x"))
-    assert load_data("digits", LoadOptions(target="numbers")).train.annotations.targets[0] in {
-        float(n) for n in range(10)
-    }
+        load_data("digits", DataConfig(columns="label=x"))
+    assert load_data("digits", target="numbers").train.annotations.targets[0] in {float(n) for n in range(10)}
     photos = write_images({"cat": 6, "dog": 6})
     with pytest.raises(ValueError, match=r"data must have a column of numbers .* got .* with classes 'cat', 'dog'"):
-        load_data(f"folder:{photos}", LoadOptions(target="numbers"))
+        load_data(f"folder:{photos}", target="numbers")
 
 
 def test_ten_thousand_rows_are_read_in_order(tmp_path):
@@ -340,13 +339,13 @@ def test_text_instead_of_numbers_is_reported_even_with_skip_corrupt(write_table)
         with pytest.raises(
             ValueError, match=r"'species' must contain numbers for task regression, got 'cat' in row 1 and"
         ):
-            load_data(f"csv:{file}", LoadOptions(columns="label=species", target="numbers", skip_corrupt=skip_corrupt))
+            load_data(f"csv:{file}", DataConfig(columns="label=species", skip_corrupt=skip_corrupt), target="numbers")
 
 
 def test_the_reasons_for_unusable_rows_are_reported(write_table):
     file = write_table([(f"images/gone{i}.png", "ab"[i % 2], "p") for i in range(4)])
     with pytest.raises(ValueError, match=r"no images to train on, all are unusable: 4 of 4 rows of .*, 4 no such file"):
-        load_data(f"csv:{file}", LoadOptions(columns="label=species,group=none", skip_corrupt=True))
+        load_data(f"csv:{file}", DataConfig(columns="label=species,group=none", skip_corrupt=True))
 
 
 @pytest.mark.parametrize("weight", ["-1", "1e308", "nan", "x"])
@@ -363,7 +362,7 @@ def test_zero_weights_are_rejected(write_table):
     file = write_table([(*row[:2], "0") for row in rows_of(12)], ("path", "label", "weight"))
     with pytest.raises(ValueError, match=r"a weight above 0, got 0 for all 12; --columns weight=none ignores"):
         load_data(f"csv:{file}")
-    assert len(load_data(f"csv:{file}", LoadOptions(columns="weight=none")).train) > 0
+    assert len(load_data(f"csv:{file}", DataConfig(columns="weight=none")).train) > 0
 
 
 def test_classes_without_training_images_are_reported_with_a_remedy(write_table):

@@ -7,7 +7,7 @@ import timm
 import torch
 from PIL import Image
 
-from snella_app.data import build_transform
+from snella_app.data.transforms import build_transform
 
 CONFIG = {
     "input_size": (3, 32, 32),

@@ -3,8 +3,9 @@ import shutil
 
 import pytest
 
-from snella_app.data import LoadOptions, data_folder, load_data
+from snella_app.config import DataConfig
 from snella_app.data.benchmarks import VTAB_TASKS
+from snella_app.data.load import data_folder, load_data
 from tests.benchmark_folders import write_noise, write_vtab
 
 TINY = {"train800": 12, "val200": 4, "test": 8}
@@ -40,7 +41,7 @@ def test_a_complete_task_loads_without_notes(complete):
 
 
 def test_the_final_protocol_trains_on_both_splits(complete):
-    standard, final = (load_data(f"vtab:{complete}", LoadOptions(protocol=name)) for name in ("standard", "final"))
+    standard, final = (load_data(f"vtab:{complete}", DataConfig(protocol=name)) for name in ("standard", "final"))
     assert final.val is None and len(final.train) == 1000
     assert final.train.names == standard.train.names + standard.val.names
     assert final.train.labels == standard.train.labels + standard.val.labels
@@ -50,7 +51,7 @@ def test_the_final_protocol_trains_on_both_splits(complete):
 
 
 def test_the_official_protocol_trains_on_both_splits(kitti):
-    official = load_data(f"vtab:{kitti}", LoadOptions(protocol="official", strict_sizes=False))
+    official = load_data(f"vtab:{kitti}", DataConfig(protocol="official", strict_sizes=False))
     assert official.val is None and names(official.train) == ["train800", "val200"] and names(official.test) == ["test"]
 
 
@@ -59,7 +60,7 @@ def test_the_official_protocol_trains_on_both_splits(kitti):
 )
 def test_alternative_folder_names_are_accepted(folder, requested, name, tmp_path):
     write_vtab(tmp_path / folder, VTAB_TASKS[name].classes, {"train800": 100, "val200": 4, "test": 4})
-    data = load_data(f"vtab:{tmp_path / requested}", LoadOptions(strict_sizes=False))
+    data = load_data(f"vtab:{tmp_path / requested}", DataConfig(strict_sizes=False))
     assert data.name == name and len(data.classes) == VTAB_TASKS[name].classes
 
 
@@ -83,7 +84,7 @@ def test_other_sizes_are_rejected_and_listed(kitti):
 
 
 def test_allowed_other_sizes_are_noted(kitti):
-    data = load_data(f"vtab:{kitti}", LoadOptions(strict_sizes=False))
+    data = load_data(f"vtab:{kitti}", DataConfig(strict_sizes=False))
     assert "differs from the benchmark: test must have 711 images, got 8" in data.notes
 
 
@@ -98,7 +99,7 @@ def test_all_errors_are_reported_in_one_message(kitti):
     edit_list(kitti, "train800", lambda text: text.replace("000001.jpg 1", "000001.jpg 7"))
     edit_list(kitti, "val200", lambda text: text + "images/val200/000000.jpg 0\nimages/val200/000009.jpg\n")
     with pytest.raises(ValueError) as caught:
-        load_data(f"vtab:{kitti}", LoadOptions(strict_sizes=False))
+        load_data(f"vtab:{kitti}", DataConfig(strict_sizes=False))
     for part in (
         "val200.txt must have lines like 'images/test/000000.jpg 3', malformed lines (1): line 6 is 'images/val200",
         "2 of 8 files listed in test do not exist in",
@@ -115,7 +116,7 @@ def test_missing_and_empty_lists_are_reported(kitti):
     (kitti / "val200.txt").unlink()
     edit_list(kitti, "test", lambda text: "")
     with pytest.raises(ValueError, match=r"test.txt is empty; missing in '.*kitti': val200.txt; the layout is TASK/\{"):
-        load_data(f"vtab:{kitti}", LoadOptions(strict_sizes=False))
+        load_data(f"vtab:{kitti}", DataConfig(strict_sizes=False))
 
 
 def test_classes_without_images_are_counted(kitti):
@@ -128,13 +129,13 @@ def test_classes_without_images_are_counted(kitti):
 def test_a_test_image_in_the_training_list_is_rejected(kitti):
     edit_list(kitti, "test", lambda text: text + "images/train800/000002.jpg 2\n")
     with pytest.raises(ValueError, match=r"the benchmark's kitti: 1 image in both train800 and test: 000002\.jpg$"):
-        load_data(f"vtab:{kitti}", LoadOptions(strict_sizes=False))
+        load_data(f"vtab:{kitti}", DataConfig(strict_sizes=False))
 
 
 def test_many_copies_under_other_names_are_rejected_once(kitti):
     shutil.copy(kitti / "images/train800/000002.jpg", kitti / "images/test/000005.jpg")
     with pytest.raises(ValueError) as caught:
-        load_data(f"vtab:{kitti}", LoadOptions(strict_sizes=False))
+        load_data(f"vtab:{kitti}", DataConfig(strict_sizes=False))
     assert str(caught.value).endswith(
         "does not match the benchmark's kitti: 1 of 8 images of test with copies in train800: "
         "images/test/000005.jpg = images/train800/000002.jpg"
@@ -146,7 +147,7 @@ def test_a_few_copies_are_noted_once(source, tmp_path):
     folder = write_vtab(tmp_path / "kitti", 4, {**TINY, "test": 30})
     shutil.copy(folder / f"images/{source}/000001.jpg", folder / "images/test/000005.jpg")
     notes = [
-        note for note in load_data(f"vtab:{folder}", LoadOptions(strict_sizes=False)).notes if "test/000005.jpg" in note
+        note for note in load_data(f"vtab:{folder}", DataConfig(strict_sizes=False)).notes if "test/000005.jpg" in note
     ]
     assert len(notes) == 1 and notes[0].startswith(f"1 of 30 images of test with copies in {source}: ")
 
@@ -158,7 +159,7 @@ def test_files_of_equal_size_but_other_content_are_not_copies(tmp_path):
         write_noise(file.with_suffix(".bmp"), (len(split), 1))
         file.with_suffix(".bmp").rename(file)
     assert (folder / "images/train800/000000.jpg").stat().st_size == (folder / "images/test/000000.jpg").stat().st_size
-    assert not any("copies" in note for note in load_data(f"vtab:{folder}", LoadOptions(strict_sizes=False)).notes)
+    assert not any("copies" in note for note in load_data(f"vtab:{folder}", DataConfig(strict_sizes=False)).notes)
 
 
 def test_an_unknown_task_error_suggests_similar_names(tmp_path):
@@ -178,7 +179,7 @@ def test_a_missing_folder_error_contains_the_layout(tmp_path):
 
 def test_val_size_requires_a_validation_split(kitti):
     with pytest.raises(ValueError, match="val_size must be omitted because protocol=final has no val split, got 3"):
-        load_data(f"vtab:{kitti}", LoadOptions(protocol="final", val_size=3, strict_sizes=False))
+        load_data(f"vtab:{kitti}", DataConfig(protocol="final", val_size=3, strict_sizes=False))
 
 
 def test_a_run_finds_its_data_under_an_alternative_folder_name(tmp_path):
@@ -193,7 +194,7 @@ def test_a_copy_in_a_held_out_fold_is_noted_once(tmp_path):
     shutil.copy(folder / "images/train800/000000.jpg", folder / "images/train800/000004.jpg")
     separated = 0
     for seed in range(4):
-        data = load_data(f"vtab:{folder}", LoadOptions(strict_sizes=False, folds=2, fold=1, seed=seed))
+        data = load_data(f"vtab:{folder}", DataConfig(strict_sizes=False, folds=2, fold=1), seed=seed)
         held_out = {name[-10:] for name in data.val.names if name.startswith("images/train800/")}
         is_separated = len(held_out & {"000000.jpg", "000004.jpg"}) == 1
         notes = [note for note in data.notes if "000004.jpg" in note and "000000.jpg" in note]

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from snella_app.methods import build_method, load_trained, merge_trained, save_trained
-from snella_app.training.optimizer import build_optimizer
+from snella_app.training.build import build_optimizer
 from snella_lab.methods.sparse_update import MaskedUpdate
 from snella_lab.methods.spt import matrix_layers
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from snella_app.backbones import create_backbone
 from snella_app.config import TrainConfig
-from snella_app.data import read_image
+from snella_app.data.images import read_image
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.merge import merge

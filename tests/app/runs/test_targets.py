@@ -19,7 +19,7 @@ from snella_app.runs.merge import loading_snippet, merge
 from snella_app.runs.predict import predict
 from snella_app.tasks import RegressionTask, task_class
 from snella_app.tasks.predictions import write_predictions
-from snella_app.training.sampler import EpochSampler
+from snella_app.training.build import EpochSampler
 from snella_app.training.session import InterruptCallback, TrainingInterrupted
 from snella_app.training.train import train
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, cohen_kappa_score, f1_score
 
-from snella_app.data import Annotations, ImageDataset
+from snella_app.data.datasets import Annotations, ImageDataset
 from snella_app.data.sources import ArrayImages
 from snella_app.tasks import ClassificationTask, MultiLabelTask, OrdinalTask, RegressionTask, create_task
 from snella_app.tasks.classification import rank_order

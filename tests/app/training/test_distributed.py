@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from snella_app.config import TrainConfig
 from snella_app.runs import RunFolder
+from snella_app.training.build import EpochSampler
 from snella_app.training.checkpoints import latest_checkpoint
-from snella_app.training.distributed import init_process_group
-from snella_app.training.sampler import EpochSampler, ShardedBatches
+from snella_app.training.distributed import ShardedBatches, init_process_group
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
 

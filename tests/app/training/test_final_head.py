@@ -123,9 +123,9 @@ def test_the_final_head_is_fitted_to_features_of_the_trained_model(options, tmp_
     seen = []
     original = final_head.measure_features
 
-    def measure(parts, images, views, load, precision="fp32", first_view=None):
-        measured = original(parts, images, views, load, precision, first_view)
-        seen.append((measured.views[0], original(parts, images, 1, load, precision).views[0]))
+    def measure(parts, images, views, batch_size, precision="fp32", first_view=None):
+        measured = original(parts, images, views, batch_size, precision, first_view)
+        seen.append((measured.views[0], original(parts, images, 1, batch_size, precision).views[0]))
         return measured
 
     monkeypatch.setattr(final_head, "measure_features", measure)
@@ -145,8 +145,7 @@ def test_heads_are_fitted_to_features_in_the_training_precision_and_tested_in_fl
         seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
         return layer_features(model, images, layers)
 
-    for module in (final_head, linear_probe):
-        monkeypatch.setattr(module, "layer_features", features)
+    monkeypatch.setattr(linear_probe, "layer_features", features)
     train(config(tmp_path, precision=precision), QUIET)
     batches = len(seen) - seen[::-1].index(dtype) if dtype != torch.float32 else 0
     assert set(seen[:batches]) <= {dtype} and set(seen[batches:]) == {torch.float32}

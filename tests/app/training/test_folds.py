@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from snella_app.cli.main import main
-from snella_app.data import LoadOptions, load_data
+from snella_app.config import DataConfig
+from snella_app.data.load import load_data
 from snella_app.records import FoldResults, read
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate
@@ -25,7 +26,7 @@ def fast(settings, no_report):
 def test_every_image_is_held_out_once_with_stratified_classes(photos):
     held_out = []
     for fold in (1, 2, 3, 4):
-        data = load_data(f"folder:{photos}", LoadOptions(folds=4, fold=fold, seed=2))
+        data = load_data(f"folder:{photos}", DataConfig(folds=4, fold=fold), seed=2)
         names = [part.names for part in (data.train, data.val, data.test)]
         assert sum(map(len, names)) == 48 == len({name for part in names for name in part})
         assert [data.test.labels.count(label) for label in range(3)] == [4, 4, 4]
@@ -35,7 +36,7 @@ def test_every_image_is_held_out_once_with_stratified_classes(photos):
     with pytest.raises(
         ValueError, match="folds must be at most the number of images of each class, got 20; 'cats' has"
     ):
-        load_data(f"folder:{photos}", LoadOptions(folds=20, fold=1))
+        load_data(f"folder:{photos}", DataConfig(folds=20, fold=1))
 
 
 def test_groups_are_never_split_across_folds(photos, tmp_path):
@@ -43,18 +44,18 @@ def test_groups_are_never_split_across_folds(photos, tmp_path):
     with (tmp_path / "x.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("path", "label", "group"), *sorted(rows)])
     groups = [
-        load_data(f"csv:{tmp_path}/x.csv", LoadOptions(folds=4, fold=fold)).test.annotations.groups
+        load_data(f"csv:{tmp_path}/x.csv", DataConfig(folds=4, fold=fold)).test.annotations.groups
         for fold in (1, 2, 3, 4)
     ]
     assert sorted(map(len, groups)) == [12] * 4 and len(set().union(*groups)) == 12 == sum(len(set(g)) for g in groups)
     with pytest.raises(ValueError, match="folds must be at most the number of groups, 12, got 13"):
-        load_data(f"csv:{tmp_path}/x.csv", LoadOptions(folds=13, fold=1))
+        load_data(f"csv:{tmp_path}/x.csv", DataConfig(folds=13, fold=1))
 
 
 def test_folds_are_validation_splits_for_data_with_a_test_split(make_photos, tmp_path):
     make_photos(tmp_path / "x/train", {"a": 9, "b": 9})
     make_photos(tmp_path / "x/test", {"a": 3, "b": 3}, contrast=40)
-    data = load_data(f"folder:{tmp_path}/x", LoadOptions(folds=3, fold=2))
+    data = load_data(f"folder:{tmp_path}/x", DataConfig(folds=3, fold=2))
     assert [len(part) for part in (data.train, data.val, data.test)] == [12, 6, 6] and data.fold_part == "val"
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from snella import SnellaConfig, create_snella_optimizer
 from snella_app.methods import build_method
+from snella_app.training.build import checkpoint_gradients
 from snella_app.training.memory import predict_for_methods, predict_step_memory, record_forward, working_modules
-from snella_app.training.optimizer import checkpoint_gradients
 
 # these steps need no allocator
 pytestmark = pytest.mark.filterwarnings("ignore:.* no budget allocator is attached:UserWarning")

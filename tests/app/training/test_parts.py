@@ -1,6 +1,8 @@
 """Sampler, optimizer groups, progress, devices."""
 
 import io
+import math
+from functools import partial
 from types import SimpleNamespace
 
 import psutil
@@ -11,22 +13,33 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
 from snella_app.config import TrainConfig
-from snella_app.data import load_data
+from snella_app.data.load import load_data
 from snella_app.data.protocol import PROTOCOLS
 from snella_app.device import choose_device
 from snella_app.methods import build_method
 from snella_app.tasks import ClassificationTask
-from snella_app.training.build import RunComponents, resolve_data_config
+from snella_app.training.build import EpochSampler, RunComponents, build_optimizer, mix_seed, resolve_data_config
 from snella_app.training.callbacks import ProgressDisplay
-from snella_app.training.optimizer import build_optimizer
-from snella_app.training.results import best_epoch, free_memory, log_summary, shorten_hint
-from snella_app.training.sampler import EpochSampler, mix_seed
+from snella_app.training.finish import best_epoch
+from snella_app.training.plan import log_summary, shorten_hint
+from snella_app.training.sizing import free_memory
+from snella_app.training.trainer import SnellaTrainer
 
 TASK = ClassificationTask(("a", "b", "c"))
 
 
 def config(method, **changes):
     return TrainConfig.from_flat(data="digits", backbone="test_vit", out="x", method=method, **changes).resolved()
+
+
+def progress_display(console, *, shorten=lambda factor: "", last_loss=math.nan, **settings):
+    """Return the display of a trainer with these settings, which has no model."""
+    plan = config("linear", **settings)
+    trainer = SimpleNamespace(
+        plan=plan, task=TASK, protocol=PROTOCOLS[plan.data.protocol], allocator=None, last_loss=last_loss
+    )
+    trainer.selection_score = partial(SnellaTrainer.selection_score, trainer)
+    return ProgressDisplay(console, trainer, shorten)
 
 
 def vit(method):
@@ -77,8 +90,7 @@ def test_a_model_without_trainable_parameters_is_rejected():
 
 def test_the_bar_is_shown_on_a_terminal_and_removed():
     output = io.StringIO()
-    display = ProgressDisplay(Console(file=output, force_terminal=True, width=100), TASK, PROTOCOLS["standard"])
-    display.last_loss = lambda: 0.125
+    display = progress_display(Console(file=output, force_terminal=True, width=100), last_loss=0.125)
     state = TrainerState(max_steps=10, num_train_epochs=2, epoch=0.2, global_step=1)
     display.on_train_begin(None, state, TrainerControl())
     display.on_step_end(None, state, TrainerControl())
@@ -93,7 +105,7 @@ def test_the_bar_is_shown_on_a_terminal_and_removed():
 
 def test_without_a_terminal_lines_replace_the_bar_and_mark_the_best_epoch():
     output = io.StringIO()
-    display = ProgressDisplay(Console(file=output, width=200), TASK, PROTOCOLS["standard"])
+    display = progress_display(Console(file=output, width=200))
     past = {"val_accuracy": 0.5, "val_loss": 0.9, "budget": None}
     state = TrainerState(max_steps=10, num_train_epochs=2, log_history=[past])
     display.on_train_begin(None, state, TrainerControl())
@@ -114,8 +126,7 @@ def printed_by_steps(monkeypatch):
 
     def steps(seconds, max_steps=100, **options):
         output = io.StringIO()
-        display = ProgressDisplay(Console(file=output, width=200), TASK, PROTOCOLS["standard"], **options)
-        display.last_loss = lambda: 0.5
+        display = progress_display(Console(file=output, width=200), last_loss=0.5, **options)
         state = TrainerState(max_steps=max_steps, num_train_epochs=2)
         display.on_train_begin(None, state, TrainerControl())
         for span in seconds:
@@ -144,10 +155,10 @@ def test_slow_steps_are_reported_after_the_second_with_a_remedy(printed_by_steps
 def test_without_a_terminal_a_line_is_printed_every_half_minute_if_enabled(printed_by_steps):
     lines = printed_by_steps([10.0] * 9)
     assert lines[1:] == [
-        "step 5/100  loss 0.5000  about 15 min 50 s remaining",
-        "step 8/100  loss 0.5000  about 15 min 20 s remaining",
+        "step 5/100  loss 0.5000  3 images/s  about 15 min 50 s remaining",
+        "step 8/100  loss 0.5000  3 images/s  about 15 min 20 s remaining",
     ]
-    assert len(printed_by_steps([10.0] * 9, show_bar=False)) == 1
+    assert len(printed_by_steps([10.0] * 9, progress=False)) == 1
 
 
 @pytest.mark.parametrize(
@@ -160,7 +171,7 @@ def test_the_suggested_size_is_a_multiple_of_the_patch_size(side, factor, expect
 
 
 def test_memory_and_time_warnings_are_printed_before_training(monkeypatch):
-    monkeypatch.setattr("snella_app.training.results.free_memory", lambda device: 2**20)
+    monkeypatch.setattr("snella_app.training.plan.free_memory", lambda device: 2**20)
     model = build_method("linear", timm.create_model("test_vit", num_classes=10, img_size=448))
     parts = RunComponents(
         load_data("digits"), model, ClassificationTask(tuple("0123456789")), {}, {"input_size": [3, 448, 448]}
@@ -174,7 +185,7 @@ def test_memory_and_time_warnings_are_printed_before_training(monkeypatch):
 
 
 def test_the_memory_warning_suggests_compression_for_snella(monkeypatch):
-    monkeypatch.setattr("snella_app.training.results.free_memory", lambda device: 2**20)
+    monkeypatch.setattr("snella_app.training.plan.free_memory", lambda device: 2**20)
     parts = RunComponents(
         load_data("digits"),
         build_method("snella", timm.create_model("test_vit", num_classes=10, img_size=32)),
@@ -205,7 +216,7 @@ RISEN = (
 )
 def test_a_harmful_loss_increase_is_reported_once(protocol, steps, accuracies, expected):
     output = io.StringIO()
-    display = ProgressDisplay(Console(file=output, width=200), TASK, PROTOCOLS[protocol])
+    display = progress_display(Console(file=output, width=200), protocol=protocol)
     state = TrainerState(max_steps=4 * steps, num_train_epochs=4)
     display.on_train_begin(None, state, TrainerControl())
     for epoch, (loss, accuracy) in enumerate(zip((2.0, 1.0, 641.0, 640.0), accuracies, strict=True), 1):

@@ -15,7 +15,7 @@ from snella import load_sparse
 from snella_app.cli.main import main
 from snella_app.cli.parser import parse
 from snella_app.config import TrainConfig
-from snella_app.data import read_image
+from snella_app.data.images import read_image
 from snella_app.report.examples import read_mask
 from snella_app.runs import load_merged, load_run
 from snella_app.runs.export import export

@@ -5,8 +5,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from snella_app.config import TrainConfig
-from snella_app.data import LoadOptions, load_data
+from snella_app.config import DataConfig, TrainConfig
+from snella_app.data.load import load_data
 from snella_app.methods import build_method
 from snella_app.runs.merge import merge
 from snella_app.runs.model import load_run
@@ -24,7 +24,7 @@ OPTIONS = {"noah": {"sizes": [1], "supernet_epochs": 1, "population": 2, "genera
 def parts(settings):
     """Return splits and data of a tiny run; each image becomes its first pixel and a random number."""
     config = settings(method="gps")
-    splits = load_data(str(config.data.spec), LoadOptions(seed=0))
+    splits = load_data(str(config.data.spec), seed=0)
     mark = lambda image: torch.tensor([float(sum(image.getpixel((0, 0)))), float(torch.rand(()))])  # noqa: E731
     task = ClassificationTask(tuple(splits.classes))
     data = LoadedData(config.data, 0, splits, task, 0.0, batch_size=8, shows_progress=False)
@@ -88,7 +88,7 @@ def test_noah_searches_on_separate_images_that_the_run_also_trains_on(settings, 
     monkeypatch.setattr("snella_app.training.build.selection_data", record)
     config = settings(method="noah", method_options=OPTIONS["noah"], epochs=1, protocol="final")
     run = train(config, console)
-    parts = load_data(str(config.data.spec), LoadOptions(seed=config.run.seed, protocol="standard"))
+    parts = load_data(str(config.data.spec), DataConfig(protocol="standard"), seed=config.run.seed)
     assert seen["val"] == set(parts.val.names) and seen["train"] == set(parts.train.names) and seen["transforms"]
     assert not (seen["train"] | seen["val"]) & set(parts.test.names)
     assert run.read_json("run.json")["data"]["sizes"]["train"] == len(seen["train"] | seen["val"])

@@ -19,8 +19,7 @@ from snella_app.training import sizing
 from snella_app.training.build import build, load
 from snella_app.training.memory import predict_step_memory
 from snella_app.training.plan import resolve
-from snella_app.training.results import size_step
-from snella_app.training.sizing import fit_batch_size, fit_epochs, fit_image_size
+from snella_app.training.sizing import fit_batch_size, fit_epochs, fit_image_size, size_step
 from snella_app.training.train import train
 
 from .components import build_components

@@ -14,7 +14,7 @@ from torch import nn
 from snella_app.config import TrainConfig
 from snella_app.methods import build_method
 from snella_app.runs import RunFolder
-from snella_app.training.optimizer import build_optimizer, checkpoint_gradients, set_drop_path
+from snella_app.training.build import build_optimizer, checkpoint_gradients, set_drop_path
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import _tracking, train
 from snella_app.training.trainer import SnellaTrainer

