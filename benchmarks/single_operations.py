@@ -18,9 +18,9 @@ from snella.allocator import allocate
 from snella.backends import choose_backend
 from snella.backends.numba.backend import NumbaBackend, sddmm_weight_grad
 from snella.functional import compute_effective_weight
-from snella.kernels import make_kernel
+from snella.kernels import Factors, make_kernel
 from snella.layer import SnellaLayer
-from snella.update import Factors, Update, UpdateSpec
+from snella.update import Update, UpdateSpec
 from snella_lab.bench.baselines import BASELINES, Workload, random_batch
 from snella_lab.bench.bench import setting_fields
 from snella_lab.bench.reference import op_error

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from snella.backends import Gradients, Merged, get_backend, zero_gradients
+from snella.kernels import Factors
 from snella.memory.origins import ORIGIN_ATTRIBUTE, Origin, origin_of, reject_double_backward
 from snella.sparsify import sparsify
-from snella.update import Factors, LayerOp, LazyWeight, LinearOp, Update, without_view
+from snella.update import LayerOp, LazyWeight, LinearOp, Update, without_view
 
 NUM_FACTORS = len(Factors._fields)
 

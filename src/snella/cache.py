@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 
 from snella.autograd import RecomputeCache
-from snella.update import Factors
+from snella.kernels import Factors
 
 if TYPE_CHECKING:
     from snella.layer import SnellaLayer

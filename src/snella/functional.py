@@ -10,9 +10,9 @@ from torch import Tensor
 
 from snella.autograd import adapted_layer, add_by_autograd, add_updates
 from snella.backends import MergeCache, choose_backend, get_backend
-from snella.kernels import make_kernel
+from snella.kernels import Factors, make_kernel
 from snella.sparsify import SparsifyMode
-from snella.update import Factors, LazyWeight, LinearOp, Update, UpdateSpec
+from snella.update import LazyWeight, LinearOp, Update, UpdateSpec
 
 __all__ = ["adapted_layer", "adapted_linear", "compute_effective_weight", "write_effective_weight"]
 

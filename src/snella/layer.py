@@ -33,6 +33,7 @@ from snella.compat.hooks import call_inside_hooks, hook_dicts, onloaded
 from snella.compat.quantization import find_quantization
 from snella.config import SnellaConfig
 from snella.forward import add_branches, is_regularized, prepare_input, product_dtype, reject_tracing
+from snella.kernels import Factors
 from snella.memory.sampling import parse_weight_gradient
 from snella.merge import (
     check_weight,
@@ -45,7 +46,6 @@ from snella.merge import (
 from snella.sparsify import SparsifyMode
 from snella.update import (
     Conv2dOp,
-    Factors,
     LayerOp,
     LazyWeight,
     LinearOp,
@@ -366,7 +366,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         _update_linear_op(self)
         self._specs.pop(adapter_name, None)
         update_specs(self)
-        self._cache.clear()
+        self.clear_cache()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -374,13 +374,13 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         _update_linear_op(self)
         self._specs.pop(adapter_name, None)
-        self._cache.clear()
+        self.clear_cache()
 
     def set_budget(self, adapter_name: str, budgets: Iterable[int]) -> None:
         """Set the budget of each matrix, starting with the next forward pass."""
         buffer, integers = self.snella_budget[adapter_name], tuple(map(int, budgets))
         buffer.copy_(torch.tensor(integers, dtype=buffer.dtype))
-        self._cache.clear()
+        self.clear_cache()
         self.seal_budgets(adapter_name, integers)
 
     def budgets(self, adapter_name: str) -> tuple[int, ...]:
@@ -444,7 +444,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation and free cached tensors."""
         if mode != self.training:
-            self._cache.clear()
+            self.clear_cache()
             restore_budgets(self)  # a compiled graph reads the buffers directly
         return super().train(mode)
 
@@ -471,11 +471,6 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
 class Linear(SnellaLayer):
     """Adapted linear layer, or transformers' `Conv1D`, which stores its weight transposed."""
-
-    @property
-    def is_transposed(self) -> bool:
-        """True if the base weight is stored as `[in, out]`."""
-        return isinstance(self.get_base_layer(), Conv1D)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return True: the update adds to a linear layer's weight, and a low-rank fit can approximate it."""

@@ -94,7 +94,7 @@ def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> 
         layer._unmerged_weight = original
         _write(layer, merged)
     layer.merged_adapters.extend(names)
-    layer._cache.clear()
+    layer.clear_cache()
 
 
 def unmerge_updates(layer: SnellaLayer) -> None:
@@ -108,7 +108,7 @@ def unmerge_updates(layer: SnellaLayer) -> None:
         layer.quantization.restore(layer.get_base_layer(), layer._unmerged_quantized[1])
     layer._unmerged_weight = layer._unmerged_quantized = None
     layer.merged_adapters.clear()
-    layer._cache.clear()
+    layer.clear_cache()
 
 
 def refresh(layer: SnellaLayer, adapter_name: str, cache: MergeCache) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snella.kernels import KERNELS, Kernel, KernelScalars, check_factors
+from snella.kernels import KERNELS, Factors, Kernel, KernelScalars, check_factors
 from snella.memory.sampling import sample_tokens
 from snella.sparsify import KEEP_ALL, SparsifyMode, keep_threshold, quantile_threshold
 
@@ -23,26 +23,6 @@ _INITIAL_SCALARS = {"alpha": 1.0, "beta": 0.0, "temperature": 1.0}
 _INITIAL_PIECE_COEFF = 0.1
 _SAMPLE_SIZE = 64  # rows or columns used to estimate the size of the initial update
 _MIN_SHRINK = 0.1  # minimum scale of the factors, so that updates of near-zero weights can grow
-
-
-class Factors(NamedTuple):
-    """Differentiable tensors of an update, or their gradients.
-
-    Args:
-        A: Input-side factors, `[G, n, r]`.
-        B: Output-side factors, `[m, r]`, the rows of all matrices concatenated.
-        piece_coeff: `[G, P]`.
-        alpha: `[G]`, like `beta` and `temperature`; see `KernelScalars`.
-        beta: `[G]`.
-        temperature: `[G]`.
-    """
-
-    A: Tensor
-    B: Tensor
-    piece_coeff: Tensor | None = None
-    alpha: Tensor | None = None
-    beta: Tensor | None = None
-    temperature: Tensor | None = None
 
 
 class MatrixFactors(NamedTuple):

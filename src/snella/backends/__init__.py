@@ -12,8 +12,9 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from snella.kernels import Factors
 from snella.sparsify import sparsify, sparsify_slope
-from snella.update import Factors, UpdateSpec
+from snella.update import UpdateSpec
 
 Implementation = Literal["auto", "triton", "numba", "eager", "reference"]
 _INSTALL = {

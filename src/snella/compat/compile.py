@@ -16,7 +16,8 @@ from torch import Tensor
 from snella.autograd import LayerCall, RequiredGrads, backward_pass, forward_pass
 from snella.compat.hooks import is_hooked_in_graph
 from snella.forward import add_branches, prepare_input
-from snella.update import Factors, LayerOp, LinearOp, Update, UpdateSpec, layer_op_from_ints
+from snella.kernels import Factors
+from snella.update import LayerOp, LinearOp, Update, UpdateSpec, layer_op_from_ints
 
 if TYPE_CHECKING:
     from snella.layer import SnellaLayer

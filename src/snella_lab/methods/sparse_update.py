@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from snella.backends import store_gradients, zero_gradients
 from snella.config import SnellaConfig
-from snella.update import Conv2dOp, Factors, LayerOp, LinearOp, UpdateSpec, init_factors, without_view
+from snella.kernels import Factors
+from snella.update import Conv2dOp, LayerOp, LinearOp, UpdateSpec, init_factors, without_view
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number, one_of
 from snella_app.methods.model_parts import is_inside
 from snella_app.methods.partial import train_head

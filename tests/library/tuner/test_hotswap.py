@@ -13,9 +13,9 @@ from snella import SnellaConfig, hotswap
 from snella.backends import MergeCache
 from snella.compat.hotswap import AdapterValues
 from snella.functional import compute_effective_weight, write_effective_weight
-from snella.kernels import make_kernel
+from snella.kernels import Factors, make_kernel
 from snella.layer import SnellaLayer
-from snella.update import Factors, Update, UpdateSpec
+from snella.update import Update, UpdateSpec
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TASKS = {"one": 1, "two": 2}

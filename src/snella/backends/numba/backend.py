@@ -18,9 +18,9 @@ from torch import Tensor
 
 from snella.backends import Backend, Gradients, Merged, Product
 from snella.backends.numba import backward, forward
-from snella.kernels import MixK, NormalizedRBF, PLinear
+from snella.kernels import Factors, MixK, NormalizedRBF, PLinear
 from snella.sparsify import KEEP_ALL
-from snella.update import Factors, UpdateSpec
+from snella.update import UpdateSpec
 
 _MAX_WIDTH, _MIN_WIDTH = 192, 96
 _MIN_BLOCKS = 6  # enough parallelism for a few threads

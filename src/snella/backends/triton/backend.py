@@ -12,9 +12,9 @@ from torch import Tensor
 
 from snella.backends import Backend, Gradients, Merged, zero_gradients
 from snella.backends.triton import backward, forward
-from snella.kernels import MixK, NormalizedRBF, PLinear
+from snella.kernels import Factors, MixK, NormalizedRBF, PLinear
 from snella.sparsify import KEEP_ALL
-from snella.update import Factors, UpdateSpec
+from snella.update import UpdateSpec
 
 # fixed instead of autotuned, because they determine the order of sums and therefore the bits of results
 TILE = {"BLOCK_M": 32, "BLOCK_N": 64}

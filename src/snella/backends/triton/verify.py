@@ -17,7 +17,8 @@ from torch import Tensor
 from snella._utils import cache_folder
 from snella.backends import TorchBackend
 from snella.backends.triton import backend, backward, forward
-from snella.update import Factors, UpdateSpec
+from snella.kernels import Factors
+from snella.update import UpdateSpec
 
 ROWS, COLUMNS = (64,), 96
 TOLERANCE = 2e-4
