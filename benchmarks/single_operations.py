@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from snella import BudgetAllocator, create_snella_optimizer
 from snella.allocator import allocate
+from snella.autograd import compute_effective_weight
 from snella.backends import choose_backend
 from snella.backends.numba.backend import NumbaBackend, sddmm_weight_grad
-from snella.functional import compute_effective_weight
 from snella.kernels import Factors, make_kernel
 from snella.layer import SnellaLayer
 from snella.update import Update, UpdateSpec

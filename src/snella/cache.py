@@ -144,9 +144,7 @@ class LayerCache:
             state = self._adapters[name] = AdapterState(key, factors)
         return state
 
-    def effective_weight(
-        self, tensors: Sequence[Tensor], settings: tuple[Any, ...], compute: Callable[[], Tensor]
-    ) -> Tensor:
+    def weight(self, tensors: Sequence[Tensor], settings: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
         """Return the effective weight, computed at most once per state of `tensors` and `settings`."""
         fingerprint = compute_fingerprint(tensors)
         if fingerprint is None:

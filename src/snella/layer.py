@@ -37,8 +37,8 @@ from snella.kernels import Factors
 from snella.memory.sampling import parse_weight_gradient
 from snella.merge import (
     check_weight,
-    effective_weight,
     merge_updates,
+    merged_weight,
     orient,
     sparse_updates,
     unmerge_updates,
@@ -287,10 +287,10 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         base_tensors: tuple[Tensor, ...] = (base.weight,)
         if isinstance(weight, LazyWeight):
             base_tensors, settings = weight.tensors, (*settings, dtype)
-        return self._cache.effective_weight(
+        return self._cache.weight(
             (*base_tensors, *adapter_tensors(self, names)),
             settings,
-            lambda: effective_weight(self, weight, names, dtype=dtype),
+            lambda: merged_weight(self, weight, names, dtype=dtype),
         )
 
     # merging -------------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             adapter: Name of the adapter.
             dtype: Dtype of the result; defaults to the factors' dtype.
         """
-        delta = effective_weight(self, None, [adapter])
+        delta = merged_weight(self, None, [adapter])
         return orient(self.get_base_layer(), delta.to(dtype or self.snella_A[adapter].dtype))
 
     def sparse_updates(self, adapter_name: str) -> list[Tensor]:
@@ -574,7 +574,7 @@ def _apply_cached(
     else:
         layer._cache.release_effective_weight()
         sources = (*weight.tensors, *adapter_tensors(layer, names))
-        effective = LazyWeight(weight.shape, sources, lambda: effective_weight(layer, weight, names, dtype=dtype))
+        effective = LazyWeight(weight.shape, sources, lambda: merged_weight(layer, weight, names, dtype=dtype))
     return adapted_layer(x, effective, bias, [], layer._op())[0]
 
 
@@ -616,7 +616,7 @@ def _read(layer: SnellaLayer, names: list[str]) -> Tensor:
     check_weight(layer, weight)
     layer.is_applied = True
     if not layer._needs_gradients(names):
-        return effective_weight(layer, weight, names) if layer.training else layer._cached_weight(names)
+        return merged_weight(layer, weight, names) if layer.training else layer._cached_weight(names)
     if layer.training and any(is_regularized(layer, name) for name in names):
         layer.snella_config[names[0]].watch.on_weight_read(layer.module_name)
     layer._cache.release_effective_weight()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from snella.backends import MergeCache
+from snella.autograd import compute_effective_weight
+from snella.backends import MergeCache, get_backend
 from snella.compat.quantization import Quantization, report_requantization
-from snella.functional import compute_effective_weight, write_effective_weight
-from snella.update import LazyWeight
+from snella.update import LazyWeight, Update
 
 if TYPE_CHECKING:
     from snella.layer import SnellaLayer
@@ -45,7 +45,7 @@ def check_weight(layer: SnellaLayer, weight: Tensor | LazyWeight) -> None:
 
 
 @torch.no_grad()
-def effective_weight(
+def merged_weight(
     layer: SnellaLayer,
     weight: Tensor | LazyWeight | None,
     adapter_names: list[str],
@@ -84,7 +84,7 @@ def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> 
     """
     original = _original_weight(layer)
     check_weight(layer, original)
-    merged = effective_weight(layer, original, [*layer.merged_adapters, *names])
+    merged = merged_weight(layer, original, [*layer.merged_adapters, *names])
     if safe_merge and not torch.isfinite(merged).all():
         broken = ", ".join(names)
         raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
@@ -134,6 +134,31 @@ def refresh(layer: SnellaLayer, adapter_name: str, cache: MergeCache) -> None:
     write_effective_weight(original, layer.get_update(adapter_name), weight, cache)
     if not weight.is_inference():
         torch.autograd.graph.increment_version(weight)  # the kernels do not increment it themselves
+
+
+@torch.no_grad()
+def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: MergeCache | None = None) -> None:
+    """Write `W0 + scaling·S` into an existing tensor, bit-identical to `adapted_layer`.
+
+    Args:
+        weight: `W0`, `[m, …]`.
+        update: The update.
+        out: Output with the shape and dtype of `weight`, in different memory. If both tensors are contiguous and the
+            thresholds are known, the call allocates no other tensor of this size.
+        cache: Cache that the first call with this update fills and later calls read.
+    """
+    cache = MergeCache(update.thresholds) if cache is None else cache
+    if weight.is_contiguous() and out.is_contiguous() and update.spec.backend != "reference":
+        rows = weight.shape[0]
+        backend = get_backend(update.spec.backend)
+        matrices = (weight.detach().view(rows, -1), out.detach().view(rows, -1))
+        merged = backend.merge(update.spec, update.factors, update.budgets, cache.thresholds, cache.columns)
+        cache.thresholds, cache.columns = merged.thresholds, merged.columns
+        backend.add_update(update.spec, merged, *matrices)
+    else:
+        cached_update = update._replace(thresholds=cache.thresholds)
+        total, (cache.thresholds,) = compute_effective_weight(weight, [cached_update], weight.shape)
+        out.copy_(total)
 
 
 def _original_weight(layer: SnellaLayer) -> Tensor | LazyWeight:

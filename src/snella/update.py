@@ -397,8 +397,3 @@ class LazyWeight:
                 f"their versions were {list(versions)}, now {list(self.versions())}; change them before the forward or "
                 "after the backward pass"
             )
-
-    def materialize_wide(self) -> Tensor:
-        """Return the weight in at least float32, the dtype in which updates are added."""
-        weight = self.materialize()
-        return weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -69,9 +69,6 @@ class Backend(ABC):
 
     name: str
 
-    fused_add_in_backward = False
-    """True if `grad_factors` supports `base` and `out`."""
-
     @abstractmethod
     def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:
         """Return the reason why updates with this spec and factors like `A` are not supported, or `None`."""
@@ -100,18 +97,14 @@ class Backend(ABC):
         """Write `base + scaling·S` into `out`: contiguous `[m, n]` of any dtype, possibly the same tensor."""
 
     @abstractmethod
-    def grad_factors(
-        self,
-        spec: UpdateSpec,
-        merged: Merged,
-        grad_weight: Tensor,
-        base: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Gradients:
-        """Return the gradients of factors and scalars, given `grad_weight` = ∂L/∂W `[m, n]`.
+    def grad_factors(self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor) -> Gradients:
+        """Return the gradients of factors and scalars, given `grad_weight` = ∂L/∂W `[m, n]`."""
 
-        With `base` and `out`, a backend with `fused_add_in_backward` also performs `add_update` in the same pass.
-        """
+    def add_and_grad_factors(
+        self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor, base: Tensor, out: Tensor
+    ) -> Gradients | None:
+        """Perform `add_update` and `grad_factors` in one pass; `None` if the backend cannot, and `out` is unchanged."""
+        return None
 
     def grad_weight(self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor, product: Product) -> Tensor:
         """Return ∂L/∂W `[m, n]` of a linear layer. Entries where `S` is zero are unused and may be zero.
@@ -180,14 +173,7 @@ class TorchBackend(Backend):
             elif out is not base:
                 out[rows] = base[rows]
 
-    def grad_factors(  # noqa: D102
-        self,
-        spec: UpdateSpec,
-        merged: Merged,
-        grad_weight: Tensor,
-        base: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Gradients:
+    def grad_factors(self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor) -> Gradients:  # noqa: D102
         grads = zero_gradients(merged.factors)
         for group, (matrix, rows) in enumerate(zip(spec.matrices(merged.factors), spec.rows, strict=True)):
             delta = merged.delta[group]

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from snella.autograd import adapted_layer, compute_effective_weight
 from snella.backends import choose_backend, get_backend
-from snella.functional import adapted_layer, compute_effective_weight
 from snella.kernels import Factors, Kernel, KernelScalars, make_kernel
 from snella.update import LayerOp, LazyWeight, LinearOp, Update, UpdateSpec
 

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snella.autograd import add_by_autograd, sparsify_update
+from snella.autograd import add_by_autograd, compute_effective_weight, sparsify_update
 from snella.backends import TorchBackend
-from snella.functional import compute_effective_weight
 from snella.kernels import KERNELS
 
 from .problems import assert_close_to_reference, draws, make_problem

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from snella.autograd import compute_effective_weight
 from snella.backends import choose_backend, get_backend, missing_reason
-from snella.functional import compute_effective_weight
 
 from .problems import with_backend
 from .triton_problems import DEVICE, needs_triton, triton_problem

@@ -250,14 +250,7 @@ class TritonBackend(Backend):
         with launches.on_device():
             launches.add_sparse(delta, merged.thresholds, base, out)
 
-    def grad_factors(  # noqa: D102
-        self,
-        spec: UpdateSpec,
-        merged: Merged,
-        grad_weight: Tensor,
-        base: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Gradients:
+    def grad_factors(self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor) -> Gradients:  # noqa: D102
         (delta,) = merged.delta or (None,)
         if delta is None:
             return tuple(zero_gradients(merged.factors))
