@@ -16,8 +16,9 @@ from torch import Tensor
 from snella.backends import Gradients, Merged, get_backend, zero_gradients
 from snella.kernels import Factors
 from snella.memory.origins import ORIGIN_ATTRIBUTE, Origin, origin_of, reject_double_backward
+from snella.ops import LayerOp, LazyWeight, LinearOp, without_view
 from snella.sparsify import sparsify
-from snella.update import LayerOp, LazyWeight, LinearOp, Update, without_view
+from snella.update import Update
 
 NUM_FACTORS = len(Factors._fields)
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from snella.autograd import adapted_layer
 from snella.backends import choose_backend
 from snella.kernels import Factors, make_kernel
+from snella.ops import LinearOp
 from snella.sparsify import SparsifyMode
-from snella.update import LinearOp, Update, UpdateSpec
+from snella.update import Update, UpdateSpec
 
 __all__ = ["adapted_layer", "adapted_linear"]
 

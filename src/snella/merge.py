@@ -1,30 +1,34 @@
-"""Base and effective weights of a layer: layout, checks, merging, unmerging, and writing quantized weights."""
+"""Base and effective weights of a layer: checks, merging, unmerging, writing quantized weights, `layer.weight`."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from snella.autograd import compute_effective_weight
 from snella.backends import MergeCache, get_backend
 from snella.compat.quantization import Quantization, report_requantization
-from snella.update import LazyWeight, Update
+from snella.ops import LazyWeight, orient
+from snella.update import Update
 
 if TYPE_CHECKING:
     from snella.layer import SnellaLayer
 
 
-def orient(base: Any, weight: Tensor) -> Tensor:
-    """Convert a weight between the base layer's layout and `[m, …]`, outputs first.
-
-    The two layouts differ only for transformers' `Conv1D`, which stores `[in, out]`.
-    """
-    return weight.T if isinstance(base, Conv1D) else weight
+_METADATA_METHODS = {
+    *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "is_contiguous"),
+    *("is_floating_point", "is_complex", "is_signed", "get_device", "data_ptr", "untyped_storage", "__len__"),
+}
+_VALUE_ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag"}  # attributes that return values
 
 
 def check_weight(layer: SnellaLayer, weight: Tensor | LazyWeight) -> None:
@@ -185,3 +189,73 @@ def _write_quantized(layer: SnellaLayer, merged: Tensor, original: LazyWeight) -
     quantization.write(base, merged)
     stored = quantization.source(base).materialize()
     report_requantization(layer.module_name, quantization.name, original.materialize(), merged, stored)
+
+
+# reads of layer.weight -----------------------------------------------------------------------------------------------
+
+
+class EffectiveWeight(Tensor):
+    """Lazy `W0 + Σ scaling·S`, the value of `layer.weight`; the first operation that reads it merges the updates.
+
+    Shape, dtype, device and `data` come from the base weight, and in-place operations write into the base weight.
+    """
+
+    _base_weight: Tensor
+    _compute: Callable[[], Tensor]
+    _multiply: Callable[[Tensor, Tensor | None], Tensor | None] | None
+    _effective: Tensor | None
+
+    @staticmethod
+    def of(
+        base: Tensor,
+        compute: Callable[[], Tensor],
+        multiply: Callable[[Tensor, Tensor | None], Tensor | None] | None,
+    ) -> EffectiveWeight:
+        """Create a lazy weight with the shape, dtype and device of `base`.
+
+        Args:
+            base: The base weight.
+            compute: Returns the weight with its updates.
+            multiply: Computes `F.linear` of an input, the weight and a bias without saving the weight for the backward
+                pass, or returns `None` if `compute` does not save it either. `None` if the layer is not linear.
+        """
+        weight = base.detach().as_subclass(EffectiveWeight)
+        weight._base_weight, weight._compute, weight._multiply, weight._effective = base, compute, multiply, None
+        return weight
+
+    def value(self) -> Tensor:
+        """Return the effective weight, computed once."""
+        if self._effective is None:
+            self._effective = self._compute()
+        return self._effective
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func` with the base weight for metadata and writes, otherwise with the effective weight."""
+        kwargs = kwargs or {}
+        name = func.__name__
+        unwrap = partial(tree_map_only, EffectiveWeight, EffectiveWeight.value)
+        unwrap_base = partial(tree_map_only, EffectiveWeight, attrgetter("_base_weight"))
+        if func is F.linear and (y := _multiply(*args, **kwargs)) is not None:
+            return y
+        if name == "__get__":
+            is_metadata = func.__self__.__name__ not in _VALUE_ATTRIBUTES
+        else:
+            is_metadata = name in _METADATA_METHODS or name in ("__set__", "__setitem__")
+        is_in_place = name.endswith("_") and not name.endswith("__")
+        if is_metadata or (is_in_place and not args):
+            return func(*unwrap_base(args), **unwrap_base(kwargs))
+        if is_in_place:
+            args = (*unwrap_base(args[:1]), *args[1:])
+        return func(*unwrap(args), **unwrap(kwargs))
+
+
+def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """Return `F.linear` with an effective weight that has not been computed yet, otherwise `None`."""
+    if not isinstance(weight, EffectiveWeight) or weight._multiply is None or weight._effective is not None:
+        return None
+    if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
+        return None
+    return weight._multiply(input, bias)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import platform
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -21,7 +20,8 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from snella._utils import has_suffix, listed
-from snella.cache import buffers_off_meta, check_after_step
+from snella.budgets import buffers_off_meta
+from snella.cache import check_after_step
 from snella.compat.attention import (
     AdaptedAttention,
     Projection,
@@ -36,6 +36,7 @@ from snella.compat.tokens import TokenAdapter, attach_tokens, find_tokens, token
 from snella.config import SnellaConfig
 from snella.layer import SnellaLayer, drop_adapter
 from snella.memory.recompute import mark_outputs, unmark_outputs
+from snella.ops import has_bfloat16_instructions
 from snella.targets import (
     NewHeads,
     all_linear_names,
@@ -666,10 +667,3 @@ def _matches(targets: set[str] | str, name: str) -> bool:
     if isinstance(targets, str):
         return matches_expression(targets, name)
     return any(has_suffix(name, target) for target in targets)
-
-
-def has_bfloat16_instructions() -> bool:
-    """Return whether the processor has native bfloat16 instructions."""
-    if platform.machine() in ("x86_64", "AMD64"):
-        return torch.cpu._is_avx512_bf16_supported()
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import regex
 import torch
@@ -22,6 +22,7 @@ from snella._utils import longest_suffix
 from snella.compat.attention import AdaptedAttention, is_adaptable
 from snella.compat.quantization import find_quantization
 from snella.layer import Conv2d, Linear, SnellaLayer
+from snella.ops import orient
 
 # names of heads among a model's direct children
 _HEAD_NAMES = {"head", "heads", "head_dist", "classifier", "score", "fc", "lm_head", "qa_outputs", "proj_out"}
@@ -292,7 +293,7 @@ def matrix_shape(base: nn.Module) -> tuple[int, int]:
     """Return `(m, n)` of an adaptable module's weight as a matrix."""
     if isinstance(base, nn.Linear):
         return base.out_features, base.in_features  # a quantized weight may have any shape
-    weight: Tensor = base.weight.T if isinstance(base, Conv1D) else base.weight  # type: ignore[assignment]
+    weight = orient(base, cast(Tensor, base.weight))
     return weight.shape[0], weight.shape[1:].numel()
 
 

@@ -12,8 +12,7 @@ from torch.func import functional_call
 
 from snella.compat.hooks import call_inside_hooks, has_hooks, hook_dicts, is_hooked_in_graph, onloaded
 from snella.config import SnellaConfig
-from snella.forward import reject_tracing
-from snella.layer import SnellaLayer
+from snella.layer import SnellaLayer, reject_tracing
 
 _SEPARATE_INPUTS = ("q_proj", "k_proj", "v_proj")
 _OUTPUT = "out_proj"

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map_only
 from snella.autograd import adapted_layer, compute_effective_weight
 from snella.backends import choose_backend, get_backend
 from snella.kernels import Factors, Kernel, KernelScalars, make_kernel
-from snella.update import LayerOp, LazyWeight, LinearOp, Update, UpdateSpec
+from snella.ops import LayerOp, LazyWeight, LinearOp
+from snella.update import Update, UpdateSpec
 
 DRAWS = 16  # root-mean-square errors over several draws do not depend on the rounding of a single draw
 SCALAR_NAMES = KernelScalars._fields

@@ -7,7 +7,8 @@ import torch
 
 from snella.compat.compile import adapted_layer_in_graph
 from snella.kernels import Factors
-from snella.update import Conv2dOp, UpdateSpec
+from snella.ops import Conv2dOp
+from snella.update import UpdateSpec
 
 from .problems import Problem, make_problem, solve
 

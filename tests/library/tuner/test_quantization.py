@@ -15,10 +15,9 @@ from torch import nn
 
 from snella import SnellaConfig
 from snella.compat.quantization import Quantization, report_requantization
-from snella.forward import product_dtype
-from snella.layer import SnellaLayer
+from snella.layer import SnellaLayer, product_dtype
 from snella.merge import merged_weight
-from snella.update import LazyWeight
+from snella.ops import LazyWeight
 
 M, N = 64, 128
 BITSANDBYTES = ["nf4", "fp4", "nf4 double", "nf4 bfloat16", "int8"]
