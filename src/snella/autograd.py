@@ -232,7 +232,7 @@ def forward_pass(
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return forward_pass(x, weight, bias, updates, call)
-    merged = [get_backend(update.spec.backend).merge(*update) for update in updates]
+    merged = [get_backend(update.spec.backend).merge(update) for update in updates]
     effective = add_updates(call.lazy or weight, updates, merged, call.weight_shape, x.dtype)
     y = call.op(x, effective, bias)
     if call.recompute is not None:
@@ -272,7 +272,7 @@ def backward_pass(
             effective, merged = call.recompute.take(source, grad_y.dtype, len(updates))
         if merged is None:
             pairs = zip(updates, saved_merged or [()] * len(updates), strict=True)
-            merged = [get_backend(update.spec.backend).merge(*update, saved) for update, saved in pairs]
+            merged = [get_backend(update.spec.backend).merge(update, saved) for update, saved in pairs]
         if x is not None:
             grad_weight = _grad_weight(grad_y, x, updates, merged, call, needs)
         if needs.x and effective is None:
@@ -313,7 +313,7 @@ def compute_effective_weight(
         if updates and updates[0].spec.backend == "reference":
             total, thresholds = add_by_autograd(weight, updates, weight_shape)
             return total if op_dtype is None else total.to(op_dtype), thresholds
-        merged = [get_backend(update.spec.backend).merge(*update) for update in updates]
+        merged = [get_backend(update.spec.backend).merge(update) for update in updates]
         total = add_updates(weight, updates, merged, weight_shape, op_dtype)
     return total, tuple([matrices.thresholds for matrices in merged])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from snella.autograd import compute_effective_weight
-from snella.backends import MergeCache, get_backend
+from snella.backends import get_backend
 from snella.compat.quantization import Quantization, report_requantization
 from snella.ops import LazyWeight, orient
 from snella.update import Update
@@ -140,6 +140,19 @@ def refresh(layer: SnellaLayer, adapter_name: str, cache: MergeCache) -> None:
         torch.autograd.graph.increment_version(weight)  # the kernels do not increment it themselves
 
 
+@dataclass
+class MergeCache:
+    """Cache for repeated merges of an update: a few numbers per matrix, valid until its factors change.
+
+    Args:
+        thresholds: `[G]`, or `None` before the first merge.
+        columns: `Merged.columns` of the first merge.
+    """
+
+    thresholds: Tensor | None = None
+    columns: tuple[Tensor, ...] = ()
+
+
 @torch.no_grad()
 def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: MergeCache | None = None) -> None:
     """Write `W0 + scaling·S` into an existing tensor, bit-identical to `adapted_layer`.
@@ -152,16 +165,16 @@ def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: M
         cache: Cache that the first call with this update fills and later calls read.
     """
     cache = MergeCache(update.thresholds) if cache is None else cache
+    update = update._replace(thresholds=cache.thresholds)
     if weight.is_contiguous() and out.is_contiguous() and update.spec.backend != "reference":
         rows = weight.shape[0]
         backend = get_backend(update.spec.backend)
         matrices = (weight.detach().view(rows, -1), out.detach().view(rows, -1))
-        merged = backend.merge(update.spec, update.factors, update.budgets, cache.thresholds, cache.columns)
+        merged = backend.merge(update, cache.columns)
         cache.thresholds, cache.columns = merged.thresholds, merged.columns
         backend.add_update(update.spec, merged, *matrices)
     else:
-        cached_update = update._replace(thresholds=cache.thresholds)
-        total, (cache.thresholds,) = compute_effective_weight(weight, [cached_update], weight.shape)
+        total, (cache.thresholds,) = compute_effective_weight(weight, [update], weight.shape)
         out.copy_(total)
 
 

@@ -128,16 +128,10 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
 def store_in_state(
     optimizer: Optimizer, key: str, save: Callable[[], dict[str, Any]], load: Callable[[dict[str, Any]], None]
 ) -> list[RemovableHandle]:
-    """Include a state in an optimizer's state dict, as an entry of its first parameter group.
+    """Include a state in an optimizer's state dict, as entry `key` of the first parameter group.
 
-    Args:
-        optimizer: The optimizer, without wrappers. If its state dict was already loaded, its entry is loaded now.
-        key: Key of the entry.
-        save: Returns the state; called by `optimizer.state_dict`.
-        load: Restores the state; called by `optimizer.load_state_dict` if the entry exists.
-
-    Returns:
-        Handles that remove the hooks.
+    `optimizer.state_dict` calls `save`, and `optimizer.load_state_dict` calls `load` if the entry exists. If the state
+    dict has already been loaded, `load` is called now. Returns the handles of the hooks.
     """
 
     def save_into(_: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from snella.kernels import Factors
 from snella.sparsify import sparsify, sparsify_slope
-from snella.update import UpdateSpec
+from snella.update import Update, UpdateSpec
 
 Implementation = Literal["auto", "triton", "numba", "eager", "reference"]
 _INSTALL = {
@@ -51,19 +51,6 @@ class Merged:
     workspace: Any = None
 
 
-@dataclass
-class MergeCache:
-    """Cache for repeated merges of an update: a few numbers per matrix, valid until its factors change.
-
-    Args:
-        thresholds: `[G]`, or `None` before the first merge.
-        columns: `Merged.columns` of the first merge.
-    """
-
-    thresholds: Tensor | None = None
-    columns: tuple[Tensor, ...] = ()
-
-
 class Backend(ABC):
     """Merge, addition and gradients of an update; all backends agree with `TorchBackend` up to rounding."""
 
@@ -74,21 +61,11 @@ class Backend(ABC):
         """Return the reason why updates with this spec and factors like `A` are not supported, or `None`."""
 
     @abstractmethod
-    def merge(
-        self,
-        spec: UpdateSpec,
-        factors: Factors,
-        budgets: tuple[int, ...],
-        thresholds: Tensor | None = None,
-        saved: tuple[Tensor | None, ...] = (),
-    ) -> Merged:
-        """Merge every matrix with a nonzero budget and compute the thresholds.
+    def merge(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Merged:
+        """Merge every matrix with a nonzero budget and compute unknown thresholds.
 
         Args:
-            spec: Settings of the update.
-            factors: Factors and scalars.
-            budgets: Budget of each matrix.
-            thresholds: `[G]` of an earlier call, if available.
+            update: The update.
             saved: `Merged.delta` or `Merged.columns` of an earlier call with the same factors.
         """
 
@@ -147,14 +124,8 @@ class TorchBackend(Backend):
     def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:  # noqa: D102
         return None
 
-    def merge(  # noqa: D102
-        self,
-        spec: UpdateSpec,
-        factors: Factors,
-        budgets: tuple[int, ...],
-        thresholds: Tensor | None = None,
-        saved: tuple[Tensor | None, ...] = (),
-    ) -> Merged:
+    def merge(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Merged:  # noqa: D102
+        spec, factors, budgets, thresholds = update
         matrices = zip(spec.matrices(factors), budgets, strict=True)
         delta = saved or tuple([spec.merge_matrix(matrix) if budget else None for matrix, budget in matrices])
         if thresholds is None:
@@ -265,7 +236,6 @@ __all__ = [
     "Backend",
     "Gradients",
     "Implementation",
-    "MergeCache",
     "Merged",
     "TorchBackend",
     "choose_backend",

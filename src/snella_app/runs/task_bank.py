@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from snella.backends import MergeCache
 from snella.kernels import Factors
 from snella.layer import SnellaLayer
-from snella.merge import write_effective_weight
+from snella.merge import MergeCache, write_effective_weight
 from snella.update import Update
 from snella_app.data import read_image
 from snella_app.device import choose_device

@@ -11,11 +11,10 @@ from torch import nn
 
 from snella import SnellaConfig, hotswap
 from snella.autograd import compute_effective_weight
-from snella.backends import MergeCache
 from snella.compat.hotswap import AdapterValues
 from snella.kernels import Factors, make_kernel
 from snella.layer import SnellaLayer
-from snella.merge import write_effective_weight
+from snella.merge import MergeCache, write_effective_weight
 from snella.update import Update, UpdateSpec
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

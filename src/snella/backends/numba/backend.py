@@ -20,7 +20,7 @@ from snella.backends import Backend, Gradients, Merged, Product
 from snella.backends.numba import backward, forward
 from snella.kernels import Factors, MixK, NormalizedRBF, PLinear
 from snella.sparsify import KEEP_ALL
-from snella.update import UpdateSpec
+from snella.update import Update, UpdateSpec
 
 _MAX_WIDTH, _MIN_WIDTH = 192, 96
 _MIN_BLOCKS = 6  # enough parallelism for a few threads
@@ -76,14 +76,8 @@ class NumbaBackend(Backend):
             return f"normalizes over the outputs, got softmax_dim={spec.kernel.softmax_dim}"
         return None
 
-    def merge(  # noqa: D102
-        self,
-        spec: UpdateSpec,
-        factors: Factors,
-        budgets: tuple[int, ...],
-        thresholds: Tensor | None = None,
-        saved: tuple[Tensor | None, ...] = (),
-    ) -> Merged:
+    def merge(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Merged:  # noqa: D102
+        spec, factors, budgets, thresholds = update
         threshold_values = [None] * len(budgets) if thresholds is None else thresholds.tolist()
         columns = saved[0] if saved and thresholds is not None else None
         is_new = columns is None

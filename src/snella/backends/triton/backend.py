@@ -14,7 +14,7 @@ from snella.backends import Backend, Gradients, Merged, zero_gradients
 from snella.backends.triton import backward, forward
 from snella.kernels import Factors, MixK, NormalizedRBF, PLinear
 from snella.sparsify import KEEP_ALL
-from snella.update import UpdateSpec
+from snella.update import Update, UpdateSpec
 
 # fixed instead of autotuned, because they determine the order of sums and therefore the bits of results
 TILE = {"BLOCK_M": 32, "BLOCK_N": 64}
@@ -216,14 +216,8 @@ class TritonBackend(Backend):
                 return f"requires compute capability {_MIN_CAPABILITY}, got {capability} on {str(A.device)!r}"
         return None
 
-    def merge(  # noqa: D102
-        self,
-        spec: UpdateSpec,
-        factors: Factors,
-        budgets: tuple[int, ...],
-        thresholds: Tensor | None = None,
-        saved: tuple[Tensor | None, ...] = (),
-    ) -> Merged:
+    def merge(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Merged:  # noqa: D102
+        spec, factors, budgets, thresholds = update
         launches = _Launches(spec, factors, budgets)
         if not any(budgets):
             infinite = launches.new(launches.groups).fill_(torch.inf) if thresholds is None else thresholds
