@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from snella import BudgetAllocator, create_snella_optimizer
 from snella.allocator import allocate
+from snella.autograd import compute_effective_weight
 from snella.backends import choose_backend
 from snella.backends.numba.backend import NumbaBackend, sddmm_weight_grad
-from snella.functional import compute_effective_weight
-from snella.kernels import make_kernel
+from snella.kernels import Factors, make_kernel
 from snella.layer import SnellaLayer
-from snella.update import Factors, Update, UpdateSpec
+from snella.update import Update, UpdateSpec
 from snella_lab.bench.baselines import BASELINES, Workload, random_batch
 from snella_lab.bench.bench import setting_fields
 from snella_lab.bench.reference import op_error
@@ -42,7 +42,7 @@ def measure_sampling(
     spec, budget = UpdateSpec(make_kernel("mix_k"), (m,), backend="numba"), round(density * m * n)
     x, grad_y = torch.randn(tokens, n, generator=generator), torch.randn(tokens, m, generator=generator)
     backend = NumbaBackend()
-    (matrix,) = backend.merge(spec, factors, (budget,)).workspace
+    (matrix,) = backend.merge(Update(spec, factors, (budget,))).workspace
     if matrix is None:
         raise RuntimeError(f"density must select at least one entry, got {density}; increase it")
 

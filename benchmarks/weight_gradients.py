@@ -4,7 +4,7 @@ python benchmarks/weight_gradients.py
 
 The model is a frozen DINOv2-S with a linear probe as its head and no update. For each linear layer in its blocks, the
 script computes G = Σ_t g_t x_tᵀ on one batch, and the error ‖Ĝ − G‖/‖G‖ of several estimates: `sample:P` (see
-`snella.memory.sampling`); `pairs`, sums of neighboring tokens, except prefix tokens (the low half of a Walsh-Hadamard
+`snella.ops`); `pairs`, sums of neighboring tokens, except prefix tokens (the low half of a Walsh-Hadamard
 transform); `bfloat16`, g and x rounded to bfloat16; `eight bits`, g and x with `compress_activations`; `other images`,
 the mean gradient over `--batches` batches. Appends a JSON line per task to weight_gradients.jsonl.
 """
@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from snella.memory.origins import origin_of
 from snella.memory.recompute import mark_outputs, unmark_outputs
-from snella.memory.sampling import sample_tokens
+from snella.ops import sample_tokens
 from snella_app.config import TrainConfig
 from snella_app.data.transforms import build_transform
 from snella_app.records import BackboneInfo

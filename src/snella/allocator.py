@@ -12,12 +12,13 @@ from typing import Any, Self
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from snella._utils import listed
 from snella.allocation import allocate, budget_at
 from snella.importance import ImportanceTracker
 from snella.matrices import AdaptedMatrix, adapted_matrices
-from snella.optimizer import MATCHER_ATTRIBUTE
+from snella.optimizer import MATCHER_ATTRIBUTE, store_in_state, unwrap
 
 _STATE_KEY = "snella_allocator"  # in the first parameter group of an optimizer's state
 _FORMAT = 2
@@ -97,7 +98,7 @@ class BudgetAllocator:
         self._num_gradient_checks = 0  # steps checked for missing gradients
         self._without_gradient = {matrix.name for matrix in self.matrices}
         self.has_exact_steps = False  # True if a trainer provides the exact step count
-        self._handles: list[torch.utils.hooks.RemovableHandle | _ZeroGradHook] = []
+        self._handles: list[RemovableHandle | _ZeroGradHook] = []
         self._allocate(0)
 
     # budgets -------------------------------------------------------------------------------------------------------
@@ -151,8 +152,7 @@ class BudgetAllocator:
         if self._handles:
             raise RuntimeError("the allocator is already attached to an optimizer; call detach() first")
         _reject_deepspeed(optimizer)
-        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = inner
+        optimizer = unwrap(optimizer)
         if not self._is_optimized_by(optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} has none of the factors of adapter {self.adapter_name!r}; create the "
@@ -166,14 +166,12 @@ class BudgetAllocator:
                 stacklevel=2,
             )
         self._handles = [
+            *store_in_state(optimizer, _STATE_KEY, self._packed_state, self._load_packed_state),
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_post_hook(self._save_into),
-            optimizer.register_load_state_dict_post_hook(self._load_from),
             _ZeroGradHook(optimizer, self._before_zero_grad),
         ]
         self.config.watch.is_attached = True
-        self._load_from(optimizer)
         self._has_checked_optimizer = False
         return self
 
@@ -372,15 +370,12 @@ class BudgetAllocator:
         self.history = [dict(entry) for entry in state["history"]]
         self._set_budgets([int(value) for value in state["budgets"].values()])
 
-    def _save_into(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
+    def _packed_state(self) -> dict[str, Any]:
         # a string, because torch.distributed.checkpoint rejects lists that differ in length from the current state
         state = self.state_dict()
-        state_dict["param_groups"][0][_STATE_KEY] = {**state, "history": json.dumps(state["history"])}
+        return {**state, "history": json.dumps(state["history"])}
 
-    def _load_from(self, optimizer: Optimizer) -> None:
-        state = optimizer.param_groups[0].pop(_STATE_KEY, None)
-        if state is None:
-            return
+    def _load_packed_state(self, state: dict[str, Any]) -> None:
         if state.get("format") == _FORMAT:
             state = {**state, "history": json.loads(state["history"])}
         self.load_state_dict(state)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from snella.backends import Gradients, Merged, get_backend, zero_gradients
+from snella.kernels import Factors
 from snella.memory.origins import ORIGIN_ATTRIBUTE, Origin, origin_of, reject_double_backward
+from snella.ops import LayerOp, LazyWeight, LinearOp, without_view
 from snella.sparsify import sparsify
-from snella.update import Factors, LayerOp, LazyWeight, LinearOp, Update, without_view
+from snella.update import Update
 
 NUM_FACTORS = len(Factors._fields)
 
@@ -146,9 +148,8 @@ def adapted_layer(
         return op(x, weight.to(x.dtype), bias), ()
     if updates and updates[0].spec.backend == "reference":
         # autograd saves the effective weight and every intermediate of the merge
-        base = weight.materialize_wide() if isinstance(weight, LazyWeight) else weight
         with torch.autocast(x.device.type, enabled=False):
-            effective, thresholds = add_by_autograd(base, updates, weight_shape)
+            effective, thresholds = add_by_autograd(weight, updates, weight_shape)
             return op(x, effective.to(x.dtype), bias), thresholds
     lazy = weight if isinstance(weight, LazyWeight) else None
     call = LayerCall(op, weight_shape, cache_delta, lazy, recompute, origin)
@@ -231,10 +232,8 @@ def forward_pass(
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return forward_pass(x, weight, bias, updates, call)
-    merged = [get_backend(update.spec.backend).merge(*update) for update in updates]
-    base = weight if call.lazy is None else call.lazy.materialize()
-    effective = add_updates(base, updates, merged, call.weight_shape, x.dtype, call.lazy is not None)
-    del base
+    merged = [get_backend(update.spec.backend).merge(update) for update in updates]
+    effective = add_updates(call.lazy or weight, updates, merged, call.weight_shape, x.dtype)
     y = call.op(x, effective, bias)
     if call.recompute is not None:
         call.recompute.stash(effective, merged, weight if call.lazy is None else call.lazy.tensors[0])
@@ -273,11 +272,12 @@ def backward_pass(
             effective, merged = call.recompute.take(source, grad_y.dtype, len(updates))
         if merged is None:
             pairs = zip(updates, saved_merged or [()] * len(updates), strict=True)
-            merged = [get_backend(update.spec.backend).merge(*update, saved) for update, saved in pairs]
+            merged = [get_backend(update.spec.backend).merge(update, saved) for update, saved in pairs]
         if x is not None:
             grad_weight = _grad_weight(grad_y, x, updates, merged, call, needs)
         if needs.x and effective is None:
-            effective, grads = _weight_and_gradients(weight, updates, merged, call, grad_weight, grad_y.dtype, needs)
+            base = call.lazy or weight
+            effective, grads = _weight_and_gradients(base, updates, merged, shape, grad_weight, grad_y.dtype, needs)
         if needs.x and effective is not None:
             grad_x = op.grad_input(grad_y, effective, x_shape)
         effective = None
@@ -290,58 +290,87 @@ def backward_pass(
     return grad_x, grad_weight.to(weight.dtype), grad_bias, grads
 
 
+def compute_effective_weight(
+    weight: Tensor | LazyWeight | None,
+    updates: Sequence[Update],
+    weight_shape: torch.Size,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Compute the detached `W0 + Σ scaling·S` of `adapted_layer`.
+
+    Args:
+        weight: `[m, …]`, or `None` for the sum of the updates.
+        updates: Updates of this weight.
+        weight_shape: Shape of the result.
+        dtype: Dtype of the result if `weight` is a `LazyWeight`: the op's dtype, or float32 for full precision.
+            Otherwise, the result has the dtype of `weight`.
+
+    Returns:
+        The weight, and the thresholds `[G]` of each update.
+    """
+    op_dtype = dtype if isinstance(weight, LazyWeight) else None
+    with torch.no_grad():
+        if updates and updates[0].spec.backend == "reference":
+            total, thresholds = add_by_autograd(weight, updates, weight_shape)
+            return total if op_dtype is None else total.to(op_dtype), thresholds
+        merged = [get_backend(update.spec.backend).merge(update) for update in updates]
+        total = add_updates(weight, updates, merged, weight_shape, op_dtype)
+    return total, tuple([matrices.thresholds for matrices in merged])
+
+
 def add_updates(
-    weight: Tensor | None,
+    weight: Tensor | LazyWeight | None,
     updates: Sequence[Update],
     merged: Sequence[Merged],
     shape: torch.Size,
     dtype: torch.dtype | None = None,
-    owns_buffer: bool = False,
 ) -> Tensor:
     """Return `W0 + Σ scaling·S`, `[m, …]`, from merged matrices.
 
     Args:
-        weight: `W0`, or `None` for the sum of the updates.
+        weight: `W0`, or `None` for the sum of the updates. The sum of a `LazyWeight` skips the rounding to its dtype.
         updates: Updates of this weight.
         merged: Merged matrices of each update.
         shape: Shape of the result.
         dtype: Dtype of the layer op, to which the result is rounded. `None` uses the dtype of `weight`, or without a
             weight the dtype of the merged updates.
-        owns_buffer: True if this function may overwrite `weight`. The sum then skips the rounding to the dtype of
-            `weight`.
     """
-    if weight is not None and not updates:
-        return weight if dtype is None else weight.to(dtype)
     if weight is not None and len(updates) == 1:
-        base, out = _base_and_out(weight, updates[0].factors.A.dtype, shape, dtype, owns_buffer)
-        get_backend(updates[0].spec.backend).add_update(updates[0].spec, merged[0], base, out.view(shape[0], -1))
+        matrix, out = _base_and_out(weight, updates[0].factors.A.dtype, shape, dtype)
+        get_backend(updates[0].spec.backend).add_update(updates[0].spec, merged[0], matrix, out.view(shape[0], -1))
         return out if dtype is None else out.to(dtype)
-    wide_dtype = torch.float32 if weight is None else torch.promote_types(weight.dtype, torch.float32)
+    owns_buffer = isinstance(weight, LazyWeight)
+    base = weight.materialize() if isinstance(weight, LazyWeight) else weight
+    if base is not None and not updates:
+        return base if dtype is None else base.to(dtype)
+    wide_dtype = torch.float32 if base is None else torch.promote_types(base.dtype, torch.float32)
     for update in updates:
         wide_dtype = torch.promote_types(wide_dtype, update.factors.A.dtype)
-    if weight is None:
+    if base is None:
         total = torch.zeros(shape, dtype=wide_dtype, device=updates[0].factors.A.device)
     else:
         # the matrix view needs contiguous memory; the weight may be transposed or channels-last
-        total = weight.detach().to(wide_dtype).contiguous()
-        if not owns_buffer and total.data_ptr() == weight.data_ptr():
+        total = base.detach().to(wide_dtype).contiguous()
+        if not owns_buffer and total.data_ptr() == base.data_ptr():
             total = total.clone()
     matrix = total.view(shape[0], -1)
     for update, matrices in zip(updates, merged, strict=True):
         get_backend(update.spec.backend).add_update(update.spec, matrices, matrix, matrix)
-    if weight is not None and not owns_buffer:
-        total = total.to(weight.dtype)
+    if base is not None and not owns_buffer:
+        total = total.to(base.dtype)
     return total if dtype is None else total.to(dtype)
 
 
 def _base_and_out(
-    weight: Tensor, factor_dtype: torch.dtype, shape: torch.Size, dtype: torch.dtype | None, owns_buffer: bool
+    weight: Tensor | LazyWeight, factor_dtype: torch.dtype, shape: torch.Size, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the weight as a matrix, and the output buffer of the sum: the same memory or a new tensor.
+    """Return the weight as a matrix, and the output buffer of the sum: a new tensor, or the memory of a lazy weight.
 
     Backends read and write both in their dtypes, so neither needs a float32 copy. A float32 sum is written directly in
     the dtype of the layer op.
     """
+    owns_buffer = isinstance(weight, LazyWeight)
+    weight = weight.materialize() if isinstance(weight, LazyWeight) else weight
     base = weight.detach().contiguous().view(shape[0], -1)
     is_rounded_once = owns_buffer or (weight.dtype == torch.float32 and factor_dtype != torch.float64)
     out_dtype = dtype if dtype is not None and is_rounded_once else weight.dtype
@@ -369,25 +398,24 @@ def _grad_weight(
 
 
 def _weight_and_gradients(
-    weight: Tensor | None,
+    weight: Tensor | LazyWeight | None,
     updates: Sequence[Update],
     merged: Sequence[Merged],
-    call: LayerCall,
+    shape: torch.Size,
     grad_weight: Tensor | None,
     dtype: torch.dtype,
     needs: RequiredGrads,
 ) -> tuple[Tensor, Gradients | None]:
     """Return the effective weight, and the factors' gradients if the backend computes both in one pass."""
-    shape, owns_buffer = call.weight_shape, call.lazy is not None
-    base = weight if call.lazy is None else call.lazy.materialize()
-    if len(updates) == 1 and base is not None and grad_weight is not None and any(needs.factors):
-        spec, backend = updates[0].spec, get_backend(updates[0].spec.backend)
-        if backend.fused_add_in_backward:
-            matrix, out = _base_and_out(base, updates[0].factors.A.dtype, shape, dtype, owns_buffer)
-            grad = grad_weight.reshape(shape[0], -1)
-            grads = backend.grad_factors(spec, merged[0], grad, matrix, out.view(shape[0], -1))
-            return out.to(dtype), grads
-    return add_updates(base, updates, merged, shape, dtype, owns_buffer), None
+    if len(updates) != 1 or weight is None or grad_weight is None or not any(needs.factors):
+        return add_updates(weight, updates, merged, shape, dtype), None
+    spec, backend = updates[0].spec, get_backend(updates[0].spec.backend)
+    base, out = _base_and_out(weight, updates[0].factors.A.dtype, shape, dtype)
+    matrix = out.view(shape[0], -1)
+    grads = backend.add_and_grad_factors(spec, merged[0], grad_weight.reshape(shape[0], -1), base, matrix)
+    if grads is None:
+        backend.add_update(spec, merged[0], base, matrix)
+    return out.to(dtype), grads
 
 
 def _factor_gradients(
@@ -425,11 +453,12 @@ def sparsify_update(update: Update) -> tuple[list[Tensor], Tensor]:
 
 
 def add_by_autograd(
-    weight: Tensor | None, updates: Sequence[Update], shape: torch.Size | None = None
+    weight: Tensor | LazyWeight | None, updates: Sequence[Update], shape: torch.Size | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Compute `W0 + Σ scaling·S`, differentiable by autograd with respect to all inputs; the reference implementation.
 
-    The sum is computed in the wider of the two dtypes and rounded once to the dtype of `weight`.
+    The sum is computed in the wider of the two dtypes and rounded once to the dtype of `weight`; a `LazyWeight` is
+    materialized in at least float32.
 
     Args:
         weight: Frozen weight, `[m, …]`, or `None` for the sum of the updates.
@@ -440,7 +469,13 @@ def add_by_autograd(
         The sum, with the shape and dtype of `weight` (without a weight, `shape` and the dtype of the merged updates),
         and the thresholds of each update.
     """
-    total, all_thresholds = weight, []
+    base: Tensor | None
+    if isinstance(weight, LazyWeight):
+        base = weight.materialize()
+        base = base.to(torch.promote_types(base.dtype, torch.float32))
+    else:
+        base = weight
+    total, all_thresholds = base, []
     for update in updates:
         matrices, thresholds = sparsify_update(update)
         delta = update.spec.scaling * torch.cat(matrices)
@@ -450,4 +485,4 @@ def add_by_autograd(
             total = total.to(torch.promote_types(total.dtype, delta.dtype)) + delta.reshape(total.shape)
         all_thresholds.append(thresholds)
     result = cast(Tensor, total)
-    return result if weight is None else result.to(weight.dtype), tuple(all_thresholds)
+    return result if base is None else result.to(base.dtype), tuple(all_thresholds)

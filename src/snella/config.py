@@ -20,7 +20,7 @@ from snella._utils import did_you_mean, has_suffix, longest_suffix
 from snella.allocation import Schedule
 from snella.backends import Implementation
 from snella.kernels import KERNELS, Kernel, make_kernel
-from snella.memory.sampling import parse_weight_gradient
+from snella.ops import parse_weight_gradient
 from snella.sparsify import SparsifyMode
 from snella.watch import TrainingWatch
 
@@ -190,7 +190,7 @@ class SnellaConfig(PeftConfig):
             Outputs stay exact; gradients are computed at the rounded activations.
         weight_gradient: Computation of the updates' gradients in linear layers: `"exact"`; `"bfloat16"`, from tokens
             rounded to bfloat16 (faster on processors with bfloat16 instructions); or `"sample:P"`, an unbiased estimate
-            from a fraction `P` of the tokens, e.g. `"sample:1/2"` (see `snella.memory.sampling.sample_tokens`). Outputs
+            from a fraction `P` of the tokens, e.g. `"sample:1/2"` (see `snella.ops.sample_tokens`). Outputs
             and all other gradients stay exact. Convolutions, `impl="reference"` and weights that a model reads for
             operations other than `F.linear` always use exact gradients.
         impl: Implementation of the adapted layer: `"auto"`, `"triton"` (Triton kernels on a CUDA device), `"numba"`

@@ -2,74 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from snella.autograd import adapted_layer, add_by_autograd, add_updates
-from snella.backends import MergeCache, choose_backend, get_backend
-from snella.kernels import make_kernel
+from snella.autograd import adapted_layer
+from snella.backends import choose_backend
+from snella.kernels import Factors, make_kernel
+from snella.ops import LinearOp
 from snella.sparsify import SparsifyMode
-from snella.update import Factors, LazyWeight, LinearOp, Update, UpdateSpec
+from snella.update import Update, UpdateSpec
 
-__all__ = ["adapted_layer", "adapted_linear", "compute_effective_weight", "write_effective_weight"]
-
-
-def compute_effective_weight(
-    weight: Tensor | LazyWeight | None,
-    updates: Sequence[Update],
-    weight_shape: torch.Size,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Compute a detached `W0 + Σ scaling·S`, bit-identical to `adapted_layer`.
-
-    Args:
-        weight: `[m, …]`, or `None` for the sum of the updates.
-        updates: Updates of this weight.
-        weight_shape: Shape of the result.
-        dtype: Dtype of the result if `weight` is a `LazyWeight`: the op's dtype, or float32 for full precision.
-            Otherwise, the result has the dtype of `weight`.
-
-    Returns:
-        The weight, and the thresholds `[G]` of each update.
-    """
-    is_lazy = isinstance(weight, LazyWeight)
-    with torch.no_grad():
-        if updates and updates[0].spec.backend == "reference":
-            base = weight.materialize_wide() if isinstance(weight, LazyWeight) else weight
-            total, thresholds = add_by_autograd(base, updates, weight_shape)
-            return total.to(dtype) if is_lazy else total, thresholds
-        merged = [get_backend(update.spec.backend).merge(*update) for update in updates]
-        base = weight.materialize() if isinstance(weight, LazyWeight) else weight
-        total = add_updates(base, updates, merged, weight_shape, dtype if is_lazy else None, is_lazy)
-    return total, tuple([matrices.thresholds for matrices in merged])
-
-
-@torch.no_grad()
-def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: MergeCache | None = None) -> None:
-    """Write `W0 + scaling·S` into an existing tensor, bit-identical to `adapted_layer`.
-
-    Args:
-        weight: `W0`, `[m, …]`.
-        update: The update.
-        out: Output with the shape and dtype of `weight`, in different memory. If both tensors are contiguous and the
-            thresholds are known, the call allocates no other tensor of this size.
-        cache: Cache that the first call with this update fills and later calls read.
-    """
-    cache = MergeCache(update.thresholds) if cache is None else cache
-    if weight.is_contiguous() and out.is_contiguous() and update.spec.backend != "reference":
-        rows = weight.shape[0]
-        backend = get_backend(update.spec.backend)
-        matrices = (weight.detach().view(rows, -1), out.detach().view(rows, -1))
-        merged = backend.merge(update.spec, update.factors, update.budgets, cache.thresholds, cache.columns)
-        cache.thresholds, cache.columns = merged.thresholds, merged.columns
-        backend.add_update(update.spec, merged, *matrices)
-    else:
-        cached_update = update._replace(thresholds=cache.thresholds)
-        total, (cache.thresholds,) = compute_effective_weight(weight, [cached_update], weight.shape)
-        out.copy_(total)
+__all__ = ["adapted_layer", "adapted_linear"]
 
 
 def adapted_linear(

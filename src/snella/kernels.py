@@ -43,8 +43,19 @@ class KernelScalars(NamedTuple):
         return list(values.values())
 
 
-class MergeGradients(NamedTuple):
-    """Gradients of a scalar loss with respect to the inputs of `Kernel.merge`; `None` for unused inputs."""
+class Factors(NamedTuple):
+    """Differentiable tensors of an update, or their gradients.
+
+    Gradients of one matrix (`Kernel.vjp`) have no leading `G`, and `None` for inputs that the kernel does not use.
+
+    Args:
+        A: Input-side factors, `[G, n, r]`.
+        B: Output-side factors, `[m, r]`, the rows of all matrices concatenated.
+        piece_coeff: `[G, P]`.
+        alpha: `[G]`, like `beta` and `temperature`; see `KernelScalars`.
+        beta: `[G]`.
+        temperature: `[G]`.
+    """
 
     A: Tensor
     B: Tensor
@@ -121,7 +132,7 @@ class Kernel:
         """Return `ΔW`, `[m, n]`, from `A` `[n, r]` and `B` `[m, r]`."""
         raise NotImplementedError
 
-    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:
+    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> Factors:
         """Return the gradients of the inputs of `merge`, given `grad` = ∂L/∂ΔW, `[m, n]`."""
         raise NotImplementedError
 
@@ -134,8 +145,8 @@ class Linear(Kernel):
     def merge(self, A: Tensor, B: Tensor, scalars: KernelScalars) -> Tensor:  # noqa: D102
         return B @ A.T
 
-    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:  # noqa: D102
-        return MergeGradients(A=grad.T @ B, B=grad @ A)
+    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> Factors:  # noqa: D102
+        return Factors(A=grad.T @ B, B=grad @ A)
 
 
 class Sigmoid(Kernel):
@@ -151,11 +162,11 @@ class Sigmoid(Kernel):
         alpha, beta = scalars.require("alpha", "beta")
         return alpha * torch.sigmoid(B @ A.T) + beta
 
-    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:  # noqa: D102
+    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> Factors:  # noqa: D102
         (alpha,) = scalars.require("alpha")
         sigmoid = torch.sigmoid(B @ A.T)
         grad_inner = alpha * grad * sigmoid * (1 - sigmoid)
-        return MergeGradients(A=grad_inner.T @ B, B=grad_inner @ A, alpha=(grad * sigmoid).sum(), beta=grad.sum())
+        return Factors(A=grad_inner.T @ B, B=grad_inner @ A, alpha=(grad * sigmoid).sum(), beta=grad.sum())
 
 
 class RBF(Kernel):
@@ -172,13 +183,13 @@ class RBF(Kernel):
         distance = piece_distances(A, B, 1)[0]
         return alpha * torch.exp(-distance * distance) + beta
 
-    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:  # noqa: D102
+    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> Factors:  # noqa: D102
         (alpha,) = scalars.require("alpha")
         distances = piece_distances(A, B, 1)
         gaussian = torch.exp(-distances[0] * distances[0])
         grad_distance = -2 * alpha * grad * gaussian * distances[0]
         grad_A, grad_B = _piece_distances_vjp(A, B, distances, grad_distance[None])
-        return MergeGradients(A=grad_A, B=grad_B, alpha=(grad * gaussian).sum(), beta=grad.sum())
+        return Factors(A=grad_A, B=grad_B, alpha=(grad * gaussian).sum(), beta=grad.sum())
 
 
 class PLinear(Kernel):
@@ -191,16 +202,16 @@ class PLinear(Kernel):
         (coeff,) = scalars.require("piece_coeff")
         return torch.einsum("p,pmn->mn", coeff, piece_distances(A, B, self.num_pieces))
 
-    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:  # noqa: D102
+    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> Factors:  # noqa: D102
         return self._combine_vjp(A, B, piece_distances(A, B, self.num_pieces), scalars, grad)
 
     @staticmethod
-    def _combine_vjp(A: Tensor, B: Tensor, distances: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:
+    def _combine_vjp(A: Tensor, B: Tensor, distances: Tensor, scalars: KernelScalars, grad: Tensor) -> Factors:
         """Return the gradients of the factors and of `α_p`, given `grad` = ∂L/∂κ_p, `[m, n]`."""
         (coeff,) = scalars.require("piece_coeff")
         grad_coeff = torch.stack([torch.sum(grad * distance) for distance in distances])
         grad_A, grad_B = _piece_distances_vjp(A, B, distances, coeff[:, None, None] * grad)
-        return MergeGradients(A=grad_A, B=grad_B, piece_coeff=grad_coeff)
+        return Factors(A=grad_A, B=grad_B, piece_coeff=grad_coeff)
 
 
 class NormalizedRBF(PLinear):
@@ -219,7 +230,7 @@ class NormalizedRBF(PLinear):
         merged = alpha * probs + beta
         return merged + value if self.has_linear_term else merged
 
-    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> MergeGradients:  # noqa: D102
+    def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> Factors:  # noqa: D102
         alpha, coeff = scalars.require("alpha", "piece_coeff")
         distances = piece_distances(A, B, self.num_pieces)
         value = torch.einsum("p,pmn->mn", coeff, distances)

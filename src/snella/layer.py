@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Self, cast
 
 import torch
+import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
@@ -17,44 +18,25 @@ from transformers.pytorch_utils import Conv1D
 
 from snella.autograd import adapted_layer
 from snella.backends import choose_backend
-from snella.cache import (
-    AdapterState,
-    EffectiveWeight,
-    LayerCache,
-    LiveBudgets,
+from snella.budgets import (
+    Budgets,
     buffers_off_meta,
     read_budgets,
     restore_budgets,
     seal_all_budgets,
     seal_budgets,
+    write_budgets,
 )
+from snella.cache import AdapterState, LayerCache
 from snella.compat.compile import forward_in_graph, weight_in_graph
 from snella.compat.hooks import call_inside_hooks, hook_dicts, onloaded
-from snella.compat.quantization import find_quantization
+from snella.compat.quantization import Quantization, find_quantization
 from snella.config import SnellaConfig
-from snella.forward import add_branches, is_regularized, prepare_input, product_dtype, reject_tracing
-from snella.memory.sampling import parse_weight_gradient
-from snella.merge import (
-    check_weight,
-    effective_weight,
-    merge_updates,
-    orient,
-    sparse_updates,
-    unmerge_updates,
-)
+from snella.kernels import Factors
+from snella.merge import EffectiveWeight, check_weight, merge_updates, merged_weight, sparse_updates, unmerge_updates
+from snella.ops import Conv2dOp, LayerOp, LazyWeight, LinearOp, WeightOp, orient, pad_input, parse_weight_gradient
 from snella.sparsify import SparsifyMode
-from snella.update import (
-    Conv2dOp,
-    Factors,
-    LayerOp,
-    LazyWeight,
-    LinearOp,
-    Update,
-    UpdateSpec,
-    WeightOp,
-    bound_initial_update,
-    init_factors,
-)
+from snella.update import Update, UpdateSpec, bound_initial_update, init_factors
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +81,24 @@ class UpdatePlan(NamedTuple):
         self.cache_thresholds(thresholds)
         return y
 
+    def add_branches(self, layer: SnellaLayer, y: Tensor, x: Tensor, apply: Callable[[Tensor, str], Tensor]) -> Tensor:
+        """Return `y` plus the updates of the branches, with dropout on their input and drop-path on their output.
+
+        Args:
+            layer: Layer of this plan.
+            y: Output of the layer without these updates.
+            x: Input of the layer.
+            apply: Applies one adapter's update to an input.
+        """
+        for name in self.branches:
+            config = layer.snella_config[name]
+            branch = apply(F.dropout(x, config.dropout_of(layer.module_name), training=True), name)
+            if rate := config.update_drop_path:
+                keep = torch.rand((branch.shape[0],) + (1,) * (branch.ndim - 1), device=branch.device) >= rate
+                branch = branch * keep.to(branch.dtype) / (1 - rate)
+            y = y + branch.to(y.dtype)
+        return y
+
     def cache_thresholds(self, thresholds: Iterable[Tensor]) -> None:
         """Cache the thresholds of each update."""
         for state, update_thresholds in zip(self.states, thresholds, strict=True):
@@ -114,7 +114,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     input or drop-path on its output is a separate branch. A weight `[m, …]` consists of `G` stacked matrices (3 in a
     fused qkv layer). Every adapter has `snella_A` `[G, n, r]`, `snella_B` `[m, r]`, the kernel's scalars `[G]` or
     `[G, P]`, and `snella_budget` `[G]`. The budgets are saved with the adapter, so a reloaded adapter has exactly the
-    same weights. `snella.cache` protects them from model averaging.
+    same weights. `snella.budgets` protects them from model averaging.
     """
 
     adapter_layer_names = tuple(f"snella_{name}" for name in Factors._fields)
@@ -159,7 +159,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._specs: dict[str, tuple[UpdateSpec, torch.device, torch.dtype]] = {}
         self._cache = LayerCache()
-        self._live_budgets = LiveBudgets()
+        self._budgets = Budgets()
         self.register_state_dict_pre_hook(restore_budgets)
         self.register_load_state_dict_post_hook(seal_all_budgets)
         self._unmerged_weight: Tensor | None = None
@@ -227,7 +227,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         for name in names:
             config = self.snella_config[name]
             may_branch = with_branches and self.training and (config.update_dropout or config.update_drop_path)
-            if may_branch and is_regularized(self, name):
+            if may_branch and _is_regularized(self, name):
                 branches.append(name)
                 continue
             folded.append(name)
@@ -287,10 +287,10 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         base_tensors: tuple[Tensor, ...] = (base.weight,)
         if isinstance(weight, LazyWeight):
             base_tensors, settings = weight.tensors, (*settings, dtype)
-        return self._cache.effective_weight(
+        return self._cache.weight(
             (*base_tensors, *adapter_tensors(self, names)),
             settings,
-            lambda: effective_weight(self, weight, names, dtype=dtype),
+            lambda: merged_weight(self, weight, names, dtype=dtype),
         )
 
     # merging -------------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             adapter: Name of the adapter.
             dtype: Dtype of the result; defaults to the factors' dtype.
         """
-        delta = effective_weight(self, None, [adapter])
+        delta = merged_weight(self, None, [adapter])
         return orient(self.get_base_layer(), delta.to(dtype or self.snella_A[adapter].dtype))
 
     def sparse_updates(self, adapter_name: str) -> list[Tensor]:
@@ -366,7 +366,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         _update_linear_op(self)
         self._specs.pop(adapter_name, None)
         update_specs(self)
-        self._cache.clear()
+        self.clear_cache()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -374,19 +374,17 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         _update_linear_op(self)
         self._specs.pop(adapter_name, None)
-        self._cache.clear()
+        self.clear_cache()
 
     def set_budget(self, adapter_name: str, budgets: Iterable[int]) -> None:
         """Set the budget of each matrix, starting with the next forward pass."""
-        buffer, integers = self.snella_budget[adapter_name], tuple(map(int, budgets))
-        buffer.copy_(torch.tensor(integers, dtype=buffer.dtype))
-        self._cache.clear()
-        self.seal_budgets(adapter_name, integers)
+        write_budgets(self, adapter_name, tuple(map(int, budgets)))
+        self.clear_cache()
 
     def budgets(self, adapter_name: str) -> tuple[int, ...]:
         """Return the budget of each matrix; reads the buffer, which synchronizes, only after a change."""
         buffer: Any = self._modules["snella_budget"]._buffers[adapter_name]  # type: ignore[union-attr]
-        record = self._cache.budget_records.get(adapter_name)
+        record = self._budgets.records.get(adapter_name)
         if record is None or record.buffer is not buffer:
             return read_budgets(self, adapter_name)
         is_unchanged = record.address == buffer.data_ptr() and record.version == buffer._version
@@ -444,7 +442,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation and free cached tensors."""
         if mode != self.training:
-            self._cache.clear()
+            self.clear_cache()
             restore_budgets(self)  # a compiled graph reads the buffers directly
         return super().train(mode)
 
@@ -472,11 +470,6 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 class Linear(SnellaLayer):
     """Adapted linear layer, or transformers' `Conv1D`, which stores its weight transposed."""
 
-    @property
-    def is_transposed(self) -> bool:
-        """True if the base weight is stored as `[in, out]`."""
-        return isinstance(self.get_base_layer(), Conv1D)
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return True: the update adds to a linear layer's weight, and a low-rank fit can approximate it."""
         return True
@@ -502,9 +495,7 @@ class Conv2d(SnellaLayer):
         return cast(nn.Conv2d, self.get_base_layer()).padding_mode != "zeros"
 
     def _op(self) -> Conv2dOp:
-        base = cast(nn.Conv2d, self.get_base_layer())
-        padding = (0, 0) if self.pads_input else base.padding
-        return Conv2dOp(base.stride, padding, base.dilation, base.groups)
+        return Conv2dOp.of(cast(nn.Conv2d, self.get_base_layer()))
 
     def __repr__(self) -> str:
         return "snella." + super().__repr__()
@@ -521,13 +512,25 @@ def _forward_updated(layer: SnellaLayer, x: Tensor, weight: Tensor | LazyWeight,
     if isinstance(weight, Tensor) and (op_dtype.itemsize == 1 or (weight.is_meta and not x.is_meta)):
         check_weight(layer, weight)
     if dtype != op_dtype or layer.pads_input:
-        x = prepare_input(layer, x, op_dtype)
+        x = _prepare_input(layer, x, op_dtype)
     bias = get_base(layer).bias
     if layer.training or layer._needs_gradients(names):
         y = _apply_differentiable(layer, x, weight, bias, names)
     else:
         y = _apply_cached(layer, x, weight, bias, names)
     return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
+
+
+def _prepare_input(layer: SnellaLayer, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast and pad the input. Under autocast the op casts it, because a cast here would drop its `Mark`."""
+    if not torch.is_autocast_enabled(x.device.type):
+        x = layer._cast_input_dtype(x, dtype)
+    return pad_input(layer.get_base_layer(), x) if layer.pads_input else x
+
+
+def product_dtype(layer: SnellaLayer, x: Tensor) -> torch.dtype:
+    """Return the compute dtype of a layer with a quantized weight, ignoring autocast."""
+    return cast(Quantization, layer.quantization).product_dtype(layer.get_base_layer(), x.dtype)
 
 
 def _forward_in_hooks(
@@ -559,7 +562,7 @@ def _forward_base(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -> T
     if layer.quantization is None or layer.quantization.is_safe_to_apply(base):
         y = layer.base_layer(x, *args, **kwargs)
         return y
-    wide = prepare_input(layer, x, product_dtype(layer, x))
+    wide = _prepare_input(layer, x, product_dtype(layer, x))
     y, _ = adapted_layer(wide, layer._weight(), cast(Any, base).bias, [], layer._op())
     return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
@@ -579,7 +582,7 @@ def _apply_cached(
     else:
         layer._cache.release_effective_weight()
         sources = (*weight.tensors, *adapter_tensors(layer, names))
-        effective = LazyWeight(weight.shape, sources, lambda: effective_weight(layer, weight, names, dtype=dtype))
+        effective = LazyWeight(weight.shape, sources, lambda: merged_weight(layer, weight, names, dtype=dtype))
     return adapted_layer(x, effective, bias, [], layer._op())[0]
 
 
@@ -595,8 +598,27 @@ def _apply_differentiable(
         def apply(dropped: Tensor, name: str) -> Tensor:
             return layer._plan_updates([name]).apply(dropped, None, None, op, weight.shape)
 
-        y = add_branches(layer, y, x, plan.branches, apply)
+        y = plan.add_branches(layer, y, x, apply)
     return y
+
+
+def reject_tracing(module_name: str) -> None:
+    """Reject `torch.jit.trace` and `torch.func`, which do not support the update's custom autograd function.
+
+    Raises:
+        NotImplementedError: If `torch.jit.trace` (or ONNX's TorchScript exporter) or a `torch.func` transform is
+            active.
+    """
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            f"torch.jit.trace (and torch.onnx.export with dynamo=False) cannot trace the update of {module_name!r}; "
+            "trace model.merge_and_unload(), which has the same outputs"
+        )
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"torch.func (grad, vmap, jvp, …) does not support the update of {module_name!r}, which has a custom "
+            "backward pass; use torch.autograd.grad, or model.merge_and_unload() if no factor needs gradients"
+        )
 
 
 # reads of the weight -----------------------------------------------------------------------------------------------
@@ -621,8 +643,8 @@ def _read(layer: SnellaLayer, names: list[str]) -> Tensor:
     check_weight(layer, weight)
     layer.is_applied = True
     if not layer._needs_gradients(names):
-        return effective_weight(layer, weight, names) if layer.training else layer._cached_weight(names)
-    if layer.training and any(is_regularized(layer, name) for name in names):
+        return merged_weight(layer, weight, names) if layer.training else layer._cached_weight(names)
+    if layer.training and any(_is_regularized(layer, name) for name in names):
         layer.snella_config[names[0]].watch.on_weight_read(layer.module_name)
     layer._cache.release_effective_weight()
     plan = layer._plan_updates(names)
@@ -631,6 +653,12 @@ def _read(layer: SnellaLayer, names: list[str]) -> Tensor:
 
 
 # tensors and specs of an adapter -----------------------------------------------------------------------------------
+
+
+def _is_regularized(layer: SnellaLayer, adapter_name: str) -> bool:
+    """Return whether dropout or drop-path acts on this adapter's update, so that it cannot be folded."""
+    config = layer.snella_config[adapter_name]
+    return bool(config.update_drop_path or config.dropout_of(layer.module_name))
 
 
 def get_base(layer: SnellaLayer) -> Any:
@@ -708,7 +736,7 @@ def drop_adapter(layer: SnellaLayer, adapter_name: str) -> None:
             del values[adapter_name]
     _update_linear_op(layer)
     layer.frozen_peft_weight_names.pop(adapter_name, None)
-    layer._live_budgets.pop(adapter_name, None)
+    layer._budgets.live.pop(adapter_name, None)
     layer._specs.pop(adapter_name, None)
     layer.clear_cache()
 

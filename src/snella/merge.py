@@ -1,30 +1,34 @@
-"""Base and effective weights of a layer: layout, checks, merging, unmerging, and writing quantized weights."""
+"""Base and effective weights of a layer: checks, merging, unmerging, writing quantized weights, `layer.weight`."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
-from snella.backends import MergeCache
+from snella.autograd import compute_effective_weight
+from snella.backends import get_backend
 from snella.compat.quantization import Quantization, report_requantization
-from snella.functional import compute_effective_weight, write_effective_weight
-from snella.update import LazyWeight
+from snella.ops import LazyWeight, orient
+from snella.update import Update
 
 if TYPE_CHECKING:
     from snella.layer import SnellaLayer
 
 
-def orient(base: Any, weight: Tensor) -> Tensor:
-    """Convert a weight between the base layer's layout and `[m, …]`, outputs first.
-
-    The two layouts differ only for transformers' `Conv1D`, which stores `[in, out]`.
-    """
-    return weight.T if isinstance(base, Conv1D) else weight
+_METADATA_METHODS = {
+    *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "is_contiguous"),
+    *("is_floating_point", "is_complex", "is_signed", "get_device", "data_ptr", "untyped_storage", "__len__"),
+}
+_VALUE_ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag"}  # attributes that return values
 
 
 def check_weight(layer: SnellaLayer, weight: Tensor | LazyWeight) -> None:
@@ -45,7 +49,7 @@ def check_weight(layer: SnellaLayer, weight: Tensor | LazyWeight) -> None:
 
 
 @torch.no_grad()
-def effective_weight(
+def merged_weight(
     layer: SnellaLayer,
     weight: Tensor | LazyWeight | None,
     adapter_names: list[str],
@@ -84,7 +88,7 @@ def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> 
     """
     original = _original_weight(layer)
     check_weight(layer, original)
-    merged = effective_weight(layer, original, [*layer.merged_adapters, *names])
+    merged = merged_weight(layer, original, [*layer.merged_adapters, *names])
     if safe_merge and not torch.isfinite(merged).all():
         broken = ", ".join(names)
         raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
@@ -94,7 +98,7 @@ def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> 
         layer._unmerged_weight = original
         _write(layer, merged)
     layer.merged_adapters.extend(names)
-    layer._cache.clear()
+    layer.clear_cache()
 
 
 def unmerge_updates(layer: SnellaLayer) -> None:
@@ -108,7 +112,7 @@ def unmerge_updates(layer: SnellaLayer) -> None:
         layer.quantization.restore(layer.get_base_layer(), layer._unmerged_quantized[1])
     layer._unmerged_weight = layer._unmerged_quantized = None
     layer.merged_adapters.clear()
-    layer._cache.clear()
+    layer.clear_cache()
 
 
 def refresh(layer: SnellaLayer, adapter_name: str, cache: MergeCache) -> None:
@@ -136,6 +140,44 @@ def refresh(layer: SnellaLayer, adapter_name: str, cache: MergeCache) -> None:
         torch.autograd.graph.increment_version(weight)  # the kernels do not increment it themselves
 
 
+@dataclass
+class MergeCache:
+    """Cache for repeated merges of an update: a few numbers per matrix, valid until its factors change.
+
+    Args:
+        thresholds: `[G]`, or `None` before the first merge.
+        columns: `Merged.columns` of the first merge.
+    """
+
+    thresholds: Tensor | None = None
+    columns: tuple[Tensor, ...] = ()
+
+
+@torch.no_grad()
+def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: MergeCache | None = None) -> None:
+    """Write `W0 + scaling·S` into an existing tensor, bit-identical to `adapted_layer`.
+
+    Args:
+        weight: `W0`, `[m, …]`.
+        update: The update.
+        out: Output with the shape and dtype of `weight`, in different memory. If both tensors are contiguous and the
+            thresholds are known, the call allocates no other tensor of this size.
+        cache: Cache that the first call with this update fills and later calls read.
+    """
+    cache = MergeCache(update.thresholds) if cache is None else cache
+    update = update._replace(thresholds=cache.thresholds)
+    if weight.is_contiguous() and out.is_contiguous() and update.spec.backend != "reference":
+        rows = weight.shape[0]
+        backend = get_backend(update.spec.backend)
+        matrices = (weight.detach().view(rows, -1), out.detach().view(rows, -1))
+        merged = backend.merge(update, cache.columns)
+        cache.thresholds, cache.columns = merged.thresholds, merged.columns
+        backend.add_update(update.spec, merged, *matrices)
+    else:
+        total, (cache.thresholds,) = compute_effective_weight(weight, [update], weight.shape)
+        out.copy_(total)
+
+
 def _original_weight(layer: SnellaLayer) -> Tensor | LazyWeight:
     """Return the unmerged base weight: a copy if it is dense, because merging overwrites dense weights in place."""
     if layer._unmerged_quantized is not None:
@@ -160,3 +202,73 @@ def _write_quantized(layer: SnellaLayer, merged: Tensor, original: LazyWeight) -
     quantization.write(base, merged)
     stored = quantization.source(base).materialize()
     report_requantization(layer.module_name, quantization.name, original.materialize(), merged, stored)
+
+
+# reads of layer.weight -----------------------------------------------------------------------------------------------
+
+
+class EffectiveWeight(Tensor):
+    """Lazy `W0 + Σ scaling·S`, the value of `layer.weight`; the first operation that reads it merges the updates.
+
+    Shape, dtype, device and `data` come from the base weight, and in-place operations write into the base weight.
+    """
+
+    _base_weight: Tensor
+    _compute: Callable[[], Tensor]
+    _multiply: Callable[[Tensor, Tensor | None], Tensor | None] | None
+    _effective: Tensor | None
+
+    @staticmethod
+    def of(
+        base: Tensor,
+        compute: Callable[[], Tensor],
+        multiply: Callable[[Tensor, Tensor | None], Tensor | None] | None,
+    ) -> EffectiveWeight:
+        """Create a lazy weight with the shape, dtype and device of `base`.
+
+        Args:
+            base: The base weight.
+            compute: Returns the weight with its updates.
+            multiply: Computes `F.linear` of an input, the weight and a bias without saving the weight for the backward
+                pass, or returns `None` if `compute` does not save it either. `None` if the layer is not linear.
+        """
+        weight = base.detach().as_subclass(EffectiveWeight)
+        weight._base_weight, weight._compute, weight._multiply, weight._effective = base, compute, multiply, None
+        return weight
+
+    def value(self) -> Tensor:
+        """Return the effective weight, computed once."""
+        if self._effective is None:
+            self._effective = self._compute()
+        return self._effective
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func` with the base weight for metadata and writes, otherwise with the effective weight."""
+        kwargs = kwargs or {}
+        name = func.__name__
+        unwrap = partial(tree_map_only, EffectiveWeight, EffectiveWeight.value)
+        unwrap_base = partial(tree_map_only, EffectiveWeight, attrgetter("_base_weight"))
+        if func is F.linear and (y := _multiply(*args, **kwargs)) is not None:
+            return y
+        if name == "__get__":
+            is_metadata = func.__self__.__name__ not in _VALUE_ATTRIBUTES
+        else:
+            is_metadata = name in _METADATA_METHODS or name in ("__set__", "__setitem__")
+        is_in_place = name.endswith("_") and not name.endswith("__")
+        if is_metadata or (is_in_place and not args):
+            return func(*unwrap_base(args), **unwrap_base(kwargs))
+        if is_in_place:
+            args = (*unwrap_base(args[:1]), *args[1:])
+        return func(*unwrap(args), **unwrap(kwargs))
+
+
+def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """Return `F.linear` with an effective weight that has not been computed yet, otherwise `None`."""
+    if not isinstance(weight, EffectiveWeight) or weight._multiply is None or weight._effective is not None:
+        return None
+    if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
+        return None
+    return weight._multiply(input, bias)

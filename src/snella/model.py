@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import platform
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -17,11 +15,10 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from snella._utils import has_suffix, listed
-from snella.cache import buffers_off_meta, check_after_step
+from snella.budgets import buffers_off_meta
 from snella.compat.attention import (
     AdaptedAttention,
     Projection,
@@ -36,8 +33,8 @@ from snella.compat.tokens import TokenAdapter, attach_tokens, find_tokens, token
 from snella.config import SnellaConfig
 from snella.layer import SnellaLayer, drop_adapter
 from snella.memory.recompute import mark_outputs, unmark_outputs
+from snella.ops import has_bfloat16_instructions
 from snella.targets import (
-    NewHeads,
     all_linear_names,
     block_number,
     check_expression,
@@ -46,12 +43,14 @@ from snella.targets import (
     count_rows,
     default_targets,
     describe_coverage,
+    head_layers,
     matches_expression,
     matrix_shape,
     plain_convolution_names,
     reject_quantized_projection,
     unmatched_message,
 )
+from snella.watch import warn_about_unused_merges
 
 logger = logging.getLogger(__name__)
 
@@ -278,8 +277,8 @@ class SnellaModel(BaseTuner):
                 stacklevel=2,
             )
         if not config.inference_mode:
-            self._watch_training(adapter_name)
-            config.watch.record_statistics(model)
+            find_layers = partial(_adapted_layers, adapter_names=[adapter_name])
+            config.watch.start(self.model, adapter_name, find_layers, head_layers)
         attach_tokens(
             model,
             config.parameters_to_save or [],
@@ -329,59 +328,11 @@ class SnellaModel(BaseTuner):
         unmark_outputs(model)
         return model
 
-    def _watch_training(self, adapter_name: str) -> None:
-        """Warn about silent mistakes in an adapter's first optimizer steps and about a missing allocator."""
-        reference = weakref.ref(self.model)  # PEFT may keep only the model
-        config = cast(SnellaConfig, self.peft_config[adapter_name])
-        steps = 0
-        heads: NewHeads | None = None
-
-        def check(optimizer: Optimizer) -> bool:
-            nonlocal steps, heads
-            if (model := reference()) is None:
-                return True
-            if steps > 1 and config.watch.is_attached:
-                return False
-            layers = _adapted_layers(model, [adapter_name])
-            if not layers:
-                return True
-            factors = (layer.snella_A[adapter_name] for layer in layers)
-            trained = {id(factor) for factor in factors if factor.requires_grad}
-            groups = [group for group in optimizer.param_groups if any(id(p) in trained for p in group["params"])]
-            # torch.distributed.checkpoint creates an optimizer's state with a step at learning rate 0
-            if all(group.get("lr") == 0 for group in groups):
-                return False
-            steps += 1
-            if steps == 1:
-                _warn_about_unused(layers)
-                heads = NewHeads(model)
-            elif heads is not None:
-                config.watch.on_frozen_heads(heads.frozen_and_used())
-                heads = None
-            return config.watch.on_step(*_budget_and_target(layers, adapter_name), config.target_sparsity) and steps > 1
-
-        check_after_step(check)
-
     def _warn_about_unused_merges(self, adapter_names: list[str] | None = None, **_: Any) -> None:
-        """Warn if a merge includes updates that the model has never used, although it has used others.
-
-        If the model has not run since the adapters were loaded, use the saved `unused_modules`.
-        """
+        """Warn if a merge includes updates that the model has never used, although it has used others."""
         names = self.active_adapters if adapter_names is None else adapter_names
-        layers = _adapted_layers(self.model, names)
-        unapplied, when = [layer.module_name for layer in layers if not layer.is_applied], "so far"
-        if len(unapplied) == len(layers):
-            saved_unused = {
-                n for name in names for n in getattr(self.peft_config.get(name), "unused_modules", None) or ()
-            }
-            unapplied, when = [name for name in unapplied if name in saved_unused], "in training"
-        if 0 < len(unapplied) < len(layers):
-            warnings.warn(
-                f"merging changes {len(unapplied)} of {len(layers)} modules whose updates the model has not used "
-                f"{when}: {', '.join(map(repr, unapplied))}; if the model neither calls them nor reads their weight, "
-                "this has no effect, unless other code reads the merged weight",
-                stacklevel=3,
-            )
+        configs = [self.peft_config[name] for name in names if name in self.peft_config]
+        warn_about_unused_merges(_adapted_layers(self.model, names), cast(list[SnellaConfig], configs))
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -527,7 +478,7 @@ class SnellaModel(BaseTuner):
                 f"without any, e.g. {next(iter(state_dict))!r}; pass the full state dict of the unwrapped model"
             )
         if isinstance(config, SnellaConfig) and not any(layer.snella_budget[adapter_name].is_meta for layer in layers):
-            config.watch.on_saving(model, *_budget_and_target(layers, adapter_name), config.target_sparsity)
+            config.watch.on_saving(model, layers, adapter_name)
             unused = [layer.module_name for layer in layers if not layer.is_applied]
             if len(unused) < len(layers):  # else nothing has run here, and the field comes from another process
                 config.unused_modules = unused or None
@@ -606,26 +557,6 @@ def _adapted_layers(model: nn.Module, adapter_names: list[str]) -> list[SnellaLa
     return [layer for layer in layers if any(name in layer.snella_A for name in adapter_names)]
 
 
-def _budget_and_target(layers: list[SnellaLayer], adapter_name: str) -> tuple[int, int]:
-    """Return an adapter's current and final number of entries, equal if its sparsity is constant."""
-    budget = sum(sum(layer.budgets(adapter_name)) for layer in layers)
-    config = layers[0].snella_config[adapter_name]
-    size = sum(layer.out_features * layer.in_features for layer in layers)
-    is_constant = config.target_sparsity <= config.init_sparsity
-    return budget, budget if is_constant else size - round(config.target_sparsity * size)
-
-
-def _warn_about_unused(layers: list[SnellaLayer]) -> None:
-    """Warn about layers that the model did not use before the first optimizer step."""
-    if unapplied := [layer.module_name for layer in layers if not layer.is_applied]:
-        warnings.warn(
-            f"{len(unapplied)} of {len(layers)} adapted modules were not used in the first optimizer step: "
-            f"{', '.join(map(repr, unapplied))}; the model neither called them nor read their weight, so "
-            "they are not trained, but merging would change them; exclude them with exclude_modules",
-            stacklevel=2,
-        )
-
-
 def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
     """Reject row indices outside an embedding."""
     indices = peft_config.trainable_token_indices
@@ -666,10 +597,3 @@ def _matches(targets: set[str] | str, name: str) -> bool:
     if isinstance(targets, str):
         return matches_expression(targets, name)
     return any(has_suffix(name, target) for target in targets)
-
-
-def has_bfloat16_instructions() -> bool:
-    """Return whether the processor has native bfloat16 instructions."""
-    if platform.machine() in ("x86_64", "AMD64"):
-        return torch.cpu._is_avx512_bf16_supported()
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

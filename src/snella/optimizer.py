@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from snella.compat.tokens import token_adapters
 from snella.config import MATCHED_KERNELS
@@ -117,6 +118,37 @@ def _trained_adapters(model: nn.Module) -> list[tuple[SnellaLayer, str]]:
     return [(layer, name) for layer in layers for name, A in layer.snella_A.items() if A.requires_grad]
 
 
+def unwrap(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer inside Accelerate's wrappers."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def store_in_state(
+    optimizer: Optimizer, key: str, save: Callable[[], dict[str, Any]], load: Callable[[dict[str, Any]], None]
+) -> list[RemovableHandle]:
+    """Include a state in an optimizer's state dict, as entry `key` of the first parameter group.
+
+    `optimizer.state_dict` calls `save`, and `optimizer.load_state_dict` calls `load` if the entry exists. If the state
+    dict has already been loaded, `load` is called now. Returns the handles of the hooks.
+    """
+
+    def save_into(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        state_dict["param_groups"][0][key] = save()
+
+    def load_from(optimizer: Optimizer) -> None:
+        state = optimizer.param_groups[0].pop(key, None)
+        if state is not None:
+            load(state)
+
+    load_from(optimizer)
+    return [
+        optimizer.register_state_dict_post_hook(save_into),
+        optimizer.register_load_state_dict_post_hook(load_from),
+    ]
+
+
 class StepMatcher:
     """Step scaling that makes each optimizer step change an update in proportion to its base weight.
 
@@ -167,8 +199,7 @@ class StepMatcher:
         setattr(optimizer, MATCHER_ATTRIBUTE, self)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
-        optimizer.register_state_dict_post_hook(self._save_into)
-        optimizer.register_load_state_dict_post_hook(self._load_from)
+        store_in_state(optimizer, MATCHER_ATTRIBUTE, self._state, self._load_state)
         return self
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -207,14 +238,10 @@ class StepMatcher:
             B.copy_(torch.lerp(B_before, B, scales.repeat_interleave(row_counts)[:, None]))
         self._previous_factors = []
 
-    def _save_into(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
-        slopes = [list(slopes) for slopes in self._slopes]
-        state_dict["param_groups"][0][MATCHER_ATTRIBUTE] = {"step": self.step, "slopes": slopes}
+    def _state(self) -> dict[str, Any]:
+        return {"step": self.step, "slopes": [list(slopes) for slopes in self._slopes]}
 
-    def _load_from(self, optimizer: Optimizer) -> None:
-        state: Mapping[str, Any] | None = optimizer.param_groups[0].pop(MATCHER_ATTRIBUTE, None)
-        if state is None:
-            return
+    def _load_state(self, state: Mapping[str, Any]) -> None:
         expected = [len(layer.row_counts[name]) for layer, name in self._adapters]
         if state["slopes"] and [len(slopes) for slopes in state["slopes"]] != expected:
             raise ValueError(

@@ -1,18 +1,15 @@
-"""Selection of the modules to adapt, split of fused layers into matrices, and detection of new heads."""
+"""Selection of the modules to adapt, split of fused layers into matrices, and heads."""
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Iterable
 from difflib import get_close_matches
-from functools import partial
 from itertools import product
-from typing import Any
+from typing import cast
 
 import regex
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -22,6 +19,7 @@ from snella._utils import longest_suffix
 from snella.compat.attention import AdaptedAttention, is_adaptable
 from snella.compat.quantization import find_quantization
 from snella.layer import Conv2d, Linear, SnellaLayer
+from snella.ops import orient
 
 # names of heads among a model's direct children
 _HEAD_NAMES = {"head", "heads", "head_dist", "classifier", "score", "fc", "lm_head", "qa_outputs", "proj_out"}
@@ -292,7 +290,7 @@ def matrix_shape(base: nn.Module) -> tuple[int, int]:
     """Return `(m, n)` of an adaptable module's weight as a matrix."""
     if isinstance(base, nn.Linear):
         return base.out_features, base.in_features  # a quantized weight may have any shape
-    weight: Tensor = base.weight.T if isinstance(base, Conv1D) else base.weight  # type: ignore[assignment]
+    weight = orient(base, cast(Tensor, base.weight))
     return weight.shape[0], weight.shape[1:].numel()
 
 
@@ -323,8 +321,6 @@ def _overridden_methods(base: nn.Module) -> list[str]:
 # heads ---------------------------------------------------------------------------------------------------------------
 
 _OUTPUT_EMBEDDINGS = {"lm_head", "proj_out"}  # pre-trained with the model
-_MIN_ENTRIES = 256  # minimum for the statistical tests below
-_SIGMAS = 5.0  # tolerance in standard deviations; a new head fails a test with probability below 1e-6
 
 
 def _head_modules(model: nn.Module) -> set[nn.Module]:
@@ -343,35 +339,7 @@ def _head_modules(model: nn.Module) -> set[nn.Module]:
     return heads
 
 
-class NewHeads:
-    """Frozen, newly initialized head layers of a model, with a record of the layers that are called."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._layers = {
-            name: layer
-            for name, layer in _head_layers(model).items()
-            if not any(p.requires_grad for p in layer.parameters()) and is_newly_initialized(layer.weight, layer.bias)
-        }
-        self._called: set[str] = set()
-        self._handles = [
-            layer.register_forward_hook(partial(_record_call, self._called, name))
-            for name, layer in self._layers.items()
-        ]
-
-    def frozen_and_used(self) -> list[str]:
-        """Stop recording and return the names of the called layers that are still frozen."""
-        for handle in self._handles:
-            handle.remove()
-        called = {name: layer for name, layer in self._layers.items() if name in self._called}
-        return [name for name, layer in called.items() if not any(p.requires_grad for p in layer.parameters())]
-
-
-def _record_call(called: set[str], name: str, *_: Any) -> None:
-    """Record a call of a layer; a forward hook that, unlike a closure, is picklable."""
-    called.add(name)
-
-
-def _head_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+def head_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the linear and convolutional layers of a model's classifiers and predictors, outside adapters."""
     heads, layers = _head_modules(model), {}
     adapter_prefixes: list[str] = []
@@ -387,62 +355,3 @@ def _head_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
             if is_part or parts[0] in _HEAD_NAMES or _PREDICTOR_NAMES.intersection(parts):
                 layers[name] = module
     return layers
-
-
-@torch.no_grad()
-def is_newly_initialized(weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether a layer looks newly initialized.
-
-    Three patterns count as new:
-
-    - All values are zero.
-    - Weight and bias follow torch's default `U(-1/√n, 1/√n)`, with values at the bound.
-    - The bias is zero, and the entries of the weight are independent, according to their mean, the row norms and the
-      angles between rows.
-
-    A trained layer has a nonzero bias and exceeds the bound; rows of class embeddings are correlated.
-
-    Args:
-        weight: `[m, …]`.
-        bias: `[m]`.
-    """
-    tensors = [weight] if bias is None else [weight, bias]
-    if any(type(t) not in (Tensor, nn.Parameter) or t.is_meta or not t.is_floating_point() for t in tensors):
-        return False
-    if weight.ndim < 2 or weight.numel() == 0:
-        return False
-    rows = weight.detach().float().flatten(1)  # [m, n]
-    has_bias = bias is not None and bool(bias.any())
-    if not rows.any() and not has_bias:
-        return True
-    if rows.numel() < _MIN_ENTRIES:
-        return False
-    if bias is not None and has_bias:
-        return _is_default_init(rows, bias.float(), torch.finfo(weight.dtype).eps)
-    return _is_default_init(rows, None, torch.finfo(weight.dtype).eps) or (bias is not None and _is_noise(rows))
-
-
-def _is_default_init(rows: Tensor, bias: Tensor | None, eps: float) -> bool:
-    """Return whether a layer has the default initialization of `nn.Linear` and `nn.Conv2d`."""
-    bound, count = 1 / math.sqrt(rows.shape[1]), rows.numel()
-    largest, square = float(rows.abs().max()), float(rows.square().mean())
-    is_bounded = largest <= bound * (1 + eps) and (bias is None or float(bias.abs().max()) <= bound * (1 + eps))
-    reaches_bound = largest >= bound * (1 - 7 / count)
-    return is_bounded and reaches_bound and abs(3 * square / bound**2 - 1) < _SIGMAS * math.sqrt(0.8 / count)
-
-
-def _is_noise(rows: Tensor) -> bool:
-    """Return whether the entries of a matrix look like i.i.d. draws from a symmetric distribution."""
-    n = rows.shape[1]
-    square = rows.square().mean()
-    if float(rows.mean().abs()) > _SIGMAS * float((square / rows.numel()).sqrt()):
-        return False
-    # variance of the squares: 2 for normal, 0.8 for uniform entries
-    variance = float((rows.square() / square).var(correction=0))
-    norms = rows.square().mean(1) / square  # [m]
-    if variance > 4 or float((norms - 1).abs().max()) > _SIGMAS * math.sqrt(variance / n) + 1e-3:
-        return False
-    sample = nn.functional.normalize(rows[:512], dim=1)
-    cosines = (sample @ sample.T).square().triu(1).sum()
-    pairs = len(sample) * (len(sample) - 1) / 2
-    return pairs == 0 or float(cosines) * n / pairs < 1 + _SIGMAS * math.sqrt(2 / pairs)

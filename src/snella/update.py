@@ -1,18 +1,16 @@
-"""Data types of an update, its initial values, and the ops of adapted layers."""
+"""Data types of an update, and its initial values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import NamedTuple, Protocol, Self, get_args
+from typing import NamedTuple, Self, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from snella.kernels import KERNELS, Kernel, KernelScalars, check_factors
-from snella.memory.sampling import sample_tokens
+from snella.kernels import KERNELS, Factors, Kernel, KernelScalars, check_factors
 from snella.sparsify import KEEP_ALL, SparsifyMode, keep_threshold, quantile_threshold
 
 BACKENDS = ("eager", "reference", "numba", "triton")
@@ -23,26 +21,6 @@ _INITIAL_SCALARS = {"alpha": 1.0, "beta": 0.0, "temperature": 1.0}
 _INITIAL_PIECE_COEFF = 0.1
 _SAMPLE_SIZE = 64  # rows or columns used to estimate the size of the initial update
 _MIN_SHRINK = 0.1  # minimum scale of the factors, so that updates of near-zero weights can grow
-
-
-class Factors(NamedTuple):
-    """Differentiable tensors of an update, or their gradients.
-
-    Args:
-        A: Input-side factors, `[G, n, r]`.
-        B: Output-side factors, `[m, r]`, the rows of all matrices concatenated.
-        piece_coeff: `[G, P]`.
-        alpha: `[G]`, like `beta` and `temperature`; see `KernelScalars`.
-        beta: `[G]`.
-        temperature: `[G]`.
-    """
-
-    A: Tensor
-    B: Tensor
-    piece_coeff: Tensor | None = None
-    alpha: Tensor | None = None
-    beta: Tensor | None = None
-    temperature: Tensor | None = None
 
 
 class MatrixFactors(NamedTuple):
@@ -227,198 +205,3 @@ def bound_initial_update(factors: Factors, rows: Sequence[slice], kernel: Kernel
             alpha = () if factors.alpha is None else (factors.alpha[group],)
             for tensor in (A[group], B[matrix_rows], *alpha):
                 tensor.mul_(shrink)
-
-
-# ops of layers ----------------------------------------------------------------------------------------------------
-
-
-class LayerOp(Protocol):
-    """Protocol of a layer's op: forward and gradients. Weights are `[m, …]`, or `[m, n]` as matrices."""
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the layer's output."""
-
-    def grad_input(self, grad_y: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
-        """Return ∂L/∂x, with shape `x_shape`."""
-
-    def grad_weight(self, grad_y: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:
-        """Return ∂L/∂weight, with shape `weight_shape`."""
-
-    def grad_bias(self, grad_y: Tensor) -> Tensor:
-        """Return ∂L/∂bias, `[m]`."""
-
-    def to_ints(self, weight_shape: torch.Size) -> list[int]:
-        """Encode the op as integers for a `torch.compile` operator; `layer_op_from_ints` decodes them."""
-
-
-@dataclass(frozen=True)
-class LinearOp:
-    """`y = x Wᵀ + bias` for `x` `[…, n]` and `W` `[m, n]`.
-
-    Args:
-        token_share: Fraction of the tokens used to estimate the gradient of an update, see `sample_tokens`; 1 uses all
-            tokens. All other gradients are exact.
-        is_rounded: If True, compute the gradient of an update in bfloat16.
-    """
-
-    token_share: float = 1.0
-    is_rounded: bool = False
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
-        return F.linear(x, weight, bias)
-
-    def grad_input(self, grad_y: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:  # noqa: D102
-        return grad_y @ weight
-
-    def grad_weight(self, grad_y: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:  # noqa: D102
-        return grad_y.reshape(-1, grad_y.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-
-    def gradient_tokens(self, grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ∂L/∂y `[k, m]` and `x` `[k, n]`, whose product is the exact or estimated gradient of an update."""
-        grad_y, x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-        return (grad_y, x) if self.token_share == 1 else sample_tokens(grad_y, x, self.token_share)
-
-    def product(self, grad_y: Tensor, x: Tensor) -> Tensor:
-        """Return `∂L/∂yᵀ x` of the result of `gradient_tokens`, in bfloat16 if `is_rounded`."""
-        if self.is_rounded:
-            grad_y, x = grad_y.to(torch.bfloat16), x.to(torch.bfloat16)
-        return grad_y.T @ x
-
-    def grad_bias(self, grad_y: Tensor) -> Tensor:  # noqa: D102
-        return grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
-
-    def to_ints(self, weight_shape: torch.Size) -> list[int]:  # noqa: D102
-        return [] if self == LinearOp() else [*self.token_share.as_integer_ratio(), int(self.is_rounded)]
-
-
-@dataclass(frozen=True)
-class Conv2dOp:
-    """2D convolution of `x` `[N, c, h, w]` with `W` `[m, c/groups, kh, kw]`, zero padding."""
-
-    stride: tuple[int, ...] = (1, 1)
-    padding: tuple[int, ...] | str = (0, 0)
-    dilation: tuple[int, ...] = (1, 1)
-    groups: int = 1
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
-        return F.conv2d(x, weight, bias, self.stride, self.padding_sizes(weight.shape), self.dilation, self.groups)
-
-    def grad_input(self, grad_y: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:  # noqa: D102
-        return self._backward(grad_y, grad_y.new_empty(1).expand(x_shape), weight, (True, False, False))[0]
-
-    def grad_weight(self, grad_y: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:  # noqa: D102
-        return self._backward(grad_y, x, x.new_empty(1).expand(weight_shape), (False, True, False))[1]
-
-    def grad_bias(self, grad_y: Tensor) -> Tensor:  # noqa: D102
-        return grad_y.sum((0, 2, 3)) if grad_y.ndim == 4 else grad_y.sum((1, 2))
-
-    def to_ints(self, weight_shape: torch.Size) -> list[int]:  # noqa: D102
-        return [*self.stride, *self.padding_sizes(weight_shape), *self.dilation, self.groups]
-
-    def _backward(self, grad_y: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> list[Tensor]:
-        """Return the gradients from `aten::convolution_backward`; add a batch axis to unbatched input."""
-        is_batched = x.ndim == 4
-        grads = torch.ops.aten.convolution_backward(
-            grad_y if is_batched else grad_y[None],
-            x if is_batched else x[None],
-            weight,
-            None,
-            self.stride,
-            self.padding_sizes(weight.shape),
-            self.dilation,
-            False,
-            [0, 0],
-            self.groups,
-            mask,
-        )
-        return [grad if grad is None or is_batched or k == 1 else grad[0] for k, grad in enumerate(grads)]
-
-    def padding_sizes(self, weight_shape: torch.Size) -> tuple[int, ...]:
-        """Return the padding in pixels, resolving `"same"` and `"valid"`.
-
-        Raises:
-            NotImplementedError: If `padding="same"` requires asymmetric padding.
-        """
-        if self.padding == "valid":
-            return (0, 0)
-        if isinstance(self.padding, str):
-            totals = [d * (size - 1) for d, size in zip(self.dilation, weight_shape[2:], strict=True)]
-            if any(total % 2 for total in totals):
-                raise NotImplementedError(
-                    f"padding='same' requires an odd kernel size, got kernel_size={list(weight_shape[2:])} with "
-                    f"dilation={list(self.dilation)}; pad the input manually and use padding=0"
-                )
-            return (totals[0] // 2, totals[1] // 2)
-        return self.padding
-
-
-@dataclass(frozen=True)
-class WeightOp:
-    """Op that returns the weight `W` `[m, …]`, for models that read `layer.weight`; ignores `x` and the bias."""
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
-        return weight
-
-    def grad_input(self, grad_y: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:  # noqa: D102
-        return grad_y.new_zeros(x_shape)
-
-    def grad_weight(self, grad_y: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:  # noqa: D102
-        return grad_y.reshape(weight_shape)
-
-    def grad_bias(self, grad_y: Tensor) -> Tensor:  # noqa: D102
-        return grad_y.new_zeros(len(grad_y))
-
-    def to_ints(self, weight_shape: torch.Size) -> list[int]:  # noqa: D102
-        raise NotImplementedError("a compiled graph must use LinearOp() with the identity as input, got WeightOp()")
-
-
-def layer_op_from_ints(ints: Sequence[int]) -> LayerOp:
-    """Decode an op from the result of `LinearOp.to_ints` or `Conv2dOp.to_ints`."""
-    if len(ints) <= 3:
-        return LinearOp(ints[0] / ints[1], bool(ints[2])) if ints else LinearOp()
-    return Conv2dOp(tuple(ints[:2]), tuple(ints[2:4]), tuple(ints[4:6]), ints[6])
-
-
-def without_view(y: Tensor) -> Tensor:
-    """Return `y` as a non-view tensor over the same memory.
-
-    torch forbids in-place operations on a view returned by a custom autograd function. A product is a view if torch
-    reshapes it, e.g. for a convolution of an unbatched input.
-    """
-    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
-
-
-@dataclass(frozen=True)
-class LazyWeight:
-    """Weight `[m, …]` that is not a dense matrix in memory, e.g. a quantized weight.
-
-    The op materializes it in the forward pass and again in the backward pass, and frees it in between.
-
-    Args:
-        shape: `[m, …]`.
-        tensors: Source tensors of the weight. They stay alive until the backward pass, which raises an error if one has
-            changed since the forward pass. Caches use their identities and versions to detect changes.
-        materialize: Returns the floating-point weight in memory that the caller may overwrite.
-    """
-
-    shape: torch.Size
-    tensors: tuple[Tensor, ...]
-    materialize: Callable[[], Tensor]
-
-    def versions(self) -> tuple[int, ...]:
-        """Return torch's version counter of each source tensor."""
-        return tuple(0 if tensor.is_inference() else tensor._version for tensor in self.tensors)
-
-    def check_unchanged(self, versions: tuple[int, ...]) -> None:
-        """Raise `RuntimeError` if the weight has changed since `versions`, as autograd does for saved tensors."""
-        if self.versions() != versions:
-            raise RuntimeError(
-                f"the source tensors of a weight {list(self.shape)} must not change between forward and backward pass: "
-                f"their versions were {list(versions)}, now {list(self.versions())}; change them before the forward or "
-                "after the backward pass"
-            )
-
-    def materialize_wide(self) -> Tensor:
-        """Return the weight in at least float32, the dtype in which updates are added."""
-        weight = self.materialize()
-        return weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -51,7 +51,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         is_supported = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        from snella.model import has_bfloat16_instructions
+        from snella.ops import has_bfloat16_instructions
 
         is_supported = device.type == "cpu" and has_bfloat16_instructions()
     return "bf16" if is_supported else "fp32"

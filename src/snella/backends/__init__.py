@@ -12,8 +12,9 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from snella.kernels import Factors
 from snella.sparsify import sparsify, sparsify_slope
-from snella.update import Factors, UpdateSpec
+from snella.update import Update, UpdateSpec
 
 Implementation = Literal["auto", "triton", "numba", "eager", "reference"]
 _INSTALL = {
@@ -50,47 +51,21 @@ class Merged:
     workspace: Any = None
 
 
-@dataclass
-class MergeCache:
-    """Cache for repeated merges of an update: a few numbers per matrix, valid until its factors change.
-
-    Args:
-        thresholds: `[G]`, or `None` before the first merge.
-        columns: `Merged.columns` of the first merge.
-    """
-
-    thresholds: Tensor | None = None
-    columns: tuple[Tensor, ...] = ()
-
-
 class Backend(ABC):
     """Merge, addition and gradients of an update; all backends agree with `TorchBackend` up to rounding."""
 
     name: str
-
-    fused_add_in_backward = False
-    """True if `grad_factors` supports `base` and `out`."""
 
     @abstractmethod
     def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:
         """Return the reason why updates with this spec and factors like `A` are not supported, or `None`."""
 
     @abstractmethod
-    def merge(
-        self,
-        spec: UpdateSpec,
-        factors: Factors,
-        budgets: tuple[int, ...],
-        thresholds: Tensor | None = None,
-        saved: tuple[Tensor | None, ...] = (),
-    ) -> Merged:
-        """Merge every matrix with a nonzero budget and compute the thresholds.
+    def merge(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Merged:
+        """Merge every matrix with a nonzero budget and compute unknown thresholds.
 
         Args:
-            spec: Settings of the update.
-            factors: Factors and scalars.
-            budgets: Budget of each matrix.
-            thresholds: `[G]` of an earlier call, if available.
+            update: The update.
             saved: `Merged.delta` or `Merged.columns` of an earlier call with the same factors.
         """
 
@@ -99,18 +74,14 @@ class Backend(ABC):
         """Write `base + scaling·S` into `out`: contiguous `[m, n]` of any dtype, possibly the same tensor."""
 
     @abstractmethod
-    def grad_factors(
-        self,
-        spec: UpdateSpec,
-        merged: Merged,
-        grad_weight: Tensor,
-        base: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Gradients:
-        """Return the gradients of factors and scalars, given `grad_weight` = ∂L/∂W `[m, n]`.
+    def grad_factors(self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor) -> Gradients:
+        """Return the gradients of factors and scalars, given `grad_weight` = ∂L/∂W `[m, n]`."""
 
-        With `base` and `out`, a backend with `fused_add_in_backward` also performs `add_update` in the same pass.
-        """
+    def add_and_grad_factors(
+        self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor, base: Tensor, out: Tensor
+    ) -> Gradients | None:
+        """Perform `add_update` and `grad_factors` in one pass; `None` if the backend cannot, and `out` is unchanged."""
+        return None
 
     def grad_weight(self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor, product: Product) -> Tensor:
         """Return ∂L/∂W `[m, n]` of a linear layer. Entries where `S` is zero are unused and may be zero.
@@ -153,14 +124,8 @@ class TorchBackend(Backend):
     def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:  # noqa: D102
         return None
 
-    def merge(  # noqa: D102
-        self,
-        spec: UpdateSpec,
-        factors: Factors,
-        budgets: tuple[int, ...],
-        thresholds: Tensor | None = None,
-        saved: tuple[Tensor | None, ...] = (),
-    ) -> Merged:
+    def merge(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Merged:  # noqa: D102
+        spec, factors, budgets, thresholds = update
         matrices = zip(spec.matrices(factors), budgets, strict=True)
         delta = saved or tuple([spec.merge_matrix(matrix) if budget else None for matrix, budget in matrices])
         if thresholds is None:
@@ -179,14 +144,7 @@ class TorchBackend(Backend):
             elif out is not base:
                 out[rows] = base[rows]
 
-    def grad_factors(  # noqa: D102
-        self,
-        spec: UpdateSpec,
-        merged: Merged,
-        grad_weight: Tensor,
-        base: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Gradients:
+    def grad_factors(self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor) -> Gradients:  # noqa: D102
         grads = zero_gradients(merged.factors)
         for group, (matrix, rows) in enumerate(zip(spec.matrices(merged.factors), spec.rows, strict=True)):
             delta = merged.delta[group]
@@ -278,7 +236,6 @@ __all__ = [
     "Backend",
     "Gradients",
     "Implementation",
-    "MergeCache",
     "Merged",
     "TorchBackend",
     "choose_backend",

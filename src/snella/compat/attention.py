@@ -12,8 +12,7 @@ from torch.func import functional_call
 
 from snella.compat.hooks import call_inside_hooks, has_hooks, hook_dicts, is_hooked_in_graph, onloaded
 from snella.config import SnellaConfig
-from snella.forward import reject_tracing
-from snella.layer import SnellaLayer
+from snella.layer import SnellaLayer, reject_tracing
 
 _SEPARATE_INPUTS = ("q_proj", "k_proj", "v_proj")
 _OUTPUT = "out_proj"
@@ -119,7 +118,7 @@ class AdaptedAttention(nn.Module):
         needs_gradients = any(p.training or p._needs_gradients(p._names_in_use()) for p in updated)
         if needs_gradients or not is_replaceable:
             return self._attend_inside_hooks(query, key, value, **options)
-        effective = {projection.parameter_name: projection.effective_weight() for projection in updated}
+        effective = {projection.parameter_name: projection.inference_weight() for projection in updated}
         return functional_call(self.base_layer, effective, (query, key, value), options)
 
     @torch.compiler.disable
@@ -247,8 +246,8 @@ class Projection(SnellaLayer):
         """Return the adapted parameter's name in the model without adapters, given this projection's name."""
         return f"{name.rpartition('.')[0]}.{self.parameter_name}"
 
-    def effective_weight(self) -> Tensor:
-        """Return the cached effective weight."""
+    def inference_weight(self) -> Tensor:
+        """Return the cached effective weight for a pass without gradients."""
         self.is_applied = True
         return self._cached_weight(self._names_in_use())
 

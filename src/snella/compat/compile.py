@@ -15,8 +15,9 @@ from torch import Tensor
 
 from snella.autograd import LayerCall, RequiredGrads, backward_pass, forward_pass
 from snella.compat.hooks import is_hooked_in_graph
-from snella.forward import add_branches, prepare_input
-from snella.update import Factors, LayerOp, LinearOp, Update, UpdateSpec, layer_op_from_ints
+from snella.kernels import Factors
+from snella.ops import LayerOp, LinearOp, layer_op_from_ints, pad_input
+from snella.update import Update, UpdateSpec
 
 if TYPE_CHECKING:
     from snella.layer import SnellaLayer
@@ -41,8 +42,8 @@ def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -
         return adapted_layer_in_graph(x, weight, bias, update.spec, update.factors, budgets, op, shape)
 
     is_autocast = torch.is_autocast_enabled(x.device.type)
-    x = prepare_input(layer, x, weight.dtype)
     x = x.to(torch.get_autocast_dtype(x.device.type) if is_autocast else weight.dtype)
+    x = pad_input(layer.get_base_layer(), x)
     bias = bias if bias is None else bias.to(x.dtype)
     plan = layer._plan_updates(names, with_branches=True, in_graph=True)
     y = apply(x, plan.names[0], plan.updates[0], weight, bias) if plan.updates else op(x, weight.to(x.dtype), bias)
@@ -54,7 +55,7 @@ def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -
             (update,) = layer._plan_updates([name], in_graph=True).updates
             return apply(dropped, name, update)
 
-        y = add_branches(layer, y, x, plan.branches, apply_branch)
+        y = plan.add_branches(layer, y, x, apply_branch)
     return y if is_autocast else y.to(dtype)
 
 

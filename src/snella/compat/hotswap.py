@@ -14,11 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snella._utils import listed
-from snella.backends import MergeCache
 from snella.compat.tokens import TokenAdapter
 from snella.config import SnellaConfig, read_config
 from snella.layer import SnellaLayer
-from snella.merge import refresh
+from snella.merge import MergeCache, refresh
 
 _PREFIX = "base_model.model."
 _COMPILED = "_orig_mod."

@@ -17,7 +17,7 @@ import torch
 from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend
 from torch import Tensor, nn
 
-from snella.update import LazyWeight
+from snella.ops import LazyWeight
 
 
 class Quantization(ABC):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from snella.config import SnellaConfig
-from snella.optimizer import create_snella_optimizer
+from snella.optimizer import create_snella_optimizer, store_in_state, unwrap
 from snella_app.methods.defaults import SPARSE_DEFAULTS, SPARSE_RECIPES
 from snella_app.methods.method import Batches, Method, Options
 from snella_app.methods.model_parts import adaptable_layers, freeze_running_statistics, is_inside
@@ -259,12 +259,9 @@ class RankSchedule:
 
     def attach(self, optimizer: Optimizer) -> Self:
         """Register hooks on the optimizer, unwrapped from Accelerate, that step the schedule and save its state."""
-        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = inner
+        optimizer = unwrap(optimizer)
         optimizer.register_step_post_hook(self._after_step)
-        optimizer.register_state_dict_post_hook(self._save_into)
-        optimizer.register_load_state_dict_post_hook(self._load_from)
-        self._load_from(optimizer)
+        store_in_state(optimizer, _STATE_KEY, self.state_dict, self.load_state_dict)
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -290,14 +287,6 @@ class RankSchedule:
     def _after_step(self, *_: Any) -> None:
         self.tuner.update_and_allocate(self.step)
         self.step += 1
-
-    def _save_into(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
-        state_dict["param_groups"][0][_STATE_KEY] = self.state_dict()
-
-    def _load_from(self, optimizer: Optimizer) -> None:
-        state = optimizer.param_groups[0].pop(_STATE_KEY, None)
-        if state is not None:
-            self.load_state_dict(state)
 
 
 @contextmanager

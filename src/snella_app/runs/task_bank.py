@@ -6,16 +6,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
-from snella.backends import MergeCache
-from snella.functional import write_effective_weight
-from snella.layer import Linear, SnellaLayer
-from snella.update import Factors, Update
+from snella.kernels import Factors
+from snella.layer import SnellaLayer
+from snella.merge import MergeCache, write_effective_weight
+from snella.update import Update
 from snella_app.data.images import read_image
 from snella_app.device import choose_device
 from snella_app.methods import merge_trained
@@ -276,10 +277,9 @@ def _collect_updates(model: nn.Module) -> dict[str, _Update]:
         if isinstance(layer, SnellaLayer):
             update = layer.get_update("default")
             factors: list[Any] = [None if tensor is None else tensor.detach() for tensor in update.factors]
-            weight: Tensor = cast(Any, layer.get_base_layer()).weight
-            is_transposed = isinstance(layer, Linear) and layer.is_transposed
+            base: Any = layer.get_base_layer()
             update = update._replace(factors=Factors(*factors))
-            updates[layer.weight_name(name)] = _Update(update, weight.detach(), is_transposed)
+            updates[layer.weight_name(name)] = _Update(update, base.weight.detach(), isinstance(base, Conv1D))
     return updates
 
 

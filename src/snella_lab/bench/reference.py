@@ -10,8 +10,9 @@ from torch import Tensor
 
 from snella.backends import choose_backend
 from snella.functional import adapted_layer
-from snella.kernels import make_kernel
-from snella.update import Factors, LinearOp, Update, UpdateSpec
+from snella.kernels import Factors, make_kernel
+from snella.ops import LinearOp
+from snella.update import Update, UpdateSpec
 
 SHAPES = (((1,), 1), ((96,), 80), ((17,), 33), ((40, 40, 40), 64), ((768,), 192))
 """Rows of each matrix in a weight, and columns: a single entry, even, odd, fused query/key/value, ViT layer."""

@@ -11,7 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from snella.backends import store_gradients, zero_gradients
 from snella.config import SnellaConfig
-from snella.update import Conv2dOp, Factors, LayerOp, LinearOp, UpdateSpec, init_factors, without_view
+from snella.kernels import Factors
+from snella.ops import Conv2dOp, LayerOp, LinearOp, pad_input, without_view
+from snella.update import UpdateSpec, init_factors
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number, one_of
 from snella_app.methods.model_parts import is_inside
 from snella_app.methods.partial import train_head
@@ -142,11 +144,7 @@ class SparseLayer(nn.Module, ABC):
     @property
     def layer_op(self) -> LayerOp:
         """Layer op of the base layer."""
-        base = self.base_layer
-        if isinstance(base, nn.Conv2d):
-            padding = base.padding if base.padding_mode == "zeros" else (0, 0)
-            return Conv2dOp(base.stride, padding, base.dilation, base.groups)
-        return LinearOp()
+        return Conv2dOp.of(self.base_layer) if isinstance(self.base_layer, nn.Conv2d) else LinearOp()
 
     def __getattr__(self, name: str) -> Any:
         """Delegate missing attributes, e.g. `in_features`, to the base layer."""
@@ -159,9 +157,7 @@ class SparseLayer(nn.Module, ABC):
 
     def prepare_input(self, x: Tensor) -> Tensor:
         """Apply padding modes other than zeros, and cast to the autocast dtype."""
-        base = self.base_layer
-        if isinstance(base, nn.Conv2d) and base.padding_mode != "zeros":
-            x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
+        x = pad_input(self.base_layer, x)
         return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from torch.nn.utils import parametrize
 from torch.optim import AdamW, Optimizer
 
 from snella.config import SnellaConfig
+from snella.ops import LinearOp
 from snella.targets import count_rows
-from snella.update import LinearOp
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number
 from snella_app.methods.model_parts import adaptable_layers, is_inside
 from snella_app.methods.partial import train_head

@@ -5,8 +5,9 @@ import torch
 from torch.autograd import gradcheck
 from torch.nn.functional import conv2d, linear
 
-from snella.kernels import KERNELS, KernelScalars, make_kernel
-from snella.update import Conv2dOp, Factors, LinearOp, UpdateSpec
+from snella.kernels import KERNELS, Factors, KernelScalars, make_kernel
+from snella.ops import Conv2dOp, LinearOp
+from snella.update import UpdateSpec
 from snella_lab.methods.sparse_update import fold_entries, layer_with_entries, merged_entries
 
 INDICES = torch.tensor([1, 5, 6], dtype=torch.int32)

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from snella.autograd import adapted_layer, compute_effective_weight
 from snella.backends import choose_backend, get_backend
-from snella.functional import adapted_layer, compute_effective_weight
-from snella.kernels import Kernel, KernelScalars, make_kernel
-from snella.update import Factors, LayerOp, LazyWeight, LinearOp, Update, UpdateSpec
+from snella.kernels import Factors, Kernel, KernelScalars, make_kernel
+from snella.ops import LayerOp, LazyWeight, LinearOp
+from snella.update import Update, UpdateSpec
 
 DRAWS = 16  # root-mean-square errors over several draws do not depend on the rounding of a single draw
 SCALAR_NAMES = KernelScalars._fields

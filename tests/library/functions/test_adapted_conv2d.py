@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from snella.autograd import add_by_autograd
-from snella.update import Conv2dOp
+from snella.ops import Conv2dOp
 
 from .problems import DRAWS, Problem, assert_close_to_reference, make_problem, solve
 

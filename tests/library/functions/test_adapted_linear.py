@@ -11,7 +11,7 @@ from torch import Tensor
 from snella.autograd import add_by_autograd
 from snella.functional import adapted_linear
 from snella.kernels import KERNELS, KernelScalars, MixK
-from snella.update import LinearOp
+from snella.ops import LinearOp
 
 from .formulas import merge_by_hand, sparsify_by_hand
 from .problems import (

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snella.autograd import add_by_autograd, sparsify_update
+from snella.autograd import add_by_autograd, compute_effective_weight, sparsify_update
 from snella.backends import TorchBackend
-from snella.functional import compute_effective_weight
 from snella.kernels import KERNELS
 
 from .problems import assert_close_to_reference, draws, make_problem
@@ -54,7 +53,7 @@ def test_autocast_does_not_change_merge_and_selection(kernel):
 
     def compute() -> list[Tensor]:
         update = problem.update(problem.tensors)
-        merged = TorchBackend().merge(*update)
+        merged = TorchBackend().merge(update)
         eager, _ = compute_effective_weight(weight, [update], weight.shape)
         sparse, thresholds = sparsify_update(update)
         assert torch.equal(thresholds, merged.thresholds)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from snella.compat.compile import adapted_layer_in_graph
-from snella.update import Conv2dOp, Factors, UpdateSpec
+from snella.kernels import Factors
+from snella.ops import Conv2dOp
+from snella.update import UpdateSpec
 
 from .problems import Problem, make_problem, solve
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from snella.kernels import KERNELS
-from snella.update import Conv2dOp
+from snella.ops import Conv2dOp
 
 from .problems import Problem, layer_output, make_problem, solve
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from snella.backends import missing_reason
-from snella.update import Conv2dOp, LazyWeight, LinearOp
+from snella.ops import Conv2dOp, LazyWeight, LinearOp
 
 from .problems import Problem, computed_weight, layer_output, make_problem
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from snella.functional import adapted_linear
-from snella.update import Conv2dOp
+from snella.ops import Conv2dOp
 
 from .problems import Problem, make_problem
 

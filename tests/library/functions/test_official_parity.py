@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from snella.kernels import make_kernel, merge_factors
+from snella.kernels import Factors, make_kernel, merge_factors
+from snella.ops import LinearOp
 from snella.sparsify import quantile_threshold, sparsify
-from snella.update import Factors, LinearOp, Update, UpdateSpec
+from snella.update import Update, UpdateSpec
 
 from .problems import layer_output
 

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from snella.memory.sampling import MIN_TOKENS, parse_weight_gradient, sample_tokens
-from snella.update import LinearOp, layer_op_from_ints
+from snella.ops import MIN_TOKENS, LinearOp, layer_op_from_ints, parse_weight_gradient, sample_tokens
 from tests.library.functions.problems import make_problem, solve
 
 TOKENS, OUTPUTS, INPUTS = 400, 6, 5

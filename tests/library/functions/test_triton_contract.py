@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from snella.autograd import add_by_autograd
-from snella.update import Conv2dOp
+from snella.ops import Conv2dOp
 
 from .problems import assert_close_to_reference, computed_weight, solve
 from .test_adapted_linear import scatter

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from snella.autograd import adapted_layer, add_by_autograd, sparsify_update
-from snella.kernels import KERNELS, KernelScalars, make_kernel
+from snella.kernels import KERNELS, Factors, KernelScalars, make_kernel
+from snella.ops import LinearOp
 from snella.sparsify import keep_threshold
-from snella.update import Factors, LinearOp, UpdateSpec
+from snella.update import UpdateSpec
 
 from .problems import Problem, assert_close_to_reference, draws, layer_output, make_problem, solve
 

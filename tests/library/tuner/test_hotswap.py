@@ -10,12 +10,12 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 
 from snella import SnellaConfig, hotswap
-from snella.backends import MergeCache
+from snella.autograd import compute_effective_weight
 from snella.compat.hotswap import AdapterValues
-from snella.functional import compute_effective_weight, write_effective_weight
-from snella.kernels import make_kernel
+from snella.kernels import Factors, make_kernel
 from snella.layer import SnellaLayer
-from snella.update import Factors, Update, UpdateSpec
+from snella.merge import MergeCache, write_effective_weight
+from snella.update import Update, UpdateSpec
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TASKS = {"one": 1, "two": 2}

@@ -197,7 +197,7 @@ def test_state_of_other_layers_raises(mlp):
     optimizer = create_snella_optimizer(mlp.adapted(), lr=0.1)
     optimizer.param_groups[0]["snella_step_matcher"] = {"step": 5, "slopes": [[1.0], [1.0], [1.0]]}
     with pytest.raises(ValueError, match="state must have 2 adapted layers, got 3"):
-        matcher._load_from(optimizer)
+        matcher.attach(optimizer)
 
 
 def test_config_enables_step_matching(mlp):

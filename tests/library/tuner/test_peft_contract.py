@@ -27,7 +27,7 @@ from torch import nn
 from snella import SnellaConfig
 from snella.layer import SnellaLayer
 from snella.matrices import adapted_matrices
-from snella.merge import orient
+from snella.ops import orient
 
 TOKENS = torch.arange(6)[None]
 

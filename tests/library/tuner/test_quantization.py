@@ -15,10 +15,9 @@ from torch import nn
 
 from snella import SnellaConfig
 from snella.compat.quantization import Quantization, report_requantization
-from snella.forward import product_dtype
-from snella.layer import SnellaLayer
-from snella.merge import effective_weight
-from snella.update import LazyWeight
+from snella.layer import SnellaLayer, product_dtype
+from snella.merge import merged_weight
+from snella.ops import LazyWeight
 
 M, N = 64, 128
 BITSANDBYTES = ["nf4", "fp4", "nf4 double", "nf4 bfloat16", "int8"]
@@ -283,11 +282,11 @@ def test_evaluation_equals_training_and_caches_no_dequantized_weight(kind_or_byt
     model.eval()
 
     def record_source(*args, **options):
-        weight = effective_weight(*args, **options)
+        weight = merged_weight(*args, **options)
         saved.append(weakref.ref(weight))
         return weight
 
-    monkeypatch.setattr("snella.layer.effective_weight", record_source)
+    monkeypatch.setattr("snella.layer.merged_weight", record_source)
     for is_enabled in (False, True):
         with torch.set_grad_enabled(is_enabled):
             torch.testing.assert_close(layer(x), trained.detach(), rtol=0, atol=0)
@@ -327,7 +326,7 @@ def test_cache_delta_caches_weight_in_evaluation(kind_or_bytes, monkeypatch):
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
         assert layer._cache._effective is not None
         with monkeypatch.context() as patch:
-            patch.setattr("snella.layer.effective_weight", None)  # no longer required
+            patch.setattr("snella.layer.merged_weight", None)  # no longer required
             torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
         model.peft_config["default"].cache_delta = False
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)

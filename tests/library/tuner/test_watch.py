@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from snella import BudgetAllocator, SnellaConfig
-from snella.targets import is_newly_initialized
+from snella.watch import is_newly_initialized
 
 
 def train(case, model, steps):

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from snella.backends import Backend, Gradients, Merged, Product
 from snella.backends.numba import backward, forward
-from snella.kernels import MixK, NormalizedRBF, PLinear
+from snella.kernels import Factors, MixK, NormalizedRBF, PLinear
 from snella.sparsify import KEEP_ALL
-from snella.update import Factors, UpdateSpec
+from snella.update import Update, UpdateSpec
 
 _MAX_WIDTH, _MIN_WIDTH = 192, 96
 _MIN_BLOCKS = 6  # enough parallelism for a few threads
@@ -64,7 +64,6 @@ class NumbaBackend(Backend):
     """
 
     name = "numba"
-    fused_add_in_backward = True
 
     def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:  # noqa: D102
         if not isinstance(spec.kernel, PLinear):
@@ -77,14 +76,8 @@ class NumbaBackend(Backend):
             return f"normalizes over the outputs, got softmax_dim={spec.kernel.softmax_dim}"
         return None
 
-    def merge(  # noqa: D102
-        self,
-        spec: UpdateSpec,
-        factors: Factors,
-        budgets: tuple[int, ...],
-        thresholds: Tensor | None = None,
-        saved: tuple[Tensor | None, ...] = (),
-    ) -> Merged:
+    def merge(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Merged:  # noqa: D102
+        spec, factors, budgets, thresholds = update
         threshold_values = [None] * len(budgets) if thresholds is None else thresholds.tolist()
         columns = saved[0] if saved and thresholds is not None else None
         is_new = columns is None
@@ -114,31 +107,15 @@ class NumbaBackend(Backend):
                 _add_matrix(spec, matrix, sparse.numpy(), sparse.numpy())
                 torch.add(base[rows], sparse, out=out[rows])
 
-    def grad_factors(  # noqa: D102
-        self,
-        spec: UpdateSpec,
-        merged: Merged,
-        grad_weight: Tensor,
-        base: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Gradients:
-        grads = [None if f is None else torch.zeros(f.shape, dtype=torch.float32) for f in merged.factors]
-        arrays = [None if grad is None else as_array(grad) for grad in grads]
-        if base is not None and out is not None and not (base.dtype in _SUPPORTED and out.dtype in _SUPPORTED):
-            self.add_update(spec, merged, base, out)
-            base = out = None
-        for group, (rows, matrix) in enumerate(zip(spec.rows, merged.workspace, strict=True)):
-            grad = grad_weight[rows].detach()
-            if matrix is None:
-                if base is not None and out is not None:
-                    out[rows] = base[rows]
-                continue
-            buffers = None if base is None or out is None else (as_array(base[rows]), as_array(out[rows]))
-            slices = [slice(group, group + 1), rows, *[slice(group, group + 1)] * 4]
-            targets = [None if array is None else array[part] for array, part in zip(arrays, slices, strict=True)]
-            _grad_matrix(spec, matrix, grad, buffers, targets)
-        pairs = zip(grads, merged.factors, strict=True)
-        return tuple([None if wide is None or f is None else wide.to(f.dtype) for wide, f in pairs])
+    def grad_factors(self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor) -> Gradients:  # noqa: D102
+        return _gradients(spec, merged, grad_weight, None)
+
+    def add_and_grad_factors(  # noqa: D102
+        self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor, base: Tensor, out: Tensor
+    ) -> Gradients | None:
+        if base.dtype not in _SUPPORTED or out.dtype not in _SUPPORTED:
+            return None
+        return _gradients(spec, merged, grad_weight, (base, out))
 
     def grad_weight(  # noqa: D102
         self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor, product: Product
@@ -154,6 +131,24 @@ class NumbaBackend(Backend):
             elif budget:
                 result[part] = product(grad_y[:, part], x)
         return result
+
+
+def _gradients(
+    spec: UpdateSpec, merged: Merged, grad_weight: Tensor, base_and_out: tuple[Tensor, Tensor] | None
+) -> Gradients:
+    """Return the gradients of factors and scalars; with `base_and_out`, also add the update in the same pass."""
+    grads = [None if f is None else torch.zeros(f.shape, dtype=torch.float32) for f in merged.factors]
+    arrays = [None if grad is None else as_array(grad) for grad in grads]
+    for group, (rows, matrix) in enumerate(zip(spec.rows, merged.workspace, strict=True)):
+        buffers = None if base_and_out is None else [tensor[rows] for tensor in base_and_out]
+        if matrix is not None:
+            slices = [slice(group, group + 1), rows, *[slice(group, group + 1)] * 4]
+            targets = [None if array is None else array[part] for array, part in zip(arrays, slices, strict=True)]
+            _grad_matrix(spec, matrix, grad_weight[rows].detach(), buffers, targets)
+        elif buffers is not None:
+            buffers[1].copy_(buffers[0])
+    pairs = zip(grads, merged.factors, strict=True)
+    return tuple([None if wide is None or f is None else wide.to(f.dtype) for wide, f in pairs])
 
 
 def _merge_matrix(
@@ -217,7 +212,7 @@ def _grad_matrix(
     spec: UpdateSpec,
     matrix: _Matrix,
     grad: Tensor,
-    buffers: tuple[np.ndarray, np.ndarray] | None,
+    buffers: Sequence[Tensor] | None,
     targets: Sequence[Any],
 ) -> None:
     """Write a matrix's gradients into `targets`, ordered like `Factors`; with `buffers` (base, out), also add `S`."""
@@ -242,7 +237,7 @@ def _grad_matrix(
         _MODES[spec.mode],
         grad_temperature is not None,
         buffers is not None,
-        *((_EMPTY, _EMPTY) if buffers is None else buffers),
+        *((_EMPTY, _EMPTY) if buffers is None else map(as_array, buffers)),
         grad_A[0],
         partial_B,
         means,

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from snella.backends import Backend, Gradients, Merged, zero_gradients
 from snella.backends.triton import backward, forward
-from snella.kernels import MixK, NormalizedRBF, PLinear
+from snella.kernels import Factors, MixK, NormalizedRBF, PLinear
 from snella.sparsify import KEEP_ALL
-from snella.update import Factors, UpdateSpec
+from snella.update import Update, UpdateSpec
 
 # fixed instead of autotuned, because they determine the order of sums and therefore the bits of results
 TILE = {"BLOCK_M": 32, "BLOCK_N": 64}
@@ -216,14 +216,8 @@ class TritonBackend(Backend):
                 return f"requires compute capability {_MIN_CAPABILITY}, got {capability} on {str(A.device)!r}"
         return None
 
-    def merge(  # noqa: D102
-        self,
-        spec: UpdateSpec,
-        factors: Factors,
-        budgets: tuple[int, ...],
-        thresholds: Tensor | None = None,
-        saved: tuple[Tensor | None, ...] = (),
-    ) -> Merged:
+    def merge(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Merged:  # noqa: D102
+        spec, factors, budgets, thresholds = update
         launches = _Launches(spec, factors, budgets)
         if not any(budgets):
             infinite = launches.new(launches.groups).fill_(torch.inf) if thresholds is None else thresholds
@@ -250,14 +244,7 @@ class TritonBackend(Backend):
         with launches.on_device():
             launches.add_sparse(delta, merged.thresholds, base, out)
 
-    def grad_factors(  # noqa: D102
-        self,
-        spec: UpdateSpec,
-        merged: Merged,
-        grad_weight: Tensor,
-        base: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Gradients:
+    def grad_factors(self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor) -> Gradients:  # noqa: D102
         (delta,) = merged.delta or (None,)
         if delta is None:
             return tuple(zero_gradients(merged.factors))

@@ -17,7 +17,8 @@ from torch import Tensor
 from snella._utils import cache_folder
 from snella.backends import TorchBackend
 from snella.backends.triton import backend, backward, forward
-from snella.update import Factors, UpdateSpec
+from snella.kernels import Factors
+from snella.update import Update, UpdateSpec
 
 ROWS, COLUMNS = (64,), 96
 TOLERANCE = 2e-4
@@ -59,7 +60,7 @@ def _compare(spec: UpdateSpec, A: Tensor) -> str | None:
     base, grad = (torch.randn(ROWS[0], COLUMNS, generator=generator, device="cpu").to(A.device) for _ in range(2))
     results = []
     for implementation, inputs in ((backend.TritonBackend(), factors), (TorchBackend(), wide_factors)):
-        merged = implementation.merge(spec, inputs, budgets)
+        merged = implementation.merge(Update(spec, inputs, budgets))
         dtype = torch.float32 if inputs is factors else torch.float64
         weight, grad_weight = base.to(dtype), grad.to(dtype)
         out = torch.empty_like(weight)

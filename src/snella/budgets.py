@@ -1,0 +1,131 @@
+"""Budgets of a layer's matrices: buffers of the adapter, protected from model averaging.
+
+| form | contents |
+|---|---|
+| `layer.snella_budget` | buffers, saved with the adapter; compiled graphs read them |
+| `layer.snella_seal` | buffers, not saved: a hash of each budget |
+| `Budgets.live` | the most recently set budgets |
+| `Budgets.records` | integers read from the buffers, until these change |
+
+Model averaging may also average buffers (`AveragedModel(use_buffers=True)`, timm's `ModelEmaV2`). An averaged budget no
+longer matches its seal, so the layer restores the live budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from snella.layer import SnellaLayer
+
+
+class BudgetRecord(NamedTuple):
+    """Budgets of an adapter as integers, with the buffer and seal that contain them and their versions."""
+
+    budgets: tuple[int, ...]
+    buffer: Tensor
+    address: int
+    version: int
+    seal: Tensor
+    seal_version: int
+
+
+class Budgets:
+    """Budgets of a layer's adapters as integers.
+
+    Attributes:
+        live: Most recently set budgets by adapter, shared by all copies of the layer.
+        records: Budgets of the buffers by adapter. Copies and pickles start without records.
+    """
+
+    def __init__(self) -> None:
+        self.live: dict[str, tuple[int, ...]] = {}
+        self.records: dict[str, BudgetRecord] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Budgets:
+        copied = Budgets()
+        copied.live = self.live
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"live": self.live, "records": {}}
+
+
+def compute_seal(budget: int) -> int:
+    """Return a hash of a budget that averaging does not preserve, to detect averaged budgets."""
+    return (budget + 1) * 0x9E3779B1 % 0x7FFFFFFF
+
+
+def read_budgets(layer: SnellaLayer, adapter_name: str) -> tuple[int, ...]:
+    """Return the budgets in the buffer, after replacing averaged budgets with the live ones."""
+    buffer, seal = layer.snella_budget[adapter_name], layer.snella_seal[adapter_name]
+    budgets, stored_seals = torch.stack((buffer, seal.to(buffer.device))).tolist()  # one transfer
+    is_sealed = stored_seals == [compute_seal(budget) for budget in budgets]
+    record = layer._budgets.records.get(adapter_name)
+    if is_sealed and record is not None and record.buffer is buffer and record.seal is seal:
+        # a write, e.g. of an averaged `state_dict`, may change the buffer but not its seal
+        is_sealed = buffer._version == record.version or seal._version != record.seal_version
+    if not is_sealed:
+        budgets = layer._budgets.live[adapter_name]
+        write_budgets(layer, adapter_name, budgets)
+        return budgets
+    return _record_budgets(layer, adapter_name, tuple(budgets))
+
+
+def write_budgets(layer: SnellaLayer, adapter_name: str, budgets: tuple[int, ...]) -> None:
+    """Set the budgets in the buffer and make them the live ones."""
+    buffer = layer.snella_budget[adapter_name]
+    buffer.copy_(torch.tensor(budgets, dtype=buffer.dtype))
+    seal_budgets(layer, adapter_name, budgets)
+
+
+def _record_budgets(layer: SnellaLayer, adapter_name: str, budgets: tuple[int, ...]) -> tuple[int, ...]:
+    """Record the budgets in an adapter's buffer, unless its tensors do not track changes, and return them."""
+    buffer, seal = layer.snella_budget[adapter_name], layer.snella_seal[adapter_name]
+    if buffer.is_inference() or seal.is_inference():
+        layer._budgets.records.pop(adapter_name, None)
+    else:
+        record = BudgetRecord(budgets, buffer, buffer.data_ptr(), buffer._version, seal, seal._version)
+        layer._budgets.records[adapter_name] = record
+    return budgets
+
+
+def seal_budgets(layer: SnellaLayer, adapter_name: str, budgets: tuple[int, ...] | None = None) -> None:
+    """Record the buffer's values as the live budgets; see `SnellaLayer.seal_budgets`."""
+    buffer = layer.snella_budget[adapter_name]
+    if buffer.is_meta:
+        layer.snella_seal[adapter_name] = torch.zeros_like(buffer)
+        return
+    budgets = tuple(buffer.tolist()) if budgets is None else budgets
+    seals = [compute_seal(budget) for budget in budgets]
+    layer.snella_seal[adapter_name] = torch.tensor(seals, dtype=buffer.dtype, device=buffer.device)
+    layer._budgets.live[adapter_name] = _record_budgets(layer, adapter_name, budgets)
+
+
+def seal_all_budgets(layer: SnellaLayer, *_: Any) -> None:
+    """Seal the loaded budgets; a `load_state_dict` hook."""
+    for name in layer.snella_budget:
+        seal_budgets(layer, name)
+
+
+def restore_budgets(layer: SnellaLayer, *_: Any) -> None:
+    """Replace averaged budgets, for code that reads the buffers directly; a `state_dict` hook."""
+    for name, buffer in layer.snella_budget.items():
+        if not buffer.is_meta and not layer.snella_seal[name].is_meta:
+            read_budgets(layer, name)
+
+
+@contextmanager
+def buffers_off_meta(layer: SnellaLayer) -> Iterator[None]:
+    """Keep budgets and seals on their device when the layer moves to the meta device, e.g. in accelerate."""
+    buffers = (layer.snella_budget, layer.snella_seal)
+    before = [(values, name, values[name]) for values in buffers for name in values]
+    yield
+    for values, name, buffer in before:
+        if values[name].is_meta:
+            values[name] = buffer

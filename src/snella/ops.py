@@ -1,0 +1,308 @@
+"""Ops of adapted layers, weights and inputs of their base layers, and estimated weight gradients."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+MIN_TOKENS = 64
+"""Minimum sample size, given enough tokens; products of fewer tokens cost little compared to merging."""
+MIN_SHARE = 2**-10
+"""Minimum fraction of the tokens; above it, numerator and denominator fit the int64 arguments of compiled graphs."""
+_ROUNDS = 4  # iterations to find the tokens with probability 1
+
+
+class LayerOp(Protocol):
+    """Protocol of a layer's op: forward and gradients. Weights are `[m, …]`, or `[m, n]` as matrices."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the layer's output."""
+
+    def grad_input(self, grad_y: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
+        """Return ∂L/∂x, with shape `x_shape`."""
+
+    def grad_weight(self, grad_y: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:
+        """Return ∂L/∂weight, with shape `weight_shape`."""
+
+    def grad_bias(self, grad_y: Tensor) -> Tensor:
+        """Return ∂L/∂bias, `[m]`."""
+
+    def to_ints(self, weight_shape: torch.Size) -> list[int]:
+        """Encode the op as integers for a `torch.compile` operator; `layer_op_from_ints` decodes them."""
+
+
+@dataclass(frozen=True)
+class LinearOp:
+    """`y = x Wᵀ + bias` for `x` `[…, n]` and `W` `[m, n]`.
+
+    Args:
+        token_share: Fraction of the tokens used to estimate the gradient of an update, see `sample_tokens`; 1 uses all
+            tokens. All other gradients are exact.
+        is_rounded: If True, compute the gradient of an update in bfloat16.
+    """
+
+    token_share: float = 1.0
+    is_rounded: bool = False
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
+        return F.linear(x, weight, bias)
+
+    def grad_input(self, grad_y: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:  # noqa: D102
+        return grad_y @ weight
+
+    def grad_weight(self, grad_y: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:  # noqa: D102
+        return grad_y.reshape(-1, grad_y.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+    def gradient_tokens(self, grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ∂L/∂y `[k, m]` and `x` `[k, n]`, whose product is the exact or estimated gradient of an update."""
+        grad_y, x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+        return (grad_y, x) if self.token_share == 1 else sample_tokens(grad_y, x, self.token_share)
+
+    def product(self, grad_y: Tensor, x: Tensor) -> Tensor:
+        """Return `∂L/∂yᵀ x` of the result of `gradient_tokens`, in bfloat16 if `is_rounded`."""
+        if self.is_rounded:
+            grad_y, x = grad_y.to(torch.bfloat16), x.to(torch.bfloat16)
+        return grad_y.T @ x
+
+    def grad_bias(self, grad_y: Tensor) -> Tensor:  # noqa: D102
+        return grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
+
+    def to_ints(self, weight_shape: torch.Size) -> list[int]:  # noqa: D102
+        return [] if self == LinearOp() else [*self.token_share.as_integer_ratio(), int(self.is_rounded)]
+
+
+@dataclass(frozen=True)
+class Conv2dOp:
+    """2D convolution of `x` `[N, c, h, w]` with `W` `[m, c/groups, kh, kw]`, zero padding."""
+
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] | str = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+
+    @classmethod
+    def of(cls, base: nn.Conv2d) -> Self:
+        """Return the op of a convolution, for an input padded by `pad_input`."""
+        padding = base.padding if base.padding_mode == "zeros" else (0, 0)
+        return cls(base.stride, padding, base.dilation, base.groups)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
+        return F.conv2d(x, weight, bias, self.stride, self.padding_sizes(weight.shape), self.dilation, self.groups)
+
+    def grad_input(self, grad_y: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:  # noqa: D102
+        return self._backward(grad_y, grad_y.new_empty(1).expand(x_shape), weight, (True, False, False))[0]
+
+    def grad_weight(self, grad_y: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:  # noqa: D102
+        return self._backward(grad_y, x, x.new_empty(1).expand(weight_shape), (False, True, False))[1]
+
+    def grad_bias(self, grad_y: Tensor) -> Tensor:  # noqa: D102
+        return grad_y.sum((0, 2, 3)) if grad_y.ndim == 4 else grad_y.sum((1, 2))
+
+    def to_ints(self, weight_shape: torch.Size) -> list[int]:  # noqa: D102
+        return [*self.stride, *self.padding_sizes(weight_shape), *self.dilation, self.groups]
+
+    def _backward(self, grad_y: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> list[Tensor]:
+        """Return the gradients from `aten::convolution_backward`; add a batch axis to unbatched input."""
+        is_batched = x.ndim == 4
+        grads = torch.ops.aten.convolution_backward(
+            grad_y if is_batched else grad_y[None],
+            x if is_batched else x[None],
+            weight,
+            None,
+            self.stride,
+            self.padding_sizes(weight.shape),
+            self.dilation,
+            False,
+            [0, 0],
+            self.groups,
+            mask,
+        )
+        return [grad if grad is None or is_batched or k == 1 else grad[0] for k, grad in enumerate(grads)]
+
+    def padding_sizes(self, weight_shape: torch.Size) -> tuple[int, ...]:
+        """Return the padding in pixels, resolving `"same"` and `"valid"`.
+
+        Raises:
+            NotImplementedError: If `padding="same"` requires asymmetric padding.
+        """
+        if self.padding == "valid":
+            return (0, 0)
+        if isinstance(self.padding, str):
+            totals = [d * (size - 1) for d, size in zip(self.dilation, weight_shape[2:], strict=True)]
+            if any(total % 2 for total in totals):
+                raise NotImplementedError(
+                    f"padding='same' requires an odd kernel size, got kernel_size={list(weight_shape[2:])} with "
+                    f"dilation={list(self.dilation)}; pad the input manually and use padding=0"
+                )
+            return (totals[0] // 2, totals[1] // 2)
+        return self.padding
+
+
+@dataclass(frozen=True)
+class WeightOp:
+    """Op that returns the weight `W` `[m, …]`, for models that read `layer.weight`; ignores `x` and the bias."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
+        return weight
+
+    def grad_input(self, grad_y: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:  # noqa: D102
+        return grad_y.new_zeros(x_shape)
+
+    def grad_weight(self, grad_y: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:  # noqa: D102
+        return grad_y.reshape(weight_shape)
+
+    def grad_bias(self, grad_y: Tensor) -> Tensor:  # noqa: D102
+        return grad_y.new_zeros(len(grad_y))
+
+    def to_ints(self, weight_shape: torch.Size) -> list[int]:  # noqa: D102
+        raise NotImplementedError("a compiled graph must use LinearOp() with the identity as input, got WeightOp()")
+
+
+def layer_op_from_ints(ints: Sequence[int]) -> LayerOp:
+    """Decode an op from the result of `LinearOp.to_ints` or `Conv2dOp.to_ints`."""
+    if len(ints) <= 3:
+        return LinearOp(ints[0] / ints[1], bool(ints[2])) if ints else LinearOp()
+    return Conv2dOp(tuple(ints[:2]), tuple(ints[2:4]), tuple(ints[4:6]), ints[6])
+
+
+def without_view(y: Tensor) -> Tensor:
+    """Return `y` as a non-view tensor over the same memory.
+
+    torch forbids in-place operations on a view returned by a custom autograd function. A product is a view if torch
+    reshapes it, e.g. for a convolution of an unbatched input.
+    """
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+
+# weights and inputs of base layers ---------------------------------------------------------------------------------
+
+
+def orient(base: Any, weight: Tensor) -> Tensor:
+    """Convert a weight between the base layer's layout and `[m, …]`, outputs first.
+
+    The two layouts differ only for transformers' `Conv1D`, which stores `[in, out]`.
+    """
+    return weight.T if isinstance(base, Conv1D) else weight
+
+
+def pad_input(base: nn.Module, x: Tensor) -> Tensor:
+    """Pad the input of a convolution whose padding mode is not `zeros`, the only mode of its op."""
+    if not isinstance(base, nn.Conv2d) or base.padding_mode == "zeros":
+        return x
+    return F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
+
+
+@dataclass(frozen=True)
+class LazyWeight:
+    """Weight `[m, …]` that is not a dense matrix in memory, e.g. a quantized weight.
+
+    The op materializes it in the forward pass and again in the backward pass, and frees it in between.
+
+    Args:
+        shape: `[m, …]`.
+        tensors: Source tensors of the weight. They stay alive until the backward pass, which raises an error if one has
+            changed since the forward pass. Caches use their identities and versions to detect changes.
+        materialize: Returns the floating-point weight in memory that the caller may overwrite.
+    """
+
+    shape: torch.Size
+    tensors: tuple[Tensor, ...]
+    materialize: Callable[[], Tensor]
+
+    def versions(self) -> tuple[int, ...]:
+        """Return torch's version counter of each source tensor."""
+        return tuple(0 if tensor.is_inference() else tensor._version for tensor in self.tensors)
+
+    def check_unchanged(self, versions: tuple[int, ...]) -> None:
+        """Raise `RuntimeError` if the weight has changed since `versions`, as autograd does for saved tensors."""
+        if self.versions() != versions:
+            raise RuntimeError(
+                f"the source tensors of a weight {list(self.shape)} must not change between forward and backward pass: "
+                f"their versions were {list(versions)}, now {list(self.versions())}; change them before the forward or "
+                "after the backward pass"
+            )
+
+
+# weight gradients of linear layers: exact, rounded to bfloat16, or estimated from sampled tokens -------------------
+
+
+def parse_weight_gradient(weight_gradient: str) -> tuple[float, bool]:
+    """Parse `SnellaConfig.weight_gradient` into the fraction of sampled tokens and whether to round to bfloat16.
+
+    Args:
+        weight_gradient: `"exact"`, `"bfloat16"`, or `"sample:P"` with a number or fraction `P` from 1/1024 to 1, e.g.
+            `sample:1/2`.
+
+    Raises:
+        ValueError: If the value is invalid.
+    """
+    if weight_gradient in ("exact", "bfloat16"):
+        return 1.0, weight_gradient == "bfloat16"
+    mode, _, fraction = str(weight_gradient).partition(":")
+    try:
+        share = float(Fraction(fraction)) if mode == "sample" else math.nan
+    except (ValueError, ZeroDivisionError):
+        share = math.nan
+    if not MIN_SHARE <= share <= 1:
+        raise ValueError(
+            "weight_gradient must be 'exact', 'bfloat16' or 'sample:P' with P from 1/1024 to 1, got "
+            f"{weight_gradient!r}; 'sample:1/2' samples half of the tokens"
+        )
+    return share, False
+
+
+def sample_tokens(grad_y: Tensor, x: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Sample tokens so that the product of the results is an unbiased estimate of `grad_yᵀ x`.
+
+        E[Ĝ] = G = Σ_t g_t x_tᵀ,   Ĝ = Σ_{t drawn} g_t x_tᵀ / π_t,   π_t = min(1, c·‖g_t‖·‖x_t‖),   Σ_t π_t = k
+
+    Token `t` is drawn with probability `π_t`. The sample size is `k = share·T`, at least `MIN_TOKENS`. For
+    independent draws, this `π` minimizes `E‖Ĝ − G‖² = Σ_t (1/π_t − 1) ‖g_t‖² ‖x_t‖²` for the given `k`. Systematic
+    sampling (one random offset shifts `k` equally spaced points over the cumulative sum of `π`) draws exactly `k`
+    tokens. No shape depends on values, so sampling does not synchronize with a GPU.
+
+    Args:
+        grad_y: `g`, the gradient of the layer's output, `[T, m]`.
+        x: The layer's input, `[T, n]`.
+        share: Fraction of the tokens, in `(0, 1]`.
+
+    Returns:
+        `g_t / π_t` `[k, m]` and `x_t` `[k, n]` of the drawn tokens, or `grad_y` and `x` unchanged if `k` reaches `T`.
+    """
+    tokens = len(x)
+    k = max(math.ceil(share * tokens), min(tokens, MIN_TOKENS))
+    if k >= tokens:
+        return grad_y, x
+    norms = torch.linalg.vector_norm(grad_y, dim=1, dtype=torch.float32)
+    norms *= torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+    # if all gradients are zero, sample uniformly; the estimate is zero
+    norms = norms.clamp(min=torch.finfo(torch.float32).tiny)
+    probs = norms * (k / norms.sum())
+    for _ in range(_ROUNDS):
+        is_certain = probs >= 1
+        uncertain = torch.where(is_certain, 0, norms)
+        probs = torch.where(is_certain, 1, norms * ((k - is_certain.sum()) / uncertain.sum()))
+    # recompute the probabilities from the rounded cumulative sum, which determines the draws
+    cumulative = probs.cumsum(0)
+    cumulative = cumulative * (k / cumulative[-1])
+    probs = torch.diff(cumulative, prepend=cumulative.new_zeros(1))
+    points = torch.arange(k, device=x.device) + torch.rand(1, device=x.device)
+    indices = torch.searchsorted(cumulative, points, right=True).clamp(max=tokens - 1)
+    # divide in float32: 1/π can overflow float16 even if the quotient does not
+    return (grad_y[indices] / probs[indices, None]).to(grad_y.dtype), x[indices]
+
+
+def has_bfloat16_instructions() -> bool:
+    """Return whether the processor has native bfloat16 instructions."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported()
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
