@@ -25,7 +25,7 @@ from timm.data.constants import (
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from snella_app.text import listed
+from snella_app.text import first_line, listed
 
 _logger = logging.getLogger(__name__)
 _Shapes = dict[str, tuple[int, ...]]
@@ -365,9 +365,8 @@ def _read_torch(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"weights '{path}' cannot be read as tensors (files that contain code are rejected): {first}"
+            f"weights '{path}' cannot be read as tensors (files that contain code are rejected): {first_line(error)}"
         ) from error
 
 

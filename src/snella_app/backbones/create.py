@@ -27,6 +27,7 @@ from snella_app.backbones.checkpoint import (
     weight_suffix,
 )
 from snella_app.plugins import plugin, plugins
+from snella_app.text import first_line
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,13 @@ def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module
             )
             if _is_network_error(error):
                 raise ConnectionError(
-                    f"the Hub ({constants.ENDPOINT}) could not be reached ({reason or _first_line(error)}) "
+                    f"the Hub ({constants.ENDPOINT}) could not be reached ({reason or first_line(error).rstrip('.')}) "
                     f"and backbone {name!r} is not cached. {remedy}"
                 ) from error
             if isinstance(error, (HfHubHTTPError, HTTPError)):
                 raise ValueError(
-                    f"the Hub ({constants.ENDPOINT}) does not provide backbone {name!r}: {_first_line(error)}. {remedy}"
+                    f"the Hub ({constants.ENDPOINT}) does not provide backbone {name!r}: "
+                    f"{first_line(error).rstrip('.')}. {remedy}"
                 ) from error
             raise
 
@@ -138,7 +140,7 @@ def cache_only_if_unreachable() -> Iterator[str | None]:
         except Exception as error:
             if not _is_network_error(error):
                 raise
-            reason = _first_line(error)
+            reason = first_line(error).rstrip(".")
             _logger.info("Hub unreachable (%s); using its cache", reason)
     constants.HF_HUB_OFFLINE = reason is not None
     try:
@@ -159,12 +161,6 @@ def _is_network_error(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of the error message."""
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 import yaml
 
 from snella_app.config.base import Config, errors_of
+from snella_app.text import first_line
 
 DEFAULT_BATCH_SIZE = 32
 SCHEDULE_END = 0.7
@@ -157,7 +158,7 @@ class OptimConfig(BaseOptimConfig):
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as cause:
-            raise ValueError(f"{error}: {str(cause).splitlines()[0]}") from cause
+            raise ValueError(f"{error}: {first_line(cause)}") from cause
         if not isinstance(values, dict) or not all(type(value) in (int, float) for value in values.values()):
             raise ValueError(f"{error}, which has other content")
         return {str(name): float(value) for name, value in values.items()}

@@ -22,7 +22,7 @@ from snella_app.data.images import Reading, check_regular, decode_image, to_chan
 from snella_app.data.options import LoadOptions
 from snella_app.data.sources import CachedImages
 from snella_app.data.table import Samples, build_collection, outside_reason
-from snella_app.text import listed, similar_paths
+from snella_app.text import first_line, listed, similar_paths
 
 PYTHON_PREFIX = "python:"
 _IMAGE = "<image>"
@@ -226,7 +226,7 @@ def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:
     try:
         columns = rows.remove_columns(list(images)).to_dict()
     except (ValueError, OverflowError) as error:  # timestamps out of range
-        raise ValueError(f"data cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"data cannot be read: {first_line(error)}") from error
     for column, values in columns.items():
         names = _class_names(rows.features[column])
         if names:
@@ -293,7 +293,7 @@ def _datasets_library(where: str, place: Path) -> Iterator[Any]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        text = first_line(cause)
         nearest = similar_paths(place) if place.parent.is_dir() and not place.exists() else ""
         if isinstance(error, ConnectionError):
             raise ConnectionError(

@@ -16,7 +16,7 @@ from snella_app.data.datasets import Annotations, Collection, ImageDataset, Targ
 from snella_app.data.folder import PARTS
 from snella_app.data.options import LoadOptions, TargetKind
 from snella_app.data.sources import CachedImages, FileImages, broken_rows
-from snella_app.text import listed, similar_paths
+from snella_app.text import first_line, listed, similar_paths
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 _SEPARATORS = ("|", ";", ",")
@@ -265,7 +265,7 @@ def _read_parquet(file: Path) -> dict[str, list[Any]]:
     try:
         table: dict[str, list[Any]] = parquet.read_table(file).to_pydict()
     except (ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: timestamps out of range
-        raise ValueError(f"'{file}' must be a Parquet file: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"'{file}' must be a Parquet file: {first_line(error)}") from error
     return table
 
 

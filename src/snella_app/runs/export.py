@@ -37,6 +37,7 @@ from snella_app.runs.graphs import (
 from snella_app.runs.images import load_run_splits
 from snella_app.runs.merge import check_folder_files, prediction_notes, run_metadata, write_timm_folder
 from snella_app.runs.model import LoadedRun, load_single_run, make_backbone
+from snella_app.text import first_line
 
 _NUM_IMAGES = 8
 _MAX_CHANGED = 0.9  # maximum fraction of changed weights in a sparse file
@@ -250,7 +251,7 @@ def _write_graph(
         try:
             graph = export_graph(model, example, run_metadata(loaded, merged), output, options.opset)
         except Exception as error:  # the following lines of an exporter's error are its log
-            reason, hint = str(error).strip().partition("\n")[0][:300], "; leave out opset" if options.opset else ""
+            reason, hint = first_line(error)[:300], "; leave out opset" if options.opset else ""
             raise ValueError(f"torch cannot export this model: {reason}{hint}") from error
         note = compare_outputs(graph, model, options.images)
     path.write_bytes(graph.content)

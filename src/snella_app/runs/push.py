@@ -12,6 +12,7 @@ from snella_app.runs.folder import RunFolder
 from snella_app.runs.layer_probe import LAYER_PROBE
 from snella_app.runs.merge import describe_file, loading_snippet, merge, prediction_notes
 from snella_app.runs.model import get_task
+from snella_app.text import first_line
 
 __all__ = ["PushResult", "push", "write_hub_folder"]
 
@@ -128,7 +129,6 @@ def push(
             raise PermissionError(f"no write permission for name={name}; run `hf auth login`") from error
         raise
     except (OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return PushResult(str(folder), reason)
+        return PushResult(str(folder), first_line(error))
     shutil.rmtree(folder)
     return PushResult(str(url))

@@ -25,6 +25,7 @@ from snella_app.records import RunInfo, read
 from snella_app.runs.evaluate import rewrite_report
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.images import SPLITS, check_splits, find_data
+from snella_app.text import first_line
 from snella_app.training.build import RunComponents, build, load, load_initial_weights, store_selection
 from snella_app.training.callbacks import ProgressDisplay, ScheduleCallback, StepTimeCallback, TrackingCallback
 from snella_app.training.checkpoints import checkpoint_to_resume, latest_checkpoint
@@ -227,7 +228,7 @@ def _tracking(trackers: Sequence[str], run: RunFolder) -> Iterator[None]:
         package = type(error).__module__.partition(".")[0]
         if package not in trackers:
             raise
-        raise ValueError(f"track={package}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"track={package}: {first_line(error)}") from error
     finally:
         for name in added:
             os.environ.pop(name, None)
