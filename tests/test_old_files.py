@@ -13,7 +13,7 @@ from snella_app.records import Allocation, CellRow, Metrics, Predictions, RunInf
 from snella_app.report.inspect import inspect_run, inspect_summary
 from snella_app.runs import RunFolder
 from snella_app.runs.evaluate import evaluate, rewrite_report
-from snella_app.runs.predict import predict
+from snella_app.runs.predict import load
 from snella_lab.comparison.compare import compare
 from snella_lab.comparison.options import ExecutionConfig
 from snella_lab.comparison.store import read_lines
@@ -32,7 +32,7 @@ def expected():
 
 
 def test_old_run_reproduces_predictions_and_metrics(run, expected):
-    for prediction in predict(run, [OLD / "images"]):
+    for prediction in load(run).predict([OLD / "images"]):
         stored = expected["predict"][prediction.path.name]
         assert [name for name, _ in prediction.ranking] == list(stored)
         for name, probability in prediction.ranking:

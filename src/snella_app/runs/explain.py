@@ -18,9 +18,9 @@ from snella_app.records import Predictions, read
 from snella_app.report.examples import attention_rollout, choose_examples, heat_maps, image_data_uri, overlay_heat
 from snella_app.report.report import write_page
 from snella_app.runs.evaluate import rewrite_report
+from snella_app.runs.image_inputs import expand
 from snella_app.runs.images import check_splits, load_run_splits
-from snella_app.runs.predict import Predictor, load
-from snella_app.runs.prediction_files import expand_for
+from snella_app.runs.predict import Predictor, check_order, load, table_columns
 from snella_app.text import percent_text
 
 __all__ = ["HEAT_MAPS", "ExplainResult", "HeatMap", "explain", "explain_validation", "nearest_images"]
@@ -89,7 +89,9 @@ def explain(
         raise ValueError(f"of must be left out with rollout, which does not depend on a class, got {of!r}")
     if neighbors < 0:
         raise ValueError(f"neighbors must be at least 0, got {neighbors}")
-    files = expand_for(run, images, columns, skip_corrupt)
+    paths = [images] if isinstance(images, str | Path) else list(images)
+    check_order(Path(run), paths)
+    files = expand(paths, columns, table_columns(run), keep_missing=skip_corrupt)
     model = _load_classifier(run, by, batch_size, device)
     if of is not None and of not in model.classes:
         raise ValueError(f"of must be one of the run's classes, {', '.join(model.classes)}, got {of!r}")

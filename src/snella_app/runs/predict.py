@@ -28,9 +28,7 @@ __all__ = [
     "MAX_VIEWS",
     "Predictor",
     "check_order",
-    "iter_predictions",
     "load",
-    "predict",
     "run_task_class",
     "table_columns",
 ]
@@ -93,7 +91,13 @@ class Predictor:
         return self.loaded.info.temperature
 
     def predict(
-        self, images: Any, *, tta: int | None = None, unsure: Unsure = None, skip_corrupt: bool = False
+        self,
+        images: Any,
+        *,
+        tta: int | None = None,
+        unsure: Unsure = None,
+        skip_corrupt: bool = False,
+        columns: str | None = None,
     ) -> Any | list[Any]:
         """Run prediction on one or more images.
 
@@ -104,17 +108,19 @@ class Predictor:
                 crops of the enlarged image and their flips); None uses the run's setting.
             unsure: Probability below which predictions are marked as unsure; `auto` uses the run's threshold.
             skip_corrupt: Skip images that cannot be read. A single image that cannot be read is always an error.
+            columns: Path column of a table, such as `path=file`; if None, the usual names or the run's column.
 
         Returns:
-            One object of `snella_app.tasks.predictions`; for several images, a list in input order.
+            One object of `snella_app.tasks.predictions`, see `Task.image_predictions`; for several images, a list in
+            input order.
 
         Raises:
             FileNotFoundError: If a path does not exist (suggests similar names), or a folder has no images.
             ValueError: If an image cannot be read, or a setting does not apply to the task.
             TypeError: If an input is not an image.
         """
-        columns = table_columns(self.loaded.folder.path)
-        inputs, is_single = split_inputs(images, run_columns=columns, keep_missing=skip_corrupt)
+        run_columns = table_columns(self.loaded.folder.path)
+        inputs, is_single = split_inputs(images, columns, run_columns, keep_missing=skip_corrupt)
         skip_corrupt = skip_corrupt and not is_single
         predictions = list(self.iter_predictions(inputs, tta=tta, unsure=unsure, skip_corrupt=skip_corrupt))
         return predictions[0] if is_single else predictions
@@ -257,12 +263,11 @@ def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int =
 
     Raises:
         FileNotFoundError: If `run` is not a run folder (suggests similar names), or has no finished epoch.
-        ValueError: If a file of the run is damaged, or the run has an unsupported task, such as a personalized
-            generator.
+        ValueError: If `run` is a file, a file of the run is damaged, or the run has an unsupported task, such as a
+            personalized generator.
     """
     folder = run.path if isinstance(run, RunFolder) else Path(run)
-    if not folder.is_dir() and not folder.is_file():
-        raise FileNotFoundError(f"no run {folder}{missing_path_hint(folder)}")
+    check_order(folder)
     return Predictor(load_run(folder, device), batch_size=batch_size)
 
 
@@ -279,69 +284,11 @@ def run_task_class(run: str | Path) -> type[Task]:
     return task_class("classification" if info is None else get_task_name(info))
 
 
-def predict(
-    run: str | Path | LoadedRun,
-    images: Any,
-    *,
-    batch_size: int = 32,
-    skip_corrupt: bool = False,
-    device: str = "auto",
-    tta: int | None = None,
-    unsure: Unsure = None,
-    columns: str | None = None,
-) -> list[Any]:
-    """Run prediction on images with the best model of a run; use `load` to predict more than once.
-
-    Args:
-        run: Folder of the run, or a loaded run.
-        images: As for `Predictor.predict`.
-        batch_size: Batch size.
-        skip_corrupt: Skip images that cannot be read, instead of raising an error.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
-        tta: As for `Predictor.predict`.
-        unsure: As for `Predictor.predict`.
-        columns: Path column of a table, such as `path=file`; if None, the usual names or the run's column.
-
-    Returns:
-        One object of `snella_app.tasks.predictions` per image, in input order; see `Task.image_predictions`.
-
-    Raises:
-        FileNotFoundError: If a path does not exist (suggests similar names), or a folder has no images.
-        ValueError: If an image cannot be read, or `run` is an image.
-    """
-    options = {"skip_corrupt": skip_corrupt, "tta": tta, "unsure": unsure}
-    return list(iter_predictions(run, images, batch_size=batch_size, device=device, columns=columns, **options))
-
-
-def iter_predictions(
-    run: str | Path | LoadedRun,
-    images: Any,
-    *,
-    batch_size: int = 32,
-    device: str = "auto",
-    columns: str | None = None,
-    **options: Any,
-) -> Iterator[Any]:
-    """Yield predictions of `predict` one by one; `options` are arguments of `Predictor.iter_predictions`.
-
-    Paths are checked before the model is loaded.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    folder = run.folder.path if isinstance(run, LoadedRun) else Path(run)
-    if not isinstance(run, LoadedRun):
-        check_order(folder, images)
-    inputs, _ = split_inputs(images, columns, table_columns(folder), keep_missing=options.get("skip_corrupt", False))
-    loaded = run if isinstance(run, LoadedRun) else load_run(folder, device)
-    yield from Predictor(loaded, batch_size=batch_size).iter_predictions(inputs, **options)
-
-
-def check_order(run: Path, images: Any) -> None:
-    """Reject arguments in which images precede the run."""
+def check_order(run: Path, images: Sequence[str | Path] = ()) -> None:
+    """Reject a missing run, and arguments in which images precede the run."""
     if run.is_file():
         raise ValueError(f"run must be the folder of a run, got the file {str(run)!r}; pass the run before the images")
-    paths = [Path(image) for image in images if isinstance(image, str | Path)] if isinstance(images, list) else []
-    swapped = [image for image in paths if (image / RunInfo.file).is_file()]
+    swapped = [Path(image) for image in images if (Path(image) / RunInfo.file).is_file()]
     if swapped and not (run / RunInfo.file).is_file():
         raise ValueError(
             f"run must be the folder of a run, got {str(run)!r}; {str(swapped[0])!r} is a run, pass it "

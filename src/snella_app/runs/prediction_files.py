@@ -23,7 +23,7 @@ from snella_app.tasks import Task
 from snella_app.tasks.predictions import TABLE_SUFFIXES
 from snella_app.text import listed, utf8_text
 
-__all__ = ["expand_for", "parse_unsure", "predict_to_files", "write_features"]
+__all__ = ["parse_unsure", "predict_to_files", "write_features"]
 
 _FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
 
@@ -68,9 +68,11 @@ def predict_to_files(
     if watch and not folders:
         raise ValueError(f"watch needs a folder among the images, got {', '.join(images)}")
     task.check_output(out, top_k, overwrite=overwrite or is_appended)
-    check_order(Path(run), list(images))
+    check_order(Path(run), images)
     listed_images = [image for image in images if not watch or Path(image) not in folders]
-    files = [] if watch and not listed_images else expand_for(run, listed_images, columns, skip_corrupt)
+    files: list[Path] = []
+    if listed_images or not watch:
+        files = expand(listed_images, columns, table_columns(run), keep_missing=skip_corrupt)
     model = load(run, device, batch_size=batch_size)
     skipped: list[str] = []
     errors = make_console(sys.stderr)
@@ -120,13 +122,6 @@ def predict_to_files(
         )
     if skipped and not watch:
         print_line(errors, f"skipped {counted(len(skipped), 'image')}: {listed(skipped)}")
-
-
-def expand_for(run: str | Path, images: Any, columns: str | None, keep_missing: bool) -> list[Path]:
-    """Expand `images` into files with `snella_app.runs.image_inputs.expand`, after checking the run."""
-    paths = [images] if isinstance(images, str | Path) else list(images)
-    check_order(Path(run), paths)
-    return expand(paths, columns, table_columns(run), keep_missing=keep_missing)
 
 
 def write_features(

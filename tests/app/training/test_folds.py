@@ -12,7 +12,7 @@ from snella_app.data import LoadOptions, load_data
 from snella_app.records import FoldResults, read
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate
-from snella_app.runs.predict import predict
+from snella_app.runs.predict import load
 from snella_app.training.folds import train_folds
 
 
@@ -110,8 +110,8 @@ def test_an_interrupted_cross_validation_is_resumed(fast, console, tmp_path, mon
 def test_predictions_average_all_models(fast, console, photos, tmp_path):
     train_folds(fast(), console)
     image = photos / "cats/000.png"
-    single = [predict(tmp_path / f"run/fold-{k}", [image])[0] for k in (1, 2, 3)]
-    (together,) = predict(tmp_path / "run", [image])
+    single = [load(tmp_path / f"run/fold-{k}").predict([image])[0] for k in (1, 2, 3)]
+    (together,) = load(tmp_path / "run").predict([image])
     for name, probability in together.ranking:
         assert probability == pytest.approx(
             statistics.mean(dict(prediction.ranking)[name] for prediction in single), abs=1e-6
@@ -120,7 +120,7 @@ def test_predictions_average_all_models(fast, console, photos, tmp_path):
     message = "tta must be left out for a cross-validation, whose models use the tta of their runs, got "
     for tta in (1, 2):
         with pytest.raises(ValueError, match=f"{message}{tta}"):
-            predict(tmp_path / "run", [image], tta=tta)
+            load(tmp_path / "run").predict([image], tta=tta)
 
 
 @pytest.mark.parametrize(
