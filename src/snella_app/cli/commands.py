@@ -77,9 +77,8 @@ def evaluate(
     """
     from snella_app.console import counted, make_console, print_line
     from snella_app.files import write_json
-    from snella_app.records import RunInfo, read
     from snella_app.runs.evaluate import calibrate_run, evaluate
-    from snella_app.runs.model import get_task
+    from snella_app.runs.model import load_run
 
     console = make_console()
     if calibrate:
@@ -92,22 +91,21 @@ def evaluate(
             print_line(console, f"{part.split}, {counted(part.count, 'image')}: {error}")
         print_line(console, calibration.verdict)
         return
+    loaded = load_run(run, device)
     result = evaluate(
-        run,
+        loaded,
         data,
         split=split,
         batch_size=batch_size,
         columns=columns,
         skip_corrupt=skip_corrupt,
-        device=device,
         console=make_console(sys.stderr),
     )
-    task = get_task(read(RunInfo, run))
     for note in result["notes"]:
         print_line(console, f"note: {note}")
-    scores = task.result_format.format_map(result)
+    scores = loaded.task.result_format.format_map(result)
     print_line(console, f"{result['data']} ({result['split']}), {counted(result['images'], 'image')}: {scores}")
-    console.print(task.result_table(result))
+    console.print(loaded.task.result_table(result))
     if out is not None:
         write_json(Path(out), result)
 

@@ -69,7 +69,7 @@ Split = Literal["auto", "train", "val", "test", "all"]
 
 
 def evaluate(
-    run: str | Path,
+    run: str | Path | LoadedRun,
     data: Any = None,
     *,
     split: Split = "auto",
@@ -82,7 +82,7 @@ def evaluate(
     """Evaluate the best model of a run with the metrics of its task.
 
     Args:
-        run: Run folder.
+        run: Run folder, or a loaded run.
         data: Data to evaluate on instead of the run's data: a specification as for training, or a dataset object.
             The run must have been trained on all of its classes.
         split: Split to evaluate. `auto` selects the test split of the run (validation if it has none), or all images of
@@ -90,7 +90,7 @@ def evaluate(
         batch_size: Batch size.
         columns: Columns of a table, as for training; None uses the columns of the run.
         skip_corrupt: Skip images that cannot be read.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
+        device: Device of a run folder: auto, or a torch device such as cpu, cuda:1 or mps.
         console: Console for progress bars; no progress if None.
 
     Returns:
@@ -104,7 +104,7 @@ def evaluate(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    loaded = load_run(run, device)
+    loaded = run if isinstance(run, LoadedRun) else load_run(run, device)
     with show_reading(console):
         splits, chosen, parts = images_for_run(loaded, data, split, skip_corrupt=skip_corrupt, columns=columns)
         training_note = _training_note(loaded, splits if data is None else None, _split_parts(splits, chosen), chosen)

@@ -107,7 +107,7 @@ def test_an_interrupted_cross_validation_is_resumed(fast, console, tmp_path, mon
     assert main(["train", "--out", str(root), "--resume"]) == 0
 
 
-def test_predictions_average_all_models(fast, console, photos, tmp_path):
+def test_predictions_average_all_models(fast, console, photos, tmp_path, capsys):
     train_folds(fast(), console)
     image = photos / "cats/000.png"
     single = [load(tmp_path / f"run/fold-{k}").predict([image])[0] for k in (1, 2, 3)]
@@ -116,6 +116,8 @@ def test_predictions_average_all_models(fast, console, photos, tmp_path):
         assert probability == pytest.approx(
             statistics.mean(dict(prediction.ranking)[name] for prediction in single), abs=1e-6
         )
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert "accuracy " in capsys.readouterr().out
     assert isinstance(load_run(tmp_path / "run").model(torch.zeros(1, 3, 32, 32)), torch.Tensor)
     message = "tta must be left out for a cross-validation, whose models use the tta of their runs, got "
     for tta in (1, 2):
