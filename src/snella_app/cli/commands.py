@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from snella_app.data.check import BenchmarkCheck
+    from snella_app.runs.merge import ExportResult
 
 ExportName = Literal["sparse", "onnx", "torchscript", "torch-export", "lora", "timm", "hf"]
 """Keys of `snella_app.runs.export.FORMATS`, repeated here to keep the CLI import fast."""
@@ -190,19 +191,20 @@ def merge(run: str, /, *, out: str, overwrite: bool = False) -> None:
         overwrite: Replace existing output.
     """
     from snella_app.console import make_console, print_line
-    from snella_app.records import RunInfo, read
-    from snella_app.runs.merge import describe_file, loading_snippet, merge, prediction_notes
+    from snella_app.runs.merge import merge
 
-    path, console = merge(run, out, overwrite=overwrite), make_console()
-    print_line(console, f"{path}: {_mib(path):.1f} MiB, {describe_file(path)}; to load it:")
-    for note in prediction_notes(read(RunInfo, run)):
+    merged, console = merge(run, out, overwrite=overwrite), make_console()
+    print_line(console, _export_text(merged))
+    for note in merged.notes:
         print_line(console, f"# {note}")  # a Python comment, so that the output can be pasted
-    print_line(console, loading_snippet(path))
+    print_line(console, merged.snippet)
 
 
-def _mib(path: Path) -> float:
-    """Return the size of a file or a folder in MiB."""
-    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])) / 2**20
+def _export_text(result: "ExportResult") -> str:
+    """Describe a written file or folder: its path, size and content."""
+    files = result.path.iterdir() if result.path.is_dir() else [result.path]
+    size = sum(file.stat().st_size for file in files) / 2**20
+    return f"{result.path}: {size:.1f} MiB, {result.description}; to load it:"
 
 
 @command("snella_app.runs.export", is_recorded=True)
@@ -247,8 +249,8 @@ def export(
 
     options: dict[str, Any] = {"opset": opset, "rank": rank, "values": values, "images": images or (), "logits": logits}
     exported = export(run, format, out, overwrite=overwrite, **options)
-    console, path = make_console(), exported.path
-    print_line(console, f"{path}: {_mib(path):.1f} MiB, {format}; to load it:")
+    console = make_console()
+    print_line(console, _export_text(exported))
     print_line(console, exported.snippet)
     for note in exported.notes:
         print_line(console, note)

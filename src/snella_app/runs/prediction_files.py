@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from snella_app.console import counted, make_console, print_line, track_progress
-from snella_app.files import annotate_write_errors, create_folder, write_bytes
+from snella_app.files import annotate_write_errors, check_new, create_folder, write_bytes
 from snella_app.runs.image_inputs import expand, new_files
 from snella_app.runs.model import unfinished_note
 from snella_app.runs.predict import check_order, load, run_task_class, table_columns
@@ -169,10 +169,7 @@ def _check_features(features: str, *, overwrite: bool) -> None:
             import pyarrow  # noqa: F401
         except ImportError as error:
             raise ImportError(f"{features} needs pyarrow: pip install pyarrow, or use .npz") from error
-    if path.exists() and not overwrite:
-        raise FileExistsError(
-            f"features={features} exists; choose another name, or replace it with --overwrite (overwrite=True)"
-        )
+    check_new("features", features, overwrite=overwrite)
 
 
 def parse_unsure(unsure: str | None) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from snella_app.data import read_image
-from snella_app.files import create_folder, write_bytes, write_json, write_png, write_text
+from snella_app.files import check_new, create_folder, write_bytes, write_json, write_png, write_text
 from snella_app.records import plain
 from snella_app.report.examples import overlay, write_mask
 from snella_app.text import utf8_text
@@ -251,8 +251,7 @@ def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) 
             import pyarrow  # noqa: F401
         except ImportError as error:
             raise ImportError(f"{out} needs pyarrow: pip install 'snella[data]', or write .csv") from error
-    if Path(out).exists() and not overwrite:
-        raise FileExistsError(f"out={out} exists; choose another name, or replace it with --overwrite (overwrite=True)")
+    check_new("out", out, overwrite=overwrite)
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def test_a_run_on_images_with_other_channel_counts_trains_and_merges(channels, f
     assert evaluate(run.path)["confusion"] == run.read_json("metrics.json")["test"]["confusion"]
     image = sorted((tmp_path / "x/a").iterdir())[0]
     (prediction,) = load(run.path).predict([image])
-    merged = merge(run.path, tmp_path / "merged")
+    merged = merge(run.path, tmp_path / "merged").path
     model = timm.create_model(f"local-dir:{merged}", pretrained=True).eval()
     loaded = load_run(run.path)
     inputs = loaded.transform(read_image(image, loaded.reading))[None]

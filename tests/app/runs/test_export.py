@@ -308,7 +308,7 @@ def test_the_timm_folder_equals_merge(finished, images, expected, tmp_path):
     from snella_app.runs.merge import merge
 
     exported = export(finished.path, "timm", tmp_path / "exported").path
-    merged = merge(finished.path, tmp_path / "merged")
+    merged = merge(finished.path, tmp_path / "merged").path
     assert sorted(p.name for p in exported.iterdir()) == sorted(p.name for p in merged.iterdir())
     assert all((exported / p.name).read_bytes() == p.read_bytes() for p in merged.iterdir())
 

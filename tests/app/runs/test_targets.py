@@ -15,7 +15,7 @@ from snella_app.config import TrainConfig
 from snella_app.runs import load_run
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.export import export
-from snella_app.runs.merge import loading_snippet, merge
+from snella_app.runs.merge import merge
 from snella_app.runs.predict import load
 from snella_app.tasks import RegressionTask, task_class
 from snella_app.tasks.predictions import write_predictions
@@ -98,8 +98,7 @@ def test_a_merged_model_with_its_decoding_comment_matches_predict(make_run, tabl
     run = make_run(task, label)
     path = table.parent / "03.png"
     prediction = load(run.path).predict([path])[0]
-    folder = merge(run.path, tmp_path / "model")
-    *lines, use = loading_snippet(folder).splitlines()
+    *lines, use = merge(run.path, tmp_path / "model").snippet.splitlines()
     scope = {"image": Image.open(path)}
     exec("\n".join(lines), scope)
     with torch.no_grad():
@@ -110,8 +109,7 @@ def test_a_merged_model_with_its_decoding_comment_matches_predict(make_run, tabl
         assert result == prediction.label
     else:
         assert result.tolist() == pytest.approx(list(prediction.values.values()), rel=1e-4)
-    file = merge(run.path, tmp_path / "model.safetensors")
-    assert use in loading_snippet(file)
+    assert use in merge(run.path, tmp_path / "model.safetensors").snippet
 
 
 @pytest.mark.parametrize(("task", "label"), TASKS.items())

@@ -21,7 +21,7 @@ from snella_app.report.inspect import inspect_summary
 from snella_app.runs import RunFolder, TaskBank, load_run
 from snella_app.runs.evaluate import calibrate_run, evaluate
 from snella_app.runs.export import export
-from snella_app.runs.merge import loading_snippet, merge
+from snella_app.runs.merge import merge
 from snella_app.runs.predict import load
 from snella_app.runs.prediction_files import predict_to_files
 from snella_app.tasks.predictions import LabelSetPrediction, NumberPrediction, write_predictions
@@ -207,17 +207,16 @@ def test_paths_without_images_are_reported(finished, photos, tmp_path):
 
 
 def test_merged_weights_are_plain_timm_weights_with_equal_outputs(finished, tmp_path):
-    path = merge(finished.path, tmp_path / "deep" / "model.safetensors")
-    with safe_open(path, "pt") as file:
+    merged = merge(finished.path, tmp_path / "deep" / "model.safetensors")
+    with safe_open(merged.path, "pt") as file:
         metadata = file.metadata()
         assert not [name for name in file.keys() if "snella" in name or "base_model" in name]  # noqa: SIM118
     assert json.loads(metadata["classes"]) == ["cats", "dogs", "owls"]
     assert json.loads(metadata["data_config"])["input_size"] == [3, 32, 32]
-    lines = loading_snippet(path)
-    assert "snella" not in lines.replace(str(tmp_path), "")
-    assert "timm.create_model('test_vit', num_classes=3, img_size=32)" in lines
+    assert "snella" not in merged.snippet.replace(str(tmp_path), "") and merged.description == "plain timm weights"
+    assert "timm.create_model('test_vit', num_classes=3, img_size=32)" in merged.snippet
     names: dict = {}
-    exec(lines, names)
+    exec(merged.snippet, names)
     assert names["classes"] == ["cats", "dogs", "owls"]
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
@@ -227,7 +226,7 @@ def test_merged_weights_are_plain_timm_weights_with_equal_outputs(finished, tmp_
 @pytest.mark.parametrize("method", ["linear", "lora-2"])
 def test_other_methods_merge_too(method, settings, console, no_report, tmp_path):
     run = train(settings(method=method, epochs=1), console)
-    path = merge(run.path, tmp_path / "model.safetensors")
+    path = merge(run.path, tmp_path / "model.safetensors").path
     plain = timm.create_model("test_vit", num_classes=3, img_size=32)
     plain.load_state_dict(load_file(path), strict=True)
     images = torch.randn(4, 3, 32, 32)
@@ -256,14 +255,14 @@ def test_timm_predicts_with_a_merged_model_like_the_run(
     photos = make_photos(tmp_path / "photos", {"cats": 12, "dogs": 12}, side=70)
     changes = {"backbone": backbone, "method": method, "img_size": img_size, "epochs": 1, "data": f"folder:{photos}"}
     run = train(settings(**changes), console)
-    path = merge(run.path, tmp_path / out)
+    merged = merge(run.path, tmp_path / out)
     if out == "model":
-        model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+        model = timm.create_model(f"local-dir:{merged.path}", pretrained=True).eval()
         transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
         classes = model.pretrained_cfg["label_names"]
     else:
         names: dict = {}
-        exec(loading_snippet(path), names)
+        exec(merged.snippet, names)
         model, transform, classes = (names[name] for name in ("model", "transform", "classes"))
     paths = sorted(photos.rglob("*.png"))
     run.update("finished", calibration=None)  # the temperature is not part of the weights
@@ -275,7 +274,7 @@ def test_timm_predicts_with_a_merged_model_like_the_run(
 
 
 def test_a_merged_folder_is_a_backbone_for_another_run(finished, settings, console, no_report, tmp_path):
-    folder = merge(finished.path, tmp_path / "model")
+    folder = merge(finished.path, tmp_path / "model").path
     run = train(settings(backbone=str(folder), pretrained=True, img_size=None, epochs=1), console)
     assert load_run(run.path).info.data_config["input_size"] == [3, 32, 32]
 
@@ -285,7 +284,7 @@ def test_merging_keeps_other_files_in_a_folder(finished, tmp_path):
     merge(finished.path, folder)
     with pytest.raises(FileExistsError, match=r"out=.*model exists; .* replace it with --overwrite"):
         merge(finished.path, folder)
-    assert merge(finished.path, folder, overwrite=True) == folder
+    assert merge(finished.path, folder, overwrite=True).path == folder
     (folder / "mine.txt").write_text("mine")
     with pytest.raises(
         FileExistsError, match=r"out=.*model is a folder with other files, e.g. 'mine.txt'; choose a new"
@@ -301,7 +300,7 @@ def test_merging_does_not_overwrite_by_default(finished, tmp_path):
     ):
         merge(finished.path, path)
     assert path.read_text() == "mine"
-    assert merge(finished.path, path, overwrite=True).stat().st_size > 1000
+    assert merge(finished.path, path, overwrite=True).path.stat().st_size > 1000
     with pytest.raises(ValueError, match=r"out must end with \.safetensors, or be a folder .*, got 'model\.pth'"):
         merge(finished.path, "model.pth")
 
