@@ -17,7 +17,7 @@ from snella_app.config import TrainConfig
 from snella_app.files import sealed, write_json
 from snella_app.methods import AdapterFileError
 from snella_app.records import FoldResults, FoldRow, RunInfo, read, write
-from snella_app.report.inspect import inspect_summary
+from snella_app.report.inspect import inspect_run
 from snella_app.runs import RunFolder, TaskBank, load_run
 from snella_app.runs.evaluate import calibrate_run, evaluate
 from snella_app.runs.export import export
@@ -324,12 +324,12 @@ def test_every_command_has_the_same_remedy_for_a_damaged_file(finished, tmp_path
     shutil.copytree(finished.path, folder)
     path = folder / "adapter" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    for command in (load_run, inspect_summary):
+    for command in (load_run, inspect_run):
         with pytest.raises(ValueError, match=r"damaged: .*; copy it again, or train again with `--overwrite`"):
             command(folder)
     for content in ("{", '{"status": "finished"}', '{"status": "done"}', "[]"):
         (folder / "run.json").write_text(content)
-        for command in (load_run, inspect_summary):
+        for command in (load_run, inspect_run):
             with pytest.raises(ValueError, match=r"run.json.*; copy the file again, or train again with `--overwrite`"):
                 command(folder)
 
@@ -388,7 +388,7 @@ def test_a_flipped_bit_in_a_finished_run_is_detected(name, finished, tmp_path):
     (folder / name).write_bytes(content)
     commands = {
         "predict, evaluate and merge": lambda: load_run(folder),
-        "inspect": lambda: inspect_summary(folder),
+        "inspect": lambda: inspect_run(folder),
         "resume": lambda: train(TrainConfig.from_flat(out=str(folder), resume=True)),
     }
     for command in commands.values():
