@@ -19,6 +19,8 @@ _OPACITY = 0.45
 _TINTS = (0.0, 0.5, 0.75)
 _GAP = 4
 _MAX_SIDE = 260
+ImageSource = Callable[[int], Image.Image | None]
+"""Maps the index of an image in its split to the image, or to None if it is unavailable."""
 
 
 def mask_colors(count: int) -> np.ndarray:
@@ -75,10 +77,6 @@ def overlay_panels(image: Image.Image, masks: Sequence[np.ndarray]) -> Image.Ima
     for column, panel in enumerate(panels):
         canvas.paste(panel, (column * (size[0] + _GAP), 0))
     return canvas
-
-
-ImageSource = Callable[[int], Image.Image | None]
-"""Maps the index of an image in its split to the image, or to None if it is unavailable."""
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,13 @@ from snella_app.text import (
 )
 
 _MAX_SIDE = 800
+_CONFUSED_IN_GROUP, _SHOWN_GROUPS = 3, 30
+_PREDICTION_FIELDS = {
+    "multilabel": "prediction.labels, prediction.probabilities",
+    "regression": "prediction.values",
+    "segmentation": "prediction.labels, prediction.shares",
+}
+_SHORT_METRICS = {"map": "mAP", "mae": "MAE", "rmse": "RMSE", "r2": "R²"}
 _RESULTS = ("warning", "verdict", "results", "facts", "curves", "confusion", "classes", "labels", "numbers")
 """Sections that are omitted before the first epoch."""
 _OPTIMISTIC = (
@@ -119,9 +126,6 @@ def method_facts(metrics: Metrics, allocation: Allocation | None, budgets: Mappi
     if not math.isnan(metrics.peak_rss_mib):
         facts.append(("peak memory", bytes_text(metrics.peak_rss_mib * 2**20), "of the training process"))
     return facts
-
-
-_SHORT_METRICS = {"map": "mAP", "mae": "MAE", "rmse": "RMSE", "r2": "R²"}
 
 
 def _saved_epoch(metrics: Metrics) -> str:
@@ -339,14 +343,6 @@ def _count_fact(label: str, count: int) -> Fact:
     """Return an abbreviated count; if it is rounded, the note gives the exact value."""
     exact, short = f"{count:,}", count_text(count)
     return label, short, exact if exact != short else ""
-
-
-_CONFUSED_IN_GROUP, _SHOWN_GROUPS = 3, 30
-_PREDICTION_FIELDS = {
-    "multilabel": "prediction.labels, prediction.probabilities",
-    "regression": "prediction.values",
-    "segmentation": "prediction.labels, prediction.shares",
-}
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ from snella_app.runs.images import (
 from snella_app.runs.model import Ensemble, LoadedRun, get_task, load_run, load_single_run, unfinished_note
 from snella_app.tasks import create_task
 
+Split = Literal["auto", "train", "val", "test", "all"]
+
 
 def rewrite_report(run: str | Path, console: Console | None = None) -> Path:
     """Rewrite the report of a run from its files and validation images.
@@ -63,9 +65,6 @@ def rewrite_report(run: str | Path, console: Console | None = None) -> Path:
     except (OSError, ValueError, ImportError) as error:
         print_line(console or make_console(), f"note: the report has no images: {error}")
     return write_report(folder.path, images, state="stopped" if folder.was_killed else None)
-
-
-Split = Literal["auto", "train", "val", "test", "all"]
 
 
 def evaluate(
