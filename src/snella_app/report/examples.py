@@ -13,13 +13,13 @@ from PIL import Image
 
 from snella_app.data.images import open_image
 from snella_app.files import write_png
-from snella_app.records import Prediction
+from snella_app.records import StoredPrediction
 
 _OPACITY = 0.45
 _TINTS = (0.0, 0.5, 0.75)
 _GAP = 4
 _MAX_SIDE = 260
-ImageSource = Callable[[int], Image.Image | None]
+ImageLoader = Callable[[int], Image.Image | None]
 """Maps the index of an image in its split to the image, or to None if it is unavailable."""
 
 
@@ -89,7 +89,9 @@ class EmbeddedImage:
     problem: str = ""
 
 
-def choose_examples(items: Sequence[Prediction], limit: int = 24) -> tuple[list[Prediction], list[Prediction]]:
+def choose_examples(
+    items: Sequence[StoredPrediction], limit: int = 24
+) -> tuple[list[StoredPrediction], list[StoredPrediction]]:
     """Choose up to `limit` predictions, `(wrong, right)`, half of each if possible.
 
     Wrong predictions are the most confident ones; right predictions are evenly spaced over the split.
@@ -101,7 +103,7 @@ def choose_examples(items: Sequence[Prediction], limit: int = 24) -> tuple[list[
     return wrong[:n_wrong], [right[i * len(right) // n_right] for i in range(n_right)]
 
 
-def embed_image(index: int, images: ImageSource | None, max_side: int = 176) -> EmbeddedImage:
+def embed_image(index: int, images: ImageLoader | None, max_side: int = 176) -> EmbeddedImage:
     """Load an image by its index and encode it; read errors are stored in `problem`."""
     try:
         image = None if images is None else images(index)

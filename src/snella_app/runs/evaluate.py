@@ -17,7 +17,7 @@ from snella_app.data.copies import find_equal_images, find_near_copies
 from snella_app.data.datasets import read_at_side
 from snella_app.data.sources import show_reading
 from snella_app.records import Calibration, RunInfo, plain, read
-from snella_app.report.examples import ImageSource
+from snella_app.report.examples import ImageLoader
 from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate
 from snella_app.runs.folder import RunFolder
@@ -55,7 +55,7 @@ def rewrite_report(run: str | Path, console: Console | None = None) -> Path:
     folder = RunFolder(run)
     info = read(RunInfo, folder.path)
     task = get_task(info)
-    images: ImageSource | None = None
+    images: ImageLoader | None = None
     try:
         splits = load_run_splits(folder, info.data)
         name = "test" if splits.val is None else "val"  # as in `predictions.json`

@@ -17,7 +17,7 @@ from snella_app.backbones import create_backbone
 from snella_app.data import ImageDataset, MaskDataset
 from snella_app.data.options import TargetKind
 from snella_app.records import LabelSetPredictions, MaskPredictions, NumberPredictions, Predictions
-from snella_app.report.examples import ImageSource
+from snella_app.report.examples import ImageLoader
 from snella_app.tasks import predictions as image_outputs
 from snella_app.tasks.losses import full_precision
 from snella_app.text import listed, nearest
@@ -200,7 +200,7 @@ class Task(ABC):
         """Write files for the report's images to the run folder; no-op by default."""
         return
 
-    def report_images(self, dataset: ImageDataset, folder: Path) -> ImageSource:
+    def report_images(self, dataset: ImageDataset, folder: Path) -> ImageLoader:
         """Return the source of the report's images by index."""
         return dataset.image
 
