@@ -609,10 +609,9 @@ def _benchmark_table(check: "BenchmarkCheck") -> "Table":
 def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Group":
     """Return a table with the memory of one training step, one row per method."""
     from rich.console import Group
-    from rich.progress import track
     from rich.text import Text
 
-    from snella_app.console import counted, make_console, make_table
+    from snella_app.console import counted, make_console, make_table, track_progress
     from snella_app.device import choose_device
     from snella_app.training.machines import GPUS, predict_on_gpu, shape_of_backbone
     from snella_app.training.memory import compared_methods, predict_for_methods
@@ -630,7 +629,7 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
         notes.append(f"step times are predicted for plain ViTs only, got {backbone}")
     table = make_table(columns, ())
     count = len(compared_methods(chosen["r"]))
-    for method, size, memory in track(predictions, "predicting", total=count, console=make_console(), transient=True):
+    for method, size, memory in track_progress(predictions, "predicting", count, make_console()):
         images = f"{counted(chosen['batch'], 'image')} of {size[1]}×{size[2]} px"
         name = GPUS[device].name if device in GPUS else device
         table.title = f"Training step of {backbone}: {images}, {chosen['dtype']}, AdamW, on {name}"
