@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -23,9 +22,9 @@ from snella_app.runs.image_inputs import ImageInput, missing_path_hint, read_inp
 from snella_app.runs.model import Ensemble, LoadedRun, get_task_name, load_run
 from snella_app.tasks import Task, task_class
 from snella_app.tasks.predictions import Prediction
+from snella_app.tasks.task import MAX_VIEWS
 
 __all__ = [
-    "MAX_VIEWS",
     "Predictor",
     "check_order",
     "load",
@@ -34,10 +33,6 @@ __all__ = [
 ]
 
 _THREADS = 4  # decoding and resizing release the GIL
-_CROP_ENLARGEMENT = 8 / 7  # upscaling before corner crops, e.g. from 224 to 256 pixels
-_CORNERS = ((0, 0), (1, 1), (0, 1), (1, 0))
-MAX_VIEWS = 2 * (1 + len(_CORNERS))
-"""Maximum number of test-time augmentation views: the image, four corner crops, and their flips."""
 
 Unsure = float | Literal["auto"] | None
 """Probability below which a prediction is unsure; `auto` uses the threshold of the run's calibration."""
@@ -234,23 +229,17 @@ class Predictor:
                 head, width = _head(self.loaded)
                 handle = head.register_forward_pre_hook(lambda module, inputs: head_inputs.append(inputs[0]))
                 hooks.callback(handle.remove)
-            is_calibrated = tta in (None, self.loaded.info.tta)  # the temperature was fitted to averaged outputs
-            outputs = [self._view_outputs(images.to(self.device), view) for view in range(tta or self.loaded.info.tta)]
-            outputs = outputs if is_calibrated else [output / self.temperature for output in outputs]
-            averaged = outputs[0] if len(outputs) == 1 else self.loaded.task.average_outputs(outputs)
-            averaged = averaged / self.temperature if is_calibrated else averaged
+            task, network, views = self.loaded.task, self.loaded.network, tta or self.loaded.info.tta
+            batch = images.to(self.device)
+            if views == self.loaded.info.tta:  # the temperature was fitted to averaged outputs
+                averaged = task.outputs(network, batch, views) / self.temperature
+            else:
+                averaged = task.outputs(lambda view: network(view) / self.temperature, batch, views)
         if not wants_features:
             return averaged, None
         if not head_inputs or not isinstance(head_inputs[0], Tensor) or len(head_inputs[0]) != len(images):
             raise ValueError("features need a classifier head with one input vector per image; this model has none")
         return averaged, head_inputs[0].flatten(1)[:, :width].float().cpu().numpy()
-
-    def _view_outputs(self, images: Tensor, view: int) -> Tensor:
-        """Return the outputs for one view of a batch; undo the flip of segmentation outputs."""
-        outputs = self.loaded.network(_view(images, view))
-        if outputs.ndim == 4 and view > 1:
-            raise ValueError(f"tta must be 1 or 2 (with flip) for masks, got {view + 1}")
-        return outputs.flip(-1) if outputs.ndim == 4 and view == 1 else outputs
 
 
 def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int = 32) -> Predictor:
@@ -309,16 +298,3 @@ def _head(loaded: LoadedRun) -> tuple[nn.Module, int | None]:
     """Return the head used for predictions, and how many of its first inputs are pooled features; None for all."""
     trained: Any = base_model(loaded.model).get_submodule(spec_of(loaded.model).head)
     return (trained, None) if loaded.probe is None else (loaded.probe.linear, trained.in_features)
-
-
-def _view(images: Tensor, view: int) -> Tensor:
-    """Return one view of a batch `[images, channels, height, width]`; odd views are flipped."""
-    crop, is_flipped = divmod(view, 2)
-    if crop:
-        height, width = images.shape[-2:]
-        size = (round(height * _CROP_ENLARGEMENT), round(width * _CROP_ENLARGEMENT))
-        enlarged = F.interpolate(images, size, mode="bicubic", align_corners=False)
-        bottom, right = _CORNERS[crop - 1]
-        top, left = bottom * (size[0] - height), right * (size[1] - width)
-        images = enlarged[..., top : top + height, left : left + width]
-    return images.flip(-1) if is_flipped else images

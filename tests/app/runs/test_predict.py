@@ -20,8 +20,9 @@ from snella_app.records import Calibration, plain
 from snella_app.runs import RunFolder
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.image_inputs import expand, new_files
-from snella_app.runs.predict import MAX_VIEWS, Predictor, load
+from snella_app.runs.predict import Predictor, load
 from snella_app.runs.prediction_files import predict_to_files, write_features
+from snella_app.tasks.task import MAX_VIEWS
 from tests.processes import command
 
 
