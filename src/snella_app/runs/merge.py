@@ -46,8 +46,8 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
     snippet explains the outputs.
 
     If `out` is a `.safetensors` file, it contains the state dict. Its metadata contains the architecture, class names
-    and data configuration, which the loading snippet uses. For segmentation, the names are those
-    of `snella_app.backbones.create_segmenter`: `encoder.…` (names of the backbone, without a head) and `decoder.…`;
+    and data configuration, which the loading snippet uses. For segmentation, the names are those of
+    `snella_app.backbones.create_segmenter`: `encoder.…` (names of the backbone, without a head) and `decoder.…`;
     `load_merged` loads the model.
 
     The outputs match the adapted model. With SNELLA, they are bit-identical, since its layers compute with the
@@ -200,12 +200,11 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
 
 def _folder_snippet(loaded: LoadedRun, path: Path) -> str:
     """Return Python code that loads a folder in timm's format."""
-    use = _use_lines(loaded, path)
     return (
-        f"import timm{', torch' if 'torch.' in use else ''}\n"
+        f"import timm{_torch_import(loaded)}\n"
         f"model = timm.create_model({f'local-dir:{path}'!r}, pretrained=True).eval()\n"
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
-        f"classes = model.pretrained_cfg['label_names']\n{use}"
+        f"classes = model.pretrained_cfg['label_names']\n{_use_lines(loaded, path)}"
     )
 
 
@@ -213,21 +212,25 @@ def _file_snippet(loaded: LoadedRun, path: Path, metadata: Mapping[str, str]) ->
     """Return Python code that loads a weight file with its metadata."""
     if loaded.task.head is not None:
         return f"from snella_app.runs import load_merged\nmodel = load_merged({str(path)!r})"
-    size, use = json.loads(metadata["img_size"]), _use_lines(loaded, path)
-    arguments = json.loads(metadata["model_args"])
+    size, arguments = json.loads(metadata["img_size"]), json.loads(metadata["model_args"])
     if size is not None:
         arguments = {"img_size": size, **arguments}
     options = "".join(f", {name}={value!r}" for name, value in arguments.items())
-    torch_import = ", torch" if "torch." in use else ""
+    imports = "; from safetensors import safe_open; from safetensors.torch import load_file"
     return (
-        f"import json, timm{torch_import}; from safetensors import safe_open; from safetensors.torch import load_file\n"
+        f"import json, timm{_torch_import(loaded)}{imports}\n"
         f"model = timm.create_model({metadata['architecture']!r}, num_classes={metadata['num_classes']}{options})"
         ".eval()\n"
         f"model.load_state_dict(load_file({str(path)!r}))\n"
         f"metadata = safe_open({str(path)!r}, 'pt').metadata()\n"
         "transform = timm.data.create_transform(**json.loads(metadata['data_config']))\n"
-        f"classes = json.loads(metadata['classes'])\n{use}"
+        f"classes = json.loads(metadata['classes'])\n{_use_lines(loaded, path)}"
     )
+
+
+def _torch_import(loaded: LoadedRun) -> str:
+    """Return the import of torch if the comment that explains the outputs needs it."""
+    return ", torch" if "torch." in loaded.task.decoding_comment() else ""
 
 
 def _final_head_file(path: Path) -> Path:
