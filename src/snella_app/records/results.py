@@ -13,7 +13,6 @@ from snella_app.records.record import OPTIONAL, Float, Record, record_from
 from snella_app.text import count_text, decimal_text, margin_text, measure_text, percent_text
 
 _Z = 1.959964  # 97.5% quantile of the normal distribution
-_SPLITS = ("val", "test")
 
 
 class _Result:
@@ -357,6 +356,9 @@ class CellResults:
     forgetting_data: str | None = None
     probe_accuracy_frozen: float | None = field(default=None, metadata=OPTIONAL)
     probe_accuracy_adapted: float | None = field(default=None, metadata=OPTIONAL)
+
+
+_SPLITS = ("val", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
