@@ -10,10 +10,11 @@ from rich.console import Console
 
 from snella_app.files import sealed
 from snella_app.records import Allocation, CellRow, Metrics, Predictions, RunInfo, plain, read, record_from
-from snella_app.report.inspect import inspect_run, inspect_summary
+from snella_app.report.inspect import current_budgets, inspect_run, read_adapter
 from snella_app.runs import RunFolder
 from snella_app.runs.evaluate import evaluate, rewrite_report
-from snella_app.runs.predict import predict
+from snella_app.runs.predict import load
+from snella_app.text import bytes_text
 from snella_lab.comparison.compare import compare
 from snella_lab.comparison.options import ExecutionConfig
 from snella_lab.comparison.store import read_lines
@@ -32,7 +33,7 @@ def expected():
 
 
 def test_old_run_reproduces_predictions_and_metrics(run, expected):
-    for prediction in predict(run, [OLD / "images"]):
+    for prediction in load(run).predict([OLD / "images"]):
         stored = expected["predict"][prediction.path.name]
         assert [name for name, _ in prediction.ranking] == list(stored)
         for name, probability in prediction.ranking:
@@ -43,17 +44,42 @@ def test_old_run_reproduces_predictions_and_metrics(run, expected):
 
 
 def test_old_run_reproduces_the_inspection(run, expected):
-    summary = json.loads(json.dumps(inspect_summary(run)))
-    del summary["run"]
-    summary["budgets"]["kept"] = summary["budgets"].pop("budget")  # renamed since
-    for name, value in expected["inspect"].items():
-        if name == "data":
-            assert {key: summary["data"][key] for key in value} == value
-        elif name != "run":
-            assert summary[name] == value, name
+    stored = expected["inspect"]
+    budgets, sizes, parameters = stored["budgets"], stored["sizes"], stored["parameters"]
+    info, adapter, allocation = read(RunInfo, run), read_adapter(run), read(Allocation, run)
+    for name in ("status", "error", "task", "method", "method_options", "classes", "command"):
+        assert getattr(info, name) == stored[name], name
+    assert plain(info.backbone) == stored["backbone"]
+    assert {key: plain(info.data)[key] for key in stored["data"]} == stored["data"]
+    assert dict(adapter.parts) == parameters["parts"] and adapter.parameters == parameters["in_adapter"]
+    assert adapter.config == stored["settings"]
+    matrices = {matrix["name"]: matrix for matrix in budgets["matrices"]}
+    assert current_budgets(adapter, allocation) == {name: matrix["budget"] for name, matrix in matrices.items()}
+    assert {matrix.name: matrix.nonzeros for matrix in allocation.matrices} == {
+        name: matrix["nonzeros"] for name, matrix in matrices.items()
+    }
     console = Console(file=io.StringIO(), width=200)
     console.print(inspect_run(run))
-    assert "95,232 of 245,760 adapted weights" in console.file.getvalue()
+    text = " ".join(console.file.getvalue().split())
+    for phrase in (
+        "status finished method snella-2 options r: 2, target_sparsity: 0.7, scaling: 10",
+        "backbone test_vit data digits, 10 classes, train: 40, val: 20, test: 20",
+        f"validation {stored['scores']['validation']['text']}, 20 images test {stored['scores']['test']['text']}, 20",
+        f"best epoch {stored['best_epoch']} of {stored['epochs']}, {stored['train_s']:.1f} s",
+        f"trainable {parameters['trainable']:,} parameters",
+        f"adapter {bytes_text(sizes['adapter_bytes'])}: snella_A 6,144",
+        f"budget {budgets['kept']:,} of {budgets['total_weights']:,} adapted weights",
+        f"target {budgets['target']:,} after the last allocation, {budgets['allocations']} allocations so far",
+        f"as a sparse file {bytes_text(sizes['sparse_update_bytes'])} (value",
+        f"dense adapted matrices {bytes_text(sizes['adapted_weights_bytes'])}",
+        "No matrix is frozen.",
+        f"Non-zero entries: {budgets['nonzeros']:,}, equal to the budget (from the adapter file) in every matrix.",
+    ):
+        assert phrase.replace("\N{NO-BREAK SPACE}", " ") in text, phrase
+    grid = [line.split() for line in console.file.getvalue().splitlines() if line.strip()[:1].isdigit()]
+    rows = zip(*(budgets["sparsity"][kind] for kind in budgets["kinds"]), strict=True)
+    for (depth, *cells), expected_depth, sparsities in zip(grid, budgets["depths"], rows, strict=True):
+        assert depth == str(expected_depth) and cells == [f"{min(100 * s, 99.9):.1f}" for s in sparsities]
 
 
 def test_report_of_an_old_run_is_written(run):

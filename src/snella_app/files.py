@@ -67,6 +67,14 @@ def create_folder(folder: Path) -> Iterator[None]:
         raise
 
 
+def check_new(name: str, path: str | Path, *, overwrite: bool) -> None:
+    """Raise FileExistsError if the output `path` exists and `overwrite` is not set; `name` is its argument."""
+    if Path(path).exists() and not overwrite:
+        raise FileExistsError(
+            f"{name}={path} exists; choose another name, or replace it with --overwrite (overwrite=True)"
+        )
+
+
 def write_text(path: Path, text: str) -> None:
     """Write text atomically; surrogate escapes (from non-UTF-8 file names) become the original bytes."""
     write_bytes(path, text.encode(errors="surrogateescape"))

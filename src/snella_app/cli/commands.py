@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from snella_app.data.check import BenchmarkCheck
+    from snella_app.runs.merge import ExportResult
 
 ExportName = Literal["sparse", "onnx", "torchscript", "torch-export", "lora", "timm", "hf"]
 """Keys of `snella_app.runs.export.FORMATS`, repeated here to keep the CLI import fast."""
@@ -77,9 +78,8 @@ def evaluate(
     """
     from snella_app.console import counted, make_console, print_line
     from snella_app.files import write_json
-    from snella_app.records import RunInfo, read
     from snella_app.runs.evaluate import calibrate_run, evaluate
-    from snella_app.runs.model import get_task
+    from snella_app.runs.model import load_run
 
     console = make_console()
     if calibrate:
@@ -92,22 +92,21 @@ def evaluate(
             print_line(console, f"{part.split}, {counted(part.count, 'image')}: {error}")
         print_line(console, calibration.verdict)
         return
+    loaded = load_run(run, device)
     result = evaluate(
-        run,
+        loaded,
         data,
         split=split,
         batch_size=batch_size,
         columns=columns,
         skip_corrupt=skip_corrupt,
-        device=device,
         console=make_console(sys.stderr),
     )
-    task = get_task(read(RunInfo, run))
     for note in result["notes"]:
         print_line(console, f"note: {note}")
-    scores = task.result_format.format_map(result)
+    scores = loaded.task.result_format.format_map(result)
     print_line(console, f"{result['data']} ({result['split']}), {counted(result['images'], 'image')}: {scores}")
-    console.print(task.result_table(result))
+    console.print(loaded.task.result_table(result))
     if out is not None:
         write_json(Path(out), result)
 
@@ -192,19 +191,20 @@ def merge(run: str, /, *, out: str, overwrite: bool = False) -> None:
         overwrite: Replace existing output.
     """
     from snella_app.console import make_console, print_line
-    from snella_app.records import RunInfo, read
-    from snella_app.runs.merge import describe_file, loading_snippet, merge, prediction_notes
+    from snella_app.runs.merge import merge
 
-    path, console = merge(run, out, overwrite=overwrite), make_console()
-    print_line(console, f"{path}: {_mib(path):.1f} MiB, {describe_file(path)}; to load it:")
-    for note in prediction_notes(read(RunInfo, run)):
+    merged, console = merge(run, out, overwrite=overwrite), make_console()
+    print_line(console, _export_text(merged))
+    for note in merged.notes:
         print_line(console, f"# {note}")  # a Python comment, so that the output can be pasted
-    print_line(console, loading_snippet(path))
+    print_line(console, merged.snippet)
 
 
-def _mib(path: Path) -> float:
-    """Return the size of a file or a folder in MiB."""
-    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])) / 2**20
+def _export_text(result: "ExportResult") -> str:
+    """Describe a written file or folder: its path, size and content."""
+    files = result.path.iterdir() if result.path.is_dir() else [result.path]
+    size = sum(file.stat().st_size for file in files) / 2**20
+    return f"{result.path}: {size:.1f} MiB, {result.description}; to load it:"
 
 
 @command("snella_app.runs.export", is_recorded=True)
@@ -249,8 +249,8 @@ def export(
 
     options: dict[str, Any] = {"opset": opset, "rank": rank, "values": values, "images": images or (), "logits": logits}
     exported = export(run, format, out, overwrite=overwrite, **options)
-    console, path = make_console(), exported.path
-    print_line(console, f"{path}: {_mib(path):.1f} MiB, {format}; to load it:")
+    console = make_console()
+    print_line(console, _export_text(exported))
     print_line(console, exported.snippet)
     for note in exported.notes:
         print_line(console, note)
@@ -609,10 +609,9 @@ def _benchmark_table(check: "BenchmarkCheck") -> "Table":
 def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Group":
     """Return a table with the memory of one training step, one row per method."""
     from rich.console import Group
-    from rich.progress import track
     from rich.text import Text
 
-    from snella_app.console import counted, make_console, make_table
+    from snella_app.console import counted, make_console, make_table, track_progress
     from snella_app.device import choose_device
     from snella_app.training.machines import GPUS, predict_on_gpu, shape_of_backbone
     from snella_app.training.memory import compared_methods, predict_for_methods
@@ -630,7 +629,7 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
         notes.append(f"step times are predicted for plain ViTs only, got {backbone}")
     table = make_table(columns, ())
     count = len(compared_methods(chosen["r"]))
-    for method, size, memory in track(predictions, "predicting", total=count, console=make_console(), transient=True):
+    for method, size, memory in track_progress(predictions, "predicting", count, make_console()):
         images = f"{counted(chosen['batch'], 'image')} of {size[1]}×{size[2]} px"
         name = GPUS[device].name if device in GPUS else device
         table.title = f"Training step of {backbone}: {images}, {chosen['dtype']}, AdamW, on {name}"

@@ -25,7 +25,7 @@ class SplitPredictions(Record):
 
 
 @dataclass(frozen=True)
-class Prediction:
+class StoredPrediction:
     """Class prediction for one image."""
 
     index: int
@@ -57,12 +57,12 @@ class Prediction:
 class Predictions(SplitPredictions):
     """Class predictions on one split."""
 
-    items: list[Prediction] = field(kw_only=True)
+    items: list[StoredPrediction] = field(kw_only=True)
 
     def with_temperature(self, temperature: float) -> Self:
         """Return these predictions with temperature-scaled probabilities, `p ** (1 / T)`, normalized to sum to 1."""
 
-        def changed(item: Prediction) -> Prediction:
+        def changed(item: StoredPrediction) -> StoredPrediction:
             powers = [p ** (1 / temperature) for p in item.probabilities]
             return replace(item, probabilities=[power / sum(powers) for power in powers])
 
@@ -84,7 +84,7 @@ class Predictions(SplitPredictions):
 
 
 @dataclass(frozen=True)
-class LabelSetPrediction:
+class StoredLabelSetPrediction:
     """True labels and predicted probabilities of one image."""
 
     index: int
@@ -98,11 +98,11 @@ class LabelSetPredictions(SplitPredictions):
     """Multi-label predictions on one split."""
 
     thresholds: list[Float] = field(kw_only=True)
-    items: list[LabelSetPrediction] = field(kw_only=True)
+    items: list[StoredLabelSetPrediction] = field(kw_only=True)
 
 
 @dataclass(frozen=True)
-class NumberPrediction:
+class StoredNumberPrediction:
     """True and predicted regression targets of one image, in their units."""
 
     index: int
@@ -115,11 +115,11 @@ class NumberPrediction:
 class NumberPredictions(SplitPredictions):
     """Regression predictions on one split."""
 
-    items: list[NumberPrediction] = field(kw_only=True)
+    items: list[StoredNumberPrediction] = field(kw_only=True)
 
 
 @dataclass(frozen=True)
-class MaskPrediction:
+class StoredMaskPrediction:
     """Segmentation scores of one image; NaN if no class is present or predicted. `mask` is a file in the run folder."""
 
     index: int
@@ -133,4 +133,4 @@ class MaskPrediction:
 class MaskPredictions(SplitPredictions):
     """Segmentation results on one split."""
 
-    items: list[MaskPrediction] = field(kw_only=True)
+    items: list[StoredMaskPrediction] = field(kw_only=True)

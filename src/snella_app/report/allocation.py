@@ -34,6 +34,10 @@ from snella_app.report.style import (
 )
 from snella_app.text import points_text
 
+MAX_NUMBERED_BLOCKS = 48
+"""Maximum number of blocks for which a map shows numbers."""
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -136,11 +140,6 @@ def adapter_step(allocation: Allocation, metrics: Metrics | None) -> AllocationS
     share = best.epoch / max(1, *rows)  # rows may contain only epoch 0
     reached = [entry for entry in matching if entry.step <= share * allocation.history[-1].step]
     return (reached or matching or allocation.history)[-1]
-
-
-MAX_NUMBERED_BLOCKS = 48
-"""Maximum number of blocks for which a map shows numbers."""
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def sparsity_map(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Figure:

@@ -49,6 +49,8 @@ from snella_app.text import count_text, measure_text, percent_text, split_text
 
 MAX_NUMBERED_CLASSES = 50
 """Maximum number of classes for which a confusion matrix shows counts."""
+_MAX_CURVES, _MAX_CONFUSED = 6, 5
+_SQUARE = (FIGURE_SIZE[1], FIGURE_SIZE[1])
 
 
 def loss_curves(metrics: Metrics) -> Figure:
@@ -199,10 +201,6 @@ def _bar_axes(rows: Sequence[MethodResult], title: str) -> tuple[Figure, Axes]:
     axes.grid(True, axis="x", color=GRID)
     axes.tick_params(axis="y", length=0)
     return figure, axes
-
-
-_MAX_CURVES, _MAX_CONFUSED = 6, 5
-_SQUARE = (FIGURE_SIZE[1], FIGURE_SIZE[1])
 
 
 def curves_section(metrics: Metrics) -> list[Markup]:

@@ -25,16 +25,20 @@ from snella_app.records import (
     Metrics,
     RunInfo,
     SubjectFidelity,
-    plain,
     read,
     read_if_present,
 )
-from snella_app.report.allocation import group_matrices
+from snella_app.report.allocation import MatrixGrid, group_matrices
 from snella_app.text import bytes_text, percent_text, plain_text, seconds_text
 
+_GENERATOR_TASKS = ("generation", "language")
+"""Tasks whose runs report steps and loss instead of a best epoch and accuracy."""
 _REMEDY = "copy the adapter again, or train again with `--overwrite`"
+_RESTORE = "restore it from a copy, or train again with `--overwrite`"
+_MISSING = "missing; restore the folder `adapter` from a copy, or train again with `--overwrite`"
 _FILES = ("adapter_model.safetensors", "trainable.safetensors")
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_INDEX_BYTES = 4
 _UNTRAINED = ("snella_budget", "positions")
 _PART = re.compile(r"\.(?P<part>(?:snella|lora)_(?!embedding)\w+?)(?:\.weight|\.\d+)?$")
 
@@ -136,22 +140,11 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return {}
 
 
-_INDEX_BYTES = 4
-_RESTORE = "restore it from a copy, or train again with `--overwrite`"
-_MISSING = "missing; restore the folder `adapter` from a copy, or train again with `--overwrite`"
-
-
-def inspect_summary(run: str | Path) -> dict[str, Any]:
-    """Summarize the files of a run without loading its backbone or data.
+def inspect_run(run: str | Path) -> Group:
+    """Describe the files of a run in tables for a rich console, without loading its backbone or data.
 
     Args:
         run: Folder of the run, finished or not.
-
-    Returns:
-        JSON-serializable values: `status`, `task`, `method`, `method_options`, `backbone`, `data`, `classes`,
-        `scores`, `best_epoch`, `protocol`, `selected_on`, `ema`, `train_s`, `learning` (losses of a generator),
-        `adapter_missing` (finished run without adapter), `missing` (deleted files of a finished
-        run), `sizes`, `parameters`, `settings`, and `budgets` (None for methods without budgets).
 
     Raises:
         FileNotFoundError: If the folder has no `run.json`, or results of a finished run are missing.
@@ -165,140 +158,25 @@ def inspect_summary(run: str | Path) -> dict[str, Any]:
     metrics = read_if_present(Metrics, folder)
     allocation = read_if_present(Allocation, folder)
     adapter = read_adapter(folder)
-    curve = None
-    if info.task in _GENERATOR_TASKS:
-        scores = _generator_scores(folder, info.task)
-        curve = metrics and read(GeneratorMetrics, folder).learning()
-    else:
-        by_split = {"validation": metrics and metrics.val, "test": metrics and metrics.test}
-        scores = {name: part and {**part.values(), "text": part.text()} for name, part in by_split.items()}
-    summary: dict[str, Any] = {
-        "run": str(folder),
-        "status": info.status,
-        "error": info.error,
-        "task": info.task,
-        "method": info.method,
-        "method_options": info.method_options,
-        "backbone": plain(info.backbone),
-        "data": plain(info.data),
-        "classes": info.classes,
-        "command": info.command,
-        "best_epoch": metrics and metrics.best_epoch,
-        "epochs": metrics.history[-1].epoch if metrics and metrics.history else 0,
-        "protocol": metrics and metrics.protocol,
-        "selected_on": metrics and metrics.selected_on,
-        "ema": metrics and metrics.ema,
-        "train_s": metrics and metrics.train_s,
-        "learning": curve,
-        "scores": scores,
-        "parameters": {
-            "trainable": metrics and metrics.trainable_parameters,
-            "in_adapter": adapter and adapter.parameters,
-            "parts": dict(adapter.parts) if adapter else {},
-        },
-        "adapter_missing": adapter is None and info.is_finished,
-        "missing": [name for name in info.files or {} if not (folder / name).is_file()],
-        "sizes": {"adapter_bytes": adapter and adapter.path.stat().st_size},
-        "settings": dict(adapter.config) if adapter else {},
-        "budgets": None,
-    }
+    rows = [("run", str(folder)), ("status", "running or killed" if info.status == "running" else info.status)]
+    if info.error:
+        rows.append(("error", info.error))
+    rows += [("method", info.method), ("options", plain_text(info.method_options))]
+    rows += _generator_rows(folder, info, metrics) if info.task in _GENERATOR_TASKS else _epoch_rows(info, metrics)
+    rows += _file_rows(folder, info, metrics, adapter)
+    parts: list[Table | Text] = []
     if allocation is not None:
-        budgets, value_bytes = _summarize_budgets(allocation, adapter), adapter.value_bytes if adapter else 4
-        summary["budgets"] = budgets
-        summary["sizes"] |= {
-            "sparse_update_bytes": budgets["budget"] * (value_bytes + _INDEX_BYTES),
-            "adapted_weights_bytes": allocation.total_weights * value_bytes,
-        }
-    return summary
-
-
-def inspect_run(run: str | Path) -> Group:
-    """Return `inspect_summary` as tables for a rich console; raises the same errors."""
-    summary = inspect_summary(run)
-    budgets = summary["budgets"]
-    parts: list[Table | Text] = [_overview(summary)]
-    if budgets is not None:
-        frozen = budgets["frozen"]
-        names = f"Frozen ({len(frozen)} of {len(budgets['matrices'])}, budget 0): {', '.join(frozen)}"
-        parts += [Text(), _grid_table(budgets)]
-        parts.append(Text(f"\n{names}", "yellow") if frozen else Text("\nNo matrix is frozen."))
-        if summary["adapter_missing"]:
+        budgets = current_budgets(adapter, allocation)
+        rows += _budget_rows(allocation, sum(budgets.values()), adapter)
+        parts += [Text(), _grid_table(group_matrices(allocation.matrices, budgets)), _frozen_text(budgets)]
+        if adapter is None and info.is_finished:
             parts.append(Text("The adapter is missing; these budgets come from allocation.json.", "red"))
         else:
-            parts.append(Text(_nonzeros_text(budgets), "red" if budgets["mismatches"] else ""))
-    if summary["settings"]:
-        rows = ((key, plain_text(value)) for key, value in summary["settings"].items() if value is not None)
-        parts += [Text(), _facts_table(rows, title="Adapter settings", title_justify="left", title_style="bold")]
-    return Group(*parts)
-
-
-def _summarize_budgets(allocation: Allocation, adapter: AdapterFile | None) -> dict[str, Any]:
-    """Return total budgets, budgets by matrix, and sparsity by matrix type and block."""
-    budgets = current_budgets(adapter, allocation)
-    grid = group_matrices(allocation.matrices, budgets)
-    return {
-        "total_weights": allocation.total_weights,
-        "target": allocation.target_budget,
-        "budget": sum(budgets.values()),
-        "from_adapter": adapter is not None and "snella_budget" in adapter.parts,
-        "allocations": len(allocation.history),
-        "frozen": [m.name for m in allocation.matrices if budgets[m.name] == 0],
-        "nonzeros": sum(m.nonzeros for m in allocation.matrices),
-        "mismatches": [m.name for m in allocation.matrices if m.nonzeros != budgets[m.name]],
-        "matrices": [
-            {
-                "name": m.name,
-                "kind": m.kind,
-                "depth": m.depth,
-                "shape": list(m.shape),
-                "size": m.size,
-                "budget": budgets[m.name],
-                "sparsity": 1 - budgets[m.name] / max(m.size, 1),
-                "nonzeros": m.nonzeros,
-            }
-            for m in allocation.matrices
-        ],
-        "kinds": grid.kinds,
-        "depths": grid.depths,
-        "sparsity": {
-            kind: [grid.cells[kind, d].sparsity if (kind, d) in grid.cells else None for d in grid.depths]
-            for kind in grid.kinds
-        },
-    }
-
-
-def _overview(summary: dict[str, Any]) -> Table:
-    """Return status, data, results and sizes as a two-column table."""
-    is_running = summary["status"] == "running"
-    rows = [("run", summary["run"]), ("status", "running or killed" if is_running else summary["status"])]
-    if summary["error"]:
-        rows.append(("error", summary["error"]))
-    rows += [("method", summary["method"]), ("options", plain_text(summary["method_options"]))]
-    rows += _generator_rows(summary) if summary["task"] in _GENERATOR_TASKS else _epoch_rows(summary)
-    sizes = summary["sizes"]
-    parameters = summary["parameters"]
-    if summary["missing"]:
-        rows.append(("missing", f"{', '.join(summary['missing'])}; {_RESTORE}"))
-    if parameters["trainable"] is not None:
-        rows.append(("trainable", f"{parameters['trainable']:,} parameters"))
-    if summary["adapter_missing"]:
-        rows.append(("adapter", _MISSING))
-    if sizes["adapter_bytes"] is not None:
-        contents = ", ".join(f"{part} {count:,}" for part, count in parameters["parts"].items())
-        rows.append(("adapter", f"{bytes_text(sizes['adapter_bytes'])}: {contents}"))
-    budgets = summary["budgets"]
-    if budgets is not None:
-        share = percent_text(budgets["budget"] / max(budgets["total_weights"], 1))
-        rows += [
-            ("budget", f"{budgets['budget']:,} of {budgets['total_weights']:,} adapted weights ({share})"),
-            ("target", f"{budgets['target']:,} after the last allocation, {budgets['allocations']} allocations so far"),
-            (
-                "as a sparse file",
-                f"{bytes_text(sizes['sparse_update_bytes'])} (value and 32-bit index per weight); "
-                f"dense adapted matrices {bytes_text(sizes['adapted_weights_bytes'])}",
-            ),
-        ]
-    return _facts_table(rows, pad_edge=False)
+            parts.append(_nonzeros_text(allocation, budgets, adapter))
+    if adapter is not None and adapter.config:
+        settings = ((key, plain_text(value)) for key, value in adapter.config.items() if value is not None)
+        parts += [Text(), _facts_table(settings, title="Adapter settings", title_justify="left", title_style="bold")]
+    return Group(_facts_table(rows, pad_edge=False), *parts)
 
 
 def _facts_table(rows: Iterable[tuple[str, str]], **options: Any) -> Table:
@@ -311,92 +189,116 @@ def _facts_table(rows: Iterable[tuple[str, str]], **options: Any) -> Table:
     return table
 
 
-def _epoch_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+def _epoch_rows(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
     """Return rows for backbone, data, scores and epoch selection."""
-    backbone, data = summary["backbone"], summary["data"]
+    backbone, data = info.backbone, info.data
     rows = [
-        ("backbone", backbone["name"] + (f" ({backbone['weights']})" if backbone["weights"] else "")),
-        ("data", f"{data['spec']}, {len(summary['classes'])} classes, {plain_text(data['sizes'])}"),
+        ("backbone", backbone.name + (f" ({backbone.weights})" if backbone.weights else "")),
+        ("data", f"{data.spec}, {len(info.classes)} classes, {plain_text(data.sizes)}"),
     ]
-    for split, scores in summary["scores"].items():
-        if scores:
-            rows.append((split, f"{scores['text']}, {counted(scores['images'], 'image')}"))
-    if summary["best_epoch"] is not None:
-        rows.append(
-            ("best epoch", f"{summary['best_epoch']} of {summary['epochs']}, {seconds_text(summary['train_s'])}")
-        )
-    if summary["selected_on"] == "test":
-        text = f"{summary['protocol']}: the epoch was selected on the test images, so test scores are optimistic"
+    if metrics is None:
+        return rows
+    for split, scores in (("validation", metrics.val), ("test", metrics.test)):
+        if scores is not None:
+            rows.append((split, f"{scores.text()}, {counted(scores.images, 'image')}"))
+    if metrics.best_epoch is not None:
+        epochs = metrics.history[-1].epoch if metrics.history else 0
+        rows.append(("best epoch", f"{metrics.best_epoch} of {epochs}, {seconds_text(metrics.train_s)}"))
+    if metrics.selected_on == "test":
+        text = f"{metrics.protocol}: the epoch was selected on the test images, so test scores are optimistic"
         rows.append(("protocol", text))
-    elif summary["protocol"] not in (None, "standard"):
-        rows.append(("protocol", f"{summary['protocol']}: last epoch, no selection"))
-    if summary["ema"] is not None:
-        rows.append(("average", f"exponential moving average of the weights, decay {summary['ema']:g}"))
+    elif metrics.protocol != "standard":
+        rows.append(("protocol", f"{metrics.protocol}: last epoch, no selection"))
+    if metrics.ema is not None:
+        rows.append(("average", f"exponential moving average of the weights, decay {metrics.ema:g}"))
     return rows
 
 
-def _grid_table(budgets: dict[str, Any]) -> Table:
+def _file_rows(
+    folder: Path, info: RunInfo, metrics: Metrics | None, adapter: AdapterFile | None
+) -> list[tuple[str, str]]:
+    """Return rows for missing files, trained parameters and the adapter file."""
+    rows = []
+    if missing := [name for name in info.files or {} if not (folder / name).is_file()]:
+        rows.append(("missing", f"{', '.join(missing)}; {_RESTORE}"))
+    if metrics is not None:
+        rows.append(("trainable", f"{metrics.trainable_parameters:,} parameters"))
+    if adapter is not None:
+        contents = ", ".join(f"{part} {count:,}" for part, count in adapter.parts.items())
+        rows.append(("adapter", f"{bytes_text(adapter.path.stat().st_size)}: {contents}"))
+    elif info.is_finished:
+        rows.append(("adapter", _MISSING))
+    return rows
+
+
+def _budget_rows(allocation: Allocation, budget: int, adapter: AdapterFile | None) -> list[tuple[str, str]]:
+    """Return rows for the total budget, its target and the size of a sparse file."""
+    total, value_bytes = allocation.total_weights, adapter.value_bytes if adapter else 4
+    sparse, dense = bytes_text(budget * (value_bytes + _INDEX_BYTES)), bytes_text(total * value_bytes)
+    target = f"{allocation.target_budget:,} after the last allocation"
+    return [
+        ("budget", f"{budget:,} of {total:,} adapted weights ({percent_text(budget / max(total, 1))})"),
+        ("target", f"{target}, {len(allocation.history)} allocations so far"),
+        ("as a sparse file", f"{sparse} (value and 32-bit index per weight); dense adapted matrices {dense}"),
+    ]
+
+
+def _grid_table(grid: MatrixGrid) -> Table:
     """Return sparsity in percent, one row per block and one column per matrix type."""
     table = Table(title="Sparsity in percent (× frozen)", title_justify="left", title_style="bold", box=None)
     table.add_column("block", justify="right", style="dim")
-    for kind in budgets["kinds"]:
+    for kind in grid.kinds:
         table.add_column(Text(kind), justify="right")
-    for row, depth in enumerate(budgets["depths"]):
+    for depth in grid.depths:
         cells = []
-        for kind in budgets["kinds"]:
-            sparsity = budgets["sparsity"][kind][row]
-            text = "" if sparsity is None else f"{min(100 * sparsity, 99.9):.1f}"
-            cells.append(Text("×", "yellow") if sparsity == 1 else Text(text))
+        for kind in grid.kinds:
+            cell = grid.cells.get((kind, depth))
+            text = "" if cell is None else f"{min(100 * cell.sparsity, 99.9):.1f}"
+            cells.append(Text("×", "yellow") if cell is not None and cell.sparsity == 1 else Text(text))
         table.add_row("–" if depth is None else str(depth), *cells)
     return table
 
 
-def _nonzeros_text(budgets: dict[str, Any]) -> str:
+def _frozen_text(budgets: Mapping[str, int]) -> Text:
+    """List the matrices with budget 0."""
+    frozen = [name for name, budget in budgets.items() if budget == 0]
+    if not frozen:
+        return Text("\nNo matrix is frozen.")
+    return Text(f"\nFrozen ({len(frozen)} of {len(budgets)}, budget 0): {', '.join(frozen)}", "yellow")
+
+
+def _nonzeros_text(allocation: Allocation, budgets: Mapping[str, int], adapter: AdapterFile | None) -> Text:
     """Compare the non-zero entries with the budgets."""
-    source = "the adapter file" if budgets["from_adapter"] else "allocation.json"
-    if budgets["mismatches"]:
-        names = ", ".join(budgets["mismatches"][:5])
-        count = counted(len(budgets["mismatches"]), "matrix", "matrices")
-        return f"Non-zero entries differ from the budget in {count}: {names}"
-    return f"Non-zero entries: {budgets['nonzeros']:,}, equal to the budget (from {source}) in every matrix."
+    if different := [m.name for m in allocation.matrices if m.nonzeros != budgets[m.name]]:
+        count = counted(len(different), "matrix", "matrices")
+        return Text(f"Non-zero entries differ from the budget in {count}: {', '.join(different[:5])}", "red")
+    nonzeros = sum(m.nonzeros for m in allocation.matrices)
+    source = "the adapter file" if adapter is not None and "snella_budget" in adapter.parts else "allocation.json"
+    return Text(f"Non-zero entries: {nonzeros:,}, equal to the budget (from {source}) in every matrix.")
 
 
-_GENERATOR_TASKS = ("generation", "language")
-"""Tasks whose runs report steps and loss instead of a best epoch and accuracy."""
-
-
-def _generator_scores(run: str | Path, task: str) -> dict[str, Any]:
-    """Return the evaluation scores of a generator by name; empty without an evaluation."""
-    if task == "generation":
-        fidelity = read_if_present(SubjectFidelity, run)
-        return {} if fidelity is None else dataclasses.asdict(fidelity)
-    answers = read_if_present(AnswerScores, run)
-    if answers is None:
-        return {}
-    return {"mean": answers.mean} | {name: scores.accuracy for name, scores in answers.tasks.items()}
-
-
-def _generator_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+def _generator_rows(folder: Path, info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
     """Return rows for the model, data, steps, loss and scores of a generator."""
-    backbone, data, curve = summary["backbone"], summary["data"], summary["learning"]
-    is_image_generator = summary["task"] == "generation"
-    size = f", {backbone['img_size']}×{backbone['img_size']} px" if backbone["img_size"] else ""
-    n_held_out = data["sizes"].get("val") or 0
+    backbone, data = info.backbone, info.data
+    is_image_generator = info.task == "generation"
+    size = f", {backbone.img_size}×{backbone.img_size} px" if backbone.img_size else ""
+    n_held_out = data.sizes.get("val") or 0
     rows = [
-        ("pipeline" if is_image_generator else "model", backbone["name"] + size),
-        ("data", f"{data['spec']}, {data['description']}" + (f", {n_held_out} held out" if n_held_out else "")),
+        ("pipeline" if is_image_generator else "model", backbone.name + size),
+        ("data", f"{data.spec}, {data.description}" + (f", {n_held_out} held out" if n_held_out else "")),
     ]
-    if curve is not None:
+    if metrics is not None:
+        curve = read(GeneratorMetrics, folder).learning()
         epochs = "" if curve["epochs"] is None else f" ({plain_text(curve['epochs'])} epochs)"
-        duration = f"{curve['steps']:,}{epochs} in {seconds_text(summary['train_s'])}"
+        duration = f"{curve['steps']:,}{epochs} in {seconds_text(metrics.train_s)}"
         rows.append(("steps", duration + (f", {curve['optimizer']}" if curve["optimizer"] else "")))
         rows.append(("loss", _loss_text(curve)))
-    scores = summary["scores"]
-    if scores and is_image_generator:
+    if is_image_generator and (fidelity := read_if_present(SubjectFidelity, folder)) is not None:
+        scores = dataclasses.asdict(fidelity)
         rows.append(("scores", ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())))
-    elif scores:
-        each = ", ".join(f"{name} {percent_text(value)}" for name, value in scores.items() if name != "mean")
-        rows.append(("accuracy", f"{percent_text(scores['mean'])}, the mean of {each}"))
+    if not is_image_generator and (answers := read_if_present(AnswerScores, folder)) is not None:
+        each = ", ".join(f"{name} {percent_text(scores.accuracy)}" for name, scores in answers.tasks.items())
+        rows.append(("accuracy", f"{percent_text(answers.mean)}, the mean of {each}"))
     return rows
 
 

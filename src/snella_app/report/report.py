@@ -28,11 +28,11 @@ from snella_app.records import (
     MethodResults,
     Metrics,
     OrdinalScores,
-    Prediction,
     Predictions,
     RegressionScores,
     RunInfo,
     Scores,
+    StoredPrediction,
     read,
     read_if_present,
 )
@@ -49,7 +49,7 @@ from snella_app.report.allocation import (
     schedule_epochs,
     sparsity_map,
 )
-from snella_app.report.examples import EmbeddedImage, ImageSource, choose_examples, embed_image, image_data_uri
+from snella_app.report.examples import EmbeddedImage, ImageLoader, choose_examples, embed_image, image_data_uri
 from snella_app.report.inspect import AdapterFile, current_budgets, read_adapter
 from snella_app.report.style import inline_svg
 from snella_app.report.updates import adapter_updates, deepest_query, draw_updates
@@ -65,6 +65,13 @@ from snella_app.text import (
 )
 
 _MAX_SIDE = 800
+_CONFUSED_IN_GROUP, _SHOWN_GROUPS = 3, 30
+_PREDICTION_FIELDS = {
+    "multilabel": "prediction.labels, prediction.probabilities",
+    "regression": "prediction.values",
+    "segmentation": "prediction.labels, prediction.shares",
+}
+_SHORT_METRICS = {"map": "mAP", "mae": "MAE", "rmse": "RMSE", "r2": "R²"}
 _RESULTS = ("warning", "verdict", "results", "facts", "curves", "confusion", "classes", "labels", "numbers")
 """Sections that are omitted before the first epoch."""
 _OPTIMISTIC = (
@@ -121,9 +128,6 @@ def method_facts(metrics: Metrics, allocation: Allocation | None, budgets: Mappi
     return facts
 
 
-_SHORT_METRICS = {"map": "mAP", "mae": "MAE", "rmse": "RMSE", "r2": "R²"}
-
-
 def _saved_epoch(metrics: Metrics) -> str:
     """Return the epoch of the saved adapter and its selection."""
     total = f" of {metrics.history[-1].epoch}" if metrics.history else ""
@@ -140,7 +144,7 @@ def _saved_epoch(metrics: Metrics) -> str:
 
 def groups_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | None:
     """Return accuracy by group (patient, site, video), lowest first; None for data without groups."""
-    by_group: dict[str, list[Prediction]] = {}
+    by_group: dict[str, list[StoredPrediction]] = {}
     for item in predictions.items:
         if item.group is not None:
             by_group.setdefault(item.group, []).append(item)
@@ -292,7 +296,7 @@ def _class_predictions(folder: Path, info: RunInfo) -> Predictions:
     return Predictions(items=[]) if predictions is None else predictions.for_classes(len(info.classes))
 
 
-def examples_section(info: RunInfo, predictions: Predictions, images: ImageSource | None) -> dict[str, Any] | None:
+def examples_section(info: RunInfo, predictions: Predictions, images: ImageLoader | None) -> dict[str, Any] | None:
     """Return sample images with calibrated predictions, as from `snella predict`."""
     if not predictions.items:
         return None
@@ -301,7 +305,7 @@ def examples_section(info: RunInfo, predictions: Predictions, images: ImageSourc
     wrong, right = choose_examples(predictions.items)
     n_right = sum(item.is_right for item in predictions.items)
 
-    def example(item: Prediction) -> dict[str, Any]:
+    def example(item: StoredPrediction) -> dict[str, Any]:
         return {
             "name": item.name,
             "picture": embed_image(item.index, images),
@@ -339,14 +343,6 @@ def _count_fact(label: str, count: int) -> Fact:
     """Return an abbreviated count; if it is rounded, the note gives the exact value."""
     exact, short = f"{count:,}", count_text(count)
     return label, short, exact if exact != short else ""
-
-
-_CONFUSED_IN_GROUP, _SHOWN_GROUPS = 3, 30
-_PREDICTION_FIELDS = {
-    "multilabel": "prediction.labels, prediction.probabilities",
-    "regression": "prediction.values",
-    "segmentation": "prediction.labels, prediction.shares",
-}
 
 
 @dataclass(frozen=True)
@@ -387,7 +383,7 @@ def uses(folder: Path, task: str) -> list[Use]:
 
 def write_report(
     run: str | Path,
-    images: ImageSource | None = None,
+    images: ImageLoader | None = None,
     *,
     metrics: Metrics | None = None,
     allocation: Allocation | None = None,

@@ -24,7 +24,7 @@ from snella_app.records import (
     RunInfo,
     read_if_present,
 )
-from snella_app.report.examples import EmbeddedImage, ImageSource, embed_image, mask_colors
+from snella_app.report.examples import EmbeddedImage, ImageLoader, embed_image, mask_colors
 from snella_app.report.style import (
     ACCENT,
     COLORS,
@@ -157,7 +157,7 @@ def regression_verdict(scores: RegressionScores, split: str) -> str:
 
 
 def label_cards(
-    predictions: LabelSetPredictions, classes: Sequence[str], images: ImageSource | None
+    predictions: LabelSetPredictions, classes: Sequence[str], images: ImageLoader | None
 ) -> list[dict[str, Any]]:
     """Return cards for the images with the highest binary cross-entropy, and for others evenly spaced."""
     probabilities, truth = _label_arrays(predictions, len(classes))
@@ -179,7 +179,7 @@ def label_cards(
 
 
 def number_cards(
-    predictions: NumberPredictions, names: Sequence[str], images: ImageSource | None
+    predictions: NumberPredictions, names: Sequence[str], images: ImageLoader | None
 ) -> list[dict[str, Any]]:
     """Return cards for the images with the largest errors in standard deviations, and for others evenly spaced."""
     truth, predicted = _number_arrays(predictions)
@@ -200,7 +200,7 @@ def number_cards(
     return _groups(errors, card, f"of {len(errors)} images, largest errors first")
 
 
-def labels_section(folder: Path, info: RunInfo, metrics: Metrics, images: ImageSource | None) -> dict[str, Any] | None:
+def labels_section(folder: Path, info: RunInfo, metrics: Metrics, images: ImageLoader | None) -> dict[str, Any] | None:
     """Return the table of labels (test split if present), and curves and images of the predicted split."""
     split, scores = metrics.measured
     if not isinstance(scores, LabelSetScores):
@@ -220,7 +220,7 @@ def labels_section(folder: Path, info: RunInfo, metrics: Metrics, images: ImageS
     return {**section, "figures": figures, "figure_split": split_name, "groups": groups}
 
 
-def numbers_section(folder: Path, info: RunInfo, metrics: Metrics, images: ImageSource | None) -> dict[str, Any] | None:
+def numbers_section(folder: Path, info: RunInfo, metrics: Metrics, images: ImageLoader | None) -> dict[str, Any] | None:
     """Return the table of targets (test split if present), scatter plots, errors by range, and images."""
     split, scores = metrics.measured
     if not isinstance(scores, RegressionScores):
@@ -248,7 +248,7 @@ def classes_section(metrics: Metrics) -> dict[str, Any] | None:
     return {"split": split, "count": scores.images, "rows": scores.per_class}
 
 
-def masks_section(folder: Path, info: RunInfo, images: ImageSource | None) -> dict[str, Any] | None:
+def masks_section(folder: Path, info: RunInfo, images: ImageLoader | None) -> dict[str, Any] | None:
     """Return sample images with true and predicted masks, worst first."""
     if info.task != "segmentation":
         return None

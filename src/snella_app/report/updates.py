@@ -23,6 +23,7 @@ from snella_app.report.style import ACCENT, INK, MUTED, WARM, add_legend, new_pa
 from snella_app.text import percent_text
 
 _PREFIX = "base_model.model."
+_PARTS = ("A", "B", "piece_coeff", "alpha", "beta", "temperature")
 _QUERY = re.compile(r"(^|[._])(to_)?(q|query|q_proj)$")
 _LORA_ALPHA = 8  # PEFT's default
 MAX_CELLS = 128
@@ -81,9 +82,6 @@ def _modules(adapter: AdapterFile, suffix: str) -> list[str]:
     """Return modules that have a tensor with this suffix, in natural order."""
     names = [key.removesuffix(suffix).removeprefix(_PREFIX) for key in adapter.shapes if key.endswith(suffix)]
     return sorted(names, key=lambda name: [(len(word), word) for word in re.split(r"\D+", name)])
-
-
-_PARTS = ("A", "B", "piece_coeff", "alpha", "beta", "temperature")
 
 
 def _is_plain_lora(adapter: AdapterFile) -> bool:

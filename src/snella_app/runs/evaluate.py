@@ -18,7 +18,7 @@ from snella_app.data.datasets import ImageDataset, read_at_side
 from snella_app.data.load import DataSplits, has_columns, load_data
 from snella_app.data.sources import show_reading
 from snella_app.records import Calibration, RunInfo, plain, read
-from snella_app.report.examples import ImageSource
+from snella_app.report.examples import ImageLoader
 from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate
 from snella_app.runs.folder import RunFolder
@@ -33,6 +33,8 @@ from snella_app.runs.images import (
 )
 from snella_app.runs.model import Ensemble, LoadedRun, get_task, load_run, load_single_run, unfinished_note
 from snella_app.tasks import create_task
+
+Split = Literal["auto", "train", "val", "test", "all"]
 
 
 def rewrite_report(run: str | Path, console: Console | None = None) -> Path:
@@ -54,7 +56,7 @@ def rewrite_report(run: str | Path, console: Console | None = None) -> Path:
     folder = RunFolder(run)
     info = read(RunInfo, folder.path)
     task = get_task(info)
-    images: ImageSource | None = None
+    images: ImageLoader | None = None
     try:
         splits = load_run_splits(folder, info.data)
         name = "test" if splits.val is None else "val"  # as in `predictions.json`
@@ -66,11 +68,8 @@ def rewrite_report(run: str | Path, console: Console | None = None) -> Path:
     return write_report(folder.path, images, state="stopped" if folder.was_killed else None)
 
 
-Split = Literal["auto", "train", "val", "test", "all"]
-
-
 def evaluate(
-    run: str | Path,
+    run: str | Path | LoadedRun,
     data: Any = None,
     *,
     split: Split = "auto",
@@ -83,7 +82,7 @@ def evaluate(
     """Evaluate the best model of a run with the metrics of its task.
 
     Args:
-        run: Run folder.
+        run: Run folder, or a loaded run.
         data: Data to evaluate on instead of the run's data: a specification as for training, or a dataset object.
             The run must have been trained on all of its classes.
         split: Split to evaluate. `auto` selects the test split of the run (validation if it has none), or all images of
@@ -91,7 +90,7 @@ def evaluate(
         batch_size: Batch size.
         columns: Columns of a table, as for training; None uses the columns of the run.
         skip_corrupt: Skip images that cannot be read.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
+        device: Device of a run folder: auto, or a torch device such as cpu, cuda:1 or mps.
         console: Console for progress bars; no progress if None.
 
     Returns:
@@ -105,7 +104,7 @@ def evaluate(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    loaded = load_run(run, device)
+    loaded = run if isinstance(run, LoadedRun) else load_run(run, device)
     with show_reading(console):
         splits, chosen, parts = images_for_run(loaded, data, split, skip_corrupt=skip_corrupt, columns=columns)
         training_note = _training_note(loaded, splits if data is None else None, _split_parts(splits, chosen), chosen)

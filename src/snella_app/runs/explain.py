@@ -8,28 +8,42 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from sklearn.metrics.pairwise import cosine_similarity
+from torch import Tensor, nn
 
 from snella_app.data.load import DataSplits
 from snella_app.files import create_folder, write_bytes
+from snella_app.methods.model_parts import base_model
 from snella_app.records import Predictions, read
-from snella_app.report.examples import attention_rollout, choose_examples, heat_maps, image_data_uri, overlay_heat
+from snella_app.report.examples import choose_examples, image_data_uri
 from snella_app.report.report import write_page
 from snella_app.runs.evaluate import rewrite_report
+from snella_app.runs.image_inputs import expand
 from snella_app.runs.images import check_splits, load_run_splits
-from snella_app.runs.predict import Predictor, load
-from snella_app.runs.prediction_files import expand_for
+from snella_app.runs.predict import Predictor, check_order, load, table_columns
 from snella_app.text import percent_text
 
-__all__ = ["HEAT_MAPS", "ExplainResult", "HeatMap", "explain", "explain_validation", "nearest_images"]
+__all__ = [
+    "HEAT_MAPS",
+    "ExplainResult",
+    "HeatMap",
+    "attention_rollout",
+    "explain",
+    "explain_validation",
+    "heat_maps",
+    "nearest_images",
+    "overlay_heat",
+]
 
 HeatMap = Literal["gradcam", "rollout"]
 """Heat map method: gradient times activation for a class, or attention rollout of a ViT, which is independent of
 the class."""
 HEAT_MAPS = "heat_maps"
 """Subfolder of a run for the heat maps of its report, one `INDEX.png` per image."""
+_HEAT_OPACITY = (0.15, 0.65)
 _NUM_EXAMPLES = 12
 _MAX_CANDIDATES = 2_000
 _MAX_SIDE = 320
@@ -89,7 +103,9 @@ def explain(
         raise ValueError(f"of must be left out with rollout, which does not depend on a class, got {of!r}")
     if neighbors < 0:
         raise ValueError(f"neighbors must be at least 0, got {neighbors}")
-    files = expand_for(run, images, columns, skip_corrupt)
+    paths = [images] if isinstance(images, str | Path) else list(images)
+    check_order(Path(run), paths)
+    files = expand(paths, columns, table_columns(run), keep_missing=skip_corrupt)
     model = _load_classifier(run, by, batch_size, device)
     if of is not None and of not in model.classes:
         raise ValueError(f"of must be one of the run's classes, {', '.join(model.classes)}, got {of!r}")
@@ -247,3 +263,147 @@ def _png(image: Image.Image, by: HeatMap) -> bytes:
     metadata.add_text("by", by)
     image.save(content, "PNG", pnginfo=metadata)
     return content.getvalue()
+
+
+def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
+    """Return HiResCAM heat maps: gradient times activation at the last spatial layer.
+
+    M[i, j] = max(0, Σ_c ∂y/∂A[c, i, j] · A[c, i, j])
+
+    Unlike Grad-CAM, HiResCAM does not average gradients over the grid; averaging can highlight irrelevant regions.
+    `A` is the last feature map of a convolutional network or a Swin. For a ViT, it is the input tokens of the last
+    attention, after which only the class token matters.
+
+    Args:
+        model: Model from `build_method` or `load_trained` in evaluation mode, or a plain timm model.
+        images: `[images, channels, height, width]`, transformed.
+        outputs: Index of the output to explain for each image, `[images]`.
+
+    Returns:
+        `[images, height, width]`, float32 in [0, 1]; zeros if no region raises the output.
+
+    Raises:
+        ValueError: If the model has neither ViT blocks nor `feature_info`.
+        ImportError: If Captum is not installed.
+
+    Sources:
+        Draelos and Carin, Use HiResCAM instead of Grad-CAM (arXiv 2011.08891); Selvaraju et al., Grad-CAM (arXiv
+        1610.02391). Computed by Captum's `LayerGradientXActivation`.
+    """
+    try:
+        from captum.attr import LayerGradientXActivation
+    except ImportError as error:
+        raise ImportError("heat maps need captum; pip install 'snella[explain]'") from error
+    layer, width, patch = _target_layer(model)
+    inputs = images.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        product = LayerGradientXActivation(model, layer).attribute(inputs, target=outputs.to(images.device))
+    return _resized_heat(_summed_grid(product.detach().float(), width, patch, images.shape[-2:]).clamp_min(0), images)
+
+
+@torch.no_grad()
+def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
+    """Return attention rollout maps of a ViT, independent of the class.
+
+    R = Â_L … Â_1,   Â_l = (mean over heads of A_l + I) / 2
+
+    The map is the mean of R over the rows that the head pools, restricted to the patch columns.
+
+    Args:
+        model: timm ViT in evaluation mode, plain or from `build_method` or `load_trained`.
+        images: As for `heat_maps`.
+
+    Returns:
+        `[images, height, width]`, float32; each map is scaled to a minimum of 0 and a maximum of 1.
+
+    Raises:
+        ValueError: If the model is not a timm ViT or its method adds tokens (prompts).
+
+    Sources:
+        Abnar and Zuidema, Quantifying Attention Flow in Transformers (arXiv 2005.00928).
+    """
+    base, blocks, patch = _vit_parts(model)
+    attentions: list[Any] = [getattr(block, "attn", None) for block in blocks]
+    is_vit = all(hasattr(attention, "attn_drop") and hasattr(attention, "fused_attn") for attention in attentions)
+    if patch is None or not attentions or not is_vit:
+        raise ValueError(f"attention rollout needs a timm ViT, got {type(base).__name__}; use gradcam")
+    rows, columns = images.shape[-2] // patch[0], images.shape[-1] // patch[1]
+    rolled: list[Tensor] = []
+
+    def roll(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        mean = inputs[0].float().mean(1)  # [images, tokens, tokens]
+        step = (mean + torch.eye(mean.shape[-1], device=mean.device)) / 2
+        rolled[:] = [step @ rolled[0] if rolled else step]
+
+    were_fused = [attention.fused_attn for attention in attentions]
+    handles = [attention.attn_drop.register_forward_pre_hook(roll) for attention in attentions]
+    try:
+        for attention in attentions:
+            attention.fused_attn = False  # fused attention does not expose its weights
+        model(images)
+    finally:
+        for attention, was_fused, handle in zip(attentions, were_fused, handles, strict=True):
+            attention.fused_attn = was_fused
+            handle.remove()
+    extra = rolled[0].shape[-1] - rows * columns - base.num_prefix_tokens
+    if extra:
+        raise ValueError(
+            f"attention rollout needs a model with patch tokens only, got {extra} prompt tokens from its method; use "
+            "gradcam"
+        )
+    first = base.num_prefix_tokens
+    pooled = rolled[0][:, :1] if base.global_pool == "token" else rolled[0][:, first:]
+    grid = pooled.mean(1)[:, first:].reshape(-1, rows, columns)
+    return _resized_heat(grid - grid.amin((1, 2), keepdim=True), images)
+
+
+def _resized_heat(grid: Tensor, images: Tensor) -> np.ndarray:
+    """Scale a nonnegative grid `[images, rows, columns]` to a maximum of 1 and resize it to the images."""
+    peaks = grid.amax((1, 2), keepdim=True)
+    shares = grid / torch.where(peaks > 0, peaks, torch.ones_like(peaks))
+    sized = F.interpolate(shares[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    return sized.clamp(0, 1).cpu().numpy()
+
+
+def _vit_parts(model: nn.Module) -> tuple[Any, Sequence[Any], Any]:
+    """Return the model without its PEFT wrapper, its blocks and its patch size (empty or None if absent)."""
+    base: Any = base_model(model)
+    return base, getattr(base, "blocks", None) or (), getattr(getattr(base, "patch_embed", None), "patch_size", None)
+
+
+def _target_layer(model: nn.Module) -> tuple[nn.Module, int, tuple[int, int]]:
+    """Return the target layer of heat maps, its channel count, and its patch size ((1, 1) for feature maps)."""
+    base, blocks, patch = _vit_parts(model)
+    if blocks and hasattr(blocks[-1], "norm1") and patch is not None:
+        return blocks[-1].norm1, int(base.embed_dim), (int(patch[0]), int(patch[1]))
+    info = getattr(base, "feature_info", None)
+    if not info:
+        raise ValueError(f"heat maps need a timm model with feature_info, got {type(base).__name__}")
+    last = info[-1] if isinstance(info, list) else info.info[-1]
+    return base.get_submodule(last["module"]), int(last["num_chs"]), (1, 1)
+
+
+def _summed_grid(product: Tensor, width: int, patch: tuple[int, int], size: torch.Size) -> Tensor:
+    """Sum channels-first or channels-last maps, or tokens, over channels: `[images, rows, columns]`."""
+    if product.ndim == 4:
+        return product.sum(1) if product.shape[1] == width else product.sum(-1)
+    rows, columns = size[0] // patch[0], size[1] // patch[1]
+    sums = product.sum(-1)
+    return sums[:, sums.shape[1] - rows * columns :].reshape(-1, rows, columns)  # class and prompt tokens come first
+
+
+def overlay_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
+    """Overlay a heat map on an image; opacity increases with the value.
+
+    Args:
+        image: RGB.
+        heat: `[height, width]` in [0, 1]; resized to the image.
+    """
+    from matplotlib import colormaps
+
+    values = Image.fromarray((heat * 255).round().astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
+    shares = np.asarray(values)[..., None] / 255
+    colors = colormaps["inferno"](shares[..., 0])[..., :3] * 255
+    opacity = _HEAT_OPACITY[0] + (_HEAT_OPACITY[1] - _HEAT_OPACITY[0]) * shares
+    mixed = np.asarray(image.convert("RGB")) * (1 - opacity) + colors * opacity
+    return Image.fromarray(mixed.round().astype(np.uint8))

@@ -20,7 +20,7 @@ from snella.layer import SnellaLayer
 from snella_app.console import counted
 from snella_app.data.datasets import file_paths, read_at_side
 from snella_app.data.images import read_image
-from snella_app.files import annotate_write_errors, create_folder, sync_tree, write_json, write_text
+from snella_app.files import annotate_write_errors, check_new, create_folder, sync_tree, write_json, write_text
 from snella_app.methods import merge_trained
 from snella_app.methods.model_parts import base_model
 from snella_app.records import RunInfo
@@ -35,7 +35,7 @@ from snella_app.runs.graphs import (
     quiet_exporters,
 )
 from snella_app.runs.images import load_run_splits
-from snella_app.runs.merge import check_folder_files, prediction_notes, run_metadata, write_timm_folder
+from snella_app.runs.merge import ExportResult, check_folder_files, prediction_notes, run_metadata, write_timm_folder
 from snella_app.runs.model import LoadedRun, load_single_run, make_backbone
 from snella_app.text import first_line
 
@@ -43,15 +43,6 @@ _NUM_IMAGES = 8
 _MAX_CHANGED = 0.9  # maximum fraction of changed weights in a sparse file
 _IN_METADATA = "'temperature' in its metadata"
 _IN_CONFIG = "'temperature' in its config.json, which no library applies automatically"
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """Result of an export: its path, measurements, and Python code that loads it."""
-
-    path: Path
-    notes: list[str]
-    snippet: str
 
 
 @dataclass(frozen=True)
@@ -131,7 +122,7 @@ def export(
         logits: Omit softmax (or sigmoid, unit) and temperature (onnx, torchscript, torch-export).
 
     Returns:
-        Path, measurements and loading snippet.
+        Path, measurements (in the notes) and loading snippet.
 
     Raises:
         FileExistsError: If `out` exists and may not be replaced.
@@ -144,10 +135,7 @@ def export(
     export_format = FORMATS[format]
     _check_options(format, {"opset": opset, "rank": rank, "values": values, "images": images, "logits": logits})
     path = Path(f"{str(run).rstrip('/')}{export_format.suffix}") if out is None else Path(out)
-    if path.exists() and not overwrite:
-        raise FileExistsError(
-            f"out={path} exists; choose another name, or replace it with --overwrite (overwrite=True)"
-        )
+    check_new("out", path, overwrite=overwrite)
     if path.exists() and path.is_dir() != export_format.is_folder:
         raise FileExistsError(
             f"out={path} is a {'folder' if path.is_dir() else 'file'}, which {format} cannot replace; choose another "
@@ -177,7 +165,7 @@ def export(
             temporary.replace(path)
         finally:
             _remove(temporary)
-    return ExportResult(path, notes, snippet)
+    return ExportResult(path, format, notes, snippet)
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:

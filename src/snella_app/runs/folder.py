@@ -17,7 +17,7 @@ import yaml
 
 from snella_app import records
 from snella_app.config import SESSION_FIELDS, UNSTORED_FIELDS, RunSettings, TrainConfig
-from snella_app.files import check_files, sealed, sha256_of, write_json, write_text
+from snella_app.files import sealed, sha256_of, write_json, write_text
 from snella_app.records import FORMAT, Allocation, FoldResults, Record, RunInfo, Status, read_if_present
 
 
@@ -199,14 +199,6 @@ class RunFolderOf(Generic[S]):
         """Return the digests in `run.json`: of the adapter, and of all results once the run is finished."""
         return dict((self._read_run() or {}).get("files") or {})
 
-    def check_files(self) -> None:
-        """Compare files with their digests in `run.json`; an unfinished run has only digests of its adapter.
-
-        Raises:
-            ValueError: If files were altered; lists all of them.
-        """
-        check_files(self.path, self._stored_digests())
-
     def _update_digest(self, name: str) -> None:
         """Update the stored digest of a rewritten file."""
         run = self._read_run() or {}
@@ -248,14 +240,12 @@ class RunFolderOf(Generic[S]):
         )
 
     def check_adapter(self) -> None:
-        """Check that the best adapter exists and that no file was altered.
+        """Check that the best adapter exists; reading `RunInfo` checks that it was not altered.
 
         Raises:
             FileNotFoundError: If the adapter is missing or has not been written yet.
-            ValueError: If a file was altered.
         """
         if any(self.adapter.glob("*.safetensors")):
-            self.check_files()
             return
         if self.status == "finished":
             raise FileNotFoundError(
@@ -295,28 +285,26 @@ class RunFolderOf(Generic[S]):
             raise FileExistsError(f"out={self.path} contains files but no run; choose a new or empty folder")
         return config.resolved()
 
-    def resolve_resume(self, config: S) -> tuple[S, Status | None]:
-        """Resolve settings like `resolve_settings`, and return the status of a resumed run.
+    def resolve_resume(self, config: S) -> tuple[S, RunInfo | None]:
+        """Resolve settings like `resolve_settings`, and return the record of a resumed run.
 
         Returns:
-            Resolved settings, and the status of the stored run; None for a new run.
+            Resolved settings, and the stored `run.json`; None for a new run.
 
         Raises:
             FileNotFoundError: As for `resolve_settings`, or if the adapter or results of a finished run are missing.
-            ValueError: As for `resolve_settings`, or if the adapter or results were altered.
+            ValueError: As for `resolve_settings`, or if `run.json` is damaged, or the adapter or results were altered.
         """
         resolved = self.resolve_settings(config)
-        status = self.status if resolved.run.resume else None
-        if status == "finished":
+        info = read_if_present(RunInfo, self.path) if resolved.run.resume else None
+        if info is not None and info.is_finished:
             self.check_adapter()
-            if missing := [name for name in self._stored_digests() if not (self.path / name).is_file()]:
+            if missing := [name for name in info.files or {} if not (self.path / name).is_file()]:
                 raise FileNotFoundError(
                     f"{self.path} is finished, but lacks {', '.join(missing)}; restore it from a copy, or train again "
                     "with `--overwrite`"
                 )
-        elif status is not None:
-            self.check_files()
-        return resolved, status
+        return resolved, info
 
     def prepare(self, config: S, *, is_resumed: bool) -> None:
         """Prepare a folder for resuming, or start a new run: write `config.yaml` and remove the old run.
@@ -418,11 +406,12 @@ class RunFolder(RunFolderOf[TrainConfig]):
                 The budget starts at the sparsity of this run's adapter.
 
         Raises:
-            FileNotFoundError: If this is not a run folder, or the adapter is missing.
-            ValueError: If the run is not finished, or inherited settings differ.
+            FileNotFoundError: If the adapter is missing.
+            ValueError: If the run is not finished or was altered, or inherited settings differ.
         """
-        if self.status != "finished":
-            state = "which has no run" if self.status is None else f"which is {status_text(self.status)}"
+        info = read_if_present(RunInfo, self.path)
+        if info is None or not info.is_finished:
+            state = "which has no run" if info is None else f"which is {status_text(info.status)}"
             raise ValueError(f"init_from must be the folder of a finished run, got {self.path}, {state}")
         self.check_adapter()
         stored, requested = self.read_config().flat(), config.flat()

@@ -91,6 +91,11 @@ class LayerProbe(nn.Module):
         features = layer_features(self.model, images, self.layers)
         return self.linear(features.to(self.linear.weight.dtype))
 
+    @property
+    def has_tokens(self) -> bool:
+        """True if the layers have prefix tokens, such as a class token."""
+        return getattr(self.get_base_model(), "num_prefix_tokens", 0) > 0
+
     def get_base_model(self) -> nn.Module:
         """Return the backbone with its adapters."""
         return base_model(self.model)
@@ -102,37 +107,10 @@ class LayerProbe(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write the probe to a file."""
-        has_tokens = getattr(self.get_base_model(), "num_prefix_tokens", 0) > 0
-        metadata = {"layers": json.dumps(self.layers), "has_tokens": json.dumps(has_tokens)}
+        metadata = {"layers": json.dumps(self.layers), "has_tokens": json.dumps(self.has_tokens)}
         parameters = (self.linear.weight, self.linear.bias)
         tensors = {n: t.detach().float().cpu().contiguous() for n, t in zip(_TENSORS, parameters, strict=True)}
         write_bytes(path, tensors_bytes(tensors, metadata))
-
-
-def layer_probe_snippet(path: Path) -> str:
-    """Return Python code that computes the outputs of a probe on a merged model, with only timm and torch.
-
-    Args:
-        path: File of the probe; the code expects the merged model as `model`.
-    """
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tokens = json.loads(metadata["has_tokens"])
-    arguments = f"indices={metadata['layers']}, norm=True, output_fmt='NCHW'"
-    arguments += ", return_prefix_tokens=True" if tokens else ""
-    pooled = (
-        "    for grid, tokens in maps[:-1]:\n        pooled += [grid.mean((2, 3)), tokens[:, 0]]\n"
-        "    pooled += [maps[-1][0].mean((2, 3))]\n"
-        if tokens
-        else "    pooled += [grid.mean((2, 3)) for grid in maps]\n"
-    )
-    return (
-        f"import torch; from safetensors.torch import load_file\nhead = load_file({str(path)!r})\n"
-        "def logits_of(images):  # outputs of snella predict, from the final head on several layers\n"
-        f"    final, maps = model.forward_intermediates(images, {arguments})\n"
-        "    pooled = [model.forward_head(final, pre_logits=True).flatten(1)]\n"
-        f"{pooled}    return torch.cat(pooled, 1) @ head['weight'].T + head['intercept']"
-    )
 
 
 def read_layer_probe(adapter: Path, model: nn.Module) -> LayerProbe | None:

@@ -1,7 +1,8 @@
 """Merging a run's update into the backbone, as plain timm weights."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snella.compat.sparse_file import tensors_bytes
-from snella_app.files import create_folder, write_bytes, write_json
+from snella_app.files import check_new, create_folder, write_bytes, write_json
 from snella_app.methods import merge_trained
 from snella_app.records import BackboneInfo, RunInfo, plain, record_from
-from snella_app.runs.layer_probe import LAYER_PROBE, layer_probe_snippet
+from snella_app.runs.layer_probe import LAYER_PROBE, LayerProbe
 from snella_app.runs.model import LoadedRun, configured_image_size, load_single_run, make_backbone
-from snella_app.tasks import task_class
 
 _SUFFIX = ".safetensors"
 _OTHER_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".npz", ".onnx", ".h5", ".pkl", ".tar", ".gz", ".zip")
@@ -26,18 +26,28 @@ _USE = "use"
 """Entry of a merged model that explains its outputs, `Task.decoding_comment`."""
 
 
-def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
+@dataclass(frozen=True)
+class ExportResult:
+    """Result of a merge or an export: its path, description of the content, notes, and Python code that loads it."""
+
+    path: Path
+    description: str
+    notes: list[str]
+    snippet: str
+
+
+def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> ExportResult:
     """Merge the update of a run into the backbone, and write the model as plain weights.
 
     If `out` is a folder, it gets timm's format: `timm.create_model("local-dir:OUT", pretrained=True)` loads the model,
     `create_transform(**resolve_model_data_config(model))` preprocesses images as in training, and
     `model.pretrained_cfg["label_names"]` has the classes. This supports all tasks except segmentation. The weights
-    do not include thresholds or the mean and standard deviation of regression targets; the last comment of
-    `loading_snippet` explains the outputs.
+    do not include thresholds or the mean and standard deviation of regression targets; the last comment of the loading
+    snippet explains the outputs.
 
     If `out` is a `.safetensors` file, it contains the state dict. Its metadata contains the architecture, class names
-    and data configuration; `loading_snippet` returns Python code that uses them. For segmentation, the names are those
-    of `snella_app.backbones.create_segmenter`: `encoder.…` (names of the backbone, without a head) and `decoder.…`;
+    and data configuration, which the loading snippet uses. For segmentation, the names are those of
+    `snella_app.backbones.create_segmenter`: `encoder.…` (names of the backbone, without a head) and `decoder.…`;
     `load_merged` loads the model.
 
     The outputs match the adapted model. With SNELLA, they are bit-identical, since its layers compute with the
@@ -49,7 +59,9 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
         overwrite: Replace an existing file, or the output of an earlier call in the folder.
 
     Returns:
-        Path of the file or the folder.
+        Path of the file or the folder, differences from `predict`, and Python code that loads the output as `model`,
+        with timm, or with snella for segmentation. For classifiers, the code also defines `transform`, from a PIL image
+        to the model input, and `classes`.
 
     Raises:
         FileExistsError: If the file exists, or the folder is not empty.
@@ -59,14 +71,19 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
     path = Path(out)
     _check_out(path, overwrite=overwrite)
     loaded = load_single_run(run, device="cpu")
-    if path.suffix == _SUFFIX:
-        model = merge_trained(loaded.model)
-        with create_folder(path.parent):
-            write_bytes(path, tensors_bytes(_weights(model), run_metadata(loaded, model)))
-            _write_final_head(loaded, _final_head_file(path))
-    else:
+    notes = prediction_notes(loaded.info)
+    if path.suffix != _SUFFIX:
         write_timm_folder(loaded, path)
-    return path
+        return ExportResult(path, "a model in timm's format", notes, _folder_snippet(loaded, path))
+    model = merge_trained(loaded.model)
+    metadata = run_metadata(loaded, model)
+    with create_folder(path.parent):
+        write_bytes(path, tensors_bytes(_weights(model), metadata))
+        _write_final_head(loaded, _final_head_file(path))
+    description = "plain timm weights"
+    if loaded.task.head is not None:
+        description = "plain weights of the backbone (encoder.…) and the decoder (decoder.…)"
+    return ExportResult(path, description, notes, _file_snippet(loaded, path, metadata))
 
 
 def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> dict[str, Any]:
@@ -109,10 +126,7 @@ def _check_out(path: Path, *, overwrite: bool) -> None:
         check_folder_files(path, (_CONFIG, _WEIGHTS, LAYER_PROBE))
         if not any(path.iterdir()):
             return
-    if path.exists() and not overwrite:
-        raise FileExistsError(
-            f"out={path} exists; choose another name, or replace it with --overwrite (overwrite=True)"
-        )
+    check_new("out", path, overwrite=overwrite)
 
 
 def check_folder_files(folder: Path, written: Collection[str]) -> None:
@@ -184,41 +198,39 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
     }
 
 
-def loading_snippet(path: str | Path) -> str:
-    """Return Python code that loads the output of `merge` as `model`, with timm, or with snella for segmentation.
+def _folder_snippet(loaded: LoadedRun, path: Path) -> str:
+    """Return Python code that loads a folder in timm's format."""
+    return (
+        f"import timm{_torch_import(loaded)}\n"
+        f"model = timm.create_model({f'local-dir:{path}'!r}, pretrained=True).eval()\n"
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
+        f"classes = model.pretrained_cfg['label_names']\n{_use_lines(loaded, path)}"
+    )
 
-    For classifiers, the code also defines `transform`, from a PIL image to the model input, and `classes`.
 
-    Args:
-        path: File or folder written by `merge`.
-    """
-    if Path(path).is_dir():
-        use = json.loads((Path(path) / _CONFIG).read_text(encoding="utf-8"))[_USE]
-        return (
-            f"import timm{', torch' if 'torch.' in use else ''}\n"
-            f"model = timm.create_model({f'local-dir:{path}'!r}, pretrained=True).eval()\n"
-            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
-            f"classes = model.pretrained_cfg['label_names']\n{_use_lines(Path(path), use)}"
-        )
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    if task_class(metadata["task"]).head is not None:
+def _file_snippet(loaded: LoadedRun, path: Path, metadata: Mapping[str, str]) -> str:
+    """Return Python code that loads a weight file with its metadata."""
+    if loaded.task.head is not None:
         return f"from snella_app.runs import load_merged\nmodel = load_merged({str(path)!r})"
-    size, use = json.loads(metadata["img_size"]), metadata[_USE]
-    arguments = json.loads(metadata["model_args"])
+    size, arguments = json.loads(metadata["img_size"]), json.loads(metadata["model_args"])
     if size is not None:
         arguments = {"img_size": size, **arguments}
     options = "".join(f", {name}={value!r}" for name, value in arguments.items())
-    torch_import = ", torch" if "torch." in use else ""
+    imports = "; from safetensors import safe_open; from safetensors.torch import load_file"
     return (
-        f"import json, timm{torch_import}; from safetensors import safe_open; from safetensors.torch import load_file\n"
+        f"import json, timm{_torch_import(loaded)}{imports}\n"
         f"model = timm.create_model({metadata['architecture']!r}, num_classes={metadata['num_classes']}{options})"
         ".eval()\n"
         f"model.load_state_dict(load_file({str(path)!r}))\n"
         f"metadata = safe_open({str(path)!r}, 'pt').metadata()\n"
         "transform = timm.data.create_transform(**json.loads(metadata['data_config']))\n"
-        f"classes = json.loads(metadata['classes'])\n{_use_lines(Path(path), use)}"
+        f"classes = json.loads(metadata['classes'])\n{_use_lines(loaded, path)}"
     )
+
+
+def _torch_import(loaded: LoadedRun) -> str:
+    """Return the import of torch if the comment that explains the outputs needs it."""
+    return ", torch" if "torch." in loaded.task.decoding_comment() else ""
 
 
 def _final_head_file(path: Path) -> Path:
@@ -233,10 +245,31 @@ def _write_final_head(loaded: LoadedRun, path: Path) -> None:
         loaded.probe.save(path)
 
 
-def _use_lines(path: Path, use: str) -> str:
-    """Return the comment that explains the outputs, after code for the final head if the model has one."""
-    head = _final_head_file(path)
-    return f"{layer_probe_snippet(head)}\n{use.replace('model(', 'logits_of(')}" if head.is_file() else use
+def _use_lines(loaded: LoadedRun, path: Path) -> str:
+    """Return the comment that explains the outputs, after code for the final head if the run has one."""
+    use = loaded.task.decoding_comment()
+    if loaded.probe is None:
+        return use
+    return f"{_final_head_code(loaded.probe, _final_head_file(path))}\n{use.replace('model(', 'logits_of(')}"
+
+
+def _final_head_code(probe: LayerProbe, path: Path) -> str:
+    """Return Python code that computes the outputs of the final head in `path` from the merged `model`."""
+    arguments = f"indices={probe.layers}, norm=True, output_fmt='NCHW'"
+    arguments += ", return_prefix_tokens=True" if probe.has_tokens else ""
+    pooled = (
+        "    for grid, tokens in maps[:-1]:\n        pooled += [grid.mean((2, 3)), tokens[:, 0]]\n"
+        "    pooled += [maps[-1][0].mean((2, 3))]\n"
+        if probe.has_tokens
+        else "    pooled += [grid.mean((2, 3)) for grid in maps]\n"
+    )
+    return (
+        f"import torch; from safetensors.torch import load_file\nhead = load_file({str(path)!r})\n"
+        "def logits_of(images):  # outputs of snella predict, from the final head on several layers\n"
+        f"    final, maps = model.forward_intermediates(images, {arguments})\n"
+        "    pooled = [model.forward_head(final, pre_logits=True).flatten(1)]\n"
+        f"{pooled}    return torch.cat(pooled, 1) @ head['weight'].T + head['intercept']"
+    )
 
 
 def prediction_notes(info: RunInfo) -> list[str]:
@@ -250,17 +283,6 @@ def prediction_notes(info: RunInfo) -> list[str]:
     if info.tta == 2:
         notes.append("predict averages an image and its flip, unless --tta 1 is set; this model uses only the image")
     return notes
-
-
-def describe_file(path: str | Path) -> str:
-    """Describe the content of a merged file or folder."""
-    if Path(path).is_dir():
-        return "a model in timm's format"
-    with safe_open(path, "pt") as file:
-        task = file.metadata()["task"]
-    if task_class(task).head is None:
-        return "plain timm weights"
-    return "plain weights of the backbone (encoder.…) and the decoder (decoder.…)"
 
 
 def load_merged(path: str | Path) -> nn.Module:

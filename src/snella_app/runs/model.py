@@ -24,6 +24,8 @@ _OTHER_COMMANDS = {
     "generation": "snella generate and snella evaluate-generation use it",
     "language": "snella evaluate-language uses it",
 }
+_LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError)
+"""Errors that torch, timm and PEFT raise for invalid values."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,6 @@ def load_single_run(run: str | Path | RunFolder, device: str = "auto") -> Loaded
             f"{folder.path} cannot be loaded: run.json or the adapter settings do not fit the weights: {reason:.300}; "
             "copy the run again, or train again with `--overwrite`"
         ) from error
-
-
-_LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError)
-"""Errors that torch, timm and PEFT raise for invalid values."""
 
 
 def _load_model(folder: RunFolder, info: RunInfo, device: torch.device) -> LoadedRun:

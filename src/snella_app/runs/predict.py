@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -23,23 +22,17 @@ from snella_app.runs.image_inputs import ImageInput, missing_path_hint, read_inp
 from snella_app.runs.model import Ensemble, LoadedRun, get_task_name, load_run
 from snella_app.tasks import Task, task_class
 from snella_app.tasks.predictions import Prediction
+from snella_app.tasks.task import MAX_VIEWS
 
 __all__ = [
-    "MAX_VIEWS",
     "Predictor",
     "check_order",
-    "iter_predictions",
     "load",
-    "predict",
     "run_task_class",
     "table_columns",
 ]
 
 _THREADS = 4  # decoding and resizing release the GIL
-_CROP_ENLARGEMENT = 8 / 7  # upscaling before corner crops, e.g. from 224 to 256 pixels
-_CORNERS = ((0, 0), (1, 1), (0, 1), (1, 0))
-MAX_VIEWS = 2 * (1 + len(_CORNERS))
-"""Maximum number of test-time augmentation views: the image, four corner crops, and their flips."""
 
 Unsure = float | Literal["auto"] | None
 """Probability below which a prediction is unsure; `auto` uses the threshold of the run's calibration."""
@@ -93,7 +86,13 @@ class Predictor:
         return self.loaded.info.temperature
 
     def predict(
-        self, images: Any, *, tta: int | None = None, unsure: Unsure = None, skip_corrupt: bool = False
+        self,
+        images: Any,
+        *,
+        tta: int | None = None,
+        unsure: Unsure = None,
+        skip_corrupt: bool = False,
+        columns: str | None = None,
     ) -> Any | list[Any]:
         """Run prediction on one or more images.
 
@@ -104,17 +103,19 @@ class Predictor:
                 crops of the enlarged image and their flips); None uses the run's setting.
             unsure: Probability below which predictions are marked as unsure; `auto` uses the run's threshold.
             skip_corrupt: Skip images that cannot be read. A single image that cannot be read is always an error.
+            columns: Path column of a table, such as `path=file`; if None, the usual names or the run's column.
 
         Returns:
-            One object of `snella_app.tasks.predictions`; for several images, a list in input order.
+            One object of `snella_app.tasks.predictions`, see `Task.image_predictions`; for several images, a list in
+            input order.
 
         Raises:
             FileNotFoundError: If a path does not exist (suggests similar names), or a folder has no images.
             ValueError: If an image cannot be read, or a setting does not apply to the task.
             TypeError: If an input is not an image.
         """
-        columns = table_columns(self.loaded.folder.path)
-        inputs, is_single = split_inputs(images, run_columns=columns, keep_missing=skip_corrupt)
+        run_columns = table_columns(self.loaded.folder.path)
+        inputs, is_single = split_inputs(images, columns, run_columns, keep_missing=skip_corrupt)
         skip_corrupt = skip_corrupt and not is_single
         predictions = list(self.iter_predictions(inputs, tta=tta, unsure=unsure, skip_corrupt=skip_corrupt))
         return predictions[0] if is_single else predictions
@@ -228,23 +229,17 @@ class Predictor:
                 head, width = _head(self.loaded)
                 handle = head.register_forward_pre_hook(lambda module, inputs: head_inputs.append(inputs[0]))
                 hooks.callback(handle.remove)
-            is_calibrated = tta in (None, self.loaded.info.tta)  # the temperature was fitted to averaged outputs
-            outputs = [self._view_outputs(images.to(self.device), view) for view in range(tta or self.loaded.info.tta)]
-            outputs = outputs if is_calibrated else [output / self.temperature for output in outputs]
-            averaged = outputs[0] if len(outputs) == 1 else self.loaded.task.average_outputs(outputs)
-            averaged = averaged / self.temperature if is_calibrated else averaged
+            task, network, views = self.loaded.task, self.loaded.network, tta or self.loaded.info.tta
+            batch = images.to(self.device)
+            if views == self.loaded.info.tta:  # the temperature was fitted to averaged outputs
+                averaged = task.outputs(network, batch, views) / self.temperature
+            else:
+                averaged = task.outputs(lambda view: network(view) / self.temperature, batch, views)
         if not wants_features:
             return averaged, None
         if not head_inputs or not isinstance(head_inputs[0], Tensor) or len(head_inputs[0]) != len(images):
             raise ValueError("features need a classifier head with one input vector per image; this model has none")
         return averaged, head_inputs[0].flatten(1)[:, :width].float().cpu().numpy()
-
-    def _view_outputs(self, images: Tensor, view: int) -> Tensor:
-        """Return the outputs for one view of a batch; undo the flip of segmentation outputs."""
-        outputs = self.loaded.network(_view(images, view))
-        if outputs.ndim == 4 and view > 1:
-            raise ValueError(f"tta must be 1 or 2 (with flip) for masks, got {view + 1}")
-        return outputs.flip(-1) if outputs.ndim == 4 and view == 1 else outputs
 
 
 def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int = 32) -> Predictor:
@@ -257,12 +252,11 @@ def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int =
 
     Raises:
         FileNotFoundError: If `run` is not a run folder (suggests similar names), or has no finished epoch.
-        ValueError: If a file of the run is damaged, or the run has an unsupported task, such as a personalized
-            generator.
+        ValueError: If `run` is a file, a file of the run is damaged, or the run has an unsupported task, such as a
+            personalized generator.
     """
     folder = run.path if isinstance(run, RunFolder) else Path(run)
-    if not folder.is_dir() and not folder.is_file():
-        raise FileNotFoundError(f"no run {folder}{missing_path_hint(folder)}")
+    check_order(folder)
     return Predictor(load_run(folder, device), batch_size=batch_size)
 
 
@@ -279,69 +273,11 @@ def run_task_class(run: str | Path) -> type[Task]:
     return task_class("classification" if info is None else get_task_name(info))
 
 
-def predict(
-    run: str | Path | LoadedRun,
-    images: Any,
-    *,
-    batch_size: int = 32,
-    skip_corrupt: bool = False,
-    device: str = "auto",
-    tta: int | None = None,
-    unsure: Unsure = None,
-    columns: str | None = None,
-) -> list[Any]:
-    """Run prediction on images with the best model of a run; use `load` to predict more than once.
-
-    Args:
-        run: Folder of the run, or a loaded run.
-        images: As for `Predictor.predict`.
-        batch_size: Batch size.
-        skip_corrupt: Skip images that cannot be read, instead of raising an error.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
-        tta: As for `Predictor.predict`.
-        unsure: As for `Predictor.predict`.
-        columns: Path column of a table, such as `path=file`; if None, the usual names or the run's column.
-
-    Returns:
-        One object of `snella_app.tasks.predictions` per image, in input order; see `Task.image_predictions`.
-
-    Raises:
-        FileNotFoundError: If a path does not exist (suggests similar names), or a folder has no images.
-        ValueError: If an image cannot be read, or `run` is an image.
-    """
-    options = {"skip_corrupt": skip_corrupt, "tta": tta, "unsure": unsure}
-    return list(iter_predictions(run, images, batch_size=batch_size, device=device, columns=columns, **options))
-
-
-def iter_predictions(
-    run: str | Path | LoadedRun,
-    images: Any,
-    *,
-    batch_size: int = 32,
-    device: str = "auto",
-    columns: str | None = None,
-    **options: Any,
-) -> Iterator[Any]:
-    """Yield predictions of `predict` one by one; `options` are arguments of `Predictor.iter_predictions`.
-
-    Paths are checked before the model is loaded.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    folder = run.folder.path if isinstance(run, LoadedRun) else Path(run)
-    if not isinstance(run, LoadedRun):
-        check_order(folder, images)
-    inputs, _ = split_inputs(images, columns, table_columns(folder), keep_missing=options.get("skip_corrupt", False))
-    loaded = run if isinstance(run, LoadedRun) else load_run(folder, device)
-    yield from Predictor(loaded, batch_size=batch_size).iter_predictions(inputs, **options)
-
-
-def check_order(run: Path, images: Any) -> None:
-    """Reject arguments in which images precede the run."""
+def check_order(run: Path, images: Sequence[str | Path] = ()) -> None:
+    """Reject a missing run, and arguments in which images precede the run."""
     if run.is_file():
         raise ValueError(f"run must be the folder of a run, got the file {str(run)!r}; pass the run before the images")
-    paths = [Path(image) for image in images if isinstance(image, str | Path)] if isinstance(images, list) else []
-    swapped = [image for image in paths if (image / RunInfo.file).is_file()]
+    swapped = [Path(image) for image in images if (Path(image) / RunInfo.file).is_file()]
     if swapped and not (run / RunInfo.file).is_file():
         raise ValueError(
             f"run must be the folder of a run, got {str(run)!r}; {str(swapped[0])!r} is a run, pass it "
@@ -362,16 +298,3 @@ def _head(loaded: LoadedRun) -> tuple[nn.Module, int | None]:
     """Return the head used for predictions, and how many of its first inputs are pooled features; None for all."""
     trained: Any = base_model(loaded.model).get_submodule(spec_of(loaded.model).head)
     return (trained, None) if loaded.probe is None else (loaded.probe.linear, trained.in_features)
-
-
-def _view(images: Tensor, view: int) -> Tensor:
-    """Return one view of a batch `[images, channels, height, width]`; odd views are flipped."""
-    crop, is_flipped = divmod(view, 2)
-    if crop:
-        height, width = images.shape[-2:]
-        size = (round(height * _CROP_ENLARGEMENT), round(width * _CROP_ENLARGEMENT))
-        enlarged = F.interpolate(images, size, mode="bicubic", align_corners=False)
-        bottom, right = _CORNERS[crop - 1]
-        top, left = bottom * (size[0] - height), right * (size[1] - width)
-        images = enlarged[..., top : top + height, left : left + width]
-    return images.flip(-1) if is_flipped else images

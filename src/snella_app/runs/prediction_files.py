@@ -6,7 +6,6 @@ import io
 import json
 import signal
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,14 @@ import numpy as np
 from rich.console import Console
 
 from snella_app.console import counted, make_console, print_line, track_progress
-from snella_app.files import annotate_write_errors, create_folder, write_bytes
+from snella_app.files import annotate_write_errors, check_new, create_folder, write_bytes
 from snella_app.runs.image_inputs import expand, new_files
 from snella_app.runs.model import unfinished_note
 from snella_app.runs.predict import check_order, load, run_task_class, table_columns
-from snella_app.tasks import Task
-from snella_app.tasks.predictions import TABLE_SUFFIXES
+from snella_app.tasks.predictions import TABLE_SUFFIXES, table_bytes
 from snella_app.text import listed, utf8_text
 
-__all__ = ["expand_for", "parse_unsure", "predict_to_files", "write_features"]
+__all__ = ["parse_unsure", "predict_to_files", "write_features"]
 
 _FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
 
@@ -61,16 +59,19 @@ def predict_to_files(
     if features is not None:
         _check_features(features, overwrite=overwrite)
     folders = [Path(image) for image in images if Path(image).is_dir()]
-    suffix = "" if out is None or Path(out).is_dir() else Path(out).suffix.lower()
+    is_folder = task.head is not None  # masks
+    suffix = "" if out is None or is_folder or Path(out).is_dir() else Path(out).suffix.lower()
     is_appended = watch and suffix in (".csv", ".jsonl")
     if watch and suffix in TABLE_SUFFIXES and not is_appended:
         raise ValueError(f"out must end with .csv or .jsonl with watch, which appends rows, got {out!r}")
     if watch and not folders:
         raise ValueError(f"watch needs a folder among the images, got {', '.join(images)}")
     task.check_output(out, top_k, overwrite=overwrite or is_appended)
-    check_order(Path(run), list(images))
+    check_order(Path(run), images)
     listed_images = [image for image in images if not watch or Path(image) not in folders]
-    files = [] if watch and not listed_images else expand_for(run, listed_images, columns, skip_corrupt)
+    files: list[Path] = []
+    if listed_images or not watch:
+        files = expand(listed_images, columns, table_columns(run), keep_missing=skip_corrupt)
     model = load(run, device, batch_size=batch_size)
     skipped: list[str] = []
     errors = make_console(sys.stderr)
@@ -105,7 +106,7 @@ def predict_to_files(
             for prediction in predictions:
                 print_line(console, f"{prediction.path}: {prediction.text(top_k)}")
         elif is_appended:
-            _append_rows(predictions, Path(out), task, top_k, console)
+            _append_rows(predictions, Path(out), top_k, console)
         else:
             task.write_predictions(predictions, out, top_k, overwrite=overwrite)
     if out is not None:
@@ -120,13 +121,6 @@ def predict_to_files(
         )
     if skipped and not watch:
         print_line(errors, f"skipped {counted(len(skipped), 'image')}: {listed(skipped)}")
-
-
-def expand_for(run: str | Path, images: Any, columns: str | None, keep_missing: bool) -> list[Path]:
-    """Expand `images` into files with `snella_app.runs.image_inputs.expand`, after checking the run."""
-    paths = [images] if isinstance(images, str | Path) else list(images)
-    check_order(Path(run), paths)
-    return expand(paths, columns, table_columns(run), keep_missing=keep_missing)
 
 
 def write_features(
@@ -174,10 +168,7 @@ def _check_features(features: str, *, overwrite: bool) -> None:
             import pyarrow  # noqa: F401
         except ImportError as error:
             raise ImportError(f"{features} needs pyarrow: pip install pyarrow, or use .npz") from error
-    if path.exists() and not overwrite:
-        raise FileExistsError(
-            f"features={features} exists; choose another name, or replace it with --overwrite (overwrite=True)"
-        )
+    check_new("features", features, overwrite=overwrite)
 
 
 def parse_unsure(unsure: str | None) -> Any:
@@ -221,7 +212,7 @@ def _images_in_rows(path: Path) -> list[Path]:
         return [Path(row["image"]) for row in rows if row.get("image")]
 
 
-def _append_rows(predictions: Iterable[Any], out: Path, task: type[Task], top_k: int | None, console: Console) -> None:
+def _append_rows(predictions: Iterable[Any], out: Path, top_k: int | None, console: Console) -> None:
     """Append predictions one by one to a CSV or JSON Lines file, and print them.
 
     Raises:
@@ -229,17 +220,16 @@ def _append_rows(predictions: Iterable[Any], out: Path, task: type[Task], top_k:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     is_csv = out.suffix.lower() == ".csv"
-    with tempfile.TemporaryDirectory() as folder:
-        for prediction in predictions:
-            part = task.write_predictions([prediction], Path(folder) / f"row{out.suffix}", top_k, overwrite=True)
-            header, row = part.read_bytes().split(b"\n", 1) if is_csv else (b"", part.read_bytes())
-            with annotate_write_errors(out), out.open("ab+") as file:
-                file.seek(0)
-                first = file.readline().rstrip(b"\n") if is_csv else header
-                if first not in (b"", header):
-                    raise ValueError(
-                        f"out must have the columns {header.decode()}, got {first.decode(errors='replace')} in {out}; "
-                        "choose another file"
-                    )
-                file.write(row if first or not is_csv else header + b"\n" + row)
-            print_line(console, f"{prediction.path}: {prediction.text(top_k)}")
+    for prediction in predictions:
+        content = table_bytes([prediction], out.suffix.lower(), top_k)
+        header, row = content.split(b"\n", 1) if is_csv else (b"", content)
+        with annotate_write_errors(out), out.open("ab+") as file:
+            file.seek(0)
+            first = file.readline().rstrip(b"\n") if is_csv else header
+            if first not in (b"", header):
+                raise ValueError(
+                    f"out must have the columns {header.decode()}, got {first.decode(errors='replace')} in {out}; "
+                    "choose another file"
+                )
+            file.write(row if first or not is_csv else content)
+        print_line(console, f"{prediction.path}: {prediction.text(top_k)}")

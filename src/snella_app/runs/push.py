@@ -10,7 +10,7 @@ from snella_app.records import RunInfo, read
 from snella_app.report.card import model_card
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.layer_probe import LAYER_PROBE
-from snella_app.runs.merge import describe_file, loading_snippet, merge, prediction_notes
+from snella_app.runs.merge import merge
 from snella_app.runs.model import get_task
 from snella_app.text import first_line
 
@@ -57,13 +57,13 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
         write_text(path / "README.md", model_card(run, use, name=name, library="peft", tags=("peft",)))
         return path
     is_timm = task.name == "classification" and info.backbone.architecture is not None
-    written = merge(run, path if is_timm else path / _WEIGHTS)
-    snippet = loading_snippet(written).replace(f"local-dir:{written}", f"hf-hub:{name}")
-    snippet = snippet.replace(f"{written}/{LAYER_PROBE}", LAYER_PROBE).replace(str(written), _WEIGHTS)
-    use = f"```python\n{snippet}\n```\n\nThe files are {describe_file(written)}."
+    merged = merge(run, path if is_timm else path / _WEIGHTS)
+    snippet = merged.snippet.replace(f"local-dir:{merged.path}", f"hf-hub:{name}")
+    snippet = snippet.replace(f"{merged.path}/{LAYER_PROBE}", LAYER_PROBE).replace(str(merged.path), _WEIGHTS)
+    use = f"```python\n{snippet}\n```\n\nThe files are {merged.description}."
     if info.trained_head_temperature != 1.0:
         use += f" Calibrated probabilities are `(logits / {info.trained_head_temperature:g}).softmax(-1)`."
-    use += "".join(f" In snella, {note}." for note in prediction_notes(info))
+    use += "".join(f" In snella, {note}." for note in merged.notes)
     write_text(path / "README.md", model_card(run, use, name=name, library="timm" if is_timm else "snella"))
     return path
 

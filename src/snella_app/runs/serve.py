@@ -31,6 +31,11 @@ _PAGE = Path(__file__).with_name("serve.html")
 _BYTES_PER_PIXEL = 4
 _CONNECTIONS = 64
 _DOCS = ("/docs", "/openapi.json")
+_DOCS_POLICY = (
+    "default-src 'none'; script-src https: 'unsafe-inline'; style-src https: 'unsafe-inline'; img-src https: data:; "
+    "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
+"""Policy of FastAPI's documentation page, which loads its viewer from a CDN."""
 _BIND_ERRORS = {
     errno.EADDRINUSE: "is in use; choose another --port, or 0 for a free one",
     errno.EACCES: "needs more permissions; choose a --port of 1024 or above",
@@ -334,13 +339,6 @@ def _content_policy(page: str) -> str:
         f"default-src 'none'; script-src 'sha256-{sources['script']}'; style-src 'sha256-{sources['style']}'; "
         "img-src blob: data:; connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
     )
-
-
-_DOCS_POLICY = (
-    "default-src 'none'; script-src https: 'unsafe-inline'; style-src https: 'unsafe-inline'; img-src https: data:; "
-    "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
-)
-"""Policy of FastAPI's documentation page, which loads its viewer from a CDN."""
 
 
 def _checked_pixels(file: Any, limits: ServerLimits, reading: Reading) -> float:

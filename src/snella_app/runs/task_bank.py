@@ -197,7 +197,7 @@ class TaskBank:
             batch_size: Batch size.
 
         Returns:
-            Predictions as returned by `snella_app.runs.predict.predict` with the run of each task, in input order.
+            Predictions as returned by `Predictor.predict` with the run of each task, in input order.
 
         Raises:
             ValueError: As for `__call__`, or if an image cannot be read.

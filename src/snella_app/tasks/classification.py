@@ -17,10 +17,10 @@ from torch import Tensor
 
 from snella_app.console import make_table
 from snella_app.data.datasets import ImageDataset
-from snella_app.records import Prediction, Predictions
-from snella_app.tasks import predictions as image_outputs
+from snella_app.records import Predictions, StoredPrediction
 from snella_app.tasks.linear_fit import fit_binary_probe, fit_probe
 from snella_app.tasks.losses import corn, corn_probabilities, focal, full_precision, weighted_mean
+from snella_app.tasks.predictions import Prediction
 from snella_app.tasks.task import ClassWeights, Task, paired, resolve_class_weights, unknown_class
 from snella_app.text import listed
 
@@ -150,7 +150,7 @@ class ClassificationTask(Task):
         groups: Sequence[str | None] = dataset.annotations.groups or [None] * len(dataset)
         rows = zip(dataset.names, dataset.labels, sample_outputs.tolist(), groups, strict=True)
         items = [
-            Prediction(index, name, int(label), [round(p, 6) for p in row], group=group)
+            StoredPrediction(index, name, int(label), [round(p, 6) for p in row], group=group)
             for index, (name, label, row, group) in enumerate(rows)
         ]
         return Predictions(split, items=items)
@@ -176,10 +176,10 @@ class ClassificationTask(Task):
 
     def image_predictions(
         self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
-    ) -> list[image_outputs.Prediction]:
+    ) -> list[Prediction]:
         """Return all classes with probabilities, most likely first."""
         return [
-            image_outputs.Prediction(path, sorted(zip(self.classes, row, strict=True), key=lambda pair: -pair[1]))
+            Prediction(path, sorted(zip(self.classes, row, strict=True), key=lambda pair: -pair[1]))
             for path, row in zip(paths, self.probabilities(outputs).cpu().tolist(), strict=True)
         ]
 
@@ -331,7 +331,7 @@ class OrdinalTask(ClassificationTask):
 
     def image_predictions(
         self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
-    ) -> list[image_outputs.Prediction]:
+    ) -> list[Prediction]:
         """Return the predicted class first, then other classes by probability."""
         ranks = predicted_ranks(self.probabilities(outputs)).tolist()
         by_probability = super().image_predictions(paths, images, outputs)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from snella_app.console import make_table
 from snella_app.data.datasets import ImageDataset
-from snella_app.records import LabelSetPrediction, LabelSetPredictions
-from snella_app.tasks import predictions as image_outputs
+from snella_app.records import LabelSetPredictions, StoredLabelSetPrediction
 from snella_app.tasks.linear_fit import fit_binary_probe
 from snella_app.tasks.losses import binary_focal, full_precision, weighted_mean
+from snella_app.tasks.predictions import LabelSetPrediction
 from snella_app.tasks.task import ClassWeights, Task, paired, resolve_class_weights
 
 _THRESHOLD = 0.5
@@ -221,7 +221,7 @@ class MultiLabelTask(Task):
         """Return labels and probabilities of each image, and the thresholds."""
         rows = zip(dataset.names, self._targets(dataset), sample_outputs.tolist(), strict=True)
         items = [
-            LabelSetPrediction(number, name, labels, [round(p, 6) for p in row])
+            StoredLabelSetPrediction(number, name, labels, [round(p, 6) for p in row])
             for number, (name, labels, row) in enumerate(rows)
         ]
         return LabelSetPredictions(split, thresholds=list(self.thresholds), items=items)
@@ -259,14 +259,14 @@ class MultiLabelTask(Task):
 
     def image_predictions(
         self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
-    ) -> list[image_outputs.LabelSetPrediction]:
+    ) -> list[LabelSetPrediction]:
         """Return the labels that reach their thresholds, and all class probabilities."""
         predictions = []
         for path, row in zip(paths, self.probabilities(outputs).double().cpu().tolist(), strict=True):
             probabilities = dict(zip(self.classes, row, strict=True))
             ranking = sorted(zip(self.classes, row, self.thresholds, strict=True), key=lambda entry: -entry[1])
             labels = [name for name, p, threshold in ranking if p >= threshold]
-            predictions.append(image_outputs.LabelSetPrediction(path, labels, probabilities))
+            predictions.append(LabelSetPrediction(path, labels, probabilities))
         return predictions
 
     def decoding_comment(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from snella_app.data.images import read_image
-from snella_app.files import create_folder, write_bytes, write_json, write_png, write_text
+from snella_app.files import check_new, create_folder, write_bytes, write_png
 from snella_app.records import plain
 from snella_app.report.examples import overlay, write_mask
 from snella_app.text import utf8_text
@@ -181,19 +181,27 @@ def write_predictions(
         ImportError: If pyarrow is required but not installed.
     """
     check_output(out, top_k, overwrite=overwrite)
-    rows = [{"image": str(prediction.path), **prediction.row(top_k)} for prediction in predictions]
     path = Path(out)
-    suffix = path.suffix.lower()
+    content = table_bytes(predictions, path.suffix.lower(), top_k)
     with create_folder(path.parent):
-        if suffix == ".parquet":
-            write_bytes(path, _parquet(rows))
-        elif suffix == ".json":
-            write_json(path, plain(rows))
-        elif suffix == ".jsonl":
-            write_text(path, "".join(json.dumps(row) + "\n" for row in plain(rows)))
-        else:
-            write_text(path, _csv(rows))
+        write_bytes(path, content)
     return path
+
+
+def table_bytes(
+    predictions: "Iterable[Prediction | LabelSetPrediction | NumberPrediction]", suffix: str, top_k: int | None = None
+) -> bytes:
+    """Return the content of the file that `write_predictions` writes, in the format of its suffix."""
+    rows = [{"image": str(prediction.path), **prediction.row(top_k)} for prediction in predictions]
+    if suffix == ".parquet":
+        return _parquet(rows)
+    if suffix == ".json":
+        text = json.dumps(plain(rows), indent=1, allow_nan=False) + "\n"
+    elif suffix == ".jsonl":
+        text = "".join(json.dumps(row) + "\n" for row in plain(rows))
+    else:
+        text = _csv(rows)
+    return text.encode(errors="surrogateescape")
 
 
 def _csv(rows: Sequence[Row]) -> str:
@@ -251,8 +259,7 @@ def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) 
             import pyarrow  # noqa: F401
         except ImportError as error:
             raise ImportError(f"{out} needs pyarrow: pip install 'snella[data]', or write .csv") from error
-    if Path(out).exists() and not overwrite:
-        raise FileExistsError(f"out={out} exists; choose another name, or replace it with --overwrite (overwrite=True)")
+    check_new("out", out, overwrite=overwrite)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from snella_app.console import make_table
 from snella_app.data.datasets import ImageDataset
-from snella_app.records import NumberPrediction, NumberPredictions
-from snella_app.tasks import predictions as image_outputs
+from snella_app.records import NumberPredictions, StoredNumberPrediction
 from snella_app.tasks.linear_fit import feature_scale
 from snella_app.tasks.losses import NUMBER_LOSSES, full_precision, weighted_mean
+from snella_app.tasks.predictions import NumberPrediction, check_output
 from snella_app.tasks.task import Task, paired
 
 _RIDGE_PENALTY = 5.0
@@ -177,7 +177,7 @@ class RegressionTask(Task):
         """Return true and predicted values of each image."""
         rows = zip(dataset.names, self._values(dataset).tolist(), sample_outputs.tolist(), strict=True)
         items = [
-            NumberPrediction(index, name, values, [float(f"{p:.7g}") for p in predicted])
+            StoredNumberPrediction(index, name, values, [float(f"{p:.7g}") for p in predicted])
             for index, (name, values, predicted) in enumerate(rows)
         ]
         return NumberPredictions(split, items=items)
@@ -215,10 +215,10 @@ class RegressionTask(Task):
 
     def image_predictions(
         self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
-    ) -> list[image_outputs.NumberPrediction]:
+    ) -> list[NumberPrediction]:
         """Return the predicted values of each image."""
         return [
-            image_outputs.NumberPrediction(path, dict(zip(self.names, row, strict=True)))
+            NumberPrediction(path, dict(zip(self.names, row, strict=True)))
             for path, row in zip(paths, self.numbers(outputs).cpu().tolist(), strict=True)
         ]
 
@@ -227,7 +227,7 @@ class RegressionTask(Task):
         """Check the output file, and that `top_k` is not set."""
         if top_k is not None:
             raise ValueError(f"top_k must be omitted for regression, got {top_k}")
-        image_outputs.check_output(out, top_k, overwrite=overwrite)
+        check_output(out, top_k, overwrite=overwrite)
 
     def decoding_comment(self) -> str:
         """Return the comment that converts outputs to target units."""

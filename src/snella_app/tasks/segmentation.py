@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from snella_app.backbones import DECODER, create_segmenter
 from snella_app.console import make_table
 from snella_app.data.datasets import ImageDataset, MaskDataset
-from snella_app.records import MaskPrediction, MaskPredictions
-from snella_app.report.examples import ImageSource, overlay_panels, read_mask, write_mask
-from snella_app.tasks import predictions as image_outputs
+from snella_app.records import MaskPredictions, StoredMaskPrediction
+from snella_app.report.examples import ImageLoader, overlay_panels, read_mask, write_mask
 from snella_app.tasks.losses import full_precision, weighted_mean
+from snella_app.tasks.predictions import MaskPrediction, check_mask_output, write_mask_predictions
 from snella_app.tasks.task import Task, paired
 
 
@@ -233,7 +233,7 @@ class SegmentationTask(Task):
         dice, iou = map(foreground_means, image_scores(self._counts(sample_outputs.numpy())))
         files = [_mask_file(index) for index in range(len(dataset.names))]
         items = [
-            MaskPrediction(index, name, dice[index], iou[index], file if (folder / file).is_file() else None)
+            StoredMaskPrediction(index, name, dice[index], iou[index], file if (folder / file).is_file() else None)
             for index, (name, file) in enumerate(zip(dataset.names, files, strict=True))
         ]
         return MaskPredictions(split, items=items)
@@ -253,7 +253,7 @@ class SegmentationTask(Task):
             labels = model(image[None].to(device)).argmax(1)[0].to(torch.uint8).cpu().numpy()
             write_mask(labels, folder / _mask_file(index))
 
-    def report_images(self, dataset: Any, folder: Path) -> ImageSource:
+    def report_images(self, dataset: Any, folder: Path) -> ImageLoader:
         """Return panels of image, true mask and predicted mask for images with a stored mask."""
 
         def load_panels(index: int) -> Image.Image | None:
@@ -284,18 +284,18 @@ class SegmentationTask(Task):
 
     def image_predictions(
         self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
-    ) -> list[image_outputs.MaskPrediction]:
+    ) -> list[MaskPrediction]:
         """Return the mask of each image at the image's size; scores are resized before the argmax."""
         masks = []
         for path, image, scores in zip(paths, images, outputs.float(), strict=True):
             size = (image.height, image.width)
             labels = F.interpolate(scores[None], size, mode="bilinear", align_corners=False).argmax(1)[0]
-            masks.append(image_outputs.MaskPrediction(path, labels.to(torch.uint8).cpu().numpy(), list(self.classes)))
+            masks.append(MaskPrediction(path, labels.to(torch.uint8).cpu().numpy(), list(self.classes)))
         return masks
 
     build_model = staticmethod(create_segmenter)
-    check_output = staticmethod(image_outputs.check_mask_output)
-    write_predictions = staticmethod(image_outputs.write_mask_predictions)
+    check_output = staticmethod(check_mask_output)
+    write_predictions = staticmethod(write_mask_predictions)
 
     def _losses(self, outputs: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
         """Compute the loss of each image, `[batch]`."""

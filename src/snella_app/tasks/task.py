@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from PIL import Image
 from rich.table import Table
@@ -17,10 +18,15 @@ from snella_app.backbones import create_backbone
 from snella_app.data.datasets import ImageDataset, MaskDataset
 from snella_app.data.options import TargetKind
 from snella_app.records import LabelSetPredictions, MaskPredictions, NumberPredictions, Predictions
-from snella_app.report.examples import ImageSource
+from snella_app.report.examples import ImageLoader
 from snella_app.tasks import predictions as image_outputs
 from snella_app.tasks.losses import full_precision
 from snella_app.text import listed, nearest
+
+_CROP_ENLARGEMENT = 8 / 7  # upscaling before corner crops, e.g. from 224 to 256 pixels
+_CORNERS = ((0, 0), (1, 1), (0, 1), (1, 0))
+MAX_VIEWS = 2 * (1 + len(_CORNERS))
+"""Maximum number of test-time augmentation views: the image, four corner crops, and their flips."""
 
 
 class Task(ABC):
@@ -124,12 +130,24 @@ class Task(ABC):
         return logs.logsumexp(0) - math.log(len(outputs))
 
     def outputs(self, model: Callable[[Tensor], Tensor], images: Tensor, tta: int = 1) -> Tensor:
-        """Return a model's outputs; `tta=2` averages over the images `[..., width]` and their horizontal flips."""
-        outputs = model(images)
-        if tta == 1:
-            return outputs
-        flipped = model(images.flip(-1))
-        return self.average_outputs([outputs, flipped.flip(-1) if flipped.ndim == 4 else flipped])  # undo the flip
+        """Return a model's outputs, averaged over the first `tta` views of the images.
+
+        Args:
+            model: Maps a batch to outputs.
+            images: `[images, channels, height, width]`.
+            tta: Number of views, up to `MAX_VIEWS`: the images, their horizontal flips, then corner crops of the
+                enlarged images, each followed by its flip.
+
+        Raises:
+            ValueError: If masks are predicted from more than two views.
+        """
+        outputs: list[Tensor] = []
+        for view in range(tta):
+            output = model(_view(images, view))
+            if output.ndim == 4 and tta > 2:
+                raise ValueError(f"tta must be 1 or 2 (with flip) for masks, got {tta}")
+            outputs.append(output.flip(-1) if output.ndim == 4 and view == 1 else output)
+        return outputs[0] if tta == 1 else self.average_outputs(outputs)
 
     def sample_weights(self, train: ImageDataset) -> list[float]:
         """Return unnormalized sampling weights of the training images for the weighted sampler."""
@@ -200,7 +218,7 @@ class Task(ABC):
         """Write files for the report's images to the run folder; no-op by default."""
         return
 
-    def report_images(self, dataset: ImageDataset, folder: Path) -> ImageSource:
+    def report_images(self, dataset: ImageDataset, folder: Path) -> ImageLoader:
         """Return the source of the report's images by index."""
         return dataset.image
 
@@ -286,3 +304,16 @@ def resolve_class_weights(
             f"class_weights must have one weight per class ({', '.join(map(repr, classes))}): {'; '.join(errors)}"
         )
     return tuple(float(weights[name]) for name in classes)
+
+
+def _view(images: Tensor, view: int) -> Tensor:
+    """Return one view of a batch `[images, channels, height, width]`; odd views are flipped."""
+    crop, is_flipped = divmod(view, 2)
+    if crop:
+        height, width = images.shape[-2:]
+        size = (round(height * _CROP_ENLARGEMENT), round(width * _CROP_ENLARGEMENT))
+        enlarged = F.interpolate(images, size, mode="bicubic", align_corners=False)
+        bottom, right = _CORNERS[crop - 1]
+        top, left = bottom * (size[0] - height), right * (size[1] - width)
+        images = enlarged[..., top : top + height, left : left + width]
+    return images.flip(-1) if is_flipped else images

@@ -21,7 +21,6 @@ from snella_app.console import counted, make_console, print_line
 from snella_app.device import choose_device
 from snella_app.methods import method_of
 from snella_app.methods.registry import matrices_of
-from snella_app.records import RunInfo, read
 from snella_app.runs.evaluate import rewrite_report
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.images import SPLITS, check_splits, find_data
@@ -95,15 +94,15 @@ def train(
     with main_process_only(lock_run(run, is_shared=True)):
         if config.model.init_from is not None and not config.run.resume:
             config = RunFolder(config.model.init_from).init_from_settings(config)
-        config, status = broadcast_from_main(partial(run.resolve_resume, config))
-        if status == "finished":
+        config, resumed = broadcast_from_main(partial(run.resolve_resume, config))
+        if resumed is not None and resumed.is_finished:
             print_line(console, f"{run.path} is already finished; report {run.report}")
             if is_main():
                 run.remove_temporary_files()
                 if render_report and not run.report.is_file():
                     rewrite_report(run.path, console)
             return run
-        stored = None if status is None else read(RunInfo, run.path).data
+        stored = None if resumed is None else resumed.data
         device = choose_device(config.run.device)
         _check_available(config, device)
         if stored is not None:

@@ -24,9 +24,10 @@ from snella_app.data.images import is_image, read_image
 from snella_app.data.load import DataSplits, load_data
 from snella_app.data.splits import stratified_sample
 from snella_app.methods import build_method, spec_of
-from snella_app.report.examples import heat_maps, overlay, overlay_heat
+from snella_app.report.examples import overlay
 from snella_app.report.style import INK, MUTED, add_legend, new_panels, shortened, style_of
 from snella_app.runs.evaluate import Split, images_for_run
+from snella_app.runs.explain import heat_maps, overlay_heat
 from snella_app.runs.model import LoadedRun, load_run, make_backbone
 from snella_app.training.linear_probe import head_inputs
 from snella_lab.analysis.plot import Plot, Row, run_labels
@@ -147,7 +148,7 @@ def gradcam(
 ) -> list[Plot]:
     """Plot class activation maps of the true class for the pre-trained model and each run (Figure 15).
 
-    Images are cropped by the first run's transform. `snella_app.report.examples.heat_maps` computes the maps of ViT,
+    Images are cropped by the first run's transform. `snella_app.runs.explain.heat_maps` computes the maps of ViT,
     Swin, ConvNeXt and other timm models. The pre-trained model combines the first run's pre-trained backbone with its
     trained head. The table contains the fraction of each map's sum in the central ninth. See `PlotOptions` for the
     arguments.

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from snella_app.config import TrainConfig
 from snella_app.runs import load_run
-from snella_app.runs.merge import loading_snippet, merge
+from snella_app.runs.merge import merge
 from snella_app.training.train import train
 
 
@@ -42,9 +42,8 @@ def test_the_printed_code_loads_the_merged_file_of_a_run_on_a_weight_file(archit
         **settings,
     )
     train(config, Console(file=io.StringIO(), width=200))
-    path = merge(tmp_path / "run", tmp_path / "merged.safetensors")
     scope: dict = {}
-    exec(loading_snippet(path), scope)
+    exec(merge(tmp_path / "run", tmp_path / "merged.safetensors").snippet, scope)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(scope["model"](images), load_run(tmp_path / "run", device="cpu").model(images))

@@ -1,5 +1,4 @@
 import io
-import json
 import re
 
 import pytest
@@ -12,14 +11,32 @@ from safetensors.torch import save_file
 from snella import SnellaConfig
 from snella.matrices import adapted_matrices
 from snella_app.files import sha256_of
-from snella_app.records import MatrixInfo
-from snella_app.report.inspect import inspect_run, inspect_summary, read_adapter, saved_budgets
+from snella_app.records import (
+    Allocation,
+    AnswerScores,
+    BackboneInfo,
+    DataInfo,
+    GeneratorMetrics,
+    LossRow,
+    MatrixInfo,
+    RunInfo,
+    SubjectFidelity,
+    TaskAccuracy,
+    read,
+    write,
+)
+from snella_app.report.inspect import current_budgets, inspect_run, read_adapter, saved_budgets
+from snella_app.text import bytes_text
 
 
 def printed(run):
     console = Console(file=io.StringIO(), width=140)
     console.print(inspect_run(run.folder))
     return console.file.getvalue().replace("\N{NO-BREAK SPACE}", " ")
+
+
+def printed_in_one_line(run):
+    return " ".join(printed(run).split())
 
 
 def test_a_snella_run_shows_status_budgets_sparsity_frozen_matrices_and_sizes(run):
@@ -36,21 +53,24 @@ def test_a_snella_run_shows_status_budgets_sparsity_frozen_matrices_and_sizes(ru
         assert phrase in text, phrase
 
 
-def test_the_summary_is_json_serializable_and_agrees_with_the_files(run):
+def test_the_tables_agree_with_the_files(run):
     run.finished()
-    summary = inspect_summary(run.folder)
-    json.dumps(summary)
-    entry = run.read("allocation.json")["history"][9]
-    budgets = summary["budgets"]
-    assert budgets["budget"] == entry["budget"]
-    assert {m["name"]: m["budget"] for m in budgets["matrices"]} == entry["budgets"]
-    assert budgets["sparsity"]["attn.k"][0] == 1.0
-    assert budgets["frozen"] == ["blocks.0.attn.qkv.k", "blocks.2.attn.qkv.k"]
-    assert summary["parameters"]["parts"]["snella_A"] == 12 * (3 * 384 + 384 + 384 + 1536) * 8
-    assert summary["parameters"]["in_adapter"] == 2 * 331_776 + 4 * 72 + 768
-    assert summary["sizes"]["adapter_bytes"] == (run.folder / "adapter/adapter_model.safetensors").stat().st_size
-    assert summary["sizes"]["sparse_update_bytes"] == 8 * entry["budget"]
-    assert summary["sizes"]["adapted_weights_bytes"] == 4 * 21_233_664
+    entry, text = run.read("allocation.json")["history"][9], printed_in_one_line(run)
+    budget, size = entry["budget"], (run.folder / "adapter/adapter_model.safetensors").stat().st_size
+    num_values = 12 * (3 * 384 + 384 + 384 + 1536) * 8
+    for phrase in (
+        f"budget {budget:,} of 21,233,664 adapted weights",
+        f"adapter {bytes_text(size)}: snella_A {num_values:,}, ",
+        f"as a sparse file {bytes_text(8 * budget)} (value and 32-bit index per weight)",
+        f"dense adapted matrices {bytes_text(4 * 21_233_664)}",
+    ):
+        assert phrase.replace("\N{NO-BREAK SPACE}", " ") in text, phrase
+    adapter = read_adapter(run.folder)
+    assert current_budgets(adapter, read(Allocation, run.folder)) == entry["budgets"]
+    assert adapter.parts["snella_A"] == num_values and adapter.parameters == 2 * 331_776 + 4 * 72 + 768
+    lines = [line.split() for line in printed(run).splitlines()]
+    row = next(number for number, line in enumerate(lines) if line[:1] == ["block"])
+    assert lines[row + 1][0] == "0" and lines[row + 1][lines[row].index("attn.k")] == "×"
 
 
 def test_adapter_budgets_take_precedence_over_the_log(run):
@@ -58,9 +78,8 @@ def test_adapter_budgets_take_precedence_over_the_log(run):
     budgets = dict(run.read("allocation.json")["history"][9]["budgets"])
     budgets["blocks.7.attn.qkv.v"] = 5
     run.adapter(budgets, 2)
-    summary = inspect_summary(run.folder)["budgets"]
-    assert summary["from_adapter"]
-    assert {m["name"]: m["budget"] for m in summary["matrices"]} == budgets
+    assert current_budgets(read_adapter(run.folder), read(Allocation, run.folder)) == budgets
+    assert "differ from the budget in 1 matrix: blocks.7.attn.qkv.v" in printed(run)
 
 
 def test_budgets_of_a_real_adapter_map_to_matrix_names(tmp_path):
@@ -97,24 +116,22 @@ def test_nonzero_counts_are_compared_with_the_budgets(run):
 
 def test_a_method_without_budgets_shows_only_sizes(run):
     run.finished(method="lora")
-    summary = inspect_summary(run.folder)
-    assert summary["budgets"] is None
-    assert summary["parameters"]["parts"] == {"lora_A": 8 * 384, "lora_B": 3 * 384 * 8, "other": 768}
-    assert "Sparsity" not in printed(run)
+    text = printed(run)
+    assert ": lora_A 3,072, lora_B 9,216, other 768" in text
+    assert "Sparsity" not in text and not re.search("^(budget|target)", text, re.MULTILINE)
 
 
 def test_an_unfinished_run_can_be_inspected(run):
     run.run_json(status="running")
-    summary = inspect_summary(run.folder)
-    assert (summary["status"], summary["best_epoch"], summary["sizes"]["adapter_bytes"]) == ("running", None, None)
-    assert "running or killed" in printed(run) and not summary["adapter_missing"]
+    text = printed(run)
+    assert "running or killed" in text
+    assert "best epoch" not in text and "adapter" not in text
 
 
 def test_a_missing_adapter_of_a_finished_run_is_an_error(run):
     run.finished()
     for file in (run.folder / "adapter").iterdir():
         file.unlink()
-    assert inspect_summary(run.folder)["adapter_missing"]
     text = printed(run)
     assert "missing; restore the folder `adapter` from a copy, or train again with `--overwrite`" in text
     assert "The adapter is missing; these budgets come from allocation.json." in text
@@ -127,19 +144,18 @@ def test_a_finished_run_without_results_is_rejected(run):
     run.run_json(status="finished", files=digests)
     (run.folder / "metrics.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"is finished but has no metrics\.json; restore it from a copy"):
-        inspect_summary(run.folder)
+        inspect_run(run.folder)
 
 
 def test_other_missing_files_of_a_finished_run_are_reported(run):
     run.finished()
     names = ("predictions.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
     run.change("run.json", files={name: sha256_of(run.folder / name) for name in names})
-    assert inspect_summary(run.folder)["missing"] == [] and not re.search(r"^missing\s", printed(run), re.MULTILINE)
+    assert not re.search(r"^missing\s", printed(run), re.MULTILINE)
     for name in names[:2]:
         (run.folder / name).unlink()
-    assert inspect_summary(run.folder)["missing"] == list(names[:2])
-    text = " ".join(printed(run).split())
-    assert "missing predictions.json, adapter/adapter_config.json; restore it from a copy, or train again" in text
+    missing = "missing predictions.json, adapter/adapter_config.json; restore it from a copy, or train again"
+    assert missing in printed_in_one_line(run)
 
 
 def test_a_failed_run_shows_its_error(run):
@@ -152,14 +168,14 @@ def test_a_damaged_adapter_is_reported(run):
     file = run.folder / "adapter/adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"adapter_model.safetensors is damaged: .*--overwrite"):
-        inspect_summary(run.folder)
+        inspect_run(run.folder)
 
 
 def test_damaged_settings_of_an_adapter_are_reported(run):
     run.finished()
     (run.folder / "adapter/adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"adapter_config.json is damaged"):
-        inspect_summary(run.folder)
+        inspect_run(run.folder)
 
 
 def test_an_adapter_of_another_run_is_rejected(run):
@@ -174,7 +190,7 @@ def test_an_adapter_of_another_run_is_rejected(run):
     with pytest.raises(
         ValueError, match=r"holds 3 budgets, but allocation.json lists 2 matrices of 'blocks.0.attn.qkv'"
     ):
-        inspect_summary(run.folder)
+        inspect_run(run.folder)
 
 
 def test_settings_are_read_from_method_json(run):
@@ -183,4 +199,27 @@ def test_settings_are_read_from_method_json(run):
     (folder / "adapter_model.safetensors").rename(folder / "trainable.safetensors")
     (folder / "adapter_config.json").unlink()
     (folder / "method.json").write_text('{"method": "linear", "head": "head"}')
-    assert inspect_summary(run.folder)["settings"] == {"method": "linear", "head": "head"}
+    assert printed_in_one_line(run).endswith("Adapter settings method linear head head")
+
+
+@pytest.mark.parametrize("task", ["generation", "language"])
+def test_a_generator_shows_steps_loss_and_scores(task, run):
+    metrics = GeneratorMetrics(
+        train_s=90.0,
+        trainable_parameters=7,
+        optimizer="AdamW",
+        loss_history=[LossRow(step=1, loss=0.5), LossRow(step=20, epoch=2.0, loss=0.25)],
+    )
+    data = DataInfo("photos", description="4 images of dog", sizes={"train": 4, "val": 3})
+    backbone = BackboneInfo("sd3", img_size=512)
+    info = RunInfo(task=task, method="lora-8", status="running", backbone=backbone, classes=[], data=data)
+    for record in (info, metrics, SubjectFidelity(0.1, 0.2, 0.3, 4.0, 5.0)):
+        write(record, run.folder)
+    write(AnswerScores(0.5, {"boolq": TaskAccuracy(0.75), "piqa": TaskAccuracy(0.25)}), run.folder)
+    text = printed_in_one_line(run)
+    kind = "pipeline" if task == "generation" else "model"
+    assert f"{kind} sd3, 512×512 px data photos, 4 images of dog, 3 held out" in text
+    assert "steps 20 (2 epochs) in 1 min 30 s, AdamW" in text
+    assert "loss 0.2500 at the end, 0.5 at the beginning" in text and "trainable 7 parameters" in text
+    assert ("scores concept alignment 0.100, text alignment 0.200, " in text) == (task == "generation")
+    assert ("accuracy 50.0%, the mean of boolq 75.0%, piqa 25.0%" in text) == (task == "language")

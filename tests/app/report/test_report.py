@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from snella_app.cli.parser import parse
-from snella_app.records import Metrics, Prediction, Predictions, RunInfo, read, write
+from snella_app.records import Metrics, Predictions, RunInfo, StoredPrediction, read, write
 from snella_app.report.examples import choose_examples, embed_image, image_data_uri
 from snella_app.report.report import _count_fact, groups_section, uses, write_report
 from snella_app.tasks import predictions as predictions_of_images
@@ -333,7 +333,7 @@ def test_twelve_wrong_images_are_shown_before_twelve_correct_ones(compared_repor
 
 
 def predictions(right, wrong):
-    return [Prediction(i, "", 0, [0.9, 0.1] if i < right else [0.2, 0.8]) for i in range(right + wrong)]
+    return [StoredPrediction(i, "", 0, [0.9, 0.1] if i < right else [0.2, 0.8]) for i in range(right + wrong)]
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_the_larger_group_fills_the_grid(right, wrong, shown):
 
 
 def test_the_most_confident_mistakes_come_first():
-    items = [Prediction(i, "", 1, [p, 1 - p]) for i, p in enumerate((0.6, 0.99, 0.8))]
+    items = [StoredPrediction(i, "", 1, [p, 1 - p]) for i, p in enumerate((0.6, 0.99, 0.8))]
     assert [item.index for item in choose_examples(items)[0]] == [1, 2, 0]
 
 
@@ -440,7 +440,9 @@ def test_groups_are_sorted_by_accuracy(run):
     right, wrong = [1.0, *[0.0] * (len(info.classes) - 1)], [0.0, 1.0, *[0.0] * (len(info.classes) - 2)]
     groups = ["site A"] * 3 + ["<b>B</b>"] * 2
     rows = [right, wrong, wrong, right, right]
-    items = [Prediction(i, f"{i}.png", 0, row, group=g) for i, (row, g) in enumerate(zip(rows, groups, strict=True))]
+    items = [
+        StoredPrediction(i, f"{i}.png", 0, row, group=g) for i, (row, g) in enumerate(zip(rows, groups, strict=True))
+    ]
     section = groups_section(info, Predictions(items=items))
     assert [(row["name"], row["images"]) for row in section["rows"]] == [("site A", 3), ("<b>B</b>", 2)]
     assert section["rows"][0]["right"] == pytest.approx(1 / 3) and section["mean"] == pytest.approx((1 / 3 + 1) / 2)
@@ -456,6 +458,6 @@ def test_groups_are_sorted_by_accuracy(run):
 def test_only_groups_with_errors_are_shown_for_many_groups(wrong, shown, is_more, run):
     info = read(RunInfo, run.finished().folder)
     rows = [[float(n == (i < wrong)) for n in range(len(info.classes))] for i in range(50)]
-    items = [Prediction(i, f"{i}.png", 0, row, group=f"{i}") for i, row in enumerate(rows)]
+    items = [StoredPrediction(i, f"{i}.png", 0, row, group=f"{i}") for i, row in enumerate(rows)]
     section = groups_section(info, Predictions(items=items))
     assert len(section["rows"]) == shown and section["has_errors_elsewhere"] == is_more and section["count"] == 50

@@ -8,7 +8,7 @@ import torch
 
 from snella_app.cli.main import main
 from snella_app.files import sealed, write_json
-from snella_app.records import Prediction, Predictions, ReliabilityBin, RunInfo, read
+from snella_app.records import Predictions, ReliabilityBin, RunInfo, StoredPrediction, read
 from snella_app.runs.calibrate import (
     calibrate,
     expected_calibration_error,
@@ -177,7 +177,7 @@ def test_unsupported_runs_are_rejected(changes, message, finished, tmp_path):
 
 
 def test_temperature_can_be_applied_to_stored_probabilities():
-    items = [Prediction(0, "a", 0, [0.9, 0.1])]
+    items = [StoredPrediction(0, "a", 0, [0.9, 0.1])]
     (changed,) = Predictions(items=items).with_temperature(2.0).items
     assert changed.probabilities == pytest.approx([0.75, 0.25])
     assert Predictions(items=items).with_temperature(1.0).items == items

@@ -15,7 +15,7 @@ from snella_app.data.images import read_image
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.merge import merge
-from snella_app.runs.predict import predict
+from snella_app.runs.predict import load
 from snella_app.training.train import train
 
 
@@ -48,7 +48,7 @@ def test_a_run_on_a_table_trains_evaluates_and_predicts(fast, table, console, tm
     small = table.parent / "small.csv"
     small.write_text("where,species\ncats/000.png,cats\nowls/001.png,owls\n")
     assert evaluate(run.path, f"csv:{small}")["images"] == 2
-    named, direct = predict(run.path, [f"csv:{table}"]), predict(run.path, [small])
+    named, direct = load(run.path).predict([f"csv:{table}"]), load(run.path).predict([small])
     assert len(named) == 48 and [str(p.path) for p in direct] == [
         f"{table.parent}/cats/000.png",
         f"{table.parent}/owls/001.png",
@@ -73,7 +73,7 @@ def test_replaced_pixels_and_changed_groups_are_detected(fast, photos, tmp_path,
 
     write("g")
     run = train(fast(data=f"csv:{root}/x.csv"), console)
-    first = predict(run.path, [root / "cats/000.png"])
+    first = load(run.path).predict([root / "cats/000.png"])
     evaluate(run.path)
     write("h")
     with pytest.raises(ValueError, match=r"data must contain the images of "):
@@ -147,8 +147,8 @@ def test_a_run_on_images_with_other_channel_counts_trains_and_merges(channels, f
     assert run.read_json("run.json")["data_config"]["input_size"] == [channels, 32, 32]
     assert evaluate(run.path)["confusion"] == run.read_json("metrics.json")["test"]["confusion"]
     image = sorted((tmp_path / "x/a").iterdir())[0]
-    (prediction,) = predict(run.path, [image])
-    merged = merge(run.path, tmp_path / "merged")
+    (prediction,) = load(run.path).predict([image])
+    merged = merge(run.path, tmp_path / "merged").path
     model = timm.create_model(f"local-dir:{merged}", pretrained=True).eval()
     loaded = load_run(run.path)
     inputs = loaded.transform(read_image(image, loaded.reading))[None]

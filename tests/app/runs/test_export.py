@@ -24,7 +24,7 @@ from snella_app.runs import load_run
 from snella_app.runs.export import FORMATS, export
 from snella_app.runs.graphs import OUTPUT_BOUND, Graph, compare_outputs, preparation_code
 from snella_app.runs.model import make_backbone
-from snella_app.runs.predict import predict
+from snella_app.runs.predict import load
 from snella_app.training.train import train
 
 CHECKED = ("onnx", "torchscript", "torch-export")
@@ -119,7 +119,7 @@ def test_the_printed_snippet_runs_and_matches_predict(name, mode, finished, phot
     code = "\n".join(lines[lines.index("import json") : end + 1])
     program = [sys.executable, "-W", "ignore", "-c", code]
     process = subprocess.run(program, capture_output=True, text=True, check=True, cwd=tmp_path)
-    (prediction,) = predict(finished.path, [image])
+    (prediction,) = load(finished.path).predict([image])
     assert ast.literal_eval(process.stdout) == pytest.approx(prediction.probabilities, abs=1e-4)
 
 
@@ -308,7 +308,7 @@ def test_the_timm_folder_equals_merge(finished, images, expected, tmp_path):
     from snella_app.runs.merge import merge
 
     exported = export(finished.path, "timm", tmp_path / "exported").path
-    merged = merge(finished.path, tmp_path / "merged")
+    merged = merge(finished.path, tmp_path / "merged").path
     assert sorted(p.name for p in exported.iterdir()) == sorted(p.name for p in merged.iterdir())
     assert all((exported / p.name).read_bytes() == p.read_bytes() for p in merged.iterdir())
 

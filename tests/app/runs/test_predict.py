@@ -20,8 +20,9 @@ from snella_app.records import Calibration, plain
 from snella_app.runs import RunFolder
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.image_inputs import expand, new_files
-from snella_app.runs.predict import MAX_VIEWS, Predictor, predict
+from snella_app.runs.predict import Predictor, load
 from snella_app.runs.prediction_files import predict_to_files, write_features
+from snella_app.tasks.task import MAX_VIEWS
 from tests.processes import command
 
 
@@ -46,7 +47,7 @@ def assert_same(a, b):
 def test_three_lines_predict(finished, photos):
     model = snella.load(finished.path)
     prediction = model.predict(photos / "dogs" / "003.png")
-    assert_same(prediction, predict(finished.path, [photos / "dogs" / "003.png"])[0])
+    assert_same(prediction, load(finished.path).predict([photos / "dogs" / "003.png"])[0])
     assert model.classes == ["cats", "dogs", "owls"] and prediction.path == photos / "dogs" / "003.png"
     assert "snella-2, 3 classes, on cpu" in repr(model)
 
@@ -121,7 +122,7 @@ def test_threads_share_a_model(model):
 
 
 def test_logits_are_divided_by_the_temperature_of_the_run(uncalibrated, calibrated, photos):
-    for before, after in zip(uncalibrated.predict([photos]), predict(calibrated, [photos]), strict=True):
+    for before, after in zip(uncalibrated.predict([photos]), load(calibrated).predict([photos]), strict=True):
         roots = {name: math.sqrt(p) for name, p in before.ranking}
         for name, p in after.ranking:
             assert p == pytest.approx(roots[name] / sum(roots.values()), abs=1e-6)
@@ -297,7 +298,13 @@ def test_missing_images_of_a_table_are_counted_with_a_remedy(model, table_with_g
     with pytest.raises(FileNotFoundError, match=r"8 of 10 images are missing: .*gone-0\.png, .* and 3 more; fix .*"):
         model.predict(table_with_gaps)
     assert len(model.predict(table_with_gaps, skip_corrupt=True)) == 1
-    assert len(predict(model.loaded, [table_with_gaps], skip_corrupt=True)) == 1
+    assert len(model.predict([table_with_gaps], skip_corrupt=True)) == 1
+
+
+def test_the_path_column_of_a_table_can_be_chosen(model, photos, tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text(f"path,photo\ngone.png,{photos / 'cats' / '000.png'}\n", encoding="utf-8")
+    assert [prediction.path.name for prediction in model.predict(table, columns="path=photo")] == ["000.png"]
 
 
 def test_images_of_a_table_keep_their_names(finished, photos, tmp_path, monkeypatch):
@@ -308,7 +315,7 @@ def test_images_of_a_table_keep_their_names(finished, photos, tmp_path, monkeypa
         (".", "mine/table.csv", "mine/cats/000.png"),
     ):
         monkeypatch.chdir(tmp_path / folder)
-        assert [str(prediction.path) for prediction in predict(finished.path, [table])] == [expected]
+        assert [str(prediction.path) for prediction in load(finished.path).predict([table])] == [expected]
 
 
 def test_the_first_of_many_skipped_images_are_listed(finished, table_with_gaps, tmp_path, capsys):

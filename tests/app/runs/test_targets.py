@@ -15,8 +15,8 @@ from snella_app.config import TrainConfig
 from snella_app.runs import load_run
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.export import export
-from snella_app.runs.merge import loading_snippet, merge
-from snella_app.runs.predict import predict
+from snella_app.runs.merge import merge
+from snella_app.runs.predict import load
 from snella_app.tasks import RegressionTask, task_class
 from snella_app.tasks.predictions import write_predictions
 from snella_app.training.build import EpochSampler
@@ -97,9 +97,8 @@ def test_evaluation_reproduces_the_results_of_the_run(make_run, task, label):
 def test_a_merged_model_with_its_decoding_comment_matches_predict(make_run, table, task, label, tmp_path):
     run = make_run(task, label)
     path = table.parent / "03.png"
-    prediction = predict(run.path, [path])[0]
-    folder = merge(run.path, tmp_path / "model")
-    *lines, use = loading_snippet(folder).splitlines()
+    prediction = load(run.path).predict([path])[0]
+    *lines, use = merge(run.path, tmp_path / "model").snippet.splitlines()
     scope = {"image": Image.open(path)}
     exec("\n".join(lines), scope)
     with torch.no_grad():
@@ -110,8 +109,7 @@ def test_a_merged_model_with_its_decoding_comment_matches_predict(make_run, tabl
         assert result == prediction.label
     else:
         assert result.tolist() == pytest.approx(list(prediction.values.values()), rel=1e-4)
-    file = merge(run.path, tmp_path / "model.safetensors")
-    assert use in loading_snippet(file)
+    assert use in merge(run.path, tmp_path / "model.safetensors").snippet
 
 
 @pytest.mark.parametrize(("task", "label"), TASKS.items())
@@ -128,7 +126,7 @@ def test_an_exported_graph_gives_the_outputs_of_the_run(make_run, table, task, l
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(str(export(run.path, "onnx", tmp_path / "model.onnx").path))
     assert np.abs(session.run(None, {"images": image.numpy()})[0] - expected.numpy()).max() <= 1e-4
-    (prediction,) = predict(run.path, [path])
+    (prediction,) = load(run.path).predict([path])
     actual = prediction.values if task == "regression" else dict(prediction.ranking)
     assert dict(zip(loaded.classes, expected[0].tolist(), strict=True)) == pytest.approx(actual, rel=1e-4, abs=1e-5)
     for name in ("timm", "hf"):
@@ -141,7 +139,7 @@ def test_thresholds_are_chosen_on_validation_and_used_by_predict(make_run, table
     thresholds = run.read_json("run.json")["task_state"]["thresholds"]
     val = run.read_json("metrics.json")["val"]
     assert [row["threshold"] for row in val["per_class"]] == thresholds and val["map"] > 0.8
-    predictions = predict(run.path, [table.parent])
+    predictions = load(run.path).predict([table.parent])
     classes = run.read_json("run.json")["classes"]
     for prediction in predictions:
         above = {name for name, t in zip(classes, thresholds, strict=True) if prediction.probabilities[name] >= t}
@@ -159,7 +157,7 @@ def test_thresholds_are_chosen_on_validation_and_used_by_predict(make_run, table
 
 def test_numbers_are_predicted_in_their_unit(make_run, table, tmp_path):
     run = make_run("regression", "light+mean")
-    predictions = predict(run.path, [table.parent])
+    predictions = load(run.path).predict([table.parent])
     names, *rows = read_csv(table)
     means = [float(row[names.index("mean")]) for row in rows]
     errors = [abs(p.values["mean"] - mean) for p, mean in zip(predictions, means, strict=True)]
@@ -176,7 +174,7 @@ def test_ordered_classes_are_numbered_by_rank(make_run, table):
     info = run.read_json("run.json")
     assert info["classes"] == ["0", "1", "2", "3"] and info["backbone"]["num_classes"] == 3
     assert len(run.read_json("metrics.json")["test"]["confusion"]) == 4
-    prediction = predict(run.path, [table.parent / "00.png"])[0]
+    prediction = load(run.path).predict([table.parent / "00.png"])[0]
     assert sum(p for _, p in prediction.ranking) == pytest.approx(1.0, abs=1e-5)
     assert prediction.label in info["classes"]
 

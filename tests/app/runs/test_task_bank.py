@@ -7,7 +7,7 @@ import torch
 from snella import TaskBank
 from snella_app.config import TrainConfig
 from snella_app.runs import load_run
-from snella_app.runs.predict import predict
+from snella_app.runs.predict import load
 from snella_app.training.train import train
 
 COLORS = {"animals": {"cats": 10, "dogs": 10, "owls": 10}, "plants": {"oak": 12, "ash": 12}}
@@ -82,7 +82,7 @@ def test_files_are_predicted_as_by_each_run(folders, make_photos, tmp_path):
     tasks = ["plants", "animals", "plants", "plants", "animals"]
     actual = TaskBank(folders, device="cpu").predict(paths, tasks, batch_size=2)
     for path, task, prediction in zip(paths, tasks, actual, strict=True):
-        (expected,) = predict(load_run(folders[task], "cpu"), [path])
+        (expected,) = load(folders[task], "cpu").predict([path])
         assert prediction.path == path and prediction.label == expected.label
         assert prediction.probability == pytest.approx(expected.probability, abs=1e-6)
 

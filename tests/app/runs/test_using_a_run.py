@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from snella_app.config import TrainConfig
 from snella_app.files import sealed, write_json
 from snella_app.methods import AdapterFileError
-from snella_app.records import FoldResults, FoldRow, write
-from snella_app.report.inspect import inspect_summary
+from snella_app.records import FoldResults, FoldRow, RunInfo, read, write
+from snella_app.report.inspect import inspect_run
 from snella_app.runs import RunFolder, TaskBank, load_run
 from snella_app.runs.evaluate import calibrate_run, evaluate
 from snella_app.runs.export import export
-from snella_app.runs.merge import loading_snippet, merge
-from snella_app.runs.predict import predict
+from snella_app.runs.merge import merge
+from snella_app.runs.predict import load
 from snella_app.runs.prediction_files import predict_to_files
 from snella_app.tasks.predictions import LabelSetPrediction, NumberPrediction, write_predictions
 from snella_app.training.train import train
@@ -67,7 +67,8 @@ def test_unusable_evaluation_settings_are_reported(finished):
 
 def test_predictions_match_the_model(finished, photos):
     paths = [photos / "dogs" / "003.png", photos / "cats" / "001.png"]
-    first, second = predict(finished.path, paths, batch_size=1), predict(finished.path, [str(p) for p in paths])
+    first = load(finished.path, batch_size=1).predict(paths)
+    second = load(finished.path).predict([str(p) for p in paths])
     assert [p.path for p in first] == paths
     for a, b in zip(first, second, strict=True):
         assert a.label == b.label and a.probability == pytest.approx(b.probability, abs=1e-6)
@@ -80,12 +81,12 @@ def test_predictions_match_the_model(finished, photos):
 
 
 def test_a_folder_is_expanded_to_its_images(finished, photos):
-    assert len(predict(finished.path, [photos / "cats"])) == 16
-    assert len(predict(load_run(finished.path), [photos, photos / "cats" / "000.png"])) == 49
+    assert len(load(finished.path).predict([photos / "cats"])) == 16
+    assert len(load(finished.path).predict([photos, photos / "cats" / "000.png"])) == 49
 
 
 def test_predictions_are_written_as_csv(finished, photos, tmp_path):
-    predictions = predict(finished.path, [photos / "cats"])
+    predictions = load(finished.path).predict([photos / "cats"])
     path = write_predictions(predictions, tmp_path / "deep" / "out.csv", top_k=2)
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -112,9 +113,9 @@ def test_an_invalid_output_is_rejected(tmp_path):
 def test_swapped_arguments_are_reported(finished, photos):
     image = photos / "cats" / "000.png"
     with pytest.raises(ValueError, match=r"run must be the folder of a run, got the file '.*000\.png'; pass the run"):
-        predict(image, [finished.path])
+        load(image)
     with pytest.raises(ValueError, match=r"got '.*cats'; '.*run' is a run, pass it before the images"):
-        predict(photos / "cats", [finished.path])
+        predict_to_files(str(photos / "cats"), [str(finished.path)])
 
 
 def test_images_that_cannot_be_read_are_reported_or_skipped(finished, photos, tmp_path):
@@ -122,8 +123,8 @@ def test_images_that_cannot_be_read_are_reported_or_skipped(finished, photos, tm
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
     images = [photos / "cats" / "000.png", tmp_path / "cut.png"]
     with pytest.raises(ValueError, match=r"cut\.png' is not a readable image.*; remove it, or pass --skip-corrupt"):
-        predict(finished.path, images)
-    assert [p.path for p in predict(finished.path, images, skip_corrupt=True)] == images[:1]
+        load(finished.path).predict(images)
+    assert [p.path for p in load(finished.path).predict(images, skip_corrupt=True)] == images[:1]
 
 
 def test_hidden_files_are_ignored_and_content_is_checked(finished, photos, tmp_path):
@@ -131,16 +132,16 @@ def test_hidden_files_are_ignored_and_content_is_checked(finished, photos, tmp_p
     Image.open(photos / "cats" / "000.png").save(tmp_path / "b", "PNG")
     (tmp_path / "._a.jpg").write_bytes(b"what macOS keeps")
     (tmp_path / "notes.txt").write_text("BMX")
-    assert [p.path.name for p in predict(finished.path, [tmp_path])][:2] == ["a.jfif", "b"]
+    assert [p.path.name for p in load(finished.path).predict([tmp_path])][:2] == ["a.jfif", "b"]
 
 
 def test_a_missing_run_is_reported_before_the_images(finished, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no run .*rum; nearest: 'run'"):
-        predict(finished.path.parent / "rum", [tmp_path / "a.jpg"])
+        load(finished.path.parent / "rum").predict([tmp_path / "a.jpg"])
 
 
 def test_the_suffix_selects_the_prediction_format(finished, photos, tmp_path, monkeypatch):
-    predictions = predict(finished.path, [photos / "cats" / "000.png"], unsure=1.0)
+    predictions = load(finished.path).predict([photos / "cats" / "000.png"], unsure=1.0)
     (row,) = json.loads(write_predictions(predictions, tmp_path / "p.json", 3).read_text())
     assert list(row) == [
         "image",
@@ -190,33 +191,32 @@ def test_classes_named_like_a_column_get_a_suffix(tmp_path):
 
 def test_paths_without_images_are_reported(finished, photos, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no image .*nothing\.png; .* has no similar name$"):
-        predict(finished.path, [tmp_path / "nothing.png"])
+        load(finished.path).predict([tmp_path / "nothing.png"])
     with pytest.raises(FileNotFoundError, match=r"no image .*00\.png; nearest: '0\d+\.png'"):
-        predict(finished.path, [photos / "cats" / "00.png"])
+        load(finished.path).predict([photos / "cats" / "00.png"])
     with pytest.raises(FileNotFoundError, match=r"no image .*\*\.tif; no file in .*cats matches the pattern"):
-        predict(finished.path, [photos / "cats" / "*.tif"])
+        load(finished.path).predict([photos / "cats" / "*.tif"])
     with pytest.raises(FileNotFoundError, match=r"no image .*a\.png; there is no folder .*lions"):
-        predict(finished.path, [photos / "lions" / "a.png"])
+        load(finished.path).predict([photos / "lions" / "a.png"])
     with pytest.raises(FileNotFoundError, match=rf"folder .*{tmp_path.name} has no images; supported suffixes are"):
-        predict(finished.path, [tmp_path])
+        load(finished.path).predict([tmp_path])
     with pytest.raises(ValueError, match="images must name at least one file or folder"):
-        predict(finished.path, [])
+        load(finished.path).predict([])
     with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
-        predict(finished.path, [tmp_path], batch_size=-1)
+        load(finished.path, batch_size=-1)
 
 
 def test_merged_weights_are_plain_timm_weights_with_equal_outputs(finished, tmp_path):
-    path = merge(finished.path, tmp_path / "deep" / "model.safetensors")
-    with safe_open(path, "pt") as file:
+    merged = merge(finished.path, tmp_path / "deep" / "model.safetensors")
+    with safe_open(merged.path, "pt") as file:
         metadata = file.metadata()
         assert not [name for name in file.keys() if "snella" in name or "base_model" in name]  # noqa: SIM118
     assert json.loads(metadata["classes"]) == ["cats", "dogs", "owls"]
     assert json.loads(metadata["data_config"])["input_size"] == [3, 32, 32]
-    lines = loading_snippet(path)
-    assert "snella" not in lines.replace(str(tmp_path), "")
-    assert "timm.create_model('test_vit', num_classes=3, img_size=32)" in lines
+    assert "snella" not in merged.snippet.replace(str(tmp_path), "") and merged.description == "plain timm weights"
+    assert "timm.create_model('test_vit', num_classes=3, img_size=32)" in merged.snippet
     names: dict = {}
-    exec(lines, names)
+    exec(merged.snippet, names)
     assert names["classes"] == ["cats", "dogs", "owls"]
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
@@ -226,7 +226,7 @@ def test_merged_weights_are_plain_timm_weights_with_equal_outputs(finished, tmp_
 @pytest.mark.parametrize("method", ["linear", "lora-2"])
 def test_other_methods_merge_too(method, settings, console, no_report, tmp_path):
     run = train(settings(method=method, epochs=1), console)
-    path = merge(run.path, tmp_path / "model.safetensors")
+    path = merge(run.path, tmp_path / "model.safetensors").path
     plain = timm.create_model("test_vit", num_classes=3, img_size=32)
     plain.load_state_dict(load_file(path), strict=True)
     images = torch.randn(4, 3, 32, 32)
@@ -255,26 +255,26 @@ def test_timm_predicts_with_a_merged_model_like_the_run(
     photos = make_photos(tmp_path / "photos", {"cats": 12, "dogs": 12}, side=70)
     changes = {"backbone": backbone, "method": method, "img_size": img_size, "epochs": 1, "data": f"folder:{photos}"}
     run = train(settings(**changes), console)
-    path = merge(run.path, tmp_path / out)
+    merged = merge(run.path, tmp_path / out)
     if out == "model":
-        model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+        model = timm.create_model(f"local-dir:{merged.path}", pretrained=True).eval()
         transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
         classes = model.pretrained_cfg["label_names"]
     else:
         names: dict = {}
-        exec(loading_snippet(path), names)
+        exec(merged.snippet, names)
         model, transform, classes = (names[name] for name in ("model", "transform", "classes"))
     paths = sorted(photos.rglob("*.png"))
     run.update("finished", calibration=None)  # the temperature is not part of the weights
     assert load_run(run.path).info.tta == 2
-    for views, expected in ((1, predict(run.path, paths, tta=1)), (2, predict(run.path, paths))):
+    for views, expected in ((1, load(run.path).predict(paths, tta=1)), (2, load(run.path).predict(paths))):
         actual = timm_predictions(model, transform, classes, paths, views)
         for (label, probability), prediction in zip(actual, expected, strict=True):
             assert label == prediction.label and probability == pytest.approx(prediction.probability, abs=1e-5)
 
 
 def test_a_merged_folder_is_a_backbone_for_another_run(finished, settings, console, no_report, tmp_path):
-    folder = merge(finished.path, tmp_path / "model")
+    folder = merge(finished.path, tmp_path / "model").path
     run = train(settings(backbone=str(folder), pretrained=True, img_size=None, epochs=1), console)
     assert load_run(run.path).info.data_config["input_size"] == [3, 32, 32]
 
@@ -284,7 +284,7 @@ def test_merging_keeps_other_files_in_a_folder(finished, tmp_path):
     merge(finished.path, folder)
     with pytest.raises(FileExistsError, match=r"out=.*model exists; .* replace it with --overwrite"):
         merge(finished.path, folder)
-    assert merge(finished.path, folder, overwrite=True) == folder
+    assert merge(finished.path, folder, overwrite=True).path == folder
     (folder / "mine.txt").write_text("mine")
     with pytest.raises(
         FileExistsError, match=r"out=.*model is a folder with other files, e.g. 'mine.txt'; choose a new"
@@ -300,7 +300,7 @@ def test_merging_does_not_overwrite_by_default(finished, tmp_path):
     ):
         merge(finished.path, path)
     assert path.read_text() == "mine"
-    assert merge(finished.path, path, overwrite=True).stat().st_size > 1000
+    assert merge(finished.path, path, overwrite=True).path.stat().st_size > 1000
     with pytest.raises(ValueError, match=r"out must end with \.safetensors, or be a folder .*, got 'model\.pth'"):
         merge(finished.path, "model.pth")
 
@@ -324,12 +324,12 @@ def test_every_command_has_the_same_remedy_for_a_damaged_file(finished, tmp_path
     shutil.copytree(finished.path, folder)
     path = folder / "adapter" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    for command in (load_run, inspect_summary):
+    for command in (load_run, inspect_run):
         with pytest.raises(ValueError, match=r"damaged: .*; copy it again, or train again with `--overwrite`"):
             command(folder)
     for content in ("{", '{"status": "finished"}', '{"status": "done"}', "[]"):
         (folder / "run.json").write_text(content)
-        for command in (load_run, inspect_summary):
+        for command in (load_run, inspect_run):
             with pytest.raises(ValueError, match=r"run.json.*; copy the file again, or train again with `--overwrite`"):
                 command(folder)
 
@@ -388,7 +388,7 @@ def test_a_flipped_bit_in_a_finished_run_is_detected(name, finished, tmp_path):
     (folder / name).write_bytes(content)
     commands = {
         "predict, evaluate and merge": lambda: load_run(folder),
-        "inspect": lambda: inspect_summary(folder),
+        "inspect": lambda: inspect_run(folder),
         "resume": lambda: train(TrainConfig.from_flat(out=str(folder), resume=True)),
     }
     for command in commands.values():
@@ -402,9 +402,9 @@ def test_rewritten_files_of_the_run_are_accepted(finished, tmp_path):
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
     run.write_json("metrics.json", {**run.read_json("metrics.json"), "train_s": 1.0})
     run.write_config(run.read_config())
-    run.check_files()
+    read(RunInfo, run.path)  # checks the digests
     (run.path / "predictions.json").unlink()  # saves space
-    run.check_files()
+    read(RunInfo, run.path)  # checks the digests
 
 
 def test_training_images_are_detected_by_their_pixels(finished, photos, make_photos, tmp_path):

@@ -16,7 +16,7 @@ from snella_app.runs import load_run
 from snella_app.runs.evaluate import calibrate_run, evaluate
 from snella_app.runs.export import export
 from snella_app.runs.layer_probe import LAYER_PROBE, layer_features, probed_layers
-from snella_app.runs.merge import loading_snippet, merge
+from snella_app.runs.merge import merge
 from snella_app.runs.predict import load
 from snella_app.tasks import create_task
 from snella_app.training import final_head, linear_probe
@@ -212,7 +212,7 @@ def test_a_merged_model_has_the_trained_head(finished, tmp_path):
 def test_the_snippet_for_a_merged_model_gives_the_outputs_of_the_final_head(finished, tmp_path):
     run, _ = finished
     names = {}
-    exec(loading_snippet(merge(run.path, tmp_path / "merged")), names)
+    exec(merge(run.path, tmp_path / "merged").snippet, names)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = load_run(run).network(images)
@@ -223,7 +223,7 @@ def test_the_snippet_supports_merged_models_without_tokens(tmp_path):
     options = {"backbone": "test_convnext", "method": "full", "r": None, "img_size": 64}
     run = train(config(tmp_path / "run", **options), QUIET)
     names = {}
-    exec(loading_snippet(merge(run.path, tmp_path / "merged")), names)
+    exec(merge(run.path, tmp_path / "merged").snippet, names)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = load_run(run).network(images)

@@ -13,7 +13,7 @@ from snella_app.data.load import load_data
 from snella_app.records import FoldResults, read
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate
-from snella_app.runs.predict import predict
+from snella_app.runs.predict import load
 from snella_app.training.folds import train_folds
 
 
@@ -108,20 +108,22 @@ def test_an_interrupted_cross_validation_is_resumed(fast, console, tmp_path, mon
     assert main(["train", "--out", str(root), "--resume"]) == 0
 
 
-def test_predictions_average_all_models(fast, console, photos, tmp_path):
+def test_predictions_average_all_models(fast, console, photos, tmp_path, capsys):
     train_folds(fast(), console)
     image = photos / "cats/000.png"
-    single = [predict(tmp_path / f"run/fold-{k}", [image])[0] for k in (1, 2, 3)]
-    (together,) = predict(tmp_path / "run", [image])
+    single = [load(tmp_path / f"run/fold-{k}").predict([image])[0] for k in (1, 2, 3)]
+    (together,) = load(tmp_path / "run").predict([image])
     for name, probability in together.ranking:
         assert probability == pytest.approx(
             statistics.mean(dict(prediction.ranking)[name] for prediction in single), abs=1e-6
         )
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert "accuracy " in capsys.readouterr().out
     assert isinstance(load_run(tmp_path / "run").model(torch.zeros(1, 3, 32, 32)), torch.Tensor)
     message = "tta must be left out for a cross-validation, whose models use the tta of their runs, got "
     for tta in (1, 2):
         with pytest.raises(ValueError, match=f"{message}{tta}"):
-            predict(tmp_path / "run", [image], tta=tta)
+            load(tmp_path / "run").predict([image], tta=tta)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,16 @@ def test_predictions_are_masks_at_image_size_and_overlays(run, folder, tmp_path,
     assert "%" in capsys.readouterr().out
 
 
+def test_masks_of_watched_folders_are_written_to_a_folder_of_any_name(run, folder, tmp_path, monkeypatch):
+    def one_file(folders, known):
+        yield [folder / "images" / "000.png"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("snella_app.runs.prediction_files.new_files", one_file)
+    run_command("predict", run, folder / "images", "--watch", "--out", tmp_path / "masks.csv")
+    assert read_mask(tmp_path / "masks.csv" / "000.png").size == (40, 32)
+
+
 def test_unsupported_prediction_outputs_are_rejected(run, folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     image = folder / "images" / "000.png"

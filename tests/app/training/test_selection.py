@@ -73,7 +73,7 @@ def test_a_trained_adapter_is_used_without_the_data(method, settings, console, n
         outputs = model(x)
     assert outputs.isfinite().all()
     if method in ("gps", "fixed-mask-2"):
-        merged = load_file(merge(run.path, tmp_path / "merged.safetensors"))
+        merged = load_file(merge(run.path, tmp_path / "merged.safetensors").path)
         assert "blocks.0.attn.qkv.weight" in merged
 
 

@@ -16,8 +16,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from snella_app.config import TrainConfig
+from snella_app.records import RunInfo, read
 from snella_app.report.report import write_report
-from snella_app.runs import RunFolder
+from snella_app.runs import RunFolder, load_run
 from snella_app.tasks.classification import ClassificationTask
 from snella_app.training.checkpoints import CheckpointError, checkpoint_to_resume, latest_checkpoint
 from snella_app.training.session import InterruptCallback, NonFiniteLossError, TrainingInterrupted
@@ -196,9 +197,9 @@ def test_a_run_killed_at_its_end_has_a_finished_report_and_is_completed_by_resum
     assert is_bit_identical(outcome(run), uninterrupted)
     assert "snella" in (run.adapter / "README.md").read_text()
     assert not list(run.path.glob(".*"))
-    run.check_files()
+    read(RunInfo, run.path)  # checks the digests
     (run.adapter / "README.md").write_text("edited")
-    run.check_files()
+    read(RunInfo, run.path)  # checks the digests
 
 
 def test_resuming_a_finished_run_removes_leftovers_of_a_kill(finished, tmp_path):
@@ -276,7 +277,7 @@ def test_the_best_adapter_of_another_run_is_rejected(settings, console, uninterr
     with pytest.raises(ValueError, match=message):
         resume(config)
     with pytest.raises(ValueError, match=message):
-        run.check_adapter()
+        load_run(run)
     shutil.rmtree(run.adapter)
     original.rename(run.adapter)
     assert is_bit_identical(outcome(resume(config)[0]), uninterrupted)

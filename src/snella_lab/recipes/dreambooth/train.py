@@ -20,7 +20,7 @@ from snella_app.console import counted, make_console, print_line, print_rows
 from snella_app.device import choose_device
 from snella_app.methods.model_parts import base_model
 from snella_app.methods.registry import adapt_headless, matrices_of
-from snella_app.records import BackboneInfo, DataInfo, FixedLoss, LossRow, RunInfo, read
+from snella_app.records import BackboneInfo, DataInfo, FixedLoss, LossRow, RunInfo
 from snella_app.training.build import EpochSampler, mix_seed
 from snella_app.training.checkpoints import base_training_arguments, latest_checkpoint
 from snella_app.training.session import lock_run, record_status
@@ -296,9 +296,9 @@ def personalize(config: DreamBoothConfig, console: Console | None = None) -> Dre
     console = console or make_console(survives_closed_output=True)
     run = DreamBoothFolder(str(config.run.out))
     with lock_run(run):
-        config, status = run.resolve_resume(config)
-        if status != "finished":
-            _personalize(config, run, console, is_resumed=status is not None)
+        config, resumed = run.resolve_resume(config)
+        if resumed is None or not resumed.is_finished:
+            _personalize(config, run, console, resumed)
             return run
         print_line(console, f"{run.path} is already finished; report {run.report}")
         if not run.report.is_file():
@@ -306,16 +306,16 @@ def personalize(config: DreamBoothConfig, console: Console | None = None) -> Dre
     return run
 
 
-def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Console, *, is_resumed: bool) -> None:
+def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Console, resumed: RunInfo | None) -> None:
     """Train and evaluate a new or resumed run."""
     device = choose_device(config.run.device)
     concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
-    if is_resumed:
-        _check_images(run, concept)
+    if resumed is not None:
+        _check_images(run, resumed.data, concept)
     config = config.with_class_name(concept.class_name)
     pipeline = load_pipeline(str(config.pipeline), config.optim.precision)
     check_resolution(pipeline, config.resolution)
-    run.prepare(config, is_resumed=is_resumed)
+    run.prepare(config, is_resumed=resumed is not None)
     data = DataInfo(
         spec=str(config.data),
         subject=concept.name,
@@ -380,9 +380,8 @@ def _print_summary(trainer: DreamBoothTrainer, concept: Concept) -> None:
     print_rows(trainer.console, rows)
 
 
-def _check_images(run: DreamBoothFolder, concept: Concept) -> None:
+def _check_images(run: DreamBoothFolder, stored: DataInfo, concept: Concept) -> None:
     """Check that a resumed run's images have not changed."""
-    stored = read(RunInfo, run.path).data
     if stored.digest not in (None, concept.digest()):
         expected, actual = stored.sizes.get("train"), len(concept.paths)
         raise ValueError(

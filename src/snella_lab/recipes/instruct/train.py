@@ -16,7 +16,7 @@ from snella_app.console import counted, make_console, print_line, print_rows
 from snella_app.device import choose_device
 from snella_app.files import sha256_of
 from snella_app.methods.registry import adapt_headless, matrices_of
-from snella_app.records import BackboneInfo, DataInfo, LossRow, RunInfo, read, record_from
+from snella_app.records import BackboneInfo, DataInfo, LossRow, RunInfo, record_from
 from snella_app.training.checkpoints import base_training_arguments
 from snella_app.training.session import lock_run, record_status
 from snella_lab.recipes.instruct.config import LanguageConfig, LanguageFolder
@@ -75,21 +75,21 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
     console = console or make_console(survives_closed_output=True)
     run = LanguageFolder(str(config.run.out))
     with lock_run(run):
-        config, status = run.resolve_resume(config)
-        if status == "finished":
+        config, resumed = run.resolve_resume(config)
+        if resumed is not None and resumed.is_finished:
             print_line(console, f"{run.path} is already finished; adapter {run.adapter}")
         else:
-            _fine_tune(config, run, console, is_resumed=status is not None)
+            _fine_tune(config, run, console, resumed)
     return run
 
 
-def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console, *, is_resumed: bool) -> None:
+def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console, resumed: RunInfo | None) -> None:
     """Train a new or resumed run."""
     data, device = Path(str(config.data)).expanduser(), choose_device(config.run.device)
     tokenizer = load_tokenizer(str(config.model))
     train, val, notes = _encode_data(config, tokenizer)
     digest = sha256_of(data)
-    if is_resumed and read(RunInfo, run.path).data.digest != digest:
+    if resumed is not None and resumed.data.digest != digest:
         raise ValueError(
             f"data must be the file that {run.path} was started with, got changed content in {data}; "
             "restore the file, or start a new run"
@@ -102,7 +102,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console, *,
         enable({"use_reentrant": False})
     torch.manual_seed(config.run.seed)
     model = adapt_headless(config.method.name, base, config.method.all_options()).to(device)
-    run.prepare(config, is_resumed=is_resumed)
+    run.prepare(config, is_resumed=resumed is not None)
     data_info = DataInfo(
         spec=str(config.data),
         seed=config.run.seed,

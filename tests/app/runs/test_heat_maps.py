@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from snella_app.methods import build_method
-from snella_app.report.examples import attention_rollout, heat_maps, overlay_heat
+from snella_app.runs.explain import attention_rollout, heat_maps, overlay_heat
 
 pytest.importorskip("captum")
 SIZE = 64
