@@ -261,11 +261,13 @@ class Outcome:
     """Outcome of a cell: a row, an error, or neither if another process has claimed the cell.
 
     Args:
+        cell: The cell.
         row: Row of the cell, which may record a failed training run.
         is_local: False if another process stored the row.
         error: Error outside training, e.g. a crash of the process.
     """
 
+    cell: Cell
     row: CellRow | None = None
     is_local: bool = True
     error: str = ""
@@ -287,16 +289,16 @@ def run_cell(
     folder = cell.folder(root)
     row = read_row(folder)
     if row is not None:
-        return Outcome(row, is_local=False)
+        return Outcome(cell, row, is_local=False)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
         row = read_row(folder)
         if row is not None or not is_acquired:
-            return Outcome(row, is_local=False)
+            return Outcome(cell, row, is_local=False)
         row = _train_cell(root, experiment, cell, is_dedicated, keep_checkpoints)
         append_row(root, folder, row)
         drop_adapters(root, experiment, cell)
     remove_lock(root / LOCKS, cell.name)
-    return Outcome(row)
+    return Outcome(cell, row)
 
 
 def record_crash(
