@@ -26,11 +26,11 @@ import psutil
 import torch
 from rich.console import Console
 
-from snella_app.records import CellResults, CellRow
 from snella_lab.bench.rows import append_rows, conditions
 from snella_lab.comparison import compare as driver
 from snella_lab.comparison.cells import Cell
 from snella_lab.comparison.experiment import Experiment
+from snella_lab.comparison.rows import CellResults, CellRow
 from snella_lab.comparison.run_cell import Outcome, row_header
 from snella_lab.comparison.store import append_row
 

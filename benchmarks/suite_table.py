@@ -15,13 +15,12 @@ from interval_calibration import ROWS as CALIBRATION_ROWS
 from interval_calibration import table as calibration_table
 from twin_tables import read_cells
 
-from snella_app.records import CellRow
-from snella_app.report.style import save_figure, write_figure
 from snella_lab.bench.rows import read_rows
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.figures import forest, learning_rate_curves, pareto
 from snella_lab.comparison.report import ORDERING_HEADINGS, paper_orderings, table_cells
+from snella_lab.comparison.rows import CellRow
 from snella_lab.comparison.statistics import Difference, FinalRuns, Rows, final_rows, with_holm
 from snella_lab.comparison.summary import (
     Summary,
@@ -32,6 +31,7 @@ from snella_lab.comparison.summary import (
     spread_text,
     summarize,
 )
+from snella_lab.style import save_figure, write_figure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "bundled-suite"

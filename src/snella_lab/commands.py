@@ -1,11 +1,11 @@
 """Laboratory commands. Their signatures and docstrings define the command line."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from snella_app.cli.command import Device, command, parse_list
+from snella_app.cli.command import Device, command
 from snella_lab.analysis.plot import PlotOptions
 from snella_lab.comparison.options import CompareOptions
 from snella_lab.recipes.dreambooth.config import DreamBoothConfig, EvaluateGenerationOptions, GenerateOptions
@@ -92,7 +92,7 @@ def fit_matrix(
     from snella_lab.analysis.plot import write_plots
 
     kinds: dict[str, Any] = {"ranks": int, "kernels": str}
-    options |= {name: tuple(parse_list(name, options[name], kinds[name])) for name in kinds.keys() & options.keys()}
+    options |= {name: tuple(_parse_list(name, options[name], kinds[name])) for name in kinds.keys() & options.keys()}
     config = replace(PRESETS[preset], **options)
     console = make_console()
     with console.status("") as status:
@@ -268,7 +268,7 @@ def bench(
         library.bench(library.grid(device, out))
         return
     kinds = {"backbones": str, "batch": int, "methods": str, "r": int, "sparsity": float, "dtype": str}
-    options |= {name: parse_list(name, options[name], kind) for name, kind in kinds.items()}
+    options |= {name: _parse_list(name, options[name], kind) for name, kind in kinds.items()}
     library.bench(library.BenchConfig(**options))
 
 
@@ -328,3 +328,12 @@ def demo(
 
     changes: dict[str, Any] = {"seed": seed} | ({} if epochs is None else {"epochs": epochs})
     run_demo(out, overwrite=overwrite, device=device, **changes)
+
+
+def _parse_list(name: str, value: str, kind: Callable[[str], Any]) -> list[Any]:
+    """Parse a comma-separated list; raise ValueError for an invalid item."""
+    try:
+        return [kind(part.strip()) for part in str(value).split(",") if part.strip()]
+    except ValueError:
+        noun = "integers" if kind is int else "numbers"
+        raise ValueError(f"{name} must be {noun} separated by commas, e.g. 4,16; got {value!r}") from None

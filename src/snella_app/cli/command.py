@@ -55,12 +55,3 @@ def record(name: str, settings: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # optional: the run may be on a read-only file system
         folder.mkdir(exist_ok=True)
         write_text(folder / f"{name}.yaml", yaml.safe_dump(settings, sort_keys=False))
-
-
-def parse_list(name: str, value: str, kind: Callable[[str], Any]) -> list[Any]:
-    """Parse a comma-separated list; raise ValueError for an invalid item."""
-    try:
-        return [kind(part.strip()) for part in str(value).split(",") if part.strip()]
-    except ValueError:
-        noun = "integers" if kind is int else "numbers"
-        raise ValueError(f"{name} must be {noun} separated by commas, e.g. 4,16; got {value!r}") from None

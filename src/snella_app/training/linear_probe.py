@@ -15,7 +15,7 @@ from peft.utils import ModulesToSaveWrapper
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
 
 from snella_app.config import DataConfig, OptimConfig
@@ -130,22 +130,6 @@ def extract_features(
                 features.append(layer_features(parts.model, batch, layers).float())
     parts.model.train(was_training)
     return torch.cat(features)
-
-
-@torch.no_grad()
-def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int) -> NDArray[np.float32]:
-    """Return the inputs to the head of a model from `build_method`, `[images, width]`, in evaluation mode."""
-    _, head = base_and_head(model)
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
-    device = next(model.parameters()).device
-    model.eval()
-    try:
-        for images, *_ in DataLoader(ConcatDataset(parts), batch_size):
-            model(images.to(device))
-    finally:
-        handle.remove()
-    return torch.cat(seen).numpy()
 
 
 def probe_rows(parts: RunComponents) -> NDArray[np.int64]:

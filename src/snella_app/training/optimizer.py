@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -10,62 +9,10 @@ from peft import PeftModel
 from timm.layers import DropPath
 from timm.models import group_parameters
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
-from snella import create_snella_optimizer
-from snella.layer import SnellaLayer
 from snella_app.methods import method_of, spec_of
 from snella_app.methods.model_parts import base_model, find_blocks, is_inside
-
-
-def build_low_bit_optimizer(
-    model: nn.Module, requested: str, device: torch.device, *, lr: float, scalar_lr: float | None, weight_decay: float
-) -> tuple[Optimizer, str]:
-    """Build AdamW or 8-bit AdamW for all trainable parameters.
-
-    Args:
-        model: Model from `adapt_headless`, on its device.
-        requested: `auto`, `adamw` or `adamw8bit`.
-        device: Training device.
-        lr: Learning rate of the factors, or of all trainable parameters.
-        scalar_lr: Learning rate of the scalar kernel parameters (SNELLA, SNELL); the optimizer's default if None.
-        weight_decay: Decoupled weight decay; not applied to scalar kernel parameters.
-
-    Returns:
-        The optimizer and its name with the reason for a fallback.
-
-    Raises:
-        ImportError: If `requested` is `adamw8bit` and bitsandbytes is missing or does not run on the device.
-    """
-    optimizer_cls, name = _choose_adamw(requested, device)
-    if any(isinstance(module, SnellaLayer) for module in model.modules()):
-        scalars: dict[str, Any] = {} if scalar_lr is None else {"scalar_lr": scalar_lr}
-        return create_snella_optimizer(model, optimizer_cls, lr=lr, weight_decay=weight_decay, **scalars), name
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return optimizer_cls(trained, lr=lr, weight_decay=weight_decay), name  # type: ignore[call-arg]
-
-
-def _choose_adamw(requested: str, device: torch.device) -> tuple[type[Optimizer], str]:
-    """Return the optimizer class for `auto`, `adamw` or `adamw8bit`, and its human-readable name."""
-    if requested == "adamw":
-        return AdamW, "AdamW"
-    try:
-        optimizer_cls: type[Optimizer] = importlib.import_module("bitsandbytes").optim.AdamW8bit
-        parameter = nn.Parameter(torch.zeros(64, 128, device=device))  # large enough for 8-bit state
-        parameter.grad = torch.ones_like(parameter)
-        optimizer_cls([parameter], lr=1.0).step()  # type: ignore[call-arg]
-        if not bool((parameter != 0).all()):
-            raise RuntimeError("its step leaves parameters unchanged")
-        return optimizer_cls, "8-bit AdamW of bitsandbytes"
-    except Exception as error:
-        # bitsandbytes can be missing, outdated or without a kernel for this device, with various exception types
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if requested == "adamw8bit":
-            raise ImportError(
-                f"optimizer=adamw8bit needs bitsandbytes to run on {device}, but {reason}; "
-                "pip install bitsandbytes, or leave it at auto"
-            ) from error
-        return AdamW, f"AdamW, because 8-bit AdamW does not run on {device} ({reason})"
 
 
 def build_optimizer(

@@ -21,11 +21,11 @@ from snella_app.console import counted, print_rows
 from snella_app.data.protocol import get_protocol
 from snella_app.device import autocast
 from snella_app.methods import method_of, method_options
-from snella_app.records import Allocation, AllocationStep, DataInfo, GeneratorMetrics, MatrixInfo, RunInfo
+from snella_app.records import Allocation, AllocationStep, DataInfo, MatrixInfo, RunInfo
 from snella_app.runs.images import SPLITS, absolute_folder, content_digests, split_sizes, splits_digest
 from snella_app.training.build import RunComponents, read_side
 from snella_app.training.distributed import process_count, sharding_savings
-from snella_app.training.memory import peak_rss_mib, predict_step_memory
+from snella_app.training.memory import predict_step_memory
 
 _PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
 _USUAL_SIZE, MIN_SIZE = 224, 48
@@ -96,18 +96,6 @@ def describe_allocation(model: nn.Module, allocator: BudgetAllocator) -> Allocat
             for m in matrices_of(model)
         ],
         history=[AllocationStep(**entry) for entry in allocator.history],
-    )
-
-
-def describe_generator(model: nn.Module, adapter: Path, **measured: Any) -> GeneratorMetrics:
-    """Build the metrics record of a generator: cost, and fields that the recipe provides."""
-    matrices = matrices_of(model)
-    return GeneratorMetrics(
-        trainable_parameters=trainable_parameters(model),
-        adapted_weights=sum(m.size for m in matrices) if matrices else None,
-        adapter_bytes=folder_bytes(adapter),
-        peak_rss_mib=peak_rss_mib(),
-        **measured,
     )
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from snella_app.report.style import COLORS, FIGURE_SIZE, add_legend, new_figure, save_figure
+from snella_app.report.style import COLORS, FIGURE_SIZE, add_legend, new_figure
 from snella_lab.bench.baselines import REFERENCE
 from snella_lab.provenance import git_state, processor_name
+from snella_lab.style import save_figure
 
 _PACKAGES = ("torch", "peft", "timm", "numpy", "numba", "triton")
 

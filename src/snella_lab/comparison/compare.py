@@ -23,7 +23,6 @@ from snella_app.data.load import is_unbalanced
 from snella_app.data.protocol import get_protocol
 from snella_app.device import choose_device
 from snella_app.methods.defaults import CHOICE_METHODS
-from snella_app.records import CellRow
 from snella_app.runs import RunFolder
 from snella_app.runs.images import load_splits
 from snella_app.tasks import create_task
@@ -44,6 +43,7 @@ from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
 from snella_lab.comparison.progress import ComparisonProgress
 from snella_lab.comparison.report import print_paper, write_markdown, write_page
+from snella_lab.comparison.rows import CellRow
 from snella_lab.comparison.run_cell import Outcome, probe_images, record_crash
 from snella_lab.comparison.search import Candidate
 from snella_lab.comparison.slurm import write_slurm_scripts

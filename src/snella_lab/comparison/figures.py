@@ -20,10 +20,10 @@ from snella_app.report.style import (
     new_figure,
     percent_axis,
     shortened,
-    style_of,
 )
 from snella_lab.comparison.statistics import Rows, complete_mean
 from snella_lab.comparison.summary import Summary, part_text
+from snella_lab.style import style_of
 
 SHOWN_RANGE = 0.3
 """Plotted accuracy range, down from the best value."""

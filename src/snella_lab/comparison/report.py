@@ -14,12 +14,12 @@ from rich.console import Console
 from snella_app.console import counted, make_table
 from snella_app.data.protocol import get_protocol
 from snella_app.files import write_text
-from snella_app.records import SearchChoice
 from snella_app.report.report import write_page as write_template
 from snella_app.report.style import inline_svg, shortened
 from snella_app.text import decimal_text, measure_text, percent_text, plain_text, points_text, seconds_text
 from snella_lab.comparison import figures
 from snella_lab.comparison.experiment import MEASURES, OVER_GROUPS, OVER_TASKS, Experiment
+from snella_lab.comparison.rows import SearchChoice
 from snella_lab.comparison.statistics import (
     LEVEL,
     MIN_UNITS,

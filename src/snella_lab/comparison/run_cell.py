@@ -6,6 +6,7 @@ import shutil
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
@@ -22,7 +23,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader
 
 from snella_app.config import TrainConfig
 from snella_app.data import ImageDataset, build_transform, load_data
@@ -31,17 +33,18 @@ from snella_app.files import write_json
 from snella_app.methods import build_method, find_method, merge_trained, parse_method, spec_of
 from snella_app.methods.defaults import PROBE_METHOD
 from snella_app.methods.model_parts import is_inside
-from snella_app.records import CellResults, CellRow, Metrics, RunInfo, SplitScores, plain, read, scores_from
+from snella_app.records import Metrics, RunInfo, SplitScores, plain, read, scores_from
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.model import make_backbone
 from snella_app.training.checkpoints import find_damage, latest_checkpoint
-from snella_app.training.linear_probe import head_inputs
+from snella_app.training.linear_probe import base_and_head
 from snella_app.training.results import versions_of
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
 from snella_lab.comparison.cells import Cell, tuning_result
 from snella_lab.comparison.experiment import MEASURES, Experiment
+from snella_lab.comparison.rows import CellResults, CellRow
 from snella_lab.comparison.store import LOCKS, append_row, cell_lock, read_row, remove_lock
 from snella_lab.provenance import git_state, package_info, system_info
 
@@ -101,6 +104,22 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_siz
         "probe_accuracy_frozen": frozen,
         "probe_accuracy_adapted": adapted,
     }
+
+
+@torch.no_grad()
+def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int) -> NDArray[np.float32]:
+    """Return the inputs to the head of a model from `build_method`, `[images, width]`, in evaluation mode."""
+    _, head = base_and_head(model)
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        for images, *_ in DataLoader(ConcatDataset(parts), batch_size):
+            model(images.to(device))
+    finally:
+        handle.remove()
+    return torch.cat(seen).numpy()
 
 
 def probe_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64]) -> float:

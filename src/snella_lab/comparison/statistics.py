@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from snella_app.records import CellRow
+from snella_lab.comparison.rows import CellRow
 
 LEVEL = 0.95
 MIN_UNITS = 5

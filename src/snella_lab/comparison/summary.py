@@ -8,9 +8,9 @@ from functools import cached_property
 from rich.console import Console
 
 from snella_app.console import counted, make_table, print_line
-from snella_app.records import CellRow
 from snella_app.text import bytes_text, count_text, percent_text, points_text, seconds_text
 from snella_lab.comparison.experiment import OVER_GROUPS, OVER_TASKS, Experiment
+from snella_lab.comparison.rows import CellRow
 from snella_lab.comparison.statistics import (
     LEVEL,
     MIN_UNITS,

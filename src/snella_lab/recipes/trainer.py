@@ -1,33 +1,116 @@
-"""Trainer of the recipes, and the parts of a run that they share."""
+"""Model, optimizer and trainer of the recipes, and the parts of a run that they share."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
+from torch.optim import AdamW, Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from snella import BudgetAllocator, SnellaCallback
+from snella import BudgetAllocator, SnellaCallback, create_snella_optimizer
+from snella.layer import SnellaLayer
+from snella.targets import default_targets
 from snella_app.config import RunSettings, command_line
 from snella_app.console import print_line
-from snella_app.methods import save_trained
-from snella_app.records import BackboneInfo, DataInfo, RunInfo
+from snella_app.methods import find_method, save_trained
+from snella_app.methods.partial import FULL
+from snella_app.methods.registry import check_method, with_spec
+from snella_app.records import BackboneInfo, DataInfo, GeneratorMetrics, RunInfo
 from snella_app.runs.folder import RunFolderOf
 from snella_app.training.checkpoints import CheckpointingTrainer, checkpoint_to_resume, convert_write_errors
-from snella_app.training.optimizer import build_low_bit_optimizer
+from snella_app.training.memory import peak_rss_mib
 from snella_app.training.results import (
     describe_allocation,
-    describe_generator,
+    folder_bytes,
     matrices_of,
     sparsity_summary,
     trainable_parameters,
     versions_of,
 )
 from snella_app.training.session import InterruptCallback, NonFiniteLossError
+
+
+def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn.Module:
+    """Prepare a model without a head for training with a method; `load_trained` restores the result.
+
+    Args:
+        method: A PEFT adapter (`snella`, `snell`, `lora`, `dora`; `lora-8` sets the rank), or `full`.
+        model: Freshly loaded model; changed in place, so that its pipeline uses the adapter.
+        options: Options of the method. `target_modules` defaults to the projections of the joint attention in Stable
+            Diffusion 3, as in the paper, and to all linear layers in other models.
+
+    Returns:
+        A `PeftModel` around the model, or the model itself with `full`.
+
+    Raises:
+        ValueError: If the method, an option or a value is invalid, or the method needs a head.
+    """
+    options, found = check_method(method, options), find_method(method)
+    if found is FULL:
+        return with_spec(model.requires_grad_(True), method, options, head="")
+    if found.config is None:
+        raise ValueError(f"method must be a PEFT adapter or full for a model without a head, got {method!r}")
+    model.requires_grad_(False)
+    config = found.config("", {**options, "target_modules": options.get("target_modules") or default_targets(model)})
+    config.modules_to_save = None  # type: ignore[attr-defined]
+    return with_spec(get_peft_model(model, config), method, options, head="")
+
+
+def build_low_bit_optimizer(
+    model: nn.Module, requested: str, device: torch.device, *, lr: float, scalar_lr: float | None, weight_decay: float
+) -> tuple[Optimizer, str]:
+    """Build AdamW or 8-bit AdamW for all trainable parameters.
+
+    Args:
+        model: Model from `adapt_headless`, on its device.
+        requested: `auto`, `adamw` or `adamw8bit`.
+        device: Training device.
+        lr: Learning rate of the factors, or of all trainable parameters.
+        scalar_lr: Learning rate of the scalar kernel parameters (SNELLA, SNELL); the optimizer's default if None.
+        weight_decay: Decoupled weight decay; not applied to scalar kernel parameters.
+
+    Returns:
+        The optimizer and its name with the reason for a fallback.
+
+    Raises:
+        ImportError: If `requested` is `adamw8bit` and bitsandbytes is missing or does not run on the device.
+    """
+    optimizer_cls, name = _choose_adamw(requested, device)
+    if any(isinstance(module, SnellaLayer) for module in model.modules()):
+        scalars: dict[str, Any] = {} if scalar_lr is None else {"scalar_lr": scalar_lr}
+        return create_snella_optimizer(model, optimizer_cls, lr=lr, weight_decay=weight_decay, **scalars), name
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return optimizer_cls(trained, lr=lr, weight_decay=weight_decay), name  # type: ignore[call-arg]
+
+
+def _choose_adamw(requested: str, device: torch.device) -> tuple[type[Optimizer], str]:
+    """Return the optimizer class for `auto`, `adamw` or `adamw8bit`, and its human-readable name."""
+    if requested == "adamw":
+        return AdamW, "AdamW"
+    try:
+        optimizer_cls: type[Optimizer] = importlib.import_module("bitsandbytes").optim.AdamW8bit
+        parameter = nn.Parameter(torch.zeros(64, 128, device=device))  # large enough for 8-bit state
+        parameter.grad = torch.ones_like(parameter)
+        optimizer_cls([parameter], lr=1.0).step()  # type: ignore[call-arg]
+        if not bool((parameter != 0).all()):
+            raise RuntimeError("its step leaves parameters unchanged")
+        return optimizer_cls, "8-bit AdamW of bitsandbytes"
+    except Exception as error:
+        # bitsandbytes can be missing, outdated or without a kernel for this device, with various exception types
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if requested == "adamw8bit":
+            raise ImportError(
+                f"optimizer=adamw8bit needs bitsandbytes to run on {device}, but {reason}; "
+                "pip install bitsandbytes, or leave it at auto"
+            ) from error
+        return AdamW, f"AdamW, because 8-bit AdamW does not run on {device} ({reason})"
 
 
 class RecipeTrainer(CheckpointingTrainer):
@@ -94,10 +177,13 @@ class RecipeTrainer(CheckpointingTrainer):
         if self.allocator is not None:
             run.write(describe_allocation(model, self.allocator))
             print_line(self.console, f"the update {sparsity_summary(matrices_of(model))}")
+        matrices = matrices_of(model)
         run.write(
-            describe_generator(
-                model,
-                run.adapter,
+            GeneratorMetrics(
+                trainable_parameters=trainable_parameters(model),
+                adapted_weights=sum(m.size for m in matrices) if matrices else None,
+                adapter_bytes=folder_bytes(run.adapter),
+                peak_rss_mib=peak_rss_mib(),
                 train_s=round(self.elapsed_s, 3),
                 peak_gpu_mib=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
                 optimizer=self.optimizer_name,

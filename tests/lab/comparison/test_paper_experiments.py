@@ -9,7 +9,6 @@ from rich.console import Console
 
 from snella_app.data.benchmarks import FGVC_DATASETS, VTAB_TASKS
 from snella_app.methods import SelectionData, build_method
-from snella_app.records import CellResults, CellRow
 from snella_lab.comparison.cells import Cell
 from snella_lab.comparison.experiment import Experiment, reported_errors
 from snella_lab.comparison.experiment_files import bundled_experiments, read_experiment
@@ -19,6 +18,7 @@ from snella_lab.comparison.report import (
     paper_orderings,
     print_paper,
 )
+from snella_lab.comparison.rows import CellResults, CellRow
 from snella_lab.comparison.search import Candidate, Choice, next_tuning_runs
 from snella_lab.comparison.summary import summarize
 

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from snella_app.records import CellResults, CellRow
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.figures import forest, learning_rate_curves, lr_curve, pareto, pareto_front
+from snella_lab.comparison.rows import CellResults, CellRow
 from snella_lab.comparison.statistics import (
     Difference,
     FinalRuns,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from snella_app.training.optimizer import build_low_bit_optimizer
+from snella_lab.recipes.trainer import build_low_bit_optimizer
 
 CPU = torch.device("cpu")
 
