@@ -26,13 +26,14 @@ import psutil
 import torch
 from rich.console import Console
 
-from snella_lab.bench.rows import append_rows, conditions
+from snella_lab.bench.rows import append_rows
 from snella_lab.comparison import compare as driver
 from snella_lab.comparison.cells import Cell
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.rows import CellResults, CellRow
 from snella_lab.comparison.run_cell import Outcome, row_header
 from snella_lab.comparison.store import append_row
+from snella_lab.provenance import conditions
 
 METHODS = ["linear", "bias", "lora-2", "lora-4", "lora-8", "lora-16", "snella-2", "snella-4", "snella-8", "full"]
 CELLS_PER_TASK = 10 * len(METHODS)

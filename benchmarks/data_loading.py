@@ -21,7 +21,8 @@ from torchvision.datasets import ImageFolder
 from snella_app.data import build_transform, load_data
 from snella_app.data.datasets import ImageDataset
 from snella_app.data.sources import FileImages
-from snella_lab.bench.rows import append_rows, conditions
+from snella_lab.bench.rows import append_rows
+from snella_lab.provenance import conditions
 
 BATCH = 32
 

@@ -93,6 +93,12 @@ def listed(items: Iterable[str], most: int = 5, separator: str = ", ") -> str:
     return separator.join(shown[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error message, or the name of the error's type if the message is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6, form: str = "; nearest: {}") -> str:
     """Suggest known names similar to `name`: "; nearest: a, b"; empty if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)

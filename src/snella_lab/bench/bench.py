@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from snella import BudgetAllocator, create_snella_optimizer
 from snella.layer import SnellaLayer
 from snella_app.console import make_console, make_table, print_line
+from snella_app.text import first_line
 from snella_app.training.memory import peak_rss_mib, record_forward
 from snella_lab.bench.baselines import BASELINES, REFERENCE, Workload, random_batch
 from snella_lab.bench.reference import op_error
-from snella_lab.bench.rows import append_rows, conditions, draw_figures
+from snella_lab.bench.rows import append_rows, draw_figures
+from snella_lab.provenance import conditions
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -243,8 +245,7 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device must be available, got {device!r} ({reason}); use device cpu") from error
+        raise ValueError(f"device must be available, got {device!r} ({first_line(error)}); use device cpu") from error
 
 
 def _measure(config: BenchConfig, workload: Workload, batch: int, console: Console) -> list[dict[str, Any]]:

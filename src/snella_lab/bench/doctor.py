@@ -17,7 +17,7 @@ from snella_app.records import plain
 from snella_app.text import bytes_text
 from snella_lab.bench.bench import BenchConfig, bench
 from snella_lab.bench.reference import DTYPES, BackendCheck, check_backend
-from snella_lab.bench.rows import conditions, device_name
+from snella_lab.provenance import conditions, device_name
 
 _PACKAGES = ("snella", "torch", "peft", "timm", "triton", "numba", "numpy")
 

@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from snella_app.text import first_line
 from snella_app.training.session import TrainingInterrupted
 from snella_lab.comparison.cells import Cell
 from snella_lab.comparison.experiment import Experiment
@@ -311,9 +312,8 @@ def _connect(ray: Any, cpus: int | None) -> None:
     try:
         ray.init(address=address, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        lines = str(error).strip().splitlines()
         raise ConnectionError(
-            f"no Ray cluster is reachable at RAY_ADDRESS={address} ({lines[0] if lines else type(error).__name__}); "
+            f"no Ray cluster is reachable at RAY_ADDRESS={address} ({first_line(error)}); "
             "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine"
         ) from None
 

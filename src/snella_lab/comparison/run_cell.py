@@ -8,7 +8,6 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ from snella_lab.comparison.cells import Cell, tuning_result
 from snella_lab.comparison.experiment import MEASURES, Experiment
 from snella_lab.comparison.rows import CellResults, CellRow
 from snella_lab.comparison.store import LOCKS, append_row, cell_lock, read_row, remove_lock
-from snella_lab.provenance import git_state, package_info, system_info
+from snella_lab.provenance import git_state, package_info, system_info, timestamp
 
 
 def count_changed_weights(run: Path) -> int | None:
@@ -333,7 +332,7 @@ def record_crash(
         if row is None:
             if not is_acquired and not ignores_lock:
                 return None
-            row = CellRow(**row_header(cell, experiment, _now()), status="failed", error=error, total_time=0.0)
+            row = CellRow(**row_header(cell, experiment, timestamp()), status="failed", error=error, total_time=0.0)
             append_row(root, folder, row)
     remove_lock(root / LOCKS, cell.name)
     return row
@@ -356,7 +355,7 @@ def _checkpoint_s(folder: Path, config: TrainConfig) -> float | None:
 def _train_cell(root: Path, experiment: Experiment, cell: Cell, is_dedicated: bool, keep_checkpoints: bool) -> CellRow:
     """Train and evaluate a cell, and return a row with its results or error."""
     start, before_mib = time.monotonic(), psutil.Process().memory_info().rss / 2**20
-    created_at = _now()
+    created_at = timestamp()
     folder, log = cell.folder(root), root / LOGS / (cell.name.replace("/", "!") + ".txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     config = cell.config(experiment, folder)
@@ -401,11 +400,6 @@ def _train_cell(root: Path, experiment: Experiment, cell: Cell, is_dedicated: bo
     earlier_s = (earlier_s or 0.0) if trial is None else trial.total_time
     total = round(time.monotonic() - start + earlier_s, 3)
     return CellRow(**head, status="success", total_time=total, results=results)
-
-
-def _now() -> str:
-    """Return the current UTC time."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def set_threads(threads: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 
 from snella_app.backbones.create import cache_only_if_unreachable
+from snella_app.text import first_line
 
 
 def load_pretrained(kind: Any, name: str, option: str, **options: Any) -> Any:
@@ -33,7 +34,7 @@ def load_pretrained(kind: Any, name: str, option: str, **options: Any) -> Any:
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"{option} must be a folder in transformers format, got '{folder}', which has no {kind.__name__}: "
-                f"{str(error).strip().splitlines()[0]}"
+                f"{first_line(error)}"
             ) from error
     with cache_only_if_unreachable() as reason, suppress_progress_bars():
         try:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from snella_app.backbones.create import cache_only_if_unreachable
-from snella_app.text import similar_paths
+from snella_app.text import first_line, similar_paths
 from snella_lab.recipes.pretrained import suppress_progress_bars
 
 
@@ -190,7 +190,7 @@ def load_pipeline(name: str, precision: str = "fp32") -> StableDiffusion3Pipelin
         except (OSError, ValueError, HfHubHTTPError) as error:
             if reason is None:
                 raise ValueError(
-                    f"the hub denies access to pipeline {name!r}: {_first_line(error)}; accept its license on the "
+                    f"the hub denies access to pipeline {name!r}: {first_line(error)}; accept its license on the "
                     "hub, or download it elsewhere and pass the folder"
                 ) from error
             raise ConnectionError(
@@ -242,9 +242,3 @@ def _component_errors(folder: Path) -> list[str]:
     errors = [] if (folder / "config.json").is_file() else [f"{folder.name}/ has no config.json"]
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     return errors if weights else [*errors, f"{folder.name}/ has no weights"]
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of an error message, or the error's type if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
