@@ -63,9 +63,7 @@ class Summary:
         methods: Results of each method, in the order of the experiment.
         tasks: Tasks with finished final runs, in the order of the experiment.
         groups: Tasks by group.
-        reference: Reference method.
         finals: Number of finished final runs.
-        expected: Number of final runs in the experiment.
         failed: Rows of failed runs.
         metrics: Metric titles by row column; the first is the main metric.
     """
@@ -76,11 +74,19 @@ class Summary:
     methods: list[MethodSummary]
     tasks: list[str]
     groups: dict[str, list[str]]
-    reference: str
     finals: int
-    expected: int
     failed: list[CellRow]
     metrics: Mapping[str, str]
+
+    @property
+    def reference(self) -> str:
+        """Reference method."""
+        return self.experiment.reference_name
+
+    @property
+    def expected(self) -> int:
+        """Number of final runs in the experiment."""
+        return len(self.experiment.methods) * len(self.experiment.data) * self.experiment.seeds
 
     @cached_property
     def trials(self) -> dict[tuple[str, str], list[CellRow]]:
@@ -161,17 +167,15 @@ def summarize(experiment: Experiment, rows: Rows) -> Summary:
         for name in names
     ]
     return Summary(
-        experiment,
-        rows,
-        runs,
-        methods,
-        tasks,
-        groups,
-        reference,
-        len(finals),
-        len(names) * len(task_names) * experiment.seeds,
-        [row for row in known if row.status == "failed"],
-        metrics,
+        experiment=experiment,
+        rows=rows,
+        runs=runs,
+        methods=methods,
+        tasks=tasks,
+        groups=groups,
+        finals=len(finals),
+        failed=[row for row in known if row.status == "failed"],
+        metrics=metrics,
     )
 
 
