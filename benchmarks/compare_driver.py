@@ -26,14 +26,14 @@ import psutil
 import torch
 from rich.console import Console
 
-from snella_app.records import CellResults, CellRow
-from snella_lab.bench.rows import append_rows, conditions
+from snella_lab.bench.rows import append_rows
 from snella_lab.comparison import compare as driver
 from snella_lab.comparison.cells import Cell
-from snella_lab.comparison.executors import Finished
 from snella_lab.comparison.experiment import Experiment
+from snella_lab.comparison.rows import CellResults, CellRow
 from snella_lab.comparison.run_cell import Outcome, row_header
 from snella_lab.comparison.store import append_row
+from snella_lab.provenance import conditions
 
 METHODS = ["linear", "bias", "lora-2", "lora-4", "lora-8", "lora-16", "snella-2", "snella-4", "snella-8", "full"]
 CELLS_PER_TASK = 10 * len(METHODS)
@@ -51,7 +51,7 @@ class SimulatedExecutor:
 
     def __init__(self, root: Path, experiment: Experiment) -> None:
         self._root, self._experiment = root, experiment
-        self._ended: list[Finished] = []
+        self._ended: list[Outcome] = []
         self._headers: dict[tuple[str, str], dict[str, Any]] = {}
         self.worker_s = 0.0
 
@@ -61,7 +61,7 @@ class SimulatedExecutor:
         row = CellRow(**self._header(cell), status="success", total_time=12.5, results=_results(cell))
         with mock.patch("os.fsync"):
             append_row(self._root, cell.folder(self._root), row)
-        sent = pickle.dumps(Finished(cell, Outcome(row)))  # a copy, as from a worker
+        sent = pickle.dumps(Outcome(cell, row))  # a copy, as from a worker
         self._ended.append(pickle.loads(sent))
         self.worker_s += time.process_time() - start
 
@@ -79,7 +79,7 @@ class SimulatedExecutor:
     def stop(self, cell: Cell) -> None:
         """No-op."""
 
-    def wait(self, timeout_s: float) -> list[Finished]:
+    def wait(self, timeout_s: float) -> list[Outcome]:
         """Return the finished cells."""
         ended, self._ended = self._ended, []
         return ended

@@ -25,10 +25,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from scipy.optimize import nnls
 
-from snella_app.report.style import COLORS, FIGURE_SIZE, INK, add_legend, new_figure, save_figure
+from snella_app.report.style import COLORS, FIGURE_SIZE, INK, add_legend, new_figure
 from snella_app.training.cost_model import METHODS, MODELS, TRITON, Precision, StepCount, Transformer, count_step
 from snella_app.training.machines import GPUS, Rates, gpu_rates, ratio_range
 from snella_lab.bench.rows import read_rows
+from snella_lab.style import save_figure
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "speed.md"

@@ -22,7 +22,8 @@ from snella_app.data.datasets import ImageDataset
 from snella_app.data.load import load_data
 from snella_app.data.sources import FileImages
 from snella_app.data.transforms import build_transform
-from snella_lab.bench.rows import append_rows, conditions
+from snella_lab.bench.rows import append_rows
+from snella_lab.provenance import conditions
 
 BATCH = 32
 

@@ -62,7 +62,8 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(*options.measure)))
         return
-    from snella_lab.bench.rows import append_rows, conditions, read_rows
+    from snella_lab.bench.rows import append_rows, read_rows
+    from snella_lab.provenance import conditions
 
     if options.table:
         print(speed_table(read_rows(options.out)))

@@ -17,7 +17,8 @@ from snella_app.device import choose_device
 from snella_app.training.build import build, load
 from snella_app.training.final_head import MeasuredFeatures, fit_linear, measure_features
 from snella_app.training.linear_probe import base_and_head
-from snella_lab.bench.rows import append_rows, conditions
+from snella_lab.bench.rows import append_rows
+from snella_lab.provenance import conditions
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 

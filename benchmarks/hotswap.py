@@ -28,7 +28,8 @@ from snella.compat.hotswap import AdapterValues
 from snella.compat.sparse_file import Entries, SparsePatch
 from snella.layer import SnellaLayer
 from snella_app.methods.peft_methods import without_harmless_warnings
-from snella_lab.bench.rows import append_rows, conditions
+from snella_lab.bench.rows import append_rows
+from snella_lab.provenance import conditions
 
 ROWS = Path(__file__).with_name("hotswap.jsonl")
 R, SPARSITY, TASKS = 8, 0.7, ("one", "two")

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from documents import markdown_table
 
-from snella_lab.bench.rows import append_rows, conditions
+from snella_lab.bench.rows import append_rows
 from snella_lab.comparison.statistics import LEVEL, difference_of, with_holm
+from snella_lab.provenance import conditions
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 COUNT = 10_000

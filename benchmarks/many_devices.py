@@ -45,7 +45,8 @@ from documents import markdown_table, put_between
 from torch import Tensor
 
 from snella.matrices import adapted_matrices
-from snella_lab.bench.rows import append_rows, conditions, read_rows
+from snella_lab.bench.rows import append_rows, read_rows
+from snella_lab.provenance import conditions
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 NOTE = Path(__file__).parent.parent / "docs" / "notes" / "checks.md"

@@ -28,7 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from snella import BudgetAllocator, SnellaConfig, create_snella_optimizer
 from snella_app.training.memory import record_forward
 from snella_lab.bench.bench import ratio_fields
-from snella_lab.bench.rows import append_rows, conditions
+from snella_lab.bench.rows import append_rows
+from snella_lab.provenance import conditions
 
 _VISION = r".*\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 _LANGUAGE = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, SamConfig, SamModel, Sam
 from snella_app.backbones.sam import SamSegmenter
 from snella_app.backbones.segmenter import DECODER
 from snella_app.methods import build_method
-from snella_app.methods.registry import adapt_headless
+from snella_lab.recipes.trainer import adapt_headless
 
 METHOD = "snella-8"
 _CLASSES = 100

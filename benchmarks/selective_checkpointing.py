@@ -46,7 +46,8 @@ from snella.memory import recompute
 from snella.memory.origins import Layout, decode, encode
 from snella.memory.recompute import mark_outputs, unmark_outputs
 from snella_lab.bench.bench import ratio_fields
-from snella_lab.bench.rows import append_rows, conditions, read_rows
+from snella_lab.bench.rows import append_rows, read_rows
+from snella_lab.provenance import conditions
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 PAGE = Path(__file__).parents[1] / "src" / "snella" / "memory" / "README.md"

@@ -24,7 +24,7 @@ from snella.update import Update, UpdateSpec
 from snella_lab.bench.baselines import BASELINES, Workload, random_batch
 from snella_lab.bench.bench import setting_fields
 from snella_lab.bench.reference import op_error
-from snella_lab.bench.rows import conditions
+from snella_lab.provenance import conditions
 
 
 def measure_sampling(

@@ -22,7 +22,8 @@ from documents import markdown_table, put_between
 
 from snella_app.training.memory import predict_step_memory
 from snella_lab.bench.baselines import BASELINES, NUM_CLASSES, Workload, random_batch
-from snella_lab.bench.rows import append_rows, conditions, read_rows
+from snella_lab.bench.rows import append_rows, read_rows
+from snella_lab.provenance import conditions
 
 ROWS = Path(__file__).parent / "step_memory.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"

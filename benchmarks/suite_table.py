@@ -15,14 +15,13 @@ from interval_calibration import ROWS as CALIBRATION_ROWS
 from interval_calibration import table as calibration_table
 from twin_tables import read_cells
 
-from snella_app.records import CellRow
-from snella_app.report.style import save_figure, write_figure
 from snella_lab.bench.rows import read_rows
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.figures import forest, learning_rate_curves, pareto
 from snella_lab.comparison.report import ORDERING_HEADINGS, paper_orderings, table_cells
-from snella_lab.comparison.statistics import Difference, Rows, difference, final_rows, mean_over_tasks, with_holm
+from snella_lab.comparison.rows import CellRow
+from snella_lab.comparison.statistics import Difference, FinalRuns, Rows, final_rows, with_holm
 from snella_lab.comparison.summary import (
     Summary,
     cost_texts,
@@ -32,6 +31,7 @@ from snella_lab.comparison.summary import (
     spread_text,
     summarize,
 )
+from snella_lab.style import save_figure, write_figure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "bundled-suite"
@@ -78,8 +78,8 @@ def accuracy_table(experiment: Experiment, rows: Rows) -> str:
 
 def leads(rows: Rows, leader: str, names: list[str], tasks: list[str]) -> dict[str, Difference | None]:
     """Return the differences between the leader and all other methods, with Holm's correction."""
-    finals = final_rows(rows)
-    return with_holm({n: difference(finals, leader, n, tasks, METRIC) for n in names if n != leader})
+    runs = FinalRuns(rows)
+    return with_holm({n: runs.difference(leader, n, tasks, METRIC) for n in names if n != leader})
 
 
 def leads_table(experiment: Experiment, rows: Rows) -> str:
@@ -116,13 +116,13 @@ def defaults_table(experiment: Experiment, rows: Rows, untuned: Rows) -> str:
     """Format means at default learning rates, and differences from the reference at its default."""
     finals = defaults_rows(rows, untuned)
     tasks, reference = [entry.name for entry in experiment.data], experiment.reference_name
-    names = list(dict.fromkeys(row.experiment_name for row in finals))
-    differences = with_holm({n: difference(finals, n, reference, tasks, METRIC) for n in names if n != reference})
+    names, runs = list(dict.fromkeys(row.experiment_name for row in finals)), FinalRuns(finals)
+    differences = with_holm({n: runs.difference(n, reference, tasks, METRIC) for n in names if n != reference})
     lines = []
     for name in names:
-        single = [difference(finals, name, reference, [task], METRIC) for task in tasks]
+        single = [runs.difference(name, reference, [task], METRIC) for task in tasks]
         by_task = [difference_text(d and replace(d, low=math.nan), 1) if name != reference else "–" for d in single]
-        mean = spread_text(mean_over_tasks(finals, name, tasks, METRIC))
+        mean = spread_text(runs.mean(name, [[task] for task in tasks], METRIC))
         lines.append([name, mean, *_lead_texts(differences.get(name), len(tasks)), *by_task])
     head = ["at default learning rates", "mean over tasks", f"minus {reference}", "p", "above", *tasks]
     return markdown_table(head, lines, left=1)
@@ -192,7 +192,7 @@ def draw_suite(folder: Path = FIGURES) -> list[Path]:
     figures = {
         "differences": forest(summary, False),
         "memory": pareto(summary, "training_mib", "peak memory without libraries, MiB", "Accuracy and memory", False),
-        "learning-rates": learning_rate_curves(summary, rows, summary.tasks, "Mean over tasks"),
+        "learning-rates": learning_rate_curves(summary, summary.tasks, "Mean over tasks"),
     }
     return [save_figure(figure, folder / f"{name}.svg") for name, figure in figures.items() if figure is not None]
 

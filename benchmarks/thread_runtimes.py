@@ -15,7 +15,8 @@ from snella.backends.numba import backend
 from snella_lab.bench.baselines import Workload
 from snella_lab.bench.bench import Runner, random_batch
 from snella_lab.bench.reference import op_error
-from snella_lab.bench.rows import append_rows, conditions
+from snella_lab.bench.rows import append_rows
+from snella_lab.provenance import conditions
 
 HERE = Path(__file__).parent
 

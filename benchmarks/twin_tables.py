@@ -11,9 +11,9 @@ from pathlib import Path
 
 from documents import markdown_table
 
-from snella_app.records import CellRow
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.report import ORDERING_HEADINGS, paper_orderings
+from snella_lab.comparison.rows import CellRow
 from snella_lab.comparison.statistics import Rows
 from snella_lab.comparison.store import FILE as ROWS_FILE
 from snella_lab.comparison.store import read_lines

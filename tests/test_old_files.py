@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from snella_app.files import sealed
-from snella_app.records import Allocation, CellRow, Metrics, Predictions, RunInfo, plain, read, record_from
+from snella_app.records import Allocation, Metrics, Predictions, RunInfo, plain, read, record_from
 from snella_app.report.inspect import current_budgets, inspect_run, read_adapter
 from snella_app.runs import RunFolder
 from snella_app.runs.evaluate import evaluate, rewrite_report
@@ -17,6 +17,7 @@ from snella_app.runs.predict import load
 from snella_app.text import bytes_text
 from snella_lab.comparison.compare import compare
 from snella_lab.comparison.options import ExecutionConfig
+from snella_lab.comparison.rows import CellRow
 from snella_lab.comparison.store import read_lines
 
 OLD = Path(__file__).parent / "old_files"

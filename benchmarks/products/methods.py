@@ -24,9 +24,10 @@ from metrics import score
 from snella_app.cli.main import main as snella
 from snella_app.runs.predict import load
 from snella_app.text import decimal_text
-from snella_lab.bench.rows import append_rows, conditions, read_rows
+from snella_lab.bench.rows import append_rows, read_rows
 from snella_lab.comparison.statistics import difference_of, with_holm
 from snella_lab.comparison.summary import difference_text, significance_texts
+from snella_lab.provenance import conditions
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 METHODS = ("snella", "snella-matched", "lora-8", "full", "linear")

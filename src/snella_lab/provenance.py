@@ -3,9 +3,13 @@
 import functools
 import os
 import platform
+import re
 import subprocess
+import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,6 +19,7 @@ import snella_lab
 
 GitState: TypeAlias = tuple[str | None, bool | None]
 _state: GitState | None = None
+_BENCHMARK_PACKAGES = ("torch", "peft", "timm", "numpy", "numba", "triton")
 _PACKAGES = ("snella", "peft", "transformers", "accelerate", "torch", "timm", "numpy", "scikit-learn", "numba")
 
 
@@ -41,8 +46,36 @@ def system_info() -> dict[str, Any]:
 def measurement_info() -> dict[str, Any]:
     """Return the commit, machine and date of a measurement."""
     commit, is_dirty = git_state()
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"commit": commit, "is_dirty": is_dirty, "system": system_info(), "created_at": date}
+    return {"commit": commit, "is_dirty": is_dirty, "system": system_info(), "created_at": timestamp()}
+
+
+def conditions(device: str, packages: Iterable[str] = _BENCHMARK_PACKAGES) -> dict[str, Any]:
+    """Return the provenance of a benchmark row: command, device, package versions, commit and date.
+
+    The command omits `--out` and the folders of absolute paths.
+    """
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    commit, is_dirty = git_state()
+    return {
+        "command": re.sub(r"([ =])/\S*/", r"\1", re.sub(r" --out[= ]\S+", "", command)),
+        "device": device_name(device),
+        "versions": {name: version(name) for name in packages if find_spec(name) is not None},
+        "commit": (commit or "")[:7],
+        "dirty": bool(is_dirty),
+        "date": timestamp(),
+    }
+
+
+def device_name(device: str) -> str:
+    """Return the device name for a benchmark row; CPU names start with "cpu"."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads, {processor_name()}"
+
+
+def timestamp() -> str:
+    """Return the current UTC time in ISO 8601 format, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Functions that find the head, blocks, MLPs and layers of a model, and attach modules."""
+"""Functions that find the head, blocks and layers of a model."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,58 +9,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from snella.targets import all_linear_names
-
-
-def attach(
-    module: nn.Module,
-    name: str,
-    child: nn.Module,
-    *,
-    after: Callable[[nn.Module, tuple[Any, ...], Any], Any] | None = None,
-    before: Callable[[nn.Module, tuple[Any, ...]], Any] | None = None,
-) -> None:
-    """Add `child` to `module` as submodule `name`, with optional hooks.
-
-    Args:
-        module: Module of the backbone.
-        name: Attribute name of the child; must be unused.
-        child: Module to add; it is moved to the device of the module's parameters.
-        after: Forward hook, `(module, inputs, output) -> output`. Use a module-level function, not a closure, so that
-            the model can be copied.
-        before: Forward pre-hook, `(module, inputs) -> inputs`.
-
-    Raises:
-        ValueError: If the name is in use, e.g. because a method was applied twice.
-    """
-    if hasattr(module, name):
-        raise ValueError(
-            f"{type(module).__name__} already has an attribute {name!r} ({type(getattr(module, name)).__name__}); "
-            "apply a method only once, to a fresh backbone"
-        )
-    device = next((parameter.device for parameter in module.parameters()), None)
-    module.add_module(name, child if device is None else child.to(device))
-    if before is not None:
-        module.register_forward_pre_hook(before)
-    if after is not None:
-        module.register_forward_hook(after)
-
-
-def find_attached(model: nn.Module, name: str, kind: type[nn.Module]) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Yield `(module name, module, child)` for each module with a child `name` of class `kind`."""
-    for module_name, module in list(model.named_modules()):
-        child = module._modules.get(name)
-        if isinstance(child, kind):
-            yield module_name, module, child
-
-
-def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
-    """Remove the forward hooks and forward pre-hooks with the given functions.
-
-    Hooks of a copied model cannot be removed by the original's `RemovableHandle`.
-    """
-    for table in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [key for key, hook in table.items() if hook in hooks]:
-            del table[key]
 
 
 def freeze_running_statistics(model: nn.Module) -> None:
@@ -202,57 +150,6 @@ def require_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, 
             "(blocks.0, layers.0, stages.0.blocks.0), and this model has none"
         )
     return blocks
-
-
-def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
-    """Return the blocks of a plain vision transformer, which map tokens `[batch, tokens, width]` to tokens.
-
-    Raises:
-        ValueError: If the model has no blocks, the head takes feature maps, the blocks do not share one token sequence
-            (windows, convolutions) or lack `attn`, `mlp` or a normalization layer `norm1`, or attention uses rotary or
-            relative positions, which added tokens lack.
-    """
-    blocks = require_blocks(method, model, head)
-    has_prefix = isinstance(getattr(model, "num_prefix_tokens", None), int)
-    position_parts = ("relative_position_bias_table", "rel_pos", "rel_pos_h", "attention_biases")
-    attentions = [getattr(block, "attn", None) for _, block in blocks]
-    if not has_prefix and not isinstance(model.get_submodule(head), nn.Linear):
-        reason = f"its {head!r} takes feature maps, to which tokens cannot be added"
-    elif not has_prefix or any(name.count(".") > 1 for name, _ in blocks):
-        reason = "its blocks do not share one token sequence"
-    elif any(block_width(block) is None for _, block in blocks):
-        reason = "its blocks lack attn, mlp or a normalization layer norm1"
-    elif any(getattr(model, name, None) is not None for name in ("rope", "shared_rel_pos_bias")) or any(
-        getattr(attention, name, None) is not None for attention in attentions for name in position_parts
-    ):
-        reason = "its attention uses rotary or relative positions, which added tokens lack"
-    else:
-        return blocks
-    raise ValueError(
-        f"method {method!r} cannot be applied to {type(model).__name__}: {reason}; use a plain ViT classifier (timm's "
-        "VisionTransformer)"
-    )
-
-
-def block_width(block: nn.Module) -> int | None:
-    """Return the token width of a transformer block with `norm1`, `attn` and `mlp`; None for other blocks."""
-    parts = [getattr(block, name, None) for name in ("norm1", "attn", "mlp")]
-    shape = getattr(parts[0], "normalized_shape", None)
-    if not all(isinstance(part, nn.Module) for part in parts) or not shape:
-        return None
-    return int(shape[-1])
-
-
-def mlps(model: nn.Module, head: str) -> Iterator[tuple[str, nn.Module, int]]:
-    """Yield `(name, module, output width)` for the MLP of each block; MLP outputs are channels-last.
-
-    An MLP is a module named `mlp` or `ffn`; its last linear layer defines the width.
-    """
-    for name, module in model.named_modules():
-        if name.rsplit(".", 1)[-1] in ("mlp", "ffn") and not is_inside(name, head):
-            linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-            if linears:
-                yield name, module, linears[-1].out_features
 
 
 class AdapterFileError(ValueError):

@@ -4,11 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from peft import get_peft_model
 from torch import Tensor, nn
 
 from snella.matrices import AdaptedMatrix, adapted_matrices
-from snella.targets import default_targets
 from snella_app.methods.method import Batches, Method, MethodSpec, Options
 from snella_app.methods.model_parts import AdapterFileError, find_head
 from snella_app.methods.partial import BIAS, FULL, LINEAR, MLP, PARTIAL
@@ -122,7 +120,7 @@ def build_method(
         if method.config is None:
             raise
         raise ValueError(f"method {name!r} cannot be applied to {type(model).__name__}: {error}") from error
-    return _with_spec(built, name, options, head)
+    return with_spec(built, name, options, head)
 
 
 def restore_method(
@@ -139,14 +137,14 @@ def restore_method(
     head = find_head(model, head)
     model.requires_grad_(False)
     if method.restore is None:
-        return _with_spec(method.build(model, head, options, None), name, options, head)
+        return with_spec(method.build(model, head, options, None), name, options, head)
     try:
         restored = method.restore(model, head, options, tensors)
     except (AttributeError, ValueError, TypeError, KeyError, IndexError) as error:
         raise AdapterFileError(
             f"the adapter does not fit {type(model).__name__}: {error}; load it into the architecture it was trained on"
         ) from error
-    return _with_spec(restored, name, options, head)
+    return with_spec(restored, name, options, head)
 
 
 def check_method(name: str, options: Options) -> Options:
@@ -233,33 +231,7 @@ def merge_trained(model: nn.Module) -> nn.Module:
     return method.merge(model)
 
 
-def _with_spec(model: nn.Module, name: str, options: Options, head: str) -> nn.Module:
+def with_spec(model: nn.Module, name: str, options: Options, head: str) -> nn.Module:
     """Store the applied method in a model and return the model."""
     model.snella_method = MethodSpec(name, options, head, parse_method(name)[0])  # type: ignore[assignment]
     return model
-
-
-def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn.Module:
-    """Prepare a model without a head for training with a method; `load_trained` restores the result.
-
-    Args:
-        method: A PEFT adapter (`snella`, `snell`, `lora`, `dora`; `lora-8` sets the rank), or `full`.
-        model: Freshly loaded model; changed in place, so that its pipeline uses the adapter.
-        options: Options of the method. `target_modules` defaults to the projections of the joint attention in Stable
-            Diffusion 3, as in the paper, and to all linear layers in other models.
-
-    Returns:
-        A `PeftModel` around the model, or the model itself with `full`.
-
-    Raises:
-        ValueError: If the method, an option or a value is invalid, or the method needs a head.
-    """
-    options, found = check_method(method, options), find_method(method)
-    if found is FULL:
-        return _with_spec(model.requires_grad_(True), method, options, head="")
-    if found.config is None:
-        raise ValueError(f"method must be a PEFT adapter or full for a model without a head, got {method!r}")
-    model.requires_grad_(False)
-    config = found.config("", {**options, "target_modules": options.get("target_modules") or default_targets(model)})
-    config.modules_to_save = None  # type: ignore[attr-defined]
-    return _with_spec(get_peft_model(model, config), method, options, head="")

@@ -31,16 +31,12 @@ from snella_app.records.record import (
     write,
 )
 from snella_app.records.results import (
-    CellResults,
-    CellRow,
     LabelSetScores,
     MaskScores,
     OrdinalScores,
     RegressionScores,
     Scores,
-    SearchChoice,
     SplitScores,
-    TriedCandidate,
     scores_from,
 )
 from snella_app.records.run import (
@@ -70,8 +66,6 @@ __all__ = [
     "AveragedEpochs",
     "BackboneInfo",
     "Calibration",
-    "CellResults",
-    "CellRow",
     "DataInfo",
     "EpochRow",
     "FinalHead",
@@ -97,7 +91,6 @@ __all__ = [
     "ReliabilityBin",
     "RunInfo",
     "Scores",
-    "SearchChoice",
     "SplitScores",
     "Status",
     "StoredLabelSetPrediction",
@@ -106,7 +99,6 @@ __all__ = [
     "StoredPrediction",
     "SubjectFidelity",
     "TaskAccuracy",
-    "TriedCandidate",
     "plain",
     "read",
     "read_if_present",

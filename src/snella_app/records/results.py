@@ -1,15 +1,15 @@
-"""Result records: scores by task, and rows of comparisons."""
+"""Result records: scores by task."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import PlainValidator
 
-from snella_app.records.record import OPTIONAL, Float, Record, record_from
+from snella_app.records.record import OPTIONAL, Float, record_from
 from snella_app.text import count_text, decimal_text, margin_text, measure_text, percent_text
 
 _Z = 1.959964  # 97.5% quantile of the normal distribution
@@ -279,164 +279,3 @@ SplitScores = Annotated[
     Scores | OrdinalScores | MaskScores | LabelSetScores | RegressionScores, PlainValidator(scores_from)
 ]
 """Scores of any task on one split."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TriedCandidate:
-    """One search candidate: settings, means over seeds, and number of failed seeds."""
-
-    lr_factor: float
-    lr: Float
-    head_lr: Float
-    weight_decay: Float
-    val_accuracy: float | None = None
-    val_loss: float | None = None
-    failed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchChoice:
-    """Selected learning rate and weight decay of a final run.
-
-    Attributes:
-        lr_factor: Best multiplier of the method's default learning rate.
-        lr_on_edge: True if it is the smallest or largest candidate.
-        weight_decay_on_edge: True if the best weight decay is the largest of several candidates.
-    """
-
-    lr_factor: float | None
-    lr_on_edge: bool = False
-    weight_decay_on_edge: bool = False
-    trials: list[TriedCandidate] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CellResults:
-    """Results of a finished comparison run; None for values that were not measured.
-
-    Attributes:
-        trained_as: Tuning run that this run reuses.
-        peft_config: PEFT configuration of the adapter; None for methods outside PEFT.
-        kept_weights: Total budget of the adapter.
-        file_size: Size of the adapter in bytes.
-        val: Validation scores by name; columns such as `val_accuracy` in the file. `test` only for final runs.
-        split: SHA-256 of the data and its split.
-        changed_weights: Number of changed backbone values, for final runs.
-        peak_rss_mib: Peak memory of the process, if the run had a separate process.
-        training_mib: Peak memory excluding loaded libraries.
-        forgetting: Accuracy that a linear probe loses on other data, for final runs.
-    """
-
-    trained_as: str | None = None
-    peft_config: dict[str, Any] | None = None
-    num_trainable_params: int | None = None
-    adapted_weights: int | None = None
-    kept_weights: int | None = None
-    file_size: int | None = None
-    train_time: float | None = None
-    step_time: float | None = None
-    accelerator_memory_max: int | None = None
-    accelerator_memory_reserved_avg: int | None = None
-    accelerator_memory_reserved_99th: int | None = None
-    train_loss: float | None = None
-    train_samples: int | None = None
-    epochs: int | None = None
-    best_epoch: int | None = None
-    protocol: str = "standard"
-    selected_on: Literal["val", "test"] | None = None
-    ema: float | None = None
-    val: dict[str, float | None] = field(default_factory=dict)
-    test: dict[str, float | None] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    split: str | None = None
-    changed_weights: int | None = None
-    peak_rss_mib: float | None = None
-    training_mib: float | None = None
-    forgetting: float | None = None
-    forgetting_data: str | None = None
-    probe_accuracy_frozen: float | None = field(default=None, metadata=OPTIONAL)
-    probe_accuracy_adapted: float | None = field(default=None, metadata=OPTIONAL)
-
-
-_SPLITS = ("val", "test")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CellRow(Record):
-    """One run of a comparison: `cell.json` in its folder, and a line of `results.jsonl`.
-
-    The file stores results as top-level columns; failed runs have none. Settings, versions and machine use the names
-    of PEFT's method comparison.
-
-    Attributes:
-        cell: Path of the run folder below `cells/`.
-        metric: Score used to compare methods.
-        task_name: Dataset.
-        experiment_name: Label of the method.
-        tried_weight_decay: Weight decay of a tuning run; None for the method's default.
-        search: Hyperparameter selection of a final run.
-        total_time: Seconds, including the reused tuning run.
-    """
-
-    file: ClassVar[str] = "cell.json"
-    is_sealed: ClassVar[bool] = True
-
-    cell: str
-    purpose: Literal["final", "trial"]
-    metric: str = "accuracy"
-    task_name: str
-    group: str = ""
-    experiment_name: str
-    comparison: str = ""
-    method: str = ""
-    peft_type: str = ""
-    model_id: str = ""
-    seed: int
-    lr_factor: float = 1.0
-    tried_weight_decay: float | None = None
-    lr: Float = math.nan
-    head_lr: Float = math.nan
-    weight_decay: Float = math.nan
-    search: SearchChoice | None = None
-    train_config: dict[str, Any] = field(default_factory=dict)
-    peft_version: str | None = None
-    transformers_version: str | None = None
-    torch_version: str | None = None
-    snella_version: str | None = None
-    git_dirty: bool | None = None
-    package_info: dict[str, str | None] = field(default_factory=dict)
-    system_info: dict[str, Any] = field(default_factory=dict)
-    created_at: str
-    status: Literal["success", "failed"]
-    error: str | None = None
-    total_time: float = 0.0
-    results: CellResults | None = None
-
-    def column(self, name: str) -> float | None:
-        """Return a result by its name in the file, e.g. `test_accuracy`; None if not measured."""
-        split, _, score = name.partition("_")
-        if self.results is None:
-            return None
-        return getattr(self.results, split).get(score) if split in _SPLITS else getattr(self.results, name)
-
-    def score(self, split: str) -> float | None:
-        """Return the score used to compare methods on `val` or `test`."""
-        return self.column(f"{split}_{self.metric}")
-
-    @classmethod
-    def decoded(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Group the columns of a finished run into results and per-split scores."""
-        if values.get("status") != "success":
-            return values
-        scores = {
-            split: {name.removeprefix(f"{split}_"): v for name, v in values.items() if name.startswith(f"{split}_")}
-            for split in _SPLITS
-        }
-        return {**values, "results": {**values, **scores}}
-
-    def encoded(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Flatten results and per-split scores into columns."""
-        results = values.pop("results") or {}
-        for name, value in results.items():
-            values |= {f"{name}_{score}": v for score, v in value.items()} if name in _SPLITS else {name: value}
-        return values

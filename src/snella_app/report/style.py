@@ -1,4 +1,4 @@
-"""Figure style, and output as files or inline SVG.
+"""Figure style, and output as inline SVG.
 
 One figure unit is one CSS pixel (72 dots per inch), so font size 12 is 12 px on the page. Files use fixed colors;
 `inline_svg` replaces them with CSS variables so that one figure serves light and dark mode.
@@ -11,7 +11,6 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
@@ -21,25 +20,18 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, to_rgb, to_rgba, to_rgba_array
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from snella_app.files import write_bytes
-
 INK, MUTED, GRID, PANEL = "#1c2531", "#566172", "#dbe0e8", "#fefefd"
 ACCENT, WARM = "#2f6fdd", "#d2680c"
 COLORS = (ACCENT, WARM, "#1d9367", "#c8446a", "#8a5cd0", "#148fa8", "#9a8410", "#7b6a5c")
 """Line colors with a contrast of at least 3:1 against the light and the dark panel."""
-MORE_COLORS = ("#b03fc4", "#5a8f00", "#d13b2f", "#64707f", "#a8622a", "#007f7a", "#5f6fe0", "#d0479a")
-"""Line colors after `COLORS` is exhausted."""
 
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", PANEL: "--panel"}
-_DARK = {INK: "#e6eaf0", MUTED: "#a2adbb", GRID: "#333d4b", PANEL: "#1a2029"}
-"""Dark-mode values of the variables in `report.css`."""
-_MARKERS = "osD^vPX*<>hp"
 _FONT = 12.0
 FIGURE_SIZE = (430.0, 310.0)
 """Width and height of figures placed side by side; readable on a phone."""
@@ -92,12 +84,6 @@ def _styled(axes: Axes, title: str) -> Axes:
     if title:
         axes.set_title(title, color=INK, fontsize=_FONT + 1, fontweight="bold", loc="left", x=0.0, pad=10)
     return axes
-
-
-def style_of(number: int) -> tuple[str, str]:
-    """Return color and marker of line `number`; markers distinguish lines that share one of the 16 colors."""
-    colors = (*COLORS, *MORE_COLORS)
-    return colors[number % len(colors)], _MARKERS[(number + number // len(COLORS)) % len(_MARKERS)]
 
 
 def plot_line(axes: Axes, x: Sequence[float], y: Sequence[float], color: str) -> list[Line2D]:
@@ -178,45 +164,6 @@ def shortened(text: str, length: int = 18) -> str:
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
     text = text if len(text) <= length else text[: length - length // 3 - 1] + "…" + text[-(length // 3) :]
     return text.replace("$", r"\$")  # Matplotlib parses $...$ as math
-
-
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Atomically write a figure as `.svg` or `.png` (2× resolution).
-
-    Raises:
-        ValueError: If the suffix is neither `.svg` nor `.png`.
-    """
-    path = Path(path)
-    if path.suffix not in (".svg", ".png"):
-        raise ValueError(f"figure file must end in .svg or .png, got {path.name!r}; rename it")
-    data = io.BytesIO()
-    metadata = {"Date": None} if path.suffix == ".svg" else {}
-    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(data, format=path.suffix[1:], dpi=144, metadata=metadata)
-    write_bytes(path, data.getvalue())
-    return path
-
-
-def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as `NAME.svg`, `NAME.png`, `NAME-dark.svg` and `NAME-dark.png`; darkens the figure in place."""
-    light = [save_figure(figure, folder / f"{name}{ending}") for ending in (".svg", ".png")]
-    darken(figure)
-    return [*light, *(save_figure(figure, folder / f"{name}-dark{ending}") for ending in (".svg", ".png"))]
-
-
-def darken(figure: Figure) -> None:
-    """Replace the light-mode colors of a figure with dark-mode colors in place."""
-    figure.draw_without_rendering()  # creates the ticks
-    inks = {to_rgb(light): to_rgb(dark) for light, dark in _DARK.items()}
-    for artist in figure.findobj():
-        for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
-            value = getattr(artist, f"get_{name}", lambda: "none")()
-            if isinstance(value, str) and value in ("none", "auto"):
-                continue
-            colors = to_rgba_array(value)
-            changed = [(*inks.get(tuple(color[:3].tolist()), color[:3]), color[3]) for color in colors]
-            if len(colors) and not np.array_equal(colors, changed):
-                getattr(artist, f"set_{name}")(changed if len(changed) > 1 else to_rgba(changed[0]))
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> Markup:

@@ -220,7 +220,7 @@ class CheckpointingTrainer(Trainer):
     - Elapsed time includes the time before an interruption.
 
     Args:
-        trained: Model with the trained weights, from `build_method` or `adapt_headless`.
+        trained: Model with the trained weights, from `build_method` or a recipe.
         run: Run folder for checkpoints.
         **options: Options of transformers' Trainer; `model` defaults to `trained`.
 

@@ -15,7 +15,7 @@ from peft.utils import ModulesToSaveWrapper
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
 
 from snella_app.config import DataConfig, OptimConfig
@@ -24,7 +24,7 @@ from snella_app.data.protocol import get_protocol
 from snella_app.data.transforms import build_transform
 from snella_app.device import autocast
 from snella_app.methods import method_of, spec_of
-from snella_app.methods.model_parts import base_model, recorded_inputs
+from snella_app.methods.model_parts import base_model
 from snella_app.runs.layer_probe import layer_features, probed_layers
 from snella_app.tasks import Task
 from snella_app.training.build import RunComponents
@@ -148,20 +148,6 @@ def extract_features(
 def encoded_targets(task: Task, images: ImageDataset | FeatureDataset, rows: Iterable[int]) -> dict[str, Tensor]:
     """Collate `labels` and, if present, sample `weights` of some images, without reading them."""
     return task.collate([(torch.empty(0), *images.target_and_weight(row)) for row in rows])
-
-
-@torch.no_grad()
-def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int) -> NDArray[np.float32]:
-    """Return the inputs to the head of a model from `build_method`, `[images, width]`, in evaluation mode."""
-    _, head = base_and_head(model)
-    rows: list[Tensor] = []
-    device = next(model.parameters()).device
-    model.eval()
-    with recorded_inputs(head) as recorded:
-        for images, *_ in DataLoader(ConcatDataset(parts), batch_size):
-            model(images.to(device))
-            rows.append(recorded.pop().flatten(1).float().cpu())
-    return torch.cat(rows).numpy()
 
 
 def probe_rows(parts: RunComponents) -> NDArray[np.int64]:

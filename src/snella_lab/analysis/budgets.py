@@ -31,9 +31,9 @@ from snella_app.report.style import (
     new_panels,
     percent_axis,
     shortened,
-    style_of,
 )
 from snella_lab.analysis.plot import Plot, Row, grouped, in_order_of_depth, run_labels
+from snella_lab.style import style_of
 
 Layers = Literal["block", "matrix"]
 """Layer granularity: backbone blocks or single matrices."""

@@ -25,14 +25,15 @@ from snella_app.data.load import DataSplits, load_data
 from snella_app.data.splits import stratified_sample
 from snella_app.methods import build_method, spec_of
 from snella_app.report.examples import overlay
-from snella_app.report.style import INK, MUTED, add_legend, new_panels, shortened, style_of
+from snella_app.report.style import INK, MUTED, add_legend, new_panels, shortened
 from snella_app.runs.evaluate import Split, images_for_run
 from snella_app.runs.explain import heat_maps, overlay_heat
 from snella_app.runs.model import LoadedRun, load_run, make_backbone
-from snella_app.training.linear_probe import head_inputs
 from snella_lab.analysis.plot import Plot, Row, run_labels
 from snella_lab.comparison.experiment import DataEntry, data_entry
 from snella_lab.comparison.experiment_files import bundled_experiments, read_experiment
+from snella_lab.comparison.run_cell import head_inputs
+from snella_lab.style import style_of
 
 PRETRAINED = "pre-trained"
 _CELL_SIZE = 96

@@ -24,8 +24,9 @@ from torch import Tensor
 from snella.kernels import KERNELS, Kernel, KernelScalars, make_kernel
 from snella_app.files import write_json
 from snella_app.report.allocation import log_axis
-from snella_app.report.style import add_legend, new_figure, new_panels, style_of
+from snella_app.report.style import add_legend, new_figure, new_panels
 from snella_lab.analysis.plot import Plot, Row, grouped
+from snella_lab.style import style_of
 
 Merge = Callable[[Tensor, Tensor, KernelScalars], Tensor]
 """Function of factors `A` `[n, r]`, `B` `[m, r]` and scalars; returns `[m, n]`."""

@@ -122,7 +122,7 @@ def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = Fal
     Raises:
         FileExistsError: If a file exists and `overwrite` is not set; nothing is written.
     """
-    from snella_app.report.style import write_figure
+    from snella_lab.style import write_figure
 
     folder = Path(out)
     tables, figures = {}, []

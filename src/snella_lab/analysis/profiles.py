@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from snella_app.report.style import DASHED, GRID, INK, MUTED, add_legend, new_figure, shortened, style_of
+from snella_app.report.style import DASHED, GRID, INK, MUTED, add_legend, new_figure, shortened
 from snella_app.runs.model import load_run
 from snella_lab.analysis.plot import Plot, Row, grouped, run_labels
 from snella_lab.comparison.experiment import FILE as EXPERIMENT_FILE
@@ -25,6 +25,7 @@ from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.store import FILE as ROWS_FILE
 from snella_lab.comparison.store import read_lines
 from snella_lab.comparison.summary import summarize
+from snella_lab.style import style_of
 
 _MIN_SPAN = 0.02
 _MAX_POINTS = 120

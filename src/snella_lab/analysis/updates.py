@@ -33,11 +33,11 @@ from snella_app.report.style import (
     new_panels,
     scale_bar,
     shortened,
-    style_of,
 )
 from snella_app.report.updates import MAX_CELLS, UpdateSource, adapter_updates, deepest_query, draw_updates, part_names
 from snella_app.runs.model import load_run, make_backbone
 from snella_lab.analysis.plot import Plot, Row, in_order_of_depth, run_labels
+from snella_lab.style import style_of
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from snella_app.text import first_line
 from snella_app.training.memory import peak_rss_mib, record_forward
 from snella_lab.bench.baselines import BASELINES, REFERENCE, Workload, random_batch
 from snella_lab.bench.reference import op_error
-from snella_lab.bench.rows import append_rows, conditions, draw_figures
+from snella_lab.bench.rows import append_rows, draw_figures
+from snella_lab.provenance import conditions
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from rich.console import Console
 
 from snella_app.console import make_console, make_table, print_line
 from snella_app.files import create_folder, write_json
+from snella_app.records import plain
 from snella_app.text import bytes_text
 from snella_lab.bench.bench import BenchConfig, bench
 from snella_lab.bench.reference import DTYPES, BackendCheck, check_backend
-from snella_lab.bench.rows import conditions, device_name
+from snella_lab.provenance import conditions, device_name
 
 _PACKAGES = ("snella", "torch", "peft", "timm", "triton", "numba", "numpy")
 
@@ -80,7 +81,7 @@ def diagnose(
         )
         diagnosis.steps = bench(config, console)
     if out is not None:
-        checks = [{**asdict(check), "verdict": check.verdict} for check in diagnosis.checks]
+        checks = [{**plain(check), "verdict": check.verdict} for check in diagnosis.checks]
         machine = {name: value for name, value in diagnosis.machine.items() if name != "versions"}
         results = {"machine": machine, "checks": checks, "steps": diagnosis.steps}
         with create_folder(Path(out).parent):

@@ -34,9 +34,10 @@ class BackendCheck:
         impl: Backend.
         dtype: Dtype of input, weight and gradient; factors are float32.
         cases: Number of kernels × shapes.
-        worst: Largest ratio of error to tolerance over all cases, outputs and gradients; correct if at most 1.
+        worst: Largest ratio of error to tolerance over all cases, outputs and gradients; correct if at most 1. Infinite
+            for NaN and for kernels that raise a RuntimeError, e.g. in the first-use check.
         where: Kernel, shape and tensor with the largest ratio.
-        error: Reason why the backend cannot run; else empty.
+        error: Reason why the backend is not available, or its RuntimeError; else empty.
     """
 
     device: str
@@ -50,9 +51,9 @@ class BackendCheck:
     @property
     def verdict(self) -> str:
         """`correct`, `wrong` or `not available`."""
-        if self.error:
-            return "not available"
-        return "correct" if self.worst <= 1 else "wrong"
+        if self.worst > 1:
+            return "wrong"
+        return "not available" if self.error else "correct"
 
 
 def check_backend(impl: str, device: str, dtype: str = "fp32", *, sparsity: float = 0.7) -> BackendCheck:
@@ -67,6 +68,8 @@ def check_backend(impl: str, device: str, dtype: str = "fp32", *, sparsity: floa
                 ratios = _ratios(kernel, rows, columns, impl, device, DTYPES[dtype], sparsity)
             except (ImportError, NotImplementedError) as error:
                 return BackendCheck(device, impl, dtype, error=str(error))
+            except RuntimeError as error:  # the kernels fail the first-use check or cannot be launched
+                return BackendCheck(device, impl, dtype, worst=math.inf, error=str(error))
             cases += 1
             name, ratio = max(ratios.items(), key=lambda item: item[1])
             if ratio >= worst:

@@ -1,49 +1,15 @@
-"""Benchmark rows: provenance, JSON lines and figures."""
+"""Benchmark rows: JSON lines and figures."""
 
 from __future__ import annotations
 
 import json
-import re
-import sys
 from collections import defaultdict
-from collections.abc import Iterable
-from datetime import UTC, datetime
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from snella_app.report.style import COLORS, FIGURE_SIZE, add_legend, new_figure, save_figure
+from snella_app.report.style import COLORS, FIGURE_SIZE, add_legend, new_figure
 from snella_lab.bench.baselines import REFERENCE
-from snella_lab.provenance import git_state, processor_name
-
-_PACKAGES = ("torch", "peft", "timm", "numpy", "numba", "triton")
-
-
-def conditions(device: str, packages: Iterable[str] = _PACKAGES) -> dict[str, Any]:
-    """Return the provenance of a row: command, device, package versions, commit and date.
-
-    The command omits `--out` and the folders of absolute paths.
-    """
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    commit, is_dirty = git_state()
-    return {
-        "command": re.sub(r"([ =])/\S*/", r"\1", re.sub(r" --out[= ]\S+", "", command)),
-        "device": device_name(device),
-        "versions": {name: version(name) for name in packages if find_spec(name) is not None},
-        "commit": (commit or "")[:7],
-        "dirty": bool(is_dirty),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def device_name(device: str) -> str:
-    """Return the device name for a row; CPU names start with "cpu"."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads, {processor_name()}"
+from snella_lab.style import save_figure
 
 
 def append_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:

@@ -8,8 +8,8 @@ from typing import TypeAlias
 
 from snella_app.config import TrainConfig
 from snella_app.methods import find_method
-from snella_app.records import CellRow, SearchChoice
 from snella_lab.comparison.experiment import DataEntry, Experiment, MethodEntry, folder_name, make_config
+from snella_lab.comparison.rows import CellRow, SearchChoice
 from snella_lab.comparison.search import Candidate, TuningResult, next_tuning_runs
 
 TEST_SEED = 0

@@ -23,14 +23,13 @@ from snella_app.data.load import is_unbalanced
 from snella_app.data.protocol import get_protocol
 from snella_app.device import choose_device
 from snella_app.methods.defaults import CHOICE_METHODS
-from snella_app.records import CellRow
 from snella_app.runs import RunFolder
 from snella_app.runs.images import load_splits
 from snella_app.tasks import create_task
 from snella_app.training.distributed import require_single_process
 from snella_app.training.session import NonFiniteLossError, TrainingInterrupted
 from snella_lab.comparison.cells import Cell, Plan, units
-from snella_lab.comparison.executors import Executor, Finished, InProcesses, InThisProcess, OnRay, import_ray
+from snella_lab.comparison.executors import Executor, InProcesses, InThisProcess, OnRay, import_ray
 from snella_lab.comparison.experiment import (
     FILE,
     PROBE,
@@ -43,11 +42,12 @@ from snella_lab.comparison.experiment import (
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
 from snella_lab.comparison.progress import ComparisonProgress
-from snella_lab.comparison.report import print_paper_comparison, print_paper_orderings, write_markdown, write_page
+from snella_lab.comparison.report import print_paper, write_markdown, write_page
+from snella_lab.comparison.rows import CellRow
 from snella_lab.comparison.run_cell import Outcome, probe_images, record_crash
 from snella_lab.comparison.search import Candidate
 from snella_lab.comparison.slurm import write_slurm_scripts
-from snella_lab.comparison.statistics import Rows, Spread, average
+from snella_lab.comparison.statistics import Rows, Spread, mean_of_measured
 from snella_lab.comparison.store import LOCKS, cell_lock, collect, drop_failed, is_locked, read_part, read_row
 from snella_lab.comparison.summary import cost_texts, print_summary, recommend, spread_text, summarize
 
@@ -143,11 +143,10 @@ def compare(
 def _write_reports(root: Path, experiment: Experiment, rows: Rows, console: Console) -> Path:
     """Write the HTML report and the Markdown tables, print the results, and return the path of the report."""
     summary = summarize(experiment, rows)
-    page = write_page(root, experiment, rows, summary)
-    write_markdown(root, experiment, rows, summary)
+    page = write_page(root, summary)
+    write_markdown(root, summary)
     print_summary(console, summary)
-    print_paper_comparison(console, experiment, summary)
-    print_paper_orderings(console, experiment, rows)
+    print_paper(console, summary)
     warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
     if warning:
         print_line(console, f"official protocol: {warning}")
@@ -300,7 +299,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
             print_line(console, f"{method.name}: FAILED, {error}")
             continue
         means[method.name] = Spread(statistics.fmean(values), statistics.stdev(values), len(values))
-        costs[method.name] = {column: average(method_rows, method.name, column) for column in _CHOICE_COSTS}
+        costs[method.name] = {name: mean_of_measured(row.column(name) for row in method_rows) for name in _CHOICE_COSTS}
         texts = cost_texts(costs[method.name])
         print_line(
             console,
@@ -354,7 +353,7 @@ def _trained_row(root: Path, experiment: Experiment, cell: Cell) -> CellRow:
         ) from None
     finally:
         executor.close()
-    outcome = ended[0].outcome
+    outcome = ended[0]
     row = record_crash(root, experiment, cell, outcome.error) if outcome.error else outcome.row
     if row is None:
         raise CellsFailedError(f"another process is training {cell.title} in {root}; wait for it, then start again")
@@ -391,12 +390,11 @@ def _train_all(root: Path, plan: Plan, rows: Iterable[CellRow], execution: Execu
                         progress.waiting(claimed)
                 ended = executor.wait(_POLL_S)
                 overdue = limit.stop_overdue(running.values(), ended)
-                for finished in [*ended, *overdue]:
-                    cell, outcome = finished
+                for outcome in [*ended, *overdue]:
+                    cell, row = outcome.cell, outcome.row
                     running.pop(cell.name)
-                    row = outcome.row
                     if outcome.error:
-                        row = record_crash(root, plan.experiment, cell, outcome.error, finished in overdue)
+                        row = record_crash(root, plan.experiment, cell, outcome.error, outcome in overdue)
                     if row is None:
                         progress.removed(cell)
                     else:
@@ -419,12 +417,12 @@ class _RunLimit:
         self._root, self._executor, self._limit_s = root, executor, limit_s
         self._started: dict[str, float] = {}
 
-    def stop_overdue(self, running: Iterable[Cell], ended: Iterable[Finished]) -> list[Finished]:
-        """Stop unfinished runs that exceed the limit and return them with an error."""
+    def stop_overdue(self, running: Iterable[Cell], ended: Iterable[Outcome]) -> list[Outcome]:
+        """Stop unfinished runs that exceed the limit and return their outcomes, with an error."""
         if math.isinf(self._limit_s):
             return []
         overdue, now = [], time.monotonic()
-        names = {finished.cell.name for finished in ended}
+        names = {outcome.cell.name for outcome in ended}
         for name in names:
             self._started.pop(name, None)  # a retry gets the full time
         for cell in running:
@@ -436,7 +434,7 @@ class _RunLimit:
                 self._executor.stop(cell)
                 del self._started[cell.name]
                 error = f"no result within {self._limit_s / 60:g} minutes (run_limit); the run was stopped"
-                overdue.append(Finished(cell, Outcome(error=error)))
+                overdue.append(Outcome(cell, error=error))
         return overdue
 
 

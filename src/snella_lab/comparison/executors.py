@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from snella_app.text import first_line
 from snella_app.training.session import TrainingInterrupted
 from snella_lab.comparison.cells import Cell
 from snella_lab.comparison.experiment import Experiment
@@ -17,11 +18,32 @@ from snella_lab.comparison.run_cell import Outcome, run_cell, set_threads
 from snella_lab.provenance import GitState, git_state, set_git_state
 
 
-class Finished(NamedTuple):
-    """A finished cell, with a row or an error."""
+class Job(NamedTuple):
+    """Work of a process that trains one cell: everything but the cell.
 
-    cell: Cell
-    outcome: Outcome
+    Attributes:
+        root: Folder of the comparison.
+        experiment: The experiment.
+        threads: Threads of the process.
+        state: Git state of the parent process.
+        keep_checkpoints: Save a checkpoint after each epoch.
+        folder: Working directory on all machines that have it; None keeps the process's.
+    """
+
+    root: Path
+    experiment: Experiment
+    threads: int
+    state: GitState
+    keep_checkpoints: bool
+    folder: Path | None = None
+
+    def run(self, cell: Cell) -> Outcome:
+        """Train a cell in this process."""
+        if self.folder is not None and self.folder.is_dir():  # data paths may be relative to it
+            os.chdir(self.folder)
+        set_threads(self.threads)
+        set_git_state(self.state)
+        return run_cell(self.root, self.experiment, cell, is_dedicated=True, keep_checkpoints=self.keep_checkpoints)
 
 
 class Executor(Protocol):
@@ -34,8 +56,8 @@ class Executor(Protocol):
     def start(self, cell: Cell) -> None:
         """Start a cell; requires a free slot."""
 
-    def wait(self, timeout_s: float) -> list[Finished]:
-        """Wait until a cell finishes or the timeout expires, and return all finished cells."""
+    def wait(self, timeout_s: float) -> list[Outcome]:
+        """Wait until a cell finishes or the timeout expires, and return the outcomes of all finished cells."""
 
     def stop(self, cell: Cell) -> None:
         """Stop a running cell; `wait` does not return it."""
@@ -54,14 +76,14 @@ class InThisProcess:
 
     def __init__(self, root: Path, experiment: Experiment) -> None:
         self._root, self._experiment = root, experiment
-        self._finished: list[Finished] = []
+        self._finished: list[Outcome] = []
 
     def start(self, cell: Cell) -> None:
         """Train a cell and block until it is finished."""
-        self._finished.append(Finished(cell, run_cell(self._root, self._experiment, cell)))
+        self._finished.append(run_cell(self._root, self._experiment, cell))
 
-    def wait(self, timeout_s: float) -> list[Finished]:
-        """Return the cells trained since the last call."""
+    def wait(self, timeout_s: float) -> list[Outcome]:
+        """Return the outcomes of the cells trained since the last call."""
         if not self._finished:
             time.sleep(timeout_s)
         finished, self._finished = self._finished, []
@@ -84,8 +106,8 @@ class InProcesses:
     def __init__(
         self, root: Path, experiment: Experiment, slots: int, threads: int, keep_checkpoints: bool = False
     ) -> None:
-        self.slots, self._keep_checkpoints = slots, keep_checkpoints
-        self._root, self._experiment, self._threads = root, experiment, threads
+        self.slots = slots
+        self._job = Job(root, experiment, threads, git_state(), keep_checkpoints)
         methods = multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
@@ -95,14 +117,13 @@ class InProcesses:
     def start(self, cell: Cell) -> None:
         """Start a cell in a new process."""
         receiving, sending = self._context.Pipe(duplex=False)
-        arguments = (sending, self._root, self._experiment, cell, self._threads, git_state(), self._keep_checkpoints)
-        process = self._context.Process(target=_work, args=arguments, name=cell.name)
+        process = self._context.Process(target=_work, args=(sending, self._job, cell), name=cell.name)
         process.start()
         sending.close()
         self._running[receiving] = (cell, process)
 
-    def wait(self, timeout_s: float) -> list[Finished]:
-        """Wait until a cell finishes or the timeout expires, and return all finished cells."""
+    def wait(self, timeout_s: float) -> list[Outcome]:
+        """Wait until a cell finishes or the timeout expires, and return the outcomes of all finished cells."""
         if not self._running:
             time.sleep(timeout_s)
             return []
@@ -130,37 +151,28 @@ class InProcesses:
             connection.close()
         self._running.clear()
 
-    def _end(self, connection: Connection) -> Finished:
+    def _end(self, connection: Connection) -> Outcome:
         """Return the outcome that a process sent, or the reason for its crash."""
         cell, process = self._running.pop(connection)
+        outcome: Outcome | None
         try:
             outcome = connection.recv()
         except EOFError:
             outcome = None
         process.join()
         connection.close()
-        return Finished(cell, outcome or Outcome(error=_crash_reason(process.exitcode)))
+        return outcome or Outcome(cell, error=_crash_reason(process.exitcode))
 
 
-def _work(
-    connection: Connection,
-    root: Path,
-    experiment: Experiment,
-    cell: Cell,
-    threads: int,
-    state: GitState,
-    keep_checkpoints: bool,
-) -> None:
+def _work(connection: Connection, job: Job, cell: Cell) -> None:
     """Run a cell in a worker process that ignores Ctrl-C, because the parent terminates it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    set_threads(threads)
-    set_git_state(state)
     try:
-        outcome = run_cell(root, experiment, cell, is_dedicated=True, keep_checkpoints=keep_checkpoints)
+        outcome = job.run(cell)
     except (KeyboardInterrupt, TrainingInterrupted):
         return  # the parent is terminating this process
     except Exception as error:
-        outcome = Outcome(error=f"{type(error).__name__}: {error}")
+        outcome = Outcome(cell, error=f"{type(error).__name__}: {error}")
     with contextlib.suppress(BrokenPipeError):  # the parent has exited
         connection.send(outcome)
 
@@ -205,11 +217,11 @@ class OnRay:
         self._gpus = gpus
         if gpus is None:
             self._gpus = _gpu_share(sum(node.get("GPU", 0.0) for node in self._nodes()), slots, experiment)
-        self._root = root.resolve()
-        self._arguments = ray.put((self._root, experiment, threads, git_state(), Path.cwd()))
+        job = Job(root.resolve(), experiment, threads, git_state(), keep_checkpoints=True, folder=Path.cwd())
+        self._job = ray.put(job)
         # max_calls=1 starts a new worker for each cell, so that its peak memory is that of the cell
         options: dict[str, Any] = {"num_cpus": threads, "num_gpus": self._gpus, "max_calls": 1, "max_retries": 0}
-        self._task = ray.remote(**options)(_work_for_ray)
+        self._task = ray.remote(**options)(Job.run)
         self._running: dict[Any, Cell] = {}
         self._restarts: dict[str, int] = {}
         self._counted_at, self._count = -math.inf, 0
@@ -230,15 +242,15 @@ class OnRay:
 
     def start(self, cell: Cell) -> None:
         """Submit a cell to Ray."""
-        self._running[self._task.remote(self._arguments, cell)] = cell
+        self._running[self._task.remote(self._job, cell)] = cell
 
-    def wait(self, timeout_s: float) -> list[Finished]:
-        """Wait until a cell finishes or the timeout expires, and return all finished cells."""
+    def wait(self, timeout_s: float) -> list[Outcome]:
+        """Wait until a cell finishes or the timeout expires, and return the outcomes of all finished cells."""
         if not self._running:
             time.sleep(timeout_s)
             return []
         ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout_s)
-        return [finished for reference in ready if (finished := self._end(reference)) is not None]
+        return [outcome for reference in ready if (outcome := self._end(reference)) is not None]
 
     def stop(self, cell: Cell) -> None:
         """Stop a running cell."""
@@ -254,19 +266,20 @@ class OnRay:
         if self._owns_ray:
             self._ray.shutdown()
 
-    def _end(self, reference: Any) -> Finished | None:
+    def _end(self, reference: Any) -> Outcome | None:
         """Return the outcome of a worker or the reason for its crash; None if the cell restarts."""
         cell = self._running.pop(reference)
         try:
-            return Finished(cell, self._ray.get(reference))
+            outcome: Outcome = self._ray.get(reference)
+            return outcome
         except self._ray.exceptions.RayError as error:
             lines = str(error).strip().splitlines()
             reason = f"{type(error).__name__}: {lines[-1] if lines else 'the worker crashed'}"
             restarts = self._restarts.get(cell.name, 0)
             if isinstance(error, self._ray.exceptions.RayTaskError):
-                return Finished(cell, Outcome(error=reason))
+                return Outcome(cell, error=reason)
             if restarts == MAX_RESTARTS:
-                return Finished(cell, Outcome(error=f"{reason} (after {restarts} restarts)"))
+                return Outcome(cell, error=f"{reason} (after {restarts} restarts)")
             self._restarts[cell.name] = restarts + 1
             self.start(cell)
             return None
@@ -299,9 +312,8 @@ def _connect(ray: Any, cpus: int | None) -> None:
     try:
         ray.init(address=address, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        lines = str(error).strip().splitlines()
         raise ConnectionError(
-            f"no Ray cluster is reachable at RAY_ADDRESS={address} ({lines[0] if lines else type(error).__name__}); "
+            f"no Ray cluster is reachable at RAY_ADDRESS={address} ({first_line(error)}); "
             "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine"
         ) from None
 
@@ -322,13 +334,3 @@ def import_ray() -> Any:
     except ImportError as error:
         raise ImportError(f"ray=True requires Ray ({error}); run `pip install ray`") from None
     return ray
-
-
-def _work_for_ray(arguments: tuple[Path, Experiment, int, GitState, Path], cell: Cell) -> Outcome:
-    """Run a cell in a Ray worker."""
-    root, experiment, threads, state, folder = arguments
-    if folder.is_dir():  # data paths may be relative to it
-        os.chdir(folder)
-    set_threads(threads)
-    set_git_state(state)
-    return run_cell(root, experiment, cell, is_dedicated=True, keep_checkpoints=True)

@@ -1,7 +1,7 @@
 """Comparison figures: accuracy versus cost, accuracy versus learning rate, and paired differences."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from snella_app.records import CellRow
 from snella_app.report.style import (
     ACCENT,
     COLORS,
@@ -21,10 +20,10 @@ from snella_app.report.style import (
     new_figure,
     percent_axis,
     shortened,
-    style_of,
 )
-from snella_lab.comparison.statistics import Rows, complete_mean, final_rows
+from snella_lab.comparison.statistics import Rows, complete_mean
 from snella_lab.comparison.summary import Summary, part_text
+from snella_lab.style import style_of
 
 SHOWN_RANGE = 0.3
 """Plotted accuracy range, down from the best value."""
@@ -82,22 +81,19 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return front
 
 
-def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], title: str) -> Figure | None:
+def learning_rate_curves(summary: Summary, tasks: Sequence[str], title: str) -> Figure | None:
     """Plot validation accuracy versus learning rate, one line per method, averaged over `tasks`.
 
     Learning rates are relative to each method's default, so that all methods share an axis. A filled marker shows the
     selected learning rate, for several tasks the best one. Crosses at the bottom mark failed runs.
     """
-    pairs: dict[tuple[str, str], list[CellRow]] = {}
-    for row in rows:
-        pairs.setdefault((row.experiment_name, row.task_name), []).append(row)
-    curves = [(number, m.name, _mean_curve(pairs, m.name, tasks)) for number, m in enumerate(summary.methods)]
+    curves = [(number, m.name, _mean_curve(summary, m.name, tasks)) for number, m in enumerate(summary.methods)]
     curves = [curve for curve in curves if len(curve[2]) > 1]
     if not curves:
         return None
     figure, axes = new_figure(FIGURE_SIZE[0], FIGURE_SIZE[1] + 40 + 17 * math.ceil(len(curves) / 3), title)
     handles = [
-        _draw_curve(axes, number, points, _selected_factor(rows, name, tasks)) for number, name, points in curves
+        _draw_curve(axes, number, points, _selected_factor(summary, name, tasks)) for number, name, points in curves
     ]
     _factor_axis(axes, sorted({factor for *_, points in curves for factor, _ in points}))
     accuracies = [accuracy for *_, points in curves for _, accuracy in points if accuracy is not None]
@@ -109,11 +105,9 @@ def learning_rate_curves(summary: Summary, rows: Rows, tasks: Sequence[str], tit
     return figure
 
 
-def _selected_factor(rows: Rows, method: str, tasks: Sequence[str]) -> float | None:
+def _selected_factor(summary: Summary, method: str, tasks: Sequence[str]) -> float | None:
     """Return the learning-rate factor of a method's final runs; None without final runs or for several tasks."""
-    if len(tasks) != 1:
-        return None
-    finals = [row for row in final_rows(rows) if row.experiment_name == method and row.task_name == tasks[0]]
+    finals = summary.runs.rows(method, tasks[0]) if len(tasks) == 1 else []
     return finals[0].lr_factor if finals else None
 
 
@@ -135,23 +129,22 @@ def _draw_curve(
     return line
 
 
-def _mean_curve(
-    pairs: Mapping[tuple[str, str], Rows], method: str, tasks: Sequence[str]
-) -> list[tuple[float, float | None]]:
-    """Average the curves of several tasks at their common factors; `pairs` maps method and task to rows."""
-    curves = [dict(lr_curve(pairs.get((method, task), ()), method, task)) for task in tasks]
+def _mean_curve(summary: Summary, method: str, tasks: Sequence[str]) -> list[tuple[float, float | None]]:
+    """Average the curves of several tasks at their common factors."""
+    curves = [dict(lr_curve(summary.trials.get((method, task), ()))) for task in tasks]
     common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     return [(factor, complete_mean([curve[factor] for curve in curves])) for factor in common]
 
 
-def lr_curve(rows: Rows, method: str, task: str) -> list[tuple[float, float | None]]:
-    """Return mean validation accuracy by learning-rate factor at the default weight decay; None for failed runs."""
+def lr_curve(trials: Rows) -> list[tuple[float, float | None]]:
+    """Return mean validation accuracy by learning-rate factor at the default weight decay; None for failed runs.
+
+    `trials` are the tuning runs of one method on one task.
+    """
     accuracies: dict[float, list[float | None]] = {}
-    for row in rows:
-        is_match = row.experiment_name == method and row.task_name == task
-        if is_match and row.purpose == "trial" and row.tried_weight_decay is None:
-            accuracy = row.score("val")
-            accuracies.setdefault(row.lr_factor, []).append(accuracy)
+    for row in trials:
+        if row.tried_weight_decay is None:
+            accuracies.setdefault(row.lr_factor, []).append(row.score("val"))
     return [(factor, complete_mean(values)) for factor, values in sorted(accuracies.items())]
 
 

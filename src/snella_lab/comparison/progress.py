@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from snella_app.console import counted, print_line
-from snella_app.records import CellRow
 from snella_app.text import seconds_text
 from snella_lab.comparison.cells import Cell, Plan
+from snella_lab.comparison.rows import CellRow
 
 
 class ComparisonProgress:

@@ -1,5 +1,6 @@
 """Comparison reports: a self-contained HTML page, Markdown tables, and comparisons with the paper."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +14,19 @@ from rich.console import Console
 from snella_app.console import counted, make_table
 from snella_app.data.protocol import get_protocol
 from snella_app.files import write_text
-from snella_app.records import CellRow, SearchChoice
 from snella_app.report.report import write_page as write_template
 from snella_app.report.style import inline_svg, shortened
 from snella_app.text import decimal_text, measure_text, percent_text, plain_text, points_text, seconds_text
 from snella_lab.comparison import figures
 from snella_lab.comparison.experiment import MEASURES, OVER_GROUPS, OVER_TASKS, Experiment
+from snella_lab.comparison.rows import SearchChoice
 from snella_lab.comparison.statistics import (
     LEVEL,
     MIN_UNITS,
     Difference,
+    FinalRuns,
     Rows,
     complete_mean,
-    difference,
     final_rows,
     with_holm,
 )
@@ -40,7 +41,6 @@ from snella_lab.comparison.summary import (
     recommendation_text,
     significance_texts,
     spread_text,
-    summarize,
     table_cells,
 )
 
@@ -66,25 +66,15 @@ class PaperComparison:
         return self.method, self.column, f"{self.reported:.1f}", f"{self.measured:.1f}", difference
 
 
-def paper_comparison(experiment: Experiment, summary: Summary) -> list[PaperComparison]:
+def paper_comparison(summary: Summary) -> list[PaperComparison]:
     """Pair the reported numbers of the experiment's methods with the measured results."""
     lines = {line.name: line for line in summary.methods}
     return [
         PaperComparison(method, column, float(value), _measured_result(column, lines[method], summary))
-        for method, values in experiment.published.get("values", {}).items()
+        for method, values in summary.experiment.published.get("values", {}).items()
         if method in lines
         for column, value in values.items()
     ]
-
-
-def print_paper_comparison(console: Console, experiment: Experiment, summary: Summary) -> None:
-    """Print reported and measured numbers, if the experiment has reported ones."""
-    rows = paper_comparison(experiment, summary)
-    if not rows:
-        return
-    title = f"compared with the paper: {experiment.published.get('source', '')}"
-    headings = ("method", "", "paper", "measured", "difference")
-    console.print(make_table(headings, (row.texts for row in rows), title=title, left=2))
 
 
 @dataclass(frozen=True)
@@ -123,15 +113,14 @@ ORDERING_HEADINGS = ("claim in the paper", "result", f"difference, {percent_text
 def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
     """Test the paper's orderings of methods in the experiment."""
     names = [method.name for method in experiment.methods]
-    finals = final_rows(rows)
     claims: list[tuple[str, Difference | None, bool]] = []
     for claim in experiment.published.get("orderings", []):
         higher, lower, metric = claim["higher"], claim["lower"], claim.get("metric", _METRIC)
         if higher not in names or lower not in names:
             continue
         tasks = [claim["task"]] if claim.get("task") else [entry.name for entry in experiment.data]
-        measured = [row for row in finals if row.column(metric) is not None]
-        value = difference(measured, higher, lower, tasks, metric)
+        runs = FinalRuns([row for row in rows if row.column(metric) is not None])
+        value = runs.difference(higher, lower, tasks, metric)
         text = f"{higher} above {lower}" + (f" on {claim['task']}" if claim.get("task") else "")
         text += "" if metric == _METRIC else f" in {metric.replace('_', ' ')}"
         claims.append((text, value, metric in _FRACTIONS))
@@ -144,13 +133,17 @@ def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
     return results
 
 
-def print_paper_orderings(console: Console, experiment: Experiment, rows: Rows) -> None:
-    """Print the test results of the paper's orderings, if the experiment has any."""
-    results = paper_orderings(experiment, rows)
-    if not results:
-        return
-    title = f"orderings of the paper: {experiment.published.get('source', '')}"
-    console.print(make_table(ORDERING_HEADINGS, (result.texts for result in results), title=title, left=3))
+def print_paper(console: Console, summary: Summary) -> None:
+    """Print the paper's numbers and orderings with the measured results, if the experiment has any."""
+    source = summary.experiment.published.get("source", "")
+    numbers = [pair.texts for pair in paper_comparison(summary)]
+    claims = [result.texts for result in paper_orderings(summary.experiment, summary.rows)]
+    for title, headings, rows, left in (
+        ("compared with the paper", ("method", "", "paper", "measured", "difference"), numbers, 2),
+        ("orderings of the paper", ORDERING_HEADINGS, claims, 3),
+    ):
+        if rows:
+            console.print(make_table(headings, rows, title=f"{title}: {source}", left=left))
 
 
 def _measured_result(column: str, line: MethodSummary, summary: Summary) -> float | None:
@@ -167,9 +160,8 @@ def _measured_result(column: str, line: MethodSummary, summary: Summary) -> floa
 MARKDOWN_FILE = "comparison.md"
 
 
-def markdown_tables(experiment: Experiment, rows: Rows, summary: Summary | None = None) -> str:
-    """Format the result tables as Markdown, with caption, command, machines and dates; `summary` None computes it."""
-    summary = summary or summarize(experiment, rows)
+def markdown_tables(summary: Summary) -> str:
+    """Format the result tables as Markdown, with caption, command, machines and dates."""
     if not summary.finals:
         return "No final run is finished yet.\n"
     parts = []
@@ -180,22 +172,22 @@ def markdown_tables(experiment: Experiment, rows: Rows, summary: Summary | None 
         parts.append(f"**Test {title}**\n\n" + "\n".join(table))
     parts.append(recommendation_text(summary))
     done = f"{summary.finals} of {summary.expected} final runs"
-    parts.append(f"{caption(summary)[0].upper()}{caption(summary)[1:]}. {done}. {_provenance(experiment, rows)}")
-    orderings = paper_orderings(experiment, rows)
+    parts.append(f"{caption(summary)[0].upper()}{caption(summary)[1:]}. {done}. {_provenance(summary)}")
+    orderings = paper_orderings(summary.experiment, summary.rows)
     if orderings:
         first = _markdown_line(list(ORDERING_HEADINGS)) + "\n| --- | --- | ---: | ---: | ---: |"
         claims = [_markdown_line(list(result.texts)) for result in orderings]
         parts.append("**Orderings of the paper**\n\n" + "\n".join([first, *claims]))
-    warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
+    warning = get_protocol(summary.experiment.settings.get("protocol", "standard")).warning
     parts += [f"Official protocol: {warning}"] if warning else []
     if summary.failed:
         parts.append("Failed: " + "; ".join(f"`{row.cell}`, {row.error}" for row in summary.failed))
     return "\n\n".join(parts) + "\n"
 
 
-def write_markdown(root: Path, experiment: Experiment, rows: Rows, summary: Summary | None = None) -> Path:
+def write_markdown(root: Path, summary: Summary) -> Path:
     """Write the Markdown tables next to the HTML report."""
-    write_text(root / MARKDOWN_FILE, markdown_tables(experiment, rows, summary))
+    write_text(root / MARKDOWN_FILE, markdown_tables(summary))
     return root / MARKDOWN_FILE
 
 
@@ -204,16 +196,16 @@ def _markdown_line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _provenance(experiment: Experiment, rows: Rows) -> str:
+def _provenance(summary: Summary) -> str:
     """Format command, machines, dates and commits as a sentence."""
-    finals = final_rows(rows)
+    finals, command = final_rows(summary.rows), summary.experiment.command
     dates = sorted({row.created_at[:10] for row in finals})
     machines = sorted({str(row.system_info.get("processor") or row.system_info.get("machine")) for row in finals})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    command = f"`{experiment.command}`, " if experiment.command else ""
     commits = dict.fromkeys(str(row.package_info.get("snella-commit-hash") or "")[:8] for row in finals)
     code = ", ".join(commit for commit in commits if commit)
-    return f"{command}{', '.join(machines)}, {when}{f', snella {code}' if code else ''}."
+    started = f"`{command}`, " if command else ""
+    return f"{started}{', '.join(machines)}, {when}{f', snella {code}' if code else ''}."
 
 
 FILE = "comparison.html"
@@ -228,9 +220,9 @@ _SELECTED_EPOCH = {
 """Evaluated epoch of final runs by protocol."""
 
 
-def write_page(root: Path, experiment: Experiment, rows: Rows, summary: Summary | None = None) -> Path:
-    """Write the HTML report atomically, and return its path; `summary` None computes it."""
-    summary = summary or summarize(experiment, rows)
+def write_page(root: Path, summary: Summary) -> Path:
+    """Write the HTML report atomically, and return its path."""
+    experiment, rows = summary.experiment, summary.rows
     title = experiment.name
     if title == Experiment.name:
         title += f" on {', '.join(entry.name for entry in experiment.data)}"
@@ -245,14 +237,14 @@ def write_page(root: Path, experiment: Experiment, rows: Rows, summary: Summary 
         "tables": [_table(summary, metric, title) for metric, title in summary.metrics.items()]
         if summary.finals
         else [],
-        "published": [row.texts for row in paper_comparison(experiment, summary)],
+        "published": [row.texts for row in paper_comparison(summary)],
         "orderings": [result.texts for result in paper_orderings(experiment, rows)],
         "evaluated_epoch": _SELECTED_EPOCH[protocol],
         "warning": get_protocol(protocol).warning,
         "costs": _costs(summary),
         "pareto": _pareto(summary),
-        "rates": _learning_rate_figures(summary, rows),
-        "choices": _selected_hyperparameters(summary, rows),
+        "rates": _learning_rate_figures(summary),
+        "choices": _selected_hyperparameters(summary),
         "outcome": outcome_text(summary),
         "recommendation": recommendation_text(summary),
         "headline": _headline(summary),
@@ -356,33 +348,29 @@ def _forest(summary: Summary, with_tasks: bool) -> Markup:
     return Markup("").join(parts)
 
 
-def _learning_rate_figures(summary: Summary, rows: Rows) -> list[Markup]:
+def _learning_rate_figures(summary: Summary) -> list[Markup]:
     """Plot the metric versus learning rate: the mean over tasks, then each task."""
-    tasks = summary.tasks or sorted({row.task_name for row in rows})
-    by_task: dict[str, list[CellRow]] = {}
-    for row in rows:
-        by_task.setdefault(row.task_name, []).append(row)
-    groups: list[tuple[str, list[str], Rows]] = [("Mean over tasks", tasks, rows)] if len(tasks) > 1 else []
+    tasks = summary.tasks or sorted({row.task_name for row in summary.rows})
+    groups = [("Mean over tasks", tasks)] if len(tasks) > 1 else []
     if len(tasks) <= MAX_TASK_FIGURES:
-        groups += [(task, [task], by_task.get(task, [])) for task in tasks]
+        groups += [(task, [task]) for task in tasks]
     plots = []
-    for number, (title, names, task_rows) in enumerate(groups):
-        figure = figures.learning_rate_curves(summary, task_rows, names, shortened(title, 40))
+    for number, (title, names) in enumerate(groups):
+        figure = figures.learning_rate_curves(summary, names, shortened(title, 40))
         if figure is not None:
             text = f"{title}: validation {summary.measure} versus learning rate, one line per method."
             plots.append(_svg(figure, f"rates-{number}", text))
     return plots
 
 
-def _selected_hyperparameters(summary: Summary, rows: Rows) -> list[dict[str, Any]]:
+def _selected_hyperparameters(summary: Summary) -> list[dict[str, Any]]:
     """Return the selected hyperparameters of each task and method."""
-    finals: dict[tuple[str, str], CellRow] = {}
-    for final in final_rows(rows):
-        finals.setdefault((final.task_name, final.experiment_name), final)
-    pairs = [(task, method.name) for task in summary.tasks for method in summary.methods]
     lines = []
-    for task, method in (pair for pair in pairs if pair in finals):
-        row = finals[task, method]
+    for task, method in itertools.product(summary.tasks, (method.name for method in summary.methods)):
+        finals = summary.runs.rows(method, task)
+        if not finals:
+            continue
+        row = finals[0]
         search = row.search or SearchChoice(lr_factor=None)
         edges = ["learning rate"] * search.lr_on_edge + ["weight decay"] * search.weight_decay_on_edge
         rates = {name: plain_text(getattr(row, name)) for name in ("lr", "head_lr", "weight_decay")}

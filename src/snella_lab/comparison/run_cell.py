@@ -6,8 +6,8 @@ import shutil
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader
 
 from snella_app.config import TrainConfig
 from snella_app.data.datasets import ImageDataset
@@ -33,19 +34,20 @@ from snella_app.files import write_json
 from snella_app.methods import build_method, find_method, merge_trained, parse_method, spec_of
 from snella_app.methods.defaults import PROBE_METHOD
 from snella_app.methods.model_parts import is_inside
-from snella_app.records import CellResults, CellRow, Metrics, RunInfo, SplitScores, plain, read, scores_from
+from snella_app.records import Metrics, RunInfo, SplitScores, plain, read, scores_from
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.model import make_backbone
 from snella_app.training.checkpoints import find_damage, latest_checkpoint
-from snella_app.training.linear_probe import head_inputs
+from snella_app.training.linear_probe import base_and_head
 from snella_app.training.plan import versions_of
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
 from snella_lab.comparison.cells import Cell, tuning_result
 from snella_lab.comparison.experiment import MEASURES, Experiment
+from snella_lab.comparison.rows import CellResults, CellRow
 from snella_lab.comparison.store import LOCKS, append_row, cell_lock, read_row, remove_lock
-from snella_lab.provenance import git_state, package_info, system_info
+from snella_lab.provenance import git_state, package_info, system_info, timestamp
 
 
 def count_changed_weights(run: Path) -> int | None:
@@ -103,6 +105,22 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_siz
         "probe_accuracy_frozen": frozen,
         "probe_accuracy_adapted": adapted,
     }
+
+
+@torch.no_grad()
+def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int) -> NDArray[np.float32]:
+    """Return the inputs to the head of a model from `build_method`, `[images, width]`, in evaluation mode."""
+    _, head = base_and_head(model)
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        for images, *_ in DataLoader(ConcatDataset(parts), batch_size):
+            model(images.to(device))
+    finally:
+        handle.remove()
+    return torch.cat(seen).numpy()
 
 
 def probe_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
@@ -263,11 +281,13 @@ class Outcome:
     """Outcome of a cell: a row, an error, or neither if another process has claimed the cell.
 
     Args:
+        cell: The cell.
         row: Row of the cell, which may record a failed training run.
         is_local: False if another process stored the row.
         error: Error outside training, e.g. a crash of the process.
     """
 
+    cell: Cell
     row: CellRow | None = None
     is_local: bool = True
     error: str = ""
@@ -289,16 +309,16 @@ def run_cell(
     folder = cell.folder(root)
     row = read_row(folder)
     if row is not None:
-        return Outcome(row, is_local=False)
+        return Outcome(cell, row, is_local=False)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
         row = read_row(folder)
         if row is not None or not is_acquired:
-            return Outcome(row, is_local=False)
+            return Outcome(cell, row, is_local=False)
         row = _train_cell(root, experiment, cell, is_dedicated, keep_checkpoints)
         append_row(root, folder, row)
         drop_adapters(root, experiment, cell)
     remove_lock(root / LOCKS, cell.name)
-    return Outcome(row)
+    return Outcome(cell, row)
 
 
 def record_crash(
@@ -314,7 +334,7 @@ def record_crash(
         if row is None:
             if not is_acquired and not ignores_lock:
                 return None
-            row = CellRow(**row_header(cell, experiment, _now()), status="failed", error=error, total_time=0.0)
+            row = CellRow(**row_header(cell, experiment, timestamp()), status="failed", error=error, total_time=0.0)
             append_row(root, folder, row)
     remove_lock(root / LOCKS, cell.name)
     return row
@@ -337,7 +357,7 @@ def _checkpoint_s(folder: Path, config: TrainConfig) -> float | None:
 def _train_cell(root: Path, experiment: Experiment, cell: Cell, is_dedicated: bool, keep_checkpoints: bool) -> CellRow:
     """Train and evaluate a cell, and return a row with its results or error."""
     start, before_mib = time.monotonic(), psutil.Process().memory_info().rss / 2**20
-    created_at = _now()
+    created_at = timestamp()
     folder, log = cell.folder(root), root / LOGS / (cell.name.replace("/", "!") + ".txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     config = cell.config(experiment, folder)
@@ -382,11 +402,6 @@ def _train_cell(root: Path, experiment: Experiment, cell: Cell, is_dedicated: bo
     earlier_s = (earlier_s or 0.0) if trial is None else trial.total_time
     total = round(time.monotonic() - start + earlier_s, 3)
     return CellRow(**head, status="success", total_time=total, results=results)
-
-
-def _now() -> str:
-    """Return the current UTC time."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def set_threads(threads: int) -> None:

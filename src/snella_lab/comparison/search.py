@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from snella_app.records import SearchChoice, TriedCandidate
 from snella_lab.comparison.experiment import Grid
+from snella_lab.comparison.rows import SearchChoice, TriedCandidate
 from snella_lab.comparison.statistics import complete_mean
 
 

@@ -2,11 +2,11 @@
 
 import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from snella_app.records import CellRow
+from snella_lab.comparison.rows import CellRow
 
 LEVEL = 0.95
 MIN_UNITS = 5
@@ -84,29 +84,63 @@ def final_rows(rows: Rows) -> list[CellRow]:
     return [row for row in rows if row.purpose == "final" and row.status == "success"]
 
 
-def spread(rows: Rows, method: str, task: str, metric: str) -> Spread | None:
-    """Return mean and standard deviation of a method on one task over seeds; None without rows."""
-    values = [_value(row, metric) for row in rows if row.experiment_name == method and row.task_name == task]
-    return _spread(values) if values else None
+class FinalRuns:
+    """Finished final runs by method, task and seed.
 
+    A run without the requested metric raises a ValueError.
 
-def mean_over_tasks(rows: Rows, method: str, tasks: Sequence[str], metric: str) -> Spread | None:
-    """Return the mean over tasks and its standard deviation over seeds; None if a task has no row."""
-    return _mean_of_groups(rows, method, [[task] for task in tasks], metric)
-
-
-def mean_over_groups(rows: Rows, method: str, groups: Mapping[str, Sequence[str]], metric: str) -> Spread | None:
-    """Return the mean over groups of the mean over tasks, as in VTAB papers; None if a task has no row."""
-    return _mean_of_groups(rows, method, list(groups.values()), metric)
-
-
-def difference(rows: Rows, method: str, reference: str, tasks: Sequence[str], metric: str) -> Difference | None:
-    """Compute the difference from the reference, paired by task and seed, with its Student's t interval.
-
-    The difference is uncorrected (see `with_holm`); None without pairs.
+    Args:
+        rows: Rows of a comparison; only those of finished final runs count.
     """
-    pairs = [values for values in _paired(rows, method, reference, tasks, metric) if values]
-    return difference_of(pairs) if pairs else None
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows: dict[tuple[str, str], dict[int, CellRow]] = {}
+        for row in final_rows(rows):
+            self._rows.setdefault((row.experiment_name, row.task_name), {})[row.seed] = row
+
+    def rows(self, method: str, task: str) -> list[CellRow]:
+        """Return the rows of a method on one task, one per seed."""
+        return list(self._rows.get((method, task), {}).values())
+
+    def scores(self, method: str, task: str, metric: str) -> dict[int, float]:
+        """Return a metric of a method on one task by seed."""
+        return {row.seed: _value(row, metric) for row in self.rows(method, task)}
+
+    def spread(self, method: str, task: str, metric: str) -> Spread | None:
+        """Return mean and standard deviation of a method on one task over seeds; None without runs."""
+        scores = self.scores(method, task, metric)
+        return _spread(list(scores.values())) if scores else None
+
+    def mean(self, method: str, groups: Sequence[Sequence[str]], metric: str) -> Spread | None:
+        """Return the mean over groups of the mean over each group's tasks, with its standard deviation over seeds.
+
+        Only seeds with a run on every task count; None without one. Groups of one task give the mean over tasks; groups
+        of several give the mean of VTAB papers.
+        """
+        scores = {task: self.scores(method, task, metric) for group in groups for task in group}
+        seeds = set.intersection(*map(set, scores.values())) if scores else set()
+        means = [
+            statistics.fmean(statistics.fmean(scores[task][seed] for task in group) for group in groups)
+            for seed in sorted(seeds)
+        ]
+        return _spread(means) if means else None
+
+    def difference(self, method: str, reference: str, tasks: Sequence[str], metric: str) -> Difference | None:
+        """Compute the difference from the reference, paired by task and seed, with its Student's t interval.
+
+        The difference is uncorrected (see `with_holm`); None without pairs.
+        """
+        both = [(self.scores(method, task, metric), self.scores(reference, task, metric)) for task in tasks]
+        pairs = [
+            [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())] for first, second in both
+        ]
+        pairs = [differences for differences in pairs if differences]
+        return difference_of(pairs) if pairs else None
+
+    def average(self, method: str, column: str) -> float | None:
+        """Average a column over a method's seeds, then over tasks; ignore missing values."""
+        runs = [seeds.values() for (name, _), seeds in self._rows.items() if name == method]
+        return mean_of_measured(mean_of_measured(row.column(column) for row in rows) for rows in runs)
 
 
 def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
@@ -155,14 +189,10 @@ def with_holm(differences: Mapping[Key, Difference | None]) -> dict[Key, Differe
     return {key: changed.get(key, value) for key, value in differences.items()}
 
 
-def average(rows: Rows, method: str, column: str) -> float | None:
-    """Average a column over a method's seeds, then over tasks; ignore missing values."""
-    tasks: dict[str, list[float]] = {}
-    for row in rows:
-        value = row.column(column)
-        if row.experiment_name == method and value is not None:
-            tasks.setdefault(row.task_name, []).append(value)
-    return statistics.fmean(statistics.fmean(values) for values in tasks.values()) if tasks else None
+def mean_of_measured(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are not None; None without any."""
+    measured = [value for value in values if value is not None]
+    return statistics.fmean(measured) if measured else None
 
 
 def complete_mean(values: Sequence[float | None]) -> float | None:
@@ -188,31 +218,3 @@ def _spread(values: Sequence[float]) -> Spread:
     """Return mean and standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else math.nan
     return Spread(statistics.fmean(values), deviation, len(values))
-
-
-def _mean_of_groups(rows: Rows, method: str, groups: Sequence[Sequence[str]], metric: str) -> Spread | None:
-    """Average over the tasks of each group, then over groups, then over seeds with all tasks."""
-    table: dict[int, dict[str, float]] = {}
-    for row in rows:
-        if row.experiment_name == method:
-            table.setdefault(row.seed, {})[row.task_name] = _value(row, metric)
-    tasks = {task for group in groups for task in group}
-    complete = [values for values in table.values() if tasks <= values.keys()]
-    if not complete or not tasks:
-        return None
-    return _spread(
-        [statistics.fmean(statistics.fmean(values[task] for task in group) for group in groups) for values in complete]
-    )
-
-
-def _paired(rows: Rows, method: str, reference: str, tasks: Sequence[str], metric: str) -> list[list[float]]:
-    """Return the differences by task, for the seeds that both methods share."""
-    values: dict[tuple[str, str], dict[int, float]] = {
-        (task, name): {} for task in tasks for name in (method, reference)
-    }
-    for row in rows:
-        scores = values.get((row.task_name, row.experiment_name))
-        if scores is not None:
-            scores[row.seed] = _value(row, metric)
-    both = [(values[task, method], values[task, reference]) for task in tasks]
-    return [[first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())] for first, second in both]

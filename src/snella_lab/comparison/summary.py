@@ -2,26 +2,23 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 from rich.console import Console
 
 from snella_app.console import counted, make_table, print_line
-from snella_app.records import CellRow
 from snella_app.text import bytes_text, count_text, percent_text, points_text, seconds_text
 from snella_lab.comparison.experiment import OVER_GROUPS, OVER_TASKS, Experiment
+from snella_lab.comparison.rows import CellRow
 from snella_lab.comparison.statistics import (
     LEVEL,
     MIN_UNITS,
     Difference,
+    FinalRuns,
     Rows,
     Spread,
-    average,
-    difference,
     final_rows,
-    mean_over_groups,
-    mean_over_tasks,
-    spread,
     with_holm,
 )
 
@@ -60,24 +57,45 @@ class Summary:
     """Results of a comparison.
 
     Args:
+        experiment: The experiment.
+        rows: All rows of the comparison, including those of methods and tasks outside the experiment.
+        runs: Finished final runs of the experiment.
         methods: Results of each method, in the order of the experiment.
         tasks: Tasks with finished final runs, in the order of the experiment.
         groups: Tasks by group.
-        reference: Reference method.
         finals: Number of finished final runs.
-        expected: Number of final runs in the experiment.
         failed: Rows of failed runs.
         metrics: Metric titles by row column; the first is the main metric.
     """
 
+    experiment: Experiment
+    rows: Rows
+    runs: FinalRuns
     methods: list[MethodSummary]
     tasks: list[str]
     groups: dict[str, list[str]]
-    reference: str
     finals: int
-    expected: int
     failed: list[CellRow]
     metrics: Mapping[str, str]
+
+    @property
+    def reference(self) -> str:
+        """Reference method."""
+        return self.experiment.reference_name
+
+    @property
+    def expected(self) -> int:
+        """Number of final runs in the experiment."""
+        return len(self.experiment.methods) * len(self.experiment.data) * self.experiment.seeds
+
+    @cached_property
+    def trials(self) -> dict[tuple[str, str], list[CellRow]]:
+        """Rows of tuning runs by method and task."""
+        trials: dict[tuple[str, str], list[CellRow]] = {}
+        for row in self.rows:
+            if row.purpose == "trial":
+                trials.setdefault((row.experiment_name, row.task_name), []).append(row)
+        return trials
 
     @property
     def column(self) -> str:
@@ -117,73 +135,48 @@ class Summary:
 def summarize(experiment: Experiment, rows: Rows) -> Summary:
     """Compute the results of all methods; rows of methods and tasks outside the experiment are ignored."""
     names, task_names = [m.name for m in experiment.methods], {d.name for d in experiment.data}
-    rows = [row for row in rows if row.experiment_name in names and row.task_name in task_names]
-    finals = final_rows(rows)
-    seen = {row.task_name for row in finals}
-    data = [entry for entry in experiment.data if entry.name in seen]
-    tasks = [entry.name for entry in data]
+    known = [row for row in rows if row.experiment_name in names and row.task_name in task_names]
+    finals = final_rows(known)
+    runs, seen = FinalRuns(finals), {row.task_name for row in finals}
+    tasks = [entry.name for entry in experiment.data if entry.name in seen]
     groups: dict[str, list[str]] = {}
-    for entry in data:
-        groups.setdefault(entry.group, []).append(entry.name)
+    for entry in experiment.data:
+        if entry.name in seen:
+            groups.setdefault(entry.group, []).append(entry.name)
     reference = experiment.reference_name
     metrics = {f"test_{metric}": title for metric, title in experiment.measures.items()}
-    lines = [_line(name, finals, tasks, groups, reference, list(metrics)) for name in names]
-    return Summary(
-        _corrected(lines),
-        tasks,
-        groups,
-        reference,
-        len(finals),
-        len(names) * len(task_names) * experiment.seeds,
-        [row for row in rows if row.status == "failed"],
-        metrics,
+    others = [name for name in names if name != reference]
+    overall = {
+        metric: with_holm({name: runs.difference(name, reference, tasks, metric) for name in others})
+        for metric in metrics
+    }
+    main = next(iter(metrics))
+    single = with_holm(
+        {(name, task): runs.difference(name, reference, [task], main) for name in others for task in tasks}
     )
-
-
-def _line(
-    name: str,
-    rows: Rows,
-    tasks: Sequence[str],
-    groups: Mapping[str, Sequence[str]],
-    reference: str,
-    metrics: Sequence[str],
-) -> MethodSummary:
-    """Compute the results of one method."""
-    method_rows = [row for row in rows if row.experiment_name == name]
-    both = [] if name == reference else [row for row in rows if row.experiment_name in (name, reference)]
-    by_task, both_by_task = _by_task(method_rows, tasks), _by_task(both, tasks)
-    return MethodSummary(
-        name,
-        {metric: {task: spread(by_task[task], name, task, metric) for task in tasks} for metric in metrics},
-        {metric: mean_over_tasks(method_rows, name, tasks, metric) for metric in metrics},
-        {metric: mean_over_groups(method_rows, name, groups, metric) for metric in metrics},
-        {metric: difference(both, name, reference, tasks, metric) for metric in metrics},
-        {task: difference(both_by_task[task], name, reference, [task], metrics[0]) for task in tasks},
-        {column: average(method_rows, name, column) for column in COSTS},
-    )
-
-
-def _by_task(rows: Rows, tasks: Sequence[str]) -> dict[str, list[CellRow]]:
-    """Group the rows by task."""
-    groups: dict[str, list[CellRow]] = {task: [] for task in tasks}
-    for row in rows:
-        groups[row.task_name].append(row)
-    return groups
-
-
-def _corrected(lines: Sequence[MethodSummary]) -> list[MethodSummary]:
-    """Apply Holm's correction: over methods for each metric; over methods and tasks for single tasks."""
-    metrics = lines[0].to_reference if lines else {}
-    overall = {metric: with_holm({line.name: line.to_reference[metric] for line in lines}) for metric in metrics}
-    single = with_holm({(line.name, task): d for line in lines for task, d in line.to_reference_on.items()})
-    return [
-        replace(
-            line,
-            to_reference={metric: overall[metric][line.name] for metric in metrics},
-            to_reference_on={task: single[line.name, task] for task in line.to_reference_on},
+    methods = [
+        MethodSummary(
+            name,
+            per_task={metric: {task: runs.spread(name, task, metric) for task in tasks} for metric in metrics},
+            over_tasks={metric: runs.mean(name, [[task] for task in tasks], metric) for metric in metrics},
+            over_groups={metric: runs.mean(name, list(groups.values()), metric) for metric in metrics},
+            to_reference={metric: overall[metric].get(name) for metric in metrics},
+            to_reference_on={task: single.get((name, task)) for task in tasks},
+            costs={column: runs.average(name, column) for column in COSTS},
         )
-        for line in lines
+        for name in names
     ]
+    return Summary(
+        experiment=experiment,
+        rows=rows,
+        runs=runs,
+        methods=methods,
+        tasks=tasks,
+        groups=groups,
+        finals=len(finals),
+        failed=[row for row in known if row.status == "failed"],
+        metrics=metrics,
+    )
 
 
 def spread_text(value: Spread | None) -> str:

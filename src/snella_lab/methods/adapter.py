@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number, one_of
-from snella_app.methods.model_parts import attach, find_attached, is_inside, mlps, remove_hooks
+from snella_app.methods.model_parts import is_inside
 from snella_app.methods.partial import train_head
 from snella_app.text import listed
+from snella_lab.methods.parts import attach, find_attached, mlps, remove_hooks
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 

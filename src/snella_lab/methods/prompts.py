@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number
-from snella_app.methods.model_parts import attach, block_width, token_blocks
 from snella_app.methods.partial import train_head
+from snella_lab.methods.parts import attach, block_width, token_blocks
 
 
 class Prompts(nn.Module):

@@ -1,4 +1,4 @@
-"""Optimizer and trainer of the recipes, and the parts of a run that they share."""
+"""Model, optimizer and trainer of the recipes, and the parts of a run that they share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -15,10 +16,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from snella import BudgetAllocator, SnellaCallback, create_snella_optimizer
 from snella.layer import SnellaLayer
+from snella.targets import default_targets
 from snella_app.config import RunSettings, command_line
 from snella_app.console import print_line
-from snella_app.methods import save_trained
-from snella_app.methods.registry import matrices_of, trainable_parameters
+from snella_app.methods import find_method, save_trained
+from snella_app.methods.partial import FULL
+from snella_app.methods.registry import check_method, matrices_of, trainable_parameters, with_spec
 from snella_app.records import BackboneInfo, DataInfo, GeneratorMetrics, RunInfo
 from snella_app.runs.folder import RunFolderOf
 from snella_app.training.checkpoints import CheckpointingTrainer, checkpoint_to_resume, convert_write_errors
@@ -26,6 +29,32 @@ from snella_app.training.finish import describe_allocation, folder_bytes, sparsi
 from snella_app.training.memory import peak_rss_mib
 from snella_app.training.plan import versions_of
 from snella_app.training.session import InterruptCallback, NonFiniteLossError
+
+
+def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn.Module:
+    """Prepare a model without a head for training with a method; `load_trained` restores the result.
+
+    Args:
+        method: A PEFT adapter (`snella`, `snell`, `lora`, `dora`; `lora-8` sets the rank), or `full`.
+        model: Freshly loaded model; changed in place, so that its pipeline uses the adapter.
+        options: Options of the method. `target_modules` defaults to the projections of the joint attention in Stable
+            Diffusion 3, as in the paper, and to all linear layers in other models.
+
+    Returns:
+        A `PeftModel` around the model, or the model itself with `full`.
+
+    Raises:
+        ValueError: If the method, an option or a value is invalid, or the method needs a head.
+    """
+    options, found = check_method(method, options), find_method(method)
+    if found is FULL:
+        return with_spec(model.requires_grad_(True), method, options, head="")
+    if found.config is None:
+        raise ValueError(f"method must be a PEFT adapter or full for a model without a head, got {method!r}")
+    model.requires_grad_(False)
+    config = found.config("", {**options, "target_modules": options.get("target_modules") or default_targets(model)})
+    config.modules_to_save = None  # type: ignore[attr-defined]
+    return with_spec(get_peft_model(model, config), method, options, head="")
 
 
 def build_low_bit_optimizer(

@@ -1,46 +1,8 @@
-import copy
-
 import pytest
 import timm
 import torch
-from torch import nn
 
-from snella_app.methods.model_parts import attach, find_attached, find_blocks, mlps, remove_hooks
-
-
-class Add(nn.Module):
-    def __init__(self, value):
-        super().__init__()
-        self.value = nn.Parameter(torch.tensor(value))
-
-
-def add_after(module, inputs, output):
-    return output + module.extra.value
-
-
-def add_before(module, inputs):
-    return (inputs[0] + module.extra.value,)
-
-
-def test_an_attached_child_is_saved_and_can_be_detached():
-    model = nn.Sequential(nn.Identity(), nn.ReLU())
-    attach(model[1], "extra", Add(2.0), before=add_before, after=add_after)
-    x = torch.tensor([-1.0, -5.0])
-    assert model(x).tolist() == [3.0, 2.0]
-    assert list(model.state_dict()) == ["1.extra.value"]
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        twin[1].extra.value.fill_(0.0)
-    assert twin(x).tolist() == [0.0, 0.0] and model(x).tolist() == [3.0, 2.0]
-    assert [(n, m, c.value.item()) for n, m, c in find_attached(twin, "extra", Add)] == [("1", twin[1], 0.0)]
-    del twin[1].extra
-    remove_hooks(twin[1], add_before, add_after)
-    assert twin(x).tolist() == [0.0, 0.0] and not twin.state_dict() and model(x).tolist() == [3.0, 2.0]
-
-
-def test_a_name_in_use_is_rejected():
-    with pytest.raises(ValueError, match="Linear already has an attribute 'weight' \\(Parameter\\)"):
-        attach(nn.Linear(2, 2), "weight", Add(1.0))
+from snella_app.methods.model_parts import find_blocks
 
 
 @pytest.mark.parametrize(
@@ -60,9 +22,3 @@ def test_blocks_are_found_in_forward_order(name, first, last, count):
     names = [n for n, _ in find_blocks(model, head)]
     assert names[0] == first and names[-1] == last
     assert len(names) == count
-
-
-def test_the_width_of_an_mlp_is_that_of_its_last_layer():
-    with torch.device("meta"):
-        model = timm.create_model("test_vit")
-    assert [(n, width) for n, _, width in mlps(model, "head")] == [(f"blocks.{i}.mlp", 64) for i in range(6)]

@@ -5,8 +5,9 @@ import torch
 from matplotlib.colors import to_rgb
 from torch import nn
 
-from snella_app.report.style import _DARK, PANEL
+from snella_app.report.style import PANEL
 from snella_lab.analysis.profiles import LiveTensors, _draw_radar, memory, radar, record_memory, scaled_radius
+from snella_lab.style import DARK
 
 
 def test_live_tensors_are_counted_until_they_are_freed():
@@ -57,7 +58,7 @@ def test_sixteen_methods_have_distinct_colors_with_contrast_in_both_modes():
     handles = _draw_radar(rows).legends[0].legend_handles
     colors = [to_rgb(handle.get_color()) for handle in handles]
     assert len(colors) == len(set(colors)) == 16
-    for panel in (PANEL, _DARK[PANEL]):
+    for panel in (PANEL, DARK[PANEL]):
         assert min(contrast(color, to_rgb(panel)) for color in colors) >= 3
 
 

@@ -19,7 +19,8 @@ from snella_app.training.memory import peak_rss_mib, record_forward
 from snella_lab.bench.baselines import BASELINES, RecomputedInputs, Workload, random_batch
 from snella_lab.bench.bench import BenchConfig, Runner, bench, grid, peak_of_child, quartiles
 from snella_lab.bench.reference import op_error
-from snella_lab.bench.rows import append_rows, conditions, draw_figures, read_rows
+from snella_lab.bench.rows import append_rows, draw_figures, read_rows
+from snella_lab.provenance import conditions
 
 SAVING = ["lora", "snella", "snella-keep-delta"]
 TINY = Workload("test_vit", r=4, sparsity=0.5)

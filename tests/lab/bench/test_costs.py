@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from snella import SnellaConfig
 from snella_app.methods import build_method
-from snella_app.methods.registry import adapt_headless
 from snella_app.training.memory import predict_step_memory
 from snella_lab.bench.rows import read_rows
 from snella_lab.comparison.experiment_files import read_experiment
+from snella_lab.recipes.trainer import adapt_headless
 
 ROOT = Path(__file__).parents[3]
 ROWS = ROOT / "benchmarks" / "results.jsonl"

@@ -67,6 +67,23 @@ def test_missing_backend_reports_the_reason(monkeypatch):
     assert check.verdict == "not available" and "numba is not installed" in check.error
 
 
+def test_failed_first_use_check_is_wrong(monkeypatch, tmp_path, capsys):
+    def choose(impl, spec, A):
+        if impl == "eager":
+            raise RuntimeError("impl='eager' computes a wrong threshold; use impl='reference'")
+        return impl, ""
+
+    monkeypatch.setattr(reference, "choose_backend", choose)
+    check = check_backend("eager", "cpu")
+    assert check.verdict == "wrong" and "computes a wrong threshold" in check.error
+    assert "computes a wrong threshold" in op_error("eager")
+    with pytest.raises(SystemExit, match="1"):
+        main(["doctor", "--steps", "false", "--out", str(tmp_path / "doctor.json")])
+    assert "wrong: eager on cpu in fp32" in " ".join(capsys.readouterr().out.split())
+    checks = json.loads((tmp_path / "doctor.json").read_text())["checks"]
+    assert [check["verdict"] for check in checks if check["impl"] == "eager"] == ["wrong", "wrong"]
+
+
 def test_machine_is_described():
     machine = describe_machine({"torch": "2.0"})
     assert machine["versions"] == {"torch": "2.0"} and "Python" in machine["system"]

@@ -9,7 +9,7 @@ import pytest
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
-from snella_lab.comparison.statistics import difference, with_holm
+from snella_lab.comparison.statistics import FinalRuns, with_holm
 
 ROOT = Path(__file__).parents[3]
 METRIC = "test_accuracy"
@@ -30,12 +30,12 @@ def suite():
         experiment, rows = read_suite()
         names, tasks = [m.name for m in experiment.methods], [d.name for d in experiment.data]
         fewer = [task for task in tasks if task != "mri-regions"]
-        untuned = defaults_rows(rows, read_cells(UNTUNED))
+        untuned = FinalRuns(defaults_rows(rows, read_cells(UNTUNED)))
         return {
             "all": {leader: leads(rows, leader, names, tasks) for leader in ("snella-matched-8", "snella-8")},
             "without": {leader: leads(rows, leader, names, fewer) for leader in ("snella-matched-8", "snella-8")},
             "defaults": with_holm(
-                {name: difference(untuned, name, "lora-8", tasks, METRIC) for name in ("snella-8", "snella-matched-8")}
+                {name: untuned.difference(name, "lora-8", tasks, METRIC) for name in ("snella-8", "snella-matched-8")}
             ),
         }
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from snella_app.records import CellRow, record_from
+from snella_app.records import record_from
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.report import write_page
+from snella_lab.comparison.rows import CellRow
+from snella_lab.comparison.summary import summarize
 
 TINY = {
     "methods": ["linear", "lora-2"],
@@ -132,7 +134,7 @@ def table_page(tiny, tmp_path):
         row(experiment, task, "linear", 0, purpose="trial", factor=factor, **{**values, "val_map": score})
         for factor, score in ((0.3, 0.992), (1.0, 0.9945))
     ]
-    return write_page(tmp_path, experiment, rows), experiment, rows
+    return write_page(tmp_path, summarize(experiment, rows)), experiment, rows
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from snella_app.runs.layer_probe import LAYER_PROBE
 from snella_app.training.session import TrainingInterrupted
 from snella_lab.comparison.cells import Cell
 from snella_lab.comparison.compare import CellsFailedError, _RunLimit, compare
-from snella_lab.comparison.executors import Finished, InThisProcess, _gpu_share
+from snella_lab.comparison.executors import InThisProcess, _gpu_share
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
@@ -439,7 +439,7 @@ class HangingExecutor:
             return
         row = self.make_row(self.experiment, cell.data.name, cell.method.name, cell.seed)
         append_row(self.root, cell.folder(self.root), row)
-        self.ended.append(Finished(cell, Outcome(row)))
+        self.ended.append(Outcome(cell, row))
 
     def wait(self, timeout_s):
         time.sleep(0.05)
@@ -473,7 +473,7 @@ def test_run_limit_excludes_the_time_of_an_earlier_attempt(tiny, tmp_path, make_
     with cell_lock(tmp_path / "locks", cell.name):
         assert not limit.stop_overdue([cell], [])
         now[0] += 11.0
-        assert not limit.stop_overdue([cell], [Finished(cell, Outcome())])
+        assert not limit.stop_overdue([cell], [Outcome(cell)])
         assert not limit.stop_overdue([cell], []) and not executor.stopped
         now[0] += 11.0
         (overdue,) = limit.stop_overdue([cell], [])

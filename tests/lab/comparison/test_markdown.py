@@ -1,6 +1,7 @@
 """Markdown tables of a comparison."""
 
 from snella_lab.comparison.report import markdown_tables, write_markdown
+from snella_lab.comparison.summary import summarize
 
 
 def cells_of(line):
@@ -12,7 +13,7 @@ def test_table_has_a_line_per_method_and_its_provenance(tiny, make_row):
     experiment = tiny(methods=["linear", "lora-2"], seeds=3, command=command)
     accuracies = {("linear", 0): 0.5, ("linear", 1): 0.7, ("lora-2", 0): 0.8, ("lora-2", 1): 0.9}
     rows = [make_row(experiment, "digits", *key, test_accuracy=value) for key, value in accuracies.items()]
-    text = markdown_tables(experiment, [*rows, make_row(experiment, "digits", "linear", 0, purpose="trial")])
+    text = markdown_tables(summarize(experiment, [*rows, make_row(experiment, "digits", "linear", 0, purpose="trial")]))
     table = [cells_of(line) for line in text.splitlines() if line.startswith("|")]
     assert table[0][:3] == ["method", "digits", "difference from lora-2"]
     assert table[2][:2] == ["linear", "60.0 ± 14.1"] and table[2][2].startswith("−25.0 [")
@@ -25,12 +26,12 @@ def test_failed_runs_and_the_official_protocol_are_stated(tiny, make_row):
     experiment = tiny(train={"protocol": "official"}, grid={"lr_factors": [1.0]})
     rows = [make_row(experiment, "digits", "linear", 0)]
     rows += [make_row(experiment, "digits", "lora-2", 0, status="failed", error="ValueError: too warm")]
-    text = markdown_tables(experiment, rows)
+    text = markdown_tables(summarize(experiment, rows))
     assert "Official protocol: " in text and "Failed: `digits/lora-2/seed-0`, ValueError: too warm" in text
 
 
 def test_table_without_final_runs_is_a_sentence(tiny, tmp_path):
-    assert write_markdown(tmp_path, tiny(), []).read_text() == "No final run is finished yet.\n"
+    assert write_markdown(tmp_path, summarize(tiny(), [])).read_text() == "No final run is finished yet.\n"
 
 
 def test_all_commits_are_listed(tiny, make_row):
@@ -40,4 +41,4 @@ def test_all_commits_are_listed(tiny, make_row):
         make_row(experiment, "digits", "linear", seed, package_info={**info, "snella-commit-hash": 5 * commit})
         for seed, commit in enumerate(("0123abcd", "4567ef01"))
     ]
-    assert markdown_tables(experiment, rows).endswith("2026-01-02, snella 0123abcd, 4567ef01.\n")
+    assert markdown_tables(summarize(experiment, rows)).endswith("2026-01-02, snella 0123abcd, 4567ef01.\n")

@@ -9,7 +9,6 @@ from rich.console import Console
 
 from snella_app.data.benchmarks import FGVC_DATASETS, VTAB_TASKS
 from snella_app.methods import SelectionData, build_method
-from snella_app.records import CellResults, CellRow
 from snella_lab.comparison.cells import Cell
 from snella_lab.comparison.experiment import Experiment, published_errors
 from snella_lab.comparison.experiment_files import bundled_experiments, read_experiment
@@ -17,9 +16,9 @@ from snella_lab.comparison.report import (
     PaperComparison,
     paper_comparison,
     paper_orderings,
-    print_paper_comparison,
-    print_paper_orderings,
+    print_paper,
 )
+from snella_lab.comparison.rows import CellResults, CellRow
 from snella_lab.comparison.search import Candidate, Choice, next_tuning_runs
 from snella_lab.comparison.summary import summarize
 
@@ -178,7 +177,7 @@ def test_published_and_measured_numbers_are_paired(experiments):
     experiment = changed(experiments["table1-vtab"], published={"source": "Table XIII", "values": values})
     rows = [row("lora-8", "kitti", 0.80), row("lora-8", "cifar", 0.60)]
     summary = summarize(experiment, rows)
-    pairs = paper_comparison(experiment, summary)
+    pairs = paper_comparison(summary)
     assert [(r.column, r.reported, r.measured and round(r.measured, 3)) for r in pairs] == [
         ("kitti", 78.5, 80.0),
         ("structured", 60.0, 80.0),
@@ -186,7 +185,7 @@ def test_published_and_measured_numbers_are_paired(experiments):
         ("dmlab", 49.8, None),
     ]
     output = io.StringIO()
-    print_paper_comparison(Console(file=output, width=120), experiment, summary)
+    print_paper(Console(file=output, width=120), summary)
     assert "compared with the paper: Table XIII" in output.getvalue() and "+1.5" in output.getvalue()
     assert PaperComparison("lora-8", "dmlab", 49.8, None).texts == ("lora-8", "dmlab", "49.8", "–", "–")
 
@@ -226,14 +225,14 @@ def test_orderings_are_decided_by_corrected_tests_of_paired_differences(experime
     assert orderings[3].difference.mean == pytest.approx(0.02)
     assert [result.verdict for result in paper_orderings(experiment, [])] == ["not run"] * 4
     output = io.StringIO()
-    print_paper_orderings(Console(file=output, width=120), experiment, rows)
+    print_paper(Console(file=output, width=120), summarize(experiment, rows))
     assert "orderings of the paper: Table XII" in output.getvalue() and "contradicted" in output.getvalue()
 
 
 def test_without_published_numbers_nothing_is_printed(experiments):
     experiment = changed(experiments["table4-vit-l"], published={})
     output = io.StringIO()
-    print_paper_comparison(Console(file=output), experiment, summarize(experiment, []))
+    print_paper(Console(file=output), summarize(experiment, []))
     assert output.getvalue() == ""
 
 

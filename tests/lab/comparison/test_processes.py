@@ -17,6 +17,7 @@ from rich.console import Console
 from snella_lab.comparison import executors
 from snella_lab.comparison.compare import CellsFailedError, compare
 from snella_lab.comparison.options import ExecutionConfig
+from snella_lab.comparison.run_cell import Outcome
 
 from .conftest import rows_of
 
@@ -150,7 +151,7 @@ def cluster(monkeypatch):
 @contextlib.contextmanager
 def on_ray(monkeypatch, root, work, *, device="cpu", slots=None, gpus=None):
     """Yield a Ray executor whose workers call `work` instead of training."""
-    monkeypatch.setattr(executors, "_work_for_ray", work)
+    monkeypatch.setattr(executors.Job, "run", work)
     executor = executors.OnRay(root, SimpleNamespace(settings={"device": device}), slots, 1, gpus)
     try:
         yield executor
@@ -163,7 +164,7 @@ def finish(executor, count, limit_s=200):
     ended, end = [], time.monotonic() + limit_s
     while len(ended) < count and time.monotonic() < end:
         ended += executor.wait(1.0)
-    return {finished.cell.name: finished.outcome for finished in ended}
+    return {outcome.cell.name: outcome for outcome in ended}
 
 
 def cells(*names):
@@ -171,38 +172,35 @@ def cells(*names):
 
 
 def test_ray_restarts_cells_of_killed_workers_up_to_a_limit(cluster, tmp_path, monkeypatch):
-    def work(arguments, cell):
+    def work(job, cell):
         import os
         import signal
 
-        attempts = arguments[0] / cell.name
+        attempts = job.root / cell.name
         with attempts.open("a") as file:
             file.write("x")
         if cell.name == "never" or attempts.stat().st_size == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return "trained"
+        return Outcome(cell)
 
     with on_ray(monkeypatch, tmp_path, work) as executor:
         for cell in cells("once", "never"):
             executor.start(cell)
         ended = finish(executor, 2)
-    assert ended["once"] == "trained" and (tmp_path / "once").read_text() == "xx"
+    assert not ended["once"].error and (tmp_path / "once").read_text() == "xx"
     outcome = ended["never"]
-    assert (
-        outcome.row is None
-        and outcome.error.endswith("(after 2 restarts)")
-        and (tmp_path / "never").read_text() == "xxx"
-    )
+    assert outcome.row is None and outcome.error.endswith("(after 2 restarts)")
+    assert (tmp_path / "never").read_text() == "xxx"
 
 
 def test_ray_stops_a_hanging_cell_and_the_others_continue(cluster, tmp_path, monkeypatch):
-    def work(arguments, cell):
+    def work(job, cell):
         import time
 
-        (arguments[0] / cell.name).touch()
+        (job.root / cell.name).touch()
         if cell.name == "hangs":
             time.sleep(10_000)
-        return "trained"
+        return Outcome(cell)
 
     with on_ray(monkeypatch, tmp_path, work) as executor:
         hangs, other = cells("hangs", "other")
@@ -212,20 +210,19 @@ def test_ray_stops_a_hanging_cell_and_the_others_continue(cluster, tmp_path, mon
         executor.start(other)
         assert finish(executor, 1, limit_s=3) == {}
         executor.stop(hangs)
-        assert finish(executor, 1) == {"other": "trained"}
+        assert set(finish(executor, 1)) == {"other"}
 
 
 def test_ray_uses_an_existing_cluster_and_machines_added_later(cluster, tmp_path, monkeypatch):
     import ray
 
-    def work(arguments, cell):
-        import os
+    def work(job, cell):
         import time
 
-        (arguments[0] / cell.name).touch()
-        while len(list(arguments[0].iterdir())) < 2:
+        (job.root / cell.name).touch()
+        while len(list(job.root.iterdir())) < 2:
             time.sleep(0.1)
-        return os.getcwd()
+        return Outcome(cell)
 
     with on_ray(monkeypatch, tmp_path / "runs", work) as executor:
         (tmp_path / "runs").mkdir()
@@ -250,17 +247,17 @@ def test_ray_shares_a_gpu_among_cells(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     ray.init(num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False)
 
-    def work(arguments, cell):
+    def work(job, cell):
         import ray
 
-        return ray.get_gpu_ids()
+        return Outcome(cell, error=str(ray.get_gpu_ids()))
 
     try:
         with on_ray(monkeypatch, tmp_path, work, gpus=0.5) as executor:
             assert executor.slots == 2
             for cell in cells("a", "b"):
                 executor.start(cell)
-            assert finish(executor, 2) == {"a": [0], "b": [0]}
+            assert {name: outcome.error for name, outcome in finish(executor, 2).items()} == {"a": "[0]", "b": "[0]"}
         with on_ray(monkeypatch, tmp_path, work, device="cuda", slots=3) as executor:
             assert executor.slots == 3
         with on_ray(monkeypatch, tmp_path, work, device="cpu") as executor:

@@ -13,7 +13,7 @@ from snella_lab.comparison.summary import outcome_text, recommendation_text, sum
 @pytest.fixture(scope="module")
 def page(request, tmp_path_factory):
     experiment, rows = request.getfixturevalue("large_once")
-    return write_page(tmp_path_factory.mktemp("page"), experiment, rows).read_text()
+    return write_page(tmp_path_factory.mktemp("page"), summarize(experiment, rows)).read_text()
 
 
 def test_report_has_all_sections_and_figures_and_no_external_links(page):
@@ -70,9 +70,10 @@ def test_clear_difference_requires_five_seeds(tiny, make_row, seeds, word):
         for method, mean in (("lora-2", 0.8), ("bias", 0.85), ("linear", 0.4))
         for seed in range(seeds)
     ]
-    text = outcome_text(summarize(experiment, rows))
+    summary = summarize(experiment, rows)
+    text = outcome_text(summary)
     assert word in text and ("clearly" in text) == (seeds == 5)
-    assert ("no difference is decided with fewer than 5" in markdown_tables(experiment, rows)) == (seeds == 2)
+    assert ("no difference is decided with fewer than 5" in markdown_tables(summary)) == (seeds == 2)
 
 
 def test_undecided_lead_states_its_p_value(large, make_row):
@@ -105,7 +106,8 @@ def test_report_names_the_metric_and_the_tuned_settings(table_page):
     assert "<h1>comparison on csv:<wbr>people/<wbr>photographs_<wbr>and_<wbr>labels.<wbr>csv</h1>" in text
     assert "<h2>Mean average precision and cost</h2>" in text and "Accuracy" not in text
     assert "The learning rate was tuned on the validation set" in text
-    assert "forgetting" not in markdown_tables(experiment, rows) and "memory" in markdown_tables(experiment, rows)
+    tables = markdown_tables(summarize(experiment, rows))
+    assert "forgetting" not in tables and "memory" in tables
     ticks = re.findall(r"<text[^>]*>([\d.]+)%</text>", text)
     assert ticks and not [tick for tick in ticks if tick.endswith("0") and "." in tick]
 
@@ -131,22 +133,22 @@ def test_markup_in_names_is_escaped(large, tmp_path):
         )
         for row in rows
     ]
-    text = write_page(tmp_path, Experiment.from_dict(values), changed).read_text()
+    text = write_page(tmp_path, summarize(Experiment.from_dict(values), changed)).read_text()
     assert "<img" not in text and "&lt;img" in text
 
 
 def test_unfinished_comparison_has_a_report(large, tmp_path):
     experiment, rows = large
-    assert "0 of 216 final runs finished" in write_page(tmp_path, experiment, []).read_text()
+    assert "0 of 216 final runs finished" in write_page(tmp_path, summarize(experiment, [])).read_text()
     trials = [row for row in rows if row.purpose == "trial"][:3]
-    assert 'id="rates"' in write_page(tmp_path, experiment, trials).read_text()
+    assert 'id="rates"' in write_page(tmp_path, summarize(experiment, trials)).read_text()
 
 
 def test_reused_tuning_run_counts_once_in_the_total_time(tiny, make_row, tmp_path):
     experiment = tiny()
     trial = make_row(experiment, "digits", "linear", 0, purpose="trial", total_time=100.0)
     final = make_row(experiment, "digits", "linear", 0, total_time=130.0, trained_as=trial.cell)
-    text = write_page(tmp_path, experiment, [trial, final]).read_text()
+    text = write_page(tmp_path, summarize(experiment, [trial, final])).read_text()
     assert "Total run time: 2 min 10 s." in text.replace("\N{NO-BREAK SPACE}", " ").replace(
         "\N{NARROW NO-BREAK SPACE}", " "
     )
@@ -154,7 +156,7 @@ def test_reused_tuning_run_counts_once_in_the_total_time(tiny, make_row, tmp_pat
 
 def test_fixed_learning_rate_is_not_described_as_tuned(tiny, make_row, tmp_path):
     experiment = tiny(train={"protocol": "official"}, grid={"lr_factors": [1.0]})
-    text = write_page(tmp_path, experiment, [make_row(experiment, "digits", "linear", 0)]).read_text()
+    text = write_page(tmp_path, summarize(experiment, [make_row(experiment, "digits", "linear", 0)])).read_text()
     assert "Learning rate and weight decay were fixed, not tuned. Each final run" in text
 
 
@@ -162,13 +164,13 @@ def test_report_states_how_memory_was_measured(tiny, make_row, tmp_path):
     experiment = tiny()
     for memory, phrase in ((None, "minus the libraries loaded before training"), (2**30, "Memory is peak GPU memory.")):
         row = make_row(experiment, "digits", "linear", 0, accelerator_memory_max=memory)
-        assert phrase in write_page(tmp_path, experiment, [row]).read_text()
+        assert phrase in write_page(tmp_path, summarize(experiment, [row])).read_text()
 
 
 def test_difference_on_a_subset_of_tasks_states_their_number(large, tmp_path):
     experiment, rows = large
     rows = [row for row in rows if row.experiment_name != "full" or row.task_name in ("fashion", "elpv")]
-    text = write_page(tmp_path, experiment, rows).read_text()
+    text = write_page(tmp_path, summarize(experiment, rows)).read_text()
     assert re.search(r'<th scope="row">full</th>.*\] \(2 of 6 tasks\)<span .*>p [\d.]+ · 2 of 2 \(0.50\)', text)
     assert text.count("(2 of 6 tasks)") >= 3  # both tables and the figure
 
@@ -185,7 +187,7 @@ def test_headline_shows_the_recommended_and_the_most_accurate_method(tiny, make_
             for m, mib, values in zip(("lora-2", "bias"), (900.0, 500.0), accuracies, strict=True)
             for seed, a in enumerate(values)
         ]  # fmt: skip
-        page = write_page(tmp_path, experiment, rows).read_text().replace("\N{NO-BREAK SPACE}", " ")
+        page = write_page(tmp_path, summarize(experiment, rows)).read_text().replace("\N{NO-BREAK SPACE}", " ")
         cards = page.partition('<div class="choices">')[2].partition("<nav")[0]
         return re.findall(r'"label">(.*?)</p><p class="score">(.*?)</p><p class="value">(.*?)</p>', cards)
 
@@ -199,7 +201,7 @@ def test_headline_shows_the_recommended_and_the_most_accurate_method(tiny, make_
 def test_single_task_has_its_score_before_the_difference(tiny, make_row, tmp_path):
     experiment = tiny(methods=["lora-2", "bias"])
     rows = [make_row(experiment, "digits", method, 0) for method in ("lora-2", "bias")]
-    page = write_page(tmp_path, experiment, rows).read_text()
+    page = write_page(tmp_path, summarize(experiment, rows)).read_text()
     head = page.partition('<table class="scores"><thead>')[2].partition("</thead>")[0]
     assert re.findall(">([^<>]+)</th>", head)[:3] == ["method", "digits", "minus lora-2"]
 

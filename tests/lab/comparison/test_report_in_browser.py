@@ -3,6 +3,7 @@
 import pytest
 
 from snella_lab.comparison.report import write_page
+from snella_lab.comparison.summary import summarize
 from tests.browser import CLIPPED_OR_OVERLAPPING_TEXT, MIN_FONT_SIZE
 
 
@@ -13,7 +14,7 @@ def page(request, tmp_path_factory):
     if request.param == "partial":
         tasks = {"fashion", "elpv"}
         rows = [row for row in rows if row.task_name in tasks or row.experiment_name in ("lora-8", "linear")]
-    return write_page(tmp_path_factory.mktemp(request.param), experiment, rows)
+    return write_page(tmp_path_factory.mktemp(request.param), summarize(experiment, rows))
 
 
 @pytest.mark.parametrize("width", [1200, 768, 400])

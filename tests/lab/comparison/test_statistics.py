@@ -5,17 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from snella_app.records import CellResults, CellRow
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.figures import forest, learning_rate_curves, lr_curve, pareto, pareto_front
+from snella_lab.comparison.rows import CellResults, CellRow
 from snella_lab.comparison.statistics import (
     Difference,
-    average,
-    difference,
+    FinalRuns,
     difference_of,
-    mean_over_groups,
-    mean_over_tasks,
-    spread,
+    final_rows,
     with_holm,
 )
 from snella_lab.comparison.summary import (
@@ -57,43 +54,43 @@ def rows():
 
 
 def test_mean_and_deviation_are_over_seeds(rows):
-    result = spread(rows, "a", "t1", M)
+    result = FinalRuns(rows).spread("a", "t1", M)
     assert (result.mean, result.std, result.count) == pytest.approx((0.6, math.sqrt(0.02), 2))
-    assert spread(rows, "c", "t1", M) is None
-    assert math.isnan(spread(rows[:1], "a", "t1", M).std)
+    assert FinalRuns(rows).spread("c", "t1", M) is None
+    assert math.isnan(FinalRuns(rows[:1]).spread("a", "t1", M).std)
 
 
 def test_mean_over_tasks_differs_from_mean_over_groups(rows):
-    tasks = mean_over_tasks(rows, "a", ["t1", "t2", "t3"], M)
-    groups = mean_over_groups(rows, "a", {"x": ["t1", "t2"], "y": ["t3"]}, M)
+    tasks = FinalRuns(rows).mean("a", [["t1"], ["t2"], ["t3"]], M)
+    groups = FinalRuns(rows).mean("a", [["t1", "t2"], ["t3"]], M)
     assert tasks.mean == pytest.approx((0.6 + 0.9 + 0.3) / 3)
     assert groups.mean == pytest.approx(((0.6 + 0.9) / 2 + 0.3) / 2)
     assert tasks.std == pytest.approx(math.sqrt(2) / 2 * (2.0 / 3 - 1.6 / 3))
 
 
 def test_mean_requires_every_task(rows):
-    assert mean_over_tasks(rows[:4], "a", ["t1", "t2", "t3"], M) is None
+    assert FinalRuns(rows[:4]).mean("a", [["t1"], ["t2"], ["t3"]], M) is None
     fewer = [row for row in rows if row.task_name != "t3" or row.seed == 0]
-    assert mean_over_tasks(fewer, "a", ["t1", "t3"], M).count == 1
+    assert FinalRuns(fewer).mean("a", [["t1"], ["t3"]], M).count == 1
 
 
 def test_differences_are_paired_by_task_and_seed(rows):
-    result = difference(rows, "b", "a", ["t1", "t2", "t3"], M)
+    result = FinalRuns(rows).difference("b", "a", ["t1", "t2", "t3"], M)
     assert (result.pairs, result.tasks) == (6, 3)
     assert result.mean == pytest.approx((-0.05 - 0.1 - 0.05) / 3)
     # t(0.975, 2) = 4.3027 standard errors of -0.05, -0.1, -0.05
     assert (result.low, result.high) == pytest.approx((-0.13838, 0.00504), abs=1e-5)
     unpaired = [row for row in rows if (row.experiment_name, row.seed) != ("a", 0)]
-    single = difference(unpaired, "b", "a", ["t1"], M)
+    single = FinalRuns(unpaired).difference("b", "a", ["t1"], M)
     assert (single.mean, single.pairs) == (0.0, 1) and math.isnan(single.low) and difference_text(single, 1) == "0.0"
-    assert difference(rows, "c", "a", ["t1"], M) is None
+    assert FinalRuns(rows).difference("c", "a", ["t1"], M) is None
 
 
 def test_interval_of_a_single_task_is_over_seeds():
     values = [0.01, 0.02, 0.03, 0.04]
     rows = [row("b", "t", i, v) for i, v in enumerate(values)]
     rows += [row("a", "t", i, 0.0) for i in range(4)]
-    result = difference(rows, "b", "a", ["t"], M)
+    result = FinalRuns(rows).difference("b", "a", ["t"], M)
     half = 3.182446 * 0.0129099 / 2  # t(0.975, 3), deviation, root of the count
     assert (result.low, result.high) == pytest.approx((0.025 - half, 0.025 + half), abs=1e-6)
     assert result.p == pytest.approx(0.03047, abs=1e-5) and result.units == 4
@@ -157,14 +154,15 @@ def test_false_positive_rate_is_five_percent_in_simulations(comparisons):
 
 
 def test_mean_cost_weights_tasks_equally():
-    rows = [row("a", t, 0, step_time=c) for t, c in (("x", 1), ("x", 3), ("y", 10), ("y", None))]
-    assert average(rows, "a", "step_time") == 6 and average(rows, "a", "train_time") is None
+    costs = (("x", 0, 1), ("x", 1, 3), ("y", 0, 10), ("y", 1, None))
+    runs = FinalRuns([row("a", task, seed, step_time=cost) for task, seed, cost in costs])
+    assert runs.average("a", "step_time") == 6 and runs.average("a", "train_time") is None
 
 
 def test_final_row_without_the_metric_is_rejected():
     message = r"the row of 't/a/seed-0' must have test_map, got none; remove its line from results.jsonl and its folder"
     with pytest.raises(ValueError, match=message):
-        spread([row("a", "t", 0, 0.5)], "a", "t", "test_map")
+        FinalRuns([row("a", "t", 0, 0.5)]).spread("a", "t", "test_map")
 
 
 def test_pareto_front_excludes_dominated_points():
@@ -192,9 +190,10 @@ def test_rows_of_other_methods_are_ignored(large, make_row):
 def test_curves_contain_tuning_runs_at_the_default_weight_decay(large, make_row):
     experiment, rows = large
     more = make_row(experiment, "elpv", "linear", 0, purpose="trial", factor=1.0, decay=0.1, val_accuracy=0.0)
-    curve = lr_curve([*rows, more], "linear", "elpv")
+    trials = summarize(experiment, [*rows, more]).trials
+    curve = lr_curve(trials["linear", "elpv"])
     assert [factor for factor, _ in curve] == [0.1, 0.3, 1.0, 3.0, 10.0] and curve[2][1] > 0.5
-    assert lr_curve(rows, "lora-8", "elpv")[-1] == (10.0, None)
+    assert lr_curve(trials["lora-8", "elpv"])[-1] == (10.0, None)
 
 
 def test_figures_show_every_method(large):
@@ -203,7 +202,7 @@ def test_figures_show_every_method(large):
     names = [method.name for method in summary.methods]
     for figure in (
         pareto(summary, "training_mib", "MiB", "memory", False),
-        learning_rate_curves(summary, rows, summary.tasks, "mean"),
+        learning_rate_curves(summary, summary.tasks, "mean"),
     ):
         assert [text.get_text() for text in figure.legends[0].get_texts()] == names
     overall, by_task = forest(summary, False), forest(summary, True)
@@ -214,7 +213,7 @@ def test_missing_measurements_are_not_drawn(large):
     experiment, rows = large
     summary = summarize(experiment, rows)
     assert pareto(summary, "accelerator_memory_max", "B", "memory", False) is None
-    assert learning_rate_curves(summary, [], summary.tasks, "mean") is None
+    assert learning_rate_curves(summarize(experiment, final_rows(rows)), summary.tasks, "mean") is None
     assert forest(summarize(experiment, []), False) is None
 
 
@@ -232,5 +231,5 @@ def test_filled_marker_is_the_selected_learning_rate_on_ties(tiny, make_row):
     trials = [make_row(experiment, "digits", "linear", 0, purpose="trial", factor=f) for f in (0.3, 1.0, 3.0)]
     final = make_row(experiment, "digits", "linear", 0, factor=1.0)
     for rows, filled in (([*trials, final], 1.0), (trials, 0.3)):
-        figure = learning_rate_curves(summarize(experiment, rows), rows, ["digits"], "digits")
+        figure = learning_rate_curves(summarize(experiment, rows), ["digits"], "digits")
         assert list(figure.axes[0].lines[1].get_xdata()) == [filled]

@@ -10,8 +10,9 @@ import time
 import pytest
 
 from snella_app.files import sealed
-from snella_app.records import CellResults, CellRow, plain
+from snella_app.records import plain
 from snella_lab.comparison import store
+from snella_lab.comparison.rows import CellResults, CellRow
 from snella_lab.comparison.store import (
     append_row,
     cell_lock,

@@ -19,7 +19,7 @@ from snella import BudgetAllocator, SnellaCallback
 from snella_app.console import counted, make_console, print_line, print_rows
 from snella_app.device import choose_device
 from snella_app.methods.model_parts import base_model
-from snella_app.methods.registry import adapt_headless, matrices_of
+from snella_app.methods.registry import matrices_of
 from snella_app.records import BackboneInfo, DataInfo, FixedLoss, LossRow, RunInfo
 from snella_app.training.build import EpochSampler, mix_seed
 from snella_app.training.checkpoints import base_training_arguments, latest_checkpoint
@@ -36,7 +36,7 @@ from snella_lab.recipes.dreambooth.pipeline import (
     load_pipeline,
 )
 from snella_lab.recipes.dreambooth.report import write_generation_report
-from snella_lab.recipes.trainer import RecipeTrainer, describe_method, describe_run
+from snella_lab.recipes.trainer import RecipeTrainer, adapt_headless, describe_method, describe_run
 
 _LOGIT_MEAN, _LOGIT_STD, _MODE_SCALE = 0.0, 1.0, 1.29
 

@@ -15,14 +15,14 @@ from snella import SnellaCallback
 from snella_app.console import counted, make_console, print_line, print_rows
 from snella_app.device import choose_device
 from snella_app.files import sha256_of
-from snella_app.methods.registry import adapt_headless, matrices_of
+from snella_app.methods.registry import matrices_of
 from snella_app.records import BackboneInfo, DataInfo, LossRow, RunInfo, record_from
 from snella_app.training.checkpoints import base_training_arguments
 from snella_app.training.session import lock_run, record_status
 from snella_lab.recipes.instruct.config import LanguageConfig, LanguageFolder
 from snella_lab.recipes.instruct.data import IGNORED, Template, encode, pad_right, read_instructions
 from snella_lab.recipes.pretrained import load_pretrained
-from snella_lab.recipes.trainer import RecipeTrainer, describe_method, describe_run
+from snella_lab.recipes.trainer import RecipeTrainer, adapt_headless, describe_method, describe_run
 
 _PACKAGES = ("snella", "torch", "peft", "transformers", "accelerate")
 _Item = dict[str, list[int]]

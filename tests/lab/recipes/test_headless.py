@@ -4,7 +4,7 @@ from peft import PeftModel
 from torch import nn
 
 from snella_app.methods import load_trained, save_trained
-from snella_app.methods.registry import adapt_headless
+from snella_lab.recipes.trainer import adapt_headless
 
 
 def model():
