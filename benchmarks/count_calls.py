@@ -26,7 +26,7 @@ from torch import nn
 
 import snella
 from snella import SnellaConfig
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.console import make_console
 from snella_app.training.train import train
 from snella_app.training.trainer import SnellaTrainer

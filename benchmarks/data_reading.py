@@ -259,8 +259,8 @@ def outcome(run: Callable[[], str]) -> str:
 
 def describe_snella(spec: str, folder: Path) -> str:
     """Describe the result of `load_data`; after an error, repeat it with `skip_corrupt`."""
-    from snella_app.config import DataConfig
     from snella_app.data.load import load_data
+    from snella_app.data.options import DataConfig
 
     try:
         splits = load_data(spec, divide=False)

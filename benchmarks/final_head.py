@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from products.folders import DEVELOPMENT
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.device import choose_device
 from snella_app.training.build import build, load
 from snella_app.training.final_head import MeasuredFeatures, fit_linear, measure_features

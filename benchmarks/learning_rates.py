@@ -29,12 +29,12 @@ from torch.nn.functional import cross_entropy
 from transformers import get_cosine_schedule_with_warmup
 
 from snella import BudgetAllocator
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.data.protocol import get_protocol
 from snella_app.data.transforms import build_transform
 from snella_app.methods import build_method, spec_of
 from snella_app.methods.registry import matrices_of
-from snella_app.records import BackboneInfo
+from snella_app.records.run import BackboneInfo
 from snella_app.runs.images import load_splits
 from snella_app.runs.model import make_backbone
 from snella_app.tasks.linear_fit import INVERSE_PENALTY, fit_probe

@@ -24,9 +24,9 @@ from torch.nn.functional import cross_entropy
 from snella.memory.origins import origin_of
 from snella.memory.recompute import mark_outputs, unmark_outputs
 from snella.ops import sample_tokens
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.data.transforms import build_transform
-from snella_app.records import BackboneInfo
+from snella_app.records.run import BackboneInfo
 from snella_app.runs.images import load_splits
 from snella_app.runs.model import make_backbone
 from snella_app.tasks.linear_fit import INVERSE_PENALTY, fit_probe

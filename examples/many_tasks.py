@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from snella import TaskBank, hotswap
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.runs import load_run
 from snella_app.training.train import train
 

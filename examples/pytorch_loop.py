@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 from torch.nn import functional as F
 
 from snella import BudgetAllocator, SnellaConfig, create_snella_optimizer
-from snella_app.backbones import create_backbone
+from snella_app.backbones.create import create_backbone
 
 OUT = Path("runs/examples/pytorch_loop")
 EPOCHS, BATCH = 4, 20

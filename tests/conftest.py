@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 
 from .browser import Browser
 

@@ -9,7 +9,9 @@ import pytest
 from rich.console import Console
 
 from snella_app.files import sealed
-from snella_app.records import Allocation, Metrics, Predictions, RunInfo, plain, read, record_from
+from snella_app.records.predictions import Predictions
+from snella_app.records.record import plain, read, record_from
+from snella_app.records.run import Allocation, Metrics, RunInfo
 from snella_app.report.inspect import current_budgets, inspect_run, read_adapter
 from snella_app.runs import RunFolder
 from snella_app.runs.evaluate import evaluate, rewrite_report

@@ -8,7 +8,7 @@ from rich.console import Console
 from torch.utils.data import Dataset
 
 import snella
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.runs import RunFolder
 
 

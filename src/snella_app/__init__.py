@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from snella_app.api import train
-    from snella_app.config import TrainConfig
+    from snella_app.config.train import TrainConfig
     from snella_app.runs.predict import load
     from snella_app.runs.task_bank import TaskBank
 
-_MODULES = {"TaskBank": "runs.task_bank", "TrainConfig": "config", "load": "runs.predict", "train": "api"}
+_MODULES = {"TaskBank": "runs.task_bank", "TrainConfig": "config.train", "load": "runs.predict", "train": "api"}
 
 __all__ = ["TaskBank", "TrainConfig", "load", "train"]
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from rich.console import Console
 
-from snella_app.config import AUTO_METHOD, TrainConfig
+from snella_app.config.sections import AUTO_METHOD
+from snella_app.config.train import TrainConfig
 from snella_app.plugins import plugin
 from snella_app.runs.folder import RunFolder
 from snella_app.training.folds import is_cross_validation, train_folds

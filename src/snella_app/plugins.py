@@ -8,7 +8,7 @@
 | `snella.commands` | function decorated with `snella_app.cli.command.command` | `snella NAME` |
 | `snella.methods` | `snella_app.methods.Method` | `--method NAME` |
 | `snella.data` | function `() -> Collection`, or `(path) -> Collection` | `--data NAME`, or `--data NAME:PATH` |
-| `snella.backbones` | `snella_app.backbones.NamedBackbone` | `--backbone NAME` |
+| `snella.backbones` | `snella_app.backbones.create.NamedBackbone` | `--backbone NAME` |
 | `snella.reports` | function `(run folder) -> report path` | reports of runs whose task is NAME |
 | `snella.choices` | function `(config, console) -> config` | `--method auto` (the entry `method`) |
 """

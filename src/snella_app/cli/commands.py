@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from snella_app.cli.command import Device, command
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -447,7 +447,8 @@ def inspect(
     """
     from snella_app.console import make_console, print_line
     from snella_app.plugins import plugin
-    from snella_app.records import RunInfo, read
+    from snella_app.records.record import read
+    from snella_app.records.run import RunInfo
     from snella_app.report.inspect import inspect_run
     from snella_app.runs.evaluate import rewrite_report
     from snella_app.runs.folder import RunFolder
@@ -544,9 +545,9 @@ def data(
 
 def _check_dataset(spec: str, task: str, sheet: str | None, options: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Print a summary of a dataset, write the contact sheet if requested, and return errors and warnings."""
-    from snella_app.config import DataConfig
     from snella_app.console import make_console, make_table, print_line, print_rows
     from snella_app.data.check import check_data, contact_sheet
+    from snella_app.data.options import DataConfig
     from snella_app.data.sources import show_reading
     from snella_app.files import create_folder, write_png
     from snella_app.tasks import task_class

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from snella_app.records import Allocation, AllocationStep, MatrixInfo, Metrics
+from snella_app.records.run import Allocation, AllocationStep, MatrixInfo, Metrics
 from snella_app.report.style import (
     ACCENT,
     COLORS,

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from snella_app.records import MaskScores, Metrics, RunInfo, read, read_if_present
+from snella_app.records.record import read, read_if_present
+from snella_app.records.results import MaskScores
+from snella_app.records.run import Metrics, RunInfo
 from snella_app.text import count_text, plain_text, seconds_text, split_text
 
 _MAX_CLASSES = 60

@@ -13,7 +13,7 @@ from PIL import Image
 
 from snella_app.data.images import open_image
 from snella_app.files import write_png
-from snella_app.records import StoredPrediction
+from snella_app.records.predictions import StoredPrediction
 
 _OPACITY = 0.45
 _TINTS = (0.0, 0.5, 0.75)

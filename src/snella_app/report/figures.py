@@ -14,16 +14,10 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from snella_app.records import (
-    Calibration,
-    MethodResult,
-    Metrics,
-    Predictions,
-    RegressionScores,
-    Reliability,
-    RunInfo,
-    Scores,
-)
+from snella_app.records.generators import MethodResult
+from snella_app.records.predictions import Predictions
+from snella_app.records.results import RegressionScores, Scores
+from snella_app.records.run import Calibration, Metrics, Reliability, RunInfo
 from snella_app.report.style import (
     ACCENT,
     COLORS,

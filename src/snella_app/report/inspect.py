@@ -17,17 +17,9 @@ from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
 from snella_app.console import counted
-from snella_app.records import (
-    Allocation,
-    AnswerScores,
-    GeneratorMetrics,
-    MatrixInfo,
-    Metrics,
-    RunInfo,
-    SubjectFidelity,
-    read,
-    read_if_present,
-)
+from snella_app.records.generators import AnswerScores, GeneratorMetrics, SubjectFidelity
+from snella_app.records.record import read, read_if_present
+from snella_app.records.run import Allocation, MatrixInfo, Metrics, RunInfo
 from snella_app.report.allocation import MatrixGrid, group_matrices
 from snella_app.text import bytes_text, percent_text, plain_text, seconds_text
 

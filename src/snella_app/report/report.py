@@ -21,21 +21,11 @@ from markupsafe import Markup, escape
 from snella_app.data.images import open_image
 from snella_app.files import write_bytes
 from snella_app.methods.defaults import PROBE_METHOD
-from snella_app.records import (
-    Allocation,
-    LabelSetScores,
-    MethodResult,
-    MethodResults,
-    Metrics,
-    OrdinalScores,
-    Predictions,
-    RegressionScores,
-    RunInfo,
-    Scores,
-    StoredPrediction,
-    read,
-    read_if_present,
-)
+from snella_app.records.generators import MethodResult, MethodResults
+from snella_app.records.predictions import Predictions, StoredPrediction
+from snella_app.records.record import read, read_if_present
+from snella_app.records.results import LabelSetScores, OrdinalScores, RegressionScores, Scores
+from snella_app.records.run import Allocation, Metrics, RunInfo
 from snella_app.report import figures, targets
 from snella_app.report.allocation import (
     adapter_step,

@@ -13,17 +13,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve
 
-from snella_app.records import (
-    LabelSetPredictions,
-    LabelSetScores,
-    MaskPredictions,
-    MaskScores,
-    Metrics,
-    NumberPredictions,
-    RegressionScores,
-    RunInfo,
-    read_if_present,
-)
+from snella_app.records.predictions import LabelSetPredictions, MaskPredictions, NumberPredictions
+from snella_app.records.record import read_if_present
+from snella_app.records.results import LabelSetScores, MaskScores, RegressionScores
+from snella_app.records.run import Metrics, RunInfo
 from snella_app.report.examples import EmbeddedImage, ImageLoader, embed_image, mask_colors
 from snella_app.report.style import (
     ACCENT,

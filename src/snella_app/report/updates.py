@@ -17,7 +17,7 @@ from snella.autograd import sparsify_update
 from snella.config import SnellaConfig
 from snella.kernels import Factors
 from snella.update import Update, UpdateSpec
-from snella_app.records import MatrixInfo
+from snella_app.records.run import MatrixInfo
 from snella_app.report.inspect import AdapterFile
 from snella_app.report.style import ACCENT, INK, MUTED, WARM, add_legend, new_panels, shortened, signed_map
 from snella_app.text import percent_text

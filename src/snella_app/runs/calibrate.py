@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snella_app.records import Calibration, Reliability, ReliabilityBin
+from snella_app.records.run import Calibration, Reliability, ReliabilityBin
 
 __all__ = ["calibrate", "expected_calibration_error", "fit_temperature", "reliability_bins", "unsure_threshold"]
 

@@ -11,13 +11,14 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
-from snella_app.config import DataConfig
 from snella_app.console import make_console, print_line, track_progress
 from snella_app.data.copies import find_equal_images, find_near_copies
 from snella_app.data.datasets import ImageDataset, read_at_side
 from snella_app.data.load import DataSplits, has_columns, load_data
+from snella_app.data.options import DataConfig
 from snella_app.data.sources import show_reading
-from snella_app.records import Calibration, RunInfo, plain, read
+from snella_app.records.record import plain, read
+from snella_app.records.run import Calibration, RunInfo
 from snella_app.report.examples import ImageLoader
 from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from snella_app.data.load import DataSplits
 from snella_app.files import create_folder, write_bytes
 from snella_app.methods.model_parts import base_model
-from snella_app.records import Predictions, read
+from snella_app.records.predictions import Predictions
+from snella_app.records.record import read
 from snella_app.report.examples import choose_examples, image_data_uri
 from snella_app.report.report import write_page
 from snella_app.runs.evaluate import rewrite_report

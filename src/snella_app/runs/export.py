@@ -23,7 +23,7 @@ from snella_app.data.images import read_image
 from snella_app.files import annotate_write_errors, check_new, create_folder, sync_tree, write_json, write_text
 from snella_app.methods import merge_trained
 from snella_app.methods.model_parts import base_model
-from snella_app.records import RunInfo
+from snella_app.records.run import RunInfo
 from snella_app.report.card import model_card
 from snella_app.runs.graphs import (
     Graph,

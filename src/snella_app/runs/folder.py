@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args
 
 import yaml
 
-from snella_app import records
-from snella_app.config import SESSION_FIELDS, UNSTORED_FIELDS, RunSettings, TrainConfig
+from snella_app.config.train import SESSION_FIELDS, UNSTORED_FIELDS, RunSettings, TrainConfig
 from snella_app.files import sealed, sha256_of, write_json, write_text
-from snella_app.records import FORMAT, Allocation, FoldResults, Record, RunInfo, Status, read_if_present
+from snella_app.records.record import FORMAT, Record, read_if_present, read_object, write
+from snella_app.records.run import Allocation, FoldResults, RunInfo, Status
 
 
 def adapter_digest(folder: Path) -> str:
@@ -137,13 +137,13 @@ class RunFolderOf(Generic[S]):
         return True
 
     def read_json(self, name: str) -> Any:
-        """Read a JSON file without validating its fields; `snella_app.records.read` validates them.
+        """Read a JSON file without validating its fields; `snella_app.records.record.read` validates them.
 
         Raises:
             FileNotFoundError: If this is not a run folder, or the run has not written the file yet.
             ValueError: If the file is damaged.
         """
-        return records.read_object(self.path / name)
+        return read_object(self.path / name)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file atomically."""
@@ -156,7 +156,7 @@ class RunFolderOf(Generic[S]):
             record = dataclasses.replace(record, **self._binding(), files=self._stored_digests() or None)
         elif isinstance(record, FoldResults):
             record = dataclasses.replace(record, settings=self._binding()["settings"])
-        records.write(record, self.path)
+        write(record, self.path)
         self._update_digest(record.file)
 
     def update(self, status: Status, error: str | None = None, **values: Any) -> None:
@@ -353,7 +353,7 @@ class RunFolderOf(Generic[S]):
     def _stored_digest(self) -> str | None:
         """Return the stored settings digest; None for runs written by early versions."""
         folds = self.path / FoldResults.file
-        stored = self._read_run() or (records.read_object(folds) if folds.is_file() else {})
+        stored = self._read_run() or (read_object(folds) if folds.is_file() else {})
         return stored.get("settings")
 
     def remove_temporary_files(self) -> None:

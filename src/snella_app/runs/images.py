@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from snella_app.config import DataConfig
 from snella_app.data.load import DataSplits, data_folder, load_data, split_spec, with_class_order
+from snella_app.data.options import DataConfig
 from snella_app.data.table import TABLE_SUFFIXES
-from snella_app.records import DataInfo
+from snella_app.records.run import DataInfo
 from snella_app.runs.folder import RunFolder
 from snella_app.tasks import Task, task_class
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from snella.compat.sparse_file import tensors_bytes
 from snella_app.files import check_new, create_folder, write_bytes, write_json
 from snella_app.methods import merge_trained
-from snella_app.records import BackboneInfo, RunInfo, plain, record_from
+from snella_app.records.record import plain, record_from
+from snella_app.records.run import BackboneInfo, RunInfo
 from snella_app.runs.layer_probe import LAYER_PROBE, LayerProbe
 from snella_app.runs.model import LoadedRun, configured_image_size, load_single_run, make_backbone
 

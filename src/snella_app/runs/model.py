@@ -15,7 +15,8 @@ from snella_app.data.options import FULL_WHITE, Reading
 from snella_app.data.transforms import build_transform
 from snella_app.device import choose_device
 from snella_app.methods import load_trained
-from snella_app.records import BackboneInfo, FoldResults, RunInfo, read, read_if_present
+from snella_app.records.record import read, read_if_present
+from snella_app.records.run import BackboneInfo, FoldResults, RunInfo
 from snella_app.runs.folder import RunFolder, status_text
 from snella_app.runs.layer_probe import LayerProbe, read_layer_probe
 from snella_app.tasks import Task, create_task, task_class, task_names

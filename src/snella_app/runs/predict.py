@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from snella_app.methods import spec_of
 from snella_app.methods.model_parts import base_model
-from snella_app.records import FoldResults, RunInfo, read_if_present
+from snella_app.records.record import read_if_present
+from snella_app.records.run import FoldResults, RunInfo
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.image_inputs import ImageInput, missing_path_hint, read_input, split_inputs
 from snella_app.runs.model import Ensemble, LoadedRun, get_task_name, load_run

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from snella_app.files import write_text
-from snella_app.records import RunInfo, read
+from snella_app.records.record import read
+from snella_app.records.run import RunInfo
 from snella_app.report.card import model_card
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.layer_probe import LAYER_PROBE

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from snella_app.console import make_table
 from snella_app.data.datasets import ImageDataset
-from snella_app.records import Predictions, StoredPrediction
+from snella_app.records.predictions import Predictions, StoredPrediction
 from snella_app.tasks.linear_fit import fit_binary_probe, fit_probe
 from snella_app.tasks.losses import corn, corn_probabilities, focal, full_precision, weighted_mean
 from snella_app.tasks.predictions import Prediction

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from snella_app.console import make_table
 from snella_app.data.datasets import ImageDataset
-from snella_app.records import LabelSetPredictions, StoredLabelSetPrediction
+from snella_app.records.predictions import LabelSetPredictions, StoredLabelSetPrediction
 from snella_app.tasks.linear_fit import fit_binary_probe
 from snella_app.tasks.losses import binary_focal, full_precision, weighted_mean
 from snella_app.tasks.predictions import LabelSetPrediction

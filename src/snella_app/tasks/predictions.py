@@ -12,7 +12,7 @@ import numpy as np
 
 from snella_app.data.images import read_image
 from snella_app.files import check_new, create_folder, write_bytes, write_png
-from snella_app.records import plain
+from snella_app.records.record import plain
 from snella_app.report.examples import overlay, write_mask
 from snella_app.text import utf8_text
 

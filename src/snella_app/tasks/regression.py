@@ -15,7 +15,7 @@ from torch import Tensor
 
 from snella_app.console import make_table
 from snella_app.data.datasets import ImageDataset
-from snella_app.records import NumberPredictions, StoredNumberPrediction
+from snella_app.records.predictions import NumberPredictions, StoredNumberPrediction
 from snella_app.tasks.linear_fit import feature_scale
 from snella_app.tasks.losses import NUMBER_LOSSES, full_precision, weighted_mean
 from snella_app.tasks.predictions import NumberPrediction, check_output

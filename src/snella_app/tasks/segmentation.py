@@ -14,10 +14,10 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
 
-from snella_app.backbones import DECODER, create_segmenter
+from snella_app.backbones.segmenter import DECODER, create_segmenter
 from snella_app.console import make_table
 from snella_app.data.datasets import ImageDataset, MaskDataset
-from snella_app.records import MaskPredictions, StoredMaskPrediction
+from snella_app.records.predictions import MaskPredictions, StoredMaskPrediction
 from snella_app.report.examples import ImageLoader, overlay_panels, read_mask, write_mask
 from snella_app.tasks.losses import full_precision, weighted_mean
 from snella_app.tasks.predictions import MaskPrediction, check_mask_output, write_mask_predictions

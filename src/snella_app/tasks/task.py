@@ -14,10 +14,10 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
 
-from snella_app.backbones import create_backbone
+from snella_app.backbones.create import create_backbone
 from snella_app.data.datasets import ImageDataset, MaskDataset
 from snella_app.data.options import TargetKind
-from snella_app.records import LabelSetPredictions, MaskPredictions, NumberPredictions, Predictions
+from snella_app.records.predictions import LabelSetPredictions, MaskPredictions, NumberPredictions, Predictions
 from snella_app.report.examples import ImageLoader
 from snella_app.tasks import predictions as image_outputs
 from snella_app.tasks.losses import full_precision

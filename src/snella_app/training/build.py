@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler
 
-from snella_app.config import DEFAULT_BATCH_SIZE, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from snella_app.config.sections import DEFAULT_BATCH_SIZE, MethodConfig, ModelConfig, OptimConfig, RunConfig
 from snella_app.console import print_line, track_progress
 from snella_app.data.datasets import ImageDataset, MaskDataset, read_at_side
 from snella_app.data.load import DataSplits
+from snella_app.data.options import DataConfig
 from snella_app.data.protocol import get_protocol
 from snella_app.data.sources import show_reading
 from snella_app.data.transforms import build_transform
@@ -38,7 +39,8 @@ from snella_app.methods import (
 )
 from snella_app.methods.model_parts import base_model, find_blocks, find_head, is_inside
 from snella_app.methods.saving import METHOD_FILE
-from snella_app.records import BackboneInfo, RunInfo, read
+from snella_app.records.record import read
+from snella_app.records.run import BackboneInfo, RunInfo
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.images import encode_targets, is_same_split, load_splits
 from snella_app.runs.model import make_backbone

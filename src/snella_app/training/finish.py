@@ -22,17 +22,9 @@ from snella_app.console import print_line
 from snella_app.files import write_text
 from snella_app.methods import load_trained_into
 from snella_app.methods.registry import matrices_of, trainable_parameters
-from snella_app.records import (
-    Allocation,
-    AllocationStep,
-    AveragedEpochs,
-    EpochRow,
-    FinalHead,
-    MatrixInfo,
-    Metrics,
-    plain,
-    scores_from,
-)
+from snella_app.records.record import plain
+from snella_app.records.results import scores_from
+from snella_app.records.run import Allocation, AllocationStep, AveragedEpochs, EpochRow, FinalHead, MatrixInfo, Metrics
 from snella_app.report.card import model_card
 from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate

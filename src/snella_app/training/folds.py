@@ -8,10 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.console import make_console, make_table, print_line
 from snella_app.files import write_text
-from snella_app.records import FoldResults, FoldRow, Metrics, RunInfo, plain, read, read_if_present
+from snella_app.records.record import plain, read, read_if_present
+from snella_app.records.run import FoldResults, FoldRow, Metrics, RunInfo
 from snella_app.runs.folder import RunFolder
 from snella_app.training.train import train
 

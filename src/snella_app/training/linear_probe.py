@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
 
-from snella_app.config import DataConfig, OptimConfig
+from snella_app.config.sections import OptimConfig
 from snella_app.data.datasets import ImageDataset
+from snella_app.data.options import DataConfig
 from snella_app.data.protocol import get_protocol
 from snella_app.data.transforms import build_transform
 from snella_app.device import autocast

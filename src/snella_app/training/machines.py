@@ -155,7 +155,7 @@ def shape_of_backbone(backbone: str, img_size: int | None = None, classes: int =
     from timm.layers import Mlp
     from timm.models.vision_transformer import Block, VisionTransformer
 
-    from snella_app.backbones import create_backbone
+    from snella_app.backbones.create import create_backbone
 
     options: dict[str, Any] = {"num_classes": classes, "pretrained": False, "img_size": img_size}
     try:

@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from snella.layer import SnellaLayer
-from snella_app.backbones import create_backbone
+from snella_app.backbones.create import create_backbone
 from snella_app.methods import build_method
 from snella_app.methods.defaults import MEMORY_METHODS
 

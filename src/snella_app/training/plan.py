@@ -15,15 +15,17 @@ from peft import PeftModel
 from rich.console import Console
 
 from snella import SnellaConfig
-from snella_app.config import SCHEDULE_END, DataConfig, OptimConfig, TrainConfig, command_line
+from snella_app.config.sections import SCHEDULE_END, OptimConfig
+from snella_app.config.train import TrainConfig, command_line
 from snella_app.console import counted, print_line, print_rows
+from snella_app.data.options import DataConfig
 from snella_app.data.protocol import get_protocol
 from snella_app.data.transforms import build_transform, has_flips
 from snella_app.device import choose_device, choose_precision
 from snella_app.methods import find_method, method_options
 from snella_app.methods.model_parts import recorded_inputs
 from snella_app.methods.registry import matrices_of, trainable_parameters
-from snella_app.records import DataInfo, RunInfo
+from snella_app.records.run import DataInfo, RunInfo
 from snella_app.runs.images import SPLITS, absolute_folder, content_digests, split_sizes, splits_digest
 from snella_app.runs.layer_probe import layer_features, probed_layers
 from snella_app.training.build import LoadedData, RunComponents, build, read_side

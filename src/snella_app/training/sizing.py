@@ -19,7 +19,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from snella_app.config import OptimConfig, TrainConfig, budget_seconds
+from snella_app.config.sections import OptimConfig, budget_seconds
+from snella_app.config.train import TrainConfig
 from snella_app.console import counted, print_line
 from snella_app.data.datasets import ImageDataset
 from snella_app.data.protocol import get_protocol

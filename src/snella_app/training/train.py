@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from snella import SnellaCallback
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.console import counted, make_console, print_line
 from snella_app.device import choose_device
 from snella_app.methods import method_of

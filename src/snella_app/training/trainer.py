@@ -16,12 +16,12 @@ from torchvision.transforms import v2
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from snella import BudgetAllocator, SnellaCallback
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.data.datasets import ImageDataset
 from snella_app.data.protocol import get_protocol
 from snella_app.device import autocast, choose_device
 from snella_app.methods import method_of, save_trained
-from snella_app.records import AveragedEpochs
+from snella_app.records.run import AveragedEpochs
 from snella_app.runs.folder import RunFolder
 from snella_app.text import split_text
 from snella_app.training.build import RunComponents, build_optimizer, epoch_sampler, mix_seed

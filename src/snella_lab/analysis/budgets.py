@@ -16,7 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from snella.allocation import budget_at
-from snella_app.records import Allocation, AllocationStep, MatrixInfo, RunInfo, read, read_if_present
+from snella_app.records.record import read, read_if_present
+from snella_app.records.run import Allocation, AllocationStep, MatrixInfo, RunInfo
 from snella_app.report.allocation import linear_trend, log_axis
 from snella_app.report.inspect import current_budgets, read_adapter
 from snella_app.report.style import (

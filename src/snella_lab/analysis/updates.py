@@ -18,7 +18,8 @@ from torch import Tensor
 
 from snella_app.methods import merge_trained, spec_of
 from snella_app.methods.model_parts import is_inside
-from snella_app.records import Allocation, MatrixInfo, read_if_present
+from snella_app.records.record import read_if_present
+from snella_app.records.run import Allocation, MatrixInfo
 from snella_app.report.allocation import log_axis
 from snella_app.report.inspect import read_adapter
 from snella_app.report.style import (

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from snella_app.console import make_console, make_table, print_line
 from snella_app.files import create_folder, write_json
-from snella_app.records import plain
+from snella_app.records.record import plain
 from snella_app.text import bytes_text
 from snella_lab.bench.bench import BenchConfig, bench
 from snella_lab.bench.reference import DTYPES, BackendCheck, check_backend

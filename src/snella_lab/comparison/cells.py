@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.methods import find_method
 from snella_lab.comparison.experiment import DataEntry, Experiment, MethodEntry, folder_name, make_config
 from snella_lab.comparison.rows import CellRow, SearchChoice

@@ -16,8 +16,9 @@ from typing import Any
 
 from rich.console import Console
 
-from snella_app.backbones import create_backbone
-from snella_app.config import AUTO_METHOD, TrainConfig
+from snella_app.backbones.create import create_backbone
+from snella_app.config.sections import AUTO_METHOD
+from snella_app.config.train import TrainConfig
 from snella_app.console import counted, make_console, print_line
 from snella_app.data.load import is_unbalanced
 from snella_app.data.protocol import get_protocol

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.files import write_text
 from snella_app.methods import method_options, parse_method
 from snella_app.methods.defaults import PROBE_METHOD, REFERENCE_METHOD

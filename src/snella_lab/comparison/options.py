@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.settings import Config, Setting
 
 

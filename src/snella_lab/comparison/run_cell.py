@@ -25,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.data.datasets import ImageDataset
 from snella_app.data.load import load_data
 from snella_app.data.splits import stratified_sample
@@ -34,7 +34,9 @@ from snella_app.files import write_json
 from snella_app.methods import build_method, find_method, merge_trained, parse_method, spec_of
 from snella_app.methods.defaults import PROBE_METHOD
 from snella_app.methods.model_parts import is_inside
-from snella_app.records import Metrics, RunInfo, SplitScores, plain, read, scores_from
+from snella_app.records.record import plain, read
+from snella_app.records.results import SplitScores, scores_from
+from snella_app.records.run import Metrics, RunInfo
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.model import make_backbone

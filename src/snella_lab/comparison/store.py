@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from snella_app.files import SEAL, is_intact, sealed, write_json, write_text
-from snella_app.records import plain, record_from, write
+from snella_app.records.record import plain, record_from, write
 from snella_lab.comparison.experiment import DataEntry, MethodEntry, folder_name
 from snella_lab.comparison.rows import CellRow
 

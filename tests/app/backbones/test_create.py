@@ -4,7 +4,8 @@ import pytest
 import timm
 import torch
 
-from snella_app.backbones import create, create_backbone, packaged_names
+from snella_app.backbones import create
+from snella_app.backbones.create import create_backbone, packaged_names
 
 
 def test_a_timm_name_builds_the_requested_head_and_input_size():

@@ -5,7 +5,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from snella_app.backbones import create_backbone
+from snella_app.backbones.create import create_backbone
 
 
 @pytest.mark.parametrize("safe", ["safe", False])

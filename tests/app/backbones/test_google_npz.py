@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 
-from snella_app.backbones import create_backbone
+from snella_app.backbones.create import create_backbone
 
 QUERY = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
 POSITIONS = "Transformer/posembed_input/pos_embedding"

@@ -10,8 +10,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save
 
-from snella_app.backbones import create_backbone
-from snella_app.backbones.create import create_from_hub
+from snella_app.backbones.create import create_backbone, create_from_hub
 
 
 @pytest.fixture(autouse=True)

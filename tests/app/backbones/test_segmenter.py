@@ -3,8 +3,7 @@ import torch
 from torch import nn
 from transformers import SamModel
 
-from snella_app.backbones import create_segmenter
-from snella_app.backbones.segmenter import SegmentationModel
+from snella_app.backbones.segmenter import SegmentationModel, create_segmenter
 from snella_app.methods import build_method, load_trained, save_trained
 
 

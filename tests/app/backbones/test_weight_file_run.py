@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.runs import load_run
 from snella_app.runs.merge import merge
 from snella_app.training.train import train

@@ -29,7 +29,7 @@ def test_the_command_in_run_json_can_be_parsed(run):
     import shlex
 
     from snella_app.cli.parser import parse
-    from snella_app.config import TrainConfig
+    from snella_app.config.train import TrainConfig
 
     args = shlex.split(RunFolder(run).read_json("run.json")["command"])
     assert args[0] == "snella"

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from snella_app.config import DataConfig
 from snella_app.data.load import load_data
+from snella_app.data.options import DataConfig
 from snella_lab.bundled.data import load_elpv, load_mnist5k
 
 

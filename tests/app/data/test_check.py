@@ -3,8 +3,8 @@ import pytest
 from PIL import Image
 
 from snella_app.cli.main import main
-from snella_app.config import DataConfig
 from snella_app.data.check import check_data, contact_sheet
+from snella_app.data.options import DataConfig
 
 
 def stamp(seed, size=(40, 30)):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snella_app.config import DataConfig
 from snella_app.data.load import load_data
+from snella_app.data.options import DataConfig
 from snella_lab.bundled.data import load_fashion_mnist, load_stamps
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")

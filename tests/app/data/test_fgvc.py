@@ -3,9 +3,9 @@ import shutil
 
 import pytest
 
-from snella_app.config import DataConfig
 from snella_app.data.benchmarks import FGVC_DATASETS
 from snella_app.data.load import load_data
+from snella_app.data.options import DataConfig
 from tests.benchmark_folders import write_fgvc
 
 TINY = {"train": 9, "val": 3, "test": 6}

@@ -4,9 +4,9 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from snella_app.config import DataConfig
 from snella_app.data import images
 from snella_app.data.load import load_data
+from snella_app.data.options import DataConfig
 
 
 def load(root, seed=0, **options):

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from snella_app.config import DataConfig
 from snella_app.data.load import load_data
+from snella_app.data.options import DataConfig
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 import snella
-from snella_app.config import DataConfig
 from snella_app.data import images
 from snella_app.data.copies import find_near_copies
 from snella_app.data.datasets import ImageDataset, joined, read_at_side
 from snella_app.data.images import IMAGE_SUFFIXES, Reading, inspect_image, read_image, read_label_map, to_rgb
 from snella_app.data.load import load_data
+from snella_app.data.options import DataConfig
 from snella_app.data.sources import FileImages, broken_images, broken_rows
 
 

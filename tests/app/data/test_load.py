@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from snella_app.config import DataConfig
 from snella_app.data.load import data_names, full_spec, load_data
+from snella_app.data.options import DataConfig
 
 
 def test_the_accepted_forms_are_listed():

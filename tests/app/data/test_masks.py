@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snella_app.config import DataConfig
 from snella_app.data.check import check_data
 from snella_app.data.images import read_label_map
 from snella_app.data.load import load_data
+from snella_app.data.options import DataConfig
 
 from .mask_folders import write_pairs
 

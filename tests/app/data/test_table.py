@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snella_app.config import DataConfig
 from snella_app.data.columns import Columns
 from snella_app.data.load import load_data
+from snella_app.data.options import DataConfig
 from snella_app.data.table import table_paths
 
 COLUMNS = ("file", "species", "patient")

@@ -3,9 +3,9 @@ import shutil
 
 import pytest
 
-from snella_app.config import DataConfig
 from snella_app.data.benchmarks import VTAB_TASKS
 from snella_app.data.load import data_folder, load_data
+from snella_app.data.options import DataConfig
 from tests.benchmark_folders import write_noise, write_vtab
 
 TINY = {"train800": 12, "val200": 4, "test": 8}

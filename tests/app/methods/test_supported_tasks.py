@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from snella_app.backbones import create_backbone, create_segmenter
+from snella_app.backbones.create import create_backbone
+from snella_app.backbones.segmenter import create_segmenter
 from snella_app.methods import SelectionData, build_method, load_trained, method_names, save_trained
 from snella_app.tasks import create_task
 from snella_lab.recipes.dreambooth.config import DreamBoothConfig

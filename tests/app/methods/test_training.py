@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.methods import METHODS, load_trained
-from snella_app.records import RunInfo, read
+from snella_app.records.record import read
+from snella_app.records.run import RunInfo
 from snella_app.runs.model import make_backbone
 from snella_app.training.train import train
 

@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snella_app.records import MaskPredictions, MaskScores, Metrics, read
+from snella_app.records.predictions import MaskPredictions
+from snella_app.records.record import read
+from snella_app.records.results import MaskScores
+from snella_app.records.run import Metrics
 from snella_app.report.examples import mask_colors, overlay, overlay_panels, read_mask, write_mask
 
 

@@ -5,7 +5,8 @@ import xml.etree.ElementTree as ET
 import pytest
 from PIL import Image
 
-from snella_app.records import Allocation, AllocationStep, MatrixInfo, Metrics, read
+from snella_app.records.record import read
+from snella_app.records.run import Allocation, AllocationStep, MatrixInfo, Metrics
 from snella_app.report import allocation as allocation_figures
 from snella_app.report import figures
 from snella_app.report.style import inline_svg, shortened

@@ -11,20 +11,9 @@ from safetensors.torch import save_file
 from snella import SnellaConfig
 from snella.matrices import adapted_matrices
 from snella_app.files import sha256_of
-from snella_app.records import (
-    Allocation,
-    AnswerScores,
-    BackboneInfo,
-    DataInfo,
-    GeneratorMetrics,
-    LossRow,
-    MatrixInfo,
-    RunInfo,
-    SubjectFidelity,
-    TaskAccuracy,
-    read,
-    write,
-)
+from snella_app.records.generators import AnswerScores, GeneratorMetrics, LossRow, SubjectFidelity, TaskAccuracy
+from snella_app.records.record import read, write
+from snella_app.records.run import Allocation, BackboneInfo, DataInfo, MatrixInfo, RunInfo
 from snella_app.report.inspect import current_budgets, inspect_run, read_adapter, saved_budgets
 from snella_app.text import bytes_text
 

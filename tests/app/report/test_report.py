@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from snella_app.cli.parser import parse
-from snella_app.records import Metrics, Predictions, RunInfo, StoredPrediction, read, write
+from snella_app.records.predictions import Predictions, StoredPrediction
+from snella_app.records.record import read, write
+from snella_app.records.run import Metrics, RunInfo
 from snella_app.report.examples import choose_examples, embed_image, image_data_uri
 from snella_app.report.report import _count_fact, groups_section, uses, write_report
 from snella_app.tasks import predictions as predictions_of_images

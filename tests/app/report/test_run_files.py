@@ -3,18 +3,11 @@ import math
 
 import pytest
 
-from snella_app.records import (
-    Allocation,
-    MethodResults,
-    Metrics,
-    Predictions,
-    RegressionScores,
-    RunInfo,
-    Scores,
-    read,
-    read_if_present,
-)
-from snella_app.records.results import NumberScores
+from snella_app.records.generators import MethodResults
+from snella_app.records.predictions import Predictions
+from snella_app.records.record import read, read_if_present
+from snella_app.records.results import NumberScores, RegressionScores, Scores
+from snella_app.records.run import Allocation, Metrics, RunInfo
 from snella_app.report.allocation import adapter_step, group_matrices, schedule_epochs
 from snella_app.report.inspect import current_budgets
 

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from snella_app.records import BackboneInfo, DataInfo, EpochRow, Metrics, RunInfo, read, scores_from, write
+from snella_app.records.record import read, write
+from snella_app.records.results import scores_from
+from snella_app.records.run import BackboneInfo, DataInfo, EpochRow, Metrics, RunInfo
 from snella_app.report.report import write_report
 from snella_app.report.targets import label_cards, number_cards
 from snella_app.tasks import create_task
@@ -128,7 +130,7 @@ def test_the_regression_page_compares_with_the_baseline(runs):
 
 
 def test_the_worst_images_come_first(runs):
-    from snella_app.records import LabelSetPredictions, NumberPredictions
+    from snella_app.records.predictions import LabelSetPredictions, NumberPredictions
 
     predictions = read(NumberPredictions, runs["regression"][0])
     groups = number_cards(predictions, NAMES["regression"], None)

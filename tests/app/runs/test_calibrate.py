@@ -8,7 +8,9 @@ import torch
 
 from snella_app.cli.main import main
 from snella_app.files import sealed, write_json
-from snella_app.records import Predictions, ReliabilityBin, RunInfo, StoredPrediction, read
+from snella_app.records.predictions import Predictions, StoredPrediction
+from snella_app.records.record import read
+from snella_app.records.run import ReliabilityBin, RunInfo
 from snella_app.runs.calibrate import (
     calibrate,
     expected_calibration_error,

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from snella_app.config import TrainConfig
-from snella_app.records import RunInfo, read
+from snella_app.config.train import TrainConfig
+from snella_app.records.record import read
+from snella_app.records.run import RunInfo
 from snella_app.runs import RunFolder
 from snella_app.runs.evaluate import evaluate, rewrite_report
 from snella_app.runs.images import absolute_folder, check_splits, find_data, load_splits

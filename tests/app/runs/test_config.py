@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from snella_app.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from snella_app.config.sections import MethodConfig, ModelConfig, OptimConfig, RunConfig
+from snella_app.config.train import TrainConfig
+from snella_app.data.options import DataConfig
 from snella_app.device import choose_device
 from snella_app.methods import METHODS
 from snella_app.methods.defaults import TRAIN_PRESETS

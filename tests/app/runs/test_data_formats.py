@@ -9,8 +9,8 @@ import timm
 import torch
 from PIL import Image
 
-from snella_app.backbones import create_backbone
-from snella_app.config import TrainConfig
+from snella_app.backbones.create import create_backbone
+from snella_app.config.train import TrainConfig
 from snella_app.data.images import read_image
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate

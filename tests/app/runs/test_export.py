@@ -18,7 +18,7 @@ from snella import load_sparse
 from snella.compat.sparse_file import SparsePatch, decode_positions, encode_positions
 from snella_app.cli.commands import ExportName
 from snella_app.cli.main import main
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.runs import export as exporting
 from snella_app.runs import load_run
 from snella_app.runs.export import FORMATS, export

@@ -6,9 +6,10 @@ from itertools import count
 import pytest
 
 from snella_app.cli.parser import as_flags
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.files import create_folder, sealed, write_bytes, write_json
-from snella_app.records import BackboneInfo, DataInfo, FoldResults, RunInfo, read
+from snella_app.records.record import read
+from snella_app.records.run import BackboneInfo, DataInfo, FoldResults, RunInfo
 from snella_app.runs import RunFolder
 from snella_app.training.session import lock_run
 from snella_lab.analysis.plot import Plot, write_plots

@@ -16,7 +16,8 @@ from PIL import Image
 
 import snella
 from snella_app.console import make_console
-from snella_app.records import Calibration, plain
+from snella_app.records.record import plain
+from snella_app.records.run import Calibration
 from snella_app.runs import RunFolder
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.image_inputs import expand, new_files

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.runs import load_run
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.export import export

@@ -5,7 +5,7 @@ import timm
 import torch
 
 from snella import TaskBank
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.runs import load_run
 from snella_app.runs.predict import load
 from snella_app.training.train import train

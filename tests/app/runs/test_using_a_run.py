@@ -13,10 +13,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.files import sealed, write_json
 from snella_app.methods import AdapterFileError
-from snella_app.records import FoldResults, FoldRow, RunInfo, read, write
+from snella_app.records.record import read, write
+from snella_app.records.run import FoldResults, FoldRow, RunInfo
 from snella_app.report.inspect import inspect_run
 from snella_app.runs import RunFolder, TaskBank, load_run
 from snella_app.runs.evaluate import calibrate_run, evaluate

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.data.datasets import ImageDataset, MaskDataset
 from snella_app.tasks import SegmentationTask, create_task, task_class, task_names
 from snella_app.tasks.segmentation import choose_indices, overlap_losses

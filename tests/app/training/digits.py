@@ -1,6 +1,6 @@
 """Short training run on digits."""
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 
 
 def config(out, **options):

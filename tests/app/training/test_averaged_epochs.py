@@ -4,7 +4,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from snella.matrices import adapted_matrices
-from snella_app.records import Metrics, read
+from snella_app.records.record import read
+from snella_app.records.run import Metrics
 from snella_app.report.report import _saved_epoch
 from snella_app.runs import load_run
 from snella_app.training.callbacks import EpochSnapshots

@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.runs import RunFolder
 from snella_app.training.build import EpochSampler
 from snella_app.training.checkpoints import latest_checkpoint

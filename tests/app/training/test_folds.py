@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from snella_app.cli.main import main
-from snella_app.config import DataConfig
 from snella_app.data.load import load_data
-from snella_app.records import FoldResults, read
+from snella_app.data.options import DataConfig
+from snella_app.records.record import read
+from snella_app.records.run import FoldResults
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.predict import load

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from snella import BudgetAllocator
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.methods.registry import matrices_of
 from snella_app.runs.model import load_run
 from snella_app.training.build import load_initial_weights

@@ -7,7 +7,7 @@ import pytest
 import timm
 from timm.models import VisionTransformer
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.methods import build_method
 from snella_app.training import train as running_module
 from snella_app.training.linear_probe import cache_features, can_cache_features

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.data.load import load_data
 from snella_app.data.protocol import PROTOCOLS
 from snella_app.device import choose_device

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from snella.matrices import adapted_matrices
 from snella_app.cli.main import main
-from snella_app.config import DataConfig, TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.data.load import load_data
+from snella_app.data.options import DataConfig
 from snella_app.data.protocol import PROTOCOLS, get_protocol
 from snella_app.report.inspect import inspect_run
 from snella_app.runs import RunFolder, load_run

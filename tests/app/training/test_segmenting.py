@@ -14,7 +14,7 @@ from transformers import SamModel
 from snella import load_sparse
 from snella_app.cli.main import main
 from snella_app.cli.parser import parse
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.data.images import read_image
 from snella_app.report.examples import read_mask
 from snella_app.runs import load_merged, load_run

@@ -5,8 +5,9 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from snella_app.config import DataConfig, TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.data.load import load_data
+from snella_app.data.options import DataConfig
 from snella_app.methods import build_method
 from snella_app.runs.merge import merge
 from snella_app.runs.model import load_run

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from snella_app.cli.main import main
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.runs import RunFolder
 from snella_app.training.session import RunInUseError, lock_run
 from snella_app.training.train import train

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.methods import METHODS, build_method
 from snella_app.training.distributed import sharding_savings
 from tests.processes import run_in_two_processes

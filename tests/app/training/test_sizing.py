@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from snella_app.config import TrainConfig, budget_seconds
+from snella_app.config.sections import budget_seconds
+from snella_app.config.train import TrainConfig
 from snella_app.device import choose_device
-from snella_app.records import RunInfo, read
+from snella_app.records.record import read
+from snella_app.records.run import RunInfo
 from snella_app.runs.model import load_run
 from snella_app.training import sizing
 from snella_app.training.build import build, load

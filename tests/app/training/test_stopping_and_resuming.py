@@ -15,8 +15,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from snella_app.config import TrainConfig
-from snella_app.records import RunInfo, read
+from snella_app.config.train import TrainConfig
+from snella_app.records.record import read
+from snella_app.records.run import RunInfo
 from snella_app.report.report import write_report
 from snella_app.runs import RunFolder, load_run
 from snella_app.tasks.classification import ClassificationTask
@@ -35,7 +36,7 @@ KILL_PROGRAM = """
 import os, signal, sys
 import yaml, torch
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.training.train import train
 from snella_app.training import checkpoints, trainer
 where, step, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]

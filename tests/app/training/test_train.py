@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from snella import load
 from snella.matrices import adapted_matrices
 from snella_app.methods import load_trained
-from snella_app.records import RunInfo, read
+from snella_app.records.record import read
+from snella_app.records.run import RunInfo
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate, images_for_run
 from snella_app.runs.model import make_backbone

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from timm.layers import DropPath
 from torch import nn
 
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.methods import build_method
 from snella_app.runs import RunFolder
 from snella_app.training.build import build_optimizer, checkpoint_gradients, set_drop_path

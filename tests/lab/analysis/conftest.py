@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from snella_app.methods import build_method, save_trained
-from snella_app.records import BackboneInfo, DataInfo, RunInfo, write
+from snella_app.records.record import write
+from snella_app.records.run import BackboneInfo, DataInfo, RunInfo
 from snella_app.runs.model import make_backbone
 
 OLD_RUN = Path(__file__).parents[2] / "old_files" / "run"

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from snella_app.records import Allocation, AllocationStep, BackboneInfo, DataInfo, MatrixInfo, RunInfo, read, write
+from snella_app.records.record import read, write
+from snella_app.records.run import Allocation, AllocationStep, BackboneInfo, DataInfo, MatrixInfo, RunInfo
 from snella_app.report.allocation import linear_trend
 from snella_lab.analysis.budgets import allocation, evolution
 

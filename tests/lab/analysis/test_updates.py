@@ -9,7 +9,8 @@ from scipy import stats
 
 from snella.matrices import adapted_matrices
 from snella_app.methods import merge_trained
-from snella_app.records import Allocation, read
+from snella_app.records.record import read
+from snella_app.records.run import Allocation
 from snella_app.report.inspect import read_adapter
 from snella_app.report.report import update_section
 from snella_app.report.updates import _downsample, deepest_query

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from snella_app.backbones import create_backbone
+from snella_app.backbones.create import create_backbone
 from snella_app.cli.commands import inspect
 from snella_app.training.cost_model import (
     METHODS,
@@ -92,7 +92,7 @@ def test_shape_is_read_without_allocating_weights(monkeypatch):
         built.append(create_backbone(*args, **kwargs))
         return built[-1]
 
-    monkeypatch.setattr("snella_app.backbones.create_backbone", create)
+    monkeypatch.setattr("snella_app.backbones.create.create_backbone", create)
     assert shape_of_backbone("vit_huge_patch14_224") == MODELS["ViT-H/14"]
     (model,) = built
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
@@ -106,7 +106,7 @@ def test_shape_is_read_on_the_cpu_if_timm_reads_values_during_construction(monke
         torch.ones(1).item()
         return create_backbone(*args, **kwargs)
 
-    monkeypatch.setattr("snella_app.backbones.create_backbone", create)
+    monkeypatch.setattr("snella_app.backbones.create.create_backbone", create)
     assert shape_of_backbone("vit_small_patch16_224") == MODELS["ViT-S/16"]
     assert devices == ["meta", "cpu"]
 

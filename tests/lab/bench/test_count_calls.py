@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from snella import SnellaConfig
-from snella_app.config import TrainConfig
+from snella_app.config.train import TrainConfig
 from snella_app.console import make_console
 from snella_app.training.train import train
 

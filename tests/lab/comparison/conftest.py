@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from snella_app.records import record_from
+from snella_app.records.record import record_from
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.report import write_page
 from snella_lab.comparison.rows import CellRow

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from snella_app.cli.main import main
-from snella_app.config import TrainConfig
-from snella_app.records import RunInfo, read
+from snella_app.config.train import TrainConfig
+from snella_app.records.record import read
+from snella_app.records.run import RunInfo
 from snella_lab.comparison import compare as module
 from snella_lab.comparison.compare import choose_method, compare
 from snella_lab.comparison.executors import InThisProcess

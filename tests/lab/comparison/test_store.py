@@ -10,7 +10,7 @@ import time
 import pytest
 
 from snella_app.files import sealed
-from snella_app.records import plain
+from snella_app.records.record import plain
 from snella_lab.comparison import store
 from snella_lab.comparison.rows import CellResults, CellRow
 from snella_lab.comparison.store import (

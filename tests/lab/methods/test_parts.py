@@ -41,7 +41,7 @@ def test_an_attached_child_is_saved_and_can_be_detached():
 
 
 def test_a_name_in_use_is_rejected():
-    with pytest.raises(ValueError, match="Linear already has a 'weight' \\(Parameter\\)"):
+    with pytest.raises(ValueError, match="Linear already has an attribute 'weight' \\(Parameter\\)"):
         attach(nn.Linear(2, 2), "weight", Add(1.0))
 
 

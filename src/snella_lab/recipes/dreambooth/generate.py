@@ -20,7 +20,8 @@ from snella_app.data.images import IMAGE_SUFFIXES
 from snella_app.device import autocast, choose_device
 from snella_app.files import write_json, write_png
 from snella_app.methods import load_trained
-from snella_app.records import RunInfo, read
+from snella_app.records.record import read
+from snella_app.records.run import RunInfo
 from snella_app.runs.folder import adapter_digest
 from snella_lab.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder, GenerateOptions, GenerationOptions
 from snella_lab.recipes.dreambooth.data import fill, read_prompt_file

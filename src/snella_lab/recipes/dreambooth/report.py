@@ -12,7 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from snella_app.data.images import open_image
-from snella_app.records import Allocation, GeneratorMetrics, LossRow, Metrics, RunInfo, read, read_if_present
+from snella_app.records.generators import GeneratorMetrics, LossRow
+from snella_app.records.record import read, read_if_present
+from snella_app.records.run import Allocation, Metrics, RunInfo
 from snella_app.report.examples import image_data_uri
 from snella_app.report.inspect import current_budgets, read_adapter
 from snella_app.report.report import allocation_section, write_page

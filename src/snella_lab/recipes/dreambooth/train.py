@@ -20,7 +20,8 @@ from snella_app.console import counted, make_console, print_line, print_rows
 from snella_app.device import choose_device
 from snella_app.methods.model_parts import base_model
 from snella_app.methods.registry import matrices_of
-from snella_app.records import BackboneInfo, DataInfo, FixedLoss, LossRow, RunInfo
+from snella_app.records.generators import FixedLoss, LossRow
+from snella_app.records.run import BackboneInfo, DataInfo, RunInfo
 from snella_app.training.build import EpochSampler, mix_seed
 from snella_app.training.checkpoints import base_training_arguments, latest_checkpoint
 from snella_app.training.session import lock_run, record_status

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from snella_app.config import BaseRunConfig, RunSettings
+from snella_app.config.sections import BaseRunConfig
+from snella_app.config.train import RunSettings
 from snella_app.runs.folder import RunFolderOf
 from snella_app.settings import Config
 from snella_lab.recipes.config import RecipeMethodConfig, RecipeOptimConfig

@@ -15,7 +15,8 @@ from snella_app.console import make_console, track_progress
 from snella_app.device import choose_device
 from snella_app.files import write_text
 from snella_app.methods import load_trained
-from snella_app.records import RunInfo, read
+from snella_app.records.record import read
+from snella_app.records.run import RunInfo
 from snella_app.runs.folder import adapter_digest
 from snella_lab.recipes.instruct.config import RESULT_FILE, EvaluateLanguageOptions, LanguageFolder
 from snella_lab.recipes.instruct.data import (

@@ -16,7 +16,9 @@ from snella_app.console import counted, make_console, print_line, print_rows
 from snella_app.device import choose_device
 from snella_app.files import sha256_of
 from snella_app.methods.registry import matrices_of
-from snella_app.records import BackboneInfo, DataInfo, LossRow, RunInfo, record_from
+from snella_app.records.generators import LossRow
+from snella_app.records.record import record_from
+from snella_app.records.run import BackboneInfo, DataInfo, RunInfo
 from snella_app.training.checkpoints import base_training_arguments
 from snella_app.training.session import lock_run, record_status
 from snella_lab.recipes.instruct.config import LanguageConfig, LanguageFolder
