@@ -295,7 +295,7 @@ class BudgetAllocator:
         total = math.ceil(schedule_end * self.total_steps)
         if self.config.realloc_every == "epoch":
             total = math.ceil(schedule_end * self.total_epochs)
-            t = total if step >= self.total_steps else step // self.steps_per_epoch
+            t = self.total_epochs if step >= self.total_steps else step // self.steps_per_epoch
         start_budget = self.total_weights - round(self.config.init_sparsity * self.total_weights)
         budget = budget_at(t, total, start_budget, self.target_budget, self.config.schedule)
         caps = [matrix.size for matrix in self.matrices]

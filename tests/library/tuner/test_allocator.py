@@ -677,6 +677,7 @@ def test_budget_reaches_target_at_schedule_end_and_stays(mlp, every, end, reache
     train(mlp, model, optimizer, last=12)
     at_target = [entry["step"] for entry in allocator.history if entry["budget"] == allocator.target_budget]
     assert at_target == [entry["step"] for entry in allocator.history if entry["step"] >= reached_at]
+    assert allocator.history[-1]["t"] == (4 if every == "epoch" else 12)
     assert allocator.has_reached_target
 
 
