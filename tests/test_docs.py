@@ -1,5 +1,6 @@
 """Examples and links in the documentation."""
 
+import importlib
 import re
 from functools import partial
 from pathlib import Path
@@ -87,3 +88,11 @@ def test_paper_page_names_existing_files_and_commands():
     assert not [name for name in sorted(named) if not any((root_folder / name).exists() for root_folder in roots)]
     commands = set(re.findall(r"`snella ([a-z-]+)", page))
     assert len(commands) > 6 and commands <= set(COMMANDS)
+
+
+def test_names_in_the_reference_exist():
+    names = [name for page in PAGES for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), flags=re.M)]
+    assert len(names) > 30
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name

@@ -42,8 +42,10 @@ def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -
         return adapted_layer_in_graph(x, weight, bias, update.spec, update.factors, budgets, op, shape)
 
     is_autocast = torch.is_autocast_enabled(x.device.type)
-    x = x.to(torch.get_autocast_dtype(x.device.type) if is_autocast else weight.dtype)
-    x = pad_input(layer.get_base_layer(), x)
+    if is_autocast:
+        x = pad_input(layer.get_base_layer(), x).to(torch.get_autocast_dtype(x.device.type))
+    else:
+        x = pad_input(layer.get_base_layer(), x.to(weight.dtype))
     bias = bias if bias is None else bias.to(x.dtype)
     plan = layer._plan_updates(names, with_branches=True, in_graph=True)
     y = apply(x, plan.names[0], plan.updates[0], weight, bias) if plan.updates else op(x, weight.to(x.dtype), bias)

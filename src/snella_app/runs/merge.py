@@ -48,8 +48,8 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
 
     If `out` is a `.safetensors` file, it contains the state dict. Its metadata contains the architecture, class names
     and data configuration, which the loading snippet uses. For segmentation, the names are those of
-    `snella_app.backbones.create_segmenter`: `encoder.…` (names of the backbone, without a head) and `decoder.…`;
-    `load_merged` loads the model.
+    `snella_app.backbones.segmenter.create_segmenter`: `encoder.…` (names of the backbone, without a head) and
+    `decoder.…`; `load_merged` loads the model.
 
     The outputs match the adapted model. With SNELLA, they are bit-identical, since its layers compute with the
     effective weight. The temperature is not merged; it is stored in the metadata and in `config.json`.
