@@ -48,7 +48,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import `SnellaCallback` and the application's names lazily, because they require optional packages."""
+    """Import `SnellaCallback`, which loads the Trainer's modules, and names of the optional application on access."""
     if name == "SnellaCallback":
         return importlib.import_module("snella.callback").SnellaCallback
     if name not in _APPLICATION_NAMES:

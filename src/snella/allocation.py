@@ -49,8 +49,8 @@ def allocate(importance: Sequence[float], caps: Sequence[int], budget: int, min_
     largest-remainder method, so the sum is exact and the result does not depend on matrix order or machine.
 
     Args:
-        importance: Importance of each matrix. Negative values count as 0. If a value is not finite, or no value is
-            positive, shares are proportional to size.
+        importance: Importance of each matrix. Negative values count as 0. If a value is not finite, all count as 0.
+            If all unsaturated matrices have importance 0, shares are proportional to size.
         caps: Size of each matrix.
         budget: Number of entries to allocate, in `[0, sum(caps)]`.
         min_layer_share: Minimum budget of each matrix, as a fraction of its uniform share `budget · cap / Σ caps`.

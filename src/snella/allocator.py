@@ -133,7 +133,7 @@ class BudgetAllocator:
     def attach(self, optimizer: Optimizer) -> Self:
         """Attach to an optimizer: its steps drive the allocator and its state dict includes the allocator's state.
 
-        The importance is updated before the optimizer changes the parameters (after, with `preset="official"`). In
+        The importance is updated before the optimizer changes the parameters (after, with `zero_init_ema=True`). In
         `optimizer.step(closure)` it is updated after the closure's first call. The budget changes after the step. A
         step skipped by a gradient scaler counts when `optimizer.zero_grad()` clears the overflowed gradients.
         `attach` works before and after `optimizer.load_state_dict`.
@@ -191,7 +191,7 @@ class BudgetAllocator:
         """Update the importance, and reallocate the budget if due, in loops without `attach`.
 
         Call it once per optimizer step, between `loss.backward()` and `optimizer.step()` (after `optimizer.step()` with
-        `preset="official"`), before clearing the gradients.
+        `zero_init_ema=True`), before clearing the gradients.
 
         Args:
             step: 1-based index of this optimizer step.
@@ -266,7 +266,7 @@ class BudgetAllocator:
         if not self._without_gradient or self._num_gradient_checks == _GRADIENT_CHECK_STEPS:
             return
         self._num_gradient_checks += 1
-        # `SnellaModel` reports unused layers
+        # `TrainingWatch` reports unused layers
         excluded = {m.name for m in self.matrices if not m.layer.is_applied}
         if self._num_gradient_checks == 1:  # later, a zero budget may result from a missing gradient
             excluded |= set(self.frozen)

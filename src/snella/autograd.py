@@ -1,6 +1,6 @@
 """The adapted layer as an autograd function; its backward pass rebuilds the update instead of saving it.
 
-The backward pass needs the input, the factors and scalars (model parameters) and one threshold per matrix. Both passes
+The backward pass needs the input, the base weight, the factors and scalars, and one threshold per matrix. Both passes
 materialize a `LazyWeight`. `DERIVATION.md` derives the gradients.
 """
 
@@ -49,7 +49,7 @@ class RecomputeCache:
     def take(
         self, weight: Tensor | None, dtype: torch.dtype, num_updates: int
     ) -> tuple[Tensor | None, list[Merged] | None]:
-        """Return the cached effective weight and merged matrices, and clear the cache; `None` if `weight` changed."""
+        """Return the cached effective weight and merged matrices, or `None` if they do not fit; clear the cache."""
         entry, self._entry = self._entry, None
         if entry is None:
             return None, None
@@ -113,7 +113,7 @@ def adapted_layer(
 
     Args:
         x: Input of the layer.
-        weight: Frozen weight `W0`, `[m, …]`; `None` applies only the updates. Both passes materialize a `LazyWeight`,
+        weight: Base weight `W0`, `[m, …]`; `None` applies only the updates. Both passes materialize a `LazyWeight`,
             and the op then computes in the dtype of `x`.
         bias: `[m]` or `None`.
         updates: Updates of this weight, each `[m, n]` with `n` the product of the weight's other axes. If one has
@@ -125,7 +125,7 @@ def adapted_layer(
         recompute: Cache shared by the calls of one layer while its parameters do not change.
 
     Returns:
-        The layer's output, in the dtype of `weight` or autocast (with a `LazyWeight` in the dtype of `x`), and the
+        The layer's output, in the dtype of `weight` or autocast (without a dense weight, in the dtype of `x`), and the
         thresholds `[G]` of each update.
 
     Raises:
@@ -255,7 +255,7 @@ def backward_pass(
 
     Args:
         grad_y: ∂L/∂y.
-        x: The input; `None` if only the input's gradient is required.
+        x: The input; `None` if ∂L/∂W is not required.
         x_shape: Shape of the input.
         weight: As in the forward pass, like `call`.
         updates: As in the forward pass, with their thresholds.
@@ -303,7 +303,7 @@ def compute_effective_weight(
         updates: Updates of this weight.
         weight_shape: Shape of the result.
         dtype: Dtype of the result if `weight` is a `LazyWeight`: the op's dtype, or float32 for full precision.
-            Otherwise, the result has the dtype of `weight`.
+            Otherwise, the result has the dtype of `weight`, or of the merged updates.
 
     Returns:
         The weight, and the thresholds `[G]` of each update.
@@ -461,7 +461,7 @@ def add_by_autograd(
     materialized in at least float32.
 
     Args:
-        weight: Frozen weight, `[m, …]`, or `None` for the sum of the updates.
+        weight: Base weight, `[m, …]`, or `None` for the sum of the updates.
         updates: Updates of this weight; must not be empty if `weight` is `None`.
         shape: Shape of the result if `weight` is `None`; defaults to `[m, n]`.
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class BudgetRecord(NamedTuple):
-    """Budgets of an adapter as integers, with the buffer and seal that contain them and their versions."""
+    """Budgets of an adapter as integers, with their buffer, its address, their seal, and both versions."""
 
     budgets: tuple[int, ...]
     buffer: Tensor

@@ -108,7 +108,7 @@ class LayerCache:
         self._factor_values[tuple(names)] = values
 
     def adapter(self, name: str, factors: Factors, budgets: tuple[int, ...], mode: tuple[str, bool]) -> AdapterState:
-        """Return the cached state of an adapter, or a new one if its factors, budgets or mode have changed."""
+        """Return an adapter's cached state, or a new one after an optimizer step or a change of its inputs."""
         # a later backward pass cannot use tensors computed in inference mode
         fingerprint = None if torch.is_inference_mode_enabled() else compute_fingerprint(factors)
         if fingerprint is None:

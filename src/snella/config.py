@@ -59,7 +59,7 @@ ImportanceMetric = Literal["sensitivity", "magnitude", "delta_magnitude", "delta
 Bias = Literal["none", "all", "snella_only"]
 
 MATCHED_KERNELS = ("mix_k", "p_linear")
-"""Kernels that `match_update` supports: sums of piecewise distances."""
+"""Kernels that `match_update` supports: a weighted sum of piece distances is a term of `ΔW`."""
 
 # hints for field names of other PEFT methods
 _COUNTERPARTS = {
@@ -119,10 +119,11 @@ class SnellaConfig(PeftConfig):
     """Configuration of a SNELLA adapter, see `SnellaModel`.
 
     Args:
-        r: Rank of the two factors; must be a multiple of `num_pieces`.
+        r: Rank of the two factors; must be a multiple of `num_pieces` if the kernel has pieces.
         kernel: Kernel function that merges the factors: `mix_k`, `p_linear` (SNELL), `normalized_rbf`, `rbf`,
             `sigmoid` or `linear` (LoRA's product).
-        num_pieces: Number of pieces per factor row; must divide `r` and every rank in `rank_pattern`.
+        num_pieces: Number of pieces per factor row in `mix_k`, `p_linear` and `normalized_rbf`; must divide `r` and
+            every rank in `rank_pattern`.
         target_sparsity: Fraction of zeros in the update at the end of training, in `[0, 1)`.
         init_sparsity: Fraction of zeros in the update at the start of training, at most `target_sparsity`.
         target_modules: Modules to adapt: a list of names or suffixes, a regular expression, or `"all-linear"` (every
@@ -131,12 +132,13 @@ class SnellaConfig(PeftConfig):
             linear layers (e.g. in a ResNet), `None` selects the ungrouped convolutions, except the stem (the first
             convolution) and those named `downsample`.
         exclude_modules: Modules to exclude: a list of names or suffixes, or a regular expression.
-        layers_to_transform: Block indices to adapt; requires `target_modules` as a list.
-        layers_pattern: Name of the list of blocks, e.g. `layers`; defaults to the first numbered list in a module name.
+        layers_to_transform: Block indices to adapt; not available if `target_modules` is a regular expression.
+        layers_pattern: Names of the lists of blocks, e.g. `layers`; defaults to the first numbered list in a module
+            name. Requires `layers_to_transform`.
         qkv_groups: Number of matrices in fused query-key-value layers; each matrix competes separately. `"auto"`
             recognizes the names that timm and transformers use. An integer splits these layers into that many equal
-            matrices (1 disables splitting). A mapping from suffixes to an integer or a list of row counts sets the
-            split per layer.
+            matrices (1 disables splitting). A mapping from suffixes to an integer or a list of row counts splits only
+            the layers that it lists.
         rank_pattern: Ranks per layer, by module name or suffix, e.g. `{"attn.qkv": 16, "fc1": 4}`. The longest
             matching key wins; all other layers use `r`.
         modules_to_save: Modules to train in full and save with the adapter, such as the classifier head.
@@ -145,13 +147,12 @@ class SnellaConfig(PeftConfig):
         ensure_weight_tying: Keep the output embedding tied to the input embedding if `modules_to_save` or
             `trainable_token_indices` trains the input embedding.
         bias: Biases to train and save: `"none"`, `"all"`, or `"snella_only"` (biases of adapted layers).
-        parameters_to_save: Parameters outside modules to train in full and save, such as `cls_token`, by name or
-            suffix.
+        parameters_to_save: Single parameters to train in full and save, such as `cls_token`, by name or suffix.
         scaling: Scaling factor of the update.
         update_dropout: Dropout probability on the input of the update. Above 0, the layer computes two matrix products
-            instead of one.
+            instead of one in training.
         update_drop_path: Probability that a sample skips the update. Above 0, the layer computes two matrix products
-            instead of one.
+            instead of one in training.
         dropout_exclude: Suffixes of modules without `update_dropout`.
         preset: Defaults for fields left at `None`: `"paper"`; `"official"`, the behavior of the authors' released code;
             or `"matched"`, the paper's update with optimizer steps that are less sensitive to the learning rate
@@ -187,23 +188,25 @@ class SnellaConfig(PeftConfig):
         compress_activations: Store the inputs of normalizations and activations in int8 (see
             `snella.memory.origins.encode`), and queries, keys and values in int8 instead of attention's saved
             tensors. The backward passes of these operations and of the layers that follow use the stored values.
-            Outputs stay exact; gradients are computed at the rounded activations.
+            Outputs stay exact; gradients are computed at the rounded activations. Requires `recompute_inputs=True`, and
+            the same setting in all active adapters.
         weight_gradient: Computation of the updates' gradients in linear layers: `"exact"`; `"bfloat16"`, from tokens
             rounded to bfloat16 (faster on processors with bfloat16 instructions); or `"sample:P"`, an unbiased estimate
             from a fraction `P` of the tokens, e.g. `"sample:1/2"` (see `snella.ops.sample_tokens`). Outputs
-            and all other gradients stay exact. Convolutions, `impl="reference"` and weights that a model reads for
-            operations other than `F.linear` always use exact gradients.
+            and all other gradients stay exact. Convolutions, `impl="reference"`, updates folded into a trained base
+            weight, and weights that a model reads for operations other than `F.linear` always use exact gradients.
         impl: Implementation of the adapted layer: `"auto"`, `"triton"` (Triton kernels on a CUDA device), `"numba"`
             (Numba kernels on the CPU), `"eager"` or `"reference"`; see `snella.functional.adapted_linear`.
         init_weights: `True` draws small factors: the update of a ViT-B-sized weight starts near 5e-6. Narrow layers
             start smaller than in the paper (see `SnellaLayer.max_initial_ratio`). `False` draws larger factors, for
             tests.
-        unused_modules: Read-only; set by `save_pretrained`. Adapted modules that no forward pass used and that are
-            therefore untrained. Merging the loaded adapter warns about them.
+        unused_modules: Read-only; set by `save_pretrained`. Adapted modules that the model neither called nor read, and
+            that are therefore untrained. Merging the loaded adapter warns about them.
 
     Raises:
         TypeError: If a field is unknown; the message suggests the closest field or its counterpart.
-        ValueError: If any field has a wrong type or is out of range; the message lists all of them.
+        ValueError: If any field has a wrong type, or else is out of range or conflicts with another; the message lists
+            all of them.
     """
 
     r: int = field(default=8, metadata={"help": "rank of the two factors"})

@@ -43,7 +43,7 @@ def adapted_linear(
 
     Args:
         x: `[…, n]`.
-        weight: Frozen weight `W0`, `[m, n]`.
+        weight: Base weight `W0`, `[m, n]`.
         bias: `[m]` or `None`.
         A: Input-side factor, `[n, r]`.
         B: Output-side factor, `[m, r]`.
@@ -68,7 +68,8 @@ def adapted_linear(
         `[…, m]`.
 
     Raises:
-        ValueError: If the shapes do not match, or the budget, the kernel or a scalar is invalid.
+        ValueError: If the shapes do not match, or the budget, an option or a scalar is invalid.
+        ImportError, NotImplementedError, RuntimeError: If `impl` is not available; see `choose_backend`.
     """
     scalars = [value if value is None else value[None] for value in (piece_coeff, alpha, beta, temperature)]
     factors, budgets = Factors(A[None], B, *scalars), (budget,)

@@ -115,7 +115,7 @@ class Kernel:
     """Kernel function that merges two factors: `ΔW[i, j] = κ(A[j], B[i])`.
 
     Args:
-        num_pieces: `P`, number of pieces per factor row; must divide `r`.
+        num_pieces: `P`, number of pieces per factor row in the kernels with `piece_coeff`; must divide `r`.
         softmax_dim: Axis of the softmax in `normalized_rbf` and `mix_k`. 0 normalizes each column over its `m` outputs,
             as in the text of eq. 6; 1 normalizes each row over its `n` inputs.
         center_softmax: Subtract the softmax's mean, so that it sums to zero over `softmax_dim`. Not in the paper.
@@ -215,7 +215,7 @@ class PLinear(Kernel):
 
 
 class NormalizedRBF(PLinear):
-    """Softmax of the piecewise kernel: `ΔW = α·softmax_i(κ_p / γ) + β` with `κ_p` the `p_linear` value."""
+    """Softmax of the `p_linear` value `κ_p` over `softmax_dim`: `ΔW = α·softmax(κ_p / γ) + β`."""
 
     name = "normalized_rbf"
     scalars: ClassVar[tuple[str, ...]] = ("piece_coeff", "alpha", "beta", "temperature")
@@ -250,7 +250,7 @@ class NormalizedRBF(PLinear):
 
 
 class MixK(NormalizedRBF):
-    """Piecewise linear kernel plus its softmax (eq. 6), the default: `ΔW = κ_p + α·softmax_i(κ_p / γ) + β`."""
+    """Piecewise linear kernel plus its softmax (eq. 6), the default: `ΔW = κ_p + α·softmax(κ_p / γ) + β`."""
 
     name = "mix_k"
     has_linear_term = True
@@ -307,7 +307,7 @@ def merge_factors(
         alpha: 0-dim; required by all kernels except `linear` and `p_linear`.
         beta: 0-dim; required together with `alpha`.
         temperature: `γ`, 0-dim, optional.
-        num_pieces: `P`, must divide `r`.
+        num_pieces: `P`; must divide `r` in the kernels with `piece_coeff`.
         softmax_dim: 0 or 1, see `Kernel`.
         center_softmax: See `Kernel`.
 
@@ -315,7 +315,8 @@ def merge_factors(
         `[m, n]`, dtype of `A`; float32 for half-precision factors.
 
     Raises:
-        ValueError: If the shapes do not match, `P` does not divide `r`, or a scalar of the kernel is missing.
+        ValueError: If the kernel or an option is invalid, the shapes do not match, `P` does not divide `r`, or a scalar
+            of the kernel is missing.
     """
     spec = make_kernel(kernel, num_pieces=num_pieces, softmax_dim=softmax_dim, center_softmax=center_softmax)
     scalars = KernelScalars(piece_coeff, alpha, beta, temperature)
@@ -327,7 +328,7 @@ def merge_factors(
 
 
 def check_factors(A: Tensor, B: Tensor, kernel: Kernel, scalars: KernelScalars) -> None:
-    """Raise `ValueError` if the factors do not match, or a scalar of `kernel` is missing or has a wrong shape."""
+    """Raise `ValueError` for mismatched factors, a missing scalar of `kernel`, or a wrong shape of `piece_coeff`."""
     if A.ndim != 2 or B.ndim != 2 or A.shape[1] != B.shape[1]:
         raise ValueError(f"A and B must be [n, r] and [m, r] with equal r, got {list(A.shape)} and {list(B.shape)}")
     if "piece_coeff" in kernel.scalars and A.shape[1] % kernel.num_pieces:

@@ -50,7 +50,7 @@ class UpdatePlan(NamedTuple):
             graph reads the buffer.
         states: Cached states that store the thresholds; empty in a compiled graph.
         branches: Adapters with dropout or drop-path on their update, which cannot be folded.
-        cache_delta: True if an adapter sets `cache_delta`.
+        cache_delta: True if a folded adapter sets `cache_delta`.
     """
 
     names: list[str]
@@ -219,7 +219,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             in_graph: True in a compiled graph, which caches nothing and reads the budgets from their buffers.
 
         Raises:
-            ValueError: If the adapters have different values of `impl`.
+            ValueError: If the folded adapters have different values of `impl`; not checked in a compiled graph.
         """
         if not (self.training or in_graph):
             check_written(self, names)
@@ -261,7 +261,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return self.linear_op
 
     def _needs_gradients(self, names: list[str]) -> bool:
-        """Return whether the effective weight depends on a tensor that requires gradients."""
+        """Return whether gradients are enabled and the effective weight depends on a tensor that requires them."""
         if not torch.is_grad_enabled():
             return False
         tensors = [self.get_base_layer().weight, *adapter_tensors(self, names)]
@@ -306,6 +306,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: If `safe_merge` finds non-finite values.
+            NotImplementedError: If the base weight is on the meta device or has 8 bits without quantization.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.snella_A]
         if names:
@@ -440,7 +441,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     # module --------------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation and free cached tensors."""
+        """Switch between training and evaluation; free cached tensors and restore averaged budgets on a change."""
         if mode != self.training:
             self.clear_cache()
             restore_budgets(self)  # a compiled graph reads the buffers directly
@@ -522,7 +523,7 @@ def _forward_updated(layer: SnellaLayer, x: Tensor, weight: Tensor | LazyWeight,
 
 
 def _prepare_input(layer: SnellaLayer, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast and pad the input. Under autocast the op casts it, because a cast here would drop its `Mark`."""
+    """Cast and pad the input; under autocast, `adapted_layer` casts it, because a cast here would drop its `Mark`."""
     if not torch.is_autocast_enabled(x.device.type):
         x = layer._cast_input_dtype(x, dtype)
     return pad_input(layer.get_base_layer(), x) if layer.pads_input else x
@@ -570,10 +571,10 @@ def _forward_base(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -> T
 def _apply_cached(
     layer: SnellaLayer, x: Tensor, weight: Tensor | LazyWeight, bias: Tensor | None, names: list[str]
 ) -> Tensor:
-    """Apply the layer op with the effective weight, which is cached in evaluation unless the base is quantized.
+    """Apply the layer op with the cached effective weight.
 
-    To save memory, the effective weight of a quantized base is recomputed in each pass and released, unless
-    `cache_delta` is set.
+    To save memory, the effective weight of a quantized base is recomputed in each pass and released, unless an adapter
+    sets `cache_delta`.
     """
     is_autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype

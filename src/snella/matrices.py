@@ -22,7 +22,7 @@ class AdaptedMatrix:
     Args:
         name: Module name, plus the name of the part in fused layers, e.g. `"blocks.0.attn.qkv.q"`.
         module_name: Module name.
-        kind: Matrix type, `name` without the block prefix, e.g. `"attn.q"` or `"mlp.fc1"`.
+        kind: Matrix type: `name` without the block prefix and a fused layer's name, e.g. `"attn.q"` or `"mlp.fc1"`.
         depth: Block index in the entire model, or `None` outside blocks.
         layer: The layer.
         adapter_name: The adapter.

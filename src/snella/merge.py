@@ -142,11 +142,11 @@ def refresh(layer: SnellaLayer, adapter_name: str, cache: MergeCache) -> None:
 
 @dataclass
 class MergeCache:
-    """Cache for repeated merges of an update: a few numbers per matrix, valid until its factors change.
+    """Cache for repeated merges of an update: at most three numbers per column, valid until its factors change.
 
     Args:
         thresholds: `[G]`, or `None` before the first merge.
-        columns: `Merged.columns` of the first merge.
+        columns: `Merged.columns` of the last merge.
     """
 
     thresholds: Tensor | None = None
@@ -160,8 +160,8 @@ def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: M
     Args:
         weight: `W0`, `[m, …]`.
         update: The update.
-        out: Output with the shape and dtype of `weight`, in different memory. If both tensors are contiguous and the
-            thresholds are known, the call allocates no other tensor of this size.
+        out: Output with the shape and dtype of `weight`, in different memory. With Numba kernels, contiguous tensors
+            and known thresholds, the call allocates no other tensor of this size.
         cache: Cache that the first call with this update fills and later calls read.
     """
     cache = MergeCache(update.thresholds) if cache is None else cache

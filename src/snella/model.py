@@ -69,8 +69,10 @@ class SnellaModel(BaseTuner):
         low_cpu_mem_usage: Create the factors on the meta device; loading fills them.
 
     Raises:
-        ValueError: If no module matches `target_modules`, or if `qkv_groups` does not fit a fused layer.
-        TypeError: If a targeted module is neither linear nor a 2D convolution.
+        ValueError: If no module matches `target_modules` or a key of `rank_pattern`, if the factors are far larger than
+            the weights, if `qkv_groups` does not fit a fused layer, or if `parameters_to_save` or
+            `trainable_token_indices` names a missing parameter or row.
+        TypeError: If a targeted module is neither linear nor a 2D convolution, or `config` is not a `SnellaConfig`.
         NotImplementedError: If a targeted module has an unsupported quantized weight, a custom `forward`, an adapter of
             another method or a shared weight, or is the output projection of a root-level attention.
         RuntimeError: If a targeted bitsandbytes module is not quantized yet.
@@ -202,7 +204,7 @@ class SnellaModel(BaseTuner):
         return targets | outputs
 
     def _reject_shared_weights(self, peft_config: SnellaConfig, model: nn.Module) -> None:
-        """Reject targets that share their weight with another module or have several names."""
+        """Reject targets that share one weight, and targets whose weight belongs to a module with several names."""
         users: dict[int, list[tuple[str, nn.Module]]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -305,7 +307,7 @@ class SnellaModel(BaseTuner):
                 token.set_adapter(self.active_adapters)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cast factors and scalars to float32; tokens keep the model's dtype."""
+        """Cast half-precision factors and scalars to float32; tokens keep the model's dtype."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for token in token_adapters(self.model):
             token._move_adapter_to_device_of_base_layer(adapter_name)

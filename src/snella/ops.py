@@ -68,7 +68,7 @@ class LinearOp:
         return (grad_y, x) if self.token_share == 1 else sample_tokens(grad_y, x, self.token_share)
 
     def product(self, grad_y: Tensor, x: Tensor) -> Tensor:
-        """Return `∂L/∂yᵀ x` of the result of `gradient_tokens`, in bfloat16 if `is_rounded`."""
+        """Return `∂L/∂yᵀ x`, `[m, n]`, of the tokens from `gradient_tokens`, in bfloat16 if `is_rounded`."""
         if self.is_rounded:
             grad_y, x = grad_y.to(torch.bfloat16), x.to(torch.bfloat16)
         return grad_y.T @ x
@@ -205,7 +205,7 @@ def pad_input(base: nn.Module, x: Tensor) -> Tensor:
 class LazyWeight:
     """Weight `[m, …]` that is not a dense matrix in memory, e.g. a quantized weight.
 
-    The op materializes it in the forward pass and again in the backward pass, and frees it in between.
+    The layer materializes it in the forward pass and again in the backward pass, and frees it in between.
 
     Args:
         shape: `[m, …]`.
@@ -265,7 +265,7 @@ def sample_tokens(grad_y: Tensor, x: Tensor, share: float) -> tuple[Tensor, Tens
 
         E[Ĝ] = G = Σ_t g_t x_tᵀ,   Ĝ = Σ_{t drawn} g_t x_tᵀ / π_t,   π_t = min(1, c·‖g_t‖·‖x_t‖),   Σ_t π_t = k
 
-    Token `t` is drawn with probability `π_t`. The sample size is `k = share·T`, at least `MIN_TOKENS`. For
+    Token `t` is drawn with probability `π_t`. The sample size is `k = ⌈share·T⌉`, at least `MIN_TOKENS`. For
     independent draws, this `π` minimizes `E‖Ĝ − G‖² = Σ_t (1/π_t − 1) ‖g_t‖² ‖x_t‖²` for the given `k`. Systematic
     sampling (one random offset shifts `k` equally spaced points over the cumulative sum of `π`) draws exactly `k`
     tokens. No shape depends on values, so sampling does not synchronize with a GPU.

@@ -58,7 +58,8 @@ def create_snella_optimizer(
         An optimizer with the nonempty groups among `factors`, `scalars`, `head` and `head_no_decay`.
 
     Raises:
-        ValueError: If the model has no trainable parameter, or if `match_update` does not support the kernel.
+        ValueError: If the model has no trainable parameter, or if `match_update` finds no trainable factors or does not
+            support the kernel.
     """
     factors: list[nn.Parameter] = []
     scalars: list[nn.Parameter] = []
@@ -172,7 +173,7 @@ class StepMatcher:
         scales: Scale factors of the last step, one per matrix, by layer name and adapter name.
 
     Raises:
-        ValueError: If no factor is trainable, the kernel is not a sum of piecewise distances, or `interval` is below 1.
+        ValueError: If no factor is trainable, a kernel is not in `MATCHED_KERNELS`, or `interval` is below 1.
     """
 
     def __init__(self, model: nn.Module, interval: int = 5) -> None:

@@ -115,7 +115,7 @@ def quantile_threshold(delta: Tensor, sparsity: float) -> Tensor:
 def _smallest(magnitudes: Tensor, ranks: list[int]) -> list[Tensor]:
     """Return the `rank`-th smallest entry (0-based) for each rank in `ranks`, without a full sort.
 
-    Reorders `magnitudes` in place.
+    May reorder `magnitudes` in place.
     """
     flat = magnitudes.flatten()
     if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):

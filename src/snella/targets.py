@@ -65,7 +65,8 @@ def plain_convolution_names(model: nn.Module) -> list[str]:
     """Return the names of the 2D convolutions to adapt in a model without linear layers outside its head.
 
     Includes ungrouped convolutions with the `forward` of `nn.Conv2d`. Excludes the model's first convolution (the
-    stem), the head, patch embedding, downsampling between stages and modules inside adapters.
+    stem), the head, patch embedding, downsampling between stages, modules inside adapters, and even kernel sizes with
+    `padding="same"`.
     """
     stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     names = []

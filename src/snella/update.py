@@ -35,7 +35,7 @@ class MatrixFactors(NamedTuple):
 class UpdateSpec:
     """Settings, without tensors, of a weight's sparse update `S`.
 
-    The weight consists of `G` stacked matrices (3 in a fused qkv layer, otherwise 1), which compete separately.
+    The weight consists of `G` stacked matrices (e.g. 3 in a fused qkv layer), which compete separately.
 
     Args:
         kernel: Kernel function, with its pieces and softmax settings.
@@ -181,7 +181,8 @@ def bound_initial_update(factors: Factors, rows: Sequence[slice], kernel: Kernel
 
         √n · rms(S) / rms(W0) ≤ bound, for each matrix
 
-    The softmax sums to 1 over the `m` outputs, so `S` starts near `1/m²`, which is large in narrow layers.
+    The softmax sums to 1 over the `m` outputs, so `S` starts near `1/m²`, which is large in narrow layers. `S` is
+    estimated as `ΔW²`, without `scaling`, from at most 64 columns (with `softmax_dim=1`, rows).
 
     Args:
         factors: Factors initialized by `init_factors`.

@@ -26,7 +26,9 @@ _SIGMAS = 5.0  # tolerance in standard deviations; a new head fails a test with 
 
 
 class TrainingWatch:
-    """Warnings about silent training mistakes, at most one of each kind per adapter.
+    """Warnings about silent training mistakes of one adapter.
+
+    Each is given once, except the last, which is repeated if the statistics have changed since the previous save.
 
     - The model does not use an adapted layer.
     - No allocator reduces the budget.
@@ -39,7 +41,7 @@ class TrainingWatch:
     def __init__(self) -> None:
         self.is_attached = False
         self.steps: tuple[int, int, int] | None = None
-        """Completed optimizer steps, total steps, and steps per epoch; `None` if unknown."""
+        """Completed optimizer steps, total steps, and steps per epoch; `None` if unknown or counted by a trainer."""
         self._steps_without_allocator = 0
         self._batch_counts: dict[str, int] = {}
         self._warned: set[str] = set()
