@@ -267,7 +267,8 @@ def is_newly_initialized(weight: Tensor, bias: Tensor | None) -> bool:
     - The bias is zero, and the entries of the weight are independent, according to their mean, the row norms and the
       angles between rows.
 
-    A trained layer has a nonzero bias and exceeds the bound; rows of class embeddings are correlated.
+    The last two require at least 256 weights. A trained layer has a nonzero bias and exceeds the bound; rows of class
+    embeddings are correlated.
 
     Args:
         weight: `[m, …]`.
