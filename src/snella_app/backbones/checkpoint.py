@@ -277,6 +277,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         FileNotFoundError: If the file does not exist.
         ValueError: If the file type is unknown, the file is damaged, or it has no tensors.
+        NotImplementedError: See `read_google_npz`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"weights '{path}': no such file")
