@@ -1,4 +1,4 @@
-"""Backends of an update: their interface, the backend with torch operations, and the selection of a backend."""
+"""Update backends: the interface, the torch backend and backend selection."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _INSTALL = {
 }
 
 Gradients: TypeAlias = tuple[Tensor | None, ...]
-"""Gradients in the order of `Factors`; zeros for matrices without a budget."""
+"""Gradients in the order of `Factors`; `None` for missing scalars, zeros for matrices without a budget."""
 
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Function that computes `∂L/∂yᵀ x` from tokens `[k, m]` and `[k, n]`."""
+"""Function that computes `grad_yᵀ x`, `[m, n]`, from `grad_y` `[tokens, m]` and `x` `[tokens, n]`."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Merged:
         factors: The merged factors.
         budgets: Budget of each matrix.
         thresholds: `[G]`, infinite for a budget of 0.
-        delta: Tensors that `cache_delta` saves for `merge` in the backward pass: `ΔW` of each matrix (`None` without a
-            budget), or one tensor for all matrices. Empty if the backend saves the effective weight instead.
-        columns: Column statistics of all matrices, saved for `merge` in the backward pass instead of `delta`.
+        delta: `ΔW` of each matrix (`None` without a budget), or of all matrices in one tensor. `cache_delta` saves it
+            for `merge` in the backward pass; if it is empty, `cache_delta` saves the effective weight.
+        columns: Column statistics of all matrices, saved for `merge` in the backward pass if `delta` is not saved.
         workspace: Scratch data of the backend, valid within one pass.
     """
 
@@ -71,7 +71,7 @@ class Backend(ABC):
 
     @abstractmethod
     def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:
-        """Write `base + scaling·S` into `out`: contiguous `[m, n]` of any dtype, possibly the same tensor."""
+        """Write `base + scaling·S` into `out`; both are contiguous `[m, n]` of any dtype, and may be one tensor."""
 
     @abstractmethod
     def grad_factors(self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor) -> Gradients:
@@ -84,14 +84,14 @@ class Backend(ABC):
         return None
 
     def grad_weight(self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor, product: Product) -> Tensor:
-        """Return ∂L/∂W `[m, n]` of a linear layer. Entries where `S` is zero are unused and may be zero.
+        """Return ∂L/∂W `[m, n]` of a linear layer. Entries where `S` is zero are not used and may be zero.
 
         Args:
             spec: Settings of the update.
             merged: Merged matrices. Matrices without a budget need no product.
             grad_y: ∂L/∂y, `[tokens, m]`.
             x: `[tokens, n]`, dtype of `grad_y`.
-            product: Computes a dense product.
+            product: Computes the dense product.
         """
         if all(merged.budgets):
             return product(grad_y, x)
@@ -186,7 +186,7 @@ def missing_reason(name: str) -> str | None:
 
 
 def requires_check(A: Tensor) -> bool:
-    """Return whether the Triton kernels must pass the first-use check for these factors, as on a GPU."""
+    """Return whether the Triton kernels need the first-use check, i.e. whether these factors are on a GPU."""
     return A.device.type == "cuda"
 
 
@@ -194,9 +194,10 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
     """Return the backend for updates with this spec, and the reason for the choice.
 
     `"auto"` selects `"triton"` for factors on a CUDA device and `"numba"` for factors elsewhere. If this backend is not
-    installed or does not support the update, `"auto"` selects `"eager"`. Both backends support the piecewise kernels
-    and reject float64 factors. The choice depends only on the machine, the kernel, and the factors' device and dtype,
-    so a layer's results are reproducible.
+    installed, does not support the update or fails the first-use check (Triton), `"auto"` selects `"eager"`. Both
+    backends support only the piecewise kernels (Numba only with `softmax_dim=0`) and reject float64 factors. The choice
+    depends only on the machine, the spec, and the factors' device, dtype and size, so a layer's results are
+    reproducible.
 
     Args:
         impl: One of `Implementation`.

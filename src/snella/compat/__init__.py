@@ -1,1 +1,1 @@
-"""Support for other features of PyTorch and PEFT: attention, quantization, hooks, compilation and files."""
+"""Support for features of PyTorch and PEFT: attention, tokens, quantization, hooks, compilation, hot swap and files."""

@@ -179,7 +179,7 @@ def _(
 
 
 def _decode_call(layer: Sequence[int]) -> LayerCall:
-    """Decode the shape of the weight, preceded by its length and followed by the layer op."""
+    """Decode a layer call from `[ndim, *weight_shape, *layer_op]`."""
     ndim, *rest = layer
     return LayerCall(layer_op_from_ints(rest[ndim:]), torch.Size(rest[:ndim]))
 

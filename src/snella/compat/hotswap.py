@@ -37,7 +37,7 @@ class AdapterValues:
     tensors: dict[str, Tensor]
     config: SnellaConfig | None = None
     caches: dict[Any, MergeCache] = field(default_factory=dict, repr=False)
-    """Thresholds and statistics of the first swap, by layer, backend and device: a few kilobytes per matrix."""
+    """Thresholds and statistics of the first swap, by layer, backend, device and dtype: a few kilobytes per matrix."""
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:

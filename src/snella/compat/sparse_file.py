@@ -74,7 +74,7 @@ class SparsePatch:
         tensors are `NAME`. The metadata entry `sha256` is the digest of the entire content.
 
         Args:
-            values: Type of the stored values; bf16 rounds them.
+            values: Type of the values of `entries`; bf16 rounds them. Replaced tensors keep their dtype.
 
         Raises:
             ValueError: If the type is unknown.
@@ -208,7 +208,7 @@ class SparsePatch:
 def load_sparse(model: nn.Module, file: str | Path, *, check_base: bool = True) -> SparsePatch:
     """Apply a file from `snella export --format sparse` to a plain model.
 
-        patch = load_sparse(model, "photos.sparse.safetensors")   # the fine-tuned weights, bit for bit
+        patch = load_sparse(model, "photos.sparse.safetensors")   # the fine-tuned weights, exact with fp32 values
         patch.remove()                                            # the pre-trained weights, bit for bit
 
     Args:

@@ -121,7 +121,8 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         """Write an adapter's value into the parameter; `unmerge` restores it.
 
         Raises:
-            ValueError: If more than one adapter has a value, or `safe_merge` finds a non-finite value.
+            ValueError: If more than one adapter, including merged ones, has a value, or `safe_merge` finds a
+                non-finite value.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.snella_token]
         self.check_active([*self.merged_adapters, *names])

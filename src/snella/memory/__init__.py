@@ -1,1 +1,1 @@
-"""Less activation memory and cheaper gradients: recomputed inputs, int8 compression and token sampling."""
+"""Less activation memory: recomputed inputs and int8 compression."""

@@ -30,7 +30,7 @@ class Origin:
     Args:
         function: Computes the tensor.
         device_type: Device type of the tensor.
-        module: Module with the parameters that `function` reads. Recomputation raises an error if they have changed.
+        module: Module whose parameters and buffers `function` reads. Recomputation raises an error if they change.
         source: Origin of the function's first argument.
         layouts: Layout of each saved argument; `None` for exact tensors.
     """
@@ -58,7 +58,7 @@ class Origin:
         self._graph: Any = None  # decoded inputs and output edge of a recomputation, for `grad_inputs`
 
     def is_current(self) -> bool:
-        """Return whether the modules' parameters and buffers are unchanged since the forward pass."""
+        """Return whether the parameters and buffers of all modules are unchanged since the forward pass."""
         return self._module_state() == self._state and (self.source is None or self.source.is_current())
 
     def add_user(self) -> None:
@@ -165,8 +165,9 @@ def _versions(x: Tensor, saved: tuple[Tensor, ...]) -> tuple[int, ...]:
 def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
     """Return the tensors to save instead of a marked tensor, and its origin; `()` and `None` for unmarked tensors.
 
-    Views of a marked tensor, and marked tensors after an in-place write, count as unmarked. So do outputs of a module
-    after FSDP frees its parameters, because the backward pass cannot recompute them.
+    Views of a marked tensor, marked tensors after an in-place write, and all tensors without gradients enabled count
+    as unmarked. So do outputs of a module whose parameters have changed, e.g. after FSDP frees them, because the
+    backward pass cannot recompute them.
     """
     mark = Mark.on(x) if torch.is_grad_enabled() else None
     return ((), None) if mark is None or not mark.origin.is_current() else (mark.detached(), mark.origin)
@@ -226,8 +227,8 @@ class _RoundedInputs(torch.autograd.Function):
 def multiply(first: Tensor, mark: Mark, second: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Return the marked product `first ⊙ second` of a marked first factor.
 
-    Saves `second` and the source tensors of `first`. If the source tensors are in int8, so is a second factor that
-    requires a gradient.
+    Saves `second` and the source tensors of `first`. If the source tensors are in int8, so is a second factor of the
+    same shape that requires a gradient.
 
     Args:
         first: The first factor.

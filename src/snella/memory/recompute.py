@@ -83,8 +83,8 @@ def can_recompute(module: nn.Module) -> bool:
 def can_track(module: nn.Module, *, compress: bool) -> bool:
     """Return whether to track a module's forward pass. Matches known classes for which tracking saves memory.
 
-    Supports blocks of Swin and SAM's encoder, gated MLPs, and diffusers' transformer blocks, modulations and
-    activations; with `compress`, also attention modules of timm and transformers.
+    Supports blocks of Swin, ViTDet and SAM's encoder, timm's gated MLPs, transformers' MLPs, and diffusers' transformer
+    blocks, modulations and activations; with `compress`, also attention modules of timm and transformers.
     """
     cls = type(module)
     name, package = cls.__qualname__, cls.__module__
@@ -267,9 +267,9 @@ class _TrackingMode(TorchFunctionMode):
         return False
 
     def is_recorded(self) -> bool:
-        """Return whether autograd saves tensors directly.
+        """Return whether the saved-tensor hooks are unchanged since the start of the block.
 
-        It does not inside activation checkpointing, which recomputes its region without this mode.
+        Activation checkpointing inside the block sets its own, and recomputes its region without this mode.
         """
         return _saved_tensors_hooks() == self._hooks
 

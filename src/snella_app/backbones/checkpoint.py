@@ -277,6 +277,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         FileNotFoundError: If the file does not exist.
         ValueError: If the file type is unknown, the file is damaged, or it has no tensors.
+        NotImplementedError: See `read_google_npz`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"weights '{path}': no such file")
@@ -319,7 +320,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
         name: Backbone as the user typed it, for messages.
 
     Raises:
-        ValueError: If tensors are missing, unexpected or have a different shape.
+        ValueError: If tensors are missing, unexpected or have a different shape, or the number of heads differs.
     """
     reference = model.state_dict()
     cfg: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]

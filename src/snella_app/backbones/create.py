@@ -193,14 +193,16 @@ def create_backbone(
         weights: Weight file (`.pth`, `.pth.tar`, `.pt`, `.bin`, `.safetensors`, Google's `.npz`) for the architecture
             `name`; replaces the Hub regardless of `pretrained`. For known publishers (Google, MAE, MoCo v3, Microsoft's
             Swin, Facebook's ConvNeXt), images use the publisher's normalization.
-        pretrained: False uses random weights and needs neither the Hub nor a package.
+        pretrained: False uses random weights. It needs no package, and the Hub only for `hf-hub:` names.
         img_size: Input resolution in pixels; None uses the resolution of the weights.
         channels: Number of image channels. Values other than 3 adapt the first convolution as in timm: kernels are
             summed for one channel, else repeated and scaled by 3 / channels. Mean and standard deviation are averaged
             or repeated.
 
     Raises:
-        ValueError: If the name is unknown, weights do not fit, or `img_size` is not a multiple of the patch size.
+        ValueError: If the name is unknown, weights do not fit, `img_size` is not a multiple of the patch size, or an
+            argument is out of range.
+        NotImplementedError: If a `.npz` file is not a plain ViT, or the first convolution cannot be adapted.
         FileNotFoundError: If a path does not exist.
         ImportError: If the package of a bundled backbone is not installed.
         ConnectionError: If the Hub is needed and cannot be reached.

@@ -95,7 +95,7 @@ def create_segmenter(
     """Build a backbone with a decoder; arguments and errors as for `create_backbone` and `create_sam_segmenter`.
 
     `name` is a name for `create_backbone`, combined with a `LightDecoder`, or `sam:PATH`, a pre-trained SAM with its
-    decoder.
+    decoder, which takes no `weights` and ignores `pretrained`.
     """
     if name.startswith(SAM_PREFIX):
         from snella_app.backbones.sam import create_sam_segmenter  # lazy: importing transformers' SAM is slow

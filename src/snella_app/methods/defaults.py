@@ -1,4 +1,4 @@
-"""Default methods and hyperparameters. Imports no libraries, to keep help fast."""
+"""Default methods and hyperparameters. Imports only the standard library, to keep help fast."""
 
 from typing import Any
 

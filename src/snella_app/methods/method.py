@@ -1,4 +1,4 @@
-"""`Method`, an entry of the method registry, and `MethodSpec`, the method applied to a model."""
+"""`Method`, an entry of the method registry, and `MethodSpec`, a method applied to a model."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Rule = Callable[[Any], str | None]
-"""Function that returns None for a valid value, else the requirement."""
+"""Function that returns None for a valid value, otherwise the requirement."""
 
 
 def integer(minimum: int = 1) -> Rule:
@@ -93,7 +93,7 @@ class Method:
     """Fine-tuning method: an entry of `METHODS` in `snella_app.methods.registry`.
 
     Args:
-        summary: Short description of the trained parameters, without the head, which every method trains.
+        summary: Short description of the trained parameters. Every method also trains the head.
         source: Publication of the method.
         build: `(model, head, options, batches) -> model`. Receives a model with frozen parameters, the name of its
             head, checked options, and training batches if `needs_batches` (None otherwise). Returns the model to train:

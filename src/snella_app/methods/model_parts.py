@@ -78,7 +78,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def recorded_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Append the first input of each call of a module to the returned list inside the context."""
+    """Append the first input of each call of a module to the yielded list inside the context."""
     inputs_of_calls: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda module, inputs: inputs_of_calls.append(inputs[0]))
     try:
@@ -119,7 +119,7 @@ _BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers?\d*|stages|features|h)(?:\.\d+)+$
 
 
 def find_blocks(model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
-    """Return the repeated blocks of a backbone in forward order: `blocks.0`, `layers.1.blocks.5`, `layer4.2`.
+    """Return the repeated blocks of a backbone in module order: `blocks.0`, `layers.1.blocks.5`, `layer4.2`.
 
     Blocks are the innermost numbered modules in containers named `blocks`, `layers`, `layer1`, `stages`, `features` or
     `h`. This covers timm's ViT, Swin, ConvNeXt, EfficientNet and ResNet, and transformers' ViT.

@@ -291,7 +291,7 @@ class RankSchedule:
 
 @contextmanager
 def all_ranks(config: PeftConfig) -> Iterator[None]:
-    """Make PEFT save AdaLoRA factors at full size, with zeros for pruned ranks."""
+    """Make PEFT save and load AdaLoRA factors at full size, with zeros for pruned ranks."""
     if not isinstance(config, AdaLoraConfig):
         yield
         return

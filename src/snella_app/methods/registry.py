@@ -55,7 +55,7 @@ def parse_method(name: str) -> tuple[str, int | None]:
     """Split `vpt-deep-50` into `("vpt-deep", 50)`; the number is None if the name has none.
 
     Raises:
-        ValueError: If the method is unknown, or has a number but accepts none.
+        ValueError: If the method is unknown, or the number is 0 or not accepted.
     """
     match = None if name in METHODS else re.fullmatch(r"(.+)-(\d+)", name)
     family, digits = (match[1], match[2]) if match else (name, None)

@@ -37,8 +37,9 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Save the trained parameters, without the backbone.
 
     PEFT models are saved as a PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`), others as
-    `trainable.safetensors` and `method.json`. Each file is written atomically, the tensors last. The tensor file's
-    metadata contains SHA-256 digests of the tensors and the settings file.
+    `trainable.safetensors`; both with `method.json`. Each file is written atomically, the tensors last. The tensor
+    file's metadata contains SHA-256 digests of the tensors and of the settings file (`adapter_config.json`, otherwise
+    `method.json`).
 
     Args:
         model: Model from `build_method` or `load_trained`.
@@ -70,8 +71,8 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
         The model in evaluation mode; its outputs are bit-identical to the saved model's.
 
     Raises:
-        FileNotFoundError: If the folder contains no adapter.
-        AdapterFileError: If the file is damaged, altered, does not fit the model, or contains non-finite values.
+        FileNotFoundError: If the folder contains no adapter, or a file of the adapter is missing.
+        AdapterFileError: If a file is damaged or altered, does not fit the model, or contains non-finite values.
     """
     source = Path(folder)
     if (source / CONFIG_NAME).is_file():

@@ -37,7 +37,11 @@ _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class PackedFactors(NamedTuple):
-    """Inputs of the Numba kernels for one matrix: `A` `[n, K]`, `B` `[m, K]`, `coeff` `[P]`, and softmax scalars."""
+    """Inputs of the Numba kernels for one matrix: `A` `[n, K]`, `B` `[m, K]`, `coeff` `[P]`, and softmax scalars.
+
+    `softmax` contains `1/γ`, the weight of the linear term, `α`, `β` (minus `α/m` if the softmax is centered), and
+    whether the kernel has a softmax.
+    """
 
     A: np.ndarray
     B: np.ndarray
@@ -59,8 +63,8 @@ class NumbaBackend(Backend):
     """Backend for the kernels `mix_k`, `normalized_rbf` and `p_linear` in float32 on the CPU.
 
     Only the threshold selection writes a merged matrix. With a known threshold, the backend computes the effective
-    weight and the gradients from the factors block by block. `cache_delta` saves the effective weight. The backward
-    pass always reuses the softmax statistics, three numbers per column.
+    weight and the gradients from the factors block by block. With `cache_delta`, autograd saves the effective weight
+    instead of `ΔW`. The backward pass always reuses the softmax statistics, three numbers per column.
     """
 
     name = "numba"
@@ -215,7 +219,7 @@ def _grad_matrix(
     buffers: Sequence[Tensor] | None,
     targets: Sequence[Any],
 ) -> None:
-    """Write a matrix's gradients into `targets`, ordered like `Factors`; with `buffers` (base, out), also add `S`."""
+    """Write a matrix's gradients into `targets`, as in `Factors`; with `buffers` (base, out), also fill `out`."""
     packed, kernel, (m, n) = matrix.packed, spec.kernel, matrix.shape
     (K, pieces), (width, blocks) = (packed.B.shape[1], len(packed.coeff)), _blocks(matrix.shape)
     per_chunk = -(-blocks // _MAX_CHUNKS)
@@ -312,7 +316,7 @@ def _to_float32_array(tensor: Tensor) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def _blocks(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return block width and count, which depend only on the shape, so that threads do not change sums."""
+    """Return block width and count, which depend only on the shape, so that the thread count does not change sums."""
     m, n = shape
     width = min(_MAX_WIDTH, -(-n // _MIN_BLOCKS), max(_MIN_WIDTH, _WORKSPACE_ENTRIES // (2 * m)))
     width = max(_MIN_WIDTH, (width + 15) // 16 * 16)
@@ -333,8 +337,8 @@ def _run(function: Callable[..., None], count: int, shape: tuple[int, ...], *arg
 def parallel_for(tasks: Sequence[Callable[[], None]], threads: int) -> None:
     """Run all tasks on up to `threads` threads and wait for them.
 
-    Uses torch's OpenMP threads if available: they spin for a few milliseconds after each product, so other threads
-    would oversubscribe the cores. Raises the first error after all tasks have ended.
+    Uses torch's OpenMP threads if available, otherwise a thread pool. OpenMP threads spin for a few milliseconds after
+    each product, so other threads would oversubscribe the cores. Raises the first error after all tasks have ended.
     """
     remaining, errors = iter(tasks), []
 

@@ -1,6 +1,6 @@
 """Numba kernels of the backward pass, from ∂L/∂W to the factors and scalars; shape letters as in `forward`.
 
-Numba inlines functions with reassociated sums. Otherwise, it could compile a function twice with different sum orders:
+Functions with reassociated sums are inlined. Otherwise, Numba could compile a function twice with different sum orders:
 standalone and inside its caller. A process that loads the caller from the disk cache could then get the other order,
 and a resumed run would differ in the last bits.
 """
@@ -180,8 +180,8 @@ def row_grad_coefs_p2_r8(i, line, w, lines, B, coeff, linear, value, exps):
 
 @njit(**FASTMATH_REASSOC, inline="always")
 def rows_grad_p2_r8(i, num_rows, w, lines, B, coeff, linear, value, exps, grad_B, chunk):
-    # `row_grad_coefs` and `accumulate_factor_grads` for the first `num_rows` of ROWS rows, for the default kernel
-    # without the gradient of the temperature
+    # `row_grad_coefs` and `accumulate_factor_grads` for the rows i … i + num_rows − 1, num_rows = ROWS or 1, for two
+    # pieces of width four without the gradient of the temperature
     row_grad_coefs_p2_r8(i, 16, w, lines, B, coeff, linear, value, exps)
     if num_rows == ROWS:
         row_grad_coefs_p2_r8(i + 1, 18, w, lines, B, coeff, linear, value, exps)

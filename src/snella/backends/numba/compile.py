@@ -26,7 +26,7 @@ _ROUND_TO_INT = np.float32(3 << 22)  # float32 values near this constant have sp
 
 
 def compiled(settings: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Compile a function at its first call and cache the result on disk if a folder is writable."""
+    """Compile a function at its first call and cache the result on disk if the cache folder is writable."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         try:

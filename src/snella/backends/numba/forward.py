@@ -1,11 +1,10 @@
 """Numba kernels of the forward pass: merge, select and add.
 
 A matrix is split into blocks of columns, so that the softmax over a block's columns completes while the block is in
-cache. Only the selection of the threshold writes and reads `ΔW`; passes with a known threshold never write it. With
-known column statistics, single rows can be merged contiguously in memory (`merge_row`). Every function works on the
-blocks (or rows) `first … last − 1` without the GIL, so that several threads can share a matrix. Results do not depend
-on how blocks are distributed over threads, and values are bit-identical in every pass: `merge_block` and `merge_row`
-perform the same operations in the same order.
+cache. Only passes that select the threshold write `ΔW`. With known column statistics, single rows can be merged
+contiguously in memory (`merge_row`). Every function works on the blocks (or rows) `first … last − 1` without the GIL,
+so that several threads can share a matrix. Results do not depend on how blocks are distributed over threads, and values
+are bit-identical in every pass: `merge_block` and `merge_row` perform the same operations in the same order.
 
 Shape letters: `m` outputs, `n` inputs, `P` pieces of width `R`, `K = P·R`, `w` columns of a block. A block's
 part of `A` `[n, K]` is copied to `tile` `[K, w]`, so that the innermost loop is contiguous.
@@ -56,7 +55,7 @@ def bin_bit_range(index: int) -> tuple[np.int32, np.uint32]:
 
 @njit(**FASTMATH_STRICT_ORDER)
 def copy_tile(A, start, w, tile):
-    # tile = the block's columns, transposed
+    # tile = the block's rows of A, transposed
     for k in range(A.shape[1]):
         for j in range(w):
             tile[k, j] = A[np.uintp(start + j), k]
@@ -124,9 +123,9 @@ def is_p2_r8(tile, coeff):
 
 @njit(**FASTMATH_STRICT_ORDER)
 def merge_block(tile, B, coeff, softmax, w, value, exps, inv_sum, scratch):
-    # value[i, j] = linear·κ_p + scale[j]·exps[i, j] + β, κ_p of `weighted_distances`;
-    # exps = exp(κ_p/γ − max_logit), inv_sum[j] = 1 / Σ_i exps; scratch = squares, max_logit = the column's maximum
-    # κ_p/γ, scale = α·inv_sum
+    # value[i, j] = linear·κ_p + scale[j]·exps[i, j] + β, κ_p of `weighted_distances`; κ_p without softmax;
+    # exps = exp(κ_p/γ − max_logit), inv_sum[j] = 1 / Σ_i exps; rows of scratch: squares,
+    # max_logit[j] = max_i κ_p/γ, scale = α·inv_sum
     inv_temperature, linear, alpha, beta, has_softmax = softmax
     m = B.shape[0]
     squares, max_logit, scale = scratch[0], scratch[1], scratch[2]
@@ -268,7 +267,7 @@ def add_sparse(first, last, base, value, threshold, scaling, mode, result):
 
 @compiled(FASTMATH_STRICT_ORDER)
 def measure_column_stats(first, last, width, A, B, coeff, softmax, columns):
-    # max_logit and scale of every column
+    # columns = max_logit, scale and inv_sum of every column
     m, n = B.shape[0], A.shape[0]
     tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[1], width)
     for block in range(first, last):
@@ -281,7 +280,7 @@ def measure_column_stats(first, last, width, A, B, coeff, softmax, columns):
 
 @compiled(NO_CONTRACT)
 def merge_and_add(first, last, A, B, coeff, softmax, columns, base, threshold, scaling, mode, result):
-    # result = base + scaling·S on the rows first … last − 1, merging S row by row
+    # result = base + scaling·S on the rows first … last − 1, merging ΔW row by row
     n = result.shape[1]
     width = min(n, ROW_TILE_WIDTH)
     tile, row, squares = (

@@ -39,7 +39,7 @@ _MIN_CAPABILITY = (7, 0)
 
 
 def launch_options(kernel: str, rank: int = 1, aligned: bool = True) -> dict[str, Any]:
-    """Return warps per program and registers per thread of a kernel."""
+    """Return the launch options of a kernel: warps per program and registers per thread, without FMA fusion."""
     options: dict[str, Any] = {"num_warps": _WARPS.get(kernel, 8), "enable_fp_fusion": False}
     if kernel in _REGISTERS and torch.version.hip is None:  # AMD's compiler does not support this limit
         options["maxnreg"] = _REGISTERS[kernel][rank > 8]

@@ -1,9 +1,9 @@
 # mypy: ignore-errors
 """Triton kernels of the backward pass, from `∂L/∂W` to the factors and scalars.
 
-The kernels recompute distances and softmax from the factors. They write sums over several tiles per tile and add them
-in a fixed order afterwards, without atomic float additions. Shape letters as in `forward`; `q` tiles of rows, `s` tiles
-of columns.
+The kernels recompute distances and softmax from the factors. Each program writes the
+partial sums of its tile; they are added in a fixed order afterwards, without atomic float additions. Shape letters as
+in `forward`; `q` tiles of rows, `s` tiles of columns.
 """
 
 import triton

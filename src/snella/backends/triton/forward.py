@@ -2,10 +2,10 @@
 """Triton kernels of the forward pass: distances, softmax over one axis, merge, `W0 + scaling·S`.
 
 Every kernel processes all `G` matrices of a fused weight in one launch. `layout` `[G, 6]`, int32, contains for each
-matrix: first row in the weight, number of rows, number of rows with a budget (0 without one), two ranks for the
-selection, and a fraction. Products and sums are fused only by explicit `tl.fma` (`enable_fp_fusion=False` at every
-launch), so distances are bit-identical in all kernels. Shape letters: `m` outputs, `n` inputs, `R` rank, `P` pieces of
-width `R / P`.
+matrix: first row in the weight, number of rows, number of merged rows (0 without a budget), two ranks for the
+selection, and the fraction between them. Products and sums are fused only by explicit `tl.fma`
+(`enable_fp_fusion=False` at every launch), so distances are bit-identical in all kernels. Shape letters: `m` outputs,
+`n` inputs, `R` rank, `P` pieces of width `R / P`.
 """
 
 import triton
@@ -269,7 +269,7 @@ def add_sparse(delta, thresholds, layout, base, out, scaling, n, MODE: tl.conste
 
 @triton.jit
 def excess(magnitude, threshold, MODE: tl.constexpr):
-    """Return the factor of `ΔW` in `S` above the threshold."""
+    """Return `S / ΔW` of entries above the threshold."""
     factor = magnitude
     if MODE == SOFT:
         factor = magnitude - threshold
@@ -321,7 +321,7 @@ def count_within_bin(
 ):
     """Compute the histogram `[G, TARGETS, LOW_BINS]` of the next ten bits of entries with the target's leading bits.
 
-    `LEVEL` 1 reads `high` and writes `middle`, 2 reads `middle` and writes `low`. Level 1 stores its result in `state`.
+    `LEVEL` 1 reads `high` and writes `middle`, 2 reads `middle` and writes `low`. Level 1 also writes `state`.
     """
     group = tl.program_id(1)
     start = tl.load(layout + group * LAYOUT_FIELDS).to(tl.int64)

@@ -33,7 +33,7 @@ def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
     Merges a 64×96 matrix with the update's kernel, rank and sparsify mode. Compares the effective weight, the
     threshold and every gradient with torch operations in float64. The result is cached in memory and in
     `kernel_checks.json` in the cache folder (`$SNELLA_CACHE`, `$XDG_CACHE_HOME/snella` or `~/.cache/snella`), by
-    device, driver, versions and the kernels' source.
+    device, driver, versions, the kernels' source, kernel, mode, scaling, rank and dtype.
 
     Args:
         spec: Spec of the update; only kernel, mode and scaling matter.
