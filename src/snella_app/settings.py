@@ -80,7 +80,7 @@ class Setting:
         path: Attribute path to the value, e.g. `("optim", "lr")` or `("method", "name")`.
         type: Type annotation.
         default: Default value; `MISSING` if required.
-        owner: Class that declares the field; its docstring, or that of a base class, describes the setting.
+        owner: Class that declares the field; its docstring, or a base class's docstring, describes the setting.
     """
 
     name: str

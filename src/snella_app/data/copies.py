@@ -66,7 +66,7 @@ def _match(keys: Sequence[Mapping[int, Any]], digest: Callable[[int, int], Any])
 
 
 def find_duplicates(images: ImageDataset) -> list[list[int]]:
-    """Return groups of positions with identical images, compared by size and 16×16 gray thumbnail.
+    """Return groups of positions with duplicate images: equal size and equal 16×16 gray thumbnail.
 
     Flat images and images that were not inspected are ignored.
     """

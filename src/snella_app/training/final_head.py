@@ -21,7 +21,7 @@ _INVERSE_PENALTY = 0.01
 _ITERATIONS = 100
 _EPS = 1e-6
 _SECONDS_PER_PRODUCT = 1e-8
-"""Time of both fits per image, feature and output; a fit takes about a hundred steps."""
+"""Seconds of both fits per image view, feature and output; a fit takes about a hundred steps."""
 
 
 @dataclass

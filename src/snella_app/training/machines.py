@@ -113,11 +113,17 @@ def gpu_rates(
     """Return the rates of a GPU; each of the four levels is 0 (low), 1 (expected) or 2 (high)."""
     peak = GPUS[gpu]
     products = (peak.vector if is_float32 else peak.product) * EFFICIENCIES["product"][product]
-    # an instruction per lane is half of the datasheet's FLOP
-    share = EFFICIENCIES["vector"][vector]
+    # the datasheet counts a multiply-add, one instruction per lane, as two FLOP
+    efficiency = EFFICIENCIES["vector"][vector]
     bandwidth = peak.memory * EFFICIENCIES["memory"][memory]
     return Rates(
-        products, products, peak.vector / 2 * share, bandwidth, LAUNCHES[launch], peak.clock * share, overlaps=True
+        products,
+        products,
+        peak.vector / 2 * efficiency,
+        bandwidth,
+        LAUNCHES[launch],
+        peak.clock * efficiency,
+        overlaps=True,
     )
 
 

@@ -35,7 +35,7 @@ from snella_app.training.memory import predict_step_memory, preserve_state
 
 MIN_SIZE = 48
 """Smallest image size that is tried or suggested, in pixels."""
-_LARGEST_BATCH, _FEWEST_STEPS = 256, 10
+_LARGEST_BATCH, _FEWEST_BATCHES = 256, 10
 _MEMORY_SHARE = 0.8
 """Maximum predicted step memory as a fraction of free memory; the prediction excludes libraries and workspaces."""
 _TIMED_STEPS, _FEWEST_TIMED = 4, 3
@@ -62,7 +62,7 @@ def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -
     if optim.batch_size != "auto":
         return optim.batch_size
     free = free_memory(next(parts.model.parameters()).device)
-    largest = max(1, min(_LARGEST_BATCH, len(parts.splits.train) // _FEWEST_STEPS // process_count()))
+    largest = max(1, min(_LARGEST_BATCH, len(parts.splits.train) // _FEWEST_BATCHES // process_count()))
     batch = 1 << largest.bit_length() - 1
     while batch > 1 and predicted_memory(parts, optim.precision, batch) > _MEMORY_SHARE * free:
         batch //= 2
