@@ -26,11 +26,13 @@ def train(config: TrainConfig | None = None, *, console: Console | None = None, 
             also be a torch or Hugging Face dataset, or a mapping from split names (train, val, test) to datasets.
 
     Returns:
-        Run folder.
+        Run folder; with `folds`, the folder of the cross-validation.
 
     Raises:
         TypeError: If `config` and settings are both given, or a setting is unknown.
         ValueError: If settings are invalid; one message lists all errors.
+
+    Other errors as for `snella_app.training.train.train`.
     """
     if config is not None and settings:
         raise TypeError(f"train takes either config or settings, got both: config and {', '.join(settings)}")

@@ -33,7 +33,7 @@ class _Unpadded:
         self.stream.flush()
 
     def isatty(self) -> bool:
-        """Return False: the stream is a file."""
+        """Return False: the stream is a file or a pipe."""
         return False
 
 
@@ -102,7 +102,7 @@ def make_console(file: IO[str] | None = None, *, survives_closed_output: bool = 
 
 
 def printable(text: str) -> str:
-    r"""Escape control characters, lone surrogates and bidirectional controls as `\x1b`.
+    r"""Escape control characters, lone surrogates and bidirectional controls, e.g. ESC as `\x1b`.
 
     File names can contain any of these. Line breaks and tabs are unchanged.
     """
@@ -111,7 +111,7 @@ def printable(text: str) -> str:
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a line verbatim, without wrapping or color."""
+    """Print a line without wrapping, markup or color; control characters are escaped."""
     console.print(Text(printable(text)), soft_wrap=True)
 
 
@@ -149,7 +149,7 @@ def print_heading(console: Console, text: str) -> None:
 
 
 def track_progress(items: Iterable[_T], text: str, total: int, console: Console | None) -> Iterable[_T]:
-    """Wrap items in a progress bar if the console is a terminal; no-op if `console` is None."""
+    """Wrap items in a progress bar if the console is a terminal; otherwise return them unchanged."""
     if console is None or not console.is_terminal:
         return items
     from rich.progress import track

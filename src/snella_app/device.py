@@ -45,7 +45,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Resolve the precision `auto` to bf16 on devices with bfloat16 instructions, otherwise to fp32."""
+    """Resolve the precision `auto` to bf16 on GPUs (CUDA) and CPUs with bfloat16 instructions, otherwise to fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":

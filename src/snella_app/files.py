@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def annotate_write_errors(path: Path) -> Iterator[None]:
-    """Add the name of the file to errors while writing it, e.g. if the disk is full; they become OSError."""
+    """Add the file name to write errors, e.g. of a full disk; library errors in `WRITE_FAILURES` become OSError."""
     try:
         yield
     except OSError as error:
@@ -128,13 +128,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Sync a folder and all files in it to disk."""
+    """Sync a folder and everything below it to disk."""
     for path in (*folder.rglob("*"), folder):
         sync_folder(path)
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync a folder's entries to disk, e.g. after a rename."""
+    """Sync a file, or the entries of a folder (e.g. after a rename), to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

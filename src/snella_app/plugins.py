@@ -51,7 +51,7 @@ def plugins(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, Any
 
 @functools.cache
 def _entries(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, EntryPoint]:
-    """Return the entry points of a group by name, this project's first; warn about duplicate names."""
+    """Return the entry points of a group by name, this project's first; warn about duplicate and reserved names."""
     entries: dict[str, EntryPoint] = {}
     installed = entry_points(group=f"snella.{group}")
     for entry in sorted(installed, key=lambda entry: (_package_name(entry) != "snella", entry.name)):

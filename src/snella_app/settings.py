@@ -80,7 +80,7 @@ class Setting:
         path: Attribute path to the value, e.g. `("optim", "lr")` or `("method", "name")`.
         type: Type annotation.
         default: Default value; `MISSING` if required.
-        owner: Class that declares the field; its docstring, or that of a base class, describes the setting.
+        owner: Class that declares the field; its docstring, or a base class's docstring, describes the setting.
     """
 
     name: str
@@ -169,7 +169,7 @@ class Config:
         """Convert each value to its annotated type, and return the errors.
 
         Invalid values are reset to their defaults, so that later checks can run and all errors are reported together.
-        Paths are converted to strings and NumPy numbers to Python numbers.
+        Paths are converted to strings, tuples to lists and NumPy numbers to Python numbers. Sections are skipped.
         """
         errors = []
         for setting in type(self).settings().values():
@@ -201,7 +201,7 @@ class Config:
 
     @classmethod
     def _collect(cls, settings: Mapping[str, Any]) -> tuple[Self, list[str]]:
-        """Create a configuration without raising, and return its errors."""
+        """Create a configuration without raising; return it and its errors."""
         config, errors = object.__new__(cls), []
         for name, section in _sections(cls).items():  # type: ignore[arg-type]
             value, section_errors = section._collect(settings)
@@ -274,7 +274,7 @@ def coerce(kind: Any, value: Any) -> Any:
     elif isinstance(value, Number) and hasattr(value, "item"):
         value = value.item()
     result = type_adapter(kind).validate_python(value, strict=True)
-    return value if type(value) is int and isinstance(result, float) else result  # keeps `1` in files of the settings
+    return value if type(value) is int and isinstance(result, float) else result  # keeps `1` in settings files
 
 
 @cache
@@ -296,7 +296,7 @@ def suggest_choice(kind: Any, value: Any) -> str:
 
 
 def suggest_setting(name: str, spellings: Mapping[str, str]) -> str:
-    """Suggest a setting for an unknown name: `use lr` for another tool's name, `nearest: lr, r` for a typo.
+    """Suggest a setting for an unknown name: `use lr` for another tool's name, `nearest: lr, r` for a typo, else empty.
 
     Args:
         name: Unknown name.

@@ -1,4 +1,4 @@
-"""Formatting of numbers, units and lists of names."""
+"""Formatting of numbers, units and lists, and suggestions of similar names."""
 
 from __future__ import annotations
 
@@ -108,9 +108,9 @@ def nearest(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0
 def similar_paths(
     path: Path, *, most: int = 3, cutoff: float = 0.5, folders_only: bool = False, suffixes: tuple[str, ...] = ("",)
 ) -> str:
-    """Suggest visible files and folders with a name similar to a missing path; empty if there are none.
+    """Suggest visible files and folders with a name similar to a missing path: "; nearest: 'a.csv', 'b.csv'".
 
-    Example: "; nearest: 'a.csv', 'b.csv'". Names end with one of `suffixes`.
+    Empty if there are none; reports the parent folder if it is missing. Names end with one of `suffixes`.
     """
     if not path.parent.is_dir():
         return f"; there is no folder '{path.parent}'"

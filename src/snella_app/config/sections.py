@@ -234,12 +234,12 @@ class OptimConfig(BaseOptimConfig):
         return -(-images // self.images_per_step)
 
     def with_batch_size_for(self, images: int) -> Self:
-        """Return a copy with `batch_size` set for this number of training images."""
+        """Return a copy with the default batch size for this number of training images, unless `batch_size` is set."""
         is_set = isinstance(self.batch_size, int)
         return self if is_set else dataclasses.replace(self, batch_size=min(DEFAULT_BATCH_SIZE, images))
 
     def optimizer_options(self) -> dict[str, Any]:
-        """Keyword arguments of `snella_app.training.build.build_optimizer`."""
+        """Return the keyword arguments of `snella_app.training.build.build_optimizer`."""
         return {
             "lr": self.lr or 0.0,
             "head_lr": self.head_lr,
@@ -249,7 +249,7 @@ class OptimConfig(BaseOptimConfig):
         }
 
     def task_options(self) -> dict[str, Any]:
-        """Settings of `snella_app.tasks.create_task`: loss and monitored metric."""
+        """Return the keyword arguments of `snella_app.tasks.create_task`: loss options and monitored metric."""
         names = ("loss", "class_weights", "label_smoothing", "mask_loss", "monitor")
         return {name: getattr(self, name) for name in names}
 
@@ -257,7 +257,7 @@ class OptimConfig(BaseOptimConfig):
         """Return `class_weights`, read from its file if it names one.
 
         Raises:
-            ValueError: If the file does not contain weights by class name.
+            ValueError: If the file does not exist, or does not contain weights by class name.
         """
         if not isinstance(self.class_weights, str) or self.class_weights in _CLASS_WEIGHTS:
             return self.class_weights
@@ -299,7 +299,7 @@ def budget_seconds(text: str) -> float:
     """Parse a duration such as `30m`, `1h30m` or `90s` into seconds.
 
     Raises:
-        ValueError: If `text` is not a duration.
+        ValueError: If `text` is not a positive duration.
     """
     match = re.fullmatch(_TIME, text.strip())
     seconds = sum(float(n or 0) * unit for n, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0

@@ -54,7 +54,7 @@ class RunSettings(Config):
         return {name: value for name, value in self.flat().items() if name not in UNSTORED_FIELDS}
 
     def differences(self, other: "RunSettings") -> list[str]:
-        """Describe each non-default setting that differs from `other`."""
+        """Describe each non-default setting that differs from `other`, except `SESSION_FIELDS`."""
         other_values = other.flat()
         return [
             f"{name} is {other_values[name]!r} there and {value!r} here"
@@ -63,7 +63,7 @@ class RunSettings(Config):
         ]
 
     def resolved(self) -> Self:
-        """Return a copy with the method's defaults in place of None."""
+        """Return a copy with the method's defaults in place of None, and the rank from the method's name (`lora-8`)."""
         from snella_app.methods import find_method, parse_method
 
         method, current = find_method(self.method.name), self.flat()
@@ -152,8 +152,11 @@ class TrainConfig(RunSettings):
     def resolved(self) -> Self:
         """Return a copy with the method's defaults in place of None, and class weights read from their file.
 
-        With `early_stopping` and without a preset in `method_options`, `schedule_end` defaults to 0.7, so that the
-        budget reaches its target before training can stop.
+        For methods with budgets, `early_stopping` changes the default of `schedule_end` to 0.7, so that the budget
+        reaches its target before training can stop; a preset in `method_options` keeps its own value.
+
+        Raises:
+            ValueError: If the method is `auto`.
         """
         from snella_app.methods import find_method
 
@@ -256,7 +259,7 @@ class TrainConfig(RunSettings):
 
 
 def command_line(settings: RunSettings, default: RunSettings, command: str) -> str:
-    """Return the command line of `command` for these settings; omits options with the values of `default`."""
+    """Return the command line of `command`, without `UNSTORED_FIELDS` and settings that are None or as in `default`."""
     args, defaults = ["snella", command], default.flat()
     for name, value in settings.flat().items():
         if name in UNSTORED_FIELDS or value is None or value == defaults[name]:

@@ -24,7 +24,7 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
         *("video", "videoid", "scene", "sceneid"),
     ),
 }
-"""Column names by role, lower case without spaces and `_`, most likely first."""
+"""Column names by role, lower case without spaces, `_`, `-` and `.`, most likely first."""
 _ROOT, _NONE = "root", "none"
 
 

@@ -66,7 +66,7 @@ def _match(keys: Sequence[Mapping[int, Any]], digest: Callable[[int, int], Any])
 
 
 def find_duplicates(images: ImageDataset) -> list[list[int]]:
-    """Return groups of positions with identical images, compared by size and 16×16 gray thumbnail.
+    """Return groups of positions with duplicate images: equal size and equal 16×16 gray thumbnail.
 
     Flat images and images that were not inspected are ignored.
     """
@@ -103,7 +103,7 @@ def find_near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int
     """Find near-duplicates of training images: re-encoded, resized or compressed copies.
 
     Two images match if their 16×16 gray thumbnails have a correlation ≥ 0.995 and a root mean square difference
-    ≤ 3 (of 255). Flat images and images that were not inspected are ignored.
+    ≤ 3 (of 255). Flat images and images that were not inspected are ignored. Empty above 2 billion pairs.
 
     Returns:
         Position of the most similar training image by position in `others`.

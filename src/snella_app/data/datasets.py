@@ -25,7 +25,7 @@ Target = str | float | tuple[str, ...] | tuple[float, ...]
 
 @dataclass(frozen=True)
 class Annotations:
-    """Table columns other than the class, one entry per image; None for absent columns.
+    """Raw label values, sample weights and groups, one entry per image; None for absent columns.
 
     Attributes:
         targets: Values of the label column: class name (`str`), number, label names (tuple of `str`), or numbers of
@@ -66,7 +66,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         annotations: Raw targets, sample weights and groups of the selected images.
 
     Attributes:
-        transform: Maps an RGB image to a tensor; None returns images. Set by `with_transform`.
+        transform: Maps a decoded image to a tensor; None returns images. Set by `with_transform`.
         seed: Seed of the augmentation.
 
     Raises:
@@ -98,7 +98,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        """Return the transformed image (or RGB image without a transform) and class index; see `with_targets`."""
+        """Return the image, transformed if there is a transform, and its target and weight as set by `with_targets`."""
         index = range(len(self))[index]  # nonnegative
         if self.transform is None:
             return self._item(index)
@@ -190,7 +190,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
 
 
 def _shared_scalar(value: int) -> Tensor:
-    """Return an int64 scalar in shared memory; raise OSError if it is full or a file size limit is reached."""
+    """Return an int64 scalar in shared memory; raise OSError if the memory is full or a file size limit is reached."""
     try:
         return torch.tensor(value).share_memory_()
     except RuntimeError as error:
@@ -257,7 +257,7 @@ class MaskDataset(ImageDataset):
 
 
 def read_at_side(parts: Sequence[ImageDataset], side: int | None) -> list[ImageDataset]:
-    """Return splits that read images at `Reading.side`; splits with masks are unchanged, shared sources stay shared."""
+    """Return copies with another `Reading.side`; splits with masks are unchanged, shared sources stay shared."""
     sources: dict[int, ImageSource] = {}
     changed = []
     for part in parts:

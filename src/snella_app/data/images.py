@@ -58,9 +58,9 @@ class ImageMetadata:
     """Metadata of a decoded image.
 
     Attributes:
-        size: Stored width and height.
-        mode: Stored Pillow mode, or dtype and number of channels of an array.
-        format: File format, e.g. JPEG.
+        size: Width and height; as stored if a file was inspected.
+        mode: Pillow mode, as stored in the file, or the number of channels and bits of an array.
+        format: File format, e.g. JPEG; `array` for arrays, empty for images that are not files.
         has_pages: True for several pages or frames.
         thumbnail: 16×16 gray values, uint8; nearly equal for re-encoded or resized copies.
         brightest: Largest value of a 16-bit image as a fraction of white; None for others.
@@ -90,6 +90,7 @@ def read_image(path: str | Path, reading: Reading = RGB) -> Any:
 
     Raises:
         ValueError: If the file is not an image, is truncated, has unsupported values or another number of channels.
+        ImportError: If tifffile is required but not installed.
     """
     return decode_image(path, str(path), reading)
 
@@ -143,7 +144,7 @@ def metadata_of(image: Image.Image, mode: str = "", kind: str = "") -> ImageMeta
 
 
 def check_regular(file: File) -> None:
-    """Raise ValueError for pipes, sockets and devices."""
+    """Raise ValueError for paths that are not regular files, e.g. pipes, sockets and devices."""
     if isinstance(file, str | Path) and not stat.S_ISREG(os.stat(file).st_mode):
         raise ValueError("not a regular file (a pipe, socket or device)")
 
@@ -194,7 +195,7 @@ def has_heic() -> bool:
 
 
 def _start_of(file: File) -> bytes:
-    """Return the first bytes of a file or stream, without moving the stream; empty for unreadable files."""
+    """Return the first 12 bytes of a file or stream, and rewind the stream; empty for unreadable files."""
     if not isinstance(file, str | Path):
         start = file.read(12)
         file.seek(0)
@@ -236,7 +237,7 @@ def _read_array(file: File, reading: Reading) -> Tensor:
 
 
 def array_pixels(file: File) -> int:
-    """Return the number of values in a TIFF or array file from its header; the stream position is unchanged.
+    """Return the number of values in a TIFF or array file from its header; a stream is rewound.
 
     Raises:
         ValueError: If the file is neither, not numeric or too large.
@@ -316,7 +317,7 @@ def is_heic(file: File) -> bool:
 
 
 def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:
-    """Convert any mode to 8-bit RGB: blend transparency with white, repeat gray, keep the high byte of 16-bit values.
+    """Convert any mode to 8-bit RGB: blend transparency with white, repeat gray, scale 16-bit values by `white`.
 
     Args:
         image: Image of any mode except 32-bit floating point.

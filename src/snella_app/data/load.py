@@ -29,9 +29,9 @@ from snella_app.plugins import plugins
 from snella_app.text import listed, similar_paths, split_text
 
 _DARK = 0.25
-"""Fraction of the range that triggers the warning about dark 16-bit images."""
+"""Largest brightness, as a fraction of white, that triggers the warning about dark 16-bit images."""
 _IMBALANCE = 4
-"""Ratio of class sizes that triggers the imbalance note."""
+"""Ratio of class sizes that triggers the imbalance warning."""
 _FOLDER = "folder:"
 _READERS: dict[str, Callable[[str, LoadOptions], Collection]] = {
     _FOLDER: load_folder,
@@ -89,9 +89,9 @@ def data_names() -> list[str]:
 def full_spec(spec: str) -> str:
     """Add the prefix to a bare path: `folder:photos` for class folders, `csv:t.csv` for a table.
 
-    A folder with `images` and `masks` becomes `masks:`; a folder written by Hugging Face datasets becomes `hf:`. A
-    folder without subfolders becomes `wds:` if it has tar files, and `hf:` if all files are Parquet. Other text is
-    returned unchanged. Names of registered datasets take precedence over folders.
+    A folder with `images` and `masks` becomes `masks:`; a folder written by Hugging Face datasets, or with
+    `metadata.csv`, becomes `hf:`. A folder without subfolders becomes `wds:` if it has tar files, and `hf:` if all
+    files are Parquet. Other text is returned unchanged. Names of registered datasets take precedence over folders.
     """
     path = Path(os.path.expanduser(spec))  # Path.expanduser raises for unknown users
     if split_spec(spec)[1] is not None or spec in _registered() or not spec.strip() or not os.path.exists(path):
@@ -145,12 +145,12 @@ def load_data(
     """Load data and create stratified, seeded splits. Images of a group stay in one split.
 
     Existing splits are preserved. A test split is created only for data without splits, a validation split if it is
-    missing. Fractions refer to all images to be split. Splits are then subsampled to their sizes, so the test images
-    are independent of the number of training images.
+    missing and the protocol is `standard`. Fractions refer to all images to be split. Splits are then subsampled to
+    their sizes, so the test images are independent of the number of training images.
 
-    A cross-validation fold is divided from the training and validation images together. It is the test split, or the
-    validation split if the data has a test split. Protocol `official` holds out no images: an existing validation split
-    is used for training on VTAB and ignored for other data.
+    A cross-validation fold is held out of the training and validation images together. It is the test split, or the
+    validation split if the data has a test split. Protocols `final` and `official` hold out no validation images: an
+    existing validation split is used for training under `final` and, on VTAB, `official`, and ignored otherwise.
 
     Args:
         spec: Folder or table (see `full_spec`); one of `data_names()`, e.g. `folder:PATH` (`class/image` or
@@ -160,12 +160,13 @@ def load_data(
         target: Content of the label column: one class (`class`), any number of labels (`labels`) or numbers
             (`numbers`, with column names as `classes`). `ImageDataset.labels` contains classes, or strata for the other
             two; `ImageDataset.annotations` contains raw values, weights and groups.
-        divide: If False, use only existing splits.
+        divide: If False, use only existing splits and folds.
 
     Raises:
         ValueError: If the specification is unknown, a setting does not apply to the data, or there are too few images.
         FileNotFoundError: If a folder or Debian package does not exist.
         ImportError: If a Python package is not installed.
+        TypeError: If the dataset object is not supported.
     """
     config = config or DataConfig()
     options = LoadOptions(config, seed, target)

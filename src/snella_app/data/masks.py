@@ -79,7 +79,8 @@ def collect_masks(
         skip_corrupt: Skip unreadable pairs with a note.
 
     Raises:
-        ValueError: As for `load_masks`.
+        ValueError: If there are errors so far, unreadable pairs, different sizes, or labels out of range; one message
+            lists all errors.
     """
     all_pairs = [pair for split_pairs in pairs.values() for pair in split_pairs]
     checks = dict(zip(all_pairs, decode_all(_check_pair, all_pairs), strict=True))

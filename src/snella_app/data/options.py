@@ -1,4 +1,4 @@
-"""`DataConfig`, the images of a run, and the options that readers get; without torch, since help imports it."""
+"""`DataConfig`, the images of a run, and options of the readers. Imports no torch, so that `--help` stays fast."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal

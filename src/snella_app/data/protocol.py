@@ -16,7 +16,7 @@ _OFFICIAL_CROP_PCT = 0.875
 
 @dataclass(frozen=True)
 class RunProtocol:
-    """Protocol that selects the saved epoch.
+    """Protocol that selects the saved epoch and adjusts the preprocessing.
 
     Attributes:
         name: Value of `--protocol`.
@@ -46,7 +46,7 @@ class RunProtocol:
     def selection_score(
         self, row: Mapping[str, Any], task_score: Callable[[Mapping[str, Any]], tuple[float, float]]
     ) -> tuple[float, float]:
-        """Return the selection score of an epoch; negative infinity if it was not evaluated.
+        """Return the selection score of an epoch; negative infinity if not evaluated, 0 without a selection split.
 
         Args:
             row: Row of the history. Rows with `is_denser` exceed the target budget and are treated as not evaluated.

@@ -39,7 +39,7 @@ class ImageSource(Protocol):
     """Picklable source of images by row."""
 
     def load(self, row: int) -> Image.Image:
-        """Return the image as RGB; callers must not modify it, since it may be shared."""
+        """Return the decoded image; callers must not modify it, since it may be shared."""
 
     def content(self, row: int) -> bytes:
         """Return the raw content of the image: file bytes or pixels."""
@@ -82,7 +82,7 @@ class CachedImages:
 
     Attributes:
         metadata: Metadata of the inspected images by row.
-        budget_bytes: Cache size for decoded images, one byte per pixel and channel, divided among loader workers.
+        budget_bytes: Cache size for decoded images in bytes, divided among loader workers.
             Images beyond the budget are decoded on every access.
     """
 
@@ -130,7 +130,7 @@ class CachedImages:
         return source
 
     def __getstate__(self) -> dict[str, Any]:
-        """Exclude cached images from pickling."""
+        """Exclude cached images and metadata from pickling."""
         return {**self.__dict__, "_cached": {}, "cached_bytes": 0, "metadata": {}}
 
 

@@ -47,7 +47,7 @@ def grouped_split(
     """Split off groups with approximately a fraction of the images, stratified by class.
 
     scikit-learn's `StratifiedGroupKFold` creates folds; the number of selected folds approximates the fraction. A
-    class's only group is never split off, so that every class has training images.
+    class's only group is never split off, so that the class keeps training images.
 
     Arguments and return value as for `stratified_split`.
 
@@ -86,7 +86,7 @@ def fold_split(
     Arguments and return value as for `stratified_split`.
 
     Raises:
-        ValueError: If a class has fewer images than folds, or there are fewer groups than folds.
+        ValueError: If there are fewer groups than folds or, without groups, a class has fewer images than folds.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # lazy: slow import
 

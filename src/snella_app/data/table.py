@@ -422,7 +422,7 @@ def _check_classes(
 def _drop_duplicates(
     rows: list[int], samples: Samples, parts: Sequence[str], values: Sequence[Any], notes: list[str]
 ) -> list[int]:
-    """Drop rows that repeat an image within a split; add notes about repeated and contradicting rows."""
+    """Drop rows that repeat an image and its label within a split; add notes about repeated and contradicting rows."""
     first: dict[tuple[str, str], int] = {}
     unique, repeated, contradicting = [], 0, []
     for row in rows:

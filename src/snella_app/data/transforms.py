@@ -33,8 +33,8 @@ def build_transform(
         train: If False, `augment` and `random_erasing` are ignored.
         augment: Training augmentation:
 
-            - "none": no augmentation
-            - "flip": horizontal flip with probability 0.5
+            - "none": the evaluation transform
+            - "flip": the evaluation transform, and horizontal flip with probability 0.5
             - "crop": random resized crop of 50 to 100% of the area, and flip
             - "crop-no-flip": "crop" without flip, e.g. for letters
             - "imagenet": random resized crop of 8 to 100% of the area, flip, and color jitter of 0.4 (brightness,

@@ -1,4 +1,4 @@
-"""Components of a training run: `load` loads data and task, `build` creates the model; sampler and optimizer."""
+"""Components of a training run: data and task (`load`), model (`build`), sampler and optimizer."""
 
 import dataclasses
 import time
@@ -167,7 +167,7 @@ def selection_data(
 
 
 def store_selection(run: Path, method: str, model: nn.Module) -> None:
-    """Save the parameters that a method selected, for resuming; no-op for methods without selection."""
+    """Save the parameters that a method selected, for resuming; no-op without selection or if already stored."""
     if find_method(method).needs_batches and not has_selection(run):
         save_trained(model, run / FOLDER)
 
@@ -189,7 +189,7 @@ class RunComponents:
         data_config: Preprocessing in timm's format.
         seed: Seed of the run.
         workers: Number of data loading processes.
-        trained_part: The head, if the splits contain its precomputed inputs; None if the whole model is trained.
+        trained_part: The head, if the splits contain its precomputed inputs; None if training runs the whole model.
         probe_features: Pooled features of the probe images before training; set by `snella_app.training.linear_probe`.
         initial_layer_features: Features of several layers for the same images; None once the run trains the model.
     """
@@ -212,7 +212,8 @@ def load(
     """Load the images, from the dataset object `source` if given, and create the task.
 
     Raises:
-        ValueError: If the batch size exceeds the number of training images, or data and task do not fit together.
+        ValueError: If the batch size exceeds the number of training images or is below the number of processes, or data
+            and task do not fit together.
     """
     started_at = time.monotonic()
     with show_reading(console if run.progress else None):
@@ -362,7 +363,7 @@ def load_initial_weights(parts: RunComponents, spec: str, run: RunFolder) -> Non
 def _selection_images(
     method: str, data: LoadedData, splits: DataSplits, data_config: dict[str, Any]
 ) -> tuple[ImageDataset, ImageDataset | None]:
-    """Return training and validation images for selection; if the protocol has none, of the standard protocol."""
+    """Return training and validation images for selection; the `standard` split if the protocol has no validation."""
     if splits.val is not None or not find_method(method).needs_validation:
         return splits.train, splits.val
     config = dataclasses.replace(data.config, protocol="standard")
@@ -397,13 +398,15 @@ def build_optimizer(
 ) -> Optimizer:
     """Build AdamW for all trainable parameters, with weight decay only on matrices and optional layer-wise decay.
 
+    A method with `Method.optimizer` builds its own parameter groups.
+
     Args:
         model: Model from `build_method`.
         lr: Learning rate of the method's parameters.
         head_lr: Learning rate of the head; `lr` if None.
         weight_decay: Weight decay of matrices.
         scalar_lr: Learning rate of the scalar kernel parameters; the method's default if None.
-        layer_decay: Factor of the learning rate per layer below the head; None for equal learning rates.
+        layer_decay: Factor of the learning rate per layer below the head; None for no decay.
 
     Raises:
         ValueError: If no parameter is trainable, or `layer_decay` is set for a model without timm's layer numbers.

@@ -323,15 +323,15 @@ class TrackingCallback(TrainerCallback):
 
 
 class ProgressDisplay(TrainerCallback):
-    """Progress bar with loss and budget, and one line of results per epoch.
+    """Progress bar with loss, budget and throughput, and one line of results per epoch.
 
-    Without a terminal, a line every half minute replaces the bar. If training takes more than a minute, the estimated
-    remaining time is printed after the first steps.
+    Without a terminal, a line every half minute replaces the bar. After the first steps, the estimated remaining time
+    is printed if it is at least a minute.
 
     Args:
         console: Output console; the bar appears only on a terminal.
         trainer: Trainer; without `progress` in its plan, neither the bar nor the lines that replace it appear.
-        shorten: Function that returns a hint on shortening the run for a slowdown factor.
+        shorten: Maps the factor by which the remaining time exceeds five minutes to a hint on shortening the run.
     """
 
     def __init__(self, console: Console, trainer: "SnellaTrainer", shorten: Callable[[float], str]) -> None:
@@ -400,7 +400,7 @@ class ProgressDisplay(TrainerCallback):
             self._bar.update(self._bar_task, shown=f"evaluating on {part} images")
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Print the results of the epoch, and warn once if the loss is well above the first epoch's."""
+        """Print the results of the epoch, and warn once if the training loss is well above the first epoch's."""
         if not state.is_world_process_zero:
             return
         score, protocol = self.trainer.selection_score(metrics), self.trainer.protocol

@@ -215,8 +215,9 @@ class CheckpointingTrainer(Trainer):
     """Trainer with atomic checkpoints of only the trained weights.
 
     Differences from transformers' Trainer:
-    - A checkpoint contains only trained weights and is published atomically.
-    - A non-finite loss or gradient ends the run before it changes the weights.
+    - A checkpoint contains no frozen weights and is published atomically.
+    - A non-finite loss or gradient ends the run before it changes the weights; in fp16, a non-finite gradient skips the
+      step.
     - Elapsed time includes the time before an interruption.
 
     Args:
@@ -225,7 +226,7 @@ class CheckpointingTrainer(Trainer):
         **options: Options of transformers' Trainer; `model` defaults to `trained`.
 
     Attributes:
-        last_loss: Loss of the latest forward pass.
+        last_loss: Loss of the latest batch, averaged over processes.
         session_start: `time.monotonic()` at the start of this session; set it to include earlier preparation.
     """
 
@@ -303,7 +304,7 @@ class CheckpointingTrainer(Trainer):
         return values
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the trained weights and the trainer state."""
+        """Load the trained weights and the state written by `_write_state`."""
         with convert_read_errors(resume_from_checkpoint):
             load_trained_into(self.trained_model, Path(resume_from_checkpoint))
             self._read_state(Path(resume_from_checkpoint))

@@ -130,7 +130,7 @@ def broadcast_from_main(make: Callable[[], _T]) -> _T:
 
 @contextmanager
 def main_process_only(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    """Enter a context only in the main process; errors end all other processes silently.
+    """Enter a context only in the main process; interrupts and errors with `exit_status` end the others silently.
 
     Raises:
         SystemExit: If a process other than the main one is interrupted, or fails with an `exit_status`.
@@ -187,7 +187,7 @@ def _shard_size(images: int, rank: int, count: int) -> int:
 
 
 def shard_frozen(model: nn.Module) -> None:
-    """Shard every frozen weight of a model on its device across processes; trainable parameters stay replicated.
+    """Shard the frozen weights of a model across processes; broadcast the trainable ones, which stay replicated.
 
     A block's weights are gathered for its forward and backward pass and freed after each. Weights outside the blocks
     are gathered for the whole pass of the model. All processes must run the same passes and call `average_gradients`

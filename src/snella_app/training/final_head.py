@@ -21,7 +21,7 @@ _INVERSE_PENALTY = 0.01
 _ITERATIONS = 100
 _EPS = 1e-6
 _SECONDS_PER_PRODUCT = 1e-8
-"""Time of both fits per image, feature and output; a fit takes about a hundred steps."""
+"""Seconds of both fits per image view, feature and output; a fit takes about a hundred steps."""
 
 
 @dataclass
@@ -64,9 +64,9 @@ def fit_layers(
 ) -> tuple[LayerProbe, tuple[np.ndarray, np.ndarray] | None]:
     """Fit a linear head to features of several layers of the trained model.
 
-    A first fit to the training images predicts the validation images. The final fit uses both splits. If available,
-    `parts.initial_layer_features` are the features of the training images. The features are computed in autocast with
-    `precision`, which is faster in bfloat16; the returned probe computes in the precision of its inputs.
+    A first fit to the training images predicts the validation images. The final fit uses both splits.
+    `parts.initial_layer_features`, if set, are the features of the training images. The others are computed in autocast
+    with `precision`, which is faster in bfloat16; the returned probe computes in the precision of its inputs.
 
     Returns:
         The probe from the final fit, and the reduced outputs and labels of the validation images from the first fit;

@@ -48,7 +48,7 @@ Outputs = tuple[np.ndarray, np.ndarray]
 
 
 class LiveReport(TrainerCallback):
-    """Callback that updates the report after an epoch, at most once every `_REPORT_INTERVAL_S` seconds.
+    """Callback that updates the report after a checkpoint, at most once every `_REPORT_INTERVAL_S` seconds.
 
     The pause after an update is at least 20 times its duration, so updates take at most 5% of the time.
     """
@@ -74,7 +74,7 @@ class LiveReport(TrainerCallback):
 
 
 def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Console, render_report: bool = True) -> None:
-    """Evaluate the saved model, write results and report, and print a summary."""
+    """Average epochs if requested, fit the final head, evaluate the saved model, write the results, print a summary."""
     train_s, run, parts = trainer.elapsed_s, trainer.run_folder, trainer.parts
     averaged = trainer.average_epochs()
     wait_for_everyone()  # until the main process has written the best adapter
@@ -206,7 +206,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def describe_allocation(model: nn.Module, allocator: BudgetAllocator) -> Allocation:
-    """Build the allocation record: matrices, budgets of the best adapter and budget history."""
+    """Build the allocation record: matrices with the model's current budgets, and budget history."""
     return Allocation(
         total_weights=allocator.total_weights,
         target_budget=allocator.target_budget,

@@ -40,8 +40,9 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
         The content of `OUT/folds.json`; `folds.md` and `folds.html` present it as tables.
 
     Raises:
-        FileExistsError: If the folder contains a cross-validation or run, and neither `resume` nor `overwrite` is set.
-        FileNotFoundError: If `resume` is set, but the folder has no cross-validation and no data or backbone is given.
+        FileExistsError: If the folder contains a single run or other files, or contains a cross-validation and neither
+            `resume` nor `overwrite` is set.
+        FileNotFoundError: If `resume` is set, the folder has no cross-validation, and the data or backbone is missing.
         ValueError: If `train` rejects the settings, or a resumed cross-validation has other settings.
     """
     console = console or make_console(survives_closed_output=True)

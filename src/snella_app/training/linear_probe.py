@@ -199,7 +199,7 @@ def can_skip_training(optim: OptimConfig, protocol: str) -> bool:
 
 
 def _find_linear_head(model: nn.Module) -> nn.Linear | None:
-    """Return the head if it is a single linear layer on the pooled features of a timm model."""
+    """Return the head if it is a single linear layer with bias on the pooled features of a timm model; else None."""
     base, head = base_and_head(model)
     if not isinstance(head, nn.Linear) or head.bias is None or not _has_timm_features(base):
         return None
@@ -278,8 +278,8 @@ def normalize_features(parts: RunComponents, optim: OptimConfig) -> FeatureNorm:
 class FeatureNorm(TrainerCallback):
     """Callback that standardizes the inputs of a linear head by their running mean and variance.
 
-        y = W ẑ + b,   ẑ = (z − μ) / σ
-        μ ← μ + m (mean(z) − μ),   σ² ← σ² + m (var(z) − σ²)      after each optimizer step, m = 0.1
+        y = W ẑ + b,   ẑ = (z − μ) / σ,   σ² = v + 1e-5
+        μ ← μ + m (mean(z) − μ),   v ← v + m (var(z) − v)      after each optimizer step, m = 0.1
 
     The head learns at the same rate along every feature, independent of its scale, and adapts to features that change
     during training. μ and σ are constants for differentiation, so a step does not depend on the split into batches and

@@ -110,14 +110,20 @@ LAUNCHES = (5e-6, 10e-6, 20e-6)
 def gpu_rates(
     gpu: str, product: int = 1, vector: int = 1, memory: int = 1, launch: int = 1, *, is_float32: bool = False
 ) -> Rates:
-    """Return the rates of a GPU at four levels: 0 low, 1 expected, 2 high."""
+    """Return the rates of a GPU; each of the four levels is 0 (low), 1 (expected) or 2 (high)."""
     peak = GPUS[gpu]
     products = (peak.vector if is_float32 else peak.product) * EFFICIENCIES["product"][product]
-    # an instruction per lane is half of the datasheet's FLOP
-    share = EFFICIENCIES["vector"][vector]
+    # the datasheet counts a multiply-add, one instruction per lane, as two FLOP
+    efficiency = EFFICIENCIES["vector"][vector]
     bandwidth = peak.memory * EFFICIENCIES["memory"][memory]
     return Rates(
-        products, products, peak.vector / 2 * share, bandwidth, LAUNCHES[launch], peak.clock * share, overlaps=True
+        products,
+        products,
+        peak.vector / 2 * efficiency,
+        bandwidth,
+        LAUNCHES[launch],
+        peak.clock * efficiency,
+        overlaps=True,
     )
 
 
@@ -127,7 +133,7 @@ def rates_range(gpu: str, *, is_float32: bool = False) -> list[Rates]:
 
 
 def ratio_range(gpu: str, step: StepCount, reference: StepCount) -> tuple[float, float, float]:
-    """Return the lowest, expected and highest ratio of two step times over all assumptions."""
+    """Return the lowest, expected and highest ratio of two step times in bfloat16 over all assumptions."""
     ratios = [rates.seconds(step) / rates.seconds(reference) for rates in rates_range(gpu)]
     expected = gpu_rates(gpu)
     return min(ratios), expected.seconds(step) / expected.seconds(reference), max(ratios)

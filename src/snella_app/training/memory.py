@@ -162,7 +162,7 @@ class _AttentionRecorder(TorchFunctionMode):
 
 @contextmanager
 def preserve_state(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Restore mode, buffers and random state of a model on exit; the random state is that of the images' device."""
+    """Restore mode and buffers of a model on exit, and the random state of the CPU and the images' device."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     was_training = model.training
     try:
@@ -232,7 +232,7 @@ def predict_step_memory(
 
         at module i of the backward pass:  saved_until(i) + gradients(i, i+1, …) + temporary(i)
         at the optimizer step:             gradients + temporary(AdamW)
-        total = weights + optimizer_state + images + maximum of these
+        total = weights + optimizer_state + images (unless saved) + maximum of these
 
     `saved_until` and the activation part of `temporary` are linear in the batch size. The line is fitted to forward
     passes with 2 and 3 images, which need no more memory than passes without gradients. The prediction excludes

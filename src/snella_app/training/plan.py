@@ -62,10 +62,10 @@ def resolve(
 ) -> tuple[TrainConfig, RunComponents]:
     """Choose precision, image size, batch size, heads, augmentation and number of epochs of a new run, in this order.
 
-    Fields of `config` may be `"auto"` or None. The transform of the training images is replaced.
+    Fields of `config` may be `"auto"` or None. With `augment="auto"`, the transform of the training images is replaced.
 
     Returns:
-        The plan, settings without automatic fields, and data and model, rebuilt if the image size changed.
+        The plan (settings without automatic fields) and the components, rebuilt if the image size changed.
 
     Raises:
         ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images, or the
@@ -108,13 +108,14 @@ def resolve(
 def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
     """Resolve `final_head`, `head_init` and `head_norm`, which do not depend on the image size.
 
-    `final_head="auto"` is `layers` if the model and the task support it, else `trained`. `head_init="auto"` is `probe`
-    for a linear head of a timm classifier with at least two classes, else `random`. `head_norm="auto"` is `running` for
-    a probe-initialized head, else `none`. The `official` protocol uses `trained` and `random`, as the authors' scripts
-    do. A run that starts from another one keeps its head.
+    `final_head="auto"` is `layers` if the model and the task support it and there is a single process, else `trained`.
+    `head_init="auto"` is `probe` if `can_probe`, else `random`. `head_norm="auto"` is `running` for a probe-initialized
+    head, else `none`. Under the `official` protocol, `auto` is `trained` and `random`, as in the authors' scripts. A
+    run that starts from another one keeps its head: `head_init` and `head_norm` are unchanged.
 
     Raises:
-        ValueError: If `final_head` is `layers`, but the model or the task does not support it.
+        ValueError: If `final_head` is `layers`, but the model or the task does not support it, or the run has several
+            processes or `shard`.
     """
     optim, is_official = config.optim, config.data.protocol == "official"
     final_head: Literal["trained", "layers"] = "trained"
@@ -176,8 +177,9 @@ def choose_augmentation(parts: RunComponents, data: DataConfig, optim: OptimConf
     the second probe is clearly worse on held-out images (McNemar's test, two standard errors). Evaluating the first
     probe on flipped images is not sufficient: it fails on the flips of figures that all face left.
 
-    `tta="auto"` averages the predictions for an image and its flip if training flips images and the task is
-    single-label classification. The transform of the training images is replaced.
+    `tta="auto"` averages the predictions for an image and its flip if training flips images, the task is single-label
+    classification and the protocol is not `official`. With `augment="auto"`, the transform of the training images is
+    replaced.
     """
     augment: Any = data.augment
     if augment == "auto":
@@ -223,7 +225,7 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
 
 
 def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> None:
-    """Print data, model, method, budgets, steps and estimated memory."""
+    """Print data, model, method, budgets, steps, estimated memory and warnings."""
     splits, model, optim = parts.splits, parts.model, plan.optim
     protocol, matrices = get_protocol(plan.data.protocol), matrices_of(model)
     adapter = cast(SnellaConfig, cast(PeftModel, model).peft_config["default"]) if matrices else None

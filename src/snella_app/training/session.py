@@ -44,9 +44,9 @@ class RunInUseError(OSError):
 class InterruptCallback(TrainerCallback):
     """Callback and context manager for graceful interruption.
 
-    The first signal finishes the step, saves a checkpoint and stops; the second stops immediately. Signals are SIGINT
-    (Ctrl-C), SIGTERM (schedulers) and SIGHUP (closed terminal). Ignored SIGTERM and SIGHUP, as with `nohup`, stay
-    ignored. Handlers are installed inside the context, only in the main thread.
+    The first signal finishes the step, saves a checkpoint and stops; the second stops immediately (no-op in distributed
+    training). Signals are SIGINT (Ctrl-C), SIGTERM (schedulers) and SIGHUP (closed terminal). Ignored SIGTERM and
+    SIGHUP, as with `nohup`, stay ignored. Handlers are installed inside the context, only in the main thread.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class InterruptCallback(TrainerCallback):
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Set the flag on the first signal; raise an interrupt on the second."""
+        """Set the flag on the first signal; raise KeyboardInterrupt on the second, in a single process."""
         if self.is_requested:
             if process_count() > 1:
                 return  # torchrun forwards a signal that each process has already received

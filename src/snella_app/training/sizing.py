@@ -35,7 +35,7 @@ from snella_app.training.memory import predict_step_memory, preserve_state
 
 MIN_SIZE = 48
 """Smallest image size that is tried or suggested, in pixels."""
-_LARGEST_BATCH, _FEWEST_STEPS = 256, 10
+_LARGEST_BATCH, _FEWEST_BATCHES = 256, 10
 _MEMORY_SHARE = 0.8
 """Maximum predicted step memory as a fraction of free memory; the prediction excludes libraries and workspaces."""
 _TIMED_STEPS, _FEWEST_TIMED = 4, 3
@@ -43,7 +43,7 @@ _TIME_SHARE = 0.9
 """Fraction of the time budget for steps and evaluation; the rest covers checkpoints, results and report."""
 _MOST_EPOCHS = 100
 _MEASURED_SHARE = 0.02
-"""Fraction of the time budget for timing, which is exceeded only for the minimum number of steps."""
+"""Fraction of the time budget for timing one kind of step; exceeded only for the minimum number of steps."""
 _SIZE_RATIO = 1.15
 """The size search ends when the smallest size that does not fit is at most this factor above the largest that does."""
 _SMALL_SIDE, _MEASURED_SIDES = 112, 16
@@ -53,16 +53,16 @@ _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
 
 
 def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -> int | None:
-    """Return the batch size, with `batch_size="auto"` resolved to the largest batch size that fits in memory.
+    """Return the total batch size, with `batch_size="auto"` resolved to the largest that fits in memory; None if unset.
 
-    Candidates are powers of two up to 256 with at least 10 steps per epoch. The largest candidate with a predicted
-    memory of at most 0.8 of the free memory is tested with a trial step, and halved while the step runs out of memory.
-    The model is unchanged.
+    Candidates per process are powers of two up to 256 with at least 10 batches per epoch. The largest candidate with a
+    predicted memory of at most 0.8 of the free memory is tested with a trial step, and halved while the step runs out
+    of memory. The model is unchanged.
     """
     if optim.batch_size != "auto":
         return optim.batch_size
     free = free_memory(next(parts.model.parameters()).device)
-    largest = max(1, min(_LARGEST_BATCH, len(parts.splits.train) // _FEWEST_STEPS // process_count()))
+    largest = max(1, min(_LARGEST_BATCH, len(parts.splits.train) // _FEWEST_BATCHES // process_count()))
     batch = 1 << largest.bit_length() - 1
     while batch > 1 and predicted_memory(parts, optim.precision, batch) > _MEMORY_SHARE * free:
         batch //= 2
@@ -106,11 +106,11 @@ def fit_image_size(
     fit a final head on several layers. Let S be the largest size at which the final head alone fits. The result is the
     largest size of at least S/2 at which the epochs also fit, or S if there is none. A head at high resolution is
     better than a few epochs at a much lower one. To leave time for epochs, S is limited to the median shorter side of
-    the images or 112 pixels, whichever is larger. The limit does not apply to methods that train no epochs.
+    the images or 112 pixels, whichever is larger. The limit does not apply to runs without epochs.
 
     Candidates are multiples of the model's patch size or reduction, from 48 pixels to the backbone's default. The
     search stops within 15% of the largest size that fits; if no size fits, the result is the smallest. Models that
-    do not support other sizes keep their default.
+    do not support other sizes keep their default, as do folds and methods that select parameters.
 
     Returns:
         Image size; None for the backbone's default.
@@ -273,14 +273,14 @@ def _left_seconds(budget: str, started_at: float) -> float:
 
 @dataclass(frozen=True)
 class _Times:
-    """Time of one epoch with evaluation, and of the final evaluation on all splits, in seconds."""
+    """Time of one epoch with evaluation, and of the final evaluation and head fit, in seconds."""
 
     epoch_s: float
     final_s: float
 
 
 def _measure_times(parts: RunComponents, config: TrainConfig, with_training: bool = True) -> _Times:
-    """Estimate times from a few training and evaluation steps; the time of an epoch is 0 without training steps."""
+    """Estimate times from a few steps; without training, the time of an epoch is its evaluation."""
     data, batch_size = config.data, fit_batch_size(parts, config.optim, Console(file=io.StringIO()))
     optim = dataclasses.replace(config.optim, batch_size=batch_size)
     per_batch = max(optim.effective_batch_size // process_count(), 1)

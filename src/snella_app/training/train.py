@@ -60,8 +60,8 @@ def train(
 ) -> RunFolder:
     """Fine-tune a backbone and write a complete run folder.
 
-    The best epoch is selected on the validation images. After training, its adapter is evaluated once on the test
-    images.
+    Under the `standard` protocol, the best epoch is selected on the validation images. After training, its adapter is
+    evaluated once on the test images.
 
     Args:
         config: Configuration. With `resume`, the stored run continues from its last checkpoint with its stored
@@ -70,7 +70,7 @@ def train(
         data: A torch or Hugging Face dataset, or a mapping from train, val and test to datasets. `config.data.spec`
             names it, for example `python:flowers`. Resuming the run requires the same object.
         evaluate_test: If False, skip the test images, for example in tuning runs.
-        keep_checkpoints: If False, do not save a checkpoint after each epoch; for short runs.
+        keep_checkpoints: If False, save a checkpoint only at an interruption; for short runs.
         render_report: If False, skip the HTML report; `snella inspect --report` writes it later.
 
     Returns:
@@ -80,8 +80,9 @@ def train(
         FileExistsError: If the folder contains a run and neither `resume` nor `overwrite` is set.
         RunInUseError: If another process is writing to the folder.
         FileNotFoundError: If the data of a resumed run or the adapter of a finished run is missing.
-        ValueError: If settings contradict each other or the data, or the images of a resumed run have changed.
-        TrainingInterrupted: If training is interrupted with Ctrl-C; a checkpoint is saved first.
+        ValueError: If settings contradict each other or the data, or settings or images of a resumed run have changed.
+        ImportError: If a package of `track` is missing.
+        TrainingInterrupted: After the first SIGINT (Ctrl-C), SIGTERM or SIGHUP; a checkpoint is saved first.
         NonFiniteLossError: If the loss or gradient is infinite or NaN; the last checkpoint remains valid.
         CheckpointError: If the disk is full (the last checkpoint remains valid), or the checkpoint of a resumed run is
             damaged.
@@ -193,7 +194,7 @@ def _fit(
 
 @contextmanager
 def _tracking(trackers: Sequence[str], run: RunFolder) -> Iterator[None]:
-    """Redirect trackers to the run folder, except where environment variables are set, and suppress their output."""
+    """Redirect trackers to the run folder, unless environment variables are set; suppress output, convert errors."""
     if not trackers:
         yield
         return

@@ -63,13 +63,14 @@ class SnellaTrainer(CheckpointingTrainer):
     """Trainer for `(image, label)` datasets.
 
     Differences from `CheckpointingTrainer`:
-    - Random numbers (dropout, drop path) depend only on `(seed, step)` and the data order only on `(seed, epoch)`, so a
-      resumed run repeats them.
-    - The adapter of the best epoch (see `Task.selection_score`) is saved immediately.
-    - Checkpoints include the weight average and the stored weights of the last epochs.
+    - Random numbers (dropout, drop path) depend only on `(seed, step, rank, micro-batch)` and the data order only on
+      `(seed, epoch)`, so a resumed run repeats them.
+    - The adapter of the best epoch (see `RunProtocol.selection_score`) is saved immediately.
+    - Checkpoints include the weight average, the stored weights of the last epochs, and the feature statistics.
+    - `last_loss` is the loss of the step so far, over its micro-batches.
 
     Args:
-        parts: Model, task, training images, and images for epoch selection under the protocol; without them, the last
+        parts: Model, task, training images and the protocol's selection split; without a selection split, the last
             epoch is saved.
         plan: Settings without automatic fields.
         run: Run folder for checkpoints and the best adapter.
@@ -160,7 +161,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return allocators[0] if allocators else None
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
-        """Return the context of a training step; evaluation does not enter it and computes in float32."""
+        """Return the context of a training step; evaluation does not enter it and uses float32, except in fp16 runs."""
         return autocast(self.args.device, self.plan.optim.precision)
 
     def selection_score(self, row: Mapping[str, Any]) -> tuple[float, float]:
@@ -177,7 +178,7 @@ class SnellaTrainer(CheckpointingTrainer):
     ) -> dict[str, float]:
         """Evaluate the epoch under the protocol, log it and save the adapter if it is the best so far.
 
-        With weight averaging, the average is evaluated and saved.
+        With `ema`, the average is evaluated and saved. The arguments are ignored.
 
         Raises:
             NonFiniteLossError: If the loss is not finite; nothing is saved.
@@ -212,11 +213,11 @@ class SnellaTrainer(CheckpointingTrainer):
     def average_epochs(self) -> AveragedEpochs | None:
         """Average the trained weights of the last epochs and save the average unless the best epoch is better.
 
-        `swa` averages all of them. `soup` starts with the best epoch and adds other epochs in order of their score, if
-        the mean does not get worse on the selection split. Both use the budgets of the last step.
+        `swa` averages all of them. `soup` starts with the best of them and adds others in order of their score, if the
+        mean does not get worse on the selection split. Both use the budgets of the last step.
 
         Returns:
-            The averaged epochs and a flag for saving; None if the settings disable averaging.
+            Record of the average; None if the settings disable averaging or no epoch is stored.
 
         Raises:
             NonFiniteLossError: If the loss of an average is not finite.
@@ -263,7 +264,7 @@ class SnellaTrainer(CheckpointingTrainer):
                 save_trained(self.trained_model, self.run_folder.adapter)
 
     def _selection_scores(self) -> dict[str, float]:
-        """Evaluate the selection split under the names of the history; empty if the epoch is not evaluated."""
+        """Return the scores of the selection split, named as in the history; empty if the epoch is not evaluated."""
         epoch = round(self.state.epoch or 0)
         if self.validation_set is None or not self.protocol.is_measured(epoch, self.plan.optim.epochs):
             return {}
@@ -289,7 +290,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute the loss of a batch; with `return_outputs`, also return the logits."""
+        """Compute a batch's loss, with the method's penalty in training; `return_outputs` also returns the logits."""
         logits = model(inputs["images"])
         weights = inputs.get("weights")
         loss = self.task.loss(logits, inputs["labels"], weights)
@@ -420,7 +421,7 @@ class SnellaTrainer(CheckpointingTrainer):
 
 
 def training_arguments(plan: TrainConfig, checkpoints: Path, keep_checkpoints: bool = True) -> TrainingArguments:
-    """Return Trainer arguments: evaluation and checkpoint per epoch, warmup and cosine decay."""
+    """Return Trainer arguments: evaluation and, if kept, a checkpoint per epoch; warmup and cosine decay."""
     optim = plan.optim
     return base_training_arguments(
         checkpoints,
