@@ -18,7 +18,7 @@ SPLITS = ("train", "val", "test")
 
 
 def splits_digest(splits: DataSplits) -> str:
-    """Return the SHA-256 of classes, names and labels of all splits, in order; independent of the folder's path."""
+    """Return the SHA-256 of classes, and names, labels and annotations by split; independent of the folder's path."""
     parts = splits.parts
     names_and_labels = {name: [parts[name].names, parts[name].labels] if name in parts else None for name in SPLITS}
     content: list[Any] = [splits.classes, names_and_labels]
