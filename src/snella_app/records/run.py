@@ -278,7 +278,8 @@ class FinalHead:
 
     Attributes:
         layers: Indices in timm's `feature_info`, from 0.
-        is_saved: True if predictions use this head; False if it is worse on validation (classification: clearly worse).
+        is_saved: True if predictions use this head; False if it is worse on validation, or clearly worse for
+            single-label classification.
         metric: Name of the validation metric; None without validation images.
         val: Validation score of the head fitted to the training images.
         val_trained: Validation score of the trained head.
@@ -422,7 +423,7 @@ class Allocation(Record):
 
 @dataclass(frozen=True)
 class FoldRow:
-    """Scores of one fold on its held-out images, by metric."""
+    """Scores of one fold on its held-out images, and on a separate test split if there is one, by metric."""
 
     fold: int
     folder: str

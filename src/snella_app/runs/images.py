@@ -29,7 +29,7 @@ def splits_digest(splits: DataSplits) -> str:
 
 
 def content_digests(splits: DataSplits, names: Collection[str]) -> dict[str, str]:
-    """Return the SHA-256 of the images of each existing split in `names`."""
+    """Return the SHA-256 of the images and masks of each existing split in `names`."""
     return {name: part.content_digest() for name, part in splits.parts.items() if name in names}
 
 

@@ -65,7 +65,7 @@ class TaskBank:
 
     Raises:
         FileNotFoundError: If a folder is not a run folder, or has no adapter yet.
-        ValueError: If runs have different backbones or tasks, or the memory is too small for one task.
+        ValueError: If runs have different backbones or task types, or the memory is too small for one task.
         NotImplementedError: If the method of a run stores whole weights instead of the factors of a sparse update.
     """
 
@@ -114,7 +114,7 @@ class TaskBank:
 
         Raises:
             FileNotFoundError: If `run` is not a run folder, or has no adapter yet.
-            ValueError: If the run has another backbone or task, or its weights need more than `memory_mib`.
+            ValueError: If the run has another backbone or task type, or its weights need more than `memory_mib`.
             NotImplementedError: If its method stores whole weights.
         """
         loaded = load_single_run(run, "cpu")
