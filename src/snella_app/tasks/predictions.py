@@ -252,7 +252,7 @@ def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) 
     if suffix not in (*_CSV_SUFFIXES, *TABLE_SUFFIXES):
         raise ValueError(
             f"out must end with {', '.join(TABLE_SUFFIXES)}, got {str(out)!r}; write "
-            f"{str(Path(out).with_suffix('.csv'))!r}, or omit it to print a table"
+            f"{str(Path(out).with_suffix('.csv'))!r}, or omit it to print the predictions"
         )
     if suffix == ".parquet":
         try:
