@@ -339,14 +339,14 @@ def _check_options(command: str, options: Sequence[Option], args: Sequence[str])
 
 def _expand_flags(options: Sequence[Option], args: Sequence[str]) -> list[str]:
     """Expand a boolean flag without a value, e.g. `--resume` to `--resume=true`."""
-    always = {option.typed for option in options if option.type is bool}
+    flags = {option.typed for option in options if option.type is bool}
     # `bool | None` consumes the next argument, so that an invalid value is an error
-    at_end = {option.typed for option in options if _without_none(option.type) is bool} - always
+    optional_flags = {option.typed for option in options if _without_none(option.type) is bool} - flags
     followers = [*args[1:], ""]
     return [
         f"{arg}=true"
-        if (arg in always and follower.lower() not in _BOOLEANS)
-        or (arg in at_end and (not follower or follower.startswith("-")))
+        if (arg in flags and follower.lower() not in _BOOLEANS)
+        or (arg in optional_flags and (not follower or follower.startswith("-")))
         else arg
         for arg, follower in zip(args, followers, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Records of the laboratory's recipes: generators, language models and the demonstration."""
+"""Records of `snella_lab`'s recipes: generators, language models and the demonstration."""
 
 from __future__ import annotations
 

@@ -62,11 +62,11 @@ class Predictions(SplitPredictions):
     def with_temperature(self, temperature: float) -> Self:
         """Return these predictions with temperature-scaled probabilities, `p ** (1 / T)`, normalized to sum to 1."""
 
-        def changed(item: StoredPrediction) -> StoredPrediction:
+        def scaled(item: StoredPrediction) -> StoredPrediction:
             powers = [p ** (1 / temperature) for p in item.probabilities]
             return replace(item, probabilities=[power / sum(powers) for power in powers])
 
-        return self if temperature == 1.0 else replace(self, items=[changed(item) for item in self.items])
+        return self if temperature == 1.0 else replace(self, items=[scaled(item) for item in self.items])
 
     def for_classes(self, count: int) -> Self:
         """Return these predictions after checking that each has `count` probabilities.
@@ -120,7 +120,7 @@ class NumberPredictions(SplitPredictions):
 
 @dataclass(frozen=True)
 class StoredMaskPrediction:
-    """Segmentation scores of one image; NaN if no class is present or predicted. `mask` is a file in the run folder."""
+    """Segmentation scores of one image; NaN if no foreground class is present or predicted. `mask`: file in the run."""
 
     index: int
     name: str = ""

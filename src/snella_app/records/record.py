@@ -22,7 +22,7 @@ from snella_app.text import listed
 FORMAT = 1
 """Run folder format that this version of snella writes and reads."""
 Float = Annotated[float, Strict(), BeforeValidator(lambda value: math.nan if value is None else value)]
-"""Float whose NaN is null in the file."""
+"""Float whose NaN and infinities are null in the file; null is read as NaN."""
 
 T = TypeVar("T")
 R = TypeVar("R", bound="Record")
@@ -57,7 +57,7 @@ OPTIONAL = {"is_optional": True}
 
 
 def plain(value: Any) -> Any:
-    """Convert a record or a field value to plain JSON values; NaN becomes null."""
+    """Convert a record or a field value to plain JSON values; NaN and infinity become null."""
     if is_dataclass(value) and not isinstance(value, type):
         values = {}
         for f in fields(value):

@@ -166,7 +166,7 @@ class OrdinalScores(Scores):
 
 @dataclass(frozen=True)
 class LabelScores:
-    """Multi-label scores of one label; NaN if no image has it."""
+    """Multi-label scores of one label; average precision, F1 and recall are NaN if no image has it."""
 
     name: str
     support: int = 0

@@ -25,6 +25,7 @@ class BackboneInfo:
         weights: Weight file, if not part of the name.
         pretrained: True for pre-trained weights; None for generators, as are `num_classes` and `seed`.
         img_size: Requested input resolution in pixels.
+        num_classes: Number of outputs of the head.
         seed: Seed of newly initialized weights.
         architecture: timm model name; None for models outside timm.
     """
@@ -57,7 +58,7 @@ class DataInfo:
         spec: Value of `--data`.
         seed: Seed of the splits.
         sizes: Number of items by split.
-        digest: SHA-256 of file names, classes and split; None for generators.
+        digest: SHA-256 of classes, file names, labels and splits; None for generators.
         contents: SHA-256 of the images by split that the run read; empty for generators.
         folder: Absolute path; None for data without a folder.
         fold_part: Split that is a fold of a cross-validation.
@@ -146,7 +147,7 @@ class Calibration:
 
     @property
     def verdict(self) -> str:
-        """One-sentence effect of the temperature, on the test images if present."""
+        """Effect of the temperature in words, on the test images if present; empty without `reliability`."""
         if not self.reliability:
             return ""
         last = self.reliability[-1]
@@ -252,7 +253,7 @@ class AveragedEpochs:
     """Weight average over epochs, computed after training.
 
     Attributes:
-        kind: `swa` averages all candidate epochs; `soup` averages those that improve the score.
+        kind: `swa` averages all candidate epochs; `soup` averages those that do not lower the score.
         offered: Candidate epochs; `epochs` are the averaged ones.
         is_saved: True if the average is the run's adapter, False if the best epoch scored higher.
         scores: Scores of the average on the images used for epoch selection, by name in the history.
@@ -277,7 +278,8 @@ class FinalHead:
 
     Attributes:
         layers: Indices in timm's `feature_info`, from 0.
-        is_saved: True if predictions use this head; False if it is clearly worse on validation.
+        is_saved: True if predictions use this head; False if it is worse on validation, or clearly worse for
+            single-label classification.
         metric: Name of the validation metric; None without validation images.
         val: Validation score of the head fitted to the training images.
         val_trained: Validation score of the trained head.
@@ -386,7 +388,7 @@ class MatrixInfo:
 
 @dataclass(frozen=True)
 class AllocationStep:
-    """Allocation at time `t` of `total`: total `budget`, and budgets of the matrices."""
+    """Allocation at time `t` of `total`: total `budget`, and budget and importance by matrix name."""
 
     step: int
     t: int
@@ -421,7 +423,7 @@ class Allocation(Record):
 
 @dataclass(frozen=True)
 class FoldRow:
-    """Scores of one fold on its held-out images, by metric."""
+    """Scores of one fold on its held-out images, and on a separate test split if there is one, by metric."""
 
     fold: int
     folder: str

@@ -204,10 +204,10 @@ def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> F
     if len(blocks) < 2:
         return None
     depths = sorted(blocks)
-    shares = [1 - sum(budgets[m.name] for m in blocks[d]) / sum(m.size for m in blocks[d]) for d in depths]
-    slope, intercept = linear_trend(shares)
+    sparsities = [1 - sum(budgets[m.name] for m in blocks[d]) / sum(m.size for m in blocks[d]) for d in depths]
+    slope, intercept = linear_trend(sparsities)
     figure, axes = new_figure(*FIGURE_SIZE, "Sparsity by block")
-    bars = axes.bar(range(len(depths)), shares, width=0.8, color=ACCENT)
+    bars = axes.bar(range(len(depths)), sparsities, width=0.8, color=ACCENT)
     (line,) = axes.plot([intercept + slope * i for i in range(len(depths))], color=WARM, linewidth=2.2)
     axes.grid(False, axis="x")
     axes.set_ylim(0, 1.02)
@@ -221,7 +221,7 @@ def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> F
 
 
 def budget_curve(allocation: Allocation, epochs: int | None) -> Figure:
-    """Draw the total budget b_t over the epochs, with the target b_T.
+    """Draw the total budget b_t and the target b_T over the epochs, as fractions of the adapted weights.
 
     Args:
         allocation: The run's allocation.
@@ -298,7 +298,7 @@ def has_importance(allocation: Allocation) -> bool:
 def importance_curves(allocation: Allocation, epochs: int | None) -> Figure:
     """Draw the importance of each matrix (faint) and the mean of each matrix type (strong) on a log scale.
 
-    Zero and non-finite values leave gaps. Arguments as for `budget_curve`.
+    Values that are not positive and finite leave gaps. Arguments as for `budget_curve`.
     """
     figure, axes = new_figure(760, 400, "Importance")
     times = _times(allocation, epochs)

@@ -45,7 +45,7 @@ def model_card(
         run: Run folder.
         use: Instructions for loading and using the model, Markdown.
         name: Name of the model; None combines method and data.
-        library: Library that loads the model: timm, peft, transformers, onnx.
+        library: Library that loads the model: timm, peft, transformers or snella.
         tags: Tags in addition to the task and `snella`.
 
     Returns:

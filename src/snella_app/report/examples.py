@@ -115,7 +115,7 @@ def embed_image(index: int, images: ImageLoader | None, max_side: int = 176) -> 
 
 
 def image_data_uri(image: Image.Image, max_side: int = 176) -> tuple[str, int, int]:
-    """Return a base64 PNG of at most `max_side` pixels per side, with its width and height.
+    """Return an image as a PNG data URI of at most `max_side` pixels per side, with its width and height.
 
     Smaller images keep their size; the page enlarges them without smoothing.
     """

@@ -56,7 +56,7 @@ def loss_curves(metrics: Metrics) -> Figure:
 
 
 class _Curves(NamedTuple):
-    """Title, description and lines `(label, field of EpochRow, color)` of `score_curves`."""
+    """Title, description and lines `(label, field of EpochRow, color)` of `score_curves`; `is_share` for fractions."""
 
     title: str
     description: str
@@ -82,7 +82,7 @@ _SCORE_CURVES = {
 
 
 def score_curves(metrics: Metrics, name: str) -> Figure:
-    """Draw the task's validation scores by epoch; `name` is a key of `_SCORE_CURVES`."""
+    """Draw scores by epoch on the images used for epoch selection; `name` is a key of `_SCORE_CURVES`."""
     curves = _SCORE_CURVES[name]
     figure = _curves(metrics, curves.title.format(metrics.selection), curves.lines)
     if curves.is_share:
@@ -323,7 +323,7 @@ def ranking_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] |
 
 
 def reliability_curve(reliability: Reliability) -> Figure:
-    """Draw accuracy against confidence with and without temperature scaling; dot areas are image counts."""
+    """Draw accuracy against confidence with and without temperature scaling; dot areas grow with image counts."""
     figure, axes = new_figure(*_SQUARE, f"Reliability on {split_text(reliability.split)}")
     handles = [axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=DASHED)[0]]
     labels = ["perfectly calibrated"]

@@ -56,7 +56,7 @@ class AdapterFile:
 
     @property
     def parameters(self) -> int:
-        """Number of trained values, excluding budgets, masks and positions."""
+        """Number of trained values, excluding budgets and positions."""
         return sum(count for part, count in self.parts.items() if part not in _UNTRAINED)
 
 

@@ -133,7 +133,7 @@ def _saved_epoch(metrics: Metrics) -> str:
 
 
 def groups_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | None:
-    """Return accuracy by group (patient, site, video), lowest first; None for data without groups."""
+    """Return accuracy by group (patient, site, video), lowest first; None for fewer than two groups."""
     by_group: dict[str, list[StoredPrediction]] = {}
     for item in predictions.items:
         if item.group is not None:
@@ -182,7 +182,7 @@ def _most_frequent(scores: Scores) -> tuple[int, float]:
 
 
 def verdict_text(info: RunInfo, metrics: Metrics) -> str:
-    """Return the result as a sentence, compared with the most frequent class; empty for segmentation."""
+    """Return the result in words, compared with a baseline; empty for segmentation."""
     split, scores = metrics.measured
     if isinstance(scores, LabelSetScores):
         return targets.label_set_verdict(scores, split)
@@ -456,6 +456,9 @@ def write_page(folder: Path, package: str, context: Mapping[str, Any], name: str
         context: Template variables. `style`, `script` (copy buttons) and `script_digest` (hash that the content
             security policy allows) are added.
         name: File name of the page.
+
+    Returns:
+        Path of the page.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(

@@ -123,7 +123,7 @@ def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> F
 
 
 def label_set_verdict(scores: LabelSetScores, split: str) -> str:
-    """Return the result as a sentence, compared with a random ranking."""
+    """Return the result in words, compared with a random ranking."""
     shares = [row.support / scores.images for row in scores.per_class if row.support]
     chance = sum(shares) / max(len(shares), 1)
     text = (

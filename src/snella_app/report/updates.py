@@ -27,7 +27,7 @@ _PARTS = ("A", "B", "piece_coeff", "alpha", "beta", "temperature")
 _QUERY = re.compile(r"(^|[._])(to_)?(q|query|q_proj)$")
 _LORA_ALPHA = 8  # PEFT's default
 MAX_CELLS = 128
-"""Maximum cells along the longer side of a drawn matrix."""
+"""Maximum number of cells per side of a drawn matrix."""
 
 UpdateSource = tuple[dict[str, tuple[int, int]], Callable[[str], Tensor]]
 """Shapes `[out, in]` by matrix name, and a function that returns the scaled update of a name in float32."""
@@ -122,7 +122,7 @@ def _lora_updates(adapter: AdapterFile) -> UpdateSource:
 
 
 def part_names(module: str, groups: int, infos: Mapping[str, MatrixInfo]) -> list[str]:
-    """Return the names of the matrices in a fused weight, from `allocation.json` or else q, k and v."""
+    """Return the names of the matrices in a fused weight: from `allocation.json`, else q, k and v, or indices."""
     if groups == 1:
         return [module]
     known = [name for name in infos if name.rpartition(".")[0] == module]

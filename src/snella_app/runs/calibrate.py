@@ -77,9 +77,9 @@ def expected_calibration_error(bins: list[ReliabilityBin]) -> float:
 
 
 def reliability_bins(confidence: Tensor, is_correct: Tensor) -> list[ReliabilityBin]:
-    """Group images by confidence into up to 15 bins of equal size, with at least 12 images each.
+    """Group images by confidence into up to 15 bins of about equal size, with at least 12 images each.
 
-    Images with equal confidence share a bin.
+    Images with equal confidence share a bin. Fewer than 12 images form one bin.
 
     Args:
         confidence: Highest probability of each image, `[images]`, in [0, 1].
@@ -88,7 +88,7 @@ def reliability_bins(confidence: Tensor, is_correct: Tensor) -> list[Reliability
     if not len(confidence):
         return []
     order = confidence.argsort(stable=True)
-    ranked, right = confidence[order].double(), is_correct[order].double()
+    ranked, correct = confidence[order].double(), is_correct[order].double()
     count = max(1, min(MAX_BINS, len(ranked) // _MIN_BIN_SIZE))
     quantile_indices = torch.tensor(
         [round(number * len(ranked) / count) for number in range(1, count)], dtype=torch.long
@@ -99,7 +99,9 @@ def reliability_bins(confidence: Tensor, is_correct: Tensor) -> list[Reliability
             bounds.append(edge)
     bounds.append(len(ranked))  # edges only move down, so the last bin is large enough too
     return [
-        ReliabilityBin(round(float(ranked[start:end].mean()), 6), round(float(right[start:end].mean()), 6), end - start)
+        ReliabilityBin(
+            round(float(ranked[start:end].mean()), 6), round(float(correct[start:end].mean()), 6), end - start
+        )
         for start, end in itertools.pairwise(bounds)
     ]
 
@@ -112,8 +114,8 @@ def unsure_threshold(confidence: Tensor, is_correct: Tensor) -> tuple[float | No
         is_correct: True for correct predictions, `[images]`, boolean.
 
     Returns:
-        Threshold, fraction of images at or above it, and their accuracy. If no threshold halves the error rate, or
-        there are no errors: None, 1, and the accuracy of all images.
+        Threshold (rounded down to six decimals), fraction of images at or above it, and their accuracy. If no threshold
+        halves the error rate, or there are no errors: None, 1, and the accuracy of all images.
     """
     order = confidence.argsort(descending=True, stable=True)
     sorted_confidence, wrong = confidence[order], (~is_correct[order]).double()

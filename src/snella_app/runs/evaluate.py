@@ -39,7 +39,7 @@ Split = Literal["auto", "train", "val", "test", "all"]
 
 
 def rewrite_report(run: str | Path, console: Console | None = None) -> Path:
-    """Rewrite the report of a run from its files and validation images.
+    """Rewrite the report of a run from its files and validation images (test images without a validation split).
 
     If the images are missing or changed, the report has no images, and a note gives the reason.
 
@@ -85,7 +85,7 @@ def evaluate(
     Args:
         run: Run folder, or a loaded run.
         data: Data to evaluate on instead of the run's data: a specification as for training, or a dataset object.
-            The run must have been trained on all of its classes.
+            The run must have been trained on all classes of the data.
         split: Split to evaluate. `auto` selects the test split of the run (validation if it has none), or all images of
             other data.
         batch_size: Batch size.
@@ -99,9 +99,9 @@ def evaluate(
         `accuracy`, `balanced_accuracy`, `macro_f1` and `confusion` for classification.
 
     Raises:
-        FileNotFoundError: If the data of the run no longer exists.
-        ValueError: If the data has an unknown class, the split does not exist, or files of the run's data were added or
-            removed, which changes the splits.
+        FileNotFoundError: If `run` is not a run folder, or the data does not exist.
+        ValueError: If the data has an unknown class, the split does not exist, or files of the run's data were added,
+            removed or replaced.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -183,8 +183,8 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
 
     Raises:
         FileNotFoundError: If `run` is not a run folder, or its images no longer exist.
-        ValueError: If the run is not a finished classification, is a cross-validation, has no validation images, or its
-            images have changed.
+        ValueError: If the run is not a finished classification, is a cross-validation, has no validation images, has a
+            final head fitted to them, or its images have changed.
     """
     folder = RunFolder(run)
     loaded = load_single_run(folder, device)
@@ -255,9 +255,9 @@ def _load_splits(
     }
     if data is None:
         splits = load_run_splits(loaded.folder, stored, **changes)
-        measured = _split_names(_resolve_split(split, splits))
-        check_splits(loaded.folder.path, stored, splits, measured)
-        unknown = [name for name in splits.parts if name in measured and name not in stored.contents]
+        evaluated = _split_names(_resolve_split(split, splits))
+        check_splits(loaded.folder.path, stored, splits, evaluated)
+        unknown = [name for name in splits.parts if name in evaluated and name not in stored.contents]
         if unknown:
             splits.notes.append(
                 f"cannot check {', '.join(unknown)} for replaced images: the run did not read this split, so run.json "
@@ -298,7 +298,7 @@ def _resolve_split(split: Split, splits: DataSplits) -> Split:
 
 
 def _split_names(split: Split) -> Collection[str]:
-    """Return the names of the evaluated splits."""
+    """Return the names of the splits in `split`, which may be `all`."""
     return SPLITS if split == "all" else (split,)
 
 

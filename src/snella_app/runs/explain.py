@@ -90,10 +90,11 @@ def explain(
         device: auto, or a torch device such as cpu, cuda:1 or mps.
 
     Raises:
-        FileExistsError: If the folder is not empty.
+        FileExistsError: If `out` is a file, or a folder that is not empty and `overwrite` is not set.
         FileNotFoundError: If the run or an image does not exist; suggests similar names.
-        ValueError: If the run is not a classification run, has no class `of`, or an image cannot be read.
-        ImportError: If Captum is not installed.
+        ValueError: If the run is not a classification run, has no class `of`, `of` is combined with rollout, the model
+            does not support `by`, or an image cannot be read.
+        ImportError: If `by` is gradcam and Captum is not installed.
     """
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
@@ -147,7 +148,7 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
     """Add heat maps of the most confident mistakes and of some correct predictions to the report of a run.
 
     Args:
-        run: Folder of a finished classification run; its validation images must still exist.
+        run: Folder of a classification run with stored predictions, whose images must still exist.
         by: As for `explain`.
         batch_size: Batch size.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
@@ -156,9 +157,10 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
         Path of the report.
 
     Raises:
-        FileNotFoundError: If `run` is not a run folder, or its images no longer exist.
-        ValueError: If the run is not a classification run, or its images have changed.
-        ImportError: If Captum is not installed.
+        FileNotFoundError: If `run` is not a run folder or has no predictions, or its images no longer exist.
+        ValueError: If the run is not a classification run, its images were added, removed or renamed, or the model does
+            not support `by`.
+        ImportError: If `by` is gradcam and Captum is not installed.
     """
     model = _load_classifier(run, by, batch_size, device)
     predictions = read(Predictions, run)
@@ -272,12 +274,12 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
     M[i, j] = max(0, Σ_c ∂y/∂A[c, i, j] · A[c, i, j])
 
     Unlike Grad-CAM, HiResCAM does not average gradients over the grid; averaging can highlight irrelevant regions.
-    `A` is the last feature map of a convolutional network or a Swin. For a ViT, it is the input tokens of the last
-    attention, after which only the class token matters.
+    `A` is the last feature map of a convolutional network or a Swin. For a ViT, it is the tokens that enter the last
+    attention, since a class-token head ignores patch tokens after it. Each map is scaled to a maximum of 1.
 
     Args:
         model: Model from `build_method` or `load_trained` in evaluation mode, or a plain timm model.
-        images: `[images, channels, height, width]`, transformed.
+        images: `[images, channels, height, width]`, preprocessed.
         outputs: Index of the output to explain for each image, `[images]`.
 
     Returns:
@@ -315,7 +317,7 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
         images: As for `heat_maps`.
 
     Returns:
-        `[images, height, width]`, float32; each map is scaled to a minimum of 0 and a maximum of 1.
+        `[images, height, width]`, float32; each map is scaled to [0, 1] and then resized to the image.
 
     Raises:
         ValueError: If the model is not a timm ViT or its method adds tokens (prompts).
@@ -361,13 +363,13 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
 def _resized_heat(grid: Tensor, images: Tensor) -> np.ndarray:
     """Scale a nonnegative grid `[images, rows, columns]` to a maximum of 1 and resize it to the images."""
     peaks = grid.amax((1, 2), keepdim=True)
-    shares = grid / torch.where(peaks > 0, peaks, torch.ones_like(peaks))
-    sized = F.interpolate(shares[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    scaled = grid / torch.where(peaks > 0, peaks, torch.ones_like(peaks))
+    sized = F.interpolate(scaled[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
     return sized.clamp(0, 1).cpu().numpy()
 
 
 def _vit_parts(model: nn.Module) -> tuple[Any, Sequence[Any], Any]:
-    """Return the model without its PEFT wrapper, its blocks and its patch size (empty or None if absent)."""
+    """Return the model without its PEFT wrapper, its blocks (empty if absent), and its patch size (None if absent)."""
     base: Any = base_model(model)
     return base, getattr(base, "blocks", None) or (), getattr(getattr(base, "patch_embed", None), "patch_size", None)
 
@@ -402,9 +404,9 @@ def overlay_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
     """
     from matplotlib import colormaps
 
-    values = Image.fromarray((heat * 255).round().astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
-    shares = np.asarray(values)[..., None] / 255
-    colors = colormaps["inferno"](shares[..., 0])[..., :3] * 255
-    opacity = _HEAT_OPACITY[0] + (_HEAT_OPACITY[1] - _HEAT_OPACITY[0]) * shares
+    resized = Image.fromarray((heat * 255).round().astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
+    values = np.asarray(resized)[..., None] / 255
+    colors = colormaps["inferno"](values[..., 0])[..., :3] * 255
+    opacity = _HEAT_OPACITY[0] + (_HEAT_OPACITY[1] - _HEAT_OPACITY[0]) * values
     mixed = np.asarray(image.convert("RGB")) * (1 - opacity) + colors * opacity
     return Image.fromarray(mixed.round().astype(np.uint8))

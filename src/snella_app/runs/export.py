@@ -107,8 +107,8 @@ def export(
     of the run, or regression values in their original units.
 
     The export is atomic: it is written to a temporary path and renamed after verification. For ONNX, TorchScript and
-    `torch.export`, outputs on real images must be within 1e-4 of torch's outputs with the same classes, for several
-    batch sizes. Sparse files restore the fine-tuned weights bit for bit.
+    `torch.export`, outputs on real images must equal torch's to within 1e-4 of the largest output, with the same
+    classes, for several batch sizes. Sparse files with fp32 values restore the fine-tuned weights bit for bit.
 
     Args:
         run: Run folder.
@@ -116,10 +116,12 @@ def export(
         out: Output file or folder; if None, written next to the run and named after it.
         overwrite: Replace the output of an earlier export.
         opset: ONNX opset version (onnx).
-        rank: Rank (lora).
-        values: Data type of the values (sparse).
-        images: Image files to compare outputs on (onnx, torchscript, torch-export, lora).
-        logits: Omit softmax (or sigmoid, unit) and temperature (onnx, torchscript, torch-export).
+        rank: Rank (lora); 32 if None.
+        values: Data type of the values (sparse); fp32 if None.
+        images: Image files to compare outputs on (onnx, torchscript, torch-export, lora); up to 8 images of the run if
+            empty.
+        logits: Export raw outputs, without softmax, sigmoid, target units and temperature (onnx, torchscript,
+            torch-export).
 
     Returns:
         Path, measurements (in the notes) and loading snippet.
@@ -127,8 +129,8 @@ def export(
     Raises:
         FileExistsError: If `out` exists and may not be replaced.
         ImportError: If a required package is missing; names the extra.
-        ValueError: If the format is unknown, an option does not apply to it, it does not support the task or method, or
-            outputs differ.
+        ValueError: If the format is unknown, an option does not apply to it, it does not support the task or method,
+            outputs differ, or the run is a cross-validation.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -179,7 +181,7 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def _load_images(loaded: LoadedRun, images: Sequence[str | Path]) -> tuple[Tensor, Path | None]:
-    """Preprocess the images, or test, validation or training images of the run; also return the first file."""
+    """Preprocess the images, or up to 8 test, validation or training images of the run; also return the first file."""
     if images:
         paths = [Path(image) for image in images]
         return torch.stack([loaded.transform(read_image(path, loaded.reading)) for path in paths]), paths[0]

@@ -22,7 +22,7 @@ from snella_app.records.run import Allocation, FoldResults, RunInfo, Status
 
 
 def adapter_digest(folder: Path) -> str:
-    """Return the first 16 hex digits of the SHA-256 of the weights in `RUN/adapter`, to match results with weights."""
+    """Return 16 hex digits that identify the weights in `RUN/adapter`: a SHA-256 of its safetensors files' digests."""
     total = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         total.update(bytes.fromhex(sha256_of(path)))
@@ -160,7 +160,7 @@ class RunFolderOf(Generic[S]):
         self._update_digest(record.file)
 
     def update(self, status: Status, error: str | None = None, **values: Any) -> None:
-        """Update entries of `run.json`, and leave the others unchanged."""
+        """Update entries of `run.json`; others are unchanged, but a stored `error` is removed if `error` is None."""
         run = self._read_run() or {"format": FORMAT, **self._binding()}
         run.update(values, status=status)
         run.pop("error", None)
@@ -403,7 +403,8 @@ class RunFolder(RunFolderOf[TrainConfig]):
 
         Args:
             config: Requested settings. Inherited settings left at their defaults are replaced by those of this run.
-                The budget starts at the sparsity of this run's adapter.
+                Method options are merged. Unless `init_sparsity` is requested, the budget starts at the sparsity of
+                this run's adapter.
 
         Raises:
             FileNotFoundError: If the adapter is missing.

@@ -32,8 +32,9 @@ from snella_app.text import listed, similar_paths
 __all__ = ["ImageInput", "expand", "missing_path_hint", "new_files", "read_input", "split_inputs"]
 
 ImageInput = str | Path | bytes | Image.Image | np.ndarray | Tensor
-"""One image: a file, its bytes, a PIL image, an array `[height, width]` or `[height, width, 1, 3 or 4]`, or a tensor
-`[height, width]` or `[1, 3 or 4, height, width]`. Values are 0 to 255 (uint8) or 0 to 1 (floating point)."""
+"""One image: a file, its bytes, a PIL image, an array `[height, width]` or `[height, width, channels]`, or a tensor
+`[height, width]` or `[channels, height, width]`. Values are 0 to 255 (uint8) or 0 to 1 (floating point). Arrays have 1,
+3 or 4 channels; models with another number of channels require exactly this number, and take no PIL images."""
 
 _PIL_CHANNELS = (1, 3, 4)
 """Numbers of channels of PIL images."""

@@ -18,7 +18,7 @@ SPLITS = ("train", "val", "test")
 
 
 def splits_digest(splits: DataSplits) -> str:
-    """Return the SHA-256 of classes, names and labels of all splits, in order; independent of the folder's path."""
+    """Return the SHA-256 of classes, and names, labels and annotations by split; independent of the folder's path."""
     parts = splits.parts
     names_and_labels = {name: [parts[name].names, parts[name].labels] if name in parts else None for name in SPLITS}
     content: list[Any] = [splits.classes, names_and_labels]
@@ -29,7 +29,7 @@ def splits_digest(splits: DataSplits) -> str:
 
 
 def content_digests(splits: DataSplits, names: Collection[str]) -> dict[str, str]:
-    """Return the SHA-256 of the images of each existing split in `names`."""
+    """Return the SHA-256 of the images and masks of each existing split in `names`."""
     return {name: part.content_digest() for name, part in splits.parts.items() if name in names}
 
 

@@ -41,7 +41,7 @@ def probed_layers(model: nn.Module) -> list[int]:
 def layer_features(model: nn.Module, images: Tensor, layers: Sequence[int]) -> Tensor:
     """Compute pooled features of several layers.
 
-        z ‖ mean(A_1) ‖ class token(A_1) ‖ …        A_l: output of layer l, normalized if the model does so
+        z ‖ mean(A_1) ‖ class token(A_1) ‖ …        A_l: output of layer l from timm with `norm=True`
 
     Args:
         model: As for `probed_layers`.

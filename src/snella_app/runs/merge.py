@@ -41,7 +41,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
     """Merge the update of a run into the backbone, and write the model as plain weights.
 
     If `out` is a folder, it gets timm's format: `timm.create_model("local-dir:OUT", pretrained=True)` loads the model,
-    `create_transform(**resolve_model_data_config(model))` preprocesses images as in training, and
+    `create_transform(**resolve_model_data_config(model))` preprocesses images as in evaluation, and
     `model.pretrained_cfg["label_names"]` has the classes. This supports all tasks except segmentation. The weights
     do not include thresholds or the mean and standard deviation of regression targets; the last comment of the loading
     snippet explains the outputs.
@@ -52,7 +52,9 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
     `decoder.…`; `load_merged` loads the model.
 
     The outputs match the adapted model. With SNELLA, they are bit-identical, since its layers compute with the
-    effective weight. The temperature is not merged; it is stored in the metadata and in `config.json`.
+    effective weight. The temperature is not merged; it is stored in the metadata and in `config.json`. A final head on
+    several layers is written to `layer_probe.safetensors` in the folder, or `NAME.layer_probe.safetensors` next to the
+    file.
 
     Args:
         run: Run folder.
@@ -65,9 +67,9 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
         to the model input, and `classes`.
 
     Raises:
-        FileExistsError: If the file exists, or the folder is not empty.
-        ValueError: If `out` has an unsupported suffix, or is a folder and the task is segmentation; or if `run` is a
-            cross-validation.
+        FileExistsError: If the output exists and `overwrite` is not set, or the folder has other files.
+        ValueError: If `out` has an unsupported suffix, or is a folder and timm cannot build the model (segmentation,
+            backbones outside timm); or if `run` is a cross-validation.
     """
     path = Path(out)
     _check_out(path, overwrite=overwrite)
@@ -131,7 +133,7 @@ def _check_out(path: Path, *, overwrite: bool) -> None:
 
 
 def check_folder_files(folder: Path, written: Collection[str]) -> None:
-    """Reject an output folder with files other than those that are written to it.
+    """Reject an output folder that contains files not named in `written`.
 
     Raises:
         FileExistsError: If there are other files.

@@ -33,9 +33,12 @@ _LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError,
 class LoadedRun:
     """Best model of a run, with its transform, classes and task.
 
+    For a cross-validation, `folder`, `transform`, `classes` and `info` are those of the first fold, `info` without
+    calibration and test-time augmentation.
+
     Attributes:
         folder: Run folder.
-        model: Backbone with trained parameters and head.
+        model: Backbone with trained parameters and head, or an `Ensemble`.
         transform: Preprocessing of images.
         classes: Class names in the order of the outputs.
         task: Task of the run.
@@ -79,7 +82,7 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
         Model in evaluation mode with its transform, class names and record.
 
     Raises:
-        FileNotFoundError: If `run` is not a run folder, has no finished epoch, or its adapter is missing.
+        FileNotFoundError: If `run` is not a run folder, has no finished epoch, or lacks its adapter or a fold.
         ValueError: If `run.json` is damaged, or the run has an unsupported task, such as a personalized generator.
         AdapterFileError: If the adapter is damaged or does not fit the model.
     """

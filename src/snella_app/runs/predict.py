@@ -100,8 +100,9 @@ class Predictor:
         Args:
             images: One image: a file, PIL image, array or tensor (see `snella_app.runs.image_inputs`). Or several: a
                 folder, glob pattern, table, batch, or list of these.
-            tta: Test-time augmentation: number of views whose probabilities are averaged (the image, its flip, corner
-                crops of the enlarged image and their flips); None uses the run's setting.
+            tta: Test-time augmentation: number of views whose predictions are averaged (the image, its flip, corner
+                crops of the enlarged image and their flips); None uses the run's setting. Must be None for a
+                cross-validation.
             unsure: Probability below which predictions are marked as unsure; `auto` uses the run's threshold.
             skip_corrupt: Skip images that cannot be read. A single image that cannot be read is always an error.
             columns: Path column of a table, such as `path=file`; if None, the usual names or the run's column.
@@ -253,8 +254,8 @@ def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int =
 
     Raises:
         FileNotFoundError: If `run` is not a run folder (suggests similar names), or has no finished epoch.
-        ValueError: If `run` is a file, a file of the run is damaged, or the run has an unsupported task, such as a
-            personalized generator.
+        ValueError: If `run` is a file, a file of the run is damaged, the run has an unsupported task, such as a
+            personalized generator, or `batch_size` is less than 1.
     """
     folder = run.path if isinstance(run, RunFolder) else Path(run)
     check_order(folder)

@@ -50,7 +50,7 @@ def predict_to_files(
         FileExistsError: If an output exists.
         FileNotFoundError: If the run or an image does not exist; suggests similar names.
         ValueError: If settings are invalid, an image cannot be read, or an image is passed before the run.
-        ImportError: If features are written as Parquet without pyarrow.
+        ImportError: If predictions or features are written as Parquet without pyarrow.
     """
     console, task = make_console(), run_task_class(run)
     threshold = parse_unsure(unsure)
@@ -136,7 +136,7 @@ def write_features(
         overwrite: Replace an existing file.
 
     Raises:
-        FileExistsError: If the file exists.
+        FileExistsError: If the file exists and `overwrite` is not set.
         ValueError: If the suffix is not supported.
         ImportError: If the file is Parquet and pyarrow is not installed.
     """

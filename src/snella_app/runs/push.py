@@ -35,10 +35,11 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
         run: Run folder.
         folder: New or empty folder.
         name: Repository name on the Hub, for the loading code.
-        adapter: Write the PEFT adapter instead of the merged model, which timm loads.
+        adapter: Write the PEFT adapter instead of the merged model.
 
     Raises:
         FileExistsError: If the folder is not empty.
+        FileNotFoundError: If `run` is not a run folder or has no adapter.
         ValueError: If the run is damaged or has an unsupported task.
     """
     path = Path(folder)
@@ -80,7 +81,7 @@ def push(
 ) -> PushResult:
     """Push the model of a run to the Hugging Face Hub.
 
-    With `to_folder`, or if the Hub cannot be reached, write the folder of the repository instead.
+    With `to_folder`, write the folder of the repository instead; if the Hub cannot be reached, write it to `RUN-hub`.
 
     Args:
         run: Run folder.

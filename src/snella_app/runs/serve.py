@@ -113,11 +113,11 @@ def create_app(
     """Create the web application with `GET /`, `GET /health`, `GET /docs` and `POST /predict`.
 
     `POST /predict` takes images in the form field `files`. The response has one entry per file, in order: `name`,
-    `text` and, for classification, `label`, `probability`, `probabilities` and, with a threshold, `unsure`; or `name`
-    and `error`. Status codes:
+    `text` and, for nominal or ordinal classes, `label`, `probability`, `probabilities` and, with a threshold, `unsure`;
+    or `name` and `error`. Status codes:
 
     - 200: at least one file was predicted.
-    - 400: the `Host` header is not a name of this server.
+    - 400: the `Host` header is neither a name of this server nor an IP address.
     - 411: a POST request has no Content-Length header.
     - 413: a limit of the request is exceeded.
     - 422: no file could be predicted, or the form has no `files`.
@@ -219,8 +219,8 @@ def create_app(
             except ValueError as error:
                 entries[index]["error"] = str(error)
         if pixels > limits.total_megapixels * 1e6:
-            most = f"a request must have at most {limits.total_megapixels:g} million pixels"
-            return JSONResponse({"error": f"{most}, got {pixels / 1e6:.1f}; send fewer images per request"}, 413)
+            rule = f"a request must have at most {limits.total_megapixels:g} million pixels"
+            return JSONResponse({"error": f"{rule}, got {pixels / 1e6:.1f}; send fewer images per request"}, 413)
         with budget.reserve(pixels) as fits:
             if not fits:
                 busy = "the server is busy with other requests; retry in a second"
@@ -269,7 +269,8 @@ def serve(
 
     Raises:
         ImportError: If FastAPI, uvicorn or python-multipart is not installed.
-        ValueError: If `port` is out of range.
+        FileNotFoundError: If `run` is not a run folder.
+        ValueError: If `port` is out of range, or `tta` or `unsure` does not apply to the run.
         OSError: If the address is in use or unavailable.
     """
     try:

@@ -59,12 +59,13 @@ class TaskBank:
     The outputs of each group are bit-identical to the outputs of the loaded run for this group.
 
     Args:
-        runs: Folders of finished runs, by task name.
+        runs: Run folders, by task name.
         memory_mib: Memory for effective weights, in MiB.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
 
     Raises:
-        ValueError: If runs have different backbones, or the memory is too small for one task.
+        FileNotFoundError: If a folder is not a run folder, or has no adapter yet.
+        ValueError: If runs have different backbones or task types, or the memory is too small for one task.
         NotImplementedError: If the method of a run stores whole weights instead of the factors of a sparse update.
     """
 
@@ -113,7 +114,7 @@ class TaskBank:
 
         Raises:
             FileNotFoundError: If `run` is not a run folder, or has no adapter yet.
-            ValueError: If the run has another backbone, or its weights need more than `memory_mib`.
+            ValueError: If the run has another backbone or task type, or its weights need more than `memory_mib`.
             NotImplementedError: If its method stores whole weights.
         """
         loaded = load_single_run(run, "cpu")

@@ -36,7 +36,7 @@ class ClassificationTask(Task):
         monitor: Metric for epoch selection.
         class_weights: Value of `--class-weights`: balanced, none, or weights by name.
         weight_by_class: Resolved class weights; set by `fitted`.
-        log_priors: Log class priors of the training images for logit adjustment; set by `fitted`.
+        log_priors: Log class frequencies of the training images for logit adjustment; set by `fitted`.
     """
 
     classes: tuple[str, ...]
@@ -68,6 +68,9 @@ class ClassificationTask(Task):
         """Return the task with class weights and priors of the training images.
 
         balanced: w_c = n / (K n_c), as in scikit-learn; the mean over the training images is 1.
+
+        Raises:
+            ValueError: If `class_weights` is invalid, or a class has no images for balanced weights or priors.
         """
         log_priors = None
         balanced: np.ndarray = np.ones(len(self.classes))
@@ -77,7 +80,7 @@ class ClassificationTask(Task):
             if absent:
                 raise ValueError(
                     "class_weights=balanced and loss=logit-adjusted need training images of every class, got none of "
-                    f"{listed(absent)}; add images, or pass class_weights by name"
+                    f"{listed(absent)}; add images, pass class_weights by name, or choose another loss"
                 )
             balanced = len(train) / (len(self.classes) * counts)
             log_priors = tuple(np.log(counts / counts.sum()).tolist())
@@ -90,7 +93,7 @@ class ClassificationTask(Task):
         return (1 / counts[np.asarray(train.labels)]).tolist()
 
     def loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Compute the weighted mean loss of the batch in at least float32.
+        """Compute the weighted mean loss of the batch, in float32 or wider.
 
         loss = 1/n Σ_i v_i w[y_i] l_i
 
@@ -204,7 +207,7 @@ def rank_order(classes: Sequence[str], order: str | None) -> list[str]:
     """Sort classes from lowest to highest: as listed in `order`, separated by commas, or by their leading numbers.
 
     Raises:
-        ValueError: If the order is unknown or `order` does not list each class once.
+        ValueError: If `order` does not list each class once, or is None and names do not begin with distinct numbers.
     """
     if order is None:
         matches = [_NUMBER.match(name) for name in classes]

@@ -65,7 +65,7 @@ def fit_probe(
     Args:
         features: `[images, width]`.
         labels: Class index of each image.
-        classes: Number of classes; classes without images get zero weights.
+        classes: Number of classes; classes without images get zero weight and bias.
         inverse_penalty: scikit-learn's `C`: weight of the summed losses relative to `‖w‖²/2`, for features divided by
             their `feature_scale`.
         weights: Sample weights `[images]`; None means equal weights.

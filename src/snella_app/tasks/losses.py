@@ -67,7 +67,7 @@ def corn(logits: Tensor, labels: Tensor) -> Tensor:
     l_i = -1/(K - 1) Σ_{k ≤ y_i, k < K - 1} ( [y_i > k] log σ(z[i, k]) + [y_i = k] log σ(-z[i, k]) )
 
     A sample of rank y contributes to the first min(y + 1, K - 1) binary outputs. The mean over a batch is Shi et al.'s
-    sum of conditional losses with a constant divisor.
+    loss with divisor n (K - 1) instead of the number of conditional samples.
 
     Source: CORN, Shi, Cao and Raschka, 2023, arXiv 2111.08851, eq. 5.
 

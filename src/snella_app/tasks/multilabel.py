@@ -28,8 +28,9 @@ _THRESHOLD = 0.5
 def best_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> list[float]:
     """Return the threshold of each class with the highest F1.
 
-    Candidates are midpoints between consecutive probabilities. Ties select the threshold nearest to 1/2, and classes
-    without images get 1/2. A label is assigned if its probability is at least the threshold.
+    Candidates are midpoints between consecutive probabilities, and between the lowest one and 0. Ties select the
+    threshold nearest to 1/2, and classes without images get 1/2. A label is assigned if its probability is at least the
+    threshold.
 
     Args:
         probabilities: `[images, classes]`.
@@ -141,7 +142,7 @@ class MultiLabelTask(Task):
     def loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """Compute the weighted mean of the binary cross-entropy or `binary_focal`, averaged over classes.
 
-        `logits` and `labels` are `[batch, classes]`, labels in [0, 1].
+        `logits` and `labels` are `[batch, classes]`, labels in [0, 1]. `weights` are sample weights, `[batch]`.
         """
         logits, positive = full_precision(logits), None
         targets = labels.to(logits) * (1 - self.label_smoothing) + self.label_smoothing / 2
@@ -229,7 +230,7 @@ class MultiLabelTask(Task):
     def fit_linear(
         self, features: np.ndarray, labels: np.ndarray, outputs: int, weights: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Fit a one-vs-rest logistic regression; labels of all or no images get zero weights."""
+        """Fit a one-vs-rest logistic regression; a label of all or no images gets zero weights and a bias of ±4."""
         fits = []
         for c in range(outputs):
             positives = labels[:, c] > 0.5

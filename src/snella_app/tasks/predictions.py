@@ -54,7 +54,7 @@ def write_mask_predictions(
 
     Raises:
         FileExistsError: If the folder is not empty, unless `overwrite` is set.
-        ValueError: If `out` is a file, `top_k` is set, or two images from different folders have the same name.
+        ValueError: If `out` is a file, `top_k` is set, or two images have the same name apart from folder and suffix.
     """
     check_mask_output(out, top_k, overwrite=overwrite)
     folder = Path(out)
@@ -170,13 +170,13 @@ def write_predictions(
 
     Args:
         predictions: Predictions from `predict`.
-        out: Output file. The suffix selects the format: CSV, `.json` (list of objects), `.jsonl` (one object per line)
-            or `.parquet`.
-        top_k: Number of classes per image; None writes only the most likely class.
+        out: Output file. The suffix selects the format: CSV (`.csv`, `.txt` or none), `.json` (list of objects),
+            `.jsonl` (one object per line) or `.parquet`.
+        top_k: Number of classes per image. None writes the most likely class, or all probabilities for multi-label.
         overwrite: Replace an existing file.
 
     Raises:
-        FileExistsError: If the file exists.
+        FileExistsError: If the file exists and `overwrite` is not set.
         ValueError: If `top_k` is smaller than 1, or `out` is a folder or has an unknown suffix.
         ImportError: If pyarrow is required but not installed.
     """
@@ -252,7 +252,7 @@ def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) 
     if suffix not in (*_CSV_SUFFIXES, *TABLE_SUFFIXES):
         raise ValueError(
             f"out must end with {', '.join(TABLE_SUFFIXES)}, got {str(out)!r}; write "
-            f"{str(Path(out).with_suffix('.csv'))!r}, or omit it to print a table"
+            f"{str(Path(out).with_suffix('.csv'))!r}, or omit it to print the predictions"
         )
     if suffix == ".parquet":
         try:

@@ -130,11 +130,12 @@ class RegressionTask(Task):
         mae = mean |p - y|,   rmse = sqrt(mean (p - y)²),   r2 = 1 - Σ (p - y)² / Σ (y - mean y)²
 
         The baselines predict the training median (absolute error) or mean (squared error). The loss is the mean squared
-        error of the standardized targets, regardless of the training loss. R² of constant targets is NaN.
+        error of the standardized targets, regardless of the training loss. R² of constant targets is NaN and excluded
+        from the mean.
 
         Args:
-            outputs: `[images, targets]`.
-            labels: `[images, targets]`.
+            outputs: Standardized predictions, `[images, targets]`.
+            labels: `[images, targets]`, in target units.
         """
         from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error  # lazy: slow import
 

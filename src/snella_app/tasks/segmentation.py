@@ -52,17 +52,17 @@ def image_scores(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def foreground_means(scores: np.ndarray) -> list[float]:
-    """Return the mean over the foreground classes of each row `[images, classes]`; NaN without a class."""
+    """Return the mean of each row `[images, classes]` over the foreground classes, skipping NaN; NaN if all are NaN."""
     return [_nanmean(row[1:], math.nan) for row in scores]
 
 
 def pooled_scores(counts: np.ndarray, classes: list[str]) -> dict[str, Any]:
-    """Compute all scores on a dataset, averaged over the foreground classes.
+    """Compute all scores on a dataset, averaged over the foreground classes that are present or predicted.
 
-    By image: mean over images of the mean over classes that are present or predicted. Images without any class
-    are excluded; the score is 1 if no image remains. Pooled: computed over the pixels of all images. GPS's variant is
-    pooled and ignores background pixels, and therefore false positives: for two classes, IoU equals the recall R and
-    Dice equals 2R / (1 + R).
+    By image: mean over images of the mean over classes. Images without any of these classes are excluded; the score is
+    1 if no image remains. Pooled: computed over the pixels of all images; `iou_pooled_with_background` averages over
+    all classes. GPS's variant is pooled and ignores background pixels, and therefore false positives: for two classes,
+    IoU equals the recall R and Dice equals 2R / (1 + R).
 
     Args:
         counts: `[images, classes, classes]` from `pixel_counts`; class 0 is the background.
@@ -229,7 +229,7 @@ class SegmentationTask(Task):
         return torch.as_tensor(np.asarray(reduced))
 
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> MaskPredictions:
-        """Return Dice and IoU of each image, averaged over classes, and the stored mask if any."""
+        """Return Dice and IoU of each image, averaged over foreground classes, and the stored mask if any."""
         dice, iou = map(foreground_means, image_scores(self._counts(sample_outputs.numpy())))
         files = [_mask_file(index) for index in range(len(dataset.names))]
         items = [

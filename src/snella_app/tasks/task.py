@@ -262,7 +262,7 @@ class Task(ABC):
 
 
 def paired(outputs: ArrayLike, labels: ArrayLike) -> tuple[Tensor, np.ndarray]:
-    """Return outputs and labels after checking that their lengths are equal and at least 1."""
+    """Return outputs as a tensor and labels as an array; raise ValueError if their lengths differ or are 0."""
     scores, truth = torch.as_tensor(np.asarray(outputs)), np.asarray(labels)
     if len(truth) == 0 or len(scores) != len(truth):
         raise ValueError(
