@@ -58,7 +58,7 @@ class Cell:
         return root / "cells" / self.name
 
     def config(self, experiment: Experiment, out: Path | str) -> TrainConfig:
-        """Return the run settings."""
+        """Return the run settings; with protocol `final`, tuning runs use `standard`."""
         settings = {"test_seed": TEST_SEED, **experiment.settings}
         if settings.get("protocol") == "final":  # the final run trains on the validation images, too
             if self.is_final:

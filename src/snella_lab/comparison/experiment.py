@@ -73,8 +73,8 @@ MEASURES: dict[str, dict[str, str]] = {
 }
 """Metric titles by task type and score name; every metric has a maximum of 1."""
 METHOD_SETTINGS = ("r", "target_sparsity", "scaling", "lr", "scalar_lr", "head_lr", "weight_decay")
-"""Settings of a method entry. The tuning grid scales `lr` (and the head-only methods' `head_lr`)
-and tries other values of `weight_decay`."""
+"""Settings of a method entry. The tuning grid scales `lr` (for head-only methods also `head_lr`) and tries other
+values of `weight_decay`."""
 _SPARSE_SETTINGS = ("target_sparsity", "scalar_lr")
 DATA_SETTINGS = (
     *("train_size", "val_size", "test_size", "val_fraction", "test_fraction", "batch_size"),
