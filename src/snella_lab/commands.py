@@ -1,4 +1,4 @@
-"""Laboratory commands. Their signatures and docstrings define the command line."""
+"""Lab commands. Their signatures and docstrings define the command line."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace

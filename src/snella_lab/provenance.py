@@ -31,7 +31,7 @@ def package_info() -> dict[str, str | None]:
 
 
 def system_info() -> dict[str, Any]:
-    """Return the machine, CPU cores and torch threads, with the keys of PEFT's method comparison."""
+    """Return operating system, CPU, GPU, cores and torch threads; shared keys as in PEFT's method comparison."""
     return {
         "system": platform.system(),
         "release": platform.release(),
@@ -50,7 +50,7 @@ def measurement_info() -> dict[str, Any]:
 
 
 def conditions(device: str, packages: Iterable[str] = _BENCHMARK_PACKAGES) -> dict[str, Any]:
-    """Return the provenance of a benchmark row: command, device, package versions, commit and date.
+    """Return the provenance of a benchmark row: command, device, versions, commit, dirty flag and date.
 
     The command omits `--out` and the folders of absolute paths.
     """

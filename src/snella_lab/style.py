@@ -1,4 +1,4 @@
-"""Styles of many lines, and figures as files for light and dark mode."""
+"""Line styles for figures with many lines, and figure files for light and dark mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from snella_app.report.style import COLORS, GRID, INK, MUTED, PANEL
 
 _LINE_COLORS = (*COLORS, "#b03fc4", "#5a8f00", "#d13b2f", "#64707f", "#a8622a", "#007f7a", "#5f6fe0", "#d0479a")
 DARK = {INK: "#e6eaf0", MUTED: "#a2adbb", GRID: "#333d4b", PANEL: "#1a2029"}
-"""Dark-mode values of the variables in `report.css`."""
+"""Dark-mode color by light-mode color, as in `report.css`."""
 _MARKERS = "osD^vPX*<>hp"
 
 

@@ -1,1 +1,1 @@
-"""The paper's analyses of trained runs, as figures and tables; see `plot.make_plots`."""
+"""The paper's analyses of trained runs and kernels, as figures and tables; see `plot` and `matrix_fit`."""

@@ -54,7 +54,7 @@ class BudgetedRun:
     Attributes:
         label: Short name.
         allocation: Contents of `allocation.json`.
-        budgets: Budget of each matrix in the saved adapter.
+        budgets: Budget of each matrix, from the saved adapter or else `allocation.json`.
         settings: Adapter settings, such as `importance` and `schedule`.
     """
 
@@ -100,10 +100,10 @@ def read_budgeted_run(run: str | Path, label: str) -> BudgetedRun:
 def allocation(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]:
     """Plot the sparsity of each layer's update with its linear trend, one panel per run (Figure 10).
 
-        sparsity[l] = 1 − budget[l] / weights[l],   trend[l] = a + slope·l by least squares over the layers
+        sparsity[l] = 1 − budget[l] / weights[l],   trend[l] = intercept + slope·l by least squares over the layers
 
     Returns:
-        One plot with a row for each layer and run; its table `trend` contains the slope and intercept of each run.
+        One plot with a row for each layer and run; `allocation-trend` contains the slope and intercept of each run.
 
     Raises:
         FileNotFoundError: If a folder contains no run.

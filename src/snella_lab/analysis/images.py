@@ -88,7 +88,7 @@ def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, 
     score of each run, averaged over foreground classes.
 
     Raises:
-        FileNotFoundError: If a folder contains no finished run.
+        FileNotFoundError: If a folder contains no run with an adapter.
         ValueError: If a run's task is not segmentation.
     """
     labels = run_labels(runs)
@@ -99,16 +99,16 @@ def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, 
     images = [part.image(index) for part, index in selected]
     true = [np.asarray(part.mask(index)) for part, index in selected]  # type: ignore[attr-defined]
     rows: list[dict[str, object]] = [{"image": part.names[index]} for part, index in selected]
-    columns = [images, _overlays(images, true)]
+    grid = [images, _overlays(images, true)]
     captions = [[""] * count, [""] * count]
     for label, loaded in zip(labels, models, strict=True):
         predicted = [_predict_mask(loaded, image) for image in images]
         scores = [mean_dice(mask, truth) for mask, truth in zip(predicted, true, strict=True)]
         for row, score in zip(rows, scores, strict=True):
             row[f"dice {label}"] = score
-        columns.append(_overlays(images, predicted))
+        grid.append(_overlays(images, predicted))
         captions.append([f"Dice {score:.2f}" for score in scores])
-    return [Plot("masks", rows, partial(_draw_grid, columns, ["image", "true mask", *labels], captions))]
+    return [Plot("masks", rows, partial(_draw_grid, grid, ["image", "true mask", *labels], captions))]
 
 
 def _load(run: str | Path, task: str, device: str) -> LoadedRun:
@@ -127,7 +127,7 @@ def _items(loaded: LoadedRun, data: str | None, split: Split) -> tuple[DataSplit
 
 @torch.inference_mode()
 def _predict_mask(loaded: LoadedRun, image: Image.Image) -> np.ndarray:
-    """Return the predicted mask of an image, at its size."""
+    """Return the predicted mask of an image, in the image's resolution."""
     scores = loaded.network(loaded.transform(image)[None].to(loaded.device)).float()
     sized = torch.nn.functional.interpolate(scores, (image.height, image.width), mode="bilinear", align_corners=False)
     return sized.argmax(1)[0].to(torch.uint8).cpu().numpy()
@@ -149,13 +149,13 @@ def gradcam(
 ) -> list[Plot]:
     """Plot class activation maps of the true class for the pre-trained model and each run (Figure 15).
 
-    Images are cropped by the first run's transform. `snella_app.runs.explain.heat_maps` computes the maps of ViT,
-    Swin, ConvNeXt and other timm models. The pre-trained model combines the first run's pre-trained backbone with its
-    trained head. The table contains the fraction of each map's sum in the central ninth. See `PlotOptions` for the
-    arguments.
+    The first run's transform crops the shown images; each model uses its run's transform.
+    `snella_app.runs.explain.heat_maps` computes the maps of ViT, Swin, ConvNeXt and other timm models. The pre-trained
+    model combines the first run's pre-trained backbone with its trained head. The table contains the fraction of each
+    map's sum in the central ninth. See `PlotOptions` for the arguments.
 
     Raises:
-        FileNotFoundError: If a folder contains no finished run, or the data no longer exists.
+        FileNotFoundError: If a folder contains no run with an adapter, or the data no longer exists.
         ValueError: If a run's task is not classification, or its model has no feature map.
         ImportError: If Captum is not installed.
     """
@@ -248,7 +248,7 @@ def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
 
 
 def mean_dice(mask: np.ndarray, truth: np.ndarray) -> float:
-    """Compute the Dice score 2·|A ∩ B| / (|A| + |B|), averaged over all nonzero classes; 1 if there are none."""
+    """Compute the Dice score 2·|A ∩ B| / (|A| + |B|), averaged over the nonzero classes of either mask; 1 if none."""
     classes = [label for label in np.union1d(mask, truth) if label > 0]
     return float(f1_score(truth.ravel(), mask.ravel(), labels=classes, average="macro")) if classes else 1.0
 
@@ -320,7 +320,7 @@ def features(
         One plot with a row for each image and model; `features-nmi` has a row for each model.
 
     Raises:
-        FileNotFoundError: If a folder contains no finished run, or the data no longer exists.
+        FileNotFoundError: If a folder contains no run with an adapter, or the data no longer exists.
         ValueError: If a run's task is not classification.
     """
     models = [_load(run, "classification", device) for run in runs]

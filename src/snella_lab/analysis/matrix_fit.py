@@ -114,7 +114,7 @@ def random_matrices(size: int, rank: int, count: int, density: float, generator:
 
         W = U V,   U `[size, rank]`, V `[rank, size]`, each with a fraction `density` of nonzero entries
 
-    Samples of lower rank are rejected. The factors are dense for `density=1`.
+    For `rank == size`, the identity is added to both factors. Samples of lower rank are rejected.
 
     Returns:
         `[count, size, size]`, float32.
@@ -222,10 +222,11 @@ def fit_matrices(
     Returns:
         Three plots: `kernel-curves` (4a) with table `kernel-curves-definiteness`, see `definiteness`; `fit-error` (4b),
         mean squared error versus rank, with table `fit-error-matrices` by matrix; `fit-gradient` (4c), gradient norm
-        versus step.
+        and error versus step.
 
     Raises:
-        ValueError: If a kernel is unknown, or the folder contains fits with other settings.
+        ValueError: If a kernel is invalid, or the folder contains fits that are damaged or have other settings.
+        FloatingPointError: If a fit diverges.
     """
     for kernel in config.kernels:
         find_kernel(kernel)
@@ -269,7 +270,7 @@ def fit_matrices(
 
 
 def kernel_curves(kernels: Sequence[str], points: int = 161) -> list[Row]:
-    """Compute κ(1, x) and its derivative for x in [−4, 4], where x is the first coordinate of each piece.
+    """Compute κ((1, 0), (x, 0)) and its derivative for x in [−4, 4]; the second piece is 0 in both factors.
 
     All scalars are 1, except β = 0. Normalized kernels apply their softmax over the points of the curve; each
     derivative is with respect to the point itself.
@@ -285,7 +286,7 @@ def kernel_curves(kernels: Sequence[str], points: int = 161) -> list[Row]:
 
 
 def _kernel_values(merge: Merge, xs: Tensor) -> Tensor:
-    """Evaluate κ(1, x) for each x, `[points]`."""
+    """Evaluate κ((1, 0), (x, 0)) for each x, `[points]`."""
     A = xs.new_tensor([[1.0, 0.0]])
     return merge(A, torch.stack([xs, torch.zeros_like(xs)], 1), _unit_scalars())[:, 0]
 
@@ -312,7 +313,8 @@ def definiteness(kernels: Sequence[str], points: int = 60, r: int = 8, seed: int
     Returns:
         One row per kernel: `trace`; `asymmetry`, the largest difference between K and its transpose; `smallest` and
         `largest`, the extreme eigenvalues of the symmetric part; `is_positive_semi_definite`, up to rounding;
-        `conditional`, the smallest eigenvalue of −K on vectors that sum to 0.
+        `conditional`, the smallest eigenvalue of the symmetric part of −K projected onto vectors that sum to 0, at
+        most 0.
     """
     x = torch.randn(points, r, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     centering = torch.eye(points, dtype=torch.float64) - 1 / points
@@ -368,7 +370,7 @@ def _settings(config: FitConfig) -> dict[str, Any]:
 def _plot_kernels(
     axes: Axes, rows: Sequence[Row], x: str, y: str, markers: tuple[int, int] = (0, 1)
 ) -> tuple[list[Line2D], list[str]]:
-    """Draw one line per kernel; `markers` are offset per line and interval. Return the lines and kernels."""
+    """Draw one line per kernel; `markers` contains marker offset and interval. Return the lines and kernels."""
     lines, kernels = [], grouped(rows, "kernel")
     for number, points in enumerate(kernels.values()):
         color, marker = style_of(number)

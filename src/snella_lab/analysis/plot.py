@@ -164,7 +164,7 @@ def plot_function(kind: Kind) -> Callable[..., list[Plot]]:
 
 
 def make_plots(options: PlotOptions) -> list[Plot]:
-    """Compute the plots of a kind.
+    """Compute the plots of `options.kind`.
 
     Raises:
         ValueError: If an option does not apply to the kind.

@@ -38,7 +38,7 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
     Each axis has its own scale, with the highest mean at the rim. The table contains the unscaled accuracies.
 
     Args:
-        folders: Folders written by `snella compare`; only methods in all of them are drawn.
+        folders: Folders written by `snella compare`; only methods with results on all tasks of all folders are drawn.
 
     Raises:
         FileNotFoundError: If a folder contains no comparison.
@@ -87,12 +87,13 @@ def scaled_radius(value: float, low: float, high: float) -> float:
 def memory(runs: Sequence[str | Path], *, steps: int = 2, batch_size: int | None = None) -> list[Plot]:
     """Plot the memory of live tensors during training steps of each run (Figure 7b).
 
-    Each model takes `steps` training steps with AdamW on random images. After every torch operation, the bytes of all
-    live tensors are recorded, including weights. The memory that an allocator reserves is larger. Results are
-    comparable for the same backbone and batch size, by default the first run's.
+    Each model takes `steps` training steps with AdamW on random images, on the CPU. After every torch operation, the
+    bytes of all live tensors are recorded, including weights. The memory that an allocator reserves is larger. Results
+    are comparable for the same backbone and batch size, by default the first run's.
 
     Returns:
-        One plot with a row for each recorded operation. `memory-peaks` contains the peak of each phase, last step.
+        One plot with at most 120 rows per phase, each the peak of an interval. `memory-peaks` contains the peak of each
+        phase of the last step.
 
     Raises:
         FileNotFoundError: If a folder contains no run with an adapter.
@@ -127,6 +128,7 @@ class LiveTensors(TorchDispatchMode):
     Attributes:
         live: Current number of bytes.
         points: Step, phase and bytes after each operation.
+        step_phase: Current step and phase, set by the caller.
     """
 
     def __init__(self, existing: Sequence[Tensor] = ()) -> None:

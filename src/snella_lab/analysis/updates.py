@@ -188,9 +188,10 @@ def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Pl
     weight plots show `matrix`, by default the deepest query projection.
 
     Returns:
-        Three plots. `overlap`: mean cosine similarity over all pairs of tasks, one row per layer. `overlap-frequency`:
-        number of weights changed by 0, 1, … tasks, in the matrix and in all matrices. `overlap-map`: number of tasks
-        that change each weight of the matrix; its table lists rows and columns, most frequently changed first.
+        Three plots. `overlap`: mean cosine similarity over pairs of tasks that change the layer, one row per layer.
+        `overlap-frequency`: number of weights changed by 0, 1, … tasks, in the matrix and in all matrices.
+        `overlap-map`: number of tasks that change each weight of the matrix; its table lists rows and columns, most
+        frequently changed first.
 
     Raises:
         FileNotFoundError: If a run has no adapter.
@@ -232,7 +233,7 @@ def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Pl
 
 
 class _Similarity:
-    """Cosine similarities between the updates of `count` tasks, over the concatenation of all matrices."""
+    """Cosine similarities between the updates of `count` tasks, over the concatenated matrices of a layer."""
 
     def __init__(self, count: int) -> None:
         self._products, self._chance, self._intersections = torch.zeros(3, count, count, dtype=torch.float64)
@@ -246,7 +247,7 @@ class _Similarity:
         self._intersections += support @ support.T
 
     def row(self) -> dict[str, Any]:
-        """Return mean, minimum and maximum similarity over all pairs, the chance level, and the overlap of supports."""
+        """Return similarities of all pairs of nonzero updates, their chance level, and Jaccard index of supports."""
         norms = self._products.diagonal().sqrt()
         pairs = [(i, j) for i, j in combinations(range(len(norms)), 2) if norms[i] and norms[j]]
         if not pairs:
@@ -299,7 +300,7 @@ def _axis_means(changed: Tensor) -> list[Row]:
 
 
 def _layers(run_updates: Sequence[RunUpdates]) -> dict[str, list[str]]:
-    """Group the matrices that all runs change by block, in order of depth."""
+    """Group the matrices that all runs change, with equal shapes, by block in order of depth."""
     infos = {name: info for run in run_updates for name, info in run.infos.items()}
     layers: dict[str, list[str]] = {}
     for name, shape in run_updates[0].shapes.items():

@@ -13,8 +13,8 @@ from snella_lab.comparison.rows import CellRow, SearchChoice
 from snella_lab.comparison.search import Candidate, TuningResult, next_tuning_runs
 
 TEST_SEED = 0
-"""Seed of the test split in every cell. Run seeds change only the training and validation images, so that
-no run is tuned on the test images of another."""
+"""Default seed of the test split, the same in every cell. Run seeds change only the training and validation images,
+so that no run is tuned on the test images of another."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Cell:
         candidate: Learning-rate factor and weight decay.
         is_final: True for a final run, the only kind that evaluates test images.
         search: Tuning results, stored in the row of a final run.
-        blocked_by: Error that prevents a final run: all its tuning runs failed.
+        blocked_by: Error that prevents a final run: every candidate has a failed tuning run.
     """
 
     data: DataEntry
@@ -58,7 +58,7 @@ class Cell:
         return root / "cells" / self.name
 
     def config(self, experiment: Experiment, out: Path | str) -> TrainConfig:
-        """Return the run settings."""
+        """Return the run settings; with protocol `final`, tuning runs use `standard`."""
         settings = {"test_seed": TEST_SEED, **experiment.settings}
         if settings.get("protocol") == "final":  # the final run trains on the validation images, too
             if self.is_final:
@@ -123,11 +123,11 @@ def units(experiment: Experiment) -> list[Unit]:
 class Plan:
     """Finished and remaining cells of an experiment; `planned` restricts it to some of its units.
 
-    The cost of each method call is independent of the number of finished cells.
+    `record` updates only the task and method of its row, so its cost does not grow with the number of finished cells.
 
     Attributes:
         done: Number of finished cells.
-        left: Number of remaining cells, excluding grid extensions.
+        left: Number of remaining cells, excluding later grid extensions.
     """
 
     def __init__(

@@ -75,8 +75,8 @@ def compare(
     Args:
         experiment: The experiment; None resumes the one stored in `out`.
         out: Output folder; created if missing.
-        execution: Which runs to train, and how; one worker process by default. Memory is measured only in worker
-            processes.
+        execution: Which runs to train, and how; one worker process by default. Process memory is measured only in
+            worker processes.
         console: Output console; stdout if None.
 
     Returns:
@@ -86,10 +86,10 @@ def compare(
         FileExistsError: If `out` contains other files.
         FileNotFoundError: If `experiment` is None and `out` contains no comparison.
         ImportError: If `ray` is set and Ray is not installed.
-        ValueError: If settings conflict with the stored experiment or the data.
+        ValueError: If settings conflict with each other, the stored experiment or the data.
         CellsFailedError: If a final run failed, or a tuning run failed for a reason other than a diverged loss. Raised
-            after the report is written, except with `draw_only`.
-        TrainingInterrupted: On Ctrl-C; finished runs remain stored.
+            after the report is written; never with `draw_only`, `part` or `emit`.
+        TrainingInterrupted: On Ctrl-C or SIGTERM; finished runs remain stored.
     """
     require_single_process("a comparison")
     execution, root = execution or ExecutionConfig(), Path(out)
@@ -156,12 +156,12 @@ def _write_reports(root: Path, experiment: Experiment, rows: Rows, console: Cons
 
 
 def validate_inputs(experiment: Experiment, console: Console, checks_device: bool = True) -> None:
-    """Validate all data and the backbone before training, and print descriptions of the data.
+    """Validate all data, the device and the backbone before training, and print descriptions of the data.
 
     With `checks_device=False`, the device may exist only on the cluster's machines.
 
     Raises:
-        ValueError: If data or the backbone are missing or invalid; the message lists all errors.
+        ValueError: If data, device or backbone are missing or invalid; the message lists all errors.
     """
     errors = []
     for data in experiment.data:
@@ -258,17 +258,18 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
 
     The comparison trains linear, bias, lora-8 and snella-matched at their default learning rates with two seeds, for at
     most 5 epochs on at most 400 training images, each run in a separate process. Test images are never used. Among the
-    methods within one standard error of the best, the one with the lowest memory use wins; the fastest one wins ties.
-    The runs are stored in `OUT-choice`; an interrupted selection resumes from them.
+    methods within one standard error of the best, the one with the lowest memory use wins; the fastest one wins ties
+    (within 5%). The runs are stored in `OUT-choice`; an interrupted selection resumes from them. With `resume`, a run
+    that has started keeps its method.
 
     Args:
-        config: Settings of a new run, with method auto.
+        config: Settings of a new or resumed run, with method auto.
         console: Output console; stdout if None.
 
     Raises:
-        FileExistsError: If `out` contains a run, or `OUT-choice` a selection with other settings.
-        ValueError: If data or settings are invalid.
-        CellsFailedError: If every method failed.
+        FileExistsError: If `out` contains a run or other files, or `OUT-choice` contains files but no selection.
+        ValueError: If data or settings are invalid, or `OUT-choice` contains a selection with other settings.
+        CellsFailedError: If every method failed, or another process is training one of the runs.
         TrainingInterrupted: On Ctrl-C; finished runs remain stored.
     """
     require_single_process("choosing a method")
@@ -454,7 +455,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 def _start(
     root: Path, plan: Plan, running: dict[str, Cell], executor: Executor, progress: ComparisonProgress
 ) -> tuple[int, int]:
-    """Start runs in free slots and record runs that other processes finished.
+    """Start runs in free slots, and record blocked runs and runs that other processes finished.
 
     Returns:
         Number of runs claimed by other processes and number of recorded runs.

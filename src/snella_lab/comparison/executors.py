@@ -19,7 +19,7 @@ from snella_lab.provenance import GitState, git_state, set_git_state
 
 
 class Job(NamedTuple):
-    """Work of a process that trains one cell: everything but the cell.
+    """Settings of a worker process that trains one cell.
 
     Attributes:
         root: Folder of the comparison.
@@ -27,7 +27,7 @@ class Job(NamedTuple):
         threads: Threads of the process.
         state: Git state of the parent process.
         keep_checkpoints: Save a checkpoint after each epoch.
-        folder: Working directory on all machines that have it; None keeps the process's.
+        folder: Working directory, on machines that have it; None keeps the current one.
     """
 
     root: Path
@@ -57,7 +57,7 @@ class Executor(Protocol):
         """Start a cell; requires a free slot."""
 
     def wait(self, timeout_s: float) -> list[Outcome]:
-        """Wait until a cell finishes or the timeout expires, and return the outcomes of all finished cells."""
+        """Wait until a cell finishes or the timeout expires, and return the outcomes of finished cells."""
 
     def stop(self, cell: Cell) -> None:
         """Stop a running cell; `wait` does not return it."""
@@ -69,7 +69,7 @@ class Executor(Protocol):
 class InThisProcess:
     """Sequential execution in this process.
 
-    Memory is not measured, because the process's peak includes all previous cells.
+    Process memory is not measured, because the process's peak includes all previous cells.
     """
 
     slots = 1
@@ -139,7 +139,7 @@ class InProcesses:
                 del self._running[connection]
 
     def close(self) -> None:
-        """Terminate running cells and wait for them to exit."""
+        """Terminate running cells, and kill those that do not exit within 20 seconds."""
         for _, process in self._running.values():
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
@@ -201,6 +201,7 @@ class OnRay:
         gpus: GPUs per cell, reserved as Ray GPUs; None divides the cluster's GPUs among `slots`, at most one per cell.
 
     Raises:
+        ImportError: If Ray is not installed.
         ConnectionError: If no cluster is reachable at `RAY_ADDRESS`.
         ValueError: If no machine of the cluster has enough CPUs and GPUs for a cell.
     """
@@ -245,7 +246,7 @@ class OnRay:
         self._running[self._task.remote(self._job, cell)] = cell
 
     def wait(self, timeout_s: float) -> list[Outcome]:
-        """Wait until a cell finishes or the timeout expires, and return the outcomes of all finished cells."""
+        """Wait until a cell finishes or the timeout expires; return its outcome, or none if it restarts."""
         if not self._running:
             time.sleep(timeout_s)
             return []
@@ -299,7 +300,7 @@ class OnRay:
 
 
 MAX_RESTARTS = 2
-"""Maximum number of restarts after losing a cell's worker or machine."""
+"""Maximum number of restarts per cell, after losing its worker or machine."""
 _NODE_REFRESH_S = 2.0
 
 

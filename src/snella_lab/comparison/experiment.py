@@ -24,7 +24,7 @@ def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups:
     Args:
         published: `source`, a string; `values`, percentages by method label, then by task, group or mean; and
             `orderings`, each with the method labels `higher` and `lower`, an optional `task`, and an optional result
-            column `metric` (default: accuracy).
+            column `metric` (default: `test_accuracy`).
         tasks: Labels of the experiment's data.
         groups: Groups of the data.
 
@@ -73,7 +73,8 @@ MEASURES: dict[str, dict[str, str]] = {
 }
 """Metric titles by task type and score name; every metric has a maximum of 1."""
 METHOD_SETTINGS = ("r", "target_sparsity", "scaling", "lr", "scalar_lr", "head_lr", "weight_decay")
-"""Settings of a method entry. The tuning grid scales `lr` and also tries other values of `weight_decay`."""
+"""Settings of a method entry. The tuning grid scales `lr` (for head-only methods also `head_lr`) and tries other
+values of `weight_decay`."""
 _SPARSE_SETTINGS = ("target_sparsity", "scalar_lr")
 DATA_SETTINGS = (
     *("train_size", "val_size", "test_size", "val_fraction", "test_fraction", "batch_size"),
@@ -108,7 +109,7 @@ class MethodEntry:
 
 
 PROBE = MethodEntry(PROBE_METHOD, PROBE_METHOD)
-"""Linear probe without settings of its own, used to validate the data and the backbone."""
+"""Linear probe with default settings, used to validate the data and the backbone."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def method_entry(value: Any) -> MethodEntry:
     """Parse a method: a name, or a mapping with `method` and optional `name`, `options` and settings.
 
     Raises:
-        ValueError: If a key is unknown or `method` is missing.
+        ValueError: If the value is neither a string nor a mapping, a key is unknown, or `method` is missing.
     """
     entry = _entry(value, "methods", "method", ("name", "options", *METHOD_SETTINGS))
     settings = {key: entry[key] for key in METHOD_SETTINGS if key in entry}
@@ -143,7 +144,7 @@ def data_entry(value: Any) -> DataEntry:
     """Parse a data entry: a data specification, or a mapping with `data` and optional `name`, `group` and settings.
 
     Raises:
-        ValueError: If a key is unknown or `data` is missing.
+        ValueError: If the value is neither a string nor a mapping, a key is unknown, or `data` is missing.
     """
     entry = _entry(value, "data", "data", ("name", "group", *DATA_SETTINGS))
     settings = {key: entry[key] for key in DATA_SETTINGS if key in entry}
@@ -176,7 +177,7 @@ def folder_name(label: str) -> str:
 
 
 def entry_errors(kind: str, entries: Iterable[MethodEntry | DataEntry]) -> list[str]:
-    """Return errors for labels that share a folder name."""
+    """Return errors for labels that share a folder name, ignoring case."""
     errors: list[str] = []
     seen: dict[str, str] = {}
     for entry in entries:
@@ -205,7 +206,7 @@ def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any],
     """Build the settings of a run, with the method's defaults resolved.
 
     Args:
-        method: The method.
+        method: The method; its settings override the task's.
         data: The task; its settings override the shared ones.
         shared: Entries of `SHARED_SETTINGS`.
         **values: Other settings, which override all of the above.
@@ -403,7 +404,8 @@ class Experiment:
     def merged_with(self, stored: "Experiment", folder: Path) -> "Experiment":
         """Merge with the experiment stored in `folder`.
 
-        The result has the methods and tasks of both, the larger number of seeds, and merged published numbers.
+        The result has the methods and tasks of both, the larger number of seeds, merged published numbers, and the
+        name and descriptions of this experiment.
 
         Raises:
             ValueError: If the experiments differ in a setting that affects finished cells.

@@ -31,7 +31,7 @@ def bundled_experiments() -> dict[str, Path]:
 
 
 def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experiment:
-    """Read an experiment file.
+    """Read an experiment file; its name defaults to the file name without extension.
 
     Args:
         name: Path of a YAML file, or name of a bundled experiment.
@@ -64,8 +64,8 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Merge changes into settings, one level deep.
 
-    A label of a method or task, or the data of a task, stands for the existing entry with its settings. A reference
-    that is no longer among the methods is removed.
+    In `methods` and `data`, the label of an existing entry (or the data of a task) selects that entry with its
+    settings. A reference that is no longer among the methods is removed.
     """
     methods = {entry.name: entry for entry in map(method_entry, as_list(values.get("methods") or []))}
     data = [data_entry(value) for value in as_list(values.get("data") or [])]
@@ -92,7 +92,7 @@ def experiment_from_options(options: CompareOptions) -> Experiment | None:
     """Build an experiment from command-line options, based on a file or the output folder if available.
 
     Returns:
-        The experiment, or None if only the output folder is set.
+        The experiment, or None if no option of the experiment is set; `out` and execution options do not count.
 
     Raises:
         FileNotFoundError: If the experiment does not exist.

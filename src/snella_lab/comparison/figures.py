@@ -26,7 +26,7 @@ from snella_lab.comparison.summary import Summary, part_text
 from snella_lab.style import style_of
 
 SHOWN_RANGE = 0.3
-"""Plotted accuracy range, down from the best value."""
+"""Maximum plotted range below the best accuracy, as a fraction."""
 
 
 def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) -> Figure | None:
@@ -85,7 +85,8 @@ def learning_rate_curves(summary: Summary, tasks: Sequence[str], title: str) -> 
     """Plot validation accuracy versus learning rate, one line per method, averaged over `tasks`.
 
     Learning rates are relative to each method's default, so that all methods share an axis. A filled marker shows the
-    selected learning rate, for several tasks the best one. Crosses at the bottom mark failed runs.
+    selected learning rate, for several tasks the best one. Crosses at the bottom mark failed runs. Returns None if no
+    method tried several learning rates.
     """
     curves = [(number, m.name, _mean_curve(summary, m.name, tasks)) for number, m in enumerate(summary.methods)]
     curves = [curve for curve in curves if len(curve[2]) > 1]
@@ -137,7 +138,7 @@ def _mean_curve(summary: Summary, method: str, tasks: Sequence[str]) -> list[tup
 
 
 def lr_curve(trials: Rows) -> list[tuple[float, float | None]]:
-    """Return mean validation accuracy by learning-rate factor at the default weight decay; None for failed runs.
+    """Return mean validation accuracy by learning-rate factor at the default weight decay; None if a run failed.
 
     `trials` are the tuning runs of one method on one task.
     """
@@ -151,7 +152,7 @@ def lr_curve(trials: Rows) -> list[tuple[float, float | None]]:
 def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | None:
     """Plot paired differences from the reference with intervals, over all tasks and optionally by task.
 
-    Narrow figures, below 600 pixels, truncate names earlier.
+    Narrow figures, below 600 pixels, truncate names earlier. Returns None without differences.
     """
     longest = 30 if width >= 600 else 16
     lines: list[tuple[str, Any, bool]] = []

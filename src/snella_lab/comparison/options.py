@@ -48,7 +48,7 @@ class ExecutionConfig(Config):
         return math.inf if self.run_limit is None else 60 * self.run_limit
 
     def errors(self) -> list[str]:
-        """Check ranges and conflicts."""
+        """Return errors for out-of-range and conflicting settings."""
         workers, threads, gpus, limit = self.workers, self.threads, self.gpus, self.run_limit
         errors = []
         if workers < 0 or (threads is not None and threads < 1):
@@ -96,7 +96,7 @@ class CompareOptions(Config):
         *("epochs", "batch_size", "img_size", "train_size", "val_size", "test_size", "augment", "head_init", "ema"),
         *("columns", "channels", "skip_corrupt", "weights", "pretrained", "device", "precision"),
     )
-    """Settings of `TrainConfig` that are also options of compare; `workers` is taken by the worker processes."""
+    """Settings of `TrainConfig` that are also options of compare; not `workers`, the number of parallel runs."""
 
     out: str
     experiment: str | None = None

@@ -16,7 +16,7 @@ from snella_lab.comparison.rows import CellRow
 class ComparisonProgress:
     """Console progress of a comparison: one line per run and, on a terminal, a progress bar.
 
-    `rows` of finished runs serve to estimate the remaining time.
+    `rows` are finished runs; their durations estimate the remaining time.
     """
 
     def __init__(self, console: Console, plan: Plan, rows: Iterable[CellRow]) -> None:

@@ -85,7 +85,7 @@ class OrderingResult:
         claim: Human-readable claim, e.g. `cubic above linear`.
         verdict: `holds` or `contradicted` for a decided difference, else `not decided` or `not run`.
         difference: Paired difference with Holm's correction over the claims; None without runs.
-        is_fraction: True for fractions such as accuracy.
+        is_fraction: True if the metric is a fraction such as accuracy.
     """
 
     claim: str
@@ -211,7 +211,7 @@ def _provenance(summary: Summary) -> str:
 FILE = "comparison.html"
 _NARROW = 310  # figure width in pixels on a phone
 MAX_TASK_FIGURES = 24
-"""Maximum number of tasks with per-task figures; tables always contain all tasks."""
+"""Maximum number of tasks for per-task figures; above it, none are drawn. Tables contain all tasks."""
 _SELECTED_EPOCH = {
     "standard": "at the best epoch on validation",
     "final": "at the last epoch, trained on training and validation images",
@@ -320,7 +320,7 @@ def _costs(summary: Summary) -> dict[str, Any]:
 
 
 def _pareto(summary: Summary) -> list[Markup]:
-    """Plot the metric versus each measured cost."""
+    """Plot the metric versus memory, trainable parameters and step time, if measured."""
     has_gpu = any(method.costs["accelerator_memory_max"] for method in summary.methods)
     memory = ("accelerator_memory_max", "peak GPU memory, bytes", "Memory", False)
     axes = [

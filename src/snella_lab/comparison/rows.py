@@ -12,7 +12,10 @@ from snella_app.records.record import OPTIONAL, Float, Record
 
 @dataclass(frozen=True, kw_only=True)
 class TriedCandidate:
-    """One search candidate: settings, means over seeds, and number of failed seeds."""
+    """One search candidate: settings, means over seeds (None if a seed failed), and number of failed seeds.
+
+    `val_accuracy` is the validation score of the comparison's metric, even if that is not accuracy.
+    """
 
     lr_factor: float
     lr: Float
@@ -25,12 +28,13 @@ class TriedCandidate:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchChoice:
-    """Selected learning rate and weight decay of a final run.
+    """Hyperparameter selection of a final run.
 
     Attributes:
         lr_factor: Best multiplier of the method's default learning rate.
         lr_on_edge: True if it is the smallest or largest candidate.
         weight_decay_on_edge: True if the best weight decay is the largest of several candidates.
+        trials: Tried candidates; empty without a search.
     """
 
     lr_factor: float | None
@@ -48,12 +52,14 @@ class CellResults:
         peft_config: PEFT configuration of the adapter; None for methods outside PEFT.
         kept_weights: Total budget of the adapter.
         file_size: Size of the adapter in bytes.
+        train_time: Seconds; `step_time` is the median of a step.
+        accelerator_memory_max: Peak reserved GPU memory in bytes.
         val: Validation scores by name; columns such as `val_accuracy` in the file. `test` only for final runs.
-        split: SHA-256 of the data and its split.
-        changed_weights: Number of changed backbone values, for final runs.
+        split: SHA-256 of the classes, and of the names and labels in each split.
+        changed_weights: Number of changed backbone values, for final runs of methods that can be merged.
         peak_rss_mib: Peak memory of the process, if the run had a separate process.
         training_mib: Peak memory excluding loaded libraries.
-        forgetting: Accuracy that a linear probe loses on other data, for final runs.
+        forgetting: Accuracy that a linear probe loses on other data, as a fraction, for final runs.
     """
 
     trained_as: str | None = None
@@ -102,9 +108,9 @@ class CellRow(Record):
         metric: Score used to compare methods.
         task_name: Dataset.
         experiment_name: Label of the method.
-        tried_weight_decay: Weight decay of a tuning run; None for the method's default.
+        tried_weight_decay: Weight decay of the candidate; None for the method's default.
         search: Hyperparameter selection of a final run.
-        total_time: Seconds, including the reused tuning run.
+        total_time: Seconds, including interrupted attempts and the reused tuning run.
     """
 
     file: ClassVar[str] = "cell.json"

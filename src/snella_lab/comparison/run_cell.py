@@ -145,7 +145,7 @@ def probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np
     """Return a stratified sample of at most `images` training and validation images, with labels.
 
     Raises:
-        ValueError: If a class has only one image, so that cross-validation is impossible.
+        ValueError: If the sample has only one image of a class, or `images` is less than the number of classes.
     """
     splits = load_data(data)
     parts = [splits.train] if splits.val is None else [splits.train, splits.val]
@@ -238,8 +238,8 @@ def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Pa
     """Copy a tuning run with the final run's settings to `folder`, and evaluate it on the test images.
 
     Returns:
-        Row of the tuning run; None if the run or its adapter is missing, or if it was trained with other settings or
-        package versions, or on another machine.
+        Row of the tuning run; None if the run failed, the run or its adapter is missing, or it was trained with other
+        settings, package versions, commit or number of threads, or on another machine.
     """
     trial = replace(cell, is_final=False, search=None)
     if not cell.is_final or cell.config(experiment, "-") != trial.config(experiment, "-"):
@@ -261,7 +261,7 @@ def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Pa
 
 
 def drop_adapters(root: Path, experiment: Experiment, cell: Cell) -> None:
-    """Delete adapters of tuning runs that no final run can reuse, after a cell of the same method, task and seed.
+    """Delete tuning adapters of a finished cell's method, task and seed that no final run can reuse.
 
     The adapters of the best tuning runs are kept until the final run is finished.
     """
@@ -301,11 +301,11 @@ def run_cell(
     """Train a cell and store its row, unless it is finished or claimed by another process.
 
     An interrupted attempt resumes from its checkpoint; without one, its files are deleted first. A failed run is
-    stored as a row with its error. In a dedicated process, the peak memory is that of the cell. `keep_checkpoints`
+    stored as a row with its error. `is_dedicated` stores the peak memory of the process. `keep_checkpoints`
     saves a checkpoint after each epoch, for preemptible machines; SIGTERM and Ctrl-C always save one.
 
     Raises:
-        TrainingInterrupted: On Ctrl-C; the lock of the cell is released.
+        TrainingInterrupted: On Ctrl-C or SIGTERM during training; the lock of the cell is released.
         OSError: If the row cannot be written.
     """
     folder = cell.folder(root)
@@ -326,7 +326,9 @@ def run_cell(
 def record_crash(
     root: Path, experiment: Experiment, cell: Cell, error: str, ignores_lock: bool = False
 ) -> CellRow | None:
-    """Store and return the row of a cell whose process crashed; None if another process has claimed it.
+    """Store and return the row of a crashed or blocked cell; None if another process has claimed it.
+
+    A row that is already stored is returned unchanged.
 
     `ignores_lock` stores the row even if an unresponsive process holds the lock of the cell.
     """
@@ -343,7 +345,7 @@ def record_crash(
 
 
 def _checkpoint_s(folder: Path, config: TrainConfig) -> float | None:
-    """Return the training time before an intact checkpoint of the same settings and versions; None without one."""
+    """Return the seconds trained before an intact checkpoint of the same settings and versions; None without one."""
     run = RunFolder(folder)
     checkpoint = latest_checkpoint(run.checkpoints)
     try:

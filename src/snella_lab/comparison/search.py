@@ -36,7 +36,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TuningResult:
-    """Validation results of a tuning run; None if it failed."""
+    """Validation results of a tuning run; None if it failed.
+
+    `accuracy` is the score of the comparison's metric, even if that is not accuracy.
+    """
 
     accuracy: float | None
     loss: float | None
@@ -58,8 +61,8 @@ class Choice:
     """Result of the search.
 
     Args:
-        candidate: The best candidate; None if all tuning runs failed.
-        tried: All candidates, by axis.
+        candidate: The best candidate; None if every candidate has a failed tuning run.
+        tried: All candidates: the learning rates, then the weight decays.
         lr_on_edge: True if the best learning rate is the smallest or largest one tried.
         weight_decay_on_edge: True if the best weight decay is the largest one tried; 0 is not an edge.
     """
@@ -134,7 +137,7 @@ def _missing(candidates: Sequence[Candidate], grid: Grid, results: Results) -> l
 
 
 def _best(candidates: Sequence[Candidate], results: Results) -> Candidate | None:
-    """Return the candidate with the highest mean rank over seeds; the first one on ties, None if all failed."""
+    """Return the candidate with the highest mean rank over seeds; the first on ties, None if each has a failed run."""
     ranks = {}
     for candidate in candidates:
         accuracies, losses = zip(*(result.rank for result in results[candidate]), strict=True)

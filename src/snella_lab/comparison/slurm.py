@@ -48,8 +48,11 @@ def write_slurm_scripts(root: Path, experiment: Experiment, execution: Execution
     """Write `train.sh` (an array job), `report.sh` and `submit.sh`, and return the path of `submit.sh`.
 
     Each array index trains one of the experiment's `units`, or several if there are more than `MAX_PARTS`. `workers`,
-    `threads` (1 if None) and `run_limit` of `execution` apply to an array index. All machines must share the file
-    system of `root`.
+    `threads` (1 if None) and `run_limit` of `execution` are passed to each array index. All machines must share the
+    file system of `root`.
+
+    Raises:
+        ValueError: If the scripts' path contains quotation marks, backslashes or newlines.
     """
     root = root.resolve()
     scripts = root / "slurm" if execution.emit_to is None else Path(execution.emit_to).resolve()

@@ -128,7 +128,7 @@ class FinalRuns:
     def difference(self, method: str, reference: str, tasks: Sequence[str], metric: str) -> Difference | None:
         """Compute the difference from the reference, paired by task and seed, with its Student's t interval.
 
-        The difference is uncorrected (see `with_holm`); None without pairs.
+        The p-value is uncorrected (see `with_holm`). Returns None without pairs.
         """
         both = [(self.scores(method, task, metric), self.scores(reference, task, metric)) for task in tasks]
         pairs = [
@@ -148,7 +148,7 @@ def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
 
     mean ± t(0.975, n - 1) · s / sqrt(n)
 
-    over the means of n tasks, or over the n differences of a single task.
+    over n task means, or over the n differences of a single task.
 
     Args:
         pairs: Differences by task, one per seed; at least one task with one seed.

@@ -5,8 +5,8 @@ the row in `cell.json`, written atomically. Each row contains the SHA-256 of its
 not checked. A valid line takes precedence over the copy. A damaged or missing row is restored from the other file with
 all its columns.
 
-Locks are operating-system locks (`filelock`) on files below `locks/`. They have no timeout and are released whenever
-the process exits. They work on a single machine; on a cluster, Ray's driver or Slurm's parts assign the cells.
+Locks are operating-system locks (`filelock`) on files below `locks/`. They do not expire and are released when the
+process exits. They work on a single machine; on a cluster, Ray's driver or Slurm's parts assign the cells.
 """
 
 import io
@@ -104,7 +104,7 @@ def read_row(folder: Path) -> CellRow | None:
 
 
 def read_lines(path: Path) -> tuple[dict[str, CellRow], list[str]]:
-    """Read the last row of each cell from a results file; also return notes about invalid lines."""
+    """Read the last valid row of each cell from a results file; also return notes about invalid lines."""
     with _open(path) as file:
         lines, notes = _read_lines(file, path)
     return {name: line.row for name, line in lines.items()}, notes

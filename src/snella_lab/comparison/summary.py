@@ -38,7 +38,7 @@ class MethodSummary:
         over_tasks: Mean over tasks, by metric.
         over_groups: Mean over groups, by metric.
         to_reference: Paired difference from the reference over all tasks, by metric, with Holm's correction over the
-            methods; None for the reference.
+            methods; None for the reference and without common runs.
         to_reference_on: Paired difference by task for the main metric, corrected over methods and tasks.
         costs: Mean over tasks of each column in `COSTS`; None if not measured.
     """
@@ -64,7 +64,7 @@ class Summary:
         tasks: Tasks with finished final runs, in the order of the experiment.
         groups: Tasks by group.
         finals: Number of finished final runs.
-        failed: Rows of failed runs.
+        failed: Rows of failed runs of the experiment.
         metrics: Metric titles by row column; the first is the main metric.
     """
 
@@ -290,7 +290,7 @@ def recommend(
 
 
 def _cheapest(names: Sequence[str], costs: Mapping[str, Mapping[str, float | None]]) -> tuple[str, str]:
-    """Return the method with the least memory (ties go to the fastest), and the reason."""
+    """Return the method with the least memory, or the fastest within 5% of it, and the reason."""
 
     def memory(name: str) -> float:
         peak = costs[name]["accelerator_memory_max"]
