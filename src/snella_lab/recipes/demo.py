@@ -25,9 +25,9 @@ DEMO_SETTINGS: dict[str, Any] = {
     "tta": 1,
     "seed": 0,
 }
-"""Shared settings: data, split, backbone and input size; the rest are defaults of `snella train`.
+"""Shared settings: data, split, backbone, input size, batch size and seed; the rest are defaults of `snella train`.
 
-Test-time augmentation is disabled, because each view of 2,000 images takes half a minute on two cores."""
+Test-time augmentation is disabled, because each additional view takes longer than the demo can spare."""
 
 _UPPER_HALF: dict[str, Any] = {
     "epochs": 3,
