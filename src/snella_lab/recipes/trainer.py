@@ -166,7 +166,7 @@ class RecipeTrainer(CheckpointingTrainer):
             raise KeyboardInterrupt
 
     def save_results(self, **measured: Any) -> None:
-        """Save the adapter, `metrics.json` with the fields in `measured`, and `allocation.json` if there are budgets."""
+        """Save the adapter, `metrics.json` with the `measured` fields, and, with budgets, `allocation.json`."""
         model, run, device = self.trained_model, self.run_folder, self.args.device
         with convert_write_errors(run.adapter):
             save_trained(model, run.adapter)

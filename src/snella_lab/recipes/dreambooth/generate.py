@@ -240,7 +240,7 @@ def load_generator(
         guidance: Guidance scale; None uses the run's.
 
     Raises:
-        FileNotFoundError: If the folder is not a run, or the run has no adapter yet.
+        FileNotFoundError: If the folder is not a run, the run has no adapter yet, or the pipeline does not exist.
         ValueError: If the run belongs to another command.
         AdapterFileError: If the adapter is damaged or does not fit the pipeline.
     """
