@@ -232,7 +232,7 @@ def train_supernet(
 def accuracy_of(supernet: nn.Module, subnet: Subnet, data: SelectionData) -> tuple[float, float]:
     """Compute the validation accuracy of a subnet and, as a tie-breaker, its negative loss.
 
-    For multi-label, ordinal and regression tasks, the accuracy is 0, so that only the loss matters.
+    For tasks without class scores (`SelectionData.has_class_scores`), the accuracy is 0, so only the loss matters.
 
     Raises:
         ValueError: If `data` has no validation images.

@@ -389,8 +389,8 @@ SPT_LORA = spt_method(
 """SPT trains the head and the `budget` million backbone parameters with the highest sensitivities.
 
 The sensitivity of a weight is Σ_batches (∂loss/∂w)² over `calibration_batches` (8) batches, with the task's loss and
-an untrained head. All weights of the adapted matrices, biases, norms and layer scales are ranked together, except in
-patch embedding, stem and downsampling:
+an untrained head. All weights of the adapted matrices are ranked together with the biases, norms and layer scales
+outside patch embedding, stem and downsampling:
 
 - A matrix with at least `r·(rows + columns) / alpha` selected weights gets a low-rank update h + B A x instead of
   sparse entries.

@@ -43,7 +43,7 @@ DEMO_METHODS: dict[str, dict[str, Any]] = {
 }
 """Settings per method; docs/notes/comparisons.md explains the choice.
 
-The linear probe has no epochs: its heads are fitted to the features of the frozen backbone. LoRA and SNELLA adapt
+The linear probe has no epochs: its head is fitted to the features of the frozen backbone. LoRA and SNELLA adapt
 only the last six of twelve blocks, so that the demo takes a few minutes. They average their weights over about 30
 steps, because single epochs are noisy."""
 

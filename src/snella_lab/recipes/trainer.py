@@ -38,8 +38,8 @@ def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn
     Args:
         method: A PEFT adapter (`snella`, `snell`, `lora`, `dora`; `lora-8` sets the rank), or `full`.
         model: Freshly loaded model; changed in place, so that its pipeline uses the adapter.
-        options: Options of the method. `target_modules` defaults to the projections of the joint attention in Stable
-            Diffusion 3, as in the paper, and to all linear layers in other models.
+        options: Options of the method. `target_modules` defaults to `to_q`, `to_k`, `to_v` and `to_out.0` in Stable
+            Diffusion 3, as in the paper, and to all linear layers in language models.
 
     Returns:
         A `PeftModel` around the model, or the model itself with `full`.
