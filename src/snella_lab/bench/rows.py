@@ -54,7 +54,7 @@ def is_step_time(row: dict[str, Any]) -> bool:
 def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
     """Draw step time versus batch size and memory versus model size as SVG, and return the paths.
 
-    The latest row of each setting is drawn; settings with a single batch size or model have no figure.
+    The latest row of each setting is drawn. A figure needs at least two batch sizes or two models.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

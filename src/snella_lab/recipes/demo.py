@@ -27,7 +27,7 @@ DEMO_SETTINGS: dict[str, Any] = {
 }
 """Shared settings: data, split, backbone, input size, batch size and seed; the rest are defaults of `snella train`.
 
-Test-time augmentation is disabled, because each additional view takes longer than the demo can spare."""
+Test-time augmentation is disabled to keep the demo short."""
 
 _UPPER_HALF: dict[str, Any] = {
     "epochs": 3,

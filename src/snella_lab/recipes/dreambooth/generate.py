@@ -157,7 +157,7 @@ class ImageGenerator:
         """Generate an image for each prompt and seed, skipping those from an interrupted call.
 
         Args:
-            folder: Output folder for `PROMPT-SEED.png` and `images.json`; created if missing.
+            folder: Output folder for `NUMBER-SEED.png`, numbered by prompt, and `images.json`; created if missing.
             prompts: Prompts.
             seeds: Seeds.
             overwrite: Replace other generated images in the folder.
