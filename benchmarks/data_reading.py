@@ -311,7 +311,7 @@ def describe_datasets(folder: Path, table: Path | None) -> str:
 
 
 def write_classes(folder: Path, *names: str, count: int = 1) -> None:
-    """Write small gray images in class folders."""
+    """Write small images of a single color in class folders."""
     for label, name in enumerate(names):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(count):

@@ -77,7 +77,7 @@ class Finished:
 
     @property
     def has_traceback(self) -> bool:
-        """True after an unhandled exception, a crash or a fatal signal."""
+        """True after an unhandled exception, a crash, a fatal signal or a timeout."""
         return "Traceback (most recent call last)" in self.text or self.status < 0 or self.status == CRASHED
 
 
@@ -85,7 +85,7 @@ CRASHED = 70
 
 
 def fork(work: Callable[[], int], signal_after_s: float | None = None, limit_s: float = LIMIT_S) -> Finished:
-    """Run `work`, which returns the exit status, in a forked process; optionally kill it after a delay."""
+    """Run `work`, which returns the exit status, in a forked process; kill it after `signal_after_s` or `limit_s`."""
     return Child(work).wait(signal_after_s, limit_s)
 
 
@@ -146,7 +146,7 @@ class Child:
 
 
 def call_at_file_operation(folder: Path, number: int | None, action: Callable[[], None]) -> list[int]:
-    """Install an audit hook that calls `action` before file operation `number` (from 1) in a folder.
+    """Install an audit hook that calls `action` before file operation `number` (from 1) in a folder; None only counts.
 
     Returns:
         A list with one entry, the running count of operations.
@@ -178,7 +178,7 @@ def die() -> None:
 
 
 def fail_writes() -> None:
-    """Make all further writes fail."""
+    """Make all further writes to files fail."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
 

@@ -5,7 +5,7 @@
 
     killed      send SIGKILL at random times or before random file operations, sometimes twice; a resumed run must
                 match an uninterrupted run bit for bit
-    disk full   fail all writes after a random one, or limit the file size; then resume with free space
+    disk full   fail all writes from a random one on, or limit the file size; then resume with free space
     small disk  train on a small file system; then resume with free space
     finished    flip a bit in, truncate, zero, empty or remove a file of a finished run; then predict, evaluate, merge,
                 inspect and train --resume
@@ -32,7 +32,7 @@ Groups in `untrusted_faults.py` use untrusted input:
 A command may report damage in a one-line error (noticed) or return the correct result (harmless). Other results,
 tracebacks and runs that cannot be resumed are failures: the script prints the details and exits with status 1.
 
-All processes are forked from this one after importing the libraries.
+All processes except those of torchrun are forked from this one after importing the libraries.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def count_full_disk(harness: Harness, group: str, description: str, result: Fini
 
 
 def disk_full(harness: Harness) -> None:
-    """Fail all writes after a random one, or limit the file size."""
+    """Fail all writes from a random one on, or limit the file size."""
     for number, draw, folder in harness.trials("disk full"):
         run = folder / "run"
         if number % 2:
@@ -300,7 +300,7 @@ def damaged_run(harness: Harness) -> None:
 
 
 def run_commands(harness: Harness, run: Path) -> Iterator[tuple[str, Finished, str]]:
-    """Run all commands on a run; yield name, process, and results (a digest of tensors), after an error the output."""
+    """Run all commands on a run; yield name, process, and results (a digest for tensors) or, after an error, output."""
     folder = run.parent
     commands = {
         "predict": ["predict", str(run), str(harness.images), "--out", str(folder / "p.csv"), "--overwrite"],

@@ -1,11 +1,11 @@
 """Time to switch a loaded model to another task: `snella.hotswap`, PEFT and scattered entries.
 
     python benchmarks/hotswap.py                  # ViT-B/16, r 8; appends to benchmarks/hotswap.jsonl
-    python benchmarks/hotswap.py vit_small_patch16_224 30
+    python benchmarks/hotswap.py vit_small_patch16_224 30      # 30 rounds of two switches
 
 All methods switch between two tasks, interleaved in one process. Rows contain medians and minima of wall-clock and CPU
 time; CPU time is less sensitive to other load. Each method has its own model, which is merged unless the method's name
-contains "unmerged". Before timing, the outputs after a switch are compared with a model loaded for the other task.
+contains "unmerged". Before timing, the outputs of `snella.hotswap` are compared with a model loaded for the other task.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Saved tensors and single-thread CPU step time of SNELLA and PEFT's LoRA on more models.
+"""Saved tensors and single-thread CPU step time of SNELLA, PEFT's LoRA and full fine-tuning on more models.
 
 python benchmarks/model_rows.py                       all models and settings; appends to model_rows.jsonl
 python benchmarks/model_rows.py vit_large --rounds 5  models by name prefix
@@ -42,9 +42,12 @@ class Setting:
 
     Args:
         model: A timm model name, or `llama`.
+        batch: Batch size.
+        tokens: Sequence length of `llama`.
         side: Image size; None uses the model's default.
         depth: Number of blocks to build; None builds all.
         blocks: Number of blocks in the full model.
+        r: Rank of the adapters.
         autocast: Run steps under bfloat16 autocast.
         frozen: Dtype of the frozen weights.
         fused: Use fused attention in Swin (timm's `TIMM_FUSED_ATTN=2`).

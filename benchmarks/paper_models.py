@@ -40,7 +40,7 @@ _CLIP_TOKENS = 77  # besides the tokens of the third text encoder
 
 @cache
 def classifier(backbone: str, batch: int) -> CountedStep:
-    """Count a timm model at 224×224, the image size of all experiments."""
+    """Count a timm model at 224×224, the image size of the paper's classification experiments."""
 
     def build() -> nn.Module:
         return build_method(METHOD, timm.create_model(backbone, num_classes=_CLASSES))

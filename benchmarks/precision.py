@@ -1,8 +1,9 @@
-"""Step and forward times of SNELLA, LoRA and full fine-tuning in float32 and under bfloat16 autocast.
+"""Step and evaluation times of SNELLA, LoRA and full fine-tuning in float32 and under bfloat16 autocast.
 
 python benchmarks/precision.py                 three minutes on two cores; appends to precision.jsonl
 
-Methods and precisions are interleaved; rows contain medians over `--rounds`.
+A step is a forward and a backward pass without the optimizer. Methods and precisions are interleaved; rows contain
+medians over `--rounds`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Update generated tables and figures in the documents: step times, cost estimates and comparison results.
+"""Update generated tables and figures in the documents: step time, memory, cost estimates and comparison results.
 
 python benchmarks/readme.py
 """

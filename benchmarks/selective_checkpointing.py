@@ -11,8 +11,8 @@ is one operator, as under `torch.compile`, so the recomputation neither multipli
 saves the results of linear layers and the inputs of blocks in int8. `snella-modules` recomputes inputs without
 tracking operations inside blocks.
 
-Bytes are measured on whole models with random weights. Step times are measured on models with fewer blocks, with the
-steps of all variants interleaved in one process.
+Saved bytes refer to whole models with random weights, extrapolated from two depths if all blocks are identical. Step
+times refer to models with fewer blocks; the steps of all variants are interleaved in one process.
 """
 
 from __future__ import annotations

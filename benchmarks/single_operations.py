@@ -36,7 +36,7 @@ def measure_sampling(
     median times and their ratio.
 
     Raises:
-        RuntimeError: If the sampled entries differ from the dense product.
+        RuntimeError: If the sampled entries differ from the dense product, or `density` selects no entry.
     """
     factors, generator = _random_factors(m, n, r)
     spec, budget = UpdateSpec(make_kernel("mix_k"), (m,), backend="numba"), round(density * m * n)
@@ -102,7 +102,8 @@ def measure_competition(
 
     Layer level: importance, once per step, and budget allocation, once per epoch. Weight level: selection, measured as
     the time of all effective weights minus the time without selection. A step selects once, because the backward pass
-    reuses the thresholds. The row contains the seconds of a step and of each part, and `competition_over_step`.
+    reuses the thresholds. The row contains the seconds of a step and of each part, and `competition_over_step`, the
+    share of importance and selection.
     """
     workload = Workload(backbone, r, sparsity)
     images, labels = random_batch(workload, batch)

@@ -75,7 +75,7 @@ def clipart(folder: Path) -> Images:
 
 
 def emoji(share: Path) -> Images:
-    """Return emoji with a single code point by group, without skin tones."""
+    """Return flags, and emoji with a single code point, by group; without smileys, people and skin tones."""
     font = ImageFont.truetype(str(next(share.glob("fonts/**/NotoColorEmoji.ttf"))), 109)
 
     def draw(text: str) -> Image.Image:

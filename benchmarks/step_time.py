@@ -1,7 +1,7 @@
 """Step time and memory of SNELLA and baselines; `snella bench` has all options.
 
 python benchmarks/step_time.py                     16 minutes on two cores; appends to results.jsonl
-python benchmarks/step_time.py --matrices          only single matrices on the CPU: 15 seconds
+python benchmarks/step_time.py --matrices          only single operations on the CPU: about one minute
 python benchmarks/step_time.py --competition       only importance, selection and allocation: one minute
 python benchmarks/step_time.py --grid              all backbones, batch sizes, ranks, sparsities and dtypes: hours
 """
@@ -29,7 +29,7 @@ METHODS = ["frozen", "lora", "dora", "shira", "full", "snella", *VARIANTS, "snel
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", action="store_true", help="run the full grid")
-    parser.add_argument("--matrices", action="store_true", help="only effective weights and sparse gradients")
+    parser.add_argument("--matrices", action="store_true", help="only single operations, on the CPU")
     parser.add_argument("--competition", action="store_true", help="only importance, selection and allocation")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default=str(HERE / "results.jsonl"))

@@ -1,6 +1,6 @@
 """Registers, spills, shared memory, occupancy and instructions of compiled Triton kernels; no GPU required.
 
-python benchmarks/triton_resources.py                         all capabilities and ranks; writes triton_resources.jsonl
+python benchmarks/triton_resources.py                         all capabilities and ranks; replaces the rows
 python benchmarks/triton_resources.py --capabilities 90 --launch 8 64        appends rows for another launch
 python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --check    only compiles
 

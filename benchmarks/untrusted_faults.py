@@ -45,7 +45,7 @@ MARKUP = (
 
 
 def exchanged(harness: Harness) -> None:
-    """Copy files from another unfinished run, edit settings or add unlisted files; then resume."""
+    """Copy files from another unfinished run, edit settings, add unlisted files or link the lock file; then resume."""
     for number, draw, folder in harness.trials("exchanged"):
         run = shutil.copytree(harness.unfinished, folder / "run", symlinks=True)
         description = _MODIFICATIONS[number % len(_MODIFICATIONS)](draw, run, harness.unfinished_other)

@@ -35,8 +35,8 @@ class UnfusedLayer(nn.Module):
 
         y = x W0ᵀ + bias + scaling·x Sᵀ,   S = sparsify(ΔW, quantile(|ΔW|, sparsity))
 
-    `torch.utils.checkpoint` recomputes `ΔW` and all intermediate results in the backward pass, including a second sort
-    of all magnitudes.
+    `torch.utils.checkpoint` recomputes `ΔW` and all intermediate results in the backward pass, so the magnitudes are
+    sorted twice.
 
     Args:
         layer: An adapted linear layer; its parameters are shared.
@@ -209,7 +209,7 @@ Builder = Callable[[nn.Module, Workload], nn.Module]
 
 
 def _frozen(model: nn.Module, workload: Workload) -> nn.Module:
-    """Train only head and class token, for the cost of both passes without adapters."""
+    """Train only head and class token, to measure both passes without adapters."""
     model.requires_grad_(False)
     token = [model.cls_token] if isinstance(getattr(model, "cls_token", None), nn.Parameter) else []
     for parameter in (*token, *model.get_submodule("head").parameters()):
@@ -223,7 +223,7 @@ def _full(model: nn.Module, workload: Workload) -> nn.Module:
 
 
 def _lora(model: nn.Module, workload: Workload, **options: Any) -> nn.Module:
-    """Add PEFT's LoRA to the same layers, without dropout."""
+    """Add PEFT's LoRA to SNELLA's layers, without dropout."""
     config = LoraConfig(
         r=workload.r, lora_alpha=workload.r, target_modules=_TARGETS, modules_to_save=["head"], **options
     )
@@ -231,7 +231,7 @@ def _lora(model: nn.Module, workload: Workload, **options: Any) -> nn.Module:
 
 
 def _shira(model: nn.Module, workload: Workload) -> nn.Module:
-    """Add PEFT's SHiRA to the same layers, with `r (m + n)` weights per matrix."""
+    """Add PEFT's SHiRA to SNELLA's layers, with `r (m + n)` weights per matrix."""
     return get_peft_model(model, ShiraConfig(r=workload.r, target_modules=_TARGETS, modules_to_save=["head"]))
 
 

@@ -101,7 +101,7 @@ def grid(device: str = "cpu", out: str | None = None) -> BenchConfig:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Duration of one training step in seconds."""
+    """Duration in seconds of a training step and its two passes."""
 
     forward_s: float
     backward_s: float
@@ -219,7 +219,8 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str,
     """Time training steps of all methods on the same images, and return the rows, also appended to `config.out`.
 
     After two warm-up steps, every round takes one step of each method, in random order. A method is skipped if its op
-    differs from the reference or its gradients are not finite.
+    differs from the reference or its gradients are not finite. With `rounds=0`, only saved tensors and parameters are
+    counted.
 
     Raises:
         ValueError: If the device is not available.
@@ -313,7 +314,7 @@ def _tensor_counts(model: nn.Module, images: Tensor) -> dict[str, Any]:
 
 
 def _summary(steps: list[StepTime], reference_steps: list[StepTime] | None) -> dict[str, Any]:
-    """Return median times, and the median ratio to the reference over rounds."""
+    """Return median times, and the median and quartiles of the ratio to the reference over rounds."""
     summary: dict[str, Any] = {
         key: round(statistics.median(getattr(step, key) for step in steps), 4)
         for key in ("forward_s", "backward_s", "step_s")

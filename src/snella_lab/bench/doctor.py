@@ -27,7 +27,7 @@ class Diagnosis:
     """Results of `snella doctor`.
 
     Attributes:
-        machine: Operating system, CPU, threads, memory, versions and torch devices.
+        machine: Operating system, CPU, memory, versions and GPUs.
         checks: One check per device, backend and dtype.
         steps: Rows of `snella bench` for LoRA, full fine-tuning and SNELLA.
     """

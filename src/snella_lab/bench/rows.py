@@ -46,15 +46,15 @@ _ORDER = (
 
 
 def is_step_time(row: dict[str, Any]) -> bool:
-    """Return True for a step time row, except of `snella-keep-delta` on a CPU, which equals `snella`."""
-    is_repeated = row.get("method") == "snella-keep-delta" and row["device"].startswith("cpu")
-    return row.get("benchmark") == "step_time" and not is_repeated
+    """Return True for a step time row to show; `snella-keep-delta` is only shown on GPUs."""
+    is_hidden = row.get("method") == "snella-keep-delta" and row["device"].startswith("cpu")
+    return row.get("benchmark") == "step_time" and not is_hidden
 
 
 def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
     """Draw step time versus batch size and memory versus model size as SVG, and return the paths.
 
-    The last row of each setting is drawn.
+    The latest row of each setting is drawn. A figure needs at least two batch sizes or two models.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ def load_fashion_mnist() -> Collection:
 
     Raises:
         FileNotFoundError: If files are missing.
-        ValueError: If a file is damaged.
+        ValueError: If a file is damaged, or images and labels do not match.
     """
     root = Path(os.environ.get("SNELLA_FASHION_MNIST") or _FASHION_FOLDER).expanduser()
     parts = {}
@@ -79,7 +79,7 @@ def load_fashion_mnist() -> Collection:
 def load_stamps() -> Collection:
     """Load Tux Paint's stamps: photos and drawings on a white background, by category.
 
-    Classes are the categories with at least 12 images; the Debian package has 13. `*_mirror.png` files are skipped,
+    Classes are the categories with at least 12 images, 13 in the Debian package. `*_mirror.png` files are skipped,
     because mirrored copies would leak test images into the training split. The stamps are in `$SNELLA_STAMPS`, else in
     the Debian package's folder.
 
@@ -159,8 +159,8 @@ def load_mri() -> Collection:
     The volumes are in `$SNELLA_MRI`, else in the Debian package's folder.
 
     Raises:
-        FileNotFoundError: If volumes are missing.
-        ValueError: If a volume is damaged, or its shape differs from the head's.
+        FileNotFoundError: If files are missing.
+        ValueError: If a volume is damaged, its shape differs from the head's, or it has fewer than 155 slices.
     """
     root = _root("mri")
     return _slices("mri", ["background", "brain"], _volume(root / _HEAD), (_volume(root / _BRAIN) > 0).astype(np.uint8))

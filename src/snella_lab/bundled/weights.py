@@ -170,7 +170,7 @@ def load_packaged(model: nn.Module, name: str) -> None:
         name: A key of `PACKAGED`.
 
     Raises:
-        ImportError: If the package is not installed.
+        ImportError: If the package is not installed, or `onnx` is missing for an ONNX file.
         ValueError: If the file in the package is damaged or has another version.
     """
     state = _cached_state(name)

@@ -66,12 +66,12 @@ def add_adapters(method: str, model: nn.Module, head: str, make: Callable[[int, 
 
     Args:
         method: Method name for the error message.
-        model: Frozen model; changed in place.
+        model: Frozen model; changed in place and returned.
         head: Name of the head, which becomes trainable.
         make: Function `(width, index) -> nn.Module` that creates a block's adapter.
 
     Raises:
-        ValueError: If no block has an MLP.
+        ValueError: If no block has an MLP, or an MLP already has an adapter.
     """
     mlp_layers = list(mlps(model, head))
     if not mlp_layers:
@@ -198,7 +198,7 @@ def apply_scale_shift(module: nn.Module, inputs: tuple[Any, ...], output: Tensor
 
 
 def warn_about_unused(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of the model: warn once about layers whose `ssf` is never called."""
+    """Forward hook of the model: warn about layers whose `ssf` was not called in the first training forward pass."""
     if module.training and not getattr(module, "ssf_was_checked", False):
         module.ssf_was_checked = True  # type: ignore[assignment]
         unused = [name for name, _, ssf in find_attached(module, "ssf", ScaleShift) if not ssf.was_used]
@@ -228,7 +228,7 @@ def _channels(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _build_ssf(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Attach a `ScaleShift` to each linear layer, convolution and normalization outside the head."""
+    """Attach a `ScaleShift` to each `Linear`, `Conv2d`, and batch, group or layer normalization outside the head."""
     layers = [
         (module, shape)
         for name, module in model.named_modules()

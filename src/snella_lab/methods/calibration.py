@@ -28,7 +28,7 @@ def squared_gradients(
         model: Model; runs in evaluation mode and is restored afterwards.
         names: Names of the parameters.
         batches: Callable that returns a new iterable over the training batches.
-        loss: Loss of a batch.
+        loss: Loss function.
         limit: Maximum number of batches; None uses all.
 
     Returns:

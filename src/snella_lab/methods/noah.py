@@ -52,7 +52,7 @@ class SubnetSpace:
 
     @property
     def depths(self) -> list[int]:
-        """Allowed depths of a module type: the first quarter, half, three quarters or all blocks."""
+        """Numbers of leading blocks that a module type may fill: a quarter, half, three quarters or all, rounded up."""
         blocks = len(self.block_widths)
         return sorted({ceil(blocks * quarters / 4) for quarters in (1, 2, 3, 4)})
 
@@ -101,9 +101,10 @@ def search_subnet(
 ) -> Subnet:
     """Find the subnet with the highest score by evolutionary search; ties go to the smallest one.
 
-    After an initial random generation, each generation adds `population` new candidates within the budget: up to half
-    are mutations of the best ten, up to half are crossovers, and the rest are random. No candidate is evaluated twice.
-    `report` receives a progress line per generation.
+    Generation 0 contains the smallest subnet and random ones. Each of the `generations` after it adds up to
+    `population` new candidates within the budget: up to half are mutations of the best ten, up to half are crossovers
+    of them, and the rest are random. The search ends early if it finds no new candidate. No candidate is evaluated
+    twice. `report` receives a progress line per generation.
     """
     scores: dict[Subnet, tuple[float, float]] = {}
 
@@ -193,7 +194,7 @@ def activate(supernet: nn.Module, subnet: Subnet) -> None:
 def train_supernet(
     supernet: nn.Module, space: SubnetSpace, data: SelectionData, *, epochs: int, lr: float, weight_decay: float
 ) -> Random:
-    """Train the supernet by AdamW with a random subnet per batch and a per-epoch cosine learning-rate schedule.
+    """Train the supernet with AdamW, a random subnet per batch and a per-epoch cosine learning-rate schedule.
 
     The budget of the search space is ignored.
 
@@ -231,7 +232,7 @@ def train_supernet(
 def accuracy_of(supernet: nn.Module, subnet: Subnet, data: SelectionData) -> tuple[float, float]:
     """Compute the validation accuracy of a subnet and, as a tie-breaker, its negative loss.
 
-    For multi-label, ordinal and regression tasks, the accuracy is 0, so that only the loss matters.
+    For tasks without class scores (`SelectionData.has_class_scores`), the accuracy is 0, so only the loss matters.
 
     Raises:
         ValueError: If `data` has no validation images.
@@ -273,7 +274,11 @@ def qkv_layers(model: nn.Module, head: str) -> list[tuple[str, nn.Module, nn.Lin
 
 
 def space_of(model: nn.Module, head: str, options: Options) -> SubnetSpace:
-    """Build the search space of a model."""
+    """Build the search space of a model.
+
+    Raises:
+        ValueError: If `budget` is below the size of the smallest subnet, or `qkv_layers` rejects the model.
+    """
     layers = qkv_layers(model, head)
     space = SubnetSpace(
         tuple(block_width(block) or 0 for _, block, _ in layers),
@@ -373,13 +378,13 @@ NOAH = Method(
 
 1. A supernet with the largest size of each module type in every block is trained with AdamW. Each batch trains a random
    subnet: each module type fills the first quarter, half, three quarters or all blocks, with a random size from `sizes`
-   in each block. Smaller sizes share the first rows of larger ones.
+   in each block. Smaller sizes share the first prompts, ranks and channels of larger ones.
 2. Evolutionary search ranks subnets of at most `budget` million parameters by the supernet's validation accuracy.
 3. The best subnet is reinitialized and trained like any other method; the supernet is discarded.
 
 Defaults are the paper's sizes (5, 10, 50, 100) and its budget of 0.64 on a ViT-B/16. On other models, the budget is
 proportional to the adapted weights, but at least the smallest subnet. The default search effort is smaller than the
 paper's `supernet_epochs=500, population=50, generations=20`. The paper initializes adapters randomly; here they start
-as the identity. Parameters per block of width d: p·d for prompts, 4·d·r for the low-rank
-update of a fused qkv, 2·d·a + a + d for the adapter.
+as the identity. Parameters per block of width d: p·d for prompts, 4·d·r for the low-rank update of a fused qkv,
+2·d·a + a + d for the adapter.
 """

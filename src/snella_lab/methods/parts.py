@@ -21,7 +21,7 @@ def attach(
     Args:
         module: Module of the backbone.
         name: Attribute name of the child; must be unused.
-        child: Module to add; it is moved to the device of the module's parameters.
+        child: Module to add; moved to the device of the module's first parameter.
         after: Forward hook, `(module, inputs, output) -> output`. Use a module-level function, not a closure, so that
             the model can be copied.
         before: Forward pre-hook, `(module, inputs) -> inputs`.
@@ -100,9 +100,9 @@ def block_width(block: nn.Module) -> int | None:
 
 
 def mlps(model: nn.Module, head: str) -> Iterator[tuple[str, nn.Module, int]]:
-    """Yield `(name, module, output width)` for the MLP of each block; MLP outputs are channels-last.
+    """Yield `(name, module, output width)` for each MLP outside the head; MLP outputs are channels-last.
 
-    An MLP is a module named `mlp` or `ffn`; its last linear layer defines the width.
+    An MLP is a module named `mlp` or `ffn` with linear layers; the last one defines the width.
     """
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] in ("mlp", "ffn") and not is_inside(name, head):

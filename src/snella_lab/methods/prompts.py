@@ -68,7 +68,7 @@ def remove_prompts(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -
 
 
 class PromptEnd(nn.Module):
-    """Marker of the block after which the first block's prompts are removed."""
+    """Marker of the last block, after which the first block's prompts are removed."""
 
     def __init__(self, prompts: int, prefix: int) -> None:
         super().__init__()
@@ -126,16 +126,17 @@ VPT_DEEP = dataclasses.replace(VPT_SHALLOW, summary="prompt tokens before each b
 class Queries(nn.Module):
     """Query tokens of a block, and their summary of the current forward pass.
 
-    z = p + ls1(proj(softmax(q(p) K(x)ᵀ / √d) V(x)));   summary = z + ls2(mlp(norm2(z)))
+    z = p + ls1(proj(softmax(q(norm1(p)) Kᵀ / √d) V));   summary = z + ls2(mlp(norm2(z)))
 
-    All weights are the block's frozen ones. `K` and `V` come from the image tokens, which do not attend to the queries.
+    All weights are the block's frozen ones. `K` and `V` are the block's own keys and values, detached; its tokens do
+    not attend to the queries.
 
     Args:
         tokens: Initial queries p, `[queries, width]`.
         dropout: Dropout rate of the queries.
 
     Attributes:
-        summary: Output of the queries, `[batch, queries, width]`; None before a forward pass.
+        summary: Output of the queries, `[batch, queries, width]`; None before a forward pass, and after `QueryHead`.
     """
 
     def __init__(self, tokens: Tensor, dropout: float = 0.0) -> None:
@@ -145,10 +146,9 @@ class Queries(nn.Module):
         self.summary: Tensor | None = None
 
     def summarize(self, block: Any, qkv: Tensor) -> Tensor:
-        """Summarize a block of a timm ViT by attention from the queries to its image tokens.
+        """Summarize a block of a timm ViT by attention from the queries to its tokens.
 
-        Returns `[batch, queries, width]`. `qkv` is the output of `attn.qkv` for the image tokens, `[batch, tokens,
-        3 · width]`.
+        Returns `[batch, queries, width]`. `qkv` is the output of `attn.qkv`, `[batch, tokens, 3 · width]`.
         """
         attn = block.attn
         batch, heads = len(qkv), attn.num_heads
@@ -182,7 +182,7 @@ class QueryHead(nn.Linear):
         self.normalize = normalize
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute logits `[batch, classes]` from features `[batch, features]`, and clear the summaries."""
+        """Compute logits `[batch, classes]` from features `[batch, features]` and summaries, which it clears."""
         parts = [input]
         for source in self.sources:
             if source.summary is None:

@@ -1,4 +1,4 @@
-"""Method `gps-k`, and sparse updates for GPS, SPT and fixed masks, stored as int32 positions and values."""
+"""Method `gps-k`, and layers with sparse updates for GPS, SPT and fixed masks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -92,7 +92,8 @@ class SparseLayer(nn.Module, ABC):
 
     y = op(x, W) + bias,   W = W0, W[indices[k]] += entries()[k]
 
-    Autograd saves only the input and the entries; the backward pass recomputes `W`. Only the entries receive gradients.
+    Autograd saves only the input and the entries; the backward pass recomputes `W`. Gradients flow to the input, the
+    entries and, if it is trainable, the bias.
 
     Args:
         base_layer: Frozen layer.
@@ -100,7 +101,7 @@ class SparseLayer(nn.Module, ABC):
 
     Raises:
         TypeError: If the layer is not a `Linear` or `Conv2d`, or overrides the forward pass.
-        ValueError: If positions are out of range, repeated or unsorted.
+        ValueError: If positions are out of range, repeated, unsorted or not one-dimensional.
     """
 
     saved_buffers: tuple[str, ...] = ("indices",)
@@ -180,7 +181,7 @@ class SparseLayer(nn.Module, ABC):
 class SparseUpdate(SparseLayer):
     """`SparseLayer` that trains its entries directly.
 
-    Optimizer state and checkpoint each contain `2·len(indices)` numbers instead of a masked matrix.
+    AdamW's state and the checkpoint (values and int32 positions) each contain `2·len(indices)` numbers.
     """
 
     def __init__(self, base_layer: nn.Module, indices: Tensor) -> None:
@@ -472,7 +473,7 @@ has 83,712 trained weights and as many biases.
 
 The gradient of `selection_loss` is computed before training. `contrastive`, the default for single-label
 classification, is the paper's loss; it compares the head's inputs within a batch, so the random head has no influence.
-`task`, the default for segmentation, is the training loss, which includes the head. The two views of an image are the
+`task`, the default for other tasks, is the training loss, which includes the head. The two views of an image are the
 image and its mirror image; the paper uses two augmented views. `calibration_batches` limits the number of batches; the
 default is one epoch.
 """

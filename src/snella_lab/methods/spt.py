@@ -169,7 +169,7 @@ def spend_budget(
 
 
 def budget_of(options: Options, model: nn.Module, head: str, vit_b_budget: float = 0.4) -> int:
-    """Return the parameter budget: `budget` million, else `vit_b_budget` million scaled from ViT-B/16 by size."""
+    """Return the parameter budget: `budget` million, else in proportion to `vit_b_budget` million on a ViT-B/16."""
     if "budget" in options:
         return round(options["budget"] * 1e6)
     weights = sum(model.get_parameter(f"{name}.weight").numel() for name in matrix_layers(model, head))
@@ -192,7 +192,7 @@ def select(model: nn.Module, head: str, options: Options, data: SelectionData, s
     """Select exactly `budget` backbone parameters by sensitivity.
 
     Raises:
-        ValueError: If the budget exceeds the model's maximum or does not cover the class token.
+        ValueError: If the budget exceeds the model's maximum, or does not exceed the class token's size.
     """
     layers = matrix_layers(model, head)
     whole_names = [name for name, _ in model.named_parameters() if name == "cls_token"]
@@ -202,7 +202,7 @@ def select(model: nn.Module, head: str, options: Options, data: SelectionData, s
         raise ValueError(
             f"budget must exceed {fixed / 1e6:g} million parameters, the size of the class token, got {budget / 1e6:g}"
         )
-    # biases, norms and layer scales
+    # biases, norms and layer scales, except in patch embedding, stem and downsampling
     vector_names = [
         name
         for name, parameter in model.named_parameters()
@@ -246,7 +246,7 @@ def select(model: nn.Module, head: str, options: Options, data: SelectionData, s
 
 
 def apply_selection(model: nn.Module, head: str, selection: SptSelection, r: int, structure: Structure) -> nn.Module:
-    """Make the head, the selected weights and vectors, and structured modules of width `r` trainable."""
+    """Make the head, the selected weights and vectors, and structured modules of rank or width `r` trainable."""
     train_head(model, head)
     for name in selection.dense:
         model.get_parameter(name).requires_grad_(True)
@@ -389,13 +389,14 @@ SPT_LORA = spt_method(
 """SPT trains the head and the `budget` million backbone parameters with the highest sensitivities.
 
 The sensitivity of a weight is Σ_batches (∂loss/∂w)² over `calibration_batches` (8) batches, with the task's loss and
-an untrained head. All weights of the adapted matrices, biases, norms and layer scales are ranked together:
+an untrained head. All weights of the adapted matrices are ranked together with the biases, norms and layer scales
+outside patch embedding, stem and downsampling:
 
 - A matrix with at least `r·(rows + columns) / alpha` selected weights gets a low-rank update h + B A x instead of
   sparse entries.
 - A vector with at least a fraction `1 / beta` of selected entries is trained in full.
 - All other selected weights are trained as sparse entries.
-- The class token is always trained.
+- The class token is always trained; it counts toward the budget.
 
 Defaults are `r` 8, `alpha` 10, `beta` 5 and a `budget` of 0.4 on a ViT-B/16, scaled by the adapted weights on other
 models. If a module exceeds the remaining budget, single weights use up the rest, so the parameter count is exact. The
@@ -408,11 +409,11 @@ _FACTOR_OPTIONS = (
     *("r", "rank_pattern", "kernel", "num_pieces", "softmax_dim", "center_softmax", "scaling", "init_weights"),
     *("learn_piece_coeff", "learn_temperature"),
 )
-"""Fields of `SnellaConfig` that do not concern budget allocation."""
+"""Fields of `SnellaConfig` that define ΔW and its initialization."""
 
 
 def _mask_config(options: Options) -> SnellaConfig:
-    """Return the factors' configuration."""
+    """Return the configuration of the factors."""
     return SnellaConfig(**{name: options[name] for name in _FACTOR_OPTIONS if name in options})
 
 
@@ -443,7 +444,7 @@ def _build_mask(model: nn.Module, head: str, options: Options, batches: Batches 
 
 
 def _apply_mask(model: nn.Module, head: str, options: Options, selected: Mapping[str, Tensor]) -> nn.Module:
-    """Make the head and the factors of every layer trainable."""
+    """Make the head trainable and wrap each layer in a `MaskedUpdate`."""
     config = _mask_config(options)
     train_head(model, head)
     for name, indices in selected.items():
@@ -453,7 +454,7 @@ def _apply_mask(model: nn.Module, head: str, options: Options, selected: Mapping
 
 
 def _restore_mask(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Rebuild the structure from the stored positions."""
+    """Rebuild the layers from the stored positions."""
     return _apply_mask(model, head, options, stored_indices(tensors))
 
 

@@ -25,9 +25,9 @@ DEMO_SETTINGS: dict[str, Any] = {
     "tta": 1,
     "seed": 0,
 }
-"""Shared settings: data, split, backbone and input size; the rest are defaults of `snella train`.
+"""Shared settings: data, split, backbone, input size, batch size and seed; the rest are defaults of `snella train`.
 
-Test-time augmentation is disabled, because each view of 2,000 images takes half a minute on two cores."""
+Test-time augmentation is disabled to keep the demo short."""
 
 _UPPER_HALF: dict[str, Any] = {
     "epochs": 3,
@@ -43,7 +43,7 @@ DEMO_METHODS: dict[str, dict[str, Any]] = {
 }
 """Settings per method; docs/notes/comparisons.md explains the choice.
 
-The linear probe has no epochs: its heads are fitted to the features of the frozen backbone. LoRA and SNELLA adapt
+The linear probe has no epochs: its head is fitted to the features of the frozen backbone. LoRA and SNELLA adapt
 only the last six of twelve blocks, so that the demo takes a few minutes. They average their weights over about 30
 steps, because single epochs are noisy."""
 

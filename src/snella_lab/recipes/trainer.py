@@ -1,4 +1,4 @@
-"""Model, optimizer and trainer of the recipes, and the parts of a run that they share."""
+"""Model, optimizer, trainer and run record that the recipes share."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn
     Args:
         method: A PEFT adapter (`snella`, `snell`, `lora`, `dora`; `lora-8` sets the rank), or `full`.
         model: Freshly loaded model; changed in place, so that its pipeline uses the adapter.
-        options: Options of the method. `target_modules` defaults to the projections of the joint attention in Stable
-            Diffusion 3, as in the paper, and to all linear layers in other models.
+        options: Options of the method. `target_modules` defaults to `to_q`, `to_k`, `to_v` and `to_out.0` in Stable
+            Diffusion 3, as in the paper, and to all linear layers in language models.
 
     Returns:
         A `PeftModel` around the model, or the model itself with `full`.
@@ -68,11 +68,12 @@ def build_low_bit_optimizer(
         requested: `auto`, `adamw` or `adamw8bit`.
         device: Training device.
         lr: Learning rate of the factors, or of all trainable parameters.
-        scalar_lr: Learning rate of the scalar kernel parameters (SNELLA, SNELL); the optimizer's default if None.
+        scalar_lr: Learning rate of the scalar kernel parameters (SNELLA, SNELL); if None, the default of
+            `create_snella_optimizer`.
         weight_decay: Decoupled weight decay; not applied to scalar kernel parameters.
 
     Returns:
-        The optimizer and its name with the reason for a fallback.
+        The optimizer and its name, which includes the reason for a fallback.
 
     Raises:
         ImportError: If `requested` is `adamw8bit` and bitsandbytes is missing or does not run on the device.
@@ -165,7 +166,7 @@ class RecipeTrainer(CheckpointingTrainer):
             raise KeyboardInterrupt
 
     def save_results(self, **measured: Any) -> None:
-        """Save the adapter and write `allocation.json` and `metrics.json`; `measured` are fields of the latter."""
+        """Save the adapter, `metrics.json` with the `measured` fields, and, with budgets, `allocation.json`."""
         model, run, device = self.trained_model, self.run_folder, self.args.device
         with convert_write_errors(run.adapter):
             save_trained(model, run.adapter)
@@ -201,7 +202,7 @@ class ProgressCallback(TrainerCallback):
     """Progress bar, and a log line per checkpoint with the mean loss since the last line.
 
     Args:
-        trainer: The trainer, before its initialization.
+        trainer: The trainer; must have `console` and `config`, but need not be initialized.
     """
 
     def __init__(self, trainer: RecipeTrainer) -> None:
@@ -246,14 +247,14 @@ class ProgressCallback(TrainerCallback):
 def describe_run(
     config: RunSettings, command: str, backbone: BackboneInfo, data: DataInfo, packages: Iterable[str]
 ) -> RunInfo:
-    """Build the record of a new run.
+    """Build the record of a run, with status `running`.
 
     Args:
         config: Resolved settings.
         command: Command name.
         backbone: The pre-trained model.
         data: The training data.
-        packages: Packages to record the versions of.
+        packages: Packages whose versions are recorded.
     """
     default = type(config).from_flat(**dict.fromkeys((*config.required, "out"), "-"))
     return RunInfo(

@@ -184,7 +184,7 @@ class GenerateOptions(GenerationOptions):
     guidance: float | None = None
 
     def errors(self) -> list[str]:
-        """Check the fields, and that either `prompt` or `prompts` is set."""
+        """Check the fields, and that exactly one of `prompt` and `prompts` is set."""
         errors = super().errors()
         if bool(self.prompt) == bool(self.prompts):
             errors.append(

@@ -59,8 +59,8 @@ def read_prompt_file(path: str | Path) -> PromptFile:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file has no templates, or templates without the token placeholder or with unknown
-            placeholders; the message lists them.
+        ValueError: If the file is not UTF-8, has no templates, or has templates without the token placeholder or with
+            unknown placeholders; the message lists them.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -158,7 +158,8 @@ def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = 
 
     Raises:
         FileNotFoundError: If the folder or subject does not exist; the message suggests similar names.
-        ValueError: If `spec` is invalid, or the folder has no images or corrupt ones; the message lists them.
+        ValueError: If `spec` is invalid, `subject` is missing or not allowed, or the folder has no images or corrupt
+            ones; the message lists them.
     """
     family, colon, path = spec.partition(":")
     if not colon or family not in ("folder", "dreambooth"):

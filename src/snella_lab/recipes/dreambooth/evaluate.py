@@ -178,12 +178,13 @@ def evaluate_generation(options: EvaluateGenerationOptions, console: Console | N
         console: Console of the progress bars; stdout if None.
 
     Returns:
-        `{"runs": [metrics per run], "mean": {…}, "standard_error": {…}}`. The standard error is over subjects; None for
-        a single subject.
+        `{"runs": [metrics per run], "mean": {…}, "standard_error": {…}}`. Mean and standard error are over runs; the
+        standard error of a single run is None.
 
     Raises:
         FileNotFoundError: If a run, prompt file or model does not exist.
-        ValueError: If prompts lack the token placeholder.
+        FileExistsError: If `evaluation/` contains images generated with other settings, without `overwrite`.
+        ValueError: If prompts lack the token placeholder, or a run belongs to another command.
     """
     console, device = console or make_console(), choose_device(options.device)
     prompt_files = {folder: _prompt_file(folder, options.prompts) for folder in find_runs(options.run)}

@@ -140,7 +140,7 @@ class ImageGenerator:
     Args:
         pipeline: Pipeline with the adapter in its transformer.
         device: Torch device.
-        source: Pipeline and digest of the adapter, to detect images from another source.
+        source: Pipeline, with the digest of the adapter if any, to detect images from another source.
         sampling: Sampling settings.
         console: Console of the progress bar; None for no bar.
     """
@@ -157,14 +157,14 @@ class ImageGenerator:
         """Generate an image for each prompt and seed, skipping those from an interrupted call.
 
         Args:
-            folder: Output folder for `PROMPT-SEED.png` and `images.json`; created if missing.
+            folder: Output folder for `NUMBER-SEED.png`, numbered by prompt, and `images.json`; created if missing.
             prompts: Prompts.
             seeds: Seeds.
             overwrite: Replace other generated images in the folder.
 
         Raises:
-            FileExistsError: If the folder contains images from other prompts, seeds, settings or another source, or
-                other files.
+            FileExistsError: If the folder is a file, has files but no `images.json`, or, without `overwrite`, contains
+                images from other prompts, seeds or settings, or from another source.
             ValueError: If the pipeline does not support this resolution.
         """
         width = max(2, len(str(len(prompts) - 1)))
@@ -240,7 +240,7 @@ def load_generator(
         guidance: Guidance scale; None uses the run's.
 
     Raises:
-        FileNotFoundError: If the folder is not a run, or the run has no adapter yet.
+        FileNotFoundError: If the folder is not a run, the run has no adapter yet, or the pipeline does not exist.
         ValueError: If the run belongs to another command.
         AdapterFileError: If the adapter is damaged or does not fit the pipeline.
     """
@@ -262,7 +262,9 @@ def adapter_source(run: DreamBoothFolder, config: DreamBoothConfig) -> str:
 
 
 def generate(options: GenerateOptions, console: Console | None = None) -> list[GeneratedImage]:
-    """Generate images with the pipeline and adapter of a run. An image depends only on its prompt and seed.
+    """Generate images with the pipeline and adapter of a run.
+
+    For given settings, an image depends on its prompt and seed, not on the other images.
 
     Args:
         options: Options of `snella generate`.
@@ -271,7 +273,7 @@ def generate(options: GenerateOptions, console: Console | None = None) -> list[G
     Raises:
         FileNotFoundError: If the prompt file or run does not exist, or the run has no adapter yet.
         FileExistsError: If `out` contains other images.
-        ValueError: If the prompt file has no valid prompts.
+        ValueError: If the prompt file has no valid prompts, or the run belongs to another command.
     """
     file = None if options.prompts is None else read_prompt_file(options.prompts)
     generator, config = load_generator(options.run, options, console or make_console(), options.guidance)

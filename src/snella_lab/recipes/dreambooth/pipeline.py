@@ -34,7 +34,7 @@ class PromptEmbedding:
     pooled: Tensor
 
     def repeated(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Repeat both embeddings for `count` images."""
+        """Repeat both embeddings for `count` images, on the device."""
         return self.tokens.to(device).repeat(count, 1, 1), self.pooled.to(device).repeat(count, 1)
 
 
@@ -70,7 +70,7 @@ class LatentImages:
 def embed_prompts(
     pipeline: StableDiffusion3Pipeline, prompts: Iterable[str], device: torch.device, max_sequence_length: int
 ) -> list[PromptEmbedding]:
-    """Embed prompts with the pipeline's three text encoders, which are temporarily moved to the device.
+    """Embed prompts with the pipeline's two or three text encoders, which are temporarily moved to the device.
 
     Args:
         pipeline: Pipeline with text encoders and tokenizers.
@@ -133,7 +133,7 @@ def check_resolution(pipeline: StableDiffusion3Pipeline, resolution: int) -> Non
     """Check that the pipeline supports a resolution.
 
     Raises:
-        ValueError: If the resolution is not a multiple of the latent patch size, or exceeds the position embeddings.
+        ValueError: If the resolution is not a multiple of the patch size in pixels, or exceeds the position embeddings.
     """
     multiple = pipeline.vae_scale_factor * pipeline.patch_size
     max_resolution = multiple * getattr(pipeline.transformer.config, "pos_embed_max_size", 0)
@@ -166,11 +166,11 @@ def load_pipeline(name: str, precision: str = "fp32") -> StableDiffusion3Pipelin
 
     Args:
         name: Local folder in diffusers format, or hub name `owner/repo`.
-        precision: Precision of the frozen text encoders, of which the third is optional: fp32 or bf16.
+        precision: Precision of the text encoders (the third is optional): fp32 or bf16.
 
     Raises:
         FileNotFoundError: If the folder does not exist or lacks components; the message lists them.
-        ValueError: If the folder contains another pipeline, or the hub denies access.
+        ValueError: If the folder contains another pipeline or a damaged index, or the hub denies access.
         ConnectionError: If the pipeline is neither local nor cached, and the hub is unreachable.
     """
     folder = Path(name).expanduser()

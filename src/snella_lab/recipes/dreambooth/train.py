@@ -112,7 +112,7 @@ class TrainingSet:
 
 
 class _StepAllocation(SnellaCallback):
-    """`SnellaCallback` with epochs of the subject's images; the Trainer sees one epoch of micro-batches."""
+    """`SnellaCallback` that counts a pass over the subject's images as an epoch; the Trainer counts only one epoch."""
 
     def __init__(self, model: nn.Module, total_steps: int, steps_per_epoch: int) -> None:
         super().__init__()
@@ -139,8 +139,8 @@ class DreamBoothTrainer(RecipeTrainer):
         config: Resolved settings.
         run: Run folder.
         console: Output console.
-        subject: Images of the subject.
-        classes: Class images; None without prior preservation.
+        subject: Latents and prompt of the subject's images.
+        classes: Latents and prompt of the class images; None without prior preservation.
 
     Attributes:
         loss_before: Loss on fixed noise and timesteps before the first step.
@@ -213,7 +213,7 @@ class DreamBoothTrainer(RecipeTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss of the micro-batch with a global index."""
+        """Compute the loss of the micro-batch with a global index, plus the weighted prior-preservation loss."""
         index, accumulation = inputs["index"], self.args.gradient_accumulation_steps
         step, number = divmod(index, accumulation)
         torch.manual_seed(mix_seed(self.args.seed, _GLOBAL, step, number))
@@ -308,7 +308,7 @@ def personalize(config: DreamBoothConfig, console: Console | None = None) -> Dre
 
 
 def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Console, resumed: RunInfo | None) -> None:
-    """Train and evaluate a new or resumed run."""
+    """Train a new or resumed run, generate its samples and write its report."""
     device = choose_device(config.run.device)
     concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
     if resumed is not None:

@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ARC-Challenge": _NUMBERED,
     "openbookqa": _NUMBERED,
 }
-"""Answer choices by task, named like the benchmark's folder."""
+"""Answer choices by task; tasks are named like the benchmark's folders."""
 
 
 def extract_answer(task: str, text: str) -> str:

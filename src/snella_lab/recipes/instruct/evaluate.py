@@ -40,8 +40,8 @@ def evaluate_language(options: EvaluateLanguageOptions, console: Console | None 
         console: Console of the progress bar; stdout if None.
 
     Returns:
-        `{"tasks": {name: {"accuracy", "right", "questions", "unanswered"}}, "mean": …}`, also written to
-        `RUN/language.json`.
+        `{"format": 1, "settings": {…}, "tasks": {name: {"accuracy", "right", "questions", "unanswered"}}, "mean": …}`,
+        also written to `RUN/language.json`. `mean` is the mean accuracy over tasks.
 
     Raises:
         FileNotFoundError: If the run, adapter, data or model does not exist.
@@ -122,7 +122,7 @@ def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _read_answers(run: LanguageFolder, task: str, settings: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
-    """Read existing answers, without a truncated last line; the first line contains the settings."""
+    """Read existing answers up to the first damaged line and rewrite the file; its first line contains the settings."""
     path = run.path / "answers" / f"{task}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     rows = []

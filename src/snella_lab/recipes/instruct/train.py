@@ -71,7 +71,7 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
         FileNotFoundError: If data or model do not exist.
         ValueError: If the data are invalid, settings conflict, or a resumed run's data have changed.
         TrainingInterrupted: If training was interrupted; a checkpoint is saved.
-        NonFiniteLossError: If the loss became infinite or NaN; the last checkpoint is kept.
+        NonFiniteLossError: If the loss or gradient became infinite or NaN; the last checkpoint is kept.
         CheckpointError: If the disk is full (the last checkpoint is kept), or the resumed checkpoint is damaged.
     """
     console = console or make_console(survives_closed_output=True)
