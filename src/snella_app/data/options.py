@@ -9,6 +9,8 @@ TargetKind = Literal["class", "labels", "numbers"]
 """Content of the label column: one class per row, any number of labels, or regression targets."""
 FULL_WHITE = 65535
 """Largest 16-bit value."""
+_COLOR_CHANNELS = {"imagenet": (1, 3), "randaugment": (1, 3), "trivialaugment": (1, 3), "3augment": (3,)}
+"""Numbers of channels that augmentations with color operations support."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,9 @@ class DataConfig(Config):
             errors.append(f"val_fraction + test_fraction must leave images to train on, got {held_out}")
         if self.task == "segmentation":
             errors += self._mask_errors()
-        if self.channels not in (1, 3) and self.augment == "imagenet":
-            errors.append(f"augment must be none, flip or crop for {self.channels} channels, got 'imagenet'")
+        if self.augment in _COLOR_CHANNELS and self.channels not in _COLOR_CHANNELS[self.augment]:
+            channels = "1 channel" if self.channels == 1 else f"{self.channels} channels"
+            errors.append(f"augment must be none, flip, crop or crop-no-flip for {channels}, got {self.augment!r}")
         if self.fold is not None and (self.folds is None or self.fold > self.folds):
             errors.append(f"fold must be at most folds, got {self.fold} of {self.folds or 'no folds'}")
         if self.folds is not None and self.protocol != "standard":

@@ -80,6 +80,19 @@ def test_failure_is_described_and_cached(verify, wrong_gradients, monkeypatch, t
     assert list(json.loads((tmp_path / "kernel_checks.json").read_text()).values()) == [reason]
 
 
+def test_a_kernel_that_does_not_compile_is_a_failure_and_checked_again_by_the_next_process(
+    verify, monkeypatch, tmp_path
+):
+    def fail(spec, A):
+        raise NotImplementedError("no such instruction\nin line 3")
+
+    monkeypatch.setattr(verify, "_compare", fail)
+    reason = verify.failed_check(spec_of(), FACTORS)
+    assert reason.startswith("cannot run kernel ") and reason.endswith(": NotImplementedError: no such instruction")
+    assert verify.failed_check(spec_of(), FACTORS) == reason
+    assert not (tmp_path / "kernel_checks.json").exists()
+
+
 def test_passed_check_is_not_repeated(verify, monkeypatch):
     monkeypatch.setattr(verify, "_compare", lambda spec, A: None)
     assert verify.failed_check(spec_of(), FACTORS) is None

@@ -33,7 +33,8 @@ def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
     Merges a 64×96 matrix with the update's kernel, rank and sparsify mode. Compares the effective weight, the
     threshold and every gradient with torch operations in float64. The result is cached in memory and in
     `kernel_checks.json` in the cache folder (`$SNELLA_CACHE`, `$XDG_CACHE_HOME/snella` or `~/.cache/snella`), by
-    device, driver, versions, the kernels' source, kernel, mode, scaling, rank and dtype.
+    device, driver, versions, the kernels' source, kernel, mode, scaling, rank and dtype. Failures to compile or launch
+    a kernel are cached only in memory, because they may be temporary.
 
     Args:
         spec: Spec of the update; only kernel, mode and scaling matter.
@@ -45,8 +46,14 @@ def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
         if key in saved:
             _results[key] = saved[key]
         else:
-            _results[key] = _compare(spec, A)
-            _save_results({**saved, key: _results[key]})
+            try:
+                _results[key] = _compare(spec, A)
+            except Exception as error:
+                lines = str(error).strip().splitlines() or ["no message"]
+                failed = f"cannot run kernel {spec.kernel.name!r} on {_device_name(A.device)}"
+                _results[key] = f"{failed}: {type(error).__name__}: {lines[0]}"
+            else:
+                _save_results({**saved, key: _results[key]})
     return _results[key]
 
 
