@@ -370,7 +370,8 @@ def together(harness: Harness) -> None:
 def torchrun(run: Path) -> "subprocess.Popen[str]":
     """Start a training run with two processes."""
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    tiny = [*tiny_without("--r"), "--method", "snella-2"]  # torchrun would parse --r as its own option
+    # torchrun would parse --r and --monitor as abbreviations of its own options
+    tiny = [*tiny_without("--r", "--monitor"), "--method", "snella-2"]
     argv += ["-m", "snella_app.cli.main", *tiny, "--out", str(run)]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
