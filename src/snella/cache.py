@@ -92,7 +92,7 @@ class LayerCache:
         self._effective: tuple[tuple[Any, ...], Sequence[Tensor], Tensor] | None = None
 
     def check_written(self, names: Sequence[str], factors: Sequence[Tensor]) -> None:
-        """Invalidate entries if factors changed without a version change, e.g. through `.data`.
+        """Invalidate entries if factors moved, or changed without a version change, e.g. through `.data`.
 
         Copies and compares the values of `factors`, which are small compared to the weight, and synchronizes with
         their device.
@@ -102,7 +102,7 @@ class LayerCache:
         with torch.no_grad():
             values = torch.cat([factor.flatten() for factor in factors])
         previous = self._factor_values.get(tuple(names))
-        if previous is not None and not torch.equal(previous, values):
+        if previous is not None and (previous.device != values.device or not torch.equal(previous, values)):
             self._adapters.clear()
             self.release_effective_weight()
         self._factor_values[tuple(names)] = values

@@ -1,5 +1,6 @@
 """Distributed training with `torchrun` or `accelerate launch`: ranks, collectives, batches and FSDP2 sharding."""
 
+import atexit
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -80,7 +81,8 @@ def init_process_group(device: str) -> None:
             )
         from accelerate import PartialState  # slow import
 
-        PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+        atexit.register(state.destroy_process_group)  # a live group can abort the process at exit
 
 
 def wait_for_everyone() -> None:

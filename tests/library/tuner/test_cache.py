@@ -507,3 +507,12 @@ def test_cache_detects_averages_copied_into_factors(mlp, with_gradients):
         assert not torch.allclose(averaged, before)
         averages.restore(parameters)
         torch.testing.assert_close(mlp.run(model, inputs).detach(), before)
+
+
+def test_entries_are_invalid_after_a_move_to_another_device():
+    cache, factors = LayerCache(), [torch.ones(3)]
+    cache.check_written(["default"], factors)
+    cache._adapters["default"] = "stale"
+    cache._factor_values["default",] = torch.ones(3, device="meta")
+    cache.check_written(["default"], factors)
+    assert not cache._adapters
