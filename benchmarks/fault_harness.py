@@ -33,7 +33,7 @@ TINY = [
     "--train-size", "40", "--val-size", "20", "--test-size", "20", "--batch-size", "20", "--epochs", "3",
     "--head-init", "random", "--monitor", "loss", "--lr", "0.02", "--device", "cpu", "--progress", "false",
 ]  # fmt: skip
-"""Tiny run whose last epoch, the only one at the target sparsity, is the best."""
+"""Tiny run. Its last epoch is the best and the only one at the target sparsity."""
 
 
 LIMIT_S = 120

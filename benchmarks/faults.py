@@ -32,7 +32,7 @@ Groups in `untrusted_faults.py` use untrusted input:
 A command may report damage in a one-line error (noticed) or return the correct result (harmless). Other results,
 tracebacks and runs that cannot be resumed are failures: the script prints the details and exits with status 1.
 
-All processes except those of torchrun are forked from this one after importing the libraries.
+All processes except torchrun's are forked from this one after it has imported the libraries.
 """
 
 import argparse
@@ -370,7 +370,7 @@ def together(harness: Harness) -> None:
 def torchrun(run: Path) -> "subprocess.Popen[str]":
     """Start a training run with two processes."""
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    # torchrun would parse --r and --monitor as abbreviations of its own options
+    # torchrun parses --r and --monitor as abbreviations of its own options
     tiny = [*tiny_without("--r", "--monitor"), "--method", "snella-2"]
     argv += ["-m", "snella_app.cli.main", *tiny, "--out", str(run)]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

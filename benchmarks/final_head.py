@@ -13,7 +13,7 @@ import torch
 from products.folders import DEVELOPMENT
 
 from snella_app.config.train import TrainConfig
-from snella_app.device import choose_device
+from snella_app.device import autocast, choose_device
 from snella_app.training.build import build, load
 from snella_app.training.final_head import MeasuredFeatures, fit_linear, measure_features
 from snella_app.training.linear_probe import base_and_head
@@ -38,15 +38,14 @@ def features_of(folder: Path, pixels: int, precision: str) -> tuple[dict[str, Me
         augment="none",
     ).resolved()
     data = load(config.data, config.optim, config.run)
-    parts = build(config.model, config.method, data, choose_device(config.run.device))
+    device = choose_device(config.run.device)
+    parts = build(config.model, config.method, data, device)
     _, head = base_and_head(parts.model)
-    splits, precisions = parts.splits, {"train": precision, "val": precision, "test": "fp32"}
-    named = {"train": splits.train, "val": splits.val, "test": splits.test}
-    return (
-        {name: measure_features(parts, part, 2, 32, precisions[name]) for name, part in named.items()},
-        parts.task,
-        head.in_features,
-    )
+    features = {"test": measure_features(parts, parts.splits.test, 2, 32)}
+    with autocast(device, precision):
+        for name, images in (("train", parts.splits.train), ("val", parts.splits.val)):
+            features[name] = measure_features(parts, images, 2, 32)
+    return features, parts.task, head.in_features
 
 
 def accuracy(

@@ -186,7 +186,11 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         base = self._modules.get("base_layer")
         # `has_hooks` inlined to save a call per forward pass
         if base is not None and (
-            "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
+            "forward" in base.__dict__
+            or base._forward_hooks
+            or base._forward_pre_hooks
+            or base._backward_hooks
+            or base._backward_pre_hooks
         ):
             return _forward_in_hooks(self, base, names, x, *args, **kwargs)
         return _forward_updated(self, x, self._weight(), names)
@@ -452,8 +456,9 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self._cache.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast the layer."""
+        """Move or cast the layer, and free cached tensors."""
         super()._apply(fn, recurse)
+        self.clear_cache()
         update_specs(self)
         return self
 

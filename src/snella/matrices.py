@@ -119,14 +119,17 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
     return matrices
 
 
+_INNER_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
 def _strip_wrappers(name: str) -> str:
     """Remove the prefixes and infixes of wrappers, e.g. PEFT and DDP, from a module name."""
     parts = name.split(".")
-    while parts and parts[0] in {"base_model", "module", "_orig_mod", "_fsdp_wrapped_module"}:
+    while parts and parts[0] in {"base_model", "module", *_INNER_WRAPPERS}:
         wrapper = parts.pop(0)
         if wrapper == "base_model" and parts and parts[0] == "model":
             parts.pop(0)
-    return ".".join(part for part in parts if part not in {"_orig_mod", "_fsdp_wrapped_module"})
+    return ".".join(part for part in parts if part not in _INNER_WRAPPERS)
 
 
 def _number_blocks(model: nn.Module, adapted_layers: Iterable[str]) -> dict[str, int]:

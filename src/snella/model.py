@@ -205,19 +205,7 @@ class SnellaModel(BaseTuner):
 
     def _reject_shared_weights(self, peft_config: SnellaConfig, model: nn.Module) -> None:
         """Reject targets that share one weight, and targets whose weight belongs to a module with several names."""
-        users: dict[int, list[tuple[str, nn.Module]]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            if name.endswith(".base_layer"):
-                continue
-            if isinstance(base, (nn.Linear, nn.Conv2d, Conv1D)):
-                users.setdefault(id(base.weight), []).append((name, base))
-            elif isinstance(base, nn.MultiheadAttention):
-                for weight in (base.in_proj_weight, base.q_proj_weight, base.k_proj_weight, base.v_proj_weight):
-                    users.setdefault(id(weight), []).append((name, base)) if weight is not None else None
-        for sharing in users.values():
-            if len(sharing) < 2:
-                continue
+        for sharing in _shared_weights(model):
             targeted = [name for name, _ in sharing if self._check_target_module_exists(peft_config, name)]
             is_alias = len({id(base) for _, base in sharing}) < len(sharing)
             if targeted and (is_alias or len(targeted) > 1):
@@ -313,8 +301,13 @@ class SnellaModel(BaseTuner):
             token._move_adapter_to_device_of_base_layer(adapter_name)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Add the updates to the base weights; report all requantization errors in one warning."""
+        """Add the updates to the base weights; report all requantization errors in one warning.
+
+        Raises:
+            NotImplementedError: If another module uses the base weight of an adapted layer.
+        """
         self._warn_about_unused_merges(*args[:1], **kwargs)
+        _reject_shared_merges(self.model)
         with combined_warning():
             super().merge_adapter(*args, **kwargs)
 
@@ -323,6 +316,7 @@ class SnellaModel(BaseTuner):
         tokens = token_adapters(self.model)
         if kwargs.get("merge", not args or args[0]):
             self._warn_about_unused_merges(**kwargs)
+            _reject_shared_merges(self.model)
         with combined_warning():
             model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
         for token in tokens:
@@ -587,6 +581,36 @@ def _attention_biases(model: nn.Module) -> list[str]:
             if bias_name is not None:
                 biases[f"{_without_wrappers(name)}.base_layer.{bias_name}"] = None
     return list(biases)
+
+
+def _shared_weights(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
+    """Return the names and base layers of the modules that share a weight, by weight."""
+    users: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if name.endswith(".base_layer"):
+            continue
+        parameters: list[str] = []
+        if isinstance(base, (nn.Linear, nn.Conv2d, Conv1D, nn.Embedding)):
+            parameters = ["weight"]
+        elif isinstance(base, nn.MultiheadAttention):
+            parameters = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+        for weight in [base._parameters.get(parameter) for parameter in parameters]:
+            if weight is not None:
+                users.setdefault(id(weight), []).append((name, base))
+    return [sharing for sharing in users.values() if len(sharing) > 1]
+
+
+def _reject_shared_merges(model: nn.Module) -> None:
+    """Reject merges into weights that other modules use, because merging writes the weights in place."""
+    for sharing in _shared_weights(model):
+        names = [name for name, _ in sharing]
+        adapted = [name for name in names if isinstance(model.get_submodule(name), BaseTunerLayer)]
+        if adapted:
+            raise NotImplementedError(
+                f"merging {adapted[0]!r} would change the others of {names}, which share one weight; give each its own "
+                "weight before adding the adapter"
+            )
 
 
 def _matching_names(targets: set[str] | str, model: nn.Module) -> set[str]:

@@ -139,9 +139,10 @@ def store_in_state(
         state_dict["param_groups"][0][key] = save()
 
     def load_from(optimizer: Optimizer) -> None:
-        state = optimizer.param_groups[0].pop(key, None)
+        state = optimizer.param_groups[0].get(key)
         if state is not None:
             load(state)
+            del optimizer.param_groups[0][key]
 
     load_from(optimizer)
     return [
@@ -197,10 +198,10 @@ class StepMatcher:
 
     def attach(self, optimizer: Optimizer) -> Self:
         """Scale the steps of an optimizer and include the matcher in its state dict, for bit-exact resumption."""
+        store_in_state(optimizer, MATCHER_ATTRIBUTE, self._state, self._load_state)
         setattr(optimizer, MATCHER_ATTRIBUTE, self)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
-        store_in_state(optimizer, MATCHER_ATTRIBUTE, self._state, self._load_state)
         return self
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -233,10 +234,11 @@ class StepMatcher:
     def _after_step(self, *_: Any) -> None:
         for (layer, name), (A_before, B_before) in zip(self._adapters, self._previous_factors, strict=True):
             A, B = layer.snella_A[name], layer.snella_B[name]
-            scales = torch.tensor(self.scales[layer.module_name, name], dtype=A.dtype, device=A.device)
-            row_counts = torch.tensor(layer.row_counts[name], device=A.device)
-            A.copy_(torch.lerp(A_before, A, scales[:, None, None]))
-            B.copy_(torch.lerp(B_before, B, scales.repeat_interleave(row_counts)[:, None]))
+            scales = torch.tensor(self.scales[layer.module_name, name], dtype=A.dtype)
+            by_row = scales.repeat_interleave(torch.tensor(layer.row_counts[name]))
+            # copies from the CPU without synchronization
+            A.copy_(torch.lerp(A_before, A, scales.to(A.device, non_blocking=True)[:, None, None]))
+            B.copy_(torch.lerp(B_before, B, by_row.to(B.device, non_blocking=True)[:, None]))
         self._previous_factors = []
 
     def _state(self) -> dict[str, Any]:

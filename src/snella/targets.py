@@ -325,7 +325,7 @@ _OUTPUT_EMBEDDINGS = {"lm_head", "proj_out"}  # pre-trained with the model
 
 
 def _head_modules(model: nn.Module) -> set[nn.Module]:
-    """Return the classifiers and output embeddings of the model and its submodels."""
+    """Return the classifiers and output embeddings of the model and its submodels, with the modules inside them."""
     heads: set[nn.Module] = set()
     for module, method in product(model.modules(), ("get_classifier", "get_output_embeddings")):
         getter = getattr(module, method, None)
@@ -336,7 +336,9 @@ def _head_modules(model: nn.Module) -> set[nn.Module]:
         except (AttributeError, NotImplementedError):
             # timm and transformers define these methods in base classes, even for models without a head
             continue
-        heads.update(m for m in (head if isinstance(head, Iterable) else [head]) if isinstance(m, nn.Module))
+        for part in head if isinstance(head, (list, tuple)) else [head]:
+            if isinstance(part, nn.Module):
+                heads.update(part.modules())
     return heads
 
 
@@ -350,9 +352,8 @@ def head_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             adapter_prefixes.append(f"{name}.")
-        elif type(module) in (nn.Linear, nn.Conv2d):
-            prefixes = {".".join(parts[:k]) for k in range(1, len(parts) + 1)}
-            is_part = any(model.get_submodule(prefix) in heads for prefix in prefixes)
-            if is_part or parts[0] in _HEAD_NAMES or _PREDICTOR_NAMES.intersection(parts):
-                layers[name] = module
+        elif type(module) in (nn.Linear, nn.Conv2d) and (
+            module in heads or parts[0] in _HEAD_NAMES or _PREDICTOR_NAMES.intersection(parts)
+        ):
+            layers[name] = module
     return layers

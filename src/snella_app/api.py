@@ -41,7 +41,9 @@ def train(config: TrainConfig | None = None, *, console: Console | None = None, 
     if is_object:
         settings["data"] = "python:data"
     config = TrainConfig.from_flat(**settings) if config is None else config
-    if config.method.name == AUTO_METHOD and not is_object:
+    if config.method.name == AUTO_METHOD:
+        if is_object:
+            raise ValueError("method must be a method's name for a dataset object, got 'auto'")
         choose_method = plugin("choices", "method")
         if choose_method is None:
             raise ValueError("method=auto requires the package snella_lab, which compares methods; choose a method")

@@ -14,14 +14,12 @@ _inside_hooks = threading.RLock()
 
 def has_hooks(module: nn.Module) -> bool:
     """Return whether a module has hooks or a replaced `forward`."""
-    return bool(
-        "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    )
+    return "forward" in module.__dict__ or any(hook_dicts(module))
 
 
 def hook_dicts(module: nn.Module) -> tuple[dict[int, Any], ...]:
     """Return the dicts that contain a module's hooks."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def is_hooked_in_graph(module: nn.Module, dicts: tuple[dict[int, Any], ...]) -> bool:

@@ -9,8 +9,8 @@ TargetKind = Literal["class", "labels", "numbers"]
 """Content of the label column: one class per row, any number of labels, or regression targets."""
 FULL_WHITE = 65535
 """Largest 16-bit value."""
-_COLOR_CHANNELS = {"imagenet": (1, 3), "randaugment": (1, 3), "trivialaugment": (1, 3), "3augment": (3,)}
-"""Numbers of channels that augmentations with color operations support."""
+_COLOR_AUGMENTATIONS = ("imagenet", "randaugment", "trivialaugment", "3augment")
+"""Augmentations with color operations, which require gray or RGB images."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,9 @@ class DataConfig(Config):
             errors.append(f"val_fraction + test_fraction must leave images to train on, got {held_out}")
         if self.task == "segmentation":
             errors += self._mask_errors()
-        if self.augment in _COLOR_CHANNELS and self.channels not in _COLOR_CHANNELS[self.augment]:
-            channels = "1 channel" if self.channels == 1 else f"{self.channels} channels"
-            errors.append(f"augment must be none, flip, crop or crop-no-flip for {channels}, got {self.augment!r}")
+        if self.augment in _COLOR_AUGMENTATIONS and self.channels not in (1, 3):
+            allowed = "none, flip, crop or crop-no-flip"
+            errors.append(f"augment must be {allowed} for {self.channels} channels, got {self.augment!r}")
         if self.fold is not None and (self.folds is None or self.fold > self.folds):
             errors.append(f"fold must be at most folds, got {self.fold} of {self.folds or 'no folds'}")
         if self.folds is not None and self.protocol != "standard":

@@ -1,6 +1,7 @@
 """Stratified, seeded splits."""
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -46,8 +47,9 @@ def grouped_split(
 ) -> tuple[list[int], list[int]]:
     """Split off groups with approximately a fraction of the images, stratified by class.
 
-    scikit-learn's `StratifiedGroupKFold` creates folds; the number of selected folds approximates the fraction. A
-    class's only group is never split off, so that the class keeps training images.
+    scikit-learn's `StratifiedGroupKFold` creates folds; the number of selected folds approximates the fraction. Each
+    class keeps a group for training: its only group is never split off, and of a class whose groups are all selected,
+    the smallest group stays.
 
     Arguments and return value as for `stratified_split`.
 
@@ -74,7 +76,12 @@ def grouped_split(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # classes with fewer images than folds
         pieces = [selected for _, selected in splitter.split(free, np.asarray(labels)[free], np.asarray(groups)[free])]
-    selected = sorted(free[np.concatenate(pieces[:numerator])].tolist())
+    chosen = {groups[position] for position in free[np.concatenate(pieces[:numerator])]}
+    sizes = Counter(groups)
+    for members in by_label.values():
+        if members <= chosen:  # keep the smallest group of the class for training
+            chosen.remove(min(members, key=lambda group: (sizes[group], group)))
+    selected = [position for position, group in enumerate(groups) if group in chosen]
     return _rest(labels, selected), selected
 
 

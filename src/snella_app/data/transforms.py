@@ -89,7 +89,8 @@ def build_transform(
     if augment == "trivialaugment":
         steps.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
     if augment == "3augment":
-        choices = [v2.Grayscale(3), v2.RandomSolarize(128, p=1.0), v2.GaussianBlur(_BLUR_KERNEL, _BLUR_SIGMAS)]
+        gray = v2.Grayscale(len(data_config["mean"]))
+        choices = [gray, v2.RandomSolarize(128, p=1.0), v2.GaussianBlur(_BLUR_KERNEL, _BLUR_SIGMAS)]
         steps += [v2.RandomChoice(choices), v2.ColorJitter(*[_COLOR_JITTER_3AUGMENT] * 3)]
     steps += [
         v2.PILToTensor(),

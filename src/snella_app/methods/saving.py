@@ -80,7 +80,7 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
     elif (source / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise FileNotFoundError(f"no adapter file {source / CONFIG_NAME}; {REMEDY}")
     elif (source / METHOD_FILE).is_file():
-        info = _read_settings(source / METHOD_FILE)
+        info = _read_method(source)
         tensors = _read_tensors(source / TENSOR_FILE)
         model = restore_method(info["method"], backbone, tensors, head=info["head"], **info["options"])
     else:
@@ -111,6 +111,14 @@ def load_trained_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         targets[name].data.copy_(value)
 
 
+def _read_method(folder: Path) -> dict[str, Any]:
+    """Read the method, its options and the head's name from `method.json`."""
+    info = _read_settings(folder / METHOD_FILE)
+    if missing := {"method", "options", "head"} - info.keys():
+        raise AdapterFileError(f"{folder / METHOD_FILE} is damaged: {min(missing)!r} is missing; {REMEDY}")
+    return info
+
+
 def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
     """Inject the adapter in `folder` into `backbone` without loading values."""
     _read_settings(folder / CONFIG_NAME)
@@ -119,9 +127,7 @@ def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
     config.inference_mode = False
     model = inject(backbone, config)
     if (folder / METHOD_FILE).is_file():
-        info = _read_settings(folder / METHOD_FILE)
-        if missing := {"method", "options", "head"} - info.keys():
-            raise AdapterFileError(f"{folder / METHOD_FILE} is damaged: {min(missing)!r} is missing; {REMEDY}")
+        info = _read_method(folder)
         spec = MethodSpec(info["method"], info["options"], info["head"], parse_method(info["method"])[0])
     else:
         name = str(getattr(config.peft_type, "value", config.peft_type)).lower()

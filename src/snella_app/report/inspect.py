@@ -31,7 +31,6 @@ _MISSING = "missing; restore the folder `adapter` from a copy, or train again wi
 _FILES = ("adapter_model.safetensors", "trainable.safetensors")
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _INDEX_BYTES = 4
-_UNTRAINED = ("snella_budget", "positions")
 _PART = re.compile(r"\.(?P<part>(?:snella|lora)_(?!embedding)\w+?)(?:\.weight|\.\d+)?$")
 
 
@@ -53,11 +52,6 @@ class AdapterFile:
     value_bytes: int
     parts: Mapping[str, int]
     config: Mapping[str, Any]
-
-    @property
-    def parameters(self) -> int:
-        """Number of trained values, excluding budgets and positions."""
-        return sum(count for part, count in self.parts.items() if part not in _UNTRAINED)
 
 
 def read_adapter(run: str | Path) -> AdapterFile | None:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from snella_app.methods import spec_of
-from snella_app.methods.model_parts import base_model
+from snella_app.methods.model_parts import base_model, recorded_inputs
 from snella_app.records.record import read_if_present
 from snella_app.records.run import FoldResults, RunInfo
 from snella_app.runs.folder import RunFolder
@@ -229,8 +229,7 @@ class Predictor:
         with self._lock, torch.inference_mode(), contextlib.ExitStack() as hooks:
             if wants_features:
                 head, width = _head(self.loaded)
-                handle = head.register_forward_pre_hook(lambda module, inputs: head_inputs.append(inputs[0]))
-                hooks.callback(handle.remove)
+                head_inputs = hooks.enter_context(recorded_inputs(head))
             task, network, views = self.loaded.task, self.loaded.network, tta or self.loaded.info.tta
             batch = images.to(self.device)
             if views == self.loaded.info.tta:  # the temperature was fitted to averaged outputs

@@ -10,7 +10,6 @@ from snella_app.records.record import read
 from snella_app.records.run import RunInfo
 from snella_app.report.card import model_card
 from snella_app.runs.folder import RunFolder
-from snella_app.runs.layer_probe import LAYER_PROBE
 from snella_app.runs.merge import merge
 from snella_app.runs.model import get_task
 from snella_app.text import first_line
@@ -60,8 +59,7 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
         return path
     is_timm = task.name == "classification" and info.backbone.architecture is not None
     merged = merge(run, path if is_timm else path / _WEIGHTS)
-    snippet = merged.snippet.replace(f"local-dir:{merged.path}", f"hf-hub:{name}")
-    snippet = snippet.replace(f"{merged.path}/{LAYER_PROBE}", LAYER_PROBE).replace(str(merged.path), _WEIGHTS)
+    snippet = merged.snippet.replace(f"local-dir:{merged.path}", f"hf-hub:{name}").replace(f"{path}/", "")
     use = f"```python\n{snippet}\n```\n\nThe files are {merged.description}."
     if info.trained_head_temperature != 1.0:
         use += f" Calibrated probabilities are `(logits / {info.trained_head_temperature:g}).softmax(-1)`."

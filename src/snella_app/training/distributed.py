@@ -81,8 +81,10 @@ def init_process_group(device: str) -> None:
             )
         from accelerate import PartialState  # slow import
 
+        is_new = not dist.is_initialized()
         state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-        atexit.register(state.destroy_process_group)  # a live group can abort the process at exit
+        if is_new:  # a live group can abort the process at exit
+            atexit.register(state.destroy_process_group)
 
 
 def wait_for_everyone() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from snella_app.data.datasets import ImageDataset
 from snella_app.data.transforms import build_transform
+from snella_app.device import autocast
 from snella_app.methods.model_parts import base_model
 from snella_app.runs.layer_probe import LayerProbe, probed_layers
 from snella_app.tasks import Task
@@ -40,21 +41,16 @@ class MeasuredFeatures:
 
 
 def measure_features(
-    parts: RunComponents,
-    images: Any,
-    views: int,
-    batch_size: int,
-    precision: str = "fp32",
-    first_view: Tensor | None = None,
+    parts: RunComponents, images: Any, views: int, batch_size: int, first_view: Tensor | None = None
 ) -> MeasuredFeatures:
-    """Compute features of several layers with the evaluation transform, in autocast with `precision`.
+    """Compute features of several layers with the evaluation transform, in the autocast context of the caller.
 
     The views are the images and, with `views=2`, their flips. `first_view` contains precomputed features of the images.
     """
     plain = original_images(images).with_transform(build_transform(parts.data_config, train=False, augment="none"))
     known = [] if first_view is None else [first_view]
     flips, layers = (False, True)[len(known) : views], probed_layers(parts.model)
-    measured = extract_features(parts, plain, batch_size, precision, layers=layers, flips=flips) if flips else []
+    measured = extract_features(parts, plain, batch_size, layers=layers, flips=flips) if flips else []
     batch = encoded_targets(parts.task, plain, range(len(plain)))
     return MeasuredFeatures([*known, *measured], batch["labels"], batch.get("weights"))
 
@@ -73,11 +69,12 @@ def fit_layers(
         None without validation images.
     """
     task, outputs = parts.task, parts.task.count_outputs(parts.splits.classes)
-    measured = measure_features(parts, train, views, batch_size, precision, parts.initial_layer_features)
+    val_images, val_outputs = parts.splits.val, None
+    with autocast(next(parts.model.parameters()).device, precision):
+        measured = measure_features(parts, train, views, batch_size, parts.initial_layer_features)
+        val = None if val_images is None else measure_features(parts, val_images, views, batch_size)
     weight, bias = fit_linear(task, measured, outputs)
-    val_outputs = None
-    if parts.splits.val is not None:
-        val = measure_features(parts, parts.splits.val, views, batch_size, precision)
+    if val is not None:
         val_outputs = _outputs(task, val, weight, bias)
         weight, bias = fit_linear(task, _concatenate(measured, val), outputs)
     return LayerProbe(parts.model, probed_layers(parts.model), weight, bias).to(weight.device), val_outputs

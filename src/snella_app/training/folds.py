@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from snella_app.config.train import TrainConfig
+from snella_app.config.train import SESSION_FIELDS, TrainConfig
 from snella_app.console import make_console, make_table, print_line
 from snella_app.files import write_text
 from snella_app.records.record import plain, read, read_if_present
@@ -93,8 +93,8 @@ def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
             raise ValueError(
                 f"resume continues {folder.path} with its stored settings, but {'; '.join(differences)}; leave them out"
             )
-        session = {"workers": config.data.workers, "progress": config.run.progress}
-        return stored_config.replace(out=str(folder.path), **session)
+        requested = config.flat()
+        return stored_config.replace(**{name: requested[name] for name in SESSION_FIELDS})
     if folder.status is not None:
         raise FileExistsError(f"out={folder.path} contains a single run; choose another folder for folds")
     if stored is not None and not config.run.overwrite:

@@ -101,7 +101,7 @@ def cache_features(parts: RunComponents, batch_size: int) -> None:
     """Replace all images in `parts` by their features, and train only the head."""
     parts.model.eval()
     for name, images in parts.splits.parts.items():
-        (features,) = extract_features(parts, images, batch_size, "fp32")
+        (features,) = extract_features(parts, images, batch_size)
         setattr(parts.splits, name, FeatureDataset(images, features))
     parts.trained_part = parts.model.get_submodule(spec_of(parts.model).head)
 
@@ -111,18 +111,16 @@ def extract_features(
     parts: RunComponents,
     images: ImageDataset,
     batch_size: int,
-    precision: str,
     *,
     layers: Sequence[int] | None = None,
     flips: Sequence[bool] = (False,),
 ) -> list[Tensor]:
-    """Compute features of images in evaluation mode and autocast with `precision`.
+    """Compute features of images in evaluation mode, in the autocast context of the caller.
 
     Args:
         parts: Model and number of workers.
         images: Images with a transform; each is decoded once.
         batch_size: Batch size.
-        precision: fp32, bf16 or fp16.
         layers: Layers of `layer_features`; None for pooled features.
         flips: Views; True flips the images.
 
@@ -137,11 +135,10 @@ def extract_features(
         batch = batch.to(device)
         for is_flipped, view in zip(flips, features, strict=True):
             inputs = batch.flip(-1) if is_flipped else batch
-            with autocast(device, precision):
-                if layers is None:
-                    view.append(base.forward_head(base.forward_features(inputs), pre_logits=True).float().cpu())
-                else:
-                    view.append(layer_features(parts.model, inputs, layers).float())
+            if layers is None:
+                view.append(base.forward_head(base.forward_features(inputs), pre_logits=True).float().cpu())
+            else:
+                view.append(layer_features(parts.model, inputs, layers).float())
     parts.model.train(was_training)
     return [torch.cat(view) for view in features]
 
@@ -166,13 +163,14 @@ def probe_features(parts: RunComponents, optim: OptimConfig) -> Tensor:
     """
     if parts.probe_features is None:
         train, rows = parts.splits.train, probe_rows(parts)
-        batch_size, precision = optim.effective_batch_size, optim.precision
         if isinstance(train, FeatureDataset):
             parts.probe_features = train.features[torch.from_numpy(rows)]
             return parts.probe_features
         has_layers = optim.final_head == "layers"
         layers = probed_layers(parts.model) if has_layers else None
-        (features,) = extract_features(parts, probe_images(parts, rows), batch_size, precision, layers=layers)
+        images, batch_size = probe_images(parts, rows), optim.effective_batch_size
+        with autocast(next(parts.model.parameters()).device, optim.precision):
+            (features,) = extract_features(parts, images, batch_size, layers=layers)
         if has_layers:
             parts.initial_layer_features = features
             _, head = base_and_head(parts.model)

@@ -21,7 +21,7 @@ from snella_app.console import counted, print_line, print_rows
 from snella_app.data.options import DataConfig
 from snella_app.data.protocol import get_protocol
 from snella_app.data.transforms import build_transform, has_flips
-from snella_app.device import choose_device, choose_precision
+from snella_app.device import autocast, choose_device, choose_precision
 from snella_app.methods import find_method, method_options
 from snella_app.methods.model_parts import recorded_inputs
 from snella_app.methods.registry import matrices_of, trainable_parameters
@@ -203,7 +203,8 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
     order = np.random.default_rng(parts.seed).permutation(len(rows))[:_MAX_FLIPPED]
     plain = probe_features(parts, optim)[torch.from_numpy(order)].double().numpy()
     images = probe_images(parts, rows[order])
-    (features,) = extract_features(parts, images, optim.effective_batch_size, optim.precision, flips=[True])
+    with autocast(next(parts.model.parameters()).device, optim.precision):
+        (features,) = extract_features(parts, images, optim.effective_batch_size, flips=[True])
     flipped = features.double().numpy()
     labels = np.asarray(parts.splits.train.labels)[rows[order]]
     outputs = parts.task.count_outputs(parts.splits.classes)

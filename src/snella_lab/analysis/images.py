@@ -29,6 +29,8 @@ from snella_app.report.style import INK, MUTED, add_legend, new_panels, shortene
 from snella_app.runs.evaluate import Split, images_for_run
 from snella_app.runs.explain import heat_maps, overlay_heat
 from snella_app.runs.model import LoadedRun, load_run, make_backbone
+from snella_app.runs.predict import Predictor
+from snella_app.training.linear_probe import base_and_head
 from snella_lab.analysis.plot import Plot, Row, run_labels
 from snella_lab.comparison.experiment import DataEntry, data_entry
 from snella_lab.comparison.experiment_files import bundled_experiments, read_experiment
@@ -156,7 +158,7 @@ def gradcam(
 
     Raises:
         FileNotFoundError: If a folder contains no run with an adapter, or the data no longer exists.
-        ValueError: If a run's task is not classification, or its model has no feature map.
+        ValueError: If a run's task is not classification, it lacks a class, or its model has no feature map.
         ImportError: If Captum is not installed.
     """
     labels = run_labels(runs)
@@ -167,12 +169,14 @@ def gradcam(
     selected = [items[index] for index in chosen]
     images = [part.image(index) for part, index in selected]
     classes = [splits.classes[part.labels[index]] for part, index in selected]
-    numbers = torch.tensor([first.classes.index(name) for name in classes])
     inputs = [_model_input_image(first, image) for image in images]
     grid: list[list[Image.Image]] = [inputs]
     rows: list[Row] = []
     networks = [_pretrained_with_head(first), *(loaded.model for loaded in models)]
     for label, loaded, model in zip([PRETRAINED, *labels], [first, *models], networks, strict=True):
+        if missing := sorted(set(classes) - set(loaded.classes)):
+            raise ValueError(f"runs must have the classes of the first run, got {label} without {', '.join(missing)}")
+        numbers = torch.tensor([loaded.classes.index(name) for name in classes])
         batch = torch.stack([loaded.transform(image) for image in images]).to(loaded.device)
         maps = heat_maps(model.to(loaded.device), batch, numbers)
         grid.append([overlay_heat(image, heat) for image, heat in zip(inputs, maps, strict=True)])
@@ -187,23 +191,16 @@ def gradcam(
 def _pretrained_with_head(loaded: LoadedRun) -> nn.Module:
     """Combine the pre-trained backbone of a run with its trained head."""
     model = make_backbone(loaded.info.backbone)
-    name = spec_of(loaded.model).head
-    trained = {
-        key.rpartition(f"{name}.")[2].removeprefix("modules_to_save.default."): value
-        for key, value in loaded.model.state_dict().items()
-        if f"{name}." in key and "original_module" not in key
-    }
-    head = model.get_submodule(name)
-    head.load_state_dict({key: trained[key.rpartition(".")[2]] for key in head.state_dict()})
+    trained = base_and_head(loaded.model)[1].state_dict()
+    head = model.get_submodule(spec_of(loaded.model).head)
+    head.load_state_dict({key: trained[key] for key in head.state_dict()})
     return model.eval()
 
 
 def _model_input_image(loaded: LoadedRun, image: Image.Image) -> Image.Image:
     """Return the unnormalized output of the run's transform, as the background of a heat map."""
-    mean, std = (torch.tensor(loaded.info.data_config[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    values = (loaded.transform(image)[:3] * std[:3] + mean[:3]).clamp(0, 1)
-    pixels = (255 * values).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels).resize((_CELL_SIZE, _CELL_SIZE), Image.Resampling.BICUBIC)
+    shown = Predictor(loaded).to_pil_image(loaded.transform(image))
+    return shown.resize((_CELL_SIZE, _CELL_SIZE), Image.Resampling.BICUBIC)
 
 
 def center_fraction(heat: np.ndarray) -> float:

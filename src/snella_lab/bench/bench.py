@@ -154,6 +154,7 @@ def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
     new process, including libraries and thread pools; `peak_step_mib` is its growth after model and optimizer exist.
     """
     if torch.device(workload.device).type == "cuda":
+        gc.collect()  # models of earlier measurements are in reference cycles
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(workload.device)
         _run(name, workload, batch)
@@ -251,8 +252,15 @@ def _check_device(device: str) -> None:
 
 def _measure(config: BenchConfig, workload: Workload, batch: int, console: Console) -> list[dict[str, Any]]:
     """Measure one setting and return its rows."""
-    if not config.rounds:
-        return _count(config, workload, batch)
+    rows = _time(config, workload, batch, console) if config.rounds else _count(config, workload, batch)
+    if config.rounds and config.memory:
+        for row in rows:
+            row.update(peak_mib(str(row["method"]), workload, batch))
+    return rows
+
+
+def _time(config: BenchConfig, workload: Workload, batch: int, console: Console) -> list[dict[str, Any]]:
+    """Time the steps of one setting, interleaved, and count its tensors; frees all models."""
     images, labels = random_batch(workload, batch)
     runners: dict[str, Runner] = {}
     for name in config.methods:
@@ -280,10 +288,6 @@ def _measure(config: BenchConfig, workload: Workload, batch: int, console: Conso
     for name, runner in runners.items():
         summary = _summary(times[name], times.get(REFERENCE))
         rows.append({**common, "method": name, **summary, **_tensor_counts(runner.model, images)})
-    del runners
-    if config.memory:
-        for row in rows:
-            row.update(peak_mib(str(row["method"]), workload, batch))
     return rows
 
 

@@ -297,7 +297,8 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
         method_rows = [row for row in rows if row.experiment_name == method.name]
         values = [value for row in method_rows if row.status == "success" and (value := row.score("val")) is not None]
         if len(values) < len(method_rows):
-            error = next(row.error for row in method_rows if row.status != "success")
+            errors = (row.error for row in method_rows if row.status != "success")
+            error = next(errors, f"no validation {experiment.measures[experiment.metric]}")
             print_line(console, f"{method.name}: FAILED, {error}")
             continue
         means[method.name] = Spread(statistics.fmean(values), statistics.stdev(values), len(values))
@@ -309,7 +310,8 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
             f"memory {texts['memory']}, time {texts['time']}",
         )
     if not means:
-        raise CellsFailedError(f"every method failed in {root}, e.g. {rows[0].cell}: {rows[0].error}")
+        reason = rows[0].error or "no validation score"
+        raise CellsFailedError(f"every method failed in {root}, e.g. {rows[0].cell}: {reason}")
     chosen, text = recommend(means, costs, experiment.measures[experiment.metric])
     print_line(console, text)
     return config.replace(method=chosen)

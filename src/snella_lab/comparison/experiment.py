@@ -33,16 +33,17 @@ def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups:
     """
     if not published:
         return []
-    unknown = [key for key in published if key not in ("source", "values", "orderings")]
-    values = published.get("values", {})
-    is_empty = not {"values", "orderings"} & set(published)
-    if unknown or is_empty or not published.get("source") or not isinstance(values, Mapping):
+    if not isinstance(published, Mapping):
+        return [f"published must be a mapping, got {published!r:.200}"]
+    values, claims = published.get("values", {}), published.get("orderings", [])
+    has_known_keys = set(published) <= {"source", "values", "orderings"} and len(published) > 1
+    if not (has_known_keys and published.get("source") and isinstance(values, Mapping) and isinstance(claims, list)):
         return [
             "published must contain 'source', a mapping 'values' or a list 'orderings' or both, and no other keys, got "
             f"{dict(published)!r:.200}"
         ]
     labels, errors = list(tasks), []
-    for claim in published.get("orderings", []):
+    for claim in claims:
         known = {"higher", "lower", "task", "metric"}
         if not isinstance(claim, Mapping) or set(claim) - known or not claim.get("higher") or not claim.get("lower"):
             errors.append(

@@ -33,7 +33,7 @@ from snella_app.data.transforms import build_transform
 from snella_app.files import write_json
 from snella_app.methods import build_method, find_method, merge_trained, parse_method, spec_of
 from snella_app.methods.defaults import PROBE_METHOD
-from snella_app.methods.model_parts import is_inside
+from snella_app.methods.model_parts import is_inside, recorded_inputs
 from snella_app.records.record import plain, read
 from snella_app.records.results import SplitScores, scores_from
 from snella_app.records.run import Metrics, RunInfo
@@ -113,16 +113,14 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_siz
 def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int) -> NDArray[np.float32]:
     """Return the inputs to the head of a model from `build_method`, `[images, width]`, in evaluation mode."""
     _, head = base_and_head(model)
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
+    rows: list[Tensor] = []
     device = next(model.parameters()).device
     model.eval()
-    try:
+    with recorded_inputs(head) as recorded:
         for images, *_ in DataLoader(ConcatDataset(parts), batch_size):
             model(images.to(device))
-    finally:
-        handle.remove()
-    return torch.cat(seen).numpy()
+            rows.append(recorded.pop().flatten(1).float().cpu())
+    return torch.cat(rows).numpy()
 
 
 def probe_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64]) -> float:

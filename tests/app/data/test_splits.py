@@ -1,3 +1,4 @@
+import random
 import re
 from collections import Counter
 
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snella_app.data.splits import stratified_sample, stratified_split
+from snella_app.data.splits import grouped_split, stratified_sample, stratified_split
 
 CLASSES = ["a", "b", "c"]
 
@@ -80,3 +81,14 @@ def test_a_sample_larger_than_the_data_is_rejected():
 def test_a_sample_smaller_than_the_number_of_classes_is_rejected():
     with pytest.raises(ValueError, match="val_size must be at least 3, one image per class, got 2"):
         stratified_sample(labels_of([3, 3, 3]), 2, seed=0, classes=CLASSES, argument="val_size")
+
+
+def test_a_grouped_split_leaves_a_group_of_each_class_for_training():
+    draw = random.Random(0)
+    for seed in range(60):
+        groups = [f"g{draw.randrange(8)}" for _ in range(40)]
+        labels = [draw.choice([0, 1, 1, 2]) if group != "g0" else 0 for group in groups]
+        rest, selected = grouped_split(labels, groups, 0.4, seed=seed, part="test")
+        assert sorted(rest + selected) == list(range(40)) and selected
+        assert {labels[row] for row in rest} == set(labels)
+        assert not {groups[row] for row in rest} & {groups[row] for row in selected}

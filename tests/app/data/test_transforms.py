@@ -66,6 +66,12 @@ def test_stronger_augmentation_extends_crop_and_uses_the_torch_generator(augment
     pickle.loads(pickle.dumps(strong))
 
 
+def test_3augment_keeps_the_channel_of_gray_images(image):
+    gray = {**CONFIG, "mean": CONFIG["mean"][:1], "std": CONFIG["std"][:1]}
+    transform = build_transform(gray, train=True, augment="3augment")
+    assert {transform(image.convert("L")).shape for _ in range(20)} == {(1, 32, 32)}
+
+
 def test_erasing_only_zeroes_a_rectangle(image):
     plain = build_transform(CONFIG, train=True, augment="none")(image)
     torch.manual_seed(0)

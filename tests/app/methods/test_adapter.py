@@ -99,3 +99,8 @@ def test_masks_differ_between_blocks(make_model):
     model = build_method("mosa-4", make_model(), mask_seed=7)
     experts_of_blocks = [block.mlp.adapter.expert_index for block in model.blocks]
     assert not torch.equal(experts_of_blocks[0], experts_of_blocks[1])
+
+
+def test_every_one_of_many_experts_has_entries():
+    adapter = MosaAdapter(64, r=8, experts=300)
+    assert set(adapter.expert_index.flatten().tolist()) == set(range(300))

@@ -204,3 +204,11 @@ def test_method_json_rebuilds_the_model(tmp_path):
     save_trained(trained("snella-2"), tmp_path)
     described = json.loads((tmp_path / "method.json").read_text())
     assert described == {"format": 1, "method": "snella-2", "options": {"r": 2}, "head": "head"}
+
+
+def test_method_json_without_a_key_is_reported_as_damage(tmp_path):
+    save_trained(trained("linear"), tmp_path)
+    path = tmp_path / "method.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "head"}))
+    with pytest.raises(AdapterFileError, match=r"method\.json is damaged: 'head' is missing; copy the adapter again"):
+        load_trained(tmp_path, backbone())

@@ -158,10 +158,10 @@ def test_a_run_on_images_with_other_channel_counts_trains_and_merges(channels, f
 
 
 def test_mismatched_channel_counts_are_rejected(fast, console, photos):
-    for channels, augment in (("4 channels", "imagenet"), ("4 channels", "randaugment"), ("1 channel", "3augment")):
-        message = f"augment must be none, flip, crop or crop-no-flip for {channels}, got '{augment}'"
+    for augment in ("imagenet", "randaugment", "trivialaugment", "3augment"):
+        message = f"augment must be none, flip, crop or crop-no-flip for 4 channels, got '{augment}'"
         with pytest.raises(ValueError, match=message):
-            fast(channels=int(channels[0]), augment=augment)
+            fast(channels=4, augment=augment)
     with pytest.raises(ValueError, match="channels must be 3 with task 'segmentation', got 1"):
         fast(channels=1, task="segmentation")
     with pytest.raises(

@@ -8,7 +8,6 @@ import pytest
 from snella_app.cli.parser import as_flags
 from snella_app.config.train import TrainConfig
 from snella_app.files import create_folder, sealed, write_bytes, write_json
-from snella_app.records.record import read
 from snella_app.records.run import BackboneInfo, DataInfo, FoldResults, RunInfo
 from snella_app.runs import RunFolder
 from snella_app.training.session import lock_run
@@ -53,7 +52,7 @@ def test_a_kill_while_the_adapter_is_written_leaves_it_without_digests(tmp_path)
         weights.write_text("epoch 2")
         raise KeyboardInterrupt
     run.check_adapter()
-    assert run.resolve_resume(config(run.path, resume=True))[1] == read(RunInfo, run.path)
+    assert run.resolve_resume(config(run.path, resume=True))[1].status == "running"
     with run.writing_adapter():
         weights.write_text("epoch 2")
     weights.write_text("of another run")

@@ -7,7 +7,9 @@ import timm
 import torch
 import yaml
 from huggingface_hub.errors import HfHubHTTPError
+from rich.console import Console
 
+import snella
 from snella_app.runs import load_run
 from snella_app.runs.push import PushResult, push, write_hub_folder
 
@@ -102,3 +104,15 @@ def test_an_unreachable_hub_leaves_the_folder_with_the_reason(finished, monkeypa
 def test_an_invalid_repository_name_is_rejected(finished, tmp_path):
     with pytest.raises(ValueError, match="on the Hugging Face Hub such as user/photos, got 'my photos!'"):
         push(finished.path, "my photos!", to_folder=tmp_path / "hub")
+
+
+def test_the_card_of_a_run_without_timm_folder_names_the_files_of_the_repository(tmp_path):
+    digits = {"data": "digits", "backbone": "test_vit", "pretrained": False, "img_size": 32, "device": "cpu"}
+    options = {"train_size": 60, "test_size": 20, "epochs": 1, "task": "ordinal", "protocol": "final"}
+    run = snella.train(
+        **digits, **options, method="linear", batch_size=20, out=tmp_path / "run", console=Console(quiet=True)
+    )
+    card = (write_hub_folder(run.path, tmp_path / "hub", "user/digits") / "README.md").read_text()
+    assert str(tmp_path / "hub") not in card
+    for name in ("model.safetensors", "model.layer_probe.safetensors"):
+        assert name in card and (tmp_path / "hub" / name).is_file()

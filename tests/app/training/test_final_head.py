@@ -123,9 +123,9 @@ def test_the_final_head_is_fitted_to_features_of_the_trained_model(options, tmp_
     seen = []
     original = final_head.measure_features
 
-    def measure(parts, images, views, batch_size, precision="fp32", first_view=None):
-        measured = original(parts, images, views, batch_size, precision, first_view)
-        seen.append((measured.views[0], original(parts, images, 1, batch_size, precision).views[0]))
+    def measure(parts, images, views, batch_size, first_view=None):
+        measured = original(parts, images, views, batch_size, first_view)
+        seen.append((measured.views[0], original(parts, images, 1, batch_size).views[0]))
         return measured
 
     monkeypatch.setattr(final_head, "measure_features", measure)
@@ -139,16 +139,18 @@ def test_the_final_head_is_fitted_to_features_of_the_trained_model(options, tmp_
 def test_heads_are_fitted_to_features_in_the_training_precision_and_tested_in_float32(
     precision, dtype, tmp_path, monkeypatch
 ):
-    seen = []
+    images_by_dtype = {torch.float32: 0, torch.bfloat16: 0}
 
     def features(model, images, layers):
-        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        computed_in = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        images_by_dtype[computed_in] += len(images)
         return layer_features(model, images, layers)
 
     monkeypatch.setattr(linear_probe, "layer_features", features)
-    train(config(tmp_path, precision=precision), QUIET)
-    batches = len(seen) - seen[::-1].index(dtype) if dtype != torch.float32 else 0
-    assert set(seen[:batches]) <= {dtype} and set(seen[batches:]) == {torch.float32}
+    views = load_run(train(config(tmp_path, precision=precision, epochs=0), QUIET)).info.tta
+    fitted, tested = views * (60 + 20), views * 20
+    expected = {dtype: fitted} | {torch.float32: tested + (fitted if dtype == torch.float32 else 0)}
+    assert images_by_dtype == {torch.float32: 0, torch.bfloat16: 0} | expected
 
 
 def test_predictions_and_evaluation_use_the_final_head(finished):

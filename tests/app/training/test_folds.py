@@ -102,6 +102,7 @@ def test_an_interrupted_cross_validation_is_resumed(fast, console, tmp_path, mon
         ValueError, match=r"resume continues .* with its stored settings, but epochs is 1 there and 2 here"
     ):
         train_folds(fast(epochs=2, resume=True), console)
+    assert folds._prepare_config(fast(resume=True, shard=True), RunFolder(root)).run.shard
     before = (root / "fold-1/metrics.json").read_bytes()
     monkeypatch.setattr(folds, "train", original)
     results = train_folds(fast(resume=True, data=None, backbone=None), console)
@@ -119,7 +120,7 @@ def test_predictions_average_all_models(fast, console, photos, tmp_path, capsys)
             statistics.mean(dict(prediction.ranking)[name] for prediction in single), abs=1e-6
         )
     assert main(["evaluate", str(tmp_path / "run")]) == 0
-    assert "accuracy " in capsys.readouterr().out
+    assert f"accuracy {evaluate(tmp_path / 'run')['accuracy']:.4f}" in capsys.readouterr().out
     assert isinstance(load_run(tmp_path / "run").model(torch.zeros(1, 3, 32, 32)), torch.Tensor)
     message = "tta must be left out for a cross-validation, whose models use the tta of their runs, got "
     for tta in (1, 2):

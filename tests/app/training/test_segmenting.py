@@ -128,7 +128,9 @@ def test_masks_of_watched_folders_are_written_to_a_folder_of_any_name(run, folde
 
     monkeypatch.setattr("snella_app.runs.prediction_files.new_files", one_file)
     run_command("predict", run, folder / "images", "--watch", "--out", tmp_path / "masks.csv")
-    assert read_mask(tmp_path / "masks.csv" / "000.png").size == (40, 32)
+    run_command("predict", run, folder / "images" / "000.png", "--out", tmp_path / "plain")
+    watched, plain = (np.asarray(read_mask(tmp_path / name / "000.png")) for name in ("masks.csv", "plain"))
+    assert watched.shape == (32, 40) and np.array_equal(watched, plain)
 
 
 def test_unsupported_prediction_outputs_are_rejected(run, folder, tmp_path, capsys):

@@ -194,3 +194,17 @@ def test_settings_that_differ_from_the_stored_rows_are_rejected(changes, message
 def test_labels_become_folder_names():
     assert folder_name("folder:my photos/2") == "folder_my_photos_2"
     assert folder_name("../..") == "_"
+
+
+@pytest.mark.parametrize(
+    ("published", "message"),
+    [
+        ("Table 1", "published must be a mapping, got 'Table 1'"),
+        (["a"], r"published must be a mapping, got \['a'\]"),
+        ({"source": "a", "orderings": None}, "published must contain 'source', .* a list 'orderings' or both"),
+        ({"source": "a", "orderings": 5}, "published must contain 'source', .* got .*'orderings': 5"),
+    ],
+)
+def test_published_values_of_another_type_are_rejected(published, message, tiny):
+    with pytest.raises(ValueError, match=message):
+        tiny(published=published)

@@ -1,17 +1,19 @@
 """Multilabel and regression comparisons, and method selection by a small comparison."""
 
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import snella
 from snella_app.cli.main import main
 from snella_app.config.train import TrainConfig
 from snella_app.records.record import read
 from snella_app.records.run import RunInfo
 from snella_lab.comparison import compare as module
-from snella_lab.comparison.compare import choose_method, compare
+from snella_lab.comparison.compare import CellsFailedError, choose_method, compare
 from snella_lab.comparison.executors import InThisProcess
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import experiment_from_options
@@ -139,5 +141,21 @@ def test_auto_rejects_folds_and_options_of_single_methods(tmp_path):
     values = {"data": "digits", "backbone": "test_vit", "out": str(tmp_path), "method": "auto"}
     with pytest.raises(ValueError, match=r"r 4 needs a specific method, got method 'auto'; .*folds 3 needs"):
         TrainConfig.from_flat(**values, r=4, folds=3)
+    with pytest.raises(ValueError, match="method must be a method's name for a dataset object, got 'auto'"):
+        snella.train(data=[], backbone="test_vit", out=str(tmp_path), method="auto")
     with pytest.raises(ValueError, match=r"train\(method='auto'\) and the command line"):
         TrainConfig.from_flat(**values).resolved()
+
+
+def test_auto_reports_methods_without_validation_scores(small_choice, tmp_path, console, monkeypatch):
+    row = SimpleNamespace(status="success", error=None, cell="digits/x", score=lambda part: None)
+    monkeypatch.setattr(
+        module,
+        "_trained_row",
+        lambda root, experiment, cell: SimpleNamespace(**vars(row), experiment_name=cell.method.name),
+    )
+    values = {"data": "digits", "backbone": "test_vit", "pretrained": False, "img_size": 32, "device": "cpu"}
+    config = TrainConfig.from_flat(**values, out=str(tmp_path / "run"), method="auto")
+    with pytest.raises(CellsFailedError, match=r"every method failed in .*: no validation score"):
+        choose_method(config, console)
+    assert "linear: FAILED, no validation accuracy" in console.file.getvalue()

@@ -83,14 +83,29 @@ def test_failure_is_described_and_cached(verify, wrong_gradients, monkeypatch, t
 def test_a_kernel_that_does_not_compile_is_a_failure_and_checked_again_by_the_next_process(
     verify, monkeypatch, tmp_path
 ):
+    calls = []
+
     def fail(spec, A):
+        calls.append(spec)
         raise NotImplementedError("no such instruction\nin line 3")
 
     monkeypatch.setattr(verify, "_compare", fail)
     reason = verify.failed_check(spec_of(), FACTORS)
     assert reason.startswith("cannot run kernel ") and reason.endswith(": NotImplementedError: no such instruction")
-    assert verify.failed_check(spec_of(), FACTORS) == reason
+    assert verify.failed_check(spec_of(), FACTORS) == reason and len(calls) == 1
     assert not (tmp_path / "kernel_checks.json").exists()
+    monkeypatch.setattr(verify, "_results", {})
+    assert verify.failed_check(spec_of(), FACTORS) == reason and len(calls) == 2
+
+
+def test_out_of_memory_is_not_a_failure_of_the_kernels(verify, monkeypatch):
+    def fail(spec, A):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(verify, "_compare", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        verify.failed_check(spec_of(), FACTORS)
+    assert not verify._results
 
 
 def test_passed_check_is_not_repeated(verify, monkeypatch):

@@ -94,6 +94,13 @@ def test_backward_hooks_of_base_layer_run():
     assert torch.equal(calls_seen[0], torch.ones(3, 8))
 
 
+def test_backward_pre_hooks_of_base_layer_run():
+    base, calls_seen = net(), []
+    base[2].register_full_backward_pre_hook(lambda module, grad_out: calls_seen.append(grad_out[0]))
+    adapt(base).train()(inputs(3, 8)).sum().backward()
+    assert len(calls_seen) == 1 and torch.equal(calls_seen[0], torch.ones(3, 8))
+
+
 def test_hooks_do_not_change_gradients():
     plain, hooked, x = adapt(net()).train(), net(), inputs(3, 8)
     hooked[0].register_forward_hook(lambda *_: None)

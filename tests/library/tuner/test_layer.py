@@ -309,13 +309,28 @@ def test_switching_adapters_unmerges_with_warning(mlp):
     assert not layers(model)[0].merged
 
 
-def test_merging_keeps_tied_weights_tied(mlp):
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding])
+def test_a_weight_that_another_module_uses_is_trained_but_not_merged(kind, merge, mlp):
     base = mlp.base()
-    base.tied = copy.copy(base.lin1)
-    assert base.tied.weight is base.lin1.weight
+    base.tied = kind(*reversed(base.lin1.weight.shape))
+    base.tied.weight = base.lin1.weight
     model = get_peft_model(base, mlp.config(target_modules=["lin1"]))
-    model.merge_adapter()
-    assert first_layer(model).get_base_layer().weight is base.tied.weight
+    before = base.tied.weight.clone()
+    with pytest.raises(NotImplementedError, match=r"merging 'lin1' would change the others of \['lin1', 'tied'\]"):
+        getattr(model, merge)()
+    assert torch.equal(base.tied.weight, before) and not first_layer(model).merged
+    mlp.predict(model.unload())
+
+
+def test_moving_or_casting_a_layer_frees_its_cached_weight(mlp):
+    model = mlp.adapted().eval()
+    with torch.no_grad():
+        mlp.predict(model)
+    cache = first_layer(model)._cache
+    assert cache._effective is not None and cache._factor_values
+    model.double()
+    assert cache._effective is None and not cache._factor_values
 
 
 # precision ----------------------------------------------------------------------------------------------------------

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from snella import SnellaConfig
 from snella.matrices import adapted_matrices
 
 
@@ -111,3 +114,11 @@ def test_model_with_deleted_adapters_raises(mlp):
 def test_block_index_does_not_depend_on_targets(cases):
     model = cases["timm_vit"].adapted(exclude_modules=r"blocks\.[0-3]\..*")
     assert {m.depth for m in adapted_matrices(model)} == {4, 5}
+
+
+def test_names_do_not_contain_checkpoint_wrappers():
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = get_peft_model(base, SnellaConfig(r=2, target_modules=["0", "1"]))
+    base = model.get_base_model()
+    base[0] = checkpoint_wrapper(base[0])
+    assert [matrix.name for matrix in adapted_matrices(model)] == ["0", "1"]

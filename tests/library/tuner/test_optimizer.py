@@ -198,6 +198,7 @@ def test_state_of_other_layers_raises(mlp):
     optimizer.param_groups[0]["snella_step_matcher"] = {"step": 5, "slopes": [[1.0], [1.0], [1.0]]}
     with pytest.raises(ValueError, match="state must have 2 adapted layers, got 3"):
         matcher.attach(optimizer)
+    assert not hasattr(optimizer, "snella_step_matcher") and "snella_step_matcher" in optimizer.param_groups[0]
 
 
 def test_config_enables_step_matching(mlp):

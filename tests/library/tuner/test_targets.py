@@ -15,7 +15,7 @@ from torch import nn
 from snella import SnellaConfig, SnellaModel
 from snella import targets as targets_module
 from snella.matrices import adapted_matrices
-from snella.targets import all_linear_names, block_number, count_rows
+from snella.targets import all_linear_names, block_number, count_rows, head_layers
 
 
 def adapted_modules(model, **settings):
@@ -512,3 +512,20 @@ def test_slow_expression_raises(field, monkeypatch):
     settings = {"target_modules": ["linear"]} | {field: r"(a|aa)+(a|aa)+(a|aa)+(a|aa)+b"}
     with pytest.raises(ValueError, match=r"regular expression '\(a\|aa\)\+.*' takes more than 0\.2 s to match .*aaaa"):
         get_peft_model(model, SnellaConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Sequential(nn.Sequential(nn.Linear(6, 3))),
+        nn.ModuleDict({"a": nn.Linear(6, 3)}),
+        nn.ModuleList([nn.Linear(6, 3)]),
+        nn.TransformerEncoderLayer(6, 2),
+    ],
+)
+def test_all_layers_of_a_nested_head_belong_to_it(head):
+    model = nn.Module()
+    model.body, model.out = nn.Linear(6, 6), head
+    model.get_classifier = lambda: model.out
+    assert all_linear_names(model) == ["body"]
+    assert set(head_layers(model)) == {f"out.{name}" for name, part in head.named_modules() if type(part) is nn.Linear}

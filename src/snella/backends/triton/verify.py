@@ -48,7 +48,9 @@ def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
         else:
             try:
                 _results[key] = _compare(spec, A)
-            except Exception as error:
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # compilers, drivers and launchers raise many types
                 lines = str(error).strip().splitlines() or ["no message"]
                 failed = f"cannot run kernel {spec.kernel.name!r} on {_device_name(A.device)}"
                 _results[key] = f"{failed}: {type(error).__name__}: {lines[0]}"
