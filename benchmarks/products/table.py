@@ -1,6 +1,7 @@
 """Table and figure of product rows: mean rank and mean difference from `snella train` over folders.
 
-python benchmarks/products/table.py rows.jsonl [--products snella fastai ...] [--minutes 1 3 ...] [--figure FILE]
+python benchmarks/products/table.py rows.jsonl [--products snella fastai ...] [--minutes 1 3 ...] [--weights W]
+    [--figure FILE]
 """
 
 import argparse
@@ -25,9 +26,11 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("--products", nargs="+", help="default: all")
     parser.add_argument("--minutes", nargs="+", type=float, help="default: all")
+    parser.add_argument("--weights", default="dinov2s")
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
-    rows = [row for row in read_rows(args.rows) if args.products is None or row["product"] in args.products]
+    rows = [row for row in read_rows(args.rows) if row["weights"] == args.weights]
+    rows = [row for row in rows if args.products is None or row["product"] in args.products]
     rows = [row for row in rows if args.minutes is None or row["minutes"] in args.minutes]
     for minutes in sorted({row["minutes"] for row in rows}):
         print(f"\n{minutes:g} minutes\n\n{markdown([row for row in rows if row['minutes'] == minutes])}")

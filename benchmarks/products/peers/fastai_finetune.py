@@ -1,6 +1,7 @@
 """fastai's `fine_tune` as documented: `Resize`, `aug_transforms`, one epoch of the head, then one-cycle for all layers.
 
-The head is fastai's default, or batch norm and a linear layer with `--variant bn`. It trains on train and monitors val.
+The head is fastai's default, or batch norm and a linear layer with `--variant bn`. It trains on train and monitors val;
+`--variant all` trains on both.
 Images are resized to twice the resolution before `aug_transforms`, similar to 460 and 224 in the fastai book. The epoch
 time is estimated from five steps.
 """
@@ -11,8 +12,10 @@ from pathlib import Path
 import common
 import numpy as np
 from fastai.vision.all import (
+    CategoryBlock,
     CrossEntropyLossFlat,
-    ImageDataLoaders,
+    DataBlock,
+    ImageBlock,
     Learner,
     Normalize,
     Resize,
@@ -21,6 +24,7 @@ from fastai.vision.all import (
     aug_transforms,
     create_head,
     params,
+    parent_label,
     set_seed,
 )
 from torch import nn
@@ -29,17 +33,20 @@ from torch import nn
 def fit(job: common.Job) -> common.Fitted:
     """Fine-tune for the number of epochs that fits the budget."""
     mean, std = job.statistics()
-    batch_size = min(64, len(job.parts["train"]))
-    data = ImageDataLoaders.from_folder(
-        job.folder,
-        train="train",
-        valid="val",
-        vocab=job.classes,
+    files = [path for part in ("train", "val") for path, _ in job.parts[part]]
+    train_images, val_images = len(job.parts["train"]), len(job.parts["val"])
+    val_indices = list(range(train_images, len(files)))
+    if job.variant == "all":
+        train_images = len(files)
+    batch_size = min(64, train_images)
+    block = DataBlock(
+        (ImageBlock, CategoryBlock(vocab=job.classes)),
+        splitter=lambda _: (list(range(train_images)), val_indices),
+        get_y=parent_label,
         item_tfms=Resize(2 * job.pixels),
         batch_tfms=[*aug_transforms(size=job.pixels, min_scale=0.75), Normalize.from_stats(mean, std)],
-        bs=batch_size,
-        num_workers=0,
     )
+    data = block.dataloaders(files, path=job.folder, bs=batch_size, num_workers=0)
     is_pooled = job.weights == "dinov2s"
     body = job.backbone(0) if is_pooled else job.backbone(0, global_pool="")
     width, count = body.num_features, len(job.classes)
@@ -64,7 +71,7 @@ def fit(job: common.Job) -> common.Fitted:
     trial.eval().requires_grad_(False)
     eval_s = common.seconds_per_batch(lambda: data.train, evaluate, limit_s)
     trial = None  # free memory
-    train, val = len(job.parts["train"]) // batch_size, -(-len(job.parts["val"]) // batch_size)
+    train, val = train_images // batch_size, -(-val_images // batch_size)
     epochs = common.fitting_epochs(job, train * step_s + val * eval_s, before_s=(train + val) * eval_s)
     set_seed(job.seed)
     learner = Learner(
@@ -81,4 +88,4 @@ def fit(job: common.Job) -> common.Fitted:
 
 
 if __name__ == "__main__":
-    common.main("fastai", fit, ("fastai",), ("default", "bn"))
+    common.main("fastai", fit, ("fastai",), ("default", "bn", "all"))
