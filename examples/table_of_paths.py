@@ -1,4 +1,4 @@
-"""A CSV of 10,000 image paths with 1% corrupt files and a class ratio of 100:1.
+"""A CSV of 10,000 image paths with 1% corrupt files and a class ratio of 99:1.
 
 The images are small crops of scikit-learn's two sample images. `--quick` uses 600 rows and a tiny random model.
 """

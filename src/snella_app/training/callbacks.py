@@ -114,8 +114,8 @@ class EpochSnapshots:
     """Trained parameters of the last epochs, for averaging after training.
 
     Only parameters are averaged, as in `WeightAverage`. The averaged update uses the budgets of the last step and
-    therefore has the target sparsity. Batch norms keep their pre-trained statistics in every method, so they need no
-    update.
+    therefore has the target sparsity. Batch norms keep their pre-trained statistics, except with `full` and in the head
+    of `mlp`, where the average uses the statistics of the last step.
 
     Args:
         model: Model from `build_method`; parameters that are trainable now are stored on the CPU.
