@@ -82,10 +82,7 @@ class FitConfig:
             raise ValueError("; ".join(errors))
 
 
-PRESETS: dict[str, FitConfig] = {
-    "quick": FitConfig(),
-    "paper": FitConfig(steps=100_000, lr=1e-4),
-}
+PRESETS: dict[str, FitConfig] = {"quick": FitConfig(), "paper": FitConfig(steps=100_000, lr=1e-4)}
 """`paper` uses the optimizer, steps and number of matrices of appendix A.2; `quick` takes minutes."""
 
 

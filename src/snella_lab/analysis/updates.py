@@ -351,16 +351,15 @@ def _draw_similarity(rows: Sequence[Row]) -> Figure:
     layers = [row for row in rows if row["pairs"]]
     positions = [row["position"] for row in layers]
     lowest, highest = [row["least"] for row in layers], [row["greatest"] for row in layers]
+    stride = max(1, -(-len(positions) // 12))
     band = axes.fill_between(positions, lowest, highest, color=ACCENT, alpha=0.18, linewidth=0)
     (mean,) = axes.plot(
         positions, [row["cosine"] for row in layers], color=ACCENT, linewidth=2.2, marker="o", markersize=5
     )
     chance = [row["chance"] for row in layers]
     (random,) = axes.plot(positions, chance, color=WARM, linewidth=1.6, linestyle=DASHED, marker="s", markersize=4)
-    axes.set_ylim(min(0, *lowest, 0) - 0.02, max(0.5, *highest) + 0.05)
-    axes.set_xticks(
-        positions[:: -(-len(positions) // 12)], [row["layer"] for row in layers][:: -(-len(positions) // 12)]
-    )
+    axes.set_ylim(min([0, *lowest]) - 0.02, max([0.5, *highest]) + 0.05)
+    axes.set_xticks(positions[::stride], [row["layer"] for row in layers][::stride])
     axes.set(xlabel="block", ylabel="cosine similarity")
     add_legend(figure, [mean, band, random], ["mean of all pairs", "range of all pairs", "chance level"])
     return figure

@@ -16,6 +16,7 @@ from snella_app.report.report import update_section
 from snella_app.report.updates import _downsample, deepest_query
 from snella_app.runs.model import load_run, make_backbone
 from snella_lab.analysis.updates import (
+    _draw_similarity,
     _Similarity,
     chance_frequencies,
     effective_rank,
@@ -87,6 +88,11 @@ def test_zero_updates_are_excluded_from_pairs():
     total.add(torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]]))
     row = total.row()
     assert row["pairs"] == 1 and row["cosine"] == pytest.approx(1 / math.sqrt(2))
+
+
+def test_layers_without_pairs_are_not_drawn():
+    row = {"layer": "0", "position": 0, "matrices": 1, **_Similarity(2).row()}
+    _draw_similarity([row]).draw_without_rendering()
 
 
 def test_observed_and_chance_frequencies_match_hand_counts():
