@@ -19,7 +19,7 @@ from snella_app.data.images import read_image
 from snella_app.device import choose_device
 from snella_lab.recipes.dreambooth.config import DreamBoothFolder, EvaluateGenerationOptions
 from snella_lab.recipes.dreambooth.data import PROMPT_FILE, PromptFile, fill, load_concept, read_prompt_file
-from snella_lab.recipes.dreambooth.generate import GeneratedImage, load_generator, sampling_of
+from snella_lab.recipes.dreambooth.generate import GeneratedImage, load_generator
 from snella_lab.recipes.pretrained import load_pretrained
 
 
@@ -202,9 +202,10 @@ def evaluate_generation(options: EvaluateGenerationOptions, console: Console | N
         concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
         scores = score_images(images, list(concept.images()), plain_prompts, *embedders)
         row = {"subject": concept.name, "method": config.method.name, "pictures": len(images), **scores}
-        sampling = asdict(sampling_of(config, options.steps))
         models = {"clip": options.clip, "dino": options.dino}
-        DreamBoothFolder(folder).write_json(RESULT_FILE, {"format": 1, **row, **models, "drawing": sampling})
+        DreamBoothFolder(folder).write_json(
+            RESULT_FILE, {"format": 1, **row, **models, "drawing": asdict(generator.sampling)}
+        )
         rows.append({"run": str(folder), **row})
     values = {name: [row[name] for row in rows] for name in METRICS}
     return {
