@@ -8,6 +8,7 @@ python benchmarks/count_calls.py
 
 from __future__ import annotations
 
+import argparse
 import ast
 import io
 import sys
@@ -184,6 +185,7 @@ def adapted_linear_layer(config: PeftConfig) -> tuple[nn.Module, torch.Tensor]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sparse = {"r": 8, "target_modules": ["0"], "target_sparsity": 0.5, "init_sparsity": 0.5}
     configs = {f"snella, impl={impl}": SnellaConfig(**sparse, impl=impl) for impl in ("auto", "eager")}
     for name, config in {**configs, "lora": LoraConfig(r=8, target_modules=["0"])}.items():

@@ -310,12 +310,11 @@ def describe_datasets(folder: Path, table: Path | None) -> str:
     return "; ".join(texts).replace(f"{folder}/", "")
 
 
-def write_classes(folder: Path, *names: str, count: int = 1) -> None:
-    """Write small images of a single color in class folders."""
+def write_classes(folder: Path, *names: str) -> None:
+    """Write a small image of a single color, `0.png`, in each class folder."""
     for label, name in enumerate(names):
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for index in range(count):
-            Image.new("RGB", (20, 10), (60 * label + index, 0, 0)).save(folder / name / f"{index}.png")
+        Image.new("RGB", (20, 10), (60 * label, 0, 0)).save(folder / name / "0.png")
 
 
 def exif_rotation(folder: Path) -> None:

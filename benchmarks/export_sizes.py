@@ -6,8 +6,8 @@ The budgets of the run's matrices are scaled in proportion to reach each sparsit
 files.
 """
 
-import sys
-from io import BytesIO
+import argparse
+import json
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -28,17 +28,15 @@ def mib(content: bytes) -> str:
 
 
 def main() -> None:
-    run = sys.argv[1]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="folder of a SNELLA run")
+    run = parser.parse_args().run
     loaded = load_run(run, "cpu")
     model, base = loaded.model, make_backbone(loaded.info.backbone, loaded.task.name)
     layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
     run_budgets = {id(layer): layer.budgets("default") for layer in layers}
     sizes = {id(layer): [rows.stop - rows.start for rows in layer.matrix_rows("default")] for layer in layers}
-    total, changed = (
-        sum(matrix.shape[0] * matrix.shape[1] for matrix in adapted_matrices(model)),
-        sum(map(sum, run_budgets.values())),
-    )
-    plain = make_backbone(loaded.info.backbone, loaded.task.name)
+    total, changed = sum(matrix.size for matrix in adapted_matrices(model)), sum(map(sum, run_budgets.values()))
     rank = layers[0].snella_A["default"].shape[-1]
     names = [name.removeprefix("base_model.model.") for name, module in model.named_modules() if module in layers]
     lora = get_peft_model(make_backbone(loaded.info.backbone), LoraConfig(r=rank, target_modules=names))
@@ -47,7 +45,7 @@ def main() -> None:
         f"{run}: {loaded.info.backbone.name}, {total:,} adapted weights, r {rank}, sparsity {1 - changed / total:.3f}\n"
     )
     print(f"factors {mib(save(factors))} MiB, LoRA {mib(save(dict(get_peft_model_state_dict(lora))))} MiB, "
-          f"merged weights {mib(save({k: v.contiguous() for k, v in plain.state_dict().items()}))} MiB\n")  # fmt: skip
+          f"merged weights {mib(save({k: v.contiguous() for k, v in base.state_dict().items()}))} MiB\n")  # fmt: skip
     print("| sparsity | changed weights | index encoding | fp32 values, MiB | bf16 values, MiB | int32 and fp32, MiB |")
     print("|---:|---:|---|---:|---:|---:|")
     for sparsity in SPARSITIES:
@@ -67,10 +65,7 @@ def main() -> None:
 
 def index_encodings(content: bytes) -> str:
     """Return the index encodings and the number of matrices that use them."""
-    import json
-
-    stream = BytesIO(content)
-    header = json.loads(stream.read(8 + int.from_bytes(content[:8], "little"))[8:])
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     encodings = [key.rpartition(":")[2] for key in header if ":" in key and not key.endswith(":values")]
     return ", ".join(f"{encoding} ({encodings.count(encoding)})" for encoding in sorted(set(encodings)))
 

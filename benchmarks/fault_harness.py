@@ -35,7 +35,6 @@ TINY = [
 ]  # fmt: skip
 """Tiny run. Its last epoch is the best and the only one at the target sparsity."""
 
-
 LIMIT_S = 120
 
 
@@ -47,9 +46,7 @@ def tiny_without(*options: str) -> list[str]:
 
 _COMPARED = ("other results", "traceback")
 
-
 _RESUMED = (*_COMPARED, "not resumed")
-
 
 FAILURES = {
     **dict.fromkeys(("killed", "disk full", "small disk", "overwritten", "folds", "features", "inodes"), _RESUMED),
@@ -63,7 +60,6 @@ FAILURES = {
     "markup": ("traceback", "executed", "refused", "missing page", "no server"),
 }
 """Results that count as failures, by group."""
-
 
 FAILING_RESULTS = {result for results in FAILURES.values() for result in results}
 

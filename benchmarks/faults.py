@@ -432,7 +432,6 @@ FULL = {
     "exchanged": 40, "forged": 120, "objects": 6, "bombs": 12, "requests": 2, "markup": 1,
 }  # fmt: skip
 
-
 QUICK = {
     **dict.fromkeys(FULL, 0),
     **{"killed": 2, "disk full": 1, "finished": 2, "checkpoint": 1, "fuzzed": 12, "together": 1},

@@ -23,7 +23,6 @@ ODD_VALUES = [
     "a,b", "=", "*", "?", "(", "(a+)+$", "cpu", "cuda", "fp32",
 ]  # fmt: skip
 
-
 CONFIGS = [
     "", "a", "[", "{}", "[]", "null", "- a\n- b", "data: digits\ndata: elpv", "data: [1]", "epochs: {a: 1}",
     "epochs: .nan",
@@ -35,13 +34,10 @@ CONFIGS = [
     "backbone: {a: b}", "2001-01-01: 1", "seed: 2001-01-01", "data: !!binary aGVsbG8=", "epochs: !!set {a}",
 ]  # fmt: skip
 
-
 REACHED = 71
 """Exit status of a fuzzed command that reached the training loop."""
 
-
 MEMORY_BYTES = 8 * 2**30
-
 
 EXPENSIVE = (
     *("compare", "demo", "bench", "dreambooth", "language"),
@@ -60,15 +56,7 @@ def fuzzed_command(draw: random.Random, folder: Path, run: Path, images: Path) -
         "inspect": ["inspect", str(run)],
         "data": ["data", "check", str(images)],
         "compare": [
-            "compare",
-            "--methods",
-            "linear,lora-2",
-            "--data",
-            "digits",
-            "--backbone",
-            "test_vit",
-            "--out",
-            "c",
+            *("compare", "--methods", "linear,lora-2", "--data", "digits", "--backbone", "test_vit", "--out", "c")
         ],
     }.get(name, [name])
     options = [option.typed.removeprefix("--") for option in _parser.options_of(COMMANDS[name].function)]

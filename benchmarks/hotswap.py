@@ -8,7 +8,7 @@ time; CPU time is less sensitive to other load. Each method has its own model, w
 contains "unmerged". Before timing, the outputs of `snella.hotswap` are compared with a model loaded for the other task.
 """
 
-import sys
+import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -86,10 +86,8 @@ def scattered(name: str, sparsity: float) -> tuple[nn.Module, Callable[[str], No
             if key.endswith("weight") and any(f".{target}." in key for target in TARGETS):
                 count = round((1 - sparsity) * weight.numel())
                 indices = torch.randperm(weight.numel(), generator=generator)[:count].sort().values
-                entries[key], shapes[key] = (
-                    Entries(indices, torch.randn(count, generator=generator) * 1e-3),
-                    [*weight.shape],
-                )
+                entries[key] = Entries(indices, torch.randn(count, generator=generator) * 1e-3)
+                shapes[key] = [*weight.shape]
         patches[task] = SparsePatch(entries, {}, shapes)
 
     def switch(task: str) -> None:
@@ -102,8 +100,11 @@ def scattered(name: str, sparsity: float) -> tuple[nn.Module, Callable[[str], No
 
 
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else "vit_base_patch16_224"
-    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 20
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backbone", nargs="?", default="vit_base_patch16_224", help="timm model")
+    parser.add_argument("rounds", nargs="?", type=int, default=20, help="rounds of two switches")
+    args = parser.parse_args()
+    name, rounds = args.backbone, args.rounds
     root = Path(tempfile.mkdtemp())
     snella = partial(SnellaConfig, r=R, target_modules=TARGETS, target_sparsity=SPARSITY, init_sparsity=SPARSITY)
     lora = partial(LoraConfig, r=R, lora_alpha=R, target_modules=TARGETS, init_lora_weights=False)
@@ -157,10 +158,8 @@ def main() -> None:
         row |= {"sparsity": SPARSITY, "method": method, "switches": len(durations)}
         for k, kind in enumerate(("wall", "cpu")):
             times_s, reference = [pair[k] for pair in durations], [pair[k] for pair in times[REFERENCE]]
-            row[f"{kind}_median_ms"], row[f"{kind}_min_ms"] = (
-                round(median(times_s) * 1e3, 2),
-                round(min(times_s) * 1e3, 2),
-            )
+            row[f"{kind}_median_ms"] = round(median(times_s) * 1e3, 2)
+            row[f"{kind}_min_ms"] = round(min(times_s) * 1e3, 2)
             ratios = [a / b for a, b in zip(times_s, reference, strict=True)]
             row[f"{kind}_over_reference"] = round(median(ratios), 3)
             row[f"{kind}_min_over_reference"] = round(min(times_s) / min(reference), 3)

@@ -208,14 +208,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Result]:
 def summarize(key: Key, results: list[Result], by_key: dict[Key, list[Result]]) -> Result:
     """Compare the processes of one run with each other and with a single process."""
     loop, engine, option, has_allocator, count, is_resumed = key
-    row: Result = {
-        "loop": loop,
-        "engine": engine,
-        "option": option,
-        "allocator": has_allocator,
-        "processes": count,
-        "resumed_from": RESUMED_FROM[count] if is_resumed else None,
-    }
+    row: Result = {"loop": loop, "engine": engine, "option": option, "allocator": has_allocator}
+    row |= {"processes": count, "resumed_from": RESUMED_FROM[count] if is_resumed else None}
     errors = [result for result in results if "error" in result]
     if len(results) < count and not errors:
         return {**row, "error": f"{count - len(results)} of {count} processes exited without a result"}

@@ -7,6 +7,7 @@ All values are computed by `snella`.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -101,5 +102,6 @@ def _budgets(axes: Axes, generator: torch.Generator) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     draw_method().savefig(FIGURE, metadata={"Date": None})
     print(FIGURE)

@@ -3,6 +3,8 @@
 python benchmarks/readme.py
 """
 
+import argparse
+
 from costs import ROOT, update_costs
 from selective_checkpointing import PAGE as MEMORY_PAGE
 from selective_checkpointing import update_page as update_memory_page
@@ -25,6 +27,7 @@ from suite_table import (
 from snella_lab.bench.rows import draw_figures
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = ROOT / "benchmarks" / "results.jsonl"
     steps_page = ROOT / "docs" / "notes" / "step-time.md"
     changed = [steps_page] if update_document(steps_page, rows) else []

@@ -72,9 +72,7 @@ def measure(data: str, img_size: int, batch_size: int, batches: int) -> dict[str
     start_from_probe(model, images, labels)
     parts = torch.randperm(len(part)).split(batch_size)[:batches]
     pairs = [gradients(model, images[rows], labels[rows]) for rows in parts]
-    mark_outputs(model, compress=True)
-    rounded = gradients(model, images[parts[0]], labels[parts[0]])
-    unmark_outputs(model)
+    rounded = gradients(model, images[parts[0]], labels[parts[0]], compress=True)
     errors: dict[str, list[float]] = {}
     for name, (grad, x) in pairs[0].items():
         exact = product(grad, x)
@@ -99,8 +97,10 @@ def start_from_probe(model: Any, images: Tensor, labels: Tensor) -> None:
     model.head.bias.copy_(bias)
 
 
-def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Pair]:
-    """Return `g` and `x` of each linear layer in the blocks, from one backward pass."""
+def gradients(model: nn.Module, images: Tensor, labels: Tensor, *, compress: bool = False) -> dict[str, Pair]:
+    """Return `g` and `x` of each linear layer in the blocks, from one backward pass, optionally with 8-bit inputs."""
+    if compress:
+        mark_outputs(model, compress=lambda: True)
     pairs: dict[str, Pair] = {}
     hooks = []
 
@@ -119,6 +119,7 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Pai
     cross_entropy(model(images.requires_grad_()), labels).backward()
     for handle in hooks:
         handle.remove()
+    unmark_outputs(model)
     return pairs
 
 

@@ -135,3 +135,13 @@ def test_docker_image_contains_all_build_files():
 def test_all_packages_are_typed():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["packages"]
     assert [name for name in packages if not (ROOT / "src" / name / "py.typed").is_file()] == []
+
+
+def test_benchmark_scripts_parse_their_arguments_before_they_run():
+    scripts = {path: path.read_text() for path in (ROOT / "benchmarks").rglob("*.py")}
+    scripts = {path: text for path, text in scripts.items() if 'if __name__ == "__main__":' in text}
+    assert len(scripts) > 30
+    without_help = [
+        path.name for path, text in scripts.items() if not re.search(r"parse_args\(|parser\(\)|common\.", text)
+    ]
+    assert not without_help

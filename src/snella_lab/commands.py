@@ -249,8 +249,8 @@ def bench(
     Args:
         backbones: timm model names; weights are random.
         batch: Batch sizes.
-        methods: frozen, lora, dora, shira, full, klora, spt-lora, spt-adapter, snell, snella, paper or a variant of
-            snella; ratios are relative to lora.
+        methods: frozen, lora, dora, shira, full, gps, klora, spt-lora, spt-adapter, snell, snella, paper or a variant
+            such as snella-eager or lora-recompute; ratios are relative to lora.
         r: Ranks.
         sparsity: Target sparsities.
         dtype: Dtypes of weights and activations: fp32 or bf16.
@@ -265,7 +265,7 @@ def bench(
     from snella_lab.bench import bench as library
 
     if grid:
-        library.bench(library.grid(device, out))
+        library.bench(replace(library.grid(device, out), rounds=rounds, figures=figures))
         return
     kinds = {"backbones": str, "batch": int, "methods": str, "r": int, "sparsity": float, "dtype": str}
     options |= {name: _parse_list(name, options[name], kind) for name, kind in kinds.items()}

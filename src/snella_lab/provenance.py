@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -59,7 +58,7 @@ def conditions(device: str, packages: Iterable[str] = _BENCHMARK_PACKAGES) -> di
     return {
         "command": re.sub(r"([ =])/\S*/", r"\1", re.sub(r" --out[= ]\S+", "", command)),
         "device": device_name(device),
-        "versions": {name: version(name) for name in packages if find_spec(name) is not None},
+        "versions": {name: number for name in packages if (number := _version(name)) is not None},
         "commit": (commit or "")[:7],
         "dirty": bool(is_dirty),
         "date": timestamp(),

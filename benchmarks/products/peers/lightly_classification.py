@@ -47,10 +47,7 @@ def fit(job: common.Job) -> common.Fitted:
             seed=job.seed,
             accelerator="cpu",
             devices=1,
-            transform_args={
-                "image_size": (job.pixels, job.pixels),
-                "normalize": {"mean": mean, "std": std},
-            },
+            transform_args={"image_size": (job.pixels, job.pixels), "normalize": {"mean": mean, "std": std}},
             logger_args={"val_every_num_steps": val_every, "tensorboard": None},
         )
         return time.perf_counter() - start

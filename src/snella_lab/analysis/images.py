@@ -51,10 +51,8 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
         seed: Seed of the selection.
 
     Raises:
-        ValueError: If `limit` is less than 1 or data cannot be loaded.
+        ValueError: If data cannot be loaded.
     """
-    if limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}")
     entries: list[DataEntry] = []
     for source in map(str, sources):
         is_experiment = source in bundled_experiments() or source.endswith((".yaml", ".yml"))

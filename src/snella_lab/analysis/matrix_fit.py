@@ -82,10 +82,7 @@ class FitConfig:
             raise ValueError("; ".join(errors))
 
 
-PRESETS: dict[str, FitConfig] = {
-    "quick": FitConfig(),
-    "paper": FitConfig(steps=100_000, lr=1e-4),
-}
+PRESETS: dict[str, FitConfig] = {"quick": FitConfig(), "paper": FitConfig(steps=100_000, lr=1e-4)}
 """`paper` uses the optimizer, steps and number of matrices of appendix A.2; `quick` takes minutes."""
 
 
@@ -297,18 +294,16 @@ def _unit_scalars() -> KernelScalars:
     return KernelScalars(torch.ones(2, dtype=torch.float64), alpha, torch.zeros((), dtype=torch.float64))
 
 
-def definiteness(kernels: Sequence[str], points: int = 60, r: int = 8, seed: int = 0) -> list[Row]:
+def definiteness(kernels: Sequence[str]) -> list[Row]:
     """Test kernels for positive semi-definiteness: eigenvalues of `K[i, j] = κ(x_i, x_j)` (eq. 16, A.4).
 
-    All coefficients are 1. Appendix A.4 claims that Mix-K is positive semi-definite in this case. The claim is wrong:
-    a distance kernel has a zero diagonal, so the eigenvalues of `K` sum to 0, and one is negative unless all are 0.
-    Distances are conditionally definite: −K is positive semi-definite on vectors whose entries sum to 0.
+    The 60 points x_i are random vectors with 8 entries. All coefficients are 1. Appendix A.4 claims that Mix-K is
+    positive semi-definite in this case. The claim is wrong: a distance kernel has a zero diagonal, so the eigenvalues
+    of `K` sum to 0, and one is negative unless all are 0. Distances are conditionally definite: −K is positive
+    semi-definite on vectors whose entries sum to 0.
 
     Args:
         kernels: Names or import paths, see `find_kernel`.
-        points: Number of random points.
-        r: Dimension of the points.
-        seed: Seed.
 
     Returns:
         One row per kernel: `trace`; `asymmetry`, the largest difference between K and its transpose; `smallest` and
@@ -316,7 +311,8 @@ def definiteness(kernels: Sequence[str], points: int = 60, r: int = 8, seed: int
         `conditional`, the smallest eigenvalue of the symmetric part of −K projected onto vectors that sum to 0, at
         most 0.
     """
-    x = torch.randn(points, r, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    points = 60
+    x = torch.randn(points, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     centering = torch.eye(points, dtype=torch.float64) - 1 / points
     rows: list[Row] = []
     for name in kernels:

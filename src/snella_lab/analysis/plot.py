@@ -34,20 +34,13 @@ Kind = Literal[
     "gradcam",
     "images",
 ]
-_MODULES: dict[Kind, str] = {
-    "allocation": "budgets",
-    "evolution": "budgets",
-    "update": "updates",
-    "overlap": "updates",
-    "features": "images",
-    "radar": "profiles",
-    "memory": "profiles",
-    "samples": "images",
-    "masks": "images",
-    "gradcam": "images",
-    "images": "images",
+_MODULES: dict[str, tuple[Kind, ...]] = {
+    "budgets": ("allocation", "evolution"),
+    "updates": ("update", "overlap"),
+    "profiles": ("radar", "memory"),
+    "images": ("features", "samples", "masks", "gradcam", "images"),
 }
-"""Module of each plot function in `snella_lab.analysis`."""
+"""Plot functions by module of `snella_lab.analysis`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +65,7 @@ class PlotOptions(Config):
     """
 
     positional: ClassVar = ("kind", "runs")
+    minimums: ClassVar = {"limit": 1, "steps": 1, "batch_size": 1}
 
     kind: Kind
     runs: list[str]
@@ -157,9 +151,8 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 def plot_function(kind: Kind) -> Callable[..., list[Plot]]:
     """Import and return the function of a plot kind."""
-    function: Callable[..., list[Plot]] = getattr(
-        importlib.import_module(f"snella_lab.analysis.{_MODULES[kind]}"), kind
-    )
+    module = next(module for module, kinds in _MODULES.items() if kind in kinds)
+    function: Callable[..., list[Plot]] = getattr(importlib.import_module(f"snella_lab.analysis.{module}"), kind)
     return function
 
 

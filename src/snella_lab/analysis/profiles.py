@@ -97,11 +97,7 @@ def memory(runs: Sequence[str | Path], *, steps: int = 2, batch_size: int | None
 
     Raises:
         FileNotFoundError: If a folder contains no run with an adapter.
-        ValueError: If `steps` or `batch_size` is less than 1.
     """
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     rows: list[Row] = []
     peaks: list[Row] = []
     size = batch_size

@@ -300,17 +300,22 @@ def _axis_means(changed: Tensor) -> list[Row]:
 
 
 def _layers(run_updates: Sequence[RunUpdates]) -> dict[str, list[str]]:
-    """Group the matrices that all runs change, with equal shapes, by block in order of depth."""
+    """Group the matrices that all runs change, with equal shapes, by block in order of depth.
+
+    Without `allocation.json`, the names determine the blocks; blocks of several stages are numbered consecutively.
+    """
     infos = {name: info for run in run_updates for name, info in run.infos.items()}
+    shapes = run_updates[0].shapes.items()
+    names = [name for name, shape in shapes if all(run.shapes.get(name) == shape for run in run_updates)]
+    matches = {name: re.match(r"(.*\.)(\d+)\.", name) for name in names}
+    blocks = list(dict.fromkeys(match.groups() for match in matches.values() if match is not None))
+    has_stages = len({stage for stage, _ in blocks}) > 1
     layers: dict[str, list[str]] = {}
-    for name, shape in run_updates[0].shapes.items():
-        if any(run.shapes.get(name) != shape for run in run_updates):
-            continue
-        if name in infos:
-            depth = infos[name].depth
+    for name in names:
+        if name in infos or (match := matches[name]) is None:
+            depth = infos[name].depth if name in infos else None
         else:
-            numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
-            depth = int(numbers[-1]) if numbers else None
+            depth = blocks.index(match.groups()) if has_stages else int(match[2])
         layers.setdefault("–" if depth is None else str(depth), []).append(name)
     return in_order_of_depth(layers)
 
@@ -351,16 +356,15 @@ def _draw_similarity(rows: Sequence[Row]) -> Figure:
     layers = [row for row in rows if row["pairs"]]
     positions = [row["position"] for row in layers]
     lowest, highest = [row["least"] for row in layers], [row["greatest"] for row in layers]
+    stride = max(1, -(-len(positions) // 12))
     band = axes.fill_between(positions, lowest, highest, color=ACCENT, alpha=0.18, linewidth=0)
     (mean,) = axes.plot(
         positions, [row["cosine"] for row in layers], color=ACCENT, linewidth=2.2, marker="o", markersize=5
     )
     chance = [row["chance"] for row in layers]
     (random,) = axes.plot(positions, chance, color=WARM, linewidth=1.6, linestyle=DASHED, marker="s", markersize=4)
-    axes.set_ylim(min(0, *lowest, 0) - 0.02, max(0.5, *highest) + 0.05)
-    axes.set_xticks(
-        positions[:: -(-len(positions) // 12)], [row["layer"] for row in layers][:: -(-len(positions) // 12)]
-    )
+    axes.set_ylim(min([0, *lowest]) - 0.02, max([0.5, *highest]) + 0.05)
+    axes.set_xticks(positions[::stride], [row["layer"] for row in layers][::stride])
     axes.set(xlabel="block", ylabel="cosine similarity")
     add_legend(figure, [mean, band, random], ["mean of all pairs", "range of all pairs", "chance level"])
     return figure

@@ -72,12 +72,10 @@ def _use_unfused_reference(model: nn.Module) -> nn.Module:
         TypeError: If an adapted layer is not linear.
     """
     for name, module in list(model.named_modules()):
-        if not isinstance(module, SnellaLayer):
-            continue
-        if not isinstance(module.get_base_layer(), nn.Linear):
-            raise TypeError(f"adapted layers must be linear, got {type(module).__name__} at {name!r}")
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, UnfusedLayer(module))
+        if isinstance(module, SnellaLayer):
+            if not isinstance(module.get_base_layer(), nn.Linear):
+                raise TypeError(f"adapted layers must be linear, got {type(module).__name__} at {name!r}")
+            model.set_submodule(name, UnfusedLayer(module))
     return model
 
 
@@ -124,7 +122,7 @@ class RecomputedInputs:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
         outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        pack_outer, unpack_outer = outer or (_identity, _identity)
+        pack_outer, unpack_outer = outer or (lambda tensor: tensor, lambda packed: packed)
 
         def pack(tensor: Tensor) -> Any:
             return self._placeholder(tensor) or pack_outer(tensor)
@@ -169,11 +167,6 @@ def _mark_parametrized(module: nn.Module, args: tuple[Tensor], output: Tensor) -
     (z,) = args
     if output.requires_grad and torch.is_grad_enabled():
         Mark.put(output, (z,), Origin(partial(type(module).forward, module), z.device.type, module=module))
-
-
-def _identity(value: Any) -> Any:
-    """Return the value unchanged."""
-    return value
 
 
 NUM_CLASSES = 100
@@ -267,27 +260,19 @@ def _paper(model: nn.Module, workload: Workload) -> nn.Module:
     return _use_unfused_reference(_snella(impl="reference")(model, workload))
 
 
-def _compiled(build: Builder) -> Builder:
-    """Return a builder that also applies `torch.compile`."""
+def _then(change: Callable[[nn.Module], object], build: Builder) -> Builder:
+    """Return a builder that also changes the built model in place."""
 
-    def build_compiled(model: nn.Module, workload: Workload) -> nn.Module:
+    def build_and_change(model: nn.Module, workload: Workload) -> nn.Module:
         model = build(model, workload)
-        model.compile()
+        change(model)
         return model
 
-    return build_compiled
+    return build_and_change
 
 
-def _recomputing(build: Builder) -> Builder:
-    """Return a builder that also applies `RecomputedInputs`."""
-
-    def build_recomputing(model: nn.Module, workload: Workload) -> nn.Module:
-        model = build(model, workload)
-        RecomputedInputs(model)
-        return model
-
-    return build_recomputing
-
+_compiled = partial(_then, nn.Module.compile)
+_recomputing = partial(_then, RecomputedInputs)
 
 BASELINES: dict[str, Builder] = {
     "frozen": _frozen,

@@ -230,7 +230,9 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str,
     console = console or make_console()
     rows = []
     for workload, batch in config.settings():
-        new_rows = _measure(config, workload, batch, console)
+        new_rows = _time(config, workload, batch, console) if config.rounds else _count(config, workload, batch)
+        for row in new_rows if config.memory else ():
+            row.update(peak_mib(str(row["method"]), workload, batch))
         gc.collect()  # frees models and optimizers in reference cycles
         console.print(_table(new_rows, workload, batch))
         if config.out is not None:
@@ -248,15 +250,6 @@ def _check_device(device: str) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ValueError(f"device must be available, got {device!r} ({first_line(error)}); use device cpu") from error
-
-
-def _measure(config: BenchConfig, workload: Workload, batch: int, console: Console) -> list[dict[str, Any]]:
-    """Measure one setting and return its rows."""
-    rows = _time(config, workload, batch, console) if config.rounds else _count(config, workload, batch)
-    if config.rounds and config.memory:
-        for row in rows:
-            row.update(peak_mib(str(row["method"]), workload, batch))
-    return rows
 
 
 def _time(config: BenchConfig, workload: Workload, batch: int, console: Console) -> list[dict[str, Any]]:

@@ -31,15 +31,7 @@ from snella_app.training.distributed import require_single_process
 from snella_app.training.session import NonFiniteLossError, TrainingInterrupted
 from snella_lab.comparison.cells import Cell, Plan, units
 from snella_lab.comparison.executors import Executor, InProcesses, InThisProcess, OnRay, import_ray
-from snella_lab.comparison.experiment import (
-    FILE,
-    PROBE,
-    SHARED_SETTINGS,
-    DataEntry,
-    Experiment,
-    Grid,
-    MethodEntry,
-)
+from snella_lab.comparison.experiment import FILE, PROBE, SHARED_SETTINGS, DataEntry, Experiment, Grid, MethodEntry
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
 from snella_lab.comparison.progress import ComparisonProgress

@@ -14,6 +14,7 @@ from snella_app.files import write_text
 from snella_app.methods import method_options, parse_method
 from snella_app.methods.defaults import PROBE_METHOD, REFERENCE_METHOD
 from snella_app.text import nearest
+from snella_lab.comparison.rows import NUMBERS
 
 OVER_TASKS, OVER_GROUPS = "mean over tasks", "mean over groups"
 
@@ -24,7 +25,7 @@ def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups:
     Args:
         published: `source`, a string; `values`, percentages by method label, then by task, group or mean; and
             `orderings`, each with the method labels `higher` and `lower`, an optional `task`, and an optional result
-            column `metric` (default: `test_accuracy`).
+            column `metric` (default: `test_accuracy`, or the main metric of a task without accuracy).
         tasks: Labels of the experiment's data.
         groups: Groups of the data.
 
@@ -43,6 +44,7 @@ def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups:
             f"{dict(published)!r:.200}"
         ]
     labels, errors = list(tasks), []
+    metrics = {*NUMBERS, *(f"{split}_{name}" for split in ("val", "test") for name in _SCORES)}
     for claim in claims:
         known = {"higher", "lower", "task", "metric"}
         if not isinstance(claim, Mapping) or set(claim) - known or not claim.get("higher") or not claim.get("lower"):
@@ -52,6 +54,9 @@ def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups:
             )
         elif claim.get("task") is not None and claim["task"] not in labels:
             errors.append(f"'task' in published.orderings must be one of {', '.join(labels)}, got {claim['task']!r}")
+        elif claim.get("metric", "step_time") not in metrics:
+            hint = nearest(str(claim["metric"]), sorted(metrics), most=2, cutoff=0.5)
+            errors.append(f"'metric' in published.orderings must be a result column, got {claim['metric']!r}{hint}")
     columns = {*labels, *groups, OVER_TASKS, OVER_GROUPS}
     for method, numbers in values.items():
         if not isinstance(numbers, Mapping):
@@ -73,6 +78,7 @@ MEASURES: dict[str, dict[str, str]] = {
     "regression": {"r2": "R²"},
 }
 """Metric titles by task type and score name; every metric has a maximum of 1."""
+_SCORES = {"loss", *(name for measures in MEASURES.values() for name in measures)}
 METHOD_SETTINGS = ("r", "target_sparsity", "scaling", "lr", "scalar_lr", "head_lr", "weight_decay")
 """Settings of a method entry. The tuning grid scales `lr` (for head-only methods also `head_lr`) and tries other
 values of `weight_decay`."""
@@ -332,6 +338,11 @@ class Experiment:
     def metric(self) -> str:
         """Main metric, the first of `measures`."""
         return next(iter(self.measures))
+
+    @property
+    def published_metric(self) -> str:
+        """Row column of published numbers: test accuracy, or the main metric of a task without accuracy."""
+        return f"test_{'accuracy' if 'accuracy' in self.measures else self.metric}"
 
     @property
     def reference_name(self) -> str:

@@ -7,14 +7,7 @@ import yaml
 
 import snella_lab
 from snella_app.text import nearest
-from snella_lab.comparison.experiment import (
-    FILE,
-    Experiment,
-    as_list,
-    data_entry,
-    method_entry,
-    plain_entry,
-)
+from snella_lab.comparison.experiment import FILE, Experiment, as_list, data_entry, method_entry, plain_entry
 from snella_lab.comparison.options import CompareOptions
 
 

@@ -61,9 +61,7 @@ def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) ->
     if is_log:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
-    else:
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
     axes.margins(0.08)
     axes.set_xlabel(label)
     axes.set_ylabel(f"test {summary.measure}" + (", mean over tasks" if len(summary.tasks) > 1 else ""))

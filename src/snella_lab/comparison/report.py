@@ -44,7 +44,6 @@ from snella_lab.comparison.summary import (
     table_cells,
 )
 
-_METRIC = "test_accuracy"  # the metric in papers
 _FRACTIONS = {f"test_{metric}" for measures in MEASURES.values() for metric in measures}
 
 
@@ -115,14 +114,14 @@ def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
     names = [method.name for method in experiment.methods]
     claims: list[tuple[str, Difference | None, bool]] = []
     for claim in experiment.published.get("orderings", []):
-        higher, lower, metric = claim["higher"], claim["lower"], claim.get("metric", _METRIC)
+        higher, lower, metric = claim["higher"], claim["lower"], claim.get("metric", experiment.published_metric)
         if higher not in names or lower not in names:
             continue
         tasks = [claim["task"]] if claim.get("task") else [entry.name for entry in experiment.data]
         runs = FinalRuns([row for row in rows if row.column(metric) is not None])
         value = runs.difference(higher, lower, tasks, metric)
         text = f"{higher} above {lower}" + (f" on {claim['task']}" if claim.get("task") else "")
-        text += "" if metric == _METRIC else f" in {metric.replace('_', ' ')}"
+        text += "" if metric == experiment.published_metric else f" in {metric.replace('_', ' ')}"
         claims.append((text, value, metric in _FRACTIONS))
     corrected = with_holm(dict(enumerate(value for _, value, _ in claims)))
     results = []
@@ -148,11 +147,12 @@ def print_paper(console: Console, summary: Summary) -> None:
 
 def _measured_result(column: str, line: MethodSummary, summary: Summary) -> float | None:
     """Return a method's measured result in one column, in percent."""
-    spreads = line.per_task[_METRIC]
+    metric = summary.experiment.published_metric
+    spreads = line.per_task[metric]
     if column in summary.groups and column not in spreads:
         mean = complete_mean([None if (s := spreads[task]) is None else s.mean for task in summary.groups[column]])
         return None if mean is None else 100 * mean
-    means = {OVER_TASKS: line.over_tasks[_METRIC], OVER_GROUPS: line.over_groups[_METRIC]}
+    means = {OVER_TASKS: line.over_tasks[metric], OVER_GROUPS: line.over_groups[metric]}
     value = means[column] if column in means else spreads.get(column)
     return None if value is None else 100 * value.mean
 

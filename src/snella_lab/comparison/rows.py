@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from snella_app.records.record import OPTIONAL, Float, Record
@@ -94,6 +94,8 @@ class CellResults:
 
 
 _SPLITS = ("val", "test")
+NUMBERS = tuple(entry.name for entry in fields(CellResults) if entry.type in ("int | None", "float | None"))
+"""Numeric results that are not scores."""
 
 
 @dataclass(frozen=True, kw_only=True)

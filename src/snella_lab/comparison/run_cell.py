@@ -73,10 +73,10 @@ def count_differences(model: nn.Module, other: nn.Module, head: str) -> int:
     )
 
 
-_FOLDS = 5
+_FOLDS, _PROBE_BATCH = 5, 32
 
 
-def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_size: int = 32) -> dict[str, Any]:
+def measure_forgetting(run: Path, data: str, images: int, cache: Path) -> dict[str, Any]:
     """Compare the linear-probe accuracy of adapted and frozen features on at most `images` images of other data.
 
     The accuracy of frozen features is cached in `cache`, which all runs of a backbone share.
@@ -89,7 +89,7 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_siz
     items, labels = probe_images(data, images)
     transform = build_transform(loaded.info.data_config, train=False, augment="none")
     items = [part.with_transform(transform) for part in items]
-    adapted = probe_accuracy(head_inputs(loaded.model, items, batch_size), labels)
+    adapted = probe_accuracy(head_inputs(loaded.model, items, _PROBE_BATCH), labels)
     backbone = loaded.info.backbone
     name = "_".join(str(part) for part in (backbone.name, backbone.img_size, data, images))
     seed = f"_{backbone.seed}" if backbone.pretrained is False else ""
@@ -98,7 +98,7 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, batch_siz
         frozen = float(json.loads(path.read_text())["accuracy"])
     else:
         model = build_method(PROBE_METHOD, make_backbone(backbone)).to(loaded.device)
-        frozen = probe_accuracy(head_inputs(model, items, batch_size), labels)
+        frozen = probe_accuracy(head_inputs(model, items, _PROBE_BATCH), labels)
         cache.mkdir(parents=True, exist_ok=True)
         write_json(path, {"data": data, "images": len(labels), "backbone": plain(backbone), "accuracy": frozen})
     return {

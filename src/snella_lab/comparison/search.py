@@ -97,7 +97,8 @@ class Choice:
 def next_tuning_runs(grid: Grid, default_weight_decay: float, results: Results) -> list[Candidate] | Choice:
     """Return the candidates to train next, or the final choice; a single candidate needs no tuning run."""
     factors = sorted(set(grid.lr_factors))
-    if len(factors) == 1 and not {w for w in grid.weight_decays if w != default_weight_decay}:
+    decays = sorted({w for w in grid.weight_decays if w != default_weight_decay})
+    if len(factors) == 1 and not decays:
         only = Candidate(factors[0])
         return Choice(only, (only,), False, False)
     for extensions in range(grid.max_extensions + 1):
@@ -113,7 +114,6 @@ def next_tuning_runs(grid: Grid, default_weight_decay: float, results: Results) 
     if best is None:
         return Choice(None, tuple(candidates), False, False)
     lr_on_edge = len(factors) > 1 and best.lr_factor in (factors[0], factors[-1])
-    decays = sorted({w for w in grid.weight_decays if w != default_weight_decay})
     if not decays:
         return Choice(best, tuple(candidates), lr_on_edge, False)
     for extensions in range(grid.max_extensions + 1):
@@ -151,17 +151,10 @@ def _extension(factors: Sequence[float], best: float) -> float | None:
 
     The extension repeats the ratio over two steps: 1, 3, 10 is followed by 30.
     """
-    if len(factors) < 2:
+    if len(factors) < 2 or best not in (factors[0], factors[-1]):
         return None
-    if best == factors[-1]:
-        return _rounded(_extrapolated(factors[::-1]))
-    return _rounded(_extrapolated(factors)) if best == factors[0] else None
-
-
-def _extrapolated(factors: Sequence[float]) -> float:
-    """Extrapolate the sequence to the factor before the first."""
-    first, second, *more = factors
-    return first * second / more[0] if more else first * first / second
+    first, second, *more = factors if best == factors[0] else factors[::-1]
+    return _rounded(first * second / more[0] if more else first * first / second)
 
 
 def _rounded(value: float) -> float:

@@ -222,8 +222,8 @@ def _channels(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.GroupNorm):
         return module.num_channels, 1
     if isinstance(module, nn.LayerNorm):
-        # timm's LayerNorm2d and transformers' channels-first norms take feature maps
-        takes_maps = type(module).__name__.endswith("2d") or getattr(module, "data_format", None) == "channels_first"
+        # timm's LayerNorm2d and LayerNorm2dFp32, and transformers' channels-first norms take feature maps
+        takes_maps = "2d" in type(module).__name__ or getattr(module, "data_format", None) == "channels_first"
         return module.normalized_shape[-1], 1 if takes_maps else -1
     return None
 

@@ -171,15 +171,8 @@ class SuperAdapter(Adapter):
 
 def build_supernet(model: nn.Module, head: str, size: int) -> nn.Module:
     """Copy a frozen model, attach modules of the largest size to every block, and make the head trainable."""
-    supernet = copy.deepcopy(model)
-    train_head(supernet, head)
-    for _, block in token_blocks("noah", supernet, head):
-        attention, mlp = cast(nn.Module, block.attn), cast(nn.Module, block.mlp)
-        qkv = cast(nn.Linear, attention.qkv)
-        attach(block, "prompts", make_prompts(supernet, block, size), before=insert_prompts, after=remove_prompts)
-        attach(qkv, "low_rank", SuperLowRank(qkv.out_features, qkv.in_features, size), after=add_low_rank)
-        attach(mlp, "adapter", SuperAdapter(block_width(block) or 0, size), after=apply_adapter)
-    return supernet
+    sizes = (size,) * len(token_blocks("noah", model, head))
+    return _apply(copy.deepcopy(model), head, Subnet(sizes, sizes, sizes), SuperLowRank, SuperAdapter)
 
 
 def activate(supernet: nn.Module, subnet: Subnet) -> None:
@@ -324,17 +317,19 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
     return _apply(model, head, best)
 
 
-def _apply(model: nn.Module, head: str, subnet: Subnet) -> nn.Module:
-    """Attach new modules with the subnet's sizes."""
+def _apply(
+    model: nn.Module, head: str, subnet: Subnet, low_rank: type[LowRank] = LowRank, adapter: type[Adapter] = Adapter
+) -> nn.Module:
+    """Make the head trainable, and attach new modules with the subnet's sizes."""
     train_head(model, head)
     for (_, block, qkv), prompts, rank, width in zip(qkv_layers(model, head), *subnet, strict=True):
         if prompts:
             attach(block, "prompts", make_prompts(model, block, prompts), before=insert_prompts, after=remove_prompts)
         if rank:
-            attach(qkv, "low_rank", LowRank(qkv.out_features, qkv.in_features, rank), after=add_low_rank)
+            attach(qkv, "low_rank", low_rank(qkv.out_features, qkv.in_features, rank), after=add_low_rank)
         if width:
-            adapter = Adapter(block_width(block) or 0, width)
-            attach(cast(nn.Module, block.mlp), "adapter", adapter, after=apply_adapter)
+            child = adapter(block_width(block) or 0, width)
+            attach(cast(nn.Module, block.mlp), "adapter", child, after=apply_adapter)
     return model
 
 

@@ -25,7 +25,7 @@ class Prompts(nn.Module):
         width: Token width.
         prefix: Number of prefix tokens (class token, registers).
         patch_area: Pixels per patch.
-        dropout: Dropout rate of the prompts.
+        dropout: Dropout rate of the prompts, with a separate mask for each image.
 
     Attributes:
         active: Number of leading prompts in use; None for all.
@@ -44,17 +44,16 @@ class Prompts(nn.Module):
 
     def insert(self, x: Tensor) -> Tensor:
         """Insert the prompts into `x` `[batch, tokens, width]`."""
-        prompts = self.dropout(self.tokens[: self.active]).to(x.dtype).expand(len(x), -1, -1)
+        prompts = self.dropout(self.tokens[: self.active].to(x.dtype).expand(len(x), -1, -1))
         return torch.cat([x[:, : self.prefix], prompts, x[:, self.prefix :]], dim=1)
 
     def remove(self, x: Tensor) -> Tensor:
         """Remove the prompt tokens from `x`."""
-        return _without_tokens(x, self.prefix, len(self.tokens[: self.active]))
+        return torch.cat([x[:, : self.prefix], x[:, self.prefix + len(self.tokens[: self.active]) :]], dim=1)
 
-
-def _without_tokens(x: Tensor, start: int, count: int) -> Tensor:
-    """Remove `count` tokens from `x` `[batch, tokens, width]`, starting at `start`."""
-    return torch.cat([x[:, :start], x[:, start + count :]], dim=1)
+    def remove_after(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Forward hook of a later block: remove the prompt tokens from its output."""
+        return self.remove(output)
 
 
 def insert_prompts(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -65,20 +64,6 @@ def insert_prompts(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...
 def remove_prompts(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     """Forward hook: remove the tokens of the block's child `prompts` from its output."""
     return module.prompts.remove(output)  # type: ignore[operator,union-attr]
-
-
-class PromptEnd(nn.Module):
-    """Marker of the last block, after which the first block's prompts are removed."""
-
-    def __init__(self, prompts: int, prefix: int) -> None:
-        super().__init__()
-        self.count, self.prefix = prompts, prefix
-
-
-def end_prompts(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Forward hook: remove the prompts inserted by an earlier block."""
-    end: Any = module.prompt_end
-    return _without_tokens(output, end.prefix, end.count)
 
 
 def make_prompts(model: nn.Module, block: nn.Module, prompts: int, dropout: float = 0.0) -> Prompts:
@@ -106,7 +91,7 @@ def _shallow(model: nn.Module, head: str, options: Options, batches: Batches | N
     first, last = blocks[0][1], blocks[-1][1]
     prompts = make_prompts(model, first, options.get("prompts", 10), options.get("dropout", 0.0))
     attach(first, "prompts", prompts, before=insert_prompts)
-    attach(last, "prompt_end", PromptEnd(len(prompts.tokens), prompts.prefix), after=end_prompts)
+    last.register_forward_hook(prompts.remove_after)
     return model
 
 

@@ -62,11 +62,7 @@ class SptLayer(SparseUpdate):
     """
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        indices: Tensor,
-        row_counts: Sequence[int],
-        structured: Mapping[int, nn.Module],
+        self, base_layer: nn.Module, indices: Tensor, row_counts: Sequence[int], structured: Mapping[int, nn.Module]
     ) -> None:
         super().__init__(base_layer, indices)
         self.row_counts = list(row_counts)

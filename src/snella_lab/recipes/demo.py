@@ -77,7 +77,8 @@ def run_demo(
     run.write(MethodResults(rows=rows))
     report = rewrite_report(folder, console)
     print_heading(console, "comparison")
-    print_line(console, f"{folder}: {DEMO_SETTINGS['train_size']} training images, same test images for all methods")
+    train_size = {**DEMO_SETTINGS, **settings}["train_size"]
+    print_line(console, f"{folder}: {train_size} training images, same test images for all methods")
     columns = ("method", "accuracy", "balanced accuracy", "trainable parameters", "seconds", "adapter MiB")
     cells = (
         (

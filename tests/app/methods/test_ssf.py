@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import torch
 from timm.layers import LayerNorm2d
+from timm.layers.norm import LayerNorm2dFp32
 from torch import nn
 from transformers.models.sam.modeling_sam import SamLayerNorm
 
@@ -44,7 +45,9 @@ def test_every_operation_except_the_head_is_scaled_and_shifted(make_model):
     assert places == inside | {"patch_embed.proj", "norm"}
 
 
-@pytest.mark.parametrize("make_norm", [LayerNorm2d, partial(SamLayerNorm, data_format="channels_first")])
+@pytest.mark.parametrize(
+    "make_norm", [LayerNorm2d, LayerNorm2dFp32, partial(SamLayerNorm, data_format="channels_first")]
+)
 def test_outputs_of_feature_map_norms_are_scaled_per_channel(make_norm):
     layers = nn.Sequential(nn.Conv2d(3, 4, 1), make_norm(4), nn.Flatten(), nn.Linear(4 * 5 * 6, 2))
     layers.num_classes = 2

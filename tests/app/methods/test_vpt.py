@@ -71,6 +71,12 @@ def test_dropout_acts_on_prompts_only_in_training(make_model, images):
         assert torch.equal(model.eval()(images), model(images))
 
 
+def test_dropout_differs_between_images():
+    torch.manual_seed(0)
+    first, second = Prompts(4, 8, dropout=0.5).train().insert(torch.zeros(2, 3, 8))
+    assert not torch.equal(first == 0, second == 0)
+
+
 def test_a_model_without_one_token_sequence_is_rejected(make_model):
     for name in ("test_convnext", "test_resnet"):
         with pytest.raises(

@@ -79,5 +79,7 @@ def test_every_plot_kind_has_a_function():
         assert plot_function(kind).__name__ == kind
     with pytest.raises(ValueError, match=r"kind must be one of allocation, .* got 'pie'"):
         PlotOptions(kind="pie", runs=["run"], out="plots")
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0; batch_size must be at least 1, got -1"):
+        PlotOptions(kind="images", runs=["run"], out="plots", limit=0, batch_size=-1)
     with pytest.raises(ValueError, match="--limit 3: not an option of snella plot radar"):
         make_plots(PlotOptions(kind="radar", runs=["run"], out="plots", limit=3))

@@ -16,6 +16,9 @@ from snella_app.report.report import update_section
 from snella_app.report.updates import _downsample, deepest_query
 from snella_app.runs.model import load_run, make_backbone
 from snella_lab.analysis.updates import (
+    RunUpdates,
+    _draw_similarity,
+    _layers,
     _Similarity,
     chance_frequencies,
     effective_rank,
@@ -87,6 +90,21 @@ def test_zero_updates_are_excluded_from_pairs():
     total.add(torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]]))
     row = total.row()
     assert row["pairs"] == 1 and row["cosine"] == pytest.approx(1 / math.sqrt(2))
+
+
+def test_blocks_of_several_stages_are_separate_layers():
+    def layers(*names):
+        return _layers([RunUpdates("run", dict.fromkeys(names, (2, 2)), {}, lambda name: torch.zeros(2, 2))])
+
+    plain = ("blocks.10.attn.qkv.q", "blocks.9.mlp.fc1", "norm.fc")
+    assert layers(*plain) == {"9": [plain[1]], "10": [plain[0]], "–": [plain[2]]}
+    staged = ("layers.0.blocks.0.mlp.fc1", "layers.0.blocks.1.mlp.fc1", "layers.2.blocks.0.mlp.fc1")
+    assert layers(*staged) == {str(depth): [name] for depth, name in enumerate(staged)}
+
+
+def test_layers_without_pairs_are_not_drawn():
+    row = {"layer": "0", "position": 0, "matrices": 1, **_Similarity(2).row()}
+    _draw_similarity([row]).draw_without_rendering()
 
 
 def test_observed_and_chance_frequencies_match_hand_counts():

@@ -16,6 +16,7 @@ from snella.layer import SnellaLayer
 from snella_app.cli.main import main
 from snella_app.training import memory
 from snella_app.training.memory import peak_rss_mib, record_forward
+from snella_lab import commands
 from snella_lab.bench.baselines import BASELINES, RecomputedInputs, Workload, random_batch
 from snella_lab.bench.bench import BenchConfig, Runner, bench, grid, peak_of_child, quartiles
 from snella_lab.bench.reference import op_error
@@ -181,6 +182,13 @@ def test_grid_contains_all_settings_and_methods():
     assert baselines | {"snella", "snella-keep-delta", "paper"} == set(config.methods)
 
 
+def test_grid_command_uses_rounds_and_figures(monkeypatch):
+    configs = []
+    monkeypatch.setattr("snella_lab.bench.bench.bench", configs.append)
+    commands.bench(grid=True, rounds=2, out="rows.jsonl", figures="figures")
+    assert configs == [replace(grid(out="rows.jsonl"), rounds=2, figures="figures")]
+
+
 def test_only_keep_delta_saves_the_effective_weight():
     rows = {row["method"]: row for row in bench(BenchConfig(["test_vit"], [2], SAVING, r=[4], rounds=0), QUIET)}
     adapted = sum(
@@ -270,6 +278,12 @@ def test_command_in_a_row_excludes_the_output_path(out, monkeypatch):
 def test_command_in_a_row_excludes_folders_of_absolute_paths(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/a/bench.py", "--root", "/home/me/folders", "--cache=/b/c", "--options", "1/2"])
     assert conditions("cpu")["command"] == "bench.py --root folders --cache=c --options 1/2"
+
+
+def test_conditions_omit_modules_without_package_metadata(tmp_path, monkeypatch):
+    (tmp_path / "module_of_no_package.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert list(conditions("cpu", ("module_of_no_package", "torch"))["versions"]) == ["torch"]
 
 
 def test_conditions_contain_the_device():

@@ -1,6 +1,7 @@
 """Experiment files of the paper's tables, compared with the benchmarks and the published numbers."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import timm
@@ -156,6 +157,10 @@ def test_tuning_under_the_official_protocol_is_rejected(experiments):
             {"source": "T", "orderings": [{"higher": "a", "lower": "b", "task": "cifr"}]},
             "'task' in published.orderings must be one of cifar, .* got 'cifr'",
         ),
+        (
+            {"source": "T", "orderings": [{"higher": "a", "lower": "b", "metric": "steptime"}]},
+            "'metric' in published.orderings must be a result column, got 'steptime'; nearest: step_time",
+        ),
     ],
 )
 def test_invalid_published_numbers_are_rejected(published, message, experiments):
@@ -188,6 +193,19 @@ def test_published_and_measured_numbers_are_paired(experiments):
     print_paper(Console(file=output, width=120), summary)
     assert "compared with the paper: Table XIII" in output.getvalue() and "+1.5" in output.getvalue()
     assert PaperComparison("lora-8", "dmlab", 49.8, None).texts == ("lora-8", "dmlab", "49.8", "–", "–")
+
+
+def test_published_numbers_of_a_task_without_accuracy_are_of_its_main_metric(tiny):
+    claims = [{"higher": "lora-2", "lower": "linear"}]
+    published = {"source": "T", "values": {"lora-2": {"digits": 70.0}}, "orderings": claims}
+    experiment = tiny(train={"task": "regression"}, published=published)
+    rows = [
+        replace(row(method, "digits", None), results=CellResults(test={"r2": r2}))
+        for method, r2 in (("lora-2", 0.8), ("linear", 0.6))
+    ]
+    assert paper_comparison(summarize(experiment, rows))[0].measured == pytest.approx(80)
+    (result,) = paper_orderings(experiment, rows)
+    assert result.claim == "lora-2 above linear" and result.difference.mean == pytest.approx(0.2)
 
 
 def test_orderings_are_decided_by_corrected_tests_of_paired_differences(experiments):

@@ -44,6 +44,7 @@ def test_demo_compares_three_methods_on_one_split(photos, tmp_path, counts_by_ep
         assert row["accuracy"] == metrics["test"]["accuracy"] and row["adapter_bytes"] == metrics["adapter_bytes"]
     table = output.getvalue().rpartition("comparison")[2]
     for text in (
+        ": 24 training images",
         "balanced accuracy",
         "trainable parameters",
         "seconds",

@@ -59,10 +59,7 @@ class DreamBoothConfig(RunSettings):
         **{"samples": 0, "sample_steps": 1},
     }
     nonnegative: ClassVar = ("prior_weight", "guidance")
-    required: ClassVar[dict[str, str]] = {
-        "data": "folder:photos/my-dog",
-        "pipeline": "sd3-medium",
-    }
+    required: ClassVar[dict[str, str]] = {"data": "folder:photos/my-dog", "pipeline": "sd3-medium"}
     out_example: ClassVar[str] = "runs/my-dog"
     purpose: ClassVar[str] = "generation"
     basic: ClassVar[tuple[str, ...]] = (

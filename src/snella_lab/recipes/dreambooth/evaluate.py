@@ -19,7 +19,7 @@ from snella_app.data.images import read_image
 from snella_app.device import choose_device
 from snella_lab.recipes.dreambooth.config import DreamBoothFolder, EvaluateGenerationOptions
 from snella_lab.recipes.dreambooth.data import PROMPT_FILE, PromptFile, fill, load_concept, read_prompt_file
-from snella_lab.recipes.dreambooth.generate import GeneratedImage, load_generator, sampling_of
+from snella_lab.recipes.dreambooth.generate import GeneratedImage, load_generator
 from snella_lab.recipes.pretrained import load_pretrained
 
 
@@ -87,46 +87,13 @@ def _normalized(embeddings: Tensor) -> Tensor:
 _BATCH = 16
 
 
-class ClipEmbedder:
-    """CLIP embeddings of images and texts in their joint space.
+class _Embedder:
+    """Embeddings of images by a pre-trained model.
 
     Args:
+        kind: Class of the model.
         name: Local folder in transformers format, or hub name.
-        device: Device of the model.
-
-    Raises:
-        FileNotFoundError: If the folder has no model, image processor or tokenizer.
-        ConnectionError: If `name` is not a local folder and cannot be loaded from the hub or its cache.
-    """
-
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.device = device
-        self.model = load_pretrained(CLIPModel, name, "clip").to(device).eval()
-        self.processor = load_pretrained(AutoImageProcessor, name, "clip")
-        self.tokenizer = load_pretrained(AutoTokenizer, name, "clip")
-
-    @torch.no_grad()
-    def images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embed images, `[n, d]`."""
-        return _embed_images(self.model.get_image_features, self.processor, images, self.device)
-
-    @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts, truncated to CLIP's context length, `[n, d]`."""
-        length = self.model.config.text_config.max_position_embeddings
-        options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
-        parts = []
-        for batch in _batches(texts):
-            tokens = self.tokenizer(batch, **options).to(self.device)
-            parts.append(_features(self.model.get_text_features(**tokens)))
-        return torch.cat(parts)
-
-
-class DinoEmbedder:
-    """DINOv2 embeddings of images: the class token after the last norm.
-
-    Args:
-        name: Local folder in transformers format, or hub name.
+        option: Name of the option, for error messages.
         device: Device of the model.
 
     Raises:
@@ -134,23 +101,41 @@ class DinoEmbedder:
         ConnectionError: If `name` is not a local folder and cannot be loaded from the hub or its cache.
     """
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, kind: Any, name: str, option: str, device: torch.device) -> None:
         self.device = device
-        self.model = load_pretrained(Dinov2Model, name, "dino").to(device).eval()
-        self.processor = load_pretrained(AutoImageProcessor, name, "dino")
+        self.model = load_pretrained(kind, name, option).to(device).eval()
+        self.processor = load_pretrained(AutoImageProcessor, name, option)
+        self.embed: Callable[..., Any] = self.model
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         """Embed images, `[n, d]`."""
-        return _embed_images(self.model, self.processor, images, self.device)
+        batches = (self.processor(images=batch, return_tensors="pt").to(self.device) for batch in _batches(images))
+        return torch.cat([_features(self.embed(**pixels)) for pixels in batches])
 
 
-def _embed_images(
-    embed: Callable[..., Any], processor: Any, images: Sequence[Image.Image], device: torch.device
-) -> Tensor:
-    """Embed images in batches, `[n, d]`."""
-    batches = (processor(images=batch, return_tensors="pt").to(device) for batch in _batches(images))
-    return torch.cat([_features(embed(**pixels)) for pixels in batches])
+class ClipEmbedder(_Embedder):
+    """CLIP embeddings of images and texts in their joint space."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        super().__init__(CLIPModel, name, "clip", device)
+        self.embed = self.model.get_image_features
+        self.tokenizer = load_pretrained(AutoTokenizer, name, "clip")
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts, truncated to CLIP's context length, `[n, d]`."""
+        length = self.model.config.text_config.max_position_embeddings
+        options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
+        tokens = (self.tokenizer(batch, **options).to(self.device) for batch in _batches(texts))
+        return torch.cat([_features(self.model.get_text_features(**batch)) for batch in tokens])
+
+
+class DinoEmbedder(_Embedder):
+    """DINOv2 embeddings of images: the class token after the last norm."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        super().__init__(Dinov2Model, name, "dino", device)
 
 
 def _batches(items: Sequence[Any]) -> Iterator[list[Any]]:
@@ -202,9 +187,10 @@ def evaluate_generation(options: EvaluateGenerationOptions, console: Console | N
         concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
         scores = score_images(images, list(concept.images()), plain_prompts, *embedders)
         row = {"subject": concept.name, "method": config.method.name, "pictures": len(images), **scores}
-        sampling = asdict(sampling_of(config, options.steps))
         models = {"clip": options.clip, "dino": options.dino}
-        DreamBoothFolder(folder).write_json(RESULT_FILE, {"format": 1, **row, **models, "drawing": sampling})
+        DreamBoothFolder(folder).write_json(
+            RESULT_FILE, {"format": 1, **row, **models, "drawing": asdict(generator.sampling)}
+        )
         rows.append({"run": str(folder), **row})
     values = {name: [row[name] for row in rows] for name in METRICS}
     return {

@@ -25,10 +25,9 @@ from snella_app.records.run import RunInfo
 from snella_app.runs.folder import adapter_digest
 from snella_lab.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder, GenerateOptions, GenerationOptions
 from snella_lab.recipes.dreambooth.data import fill, read_prompt_file
-from snella_lab.recipes.dreambooth.pipeline import check_resolution, embed_prompts, load_pipeline
+from snella_lab.recipes.dreambooth.pipeline import TEXT_COMPONENTS, check_resolution, embed_prompts, load_pipeline
 
 MANIFEST = "images.json"
-_TEXT_COMPONENTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,7 @@ def sampling_of(
 
 @torch.no_grad()
 def sample_images(
-    pipeline: StableDiffusion3Pipeline,
-    jobs: Sequence[tuple[str, int]],
-    sampling: SamplingConfig,
-    device: torch.device,
+    pipeline: StableDiffusion3Pipeline, jobs: Sequence[tuple[str, int]], sampling: SamplingConfig, device: torch.device
 ) -> Iterator[Image.Image]:
     """Generate one image per job, in order.
 
@@ -97,7 +93,7 @@ def sample_images(
         return tokens.to(device), torch.cat([embedded[prompt].pooled for prompt in prompts]).to(device)
 
     # without text encoders: diffusers infers the device from all components
-    no_text: dict[str, Any] = dict.fromkeys(_TEXT_COMPONENTS)
+    no_text: dict[str, Any] = dict.fromkeys(TEXT_COMPONENTS)
     image_pipeline = StableDiffusion3Pipeline(
         transformer=pipeline.transformer.to(device).eval(),
         scheduler=type(pipeline.scheduler).from_config(pipeline.scheduler.config),

@@ -148,17 +148,8 @@ def check_resolution(pipeline: StableDiffusion3Pipeline, resolution: int) -> Non
 
 _INDEX_FILE = "model_index.json"
 _OPTIONAL = ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")
-_COMPONENTS = (
-    "transformer",
-    "scheduler",
-    "vae",
-    "text_encoder",
-    "tokenizer",
-    "text_encoder_2",
-    "tokenizer_2",
-    "text_encoder_3",
-    "tokenizer_3",
-)
+TEXT_COMPONENTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+_COMPONENTS = ("transformer", "scheduler", "vae", *TEXT_COMPONENTS)
 
 
 def load_pipeline(name: str, precision: str = "fp32") -> StableDiffusion3Pipeline:

@@ -40,10 +40,7 @@ class LanguageConfig(RunSettings):
     """
 
     minimums: ClassVar = {"max_length": 2, "epochs": 1, "warmup_steps": 0, "val_size": 0}
-    required: ClassVar[dict[str, str]] = {
-        "data": "commonsense_170k.json",
-        "model": "Llama-2-7b-hf",
-    }
+    required: ClassVar[dict[str, str]] = {"data": "commonsense_170k.json", "model": "Llama-2-7b-hf"}
     out_example: ClassVar[str] = "runs/llama"
     purpose: ClassVar[str] = "language"
     basic: ClassVar[tuple[str, ...]] = (
@@ -95,7 +92,7 @@ class EvaluateLanguageOptions(Config):
         batch_size: Batch size.
         limit: Maximum number of questions per task.
         model: Path or hub name of the model; defaults to the run's.
-        overwrite: Replace answers generated with other settings.
+        overwrite: Replace answers to other questions, or answers generated with other settings.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
 

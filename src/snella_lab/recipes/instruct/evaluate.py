@@ -45,7 +45,7 @@ def evaluate_language(options: EvaluateLanguageOptions, console: Console | None 
 
     Raises:
         FileNotFoundError: If the run, adapter, data or model does not exist.
-        FileExistsError: If the run has answers generated with other settings.
+        FileExistsError: If the run has answers to other questions, or answers generated with other settings.
         ValueError: If the data are invalid, or the run belongs to another command.
     """
     folder = LanguageFolder(options.run)
@@ -55,7 +55,10 @@ def evaluate_language(options: EvaluateLanguageOptions, console: Console | None 
     questions = {name: entries[: options.limit] for name, entries in read_benchmark(options.data).items()}
     digest = adapter_digest(folder.adapter)
     settings = {"beams": options.beams, "max_new_tokens": options.max_new_tokens, "adapter": digest}
-    answers = {task: _read_answers(folder, task, settings, options.overwrite) for task in questions}
+    answers = {
+        task: _read_answers(folder, task, entries, settings, options.overwrite)[: len(entries)]
+        for task, entries in questions.items()
+    }
     batches = [
         (task, entries[start : start + options.batch_size])
         for task, entries in questions.items()
@@ -121,7 +124,9 @@ def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"accuracy": correct / len(rows), "right": correct, "questions": len(rows), "unanswered": unanswered}
 
 
-def _read_answers(run: LanguageFolder, task: str, settings: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
+def _read_answers(
+    run: LanguageFolder, task: str, entries: Sequence[Instruction], settings: dict[str, Any], overwrite: bool
+) -> list[dict[str, Any]]:
     """Read existing answers up to the first damaged line and rewrite the file; its first line contains the settings."""
     path = run.path / "answers" / f"{task}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
@@ -131,9 +136,12 @@ def _read_answers(run: LanguageFolder, task: str, settings: dict[str, Any], over
             rows.append(json.loads(line))
         except ValueError:
             break
-    if rows and rows[0] != settings and not overwrite:
-        raise FileExistsError(f"{path} contains answers with other settings, {rows[0]}; replace them with --overwrite")
-    if not rows or rows[0] != settings:
+    other = f"with other settings, {rows[0]}" if rows and rows[0] != settings else ""
+    if not other and any(row["answer"] != entry.answer for row, entry in zip(rows[1:], entries, strict=False)):
+        other = "to other questions"
+    if other and not overwrite:
+        raise FileExistsError(f"{path} contains answers {other}; replace them with --overwrite")
+    if other or not rows:
         rows = [settings]
     path.parent.mkdir(exist_ok=True)
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

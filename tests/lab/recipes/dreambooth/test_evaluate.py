@@ -107,7 +107,8 @@ def test_every_prompt_is_generated_scored_and_reused(
     assert results["mean"]["vendi"] == pytest.approx(sum(values) / 2)
     assert results["standard_error"]["vendi"] == pytest.approx(abs(values[0] - values[1]) / 2)
     times = {path: path.stat().st_mtime_ns for path in (runs / "toy" / "evaluation").iterdir()}
-    rerun = evaluate_generation(evaluation(runs / "toy", clip_folder, dino_folder, pictures=2))
+    rerun = evaluate_generation(evaluation(runs / "toy", clip_folder, dino_folder, pictures=2, batch_size=2))
+    assert json.loads((runs / "toy" / "generation.json").read_text())["drawing"]["batch_size"] == 2
     assert times == {path: path.stat().st_mtime_ns for path in (runs / "toy" / "evaluation").iterdir()}
     assert rerun["mean"]["vendi"] == row["vendi"] and rerun["standard_error"]["vendi"] is None
 

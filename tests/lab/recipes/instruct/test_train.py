@@ -124,7 +124,7 @@ def test_all_questions_are_answered_and_counted(finished_run, data, capsys):
     assert result["mean"] == sum(scores["accuracy"] for scores in result["tasks"].values()) / 2
 
 
-def test_evaluation_resumes_after_a_truncated_line(finished_run, data):
+def test_evaluation_resumes_after_a_truncated_line(finished_run, data, tmp_path):
     options = evaluation(finished_run, data, max_new_tokens=40, batch_size=2)
     first = evaluate_language(options)
     path = finished_run / "answers" / "boolq.jsonl"
@@ -137,7 +137,12 @@ def test_evaluation_resumes_after_a_truncated_line(finished_run, data):
         FileExistsError, match=r"boolq.jsonl contains answers with other settings, .*'beams': 1.*--overwrite"
     ):
         evaluate_language(replace(options, beams=2))
-    assert evaluate_language(replace(options, limit=2))["tasks"]["piqa"]["questions"] in (2, 5)
+    others = shutil.copytree(data, tmp_path / "others")
+    entries = json.loads((others / "piqa" / "test.json").read_text())
+    (others / "piqa" / "test.json").write_text(json.dumps(entries[1:]))
+    with pytest.raises(FileExistsError, match=r"piqa.jsonl contains answers to other questions; .*--overwrite"):
+        evaluate_language(replace(options, data=str(others)))
+    assert evaluate_language(replace(options, limit=2))["tasks"]["piqa"]["questions"] == 2
 
 
 def test_saved_adapter_reproduces_the_logits(finished_run, llama):
