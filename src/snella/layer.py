@@ -459,6 +459,9 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """Free cached tensors, such as the effective weight in evaluation."""
         self._cache.clear()
 
+    def __repr__(self) -> str:
+        return "snella." + super().__repr__()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the layer and the stored unmerged weight, and free cached tensors."""
         super()._apply(fn, recurse)
@@ -487,9 +490,6 @@ class Linear(SnellaLayer):
         """Return True: the update adds to a linear layer's weight, and a low-rank fit can approximate it."""
         return True
 
-    def __repr__(self) -> str:
-        return "snella." + super().__repr__()
-
 
 class Conv2d(SnellaLayer):
     """Adapted 2D convolution; its weight `[m, c/groups, kh, kw]` is viewed as `[m, c/groups·kh·kw]`."""
@@ -509,9 +509,6 @@ class Conv2d(SnellaLayer):
 
     def _op(self) -> Conv2dOp:
         return Conv2dOp.of(cast(nn.Conv2d, self.get_base_layer()))
-
-    def __repr__(self) -> str:
-        return "snella." + super().__repr__()
 
 
 # passes ------------------------------------------------------------------------------------------------------------
