@@ -1,4 +1,4 @@
-"""Suggestions and lists of names in messages, matching of module names, and the cache folder."""
+"""Helpers for error messages, module names and the cache folder."""
 
 import difflib
 import os

@@ -40,7 +40,7 @@ class Budgets:
 
     Attributes:
         live: Most recently set budgets by adapter, shared by all copies of the layer.
-        records: Budgets of the buffers by adapter. Copies and pickles start without records.
+        records: Budgets of the buffers by adapter. Copies, pickles and moved layers start without records.
     """
 
     def __init__(self) -> None:
@@ -62,11 +62,18 @@ def compute_seal(budget: int) -> int:
 
 
 def read_budgets(layer: SnellaLayer, adapter_name: str) -> tuple[int, ...]:
-    """Return the budgets in the buffer, after replacing averaged budgets with the live ones."""
+    """Return the budgets in the buffer, after replacing averaged budgets with the live ones.
+
+    Averaging writes in place; a new buffer contains loaded budgets. transformers' `load_adapter` assigns tensors
+    without calling `load_state_dict`.
+    """
     buffer, seal = layer.snella_budget[adapter_name], layer.snella_seal[adapter_name]
     budgets, stored_seals = torch.stack((buffer, seal.to(buffer.device))).tolist()  # one transfer
     is_sealed = stored_seals == [compute_seal(budget) for budget in budgets]
     record = layer._budgets.records.get(adapter_name)
+    if not is_sealed and record is not None and record.buffer is not buffer and not buffer.is_floating_point():
+        seal_budgets(layer, adapter_name, tuple(budgets))
+        return tuple(budgets)
     if is_sealed and record is not None and record.buffer is buffer and record.seal is seal:
         # a write, e.g. of an averaged `state_dict`, may change the buffer but not its seal
         is_sealed = buffer._version == record.version or seal._version != record.seal_version

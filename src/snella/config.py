@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -11,6 +12,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import regex
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -209,55 +211,49 @@ class SnellaConfig(PeftConfig):
             all of them.
     """
 
-    r: int = field(default=8, metadata={"help": "rank of the two factors"})
-    kernel: str = field(default="mix_k", metadata={"help": "kernel function that merges the factors"})
-    num_pieces: int = field(default=2, metadata={"help": "number of pieces per factor row"})
-    target_sparsity: float = field(default=0.7, metadata={"help": "fraction of zeros in the final update"})
-    init_sparsity: float = field(default=0.0, metadata={"help": "fraction of zeros in the first update"})
-    target_modules: set[str] | list[str] | str | None = field(default=None, metadata={"help": "modules to adapt"})
-    exclude_modules: set[str] | list[str] | str | None = field(default=None, metadata={"help": "modules to exclude"})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "block indices to adapt"})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of blocks"})
-    qkv_groups: int | str | dict[str, int | list[int]] = field(
-        default="auto", metadata={"help": "number of matrices in fused query-key-value layers"}
-    )
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "ranks per layer"})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained in full"})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "rows of the embedding to train"}
-    )
-    ensure_weight_tying: bool = field(default=False, metadata={"help": "keep input and output embeddings tied"})
-    bias: str = field(default="none", metadata={"help": "none, all or snella_only"})
-    parameters_to_save: list[str] | None = field(
-        default=None, metadata={"help": "parameters outside modules, trained in full"}
-    )
-    scaling: float = field(default=1.0, metadata={"help": "scaling factor of the update"})
-    update_dropout: float | None = field(default=None, metadata={"help": "dropout on the update's input"})
-    update_drop_path: float | None = field(default=None, metadata={"help": "probability of skipping the update"})
-    dropout_exclude: list[str] | None = field(default=None, metadata={"help": "modules without update_dropout"})
-    preset: str = field(default="paper", metadata={"help": "paper, official or matched"})
-    sparsify_mode: str | None = field(default=None, metadata={"help": "soft, official or none"})
-    learn_piece_coeff: bool | None = field(default=None, metadata={"help": "learn the piece coefficients"})
-    learn_temperature: bool | None = field(default=None, metadata={"help": "learn the softmax temperature"})
-    zero_init_ema: bool | None = field(default=None, metadata={"help": "start the moving averages at zero"})
-    allocation: str = field(default="competition", metadata={"help": "competition or uniform"})
-    schedule: str = field(default="cubic", metadata={"help": "budget schedule"})
-    match_update: bool | None = field(default=None, metadata={"help": "scale steps to the size of the weights"})
-    schedule_end: float | None = field(default=None, metadata={"help": "fraction of training until the target budget"})
-    importance: str = field(default="sensitivity", metadata={"help": "importance metric of the competition"})
-    realloc_every: int | str = field(default="epoch", metadata={"help": "epoch, or a number of optimizer steps"})
-    beta1: float = field(default=0.85, metadata={"help": "decay of the importance average"})
-    beta2: float = field(default=0.85, metadata={"help": "decay of the uncertainty average"})
-    min_layer_share: float = field(default=0.0, metadata={"help": "minimum share of the uniform budget per matrix"})
-    softmax_dim: int = field(default=0, metadata={"help": "axis of the softmax, 0 or 1"})
-    center_softmax: bool = field(default=False, metadata={"help": "subtract the softmax's mean"})
-    cache_delta: bool = field(default=False, metadata={"help": "save the merged matrix for the backward pass"})
-    recompute_inputs: bool = field(default=True, metadata={"help": "recompute inputs in the backward pass"})
-    compress_activations: bool = field(default=False, metadata={"help": "store activations in int8"})
-    weight_gradient: str = field(default="exact", metadata={"help": "exact, bfloat16, or sample:P of the tokens"})
-    impl: str = field(default="auto", metadata={"help": "implementation of the adapted layer"})
-    init_weights: bool = field(default=True, metadata={"help": "draw small factors"})
-    unused_modules: list[str] | None = field(default=None, metadata={"help": "read-only: adapted but unused modules"})
+    r: int = 8
+    kernel: str = "mix_k"
+    num_pieces: int = 2
+    target_sparsity: float = 0.7
+    init_sparsity: float = 0.0
+    target_modules: set[str] | list[str] | str | None = None
+    exclude_modules: set[str] | list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    qkv_groups: int | str | dict[str, int | list[int]] = "auto"
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    bias: str = "none"
+    parameters_to_save: list[str] | None = None
+    scaling: float = 1.0
+    update_dropout: float | None = None
+    update_drop_path: float | None = None
+    dropout_exclude: list[str] | None = None
+    preset: str = "paper"
+    sparsify_mode: str | None = None
+    learn_piece_coeff: bool | None = None
+    learn_temperature: bool | None = None
+    zero_init_ema: bool | None = None
+    allocation: str = "competition"
+    schedule: str = "cubic"
+    match_update: bool | None = None
+    schedule_end: float | None = None
+    importance: str = "sensitivity"
+    realloc_every: int | str = "epoch"
+    beta1: float = 0.85
+    beta2: float = 0.85
+    min_layer_share: float = 0.0
+    softmax_dim: int = 0
+    center_softmax: bool = False
+    cache_delta: bool = False
+    recompute_inputs: bool = True
+    compress_activations: bool = False
+    weight_gradient: str = "exact"
+    impl: str = "auto"
+    init_weights: bool = True
+    unused_modules: list[str] | None = None
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
         """Reject unknown fields and suggest the closest field."""
@@ -350,7 +346,10 @@ class SnellaConfig(PeftConfig):
         if not Path(pretrained_model_name_or_path).exists():
             download_kwargs, *_ = cls._split_kwargs(kwargs)
             name = SAFETENSORS_WEIGHTS_NAME
-            path = Path(hf_hub_download(pretrained_model_name_or_path, name, subfolder=subfolder, **download_kwargs))
+            with suppress(EntryNotFoundError):  # an adapter saved with safe_serialization=False
+                path = Path(
+                    hf_hub_download(pretrained_model_name_or_path, name, subfolder=subfolder, **download_kwargs)
+                )
         if not path.is_file():
             return config
         with safe_open(path, framework="pt") as tensors:

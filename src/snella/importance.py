@@ -143,7 +143,7 @@ class ImportanceTracker:
 
     def has_sharded_factors(self) -> bool:
         """Return whether FSDP shards a factor of any matrix."""
-        return any(_is_sharded(factor) for matrix in self.matrices for factor in _factor_parameters(matrix))
+        return any(is_sharded(factor) for matrix in self.matrices for factor in _factor_parameters(matrix))
 
     def _observe_factors(self, *, with_gradient: bool) -> dict[str, _Observation]:
         """Return the factors and their gradients, keyed by `"NAME/A"` and `"NAME/B"`; with FSDP, the local entries."""
@@ -170,9 +170,7 @@ class ImportanceTracker:
             for factor, shape in zip(_factor_parameters(matrix), _factor_layout(matrix)[1], strict=True):
                 factors[id(factor)] = factor
                 sizes[id(factor)] += shape.numel()
-        flat_shards = [
-            key for key, factor in factors.items() if _is_sharded(factor) and not isinstance(factor, DTensor)
-        ]
+        flat_shards = [key for key, factor in factors.items() if is_sharded(factor) and not isinstance(factor, DTensor)]
         if flat_shards and not self._flat_shard_starts:
             self._flat_shard_starts = _find_shard_starts(
                 [factors[key] for key in flat_shards], [sizes[key] for key in flat_shards]
@@ -288,7 +286,7 @@ def _factor_parameters(matrix: AdaptedMatrix) -> tuple[Tensor, Tensor]:
     return matrix.layer.snella_A[matrix.adapter_name], matrix.layer.snella_B[matrix.adapter_name]
 
 
-def _is_sharded(factor: Tensor) -> bool:
+def is_sharded(factor: Tensor) -> bool:
     """Return whether a factor is sharded: a `DTensor`, or a flat shard of FSDP1."""
     return isinstance(factor, DTensor) or factor.dim() == 1
 
@@ -327,7 +325,7 @@ def _local_shard(factor: Tensor, start: int) -> _Shard:
     world_size = torch.distributed.get_world_size()
     value, gradient = factor.detach(), factor.grad
     if not isinstance(value, DTensor):
-        copies = 1 if _is_sharded(factor) else world_size
+        copies = 1 if is_sharded(factor) else world_size
         return _Shard(value.reshape(-1), None if gradient is None else gradient.reshape(-1), start, copies)
     mesh, rows = value.device_mesh, value.shape[0]
     sharded = [dim for dim, placement in enumerate(value.placements) if not placement.is_replicate()]

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from snella.autograd import adapted_layer
+from snella.autograd import adapted_layer, compute_effective_weight
 from snella.backends import choose_backend
 from snella.budgets import (
     Budgets,
@@ -33,7 +33,7 @@ from snella.compat.hooks import call_inside_hooks, hook_dicts, onloaded
 from snella.compat.quantization import Quantization, find_quantization
 from snella.config import SnellaConfig
 from snella.kernels import Factors
-from snella.merge import EffectiveWeight, check_weight, merge_updates, merged_weight, sparse_updates, unmerge_updates
+from snella.merge import EffectiveWeight, check_weight, merge_updates, merged_weight, unmerge_updates
 from snella.ops import Conv2dOp, LayerOp, LazyWeight, LinearOp, WeightOp, orient, pad_input, parse_weight_gradient
 from snella.sparsify import SparsifyMode
 from snella.update import Update, UpdateSpec, bound_initial_update, init_factors
@@ -310,7 +310,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: If `safe_merge` finds non-finite values.
-            NotImplementedError: If the base weight is on the meta device or has 8 bits without quantization.
+            NotImplementedError: If the base weight is on the meta device, has 8 bits without quantization, or is not a
+                parameter (weight normalization).
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.snella_A]
         if names:
@@ -333,7 +334,12 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     def sparse_updates(self, adapter_name: str) -> list[Tensor]:
         """Return an adapter's `S` for each matrix, `[rows, n]`, unscaled and detached."""
-        return sparse_updates(self, adapter_name)
+        plan = self._plan_updates([adapter_name])
+        update = plan.updates[0]._replace(spec=replace(plan.updates[0].spec, scaling=1.0))
+        shape = torch.Size((self.out_features, self.in_features))
+        total, thresholds = compute_effective_weight(None, [update], shape)
+        plan.cache_thresholds(thresholds)
+        return [total[rows] for rows in update.spec.rows]
 
     # adapters ------------------------------------------------------------------------------------------------------
 
@@ -377,9 +383,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer."""
         super().delete_adapter(adapter_name)
-        _update_linear_op(self)
-        self._specs.pop(adapter_name, None)
-        self.clear_cache()
+        drop_adapter(self, adapter_name)
 
     def set_budget(self, adapter_name: str, budgets: Iterable[int]) -> None:
         """Set the budget of each matrix, starting with the next forward pass."""
@@ -455,9 +459,15 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """Free cached tensors, such as the effective weight in evaluation."""
         self._cache.clear()
 
+    def __repr__(self) -> str:
+        return "snella." + super().__repr__()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast the layer, and free cached tensors."""
+        """Move or cast the layer and the stored unmerged weight, and free cached tensors."""
         super()._apply(fn, recurse)
+        if self._unmerged_weight is not None:
+            self._unmerged_weight = fn(self._unmerged_weight)
+        self._budgets.records.clear()
         self.clear_cache()
         update_specs(self)
         return self
@@ -480,9 +490,6 @@ class Linear(SnellaLayer):
         """Return True: the update adds to a linear layer's weight, and a low-rank fit can approximate it."""
         return True
 
-    def __repr__(self) -> str:
-        return "snella." + super().__repr__()
-
 
 class Conv2d(SnellaLayer):
     """Adapted 2D convolution; its weight `[m, c/groups, kh, kw]` is viewed as `[m, c/groups·kh·kw]`."""
@@ -502,9 +509,6 @@ class Conv2d(SnellaLayer):
 
     def _op(self) -> Conv2dOp:
         return Conv2dOp.of(cast(nn.Conv2d, self.get_base_layer()))
-
-    def __repr__(self) -> str:
-        return "snella." + super().__repr__()
 
 
 # passes ------------------------------------------------------------------------------------------------------------
@@ -736,13 +740,12 @@ def _init_parameters(layer: SnellaLayer, adapter_name: str) -> None:
 
 
 def drop_adapter(layer: SnellaLayer, adapter_name: str) -> None:
-    """Undo `update_layer`; the active adapters do not change."""
+    """Undo `update_layer`; the active adapters and the live budgets, which copies share, do not change."""
     for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
         if adapter_name in (values := getattr(layer, attribute)):
             del values[adapter_name]
     _update_linear_op(layer)
     layer.frozen_peft_weight_names.pop(adapter_name, None)
-    layer._budgets.live.pop(adapter_name, None)
     layer._specs.pop(adapter_name, None)
     layer.clear_cache()
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
@@ -69,25 +69,23 @@ def merged_weight(
     return total
 
 
-def sparse_updates(layer: SnellaLayer, adapter_name: str) -> list[Tensor]:
-    """Return the unscaled, detached `S` of an adapter for each matrix, each of shape `[rows, n]`."""
-    plan, shape = layer._plan_updates([adapter_name]), torch.Size((layer.out_features, layer.in_features))
-    (update,) = plan.updates
-    update = update._replace(spec=replace(update.spec, scaling=1.0))
-    total, thresholds = compute_effective_weight(None, [update], shape)
-    plan.cache_thresholds(thresholds)
-    return [total[rows] for rows in update.spec.rows]
-
-
 @torch.no_grad()
 def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> None:
     """Add the updates of these adapters to the base weight and store the state for `unmerge_updates`.
 
     The sum starts from the original weight, because merging adapters one by one would round at each step. See
     `SnellaLayer.merge`.
+
+    Raises:
+        NotImplementedError: If the base weight is not a parameter.
     """
     original = _original_weight(layer)
     check_weight(layer, original)
+    if isinstance(original, Tensor) and not isinstance(layer.get_base_layer().weight, nn.Parameter):
+        raise NotImplementedError(
+            f"the weight of {layer.module_name!r} is computed from other parameters, e.g. by weight_norm, which would "
+            "overwrite a merged weight; use the adapter unmerged, or remove the parametrization before adding it"
+        )
     merged = merged_weight(layer, original, [*layer.merged_adapters, *names])
     if safe_merge and not torch.isfinite(merged).all():
         broken = ", ".join(names)

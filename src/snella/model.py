@@ -304,7 +304,8 @@ class SnellaModel(BaseTuner):
         """Add the updates to the base weights; report all requantization errors in one warning.
 
         Raises:
-            NotImplementedError: If another module uses the base weight of an adapted layer.
+            NotImplementedError: If another module uses the base weight of an adapted layer, or this weight is not a
+                parameter (weight normalization).
         """
         self._warn_about_unused_merges(*args[:1], **kwargs)
         _reject_shared_merges(self.model)
@@ -605,7 +606,7 @@ def _reject_shared_merges(model: nn.Module) -> None:
     """Reject merges into weights that other modules use, because merging writes the weights in place."""
     for sharing in _shared_weights(model):
         names = [name for name, _ in sharing]
-        adapted = [name for name in names if isinstance(model.get_submodule(name), BaseTunerLayer)]
+        adapted = [name for name in names if isinstance(model.get_submodule(name), SnellaLayer)]
         if adapted:
             raise NotImplementedError(
                 f"merging {adapted[0]!r} would change the others of {names}, which share one weight; give each its own "

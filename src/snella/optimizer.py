@@ -10,11 +10,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from snella.compat.tokens import token_adapters
 from snella.config import MATCHED_KERNELS
+from snella.importance import is_sharded
 from snella.layer import SnellaLayer
 
 __all__ = ["StepMatcher", "create_snella_optimizer"]
@@ -60,6 +62,7 @@ def create_snella_optimizer(
     Raises:
         ValueError: If the model has no trainable parameter, or if `match_update` finds no trainable factors or does not
             support the kernel.
+        NotImplementedError: If `match_update` finds factors sharded by FSDP.
     """
     factors: list[nn.Parameter] = []
     scalars: list[nn.Parameter] = []
@@ -175,6 +178,7 @@ class StepMatcher:
 
     Raises:
         ValueError: If no factor is trainable, a kernel is not in `MATCHED_KERNELS`, or `interval` is below 1.
+        NotImplementedError: If FSDP shards the factors.
     """
 
     def __init__(self, model: nn.Module, interval: int = 5) -> None:
@@ -185,6 +189,11 @@ class StepMatcher:
         if not self._adapters:
             raise ValueError(
                 f"match_update requires a model with trainable SNELLA factors, got {type(model).__name__} without any"
+            )
+        if any(is_sharded(layer.snella_A[name]) for layer, name in self._adapters):
+            raise NotImplementedError(
+                "match_update requires complete factors between passes, got factors sharded by FSDP; set "
+                "match_update=False, train with DDP, or pass the factors to fully_shard as ignored_params"
             )
         for layer, name in self._adapters:
             kernel = layer.snella_config[name].kernel
@@ -256,9 +265,10 @@ class StepMatcher:
 
 @torch.no_grad()
 def _measure_weight(layer: SnellaLayer, name: str) -> list[float]:
-    """Return `rms(W0)` of each matrix."""
+    """Return `rms(W0)` of each matrix; gathers a weight that FSDP2 shards."""
     weight = layer._weight()
     W0 = weight if isinstance(weight, Tensor) else weight.materialize()
+    W0 = W0.full_tensor() if isinstance(W0, DTensor) else W0
     return torch.stack([W0[rows].float().square().mean().sqrt() for rows in layer.matrix_rows(name)]).tolist()
 
 

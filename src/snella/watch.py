@@ -28,7 +28,7 @@ _SIGMAS = 5.0  # tolerance in standard deviations; a new head fails a test with 
 class TrainingWatch:
     """Warnings about silent training mistakes of one adapter.
 
-    Each is given once, except the last, which is repeated if the statistics have changed since the previous save.
+    Each warning is issued once, except the last, which is repeated if the statistics have changed since the last save.
 
     - The model does not use an adapted layer.
     - No allocator reduces the budget.

@@ -176,7 +176,8 @@ class SparsePatch:
         if self._model is None:
             raise RuntimeError("the patch is not applied; call apply(model) first")
         tensors = _named_tensors(self._model)
-        for name, original in self._originals.items():
+        # reversed, because the second name of a tied tensor was patched after the first
+        for name, original in reversed(self._originals.items()):
             if name in self.entries:
                 flat = _flat(tensors[name])
                 flat[self.entries[name].indices.to(flat.device)] = original.to(flat.device)

@@ -25,6 +25,20 @@ class _BaseToken(nn.Module):
         self._parameters["weight"] = weight
 
 
+class _TokenValues(nn.ParameterDict):
+    """Value of each adapter; an assignment, e.g. by transformers' `load_adapter`, updates the owner's attribute."""
+
+    def __init__(self, adapter: TokenAdapter) -> None:
+        super().__init__()
+        # a tuple, so that torch does not register the adapter as a submodule
+        self._adapter = (adapter,)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self._parameters:
+            self._adapter[0]._link()
+
+
 class TokenAdapter(nn.Module, BaseTunerLayer):
     """Adapter of a bare parameter, with the pre-trained value and one value per adapter.
 
@@ -46,7 +60,7 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         # a tuple, so that torch does not register the owner as a submodule
         self._owner = (owner,)
         self.base_layer = _BaseToken(cast(nn.Parameter, owner._parameters[name]))
-        self.snella_token = nn.ParameterDict({})
+        self.snella_token = _TokenValues(self)
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = []

@@ -316,6 +316,23 @@ def test_optimizer_groups_do_not_contain_allocator_state(mlp):
     assert "snella_allocator" in optimizer.state_dict()["param_groups"][0]
 
 
+def test_optimizer_state_contains_the_allocators_of_all_adapters(mlp):
+    def attach_both():
+        model = mlp.adapted()
+        model.add_adapter("second", mlp.config(target_sparsity=0.5))
+        model.base_model.set_adapter(["default", "second"])
+        optimizer = make_optimizer(model)
+        names = ("default", "second")
+        return model, optimizer, [make_allocator(model, adapter_name=name).attach(optimizer) for name in names]
+
+    model, optimizer, allocators = attach_both()
+    train(mlp, model, optimizer, last=7)
+    _, resumed_optimizer, resumed = attach_both()
+    resumed_optimizer.load_state_dict(optimizer.state_dict())
+    assert [allocator.budgets for allocator in resumed] == [allocator.budgets for allocator in allocators]
+    assert [allocator.history for allocator in resumed] == [allocator.history for allocator in allocators]
+
+
 def test_optimizer_checkpoint_without_allocator_loads(mlp):
     model = mlp.adapted()
     state = make_optimizer(model).state_dict()

@@ -113,6 +113,16 @@ def test_disabled_and_merged_adapters_compile_to_base_layer():
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
 
 
+def test_compiled_model_unmerges_disabled_adapters():
+    model, x = convnet().eval(), torch.randn(2, 3, 8, 8)
+    with model.disable_adapter():
+        expected = model(x)
+    model.merge_adapter()
+    compiled = torch.compile(model, backend="eager")
+    with model.disable_adapter():
+        assert torch.equal(compiled(x), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor imports deprecated torch modules
 def test_inductor_equals_eager_up_to_rounding():

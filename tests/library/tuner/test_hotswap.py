@@ -208,3 +208,11 @@ def test_repeated_write_of_effective_weight_is_bit_identical(backend, budget):
     for out in (torch.empty(13, 11), torch.empty(13, 11), torch.empty(13, 11), strided):
         write_effective_weight(weight, update, out, cache)
         assert torch.equal(out, expected_weight)
+
+
+def test_stored_unmerged_weight_moves_with_the_model(folders):
+    model = PeftModel.from_pretrained(backbone(), folders["one"]).eval()
+    model.merge_adapter()
+    model.half()
+    layer = model.base_model.model.blocks[0].attn.qkv
+    assert layer._unmerged_weight.dtype == layer.base_layer.weight.dtype == torch.float16

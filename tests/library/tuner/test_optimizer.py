@@ -231,3 +231,22 @@ def test_zero_budget_and_zero_lr_change_nothing(mlp):
     optimizer.param_groups[0]["lr"] = 0.01
     take_step(model, optimizer)
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_matching_gathers_sharded_weights_and_rejects_sharded_factors(mlp):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = mlp.adapted(match_update=True, target_sparsity=0.0)
+    expected = StepMatcher(model)._weight_rms
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.requires_grad})
+        assert StepMatcher(model)._weight_rms == expected
+        sharded = fully_shard(mlp.adapted(match_update=True, target_sparsity=0.0), mesh=mesh)
+        with pytest.raises(NotImplementedError, match=r"requires complete factors.*sharded by FSDP"):
+            create_snella_optimizer(sharded, lr=0.1)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections import OrderedDict
 
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import EntryNotFoundError
 from packaging.version import Version
 from peft import (
     LoraConfig,
@@ -25,6 +27,7 @@ from PIL import Image
 from torch import nn
 
 from snella import SnellaConfig
+from snella.compat.tokens import token_adapters
 from snella.layer import SnellaLayer
 from snella.matrices import adapted_matrices
 from snella.ops import orient
@@ -95,6 +98,53 @@ def test_transformers_loads_switches_and_deletes_adapters(saved, monkeypatch):
     model.delete_adapter("mine")
     assert torch.equal(model(TOKENS).logits, plain)
     assert not [name for name, _ in model.named_parameters() if ".snella_" in name]
+
+
+def test_transformers_loads_budgets_and_tokens(tmp_path):
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
+    )
+    torch.manual_seed(0)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "base")
+    base = transformers.ViTForImageClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, large_config(preset="official", target_sparsity=0.7)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        token_adapters(model)[0].snella_token["default"].add_(1.0)
+    for matrix in adapted_matrices(model):
+        matrix.layer.set_budget("default", [matrix.size // 3])
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path / "base").eval()
+    loaded.load_adapter(str(tmp_path / "adapter"))
+    assert [m.budget for m in adapted_matrices(loaded)] == [m.budget for m in adapted_matrices(model)]
+    assert torch.equal(loaded(pixel_values=x).logits, model(pixel_values=x).logits)
+
+
+def test_adapter_in_pickle_format_loads_from_the_hub(monkeypatch):
+    def download(*_args, **_options):
+        raise EntryNotFoundError("404")
+
+    config = large_config(target_modules=["q_proj"])
+    monkeypatch.setattr("snella.config.PeftConfig.from_pretrained", classmethod(lambda *_args, **_options: config))
+    monkeypatch.setattr("snella.config.hf_hub_download", download)
+    assert SnellaConfig.from_pretrained("organization/adapter-in-bin-format") is config
+
+
+def test_trained_rows_of_tied_embeddings_merge():
+    base = llama(tie_word_embeddings=True)
+    model = get_peft_model(base, large_config(target_modules=["q_proj"], trainable_token_indices=[1, 2])).eval()
+    expected = model(TOKENS).logits.detach()
+    model.merge_adapter()
+    torch.testing.assert_close(model(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize("normalize", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
+def test_merging_into_a_computed_weight_raises(normalize):
+    base = nn.Sequential(OrderedDict(first=nn.Linear(8, 8), second=nn.Linear(8, 4)))
+    normalize(base.first)
+    model = get_peft_model(base, large_config(target_modules=["first"]))
+    with pytest.raises(NotImplementedError, match="the weight of 'first' is computed from other parameters"):
+        model.merge_adapter()
 
 
 def test_pipeline_loads_adapter_folder(tmp_path):

@@ -107,3 +107,14 @@ def test_bitmap_starts_with_the_lowest_bit():
     kind, encoded = encode_positions(torch.tensor([0, 7, 8, 18]), 19)
     assert (kind, encoded.tolist()) == ("bitmap", [0b10000001, 0b00000001, 0b00000100])
     assert decode_positions(kind, encoded).tolist() == [0, 7, 8, 18]
+
+
+def test_tied_tensors_are_restored():
+    model = torch.nn.ModuleDict({"head": torch.nn.Linear(2, 2), "tied": torch.nn.Linear(2, 2)})
+    model["tied"].weight = model["head"].weight
+    original, new = model["head"].weight.detach().clone(), torch.ones(2, 2)
+    patch = SparsePatch({}, {"head.weight": new, "tied.weight": new})
+    patch.apply(model)
+    assert torch.equal(model["head"].weight, new)
+    patch.remove()
+    assert torch.equal(model["head"].weight, original)
