@@ -99,7 +99,8 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
     labels = [label for part in parts.values() for label in _labels_of(part)]
     rows = [(part_name, row) for part_name, part in parts.items() for row in range(len(part))]
     names = [f"{part_name}/{row:06}" for part_name, row in rows]
-    classes, by_part = None, {part_name: getattr(part, "classes", None) for part_name, part in parts.items()}
+    classes: list[str] | None = None
+    by_part = {part_name: getattr(part, "classes", None) for part_name, part in parts.items()}
     first = next(iter(by_part.values()))
     if first and target == "class" and all(isinstance(label, int) for label in labels):
         classes = list(map(str, first))
