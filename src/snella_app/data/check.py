@@ -294,7 +294,7 @@ def _suspicious_names(classes: Sequence[str]) -> list[str]:
 
 
 def contact_sheet(splits: DataSplits, *, per_class: int = 10, max_classes: int = 20) -> Image.Image:
-    """Draw the first training images of each class, one row per class."""
+    """Draw the first training images of each of the first classes, one row per class."""
     images = splits.train
     labels = sorted(set(images.labels))[:max_classes]
     rows = [(label, [p for p, other in enumerate(images.labels) if other == label]) for label in labels]

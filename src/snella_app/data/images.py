@@ -364,7 +364,7 @@ def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
         Labels `[height, width]`, uint16, and whether the mask was thresholded.
 
     Raises:
-        ValueError: If the file is not an image, is truncated, or has colors instead of labels.
+        ValueError: If the file is not an image, is truncated, has colors instead of labels, or labels above 65,535.
     """
     try:
         check_regular(path)
