@@ -67,6 +67,11 @@ def create_folder(folder: Path) -> Iterator[None]:
         raise
 
 
+def expand_user(path: str | Path) -> Path:
+    """Replace a leading `~` or `~USER` with the home folder; unchanged for an unknown user."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError for unknown users
+
+
 def check_new(name: str, path: str | Path, *, overwrite: bool) -> None:
     """Raise FileExistsError if the output `path` exists and `overwrite` is not set; `name` is its argument."""
     if Path(path).exists() and not overwrite:

@@ -15,7 +15,7 @@ def count_text(count: int) -> str:
     """Format a count: 768, 12,345, 1.33 M, 84.9 M."""
     if count < 100_000:
         return f"{count:,}"
-    unit, size = ("G", 10**9) if count >= 10**9 else ("M", 10**6) if count >= 10**6 else ("k", 10**3)
+    unit, size = ("G", 10**9) if count >= 999_500_000 else ("M", 10**6) if count >= 999_500 else ("k", 10**3)
     return f"{_three_digits(count / size)}{_SPACE}{unit}"
 
 
@@ -52,7 +52,7 @@ def seconds_text(seconds: float) -> str:
     """Format a duration: 8.2 s, 2 min 5 s, 3 h 20 min."""
     if math.isnan(seconds):
         return "–"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f}{_SPACE}s"
     whole = round(seconds)
     if whole < 3600:

@@ -5,14 +5,16 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 from snella_app.console import counted
-from snella_app.data.copies import FileDigests, equal_files
+from snella_app.data.copies import equal_files
 from snella_app.data.datasets import Collection, ImageDataset, file_paths
-from snella_app.data.options import LoadOptions
+from snella_app.data.options import DataConfig, TargetKind
 from snella_app.data.sources import FileImages
+from snella_app.files import expand_user, sha256_of
 from snella_app.text import listed, nearest
 
 _MAX_COPIES = 0.05
@@ -30,7 +32,7 @@ class Inspection:
         errors: Problems that make the data unusable.
         deviations: Deviations from the benchmark's numbers of images or classes; usable but not comparable.
         notes: Notes for the user.
-        digests: Digests of the compared files.
+        digest_of: `sha256_of`, cached for the compared files.
     """
 
     name: str
@@ -40,7 +42,7 @@ class Inspection:
     errors: list[str] = field(default_factory=list)
     deviations: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    digests: FileDigests = field(default_factory=FileDigests)
+    digest_of: Callable[[Path], str] = field(default_factory=lambda: cache(sha256_of))
 
     def add_part(self, name: str, root: Path, files: Sequence[str], labels: Sequence[int]) -> None:
         """Add a list of files below `root` with their class indices, and record duplicate and missing files."""
@@ -97,7 +99,7 @@ class Inspection:
             names = listed(path.name for path in common)
             self.errors.append(f"{counted(len(common), 'image')} in both {first} and {second}: {names}")
             return
-        copies = [f"{other.names[a]} = {train.names[b]}" for a, b in equal_files(train, other, self.digests).items()]
+        copies = [f"{other.names[a]} = {train.names[b]}" for a, b in equal_files(train, other, self.digest_of).items()]
         if copies:
             records = self.errors if len(copies) > _MAX_COPIES * len(other) else self.notes
             records.append(f"{len(copies)} of {len(other)} images of {second} with copies in {first}: {listed(copies)}")
@@ -168,18 +170,19 @@ class BenchmarkFamily:
         member = self.find(path.name)
         return path if member is None else self.locate(path.parent, member)
 
-    def load(self, path: str, options: LoadOptions) -> Collection:
+    def load(self, path: str, config: DataConfig, target: TargetKind) -> Collection:
         """Read and check the dataset at a folder path.
 
         Args:
             path: Dataset folder, under any of its names.
-            options: Only `config.strict_sizes` applies.
+            config: Only `strict_sizes` applies.
+            target: Does not apply.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
             ValueError: If the name is not a dataset, or `read` finds errors; one message lists all.
         """
-        spec, requested = f"{self.prefix}:{path}", Path(path).expanduser()
+        spec, requested = f"{self.prefix}:{path}", expand_user(path)
         member = self.find(requested.name)
         if member is None:
             names = f"; {self.kind}s are {', '.join(self.members)}"
@@ -190,7 +193,7 @@ class BenchmarkFamily:
             raise FileNotFoundError(
                 f"{spec}: no folder '{folder}'; see the expected layout with `snella data check {requested.parent}`"
             )
-        inspection, is_strict = self.read(folder, member), options.config.strict_sizes
+        inspection, is_strict = self.read(folder, member), config.strict_sizes
         problems = [*inspection.errors, *(inspection.deviations if is_strict else [])]
         if problems:
             remedy = "; to use it anyway, pass strict_sizes=False" if is_strict and not inspection.errors else ""

@@ -18,6 +18,7 @@ from snella_app.data.datasets import MaskDataset, file_paths, known_metadata
 from snella_app.data.load import DataSplits, load_data
 from snella_app.data.options import DataConfig, TargetKind
 from snella_app.data.sources import broken_images
+from snella_app.files import expand_user
 from snella_app.text import listed, similar_paths
 
 _FAMILIES = (VTAB, FGVC)
@@ -75,7 +76,7 @@ def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[Benchm
         FileNotFoundError: If the folder does not exist.
         ValueError: If the folder contains no benchmark data.
     """
-    root = Path(folder).expanduser()
+    root = expand_user(folder)
     layouts = "; ".join(f"{family.title} as {family.layout}" for family in _FAMILIES)
     if not root.is_dir():
         raise FileNotFoundError(
@@ -105,7 +106,7 @@ def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[Benchm
 
 def contains_benchmark(folder: str | Path) -> bool:
     """Return whether a folder is a benchmark or one of its datasets, or directly contains benchmarks."""
-    root = Path(folder).expanduser()
+    root = expand_user(folder)
     if not root.is_dir():
         return False
     is_dataset = any(family.find(root.resolve().name) for family in _FAMILIES)
@@ -293,7 +294,7 @@ def _suspicious_names(classes: Sequence[str]) -> list[str]:
 
 
 def contact_sheet(splits: DataSplits, *, per_class: int = 10, max_classes: int = 20) -> Image.Image:
-    """Draw the first training images of each class, one row per class."""
+    """Draw the first training images of each of the first classes, one row per class."""
     images = splits.train
     labels = sorted(set(images.labels))[:max_classes]
     rows = [(label, [p for p, other in enumerate(images.labels) if other == label]) for label in labels]

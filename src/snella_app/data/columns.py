@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from snella_app.files import expand_user
 from snella_app.text import nearest
 
 _SYNONYMS: dict[str, tuple[str, ...]] = {
@@ -61,7 +62,7 @@ class Columns:
                 )
             names[role] = name
         root = names.pop(_ROOT, None)
-        return cls(names, None if root is None else Path(root).expanduser())
+        return cls(names, None if root is None else expand_user(root))
 
     def resolve(self, table: Mapping[str, Sequence[Any]], needed: Sequence[str], where: str) -> dict[str, str]:
         """Return the column name of each role in the table.

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ _CHUNK, _MAX_PAIRS = 1024, 2_000_000_000
 
 def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> list[str]:
     """Return warnings about images of the named splits that are copies of training images, exact or re-encoded."""
-    train, digests = parts["train"], FileDigests()
+    train, digest_of = parts["train"], cache(sha256_of)
     notes = []
     for name, part in ((name, parts[name]) for name in names if name in parts):
-        equal = equal_files(train, part, digests)
+        equal = equal_files(train, part, digest_of)
         copies = {**find_near_copies(train, part), **equal}
         if copies:
             shown = listed(f"{train.names[b]!r} is {part.names[a]!r}" for a, b in sorted(copies.items()))
@@ -36,22 +37,20 @@ def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> li
     return notes
 
 
-class FileDigests(dict[Path, str]):
-    """SHA-256 of files by path, computed on first access."""
-
-    def __missing__(self, path: Path) -> str:
-        return self.setdefault(path, sha256_of(path))
-
-
-def equal_files(train: ImageDataset, others: ImageDataset, digests: FileDigests) -> dict[int, int]:
+def equal_files(train: ImageDataset, others: ImageDataset, digest_of: Callable[[Path], str]) -> dict[int, int]:
     """Find files that are byte-identical to a training image; hashes only files of a size found in both datasets.
+
+    Args:
+        train: Training images.
+        others: Images to compare.
+        digest_of: `sha256_of`, cached for comparisons of several splits.
 
     Returns:
         Position of the training image by position in `others`.
     """
     paths = [file_paths(images) for images in (train, others)]
     sizes = [{p: path.stat().st_size for p, path in group.items() if path.is_file()} for group in paths]
-    return _match(sizes, lambda dataset, position: digests[paths[dataset][position]])
+    return _match(sizes, lambda dataset, position: digest_of(paths[dataset][position]))
 
 
 def _match(keys: Sequence[Mapping[int, Any]], digest: Callable[[int, int], Any]) -> dict[int, int]:

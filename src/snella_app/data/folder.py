@@ -11,8 +11,9 @@ from typing import Any
 from snella_app.console import counted
 from snella_app.data.datasets import Collection, ImageDataset
 from snella_app.data.images import HEIC_HINT, IMAGE_SUFFIXES, is_heic, is_image
-from snella_app.data.options import LoadOptions
+from snella_app.data.options import DataConfig, TargetKind
 from snella_app.data.sources import FileImages, broken_rows
+from snella_app.files import expand_user
 from snella_app.text import listed, similar_paths
 
 PARTS = {
@@ -25,7 +26,7 @@ _LAYOUT = "the expected layout is PATH/class/image.jpg"
 _Files = dict[str, list[Path]]
 
 
-def load_folder(path: str, options: LoadOptions) -> Collection:
+def load_folder(path: str, config: DataConfig, target: TargetKind) -> Collection:
     """Load the images of a folder with one subfolder per class.
 
     The folder has splits if it contains a folder `train` with class folders. Every file is decoded once to find broken
@@ -39,12 +40,12 @@ def load_folder(path: str, options: LoadOptions) -> Collection:
     _check_classes(files, folders, root)
     notes = _skipped_notes(root, folders, others)
     paths = [file for by_class in files.values() for file in chain.from_iterable(by_class.values())]
-    source = FileImages(paths, options.config.reading)
+    source = FileImages(paths, config.reading)
     names = {file: file.relative_to(root).as_posix() for file in paths}
     reasons = {paths[row]: reason for row, reason in broken_rows(source, range(len(paths))).items()}
     broken = {names[file]: reason for file, reason in reasons.items()}
     if broken:
-        notes.append(broken_note(broken, len(paths), path, options.config.skip_corrupt))
+        notes.append(broken_note(broken, len(paths), path, config.skip_corrupt))
         files = {
             part: {name: [file for file in members if file not in reasons] for name, members in by_class.items()}
             for part, by_class in files.items()
@@ -90,7 +91,7 @@ def existing_folder(
         raise ValueError(
             f"data must name a folder after '{family}:', got '{family}:'; write {family}:PATH, e.g. {family}:photos"
         )
-    root = Path(path).expanduser()
+    root = expand_user(path)
     if root.is_dir():
         return root.resolve()
     if root.exists():
@@ -139,7 +140,7 @@ def _skipped_notes(root: Path, folders: dict[str, Path], others: Counter[str]) -
             )
     if folders["train"] != root:
         images = {
-            child.name: sum(is_image(file) for file in _walk(child))
+            child.name: sum(is_image(file) for file in walk_visible(child))
             for child in _subfolders(root)
             if child not in folders.values()
         }
@@ -161,7 +162,7 @@ def _class_files(folder: Path, others: Counter[str]) -> _Files:
     files: _Files = {}
     for class_folder in _subfolders(folder):
         files[class_folder.name] = []
-        for file in _walk(class_folder):
+        for file in walk_visible(class_folder):
             if is_image(file):
                 files[class_folder.name].append(file)
             else:
@@ -169,7 +170,7 @@ def _class_files(folder: Path, others: Counter[str]) -> _Files:
     return files
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def walk_visible(folder: Path) -> Iterator[Path]:
     """Iterate over all visible files below a folder, sorted by name."""
     for current, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

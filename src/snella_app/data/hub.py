@@ -19,9 +19,10 @@ from snella_app.data.columns import Columns
 from snella_app.data.datasets import Collection
 from snella_app.data.folder import PARTS
 from snella_app.data.images import Reading, check_regular, decode_image, to_channels
-from snella_app.data.options import LoadOptions
+from snella_app.data.options import DataConfig, TargetKind
 from snella_app.data.sources import CachedImages
 from snella_app.data.table import Samples, build_collection, outside_reason
+from snella_app.files import expand_user
 from snella_app.text import first_line, listed, similar_paths
 
 PYTHON_PREFIX = "python:"
@@ -29,7 +30,7 @@ _IMAGE = "<image>"
 _KEY, _URL = "__key__", "__url__"
 
 
-def load_hf(path: str, options: LoadOptions) -> Collection:
+def load_hf(path: str, config: DataConfig, target: TargetKind) -> Collection:
     """Load the images of a Hugging Face dataset; the path column defaults to the first image column.
 
     `path` is a folder written by `save_to_disk`, a folder of images with `metadata.csv` (`imagefolder`), a folder of
@@ -40,7 +41,7 @@ def load_hf(path: str, options: LoadOptions) -> Collection:
 
     if not path.strip():
         raise ValueError("data must name a dataset after 'hf:', got 'hf:'; write hf:FOLDER or hf:OWNER/NAME")
-    folder = Path(path).expanduser()
+    folder = expand_user(path)
     with _datasets_library(f"hf:{path}", folder) as library:
         if folder.is_dir():
             is_saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
@@ -50,15 +51,15 @@ def load_hf(path: str, options: LoadOptions) -> Collection:
             data = library.load_dataset(name, configuration or None)
     caches = (library.config.HF_DATASETS_CACHE, HF_HUB_CACHE)  # downloads and extracted archives
     roots = [*([folder] if folder.is_dir() else []), *map(Path, caches)]
-    return _from_hf(data, f"hf:{path}", folder.name, options, roots)
+    return _from_hf(data, f"hf:{path}", folder.name, config, target, roots)
 
 
-def load_wds(path: str, options: LoadOptions) -> Collection:
+def load_wds(path: str, config: DataConfig, target: TargetKind) -> Collection:
     """Load the images of WebDataset shards: a folder, a pattern (`train-*.tar`) or a range (`train-{000..009}.tar`).
 
     Files of a sample share the name before the first dot: `0001.jpg`, and `0001.cls`, `0001.txt` or `0001.json` with
     the label. Entries are columns, e.g. `label=json.species`. The prefix `train`, `val` or `test` of a shard's name
-    selects its split.
+    selects its split. Image names are keys, preceded by the name of the shard if shards of a split repeat keys.
     """
     shards = _shards(path)
     by_part: dict[str, list[str]] = {}
@@ -67,16 +68,18 @@ def load_wds(path: str, options: LoadOptions) -> Collection:
         by_part.setdefault(PARTS.get(first_word, "train"), []).append(str(shard))
     with _datasets_library(f"wds:{path}", shards[0]) as library:
         data = library.load_dataset("webdataset", data_files=by_part)
-    return _from_hf(data, f"wds:{path}", shards[0].parent.name, options, [shards[0].parent])
+    return _from_hf(data, f"wds:{path}", shards[0].parent.name, config, target, [shards[0].parent])
 
 
-def from_python(data: Any, options: LoadOptions) -> Collection:
+def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection:
     """Load the images of a dataset object.
 
     Args:
         data: `datasets.Dataset` or `DatasetDict`; map-style torch dataset of (image, label) items without transform,
-            e.g. from torchvision; or a mapping from train, val and test to these.
-        options: As for `build_collection`; column roles apply to Hugging Face datasets.
+            e.g. from torchvision; or a mapping from train, val and test to these. Class indices refer to `classes` of
+            their own dataset, if it has this attribute.
+        config: Image format and `skip_corrupt`, and column roles of Hugging Face datasets.
+        target: Content of the label column.
 
     Raises:
         TypeError: If the type of the object is not supported.
@@ -85,26 +88,31 @@ def from_python(data: Any, options: LoadOptions) -> Collection:
     name, where = "data", f"{PYTHON_PREFIX}data"
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
     if all(hasattr(part, "features") and hasattr(part, "column_names") for part in parts.values()):
-        return _from_hf(data, where, name, options)
+        return _from_hf(data, where, name, config, target)
     for part_name, part in parts.items():
         if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
             raise TypeError(
                 f"data must be a specification like folder:photos, or map-style datasets of (image, label) items, "
                 f"got {type(part).__name__} for {part_name}"
             )
-    source = _ObjectImages(list(parts.values()), options.config.reading)
+    source = _ObjectImages(list(parts.values()), config.reading)
     labels = [label for part in parts.values() for label in _labels_of(part)]
-    class_names = getattr(next(iter(parts.values())), "classes", None)
-    classes = None
-    if class_names and options.target == "class" and all(isinstance(label, int | np.integer) for label in labels):
-        classes = [str(name) for name in class_names]
-        labels = [classes[int(label)] for label in labels]
     rows = [(part_name, row) for part_name, part in parts.items() for row in range(len(part))]
     names = [f"{part_name}/{row:06}" for part_name, row in rows]
+    classes: list[str] | None = None
+    by_part = {part_name: getattr(part, "classes", None) for part_name, part in parts.items()}
+    first = next(iter(by_part.values()))
+    if first and target == "class" and all(isinstance(label, int) for label in labels):
+        classes = list(map(str, first))
+        class_names = [by_part[part_name] or first for part_name, _ in rows]  # indices of the dataset's own classes
+        for image, label, known in zip(names, labels, class_names, strict=True):
+            if not 0 <= label < len(known):
+                raise ValueError(f"label of {image} must be a class index below {len(known)}, got {label}")
+        labels = [str(known[label]) for label, known in zip(labels, class_names, strict=True)]
     table = {"label": labels, "split": [part_name for part_name, _ in rows]}
     roles = {role: role for role in table if role == "label" or len(parts) > 1}
     samples = Samples(name, where, source, names, table, roles, classes)
-    return build_collection(samples, options)
+    return build_collection(samples, config, target)
 
 
 class _HubImages(CachedImages):
@@ -180,7 +188,9 @@ def _labels_of(part: Any) -> list[Any]:
     return [value.tolist() if hasattr(value, "tolist") else value for value in values]
 
 
-def _from_hf(data: Any, where: str, name: str, options: LoadOptions, roots: Sequence[Path] | None = None) -> Collection:
+def _from_hf(
+    data: Any, where: str, name: str, config: DataConfig, target: TargetKind, roots: Sequence[Path] | None = None
+) -> Collection:
     """Convert Hugging Face datasets to a `Collection`; `roots` restricts referenced files unless None."""
     import datasets
 
@@ -191,15 +201,21 @@ def _from_hf(data: Any, where: str, name: str, options: LoadOptions, roots: Sequ
         if others:
             notes.append(f"skipped {listed([f'{part!r} with {len(parts[part])} rows' for part in others])}")
         parts = {part: rows for part, rows in parts.items() if part not in others}
+    if not parts:
+        got = f"splits {', '.join(data)}" if data else "no splits"
+        raise ValueError(f"{where} must have a split train, and may have val and test, got {got}")
     first = next(iter(parts.values()))
     images = [column for column, kind in first.features.items() if isinstance(kind, datasets.Image)]
     table: dict[str, list[Any]] = {}
+    total = 0
     for rows in parts.values():
-        for column, values in _values(rows, images).items():
-            table.setdefault(column, []).extend(values)
-    total = sum(map(len, parts.values()))
+        for column, values in _values(rows, images).items():  # splits may lack columns
+            table.setdefault(column, [None] * total).extend(values)
+        total += len(rows)
+        table = {column: [*values, *[None] * (total - len(values))] for column, values in table.items()}
+    urls = table.pop(_URL, None)
     table = {**{column: [_IMAGE] * total for column in images}, **table}
-    columns = Columns.parse(options.config.columns)
+    columns = Columns.parse(config.columns)
     if roots is not None and columns.root is not None:
         roots = [columns.root]
     if images:
@@ -207,17 +223,19 @@ def _from_hf(data: Any, where: str, name: str, options: LoadOptions, roots: Sequ
     roles = columns.resolve(table, ("path", "label"), where)
     if roles["path"] not in images:
         raise ValueError(f"{where}: column {roles['path']!r} must contain images, got {table[roles['path']][:1]}")
+    part_names = [part for part, rows in parts.items() for _ in range(len(rows))]
     if len(parts) > 1:
-        table["split"] = [part for part, rows in parts.items() for _ in range(len(rows))]
-        roles["split"] = "split"
+        table["split"], roles["split"] = part_names, "split"
     encoded = [rows.select_columns([roles["path"]]) for rows in parts.values()]
     encoded = [rows.cast_column(roles["path"], datasets.Image(decode=False)) for rows in encoded]
     names = table.get(_KEY) or [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
-    source = _HubImages(encoded, roles["path"], options.config.reading, roots)
+    if urls is not None and len(set(zip(part_names, names, strict=True))) < total:  # shards may repeat keys
+        names = [f"{Path(url).stem}/{name}" for url, name in zip(urls, names, strict=True)]
+    source = _HubImages(encoded, roles["path"], config.reading, roots)
     samples = Samples(name, where, source, names, table, roles, notes=notes)
-    if options.target != "numbers":
+    if target != "numbers":
         samples.classes = _class_names(first.features.get(samples.label_columns[0]))
-    return build_collection(samples, options)
+    return build_collection(samples, config, target)
 
 
 def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:
@@ -236,7 +254,6 @@ def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:
                 table[f"{column}.{key}"] = [None if value is None else value.get(key) for value in values]
         else:
             table[column] = [value.decode(errors="replace") if isinstance(value, bytes) else value for value in values]
-    table.pop(_URL, None)
     return table
 
 
@@ -258,7 +275,7 @@ def _index_to_name(value: Any, names: Sequence[str], column: str, row: int) -> A
 
 def _shards(path: str) -> list[Path]:
     """Return the tar files of a folder, a pattern or a range in braces."""
-    folder = Path(path).expanduser()
+    folder = expand_user(path)
     if folder.is_dir():
         shards = sorted(folder.glob("*.tar"))
     else:

@@ -35,7 +35,8 @@ HEIC_HINT = "HEIC images need pillow-heif: pip install 'snella[heic]', or save t
 _NUMPY_START = b"\x93NUMPY"
 _REDUCIBLE = ("L", "RGB", "CMYK", "YCbCr")
 """Pillow modes with values that can be averaged."""
-_PILLOW_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
+PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Modes of 8-bit images by number of channels; images with other numbers are arrays."""
 _THUMBNAIL_SIDE = 16
 _DRAFT = (256, 256)
 DECODING_ERRORS = (
@@ -99,7 +100,7 @@ def decode_image(file: File, name: str, reading: Reading = RGB) -> Any:
     """Decode a file or byte stream like `read_image`; `name` identifies it in messages."""
     with _image_errors(name, file):
         check_regular(file)
-        if reading.channels not in _PILLOW_CHANNELS:
+        if reading.channels not in PILLOW_MODES:
             return tv_tensors.Image(_read_array(file, reading))
         with open_image(file) as image:
             factor = _reduction(image, reading)
@@ -120,7 +121,7 @@ def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageMetadat
     """Decode an image, large JPEGs at a lower resolution, and return its metadata; raises like `read_image`."""
     with _image_errors(name, file):
         check_regular(file)
-        if reading.channels not in _PILLOW_CHANNELS:
+        if reading.channels not in PILLOW_MODES:
             array = _read_array(file, reading)
             kind = f"{reading.channels} channels of {'8' if array.dtype == torch.uint8 else '16 or more'} bits"
             metadata = metadata_of(to_pil_image(first_channels(array)), kind, "array")
@@ -293,7 +294,7 @@ def to_channels(image: Image.Image, reading: Reading) -> Image.Image:
     if reading.channels == 4 and image.mode in ("RGBA", "LA", "PA", "P"):
         return image.convert("RGBA")
     colors = to_rgb(image, reading.white)
-    return colors if reading.channels == 3 else colors.convert(_PILLOW_CHANNELS[reading.channels])
+    return colors if reading.channels == 3 else colors.convert(PILLOW_MODES[reading.channels])
 
 
 def is_image(path: Path) -> bool:
@@ -363,7 +364,7 @@ def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
         Labels `[height, width]`, uint16, and whether the mask was thresholded.
 
     Raises:
-        ValueError: If the file is not an image, is truncated, or has colors instead of labels.
+        ValueError: If the file is not an image, is truncated, has colors instead of labels, or labels above 65,535.
     """
     try:
         check_regular(path)
@@ -372,6 +373,8 @@ def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
             is_lossy = image.format in LOSSY_FORMATS
             upright = ImageOps.exif_transpose(image)
             values = np.asarray(upright.convert("L")) >= THRESHOLD if is_lossy else _labels(upright)
+            if values.min(initial=0) < 0 or values.max(initial=0) > FULL_WHITE:
+                raise ValueError(f"labels must be from 0 to {FULL_WHITE}, got {values.min()} to {values.max()}")
             return values.astype(np.uint16), is_lossy
     except DECODING_ERRORS as error:
         raise ValueError(f"'{path}' is not a readable mask: {error or type(error).__name__}") from error

@@ -8,7 +8,7 @@ import functools
 import inspect
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,10 @@ from snella_app.data.folder import load_folder
 from snella_app.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
 from snella_app.data.images import RGB
 from snella_app.data.masks import load_kvasir, load_masks
-from snella_app.data.options import DataConfig, LoadOptions, TargetKind
+from snella_app.data.options import DataConfig, TargetKind
 from snella_app.data.splits import fold_split, grouped_split, stratified_sample, stratified_split
 from snella_app.data.table import load_table
+from snella_app.files import expand_user
 from snella_app.plugins import plugins
 from snella_app.text import listed, similar_paths, split_text
 
@@ -33,7 +34,7 @@ _DARK = 0.25
 _IMBALANCE = 4
 """Ratio of class sizes that triggers the imbalance warning."""
 _FOLDER = "folder:"
-_READERS: dict[str, Callable[[str, LoadOptions], Collection]] = {
+_READERS: dict[str, Callable[[str, DataConfig, TargetKind], Collection]] = {
     _FOLDER: load_folder,
     "masks:": load_masks,
     "kvasir:": load_kvasir,
@@ -44,8 +45,8 @@ _READERS: dict[str, Callable[[str, LoadOptions], Collection]] = {
     "vtab:": VTAB.load,
     "fgvc:": FGVC.load,
 }
-"""Readers by prefix; each takes the text after the colon. Errors: FileNotFoundError for missing data, ValueError for
-unusable data with all problems in one message, ImportError for a missing package."""
+"""Readers by prefix; each takes the text after the colon, the settings and the target. Errors: FileNotFoundError for
+missing data, ValueError for unusable data with all problems in one message, ImportError for a missing package."""
 _TABLES = {"csv:": "FILE", "parquet:": "FILE", "hf:": "NAME", "wds:": "SHARDS"}
 """Prefixes of data with columns, and the placeholder of the text after the colon."""
 _BENCHMARKS = {"vtab:": VTAB, "fgvc:": FGVC}
@@ -93,7 +94,7 @@ def full_spec(spec: str) -> str:
     `metadata.csv`, becomes `hf:`. A folder without subfolders becomes `wds:` if it has tar files, and `hf:` if all
     files are Parquet. Other text is returned unchanged. Names of registered datasets take precedence over folders.
     """
-    path = Path(os.path.expanduser(spec))  # Path.expanduser raises for unknown users
+    path = expand_user(spec)
     if split_spec(spec)[1] is not None or spec in _registered() or not spec.strip() or not os.path.exists(path):
         return spec
     if path.is_file():
@@ -131,7 +132,7 @@ def data_folder(spec: str) -> Path | None:
     prefix, path = split_spec(spec)
     if path is None or prefix == PYTHON_PREFIX:
         return None
-    folder = Path(path).expanduser()
+    folder = expand_user(path)
     if prefix in _BENCHMARKS:
         return _BENCHMARKS[prefix].resolve(folder)
     if prefix == "hf:" and not folder.exists():
@@ -169,16 +170,20 @@ def load_data(
         TypeError: If the dataset object is not supported.
     """
     config = config or DataConfig()
-    options = LoadOptions(config, seed, target)
-    splits = DataSplits(**vars(_read(spec, options)))
+    given = {"seed": seed} | ({} if config.test_seed is None else {"test_seed": config.test_seed})
+    invalid = [f"{name} must be in [0, 2^32), got {value}" for name, value in given.items() if not 0 <= value < 2**32]
+    if invalid:
+        raise ValueError("; ".join(invalid))
+    seeds = {"train": seed, "val": seed, "test": given.get("test_seed", seed)}
+    splits = DataSplits(**vars(_read(spec, config, target)))
     total = sum(map(len, splits.parts.values()))
     if config.folds is not None and config.fold is not None:
-        _hold_out(splits, config.folds, config.fold, options.seed_of("test"))
+        _hold_out(splits, config.folds, config.fold, seeds["test"])
     is_benchmark = isinstance(spec, str) and spec.startswith(tuple(_BENCHMARKS))
     compared = set(splits.parts) - {splits.fold_part} if is_benchmark else set()  # by the reader of the benchmark
     if divide:
-        _divide(splits, options)
-    _subsample(splits, options)
+        _divide(splits, config, seeds)
+    _subsample(splits, config, seeds)
     counts = " · ".join(f"{name} {len(part):,}" for name, part in splits.parts.items())
     content = f"with {' and '.join(splits.classes)}" if target == "numbers" else f"in {len(splits.classes)} classes"
     splits.description = f"{splits.name}: {total:,} images {content}; {counts}"
@@ -208,11 +213,10 @@ def with_class_order(splits: DataSplits, classes: list[str]) -> DataSplits:
     return replace(splits, classes=classes)
 
 
-def _read(spec: Any, options: LoadOptions) -> Collection:
+def _read(spec: Any, config: DataConfig, target: TargetKind) -> Collection:
     """Read the data in its existing splits."""
-    config = options.config
     if not isinstance(spec, str | Path):
-        return from_python(spec, options)
+        return from_python(spec, config, target)
     spec = full_spec(str(spec))
     prefix, path = split_spec(spec)
     if prefix == PYTHON_PREFIX:
@@ -227,14 +231,14 @@ def _read(spec: Any, options: LoadOptions) -> Collection:
             f"{config.reading.white} with {spec}"
         )
     if path is not None and prefix in _READERS:
-        collection = _READERS[prefix](path, options)
+        collection = _READERS[prefix](path, config, target)
     elif prefix in _registered():
         load = _registered()[prefix]
         collection = load() if path is None else load(path)
     else:
         known = ", ".join(data_names())
         raise ValueError(f"data must be a folder, a table or one of {known}, got {spec!r}{_data_hint(spec)}")
-    return collection if options.target == "class" else _as_target(collection, options.target, spec)
+    return collection if target == "class" else _as_target(collection, target, spec)
 
 
 def _data_hint(spec: str) -> str:
@@ -244,7 +248,7 @@ def _data_hint(spec: str) -> str:
         prefixes = [prefix[:-1] for prefix in (*_PREFIXES, *_registered()) if prefix.endswith(":")]
         near = difflib.get_close_matches(name.lower(), prefixes, n=1, cutoff=0.5)
         return f"; did you mean '{near[0]}:{rest}'?" if near else ""
-    path = Path(spec).expanduser()
+    path = expand_user(spec)
     if path.is_file():
         return ", which is not a table (CSV, TSV, Parquet or tar)"
     near = difflib.get_close_matches(spec, _registered(), n=2, cutoff=0.4)
@@ -294,29 +298,29 @@ def _hold_out(splits: DataSplits, folds: int, fold: int, seed: int) -> None:
         splits.notes.append(f"fold {fold} of {folds} is the validation split; the test split comes from the data")
 
 
-def _divide(splits: DataSplits, options: LoadOptions) -> None:
+def _divide(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int]) -> None:
     """Create missing splits, and merge or drop the validation split if the protocol has none."""
-    config, total = options.config, len(splits.train)
+    total = len(splits.train)
     if not splits.has_parts and config.test_fraction > 0:
-        splits.train, splits.test = _split_off(splits, "test", config.test_fraction, options)
+        splits.train, splits.test = _split_off(splits, "test", config.test_fraction, seeds["test"])
     if config.protocol == "official" and splits.test is None:
         raise ValueError(
             f"protocol=official needs test images for epoch selection, but {splits.name!r} has none; use another "
             "protocol"
         )
     if config.protocol == "standard" and splits.val is None:
-        splits.train, splits.val = _split_off(splits, "val", config.val_fraction * total / len(splits.train), options)
+        splits.train, splits.val = _split_off(
+            splits, "val", config.val_fraction * total / len(splits.train), seeds["val"]
+        )
     elif config.protocol != "standard" and splits.val is not None:
         if config.protocol == "final" or splits.official_joins_val:
             splits.train = joined(splits.train, splits.val)
         splits.val = None
 
 
-def _split_off(
-    splits: DataSplits, part: str, fraction: float, options: LoadOptions
-) -> tuple[ImageDataset, ImageDataset]:
+def _split_off(splits: DataSplits, part: str, fraction: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
     """Split off a fraction of the training images, by group if present; return remaining and selected images."""
-    images, seed = splits.train, options.seed_of(part)
+    images = splits.train
     groups = images.annotations.groups
     if groups is None:
         reserve = 2 if part == "test" else 1
@@ -328,20 +332,19 @@ def _split_off(
     return images.subset(rest), images.subset(selected)
 
 
-def _subsample(splits: DataSplits, options: LoadOptions) -> None:
+def _subsample(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int]) -> None:
     """Subsample the splits to their sizes, and set the seed of the augmentation."""
-    config = options.config
     reasons = {"val": f"protocol={config.protocol} has no val split", "test": f"{splits.name!r} has no test split"}
     for name, size in config.sizes.items():
         images = splits.parts.get(name)
         if images is None and size is not None:
             raise ValueError(f"{name}_size must be omitted because {reasons[name]}, got {size}")
         if images is not None and size is not None:
-            seed, classes = options.seed_of(name), splits.label_names
-            chosen = stratified_sample(images.labels, size, seed=seed, classes=classes, argument=f"{name}_size")
+            classes = splits.label_names
+            chosen = stratified_sample(images.labels, size, seed=seeds[name], classes=classes, argument=f"{name}_size")
             setattr(splits, name, images.subset(chosen))
     for images in splits.parts.values():
-        images.seed = options.seed
+        images.seed = seeds["train"]
 
 
 def _missing_class_warnings(splits: DataSplits, target: TargetKind) -> list[str]:

@@ -12,7 +12,7 @@ from snella_app.console import counted
 from snella_app.data.datasets import Collection, MaskDataset
 from snella_app.data.folder import existing_folder
 from snella_app.data.images import IMAGE_SUFFIXES, THRESHOLD, ImageMetadata, metadata_of, read_image, read_label_map
-from snella_app.data.options import LoadOptions
+from snella_app.data.options import DataConfig, TargetKind
 from snella_app.data.sources import FileImages, FileMasks, decode_all
 from snella_app.text import listed
 
@@ -42,7 +42,7 @@ class _PairCheck:
     is_thresholded: bool
 
 
-def load_masks(path: str, options: LoadOptions) -> Collection:
+def load_masks(path: str, config: DataConfig, target: TargetKind) -> Collection:
     """Load a folder of images and masks, paired by file stem.
 
     Mask values are class indices: palette indices or gray values 0, 1, 2 … without gaps; 0 is the background. Masks of
@@ -55,7 +55,7 @@ def load_masks(path: str, options: LoadOptions) -> Collection:
     folders = {part: root / part for part in parts} if has_parts else {"train": root}
     errors: list[str] = []
     pairs = {part: find_pairs(folder, root, errors) for part, folder in folders.items()}
-    collection = collect_masks(f"masks:{path}", root, pairs, errors, _class_names(root), options.config.skip_corrupt)
+    collection = collect_masks(f"masks:{path}", root, pairs, errors, _class_names(root), config.skip_corrupt)
     collection.has_parts = has_parts
     return collection
 
@@ -199,9 +199,9 @@ def _class_names(root: Path) -> list[str] | None:
 
 
 def _default_class_names(labels: set[int]) -> list[str]:
-    """Return default class names for the labels 0, 1, 2, … without gaps."""
+    """Return default class names for the labels 0, 1, 2, … without gaps, at most 256."""
     last = 0
-    while last + 1 in labels:
+    while last + 1 in labels and last + 1 < _MAX_LABELS:
         last += 1
     return BINARY_CLASSES if last <= 1 else ["background", *(f"class {label}" for label in range(1, last + 1))]
 
@@ -216,7 +216,7 @@ _SPLIT_FILES = {"train": "train.txt", "test": "val.txt"}
 _TEST_FRACTION = 0.12
 
 
-def load_kvasir(path: str, options: LoadOptions) -> Collection:
+def load_kvasir(path: str, config: DataConfig, target: TargetKind) -> Collection:
     """Load Kvasir-SEG in the authors' layout: `images/NAME.jpg`, `masks/NAME.jpg` (thresholded at 128).
 
     The official split is in `train.txt` (880 names) and `val.txt` (120 names), one name per line. `val.txt` is the test
@@ -240,7 +240,7 @@ def load_kvasir(path: str, options: LoadOptions) -> Collection:
             "selected by SHA-256 of their names (not the official split)"
         )
     parts = {part: [pairs[name] for name in chosen if name in pairs] for part, chosen in names.items()}
-    collection = collect_masks(f"kvasir:{path}", root, parts, errors, CLASSES, options.config.skip_corrupt)
+    collection = collect_masks(f"kvasir:{path}", root, parts, errors, CLASSES, config.skip_corrupt)
     collection.name, collection.has_parts = "kvasir", True
     collection.notes += notes
     return collection

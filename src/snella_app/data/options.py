@@ -175,35 +175,3 @@ class DataConfig(Config):
                 f"got {self.augment!r}"
             )
         return errors
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """Arguments of `load_data`, for the readers.
-
-    Attributes:
-        config: Columns, image format, splits and their sizes.
-        seed: Seed of splits, subsampling and augmentation.
-        target: Content of the label column.
-
-    Raises:
-        ValueError: If a seed is out of range; one message lists all errors.
-    """
-
-    config: DataConfig
-    seed: int = 0
-    target: TargetKind = "class"
-
-    def __post_init__(self) -> None:
-        errors = [
-            f"{name} must be in [0, 2^32), got {seed}"
-            for name, seed in (("seed", self.seed), ("test_seed", self.config.test_seed))
-            if seed is not None and not 0 <= seed < 2**32
-        ]
-        if errors:
-            raise ValueError("; ".join(errors))
-
-    def seed_of(self, part: str) -> int:
-        """Return the seed of a split."""
-        test_seed = self.config.test_seed
-        return self.seed if part != "test" or test_seed is None else test_seed

@@ -9,6 +9,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from snella_app.data.datasets import ImageDataset
 from snella_app.data.load import DataSplits
+from snella_app.records.run import renamed
 
 _OFFICIAL_INTERVAL = 10
 _OFFICIAL_CROP_PCT = 0.875
@@ -60,15 +61,15 @@ class RunProtocol:
 
     def best_metric(self, task_score: str) -> str:
         """Return the name of the history entry for epoch selection; `last_epoch` without selection."""
-        return "last_epoch" if self.selected_on is None else _renamed(task_score, "val_", f"{self.selected_on}_")
+        return "last_epoch" if self.selected_on is None else f"{self.selected_on}_{task_score.removeprefix('val_')}"
 
     def with_split_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Rename `val_…` in a row of the history after the evaluated split."""
-        return {_renamed(key, "val_", f"{self.selected_on}_"): value for key, value in row.items()}
+        return renamed(row, "val_", f"{self.selected_on}_")
 
     def with_val_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Invert `with_split_prefix`."""
-        return {_renamed(key, f"{self.selected_on}_", "val_"): value for key, value in row.items()}
+        return renamed(row, f"{self.selected_on}_", "val_")
 
     def data_config(self, config: Mapping[str, Any], *, is_resized_whole: bool) -> dict[str, Any]:
         """Adjust the model's data config to this protocol and the data.
@@ -119,15 +120,3 @@ def get_protocol(name: str) -> RunProtocol:
     if name not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
     return PROTOCOLS[name]
-
-
-def _renamed(key: str, old: str, new: str) -> str:
-    """Replace the prefix `old` of `key` with `new`."""
-    return new + key.removeprefix(old) if key.startswith(old) else key
-
-
-__all__ = [
-    "PROTOCOLS",
-    "RunProtocol",
-    "get_protocol",
-]

@@ -69,13 +69,16 @@ def grouped_split(
             f"creating a '{part}' split requires at least two groups, excluding a class's only group, "
             f"got {count} of {len(set(groups))}. Add a split column, or disable groups with --columns group=none"
         )
-    folds = min(_MAX_FOLDS, count)
+    strata = np.asarray(labels)[free]
+    if (largest := max(np.bincount(strata))) < 2:  # nothing to stratify
+        strata, largest = np.zeros_like(strata), len(free)
+    folds = min(_MAX_FOLDS, count, int(largest))
     share = min(Fraction(fraction * len(labels) / len(free)).limit_denominator(folds), Fraction(folds - 1, folds))
     numerator, folds = (share.numerator, share.denominator) if share > 0 else (1, folds)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # classes with fewer images than folds
-        pieces = [selected for _, selected in splitter.split(free, np.asarray(labels)[free], np.asarray(groups)[free])]
+        pieces = [selected for _, selected in splitter.split(free, strata, np.asarray(groups)[free])]
     chosen = {groups[position] for position in free[np.concatenate(pieces[:numerator])]}
     sizes = Counter(groups)
     for members in by_label.values():
@@ -102,8 +105,8 @@ def fold_split(
         few = [f"{name!r} has {count}" for name, count in zip(classes, counts, strict=True) if 0 < count < folds]
         if few:
             raise ValueError(f"folds must be at most the number of images of each class, got {folds}; {', '.join(few)}")
-    elif len(set(groups)) < folds:
-        raise ValueError(f"folds must be at most the number of groups, {len(set(groups))}, got {folds}")
+    elif (most := min(len(set(groups)), max(Counter(labels).values()))) < folds:
+        raise ValueError(f"folds must be at most the number of groups and of images of a class, {most}, got {folds}")
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # classes with fewer images than folds

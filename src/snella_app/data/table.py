@@ -14,8 +14,9 @@ from snella_app.console import counted
 from snella_app.data.columns import Columns, columns_in, format_value, number_of, paths_in, text_of
 from snella_app.data.datasets import Annotations, Collection, ImageDataset, Target
 from snella_app.data.folder import PARTS
-from snella_app.data.options import LoadOptions, TargetKind
+from snella_app.data.options import DataConfig, TargetKind
 from snella_app.data.sources import CachedImages, FileImages, broken_rows
+from snella_app.files import expand_user
 from snella_app.text import first_line, listed, similar_paths
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -69,17 +70,17 @@ class Samples:
         return self.table[self.roles[role]] if role in self.roles else None
 
 
-def load_table(path: str, options: LoadOptions, *, kind: str) -> Collection:
+def load_table(path: str, config: DataConfig, target: TargetKind, *, kind: str) -> Collection:
     """Load the images listed in a table of `kind` csv (separator `,`, `;` or tab, with a header) or parquet.
 
     Paths are relative to the table's folder or `root=FOLDER`.
     """
     table, file = read_table(path, kind)
-    where, columns = f"{kind}:{path}", Columns.parse(options.config.columns)
+    where, columns = f"{kind}:{path}", Columns.parse(config.columns)
     roles = columns.resolve(table, ("path", "label"), where)
     names = paths_in(table, roles["path"])
     root = columns.root or file.parent
-    source = FileImages([root / name for name in names], options.config.reading)
+    source = FileImages([root / name for name in names], config.reading)
     samples = Samples(file.stem, where, source, names, table, roles)
     for row, image in enumerate(source.paths):
         reason = outside_reason(image, [root]) if kind == "parquet" and names[row] else ""
@@ -89,10 +90,10 @@ def load_table(path: str, options: LoadOptions, *, kind: str) -> Collection:
             reason = "no such file"
         if reason:
             samples.broken[row] = reason
-    return build_collection(samples, options)
+    return build_collection(samples, config, target)
 
 
-def build_collection(samples: Samples, options: LoadOptions) -> Collection:
+def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -> Collection:
     """Convert rows to images with labels, weights and groups in their splits.
 
     Labels become class indices (`class`) or strata for splitting: the rarest label of an image (`labels`), or one of
@@ -100,13 +101,14 @@ def build_collection(samples: Samples, options: LoadOptions) -> Collection:
 
     Args:
         samples: Raw rows.
-        options: Target and `config.skip_corrupt`.
+        config: Only `skip_corrupt` applies.
+        target: Content of the label column.
 
     Raises:
         ValueError: If rows are unusable, splits are unknown, training images are missing, there are fewer than two
             classes, or labels do not match `target`.
     """
-    parts, target = _parts(samples), options.target
+    parts = _parts(samples)
     values, broken = _targets(samples, target)
     raw_weights, raw_groups = samples.column("weight"), samples.column("group")
     weights = None if raw_weights is None else [number_of(value) for value in raw_weights]
@@ -120,7 +122,7 @@ def build_collection(samples: Samples, options: LoadOptions) -> Collection:
     if "path" in samples.roles:
         notes.append(f"columns: {', '.join(f'{role} {column!r}' for role, column in samples.roles.items())}")
     if broken:
-        if not options.config.skip_corrupt:
+        if not config.skip_corrupt:
             raise ValueError(
                 f"{_broken_text(broken, samples)}. Fix or remove them, or skip them with --skip-corrupt "
                 "(skip_corrupt=True)"
@@ -181,7 +183,7 @@ def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:
         ValueError: If the file is not a table, is empty, or has duplicate columns or rows of unequal length.
         ImportError: If pyarrow is required but not installed.
     """
-    file = Path(path).expanduser()
+    file = expand_user(path)
     if not path.strip() or not file.is_file():
         hint = (
             similar_paths(file, cutoff=0.4, suffixes=TABLE_SUFFIXES)
@@ -222,7 +224,7 @@ def table_paths(path: str | Path, columns: Columns) -> list[Path]:
     kind = "parquet" if Path(path).suffix == ".parquet" else "csv"
     table, _ = read_table(str(path), kind)
     roles = columns.resolve(table, ("path",), str(path))
-    folder = columns.root or Path(path).expanduser().parent
+    folder = columns.root or expand_user(path).parent
     paths = [folder / name for name in paths_in(table, roles["path"]) if name]
     reasons = (outside_reason(image, [folder]) for image in paths) if kind == "parquet" else ()
     if reason := next(filter(None, reasons), None):
@@ -378,6 +380,11 @@ def _labels(
         )
     known = samples.classes or _sort_names({values[row] for row in rows})
     index = {name: number for number, name in enumerate(known)}
+    if (row := next((row for row in rows if values[row] not in index), None)) is not None:
+        raise ValueError(
+            f"{samples.where}: classes of all splits must be {listed(known)}, got {values[row]!r} in "
+            f"{samples.names[row]}"
+        )
     return {row: index[values[row]] for row in rows}, known, None
 
 

@@ -1,1 +1,1 @@
-"""JSON files of runs and comparisons as dataclasses."""
+"""JSON files of a run as dataclasses."""

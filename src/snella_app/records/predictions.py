@@ -72,13 +72,13 @@ class Predictions(SplitPredictions):
         """Return these predictions after checking that each has `count` probabilities.
 
         Raises:
-            ValueError: If a prediction has another number of probabilities or an invalid label.
+            ValueError: If a prediction has another number of probabilities, or an invalid label or rank.
         """
         for i, item in enumerate(self.items):
-            if len(item.probabilities) != count or not 0 <= item.label < count:
+            if len(item.probabilities) != count or not (0 <= item.label < count and 0 <= (item.rank or 0) < count):
                 raise ValueError(
-                    f"{self.file}: items[{i}] has {len(item.probabilities)} probabilities and label {item.label}, "
-                    f"but run.json lists {count} classes; train again with `--overwrite`"
+                    f"{self.file}: items[{i}] has {len(item.probabilities)} probabilities, label {item.label} and rank "
+                    f"{item.rank}, but run.json lists {count} classes; train again with `--overwrite`"
                 )
         return self
 

@@ -120,11 +120,6 @@ class Reliability:
     bins: list[ReliabilityBin]
     bins_before: list[ReliabilityBin]
 
-    @property
-    def is_better(self) -> bool:
-        """True if the temperature lowers the calibration error."""
-        return self.ece < self.ece_before
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -153,7 +148,7 @@ class Calibration:
         last = self.reliability[-1]
         images = f"{split_text(last.split)} images"
         change = f"expected calibration error {100 * last.ece_before:.1f}% without it, {100 * last.ece:.1f}% with it"
-        if last.is_better:
+        if last.ece < last.ece_before:
             return f"The temperature helped on the {last.count} {images}: {change}."
         return (
             f"The temperature did not help on the {last.count} {images}: {change}. Do not rely on the probabilities; "
@@ -342,6 +337,14 @@ class Metrics(Record):
         return self.best_epoch
 
     @property
+    def saved_epochs(self) -> str:
+        """Human-readable epoch of the saved weights, or the averaged epochs; empty if unknown."""
+        total = f" of {self.history[-1].epoch}" if self.history else ""
+        if self.averaged is not None and self.averaged.is_saved:
+            return f"{self.averaged.text},{total}"
+        return "" if self.best_epoch is None else f"{self.best_epoch}{total}"
+
+    @property
     def measured(self) -> tuple[str, SplitScores | None]:
         """Main split and scores of a report: test if present, else validation."""
         return ("test", self.test) if self.test is not None else ("validation", self.val)
@@ -357,19 +360,20 @@ class Metrics(Record):
         history = values.get("history")
         if values.get("selected_on") != "test" or not isinstance(history, list):
             return values
-        return {**values, "history": [_renamed(row, "test_", "val_") for row in history]}
+        return {
+            **values,
+            "history": [renamed(row, "test_", "val_") if isinstance(row, Mapping) else row for row in history],
+        }
 
     def encoded(self, values: dict[str, Any]) -> dict[str, Any]:
         """Rename `val_…` in the history to `test_…`."""
         if self.selected_on != "test":
             return values
-        return {**values, "history": [_renamed(row, "val_", "test_") for row in values["history"]]}
+        return {**values, "history": [renamed(row, "val_", "test_") for row in values["history"]]}
 
 
-def _renamed(row: Any, old: str, new: str) -> Any:
+def renamed(row: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
     """Replace the prefix `old` with `new` in the names of a row."""
-    if not isinstance(row, Mapping):
-        return row
     return {new + key.removeprefix(old) if key.startswith(old) else key: value for key, value in row.items()}
 
 

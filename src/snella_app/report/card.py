@@ -21,9 +21,9 @@ _CLOSED_SET = " The model assigns one of the classes above to any image."
 _TAGS = {"classification": "image-classification", "segmentation": "image-segmentation"}
 """Hub pipeline tags by task."""
 _SELECTION = {
-    "test": "The best epoch was selected on the test images, so these results are optimistic.",
-    "val": "The best epoch was selected on the validation images; the test images were evaluated once.",
-    None: "These are the results of the last epoch; no epoch was selected.",
+    "test": "The saved weights were selected on the test images, so these results are optimistic.",
+    "val": "The saved weights were selected on the validation images{}.",
+    None: "These are the results of the {}; no epoch was selected.",
 }
 _LICENSE = "# license: fill in, e.g. apache-2.0; the licenses of the backbone weights and the images limit the choice"
 
@@ -102,7 +102,7 @@ def _results(info: RunInfo, metrics: Metrics | None, tag: str | None) -> list[An
         return None
     shared: dict[str, Any] = {"task_type": tag, "dataset_type": "custom"}
     shared |= {"dataset_name": info.data.spec, "dataset_split": split}
-    values = {key: value for key, value in scores.values().items() if isinstance(value, float)}
+    values = {key: value for key, value in scores.values().items() if isinstance(value, float) and math.isfinite(value)}
     return [EvalResult(metric_type=key, metric_value=round(value, 6), **shared) for key, value in values.items()]
 
 
@@ -129,8 +129,12 @@ def _results_table(metrics: Metrics | None) -> str:
     if not rows:
         return ""
     lines = [f"| {_escape(label)} | {value} | {note} |" for label, value, note in rows]
+    detail = ", so these results are optimistic" if metrics.test is None else "; the test images were evaluated once"
+    if metrics.selected_on is None:
+        detail = "averaged weights" if metrics.averaged is not None and metrics.averaged.is_saved else "last epoch"
+    selection = _SELECTION[metrics.selected_on].format(detail)
     size = " Measured at the input resolution." if isinstance(metrics.measured[1], MaskScores) else ""
-    return "\n".join(["## Results", "", "| | | |", "|---|---|---|", *lines, "", _SELECTION[metrics.selected_on] + size])
+    return "\n".join(["## Results", "", "| | | |", "|---|---|---|", *lines, "", selection + size])
 
 
 def _data(info: RunInfo) -> list[tuple[str, str]]:
@@ -149,11 +153,9 @@ def _training(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
     """Return method, trainable parameters, epoch, time, command and versions."""
     rows = [("Method", f"{_code(info.method)}, {_escape(plain_text(info.method_options))}")]
     if metrics is not None:
-        epochs = f"{metrics.best_epoch} of {metrics.history[-1].epoch}" if metrics.history else ""
-        if metrics.averaged is not None and metrics.averaged.is_saved:
-            epochs = f"{metrics.averaged.text}, of {metrics.history[-1].epoch}"
         time = "" if math.isnan(metrics.train_s) else seconds_text(metrics.train_s)
-        rows += [("Trainable parameters", f"{metrics.trainable_parameters:,}"), ("Epoch", epochs), ("Time", time)]
+        rows += [("Trainable parameters", f"{metrics.trainable_parameters:,}"), ("Epoch", metrics.saved_epochs)]
+        rows.append(("Time", time))
         if metrics.final_head is not None and metrics.final_head.is_saved:
             rows.append(("Final head in snella", metrics.final_head.name))
     versions = ", ".join(f"{package} {version}" for package, version in info.versions.items())

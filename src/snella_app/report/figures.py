@@ -1,6 +1,6 @@
 """Figures and report sections: learning curves, confusion matrix, method comparison, calibration and ranking.
 
-Drawing functions return a `matplotlib.figure.Figure` without global state, for `save_figure` or `inline_svg`.
+Drawing functions return a `matplotlib.figure.Figure` without global state.
 """
 
 from __future__ import annotations

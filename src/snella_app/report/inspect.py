@@ -187,14 +187,15 @@ def _epoch_rows(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]
     for split, scores in (("validation", metrics.val), ("test", metrics.test)):
         if scores is not None:
             rows.append((split, f"{scores.text()}, {counted(scores.images, 'image')}"))
-    if metrics.best_epoch is not None:
-        epochs = metrics.history[-1].epoch if metrics.history else 0
-        rows.append(("best epoch", f"{metrics.best_epoch} of {epochs}, {seconds_text(metrics.train_s)}"))
+    if epochs := metrics.saved_epochs:
+        name = "last epoch" if metrics.selected_on is None else "best epoch"
+        name = "saved" if metrics.averaged is not None and metrics.averaged.is_saved else name
+        rows.append((name, f"{epochs}, {seconds_text(metrics.train_s)}"))
     if metrics.selected_on == "test":
         text = f"{metrics.protocol}: the epoch was selected on the test images, so test scores are optimistic"
         rows.append(("protocol", text))
     elif metrics.protocol != "standard":
-        rows.append(("protocol", f"{metrics.protocol}: last epoch, no selection"))
+        rows.append(("protocol", f"{metrics.protocol}: no selection"))
     if metrics.ema is not None:
         rows.append(("average", f"exponential moving average of the weights, decay {metrics.ema:g}"))
     return rows

@@ -323,7 +323,7 @@ def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions) -> 
         path = folder / "heat_maps" / f"{item.index}.png"
         if path.is_file():
             with open_image(path) as image:
-                picture, by = EmbeddedImage(*image_data_uri(image, _MAX_SIDE)), image.info["by"]
+                picture, by = EmbeddedImage(*image_data_uri(image, _MAX_SIDE)), image.info.get("by", "gradcam")
             names = {"predicted": info.classes[item.predicted], "label": info.classes[item.label]}
             entries.append({"item": item, "picture": picture, "by": by, **names})
     return entries

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from snella_app.records.run import Calibration, Reliability, ReliabilityBin
 
-__all__ = ["calibrate", "expected_calibration_error", "fit_temperature", "reliability_bins", "unsure_threshold"]
-
 MAX_BINS = 15
 _MIN_BIN_SIZE = 12  # minimum images per bin; keeps the standard error of its accuracy below 15 points
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.05, 20.0

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -106,6 +107,7 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     loaded = run if isinstance(run, LoadedRun) else load_run(run, device)
+    data = os.fspath(data) if isinstance(data, os.PathLike) else data
     with show_reading(console):
         splits, chosen, parts = images_for_run(loaded, data, split, skip_corrupt=skip_corrupt, columns=columns)
         training_note = _training_note(loaded, splits if data is None else None, _split_parts(splits, chosen), chosen)

@@ -1,6 +1,5 @@
 """Heat maps of predictions, and nearest training images."""
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,30 +13,19 @@ from PIL.PngImagePlugin import PngInfo
 from sklearn.metrics.pairwise import cosine_similarity
 from torch import Tensor, nn
 
-from snella_app.data.load import DataSplits
-from snella_app.files import create_folder, write_bytes
+from snella_app.data.datasets import ImageDataset, read_at_side
+from snella_app.files import create_folder, write_png
 from snella_app.methods.model_parts import base_model
 from snella_app.records.predictions import Predictions
 from snella_app.records.record import read
-from snella_app.report.examples import choose_examples, image_data_uri
+from snella_app.report.examples import EmbeddedImage, choose_examples, image_data_uri
 from snella_app.report.report import write_page
 from snella_app.runs.evaluate import rewrite_report
-from snella_app.runs.image_inputs import expand
+from snella_app.runs.image_inputs import ImageInput, expand
 from snella_app.runs.images import check_splits, load_run_splits
-from snella_app.runs.predict import Predictor, check_order, load, table_columns
+from snella_app.runs.model import load_single_run
+from snella_app.runs.predict import Predictor, check_order, table_columns
 from snella_app.text import percent_text
-
-__all__ = [
-    "HEAT_MAPS",
-    "ExplainResult",
-    "HeatMap",
-    "attention_rollout",
-    "explain",
-    "explain_validation",
-    "heat_maps",
-    "nearest_images",
-    "overlay_heat",
-]
 
 HeatMap = Literal["gradcam", "rollout"]
 """Heat map method: gradient times activation for a class, or attention rollout of a ViT, which is independent of
@@ -128,14 +116,14 @@ def explain(
         entries: list[dict[str, Any]] = []
         for prediction, target, (image, heat) in zip(predictions, targets, overlays, strict=True):
             name = f"{len(entries) + 1:04}-{prediction.path.stem}.png"
-            write_bytes(folder / name, _png(heat, by))
+            _write_heat_map(folder / name, heat, by)
             entries.append(
                 {
                     "name": str(prediction.path),
                     "text": ", ".join(f"{c} {percent_text(p)}" for c, p in prediction.ranking[:3]),
                     "target": f"for {target}" if by == "gradcam" else "of attention, independent of the class",
-                    "image": _image_fields(image),
-                    "heat": _image_fields(heat),
+                    "image": EmbeddedImage(*image_data_uri(image, _MAX_SIDE)),
+                    "heat": EmbeddedImage(*image_data_uri(heat, _MAX_SIDE)),
                     "neighbors": neighbors_by_image[len(entries)],
                 }
             )
@@ -164,18 +152,18 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
     """
     model = _load_classifier(run, by, batch_size, device)
     predictions = read(Predictions, run)
-    split = _load_run_splits(model).parts[predictions.split]
+    split = _load_split(model, predictions.split)
     wrong, right = choose_examples(predictions.items, _NUM_EXAMPLES)
     items = [*wrong, *right]
     folder = Path(run) / HEAT_MAPS
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
-    images = [split.image(item.index) for item in items]
+    images = [split[item.index][0] for item in items]
     overlays = _overlays(model, images, [model.classes[item.predicted] for item in items], by)
     for item, (_, heat) in zip(items, overlays, strict=True):
         heat.thumbnail((_MAX_SIDE, _MAX_SIDE))
-        write_bytes(folder / f"{item.index}.png", _png(heat, by))
+        _write_heat_map(folder / f"{item.index}.png", heat, by)
     return rewrite_report(run)
 
 
@@ -199,18 +187,20 @@ def _load_classifier(run: str | Path, by: str, batch_size: int, device: str) -> 
     """Check the heat map method, and load a run with one class per image."""
     if by not in get_args(HeatMap):
         raise ValueError(f"by must be one of {', '.join(get_args(HeatMap))}, got {by!r}")
-    model = load(run, device, batch_size=batch_size)
+    check_order(Path(run))
+    model = Predictor(load_single_run(run, device), batch_size=batch_size)
     if not model.loaded.task.has_one_class:
         raise ValueError(f"run must be a classification run for heat maps, got a run of {model.loaded.info.task!r}")
     return model
 
 
-def _load_run_splits(model: Predictor) -> DataSplits:
-    """Load the splits of the run's data, and check that they are the same."""
+def _load_split(model: Predictor, name: str) -> ImageDataset:
+    """Load a split of the run's data, decoded as for the model, and check that the splits are the same."""
     folder, data = model.loaded.folder, model.loaded.info.data
     splits = load_run_splits(folder, data)
     check_splits(folder.path, data, splits, ())
-    return splits
+    (part,) = read_at_side([splits.parts[name]], model.loaded.reading.side)
+    return part
 
 
 def _neighbors(
@@ -218,11 +208,11 @@ def _neighbors(
 ) -> list[list[dict[str, Any]]]:
     """Return the nearest training images; if they cannot be read, add a note and return empty lists."""
     try:
-        train = _load_run_splits(model).train
+        train = _load_split(model, "train")
         step = max(1, -(-len(train) // _MAX_CANDIDATES))
         candidates = range(0, len(train), step)
         others: list[np.ndarray] = []
-        list(model.iter_predictions((train.image(index) for index in candidates), on_features=others.append))
+        list(model.iter_predictions((train[index][0] for index in candidates), on_features=others.append))
     except (OSError, ValueError) as error:
         notes.append(f"no nearest training images: {error}")
         return [[] for _ in rows]
@@ -230,15 +220,16 @@ def _neighbors(
         notes.append(f"neighbors are among {len(candidates):,} of {len(train):,} training images, evenly spaced")
 
     def describe(index: int, cosine: float) -> dict[str, Any]:
-        fields = {"label": model.classes[train.labels[index]], "name": train.names[index], "cosine": f"{cosine:.2f}"}
-        return {**_image_fields(train.image(index)), **fields}
+        image = EmbeddedImage(*image_data_uri(train.image(index), _MAX_SIDE))
+        label, name = model.classes[train.labels[index]], train.names[index]
+        return {"image": image, "label": label, "name": name, "cosine": f"{cosine:.2f}"}
 
     neighbors = nearest_images(np.stack(rows), np.stack(others), count)
     return [[describe(candidates[place], cosine) for place, cosine in row] for row in neighbors]
 
 
 def _overlays(
-    model: Predictor, images: Sequence[Path | Image.Image], classes: Sequence[str], by: HeatMap
+    model: Predictor, images: Sequence[ImageInput], classes: Sequence[str], by: HeatMap
 ) -> Iterator[tuple[Image.Image, Image.Image]]:
     """Yield each preprocessed image, without and with its heat map for a class."""
     network, targets = model.loaded.network, [model.classes.index(name) for name in classes]
@@ -254,18 +245,11 @@ def _overlays(
             yield image, overlay_heat(image, heat_map)
 
 
-def _image_fields(image: Image.Image) -> dict[str, Any]:
-    """Return an image as a data URI with its size."""
-    uri, width, height = image_data_uri(image, _MAX_SIDE)
-    return {"uri": uri, "width": width, "height": height}
-
-
-def _png(image: Image.Image, by: HeatMap) -> bytes:
-    """Encode a heat map as PNG, with its method in the metadata."""
-    content, metadata = io.BytesIO(), PngInfo()
+def _write_heat_map(path: Path, image: Image.Image, by: HeatMap) -> None:
+    """Write a heat map as PNG, with its method in the metadata."""
+    metadata = PngInfo()
     metadata.add_text("by", by)
-    image.save(content, "PNG", pnginfo=metadata)
-    return content.getvalue()
+    write_png(path, image, pnginfo=metadata)
 
 
 def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:

@@ -25,6 +25,7 @@ from snella_app.methods import merge_trained
 from snella_app.methods.model_parts import base_model
 from snella_app.records.run import RunInfo
 from snella_app.report.card import model_card
+from snella_app.runs.folder import beside
 from snella_app.runs.graphs import (
     Graph,
     compare_outputs,
@@ -136,7 +137,7 @@ def export(
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     export_format = FORMATS[format]
     _check_options(format, {"opset": opset, "rank": rank, "values": values, "images": images, "logits": logits})
-    path = Path(f"{str(run).rstrip('/')}{export_format.suffix}") if out is None else Path(out)
+    path = beside(run, export_format.suffix) if out is None else Path(out)
     check_new("out", path, overwrite=overwrite)
     if path.exists() and path.is_dir() != export_format.is_folder:
         raise FileExistsError(

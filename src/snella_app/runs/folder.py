@@ -29,19 +29,16 @@ def adapter_digest(folder: Path) -> str:
     return total.hexdigest()[:16]
 
 
+def beside(run: str | Path, suffix: str) -> Path:
+    """Return a path next to a run folder: `runs/photos.onnx` for `runs/photos`; absolute for `.`."""
+    path = Path(run) if Path(run).name not in ("", "..") else Path(run).resolve()
+    return path.with_name(path.name + suffix)
+
+
 S = TypeVar("S", bound=RunSettings)
 
-_FILES = (
-    "config.yaml",
-    "run.json",
-    "metrics.json",
-    "allocation.json",
-    "predictions.json",
-    "comparison.json",
-    "report.html",
-)
+_RESULTS = ("config.yaml", "metrics.json", "allocation.json", "predictions.json")
 _FOLDERS = ("adapter", "checkpoints", "commands", "heat_maps", "masks", "selection", "tracking")
-_DIGESTED = ("config.yaml", "metrics.json", "allocation.json", "predictions.json", "adapter", "selection")
 CARD = "README.md"
 """Model card of the adapter. It has no digest, since users edit it."""
 _INHERITED = (
@@ -86,7 +83,7 @@ class RunFolderOf(Generic[S]):
     """
 
     settings_type: type[S]
-    files: ClassVar[tuple[str, ...]] = _FILES
+    files: ClassVar[tuple[str, ...]] = ("run.json", *_RESULTS, "comparison.json", "report.html")
     folders: ClassVar[tuple[str, ...]] = _FOLDERS
 
     def __init__(self, path: str | Path) -> None:
@@ -153,7 +150,7 @@ class RunFolderOf(Generic[S]):
     def write(self, record: Record) -> None:
         """Write a record's file atomically; add the run id and the digests to records that have these fields."""
         if isinstance(record, RunInfo):
-            record = dataclasses.replace(record, **self._binding(), files=self._stored_digests() or None)
+            record = dataclasses.replace(record, **self._binding(), files=(self._read_run() or {}).get("files") or None)
         elif isinstance(record, FoldResults):
             record = dataclasses.replace(record, settings=self._binding()["settings"])
         write(record, self.path)
@@ -170,7 +167,7 @@ class RunFolderOf(Generic[S]):
 
     def finish(self) -> None:
         """Set the status to finished, and store the digests of settings, results and adapter."""
-        self.update("finished", files=self._digests(*_DIGESTED))
+        self.update("finished", files=self._digests(*_RESULTS, "adapter", "selection"))
 
     @contextmanager
     def writing_adapter(self) -> Iterator[None]:
@@ -194,10 +191,6 @@ class RunFolderOf(Generic[S]):
     def _read_run(self) -> dict[str, Any] | None:
         """Read `run.json`; None if the folder has no run."""
         return self.read_json("run.json") if (self.path / "run.json").is_file() else None
-
-    def _stored_digests(self) -> dict[str, str]:
-        """Return the digests in `run.json`: of the adapter, and of all results once the run is finished."""
-        return dict((self._read_run() or {}).get("files") or {})
 
     def _update_digest(self, name: str) -> None:
         """Update the stored digest of a rewritten file."""

@@ -15,17 +15,6 @@ from torch import Tensor, nn
 from snella_app.console import counted
 from snella_app.runs.model import LoadedRun
 
-__all__ = [
-    "OUTPUT_BOUND",
-    "Graph",
-    "compare_outputs",
-    "export_onnx",
-    "export_torch",
-    "export_torchscript",
-    "preparation_code",
-    "quiet_exporters",
-]
-
 OUTPUT_BOUND = 1e-4
 """Maximum error of exported outputs relative to the largest output; allows for rounding in float32."""
 _TWO_GIB = 2**31

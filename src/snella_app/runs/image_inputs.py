@@ -15,9 +15,11 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from snella_app.data.columns import Columns
+from snella_app.data.folder import walk_visible
 from snella_app.data.images import (
     DECODING_ERRORS,
     IMAGE_SUFFIXES,
+    PILLOW_MODES,
     RGB,
     Reading,
     decode_image,
@@ -27,17 +29,14 @@ from snella_app.data.images import (
 )
 from snella_app.data.load import split_spec
 from snella_app.data.table import TABLE_SUFFIXES, table_paths
+from snella_app.files import expand_user
 from snella_app.text import listed, similar_paths
-
-__all__ = ["ImageInput", "expand", "missing_path_hint", "new_files", "read_input", "split_inputs"]
 
 ImageInput = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """One image: a file, its bytes, a PIL image, an array `[height, width]` or `[height, width, channels]`, or a tensor
 `[height, width]` or `[channels, height, width]`. Values are 0 to 255 (uint8) or 0 to 1 (floating point). Arrays have 1,
 3 or 4 channels; models with another number of channels require exactly this number, and take no PIL images."""
 
-_PIL_CHANNELS = (1, 3, 4)
-"""Numbers of channels of PIL images."""
 _PATTERN = "*?["
 _POLL_S = 0.5
 
@@ -60,7 +59,7 @@ def split_inputs(
     """
     if isinstance(images, str | Path):
         files = expand([images], columns, run_columns, keep_missing=keep_missing)
-        return list(files), len(files) == 1 and Path(images) == files[0]
+        return list(files), files == [expand_user(images)]
     if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
         return list(images), False
     if isinstance(images, bytes | Image.Image | np.ndarray | Tensor):
@@ -88,8 +87,9 @@ def expand(
     """Expand file, folder, pattern and table arguments into image files.
 
     Args:
-        images: Files; folders, searched recursively; patterns such as `photos/**/*.jpg`; tables (CSV, TSV, Parquet;
-            `csv:FILE`, `parquet:FILE`) with a column of paths; `-` for standard input with one path per line.
+        images: Files; folders, searched recursively except hidden folders; patterns such as `photos/**/*.jpg`; tables
+            (CSV, TSV, Parquet; `csv:FILE`, `parquet:FILE`) with a column of paths; `-` for standard input with one path
+            per line.
         columns: Path column of a table, `path=file`. If None, its usual names are tried, then `run_columns`.
         run_columns: Columns of the run's table.
         keep_missing: Keep missing files listed in a table or on standard input, to be skipped like corrupt files.
@@ -103,7 +103,7 @@ def expand(
     for entry in images:
         prefix, rest = split_spec(str(entry))
         table = rest if prefix in ("csv:", "parquet:") else None
-        image = Path(table or entry)
+        image = expand_user(table or entry)
         if str(entry) == "-":
             paths += check_listed(Path(line) for line in sys.stdin.read().splitlines() if line.strip())
         elif table or (image.suffix.lower() in TABLE_SUFFIXES and image.is_file()):
@@ -118,7 +118,7 @@ def expand(
         elif image.exists():
             paths.append(image)
         else:
-            matches = sorted(Path(match) for match in glob.glob(str(image.expanduser()), recursive=True))
+            matches = sorted(Path(match) for match in glob.glob(str(image), recursive=True))
             matching = [match for match in matches if match.is_file() and is_image(match)]
             if not matching:
                 raise FileNotFoundError(f"no image {image}{missing_path_hint(image)}")
@@ -144,7 +144,7 @@ def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
         return read_image(image, reading)
     if isinstance(image, bytes):
         return decode_image(io.BytesIO(image), name, reading)
-    if isinstance(image, Image.Image) and reading.channels in _PIL_CHANNELS:
+    if isinstance(image, Image.Image) and reading.channels in PILLOW_MODES:
         try:
             image.load()
             return to_channels(ImageOps.exif_transpose(image), reading)
@@ -152,7 +152,7 @@ def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
             raise ValueError(f"{name!r} is not a readable image: {error or type(error).__name__}") from error
     if isinstance(image, np.ndarray | Tensor):
         return _from_array(image, name, reading.channels)
-    pil_text = "PIL images, " if reading.channels in _PIL_CHANNELS else ""
+    pil_text = "PIL images, " if reading.channels in PILLOW_MODES else ""
     raise TypeError(f"images must be files, {pil_text}arrays or tensors, got {type(image).__name__} as {name}")
 
 
@@ -197,8 +197,8 @@ def missing_path_hint(missing: Path) -> str:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """Return the images in a folder and its subfolders, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and is_image(path))
+    """Return the images in a folder and its visible subfolders, sorted."""
+    return sorted(path for path in walk_visible(folder) if path.is_file() and is_image(path))
 
 
 def _paths_in_table(table: Path, columns: str | None, run_columns: str | None) -> list[Path]:
@@ -237,7 +237,7 @@ def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
         values = (tensor.movedim(0, -1) if tensor.ndim == 3 else tensor).numpy()
     else:
         values = image
-    allowed = _PIL_CHANNELS if channels in _PIL_CHANNELS else (channels,)
+    allowed = tuple(PILLOW_MODES) if channels in PILLOW_MODES else (channels,)
     num_channels = values.shape[2] if values.ndim == 3 else 1
     if values.ndim not in (2, 3) or num_channels not in allowed or 0 in values.shape:
         counts = f"{', '.join(map(str, allowed[:-1]))} or {allowed[-1]}" if len(allowed) > 1 else str(channels)
@@ -254,7 +254,7 @@ def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
             )
     elif values.dtype != np.uint8:
         raise ValueError(f"an image must be uint8 or floating point, got {values.dtype} as {name}")
-    if channels not in _PIL_CHANNELS:
+    if channels not in PILLOW_MODES:
         array = values if values.dtype == np.uint8 else values.astype(np.float32)
         return tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0))))
     pixels = values if values.dtype == np.uint8 else (values * 255).round().astype(np.uint8)

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
+from snella_app.data.images import PILLOW_MODES
 from snella_app.data.options import FULL_WHITE, Reading
 from snella_app.data.transforms import build_transform
 from snella_app.device import choose_device
@@ -167,9 +168,8 @@ def configured_image_size(model: nn.Module, *, is_strict: bool = False) -> int |
 def _check_transform(transform: Callable[..., Tensor], info: RunInfo, size: int | None) -> None:
     """Check the output of a transform against the input of the model, on a blank image."""
     channels = info.backbone.channels
-    modes = {1: "L", 3: "RGB", 4: "RGBA"}
     blank: Any = tv_tensors.Image(torch.zeros(channels, 8, 8, dtype=torch.uint8))
-    output = transform(Image.new(modes[channels], (8, 8)) if channels in modes else blank)
+    output = transform(Image.new(PILLOW_MODES[channels], (8, 8)) if channels in PILLOW_MODES else blank)
     side = output.shape[-1] if size is None else size
     if list(output.shape) != [channels, side, side] or not bool(output.isfinite().all()):
         raise ValueError(f"it must produce finite images of {[channels, side, side]}, got {list(output.shape)}")

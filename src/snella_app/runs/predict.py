@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,14 +25,6 @@ from snella_app.runs.model import Ensemble, LoadedRun, get_task_name, load_run
 from snella_app.tasks import Task, task_class
 from snella_app.tasks.predictions import Prediction
 from snella_app.tasks.task import MAX_VIEWS
-
-__all__ = [
-    "Predictor",
-    "check_order",
-    "load",
-    "run_task_class",
-    "table_columns",
-]
 
 _THREADS = 4  # decoding and resizing release the GIL
 
@@ -86,6 +79,11 @@ class Predictor:
         """Calibration temperature, which divides the logits; 1 for an uncalibrated run."""
         return self.loaded.info.temperature
 
+    @functools.cached_property
+    def _columns(self) -> str | None:
+        """Table columns of the run, read once."""
+        return table_columns(self.loaded.folder.path)
+
     def predict(
         self,
         images: Any,
@@ -116,8 +114,7 @@ class Predictor:
             ValueError: If an image cannot be read, or a setting does not apply to the task.
             TypeError: If an input is not an image.
         """
-        run_columns = table_columns(self.loaded.folder.path)
-        inputs, is_single = split_inputs(images, columns, run_columns, keep_missing=skip_corrupt)
+        inputs, is_single = split_inputs(images, columns, self._columns, keep_missing=skip_corrupt)
         skip_corrupt = skip_corrupt and not is_single
         predictions = list(self.iter_predictions(inputs, tta=tta, unsure=unsure, skip_corrupt=skip_corrupt))
         return predictions[0] if is_single else predictions
@@ -131,7 +128,7 @@ class Predictor:
         Raises:
             ValueError: If the model has no head that takes one vector per image.
         """
-        inputs, is_single = split_inputs(images, run_columns=table_columns(self.loaded.folder.path))
+        inputs, is_single = split_inputs(images, run_columns=self._columns)
         rows: list[np.ndarray] = []
         list(self.iter_predictions(inputs, on_features=rows.append))
         return rows[0] if is_single else np.stack(rows)
@@ -297,5 +294,11 @@ def _name(index: int, image: ImageInput) -> Path:
 
 def _head(loaded: LoadedRun) -> tuple[nn.Module, int | None]:
     """Return the head used for predictions, and how many of its first inputs are pooled features; None for all."""
-    trained: Any = base_model(loaded.model).get_submodule(spec_of(loaded.model).head)
-    return (trained, None) if loaded.probe is None else (loaded.probe.linear, trained.in_features)
+    if isinstance(loaded.model, Ensemble):
+        raise ValueError(
+            f"features need one model, got a cross-validation; use one of its runs, e.g. {loaded.folder.path}"
+        )
+    trained = base_model(loaded.model).get_submodule(spec_of(loaded.model).head)
+    if loaded.probe is None:
+        return trained, None
+    return loaded.probe.linear, next((m.in_features for m in trained.modules() if isinstance(m, nn.Linear)), None)

@@ -21,8 +21,6 @@ from snella_app.runs.predict import check_order, load, run_task_class, table_col
 from snella_app.tasks.predictions import TABLE_SUFFIXES, table_bytes
 from snella_app.text import listed, utf8_text
 
-__all__ = ["parse_unsure", "predict_to_files", "write_features"]
-
 _FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
 
 
@@ -205,11 +203,14 @@ def _until_interrupted() -> Iterator[None]:
 
 
 def _images_in_rows(path: Path) -> list[Path]:
-    """Return the images listed in a CSV or JSON Lines file of predictions."""
+    """Return the images listed in a CSV or JSON Lines file of predictions; raise ValueError for other content."""
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         is_csv = path.suffix.lower() == ".csv"
-        rows = csv.DictReader(file) if is_csv else [json.loads(line) for line in file if line.strip()]
-        return [Path(row["image"]) for row in rows if row.get("image")]
+        try:
+            rows = csv.DictReader(file) if is_csv else [json.loads(line) for line in file if line.strip()]
+            return [Path(row["image"]) for row in rows if row.get("image")]
+        except (ValueError, AttributeError, csv.Error) as error:
+            raise ValueError(f"out={path} has rows that are not predictions: {error}; choose another file") from error
 
 
 def _append_rows(predictions: Iterable[Any], out: Path, top_k: int | None, console: Console) -> None:
@@ -224,6 +225,8 @@ def _append_rows(predictions: Iterable[Any], out: Path, top_k: int | None, conso
         content = table_bytes([prediction], out.suffix.lower(), top_k)
         header, row = content.split(b"\n", 1) if is_csv else (b"", content)
         with annotate_write_errors(out), out.open("ab+") as file:
+            file.seek(max(file.seek(0, io.SEEK_END) - 1, 0))
+            is_cut = file.read() not in (b"", b"\n")  # the last line has no end, e.g. after editing
             file.seek(0)
             first = file.readline().rstrip(b"\n") if is_csv else header
             if first not in (b"", header):
@@ -231,5 +234,5 @@ def _append_rows(predictions: Iterable[Any], out: Path, top_k: int | None, conso
                     f"out must have the columns {header.decode()}, got {first.decode(errors='replace')} in {out}; "
                     "choose another file"
                 )
-            file.write(row if first or not is_csv else content)
+            file.write(b"\n" * is_cut + (row if first or not is_csv else content))
         print_line(console, f"{prediction.path}: {prediction.text(top_k)}")

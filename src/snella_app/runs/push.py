@@ -9,12 +9,10 @@ from snella_app.files import write_text
 from snella_app.records.record import read
 from snella_app.records.run import RunInfo
 from snella_app.report.card import model_card
-from snella_app.runs.folder import RunFolder
+from snella_app.runs.folder import RunFolder, beside
 from snella_app.runs.merge import merge
 from snella_app.runs.model import get_task
 from snella_app.text import first_line
-
-__all__ = ["PushResult", "push", "write_hub_folder"]
 
 _WEIGHTS = "model.safetensors"
 
@@ -109,8 +107,9 @@ def push(
         ) from None
     if to_folder is not None:
         return PushResult(str(write_hub_folder(run, to_folder, name, adapter=adapter)))
-    folder = write_hub_folder(run, Path(f"{Path(run)}-hub"), name, adapter=adapter)
+    folder = write_hub_folder(run, beside(run, "-hub"), name, adapter=adapter)
     api: Any = HfApi()
+    unreachable: tuple[Any, ...] = (OfflineModeIsEnabled, OSError, *HfHubHTTPError.__bases__)  # HTTPX has other errors
     try:
         url = api.create_repo(name, private=private, exist_ok=overwrite)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Model and card")
@@ -128,7 +127,7 @@ def push(
         if status in (401, 403):
             raise PermissionError(f"no write permission for name={name}; run `hf auth login`") from error
         raise
-    except (OfflineModeIsEnabled, OSError) as error:
+    except unreachable as error:
         return PushResult(str(folder), first_line(error))
     shutil.rmtree(folder)
     return PushResult(str(url))

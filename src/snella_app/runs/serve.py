@@ -19,11 +19,9 @@ from PIL import Image
 from rich.console import Console
 
 from snella_app.console import make_console, print_line
-from snella_app.data.images import Reading, array_pixels, open_image
+from snella_app.data.images import PILLOW_MODES, Reading, array_pixels, open_image
 from snella_app.runs.predict import Predictor, Unsure, load
 from snella_app.tasks.predictions import Prediction
-
-__all__ = ["ServerLimits", "create_app", "serve"]
 
 _EXTRA = "the server needs fastapi, uvicorn and python-multipart: pip install 'snella[serve]'"
 _OVERHEAD = 2**20  # bytes of a request besides its files
@@ -354,7 +352,7 @@ def _checked_pixels(file: Any, limits: ServerLimits, reading: Reading) -> float:
         raise ValueError(f"a file must have at most {limits.mib:g} MiB")
     pixels, got = 0.0, ""
     try:
-        if reading.channels in (1, 3, 4):
+        if reading.channels in PILLOW_MODES:
             with open_image(file) as image:
                 pixels, got = float(image.width * image.height), f", got {image.width}×{image.height}"
         else:

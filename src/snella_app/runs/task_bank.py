@@ -22,8 +22,6 @@ from snella_app.device import choose_device
 from snella_app.methods import merge_trained
 from snella_app.runs.model import LoadedRun, load_single_run, make_backbone
 
-__all__ = ["TaskBank"]
-
 _MIB = 2**20
 _MAX_REPLACED = 0.25  # maximum fraction of a backbone that a task may replace: heads, tokens, norms
 

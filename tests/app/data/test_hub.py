@@ -223,3 +223,49 @@ def test_transformed_items_and_other_objects_are_rejected():
     assert pixels.train.image(0).getpixel((0, 0)) == (int(pixels.train.names[0][6:]),) * 3
     with pytest.raises(TypeError, match=r"must be a specification like folder:photos, or map-style .* got int"):
         load_data(3)
+
+
+def test_each_torch_dataset_maps_its_indices_to_its_own_class_names():
+    train, val = TorchImages(range(12)), TorchImages([1, 3])
+    train.classes, val.classes = ("bird", "cat", "dog"), ("cat", "dog")
+    train.targets = [number % 3 for number in train.numbers]
+    data = load_data({"train": train, "val": val, "test": TorchImages([])})
+    assert data.classes == ["bird", "cat", "dog"] and data.val.labels == [2, 2]
+    val.classes = ("cat", "fox")
+    with pytest.raises(ValueError, match=r"python:data: classes .* must be bird, cat, dog, got 'fox' in val/000000"):
+        load_data({"train": train, "val": val})
+    train.targets[4] = 3
+    with pytest.raises(ValueError, match=r"label of train/000004 must be a class index below 3, got 3"):
+        load_data({"train": train})
+
+
+def test_splits_may_lack_optional_columns_but_not_labels():
+    def part(numbers, **columns):
+        images = [{"bytes": encoded(i), "path": None} for i in numbers]
+        data = datasets.Dataset.from_dict({"image": images, **columns})
+        return data.cast_column("image", datasets.Image())
+
+    train = part(range(10), label=["a", "b"] * 5)
+    test = part(range(10, 14), label=["b", "a"] * 2, site=["s1", "s2", "s3", "s3"])
+    data = load_data({"train": train, "test": test})
+    assert data.test.annotations.groups == ["s1", "s2", "s3", "s3"] and data.test.labels == [1, 0, 1, 0]
+    with pytest.raises(ValueError, match=r"4 of 14 rows of python:data, 4 no label: test/000000 \(no label\)"):
+        load_data({"train": train, "test": part(range(10, 14))})
+
+
+def test_datasets_without_a_known_split_are_rejected():
+    train = datasets.Dataset.from_dict({"image": [{"bytes": encoded(0), "path": None}], "label": ["a"]})
+    with pytest.raises(ValueError, match=r"python:data must have a split train, .* got splits labeled, unlabeled"):
+        load_data(datasets.DatasetDict({"labeled": train, "unlabeled": train}))
+    with pytest.raises(ValueError, match=r"python:data must have a split train, .* got no splits"):
+        load_data({})
+
+
+def test_shards_may_repeat_the_keys_of_other_shards(shards):
+    root = shards(["x-000.tar"])
+    first = (root / "x-000.tar").rename(root / "y-000.tar")
+    shards(["x-000.tar"], lambda i: ("json", json.dumps({"species": "ba"[i % 2], "site": "s"})))
+    assert first.is_file()
+    data = load_data(f"wds:{root}")
+    assert sum(map(len, data.parts.values())) == 20 and not any("skipped" in note for note in data.notes)
+    assert {name.partition("/")[0] for name in data.train.names} == {"x-000", "y-000"}

@@ -104,3 +104,9 @@ def test_several_invalid_numbers_are_reported_together():
         DataConfig(test_size=-3, val_fraction=0.0)
     with pytest.raises(ValueError, match=r"^seed must be .* got -2; test_seed must be in \[0, 2\^32\), got 4294967296"):
         load_data("digits", DataConfig(test_seed=2**32), seed=-2)
+
+
+@pytest.mark.parametrize("prefix", ["", "folder:", "csv:", "hf:", "vtab:"])
+def test_an_unknown_user_in_a_path_is_an_error_message(prefix):
+    with pytest.raises((ValueError, FileNotFoundError), match="~nobody-here/photos"):
+        load_data(f"{prefix}~nobody-here/photos")

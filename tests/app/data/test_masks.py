@@ -167,3 +167,19 @@ def test_a_float_mask_is_rejected(tmp_path):
     Image.fromarray(np.zeros((3, 3), np.float32)).save(tmp_path / "m.tiff")
     with pytest.raises(ValueError, match=re.escape("mode F has no labels")):
         read_label_map(tmp_path / "m.tiff")
+
+
+def test_labels_that_do_not_fit_eight_bits_are_rejected(tmp_path):
+    root = write_pairs(tmp_path / "m", 2)
+    labels = np.arange(32 * 40).reshape(32, 40)
+    for index in range(2):
+        Image.fromarray(labels.astype(np.uint16)).save(root / "masks" / f"{index:03}.png")
+    with pytest.raises(ValueError, match=r"2 masks with labels out of range 0 to 255 .*/000\.png has 256, 257"):
+        load_data(f"masks:{root}")
+    for index in range(2):
+        (root / "masks" / f"{index:03}.png").unlink()
+        Image.fromarray((labels % 2 + 65_536).astype(np.int32)).save(root / "masks" / f"{index:03}.tif")
+    with pytest.raises(
+        ValueError, match=r"000\.tif' is not a readable mask: labels must be from 0 to 65535, got 65536"
+    ):
+        load_data(f"masks:{root}")

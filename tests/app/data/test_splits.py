@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snella_app.data.splits import grouped_split, stratified_sample, stratified_split
+from snella_app.data.splits import fold_split, grouped_split, stratified_sample, stratified_split
 
 CLASSES = ["a", "b", "c"]
 
@@ -81,6 +81,23 @@ def test_a_sample_larger_than_the_data_is_rejected():
 def test_a_sample_smaller_than_the_number_of_classes_is_rejected():
     with pytest.raises(ValueError, match="val_size must be at least 3, one image per class, got 2"):
         stratified_sample(labels_of([3, 3, 3]), 2, seed=0, classes=CLASSES, argument="val_size")
+
+
+def test_small_grouped_data_is_split():
+    draw = random.Random(0)
+    for seed in range(40):
+        count = draw.randrange(4, 10)
+        labels, groups = ([draw.randrange(n) for _ in range(count)] for n in (3, 7))
+        try:
+            rest, selected = grouped_split(labels, list(map(str, groups)), 0.3, seed=seed)
+        except ValueError as error:
+            assert "requires at least two groups" in str(error)
+        else:
+            assert rest and selected
+    with pytest.raises(
+        ValueError, match="folds must be at most the number of groups and of images of a class, 2, got 3"
+    ):
+        fold_split([0, 0, 1, 1], ["a", "b", "c", "d"], 3, 1, seed=0, classes=["x", "y"])
 
 
 def test_a_grouped_split_leaves_a_group_of_each_class_for_training():

@@ -37,10 +37,19 @@ def test_missing_or_optimistic_results_are_noted(run):
     assert "## Results" not in model_card(run.folder, "x") and "model-index" not in metadata_of(
         model_card(run.folder, "x")
     )
-    run.finished().change("metrics.json", selected_on="test", best_metric="test_accuracy")
+    assert "selected on the validation images; the test images were evaluated once." in model_card(
+        run.finished().folder, "x"
+    )
+    run.change("metrics.json", test=None)
+    assert "on the validation images, so these results are optimistic." in model_card(run.folder, "x")
+    run.change("metrics.json", selected_on="test", best_metric="test_accuracy")
     assert "these results are optimistic" in model_card(run.folder, "x")
     run.change("metrics.json", selected_on=None)
     assert "results of the last epoch; no epoch was selected" in model_card(run.folder, "x")
+    run.change("metrics.json", averaged={"kind": "swa", "epochs": [1, 2], "offered": [1, 2], "is_saved": True})
+    card = model_card(run.folder, "x")
+    assert "results of the averaged weights; no epoch was selected" in card
+    assert "- Epoch: the average of epochs 1, 2, of 10\n" in card
 
 
 def test_the_base_model_has_its_hub_id(run):

@@ -216,3 +216,11 @@ def test_a_generator_shows_steps_loss_and_scores(task, run):
     assert "loss 0.2500 at the end, 0.5 at the beginning" in text and "trainable 7 parameters" in text
     assert ("scores concept alignment 0.100, text alignment 0.200, " in text) == (task == "generation")
     assert ("accuracy 50.0%, the mean of boolq 75.0%, piqa 25.0%" in text) == (task == "language")
+
+
+def test_averaged_weights_and_the_last_epoch_are_no_best_epoch(run):
+    run.finished().change("metrics.json", protocol="final", selected_on=None, best_epoch=10)
+    assert "last epoch 10 of 10, " in printed_in_one_line(run)
+    run.change("metrics.json", averaged={"kind": "swa", "epochs": [9, 10], "offered": [9, 10], "is_saved": True})
+    text = printed_in_one_line(run)
+    assert "saved the average of epochs 9, 10, of 10, " in text and "best epoch" not in text

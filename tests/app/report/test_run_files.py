@@ -2,6 +2,7 @@ import dataclasses
 import math
 
 import pytest
+from PIL import Image
 
 from snella_app.records.generators import MethodResults
 from snella_app.records.predictions import Predictions
@@ -10,6 +11,7 @@ from snella_app.records.results import NumberScores, RegressionScores, Scores
 from snella_app.records.run import Allocation, Metrics, RunInfo
 from snella_app.report.allocation import adapter_step, group_matrices, schedule_epochs
 from snella_app.report.inspect import current_budgets
+from snella_app.report.report import heat_maps_section
 
 
 def test_all_values_of_a_finished_run_are_read(run):
@@ -153,7 +155,9 @@ def test_an_allocation_that_names_other_matrices_is_rejected(run):
 
 def test_predictions_that_do_not_fit_the_classes_are_rejected(run):
     run.finished()
-    with pytest.raises(ValueError, match=r"items\[0\] has 2 probabilities and label 0, but run.json lists 5 classes"):
+    with pytest.raises(
+        ValueError, match=r"items\[0\] has 2 probabilities, label 0 and rank None, but run.json lists 5 classes"
+    ):
         read(Predictions, run.folder).for_classes(5)
 
 
@@ -239,3 +243,11 @@ def test_matrices_outside_the_blocks_come_last(run):
     matrices = read(Allocation, run.folder).matrices[:2]
     outside = type(matrices[0])("fc_norm", "fc_norm", None, (4, 4), 16, 16, 16)
     assert group_matrices([outside, *matrices], {m.name: 1 for m in [outside, *matrices]}).depths == [0, None]
+
+
+def test_heat_maps_without_a_method_are_those_of_the_default(run):
+    index = run.finished().read("predictions.json")["items"][0]["index"]
+    (run.folder / "heat_maps").mkdir()
+    Image.new("RGB", (8, 8)).save(run.folder / "heat_maps" / f"{index}.png")
+    (entry,) = heat_maps_section(run.folder, read(RunInfo, run.folder), read(Predictions, run.folder))
+    assert entry["by"] == "gradcam"

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from snella_app.records.record import write
+from snella_app.records.run import FoldResults, FoldRow
 from snella_app.runs.explain import explain, explain_validation, nearest_images
+from snella_app.runs.images import load_run_splits
+from snella_app.runs.predict import load
+from snella_app.training.train import train
 
 pytest.importorskip("captum")
 
@@ -86,3 +91,28 @@ def test_an_image_is_shown_next_to_its_heat_map(width, in_a_row, finished, photo
     tops = browser.evaluate("[...document.querySelectorAll('figure')].map(f => f.getBoundingClientRect().top)")
     assert len(tops) == 5 and tops.count(tops[0]) == in_a_row
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_training_images_are_decoded_as_for_predictions(
+    make_photos, settings, console, no_report, monkeypatch, tmp_path
+):
+    photos = make_photos(tmp_path / "photos", {"cats": 8, "dogs": 8}, side=90)
+    run = train(settings(data=f"folder:{photos}", epochs=1), console)
+    assert load(run.path).loaded.reading.side is not None
+    compared = []
+    monkeypatch.setattr(
+        "snella_app.runs.explain.nearest_images", lambda *args: compared.append(args) or nearest_images(*args)
+    )
+    names = load_run_splits(run, load(run.path).loaded.info.data).train.names
+    explain(run.path, [photos / name for name in names], tmp_path / "out", neighbors=1)
+    ((features, training, _),) = compared
+    assert np.allclose(features, training, atol=1e-6)
+
+
+def test_a_cross_validation_is_rejected(finished, photos, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "fold-1")
+    write(FoldResults(1, rows=[FoldRow(1, "fold-1", 1, {})]), tmp_path)
+    with pytest.raises(ValueError, match=r"is a cross-validation with several models; pass one of its runs, e\.g\. "):
+        explain(tmp_path, [photos / "cats" / "000.png"], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"features need one model, got a cross-validation; .* e\.g\. .*fold-1"):
+        load(tmp_path).features(photos / "cats" / "000.png")

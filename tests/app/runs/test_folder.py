@@ -10,6 +10,7 @@ from snella_app.config.train import TrainConfig
 from snella_app.files import create_folder, sealed, write_bytes, write_json
 from snella_app.records.run import BackboneInfo, DataInfo, FoldResults, RunInfo
 from snella_app.runs import RunFolder
+from snella_app.runs.folder import beside
 from snella_app.training.session import lock_run
 from snella_lab.analysis.plot import Plot, write_plots
 
@@ -330,3 +331,10 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         write_bytes(tmp_path / "a.json", "text")
     assert (tmp_path / "a.json").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_outputs_next_to_the_current_run_have_its_name(tmp_path, monkeypatch):
+    assert str(beside("runs/photos/", ".onnx")) == "runs/photos.onnx"
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path / "photos")
+    assert beside(".", ".onnx") == tmp_path / "photos.onnx"

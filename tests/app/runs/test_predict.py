@@ -11,17 +11,20 @@ import threading
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 import snella
 from snella_app.console import make_console
+from snella_app.methods import build_method
 from snella_app.records.record import plain
 from snella_app.records.run import Calibration
 from snella_app.runs import RunFolder
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.image_inputs import expand, new_files
-from snella_app.runs.predict import Predictor, load
+from snella_app.runs.layer_probe import LayerProbe, probed_layers
+from snella_app.runs.predict import Predictor, _head, load
 from snella_app.runs.prediction_files import predict_to_files, write_features
 from snella_app.tasks.task import MAX_VIEWS
 from tests.processes import command
@@ -359,3 +362,47 @@ def test_watch_predicts_new_files_and_stops_cleanly(stop, finished, photos, tmp_
         assert last == f"2 images: {out}" and process.returncode == 0
         assert all(line.startswith(f"{inbox / 'c.png'}: ") for line in again) and len(again) <= 1
     assert errors.read_text().count("\n") == 1
+
+
+def test_a_leading_tilde_is_the_home_folder(finished, photos, monkeypatch):
+    monkeypatch.setenv("HOME", str(photos))
+    paths = sorted((photos / "cats").iterdir())
+    assert expand(["~/cats", "~/cats/000.*"]) == [*paths, paths[0]]
+    assert snella.load(finished.path).predict("~/cats/000.png").path == paths[0]
+    with pytest.raises(FileNotFoundError, match="no image ~nobody-here/cats"):
+        expand(["~nobody-here/cats"])
+
+
+def test_hidden_folders_are_ignored_as_in_training(photos, tmp_path):
+    for folder in (".ipynb_checkpoints", "cats/.thumbnails", "cats/old"):
+        shutil.copytree(photos / "cats", tmp_path / folder)
+    assert {path.parent for path in expand([tmp_path])} == {tmp_path / "cats/old"}
+
+
+def test_features_of_an_mlp_head_are_its_inputs(finished):
+    model = build_method("mlp-3", timm.create_model("test_vit", num_classes=3, img_size=32))
+    width = model.num_features
+    probe = LayerProbe(model, probed_layers(model), torch.zeros(3, 5 * width), torch.zeros(3))
+    head, count = _head(dataclasses.replace(snella.load(finished.path).loaded, model=model, probe=probe))
+    assert head is probe.linear and count == width
+
+
+def test_watching_continues_an_edited_table_but_no_other_file(finished, photos, tmp_path, monkeypatch):
+    def new_files(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("snella_app.runs.prediction_files.new_files", new_files)
+    images, out = [str(photos / "cats" / "000.png"), str(tmp_path)], tmp_path / "rows.csv"
+    out.write_text("image,label,probability\nold.png,cats,0.5")  # no end of line
+    predict_to_files(str(finished.path), images, out=str(out), watch=True, top_k=1)
+    assert [line.split(",")[0] for line in out.read_text().splitlines()] == ["image", "old.png", images[0]]
+    for text in ('{"image": "a.png"}\n{"image": "b.p', "[1]\n"):
+        (tmp_path / "rows.jsonl").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"out=.*rows\.jsonl has rows that are not predictions: .*; choose another"
+        ):
+            predict_to_files(str(finished.path), images, out=str(tmp_path / "rows.jsonl"), watch=True)
+
+
+def test_other_data_may_be_a_path(finished, photos):
+    assert evaluate(finished.path, photos, split="train")["data"] == str(photos)

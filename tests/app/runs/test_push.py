@@ -1,6 +1,7 @@
 """Pushing: hub folder, hub requests, and the unreachable hub."""
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -92,12 +93,19 @@ def test_an_existing_or_foreign_repository_is_rejected(finished, hub, monkeypatc
 
 
 def test_an_unreachable_hub_leaves_the_folder_with_the_reason(finished, monkeypatch, tmp_path):
-    import shutil
-
     run = shutil.copytree(finished.path, tmp_path / "run")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     pushed = push(run, "user/photos")
     assert pushed.location == str(tmp_path / "run-hub") and "offline" in pushed.error.lower()
+    assert (tmp_path / "run-hub" / "README.md").is_file()
+
+
+def test_a_failed_connection_leaves_the_folder_with_the_reason(finished, monkeypatch, tmp_path):
+    run = shutil.copytree(finished.path, tmp_path / "run")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    pushed = push(run, "user/photos")
+    assert pushed.location == str(tmp_path / "run-hub") and "refused" in pushed.error
     assert (tmp_path / "run-hub" / "README.md").is_file()
 
 
