@@ -78,7 +78,7 @@ class CompareOptions(Config):
         data: Datasets, e.g. elpv,digits,folder:photos.
         backbone: Pre-trained model, as for snella train.
         seeds: Final runs per method and dataset; default 3.
-        tune_seeds: Seeds per tuning run; default 1.
+        tune_seeds: Tuning runs per candidate, each with another seed; default 1.
         lr_factors: Learning rate grid, as multiples of each method's default, e.g. 0.1,0.3,1,3,10.
         weight_decays: Weight decay grid, tuned at the best learning rate, e.g. 0,0.1; none keeps the defaults.
         extensions: Maximum number of grid extensions while the best value is on the edge of the grid; default 2.
