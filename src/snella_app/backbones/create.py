@@ -18,6 +18,9 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.data import resolve_model_data_config
 from timm.models import adapt_input_conv, get_deprecated_models, is_model_in_modules
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from snella_app.backbones.architectures import infer_architecture
@@ -168,6 +171,8 @@ def _is_network_error(error: BaseException | None) -> bool:
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 _FOLDER_PREFIX = "local-dir:"
+_ANY_SIZE = (Beit, Eva, VisionTransformer)
+"""Models, some of them large, that support every multiple of the patch size, which `create_backbone` checks."""
 SAM_PREFIX = "sam:"
 """Prefix of a SAM path in `create_segmenter`."""
 
@@ -254,7 +259,7 @@ def create_backbone(
 
 
 def build_sized(build: Callable[[], nn.Module], name: str, img_size: int | None) -> nn.Module:
-    """Build a model; if `img_size` is set, run it on a blank image of its input size.
+    """Build a model; if `img_size` is set and not every size is supported, run it on a blank image of its input size.
 
     Raises:
         ValueError: If the model does not support `img_size`; timm reports this with various exceptions.
@@ -263,10 +268,12 @@ def build_sized(build: Callable[[], nn.Module], name: str, img_size: int | None)
         return build()
     try:
         model = build()
-        was_training = model.training
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *resolve_model_data_config(model)["input_size"]))
-        return model.train(was_training)
+        encoder, was_training = getattr(model, "encoder", model), model.training
+        if type(encoder).__module__.startswith("timm.") and not isinstance(encoder, _ANY_SIZE):
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, *resolve_model_data_config(model)["input_size"]))
+            model.train(was_training)
+        return model
     except NotImplementedError:
         raise
     except (AssertionError, IndexError, RuntimeError, TypeError, ZeroDivisionError) as error:
