@@ -55,8 +55,9 @@ def peft_method(
 
     def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
         resolved = options if "target_modules" in options else {"target_modules": targets(model, head), **options}
-        peft_config = config(head, resolved)
-        _resolve_layers(peft_config, model)
+        peft_config: Any = config(head, resolved)
+        if getattr(peft_config, "layers_to_transform", None) not in (None, []):
+            _resolve_layers(peft_config, model)
         return inject(model, peft_config)
 
     return Method(summary, source, build, options, suffix=suffix, config=config, merge=merge_adapter, **fields)
@@ -67,9 +68,7 @@ def _resolve_layers(config: Any, model: nn.Module) -> None:
 
     PEFT finds no block index in names without a prefix, such as `blocks.0.attn.qkv`.
     """
-    layers = getattr(config, "layers_to_transform", None)
-    if layers is None or layers == []:
-        return
+    layers = config.layers_to_transform
     blocks = {layers} if isinstance(layers, int) else set(layers)
     numbers = {name: block_number(f"{name}.", config.layers_pattern) for name, _ in model.named_modules()}
     indices = sorted({number for number in numbers.values() if number is not None})
