@@ -169,7 +169,8 @@ class EpochSnapshots:
 
 def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the trainable parameters and the running statistics that training updates, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad} | updated_statistics(model)
+    tensors: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return tensors | updated_statistics(model)
 
 
 def _check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> None:
