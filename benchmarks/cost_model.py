@@ -2,7 +2,7 @@
 
 python benchmarks/cost_model.py        rewrites the tables and figures of docs/speed.md; runs no training step
 
-`snella_app.training.cost_model` counts the operations of a step, and `snella_app.training.machines` converts them to
+`snella_lab.bench.cost_model` counts the operations of a step, and `snella_lab.bench.machines` converts them to
 seconds. The rates of each CPU minimize the squared relative errors of its float32 measurements. A measurement is held
 out together with all measurements of its configuration: model, batch size, rank and sparsity.
 """
@@ -26,8 +26,8 @@ from matplotlib.ticker import NullLocator
 from scipy.optimize import nnls
 
 from snella_app.report.style import COLORS, FIGURE_SIZE, INK, add_legend, new_figure
-from snella_app.training.cost_model import METHODS, MODELS, TRITON, Precision, StepCount, Transformer, count_step
-from snella_app.training.machines import GPUS, Rates, gpu_rates, ratio_range
+from snella_lab.bench.cost_model import METHODS, MODELS, TRITON, Precision, StepCount, Transformer, count_step
+from snella_lab.bench.machines import GPUS, Rates, gpu_rates, ratio_range
 from snella_lab.bench.rows import read_rows
 from snella_lab.style import save_figure
 

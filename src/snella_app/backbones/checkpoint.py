@@ -3,10 +3,8 @@
 import argparse
 import logging
 import math
-import pickle
 import sys
 import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,8 +49,8 @@ def read_google_npz(path: Path) -> tuple[dict[str, Tensor], int]:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             shapes = {key: arrays[key].shape for key in arrays.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise ValueError(f"weights '{path}' are not a readable .npz file: {error}") from error
+    except Exception as error:  # damaged files raise errors of zipfile, zlib and the parser
+        raise ValueError(f"weights '{path}' are not a readable .npz file: {first_line(error)}") from error
     if "opt/target/embedding/kernel" in shapes:
         prefix = "opt/target/"
         shapes = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
@@ -365,7 +363,9 @@ def _read_torch(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged files also raise IndexError, AssertionError and others
         raise ValueError(
             f"weights '{path}' cannot be read as tensors (files that contain code are rejected): {first_line(error)}"
         ) from error

@@ -13,9 +13,14 @@ from urllib.error import HTTPError, URLError
 
 import huggingface_hub
 import timm
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from timm.data import resolve_model_data_config
 from timm.models import adapt_input_conv, get_deprecated_models, is_model_in_modules
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from snella_app.backbones.architectures import infer_architecture
@@ -68,15 +73,16 @@ def _read_folder(path: Path) -> tuple[Path, bool]:
         other = config.get("architectures") if isinstance(config, dict) else None
         detail = f", only the transformers model {other}" if other else ""
         raise ValueError(f"'{config_file}' must name a timm model under 'architecture', got none{detail}")
-    if not timm.is_model(architecture):
-        nearest = difflib.get_close_matches(architecture, timm.list_models(), n=5, cutoff=0.5)
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        nearest = difflib.get_close_matches(str(architecture), timm.list_models(), n=5, cutoff=0.5)
         raise ValueError(
             f"'architecture' in '{config_file}' must be a timm model, got {architecture!r}; nearest: {nearest}"
         )
     weights = next((path / file for file in _WEIGHT_FILES if (path / file).is_file()), None)
     if weights is None:
         raise FileNotFoundError(f"backbone folder '{path}' must contain one of {', '.join(_WEIGHT_FILES)}")
-    cfg = config.get("pretrained_cfg", config)
+    cfg = config.get("pretrained_cfg")
+    cfg = cfg if isinstance(cfg, dict) else config
     default = timm.get_pretrained_cfg(architecture)
     fixed = cfg.get("fixed_input_size", bool(default is not None and default.fixed_input_size))
     return weights, bool(fixed)
@@ -165,6 +171,8 @@ def _is_network_error(error: BaseException | None) -> bool:
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 _FOLDER_PREFIX = "local-dir:"
+_ANY_SIZE = (Beit, Eva, VisionTransformer)
+"""Models, some of them large, that support every multiple of the patch size, which `create_backbone` checks."""
 SAM_PREFIX = "sam:"
 """Prefix of a SAM path in `create_segmenter`."""
 
@@ -250,12 +258,42 @@ def create_backbone(
     return _with_channels(_with_input_size(model, name, img_size), name, channels)
 
 
+def build_sized(build: Callable[[], nn.Module], name: str, img_size: int | None) -> nn.Module:
+    """Build a model; if `img_size` is set and not every size is supported, run it on a blank image of its input size.
+
+    Raises:
+        ValueError: If the model does not support `img_size`; timm reports this with various exceptions.
+    """
+    if img_size is None:
+        return build()
+    try:
+        model = build()
+        encoder, was_training = getattr(model, "encoder", model), model.training
+        if type(encoder).__module__.startswith("timm.") and not isinstance(encoder, _ANY_SIZE):
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, *resolve_model_data_config(model)["input_size"]))
+            model.train(was_training)
+        return model
+    except NotImplementedError:
+        raise
+    except (AssertionError, IndexError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"img_size must be a size that backbone {name!r} supports, got {img_size} "
+            f"({type(error).__name__}: {first_line(error)}); leave it out for the default size"
+        ) from error
+
+
 def _from_path(path: Path, name: str, options: dict[str, Any], pretrained: bool, img_size: int | None) -> nn.Module:
     """Build from a folder in the Hub's format or from a weight file with inferred architecture."""
     if path.is_dir():
         weights, has_fixed_size = _read_folder(path)
         size: dict[str, Any] = {"img_size": img_size} if has_fixed_size and img_size is not None else {}
-        model = timm.create_model(f"{_FOLDER_PREFIX}{path}", pretrained=False, **options, **size)
+        try:
+            model = timm.create_model(f"{_FOLDER_PREFIX}{path}", pretrained=False, **options, **size)
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"'{path / 'config.json'}' does not describe a timm model ({type(error).__name__}: {first_line(error)})"
+            ) from error
         if pretrained:
             load_weights(model, read_checkpoint(weights), name=name)
         return model

@@ -15,7 +15,7 @@ from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEnc
 
 from snella_app.backbones.checkpoint import format_mismatches, read_checkpoint, state_dict_errors
 from snella_app.backbones.create import SAM_PREFIX
-from snella_app.text import listed
+from snella_app.text import first_line, listed
 
 _DECODER_HEADS = 8  # not visible in the shapes; identical in every published SAM
 _VISION, _PROMPT, _DECODER = "vision_encoder.", "prompt_encoder.", "mask_decoder."
@@ -198,9 +198,13 @@ def _read_folder(folder: Path) -> tuple[SamConfig, dict[str, Tensor]]:
         raise ValueError(f"'{file}' is not a readable configuration: {error}") from error
     if kind != "sam":
         raise ValueError(f"'{file}' must have model_type 'sam', got {kind!r}")
-    loaded: Any = SamModel.from_pretrained(
-        folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        loaded: Any = SamModel.from_pretrained(folder, **options)
+    except OSError:
+        raise
+    except Exception as error:  # damaged files raise errors of safetensors, torch and huggingface_hub
+        raise ValueError(f"SAM folder '{folder}' cannot be read: {first_line(error)}") from error
     model, info = cast(SamModel, loaded[0]), loaded[1]
     problems = format_mismatches(
         *(sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched"))

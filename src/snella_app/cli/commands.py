@@ -1,7 +1,6 @@
 """Commands for runs and data. `parser` derives options and help from signatures and docstrings."""
 
 import sys
-from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,10 +8,6 @@ from snella_app.cli.command import Device, command
 from snella_app.config.train import TrainConfig
 
 if TYPE_CHECKING:
-    from rich.console import Group
-    from rich.table import Table
-
-    from snella_app.data.check import BenchmarkCheck
     from snella_app.runs.merge import ExportResult
 
 ExportName = Literal["sparse", "onnx", "torchscript", "torch-export", "lora", "timm", "hf"]
@@ -20,8 +15,11 @@ ExportName = Literal["sparse", "onnx", "torchscript", "torch-export", "lora", "t
 
 
 def _given(**options: Any) -> str:
-    """Format the options that are not None: `--batch 4, --img-size 32`."""
-    return ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in options.items() if value is not None)
+    """Format the options that are neither None nor False: `--batch 4, --skip-corrupt`."""
+    given = {f"--{key.replace('_', '-')}": value for key, value in options.items() if value is not None}
+    return ", ".join(
+        option if value is True else f"{option} {value}" for option, value in given.items() if value is not False
+    )
 
 
 @command("snella_app.api")
@@ -67,8 +65,8 @@ def evaluate(
         run: Run folder.
         data: Data to evaluate on instead of the run's, e.g. more-photos. The run must have been trained on all its
             classes.
-        split: Split to evaluate: train, val, test or all. auto selects the run's test split, or all images of other
-            data.
+        split: Split to evaluate: train, val, test or all. auto selects the run's test split (validation if it has
+            none), or all images of other data.
         batch_size: Batch size.
         columns: Columns of a table, e.g. path=file,label=species; defaults to the run's columns.
         skip_corrupt: Skip unreadable images.
@@ -77,13 +75,14 @@ def evaluate(
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
     from snella_app.console import counted, make_console, print_line
-    from snella_app.files import write_json
+    from snella_app.files import create_folder, write_json
     from snella_app.runs.evaluate import calibrate_run, evaluate
     from snella_app.runs.model import load_run
 
     console = make_console()
     if calibrate:
-        if given := _given(data=data, columns=columns, out=out, split=None if split == "auto" else split):
+        others = {"data": data, "columns": columns, "skip_corrupt": skip_corrupt, "out": out}
+        if given := _given(**others, split=None if split == "auto" else split):
             raise ValueError(f"--calibrate uses the run's validation images, got {given}; leave it out")
         calibration = calibrate_run(run, batch_size=batch_size, device=device)
         print_line(console, f"stored temperature {calibration.temperature:.4g}; predict divides logits by it")
@@ -93,22 +92,16 @@ def evaluate(
         print_line(console, calibration.verdict)
         return
     loaded = load_run(run, device)
-    result = evaluate(
-        loaded,
-        data,
-        split=split,
-        batch_size=batch_size,
-        columns=columns,
-        skip_corrupt=skip_corrupt,
-        console=make_console(sys.stderr),
-    )
+    options: dict[str, Any] = {"split": split, "columns": columns, "skip_corrupt": skip_corrupt}
+    result = evaluate(loaded, data, batch_size=batch_size, console=make_console(sys.stderr), **options)
     for note in result["notes"]:
         print_line(console, f"note: {note}")
     scores = loaded.task.result_format.format_map(result)
     print_line(console, f"{result['data']} ({result['split']}), {counted(result['images'], 'image')}: {scores}")
     console.print(loaded.task.result_table(result))
     if out is not None:
-        write_json(Path(out), result)
+        with create_folder(Path(out).parent):
+            write_json(Path(out), result)
 
 
 @command("snella_app.runs.prediction_files", is_recorded=True)
@@ -156,23 +149,10 @@ def predict(
         skip_corrupt: Skip unreadable images.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
+    options = {**locals(), "top_k": sys.maxsize if top_k == "all" else top_k}
     from snella_app.runs.prediction_files import predict_to_files
 
-    predict_to_files(
-        run,
-        images,
-        out=out,
-        overwrite=overwrite,
-        top_k=sys.maxsize if top_k == "all" else top_k,
-        features=features,
-        watch=watch,
-        tta=tta,
-        unsure=unsure,
-        batch_size=batch_size,
-        columns=columns,
-        skip_corrupt=skip_corrupt,
-        device=device,
-    )
+    predict_to_files(**options)
 
 
 @command("snella_app.runs.merge", is_recorded=True)
@@ -294,31 +274,21 @@ def explain(
         skip_corrupt: Skip unreadable images.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
+    options = locals()
     from snella_app.console import counted, make_console, print_line
     from snella_app.runs.explain import explain, explain_validation
 
     console = make_console()
     if not images:
-        if given := _given(out=out, of=of, columns=columns):
+        others = {"out": out, "of": of, "columns": columns, "overwrite": overwrite, "skip_corrupt": skip_corrupt}
+        if given := _given(**others, neighbors=None if neighbors == 3 else neighbors):
             raise ValueError(f"{given} requires IMAGES; without them, explain uses validation images")
         report = explain_validation(run, by=by, batch_size=batch_size, device=device)
         print_line(console, f"report: {report}")
         return
     if out is None:
         raise ValueError("out must name a folder for the heat maps, e.g. --out explained")
-    explained = explain(
-        run,
-        images,
-        out,
-        by=by,
-        of=of,
-        neighbors=neighbors,
-        overwrite=overwrite,
-        batch_size=batch_size,
-        columns=columns,
-        skip_corrupt=skip_corrupt,
-        device=device,
-    )
+    explained = explain(**options)
     for note in explained.notes:
         print_line(console, f"note: {note}")
     print_line(console, f"{counted(explained.count, 'image')}: {explained.page}")
@@ -467,7 +437,9 @@ def inspect(
         raise ValueError("; ".join(errors))
     console = make_console()
     if backbone is not None:
-        console.print(_memory_table(backbone, **given))
+        from snella_app.training.memory import memory_table
+
+        console.print(memory_table(backbone, **given))
     if run is not None:
         console.print(inspect_run(run))
         if (folder := RunFolder(run)).was_killed:
@@ -534,7 +506,7 @@ def data(
             raise ValueError(f"{conflicts} cannot be used with a benchmark, got {data!r}; leave it out")
         checks = check_benchmarks(data, decode=decode)
         for check in checks:
-            make_console().print(_benchmark_table(check))
+            make_console().print(check.table())
         errors = [error for check in checks for error in check.errors]
     above = f"{counted(len(warnings), 'warning')} above"
     if errors:
@@ -545,99 +517,21 @@ def data(
 
 def _check_dataset(spec: str, task: str, sheet: str | None, options: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Print a summary of a dataset, write the contact sheet if requested, and return errors and warnings."""
-    from snella_app.console import make_console, make_table, print_line, print_rows
+    from snella_app.console import make_console, print_line
     from snella_app.data.check import check_data, contact_sheet
     from snella_app.data.options import DataConfig
     from snella_app.data.sources import show_reading
     from snella_app.files import create_folder, write_png
     from snella_app.tasks import task_class
 
+    if sheet is not None and (file := Path(sheet)).suffix.lower() != ".png":
+        raise ValueError(f"sheet must be a PNG file, got {sheet!r}; write {str(file.with_suffix('.png'))!r}")
     target, console = task_class(task).target, make_console()
     with show_reading(make_console(sys.stderr)):
         check = check_data(spec, DataConfig(**options), target=target)
-    parts = list(check.splits.parts)
-    print_line(console, check.splits.description)
-    first = "label" if target == "labels" else "class" if check.counts else ""
-    cells = (
-        (name, *(f"{counts[part]:,}" for part in parts), f"{sum(counts.values()):,}")
-        for name, counts in check.counts.items()
-    )
-    table = make_table((first, *parts, "all"), cells)
-    if check.counts:
-        table.add_section()
-    sizes = [len(images) for images in check.splits.parts.values()]
-    table.add_row("images" if target == "labels" else "all", *(f"{size:,}" for size in sizes), f"{sum(sizes):,}")
-    console.print(table)
-    rows = [("note", note) for note in check.notes] + [("warning", warning) for warning in check.warnings]
-    for name, (low, median, high) in check.ranges.items():
-        rows.insert(0, ("numbers", f"{name} from {low:g} to {high:g}, median {median:g}"))
-    if check.sizes is not None:
-        names = ("smallest", "median", "largest")
-        sizes_text = ", ".join(f"{name} {w}×{h}" for name, (w, h) in zip(names, check.sizes, strict=True))
-        kinds = ", ".join(f"{kind} ({count:,})" for kind, count in check.kinds.items())
-        rows = [("sizes", f"{sizes_text} px"), ("formats", kinds), *rows]
-    if rows:
-        print_rows(console, rows)
+    check.print_summary(console, target)
     if sheet is not None:
-        file = Path(sheet)
-        if file.suffix.lower() != ".png":
-            raise ValueError(f"sheet must be a PNG file, got {sheet!r}; write {str(file.with_suffix('.png'))!r}")
-        with create_folder(file.parent):
-            write_png(file, contact_sheet(check.splits))
+        with create_folder(Path(sheet).parent):
+            write_png(Path(sheet), contact_sheet(check.splits))
         print_line(console, f"contact sheet: {sheet}")
     return check.errors, check.warnings
-
-
-def _benchmark_table(check: "BenchmarkCheck") -> "Table":
-    """Return a table with one row per dataset: images per split, classes and status."""
-    from snella_app.console import counted, make_table
-
-    parts = list(dict.fromkeys(name for dataset in check.inspections for name in dataset.parts))
-    table = make_table(("dataset", *parts, "classes", ""), (), title=f"{check.title} in {check.folder}")
-    table.columns[-1].justify = "left"
-    for dataset in check.inspections:
-        sizes = [f"{len(dataset.parts[name]):,}" if name in dataset.parts else "–" for name in parts]
-        num_errors = len(dataset.errors) + len(dataset.deviations)
-        state = "; note: ".join(("OK", *dataset.notes))
-        if num_errors:
-            state = counted(num_errors, "error")
-        table.add_row(dataset.name, *sizes, str(len(dataset.classes)), state)
-    for name in check.missing:
-        table.add_row(name, *("–" for _ in parts), "–", "missing")
-    return table
-
-
-def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Group":
-    """Return a table with the memory of one training step, one row per method."""
-    from rich.console import Group
-    from rich.text import Text
-
-    from snella_app.console import counted, make_console, make_table, track_progress
-    from snella_app.device import choose_device
-    from snella_app.training.machines import GPUS, predict_on_gpu, shape_of_backbone
-    from snella_app.training.memory import compared_methods, predict_for_methods
-
-    chosen: dict[str, Any] = {"batch": 32, "img_size": None, "r": 8, "dtype": "fp32"} | given
-    device = device or choose_device("auto").type
-    predictions = predict_for_methods(backbone, **chosen, device_type="cuda" if device in GPUS else device)
-    columns = ["MiB", "weights", "gradients", "optimizer state", "saved for backward", "largest temporary", "total"]
-    notes = ["total is the peak, less than the sum because the backward pass frees saved tensors"]
-    shape = shape_of_backbone(backbone, chosen["img_size"]) if device in GPUS else None
-    if shape is not None:
-        columns.append("step, ms")
-        notes.append("step is predicted from datasheet values, with a range of efficiencies; see docs/speed.md")
-    elif device in GPUS:
-        notes.append(f"step times are predicted for plain ViTs only, got {backbone}")
-    table = make_table(columns, ())
-    count = len(compared_methods(chosen["r"]))
-    for method, size, memory in track_progress(predictions, "predicting", count, make_console()):
-        images = f"{counted(chosen['batch'], 'image')} of {size[1]}×{size[2]} px"
-        name = GPUS[device].name if device in GPUS else device
-        table.title = f"Training step of {backbone}: {images}, {chosen['dtype']}, AdamW, on {name}"
-        cells = [f"{part / 2**20:,.1f}" for part in astuple(memory)]
-        if shape is not None:
-            options = {key: chosen[key] for key in ("batch", "r", "dtype")}
-            low, expected, high = predict_on_gpu(device, shape, method.partition("-")[0], **options)
-            cells.append(f"{1e3 * expected:,.1f} ({1e3 * low:,.1f}–{1e3 * high:,.1f})")
-        table.add_row(method, *cells)
-    return Group(table, Text("\n".join(notes)))

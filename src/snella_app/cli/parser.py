@@ -295,7 +295,8 @@ def _rewrite_error(message: str, command: str, options: Sequence[Option], args: 
     _, is_missing, names = message.partition("are required: ")
     missing = [name.removeprefix(f"{command}.") for name in names.split(", ")]
     if is_missing and missing == ["images"]:
-        given = next(iter(_positional_args(args)[1:]), "")
+        is_value = [before.startswith("--") and "=" not in before for before in args]
+        given = next((arg for arg, skip in zip(args[1:], is_value, strict=False) if not skip and arg[:1] != "-"), "")
         if Path(given).is_file() or (Path(given).suffix and not Path(given).is_dir()):
             return f"snella {command} needs RUN, a run folder, before the images: snella {command} RUN {given}"
     if is_missing and set(missing) <= set(known):
@@ -313,16 +314,6 @@ def _rewrite_error(message: str, command: str, options: Sequence[Option], args: 
     if is_bare:
         return f"{message.partition('argument ')[2].partition(':')[0]} needs a value; see snella {command} --help"
     return message
-
-
-def _positional_args(args: Sequence[str]) -> list[str]:
-    """Return the command and its positional arguments."""
-    previous = ["", *args[:-1]]
-    return [
-        arg
-        for before, arg in zip(previous, args, strict=True)
-        if not arg.startswith("-") and not (before.startswith("--") and "=" not in before)
-    ]
 
 
 def _check_options(command: str, options: Sequence[Option], args: Sequence[str]) -> None:

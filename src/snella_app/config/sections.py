@@ -55,7 +55,7 @@ class ModelConfig(Config):
     def errors(self) -> list[str]:
         """Check the ranges, and that the weight file exists."""
         errors = super().errors()
-        if self.weights is not None and not Path(self.weights).exists():
+        if self.weights is not None and not Path(self.weights).expanduser().is_file():
             errors.append(f"weights must be an existing file, got {self.weights!r}")
         return errors
 
@@ -112,8 +112,8 @@ class MethodConfig(BaseMethodConfig):
             number at the end sets the rank (lora-8, adapter-8), blocks (partial-1), layers (mlp-3) or tokens
             (vpt-deep-50). auto first compares a few methods on a subset of the training images.
         preset: Published hyperparameters for snella and snell: paper (scaling 1, 100 epochs, the learning rates of the
-            authors' scripts) or official (also follows their code where it differs from the paper). Explicit options
-            win.
+            authors' scripts, a random head, no augmentation, no gradient clipping, no final head on several layers) or
+            official (also follows their code where it differs from the paper). Explicit options win.
     """
 
     preset: Literal["paper", "official"] | None = None
@@ -158,7 +158,7 @@ class OptimConfig(BaseOptimConfig):
         early_stopping: Stop after N epochs without improvement. With budgets (snella, snell), training continues at
             least until the target sparsity is reached, by default after 70% of the epochs.
         batch_size: Batch size; defaults to 32, or to all training images if there are fewer. auto selects the largest
-            power of two up to 256 that fits into memory and leaves at least 10 steps per epoch.
+            power of two up to 256 per process that fits into memory and leaves at least 10 steps per epoch.
         accumulate: Gradient accumulation: number of batches per optimizer step.
         head_lr: Learning rate of the classifier head.
         head_init: Initialization of the classifier head: random, or probe, a linear probe on the model's features
@@ -186,8 +186,9 @@ class OptimConfig(BaseOptimConfig):
             saved. Off by default.
         swa: Stochastic weight averaging: average the weights of the last N epochs. The average is saved unless the best
             epoch is better on validation. Off by default.
-        soup: Greedy soup over the last N epochs: start from the best epoch, and add each epoch to the average that does
-            not lower the validation score. Off by default.
+        soup: Greedy soup over the last N epochs: start from the best of them, and add each epoch to the average that
+            does not lower the validation score. The average is saved unless the best epoch of the run is better. Off by
+            default.
         precision: Precision of the training steps and of the features to which heads are fitted: fp32, or autocast with
             bf16 or (GPU only) fp16. auto selects bf16 on GPUs and CPUs with bfloat16 instructions, otherwise fp32.
             Evaluation and prediction use fp32, except for evaluation during fp16 training.
@@ -265,7 +266,7 @@ class OptimConfig(BaseOptimConfig):
             f"class_weights must be {' or '.join(_CLASS_WEIGHTS)}, or a YAML or JSON file such as "
             f"{{cat: 1, dog: 2.5}}, got {self.class_weights!r}"
         )
-        file = Path(self.class_weights)
+        file = Path(self.class_weights).expanduser()
         if not file.is_file():
             raise ValueError(f"{error}, which does not exist")
         try:
@@ -315,10 +316,10 @@ class BaseRunConfig(Config):
     Args:
         out: Output folder of the run; created if missing.
         seed: Seed of splits, initialization, data order, augmentation and dropout.
-        device: auto (a GPU if available), or a torch device such as cpu, cuda, cuda:1 or mps.
+        device: auto (cuda if available, otherwise cpu), or a torch device such as cpu, cuda, cuda:1 or mps.
         resume: Resume the run in `out` from its last checkpoint, with its stored settings.
         overwrite: Replace an existing run in the output folder.
-        progress: Show a progress bar on a terminal.
+        progress: Show a progress bar on a terminal, or a line every 30 seconds elsewhere.
     """
 
     minimums: ClassVar = {"seed": 0}
@@ -331,8 +332,10 @@ class BaseRunConfig(Config):
     progress: bool = True
 
     def errors(self) -> list[str]:
-        """Check that `resume` and `overwrite` are not both set, and that the device name is valid."""
+        """Check the seed and the device name, and that `resume` and `overwrite` are not both set."""
         errors = super().errors()
+        if self.seed >= 2**32:  # the limit of NumPy's seeds
+            errors.append(f"seed must be less than {2**32}, got {self.seed}")
         if self.resume and self.overwrite:
             errors.append("resume and overwrite are mutually exclusive, got both; leave one out")
         if self.device not in ("auto", "cpu", "cuda"):  # avoids importing torch

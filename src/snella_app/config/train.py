@@ -201,10 +201,10 @@ class TrainConfig(RunSettings):
 
     def _task_errors(self) -> list[str]:
         """Check settings that depend on the task."""
-        from snella_app.tasks import task_class, task_names
+        from snella_app.tasks import TASKS, task_class
 
         name, optim, values = self.data.task, self.optim, self.flat()
-        task, tasks = task_class(name), [task_class(other) for other in task_names()]
+        task, tasks = task_class(name), TASKS.values()
         errors: list[str] = []
         for setting in dict.fromkeys(setting for other in tasks for setting in other.settings):
             if setting not in task.settings and values[setting] != self.settings()[setting].default:
@@ -268,7 +268,8 @@ def command_line(settings: RunSettings, default: RunSettings, command: str) -> s
         if name == "class_weights" and isinstance(value, dict):
             args += [option, json.dumps(value, ensure_ascii=False)]  # class names may contain any character
         elif isinstance(value, dict):
-            args += [arg for key, inner in value.items() for arg in (f"{option}.{key}", str(inner))]
+            texts = {key: "null" if inner is None else str(inner) for key, inner in value.items()}
+            args += [arg for key, text in texts.items() for arg in (f"{option}.{key}", text)]
         else:
             args += [option, str(value).lower() if isinstance(value, bool) else str(value)]
     return shlex.join(args)

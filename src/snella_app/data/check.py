@@ -10,8 +10,10 @@ from typing import cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from rich.console import Console
+from rich.table import Table
 
-from snella_app.console import counted
+from snella_app.console import counted, make_table, print_line, print_rows
 from snella_app.data.benchmarks import FGVC, VTAB, BenchmarkFamily, Inspection
 from snella_app.data.copies import find_duplicates
 from snella_app.data.datasets import MaskDataset, file_paths, known_metadata
@@ -60,6 +62,20 @@ class BenchmarkCheck:
                 f"put each into '{self.folder}' as {self.layout}{hint}"
             )
         return messages
+
+    def table(self) -> Table:
+        """Return a table with one row per dataset: images per split, classes and status."""
+        parts = list(dict.fromkeys(name for dataset in self.inspections for name in dataset.parts))
+        table = make_table(("dataset", *parts, "classes", ""), (), title=f"{self.title} in {self.folder}")
+        table.columns[-1].justify = "left"
+        for dataset in self.inspections:
+            sizes = [f"{len(dataset.parts[name]):,}" if name in dataset.parts else "–" for name in parts]
+            num_errors = len(dataset.errors) + len(dataset.deviations)
+            state = counted(num_errors, "error") if num_errors else "; note: ".join(("OK", *dataset.notes))
+            table.add_row(dataset.name, *sizes, str(len(dataset.classes)), state)
+        for name in self.missing:
+            table.add_row(name, *("–" for _ in parts), "–", "missing")
+        return table
 
 
 def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[BenchmarkCheck]:
@@ -190,6 +206,32 @@ class DataCheck:
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def print_summary(self, console: Console, target: TargetKind) -> None:
+        """Print the images by class and split, sizes, formats, notes and warnings."""
+        parts = self.splits.parts
+        print_line(console, self.splits.description)
+        first = "label" if target == "labels" else "class" if self.counts else ""
+        cells = (
+            (name, *(f"{counts[part]:,}" for part in parts), f"{sum(counts.values()):,}")
+            for name, counts in self.counts.items()
+        )
+        table = make_table((first, *parts, "all"), cells)
+        if self.counts:
+            table.add_section()
+        sizes = [len(images) for images in parts.values()]
+        table.add_row("images" if target == "labels" else "all", *(f"{size:,}" for size in sizes), f"{sum(sizes):,}")
+        console.print(table)
+        rows = [("note", note) for note in self.notes] + [("warning", warning) for warning in self.warnings]
+        for name, (low, median, high) in self.ranges.items():
+            rows.insert(0, ("numbers", f"{name} from {low:g} to {high:g}, median {median:g}"))
+        if self.sizes is not None:
+            names = ("smallest", "median", "largest")
+            sizes_text = ", ".join(f"{name} {w}×{h}" for name, (w, h) in zip(names, self.sizes, strict=True))
+            kinds = ", ".join(f"{kind} ({count:,})" for kind, count in self.kinds.items())
+            rows = [("sizes", f"{sizes_text} px"), ("formats", kinds), *rows]
+        if rows:
+            print_rows(console, rows)
 
 
 def check_data(spec: str, config: DataConfig | None = None, *, target: TargetKind = "class") -> DataCheck:

@@ -21,6 +21,18 @@ def freeze_running_statistics(model: nn.Module) -> None:
             module.register_forward_pre_hook(_use_stored_statistics)
 
 
+def updated_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Return the running statistics that training updates, by name: those without `freeze_running_statistics`."""
+    return {
+        f"{name}.{part}": module.get_buffer(part)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        and module.running_mean is not None
+        and _use_stored_statistics not in module._forward_pre_hooks.values()
+        for part in ("running_mean", "running_var")
+    }
+
+
 def _use_stored_statistics(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Switch a module to evaluation mode (forward pre-hook)."""
     module.training = False

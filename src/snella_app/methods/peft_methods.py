@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from snella.config import SnellaConfig
 from snella.optimizer import create_snella_optimizer, store_in_state, unwrap
+from snella.targets import block_number
 from snella_app.methods.defaults import SPARSE_DEFAULTS, SPARSE_RECIPES
 from snella_app.methods.method import Batches, Method, Options
 from snella_app.methods.model_parts import adaptable_layers, freeze_running_statistics, is_inside
@@ -54,9 +55,33 @@ def peft_method(
 
     def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
         resolved = options if "target_modules" in options else {"target_modules": targets(model, head), **options}
-        return inject(model, config(head, resolved))
+        peft_config: Any = config(head, resolved)
+        if getattr(peft_config, "layers_to_transform", None) not in (None, []):
+            _resolve_layers(peft_config, model)
+        return inject(model, peft_config)
 
     return Method(summary, source, build, options, suffix=suffix, config=config, merge=merge_adapter, **fields)
+
+
+def _resolve_layers(config: Any, model: nn.Module) -> None:
+    """Check `layers_to_transform`; except for SNELLA, replace it by `target_modules` in these blocks.
+
+    PEFT finds no block index in names without a prefix, such as `blocks.0.attn.qkv`.
+    """
+    layers = config.layers_to_transform
+    blocks = {layers} if isinstance(layers, int) else set(layers)
+    numbers = {name: block_number(f"{name}.", config.layers_pattern) for name, _ in model.named_modules()}
+    indices = sorted({number for number in numbers.values() if number is not None})
+    if unknown := blocks - set(indices):
+        known = f"indices from 0 to {indices[-1]}" if indices else "omitted for a model without numbered blocks"
+        raise ValueError(f"layers_to_transform must be {known}, got {', '.join(map(str, sorted(unknown)))}")
+    targets = config.target_modules
+    if not isinstance(config, SnellaConfig) and not isinstance(targets, str):
+        suffixes = tuple(f".{target}" for target in targets)
+        config.target_modules = {
+            name for name, number in numbers.items() if number in blocks and f".{name}".endswith(suffixes)
+        }
+        config.layers_to_transform = config.layers_pattern = None
 
 
 def inject(model: nn.Module, config: PeftConfig) -> PeftModel:

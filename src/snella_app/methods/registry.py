@@ -36,19 +36,9 @@ METHODS: dict[str, Method] = {
 METHODS.update(plugins("methods", frozenset(METHODS)))
 
 
-def method_names() -> list[str]:
-    """Return the names of all methods, without numbers."""
-    return list(METHODS)
-
-
 def find_method(name: str) -> Method:
     """Return the method for a name such as `snella-8` or `snella`; see `parse_method` for errors."""
     return METHODS[parse_method(name)[0]]
-
-
-def method_options(name: str) -> tuple[str, ...]:
-    """Return the option names of a method."""
-    return find_method(name).options
 
 
 def parse_method(name: str) -> tuple[str, int | None]:
@@ -90,13 +80,13 @@ def build_method(
     """Prepare a model for training with a method.
 
     Args:
-        name: One of `method_names()`, optionally with a number: `lora-8` sets the rank, `vpt-deep-50` the prompts per
+        name: Key of `METHODS`, optionally with a number: `lora-8` sets the rank, `vpt-deep-50` the prompts per
             block.
         model: Classifier without adapters; changed in place.
         head: Name of its head module; not needed for timm models.
         batches: Callable that returns a new iterator over pairs of images and labels, for methods that select
             parameters from training data. Other methods ignore it.
-        **options: Options listed by `method_options(name)`: fields of SnellaConfig for `snella`, some fields of
+        **options: Options listed in `Method.options`: fields of SnellaConfig for `snella`, some fields of
             LoraConfig for `lora`.
 
     Returns:

@@ -20,7 +20,7 @@ from snella_app.records.record import read, read_if_present
 from snella_app.records.run import BackboneInfo, FoldResults, RunInfo
 from snella_app.runs.folder import RunFolder, status_text
 from snella_app.runs.layer_probe import LayerProbe, read_layer_probe
-from snella_app.tasks import Task, create_task, task_class, task_names
+from snella_app.tasks import TASKS, Task, create_task, task_class
 
 _OTHER_COMMANDS = {
     "generation": "snella generate and snella evaluate-generation use it",
@@ -211,9 +211,9 @@ def get_task(info: RunInfo) -> Task:
 
 def get_task_name(info: RunInfo) -> str:
     """Return the name of a run's task; raises like `get_task`."""
-    if info.task not in task_names():
+    if info.task not in TASKS:
         hint = _OTHER_COMMANDS.get(info.task, "another version of snella wrote it")
-        raise ValueError(f"run must be of the task {' or '.join(task_names())}, got a run of {info.task!r}; {hint}")
+        raise ValueError(f"run must be of the task {' or '.join(TASKS)}, got a run of {info.task!r}; {hint}")
     return info.task
 
 

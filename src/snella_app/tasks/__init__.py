@@ -8,29 +8,12 @@ from snella_app.tasks.classification import ClassificationTask, OrdinalTask
 from snella_app.tasks.multilabel import MultiLabelTask
 from snella_app.tasks.regression import RegressionTask
 from snella_app.tasks.segmentation import SegmentationTask
-from snella_app.tasks.task import Task
+from snella_app.tasks.task import Task as Task
 from snella_app.text import nearest
 
-__all__ = [
-    "ClassificationTask",
-    "MultiLabelTask",
-    "OrdinalTask",
-    "RegressionTask",
-    "SegmentationTask",
-    "Task",
-    "create_task",
-    "task_class",
-    "task_names",
-]
-
-_TASKS: dict[str, type[Task]] = {
+TASKS: dict[str, type[Task]] = {
     task.name: task for task in (ClassificationTask, MultiLabelTask, OrdinalTask, RegressionTask, SegmentationTask)
 }
-
-
-def task_names() -> list[str]:
-    """Return the names of all tasks."""
-    return list(_TASKS)
 
 
 def task_class(name: str) -> type[Task]:
@@ -39,16 +22,16 @@ def task_class(name: str) -> type[Task]:
     Raises:
         ValueError: If the task is unknown; the message suggests the nearest name.
     """
-    if name not in _TASKS:
-        raise ValueError(f"task must be one of {', '.join(_TASKS)}, got {name!r}{nearest(name, _TASKS)}")
-    return _TASKS[name]
+    if name not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}{nearest(name, TASKS)}")
+    return TASKS[name]
 
 
 def create_task(name: str, classes: Sequence[str], **settings: Any) -> Task:
     """Create a task.
 
     Args:
-        name: One of `task_names()`.
+        name: Key of `TASKS`.
         classes: Class names by index, or target names of a regression.
         **settings: Settings of a run, or the state of a finished run. Settings of other tasks are ignored; None selects
             the default.

@@ -19,10 +19,39 @@ from snella_app.console import make_table
 from snella_app.data.datasets import ImageDataset
 from snella_app.records.predictions import Predictions, StoredPrediction
 from snella_app.tasks.linear_fit import fit_binary_probe, fit_probe
-from snella_app.tasks.losses import corn, corn_probabilities, focal, full_precision, weighted_mean
 from snella_app.tasks.predictions import Prediction
-from snella_app.tasks.task import ClassWeights, Task, paired, resolve_class_weights, unknown_class
+from snella_app.tasks.task import (
+    ClassWeights,
+    Task,
+    full_precision,
+    paired,
+    resolve_class_weights,
+    unknown_class,
+    weighted_mean,
+)
 from snella_app.text import listed
+
+FOCAL_GAMMA = 2.0
+"""Exponent of the focal losses, the default of the paper."""
+_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
+
+
+def focal(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Compute the focal loss of each sample, which down-weights well-classified samples, `[batch]`.
+
+    l_i = -Σ_c q[i, c] (1 - p[i, c])^γ log p[i, c],   p = softmax(logits),   q = (1 - ε) target + ε / classes,   γ = 2
+
+    Source: Lin et al., 2017, arXiv 1708.02002, eq. 4, for several classes.
+
+    Args:
+        logits: `[batch, classes]`, float32 or float64.
+        labels: `[batch]` int64, or targets `[batch, classes]` that sum to 1, e.g. from mixup.
+        label_smoothing: ε.
+    """
+    log_p = logits.log_softmax(-1)
+    q = labels.to(log_p) if labels.ndim > 1 else F.one_hot(labels, logits.shape[-1]).to(log_p)
+    q = q * (1 - label_smoothing) + label_smoothing / logits.shape[-1]
+    return -(q * (1 - log_p.exp()) ** FOCAL_GAMMA * log_p).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -200,9 +229,6 @@ def class_scores(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> 
     }
 
 
-_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
-
-
 def rank_order(classes: Sequence[str], order: str | None) -> list[str]:
     """Sort classes from lowest to highest: as listed in `order`, separated by commas, or by their leading numbers.
 
@@ -226,6 +252,43 @@ def rank_order(classes: Sequence[str], order: str | None) -> list[str]:
     if errors:
         raise ValueError(f"class_order must list each class once, got {order!r}: {'; '.join(errors)}")
     return names
+
+
+def corn(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the CORN loss of each sample from logits of `P(y > k | y ≥ k)`.
+
+    l_i = -1/(K - 1) Σ_{k ≤ y_i, k < K - 1} ( [y_i > k] log σ(z[i, k]) + [y_i = k] log σ(-z[i, k]) )
+
+    A sample of rank y contributes to the first min(y + 1, K - 1) binary outputs. The mean over a batch is Shi et al.'s
+    loss with divisor n (K - 1) instead of the number of conditional samples.
+
+    Source: CORN, Shi, Cao and Raschka, 2023, arXiv 2111.08851, eq. 5.
+
+    Args:
+        logits: `[batch, K - 1]`, float32 or float64.
+        labels: `[batch]`, ranks from 0 to K - 1, int64.
+
+    Returns:
+        `[batch]`.
+    """
+    thresholds = torch.arange(logits.shape[-1], device=logits.device)
+    is_above = (labels[:, None] > thresholds).to(logits)
+    is_conditioned = (labels[:, None] >= thresholds).to(logits)
+    losses = F.binary_cross_entropy_with_logits(logits, is_above, reduction="none")
+    return (losses * is_conditioned).sum(-1) / logits.shape[-1]
+
+
+def corn_probabilities(logits: Tensor) -> Tensor:
+    """Compute class probabilities from CORN's logits, `[batch, K]`.
+
+    P(y > k) = Π_{j ≤ k} σ(z[j]),   P(y = k) = P(y > k - 1) - P(y > k)
+
+    Args:
+        logits: `[batch, K - 1]`, float32 or float64.
+    """
+    above = F.logsigmoid(logits).cumsum(-1).exp()  # ONNX has no cumulative product
+    first = above[:, :1]  # a shape would be baked into a traced graph
+    return torch.cat([torch.ones_like(first), above], -1) - torch.cat([above, torch.zeros_like(first)], -1)
 
 
 @dataclass(frozen=True)

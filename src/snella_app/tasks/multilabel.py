@@ -13,16 +13,31 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from rich.table import Table
 from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
 
 from snella_app.console import make_table
 from snella_app.data.datasets import ImageDataset
 from snella_app.records.predictions import LabelSetPredictions, StoredLabelSetPrediction
+from snella_app.tasks.classification import FOCAL_GAMMA
 from snella_app.tasks.linear_fit import fit_binary_probe
-from snella_app.tasks.losses import binary_focal, full_precision, weighted_mean
 from snella_app.tasks.predictions import LabelSetPrediction
-from snella_app.tasks.task import ClassWeights, Task, paired, resolve_class_weights
+from snella_app.tasks.task import ClassWeights, Task, full_precision, paired, resolve_class_weights, weighted_mean
 
 _THRESHOLD = 0.5
+
+
+def binary_focal(logits: Tensor, targets: Tensor, positive_weights: Tensor | None = None) -> Tensor:
+    """Compute the binary focal loss of each entry, γ = 2, without α, `[batch, classes]`.
+
+    Source: Lin et al., 2017, arXiv 1708.02002, eq. 4 (`torchvision.ops.sigmoid_focal_loss`).
+
+    Args:
+        logits: `[batch, classes]`, float32 or float64.
+        targets: `[batch, classes]`, in [0, 1].
+        positive_weights: Weights of positive labels, `[classes]`; None means equal weights.
+    """
+    losses = sigmoid_focal_loss(logits, targets, alpha=-1, gamma=FOCAL_GAMMA, reduction="none")
+    return losses if positive_weights is None else losses * (1 + (positive_weights - 1) * targets)
 
 
 def best_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> list[float]:

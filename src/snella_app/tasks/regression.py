@@ -1,13 +1,14 @@
 """Regression of one or several targets, standardized for training."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from PIL import Image
 from rich.table import Table
@@ -17,10 +18,11 @@ from snella_app.console import make_table
 from snella_app.data.datasets import ImageDataset
 from snella_app.records.predictions import NumberPredictions, StoredNumberPrediction
 from snella_app.tasks.linear_fit import feature_scale
-from snella_app.tasks.losses import NUMBER_LOSSES, full_precision, weighted_mean
 from snella_app.tasks.predictions import NumberPrediction, check_output
-from snella_app.tasks.task import Task, paired
+from snella_app.tasks.task import Task, full_precision, paired, weighted_mean
 
+NUMBER_LOSSES: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
+"""Regression losses of standardized targets by value of `--loss`; Huber is quadratic up to one standard deviation."""
 _RIDGE_PENALTY = 5.0
 """Weight of `‖w‖²` relative to the summed squared errors, for features with mean variance 1."""
 

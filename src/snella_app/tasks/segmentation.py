@@ -19,9 +19,8 @@ from snella_app.console import make_table
 from snella_app.data.datasets import ImageDataset, MaskDataset
 from snella_app.records.predictions import MaskPredictions, StoredMaskPrediction
 from snella_app.report.examples import ImageLoader, overlay_panels, read_mask, write_mask
-from snella_app.tasks.losses import full_precision, weighted_mean
 from snella_app.tasks.predictions import MaskPrediction, check_mask_output, write_mask_predictions
-from snella_app.tasks.task import Task, paired
+from snella_app.tasks.task import Task, full_precision, paired, weighted_mean
 
 
 def pixel_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:

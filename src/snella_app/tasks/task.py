@@ -20,7 +20,6 @@ from snella_app.data.options import TargetKind
 from snella_app.records.predictions import LabelSetPredictions, MaskPredictions, NumberPredictions, Predictions
 from snella_app.report.examples import ImageLoader
 from snella_app.tasks import predictions as image_outputs
-from snella_app.tasks.losses import full_precision
 from snella_app.text import listed, nearest
 
 _CROP_ENLARGEMENT = 8 / 7  # upscaling before corner crops, e.g. from 224 to 256 pixels
@@ -259,6 +258,24 @@ class Task(ABC):
     def decoding_comment(self) -> str:
         """Return a Python comment that decodes the output of a merged model."""
         return "# classes[model(transform(image.convert('RGB'))[None]).argmax()]"
+
+
+def full_precision(outputs: Tensor) -> Tensor:
+    """Cast half precision to float32 for softmax, sigmoid and their logarithms; other dtypes are unchanged."""
+    return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+
+
+def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the weighted mean `Σ_i w_i l_i / n`, 0-dim.
+
+    The divisor is the number of samples, not the sum of weights, so a sample's gradient does not depend on the rest
+    of the batch. Balanced class weights have mean 1 over the training images.
+
+    Args:
+        losses: `[batch]`.
+        weights: `[batch]`; None means equal weights.
+    """
+    return (losses if weights is None else losses * weights.to(losses)).mean()
 
 
 def paired(outputs: ArrayLike, labels: ArrayLike) -> tuple[Tensor, np.ndarray]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler
 
+from snella_app.backbones.create import build_sized
 from snella_app.config.sections import DEFAULT_BATCH_SIZE, MethodConfig, ModelConfig, OptimConfig, RunConfig
 from snella_app.console import print_line, track_progress
 from snella_app.data.datasets import ImageDataset, MaskDataset, read_at_side
@@ -267,7 +268,7 @@ def build(
         seed=seed,
         channels=config.channels,
     )
-    backbone = make_backbone(info, config.task)
+    backbone = build_sized(partial(make_backbone, info, config.task), info.name, model.img_size)
     if model.drop_path:
         set_drop_path(backbone, find_head(backbone, task.head), model.drop_path)
     data_config = get_protocol(config.protocol).data_config(

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerState
 
 from snella.matrices import AdaptedMatrix
 from snella_app.console import print_line
+from snella_app.methods.model_parts import updated_statistics
 from snella_app.text import seconds_text
 from snella_app.training.checkpoints import CheckpointError, require_file
 
@@ -53,9 +54,9 @@ class WeightAverage(TrainerCallback):
     The decay warms up; without warmup, a short run with a decay of 0.9999 would be dominated by the initial values.
     During warmup the average spans about the last ninth of the steps.
 
-    Only parameters are averaged: factors, scalars and head. Budgets are buffers and keep their current values. The
-    threshold is recomputed from the averaged factors, so the number of nonzero entries still equals the budget.
-    Averaging merged matrices or restoring old budgets would lose the sparsity.
+    Trained parameters are averaged (factors, scalars and head), and running statistics that training updates. Budgets
+    are buffers and keep their current values. The threshold is recomputed from the averaged factors, so the number of
+    nonzero entries still equals the budget. Averaging merged matrices or restoring old budgets would lose the sparsity.
 
     Args:
         model: Model from `build_method`; parameters that are trainable now are averaged.
@@ -68,7 +69,7 @@ class WeightAverage(TrainerCallback):
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.steps = 0
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = _trained_tensors(model)
         self._averages = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     @property
@@ -113,9 +114,8 @@ class WeightAverage(TrainerCallback):
 class EpochSnapshots:
     """Trained parameters of the last epochs, for averaging after training.
 
-    Only parameters are averaged, as in `WeightAverage`. The averaged update uses the budgets of the last step and
-    therefore has the target sparsity. Batch norms keep their pre-trained statistics, except with `full` and in the head
-    of `mlp`, where the average uses the statistics of the last step.
+    Parameters and running statistics are averaged as in `WeightAverage`. The averaged update uses the budgets of the
+    last step and therefore has the target sparsity.
 
     Args:
         model: Model from `build_method`; parameters that are trainable now are stored on the CPU.
@@ -124,7 +124,7 @@ class EpochSnapshots:
 
     def __init__(self, model: nn.Module, count: int) -> None:
         self.count = count
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = _trained_tensors(model)
         self._values: dict[int, dict[str, torch.Tensor]] = {}
 
     @property
@@ -167,6 +167,12 @@ class EpochSnapshots:
             _check_names(path, values, self._parameters)
 
 
+def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the trainable parameters and the running statistics that training updates, by name."""
+    tensors: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return tensors | updated_statistics(model)
+
+
 def _check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> None:
     """Check that a checkpoint's file has a value for each trainable parameter, and no others."""
     if different := sorted(set(stored) ^ set(expected))[:3]:
@@ -177,7 +183,7 @@ def _check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> 
 
 
 @contextmanager
-def _swapped_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def _swapped_parameters(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Replace parameter values inside the context; copies in place, so that layers detect stale caches."""
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 

@@ -1,8 +1,6 @@
 """Cross-validation: one run per fold and a table over folds."""
 
-import html
 import statistics
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,9 @@ from snella_app.console import make_console, make_table, print_line
 from snella_app.files import write_text
 from snella_app.records.record import plain, read, read_if_present
 from snella_app.records.run import FoldResults, FoldRow, Metrics, RunInfo
+from snella_app.report.report import write_page
 from snella_app.runs.folder import RunFolder
 from snella_app.training.train import train
-
-__all__ = ["is_cross_validation", "train_folds"]
 
 
 def is_cross_validation(folder: str | Path) -> bool:
@@ -68,12 +65,13 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
     lines = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---:"] * len(columns), *rows)]
     write_text(folder.path / "folds.md", "\n".join(lines) + "\n")
     title = f"{count} folds of {config.data.spec} by {config.method.name}"
-    write_text(folder.path / "folds.html", _page(html.escape(title), columns, rows, results))
+    context = {"title": title, "columns": columns, "rows": rows, "folders": [row.folder for row in results.rows]}
+    page = write_page(folder.path, "snella_app.report", context, "folds.html")
     table = make_table(columns, rows[:-1], left=0)
     table.add_section()
     table.add_row(*rows[-1])
     console.print(table)
-    print_line(console, f"table {folder.path / 'folds.html'}; snella predict {folder.path} averages all models")
+    print_line(console, f"table {page}; snella predict {folder.path} averages all models")
     return results
 
 
@@ -133,27 +131,3 @@ def _cells(results: FoldResults) -> tuple[list[str], list[list[str]]]:
     for cells, row in zip(rows, results.rows, strict=True):
         cells.append("–" if row.best_epoch is None else str(row.best_epoch))
     return [*columns, "best epoch"], [*rows, [*last, ""]]
-
-
-def _page(title: str, columns: list[str], rows: list[list[str]], results: FoldResults) -> str:
-    """Format the table as an HTML page with links to the folds' reports."""
-    css = resources.files("snella_app.report").joinpath("report.css").read_text(encoding="utf-8")
-    head = "".join(f'<th scope="col" class="n">{html.escape(name)}</th>' for name in columns)
-    body = ""
-    for cells, row in zip(rows, [*results.rows, None], strict=True):
-        first, *others = map(html.escape, cells)
-        link = first if row is None else f'<a href="{html.escape(row.folder)}/report.html">{first}</a>'
-        body += (
-            f"<tr><th scope='row' class='n' style='white-space: normal'>{link}</th>"
-            f"{''.join(f'<td class=n>{cell}</td>' for cell in others)}</tr>"
-        )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{title}</title><style>{css}</style></head><body><header><h1>{title}</h1>"
-        '<p class="lead">Each row is a separate run, evaluated on the images of its fold.</p></header><main><section>'
-        '<div class="scroll wide" role="region" aria-label="Table of folds" tabindex="0">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        '<p class="sideways" aria-hidden="true">scroll sideways for more columns ⟷</p></section></main></body></html>\n'
-    )

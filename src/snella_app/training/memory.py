@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -14,15 +14,20 @@ from typing import Any, cast
 import torch
 import torch.utils.checkpoint
 from peft.tuners.tuners_utils import BaseTunerLayer
+from rich.console import Group
+from rich.text import Text
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from snella.layer import SnellaLayer
-from snella_app.backbones.create import create_backbone
+from snella_app.backbones.create import build_sized, create_backbone
+from snella_app.console import counted, make_console, make_table, track_progress
+from snella_app.device import choose_device
 from snella_app.methods import build_method
 from snella_app.methods.defaults import MEMORY_METHODS
+from snella_app.plugins import plugin
 
 Call = tuple[str, int]
 """Module name, or `ATTENTION`, and call index within the forward pass."""
@@ -35,6 +40,7 @@ _ROWS_OF_TILE, _COLUMNS_OF_TILE = 32, 64  # of the Triton kernels, which store p
 _EAGER_MATRICES = 14  # temporary matrices of the eager backward pass besides `ΔW`, default kernel; measured
 _CLASSES = 100
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DEVICE_TYPES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -315,11 +321,6 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def compared_methods(r: int) -> list[str]:
-    """Return the methods of `predict_for_methods` with rank `r`."""
-    return [name.format(r=r) for name in MEMORY_METHODS]
-
-
 def predict_for_methods(
     backbone: str,
     batch: int = 32,
@@ -347,16 +348,47 @@ def predict_for_methods(
         errors.append(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     if errors:
         raise ValueError("; ".join(errors))
-    return _predict_each(backbone, batch, img_size, r, _DTYPES[dtype], device_type)
-
-
-def _predict_each(
-    backbone: str, batch: int, img_size: int | None, r: int, dtype: torch.dtype, device_type: str
-) -> Iterator[tuple[str, tuple[int, int, int], StepMemory]]:
-    """Yield the predictions of `predict_for_methods`."""
-    for method in compared_methods(r):
-        model = create_backbone(backbone, num_classes=_CLASSES, pretrained=False, img_size=img_size).to(dtype)
+    for template in MEMORY_METHODS:
+        method = template.format(r=r)
+        build = partial(create_backbone, backbone, num_classes=_CLASSES, pretrained=False, img_size=img_size)
+        model = build_sized(build, backbone, img_size)
         channels, height, width = resolve_model_data_config(model)["input_size"]
-        model = build_method(method, model)
         shape = (channels, height, width)
+        model = build_method(method, model.to(_DTYPES[dtype]))
         yield method, shape, predict_step_memory(model, shape, batch, device_type=device_type)
+
+
+def memory_table(backbone: str, device: str | None = None, **given: Any) -> Group:
+    """Return a table with the memory of one training step, one row per method.
+
+    Args:
+        backbone: As for `create_backbone`.
+        device: `cpu`, `cuda` or the name of a GPU, which adds a column with step times; this machine's device if None.
+        **given: `batch`, `img_size`, `r` and `dtype` of `predict_for_methods`.
+    """
+    chosen: dict[str, Any] = {"batch": 32, "img_size": None, "r": 8, "dtype": "fp32"} | given
+    device = device or choose_device("auto").type
+    device_type = device if device in _DEVICE_TYPES else "cuda"
+    predictions = predict_for_methods(backbone, **chosen, device_type=device_type)
+    rows = list(track_progress(predictions, "predicting", len(MEMORY_METHODS), make_console()))
+    predictor = None if device in _DEVICE_TYPES else plugin("estimates", "step-time")
+    name, predict_step = (device, None) if predictor is None else predictor(device, backbone, chosen["img_size"])
+    columns = ["MiB", "weights", "gradients", "optimizer state", "saved for backward", "largest temporary", "total"]
+    notes = ["total is the peak, less than the sum because the backward pass frees saved tensors"]
+    if predict_step is not None:
+        columns.append("step, ms")
+        notes.append("step is predicted from datasheet values, with a range of efficiencies; see docs/speed.md")
+    elif device not in _DEVICE_TYPES:
+        notes.append(f"step times are predicted for plain ViTs only, got {backbone}")
+    (_, (_, height, width), _), *_ = rows
+    images = f"{counted(chosen['batch'], 'image')} of {height}×{width} px"
+    title = f"Training step of {backbone}: {images}, {chosen['dtype']}, AdamW, on {name}"
+    table = make_table(columns, (), title=title)
+    for method, _, memory in rows:
+        cells = [f"{part / 2**20:,.1f}" for part in astuple(memory)]
+        if predict_step is not None:
+            options = {key: chosen[key] for key in ("batch", "r", "dtype")}
+            low, expected, high = predict_step(method.partition("-")[0], **options)
+            cells.append(f"{1e3 * expected:,.1f} ({1e3 * low:,.1f}–{1e3 * high:,.1f})")
+        table.add_row(method, *cells)
+    return Group(table, Text("\n".join(notes)))

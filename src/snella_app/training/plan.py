@@ -22,7 +22,7 @@ from snella_app.data.options import DataConfig
 from snella_app.data.protocol import get_protocol
 from snella_app.data.transforms import build_transform, has_flips
 from snella_app.device import autocast, choose_device, choose_precision
-from snella_app.methods import find_method, method_options
+from snella_app.methods import find_method
 from snella_app.methods.model_parts import recorded_inputs
 from snella_app.methods.registry import matrices_of, trainable_parameters
 from snella_app.records.run import DataInfo, RunInfo
@@ -284,7 +284,7 @@ def _cost_warnings(plan: TrainConfig, parts: RunComponents, memory: float, free:
     if memory > free:
         batch_size = plan.optim.effective_batch_size
         options = [f"--batch-size below {batch_size}"] if batch_size > 1 else []
-        if "compress_activations" in set(method_options(plan.method.name)) - set(plan.method.options):
+        if "compress_activations" in set(find_method(plan.method.name).options) - set(plan.method.options):
             options.append("--method-options.compress_activations true")
         options += [] if plan.model.grad_checkpointing else ["--grad-checkpointing"]
         listed = f"{', '.join(options)} or " if options else ""

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from snella_app.training.memory import predict_step_memory, preserve_state
 
 MIN_SIZE = 48
 """Smallest image size that is tried or suggested, in pixels."""
-_LARGEST_BATCH, _FEWEST_BATCHES = 256, 10
+_LARGEST_BATCH, _FEWEST_STEPS = 256, 10
 _MEMORY_SHARE = 0.8
 """Maximum predicted step memory as a fraction of free memory; the prediction excludes libraries and workspaces."""
 _TIMED_STEPS, _FEWEST_TIMED = 4, 3
@@ -55,14 +56,15 @@ _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
 def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -> int | None:
     """Return the total batch size, with `batch_size="auto"` resolved to the largest that fits in memory; None if unset.
 
-    Candidates per process are powers of two up to 256 with at least 10 batches per epoch. The largest candidate with a
+    Candidates per process are powers of two up to 256 with at least 10 steps per epoch. The largest candidate with a
     predicted memory of at most 0.8 of the free memory is tested with a trial step, and halved while the step runs out
     of memory. The model is unchanged.
     """
     if optim.batch_size != "auto":
         return optim.batch_size
     free = free_memory(next(parts.model.parameters()).device)
-    largest = max(1, min(_LARGEST_BATCH, len(parts.splits.train) // _FEWEST_BATCHES // process_count()))
+    images_per_batch = len(parts.splits.train) // (_FEWEST_STEPS * optim.accumulate * process_count())
+    largest = max(1, min(_LARGEST_BATCH, images_per_batch))
     batch = 1 << largest.bit_length() - 1
     while batch > 1 and predicted_memory(parts, optim.precision, batch) > _MEMORY_SHARE * free:
         batch //= 2
@@ -132,19 +134,11 @@ def fit_image_size(
         except _SIZE_ERRORS as error:
             raise _SizeError(f"{size} px ({first_line(error)})") from error
 
-    def head_seconds(size: int) -> float:
-        return measure(size, with_training=False).final_s
-
     def epoch_seconds(size: int) -> float:
         times = measure(size, with_training=True)
         return times.epoch_s + times.final_s / optim.epochs
 
-    def left_s() -> float:
-        return _left_seconds(budget, started_at)
-
-    def left_per_epoch_s() -> float:
-        return left_s() / optim.epochs
-
+    left_s = partial(_left_seconds, budget, started_at)
     search = None
     has_head = can_skip_training(optim, config.data.protocol) and optim.final_head == "layers"
     trains = optim.epochs > 0 and not (has_head and find_method(config.method.name).is_head_only)
@@ -152,10 +146,11 @@ def fit_image_size(
         if has_head or not trains:
             largest_side = max(_SMALL_SIDE, _median_side(parts.splits.train)) if trains else default
             head_sizes = [size for size in sizes if size - step < largest_side] or sizes[:1]
-            search, work, unit = _largest_size(head_sizes, head_seconds, left_s), "the final head", "it"
+            search = _largest_size(head_sizes, lambda size: measure(size, with_training=False).final_s, left_s)
+            work, unit = "the final head", "it"
             sizes = [size for size in sizes if 2 * size >= search.size]
         if search is None or (trains and search.fits):
-            trained = _largest_size(sizes, epoch_seconds, left_per_epoch_s)
+            trained = _largest_size(sizes, epoch_seconds, lambda: left_s() / optim.epochs)
             if search is None or trained.fits:
                 search, work, unit = trained, epochs, "one epoch"
     except _SizeError as error:

@@ -11,7 +11,7 @@ import yaml
 
 from snella_app.config.train import TrainConfig
 from snella_app.files import write_text
-from snella_app.methods import method_options, parse_method
+from snella_app.methods import find_method, parse_method
 from snella_app.methods.defaults import PROBE_METHOD, REFERENCE_METHOD
 from snella_app.text import nearest
 from snella_lab.comparison.rows import NUMBERS
@@ -221,7 +221,7 @@ def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any],
     Raises:
         ValueError: If `TrainConfig` rejects a setting.
     """
-    is_sparse = "target_sparsity" in method_options(method.method)
+    is_sparse = "target_sparsity" in find_method(method.method).options
     settings = {
         "precision": "fp32",  # auto would depend on the hardware
         **shared,

@@ -1,5 +1,6 @@
 import argparse
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,20 @@ def test_a_damaged_file_is_reported(suffix, n_bytes, tiny_vit, write_npz, tmp_pa
     write_npz(model, path) if suffix == ".npz" else save(model.state_dict(), path)
     path.write_bytes(path.read_bytes()[:n_bytes])
     with pytest.raises(ValueError, match=rf"broken\{suffix}' (cannot be read|are not a readable)"):
+        read_checkpoint(path)
+
+
+def test_a_damaged_pickle_is_reported(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save({"w": torch.zeros(1)}, path)
+    with zipfile.ZipFile(path) as file:
+        entries = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in entries.items():
+            file.writestr(name, b"\x80\x02R." if name.endswith("data.pkl") else content)
+    with pytest.raises(IndexError, match="pop from empty list"):
+        torch.load(path, weights_only=True)
+    with pytest.raises(ValueError, match=r"w\.pth' cannot be read as tensors"):
         read_checkpoint(path)
 
 

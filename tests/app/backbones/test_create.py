@@ -1,11 +1,12 @@
 import re
+from functools import partial
 
 import pytest
 import timm
 import torch
 
 from snella_app.backbones import create
-from snella_app.backbones.create import create_backbone, packaged_names
+from snella_app.backbones.create import build_sized, create_backbone, packaged_names
 
 
 def test_a_timm_name_builds_the_requested_head_and_input_size():
@@ -87,6 +88,16 @@ def test_an_image_size_of_zero_is_rejected():
 def test_an_invalid_size_error_suggests_multiples_of_the_patch_size():
     with pytest.raises(ValueError, match=r"multiple of the patch size 14 .* got 100; nearest: 98, 112"):
         create_backbone("vit_small_patch14_dinov2", num_classes=2, pretrained=False, img_size=100)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "error"), [("xcit_nano_12_p16_224", 96, "TypeError"), ("levit_128s", 50, "RuntimeError")]
+)
+def test_a_size_that_the_architecture_does_not_support_is_reported(name: str, size: int, error: str):
+    build = partial(create_backbone, name, num_classes=2, pretrained=False, img_size=size)
+    with pytest.raises(ValueError, match=rf"img_size must be .* '{name}' supports, got {size} \({error}: "):
+        build_sized(build, name, size)
+    assert build_sized(partial(create_backbone, "test_vit", num_classes=2, pretrained=False), "test_vit", 32).training
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "missing.pth", "local-dir:nowhere", "./test_vit"])

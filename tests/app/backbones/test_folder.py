@@ -79,3 +79,19 @@ def test_a_configuration_of_another_library_is_rejected(config, message, tmp_pat
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=message):
         create_backbone(str(tmp_path), num_classes=2)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"architecture": ["test_vit"]}, r"'architecture' in .* must be a timm model, got \['test_vit'\]"),
+        ({"model_args": {"wings": 2}}, r"does not describe a timm model \(TypeError: .*wings"),
+        ({"pretrained_cfg": 3}, r"does not describe a timm model"),
+    ],
+)
+def test_an_invalid_configuration_is_reported(entries, message, tiny_vit, tmp_path):
+    save_for_hf(tiny_vit(), tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+    with pytest.raises(ValueError, match=message):
+        create_backbone(str(tmp_path), num_classes=3)

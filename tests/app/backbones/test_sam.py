@@ -256,6 +256,14 @@ def test_a_folder_of_another_model_is_rejected(tmp_path):
         load_sam(tmp_path)
 
 
+def test_a_folder_with_damaged_weights_is_rejected(sam, tmp_path):
+    sam.save_pretrained(tmp_path / "sam")
+    file = tmp_path / "sam/model.safetensors"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"SAM folder '.*sam' cannot be read: "):
+        load_sam(tmp_path / "sam")
+
+
 def test_a_folder_with_mismatched_weights_is_rejected(sam, tmp_path):
     sam.config.save_pretrained(tmp_path)
     state = {name: tensor.clone() for name, tensor in sam.state_dict().items()}

@@ -68,6 +68,8 @@ ERRORS = [
     "evaluate",
     "evaluate missing",
     "evaluate missing --split tset",
+    "evaluate missing --calibrate --skip-corrupt --split val",
+    "explain missing --overwrite --neighbors 0",
     "predict",
     "predict missing",
     "predict elves.png",

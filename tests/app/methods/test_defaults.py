@@ -29,7 +29,6 @@ ALLOWED = {
     "snella_app/methods/": "registry",
     "snella_lab/methods/": "registry of snella_lab",
     "snella_lab/bench/": "its baselines are benchmark functions, not registered methods",
-    "snella_app/training/cost_model.py": "it has formulas of individual methods",
     "snella_lab/recipes/demo.py": "it demonstrates three methods",
 }
 ALLOWED_NAMES = {

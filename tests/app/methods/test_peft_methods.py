@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from snella_app.methods import build_method, load_trained, method_options, save_trained
+from snella_app.methods import build_method, find_method, load_trained, save_trained
 
 
 def test_options_are_the_fields_of_the_peft_configuration(make_model):
-    assert {"r", "sparsity", "select_top"} <= set(method_options("supertuning"))
+    assert {"r", "sparsity", "select_top"} <= set(find_method("supertuning").options)
     model = build_method("supertuning", make_model(), sparsity=0.9)
     config = model.peft_config["default"]
     assert config.sparsity == 0.9 and config.modules_to_save == ["head"]
@@ -52,3 +52,16 @@ def test_random_projections_are_recomputed_from_the_seed_and_not_saved(make_mode
 def test_an_unsupported_model_is_reported_with_the_method(method, reason, make_model):
     with pytest.raises(ValueError, match=f"method '{method}' cannot be applied to ResNet: {reason}"):
         build_method(method, make_model("test_resnet"))
+
+
+@pytest.mark.parametrize("method", ["snella", "boft", "hra"])
+def test_layers_to_transform_selects_blocks_and_rejects_missing_ones(method, make_model, tmp_path):
+    model = build_method(method, make_model(), layers_to_transform=[1, 4])
+    adapted = {n.split(".")[3] for n, p in model.named_parameters() if p.requires_grad and "blocks" in n}
+    assert adapted == {"1", "4"}
+    save_trained(model, tmp_path)
+    assert load_trained(tmp_path, make_model()).peft_config.keys() == {"default"}
+    with pytest.raises(ValueError, match="layers_to_transform must be indices from 0 to 5, got 20"):
+        build_method(method, make_model(), layers_to_transform=[1, 20])
+    with pytest.raises(ValueError, match="layers_to_transform must be indices from 0 to 5, got 6"):
+        build_method(method, make_model(), layers_to_transform=6)

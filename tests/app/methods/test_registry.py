@@ -5,7 +5,7 @@ from torch import nn
 
 from snella import SnellaConfig
 from snella.matrices import adapted_matrices
-from snella_app.methods import build_method, check_method, method_names, method_options, parse_method, spec_of
+from snella_app.methods import METHODS, build_method, check_method, find_method, parse_method, spec_of
 from snella_app.methods.model_parts import adaptable_layers, find_head
 
 
@@ -124,7 +124,7 @@ def test_invalid_values_are_rejected_without_a_model():
 
 
 def test_the_options_of_snella_are_the_fields_of_its_configuration():
-    options = set(method_options("snella-8"))
+    options = set(find_method("snella-8").options)
     assert {"r", "kernel", "target_sparsity", "preset", "min_layer_share"} <= options
     assert options <= set(SnellaConfig.__dataclass_fields__)
     assert "peft_type" not in options and "modules_to_save" not in options
@@ -134,7 +134,7 @@ def test_the_registry_lists_these_methods():
     core = "linear bias full partial mlp vpt-shallow vpt-deep vqt adapter mosa ssf lora dora adalora snella snell"
     chosen = "snella-matched klora gps spt-lora spt-adapter fixed-mask noah"
     catalog = "shira supertuning fourierft randlora vera loha lokr boft hra delora ln_tuning"
-    assert {*core.split(), *chosen.split(), *catalog.split()} == set(method_names())
+    assert {*core.split(), *chosen.split(), *catalog.split()} == set(METHODS)
 
 
 def test_a_name_of_several_words_keeps_its_hyphens():

@@ -9,7 +9,7 @@ import torch
 from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
 
-from snella_app.methods import build_method, load_trained, method_names, save_trained, spec_of
+from snella_app.methods import METHODS, build_method, load_trained, save_trained, spec_of
 from snella_app.methods.model_parts import is_inside
 
 BACKBONES = {
@@ -32,7 +32,7 @@ def documented_support():
     for line in (line for line in section.splitlines() if "| yes |" in line):
         names, _, transformers, convolutional = (cell.strip() for cell in line.strip("|").split("|"))
         for name in re.findall(r"`([^`]+)`", names):
-            for method in [m for m in method_names() if re.fullmatch(name.replace("*", ".+"), m)]:
+            for method in [m for m in METHODS if re.fullmatch(name.replace("*", ".+"), m)]:
                 pairs += [(method, backbone, transformers == "yes") for backbone in ("swin", "convnext")]
                 pairs.append((method, "resnet", convolutional == "yes"))
     return pairs
@@ -44,7 +44,7 @@ def make(backbone):
 
 
 def test_the_table_lists_every_method():
-    assert {method for method, *_ in documented_support()} == set(method_names())
+    assert {method for method, *_ in documented_support()} == set(METHODS)
 
 
 @pytest.mark.parametrize(

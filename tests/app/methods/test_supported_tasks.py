@@ -8,7 +8,7 @@ import torch
 
 from snella_app.backbones.create import create_backbone
 from snella_app.backbones.segmenter import create_segmenter
-from snella_app.methods import SelectionData, build_method, load_trained, method_names, save_trained
+from snella_app.methods import METHODS, SelectionData, build_method, load_trained, save_trained
 from snella_app.tasks import create_task
 from snella_lab.recipes.dreambooth.config import DreamBoothConfig
 from snella_lab.recipes.instruct.config import LanguageConfig
@@ -25,7 +25,7 @@ def documented_support(column):
         if "| yes |" in line:
             names, *cells = (cell.strip() for cell in line.strip("|").split("|"))
             for name in re.findall(r"`([^`]+)`", names):
-                matching = [m for m in method_names() if re.fullmatch(name.replace("*", ".+"), m)]
+                matching = [m for m in METHODS if re.fullmatch(name.replace("*", ".+"), m)]
                 support += [(method, cells[COLUMNS.index(column)] == "yes") for method in matching]
     return support
 
@@ -54,7 +54,7 @@ def pairs():
 
 
 def test_the_table_lists_every_method_and_all_support_classification():
-    assert {name for name, is_supported in documented_support("classification") if is_supported} == set(method_names())
+    assert {name for name, is_supported in documented_support("classification") if is_supported} == set(METHODS)
 
 
 TARGETS = {

@@ -265,3 +265,19 @@ def test_sections_and_flat_names_give_the_same_configuration():
 def test_each_section_checks_its_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_tilde_in_weight_files_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "weights.pth").touch()
+    (tmp_path / "classes.yaml").write_text("{cat: 1, dog: 2.5}")
+    files = {"weights": "~/weights.pth", "class_weights": "~/classes.yaml"}
+    config = TrainConfig.from_flat(data="photos", backbone="test_vit", out="run", **files)
+    assert config.optim.read_class_weights() == {"cat": 1.0, "dog": 2.5}
+    with pytest.raises(ValueError, match="weights must be an existing file, got '~'"):
+        config.replace(weights="~")
+
+
+def test_a_seed_beyond_the_range_of_numpy_is_rejected():
+    with pytest.raises(ValueError, match=f"seed must be less than {2**32}, got 20261129123456"):
+        TrainConfig.from_flat(**REQUIRED_SETTINGS, seed=20261129123456)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from snella_app.tasks import ClassificationTask, MultiLabelTask, OrdinalTask, RegressionTask
-from snella_app.tasks.classification import predicted_ranks
-from snella_app.tasks.losses import binary_focal, corn, corn_probabilities, focal
+from snella_app.tasks.classification import corn, corn_probabilities, focal, predicted_ranks
+from snella_app.tasks.multilabel import binary_focal
 
 LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 1.0, 0.0]], dtype=torch.float64)
 LABELS = torch.tensor([0, 2])

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from snella_app.config.train import TrainConfig
 from snella_app.data.datasets import ImageDataset, MaskDataset
-from snella_app.tasks import SegmentationTask, create_task, task_class, task_names
+from snella_app.tasks import TASKS, SegmentationTask, create_task, task_class
 from snella_app.tasks.segmentation import choose_indices, overlap_losses
 
 LABELS = torch.tensor([[[0, 1], [1, 1]]])
@@ -55,7 +55,7 @@ def test_a_single_class_is_rejected():
 def test_tasks_have_the_configured_names():
     from typing import get_args
 
-    assert list(get_args(TrainConfig.settings()["task"].type)) == task_names()
+    assert list(get_args(TrainConfig.settings()["task"].type)) == list(TASKS)
     with pytest.raises(ValueError, match=r"one of classification, .*segmentation, got 'segmentatoin'; nearest: segm"):
         task_class("segmentatoin")
     assert create_task("segmentation", ["a", "b"], mask_loss=None, epochs=3).classes == ("a", "b")
@@ -87,7 +87,7 @@ def test_masks_are_remapped_to_the_classes_of_the_run():
     assert SegmentationTask(("a", "b", "c")).remap_labels(torch.tensor([[0, 1]]), [0, 2]).tolist() == [[0, 2]]
 
 
-@pytest.mark.parametrize("name", [name for name in task_names() if name != "segmentation"])
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "segmentation"])
 def test_other_tasks_reject_images_with_masks(name):
     task, masked = create_task(name, ["a", "b", "c"]), object.__new__(MaskDataset)
     with pytest.raises(ValueError, match=f"segmentation for images with masks like masks:x, got {name!r}; add"):

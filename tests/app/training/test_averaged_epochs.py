@@ -4,6 +4,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from snella.matrices import adapted_matrices
+from snella_app.methods.model_parts import freeze_running_statistics, updated_statistics
 from snella_app.records.record import read
 from snella_app.records.run import Metrics
 from snella_app.report.report import _saved_epoch
@@ -32,6 +33,20 @@ def test_the_mean_is_applied_inside_the_context_and_restored_bit_for_bit():
     with epoch_ends.average_parameters([2, 3]):
         torch.testing.assert_close(layer.weight.detach(), (values[2] + values[3]) / 2)
     assert torch.equal(layer.weight, values[3])
+
+
+def test_running_statistics_that_training_updates_are_averaged():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    epoch_ends, means = EpochSnapshots(model, 2), []
+    for epoch in (1, 2):
+        model(torch.randn(8, 3) + epoch)
+        epoch_ends.add(epoch)
+        means.append(model[1].running_mean.clone())
+    with epoch_ends.average_parameters([1, 2]):
+        torch.testing.assert_close(model[1].running_mean, (means[0] + means[1]) / 2)
+    assert torch.equal(model[1].running_mean, means[1])
+    freeze_running_statistics(model)
+    assert not updated_statistics(model)
 
 
 def test_a_checkpoint_restores_the_epochs_and_rejects_another_model(tmp_path):

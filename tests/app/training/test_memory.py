@@ -204,7 +204,7 @@ def test_predictions_do_not_depend_on_the_random_state():
 def test_arguments_are_checked_before_a_model_is_built():
     message = r"batch must be at least 1, got 0; img_size must be at least 1, got -3; r must be at least 1, got 0; "
     with pytest.raises(ValueError, match=message + r"dtype must be one of fp32, bf16, got 'fp16'"):
-        predict_for_methods("no such model", 0, img_size=-3, r=0, dtype="fp16")
+        next(predict_for_methods("no such model", 0, img_size=-3, r=0, dtype="fp16"))
 
 
 @pytest.mark.gpu

@@ -49,6 +49,13 @@ def test_auto_selects_the_largest_batch_size_that_fits_into_memory(share, many_i
     assert f"batch size {chosen}: a step takes about" in console.file.getvalue()
 
 
+def test_auto_batch_size_leaves_ten_optimizer_steps_with_gradient_accumulation(many_images, settings, console):
+    config = settings(data=many_images, batch_size="auto", accumulate=4).resolved()
+    parts = build_components(config)
+    chosen = fit_batch_size(parts, config.optim, console)
+    assert 2 * chosen * 4 * 10 > len(parts.splits.train) >= chosen * 4 * 10
+
+
 def test_an_out_of_memory_step_halves_the_batch_size(many_images, settings, console, monkeypatch):
     config = settings(data=many_images, batch_size="auto").resolved()
     parts = build_components(config)

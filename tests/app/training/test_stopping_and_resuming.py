@@ -154,6 +154,12 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(step, number, settings
     assert is_bit_identical(outcome(run), uninterrupted)
 
 
+def test_an_interruption_stops_a_run_with_one_step_per_epoch_and_no_checkpoints(settings, console):
+    config = settings(epochs=3, train_size=6, batch_size=6, final_head="trained")
+    with interrupt_before(0), pytest.raises(TrainingInterrupted, match=r"saved as .*checkpoint-1;"):
+        train(config, console, keep_checkpoints=False)
+
+
 def test_ctrl_c_is_acknowledged_immediately(capfd):
     with InterruptCallback() as interrupt:
         os.kill(os.getpid(), signal.SIGINT)

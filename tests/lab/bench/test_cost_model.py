@@ -14,7 +14,7 @@ import torch
 
 from snella_app.backbones.create import create_backbone
 from snella_app.cli.commands import inspect
-from snella_app.training.cost_model import (
+from snella_lab.bench.cost_model import (
     METHODS,
     MODELS,
     NUMBA,
@@ -25,7 +25,7 @@ from snella_app.training.cost_model import (
     count_step,
     count_trainable,
 )
-from snella_app.training.machines import GPUS, Rates, gpu_rates, predict_on_gpu, ratio_range, shape_of_backbone
+from snella_lab.bench.machines import GPUS, Rates, gpu_rates, predict_on_gpu, ratio_range, shape_of_backbone
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "benchmarks"

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from snella_app.training.cost_model import TRITON, Precision, StepCount, Transformer, count_step
+from snella_lab.bench.cost_model import TRITON, Precision, StepCount, Transformer, count_step
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,14 @@ def predict_on_gpu(
     step = count_step(shape, method, batch, r=r, precision=precision, kernels=TRITON)
     seconds = [rates.seconds(step) for rates in rates_range(gpu, is_float32=is_float32)]
     return min(seconds), gpu_rates(gpu, is_float32=is_float32).seconds(step), max(seconds)
+
+
+def predictor(
+    gpu: str, backbone: str, img_size: int | None = None
+) -> tuple[str, Callable[..., tuple[float, float, float]] | None]:
+    """Return the product name of a GPU and `predict_on_gpu` for it and a backbone; None unless it is a plain ViT."""
+    shape = shape_of_backbone(backbone, img_size)
+    return GPUS[gpu].name, None if shape is None else partial(predict_on_gpu, gpu, shape)
 
 
 def shape_of_backbone(backbone: str, img_size: int | None = None, classes: int = 100) -> Transformer | None:
