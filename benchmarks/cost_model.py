@@ -409,22 +409,33 @@ def machine_name(device: str) -> str:
     return f"{processor}, {'1 thread' if threads == '1 threads' else threads}"
 
 
+GPU_NAMES = {
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "NVIDIA L4": "l4",
+    "Tesla T4": "t4",
+    "AMD Instinct MI300X": "mi300x",
+}
+"""Keys of `GPUS` by the device name in rows, `torch.cuda.get_device_name()`."""
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def measured_gpu_table(folder: Path = FOLDER) -> str:
-    """Format the newest step times on GPUs of `GPUS`, measured and predicted; empty without rows of such a GPU."""
-    names = {gpu.device: name for name, gpu in GPUS.items()}
+    """Format the newest step times on GPUs of `GPUS`, measured and predicted; empty without rows of such a GPU.
+
+    Predictions in bfloat16 assume autocast; the rows are of models in bfloat16.
+    """
     newest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in read_rows(folder / "results.jsonl"):
         is_covered = row.get("backbone") in SHAPES and row.get("method") in METHODS and row.get("dtype") in _DTYPES
-        if row["benchmark"] == "step_time" and row["device"] in names and is_covered:
+        if row["benchmark"] == "step_time" and row["device"] in GPU_NAMES and is_covered:
             setting = tuple(row[key] for key in ("device", "backbone", "batch", "r", "sparsity", "dtype"))
             newest[*setting, row["method"]] = row
     lines = []
     for (*setting, method), row in newest.items():
         device, model, batch, r, _, dtype = setting
-        predict = partial(predict_on_gpu, names[device], SHAPES[model], batch=batch, r=r, dtype=_DTYPES[dtype])
+        predict = partial(predict_on_gpu, GPU_NAMES[device], SHAPES[model], batch=batch, r=r, dtype=_DTYPES[dtype])
         low, expected, high = (1000 * seconds for seconds in predict(method))
         measured = 1000 * row["step_s"]
         cells = [f"{measured:.1f}", f"{expected:.1f} ({low:.1f}–{high:.1f})", f"{expected / measured - 1:+.0%}"]
@@ -432,7 +443,7 @@ def measured_gpu_table(folder: Path = FOLDER) -> str:
         ratios = ["–", "–"]
         if lora is not None:
             ratios = [f"{row['step_s'] / lora['step_s']:.2f}", f"{expected / 1000 / predict('lora')[1]:.2f}"]
-        lines.append([GPUS[names[device]].name, model, str(batch), dtype, method, *cells, *ratios])
+        lines.append([GPUS[GPU_NAMES[device]].name, model, str(batch), dtype, method, *cells, *ratios])
     head = ["GPU", "model", "batch", "dtype", "method", "measured, ms", "predicted, ms", "error"]
     return markdown_table([*head, "relative to LoRA", "predicted"], lines) if lines else ""
 

@@ -307,8 +307,9 @@ def test_gpu_and_bfloat16_rows_are_not_cpu_cases(tmp_path):
 
 
 def test_measured_steps_on_a_known_gpu_are_shown_with_their_predictions(tmp_path):
-    from cost_model import measured_gpu_table
+    from cost_model import GPU_NAMES, measured_gpu_table
 
+    assert sorted(GPU_NAMES.values()) == sorted(GPUS)
     gpu = {"device": "NVIDIA H100 80GB HBM3", "dtype": "bfloat16", "batch": 64}
     rows = [
         make_row(),
