@@ -102,9 +102,12 @@ bench: install ## time steps of SNELLA, PEFT's LoRA and other methods (16 minute
 	$(BIN)/python benchmarks/readme.py
 
 gpu: $(VENV)/.installed-for-tests ## on a GPU, run snella doctor, the GPU tests, and step times at batch size 64; appends to benchmarks/results.jsonl
-	$(BIN)/snella doctor --steps false --out runs/gpu/doctor.json
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/snella bench --device cuda --batch 64 --dtype fp32,bf16 --methods lora,full,snella --out benchmarks/results.jsonl
+	@$(STAGES); \
+	stage doctor $(BIN)/snella doctor --out runs/gpu/doctor.json; \
+	stage tests $(BIN)/python -m pytest -m gpu; \
+	stage bench $(BIN)/python benchmarks/step_time.py --gpu; \
+	stage predictions $(BIN)/python benchmarks/cost_model.py --gpu; \
+	finish
 
 products: install ## compare snella train with other tools on two folders, one minute each; writes runs/products/ (Debian)
 	$(BIN)/python benchmarks/products/folders.py --packages runs/products/packages --out runs/products/folders --only emoji stamps

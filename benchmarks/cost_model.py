@@ -1,6 +1,7 @@
 """Fit the cost model to committed measurements, test it on held-out ones, and predict steps on GPUs.
 
 python benchmarks/cost_model.py        rewrites the tables and figures of docs/speed.md; runs no training step
+python benchmarks/cost_model.py --gpu  only prints the measured and predicted steps on GPUs
 
 `snella_lab.bench.cost_model` counts the operations of a step, and `snella_lab.bench.machines` converts them to
 seconds. The rates of each CPU minimize the squared relative errors of its float32 measurements. A measurement is held
@@ -27,7 +28,7 @@ from scipy.optimize import nnls
 
 from snella_app.report.style import COLORS, FIGURE_SIZE, INK, add_legend, new_figure
 from snella_lab.bench.cost_model import METHODS, MODELS, TRITON, Precision, StepCount, Transformer, count_step
-from snella_lab.bench.machines import GPUS, Rates, gpu_rates, ratio_range
+from snella_lab.bench.machines import GPUS, Rates, gpu_rates, predict_on_gpu, ratio_range
 from snella_lab.bench.rows import read_rows
 from snella_lab.style import save_figure
 
@@ -408,6 +409,45 @@ def machine_name(device: str) -> str:
     return f"{processor}, {'1 thread' if threads == '1 threads' else threads}"
 
 
+GPU_NAMES = {
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "NVIDIA L4": "l4",
+    "Tesla T4": "t4",
+    "AMD Instinct MI300X": "mi300x",
+}
+"""Keys of `GPUS` by the device name in rows, `torch.cuda.get_device_name()`."""
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def measured_gpu_table(folder: Path = FOLDER) -> str:
+    """Format the newest step times on GPUs of `GPUS`, measured and predicted; empty without rows of such a GPU.
+
+    Predictions in bfloat16 assume autocast; the rows are of models in bfloat16.
+    """
+    newest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in read_rows(folder / "results.jsonl"):
+        is_covered = row.get("backbone") in SHAPES and row.get("method") in METHODS and row.get("dtype") in _DTYPES
+        if row["benchmark"] == "step_time" and row["device"] in GPU_NAMES and is_covered:
+            setting = tuple(row[key] for key in ("device", "backbone", "batch", "r", "sparsity", "dtype"))
+            newest[*setting, row["method"]] = row
+    lines = []
+    for (*setting, method), row in newest.items():
+        device, model, batch, r, _, dtype = setting
+        predict = partial(predict_on_gpu, GPU_NAMES[device], SHAPES[model], batch=batch, r=r, dtype=_DTYPES[dtype])
+        low, expected, high = (1000 * seconds for seconds in predict(method))
+        measured = 1000 * row["step_s"]
+        cells = [f"{measured:.1f}", f"{expected:.1f} ({low:.1f}–{high:.1f})", f"{expected / measured - 1:+.0%}"]
+        lora = newest.get((*setting, "lora"))
+        ratios = ["–", "–"]
+        if lora is not None:
+            ratios = [f"{row['step_s'] / lora['step_s']:.2f}", f"{expected / 1000 / predict('lora')[1]:.2f}"]
+        lines.append([GPUS[GPU_NAMES[device]].name, model, str(batch), dtype, method, *cells, *ratios])
+    head = ["GPU", "model", "batch", "dtype", "method", "measured, ms", "predicted, ms", "error"]
+    return markdown_table([*head, "relative to LoRA", "predicted"], lines) if lines else ""
+
+
 def sections(folder: Path = FOLDER) -> dict[str, str]:
     """Return the tables of the page by name."""
     cases = timed_cases(folder)
@@ -473,7 +513,12 @@ def ratios_figure() -> Figure:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="only print measured and predicted steps on GPUs")
+    args = parser.parse_args()
+    print(measured_gpu_table() or f"results.jsonl has no step times of {', '.join(gpu.name for gpu in GPUS.values())}")
+    if args.gpu:
+        return
     FIGURES.mkdir(parents=True, exist_ok=True)
     save_figure(errors_figure(leave_one_out(timed_cases())), FIGURES / "held-out.svg")
     save_figure(ratios_figure(), FIGURES / "ratio-gpu.svg")

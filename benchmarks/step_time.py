@@ -3,6 +3,7 @@
 python benchmarks/step_time.py                     16 minutes on two cores; appends to results.jsonl
 python benchmarks/step_time.py --matrices          only single operations on the CPU: about one minute
 python benchmarks/step_time.py --competition       only importance, selection and allocation: one minute
+python benchmarks/step_time.py --gpu               all methods on a GPU, batch size 64, float32 and bfloat16
 python benchmarks/step_time.py --grid              all backbones, batch sizes, ranks, sparsities and dtypes: hours
 """
 
@@ -26,17 +27,26 @@ VARIANTS = [
 METHODS = ["frozen", "lora", "dora", "shira", "full", "snella", *VARIANTS, "snella-keep-inputs"]
 
 
+def gpu_config(out: str) -> BenchConfig:
+    """Return the settings of `make gpu`: all methods of `make bench`, which runs on the CPU."""
+    return BenchConfig(batch=[64], methods=[*METHODS, "paper"], dtype=["fp32", "bf16"], device="cuda", out=out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", action="store_true", help="run the full grid")
     parser.add_argument("--matrices", action="store_true", help="only single operations, on the CPU")
     parser.add_argument("--competition", action="store_true", help="only importance, selection and allocation")
+    parser.add_argument("--gpu", action="store_true", help="only batch size 64 in float32 and bfloat16, on a GPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default=str(HERE / "results.jsonl"))
     args = parser.parse_args()
     console = make_console()
     if args.grid:
         bench(grid(args.device, args.out), console)
+        return
+    if args.gpu:
+        bench(gpu_config(args.out), console)
         return
     if args.competition:
         append_rows(args.out, [measure_competition()])

@@ -7,15 +7,18 @@ python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --check    onl
 Each branch of each kernel is compiled with pointers and sizes divisible by 16 (`aligned`); for capability 9.0, also
 without this alignment. Resources come from Triton's copy of `cuobjdump`. Occupancy is the fraction of a
 multiprocessor's warps that registers, shared memory and the program limit allow. The script also compiles for
-AMD's `gfx942`; these rows only report errors.
+AMD's `gfx942`; these rows only report errors. `source` identifies what a row was compiled from, see `source_digest`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import re
 import subprocess
 import tempfile
+import tokenize
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -96,6 +99,27 @@ def variants(rank: int = 8) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         counting = {"TARGETS": targets, "LEVEL": targets, "BLOCK": backend.COUNT_BLOCK}
         yield f"count within bin, {mode_name}", forward.count_within_bin, counting
         yield f"finish thresholds, {mode_name}", forward.finish_thresholds, {"TARGETS": targets}
+
+
+@functools.cache
+def kernel_code() -> str:
+    """Return the code of all kernels without comments and docstrings."""
+    ignored = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING}
+    words = []
+    for module in (forward, backward):
+        with Path(str(module.__file__)).open("rb") as stream:
+            tokens = [token for token in tokenize.tokenize(stream.readline) if token.type not in ignored]
+        starts = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+        for before, token in zip([None, *tokens], tokens, strict=False):
+            is_docstring = token.type == tokenize.STRING and (before is None or before.type in starts)
+            words += [] if is_docstring else [token.string.strip() or tokenize.tok_name[token.type]]
+    return " ".join(words)
+
+
+def source_digest(settings: dict[str, Any], launch: dict[str, Any]) -> str:
+    """Return a digest of the code of all kernels, and of a row's settings and launch options."""
+    options = (sorted((name, str(value)) for name, value in values.items()) for values in (settings, launch))
+    return hashlib.sha256(repr((kernel_code(), *options)).encode()).hexdigest()[:16]
 
 
 def compile_for(
@@ -215,22 +239,20 @@ def main() -> None:
                 if args.check:
                     continue
                 row = {"kernel": name, "rank": rank, "capability": capability, "aligned": aligned}
+                row |= {"source": source_digest(settings, launch)}
                 rows.append({**row, **asdict(resources_of(compiled, capability, settings, warps)), "warps": warps})
     if args.check:
         print(f"{count} compiled")
         return
     for name, kernel, settings in [] if args.launch else variants(args.ranks[0]):
+        launch = backend.launch_options(kernel.__name__, settings.get("R", 1), True)
         try:
-            compile_for(
-                GPUTarget("hip", "gfx942", 64),
-                kernel,
-                settings,
-                backend.launch_options(kernel.__name__, settings.get("R", 1), True),
-            )
+            compile_for(GPUTarget("hip", "gfx942", 64), kernel, settings, launch)
             error = ""
         except Exception as exception:  # the row records any error of Triton's AMD backend
             error = f"{type(exception).__name__}: {str(exception).splitlines()[0][:200] if str(exception) else ''}"
-        rows.append({"kernel": name, "rank": args.ranks[0], "capability": "gfx942", "error": error})
+        row = {"kernel": name, "rank": args.ranks[0], "capability": "gfx942", "error": error}
+        rows.append({**row, "source": source_digest(settings, launch)})
     commit = (git_state()[0] or "")[:7]
     versions = {"triton": triton.__version__, "tile": TILE, "commit": commit, "launch": args.launch}
     if not args.launch:

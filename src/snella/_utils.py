@@ -1,8 +1,10 @@
-"""Helpers for error messages, module names and the cache folder."""
+"""Helpers for error messages, module names, the cache folder and the driver version."""
 
 import difflib
 import os
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 
@@ -35,3 +37,11 @@ def cache_folder() -> Path:
         return Path(override).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "snella"
+
+
+@cache
+def nvidia_driver() -> str:
+    """Return the version line of the NVIDIA driver, or an empty string."""
+    with suppress(OSError):
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0].strip()
+    return ""

@@ -209,11 +209,11 @@ def doctor(*, steps: bool = True, out: str | None = None) -> None:
       snella doctor
       snella doctor --out doctor.json
 
-    Prints devices and versions, compares each backend on each device with a float64 reference, and times a ViT-B
-    training step with LoRA, full fine-tuning and SNELLA.
+    Prints devices and versions, compares each backend on each device with a float64 reference, and times merging and a
+    ViT-B training step with LoRA, full fine-tuning and SNELLA.
 
     Args:
-        steps: Time training steps; --steps false only checks correctness.
+        steps: Time training steps and merging; --steps false only checks correctness.
         out: JSON file for the results, to attach to a bug report.
     """
     from snella_lab.bench.doctor import diagnose

@@ -185,8 +185,8 @@ def missing_reason(name: str) -> str | None:
     return None
 
 
-def requires_check(A: Tensor) -> bool:
-    """Return whether the Triton kernels need the first-use check, i.e. whether these factors are on a GPU."""
+def is_on_gpu(A: Tensor) -> bool:
+    """Return whether these factors are on a CUDA or ROCm device, where Triton kernels are preferred and checked."""
     return A.device.type == "cuda"
 
 
@@ -214,7 +214,7 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
         raise ValueError(f"impl must be one of {list(get_args(Implementation))}, got {impl!r}")
     if impl in ("eager", "reference"):
         return impl, "set by impl"
-    name = "triton" if impl == "triton" or (impl == "auto" and A.device.type == "cuda") else "numba"
+    name = "triton" if impl == "triton" or (impl == "auto" and is_on_gpu(A)) else "numba"
     missing = missing_reason(name)
     if missing is not None:
         if impl == name:
@@ -222,7 +222,7 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
         return "eager", missing
     error: type[Exception] = NotImplementedError
     reason = get_backend(name).unsupported_reason(spec, A)
-    if reason is None and name == "triton" and requires_check(A):
+    if reason is None and name == "triton" and is_on_gpu(A):
         from snella.backends.triton import verify
 
         error, reason = RuntimeError, verify.failed_check(spec, A)

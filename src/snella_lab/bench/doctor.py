@@ -1,16 +1,25 @@
-"""Diagnosis of a machine: hardware, versions, backend correctness and step time."""
+"""Diagnosis of a machine: hardware, versions, backend correctness, and time of merging and of training steps."""
 
 from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass, field
+import statistics
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
+from snella._utils import nvidia_driver
+from snella.autograd import compute_effective_weight
+from snella.backends import choose_backend
+from snella.kernels import Factors, make_kernel
+from snella.ops import has_bfloat16_instructions
+from snella.update import Update, UpdateSpec
 from snella_app.console import make_console, make_table, print_line
 from snella_app.files import create_folder, write_json
 from snella_app.records.record import plain
@@ -20,6 +29,8 @@ from snella_lab.bench.reference import DTYPES, BackendCheck, check_backend
 from snella_lab.provenance import conditions, device_name
 
 _PACKAGES = ("snella", "torch", "peft", "timm", "triton", "numba", "numpy")
+_MERGED_SHAPES = {(768, 768): 48, (3072, 768): 24}
+"""Matrices of a ViT-B by shape; the 12 of 768×3072 count as 3072×768."""
 
 
 @dataclass
@@ -30,11 +41,13 @@ class Diagnosis:
         machine: Operating system, CPU, memory, versions and GPUs.
         checks: One check per device, backend and dtype.
         steps: Rows of `snella bench` for LoRA, full fine-tuning and SNELLA.
+        merges: Time of merging one matrix (`ΔW`, exact threshold, addition to the weight), see `time_merges`.
     """
 
     machine: dict[str, Any]
     checks: list[BackendCheck] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
+    merges: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def wrong(self) -> list[BackendCheck]:
@@ -45,12 +58,12 @@ class Diagnosis:
 def diagnose(
     *, time_steps: bool = True, out: str | Path | None = None, console: Console | None = None, rounds: int = 3
 ) -> Diagnosis:
-    """Describe the machine, check each backend against the reference, and time training steps of a ViT-B.
+    """Describe the machine, check each backend against the reference, and time training steps of a ViT-B and merging.
 
     Steps are timed on the fastest device: batch size 4 in float32 on a CPU; 64 in float32 and bfloat16 on a GPU.
 
     Args:
-        time_steps: Time training steps, which takes about 30 seconds on two CPU cores.
+        time_steps: Time training steps and merging.
         out: JSON file for the results.
         console: Output console; stdout if None.
         rounds: Timed steps per method.
@@ -62,9 +75,8 @@ def diagnose(
         shown = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
         print_line(console, f"{name:<13}{', '.join(map(str, shown)) if isinstance(shown, list) else shown}")
     for device in usable_devices():
-        for impl in ("triton", "numba", "eager"):
-            if (impl == "triton") == (device != "cpu") or impl == "eager":
-                diagnosis.checks += [check_backend(impl, device, dtype) for dtype in DTYPES]
+        for impl in backends_of(device):
+            diagnosis.checks += [check_backend(impl, device, dtype) for dtype in DTYPES]
     table = make_table(("device", "backend", "dtype", "error / limit", "where", "verdict"), ())
     for check in diagnosis.checks:
         ratio = "–" if check.error else f"{100 * check.worst:.0f}%"
@@ -80,10 +92,17 @@ def diagnose(
             rounds=rounds,
         )
         diagnosis.steps = bench(config, console)
+        diagnosis.merges = time_merges(diagnosis.steps, device)
+        merges = make_table(("merge", "backend", "dtype", "milliseconds", "share of a snella step"), ())
+        for row in diagnosis.merges:
+            share = "–" if row["share"] is None else f"{row['share']:.1%} ({row['matrices']} matrices)"
+            size, milliseconds = "{}×{}".format(*row["shape"]), f"{row['milliseconds']:.2f}"
+            merges.add_row(size, row["backend"], row["dtype"], milliseconds, share)
+        console.print(merges)
     if out is not None:
         checks = [{**plain(check), "verdict": check.verdict} for check in diagnosis.checks]
         machine = {name: value for name, value in diagnosis.machine.items() if name != "versions"}
-        results = {"machine": machine, "checks": checks, "steps": diagnosis.steps}
+        results = {"machine": machine, "checks": checks, "steps": diagnosis.steps, "merges": diagnosis.merges}
         with create_folder(Path(out).parent):
             write_json(Path(out), results | provenance)
         print_line(console, f"results: {out}")
@@ -98,29 +117,98 @@ def diagnose(
     return diagnosis
 
 
+def time_merges(steps: list[dict[str, Any]], device: str, rounds: int = 20) -> list[dict[str, Any]]:
+    """Time merging one matrix of each shape at rank 8 and sparsity 0.7 with the backend that `impl="auto"` chooses.
+
+    Args:
+        steps: Rows of `bench` on this device.
+        device: Device of the tensors.
+        rounds: Timed calls; the first call is not timed.
+
+    Returns:
+        A row per shape and dtype of `steps`: median milliseconds, and the share of the SNELLA step that the forward
+        pass spends on the ViT-B's matrices of this size (`None` without a SNELLA row).
+    """
+    rows = []
+    for name in dict.fromkeys(row["dtype"] for row in steps):
+        step_s = next((r["step_s"] for r in steps if (r["method"], r["dtype"]) == ("snella", name)), None)
+        for shape, matrices in _MERGED_SHAPES.items():
+            weight, update = _random_update(*shape, device, getattr(torch, name))
+            seconds = []
+            for _ in range(rounds + 1):
+                _synchronize(device)
+                start = time.perf_counter()
+                compute_effective_weight(weight, [update], weight.shape)
+                _synchronize(device)
+                seconds.append(time.perf_counter() - start)
+            merge_s = statistics.median(seconds[1:])
+            row = {"shape": list(shape), "backend": update.spec.backend, "dtype": name, "matrices": matrices}
+            share = None if step_s is None else round(matrices * merge_s / step_s, 4)
+            rows.append({**row, "milliseconds": round(1000 * merge_s, 3), "share": share})
+    return rows
+
+
+def _random_update(m: int, n: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Update]:
+    """Return a random weight and an update with the backend that `impl="auto"` chooses."""
+    generator = torch.Generator().manual_seed(0)
+    weight, A, B = (torch.randn(*shape, generator=generator) for shape in ((m, n), (1, n, 8), (m, 8)))
+    kernel = make_kernel("mix_k")
+    coeff = torch.full((1, kernel.num_pieces), 0.1)
+    scalars = (coeff, torch.ones(1), torch.zeros(1), torch.ones(1))
+    factors = Factors(*(tensor.to(device) for tensor in (A, B, *scalars)))
+    spec = UpdateSpec(kernel, (m,))
+    spec = replace(spec, backend=choose_backend("auto", spec, factors.A)[0])
+    return weight.to(device, dtype), Update(spec, factors, (int(0.3 * m * n),))
+
+
+def _synchronize(device: str) -> None:
+    """Wait for a GPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def usable_devices() -> list[str]:
     """Return the available device types, fastest last."""
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
+def backends_of(device: str) -> tuple[str, str]:
+    """Return the backends of a device type: the one that `impl="auto"` prefers, and `eager`."""
+    return ("numba" if device == "cpu" else "triton"), "eager"
+
+
 def describe_machine(versions: dict[str, str]) -> dict[str, Any]:
-    """Return operating system, CPU, memory and GPUs, with the given package versions."""
+    """Return operating system, CPU, memory, GPUs and driver, with the given package versions.
+
+    bfloat16 counts only if the device has instructions for it, not if it is emulated.
+    """
     import psutil
 
     machine: dict[str, Any] = {
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "processor": device_name("cpu"),
         "memory": bytes_text(psutil.virtual_memory().total),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": torch.backends.cpu.get_cpu_capability() + _bfloat16(has_bfloat16_instructions()),
         "versions": versions,
-        "gpu": [
-            f"{gpu.name}, {bytes_text(gpu.total_memory)}, compute capability {gpu.major}.{gpu.minor}"
-            for gpu in (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
-        ]
-        or "none",
+        "gpu": [_describe_gpu(index) for index in range(torch.cuda.device_count())] or "none",
     }
+    machine["driver"] = nvidia_driver() or "no NVIDIA driver found"
     if torch.cuda.is_available():
-        machine["cuda"] = f"{torch.version.cuda}, bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}"
+        machine["cuda"] = torch.version.cuda or f"ROCm {torch.version.hip}"
     if threads := os.environ.get("OMP_NUM_THREADS"):
         machine["environment"] = f"OMP_NUM_THREADS={threads}"
     return machine
+
+
+def _describe_gpu(index: int) -> str:
+    """Return name, memory, compute capability and bfloat16 support of a GPU."""
+    gpu = torch.cuda.get_device_properties(index)
+    with torch.cuda.device(index):
+        is_supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    name = f"{gpu.name}, {bytes_text(gpu.total_memory)}, compute capability {gpu.major}.{gpu.minor}"
+    return name + _bfloat16(is_supported)
+
+
+def _bfloat16(is_supported: bool) -> str:
+    """Format whether a device has bfloat16 products."""
+    return f", bfloat16 products: {'yes' if is_supported else 'no'}"

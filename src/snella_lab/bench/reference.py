@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,14 +13,42 @@ from snella.backends import choose_backend
 from snella.functional import adapted_layer
 from snella.kernels import Factors, make_kernel
 from snella.ops import LinearOp
+from snella.sparsify import SparsifyMode
 from snella.update import Update, UpdateSpec
 
 SHAPES = (((1,), 1), ((96,), 80), ((17,), 33), ((40, 40, 40), 64), ((768,), 192))
 """Rows of each matrix in a weight, and columns: a single entry, even, odd, fused query/key/value, ViT layer."""
 KERNELS = ("mix_k", "p_linear")
+"""Kernels that are checked with every shape; `check_cases` yields `normalized_rbf` with two."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_SAMPLES, _RANK, _TOKENS = 8, 8, 6
+_SAMPLES, _TOKENS = 8, 6
 _SCALARS = ("piece_coeff", "alpha", "beta", "temperature")
+
+
+@dataclass(frozen=True)
+class CheckCase:
+    """One weight of a check: kernel, shape, rank and mode."""
+
+    kernel: str
+    rows: tuple[int, ...]
+    columns: int
+    r: int = 8
+    mode: SparsifyMode = "soft"
+
+    def __str__(self) -> str:
+        options = (f" r={self.r}" if self.r != 8 else "") + (f" {self.mode}" if self.mode != "soft" else "")
+        return f"{self.kernel}{options} [{sum(self.rows)}, {self.columns}]"
+
+
+def check_cases() -> Iterator[CheckCase]:
+    """Yield each of `KERNELS` with every shape, and kernel `normalized_rbf`, mode `official` and rank 32 with fewer."""
+    for kernel in KERNELS:
+        for rows, columns in SHAPES:
+            yield CheckCase(kernel, rows, columns)
+    yield CheckCase("normalized_rbf", (17,), 33)
+    yield CheckCase("normalized_rbf", (40, 40, 40), 64)
+    yield CheckCase("mix_k", (17,), 33, mode="official")
+    yield CheckCase("mix_k", (40, 40, 40), 64, r=32)
 
 
 @dataclass(frozen=True)
@@ -33,10 +62,10 @@ class BackendCheck:
         device: Device of the tensors.
         impl: Backend.
         dtype: Dtype of input, weight and gradient; factors are float32.
-        cases: Number of kernels × shapes.
+        cases: Number of cases, see `check_cases`.
         worst: Largest ratio of error to tolerance over all cases, outputs and gradients; correct if at most 1. Infinite
             for NaN and for kernels that raise a RuntimeError, e.g. in the first-use check.
-        where: Kernel, shape and tensor with the largest ratio.
+        where: Case and tensor with the largest ratio.
         error: Reason why the backend is not available, or its RuntimeError; else empty.
     """
 
@@ -57,23 +86,22 @@ class BackendCheck:
 
 
 def check_backend(impl: str, device: str, dtype: str = "fp32", *, sparsity: float = 0.7) -> BackendCheck:
-    """Compare a backend with the float64 reference on every kernel and shape of this module.
+    """Compare a backend with the float64 reference in all `check_cases`.
 
     `dtype` is the dtype of input, weight and gradient: `fp32` or `bf16`.
     """
     worst, where, cases = 0.0, "", 0
-    for kernel in KERNELS:
-        for rows, columns in SHAPES:
-            try:
-                ratios = _ratios(kernel, rows, columns, impl, device, DTYPES[dtype], sparsity)
-            except (ImportError, NotImplementedError) as error:
-                return BackendCheck(device, impl, dtype, error=str(error))
-            except RuntimeError as error:  # the kernels fail the first-use check or cannot be launched
-                return BackendCheck(device, impl, dtype, worst=math.inf, error=str(error))
-            cases += 1
-            name, ratio = max(ratios.items(), key=lambda item: item[1])
-            if ratio >= worst:
-                worst, where = ratio, f"{kernel} [{sum(rows)}, {columns}] {name}"
+    for case in check_cases():
+        try:
+            ratios = _ratios(case, impl, device, DTYPES[dtype], sparsity)
+        except (ImportError, NotImplementedError) as error:
+            return BackendCheck(device, impl, dtype, error=str(error))
+        except RuntimeError as error:  # the kernels fail the first-use check or cannot be launched
+            return BackendCheck(device, impl, dtype, worst=math.inf, error=str(error))
+        cases += 1
+        name, ratio = max(ratios.items(), key=lambda item: item[1])
+        if ratio >= worst:
+            worst, where = ratio, f"{case} {name}"
     return BackendCheck(device, impl, dtype, cases, round(worst, 3), where)
 
 
@@ -90,17 +118,15 @@ def op_error(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | Non
     return check.error or f"{check.where} differs from the reference by {check.worst:.3g} times the tolerance"
 
 
-def _ratios(
-    kernel: str, rows: tuple[int, ...], columns: int, impl: str, device: str, dtype: torch.dtype, sparsity: float
-) -> dict[str, float]:
+def _ratios(case: CheckCase, impl: str, device: str, dtype: torch.dtype, sparsity: float) -> dict[str, float]:
     """Return a backend's ratios of error to tolerance, for the output and each gradient; NaN becomes infinity."""
     exact, reference, actual = [], [], []
     for seed in range(_SAMPLES):
-        tensors = _tensors(kernel, rows, columns, seed, device, dtype)
+        tensors = _tensors(case, seed, device, dtype)
         float64 = {name: tensor.double() for name, tensor in tensors.items()}
-        exact.append(_solve(kernel, rows, float64, "reference", sparsity))
-        reference.append(_solve(kernel, rows, tensors, "reference", sparsity))
-        actual.append(_solve(kernel, rows, tensors, impl, sparsity))
+        exact.append(_solve(case, float64, "reference", sparsity))
+        reference.append(_solve(case, tensors, "reference", sparsity))
+        actual.append(_solve(case, tensors, impl, sparsity))
     eps = {name: torch.finfo(tensor.dtype).eps for name, tensor in reference[0].items()}
     reference_errors = {name: max(error, 8 * eps[name]) for name, error in _relative_errors(reference, exact).items()}
     # gradients of scalars are sums with cancellation, so all scalars share the largest reference error
@@ -113,40 +139,34 @@ def _ratios(
     return {name: math.inf if math.isnan(error) else error / limits[name] for name, error in errors.items()}
 
 
-def _tensors(
-    kernel: str, rows: tuple[int, ...], columns: int, seed: int, device: str, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def _tensors(case: CheckCase, seed: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Create random input, weight, factors, scalars and output gradient of one layer."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
         return 2 * torch.rand(*shape, generator=generator) - 1
 
-    kernel_module, groups, m = make_kernel(kernel), len(rows), sum(rows)
+    kernel, groups, m = make_kernel(case.kernel), len(case.rows), sum(case.rows)
     scalars = {
-        "piece_coeff": (0.75 + uniform(groups, kernel_module.num_pieces) / 4)
-        * (-1.0) ** torch.arange(kernel_module.num_pieces),
+        "piece_coeff": (0.75 + uniform(groups, kernel.num_pieces) / 4) * (-1.0) ** torch.arange(kernel.num_pieces),
         "alpha": 1 + uniform(groups) / 4,
         "beta": uniform(groups) / 4,
         "temperature": 0.8 + uniform(groups) / 4,
     }
-    factors = {"A": uniform(groups, columns, _RANK), "B": uniform(m, _RANK)}
-    factors |= {name: scalars[name] for name in _SCALARS if name in kernel_module.scalars}
-    base = {"x": uniform(_TOKENS, columns), "weight": uniform(m, columns), "grad_y": uniform(_TOKENS, m)}
+    factors = {"A": uniform(groups, case.columns, case.r), "B": uniform(m, case.r)}
+    factors |= {name: scalars[name] for name in _SCALARS if name in kernel.scalars}
+    base = {"x": uniform(_TOKENS, case.columns), "weight": uniform(m, case.columns), "grad_y": uniform(_TOKENS, m)}
     tensors = {name: tensor.to(dtype) for name, tensor in base.items()} | factors
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def _solve(
-    kernel: str, rows: tuple[int, ...], tensors: dict[str, Tensor], impl: str, sparsity: float
-) -> dict[str, Tensor]:
+def _solve(case: CheckCase, tensors: dict[str, Tensor], impl: str, sparsity: float) -> dict[str, Tensor]:
     """Compute output and gradients of one layer."""
-    columns = tensors["weight"].shape[1]
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if name != "grad_y"}
     factors = Factors(*(leaves.get(name) for name in Factors._fields))  # type: ignore[arg-type]
-    spec = UpdateSpec(make_kernel(kernel), rows)
+    spec = UpdateSpec(make_kernel(case.kernel), case.rows, case.mode)
     spec = replace(spec, backend=choose_backend(impl, spec, leaves["A"])[0])
-    budgets = tuple(max(1, int(count * columns * (1 - sparsity))) for count in rows)
+    budgets = tuple(max(1, int(count * case.columns * (1 - sparsity))) for count in case.rows)
     y, _ = adapted_layer(leaves["x"], leaves["weight"], None, [Update(spec, factors, budgets)], LinearOp())
     gradients = torch.autograd.grad(y, list(leaves.values()), tensors["grad_y"])
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}

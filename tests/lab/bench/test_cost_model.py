@@ -306,6 +306,39 @@ def test_gpu_and_bfloat16_rows_are_not_cpu_cases(tmp_path):
     assert len(counted_cases(tmp_path)) == 3
 
 
+def test_measured_steps_on_a_known_gpu_are_shown_with_their_predictions(tmp_path):
+    from cost_model import GPU_NAMES, measured_gpu_table
+
+    assert sorted(GPU_NAMES.values()) == sorted(GPUS)
+    gpu = {"device": "NVIDIA H100 80GB HBM3", "dtype": "bfloat16", "batch": 64}
+    rows = [
+        make_row(),
+        make_row(**gpu | {"device": "NVIDIA GeForce GTX 1080"}),
+        make_row(**gpu, method="paper"),
+        make_row(**gpu, step_s=9.0),
+        make_row(**gpu, step_s=0.1),  # newer
+        make_row(**gpu, method="snella", step_s=0.15),
+        make_row(**gpu | {"dtype": "float32"}, method="snella", step_s=0.5),
+    ]
+    file = tmp_path / "results.jsonl"
+
+    def table(rows):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return [line.strip("| ").split(" | ") for line in measured_gpu_table(tmp_path).splitlines()]
+
+    assert table(rows[:3]) == []
+    _, _, lora, snella, in_float32 = table(rows)
+    shape = MODELS["ViT-B/16"]
+    (_, base, _), (low, expected, high) = (
+        predict_on_gpu("h100", shape, name, 64, dtype="bf16") for name in ("lora", "snella")
+    )
+    assert lora[:6] == ["H100 SXM", "vit_base_patch16_224", "64", "bfloat16", "lora", "100.0"]
+    assert lora[7:] == [f"{base / 0.1 - 1:+.0%}", "1.00", "1.00"]
+    times = f"{1000 * expected:.1f} ({1000 * low:.1f}–{1000 * high:.1f})"
+    assert snella[4:] == ["snella", "150.0", times, f"{expected / 0.15 - 1:+.0%}", "1.50", f"{expected / base:.2f}"]
+    assert in_float32[3:6] == ["float32", "snella", "500.0"] and in_float32[8:] == ["–", "–"]
+
+
 def test_rows_are_selected_by_device_at_any_position(tmp_path):
     from cost_model import EPYC_2, INTEL_1, intel_cases, machine_name, other_epyc_cases, timed_cases
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,6 +81,18 @@ def test_factors_on_another_device_raise():
     factors_on_meta = update._replace(factors=update.factors._replace(A=update.factors.A.to("meta")))
     with pytest.raises(NotImplementedError, match="impl='triton' runs on a CUDA device, got factors on 'meta'"):
         select_backend("triton", factors_on_meta)
+
+
+@needs_triton
+def test_intel_gpus_use_torch_operations():
+    update = update_of()
+    A = SimpleNamespace(device=torch.device("xpu"), dtype=torch.float32, shape=update.factors.A.shape)
+    on_xpu = update._replace(factors=update.factors._replace(A=A))
+    backend, reason = select_backend("auto", on_xpu)
+    assert backend == "eager"
+    assert reason == (missing_reason("numba") or "numba runs on the CPU, got factors on 'xpu'")
+    with pytest.raises(NotImplementedError, match="impl='triton' runs on a CUDA device, got factors on 'xpu'"):
+        select_backend("triton", on_xpu)
 
 
 @needs_triton

@@ -1,6 +1,10 @@
 """First-use check of the Triton kernels."""
 
+import importlib.util
 import json
+import statistics
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,7 +123,7 @@ def test_passed_check_is_not_repeated(verify, monkeypatch):
 def test_source_driver_rank_and_mode_are_part_of_the_cache_key(verify, monkeypatch):
     keys = {verify._key(spec_of(), FACTORS), verify._key(spec_of(mode="official"), FACTORS)}
     keys |= {verify._key(spec_of(), FACTORS[..., :2])}
-    for name in ("_driver", "_source_digest"):
+    for name in ("nvidia_driver", "_source_digest"):
         monkeypatch.setattr(verify, name, lambda: "another")
         keys.add(verify._key(spec_of(), FACTORS))
     assert len(keys) == 5
@@ -132,10 +136,99 @@ def test_corrupt_cache_is_overwritten(verify, monkeypatch, tmp_path):
     assert list(json.loads((tmp_path / "kernel_checks.json").read_text()).values()) == ["wrong"]
 
 
+WRONG_KERNELS = [
+    ("forward", "merge", "weighted + value if", "weighted - value if", "merged weight"),
+    ("forward", "count_within_bin", "(bits >> shift) & (LOW", "((bits >> shift) + 9) & (LOW", "merged weight"),
+    ("forward", "add_sparse", "source.to(wide) + sparse", "source.to(wide) - sparse", "merged weight"),
+    ("backward", "factor_gradients", "-tl.sum(grad_diff, 0)", "tl.sum(grad_diff, 0)", "gradient of A"),
+    ("backward", "factor_gradients", "tl.sum(grad_diff, 1), 0.0", "1.01 * tl.sum(grad_diff, 1), 0.0", "gradient of B"),
+]
+
+
+@pytest.fixture
+def replace_kernel(monkeypatch, tmp_path):
+    """Return a function that replaces a `@triton.jit` kernel by one with changed code."""
+    from snella.backends.triton import backward, forward
+
+    def replace(name, kernel, old, new):
+        module = {"forward": forward, "backward": backward}[name]
+        code = Path(module.__file__).read_text(encoding="utf-8")
+        assert code.count(old) == 1
+        file = tmp_path / f"wrong_{name}.py"
+        file.write_text(code.replace(old, new), encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        wrong = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(wrong)
+        monkeypatch.setattr(module, kernel, getattr(wrong, kernel))
+
+    return replace
+
+
+@pytest.mark.parametrize(("module", "kernel", "old", "new", "tensor"), WRONG_KERNELS)
+def test_wrong_kernel_is_caught_and_auto_selects_eager(
+    verify, replace_kernel, monkeypatch, module, kernel, old, new, tensor
+):
+    replace_kernel(module, kernel, old, new)
+    monkeypatch.setattr("snella.backends.is_on_gpu", lambda A: True)
+    spec = spec_of(mode="official")
+    backend, reason = choose_backend("auto", spec, FACTORS)
+    assert backend == "eager"
+    assert reason.startswith(f"triton computes a wrong {tensor} of kernel 'mix_k' on ") and "largest error" in reason
+    with pytest.raises(RuntimeError, match=f"impl='triton' computes a wrong {tensor}.*; use impl='eager'"):
+        choose_backend("triton", spec, FACTORS)
+
+
+def test_auto_selects_triton_if_the_check_passes(verify, monkeypatch):
+    monkeypatch.setattr("snella.backends.is_on_gpu", lambda A: True)
+    assert choose_backend("auto", spec_of(), FACTORS) == ("triton", f"Triton kernels on {str(FACTORS.device)!r}")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "launches", "copies"), [("mix_k", 9, 8), ("normalized_rbf", 9, 8), ("p_linear", 7, 5)]
+)
+def test_check_needs_few_launches_and_copies_and_little_cpu_time(verify, monkeypatch, kernel, launches, copies):
+    devices, launch_s = [], []
+    kernel_class = type(verify.forward.merge)
+    run, to = kernel_class.run, torch.Tensor.to
+
+    def timed_run(self, *args, **options):
+        start = time.thread_time()
+        result = run(self, *args, **options)
+        launch_s.append(time.thread_time() - start)
+        return result
+
+    def counted_to(self, *args, **options):
+        devices.extend(args[:1])
+        return to(self, *args, **options)
+
+    verify.backend._layout.cache_clear()
+    monkeypatch.setattr(kernel_class, "run", timed_run)
+    monkeypatch.setattr(torch.Tensor, "to", counted_to)
+    start = time.thread_time()
+    assert verify._compare(spec_of(kernel), FACTORS) is None
+    total_s = time.thread_time() - start
+    assert len(launch_s) == launches
+    assert devices.count(FACTORS.device) == copies + (DEVICE == "cuda")  # to the device, including the layout
+    assert devices.count("cpu") == 2 * copies  # results; the reference's are on the CPU
+    assert total_s - sum(launch_s) < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("kernel", ["mix_k", "normalized_rbf", "p_linear"])
+def test_check_takes_less_than_50_ms_after_compilation(verify, kernel):
+    seconds = []
+    for _ in range(6):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        assert verify._compare(spec_of(kernel), FACTORS) is None
+        seconds.append(time.perf_counter() - start)
+    assert statistics.median(seconds[1:]) < 0.05
+
+
 def test_failed_check_falls_back_to_eager_or_raises_with_impl_triton(verify, monkeypatch):
     monkeypatch.setattr(verify, "failed_check", lambda spec, A: "computes a wrong threshold")
-    monkeypatch.setattr("snella.backends.requires_check", lambda A: True)
+    monkeypatch.setattr("snella.backends.is_on_gpu", lambda A: True)
     with pytest.raises(RuntimeError, match=r"impl='triton' computes a wrong threshold; use impl='eager'"):
         choose_backend("triton", spec_of(), FACTORS)
-    if DEVICE == "cuda":
-        assert choose_backend("auto", spec_of(), FACTORS) == ("eager", "triton computes a wrong threshold")
+    assert choose_backend("auto", spec_of(), FACTORS) == ("eager", "triton computes a wrong threshold")

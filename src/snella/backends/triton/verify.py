@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from snella._utils import cache_folder
+from snella._utils import cache_folder, nvidia_driver
 from snella.backends import TorchBackend
 from snella.backends.triton import backend, backward, forward
 from snella.kernels import Factors
@@ -31,7 +31,7 @@ def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
     """Return the reason why the Triton kernels fail the check on the device of `A`, or `None` if they pass.
 
     Merges a 64×96 matrix with the update's kernel, rank and sparsify mode. Compares the effective weight, the
-    threshold and every gradient with torch operations in float64. The result is cached in memory and in
+    threshold and every gradient with torch operations in float64 on the CPU. The result is cached in memory and in
     `kernel_checks.json` in the cache folder (`$SNELLA_CACHE`, `$XDG_CACHE_HOME/snella` or `~/.cache/snella`), by
     device, driver, versions, the kernels' source, kernel, mode, scaling, rank and dtype. Failures to compile or launch
     a kernel are cached only in memory, because they may be temporary.
@@ -63,18 +63,22 @@ def _compare(spec: UpdateSpec, A: Tensor) -> str | None:
     """Return a message about the first wrong result, or `None` if all are correct."""
     spec = replace(spec, row_counts=ROWS, backend="triton")
     factors = _factors(spec, A)
-    wide_factors = Factors(*(None if tensor is None else tensor.double() for tensor in factors))  # type: ignore[arg-type]
+    wide_factors = _cast(factors, torch.float64)
     budgets = (_unambiguous_budget(spec.merge_matrix(next(spec.matrices(wide_factors)))),)
     generator = torch.Generator("cpu").manual_seed(1)
-    base, grad = (torch.randn(ROWS[0], COLUMNS, generator=generator, device="cpu").to(A.device) for _ in range(2))
+    base, grad = (torch.randn(ROWS[0], COLUMNS, generator=generator, device="cpu") for _ in range(2))
+    # the reference runs on the CPU: on a GPU, torch loads each of its kernels at the first launch
+    sides = (
+        (backend.TritonBackend(), _cast(factors, A.device), base.to(A.device), grad.to(A.device)),
+        (TorchBackend(), wide_factors, base.double(), grad.double()),
+    )
     results = []
-    for implementation, inputs in ((backend.TritonBackend(), factors), (TorchBackend(), wide_factors)):
+    for implementation, inputs, weight, grad_weight in sides:
         merged = implementation.merge(Update(spec, inputs, budgets))
-        dtype = torch.float32 if inputs is factors else torch.float64
-        weight, grad_weight = base.to(dtype), grad.to(dtype)
         out = torch.empty_like(weight)
         implementation.add_update(spec, merged, weight, out)
-        results.append((out, merged.thresholds, *implementation.grad_factors(spec, merged, grad_weight)))
+        tensors = (out, merged.thresholds, *implementation.grad_factors(spec, merged, grad_weight))
+        results.append([None if tensor is None else tensor.to("cpu") for tensor in tensors])
     scalars = [value.abs().max().item() for value in results[1][4:] if value is not None]
     for index, (name, actual, expected) in enumerate(zip(_NAMES, *results, strict=True)):
         if actual is None or expected is None:
@@ -92,14 +96,14 @@ def _compare(spec: UpdateSpec, A: Tensor) -> str | None:
 
 
 def _factors(spec: UpdateSpec, A: Tensor) -> Factors:
-    """Return random factors and scalars of a matrix, with the rank, dtype and device of `A`."""
+    """Return random factors and scalars of a matrix on the CPU, with the rank and dtype of `A`."""
     generator, rank = torch.Generator("cpu").manual_seed(0), A.shape[-1]
 
     def uniform(*shape: int) -> Tensor:
-        return (2 * torch.rand(*shape, generator=generator, device="cpu") - 1).to(A.device)
+        return 2 * torch.rand(*shape, generator=generator, device="cpu") - 1
 
     pieces = spec.kernel.num_pieces
-    signs = (-1.0) ** torch.arange(pieces, device=A.device)
+    signs = (-1.0) ** torch.arange(pieces, device="cpu")
     scalars = {
         "piece_coeff": (0.75 + uniform(1, pieces) / 4) * signs,
         "alpha": 1 + uniform(1) / 4,
@@ -108,6 +112,11 @@ def _factors(spec: UpdateSpec, A: Tensor) -> Factors:
     }
     scalar_values = (scalars[name] if name in spec.kernel.scalars else None for name in Factors._fields[2:])
     return Factors(uniform(1, COLUMNS, rank).to(A.dtype), uniform(ROWS[0], rank).to(A.dtype), *scalar_values)
+
+
+def _cast(factors: Factors, target: torch.dtype | torch.device) -> Factors:
+    """Convert the tensors to a dtype or copy them to a device."""
+    return Factors(*(None if tensor is None else tensor.to(target) for tensor in factors))  # type: ignore[arg-type]
 
 
 def _unambiguous_budget(delta: Tensor) -> int:
@@ -120,7 +129,7 @@ def _unambiguous_budget(delta: Tensor) -> int:
 
 def _key(spec: UpdateSpec, A: Tensor) -> str:
     """Return the cache key of a result."""
-    parts = (_device_name(A.device), _driver(), torch.__version__, triton.__version__, _source_digest())
+    parts = (_device_name(A.device), nvidia_driver(), torch.__version__, triton.__version__, _source_digest())
     return "; ".join((*parts, repr(spec.kernel), spec.mode, f"{spec.scaling:g}", f"r={A.shape[-1]}", str(A.dtype)))
 
 
@@ -131,14 +140,6 @@ def _device_name(device: torch.device) -> str:
         return str(device)
     major, minor = torch.cuda.get_device_capability(device)
     return f"{torch.cuda.get_device_name(device)} ({major}.{minor})"
-
-
-@cache
-def _driver() -> str:
-    """Return the version line of the NVIDIA driver, or an empty string."""
-    with suppress(OSError):
-        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].strip()
-    return ""
 
 
 @cache
