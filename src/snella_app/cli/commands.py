@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from snella_app.data.check import BenchmarkCheck
     from snella_app.runs.merge import ExportResult
+    from snella_app.training.machines import GpuForecast
 
 ExportName = Literal["sparse", "onnx", "torchscript", "torch-export", "lora", "timm", "hf"]
 """Keys of `snella_app.runs.export.FORMATS`, repeated here to keep the CLI import fast."""
@@ -614,7 +615,7 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
 
     from snella_app.console import counted, make_console, make_table, track_progress
     from snella_app.device import choose_device
-    from snella_app.training.machines import GPUS, predict_on_gpu, shape_of_backbone
+    from snella_app.training.machines import GPUS, GpuForecast, shape_of_backbone
     from snella_app.training.memory import compared_methods, predict_for_methods
 
     chosen: dict[str, Any] = {"batch": 32, "img_size": None, "r": 8, "dtype": "fp32"} | given
@@ -623,9 +624,11 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
     columns = ["MiB", "weights", "gradients", "optimizer state", "saved for backward", "largest temporary", "total"]
     notes = ["total is the peak, less than the sum because the backward pass frees saved tensors"]
     shape = shape_of_backbone(backbone, chosen["img_size"]) if device in GPUS else None
+    forecast = None
     if shape is not None:
+        forecast = GpuForecast(device, shape, chosen["batch"], chosen["r"], chosen["dtype"])
         columns.append("step, ms")
-        notes.append("step is predicted from datasheet values, with a range of efficiencies; see docs/speed.md")
+        notes += _forecast_notes(forecast)
     elif device in GPUS:
         notes.append(f"step times are predicted for plain ViTs only, got {backbone}")
     table = make_table(columns, ())
@@ -635,9 +638,24 @@ def _memory_table(backbone: str, device: str | None = None, **given: Any) -> "Gr
         name = GPUS[device].name if device in GPUS else device
         table.title = f"Training step of {backbone}: {images}, {chosen['dtype']}, AdamW, on {name}"
         cells = [f"{part / 2**20:,.1f}" for part in astuple(memory)]
-        if shape is not None:
-            options = {key: chosen[key] for key in ("batch", "r", "dtype")}
-            low, expected, high = predict_on_gpu(device, shape, method.partition("-")[0], **options)
+        if forecast is not None:
+            low, expected, high = forecast.seconds(method.partition("-")[0])
             cells.append(f"{1e3 * expected:,.1f} ({1e3 * low:,.1f}–{1e3 * high:,.1f})")
         table.add_row(method, *cells)
     return Group(table, Text("\n".join(notes)))
+
+
+def _forecast_notes(forecast: "GpuForecast") -> list[str]:
+    """Return the ratio of SNELLA to LoRA, the share of merging and the crossing, as lines of text."""
+    (low, expected, high), crossing, tokens = forecast.ratio("snella"), forecast.crossing, forecast.shape.tokens
+    faster = "LoRA is faster up to a million tokens per step"
+    if crossing is not None:
+        faster = f"below {crossing:,} tokens per step (batch size {crossing // tokens:,}), LoRA is faster"
+    if crossing == tokens:
+        faster = "SNELLA is as fast as LoRA at every batch size"
+    return [
+        "step is predicted, not measured: datasheet values with a range of efficiencies, see docs/speed.md",
+        f"snella takes {expected:.2f} ({low:.2f}–{high:.2f}) times as long as lora; "
+        f"merging takes {forecast.merge_share:.0%} of its step",
+        f"{faster}; sparsity does not change the step time on GPUs",
+    ]

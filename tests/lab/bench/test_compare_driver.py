@@ -1,6 +1,5 @@
 """Driver costs of `snella compare` per cell."""
 
-import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ ROOT = Path(__file__).parents[3]
 def driver(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import compare_driver
+
     from snella_lab.comparison import compare
 
     monkeypatch.setattr(compare, "_executor", compare._executor)
@@ -28,3 +28,14 @@ def test_fixed_cost_and_slope_are_a_least_squares_line(driver):
         "fixed_mb": 20.0,
         "slope_kb_per_cell": 4.0,
     }
+
+
+def test_200_cells_stay_within_the_budget_of_calls_and_bytes(driver, tmp_path):
+    from count_calls import count_calls
+
+    from snella_lab.comparison import compare
+
+    calls = count_calls(lambda: driver._compare(tmp_path / "c", 200)).within(str(Path(compare.__file__).parent))
+    assert calls.total() <= 300 * 200, calls
+    rows = (tmp_path / "c" / "results.jsonl").read_bytes()
+    assert rows.count(b"\n") == 200 and len(rows) <= 200 * 5000
