@@ -6,7 +6,7 @@ A simulated worker immediately writes the row of its cell. The driver plans, sta
 the tables and the report. Each size runs in a separate process, with ten methods and ten cells per method and task
 (five learning rates, two weight decays, three seeds); 10,000 cells are 100 tasks. `resume` is a second call that trains
 nothing. Times are CPU times without the simulated workers. Memory is the growth of the peak after a warm-up of 100
-cells.
+cells. The last row is a least-squares line through the newest rows of all sizes: a fixed cost, and a cost per cell.
 """
 
 import argparse
@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import psutil
 import torch
 from rich.console import Console
 
-from snella_lab.bench.rows import append_rows
+from snella_lab.bench.rows import append_rows, read_rows
 from snella_lab.comparison import compare as driver
 from snella_lab.comparison.cells import Cell
 from snella_lab.comparison.experiment import Experiment
@@ -163,6 +164,8 @@ def measure(cells: int) -> dict[str, Any]:
     return {
         "cells": cells,
         "tasks": cells // CELLS_PER_TASK,
+        "cpu_s": round(total, 3),
+        "growth_mb": round((peak - before) / 1e6, 2),
         "cpu_ms_per_cell": round(1000 * total / cells, 3),
         "cpu_ms_per_cell_planning": round(1000 * phases["train_s"] / cells, 3),
         "cpu_ms_per_cell_report": round(1000 * (total - phases["train_s"]) / cells, 3),
@@ -172,10 +175,24 @@ def measure(cells: int) -> dict[str, Any]:
     }
 
 
+def fit_line(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Fit fixed cost and cost per cell to rows of several sizes by least squares."""
+    cells = [row["cells"] for row in rows]
+    s_per_cell, fixed_s = np.polyfit(cells, [row["cpu_s"] for row in rows], 1).tolist()
+    mb_per_cell, fixed_mb = np.polyfit(cells, [row["growth_mb"] for row in rows], 1).tolist()
+    return {
+        "sizes": sorted(cells),
+        "fixed_s": round(fixed_s, 2),
+        "slope_ms_per_cell": round(1000 * s_per_cell, 3),
+        "fixed_mb": round(fixed_mb, 1),
+        "slope_kb_per_cell": round(1000 * mb_per_cell, 2),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", help="output file for rows; if omitted, only the first size is measured and printed")
-    parser.add_argument("--cells", type=int, nargs="+", default=[1_000, 3_000, 10_000])
+    parser.add_argument("--cells", type=int, nargs="*", default=[1_000, 3_000, 10_000, 30_000])
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.out is None:
@@ -184,14 +201,15 @@ def main() -> None:
     for cells in options.cells:
         command = [sys.executable, __file__, "--cells", str(cells)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        row = {
-            "benchmark": "compare_driver",
-            "command": f"python benchmarks/compare_driver.py --cells {cells}",
-            **conditions("cpu"),
-            **json.loads(done.stdout.splitlines()[-1]),
-        }
-        print(row)
+        provenance = {**conditions("cpu"), "command": f"python benchmarks/compare_driver.py --cells {cells}"}
+        row = {"benchmark": "compare_driver", **provenance, **json.loads(done.stdout.splitlines()[-1])}
+        print(row, flush=True)
         append_rows(options.out, [row])
+    newest = {row["cells"]: row for row in read_rows(options.out) if row["benchmark"] == "compare_driver"}
+    if len(newest) > 1:
+        line = {"benchmark": "compare_driver_line", **conditions("cpu"), **fit_line(list(newest.values()))}
+        print(line)
+        append_rows(options.out, [line])
 
 
 if __name__ == "__main__":

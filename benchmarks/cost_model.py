@@ -5,7 +5,8 @@ python benchmarks/cost_model.py --gpu  only prints the measured and predicted st
 
 `snella_lab.bench.cost_model` counts the operations of a step, and `snella_lab.bench.machines` converts them to
 seconds. The rates of each CPU minimize the squared relative errors of its float32 measurements. A measurement is held
-out together with all measurements of its configuration: model, batch size, rank and sparsity.
+out together with all measurements of its configuration: model, batch size, rank and sparsity. CPUs compute bfloat16
+products at twice the float32 rate, because an instruction multiplies twice as many values.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from documents import markdown_table, put_between
@@ -27,8 +27,17 @@ from matplotlib.ticker import NullLocator
 from scipy.optimize import nnls
 
 from snella_app.report.style import COLORS, FIGURE_SIZE, INK, add_legend, new_figure
-from snella_lab.bench.cost_model import METHODS, MODELS, TRITON, Precision, StepCount, Transformer, count_step
-from snella_lab.bench.machines import GPUS, Rates, gpu_rates, predict_on_gpu, ratio_range
+from snella_lab.bench.cost_model import (
+    METHODS,
+    MODELS,
+    TRITON,
+    Precision,
+    StepCount,
+    Strategy,
+    Transformer,
+    count_step,
+)
+from snella_lab.bench.machines import GPUS, GpuForecast, Rates, gpu_rates, ratio_range, tokens_until
 from snella_lab.bench.rows import read_rows
 from snella_lab.style import save_figure
 
@@ -50,6 +59,7 @@ SHAPES: dict[str, Transformer] = {
 """Shapes of the measured models; Swin and ConvNeXt are not plain transformers."""
 _MIN_ROUNDS = 2
 _TIME_GOAL, _BYTES_GOAL = 0.15, 0.03
+_HALF_SPEEDUP = 2  # of bfloat16 products on a CPU
 _MIB, _GIB = 2**20, 2**30
 
 
@@ -142,20 +152,24 @@ def peak_cases(folder: Path = FOLDER) -> list[tuple[float, float]]:
 
 
 def fit_rates(cases: list[Case]) -> Rates:
-    """Fit the rates of a machine by nonnegative least squares on relative errors."""
-    features = np.array([_features(case.step) for case in cases])
-    scale = features.max(axis=0)
+    """Fit product, vector and memory rates of a machine by nonnegative least squares on relative errors."""
+    costs = fit_costs([_features(case.step) for case in cases], [case.seconds for case in cases])
+    product, vector, memory = (math.inf if cost == 0 else 1 / cost for cost in costs)
+    return Rates(product, _HALF_SPEEDUP * product, vector, memory)
+
+
+def fit_costs(features: list[list[float]], seconds: list[float]) -> list[float]:
+    """Fit nonnegative seconds per unit of each feature to `seconds`, by least squares on relative errors."""
+    table, measured = np.array(features), np.array(seconds)
+    scale = table.max(axis=0)
     scale[scale == 0] = 1
-    measured = np.array([case.seconds for case in cases])
-    costs = nnls(features / scale / measured[:, None], np.ones(len(cases)))[0] / scale
-    product, half, vector, memory = (math.inf if cost == 0 else 1 / cost for cost in costs[:4])
-    return Rates(product, half, vector, memory, float(costs[4]))
+    return (nnls(table / scale / measured[:, None], np.ones(len(seconds)))[0] / scale).tolist()
 
 
 def _features(step: StepCount) -> list[float]:
-    """Return the counts by rate: float32 products, bfloat16 products, vector operations, bytes, calls."""
-    with_merge = (step.vector + step.merge_vector, step.moved + step.merge_moved, step.calls + step.merge_calls)
-    return [step.products, step.half_products, *with_merge]
+    """Return the counts by rate: products, vector operations, bytes."""
+    products = step.products + step.half_products / _HALF_SPEEDUP
+    return [products, step.vector + step.merge_vector, step.moved + step.merge_moved]
 
 
 def cases_of(machine: str, cases: list[Case]) -> list[Case]:
@@ -260,10 +274,10 @@ def rates_table(cases: list[Case]) -> str:
     lines = []
     for machine in dict.fromkeys(case.machine for case in cases):
         rates = fit_rates(cases_of(machine, cases))
-        giga = [f"{value / 1e9:.3g}" for value in (rates.product, rates.half_product, rates.vector, rates.memory)]
-        lines.append([machine_name(machine), *giga, f"{rates.call_s * 1e6:.0f}"])
-    head = ["machine", "float32 products, GFLOP/s", "bfloat16 products, GFLOP/s"]
-    return markdown_table([*head, "vector operations, G/s", "memory, GB/s", "call, µs"], lines)
+        lines.append(
+            [machine_name(machine), *(f"{rate / 1e9:.3g}" for rate in (rates.product, rates.vector, rates.memory))]
+        )
+    return markdown_table(["machine", "products, GFLOP/s", "vector operations, G/s", "memory, GB/s"], lines)
 
 
 def bytes_table(folder: Path = FOLDER) -> str:
@@ -288,107 +302,156 @@ def datasheet_table() -> str:
     return markdown_table(head, lines)
 
 
-_GPU_MODELS = ("ViT-B/16", "ViT-L/16", "ViT-H/14")
+_GPU_MODELS = ("ViT-S/16", "ViT-B/16", "ViT-L/16", "ViT-H/14")
 
 
-def count_on_gpu(model: str, method: str, batch: int) -> StepCount:
-    """Count a step in bfloat16 with Triton kernels."""
-    return count_step(MODELS[model], method, batch, precision="bfloat16", kernels=TRITON)
+def count_on_gpu(model: str, method: str, batch: int, precision: Precision = "bfloat16") -> StepCount:
+    """Count a step with Triton kernels."""
+    return count_step(MODELS[model], method, batch, precision=precision, kernels=TRITON)
 
 
 def ratio_table() -> str:
     """Format predicted ratios to LoRA, with ranges, at two batch sizes."""
-    settings = list(itertools.product(_GPU_MODELS, (16, 128)))
-    lines = []
-    for name, gpu in GPUS.items():
-        ranges = (_ratio_range(name, model, batch) for model, batch in settings)
-        lines.append([gpu.name, *(f"{expected:.2f} ({low:.2f}–{high:.2f})" for low, expected, high in ranges)])
-    head = ["predicted, not measured", *(f"{model}, batch {batch}" for model, batch in settings)]
-    return markdown_table(head, lines)
+    lines = [
+        [f"{model}, {batch}", *(_range(_ratio_range(gpu, model, batch)) for gpu in GPUS)]
+        for model, batch in itertools.product(_GPU_MODELS, (16, 128))
+    ]
+    return markdown_table(["predicted ratio", *(gpu.name for gpu in GPUS.values())], lines)
 
 
-def _ratio_range(gpu: str, model: str, batch: int) -> tuple[float, float, float]:
+def _range(ratio: tuple[float, float, float]) -> str:
+    """Format an expected ratio and its range."""
+    low, expected, high = ratio
+    return f"{expected:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _ratio_range(
+    gpu: str, model: str, batch: int, method: str = "snella", precision: Precision = "bfloat16"
+) -> tuple[float, float, float]:
     """Return the lowest, expected and highest ratio to LoRA."""
-    return ratio_range(gpu, count_on_gpu(model, "snella", batch), count_on_gpu(model, "lora", batch))
+    step, lora = (count_on_gpu(model, name, batch, precision) for name in (method, "lora"))
+    return ratio_range(gpu, step, lora, is_float32=precision == "float32")
 
 
-_MAX_TOKENS = 1_000_000
+_GPU_METHODS: dict[str, tuple[str, Precision]] = {
+    "full": ("full", "bfloat16"),
+    "DoRA": ("dora", "bfloat16"),
+    "SNELLA": ("snella", "bfloat16"),
+    'SNELLA, `"sample:1/2"`': ("snella-sample", "bfloat16"),
+    'SNELLA, `"sample:1/4"`': ("snella-sample-quarter", "bfloat16"),
+    "SNELLA, 8-bit activations": ("snella-compress", "bfloat16"),
+    'SNELLA, 8-bit activations, `"sample:1/2"`': ("snella-compress-sample", "bfloat16"),
+    "SNELLA, float32": ("snella", "float32"),
+    'SNELLA, float32, `weight_gradient="bfloat16"`': ("snella-bf16-gradient", "float32"),
+}
 
 
-def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int | None:
-    """Return the tokens of the smallest batch that meets a monotonic condition; None above a million tokens."""
-    low, high = 0, _MAX_TOKENS // model.tokens
-    if not is_reached(high):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_reached(middle) else (middle, high)
-    return high * model.tokens
+def methods_table() -> str:
+    """Format predicted ratios of all methods to LoRA for one model at two batch sizes, with the range at the larger."""
+    gpus, model = ("h100", "rtx4090", "l4"), "ViT-B/16"
+    lines = []
+    for label, (method, precision) in _GPU_METHODS.items():
+        ratios = [[_ratio_range(gpu, model, batch, method, precision) for gpu in gpus] for batch in (16, 128)]
+        lines.append([label, *(_range(ratio) for pair in zip(*ratios, strict=True) for ratio in pair)])
+    heads = (f"{GPUS[gpu].name}, batch {batch}" for gpu in gpus for batch in (16, 128))
+    return markdown_table(["predicted ratio", *heads], lines)
 
 
 def crossing_table(cases: list[Case]) -> str:
-    """Format the tokens per step at which the merge takes less than 10%, and SNELLA is as fast as LoRA."""
+    """Format the tokens per step from which the merge is small, and from which SNELLA is as fast as LoRA."""
     epyc = fit_rates(cases_of(EPYC_2, cases))
     on_cpu = _crossings(epyc, "ViT-B/16", lambda model, method, batch: count_step(MODELS[model], method, batch))
     lines = [[f"{machine_name(EPYC_2)}, ViT-B/16, float32", *on_cpu]]
     lines += [
         [f"{gpu.name}, {model}", *_crossings(gpu_rates(name), model, count_on_gpu)]
         for name, gpu in GPUS.items()
-        for model in ("ViT-B/16", "ViT-H/14")
+        for model in ("ViT-S/16", "ViT-B/16", "ViT-H/14")
     ]
-    head = ["predicted, not measured", "merge takes less than 10% of the step", "exact SNELLA is as fast as LoRA"]
-    return markdown_table([*head, 'SNELLA with `"sample:1/4"` is as fast as LoRA'], lines)
+    head = ["predicted tokens per step", "merge below 50%", "merge below 10%", "as fast as LoRA"]
+    return markdown_table([*head, '`"sample:1/4"` as fast as LoRA'], lines)
 
 
 def _crossings(rates: Rates, model: str, count: Callable[[str, str, int], StepCount]) -> list[str]:
-    """Format the three token counts for a machine and a model, with two significant digits."""
+    """Format the four token counts for a machine and a model, with two significant digits."""
 
-    def is_merge_small(batch: int) -> bool:
-        step = count(model, "snella", batch)
-        return rates.merge_seconds(step) < 0.1 * rates.seconds(step)
+    def is_merge_below(share: float) -> Callable[[int], bool]:
+        return lambda batch: rates.merge_share(count(model, "snella", batch)) < share
 
     def is_fast(method: str) -> Callable[[int], bool]:
-        return lambda batch: rates.seconds(count(model, method, batch)) < rates.seconds(count(model, "lora", batch))
+        return lambda batch: rates.seconds(count(model, method, batch)) <= rates.seconds(count(model, "lora", batch))
 
-    conditions = (is_merge_small, is_fast("snella"), is_fast("snella-sample-quarter"))
-    tokens = [tokens_until(MODELS[model], condition) for condition in conditions]
-    return ["never" if number is None else f"{int(float(f'{number:.2g}')):,}" for number in tokens]
+    conditions = (is_merge_below(0.5), is_merge_below(0.1), is_fast("snella"), is_fast("snella-sample-quarter"))
+    cells = []
+    for condition in conditions:
+        tokens = tokens_until(MODELS[model], condition)
+        rounded = "never" if tokens is None else f"{int(float(f'{tokens:.2g}')):,}"
+        cells.append("always" if tokens == MODELS[model].tokens else rounded)
+    return cells
 
 
 _LARGE = ("ViT-L/16", "ViT-H/14", "ViT-g/14", "ViT-22B/14", "LLaMA-70B")
 _DEVICES = 8
+_LARGE_STEPS = {
+    **{f"full{text}": ("full", blocks) for text, blocks in (("", False), (", checkpointed blocks", True))},
+    **{f"LoRA{text}": ("lora", blocks) for text, blocks in (("", False), (", checkpointed blocks", True))},
+    "SNELLA, inputs saved": ("snella-keep-inputs", False),
+    "SNELLA": ("snella", False),
+    "SNELLA, 8-bit activations": ("snella-compress", False),
+    "SNELLA, checkpointed blocks": ("snella", True),
+}
+
+
+def _count_large(name: str, method: str, is_checkpointed: bool = False) -> StepCount:
+    """Count the step of one device: 32 images, or one sequence."""
+    precision: Precision = "autocast" if method == "full" else "bfloat16"
+    batch = 1 if MODELS[name].is_llama else 32
+    options: dict[str, Any] = {"precision": precision, "kernels": TRITON, "is_checkpointed": is_checkpointed}
+    return count_step(MODELS[name], method, batch, **options)
 
 
 def memory_table() -> str:
     """Format GiB per device on eight devices."""
     lines = []
-    for name in _LARGE:
-        model, batch = MODELS[name], 1 if MODELS[name].is_llama else 32
-        count = partial(count_step, model, batch=batch, precision="bfloat16", kernels=TRITON)
-        full = count_step(model, "full", batch, precision="autocast")
-        lora, inputs_saved, snella = (count(method) for method in ("lora", "snella-keep-inputs", "snella"))
-        int8, blocks = count("snella-compress"), count("snella", is_checkpointed=True)
-        peaks = [full.peak, full.sharded_peak(_DEVICES), lora.peak, inputs_saved.peak, snella.peak]
-        peaks += [step.sharded_peak(_DEVICES) for step in (inputs_saved, snella, int8, blocks)]
-        lines.append([name, *(_gib(value) for value in peaks)])
-    options = ("DDP, inputs saved", "DDP", "FSDP2, inputs saved", "FSDP2", "FSDP2, 8-bit activations")
-    head = ["GiB per device, predicted, not measured", "full, DDP", "full, FSDP2", "LoRA, DDP"]
-    head += [f"SNELLA, {option}" for option in (*options, "FSDP2, checkpointed blocks")]
-    return markdown_table(head, lines)
+    for label, (method, is_checkpointed) in _LARGE_STEPS.items():
+        steps = [_count_large(name, method, is_checkpointed) for name in _LARGE]
+        lines.append([f"{label}, DDP", *(_gib(step.peak) for step in steps)])
+        lines.append([f"{label}, FSDP2", *(_gib(step.sharded_peak(_DEVICES)) for step in steps)])
+    return markdown_table(["predicted GiB per device", *_LARGE], lines)
+
+
+_PARALLEL: dict[str, tuple[str, Strategy]] = {
+    f"{label}, {'DDP' if strategy == 'ddp' else 'FSDP2'}": (method, strategy)
+    for strategy in get_args(Strategy)
+    for label, method in (("full", "full"), ("LoRA", "lora"), ("SNELLA", "snella"))
+}
 
 
 def communication_table() -> str:
     """Format the GiB sent per device and step."""
+    lines = [
+        [label, *(_gib(_count_large(name, method).communicated(_DEVICES, strategy)) for name in _LARGE)]
+        for label, (method, strategy) in _PARALLEL.items()
+    ]
+    return markdown_table(["predicted GiB sent per step", *_LARGE], lines)
+
+
+def parallel_table() -> str:
+    """Format seconds per step on eight devices; bold if communication takes longer than computation."""
     lines = []
-    for name in _LARGE:
-        model = MODELS[name]
-        steps = [count_step(model, "full", 1, precision="autocast")]
-        steps += [count_step(model, method, 1, precision="bfloat16", kernels=TRITON) for method in ("lora", "snella")]
-        cells = [_gib(step.communicated(_DEVICES, "ddp")) for step in steps]
-        cells += [_gib(step.communicated(_DEVICES, "fsdp2")) for step in (steps[0], steps[2])]
-        lines.append([name, *cells])
-    head = ["GiB sent per device and step, predicted, not measured", "full, DDP", "LoRA, DDP", "SNELLA, DDP"]
-    return markdown_table([*head, "full, FSDP2", "SNELLA, FSDP2"], lines)
+    for gpu, (label, (method, strategy)) in itertools.product(("h100", "rtx4090"), _PARALLEL.items()):
+        rates, cells = gpu_rates(gpu), []
+        for name in _LARGE:
+            step = _count_large(name, method)
+            seconds = _seconds(rates.seconds(step, _DEVICES, strategy))
+            is_slow = rates.link_seconds(step, _DEVICES, strategy) > rates.seconds(step)
+            cells.append(f"**{seconds}**" if is_slow else seconds)
+        lines.append([f"{GPUS[gpu].name}, {label}", *cells])
+    return markdown_table(["predicted seconds per step", *_LARGE], lines)
+
+
+def _seconds(value: float) -> str:
+    """Format seconds with two significant digits."""
+    return f"{value:.0f}" if value >= 10 else f"{value:#.2g}"
 
 
 def _gib(value: float) -> str:
@@ -435,14 +498,14 @@ def measured_gpu_table(folder: Path = FOLDER) -> str:
     lines = []
     for (*setting, method), row in newest.items():
         device, model, batch, r, _, dtype = setting
-        predict = partial(predict_on_gpu, GPU_NAMES[device], SHAPES[model], batch=batch, r=r, dtype=_DTYPES[dtype])
-        low, expected, high = (1000 * seconds for seconds in predict(method))
+        forecast = GpuForecast(GPU_NAMES[device], SHAPES[model], batch, r, _DTYPES[dtype])
+        low, expected, high = (1000 * seconds for seconds in forecast.seconds(method))
         measured = 1000 * row["step_s"]
         cells = [f"{measured:.1f}", f"{expected:.1f} ({low:.1f}–{high:.1f})", f"{expected / measured - 1:+.0%}"]
         lora = newest.get((*setting, "lora"))
         ratios = ["–", "–"]
         if lora is not None:
-            ratios = [f"{row['step_s'] / lora['step_s']:.2f}", f"{expected / 1000 / predict('lora')[1]:.2f}"]
+            ratios = [f"{row['step_s'] / lora['step_s']:.2f}", f"{forecast.ratio(method)[1]:.2f}"]
         lines.append([GPUS[GPU_NAMES[device]].name, model, str(batch), dtype, method, *cells, *ratios])
     head = ["GPU", "model", "batch", "dtype", "method", "measured, ms", "predicted, ms", "error"]
     return markdown_table([*head, "relative to LoRA", "predicted"], lines) if lines else ""
@@ -458,9 +521,11 @@ def sections(folder: Path = FOLDER) -> dict[str, str]:
         "bytes errors": bytes_table(folder),
         "datasheets": datasheet_table(),
         "ratios": ratio_table(),
+        "methods": methods_table(),
         "crossings": crossing_table(cases),
         "memory": memory_table(),
         "communication": communication_table(),
+        "parallel": parallel_table(),
     }
 
 

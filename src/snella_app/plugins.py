@@ -11,7 +11,7 @@
 | `snella.backbones` | `snella_app.backbones.create.NamedBackbone` | `--backbone NAME` |
 | `snella.reports` | function `(run folder) -> report path` | reports of runs whose task is NAME |
 | `snella.choices` | function `(config, console) -> config` | `--method auto` (the entry `method`) |
-| `snella.estimates` | `snella_lab.bench.machines.predictor` | step times of `snella inspect` (the entry `step-time`) |
+| `snella.estimates` | `snella_lab.bench.machines.forecast` | step times of `snella inspect` (the entry `step-time`) |
 """
 
 import functools

@@ -371,13 +371,14 @@ def memory_table(backbone: str, device: str | None = None, **given: Any) -> Grou
     device_type = device if device in _DEVICE_TYPES else "cuda"
     predictions = predict_for_methods(backbone, **chosen, device_type=device_type)
     rows = list(track_progress(predictions, "predicting", len(MEMORY_METHODS), make_console()))
-    predictor = None if device in _DEVICE_TYPES else plugin("estimates", "step-time")
-    name, predict_step = (device, None) if predictor is None else predictor(device, backbone, chosen["img_size"])
+    name, forecast = device, None
+    if device not in _DEVICE_TYPES and (estimate := plugin("estimates", "step-time")) is not None:
+        name, forecast = estimate(device, backbone, **{key: chosen[key] for key in ("img_size", "batch", "r", "dtype")})
     columns = ["MiB", "weights", "gradients", "optimizer state", "saved for backward", "largest temporary", "total"]
     notes = ["total is the peak, less than the sum because the backward pass frees saved tensors"]
-    if predict_step is not None:
+    if forecast is not None:
         columns.append("step, ms")
-        notes.append("step is predicted from datasheet values, with a range of efficiencies; see docs/speed.md")
+        notes += forecast.notes
     elif device not in _DEVICE_TYPES:
         notes.append(f"step times are predicted for plain ViTs only, got {backbone}")
     (_, (_, height, width), _), *_ = rows
@@ -386,9 +387,8 @@ def memory_table(backbone: str, device: str | None = None, **given: Any) -> Grou
     table = make_table(columns, (), title=title)
     for method, _, memory in rows:
         cells = [f"{part / 2**20:,.1f}" for part in astuple(memory)]
-        if predict_step is not None:
-            options = {key: chosen[key] for key in ("batch", "r", "dtype")}
-            low, expected, high = predict_step(method.partition("-")[0], **options)
+        if forecast is not None:
+            low, expected, high = forecast.seconds(method.partition("-")[0])
             cells.append(f"{1e3 * expected:,.1f} ({1e3 * low:,.1f}–{1e3 * high:,.1f})")
         table.add_row(method, *cells)
     return Group(table, Text("\n".join(notes)))

@@ -12,6 +12,7 @@ from typing import Literal
 
 Precision = Literal["float32", "autocast", "bfloat16"]
 """`autocast`: bfloat16 activations over float32 weights; `bfloat16`: autocast with frozen weights in bfloat16."""
+Strategy = Literal["ddp", "fsdp2"]
 
 _FLOAT32, _HALF = 4, 2
 _SIZES: dict[Precision, tuple[int, int, int]] = {"float32": (4, 4, 4), "autocast": (2, 4, 4), "bfloat16": (2, 2, 2)}
@@ -136,14 +137,14 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Kernels:
-    """Cost of merging per matrix entry, and number of calls per adapted layer, over the forward and backward passes.
+    """Cost of merging per matrix entry, and kernel launches per adapted layer, over the forward and backward passes.
 
     Args:
         operations: Vector operations per entry at rank 8.
         per_rank: Vector operations per entry for each rank above 8.
         merged_bytes: Bytes moved per entry for `ΔW` in float32 and the gradient.
         weight_accesses: Accesses to `W0` and `W` per entry, in the dtype of the weights.
-        calls: Calls or launches per layer in both passes.
+        launches: Launches per layer in both passes; 0 on a CPU.
         dense: True if the weight gradient is dense at every sparsity.
         serial: Instructions that one warp executes per softmax row in both passes. Too few programs run to fill the
             device, so these instructions are not hidden and add to the step time.
@@ -153,15 +154,15 @@ class Kernels:
     per_rank: float
     merged_bytes: float
     weight_accesses: int
-    calls: int
+    launches: int
     dense: bool
     serial: float = 0.0
 
 
-NUMBA = Kernels(operations=180, per_rank=10, merged_bytes=16, weight_accesses=4, calls=8, dense=False)
+NUMBA = Kernels(operations=180, per_rank=10, merged_bytes=16, weight_accesses=4, launches=0, dense=False)
 """Forward: write `ΔW`, read it twice. Backward: one sweep over the gradient. An entry takes six roots, two exponentials
 and `10r` operations for distances and gradients of the factors."""
-TRITON = Kernels(operations=905, per_rank=34, merged_bytes=35, weight_accesses=6, calls=17, dense=True, serial=27.0)
+TRITON = Kernels(operations=905, per_rank=34, merged_bytes=35, weight_accesses=6, launches=17, dense=True, serial=27.0)
 """Operations are the instructions that the compiled kernels execute per entry for `mix_k`
 (`benchmarks/triton_resources.jsonl`, compute capability 9.0): a constant at rank 8, and a slope per rank up to 32.
 Bytes are the reads and writes of each launch, with the `3r/8` bytes of partial sums evaluated at r = 8. One program per
@@ -183,10 +184,10 @@ class StepCount:
         half_products: FLOPs of products in bfloat16 while activations are in float32.
         vector: Elementwise operations, excluding merging.
         moved: Bytes read and written, excluding merging.
-        calls: Calls or launches, excluding merging.
+        launches: Launches, excluding merging.
         merge_vector: Elementwise operations of merging.
         merge_moved: Bytes of merging.
-        merge_calls: Calls of merging.
+        merge_launches: Launches of merging.
         merge_serial: Instructions on the critical path of merging, executed by one warp.
         saved: Bytes saved for the backward pass.
         parameters: Number of parameters, excluding adapters.
@@ -201,10 +202,10 @@ class StepCount:
     half_products: float
     vector: float
     moved: float
-    calls: float
+    launches: float
     merge_vector: float
     merge_moved: float
-    merge_calls: float
+    merge_launches: float
     merge_serial: float
     saved: float
     parameters: int
@@ -239,7 +240,7 @@ class StepCount:
         state = self.base_weights / devices + _FLOAT32 * self.adapters + 2 * self.block_weights + 2 * trained
         return state + max(self.saved + self.temporary, trained)
 
-    def communicated(self, devices: int, strategy: Literal["ddp", "fsdp2"]) -> float:
+    def communicated(self, devices: int, strategy: Strategy) -> float:
         """Bytes that one device sends in a step: ring all-reduce, all-gather and reduce-scatter.
 
         ddp    2·(p − 1)/p · gradients
@@ -311,9 +312,9 @@ def count_step(
         model, options, tokens, sparsity, precision, kernels
     )
     block = _frozen_block(model, tokens, precision)
-    if is_checkpointed:  # a third of the vector operations, bytes and calls of both passes
+    if is_checkpointed:  # a third of the vector operations, bytes and launches of both passes
         products = 2 * tokens * model.entries + 4 * tokens * model.tokens * model.width
-        block = block.plus(_Cost(products, block.vector / 3, block.moved / 3, block.calls / 3))
+        block = block.plus(_Cost(products, block.vector / 3, block.moved / 3, block.launches / 3))
     block = block.plus(_method_cost(model, options, tokens, activation, r))
     block = block.plus(_Cost(products=gradient_flops, moved=gradient_bytes))
     is_merged = options.family == "snella"
@@ -330,10 +331,10 @@ def count_step(
         half_products=model.depth * half_gradient_flops,
         vector=model.depth * block.vector,
         moved=model.depth * block.moved + _ADAMW * trainable,
-        calls=model.depth * block.calls + 20,
+        launches=model.depth * block.launches + 20,
         merge_vector=merged * (kernels.operations + kernels.per_rank * (r - 8)),
         merge_moved=merged * (kernels.merged_bytes + kernels.weight_accesses * weight),
-        merge_calls=model.depth * kernels.calls * len(model.layers) if is_merged else 0,
+        merge_launches=model.depth * kernels.launches * len(model.layers) if is_merged else 0,
         merge_serial=kernels.serial * rows,
         saved=_saved_bytes(model, options, tokens, r, precision, is_checkpointed),
         parameters=model.parameters,
@@ -347,12 +348,12 @@ def count_step(
 
 @dataclass(frozen=True)
 class _Cost:
-    """Products, vector operations, bytes moved and calls of one block in both passes."""
+    """Products, vector operations, bytes moved and launches of one block in both passes."""
 
     products: float = 0.0
     vector: float = 0.0
     moved: float = 0.0
-    calls: float = 0.0
+    launches: float = 0.0
 
     def plus(self, other: _Cost) -> _Cost:
         """Add two costs."""
@@ -380,10 +381,10 @@ def _frozen_block(model: Transformer, tokens: int, precision: Precision) -> _Cos
 def _method_cost(model: Transformer, options: Method, tokens: int, activation: int, r: int) -> _Cost:
     """Count the cost that a method adds to a frozen block, excluding merging and the weight gradient."""
     inputs, outputs = sum(n for _, n, _ in model.layers), sum(m for m, _, _ in model.layers)
-    d, h, calls = model.width, model.hidden, len(model.layers)
+    d, h, layers = model.width, model.hidden, len(model.layers)
     extra = _Cost()
     if options.recompute:
-        extra = _Cost(vector=30 * tokens * h, moved=activation * tokens * (4 * d + 2 * h), calls=3)
+        extra = _Cost(vector=30 * tokens * h, moved=activation * tokens * (4 * d + 2 * h), launches=3)
     if options.compress:
         numbers = tokens * (5 * d + h * (1 + model.is_llama))
         # attention runs again on the decoded inputs
@@ -391,16 +392,18 @@ def _method_cost(model: Transformer, options: Method, tokens: int, activation: i
         vector = 20 * tokens * model.heads * model.tokens + 10 * numbers
         extra = extra.plus(_Cost(again, vector, numbers * (2 * activation + 2), 60))
     if options.family == "full":
-        extra = extra.plus(_Cost(moved=activation * tokens * outputs + 2 * _FLOAT32 * model.entries, calls=2 * calls))
+        extra = extra.plus(
+            _Cost(moved=activation * tokens * outputs + 2 * _FLOAT32 * model.entries, launches=2 * layers)
+        )
     if options.family in ("lora", "dora"):
         # forward: A, B, scale, add; backward: scale, three products each for A and B, sum of input gradients
         moved = activation * tokens * (6 * inputs + 10 * outputs)
-        extra = extra.plus(_Cost(products=6 * tokens * r * (inputs + outputs), moved=moved, calls=10 * calls))
+        extra = extra.plus(_Cost(products=6 * tokens * r * (inputs + outputs), moved=moved, launches=10 * layers))
     if options.family == "dora":
         # computes the norms of the merged weight via a product with the identity, and scales both outputs
         identity = sum(2 * n * r * (n + m) for m, n, _ in model.layers)
         moved = activation * tokens * 14 * outputs + 40 * model.entries
-        extra = extra.plus(_Cost(products=identity, moved=moved, calls=30 * calls))
+        extra = extra.plus(_Cost(products=identity, moved=moved, launches=30 * layers))
     return extra
 
 

@@ -1,15 +1,15 @@
 """Hardware rates, and step time predicted from the counts of `cost_model`.
 
-On a CPU, calls run one after another:
-
-    seconds = FLOP / product + vector operations / vector + bytes moved / memory + calls · call_s
-
-On a GPU the host launches kernels in parallel with the device:
+The host launches kernels in parallel with the device, and communication overlaps with computation:
 
     device  = FLOP / product + vector operations / vector + bytes moved / memory + serial instructions / issue
-    seconds = max(device, calls · call_s)
+    seconds = max(device, launches · launch_s, bytes sent / link)
 
-`benchmarks/cost_model.py` fits the rates of CPUs to measured steps. Rates of GPUs are datasheet values.
+DDP reduces gradients during the backward pass, and FSDP2 gathers a block while the previous one computes. Without any
+overlap, a step would take the sum of computation and communication, at most twice the maximum.
+
+`benchmarks/cost_model.py` fits the product, vector and memory rates of CPUs to measured steps. Rates of GPUs are
+datasheet values.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from snella_lab.bench.cost_model import TRITON, Precision, StepCount, Transformer, count_step
+from snella_lab.bench.cost_model import TRITON, Precision, StepCount, Strategy, Transformer, count_step
+
+_MAX_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -36,31 +37,44 @@ class Rates:
         half_product: FLOP/s of matrix products in bfloat16.
         vector: Elementwise operations per second.
         memory: Bytes per second.
-        call_s: Seconds per call or launch.
+        launch_s: Host seconds per kernel launch; 0 on a CPU.
         issue: Instructions per second of one warp.
-        overlaps: True if calls run in parallel with the device.
+        link: Bytes per second to other devices.
     """
 
     product: float
     half_product: float
     vector: float
     memory: float
-    call_s: float
+    launch_s: float = 0.0
     issue: float = math.inf
-    overlaps: bool = False
+    link: float = math.inf
 
-    def seconds(self, step: StepCount) -> float:
-        """Return the time of a step on one device, in seconds."""
+    def seconds(self, step: StepCount, devices: int = 1, strategy: Strategy = "ddp") -> float:
+        """Return the time of a step on each of `devices`, in seconds."""
+        return max(self._device_seconds(step), self._launch_seconds(step), self.link_seconds(step, devices, strategy))
+
+    def link_seconds(self, step: StepCount, devices: int, strategy: Strategy) -> float:
+        """Return the time of communication, in seconds."""
+        return step.communicated(devices, strategy) / self.link
+
+    def merge_share(self, step: StepCount) -> float:
+        """Return the fraction of a step on one device spent on merging, without the weight gradient."""
+        device, launches = self._device_seconds(step), self._launch_seconds(step)
+        if launches > device:
+            return step.merge_launches / (step.launches + step.merge_launches)
+        merge = step.merge_vector / self.vector + step.merge_moved / self.memory + step.merge_serial / self.issue
+        return merge / device
+
+    def _device_seconds(self, step: StepCount) -> float:
+        """Return the time of all kernels."""
         device = step.products / self.product + step.half_products / self.half_product
         device += (step.vector + step.merge_vector) / self.vector + (step.moved + step.merge_moved) / self.memory
-        device += step.merge_serial / self.issue
-        host = (step.calls + step.merge_calls) * self.call_s
-        return max(device, host) if self.overlaps else device + host
+        return device + step.merge_serial / self.issue
 
-    def merge_seconds(self, step: StepCount) -> float:
-        """Return the time of merging without the weight gradient, in seconds."""
-        device = step.merge_vector / self.vector + step.merge_moved / self.memory + step.merge_serial / self.issue
-        return device if self.overlaps else device + step.merge_calls * self.call_s
+    def _launch_seconds(self, step: StepCount) -> float:
+        """Return the time in which the host launches all kernels."""
+        return (step.launches + step.merge_launches) * self.launch_s
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,7 @@ EFFICIENCIES = {
     "memory": (0.55, 0.7, 0.85),
 }
 """Assumed fractions of the peak rates: low, expected, high."""
+_LINK = 0.7  # assumed fraction of the link rate
 LAUNCHES = (5e-6, 10e-6, 20e-6)
 """Assumed host seconds per launch of an eager model: low, expected, high."""
 
@@ -114,18 +129,16 @@ def gpu_rates(
 ) -> Rates:
     """Return the rates of a GPU; each of the four levels is 0 (low), 1 (expected) or 2 (high)."""
     peak = GPUS[gpu]
-    products = (peak.vector if is_float32 else peak.product) * EFFICIENCIES["product"][product]
     # the datasheet counts a multiply-add, one instruction per lane, as two FLOP
-    efficiency = EFFICIENCIES["vector"][vector]
-    bandwidth = peak.memory * EFFICIENCIES["memory"][memory]
+    vector_efficiency = EFFICIENCIES["vector"][vector]
     return Rates(
-        products,
-        products,
-        peak.vector / 2 * efficiency,
-        bandwidth,
-        LAUNCHES[launch],
-        peak.clock * efficiency,
-        overlaps=True,
+        product=(peak.vector if is_float32 else peak.product) * EFFICIENCIES["product"][product],
+        half_product=peak.product * EFFICIENCIES["product"][product],
+        vector=peak.vector / 2 * vector_efficiency,
+        memory=peak.memory * EFFICIENCIES["memory"][memory],
+        launch_s=LAUNCHES[launch],
+        issue=peak.clock * vector_efficiency,
+        link=peak.link * _LINK,
     )
 
 
@@ -134,33 +147,110 @@ def rates_range(gpu: str, *, is_float32: bool = False) -> list[Rates]:
     return [gpu_rates(gpu, *levels, is_float32=is_float32) for levels in itertools.product(range(3), repeat=4)]
 
 
-def ratio_range(gpu: str, step: StepCount, reference: StepCount) -> tuple[float, float, float]:
-    """Return the lowest, expected and highest ratio of two step times in bfloat16 over all assumptions."""
-    ratios = [rates.seconds(step) / rates.seconds(reference) for rates in rates_range(gpu)]
-    expected = gpu_rates(gpu)
+def ratio_range(
+    gpu: str, step: StepCount, reference: StepCount, *, is_float32: bool = False
+) -> tuple[float, float, float]:
+    """Return the lowest, expected and highest ratio of two step times over all assumptions."""
+    ratios = [rates.seconds(step) / rates.seconds(reference) for rates in rates_range(gpu, is_float32=is_float32)]
+    expected = gpu_rates(gpu, is_float32=is_float32)
     return min(ratios), expected.seconds(step) / expected.seconds(reference), max(ratios)
 
 
-def predict_on_gpu(
-    gpu: str, shape: Transformer, method: str, batch: int, *, r: int = 8, dtype: str = "fp32"
-) -> tuple[float, float, float]:
-    """Predict the lowest, expected and highest step time with Triton kernels, in seconds.
+def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int | None:
+    """Return the tokens of the smallest batch that meets a monotonic condition; None above a million tokens."""
+    low, high = 0, _MAX_TOKENS // model.tokens
+    if not is_reached(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_reached(middle) else (middle, high)
+    return high * model.tokens
 
-    `dtype` is `fp32`, or `bf16` for autocast over frozen weights in bfloat16.
+
+@dataclass(frozen=True)
+class GpuForecast:
+    """Predicted step times of a plain transformer on one GPU with Triton kernels.
+
+    Sparsity does not change them, because the Triton kernels compute dense weight gradients.
+
+    Args:
+        gpu: Key of `GPUS`.
+        shape: Shape of the model.
+        batch: Samples per step.
+        r: Rank.
+        dtype: `fp32`, or `bf16` for autocast over frozen weights in bfloat16.
     """
-    is_float32 = dtype == "fp32"
-    precision: Precision = "float32" if is_float32 else "bfloat16"
-    step = count_step(shape, method, batch, r=r, precision=precision, kernels=TRITON)
-    seconds = [rates.seconds(step) for rates in rates_range(gpu, is_float32=is_float32)]
-    return min(seconds), gpu_rates(gpu, is_float32=is_float32).seconds(step), max(seconds)
+
+    gpu: str
+    shape: Transformer
+    batch: int
+    r: int = 8
+    dtype: str = "fp32"
+
+    def count(self, method: str, batch: int | None = None) -> StepCount:
+        """Count a step, by default at the forecast's batch size."""
+        precision: Precision = "float32" if self._is_float32 else "bfloat16"
+        batch = self.batch if batch is None else batch
+        return count_step(self.shape, method, batch, r=self.r, precision=precision, kernels=TRITON)
+
+    def seconds(self, method: str) -> tuple[float, float, float]:
+        """Return the lowest, expected and highest step time, in seconds."""
+        step = self.count(method)
+        seconds = [rates.seconds(step) for rates in rates_range(self.gpu, is_float32=self._is_float32)]
+        return min(seconds), self._expected.seconds(step), max(seconds)
+
+    def ratio(self, method: str, reference: str = "lora") -> tuple[float, float, float]:
+        """Return the lowest, expected and highest ratio of two step times."""
+        return ratio_range(self.gpu, self.count(method), self.count(reference), is_float32=self._is_float32)
+
+    @property
+    def merge_share(self) -> float:
+        """Expected fraction of a SNELLA step spent on merging."""
+        return self._expected.merge_share(self.count("snella"))
+
+    @property
+    def crossing(self) -> int | None:
+        """Tokens per step from which SNELLA is as fast as LoRA; None above a million tokens."""
+        rates = self._expected
+
+        def is_as_fast(batch: int) -> bool:
+            return rates.seconds(self.count("snella", batch)) <= rates.seconds(self.count("lora", batch))
+
+        return tokens_until(self.shape, is_as_fast)
+
+    @property
+    def notes(self) -> list[str]:
+        """Ratio of SNELLA to LoRA, share of merging and crossing, as lines of text."""
+        (low, expected, high), crossing, tokens = self.ratio("snella"), self.crossing, self.shape.tokens
+        faster = "LoRA is faster up to a million tokens per step"
+        if crossing is not None:
+            faster = f"below {crossing:,} tokens per step (batch size {crossing // tokens:,}), LoRA is faster"
+        if crossing == tokens:
+            faster = "SNELLA is as fast as LoRA at every batch size"
+        return [
+            "step is predicted, not measured: datasheet values with a range of efficiencies, see docs/speed.md",
+            f"snella takes {expected:.2f} ({low:.2f}–{high:.2f}) times as long as lora; "
+            f"merging takes {self.merge_share:.0%} of its step",
+            f"{faster}; sparsity does not change the step time on GPUs",
+        ]
+
+    @property
+    def _is_float32(self) -> bool:
+        """True for activations in float32."""
+        return self.dtype == "fp32"
+
+    @property
+    def _expected(self) -> Rates:
+        """Rates under the expected assumptions."""
+        return gpu_rates(self.gpu, is_float32=self._is_float32)
 
 
-def predictor(
-    gpu: str, backbone: str, img_size: int | None = None
-) -> tuple[str, Callable[..., tuple[float, float, float]] | None]:
-    """Return the product name of a GPU and `predict_on_gpu` for it and a backbone; None unless it is a plain ViT."""
+def forecast(
+    gpu: str, backbone: str, img_size: int | None = None, *, batch: int = 32, r: int = 8, dtype: str = "fp32"
+) -> tuple[str, GpuForecast | None]:
+    """Return the product name of a GPU and the forecast for a backbone; None unless it is a plain ViT."""
     shape = shape_of_backbone(backbone, img_size)
-    return GPUS[gpu].name, None if shape is None else partial(predict_on_gpu, gpu, shape)
+    return GPUS[gpu].name, None if shape is None else GpuForecast(gpu, shape, batch, r, dtype)
 
 
 def shape_of_backbone(backbone: str, img_size: int | None = None, classes: int = 100) -> Transformer | None:

@@ -302,3 +302,49 @@ def test_killed_ray_driver_resumes_from_checkpoints(tmp_path, monkeypatch):
     assert sorted(lines_of(root)) == ["digits/bias/seed-0", "digits/linear/seed-0"]
     assert len(trained(resumed.stdout)) == 2 - len(before)
     assert any("resuming from" in log.read_text() for log in (root / "logs").glob("*.txt"))
+
+
+def ray_workers(process):
+    """Return the processes of a comparison that train a cell on Ray."""
+    workers = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            workers += [child] if "".join(child.cmdline()[:1]).startswith("ray::run") else []
+    return workers
+
+
+def test_ray_cell_resumes_from_its_checkpoint_after_its_worker_is_killed(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    root = tmp_path / "c"
+    options = ("--ray", "--workers", "2", "--methods", "bias", "--lr-factors", "1", "--epochs", "60", "--seeds", "1")
+    process = subprocess.Popen(
+        [*compare_command(root), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not list(root.glob("cells/*/*/*/checkpoints/checkpoint-*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    (worker,) = ray_workers(process)
+    worker.kill()
+    out, err = process.communicate(timeout=800)
+    assert process.returncode == 0, err
+    assert lines_of(root) == ["digits/bias/seed-0"] and len(trained(out)) == 1
+    (row,) = rows_of(root).values()
+    assert row["status"] == "success" and row["epochs"] == 60
+    (log,) = (root / "logs").glob("*.txt")
+    assert log.read_text().count("resuming from") == 1
+
+
+def test_ray_stops_runs_at_the_run_limit(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    root = tmp_path / "c"
+    endless = ("--methods", "bias", "--lr-factors", "1", "--epochs", "1000000", "--seeds", "1")
+    command = [*compare_command(root), *endless, "--ray", "--workers", "2", "--run-limit", "0.2"]
+    stopped = subprocess.run(command, capture_output=True, text=True, timeout=800)
+    assert stopped.returncode == 1, stopped.stderr
+    message = "no result within 0.2 minutes (run_limit); the run was stopped"
+    assert message in stopped.stdout + stopped.stderr
+    (row,) = rows_of(root).values()
+    assert (row["status"], row["error"]) == ("failed", message)
+    assert not list((root / "locks").glob("digits*"))
