@@ -30,6 +30,19 @@ def test_fixed_cost_and_slope_are_a_least_squares_line(driver):
     }
 
 
+def test_sentence_in_the_guide_matches_the_newest_line_of_the_rows(driver):
+    rows = driver.read_rows(ROOT / "benchmarks" / "compare_driver.jsonl")
+    sizes = {row["cells"]: row for row in rows if row["benchmark"] == "compare_driver"}
+    line = [row for row in rows if row["benchmark"] == "compare_driver_line"][-1]
+    fitted = driver.fit_line(list(sizes.values()))
+    assert {name: line[name] for name in fitted} == fitted and fitted["sizes"] == [1000, 3000, 10_000, 30_000]
+    assert not any(row["dirty"] for row in rows)
+    text = " ".join((ROOT / "docs" / "compare.md").read_text(encoding="utf-8").split())
+    time, memory = f"{line['slope_ms_per_cell']:.1f} ms", f"{line['slope_kb_per_cell']:.0f} KB"
+    assert f"{time} of CPU time and {memory} of memory per cell" in text
+    assert f"plus {line['fixed_s']:.1f} s and {line['fixed_mb']:.0f} MB" in text
+
+
 def test_200_cells_stay_within_the_budget_of_calls_and_bytes(driver, tmp_path):
     from count_calls import count_calls
 
