@@ -229,7 +229,7 @@ def main() -> None:
             for capability, aligned in [(capability, True) for capability in args.capabilities] + [(90, False)]:
                 if capability not in args.capabilities:
                     continue
-                launch = backend.launch_options(kernel.__name__, settings.get("R", 1), aligned)
+                launch = backend.launch_options(kernel.__name__, settings.get("R", 1), settings.get("P", 1), aligned)
                 if args.launch:
                     launch |= dict(zip(("num_warps", "maxnreg"), args.launch, strict=True))
                 warps = launch["num_warps"]
@@ -245,7 +245,7 @@ def main() -> None:
         print(f"{count} compiled")
         return
     for name, kernel, settings in [] if args.launch else variants(args.ranks[0]):
-        launch = backend.launch_options(kernel.__name__, settings.get("R", 1), True)
+        launch = backend.launch_options(kernel.__name__, settings.get("R", 1), settings.get("P", 1))
         try:
             compile_for(GPUTarget("hip", "gfx942", 64), kernel, settings, launch)
             error = ""

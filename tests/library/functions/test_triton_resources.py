@@ -58,7 +58,8 @@ def test_rows_were_compiled_from_the_current_kernels_and_launch_options(monkeypa
     for row in ROWS:
         if row.get("launch", "") is None:
             kernel, settings = kernels[row["kernel"], row["rank"]]
-            launch = backend.launch_options(kernel.__name__, settings.get("R", 1), row.get("aligned", True))
+            rank, pieces = settings.get("R", 1), settings.get("P", 1)
+            launch = backend.launch_options(kernel.__name__, rank, pieces, row.get("aligned", True))
             remedy = "recompile with: python benchmarks/triton_resources.py"
             assert row["source"] == source_digest(settings, launch), f"{row['kernel']} has changed; {remedy}"
 

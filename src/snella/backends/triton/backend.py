@@ -33,16 +33,19 @@ _REGISTERS = {
     "factor_gradients": (128, 128),
 }
 """Register limits per thread, for ranks up to 8 and above, chosen to avoid spills; see this package's README."""
+_WIDE = ("merge", "softmax_weighted_sums")
+"""Kernels that use 16 warps and 64 registers for pieces of more than 8 columns."""
 
 _MAX_ENTRIES = 1 << 30  # positions within a matrix are int32
 _MIN_CAPABILITY = (7, 0)
 
 
-def launch_options(kernel: str, rank: int = 1, aligned: bool = True) -> dict[str, Any]:
+def launch_options(kernel: str, rank: int = 1, pieces: int = 1, aligned: bool = True) -> dict[str, Any]:
     """Return the launch options of a kernel: warps per program and registers per thread, without FMA fusion."""
-    options: dict[str, Any] = {"num_warps": _WARPS.get(kernel, 8), "enable_fp_fusion": False}
+    is_wide = kernel in _WIDE and rank // pieces > 8
+    options: dict[str, Any] = {"num_warps": 16 if is_wide else _WARPS.get(kernel, 8), "enable_fp_fusion": False}
     if kernel in _REGISTERS and torch.version.hip is None:  # AMD's compiler does not support this limit
-        options["maxnreg"] = _REGISTERS[kernel][rank > 8]
+        options["maxnreg"] = 64 if is_wide else _REGISTERS[kernel][rank > 8]
         if kernel == "factor_gradients" and not aligned:
             options["maxnreg"] = 168  # loads of unaligned columns are not vectorized, so a thread holds more rows
     return options
@@ -100,7 +103,7 @@ class _Launches:
 
     def merge(self, delta: Tensor, stats: SoftmaxStats, counts: Tensor | None = None) -> None:
         """Write `ΔW`, and optionally add to the first histogram."""
-        options = self.pieces | self.terms | TILE | launch_options("merge", self.rank)
+        options = self.pieces | self.terms | TILE | launch_options("merge", self.rank, self.pieces["P"])
         is_counted, center = counts is not None, self.spec.kernel.center_softmax
         options |= {"CENTER": center, "COUNT": is_counted, "TILES": _TILES_PER_HISTOGRAM}
         forward.merge[self.tiles(_TILES_PER_HISTOGRAM)](
@@ -147,7 +150,7 @@ class _Launches:
             num_sums = self.groups * self.n if self.by_column else self.m
             partial = self.new(rows if self.by_column else columns, num_sums)
             factors = (self.A, self.B, self.coeff, self.temperature, self.layout)
-            options = tile | launch_options("softmax_weighted_sums", self.rank)
+            options = tile | launch_options("softmax_weighted_sums", self.rank, self.pieces["P"])
             backward.softmax_weighted_sums[grid](
                 *factors, *stats, *matrix, partial, scaling, self.n, num_sums, **options
             )
@@ -155,7 +158,7 @@ class _Launches:
         part_A, part_B = self.new(rows, self.groups, self.n, self.rank), self.new(columns, self.m, self.rank)
         sums = self.new(self.groups, rows * columns, self.pieces["P"] + 3)
         inputs = (self.A, self.B, self.coeff, self.alpha, self.temperature, self.layout, *stats, weighted_sum, *matrix)
-        options = tile | self.terms | launch_options("factor_gradients", self.rank, self.n % 16 == 0)
+        options = tile | self.terms | launch_options("factor_gradients", self.rank, aligned=self.n % 16 == 0)
         backward.factor_gradients[grid](*inputs, part_A, part_B, sums, scaling, self.n, self.m, **options)
         # zeros, because a kernel without softmax does not write the gradients of α, β and γ
         scalar_grads = [value if value is None else torch.zeros_like(value) for value in self.scalars]
