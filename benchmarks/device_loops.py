@@ -35,9 +35,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import StackDataset
@@ -242,15 +242,17 @@ def run_torchrun(cell: Cell) -> dict[str, Tensor]:
         wrapped.compile(backend=COMPILER)
     is_half = cell.option == "bf16"
     is_autocast = is_half and cell.engine in (SINGLE, "DDP")
-    forward = _cast_forward(wrapped) if is_half and not is_autocast and rank_and_count()[1] == 1 else wrapped
+    is_cast = is_half and not is_autocast and rank_and_count()[1] == 1
     wrapped.train()
 
     def train_step(step: int) -> list[float]:
         parts, losses = local_batches(step, cell.accumulated), []
         for number, (x, y) in enumerate(parts):
             is_last = number == len(parts) - 1
-            with _syncing(cell, wrapped, is_last), torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
-                loss = cross_entropy(forward(pixel_values=x).logits.float(), y)
+            autocast = torch.autocast("cpu", torch.bfloat16, enabled=is_autocast)
+            with _syncing(cell, wrapped, is_last), autocast, _cast_parameters(wrapped, is_cast):
+                outputs = wrapped(pixel_values=x.bfloat16() if is_cast else x)
+                loss = cross_entropy(outputs.logits.float(), y)
                 (loss / len(parts)).backward()
             losses.append(float(loss))
         optimizer.step()
@@ -263,14 +265,13 @@ def run_torchrun(cell: Cell) -> dict[str, Tensor]:
     return _full_state(cell, wrapped)
 
 
-def _cast_forward(model: nn.Module) -> Callable[..., Any]:
-    """Return the forward pass with parameters and images in bfloat16; gradients are cast back to float32."""
-
-    def forward(pixel_values: Tensor) -> Any:
-        half = {name: parameter.bfloat16() for name, parameter in model.named_parameters()}
-        return functional_call(model, half, kwargs={"pixel_values": pixel_values.bfloat16()})
-
-    return forward
+def _cast_parameters(model: nn.Module, is_cast: bool) -> contextlib.AbstractContextManager[Any]:
+    """Cast the parameters to bfloat16 for a forward and a backward pass; gradients are cast back to float32."""
+    if not is_cast:
+        return contextlib.nullcontext()
+    half = {name: parameter.bfloat16() for name, parameter in model.named_parameters()}
+    # unlike functional_call, includes the backward pass, which recomputes inputs
+    return _reparametrize_module(model, half)  # type: ignore[no-any-return]
 
 
 def _wrap(cell: Cell, model: nn.Module) -> nn.Module:
