@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft.peft_model
 import safetensors.torch
@@ -108,10 +109,11 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "resumed_from": RESUMED_FROM[count] if cell.first else None,
     }
     try:
-        if cell.loop == "snella train":
-            run_snella_train(cell)
-        else:
-            cell.digest = digest(cell, RUNNERS[cell.loop](cell))
+        with mock.patch.dict(os.environ):  # TrainingArguments sets ACCELERATE_USE_FSDP for all later cells
+            if cell.loop == "snella train":
+                run_snella_train(cell)
+            else:
+                cell.digest = digest(cell, RUNNERS[cell.loop](cell))
         result |= {
             "losses": cell.losses,
             "budgets": cell.budgets,
