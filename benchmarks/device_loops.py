@@ -220,7 +220,7 @@ def check_engine(cell: Cell, wrapped: nn.Module) -> None:
         "ZeRO": type(wrapped).__module__.startswith("deepspeed"),
     }
     if not expected.get(cell.engine.partition("-")[0], True):
-        raise RuntimeError(f"{cell.loop} ignores {cell.engine} on a CPU and uses {type(wrapped).__name__}")
+        raise RuntimeError(f"Accelerate ignores the plugin on a CPU and uses {type(wrapped).__name__}")
 
 
 def run_torchrun(cell: Cell) -> dict[str, Tensor]:

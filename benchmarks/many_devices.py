@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -334,7 +334,7 @@ def table(rows: list[Result]) -> str:
 
 def _names(engine: str, loop: str, has_allocator: bool) -> tuple[str, str]:
     """Return the table's names of an engine and a loop."""
-    suffix = ", allocator" if engine.startswith("ZeRO") and has_allocator else ""
+    suffix = " with an allocator" if engine.startswith("ZeRO") and has_allocator else ""
     return ENGINE_NAMES.get(engine, engine) + suffix, LOOP_NAMES.get(loop, loop)
 
 
@@ -359,11 +359,16 @@ def _results(cells: dict[tuple[int, int | None], Result]) -> list[str]:
     files = sorted({row["processes_that_saved"] for row in fresh})
     saved = "once" if files == [1] else ", ".join(map(str, files))
     entries = [_difference(cells.get(key)) for key in ((2, None), (4, None), (4, 2), (1, 4))]
-    first, later = ["–"], ["–"]
+    first, later = "–", "–"
     if fresh[0]["matrices"]:
-        first = [str(row["allocator_bytes_per_step"][0]) for row in fresh]
-        later = [str(max(row["allocator_bytes_per_step"][1:])) for row in fresh]
-    return [same, *entries[:2], saved, *entries[2:], ", ".join(dict.fromkeys(first)), ", ".join(dict.fromkeys(later))]
+        first = _listed(row["allocator_bytes_per_step"][0] for row in fresh)
+        later = _listed(max(row["allocator_bytes_per_step"][1:]) for row in fresh)
+    return [same, *entries[:2], saved, *entries[2:], first, later]
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    """List distinct numbers in ascending order."""
+    return ", ".join(map(str, sorted(set(numbers))))
 
 
 def _difference(row: Result | None) -> str:

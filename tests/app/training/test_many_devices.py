@@ -101,7 +101,7 @@ def test_the_tables_group_equal_results_and_list_errors_by_setting(many_devices)
     ]
     assert errors.splitlines()[2:] == [
         "| FSDP2 | torchrun | plain | 2 → 4 | `RuntimeError: no` |",
-        "| ZeRO-1, allocator, ZeRO-2, allocator | torchrun | plain | 2 | `NotImplementedError: hidden` |",
+        "| ZeRO-1 with an allocator, ZeRO-2 with an allocator | torchrun | plain | 2 | `NotImplementedError: hidden` |",
     ]
 
 
