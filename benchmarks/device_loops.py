@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -29,7 +35,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import StackDataset
@@ -38,6 +46,10 @@ from transformers.models.vit.modeling_vit import ViTLayer
 
 from snella import BudgetAllocator, SnellaConfig, create_snella_optimizer
 from snella.callback import SnellaCallback
+from snella.matrices import AdaptedMatrix, adapted_matrices
+from snella_app.config.train import TrainConfig
+from snella_app.training import trainer as app_trainer
+from snella_app.training.train import train
 
 RESUMED_FROM = {4: 2, 1: 4}
 """Number of processes that saved the checkpoint, by number of processes that resume it."""
@@ -46,8 +58,19 @@ BATCH, SIDE, CLASSES = 16, 16, 5
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 LR = 1e-2
 SINGLE = "one process"
+SINGLE_CAST = "one process, cast parameters"
+"""Reference of FSDP and ZeRO in bfloat16, which cast the parameters instead of using autocast."""
 COMPILER = "aot_eager"
 """Backend of torch.compile; the default backend compiles C++ for minutes."""
+
+
+def digest_of(matrices: list[AdaptedMatrix]) -> str:
+    """Return a hash of budgets and sparse updates, which depend on the thresholds."""
+    hasher = hashlib.sha256()
+    for matrix in matrices:
+        hasher.update(f"{matrix.name} {matrix.budget}".encode())
+        hasher.update(matrix.sparse_update().detach().numpy().tobytes())  # Δ·(|Δ| - threshold)
+    return hasher.hexdigest()[:12]
 
 
 def make_model(has_allocator: bool = True) -> nn.Module:
@@ -148,6 +171,10 @@ class Cell:
     losses: list[float] = field(default_factory=list)
     allocator_bytes: list[int] = field(default_factory=list)
     budgets: dict[str, int] = field(default_factory=dict)
+    digest: str = ""
+    """Hash of this process's budgets and sparse updates."""
+    saved_adapters: int = 0
+    """Adapter files written by this process, if not by PEFT."""
 
     @property
     def accumulated(self) -> int:
@@ -193,7 +220,7 @@ def check_engine(cell: Cell, wrapped: nn.Module) -> None:
         "ZeRO": type(wrapped).__module__.startswith("deepspeed"),
     }
     if not expected.get(cell.engine.partition("-")[0], True):
-        raise RuntimeError(f"{cell.loop} ignores {cell.engine} on a CPU and uses {type(wrapped).__name__}")
+        raise RuntimeError(f"Accelerate ignores the plugin on a CPU and uses {type(wrapped).__name__}")
 
 
 def run_torchrun(cell: Cell) -> dict[str, Tensor]:
@@ -201,6 +228,9 @@ def run_torchrun(cell: Cell) -> dict[str, Tensor]:
     if cell.engine.startswith("ZeRO"):
         return _run_deepspeed(cell)
     model = make_model(cell.has_allocator)
+    if cell.engine == SINGLE_CAST and not cell.has_allocator:  # DeepSpeed also rounds the initial weights
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16().float()
     if cell.option == "checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     wrapped = _wrap(cell, model)
@@ -210,15 +240,19 @@ def run_torchrun(cell: Cell) -> dict[str, Tensor]:
         _load(cell, wrapped, optimizer)
     if cell.option == "compile":
         wrapped.compile(backend=COMPILER)
-    is_autocast = cell.option == "bf16" and cell.engine in (SINGLE, "DDP")
+    is_half = cell.option == "bf16"
+    is_autocast = is_half and cell.engine in (SINGLE, "DDP")
+    is_cast = is_half and not is_autocast and rank_and_count()[1] == 1
     wrapped.train()
 
     def train_step(step: int) -> list[float]:
         parts, losses = local_batches(step, cell.accumulated), []
         for number, (x, y) in enumerate(parts):
             is_last = number == len(parts) - 1
-            with _syncing(cell, wrapped, is_last), torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
-                loss = wrapped(pixel_values=x, labels=y).loss.float()
+            autocast = torch.autocast("cpu", torch.bfloat16, enabled=is_autocast)
+            with _syncing(cell, wrapped, is_last), autocast, _cast_parameters(wrapped, is_cast):
+                outputs = wrapped(pixel_values=x.bfloat16() if is_cast else x)
+                loss = cross_entropy(outputs.logits.float(), y)
                 (loss / len(parts)).backward()
             losses.append(float(loss))
         optimizer.step()
@@ -228,7 +262,16 @@ def run_torchrun(cell: Cell) -> dict[str, Tensor]:
     train_steps(cell, train_step, lambda: _save(cell, wrapped, model, optimizer))
     if allocator is not None:
         cell.budgets = allocator.budgets
-    return model.state_dict() if cell.engine == SINGLE else _full_state(cell, wrapped)
+    return _full_state(cell, wrapped)
+
+
+def _cast_parameters(model: nn.Module, is_cast: bool) -> contextlib.AbstractContextManager[Any]:
+    """Cast the parameters to bfloat16 for a forward and a backward pass; gradients are cast back to float32."""
+    if not is_cast:
+        return contextlib.nullcontext()
+    half = {name: parameter.bfloat16() for name, parameter in model.named_parameters()}
+    # unlike functional_call, includes the backward pass, which recomputes inputs
+    return _reparametrize_module(model, half)  # type: ignore[no-any-return]
 
 
 def _wrap(cell: Cell, model: nn.Module) -> nn.Module:
@@ -310,13 +353,20 @@ def _run_deepspeed(cell: Cell) -> dict[str, Tensor]:
     def train_step(step: int) -> list[float]:
         losses = []
         for x, y in local_batches(step, cell.accumulated):
-            loss = engine(pixel_values=x.bfloat16() if cell.option == "bf16" else x, labels=y).loss
+            outputs = engine(pixel_values=x.bfloat16() if cell.option == "bf16" else x)
+            loss = cross_entropy(outputs.logits.float(), y)
             engine.backward(loss)
             engine.step()
             losses.append(float(loss))
         return losses
 
-    train_steps(cell, train_step, lambda: engine.save_checkpoint(str(cell.checkpoint(count))))
+    def save() -> None:
+        engine.save_checkpoint(str(cell.checkpoint(count)))
+        state = deepspeed_state(model)
+        if rank_and_count()[0] == 0:
+            model.save_pretrained(cell.checkpoint(count), state_dict=state)  # type: ignore[operator]
+
+    train_steps(cell, train_step, save)
     return deepspeed_state(model)
 
 
@@ -485,3 +535,76 @@ def run_trainer(cell: Cell) -> dict[str, Tensor]:
     if callback.allocator is not None:
         cell.budgets = callback.allocator.budgets
     return _full_state(cell, trainer.model_wrapped)
+
+
+def run_snella_train(cell: Cell) -> None:
+    """Train with the application and record the losses, the budgets and the digest in the cell."""
+    reset_accelerate()
+    _, count = rank_and_count()
+    X, y = images()
+    pixels = ((X + 4) * 32).clamp(0, 255).byte()
+    items = [(Image.fromarray(image[0].numpy()), int(label)) for image, label in zip(pixels, y, strict=True)]
+    training = PER_EPOCH * BATCH
+    folder = cell.checkpoint(count)
+    if cell.first:
+        folder = folder.with_name(f"{folder.name}-resumed")
+        if rank_and_count()[0] == 0:
+            saved = cell.checkpoint(RESUMED_FROM[count])
+            shutil.copytree(saved.with_name(f"{saved.name}-saved"), folder)
+        if count > 1:
+            torch.distributed.barrier()
+        config = TrainConfig.from_flat(out=str(folder), resume=True, shard=cell.engine == "shard")
+    else:
+        config = TrainConfig.from_flat(
+            data="python:noise",
+            channels=1,
+            backbone="test_vit",
+            pretrained=False,
+            img_size=32,
+            method="snella-4",
+            method_options={"impl": "eager"},
+            epochs=STEPS // PER_EPOCH,
+            batch_size=BATCH // cell.accumulated,
+            accumulate=cell.accumulated,
+            grad_checkpointing=cell.option == "checkpointing",
+            precision="bf16" if cell.option == "bf16" else "fp32",
+            shard=cell.engine == "shard",
+            head_init="random",
+            final_head="trained",
+            device="cpu",
+            progress=False,
+            out=str(folder),
+        )
+    data = {"train": items[:training], "val": items[training : 2 * training], "test": items[2 * training :]}
+    trainers: list[app_trainer.SnellaTrainer] = []
+    training_step, save_trained = app_trainer.SnellaTrainer.training_step, app_trainer.save_trained
+
+    def step(trainer: app_trainer.SnellaTrainer, *args: Any, **kwargs: Any) -> Tensor:
+        is_first = trainer._micro_step == 0
+        if not trainers:
+            trainers.append(trainer)
+            cell.allocator_bytes = count_bytes(_allocator_of(trainer))
+        if is_first and trainer.state.global_step == SAVED_AT and not cell.first and trainer.is_world_process_zero():
+            shutil.copytree(folder, folder.with_name(f"{folder.name}-saved"))  # as if the run had been killed here
+        loss = training_step(trainer, *args, **kwargs)
+        if trainer._micro_step == cell.accumulated:
+            cell.losses.append(trainer.last_loss)
+        return loss
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        cell.saved_adapters += 1
+        save_trained(*args, **kwargs)
+
+    patch = mock.patch.object
+    with patch(app_trainer.SnellaTrainer, "training_step", step), patch(app_trainer, "save_trained", save):
+        train(config, Console(file=io.StringIO()), data=data, render_report=False)
+    cell.budgets = _allocator_of(trainers[0]).budgets
+    cell.digest = digest_of(adapted_matrices(trainers[0].trained_model))
+
+
+def _allocator_of(trainer: Trainer) -> BudgetAllocator:
+    """Return the allocator of the Trainer's `SnellaCallback`."""
+    (callback,) = (item for item in trainer.callback_handler.callbacks if isinstance(item, SnellaCallback))
+    if callback.allocator is None:
+        raise RuntimeError("the allocator exists only after training has begun")
+    return callback.allocator

@@ -4,27 +4,31 @@ python benchmarks/many_devices.py                          replaces many_devices
 python benchmarks/many_devices.py --loops torchrun --engines DDP --options plain --counts 2 --out rows.jsonl
 python benchmarks/many_devices.py --table                  rewrites the table from many_devices.jsonl
 
-DeepSpeed is used if it can be imported, e.g. from a folder in PYTHONPATH.
+DeepSpeed must be importable, e.g. from a folder in PYTHONPATH; without it, ZeRO rows contain the ImportError. All
+launches run in parallel, in 14 processes with about 0.7 GB each.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft.peft_model
 import safetensors.torch
@@ -34,10 +38,13 @@ from device_loops import (
     RESUMED_FROM,
     SAVED_AT,
     SINGLE,
+    SINGLE_CAST,
     Cell,
+    digest_of,
     make_model,
     rank_and_count,
     run_accelerate,
+    run_snella_train,
     run_torchrun,
     run_trainer,
 )
@@ -50,12 +57,13 @@ from snella_lab.provenance import conditions
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 NOTE = Path(__file__).parent.parent / "docs" / "notes" / "checks.md"
-LOOPS = ("torchrun", "accelerate", "Trainer")
-ENGINES = ("DDP", "FSDP2", "FSDP1", "ZeRO-1", "ZeRO-2", "ZeRO-3")
+LOOPS = ("torchrun", "accelerate", "Trainer", "snella train")
+ENGINES = ("DDP", "FSDP2", "FSDP1", "ZeRO-1", "ZeRO-2", "ZeRO-3", "shard")
 OPTIONS = ("plain", "accumulation", "checkpointing", "bf16", "compile")
 COUNTS = (2, 4)
-DEEPSPEED_OPTIONS = ("plain", "bf16")
 RUNNERS = {"torchrun": run_torchrun, "accelerate": run_accelerate, "Trainer": run_trainer}
+ENGINE_NAMES = {"shard": "`--shard`"}
+LOOP_NAMES = {"snella train": "`snella train`"}
 
 
 def digest(cell: Cell, state: dict[str, Tensor]) -> str:
@@ -68,13 +76,10 @@ def digest(cell: Cell, state: dict[str, Tensor]) -> str:
         raise AssertionError(f"unknown names in the gathered state: {unknown[:3]}")
     plain.load_state_dict(cleaned, strict=False)
     matrices = adapted_matrices(plain)
-    hasher = hashlib.sha256()
     for matrix in matrices:
         if cell.budgets:
             matrix.layer.set_budget("default", [cell.budgets[matrix.name]])
-        hasher.update(f"{matrix.name} {matrix.budget}".encode())
-        hasher.update(matrix.sparse_update().numpy().tobytes())  # Δ·(|Δ| - threshold)
-    return hasher.hexdigest()[:12]
+    return digest_of(matrices)
 
 
 def _plain_name(name: str) -> str:
@@ -104,13 +109,17 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "resumed_from": RESUMED_FROM[count] if cell.first else None,
     }
     try:
-        state = RUNNERS[cell.loop](cell)
+        with mock.patch.dict(os.environ):  # TrainingArguments sets ACCELERATE_USE_FSDP for all later cells
+            if cell.loop == "snella train":
+                run_snella_train(cell)
+            else:
+                cell.digest = digest(cell, RUNNERS[cell.loop](cell))
         result |= {
             "losses": cell.losses,
             "budgets": cell.budgets,
-            "digest": digest(cell, state),
+            "digest": cell.digest,
             "bytes": cell.allocator_bytes,
-            "adapter_files_written": sum("adapter_model" in name for name in written),
+            "adapter_files_written": cell.saved_adapters + sum("adapter_model" in name for name in written),
         }
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -123,23 +132,54 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 def cells(arguments: argparse.Namespace, count: int) -> Iterator[Cell]:
     """Yield the cells of one launch; DeepSpeed comes last because it patches torch."""
     folder = Path(arguments.folder)
+    pairs = sorted(itertools.product(arguments.loops, arguments.engines), key=lambda pair: pair[1].startswith("ZeRO"))
+    pairs = [(loop, engine) for loop, engine in pairs if _has_engine(loop, engine)]
     if count == 1:
-        for loop in arguments.loops:
-            for option in arguments.options:
-                yield Cell(loop, SINGLE, option, folder)
-                if any(engine.startswith("ZeRO") for engine in arguments.engines) and option in DEEPSPEED_OPTIONS:
-                    yield Cell(loop, SINGLE, option, folder, has_allocator=False)
-    for loop, engine in sorted(itertools.product(arguments.loops, arguments.engines), key=lambda pair: "Z" in pair[1]):
-        is_deepspeed = engine.startswith("ZeRO")
-        for option in arguments.options:
-            if is_deepspeed and option not in DEEPSPEED_OPTIONS:
-                continue
-            for first in (0, SAVED_AT):
-                if (first and RESUMED_FROM.get(count) not in arguments.counts) or (not first and count == 1):
-                    continue
-                yield Cell(loop, engine, option, folder, not is_deepspeed, first)
-            if is_deepspeed and option == "plain" and count > 1:
-                yield Cell(loop, engine, option, folder)
+        references = {_reference(*pair, option) for pair in pairs for option in arguments.options if _runs(*pair)}
+        for loop, engine, option, has_allocator in sorted(references):
+            yield Cell(loop, engine, option, folder, has_allocator)
+    for is_resumed in (False, True):  # resumed cells come last because they wait for other launches
+        for loop, engine in pairs:
+            yield from _cells_of(loop, engine, is_resumed, count, arguments)
+
+
+def _cells_of(loop: str, engine: str, is_resumed: bool, count: int, arguments: argparse.Namespace) -> Iterator[Cell]:
+    """Yield the cells of one loop and engine; options other than `plain` run with the fewest processes."""
+    folder, is_deepspeed = Path(arguments.folder), engine.startswith("ZeRO")
+    is_first = count == min(arguments.counts)
+    if is_resumed:
+        if _runs(loop, engine) and "plain" in arguments.options and RESUMED_FROM.get(count) in arguments.counts:
+            yield Cell(loop, engine, "plain", folder, not is_deepspeed, SAVED_AT)
+        return
+    if not _runs(loop, engine):
+        if is_first:
+            yield Cell(loop, engine, "plain", folder, not is_deepspeed)
+        return
+    for option in arguments.options if count > 1 else ():
+        if (option == "plain" or is_first) and (option, loop) != ("compile", "snella train"):
+            yield Cell(loop, engine, option, folder, not is_deepspeed)
+    if is_deepspeed and is_first:
+        yield Cell(loop, engine, "plain", folder)
+
+
+def _has_engine(loop: str, engine: str) -> bool:
+    """Return whether a loop has a setting for an engine; `--shard` belongs to `snella train`."""
+    return engine in ("DDP", "shard") if loop == "snella train" else engine != "shard"
+
+
+def _runs(loop: str, engine: str) -> bool:
+    """Return whether a loop uses the engine on a CPU; Accelerate and the Trainer use only DDP."""
+    return engine == "DDP" or loop in ("torchrun", "snella train")
+
+
+def _reference(loop: str, engine: str, option: str) -> tuple[str, str, str, bool]:
+    """Return loop, engine, option and allocator of the single-process run to compare with.
+
+    All options without an effect on the precision are compared with the plain run.
+    """
+    is_cast = option == "bf16" and engine not in ("DDP", "shard")
+    has_allocator = not engine.startswith("ZeRO")
+    return loop, SINGLE_CAST if is_cast else SINGLE, "bf16" if option == "bf16" else "plain", has_allocator
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -147,13 +187,29 @@ def work(arguments: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     rank, count = rank_and_count()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=arguments.timeout))
     with (Path(arguments.folder) / f"{arguments.worker}-{count}-{rank}.jsonl").open("w") as stream:
         for cell in cells(arguments, count):
+            if cell.first:
+                _wait_for(_marker(cell, RESUMED_FROM[count]), arguments.timeout)
             stream.write(json.dumps(run_cell(cell)) + "\n")
             stream.flush()
             dist.barrier()
+            if not cell.first:
+                _marker(cell, count).touch()
     os._exit(0)  # gloo's threads occasionally deadlock at exit
+
+
+def _marker(cell: Cell, count: int) -> Path:
+    """Return the file that marks the end of a cell with `count` processes."""
+    return cell.checkpoint(count).with_suffix(".done")
+
+
+def _wait_for(marker: Path, timeout: float) -> None:
+    """Wait until another launch has finished a cell; continue after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while not marker.exists() and time.monotonic() < end:
+        time.sleep(1)
 
 
 def run(command: Sequence[str], log: Path, environment: dict[str, str], timeout: float) -> bool:
@@ -173,7 +229,7 @@ def launch(launcher: str, count: int, folder: Path, arguments: argparse.Namespac
     loops = [loop for loop in arguments.loops if (loop == "accelerate") == (launcher == "accelerate")]
     worker = [__file__, "--worker", launcher, "--folder", str(folder), "--loops", *loops]
     worker += ["--engines", *arguments.engines, "--options", *arguments.options]
-    worker += ["--counts", *map(str, arguments.counts)]
+    worker += ["--counts", *map(str, arguments.counts), "--timeout", str(arguments.timeout)]
     scripts = Path(sys.executable).parent
     if launcher == "accelerate" and count > 1:
         start = [str(scripts / "accelerate"), "launch", "--multi_gpu", "--num_processes", str(count)]
@@ -195,14 +251,17 @@ Key = tuple[str, str, str, bool, int, bool]
 def measure(arguments: argparse.Namespace, folder: Path) -> list[Result]:
     """Run all launches and return one row per run."""
     by_key: dict[Key, list[Result]] = {}
-    for launcher in sorted({"accelerate" if loop == "accelerate" else "torchrun" for loop in arguments.loops}):
-        for count in (*arguments.counts, 1):
-            print(f"{launcher}, {count} processes", flush=True)
-            for result in launch(launcher, count, folder, arguments):
-                is_resumed = result["resumed_from"] is not None
-                key = (result["loop"], result["engine"], result["option"], result["has_allocator"], count, is_resumed)
-                by_key.setdefault(key, []).append(result)
-    return [summarize(key, results, by_key) for key, results in by_key.items() if key[1] != SINGLE]
+    launchers = sorted({"accelerate" if loop == "accelerate" else "torchrun" for loop in arguments.loops})
+    launches = list(itertools.product(launchers, (*arguments.counts, 1)))
+    with ThreadPoolExecutor(len(launches)) as pool:
+        results = pool.map(lambda pair: launch(*pair, folder, arguments), launches)
+        for result in itertools.chain.from_iterable(results):
+            key = (
+                *(result["loop"], result["engine"], result["option"], result["has_allocator"]),
+                *(result["processes"], result["resumed_from"] is not None),
+            )
+            by_key.setdefault(key, []).append(result)
+    return [summarize(key, results, by_key) for key, results in by_key.items() if key[1] not in (SINGLE, SINGLE_CAST)]
 
 
 def summarize(key: Key, results: list[Result], by_key: dict[Key, list[Result]]) -> Result:
@@ -215,7 +274,10 @@ def summarize(key: Key, results: list[Result], by_key: dict[Key, list[Result]]) 
         return {**row, "error": f"{count - len(results)} of {count} processes exited without a result"}
     if errors:
         return {**row, "error": errors[0]["error"], "raised_in": errors[0].get("raised_in")}
-    (reference,) = by_key[loop, SINGLE, option, has_allocator, 1, False]
+    references = by_key.get((*_reference(loop, engine, option), 1, False))
+    if references is None:
+        return {**row, "error": "one process exited without a result"}
+    (reference,) = references
     if "error" in reference:
         return {**row, "error": f"one process: {reference['error']}"}
     losses = torch.tensor([result["losses"] for result in results], dtype=torch.float64).mean(0)
@@ -238,29 +300,41 @@ def summarize(key: Key, results: list[Result], by_key: dict[Key, list[Result]]) 
 
 
 def table(rows: list[Result]) -> str:
-    """Format the Markdown table and the number of failed settings.
+    """Format the Markdown table of the results and the table of the errors.
 
     Settings with equal results share a line.
     """
-    grouped: dict[tuple[str, str, str], list[Result]] = {}
+    grouped: dict[tuple[str, str, str, bool], list[Result]] = {}
     for row in rows:
-        grouped.setdefault((row["engine"], row["loop"], row["option"]), []).append(row)
-    lines: list[list[str]] = []
-    failed = 0
-    for (engine, loop, option), group in grouped.items():
-        for has_allocator in sorted({row["allocator"] for row in group}, reverse=True):
-            cells = {(row["processes"], row["resumed_from"]): row for row in group if row["allocator"] == has_allocator}
-            name = engine if has_allocator == (not engine.startswith("ZeRO")) else f"{engine}, allocator"
-            fresh = [row for (_, resumed), row in cells.items() if resumed is None]
-            if fresh and all("error" in row for row in fresh):
-                failed += 1
-                continue
-            lines.append(_line(name, loop, option, cells))
-    for column in range(3):
+        grouped.setdefault((row["engine"], row["loop"], row["option"], row["allocator"]), []).append(row)
+    lines = []
+    for (engine, loop, option, has_allocator), group in grouped.items():
+        if any(row["resumed_from"] is None and "error" not in row for row in group):
+            by_count = {(row["processes"], row["resumed_from"]): row for row in group}
+            lines.append([*_names(engine, loop, has_allocator), option, *_results(by_count)])
+    for column in (2, 0, 1):
         lines = _merge(lines, column)
     head = ["engine", "loop", "option", "same on all ranks", "loss, 2", "loss, 4", "saved", "2 → 4", "4 → 1"]
-    text = markdown_table([*head, "bytes per step"], lines)
-    return f"{text}\n\n{failed} settings failed; the rows contain their errors."
+    errors = [
+        [*_names(row["engine"], row["loop"], row["allocator"]), row["option"], _processes(row), _short(row["error"])]
+        for row in rows
+        if "error" in row
+    ]
+    for column in (2, 3, 0, 1):
+        errors = _merge(errors, column)
+    results = markdown_table([*head, "first step, bytes", "later steps, bytes"], lines)
+    return f"{results}\n\n" + markdown_table(["engine", "loop", "option", "processes", "error"], errors)
+
+
+def _names(engine: str, loop: str, has_allocator: bool) -> tuple[str, str]:
+    """Return the table's names of an engine and a loop."""
+    suffix = " with an allocator" if engine.startswith("ZeRO") and has_allocator else ""
+    return ENGINE_NAMES.get(engine, engine) + suffix, LOOP_NAMES.get(loop, loop)
+
+
+def _processes(row: Result) -> str:
+    """Return the number of processes, with an arrow for resumed runs."""
+    return str(row["processes"]) if row["resumed_from"] is None else f"{row['resumed_from']} → {row['processes']}"
 
 
 def _merge(lines: list[list[str]], column: int) -> list[list[str]]:
@@ -268,27 +342,41 @@ def _merge(lines: list[list[str]], column: int) -> list[list[str]]:
     groups: dict[tuple[str, ...], list[str]] = {}
     for line in lines:
         groups.setdefault((*line[:column], *line[column + 1 :]), []).append(line[column])
-    return [[*rest[:column], ", ".join(names), *rest[column:]] for rest, names in groups.items()]
+    return [[*rest[:column], ", ".join(dict.fromkeys(names)), *rest[column:]] for rest, names in groups.items()]
 
 
-def _line(engine: str, loop: str, option: str, cells: dict[tuple[int, int | None], Result]) -> list[str]:
-    """Return the cells of a line."""
+def _results(cells: dict[tuple[int, int | None], Result]) -> list[str]:
+    """Return the columns with the results of one setting."""
     finished = [row for row in cells.values() if "error" not in row]
     fresh = [row for row in finished if row["resumed_from"] is None]
     same = "yes" if all(row["same_on_all_ranks"] for row in finished) else "**no**"
     files = sorted({row["processes_that_saved"] for row in fresh})
-    byte_counts = sorted({max(row["allocator_bytes_per_step"], default=0) for row in fresh})
+    saved = "once" if files == [1] else ", ".join(map(str, files))
     entries = [_difference(cells.get(key)) for key in ((2, None), (4, None), (4, 2), (1, 4))]
-    saved = "once" if files == [1] else "–" if files == [0] else ", ".join(map(str, files))
-    bytes_text = ", ".join(map(str, byte_counts)) if fresh and fresh[0]["matrices"] else "–"
-    return [engine, loop, option, same, *entries[:2], saved, *entries[2:], bytes_text]
+    first, later = "–", "–"
+    if fresh[0]["matrices"]:
+        first = _listed(row["allocator_bytes_per_step"][0] for row in fresh)
+        later = _listed(max(row["allocator_bytes_per_step"][1:]) for row in fresh)
+    return [same, *entries[:2], saved, *entries[2:], first, later]
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    """List distinct numbers in ascending order."""
+    return ", ".join(map(str, sorted(set(numbers))))
 
 
 def _difference(row: Result | None) -> str:
-    """Format the largest loss difference, or the error."""
+    """Format the largest loss difference."""
     if row is None:
         return "–"
-    return _short(row["error"]) if "error" in row else f"{row['largest_loss_difference']:.0e}"
+    return "error" if "error" in row else _magnitude(row["largest_loss_difference"])
+
+
+def _magnitude(difference: float) -> str:
+    """Round a difference up to a power of ten, so that settings with equal results share a line."""
+    if difference == 0:
+        return "0"
+    return f"< {10.0 ** (math.floor(math.log10(difference)) + 1):.0e}"
 
 
 def _short(error: str) -> str:
@@ -304,7 +392,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
     command.add_argument("--options", nargs="+", default=OPTIONS, choices=OPTIONS)
     command.add_argument("--counts", nargs="+", type=int, default=COUNTS)
-    command.add_argument("--timeout", type=float, default=900, help="maximum seconds per launch")
+    command.add_argument("--timeout", type=float, default=3600, help="maximum seconds per launch")
     command.add_argument("--out", type=Path, default=ROWS)
     command.add_argument("--table", action="store_true", help="only write the table")
     command.add_argument("--worker", help=argparse.SUPPRESS)
