@@ -264,13 +264,6 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """Return the op of the base layer."""
         return self.linear_op
 
-    def _needs_gradients(self, names: list[str]) -> bool:
-        """Return whether gradients are enabled and the effective weight depends on a tensor that requires them."""
-        if not torch.is_grad_enabled():
-            return False
-        tensors = [self.get_base_layer().weight, *adapter_tensors(self, names)]
-        return any([tensor.requires_grad for tensor in tensors])
-
     def _weight(self) -> Tensor | LazyWeight:
         """Return the base weight `[m, …]` for the op: a view, or a `LazyWeight` if it is quantized."""
         base = get_base(self)
@@ -524,11 +517,19 @@ def _forward_updated(layer: SnellaLayer, x: Tensor, weight: Tensor | LazyWeight,
     if dtype != op_dtype or layer.pads_input:
         x = _prepare_input(layer, x, op_dtype)
     bias = get_base(layer).bias
-    if layer.training or layer._needs_gradients(names):
+    if layer.training or needs_gradients(layer, names):
         y = _apply_differentiable(layer, x, weight, bias, names)
     else:
         y = _apply_cached(layer, x, weight, bias, names)
     return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
+
+
+def needs_gradients(layer: SnellaLayer, names: list[str]) -> bool:
+    """Return whether gradients are enabled and the effective weight depends on a tensor that requires them."""
+    if not torch.is_grad_enabled():
+        return False
+    tensors = [layer.get_base_layer().weight, *adapter_tensors(layer, names)]
+    return any([tensor.requires_grad for tensor in tensors])
 
 
 def _prepare_input(layer: SnellaLayer, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -637,7 +638,7 @@ def reject_tracing(module_name: str) -> None:
 def _multiply_read(layer: SnellaLayer, x: Tensor, bias: Tensor | None) -> Tensor | None:
     """Return `F.linear` of an input and the read weight in training or with gradients, otherwise `None`."""
     names = layer._names_in_use()
-    if not names or not (layer.training or layer._needs_gradients(names)):
+    if not names or not (layer.training or needs_gradients(layer, names)):
         return None
     weight = cast(Tensor, layer._weight())
     check_weight(layer, weight)
@@ -652,7 +653,7 @@ def _read(layer: SnellaLayer, names: list[str]) -> Tensor:
     weight = cast(Tensor, layer._weight())
     check_weight(layer, weight)
     layer.is_applied = True
-    if not layer._needs_gradients(names):
+    if not needs_gradients(layer, names):
         return merged_weight(layer, weight, names) if layer.training else layer._cached_weight(names)
     if layer.training and any(_is_regularized(layer, name) for name in names):
         layer.snella_config[names[0]].watch.on_weight_read(layer.module_name)

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from snella.compat.hooks import call_inside_hooks, has_hooks, hook_dicts, is_hooked_in_graph, onloaded
 from snella.config import SnellaConfig
-from snella.layer import SnellaLayer, reject_tracing
+from snella.layer import SnellaLayer, needs_gradients, reject_tracing
 
 _SEPARATE_INPUTS = ("q_proj", "k_proj", "v_proj")
 _OUTPUT = "out_proj"
@@ -115,8 +115,8 @@ class AdaptedAttention(nn.Module):
         is_replaceable = "forward" not in self.base_layer.__dict__ and all(
             isinstance(projection.get_base_layer().weight, nn.Parameter) for projection in updated
         )
-        needs_gradients = any(p.training or p._needs_gradients(p._names_in_use()) for p in updated)
-        if needs_gradients or not is_replaceable:
+        trains = any(p.training or needs_gradients(p, p._names_in_use()) for p in updated)
+        if trains or not is_replaceable:
             return self._attend_inside_hooks(query, key, value, **options)
         effective = {projection.parameter_name: projection.inference_weight() for projection in updated}
         return functional_call(self.base_layer, effective, (query, key, value), options)
