@@ -136,8 +136,7 @@ class BudgetAllocator:
         The importance is updated before the optimizer changes the parameters (after, with `zero_init_ema=True`). In
         `optimizer.step(closure)` it is updated after the closure's first call. The budget changes after the step. A
         step skipped by a gradient scaler counts when `optimizer.zero_grad()` clears the overflowed gradients.
-        `attach` works before and after `optimizer.load_state_dict`. Allocators of several adapters must be attached in
-        the same order when training resumes.
+        `attach` works before and after `optimizer.load_state_dict`.
 
         Args:
             optimizer: Any optimizer, possibly wrapped by Accelerate.
@@ -166,9 +165,7 @@ class BudgetAllocator:
                 "create_snella_optimizer(model, lr=…)",
                 stacklevel=2,
             )
-        # the first allocator of an optimizer has the plain key
-        is_first = not isinstance(optimizer.__dict__.get("zero_grad"), _ZeroGradHook)
-        key = _STATE_KEY if is_first else f"{_STATE_KEY}_{self.adapter_name}"
+        key = _STATE_KEY if self.adapter_name == "default" else f"{_STATE_KEY}_{self.adapter_name}"
         self._handles = [
             *store_in_state(optimizer, key, self._packed_state, self._load_packed_state),
             optimizer.register_step_pre_hook(self._before_step),

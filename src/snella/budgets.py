@@ -40,7 +40,7 @@ class Budgets:
 
     Attributes:
         live: Most recently set budgets by adapter, shared by all copies of the layer.
-        records: Budgets of the buffers by adapter. Copies, pickles and moved layers start without records.
+        records: Budgets of the buffers by adapter. Copies and pickles start without records.
     """
 
     def __init__(self) -> None:
@@ -125,6 +125,18 @@ def restore_budgets(layer: SnellaLayer, *_: Any) -> None:
     for name, buffer in layer.snella_budget.items():
         if not buffer.is_meta and not layer.snella_seal[name].is_meta:
             read_budgets(layer, name)
+
+
+@contextmanager
+def budgets_moved(layer: SnellaLayer) -> Iterator[None]:
+    """Read loaded budgets before the block replaces the buffers, and record them for the new buffers."""
+    restore_budgets(layer)
+    budgets = {name: record.budgets for name, record in layer._budgets.records.items()}
+    yield
+    layer._budgets.records.clear()
+    for name, values in budgets.items():
+        if name in layer.snella_budget and not layer.snella_budget[name].is_meta:
+            _record_budgets(layer, name, values)
 
 
 @contextmanager

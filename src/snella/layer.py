@@ -20,6 +20,7 @@ from snella.autograd import adapted_layer, compute_effective_weight
 from snella.backends import choose_backend
 from snella.budgets import (
     Budgets,
+    budgets_moved,
     buffers_off_meta,
     read_budgets,
     restore_budgets,
@@ -452,18 +453,20 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """Free cached tensors, such as the effective weight in evaluation."""
         self._cache.clear()
 
-    def __repr__(self) -> str:
-        return "snella." + super().__repr__()
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the layer and the stored unmerged weight, and free cached tensors."""
-        super()._apply(fn, recurse)
+        with budgets_moved(self):
+            super()._apply(fn, recurse)
         if self._unmerged_weight is not None:
             self._unmerged_weight = fn(self._unmerged_weight)
-        self._budgets.records.clear()
         self.clear_cache()
         update_specs(self)
         return self
+
+    def __getstate__(self) -> object:
+        """Read loaded budgets before the layer is copied or pickled."""
+        restore_budgets(self)
+        return super().__getstate__()
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, torch.dtype | None]:
         """Return the factors' device and dtype, which is float32 for an 8-bit base weight."""
@@ -482,6 +485,9 @@ class Linear(SnellaLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return True: the update adds to a linear layer's weight, and a low-rank fit can approximate it."""
         return True
+
+    def __repr__(self) -> str:
+        return "snella." + super().__repr__()
 
 
 class Conv2d(SnellaLayer):
@@ -502,6 +508,9 @@ class Conv2d(SnellaLayer):
 
     def _op(self) -> Conv2dOp:
         return Conv2dOp.of(cast(nn.Conv2d, self.get_base_layer()))
+
+    def __repr__(self) -> str:
+        return "snella." + super().__repr__()
 
 
 # passes ------------------------------------------------------------------------------------------------------------

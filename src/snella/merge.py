@@ -69,6 +69,16 @@ def merged_weight(
     return total
 
 
+def check_parameter(layer: SnellaLayer) -> None:
+    """Raise NotImplementedError if the base weight is not a parameter, such as with `weight_norm`."""
+    weight = layer.get_base_layer().weight
+    if layer.quantization is None and not isinstance(weight, nn.Parameter):
+        raise NotImplementedError(
+            f"the weight of {layer.module_name!r} is computed from other parameters, e.g. by weight_norm, which would "
+            "overwrite a merged weight; use the adapter unmerged, or remove the parametrization before adding it"
+        )
+
+
 @torch.no_grad()
 def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> None:
     """Add the updates of these adapters to the base weight and store the state for `unmerge_updates`.
@@ -81,11 +91,7 @@ def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> 
     """
     original = _original_weight(layer)
     check_weight(layer, original)
-    if isinstance(original, Tensor) and not isinstance(layer.get_base_layer().weight, nn.Parameter):
-        raise NotImplementedError(
-            f"the weight of {layer.module_name!r} is computed from other parameters, e.g. by weight_norm, which would "
-            "overwrite a merged weight; use the adapter unmerged, or remove the parametrization before adding it"
-        )
+    check_parameter(layer)
     merged = merged_weight(layer, original, [*layer.merged_adapters, *names])
     if safe_merge and not torch.isfinite(merged).all():
         broken = ", ".join(names)

@@ -33,6 +33,7 @@ from snella.compat.tokens import TokenAdapter, attach_tokens, find_tokens, token
 from snella.config import SnellaConfig
 from snella.layer import SnellaLayer, drop_adapter
 from snella.memory.recompute import mark_outputs, unmark_outputs
+from snella.merge import check_parameter
 from snella.ops import has_bfloat16_instructions
 from snella.targets import (
     all_linear_names,
@@ -308,7 +309,7 @@ class SnellaModel(BaseTuner):
                 parameter (weight normalization).
         """
         self._warn_about_unused_merges(*args[:1], **kwargs)
-        _reject_shared_merges(self.model)
+        _reject_unsafe_merges(self.model)
         with combined_warning():
             super().merge_adapter(*args, **kwargs)
 
@@ -317,7 +318,7 @@ class SnellaModel(BaseTuner):
         tokens = token_adapters(self.model)
         if kwargs.get("merge", not args or args[0]):
             self._warn_about_unused_merges(**kwargs)
-            _reject_shared_merges(self.model)
+            _reject_unsafe_merges(self.model)
         with combined_warning():
             model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
         for token in tokens:
@@ -602,12 +603,18 @@ def _shared_weights(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
     return [sharing for sharing in users.values() if len(sharing) > 1]
 
 
-def _reject_shared_merges(model: nn.Module) -> None:
-    """Reject merges into weights that other modules use, because merging writes the weights in place."""
+def _reject_unsafe_merges(model: nn.Module) -> None:
+    """Reject merges that would change other modules, which use the same weight, or be lost, before any change.
+
+    Trained token rows of tied embeddings merge if all users of the weight have them.
+    """
+    for layer in (module for module in model.modules() if isinstance(module, SnellaLayer)):
+        check_parameter(layer)
     for sharing in _shared_weights(model):
         names = [name for name, _ in sharing]
-        adapted = [name for name in names if isinstance(model.get_submodule(name), SnellaLayer)]
-        if adapted:
+        modules = [model.get_submodule(name) for name in names]
+        adapted = [name for name, module in zip(names, modules, strict=True) if isinstance(module, BaseTunerLayer)]
+        if adapted and (len(adapted) < len(names) or any(isinstance(module, SnellaLayer) for module in modules)):
             raise NotImplementedError(
                 f"merging {adapted[0]!r} would change the others of {names}, which share one weight; give each its own "
                 "weight before adding the adapter"

@@ -265,7 +265,7 @@ def bench(
     from snella_lab.bench import bench as library
 
     if grid:
-        library.bench(replace(library.grid(device, out), rounds=rounds, figures=figures))
+        library.bench(replace(library.grid(device, out), rounds=rounds, memory=rounds > 0, figures=figures))
         return
     kinds = {"backbones": str, "batch": int, "methods": str, "r": int, "sparsity": float, "dtype": str}
     options |= {name: _parse_list(name, options[name], kind) for name, kind in kinds.items()}

@@ -251,6 +251,9 @@ class Projection(SnellaLayer):
         self.is_applied = True
         return self._cached_weight(self._names_in_use())
 
+    def __repr__(self) -> str:
+        return "snella." + super().__repr__()
+
 
 def input_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
     """Return the names of the query, key and value projections: one if fused, otherwise three."""

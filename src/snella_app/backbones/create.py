@@ -31,6 +31,7 @@ from snella_app.backbones.checkpoint import (
     update_config,
     weight_suffix,
 )
+from snella_app.files import expand_user
 from snella_app.plugins import plugin, plugins
 from snella_app.text import first_line
 
@@ -237,7 +238,7 @@ def create_backbone(
     elif path is not None:
         model = _from_path(path, name, options, pretrained, img_size)
     elif weights is not None:
-        timm_name, checkpoint = _resolve_name(name), read_checkpoint(Path(weights).expanduser())
+        timm_name, checkpoint = _resolve_name(name), read_checkpoint(expand_user(weights))
         # a fine-tuned MAE model has a norm after pooling
         has_norm_after = "fc_norm.weight" in checkpoint.state and "norm.weight" not in checkpoint.state
         is_vit = is_model_in_modules(timm_name.partition(".")[0], ["vision_transformer"])
@@ -274,7 +275,7 @@ def build_sized(build: Callable[[], nn.Module], name: str, img_size: int | None)
                 model.eval()(torch.zeros(1, *resolve_model_data_config(model)["input_size"]))
             model.train(was_training)
         return model
-    except NotImplementedError:
+    except (NotImplementedError, torch.OutOfMemoryError):
         raise
     except (AssertionError, IndexError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
@@ -291,6 +292,8 @@ def _from_path(path: Path, name: str, options: dict[str, Any], pretrained: bool,
         try:
             model = timm.create_model(f"{_FOLDER_PREFIX}{path}", pretrained=False, **options, **size)
         except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            if size:
+                raise  # the size may be the cause
             raise ValueError(
                 f"'{path / 'config.json'}' does not describe a timm model ({type(error).__name__}: {first_line(error)})"
             ) from error
@@ -366,9 +369,9 @@ def _with_channels(model: nn.Module, name: str, channels: int) -> nn.Module:
 def _as_path(name: str) -> Path | None:
     """Return `name` as a path, or None if it is a model name."""
     if name.startswith(_FOLDER_PREFIX):
-        path = Path(name.removeprefix(_FOLDER_PREFIX)).expanduser()
+        path = expand_user(name.removeprefix(_FOLDER_PREFIX))
     else:
-        path = Path(name).expanduser()
+        path = expand_user(name)
         looks_like_path = weight_suffix(path) in WEIGHT_SUFFIXES or "/" in name or "\\" in name
         if not looks_like_path and (timm.is_model(name) or not path.exists()):
             return None

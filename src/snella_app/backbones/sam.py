@@ -15,6 +15,7 @@ from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEnc
 
 from snella_app.backbones.checkpoint import format_mismatches, read_checkpoint, state_dict_errors
 from snella_app.backbones.create import SAM_PREFIX
+from snella_app.files import expand_user
 from snella_app.text import first_line, listed
 
 _DECODER_HEADS = 8  # not visible in the shapes; identical in every published SAM
@@ -138,7 +139,7 @@ def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
         ValueError: If the weights are not a SAM, tensors are missing or unexpected, or `image_size` is not a multiple
             of the patch size.
     """
-    location = Path(path).expanduser()
+    location = expand_user(path)
     if location.is_dir():
         config, state = _read_folder(location)
     else:

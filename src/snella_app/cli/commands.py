@@ -274,7 +274,7 @@ def explain(
         skip_corrupt: Skip unreadable images.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
-    options = locals()
+    options = dict(locals())
     from snella_app.console import counted, make_console, print_line
     from snella_app.runs.explain import explain, explain_validation
 
@@ -491,8 +491,9 @@ def data(
     from snella_app.console import counted, make_console, print_line
     from snella_app.data.check import check_benchmarks, contains_benchmark
     from snella_app.data.load import data_names, full_spec, split_spec
+    from snella_app.files import expand_user
 
-    path = Path(data).expanduser()
+    path = expand_user(data)
     is_user_path = path.is_file() or (path.is_dir() and any(path.iterdir()) and not contains_benchmark(data))
     spec = full_spec(data) if is_user_path else data
     options: dict[str, Any] = {"columns": columns, "channels": channels, "white": white, "skip_corrupt": skip_corrupt}

@@ -21,6 +21,7 @@ from jsonargparse import ArgumentParser
 
 from snella_app.cli import commands as _commands  # noqa: F401 - registers its commands
 from snella_app.cli.command import COMMANDS, Command
+from snella_app.files import expand_user
 from snella_app.methods.defaults import TRAIN_PRESETS, shown_defaults
 from snella_app.plugins import plugins
 from snella_app.settings import Config, Setting, describe_type, suggest_choice, suggest_setting
@@ -360,7 +361,7 @@ def _expand_preset(command: str, options: Sequence[Option], args: Sequence[str])
 
 def _read_config(path: str, options: Sequence[Option]) -> dict[str, Any]:
     """Read the settings in a configuration file; raise UsageError if it is invalid or has unknown settings."""
-    file = Path(path).expanduser()
+    file = expand_user(path)
     if not os.path.isfile(file):  # Path.is_file raises if the name is too long
         raise UsageError(f"--config must be an existing YAML file, got {path!r}{similar_paths(file, most=2)}")
     try:

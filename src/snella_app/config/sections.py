@@ -3,11 +3,11 @@
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import yaml
 
+from snella_app.files import expand_user
 from snella_app.methods.defaults import DEFAULT_METHOD, PRESET_METHODS
 from snella_app.settings import Config, errors_of
 from snella_app.text import first_line
@@ -55,7 +55,7 @@ class ModelConfig(Config):
     def errors(self) -> list[str]:
         """Check the ranges, and that the weight file exists."""
         errors = super().errors()
-        if self.weights is not None and not Path(self.weights).expanduser().is_file():
+        if self.weights is not None and not expand_user(self.weights).is_file():
             errors.append(f"weights must be an existing file, got {self.weights!r}")
         return errors
 
@@ -266,7 +266,7 @@ class OptimConfig(BaseOptimConfig):
             f"class_weights must be {' or '.join(_CLASS_WEIGHTS)}, or a YAML or JSON file such as "
             f"{{cat: 1, dog: 2.5}}, got {self.class_weights!r}"
         )
-        file = Path(self.class_weights).expanduser()
+        file = expand_user(self.class_weights)
         if not file.is_file():
             raise ValueError(f"{error}, which does not exist")
         try:

@@ -59,7 +59,7 @@ def load_wds(path: str, config: DataConfig, target: TargetKind) -> Collection:
 
     Files of a sample share the name before the first dot: `0001.jpg`, and `0001.cls`, `0001.txt` or `0001.json` with
     the label. Entries are columns, e.g. `label=json.species`. The prefix `train`, `val` or `test` of a shard's name
-    selects its split. Image names are keys, preceded by the name of the shard if shards of a split repeat keys.
+    selects its split. Image names are keys, preceded by the name of the shard if the shards of any split repeat a key.
     """
     shards = _shards(path)
     by_part: dict[str, list[str]] = {}

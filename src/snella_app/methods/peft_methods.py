@@ -66,7 +66,8 @@ def peft_method(
 def _resolve_layers(config: Any, model: nn.Module) -> None:
     """Check `layers_to_transform`; except for SNELLA, replace it by `target_modules` in these blocks.
 
-    PEFT finds no block index in names without a prefix, such as `blocks.0.attn.qkv`.
+    PEFT ignores the option for full names of modules, and finds no block index in names without a prefix, such as
+    `blocks.0.attn.qkv`. A block's index is the first number after `layers_pattern`, or in its name: the stage in Swin.
     """
     layers = config.layers_to_transform
     blocks = {layers} if isinstance(layers, int) else set(layers)

@@ -209,7 +209,7 @@ def _images_in_rows(path: Path) -> list[Path]:
         try:
             rows = csv.DictReader(file) if is_csv else [json.loads(line) for line in file if line.strip()]
             return [Path(row["image"]) for row in rows if row.get("image")]
-        except (ValueError, AttributeError, csv.Error) as error:
+        except (ValueError, AttributeError, TypeError, csv.Error) as error:
             raise ValueError(f"out={path} has rows that are not predictions: {error}; choose another file") from error
 
 

@@ -105,9 +105,9 @@ class WeightAverage(TrainerCallback):
         """
         path = require_file(checkpoint, _FILE)
         with safe_open(path, "pt") as file:
-            _check_names(path, file.keys(), self._averages)
+            stored = _check_names(path, file.keys(), self._parameters)
             for name, average in self._averages.items():
-                average.copy_(file.get_tensor(name))
+                average.copy_(file.get_tensor(name) if name in stored else self._parameters[name])
             self.steps = int(file.metadata()["steps"])
 
 
@@ -164,7 +164,8 @@ class EpochSnapshots:
             number, name = key.split("/", 1)
             self._values.setdefault(int(number), {})[name] = value
         for values in self._values.values():
-            _check_names(path, values, self._parameters)
+            stored = _check_names(path, values, self._parameters)
+            values |= {n: p.detach().to("cpu", copy=True) for n, p in self._parameters.items() if n not in stored}
 
 
 def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -173,13 +174,16 @@ def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors | updated_statistics(model)
 
 
-def _check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> None:
-    """Check that a checkpoint's file has a value for each trainable parameter, and no others."""
-    if different := sorted(set(stored) ^ set(expected))[:3]:
+def _check_names(path: Path, stored: Iterable[str], expected: Mapping[str, torch.Tensor]) -> set[str]:
+    """Return the stored names; running statistics, but no parameters, may be missing."""
+    names = set(stored)
+    required = {name for name, tensor in expected.items() if isinstance(tensor, nn.Parameter)}
+    if different := sorted((names - set(expected)) | (required - names))[:3]:
         raise CheckpointError(
             f"{path} must contain this model's trainable parameters, got a difference in {', '.join(different)}; "
             "start over with --overwrite"
         )
+    return names
 
 
 @contextmanager

@@ -372,14 +372,15 @@ def memory_table(backbone: str, device: str | None = None, **given: Any) -> Grou
     predictions = predict_for_methods(backbone, **chosen, device_type=device_type)
     rows = list(track_progress(predictions, "predicting", len(MEMORY_METHODS), make_console()))
     name, forecast = device, None
-    if device not in _DEVICE_TYPES and (estimate := plugin("estimates", "step-time")) is not None:
+    estimate = None if device in _DEVICE_TYPES else plugin("estimates", "step-time")
+    if estimate is not None:
         name, forecast = estimate(device, backbone, **{key: chosen[key] for key in ("img_size", "batch", "r", "dtype")})
     columns = ["MiB", "weights", "gradients", "optimizer state", "saved for backward", "largest temporary", "total"]
     notes = ["total is the peak, less than the sum because the backward pass frees saved tensors"]
     if forecast is not None:
         columns.append("step, ms")
         notes += forecast.notes
-    elif device not in _DEVICE_TYPES:
+    elif estimate is not None:
         notes.append(f"step times are predicted for plain ViTs only, got {backbone}")
     (_, (_, height, width), _), *_ = rows
     images = f"{counted(chosen['batch'], 'image')} of {height}×{width} px"

@@ -132,7 +132,7 @@ def fit_image_size(
         try:
             return _measure_times(parts if size == default else at_size(size), config, with_training)
         except _SIZE_ERRORS as error:
-            raise _SizeError(f"{size} px ({first_line(error)})") from error
+            raise _SizeError(f"{size} px ({first_line(error.__cause__ or error)})") from error
 
     def epoch_seconds(size: int) -> float:
         times = measure(size, with_training=True)

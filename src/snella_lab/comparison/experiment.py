@@ -44,7 +44,7 @@ def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups:
             f"{dict(published)!r:.200}"
         ]
     labels, errors = list(tasks), []
-    metrics = {*NUMBERS, *(f"{split}_{name}" for split in ("val", "test") for name in _SCORES)}
+    metrics = sorted({*NUMBERS, *(f"{split}_{name}" for split in ("val", "test") for name in _SCORES)})
     for claim in claims:
         known = {"higher", "lower", "task", "metric"}
         if not isinstance(claim, Mapping) or set(claim) - known or not claim.get("higher") or not claim.get("lower"):
@@ -55,7 +55,7 @@ def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups:
         elif claim.get("task") is not None and claim["task"] not in labels:
             errors.append(f"'task' in published.orderings must be one of {', '.join(labels)}, got {claim['task']!r}")
         elif claim.get("metric", "step_time") not in metrics:
-            hint = nearest(str(claim["metric"]), sorted(metrics), most=2, cutoff=0.5)
+            hint = nearest(str(claim["metric"]), metrics, most=2, cutoff=0.5)
             errors.append(f"'metric' in published.orderings must be a result column, got {claim['metric']!r}{hint}")
     columns = {*labels, *groups, OVER_TASKS, OVER_GROUPS}
     for method, numbers in values.items():

@@ -97,7 +97,8 @@ def test_a_size_that_the_architecture_does_not_support_is_reported(name: str, si
     build = partial(create_backbone, name, num_classes=2, pretrained=False, img_size=size)
     with pytest.raises(ValueError, match=rf"img_size must be .* '{name}' supports, got {size} \({error}: "):
         build_sized(build, name, size)
-    assert build_sized(partial(create_backbone, "test_vit", num_classes=2, pretrained=False), "test_vit", 32).training
+    build = partial(create_backbone, "test_convnext", num_classes=2, pretrained=False)
+    assert build_sized(build, "test_convnext", 64).training
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "missing.pth", "local-dir:nowhere", "./test_vit"])

@@ -274,8 +274,9 @@ def test_a_tilde_in_weight_files_is_the_home_folder(tmp_path, monkeypatch):
     files = {"weights": "~/weights.pth", "class_weights": "~/classes.yaml"}
     config = TrainConfig.from_flat(data="photos", backbone="test_vit", out="run", **files)
     assert config.optim.read_class_weights() == {"cat": 1.0, "dog": 2.5}
-    with pytest.raises(ValueError, match="weights must be an existing file, got '~'"):
-        config.replace(weights="~")
+    for name in ("~", "~no-such-user/weights.pth"):
+        with pytest.raises(ValueError, match=f"weights must be an existing file, got '{name}'"):
+            config.replace(weights=name)
 
 
 def test_a_seed_beyond_the_range_of_numpy_is_rejected():

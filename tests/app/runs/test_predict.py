@@ -396,7 +396,7 @@ def test_watching_continues_an_edited_table_but_no_other_file(finished, photos, 
     out.write_text("image,label,probability\nold.png,cats,0.5")  # no end of line
     predict_to_files(str(finished.path), images, out=str(out), watch=True, top_k=1)
     assert [line.split(",")[0] for line in out.read_text().splitlines()] == ["image", "old.png", images[0]]
-    for text in ('{"image": "a.png"}\n{"image": "b.p', "[1]\n"):
+    for text in ('{"image": "a.png"}\n{"image": "b.p', "[1]\n", '{"image": 5}\n'):
         (tmp_path / "rows.jsonl").write_text(text)
         with pytest.raises(
             ValueError, match=r"out=.*rows\.jsonl has rows that are not predictions: .*; choose another"

@@ -158,6 +158,10 @@ def test_tuning_under_the_official_protocol_is_rejected(experiments):
             "'task' in published.orderings must be one of cifar, .* got 'cifr'",
         ),
         (
+            {"source": "T", "orderings": [{"higher": "a", "lower": "b", "metric": ["step_time"]}]},
+            r"'metric' in published.orderings must be a result column, got \['step_time'\]",
+        ),
+        (
             {"source": "T", "orderings": [{"higher": "a", "lower": "b", "metric": "steptime"}]},
             "'metric' in published.orderings must be a result column, got 'steptime'; nearest: step_time",
         ),

@@ -317,20 +317,28 @@ def test_optimizer_groups_do_not_contain_allocator_state(mlp):
 
 
 def test_optimizer_state_contains_the_allocators_of_all_adapters(mlp):
-    def attach_both():
+    def attach_both(*names):
         model = mlp.adapted()
         model.add_adapter("second", mlp.config(target_sparsity=0.5))
         model.base_model.set_adapter(["default", "second"])
         optimizer = make_optimizer(model)
-        names = ("default", "second")
-        return model, optimizer, [make_allocator(model, adapter_name=name).attach(optimizer) for name in names]
+        return model, optimizer, {name: make_allocator(model, adapter_name=name).attach(optimizer) for name in names}
 
-    model, optimizer, allocators = attach_both()
+    model, optimizer, allocators = attach_both("default", "second")
     train(mlp, model, optimizer, last=7)
-    _, resumed_optimizer, resumed = attach_both()
+    _, resumed_optimizer, resumed = attach_both("second", "default")
     resumed_optimizer.load_state_dict(optimizer.state_dict())
-    assert [allocator.budgets for allocator in resumed] == [allocator.budgets for allocator in allocators]
-    assert [allocator.history for allocator in resumed] == [allocator.history for allocator in allocators]
+    for name, allocator in allocators.items():
+        assert resumed[name].budgets == allocator.budgets and resumed[name].history == allocator.history
+
+
+def test_a_second_allocator_of_an_adapter_replaces_the_state_of_the_first(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    make_allocator(model).attach(optimizer)
+    newest = make_allocator(model).attach(optimizer)
+    newest.advance_to(3)
+    assert optimizer.state_dict()["param_groups"][0]["snella_allocator"]["step"] == 3
 
 
 def test_optimizer_checkpoint_without_allocator_loads(mlp):

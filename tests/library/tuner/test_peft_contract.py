@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
+import pickle
 import re
 from collections import OrderedDict
 
@@ -114,10 +116,12 @@ def test_transformers_loads_budgets_and_tokens(tmp_path):
     for matrix in adapted_matrices(model):
         matrix.layer.set_budget("default", [matrix.size // 3])
     model.save_pretrained(tmp_path / "adapter")
-    loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path / "base").eval()
-    loaded.load_adapter(str(tmp_path / "adapter"))
-    assert [m.budget for m in adapted_matrices(loaded)] == [m.budget for m in adapted_matrices(model)]
-    assert torch.equal(loaded(pixel_values=x).logits, model(pixel_values=x).logits)
+    for change in (lambda m: m, lambda m: m.double().float(), copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path / "base").eval()
+        loaded.load_adapter(str(tmp_path / "adapter"), is_trainable=True)
+        loaded = change(loaded)
+        assert [m.budget for m in adapted_matrices(loaded)] == [m.budget for m in adapted_matrices(model)]
+        assert torch.equal(loaded.eval()(pixel_values=x).logits, model(pixel_values=x).logits)
 
 
 def test_adapter_in_pickle_format_loads_from_the_hub(monkeypatch):
@@ -133,18 +137,33 @@ def test_adapter_in_pickle_format_loads_from_the_hub(monkeypatch):
 def test_trained_rows_of_tied_embeddings_merge():
     base = llama(tie_word_embeddings=True)
     model = get_peft_model(base, large_config(target_modules=["q_proj"], trainable_token_indices=[1, 2])).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(1.0)
     expected = model(TOKENS).logits.detach()
     model.merge_adapter()
     torch.testing.assert_close(model(TOKENS).logits, expected)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(TOKENS).logits, expected)
+
+
+def test_trained_rows_of_a_weight_that_another_module_uses_do_not_merge():
+    base = nn.Sequential(OrderedDict(embed=nn.Embedding(8, 8), first=nn.Linear(8, 8), head=nn.Linear(8, 8)))
+    base.head.weight = base.embed.weight
+    model = get_peft_model(base, large_config(target_modules=["first"], trainable_token_indices={"embed": [1]}))
+    with pytest.raises(NotImplementedError, match="merging .* would change the others of"):
+        model.merge_adapter()
 
 
 @pytest.mark.parametrize("normalize", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
 def test_merging_into_a_computed_weight_raises(normalize):
-    base = nn.Sequential(OrderedDict(first=nn.Linear(8, 8), second=nn.Linear(8, 4)))
+    base = nn.Sequential(OrderedDict(second=nn.Linear(8, 8), first=nn.Linear(8, 4)))
     normalize(base.first)
-    model = get_peft_model(base, large_config(target_modules=["first"]))
+    model = get_peft_model(base, large_config(target_modules=["first", "second"]))
     with pytest.raises(NotImplementedError, match="the weight of 'first' is computed from other parameters"):
         model.merge_adapter()
+    assert not model.base_model.model.second.merged
 
 
 def test_pipeline_loads_adapter_folder(tmp_path):
