@@ -6,6 +6,7 @@ import io
 import json
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def predict_to_files(
         print_line(errors, f"note: {status_note}")
     names: list[Path] = []
     rows: list[np.ndarray] = []
+    is_interrupted = threading.Event()
 
     def skip(path: Path, reason: str) -> None:
         skipped.append(f"{str(path)!r} ({reason})")
@@ -96,10 +98,11 @@ def predict_to_files(
             yield prediction
 
     if watch:
-        predictions: Iterable[Any] = _watch_predictions(predict_paths, files, folders, out if is_appended else None)
+        table = out if is_appended else None
+        predictions: Iterable[Any] = _watch_predictions(predict_paths, files, folders, table, is_interrupted)
     else:
         predictions = track_progress(predict_paths(files), "predicting", len(files), None if out is None else errors)
-    with _until_interrupted() if watch else contextlib.nullcontext():
+    with _until_interrupted(is_interrupted) if watch else contextlib.nullcontext():
         if out is None:
             for prediction in predictions:
                 print_line(console, f"{prediction.path}: {prediction.text(top_k)}")
@@ -180,26 +183,44 @@ def parse_unsure(unsure: str | None) -> Any:
 
 
 def _watch_predictions(
-    predict_paths: Any, files: Sequence[Path], folders: Sequence[Path], out: str | None
+    predict_paths: Any,
+    files: Sequence[Path],
+    folders: Sequence[Path],
+    out: str | None,
+    is_interrupted: threading.Event,
 ) -> Iterator[Any]:
-    """Yield predictions of files, then of new images in folders, indefinitely."""
+    """Yield predictions of files, then of new images in folders until interrupted."""
     written = [] if out is None or not Path(out).is_file() else _images_in_rows(Path(out))
     done = {path.resolve() for path in written}
     yield from predict_paths([path for path in files if path.resolve() not in done])
     for new in new_files(folders, written):
+        if is_interrupted.is_set():
+            return
         if new:
             yield from predict_paths(new)
 
 
 @contextlib.contextmanager
-def _until_interrupted() -> Iterator[None]:
-    """Run the block until Ctrl-C or SIGTERM, then continue after the block."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _until_interrupted(is_interrupted: threading.Event) -> Iterator[None]:
+    """Run the block until Ctrl-C or SIGTERM, then continue after the block.
+
+    The signal also sets `is_interrupted`, because Python discards a KeyboardInterrupt that is raised in a finalizer.
+    """
+
+    def interrupt(*_: Any) -> None:
+        is_interrupted.set()
+        raise KeyboardInterrupt
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+    for number in previous:
+        signal.signal(number, interrupt)
     try:
         with contextlib.suppress(KeyboardInterrupt):
             yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _images_in_rows(path: Path) -> list[Path]:

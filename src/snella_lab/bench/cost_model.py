@@ -162,7 +162,7 @@ class Kernels:
 NUMBA = Kernels(operations=180, per_rank=10, merged_bytes=16, weight_accesses=4, launches=0, dense=False)
 """Forward: write `ΔW`, read it twice. Backward: one sweep over the gradient. An entry takes six roots, two exponentials
 and `10r` operations for distances and gradients of the factors."""
-TRITON = Kernels(operations=905, per_rank=34, merged_bytes=35, weight_accesses=6, launches=17, dense=True, serial=27.0)
+TRITON = Kernels(operations=905, per_rank=35, merged_bytes=35, weight_accesses=6, launches=17, dense=True, serial=27.0)
 """Operations are the instructions that the compiled kernels execute per entry for `mix_k`
 (`benchmarks/triton_resources.jsonl`, compute capability 9.0): a constant at rank 8, and a slope per rank up to 32.
 Bytes are the reads and writes of each launch, with the `3r/8` bytes of partial sums evaluated at r = 8. One program per
