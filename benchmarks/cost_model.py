@@ -37,7 +37,7 @@ from snella_lab.bench.cost_model import (
     Transformer,
     count_step,
 )
-from snella_lab.bench.machines import GPUS, GpuForecast, Rates, gpu_rates, ratio_range, tokens_until
+from snella_lab.bench.machines import GPUS, GpuForecast, Rates, gpu_rates, tokens_until
 from snella_lab.bench.rows import read_rows
 from snella_lab.style import save_figure
 
@@ -305,15 +305,15 @@ def datasheet_table() -> str:
 _GPU_MODELS = ("ViT-S/16", "ViT-B/16", "ViT-L/16", "ViT-H/14")
 
 
-def count_on_gpu(model: str, method: str, batch: int, precision: Precision = "bfloat16") -> StepCount:
-    """Count a step with Triton kernels."""
-    return count_step(MODELS[model], method, batch, precision=precision, kernels=TRITON)
+def count_on_gpu(model: str, method: str, batch: int) -> StepCount:
+    """Count a step with Triton kernels in bfloat16."""
+    return count_step(MODELS[model], method, batch, precision="bfloat16", kernels=TRITON)
 
 
 def ratio_table() -> str:
     """Format predicted ratios to LoRA, with ranges, at two batch sizes."""
     lines = [
-        [f"{model}, {batch}", *(_range(_ratio_range(gpu, model, batch)) for gpu in GPUS)]
+        [f"{model}, batch {batch}", *(_range(_ratio_range(gpu, model, batch)) for gpu in GPUS)]
         for model, batch in itertools.product(_GPU_MODELS, (16, 128))
     ]
     return markdown_table(["predicted ratio", *(gpu.name for gpu in GPUS.values())], lines)
@@ -326,32 +326,31 @@ def _range(ratio: tuple[float, float, float]) -> str:
 
 
 def _ratio_range(
-    gpu: str, model: str, batch: int, method: str = "snella", precision: Precision = "bfloat16"
+    gpu: str, model: str, batch: int, method: str = "snella", dtype: str = "bf16"
 ) -> tuple[float, float, float]:
     """Return the lowest, expected and highest ratio to LoRA."""
-    step, lora = (count_on_gpu(model, name, batch, precision) for name in (method, "lora"))
-    return ratio_range(gpu, step, lora, is_float32=precision == "float32")
+    return GpuForecast(gpu, MODELS[model], batch, dtype=dtype).ratio(method)
 
 
-_GPU_METHODS: dict[str, tuple[str, Precision]] = {
-    "full": ("full", "bfloat16"),
-    "DoRA": ("dora", "bfloat16"),
-    "SNELLA": ("snella", "bfloat16"),
-    'SNELLA, `"sample:1/2"`': ("snella-sample", "bfloat16"),
-    'SNELLA, `"sample:1/4"`': ("snella-sample-quarter", "bfloat16"),
-    "SNELLA, 8-bit activations": ("snella-compress", "bfloat16"),
-    'SNELLA, 8-bit activations, `"sample:1/2"`': ("snella-compress-sample", "bfloat16"),
-    "SNELLA, float32": ("snella", "float32"),
-    'SNELLA, float32, `weight_gradient="bfloat16"`': ("snella-bf16-gradient", "float32"),
+_GPU_METHODS: dict[str, tuple[str, str]] = {
+    "full": ("full", "bf16"),
+    "DoRA": ("dora", "bf16"),
+    "SNELLA": ("snella", "bf16"),
+    'SNELLA, `"sample:1/2"`': ("snella-sample", "bf16"),
+    'SNELLA, `"sample:1/4"`': ("snella-sample-quarter", "bf16"),
+    "SNELLA, 8-bit activations": ("snella-compress", "bf16"),
+    'SNELLA, 8-bit activations, `"sample:1/2"`': ("snella-compress-sample", "bf16"),
+    "SNELLA, float32": ("snella", "fp32"),
+    'SNELLA, float32, `weight_gradient="bfloat16"`': ("snella-bf16-gradient", "fp32"),
 }
 
 
 def methods_table() -> str:
-    """Format predicted ratios of all methods to LoRA for one model at two batch sizes, with the range at the larger."""
+    """Format predicted ratios of all methods to LoRA, with ranges, for one model at two batch sizes."""
     gpus, model = ("h100", "rtx4090", "l4"), "ViT-B/16"
     lines = []
-    for label, (method, precision) in _GPU_METHODS.items():
-        ratios = [[_ratio_range(gpu, model, batch, method, precision) for gpu in gpus] for batch in (16, 128)]
+    for label, (method, dtype) in _GPU_METHODS.items():
+        ratios = [[_ratio_range(gpu, model, batch, method, dtype) for gpu in gpus] for batch in (16, 128)]
         lines.append([label, *(_range(ratio) for pair in zip(*ratios, strict=True) for ratio in pair)])
     heads = (f"{GPUS[gpu].name}, batch {batch}" for gpu in gpus for batch in (16, 128))
     return markdown_table(["predicted ratio", *heads], lines)

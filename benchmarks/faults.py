@@ -370,7 +370,7 @@ def together(harness: Harness) -> None:
 def torchrun(run: Path) -> "subprocess.Popen[str]":
     """Start a training run with two processes."""
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    # torchrun parses --r and --monitor as abbreviations of its own options
+    # torchrun rejects --r and --monitor as ambiguous abbreviations of its own options
     tiny = [*tiny_without("--r", "--monitor"), "--method", "snella-2"]
     argv += ["-m", "snella_app.cli.main", *tiny, "--out", str(run)]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -44,10 +44,9 @@ from device_loops import (
     make_model,
     rank_and_count,
     run_accelerate,
-    run_snella_train,
     run_torchrun,
-    run_trainer,
 )
+from device_trainers import run_snella_train, run_trainer
 from documents import markdown_table, put_between
 from torch import Tensor
 
@@ -250,7 +249,12 @@ Key = tuple[str, str, str, bool, int, bool]
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[Result]:
     """Run all launches and return one row per run."""
-    by_key: dict[Key, list[Result]] = {}
+    planned = argparse.Namespace(**{**vars(arguments), "folder": str(folder)})
+    by_key: dict[Key, list[Result]] = {  # runs without a result are errors
+        (cell.loop, cell.engine, cell.option, cell.has_allocator, count, cell.first > 0): []
+        for count in (*arguments.counts, 1)
+        for cell in cells(planned, count)
+    }
     launchers = sorted({"accelerate" if loop == "accelerate" else "torchrun" for loop in arguments.loops})
     launches = list(itertools.product(launchers, (*arguments.counts, 1)))
     with ThreadPoolExecutor(len(launches)) as pool:
@@ -260,7 +264,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Result]:
                 *(result["loop"], result["engine"], result["option"], result["has_allocator"]),
                 *(result["processes"], result["resumed_from"] is not None),
             )
-            by_key.setdefault(key, []).append(result)
+            by_key[key].append(result)
     return [summarize(key, results, by_key) for key, results in by_key.items() if key[1] not in (SINGLE, SINGLE_CAST)]
 
 
@@ -275,7 +279,7 @@ def summarize(key: Key, results: list[Result], by_key: dict[Key, list[Result]]) 
     if errors:
         return {**row, "error": errors[0]["error"], "raised_in": errors[0].get("raised_in")}
     references = by_key.get((*_reference(loop, engine, option), 1, False))
-    if references is None:
+    if not references:
         return {**row, "error": "one process exited without a result"}
     (reference,) = references
     if "error" in reference:

@@ -7,7 +7,8 @@ python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --check    onl
 Each branch of each kernel is compiled with pointers and sizes divisible by 16 (`aligned`); for capability 9.0, also
 without this alignment. Resources come from Triton's copy of `cuobjdump`. Occupancy is the fraction of a
 multiprocessor's warps that registers, shared memory and the program limit allow. The script also compiles for
-AMD's `gfx942`; these rows only report errors. `source` identifies what a row was compiled from, see `source_digest`.
+AMD's `gfx942`; these rows only report errors. `source` is a digest of the kernel and its
+launch (`source_digest`).
 """
 
 from __future__ import annotations

@@ -165,6 +165,7 @@ class BudgetAllocator:
                 "create_snella_optimizer(model, lr=…)",
                 stacklevel=2,
             )
+        # the default adapter's key has no suffix, so that earlier optimizer states still load
         key = _STATE_KEY if self.adapter_name == "default" else f"{_STATE_KEY}_{self.adapter_name}"
         self._handles = [
             *store_in_state(optimizer, key, self._packed_state, self._load_packed_state),

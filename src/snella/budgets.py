@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -56,24 +57,42 @@ class Budgets:
         return {"live": self.live, "records": {}}
 
 
+class BudgetBuffers(BufferDict):
+    """Budgets or seals of a layer by adapter; an assignment seals the budgets again.
+
+    transformers' `load_adapter` assigns the budgets, and replaces the seals by uninitialized tensors. Averaging writes
+    in place, and moves replace the entries of `_buffers`.
+
+    Args:
+        layer: Layer that contains the buffers.
+        persistent: True to save the buffers.
+    """
+
+    def __init__(self, layer: SnellaLayer, persistent: bool) -> None:
+        super().__init__(persistent=persistent)
+        # a tuple, so that torch does not register the layer as a submodule
+        self._layer = (layer,)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name not in self._buffers:
+            return
+        (layer,) = self._layer
+        if self is layer.snella_budget or self is layer.snella_seal:  # not in a replica of `nn.DataParallel`
+            seal_budgets(layer, name)
+
+
 def compute_seal(budget: int) -> int:
     """Return a hash of a budget that averaging does not preserve, to detect averaged budgets."""
     return (budget + 1) * 0x9E3779B1 % 0x7FFFFFFF
 
 
 def read_budgets(layer: SnellaLayer, adapter_name: str) -> tuple[int, ...]:
-    """Return the budgets in the buffer, after replacing averaged budgets with the live ones.
-
-    Averaging writes in place; a new buffer contains loaded budgets. transformers' `load_adapter` assigns tensors
-    without calling `load_state_dict`.
-    """
+    """Return the budgets in the buffer, after replacing averaged budgets with the live ones."""
     buffer, seal = layer.snella_budget[adapter_name], layer.snella_seal[adapter_name]
     budgets, stored_seals = torch.stack((buffer, seal.to(buffer.device))).tolist()  # one transfer
     is_sealed = stored_seals == [compute_seal(budget) for budget in budgets]
     record = layer._budgets.records.get(adapter_name)
-    if not is_sealed and record is not None and record.buffer is not buffer and not buffer.is_floating_point():
-        seal_budgets(layer, adapter_name, tuple(budgets))
-        return tuple(budgets)
     if is_sealed and record is not None and record.buffer is buffer and record.seal is seal:
         # a write, e.g. of an averaged `state_dict`, may change the buffer but not its seal
         is_sealed = buffer._version == record.version or seal._version != record.seal_version
@@ -125,18 +144,6 @@ def restore_budgets(layer: SnellaLayer, *_: Any) -> None:
     for name, buffer in layer.snella_budget.items():
         if not buffer.is_meta and not layer.snella_seal[name].is_meta:
             read_budgets(layer, name)
-
-
-@contextmanager
-def budgets_moved(layer: SnellaLayer) -> Iterator[None]:
-    """Read loaded budgets before the block replaces the buffers, and record them for the new buffers."""
-    restore_budgets(layer)
-    budgets = {name: record.budgets for name, record in layer._budgets.records.items()}
-    yield
-    layer._budgets.records.clear()
-    for name, values in budgets.items():
-        if name in layer.snella_budget and not layer.snella_budget[name].is_meta:
-            _record_budgets(layer, name, values)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -19,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from snella.autograd import adapted_layer, compute_effective_weight
 from snella.backends import choose_backend
 from snella.budgets import (
+    BudgetBuffers,
     Budgets,
-    budgets_moved,
     buffers_off_meta,
     read_budgets,
     restore_budgets,
@@ -150,8 +149,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.snella_alpha = nn.ParameterDict({})
         self.snella_beta = nn.ParameterDict({})
         self.snella_temperature = nn.ParameterDict({})
-        self.snella_budget = BufferDict({}, persistent=True)
-        self.snella_seal = BufferDict({}, persistent=False)
+        self.snella_budget = BudgetBuffers(self, persistent=True)
+        self.snella_seal = BudgetBuffers(self, persistent=False)
         self.snella_config: dict[str, SnellaConfig] = {}
         self.scaling: dict[str, float] = {}
         self.row_counts: dict[str, tuple[int, ...]] = {}
@@ -304,8 +303,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: If `safe_merge` finds non-finite values.
-            NotImplementedError: If the base weight is on the meta device, has 8 bits without quantization, or is not a
-                parameter (weight normalization).
+            NotImplementedError: If the base weight is on the meta device, has 8 bits without quantization, or is
+                computed from other parameters (e.g. by `weight_norm`).
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.snella_A]
         if names:
@@ -455,18 +454,12 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the layer and the stored unmerged weight, and free cached tensors."""
-        with budgets_moved(self):
-            super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
         if self._unmerged_weight is not None:
             self._unmerged_weight = fn(self._unmerged_weight)
         self.clear_cache()
         update_specs(self)
         return self
-
-    def __getstate__(self) -> object:
-        """Read loaded budgets before the layer is copied or pickled."""
-        restore_budgets(self)
-        return super().__getstate__()
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, torch.dtype | None]:
         """Return the factors' device and dtype, which is float32 for an 8-bit base weight."""

@@ -48,6 +48,16 @@ def check_weight(layer: SnellaLayer, weight: Tensor | LazyWeight) -> None:
         )
 
 
+def check_parameter(layer: SnellaLayer) -> None:
+    """Raise NotImplementedError if the base weight is computed from other parameters, e.g. by `weight_norm`."""
+    weight = layer.get_base_layer().weight
+    if layer.quantization is None and not isinstance(weight, nn.Parameter):
+        raise NotImplementedError(
+            f"the weight of {layer.module_name!r} is computed from other parameters, e.g. by weight_norm, which would "
+            "overwrite a merged weight; use the adapter unmerged, or add it after removing the parametrization"
+        )
+
+
 @torch.no_grad()
 def merged_weight(
     layer: SnellaLayer,
@@ -69,16 +79,6 @@ def merged_weight(
     return total
 
 
-def check_parameter(layer: SnellaLayer) -> None:
-    """Raise NotImplementedError if the base weight is not a parameter, such as with `weight_norm`."""
-    weight = layer.get_base_layer().weight
-    if layer.quantization is None and not isinstance(weight, nn.Parameter):
-        raise NotImplementedError(
-            f"the weight of {layer.module_name!r} is computed from other parameters, e.g. by weight_norm, which would "
-            "overwrite a merged weight; use the adapter unmerged, or remove the parametrization before adding it"
-        )
-
-
 @torch.no_grad()
 def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> None:
     """Add the updates of these adapters to the base weight and store the state for `unmerge_updates`.
@@ -87,7 +87,7 @@ def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> 
     `SnellaLayer.merge`.
 
     Raises:
-        NotImplementedError: If the base weight is not a parameter.
+        NotImplementedError: If the base weight is computed from other parameters.
     """
     original = _original_weight(layer)
     check_weight(layer, original)

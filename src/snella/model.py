@@ -51,7 +51,7 @@ from snella.targets import (
     reject_quantized_projection,
     unmatched_message,
 )
-from snella.watch import warn_about_unused_merges
+from snella.watch import TrainingWatch, warn_about_unused_merges
 
 logger = logging.getLogger(__name__)
 
@@ -269,6 +269,7 @@ class SnellaModel(BaseTuner):
             )
         if not config.inference_mode:
             find_layers = partial(_adapted_layers, adapter_names=[adapter_name])
+            config.watch = TrainingWatch()  # the configuration may have been used for another model
             config.watch.start(self.model, adapter_name, find_layers, head_layers)
         attach_tokens(
             model,
@@ -299,14 +300,15 @@ class SnellaModel(BaseTuner):
         """Cast half-precision factors and scalars to float32; tokens keep the model's dtype."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for token in token_adapters(self.model):
+            # a float32 token in a half-precision model would promote all later activations
             token._move_adapter_to_device_of_base_layer(adapter_name)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Add the updates to the base weights; report all requantization errors in one warning.
 
         Raises:
-            NotImplementedError: If another module uses the base weight of an adapted layer, or this weight is not a
-                parameter (weight normalization).
+            NotImplementedError: If another module uses the base weight of an adapted layer, or this weight is
+                computed from other parameters (e.g. by `weight_norm`).
         """
         self._warn_about_unused_merges(*args[:1], **kwargs)
         _reject_unsafe_merges(self.model)
@@ -604,9 +606,9 @@ def _shared_weights(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
 
 
 def _reject_unsafe_merges(model: nn.Module) -> None:
-    """Reject merges that would change other modules, which use the same weight, or be lost, before any change.
+    """Before any change, reject merges that would be lost or would also change other modules with the same weight.
 
-    Trained token rows of tied embeddings merge if all users of the weight have them.
+    Trained token rows of tied embeddings may be merged if all modules with this weight train rows.
     """
     for layer in (module for module in model.modules() if isinstance(module, SnellaLayer)):
         check_parameter(layer)
@@ -615,9 +617,10 @@ def _reject_unsafe_merges(model: nn.Module) -> None:
         modules = [model.get_submodule(name) for name in names]
         adapted = [name for name, module in zip(names, modules, strict=True) if isinstance(module, BaseTunerLayer)]
         if adapted and (len(adapted) < len(names) or any(isinstance(module, SnellaLayer) for module in modules)):
+            others = [name for name in names if name != adapted[0]]
             raise NotImplementedError(
-                f"merging {adapted[0]!r} would change the others of {names}, which share one weight; give each its own "
-                "weight before adding the adapter"
+                f"merging {adapted[0]!r} would also change {others}, which use the same weight; give each module its "
+                "own weight before adding the adapter"
             )
 
 

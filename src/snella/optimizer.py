@@ -243,9 +243,9 @@ class StepMatcher:
     def _after_step(self, *_: Any) -> None:
         for (layer, name), (A_before, B_before) in zip(self._adapters, self._previous_factors, strict=True):
             A, B = layer.snella_A[name], layer.snella_B[name]
+            # computed on the CPU and copied asynchronously, because `repeat_interleave` on a GPU would synchronize
             scales = torch.tensor(self.scales[layer.module_name, name], dtype=A.dtype)
             by_row = scales.repeat_interleave(torch.tensor(layer.row_counts[name]))
-            # copies from the CPU without synchronization
             A.copy_(torch.lerp(A_before, A, scales.to(A.device, non_blocking=True)[:, None, None]))
             B.copy_(torch.lerp(B_before, B, by_row.to(B.device, non_blocking=True)[:, None]))
         self._previous_factors = []

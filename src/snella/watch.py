@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 _STEPS_WITHOUT_ALLOCATOR = 2  # a single step may be a gradient probe
 _MIN_ENTRIES = 256  # minimum for the statistical tests of new heads
-_SIGMAS = 5.0  # tolerance in standard deviations; a new head fails a test with probability below 1e-6
+_SIGMAS = 5.0  # tolerance of one comparison, in standard deviations
 
 
 class TrainingWatch:
-    """Warnings about silent training mistakes of one adapter.
+    """Warnings about silent mistakes in training one adapter.
 
     Each warning is issued once, except the last, which is repeated if the statistics have changed since the last save.
 
@@ -53,7 +53,7 @@ class TrainingWatch:
         find_layers: Callable[[nn.Module], list[SnellaLayer]],
         find_heads: Callable[[nn.Module], dict[str, nn.Linear | nn.Conv2d]],
     ) -> None:
-        """Watch the optimizer steps of an adapter until they need no more checks.
+        """Check the optimizer steps of an adapter until no checks remain.
 
         Args:
             model: Model with the adapter.
@@ -126,33 +126,33 @@ class TrainingWatch:
         self._warn_once(
             "read",
             f"the model reads the weight of {module_name!r} for something other than F.linear, so update_dropout "
-            "and update_drop_path have no effect there; to avoid this, set dropout_exclude and update_drop_path=0, or "
-            "exclude the layer with exclude_modules",
+            "and update_drop_path have no effect there; to silence this warning, set dropout_exclude and "
+            "update_drop_path=0, or exclude the layer with exclude_modules",
         )
 
     def on_saving(self, model: nn.Module, layers: Sequence[SnellaLayer], adapter_name: str) -> None:
-        """Run the checks for saving an adapter of these layers."""
+        """Run the checks that are due when an adapter is saved."""
         budget, target_budget = _budget_and_target(layers, adapter_name)
-        if self._steps_without_allocator and budget > target_budget:
+        if self._steps_without_allocator and not self.is_attached and budget > target_budget:
             self._warn_about_missing_allocator(layers[0].snella_config[adapter_name])
         current = _tracked_batches(model)
         changed = [name for name, count in self._batch_counts.items() if current.get(name, count) != count]
         if changed:
             self._batch_counts = current
             warnings.warn(
-                f"the running statistics of {len(changed)} batch normalizations changed in training but are not "
-                f"saved with the adapter: {listed(map(repr, changed), 4)}; add them to modules_to_save, or "
-                "train with these layers in evaluation mode",
+                f"the running statistics of {len(changed)} batch-norm layer{'s' * (len(changed) > 1)} changed in "
+                f"training but are not saved with the adapter: {listed(map(repr, changed), 4)}; add them to "
+                "modules_to_save, or train with these layers in evaluation mode",
                 stacklevel=2,
             )
         if self.steps is None or budget <= target_budget:
             return
         step, total, steps_per_epoch = self.steps
-        # the best adapter may be saved at any time, the last adapter in the last epoch
+        # before the last epoch, 10% above the target is accepted, because the best adapter so far may be saved
         if step < total and (budget > 1.1 * target_budget or step > total - steps_per_epoch):
             self._warn_once(
                 "budget",
-                f"the adapter is saved with {budget:,} entries, its target is {target_budget:,}: the allocator has "
+                f"the adapter is saved with {budget:,} entries, but its target is {target_budget:,}; the allocator has "
                 f"counted {step} of {total} optimizer steps; if training is over, steps_per_epoch or total_epochs was "
                 "too large (with gradient accumulation, several batches are one step) or steps were skipped; "
                 f"allocator.advance_to({total}) reduces the budget to its target",
@@ -160,7 +160,7 @@ class TrainingWatch:
 
 
 def _tracked_batches(model: nn.Module) -> dict[str, int]:
-    """Return `num_batches_tracked` of each batch normalization, by name in the adapted model."""
+    """Return `num_batches_tracked` of each batch-norm layer, by name in the adapted model."""
     counts = {
         name.removeprefix("base_model.model."): module.num_batches_tracked
         for name, module in model.named_modules()
@@ -186,8 +186,8 @@ def _warn_about_unused(layers: Sequence[SnellaLayer]) -> None:
     """Warn about layers that the model did not use before the first optimizer step."""
     if unapplied := [layer.module_name for layer in layers if not layer.is_applied]:
         warnings.warn(
-            f"{len(unapplied)} of {len(layers)} adapted modules were not used in the first optimizer step: "
-            f"{', '.join(map(repr, unapplied))}; the model neither called them nor read their weight, so "
+            f"{len(unapplied)} of {len(layers)} adapted modules were not used before the first optimizer step: "
+            f"{listed(map(repr, unapplied), 8)}; the model neither called them nor read their weight, so "
             "they are not trained, but merging would change them; exclude them with exclude_modules",
             stacklevel=2,
         )
@@ -208,8 +208,8 @@ def warn_about_unused_merges(layers: Sequence[SnellaLayer], configs: Sequence[Sn
         unapplied, when = [name for name in unapplied if name in saved_unused], "in training"
     if 0 < len(unapplied) < len(layers):
         warnings.warn(
-            f"merging changes {len(unapplied)} of {len(layers)} modules whose updates the model has not used "
-            f"{when}: {', '.join(map(repr, unapplied))}; if the model neither calls them nor reads their weight, "
+            f"merging changes {len(unapplied)} modules (of {len(layers)}) whose updates the model has not used "
+            f"{when}: {listed(map(repr, unapplied), 8)}; if the model neither calls them nor reads their weight, "
             "this has no effect, unless other code reads the merged weight",
             stacklevel=4,
         )
@@ -219,11 +219,11 @@ def warn_about_unused_merges(layers: Sequence[SnellaLayer], configs: Sequence[Sn
 
 
 def _warn_about_frozen_heads(names: list[str]) -> None:
-    """Warn about head layers that are used but frozen at their initial random values."""
+    """Warn about newly initialized head layers that are used but frozen."""
     if names:
         warnings.warn(
-            f"the head {listed(map(repr, names), 3)} has its initial random values and is frozen, so it is "
-            f"neither trained nor saved; set modules_to_save={names[:3]}",
+            f"newly initialized head layers are frozen, so they are neither trained nor saved; set "
+            f"modules_to_save={names}",
             stacklevel=2,
         )
 

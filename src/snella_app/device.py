@@ -1,5 +1,6 @@
-"""Selection of the torch device and the training precision."""
+"""Selection of the torch device and the training precision, and a clock for device work."""
 
+import time
 from contextlib import nullcontext
 
 import torch
@@ -60,3 +61,10 @@ def choose_precision(name: str, device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext[None]:
     """Return the autocast context of a precision; a no-op context for fp32."""
     return torch.autocast(device.type, _HALF[precision]) if precision in _HALF else nullcontext()
+
+
+def synchronized_time(device: torch.device) -> float:
+    """Return the time in seconds, after the work of a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -34,7 +34,7 @@ def plugin(group: str, name: str) -> Any:
 def plugins(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, Any]:
     """Load all objects registered in `snella.{group}`, by name.
 
-    Entries that fail to import, or whose name is already in use or reserved, are skipped with a warning.
+    Entries that fail to import, or that have a duplicate or reserved name, are skipped with a warning.
     """
     objects = {}
     for name, entry in _entries(group, reserved).items():

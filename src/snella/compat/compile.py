@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Apply the base layer with the updates of all active adapters."""
     names = [name for name in layer.active_adapters if name in layer.snella_A]
-    is_unmerged_first = layer.disable_adapters and layer.merged
-    is_plain = (layer.disable_adapters or layer.merged or not names) and not is_unmerged_first
-    if layer.quantization is None and is_plain:
+    # outside the graph, `forward` unmerges a disabled layer
+    if layer.quantization is not None or (layer.disable_adapters and layer.merged):
+        return _forward_outside_graphs(layer, x, *args, **kwargs)
+    if layer.disable_adapters or layer.merged or not names:
         y: Tensor = layer.base_layer(x, *args, **kwargs)
         return y
     base = layer._modules.get("base_layer")
-    is_hooked = base is not None and is_hooked_in_graph(base, layer._base_hook_dicts)
-    if layer.quantization is not None or is_hooked or is_unmerged_first:
+    if base is not None and is_hooked_in_graph(base, layer._base_hook_dicts):
         return _forward_outside_graphs(layer, x, *args, **kwargs)
     _set_applied(layer)
     weight, bias, dtype, op = cast(Tensor, layer._weight()), layer.bias, x.dtype, layer._op()

@@ -166,11 +166,6 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         self._link()
         return self
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # also cast, because a float32 token in a half-precision model would promote all later activations
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        self._link()
-
 
 def _relink(module: nn.Module, _: Any) -> None:
     """Update the owner's attribute after `load_state_dict`, which may replace the parameter."""

@@ -173,7 +173,7 @@ def _is_network_error(error: BaseException | None) -> bool:
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 _FOLDER_PREFIX = "local-dir:"
 _ANY_SIZE = (Beit, Eva, VisionTransformer)
-"""Models, some of them large, that support every multiple of the patch size, which `create_backbone` checks."""
+"""Models that support every multiple of the patch size, which `create_backbone` checks; they need no trial pass."""
 SAM_PREFIX = "sam:"
 """Prefix of a SAM path in `create_segmenter`."""
 
@@ -260,7 +260,7 @@ def create_backbone(
 
 
 def build_sized(build: Callable[[], nn.Module], name: str, img_size: int | None) -> nn.Module:
-    """Build a model; if `img_size` is set and not every size is supported, run it on a blank image of its input size.
+    """Build a model; if it may not support `img_size`, test it on a blank image.
 
     Raises:
         ValueError: If the model does not support `img_size`; timm reports this with various exceptions.

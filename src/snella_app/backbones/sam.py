@@ -199,9 +199,10 @@ def _read_folder(folder: Path) -> tuple[SamConfig, dict[str, Tensor]]:
         raise ValueError(f"'{file}' is not a readable configuration: {error}") from error
     if kind != "sam":
         raise ValueError(f"'{file}' must have model_type 'sam', got {kind!r}")
-    options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        loaded: Any = SamModel.from_pretrained(folder, **options)
+        loaded: Any = SamModel.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except OSError:
         raise
     except Exception as error:  # damaged files raise errors of safetensors, torch and huggingface_hub

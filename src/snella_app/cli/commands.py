@@ -16,10 +16,8 @@ ExportName = Literal["sparse", "onnx", "torchscript", "torch-export", "lora", "t
 
 def _given(**options: Any) -> str:
     """Format the options that are neither None nor False: `--batch 4, --skip-corrupt`."""
-    given = {f"--{key.replace('_', '-')}": value for key, value in options.items() if value is not None}
-    return ", ".join(
-        option if value is True else f"{option} {value}" for option, value in given.items() if value is not False
-    )
+    given = {f"--{key.replace('_', '-')}": v for key, v in options.items() if v is not None and v is not False}
+    return ", ".join(option if value is True else f"{option} {value}" for option, value in given.items())
 
 
 @command("snella_app.api")
@@ -92,8 +90,15 @@ def evaluate(
         print_line(console, calibration.verdict)
         return
     loaded = load_run(run, device)
-    options: dict[str, Any] = {"split": split, "columns": columns, "skip_corrupt": skip_corrupt}
-    result = evaluate(loaded, data, batch_size=batch_size, console=make_console(sys.stderr), **options)
+    result = evaluate(
+        loaded,
+        data,
+        split=split,
+        batch_size=batch_size,
+        columns=columns,
+        skip_corrupt=skip_corrupt,
+        console=make_console(sys.stderr),
+    )
     for note in result["notes"]:
         print_line(console, f"note: {note}")
     scores = loaded.task.result_format.format_map(result)

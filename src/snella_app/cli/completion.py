@@ -13,16 +13,16 @@ Shell = Literal["bash", "zsh", "fish"]
 SHELLS: tuple[str, ...] = get_args(Shell)
 
 _PATHS = {
-    *("clip", "data", "dino", "experiment", "features", "figures", "images", "init_from", "model", "out", "pipeline"),
-    *("prompts", "run", "runs", "sheet", "template", "to_folder", "weights"),
+    *("class_weights", "clip", "data", "dino", "emit_to", "experiment", "features", "figures", "images", "init_from"),
+    *("model", "out", "pipeline", "prompts", "run", "runs", "sheet", "template", "to_folder", "weights"),
 }
 """Arguments completed with file and folder names."""
 
 
 def completion_script(shell: Shell) -> str:
-    """Generate the completion script of the command `snella`.
+    """Generate the completion script for the `snella` command.
 
-    The script completes commands, options, paths, bundled backbones and fixed choices. It is static: regenerate it
+    The script completes commands, options, paths, registered backbones and fixed choices. It is static: regenerate it
     after installing commands or backbones.
     """
     parser = argparse.ArgumentParser(prog="snella")
@@ -40,6 +40,11 @@ def completion_script(shell: Shell) -> str:
         subparser.add_argument("--print-config", action="store_true", help="Print the configuration.")
         for option in options_of(command.function):
             values = backbones if option.name == "backbone" else option.values
+            if (
+                option.values == ["true", "false"] and option.default is not True
+            ):  # with choices, zsh would require a value
+                subparser.add_argument(option.typed, action="store_true", help=option.help.replace("%", "%%"))
+                continue
             nargs = "*" if option.is_positional and option.is_list else None
             spelling, text = option.name if option.is_positional else option.typed, option.help.replace("%", "%%")
             argument = subparser.add_argument(spelling, choices=values or None, nargs=nargs, help=text)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from functools import cache
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -296,8 +297,9 @@ def _rewrite_error(message: str, command: str, options: Sequence[Option], args: 
     _, is_missing, names = message.partition("are required: ")
     missing = [name.removeprefix(f"{command}.") for name in names.split(", ")]
     if is_missing and missing == ["images"]:
-        is_value = [before.startswith("--") and "=" not in before for before in args]
-        given = next((arg for arg, skip in zip(args[1:], is_value, strict=False) if not skip and arg[:1] != "-"), "")
+        given = next(
+            (arg for before, arg in pairwise(args) if arg[:1] != "-" and ("=" in before or before[:2] != "--")), ""
+        )
         if Path(given).is_file() or (Path(given).suffix and not Path(given).is_dir()):
             return f"snella {command} needs RUN, a run folder, before the images: snella {command} RUN {given}"
     if is_missing and set(missing) <= set(known):

@@ -186,7 +186,7 @@ class OptimConfig(BaseOptimConfig):
             saved. Off by default.
         swa: Stochastic weight averaging: average the weights of the last N epochs. The average is saved unless the best
             epoch is better on validation. Off by default.
-        soup: Greedy soup over the last N epochs: start from the best of them, and add each epoch to the average that
+        soup: Greedy soup over the last N epochs: start from the best of them, and add to the average each epoch that
             does not lower the validation score. The average is saved unless the best epoch of the run is better. Off by
             default.
         precision: Precision of the training steps and of the features to which heads are fitted: fp32, or autocast with

@@ -206,15 +206,12 @@ def _from_hf(
         raise ValueError(f"{where} must have a split train, and may have val and test, got {got}")
     first = next(iter(parts.values()))
     images = [column for column, kind in first.features.items() if isinstance(kind, datasets.Image)]
-    table: dict[str, list[Any]] = {}
-    total = 0
-    for rows in parts.values():
-        for column, values in _values(rows, images).items():  # splits may lack columns
-            table.setdefault(column, [None] * total).extend(values)
-        total += len(rows)
-        table = {column: [*values, *[None] * (total - len(values))] for column, values in table.items()}
+    values, counts = [_values(rows, images) for rows in parts.values()], [len(rows) for rows in parts.values()]
+    table: dict[str, list[Any]] = {column: [_IMAGE] * sum(counts) for column in images}
+    for column in dict.fromkeys(column for part in values for column in part):
+        padded = (part.get(column, [None] * count) for part, count in zip(values, counts, strict=True))
+        table[column] = [value for part in padded for value in part]  # splits may lack columns
     urls = table.pop(_URL, None)
-    table = {**{column: [_IMAGE] * total for column in images}, **table}
     columns = Columns.parse(config.columns)
     if roots is not None and columns.root is not None:
         roots = [columns.root]
@@ -229,7 +226,7 @@ def _from_hf(
     encoded = [rows.select_columns([roles["path"]]) for rows in parts.values()]
     encoded = [rows.cast_column(roles["path"], datasets.Image(decode=False)) for rows in encoded]
     names = table.get(_KEY) or [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
-    if urls is not None and len(set(zip(part_names, names, strict=True))) < total:  # shards may repeat keys
+    if urls is not None and len(set(zip(part_names, names, strict=True))) < len(names):  # shards may repeat keys
         names = [f"{Path(url).stem}/{name}" for url, name in zip(urls, names, strict=True)]
     source = _HubImages(encoded, roles["path"], config.reading, roots)
     samples = Samples(name, where, source, names, table, roles, notes=notes)

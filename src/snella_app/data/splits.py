@@ -48,8 +48,8 @@ def grouped_split(
     """Split off groups with approximately a fraction of the images, stratified by class.
 
     scikit-learn's `StratifiedGroupKFold` creates folds; the number of selected folds approximates the fraction. Each
-    class keeps a group for training: its only group is never split off, and of a class whose groups are all selected,
-    the smallest group stays.
+    class keeps at least one group for training: a class's only group is never selected, and if all groups of a class
+    are selected, the smallest one is returned to training.
 
     Arguments and return value as for `stratified_split`.
 
@@ -70,9 +70,9 @@ def grouped_split(
             f"got {count} of {len(set(groups))}. Add a split column, or disable groups with --columns group=none"
         )
     strata = np.asarray(labels)[free]
-    if (largest := max(np.bincount(strata))) < 2:  # nothing to stratify
-        strata, largest = np.zeros_like(strata), len(free)
-    folds = min(_MAX_FOLDS, count, int(largest))
+    if np.bincount(strata).max() < 2:  # nothing to stratify
+        strata = np.zeros_like(strata)
+    folds = min(_MAX_FOLDS, count, int(np.bincount(strata).max()))
     share = min(Fraction(fraction * len(labels) / len(free)).limit_denominator(folds), Fraction(folds - 1, folds))
     numerator, folds = (share.numerator, share.denominator) if share > 0 else (1, folds)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
@@ -96,7 +96,8 @@ def fold_split(
     Arguments and return value as for `stratified_split`.
 
     Raises:
-        ValueError: If there are fewer groups than folds or, without groups, a class has fewer images than folds.
+        ValueError: If there are fewer groups than folds, or fewer images than folds in every class or, without groups,
+            in any class.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # lazy: slow import
 
@@ -106,7 +107,9 @@ def fold_split(
         if few:
             raise ValueError(f"folds must be at most the number of images of each class, got {folds}; {', '.join(few)}")
     elif (most := min(len(set(groups)), max(Counter(labels).values()))) < folds:
-        raise ValueError(f"folds must be at most the number of groups and of images of a class, {most}, got {folds}")
+        raise ValueError(
+            f"folds must be at most {most}, the number of groups or of images in the largest class, got {folds}"
+        )
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # classes with fewer images than folds

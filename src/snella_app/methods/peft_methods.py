@@ -30,7 +30,7 @@ _HARMLESS = (
     # random projections are recomputed from the saved seed
     "Specified to not save",
     "Specified to not load",
-    # BOFT's compiled extension only affects speed
+    # `inject` rejects factors that BOFT would change to 1
     "Failed to load the CUDA extension",
     "Setting boft_n_butterfly_factor to 1",
     # LayerNorm and its subclasses are copied and trained despite the warning
@@ -48,9 +48,10 @@ def peft_method(
     targets: Targets = adaptable_layers,
     **fields: Any,
 ) -> Method:
-    """Create the `Method` of a PEFT adapter, with the fields of `Method`.
+    """Create the `Method` of a PEFT adapter.
 
-    `targets` selects the target modules if `target_modules` is not among the options.
+    `targets` selects the target modules if `target_modules` is not among the options; other arguments are fields of
+    `Method`.
     """
 
     def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
@@ -64,10 +65,11 @@ def peft_method(
 
 
 def _resolve_layers(config: Any, model: nn.Module) -> None:
-    """Check `layers_to_transform`; except for SNELLA, replace it by `target_modules` in these blocks.
+    """Check `layers_to_transform`; for other methods than SNELLA, replace it with the `target_modules` in these blocks.
 
-    PEFT ignores the option for full names of modules, and finds no block index in names without a prefix, such as
-    `blocks.0.attn.qkv`. A block's index is the first number after `layers_pattern`, or in its name: the stage in Swin.
+    PEFT ignores the option for full module names, and finds no block index in names without a prefix, such as
+    `blocks.0.attn.qkv`. A block's index is the first number after `layers_pattern` or, without a pattern, the first
+    number in its name (in Swin, the stage).
     """
     layers = config.layers_to_transform
     blocks = {layers} if isinstance(layers, int) else set(layers)
@@ -86,17 +88,21 @@ def _resolve_layers(config: Any, model: nn.Module) -> None:
 
 
 def inject(model: nn.Module, config: PeftConfig) -> PeftModel:
-    """Inject a PEFT adapter into a model and freeze its running statistics.
+    """Inject a PEFT adapter into a model and freeze the model's running statistics.
 
     Raises:
-        ValueError: If PEFT cannot adapt a target module. The message names the module.
+        ValueError: If PEFT cannot adapt a target module, which the message names, or changes BOFT's factor.
     """
     freeze_running_statistics(model)
     invariants = torch.sparse.check_sparse_tensor_invariants
     if str(getattr(config.peft_type, "value", config.peft_type)) == "SHIRA" and not invariants.is_enabled():
         invariants.disable()  # PEFT's indices are valid; otherwise torch warns for each sparse tensor
     with without_harmless_warnings():
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    factor = getattr(config, "boft_n_butterfly_factor", 1)
+    if factor != 1 and any(getattr(module, "fbd_cuda_available", None) is False for module in adapted.modules()):
+        raise ValueError(f"boft_n_butterfly_factor must be 1 if BOFT's CUDA extension is not available, got {factor}")
+    return adapted
 
 
 @contextmanager
@@ -120,15 +126,15 @@ def merge_adapter(model: Any) -> nn.Module:
 
 
 def _config_fields(config: type[PeftConfig]) -> tuple[str, ...]:
-    """Return the fields that a configuration adds to `PeftConfig`, except `modules_to_save`, the head."""
+    """Return the fields that a configuration adds to `PeftConfig`, except `modules_to_save`, the head's option."""
     base = {f.name for f in dataclasses.fields(PeftConfig)} | {"modules_to_save"}
     return tuple(f.name for f in dataclasses.fields(config) if f.name not in base and f.init)
 
 
-_SNELL_OPTIONS = _config_fields(SnellaConfig)
+_SNELLA_OPTIONS = _config_fields(SnellaConfig)
 _SPARSITY_OPTIONS = (
-    *("target_sparsity", "init_sparsity", "sparsify_mode", "allocation", "schedule", "importance", "realloc_every"),
-    *("beta1", "beta2", "min_layer_share", "zero_init_ema"),
+    *("target_sparsity", "init_sparsity", "sparsify_mode", "allocation", "schedule", "schedule_end", "importance"),
+    *("realloc_every", "beta1", "beta2", "min_layer_share", "zero_init_ema"),
 )
 
 
@@ -141,7 +147,7 @@ SNELLA = peft_method(
     "sparse high-rank updates with competition-based budgets",
     "SNELLA, Shen et al., arXiv 2510.24037",
     _snella_config,
-    _SNELL_OPTIONS,
+    _SNELLA_OPTIONS,
     suffix="r",
     defaults=SPARSE_DEFAULTS,
     recipes=SPARSE_RECIPES,
@@ -159,7 +165,7 @@ SNELLA_MATCHED = peft_method(
     "SNELLA with update steps scaled to the weight magnitude",
     "SNELLA, Shen et al., arXiv 2510.24037; the matched preset is an extension of this package",
     partial(_snella_config, preset="matched"),
-    _SNELL_OPTIONS,
+    _SNELLA_OPTIONS,
     suffix="r",
     defaults=SPARSE_DEFAULTS,
     has_budgets=True,
@@ -175,7 +181,7 @@ SNELL = peft_method(
     "sparse updates with uniform sparsity",
     "SNELL, Shen et al., arXiv 2411.01800",
     partial(_snella_config, kernel="p_linear", allocation="uniform"),
-    tuple(option for option in _SNELL_OPTIONS if option not in ("kernel", "allocation")),
+    tuple(option for option in _SNELLA_OPTIONS if option not in ("kernel", "allocation")),
     suffix="r",
     defaults=SPARSE_DEFAULTS,
     recipes=SPARSE_RECIPES,
@@ -188,7 +194,7 @@ KLORA = peft_method(
     "dense high-rank kernel updates",
     "kernelized LoRA (KLoRA) of SNELLA, Shen et al., arXiv 2510.24037, Tables VII to IX",
     partial(_snella_config, sparsify_mode="none", target_sparsity=0.0),
-    tuple(option for option in _SNELL_OPTIONS if option not in _SPARSITY_OPTIONS),
+    tuple(option for option in _SNELLA_OPTIONS if option not in _SPARSITY_OPTIONS),
     suffix="r",
     defaults={"lr": 2e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
     optimizer=create_snella_optimizer,
@@ -244,7 +250,7 @@ _STATE_KEY = "adalora_ranks"
 _WARMUP_SHARE, _FINAL_SHARE = 0.1, 0.5
 _ADALORA_OPTIONS = (
     *("r", "init_r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"),
-    *("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
+    *("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"),
 )
 
 
@@ -284,7 +290,7 @@ class RankSchedule:
             )
 
     def attach(self, optimizer: Optimizer) -> Self:
-        """Register hooks on the optimizer, unwrapped from Accelerate, that step the schedule and save its state."""
+        """Register hooks that step the schedule and save its state, on the optimizer inside Accelerate's wrapper."""
         optimizer = unwrap(optimizer)
         optimizer.register_step_post_hook(self._after_step)
         store_in_state(optimizer, _STATE_KEY, self.state_dict, self.load_state_dict)
@@ -316,7 +322,7 @@ class RankSchedule:
 
 
 @contextmanager
-def all_ranks(config: PeftConfig) -> Iterator[None]:
+def full_size_factors(config: PeftConfig) -> Iterator[None]:
     """Make PEFT save and load AdaLoRA factors at full size, with zeros for pruned ranks."""
     if not isinstance(config, AdaLoraConfig):
         yield
@@ -345,10 +351,12 @@ def orthogonality(model: nn.Module) -> Tensor:
 
 
 def _adalora_config(head: str, options: Options) -> PeftConfig:
-    """Return the AdaLoRA config, W = W0 + (lora_alpha / rank) B diag(E) A; `r` is the final mean, `init_r` = 1.5 r."""
+    """Return the AdaLoRA config, W = W0 + (lora_alpha / rank) B diag(E) A; `r` is the final mean rank."""
     r = options.get("r", 8)
     values = {key: value for key, value in options.items() if key != "r"}
-    defaults = {"init_r": max(r + 1, round(1.5 * r)), "lora_alpha": r, "total_step": 1}
+    # `RankSchedule` sets the number of steps
+    total_step = options.get("tinit", 0) + options.get("tfinal", 0) + 1
+    defaults = {"init_r": max(r + 1, round(1.5 * r)), "lora_alpha": r, "total_step": total_step}
     return AdaLoraConfig(modules_to_save=[head], target_r=r, **{**defaults, **values})
 
 
@@ -370,21 +378,21 @@ def _from_peft(
     kind: type[PeftConfig],
     defaults: Mapping[str, Any],
     suffix: str | None = None,
-    **fixed: Any,
+    targets: Targets = adaptable_layers,
+    **config_defaults: Any,
 ) -> Method:
-    """Create the `Method` of a PEFT configuration class; `fixed` replaces its defaults and may set `targets`."""
-    targets = fixed.pop("targets", adaptable_layers)
+    """Create the `Method` of a PEFT configuration class; `config_defaults` replace the defaults of its fields."""
 
     def config(head: str, options: Options) -> PeftConfig:
         with without_harmless_warnings():
-            return kind(modules_to_save=[head], **{**fixed, **options})  # type: ignore[call-arg]
+            return kind(modules_to_save=[head], **{**config_defaults, **options})  # type: ignore[call-arg]
 
     source = f"{source}; PEFT's implementation"
     return peft_method(summary, source, config, _config_fields(kind), suffix=suffix, targets=targets, defaults=defaults)
 
 
 def _layer_norms(model: nn.Module, head: str) -> str:
-    """Return a pattern of the LayerNorm modules outside the head; PEFT would match plain names as suffixes."""
+    """Return a regular expression for the LayerNorm modules outside the head; PEFT matches plain names as suffixes."""
     names = [
         name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm) and not is_inside(name, head)
     ]
@@ -434,7 +442,7 @@ CATALOG: dict[str, Method] = {
         save_projection=False,
     ),
     "loha": _from_peft(
-        "Hadamard products of two low-rank updates",
+        "Hadamard products of two low-rank matrices",
         "FedPara / LoHa, Hyeon-Woo et al., arXiv 2108.06098",
         peft.LoHaConfig,
         _DECAYED,
@@ -456,7 +464,7 @@ CATALOG: dict[str, Method] = {
         "r",
     ),
     "delora": _from_peft(
-        "low-rank updates of a learned norm",
+        "low-rank updates with a learned norm",
         "DeLoRA, Bini et al., arXiv 2503.18225",
         peft.DeloraConfig,
         {**_UNDECAYED, "r": 8},

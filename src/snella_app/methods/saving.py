@@ -19,7 +19,7 @@ from snella.config import read_config
 from snella_app.files import sha256_of, write_bytes
 from snella_app.methods.method import MethodSpec
 from snella_app.methods.model_parts import AdapterFileError
-from snella_app.methods.peft_methods import all_ranks, inject, without_harmless_warnings
+from snella_app.methods.peft_methods import full_size_factors, inject, without_harmless_warnings
 from snella_app.methods.registry import METHODS, parse_method, restore_method, spec_of
 from snella_app.text import listed
 
@@ -52,7 +52,7 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if isinstance(model, PeftModel):
         config = copy.copy(model.peft_config["default"])
         config.inference_mode = True
-        with all_ranks(config):
+        with full_size_factors(config):
             settings = _plain(config.to_dict())
         write_bytes(target / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True).encode())
     method_info = {"format": 1, "method": spec.name, "options": _plain(spec.options), "head": spec.head}
@@ -104,7 +104,7 @@ def load_trained_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     tensors = _read_tensors(path)
     _check_fits(path, tensors, targets)
     if isinstance(model, PeftModel):
-        with all_ranks(model.peft_config["default"]), without_harmless_warnings():
+        with full_size_factors(model.peft_config["default"]), without_harmless_warnings():
             set_peft_model_state_dict(model, tensors)
         return
     for name, value in tensors.items():
@@ -154,7 +154,7 @@ def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], str]:
     with full fine-tuning, all persistent buffers (running statistics).
     """
     if isinstance(model, PeftModel):
-        with all_ranks(model.peft_config["default"]):
+        with full_size_factors(model.peft_config["default"]):
             return dict(get_peft_model_state_dict(model)), SAFETENSORS_WEIGHTS_NAME
     tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, module in model.named_modules():

@@ -341,7 +341,7 @@ class Metrics(Record):
         """Human-readable epoch of the saved weights, or the averaged epochs; empty if unknown."""
         total = f" of {self.history[-1].epoch}" if self.history else ""
         if self.averaged is not None and self.averaged.is_saved:
-            return f"{self.averaged.text},{total}"
+            return f"{self.averaged.text}{total}"
         return "" if self.best_epoch is None else f"{self.best_epoch}{total}"
 
     @property

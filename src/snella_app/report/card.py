@@ -20,11 +20,6 @@ _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "cro
 _CLOSED_SET = " The model assigns one of the classes above to any image."
 _TAGS = {"classification": "image-classification", "segmentation": "image-segmentation"}
 """Hub pipeline tags by task."""
-_SELECTION = {
-    "test": "The saved weights were selected on the test images, so these results are optimistic.",
-    "val": "The saved weights were selected on the validation images{}.",
-    None: "These are the results of the {}; no epoch was selected.",
-}
 _LICENSE = "# license: fill in, e.g. apache-2.0; the licenses of the backbone weights and the images limit the choice"
 
 
@@ -129,10 +124,13 @@ def _results_table(metrics: Metrics | None) -> str:
     if not rows:
         return ""
     lines = [f"| {_escape(label)} | {value} | {note} |" for label, value, note in rows]
-    detail = ", so these results are optimistic" if metrics.test is None else "; the test images were evaluated once"
     if metrics.selected_on is None:
-        detail = "averaged weights" if metrics.averaged is not None and metrics.averaged.is_saved else "last epoch"
-    selection = _SELECTION[metrics.selected_on].format(detail)
+        weights = "averaged weights" if metrics.averaged is not None and metrics.averaged.is_saved else "last epoch"
+        selection = f"These are the results of the {weights}; no epoch was selected."
+    else:
+        is_separate = metrics.selected_on == "val" and metrics.test is not None
+        selection = f"The saved weights were selected on the {split_text(metrics.selected_on)} images"
+        selection += "; the test images were evaluated once." if is_separate else ", so these results are optimistic."
     size = " Measured at the input resolution." if isinstance(metrics.measured[1], MaskScores) else ""
     return "\n".join(["## Results", "", "| | | |", "|---|---|---|", *lines, "", selection + size])
 

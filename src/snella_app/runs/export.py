@@ -108,8 +108,8 @@ def export(
     of the run, or regression values in their original units.
 
     The export is atomic: it is written to a temporary path and renamed after verification. For ONNX, TorchScript and
-    `torch.export`, outputs on real images must equal torch's to within 1e-4 of the largest output, with the same
-    classes, for several batch sizes. Sparse files with fp32 values restore the fine-tuned weights bit for bit.
+    `torch.export`, outputs on real images must differ from torch's by at most 1e-4 times the largest output,
+    for several batch sizes. Sparse files with fp32 values restore the fine-tuned weights bit for bit.
 
     Args:
         run: Run folder.
@@ -333,7 +333,7 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[
     difference = float((got - expected).abs().max() / expected.abs().max())
     note = (
         f"rank {options.rank}: ‖ΔW − BA‖ / ‖ΔW‖ = {(lost / total) ** 0.5 if total else 0.0:.4f} (Frobenius, all layers)"
-        f"; outputs on {counted(len(got), 'image')} differ by {difference:.1e} of the largest; "
+        f"; outputs on {counted(len(got), 'image')} differ by at most {difference:.1e} times the largest output; "
         f"{agreement:.1%} have the same class"
     )
     return [note, *_logits_notes(loaded.info, "not in the folder")], code.format(str(options.out), backbone.name)

@@ -30,8 +30,8 @@ class Graph:
         run: Maps images to outputs.
         module: Module that the code imports.
         load_code: Python code that loads the file `PATH` and its `classes`.
-        run_code: Python expression for the outputs of the array `images`.
-        summary: Prefix of the note on the outputs.
+        run_code: Python expression that computes the outputs for the array `images`.
+        note_prefix: Prefix of the note on the outputs.
     """
 
     runtime: str
@@ -40,7 +40,7 @@ class Graph:
     module: str
     load_code: str
     run_code: str
-    summary: str = ""
+    note_prefix: str = ""
 
 
 def export_onnx(model: nn.Module, example: Tensor, metadata: dict[str, Any], output: str, opset: int | None) -> Graph:
@@ -110,7 +110,7 @@ def export_torch(model: nn.Module, example: Tensor, metadata: dict[str, Any], *_
 
 
 def _torch_graph(runtime: str, file: io.BytesIO, run: Callable[[Tensor], Tensor], load_call: str) -> Graph:
-    """Return a graph that torch loads with a call."""
+    """Build a `Graph` whose file `load_call` loads."""
     load_code = f"files = {{'classes': ''}}\nmodel = {load_call}\nclasses = json.loads(files['classes'])"
     run_code = "model(torch.from_numpy(images)).detach().numpy()"
     return Graph(runtime, file.getvalue(), run, "torch", load_code, run_code)
@@ -123,7 +123,7 @@ def compare_outputs(graph: Graph, model: nn.Module, images: Tensor) -> str:
         Largest difference, as a note.
 
     Raises:
-        ValueError: If outputs differ by more than `OUTPUT_BOUND`, or predicted classes differ.
+        ValueError: If outputs differ by more than `OUTPUT_BOUND` times the largest output.
     """
     worst = 0.0
     with torch.inference_mode():
@@ -131,16 +131,15 @@ def compare_outputs(graph: Graph, model: nn.Module, images: Tensor) -> str:
             expected, got = model(images[:count]).float(), graph.run(images[:count].clone()).float()
             is_comparable = got.shape == expected.shape and bool(got.isfinite().all())
             error = float((got - expected).abs().max() / expected.abs().max()) if is_comparable else math.inf
-            if not error <= OUTPUT_BOUND or not torch.equal(got.argmax(1), expected.argmax(1)):
+            if not error <= OUTPUT_BOUND:
                 raise ValueError(
-                    f"{graph.runtime} outputs must equal torch outputs to within {OUTPUT_BOUND:g} of the largest, with "
-                    f"the same classes, got a difference of {error:.1e} on {counted(count, 'image')}; nothing was "
-                    "written"
+                    f"{graph.runtime} outputs must differ from torch outputs by at most {OUTPUT_BOUND:g} times the "
+                    f"largest, got {error:.1e} on {counted(count, 'image')}; nothing was written"
                 )
             worst = max(worst, error)
     return (
-        f"{graph.summary}{graph.runtime}'s outputs on {counted(len(images), 'image')} differ by {worst:.1e} of the "
-        f"largest (allowed: {OUTPUT_BOUND:g})"
+        f"{graph.note_prefix}{graph.runtime}'s outputs on {counted(len(images), 'image')} differ by at most "
+        f"{worst:.1e} times the largest output (allowed: {OUTPUT_BOUND:g})"
     )
 
 
@@ -161,7 +160,8 @@ def quiet_exporters() -> Iterator[None]:
 def preparation_code(loaded: LoadedRun) -> list[str] | None:
     """Return Python code that preprocesses an 8-bit or 16-bit image like `predict`, with NumPy and Pillow.
 
-    The result is None unless the images are grayscale or RGB and `white` is not set.
+    `predict` also reduces large images while decoding them, which changes pixels slightly. The result is None unless
+    the images are grayscale or RGB and `white` is not set.
     """
     config = loaded.info.data_config
     channels, size = int(config["input_size"][0]), int(config["input_size"][-1])

@@ -6,7 +6,6 @@ import io
 import json
 import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ def predict_to_files(
         print_line(errors, f"note: {status_note}")
     names: list[Path] = []
     rows: list[np.ndarray] = []
-    is_interrupted = threading.Event()
+    signals: list[int] = []
 
     def skip(path: Path, reason: str) -> None:
         skipped.append(f"{str(path)!r} ({reason})")
@@ -99,10 +98,10 @@ def predict_to_files(
 
     if watch:
         table = out if is_appended else None
-        predictions: Iterable[Any] = _watch_predictions(predict_paths, files, folders, table, is_interrupted)
+        predictions: Iterable[Any] = _watch_predictions(predict_paths, files, folders, table, signals)
     else:
         predictions = track_progress(predict_paths(files), "predicting", len(files), None if out is None else errors)
-    with _until_interrupted(is_interrupted) if watch else contextlib.nullcontext():
+    with _until_interrupted(signals) if watch else contextlib.nullcontext():
         if out is None:
             for prediction in predictions:
                 print_line(console, f"{prediction.path}: {prediction.text(top_k)}")
@@ -187,32 +186,32 @@ def _watch_predictions(
     files: Sequence[Path],
     folders: Sequence[Path],
     out: str | None,
-    is_interrupted: threading.Event,
+    signals: Sequence[int],
 ) -> Iterator[Any]:
     """Yield predictions of files, then of new images in folders until interrupted."""
     written = [] if out is None or not Path(out).is_file() else _images_in_rows(Path(out))
     done = {path.resolve() for path in written}
     yield from predict_paths([path for path in files if path.resolve() not in done])
     for new in new_files(folders, written):
-        if is_interrupted.is_set():
+        if signals:
             return
         if new:
             yield from predict_paths(new)
 
 
 @contextlib.contextmanager
-def _until_interrupted(is_interrupted: threading.Event) -> Iterator[None]:
+def _until_interrupted(signals: list[int]) -> Iterator[None]:
     """Run the block until Ctrl-C or SIGTERM, then continue after the block.
 
-    The signal also sets `is_interrupted`, because Python discards a KeyboardInterrupt that is raised in a finalizer.
+    The signal is also added to `signals`, because Python discards a KeyboardInterrupt that is raised in a finalizer.
     """
 
-    def interrupt(*_: Any) -> None:
-        is_interrupted.set()
+    def interrupt(number: int, _: Any) -> None:
+        signals.append(number)
         raise KeyboardInterrupt
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    previous = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: handler for number, handler in previous.items() if handler is not signal.SIG_IGN}
     for number in previous:
         signal.signal(number, interrupt)
     try:

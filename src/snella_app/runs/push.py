@@ -109,7 +109,8 @@ def push(
         return PushResult(str(write_hub_folder(run, to_folder, name, adapter=adapter)))
     folder = write_hub_folder(run, beside(run, "-hub"), name, adapter=adapter)
     api: Any = HfApi()
-    unreachable: tuple[Any, ...] = (OfflineModeIsEnabled, OSError, *HfHubHTTPError.__bases__)  # HTTPX has other errors
+    # connection errors of the Hub's HTTP library are not OSErrors
+    unreachable: tuple[Any, ...] = (OfflineModeIsEnabled, OSError, *HfHubHTTPError.__bases__)
     try:
         url = api.create_repo(name, private=private, exist_ok=overwrite)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Model and card")

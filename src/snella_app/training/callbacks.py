@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerState
 
 from snella.matrices import AdaptedMatrix
 from snella_app.console import print_line
+from snella_app.device import synchronized_time
 from snella_app.methods.model_parts import updated_statistics
 from snella_app.text import seconds_text
 from snella_app.training.checkpoints import CheckpointError, require_file
@@ -54,9 +55,10 @@ class WeightAverage(TrainerCallback):
     The decay warms up; without warmup, a short run with a decay of 0.9999 would be dominated by the initial values.
     During warmup the average spans about the last ninth of the steps.
 
-    Trained parameters are averaged (factors, scalars and head), and running statistics that training updates. Budgets
-    are buffers and keep their current values. The threshold is recomputed from the averaged factors, so the number of
-    nonzero entries still equals the budget. Averaging merged matrices or restoring old budgets would lose the sparsity.
+    Trained parameters (factors, scalars and head) and the running statistics that training updates are averaged.
+    Budgets are buffers and keep their current values. The threshold is recomputed from the averaged factors, so the
+    number of nonzero entries still equals the budget. Averaging merged matrices or restoring old budgets would lose the
+    sparsity.
 
     Args:
         model: Model from `build_method`; parameters that are trainable now are averaged.
@@ -105,9 +107,9 @@ class WeightAverage(TrainerCallback):
         """
         path = require_file(checkpoint, _FILE)
         with safe_open(path, "pt") as file:
-            stored = _check_names(path, file.keys(), self._parameters)
+            _check_names(path, file.keys(), self._averages)
             for name, average in self._averages.items():
-                average.copy_(file.get_tensor(name) if name in stored else self._parameters[name])
+                average.copy_(file.get_tensor(name))
             self.steps = int(file.metadata()["steps"])
 
 
@@ -164,8 +166,7 @@ class EpochSnapshots:
             number, name = key.split("/", 1)
             self._values.setdefault(int(number), {})[name] = value
         for values in self._values.values():
-            stored = _check_names(path, values, self._parameters)
-            values |= {n: p.detach().to("cpu", copy=True) for n, p in self._parameters.items() if n not in stored}
+            _check_names(path, values, self._parameters)
 
 
 def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -174,16 +175,13 @@ def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors | updated_statistics(model)
 
 
-def _check_names(path: Path, stored: Iterable[str], expected: Mapping[str, torch.Tensor]) -> set[str]:
-    """Return the stored names; running statistics, but no parameters, may be missing."""
-    names = set(stored)
-    required = {name for name, tensor in expected.items() if isinstance(tensor, nn.Parameter)}
-    if different := sorted((names - set(expected)) | (required - names))[:3]:
+def _check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> None:
+    """Check that a checkpoint's file has a value for each averaged tensor, and no others."""
+    if different := sorted(set(stored) ^ set(expected))[:3]:
         raise CheckpointError(
             f"{path} must contain this model's trainable parameters, got a difference in {', '.join(different)}; "
             "start over with --overwrite"
         )
-    return names
 
 
 @contextmanager
@@ -244,19 +242,13 @@ class StepTimeCallback(TrainerCallback):
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the timer."""
-        self._start = self._now()
+        self._start = synchronized_time(self.device)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop the timer and record the memory."""
-        self.step_s.append(self._now() - self._start)
+        self.step_s.append(synchronized_time(self.device) - self._start)
         if self.device.type == "cuda":
             self.reserved_bytes.append(torch.cuda.memory_reserved(self.device))
-
-    def _now(self) -> float:
-        """Return the time in seconds, after the work of a GPU."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
     def summary(self) -> dict[str, Any]:
         """Return median step time (s) and GPU memory (bytes; None on a CPU), named as in PEFT's method comparison."""

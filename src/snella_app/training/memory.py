@@ -358,23 +358,34 @@ def predict_for_methods(
         yield method, shape, predict_step_memory(model, shape, batch, device_type=device_type)
 
 
-def memory_table(backbone: str, device: str | None = None, **given: Any) -> Group:
+def memory_table(
+    backbone: str,
+    device: str | None = None,
+    *,
+    batch: int = 32,
+    img_size: int | None = None,
+    r: int = 8,
+    dtype: str = "fp32",
+) -> Group:
     """Return a table with the memory of one training step, one row per method.
 
     Args:
         backbone: As for `create_backbone`.
         device: `cpu`, `cuda` or the name of a GPU, which adds a column with step times; this machine's device if None.
-        **given: `batch`, `img_size`, `r` and `dtype` of `predict_for_methods`.
+        batch: As for `predict_for_methods`.
+        img_size: As for `predict_for_methods`.
+        r: As for `predict_for_methods`.
+        dtype: As for `predict_for_methods`.
     """
-    chosen: dict[str, Any] = {"batch": 32, "img_size": None, "r": 8, "dtype": "fp32"} | given
     device = device or choose_device("auto").type
     device_type = device if device in _DEVICE_TYPES else "cuda"
-    predictions = predict_for_methods(backbone, **chosen, device_type=device_type)
+    options: dict[str, Any] = {"batch": batch, "img_size": img_size, "r": r, "dtype": dtype}
+    predictions = predict_for_methods(backbone, **options, device_type=device_type)
     rows = list(track_progress(predictions, "predicting", len(MEMORY_METHODS), make_console()))
     name, forecast = device, None
     estimate = None if device in _DEVICE_TYPES else plugin("estimates", "step-time")
     if estimate is not None:
-        name, forecast = estimate(device, backbone, **{key: chosen[key] for key in ("img_size", "batch", "r", "dtype")})
+        name, forecast = estimate(device, backbone, **options)
     columns = ["MiB", "weights", "gradients", "optimizer state", "saved for backward", "largest temporary", "total"]
     notes = ["total is the peak, less than the sum because the backward pass frees saved tensors"]
     if forecast is not None:
@@ -382,9 +393,9 @@ def memory_table(backbone: str, device: str | None = None, **given: Any) -> Grou
         notes += forecast.notes
     elif estimate is not None:
         notes.append(f"step times are predicted for plain ViTs only, got {backbone}")
-    (_, (_, height, width), _), *_ = rows
-    images = f"{counted(chosen['batch'], 'image')} of {height}×{width} px"
-    title = f"Training step of {backbone}: {images}, {chosen['dtype']}, AdamW, on {name}"
+    height, width = rows[0][1][1:]
+    images = f"{counted(batch, 'image')} of {height}×{width} px"
+    title = f"Training step of {backbone}: {images}, {dtype}, AdamW, on {name}"
     table = make_table(columns, (), title=title)
     for method, _, memory in rows:
         cells = [f"{part / 2**20:,.1f}" for part in astuple(memory)]

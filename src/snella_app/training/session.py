@@ -84,7 +84,7 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Skip the evaluation and the checkpoint of an unfinished epoch, which is saved; save after a complete one."""
+        """Skip the evaluation and the second checkpoint of an unfinished epoch; save a complete one."""
         if not _is_epoch_end(state):
             control.should_log = control.should_evaluate = control.should_save = False
         elif self.is_requested:

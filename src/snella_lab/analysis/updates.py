@@ -312,9 +312,10 @@ def _layers(run_updates: Sequence[RunUpdates]) -> dict[str, list[str]]:
     has_stages = len({stage for stage, _ in blocks}) > 1
     layers: dict[str, list[str]] = {}
     for name in names:
-        if name in infos or (match := matches[name]) is None:
-            depth = infos[name].depth if name in infos else None
-        else:
+        depth: int | None = None
+        if name in infos:
+            depth = infos[name].depth
+        elif (match := matches[name]) is not None:
             depth = blocks.index(match.groups()) if has_stages else int(match[2])
         layers.setdefault("–" if depth is None else str(depth), []).append(name)
     return in_order_of_depth(layers)

@@ -7,7 +7,6 @@ import itertools
 import multiprocessing
 import random
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from snella import BudgetAllocator, create_snella_optimizer
 from snella.layer import SnellaLayer
 from snella_app.console import make_console, make_table, print_line
+from snella_app.device import synchronized_time
 from snella_app.text import first_line
 from snella_app.training.memory import peak_rss_mib, record_forward
 from snella_lab.bench.baselines import BASELINES, REFERENCE, Workload, random_batch
@@ -120,14 +120,14 @@ class Runner:
 
     def step(self, images: Tensor, labels: Tensor) -> StepTime:
         """Run and time forward pass, backward pass and optimizer."""
-        start = self._now()
+        start = synchronized_time(self.device)
         loss = nn.functional.cross_entropy(self.model(images), labels)
-        forward = self._now()
+        forward = synchronized_time(self.device)
         loss.backward()
-        backward = self._now()
+        backward = synchronized_time(self.device)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepTime(forward - start, backward - forward, self._now() - start)
+        return StepTime(forward - start, backward - forward, synchronized_time(self.device) - start)
 
     def has_finite_gradients(self, images: Tensor, labels: Tensor) -> bool:
         """Return True if gradients exist and are finite; also warms up."""
@@ -136,12 +136,6 @@ class Runner:
         is_finite = bool(gradients) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
         self.optimizer.zero_grad()
         return is_finite
-
-    def _now(self) -> float:
-        """Synchronize the device and return the time."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 _STEPS = 2
@@ -231,8 +225,9 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str,
     rows = []
     for workload, batch in config.settings():
         new_rows = _time(config, workload, batch, console) if config.rounds else _count(config, workload, batch)
-        for row in new_rows if config.memory else ():
-            row.update(peak_mib(str(row["method"]), workload, batch))
+        if config.memory:
+            for row in new_rows:
+                row.update(peak_mib(str(row["method"]), workload, batch))
         gc.collect()  # frees models and optimizers in reference cycles
         console.print(_table(new_rows, workload, batch))
         if config.out is not None:

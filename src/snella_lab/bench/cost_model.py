@@ -190,7 +190,7 @@ class StepCount:
         merge_launches: Launches of merging.
         merge_serial: Instructions on the critical path of merging, executed by one warp.
         saved: Bytes saved for the backward pass.
-        parameters: Number of parameters, excluding adapters.
+        is_full: True if the method trains all parameters of the model.
         adapters: Number of adapter parameters.
         trainable: Number of trainable parameters: adapters plus the trained parameters of the model itself.
         base_weights: Bytes of the parameters, excluding adapters.
@@ -208,7 +208,7 @@ class StepCount:
     merge_launches: float
     merge_serial: float
     saved: float
-    parameters: int
+    is_full: bool
     adapters: int
     trainable: int
     base_weights: float
@@ -219,11 +219,6 @@ class StepCount:
     def weights(self) -> float:
         """Bytes of all parameters; adapters are in float32."""
         return self.base_weights + _FLOAT32 * self.adapters
-
-    @property
-    def is_full(self) -> bool:
-        """True if more than half of the parameters, excluding adapters, are trained."""
-        return _is_full(self.trainable - self.adapters, self.parameters)
 
     @property
     def peak(self) -> float:
@@ -251,11 +246,6 @@ class StepCount:
         if strategy == "ddp":
             return 2 * share * gradients
         return share * (2 * self.base_weights + (1 if self.is_full else 2) * gradients)
-
-
-def _is_full(trained: int, parameters: int) -> bool:
-    """Return whether more than half of the parameters, excluding adapters, are trained."""
-    return 2 * trained > parameters
 
 
 def count_adapters(model: Transformer, method: str, r: int = 8) -> int:
@@ -306,7 +296,7 @@ def count_step(
     options = METHODS[method]
     tokens, (activation, weight, _) = model.tokens * batch, _SIZES[precision]
     adapters, trainable = count_adapters(model, method, r), count_trainable(model, method, r)
-    is_full = _is_full(trainable - adapters, model.parameters)
+    is_full = options.family == "full"
     base_weight = _FLOAT32 if is_full else weight
     gradient_flops, half_gradient_flops, gradient_bytes = _weight_gradient(
         model, options, tokens, sparsity, precision, kernels
@@ -337,7 +327,7 @@ def count_step(
         merge_launches=model.depth * kernels.launches * len(model.layers) if is_merged else 0,
         merge_serial=kernels.serial * rows,
         saved=_saved_bytes(model, options, tokens, r, precision, is_checkpointed),
-        parameters=model.parameters,
+        is_full=is_full,
         adapters=adapters,
         trainable=trainable,
         base_weights=model.parameters * base_weight,

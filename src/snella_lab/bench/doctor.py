@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from snella.kernels import Factors, make_kernel
 from snella.ops import has_bfloat16_instructions
 from snella.update import Update, UpdateSpec
 from snella_app.console import make_console, make_table, print_line
+from snella_app.device import synchronized_time
 from snella_app.files import create_folder, write_json
 from snella_app.records.record import plain
 from snella_app.text import bytes_text
@@ -29,6 +29,7 @@ from snella_lab.bench.reference import DTYPES, BackendCheck, check_backend
 from snella_lab.provenance import conditions, device_name
 
 _PACKAGES = ("snella", "torch", "peft", "timm", "triton", "numba", "numpy")
+_MERGES = 20  # timed calls
 _MERGED_SHAPES = {(768, 768): 48, (3072, 768): 24}
 """Matrices of a ViT-B by shape; the 12 of 768×3072 count as 3072×768."""
 
@@ -117,17 +118,16 @@ def diagnose(
     return diagnosis
 
 
-def time_merges(steps: list[dict[str, Any]], device: str, rounds: int = 20) -> list[dict[str, Any]]:
+def time_merges(steps: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
     """Time merging one matrix of each shape at rank 8 and sparsity 0.7 with the backend that `impl="auto"` chooses.
 
     Args:
         steps: Rows of `bench` on this device.
         device: Device of the tensors.
-        rounds: Timed calls; the first call is not timed.
 
     Returns:
-        A row per shape and dtype of `steps`: median milliseconds, and the share of the SNELLA step that the forward
-        pass spends on the ViT-B's matrices of this size (`None` without a SNELLA row).
+        A row per shape and dtype of `steps`: median milliseconds of all calls but the first, and the share of the
+        SNELLA step that the forward pass spends on the ViT-B's matrices of this size (`None` without a SNELLA row).
     """
     rows = []
     for name in dict.fromkeys(row["dtype"] for row in steps):
@@ -135,12 +135,10 @@ def time_merges(steps: list[dict[str, Any]], device: str, rounds: int = 20) -> l
         for shape, matrices in _MERGED_SHAPES.items():
             weight, update = _random_update(*shape, device, getattr(torch, name))
             seconds = []
-            for _ in range(rounds + 1):
-                _synchronize(device)
-                start = time.perf_counter()
+            for _ in range(_MERGES + 1):
+                start = synchronized_time(torch.device(device))
                 compute_effective_weight(weight, [update], weight.shape)
-                _synchronize(device)
-                seconds.append(time.perf_counter() - start)
+                seconds.append(synchronized_time(torch.device(device)) - start)
             merge_s = statistics.median(seconds[1:])
             row = {"shape": list(shape), "backend": update.spec.backend, "dtype": name, "matrices": matrices}
             share = None if step_s is None else round(matrices * merge_s / step_s, 4)
@@ -159,12 +157,6 @@ def _random_update(m: int, n: int, device: str, dtype: torch.dtype) -> tuple[Ten
     spec = UpdateSpec(kernel, (m,))
     spec = replace(spec, backend=choose_backend("auto", spec, factors.A)[0])
     return weight.to(device, dtype), Update(spec, factors, (int(0.3 * m * n),))
-
-
-def _synchronize(device: str) -> None:
-    """Wait for a GPU."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def usable_devices() -> list[str]:

@@ -142,20 +142,6 @@ def gpu_rates(
     )
 
 
-def rates_range(gpu: str, *, is_float32: bool = False) -> list[Rates]:
-    """Return the rates of a GPU under every combination of assumptions."""
-    return [gpu_rates(gpu, *levels, is_float32=is_float32) for levels in itertools.product(range(3), repeat=4)]
-
-
-def ratio_range(
-    gpu: str, step: StepCount, reference: StepCount, *, is_float32: bool = False
-) -> tuple[float, float, float]:
-    """Return the lowest, expected and highest ratio of two step times over all assumptions."""
-    ratios = [rates.seconds(step) / rates.seconds(reference) for rates in rates_range(gpu, is_float32=is_float32)]
-    expected = gpu_rates(gpu, is_float32=is_float32)
-    return min(ratios), expected.seconds(step) / expected.seconds(reference), max(ratios)
-
-
 def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int | None:
     """Return the tokens of the smallest batch that meets a monotonic condition; None above a million tokens."""
     low, high = 0, _MAX_TOKENS // model.tokens
@@ -196,12 +182,18 @@ class GpuForecast:
     def seconds(self, method: str) -> tuple[float, float, float]:
         """Return the lowest, expected and highest step time, in seconds."""
         step = self.count(method)
-        seconds = [rates.seconds(step) for rates in rates_range(self.gpu, is_float32=self._is_float32)]
-        return min(seconds), self._expected.seconds(step), max(seconds)
+        return self._range(lambda rates: rates.seconds(step))
 
-    def ratio(self, method: str, reference: str = "lora") -> tuple[float, float, float]:
-        """Return the lowest, expected and highest ratio of two step times."""
-        return ratio_range(self.gpu, self.count(method), self.count(reference), is_float32=self._is_float32)
+    def ratio(self, method: str) -> tuple[float, float, float]:
+        """Return the lowest, expected and highest step time relative to LoRA."""
+        step, lora = self.count(method), self.count("lora")
+        return self._range(lambda rates: rates.seconds(step) / rates.seconds(lora))
+
+    def _range(self, value: Callable[[Rates], float]) -> tuple[float, float, float]:
+        """Return the lowest, expected and highest value over all combinations of assumptions."""
+        levels = itertools.product(range(3), repeat=4)
+        values = [value(gpu_rates(self.gpu, *level, is_float32=self._is_float32)) for level in levels]
+        return min(values), value(self._expected), max(values)
 
     @property
     def merge_share(self) -> float:
@@ -222,11 +214,12 @@ class GpuForecast:
     def notes(self) -> list[str]:
         """Ratio of SNELLA to LoRA, share of merging and crossing, as lines of text."""
         (low, expected, high), crossing, tokens = self.ratio("snella"), self.crossing, self.shape.tokens
-        faster = "LoRA is faster up to a million tokens per step"
-        if crossing is not None:
+        if crossing is None:
+            faster = "LoRA is faster up to a million tokens per step"
+        elif crossing == tokens:
+            faster = "SNELLA is at least as fast as LoRA at every batch size"
+        else:
             faster = f"below {crossing:,} tokens per step (batch size {crossing // tokens:,}), LoRA is faster"
-        if crossing == tokens:
-            faster = "SNELLA is as fast as LoRA at every batch size"
         return [
             "step is predicted, not measured: datasheet values with a range of efficiencies, see docs/speed.md",
             f"snella takes {expected:.2f} ({low:.2f}–{high:.2f}) times as long as lora; "

@@ -54,7 +54,7 @@ def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups:
             )
         elif claim.get("task") is not None and claim["task"] not in labels:
             errors.append(f"'task' in published.orderings must be one of {', '.join(labels)}, got {claim['task']!r}")
-        elif claim.get("metric", "step_time") not in metrics:
+        elif "metric" in claim and claim["metric"] not in metrics:
             hint = nearest(str(claim["metric"]), metrics, most=2, cutoff=0.5)
             errors.append(f"'metric' in published.orderings must be a result column, got {claim['metric']!r}{hint}")
     columns = {*labels, *groups, OVER_TASKS, OVER_GROUPS}

@@ -61,6 +61,12 @@ def test_a_shell_completes_commands_options_values_and_files(shell, args, expect
     assert set(complete(shell, completion_script(shell), *args, cwd=tmp_path)) == expected
 
 
+def test_zsh_allows_options_after_a_flag_and_completes_values_of_other_booleans():
+    script = completion_script("zsh")
+    assert "--resume[" in script and ":resume:(true false)" not in script
+    assert ":pretrained:(true false)" in script
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_script_is_valid_and_lists_every_command_and_option(shell, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -84,7 +84,7 @@ def test_a_sample_smaller_than_the_number_of_classes_is_rejected():
 
 
 def test_small_grouped_data_is_split():
-    draw = random.Random(0)
+    draw, num_split = random.Random(0), 0
     for seed in range(40):
         count = draw.randrange(4, 10)
         labels, groups = ([draw.randrange(n) for _ in range(count)] for n in (3, 7))
@@ -94,8 +94,10 @@ def test_small_grouped_data_is_split():
             assert "requires at least two groups" in str(error)
         else:
             assert rest and selected
+            num_split += 1
+    assert num_split >= 20
     with pytest.raises(
-        ValueError, match="folds must be at most the number of groups and of images of a class, 2, got 3"
+        ValueError, match="folds must be at most 2, the number of groups or of images in the largest class, got 3"
     ):
         fold_split([0, 0, 1, 1], ["a", "b", "c", "d"], 3, 1, seed=0, classes=["x", "y"])
 

@@ -40,10 +40,10 @@ def test_the_mean_rank_decreases_from_1_5_r_to_r(make_model, images):
 
 
 def test_a_configured_schedule_is_used(make_model):
-    schedule = RankSchedule(build_method("adalora-2", make_model(), tinit=3, tfinal=4, total_step=50), 10)
+    schedule = RankSchedule(build_method("adalora-2", make_model(), tinit=3, tfinal=4), 10)
     assert (schedule.config.tinit, schedule.config.tfinal, schedule.config.total_step) == (3, 4, 10)
     with pytest.raises(ValueError, match=r"tinit \+ tfinal must be less than the 7 steps of the run, got 3 \+ 4"):
-        RankSchedule(build_method("adalora-2", make_model(), tinit=3, tfinal=4, total_step=50), 7)
+        RankSchedule(build_method("adalora-2", make_model(), tinit=3, tfinal=4), 7)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

@@ -49,7 +49,7 @@ def test_missing_or_optimistic_results_are_noted(run):
     run.change("metrics.json", averaged={"kind": "swa", "epochs": [1, 2], "offered": [1, 2], "is_saved": True})
     card = model_card(run.folder, "x")
     assert "results of the averaged weights; no epoch was selected" in card
-    assert "- Epoch: the average of epochs 1, 2, of 10\n" in card
+    assert "- Epoch: the average of epochs 1, 2 of 10\n" in card
 
 
 def test_the_base_model_has_its_hub_id(run):

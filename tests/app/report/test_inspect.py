@@ -223,4 +223,4 @@ def test_averaged_weights_and_the_last_epoch_are_no_best_epoch(run):
     assert "last epoch 10 of 10, " in printed_in_one_line(run)
     run.change("metrics.json", averaged={"kind": "swa", "epochs": [9, 10], "offered": [9, 10], "is_saved": True})
     text = printed_in_one_line(run)
-    assert "saved the average of epochs 9, 10, of 10, " in text and "best epoch" not in text
+    assert "saved the average of epochs 9, 10 of 10, " in text and "best epoch" not in text

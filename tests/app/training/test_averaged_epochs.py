@@ -1,7 +1,6 @@
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from snella.matrices import adapted_matrices
@@ -10,7 +9,7 @@ from snella_app.records.record import read
 from snella_app.records.run import Metrics
 from snella_app.report.report import _saved_epoch
 from snella_app.runs import load_run
-from snella_app.training.callbacks import EpochSnapshots, WeightAverage
+from snella_app.training.callbacks import EpochSnapshots
 from snella_app.training.checkpoints import CheckpointError
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
@@ -48,25 +47,6 @@ def test_running_statistics_that_training_updates_are_averaged():
     assert torch.equal(model[1].running_mean, means[1])
     freeze_running_statistics(model)
     assert not updated_statistics(model)
-
-
-def test_checkpoints_without_running_statistics_load(tmp_path):
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    for make, file in ((lambda: EpochSnapshots(model, 2), "epoch_ends"), (lambda: WeightAverage(model, 0.9), "ema")):
-        saved = make()
-        if isinstance(saved, EpochSnapshots):
-            saved.add(1)
-        saved.save(tmp_path)
-        path = tmp_path / f"{file}.safetensors"
-        with safe_open(path, "pt") as stored:
-            metadata = stored.metadata()
-        tensors = {name: tensor for name, tensor in load_file(path).items() if "running" not in name}
-        save_file(tensors, path, metadata)
-        loaded = make()
-        model[1].running_mean.fill_(7.0)
-        loaded.load(tmp_path)
-        with loaded.average_parameters(*([[1]] if isinstance(loaded, EpochSnapshots) else [])):
-            assert model[1].running_mean.eq(7.0).all()
 
 
 def test_a_checkpoint_restores_the_epochs_and_rejects_another_model(tmp_path):

@@ -50,7 +50,7 @@ def test_groups_are_never_split_across_folds(photos, tmp_path):
     ]
     assert sorted(map(len, groups)) == [12] * 4 and len(set().union(*groups)) == 12 == sum(len(set(g)) for g in groups)
     with pytest.raises(
-        ValueError, match="folds must be at most the number of groups and of images of a class, 12, got 13"
+        ValueError, match="folds must be at most 12, the number of groups or of images in the largest class, got 13"
     ):
         load_data(f"csv:{tmp_path}/x.csv", DataConfig(folds=13, fold=1))
 

@@ -30,7 +30,6 @@ from snella_lab.bench.machines import (
     GpuForecast,
     Rates,
     gpu_rates,
-    ratio_range,
     shape_of_backbone,
     tokens_until,
 )
@@ -270,10 +269,8 @@ def test_forecast_has_ranges_a_merge_share_and_a_crossing():
     assert crossing is not None and crossing % 197 == 0
     for tokens, is_as_fast in ((crossing - 197, False), (crossing, True)):
         assert (replace(forecast, batch=tokens // 197).ratio("snella")[1] <= 1) == is_as_fast
-    # the merge has 34 more operations per entry for each rank
+    # the merge has 35 more operations per entry for each rank above 8
     assert replace(forecast, r=32).merge_share > forecast.merge_share
-    low, expected, high = ratio_range("h100", forecast.count("snella"), forecast.count("lora"))
-    assert (low, expected, high) == forecast.ratio("snella")
 
 
 def test_float32_gpu_rates_use_tensor_cores_only_for_bfloat16_products():
@@ -307,12 +304,6 @@ def test_adapters_stay_replicated_at_every_rank(method):
     # adapters, two moments, and gradients; saved tensors are freed before the optimizer needs the gradients
     saved = [max(step.saved + step.temporary, 4 * step.trainable) for step in (small, large)]
     assert large.sharded_peak(4) - small.sharded_peak(4) == 3 * 4 * added + saved[1] - saved[0]
-
-
-def test_step_is_full_if_it_trains_most_parameters():
-    assert {name for name in METHODS if count_step(MODELS["ViT-B/16"], name, 1).is_full} == {"full", "full-recompute"}
-    half = replace(count_step(TINY, "lora", 1), parameters=100, adapters=30, trainable=80)
-    assert not half.is_full and replace(half, trainable=81).is_full
 
 
 def test_options_of_inspect_name_every_gpu():

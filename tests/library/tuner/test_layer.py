@@ -317,7 +317,7 @@ def test_a_weight_that_another_module_uses_is_trained_but_not_merged(kind, merge
     base.tied.weight = base.lin1.weight
     model = get_peft_model(base, mlp.config(target_modules=["lin1"]))
     before = base.tied.weight.clone()
-    with pytest.raises(NotImplementedError, match=r"merging 'lin1' would change the others of \['lin1', 'tied'\]"):
+    with pytest.raises(NotImplementedError, match=r"merging 'lin1' would also change \['tied'\]"):
         getattr(model, merge)()
     assert torch.equal(base.tied.weight, before) and not first_layer(model).merged
     mlp.predict(model.unload())

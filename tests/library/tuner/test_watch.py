@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ NEW_HEADS = {
 @pytest.mark.parametrize("kind", NEW_HEADS)
 def test_frozen_new_head_warns_at_second_step_and_removes_hooks(kind):
     name = "head.1" if kind == "convolution" else "head"
-    message = rf"the head '{name}' has its initial random values and is frozen.* modules_to_save=\['{name}'\]"
+    message = rf"newly initialized head layers are frozen.* modules_to_save=\['{name}'\]"
     with pytest.warns(UserWarning, match=message) as records:
         model = two_steps(NEW_HEADS[kind]())
     assert len(records) == 1
@@ -230,7 +231,9 @@ class PartlyUsed(nn.Module):
 
 
 TARGETS = ["called", "read", "spare", "other", "attn"]
-UNUSED = r"2 of 6 adapted modules were not used in the first optimizer step: 'spare', 'other'; the model neither called"
+UNUSED = (
+    r"2 of 6 adapted modules were not used before the first optimizer step: 'spare', 'other'; the model neither called"
+)
 
 
 def make_partly_used(inject=get_peft_model, **settings):
@@ -291,7 +294,7 @@ def test_merging_reports_unused_layers(tmp_path):
     with pytest.warns(UserWarning, match=UNUSED):
         step(model)
     model.save_pretrained(tmp_path)
-    message = r"merging changes 2 of 6 modules whose updates the model has not used so far: 'spare', 'other'"
+    message = r"merging changes 2 modules \(of 6\) whose updates the model has not used so far: 'spare', 'other'"
     with pytest.warns(UserWarning, match=message):
         copy.deepcopy(model).merge_and_unload()
     with pytest.warns(UserWarning, match=message):
@@ -331,9 +334,7 @@ def normalized(**settings):
 def test_unsaved_running_statistics_warn_when_saving(tmp_path):
     model = normalized()
     optimizer = step(model)
-    message = (
-        r"statistics of 1 batch normalizations changed .* saved with the adapter: 'norm'; add them to modules_to_save"
-    )
+    message = r"statistics of 1 batch-norm layer changed .* saved with the adapter: 'norm'; add them to modules_to_save"
     with pytest.warns(UserWarning, match=message):
         model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
@@ -356,6 +357,29 @@ def test_suggested_fixes_save_or_freeze_running_statistics(tmp_path):
     assert saved.state_dict()[name].abs().sum() > 0
 
 
+def test_an_allocator_attached_after_the_first_step_silences_the_warning_at_saving(tmp_path):
+    model = make_partly_used(target_modules=["called", "read"], target_sparsity=0.9)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    step(model, optimizer)
+    BudgetAllocator(model, total_epochs=2, steps_per_epoch=8).attach(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+
+
+def test_a_configuration_used_for_a_second_model_warns_again():
+    config = SnellaConfig(r=2, target_sparsity=0.9, target_modules=["called", "read"])
+    first = get_peft_model(PartlyUsed(), config)
+    BudgetAllocator(first, total_epochs=2, steps_per_epoch=8).attach(
+        torch.optim.SGD([p for p in first.parameters() if p.requires_grad], lr=1e-3)
+    )
+    second = get_peft_model(PartlyUsed(), config)
+    optimizer = torch.optim.SGD([p for p in second.parameters() if p.requires_grad], lr=1e-3)
+    step(second, optimizer)
+    with pytest.warns(UserWarning, match="no budget allocator is attached"):
+        step(second, optimizer)
+
+
 def test_saving_far_above_target_warns_once(tmp_path):
     model = make_partly_used(target_modules=["called", "read"], target_sparsity=0.9)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -364,7 +388,7 @@ def test_saving_far_above_target_warns_once(tmp_path):
         step(model, optimizer)
     budget = sum(allocator.budgets.values())
     message = (
-        rf"saved with {budget:,} entries, its target is 3: the allocator has counted 8 of 16 .* steps_per_epoch or "
+        rf"saved with {budget:,} entries, but its target is 3; the allocator has counted 8 of 16 .* steps_per_epoch or "
         r"total.*allocator\.advance_to\(16\) reduces the budget"
     )
     with pytest.warns(UserWarning, match=message) as records:

@@ -25,16 +25,14 @@ COUNT_BLOCK = 4096
 _MAX_COUNT_PROGRAMS = 256  # each program adds its counts to the histogram of the matrix once
 SUM_BLOCK = 512
 _MODES = {"soft": forward.SOFT.value, "official": forward.OFFICIAL.value, "none": forward.NONE.value}
-_WARPS = {"factor_gradients": 4, "scalar_gradients": 4}
-_REGISTERS = {
-    "softmax_statistics": (64, 80),
-    "softmax_weighted_sums": (64, 80),
-    "merge": (80, 128),
-    "factor_gradients": (128, 128),
+_LAUNCHES: dict[str, tuple[tuple[int, int | None], ...]] = {
+    "softmax_statistics": ((8, 64), (8, 80), (8, 80)),
+    "softmax_weighted_sums": ((8, 64), (8, 80), (16, 64)),
+    "merge": ((8, 80), (8, 128), (16, 64)),
+    "factor_gradients": ((4, 128), (4, 128), (4, 128)),
+    "scalar_gradients": ((4, None), (4, None), (4, None)),
 }
-"""Register limits per thread, for ranks up to 8 and above, chosen to avoid spills; see this package's README."""
-_WIDE = ("merge", "softmax_weighted_sums")
-"""Kernels that use 16 warps and 64 registers for pieces of more than 8 columns."""
+"""Warps and registers per thread for ranks up to 8, higher ranks, and pieces of more than 8 columns; see the README."""
 
 _MAX_ENTRIES = 1 << 30  # positions within a matrix are int32
 _MIN_CAPABILITY = (7, 0)
@@ -42,12 +40,13 @@ _MIN_CAPABILITY = (7, 0)
 
 def launch_options(kernel: str, rank: int = 1, pieces: int = 1, aligned: bool = True) -> dict[str, Any]:
     """Return the launch options of a kernel: warps per program and registers per thread, without FMA fusion."""
-    is_wide = kernel in _WIDE and rank // pieces > 8
-    options: dict[str, Any] = {"num_warps": 16 if is_wide else _WARPS.get(kernel, 8), "enable_fp_fusion": False}
-    if kernel in _REGISTERS and torch.version.hip is None:  # AMD's compiler does not support this limit
-        options["maxnreg"] = 64 if is_wide else _REGISTERS[kernel][rank > 8]
-        if kernel == "factor_gradients" and not aligned:
-            options["maxnreg"] = 168  # loads of unaligned columns are not vectorized, so a thread holds more rows
+    column = 2 if rank // pieces > 8 else int(rank > 8)
+    warps, registers = _LAUNCHES[kernel][column] if kernel in _LAUNCHES else (8, None)
+    if kernel == "factor_gradients" and not aligned:
+        registers = 168  # loads of unaligned columns are not vectorized, so a thread holds more rows
+    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
+    if registers is not None and torch.version.hip is None:  # AMD's compiler does not support this limit
+        options["maxnreg"] = registers
     return options
 
 

@@ -22,21 +22,21 @@ class LanguageOptimConfig(RecipeOptimConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig(RunSettings):
-    """Settings of an instruction fine-tuning run; None means the method's default.
+    """Settings of an instruction fine-tuning run; unset optimizer settings use the method's defaults.
 
     Args:
         method: Fine-tuning method and its options.
         optim: Batches, optimizer and precision.
         run: Folder, seed and device.
-        data: JSON file with a list of objects with instruction, input, output and answer, e.g. commonsense_170k.json.
+        data: JSON list of objects with instruction, input (optional), output and answer, e.g. commonsense_170k.json.
         model: Causal language model: a local folder in transformers format, or a hub name.
         template: Prompt template file with {instruction} and {input}; defaults to a built-in template.
-        max_length: Maximum number of tokens in prompt and response; longer sequences are truncated.
+        max_length: Maximum number of tokens in prompt and response; longer responses are truncated.
         learn_prompt: Also compute the loss on prompt tokens, as the benchmark's script does.
         epochs: Training epochs.
         warmup_steps: Number of learning rate warmup steps, before linear decay to 0.
         val_size: Number of held-out entries; their loss is evaluated each epoch.
-        base: Dtype of the frozen weights: fp32, or bf16 for half the memory; bf16 rounds small updates away.
+        base: Dtype of the base weights: fp32, or bf16 for half the memory; bf16 rounds small updates away.
     """
 
     minimums: ClassVar = {"max_length": 2, "epochs": 1, "warmup_steps": 0, "val_size": 0}
@@ -62,7 +62,7 @@ class LanguageConfig(RunSettings):
     base: Literal["fp32", "bf16"] = "fp32"
 
     def errors(self) -> list[str]:
-        """Validate all settings that need neither data nor model."""
+        """Check settings across sections, without data and model."""
         errors = self.missing_errors(is_started=self.run.resume)
         if self.template is not None and not Path(self.template).expanduser().is_file():
             errors.append(f"template must be an existing text file, got {self.template!r}")
@@ -92,7 +92,7 @@ class EvaluateLanguageOptions(Config):
         batch_size: Batch size.
         limit: Maximum number of questions per task.
         model: Path or hub name of the model; defaults to the run's.
-        overwrite: Replace answers to other questions, or answers generated with other settings.
+        overwrite: Replace stored answers if the correct choices or the generation settings have changed.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
 

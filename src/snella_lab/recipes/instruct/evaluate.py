@@ -45,7 +45,7 @@ def evaluate_language(options: EvaluateLanguageOptions, console: Console | None 
 
     Raises:
         FileNotFoundError: If the run, adapter, data or model does not exist.
-        FileExistsError: If the run has answers to other questions, or answers generated with other settings.
+        FileExistsError: If the run has stored answers, and the correct choices or the generation settings have changed.
         ValueError: If the data are invalid, or the run belongs to another command.
     """
     folder = LanguageFolder(options.run)
@@ -55,6 +55,8 @@ def evaluate_language(options: EvaluateLanguageOptions, console: Console | None 
     questions = {name: entries[: options.limit] for name, entries in read_benchmark(options.data).items()}
     digest = adapter_digest(folder.adapter)
     settings = {"beams": options.beams, "max_new_tokens": options.max_new_tokens, "adapter": digest}
+    if options.model is not None:
+        settings["model"] = options.model
     answers = {
         task: _read_answers(folder, task, entries, settings, options.overwrite)[: len(entries)]
         for task, entries in questions.items()

@@ -137,6 +137,8 @@ def test_evaluation_resumes_after_a_truncated_line(finished_run, data, tmp_path)
         FileExistsError, match=r"boolq.jsonl contains answers with other settings, .*'beams': 1.*--overwrite"
     ):
         evaluate_language(replace(options, beams=2))
+    with pytest.raises(FileExistsError, match=r"answers with other settings, .*--overwrite"):
+        evaluate_language(replace(options, model="other"))
     others = shutil.copytree(data, tmp_path / "others")
     entries = json.loads((others / "piqa" / "test.json").read_text())
     (others / "piqa" / "test.json").write_text(json.dumps(entries[1:]))
