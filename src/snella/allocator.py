@@ -19,6 +19,7 @@ from snella.allocation import allocate, budget_at
 from snella.importance import ImportanceTracker
 from snella.matrices import AdaptedMatrix, adapted_matrices
 from snella.optimizer import MATCHER_ATTRIBUTE, store_in_state, unwrap
+from snella.watch import TrainingWatch
 
 _STATE_KEY = "snella_allocator"  # in the first parameter group of an optimizer's state
 _FORMAT = 2
@@ -173,9 +174,19 @@ class BudgetAllocator:
             optimizer.register_step_post_hook(self._after_step),
             _ZeroGradHook(optimizer, self._before_zero_grad),
         ]
-        self.config.watch.is_attached = True
+        self._set_attached(True)
         self._has_checked_optimizer = False
         return self
+
+    def _set_attached(self, is_attached: bool) -> None:
+        """Tell the adapters' watches whether an allocator sets the budgets."""
+        for watch in self._watches():
+            watch.is_attached = is_attached
+
+    def _watches(self) -> list[TrainingWatch]:
+        """Return the watch of the adapter in each PEFT model, unless it was deleted."""
+        configs = (matrix.layer.snella_config.get(self.adapter_name) for matrix in self.matrices)
+        return list({id(config): config.watch for config in configs if config is not None}.values())
 
     def _is_optimized_by(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer updates any of the adapter's factors."""
@@ -187,7 +198,7 @@ class BudgetAllocator:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self.config.watch.is_attached = False
+        self._set_attached(False)
 
     def update_and_allocate(self, step: int) -> None:
         """Update the importance, and reallocate the budget if due, in loops without `attach`.
@@ -198,7 +209,7 @@ class BudgetAllocator:
         Args:
             step: 1-based index of this optimizer step.
         """
-        self.config.watch.is_attached = True
+        self._set_attached(True)
         self._update_importance()
         self._finish_step(step)
 
@@ -285,7 +296,8 @@ class BudgetAllocator:
     def _finish_step(self, step: int) -> None:
         """Count a step, and reallocate the budget if due."""
         self.step = step
-        self.config.watch.steps = None if self.has_exact_steps else (step, self.total_steps, self.steps_per_epoch)
+        for watch in self._watches():
+            watch.steps = None if self.has_exact_steps else (step, self.total_steps, self.steps_per_epoch)
         interval = self.steps_per_epoch if self.config.realloc_every == "epoch" else int(self.config.realloc_every)
         if step == self.total_steps or (step < self.total_steps and step % interval == 0):
             self._allocate(step)

@@ -54,9 +54,9 @@ class RecomputeCache:
         if entry is None:
             return None, None
         effective, merged, source, version = entry
-        is_unchanged = weight is None or (
-            source is not None and weight.data_ptr() == source.data_ptr() and weight._version == version
-        )
+        is_unchanged = weight is source
+        if weight is not None and source is not None:
+            is_unchanged = weight.data_ptr() == source.data_ptr() and weight._version == version
         if not is_unchanged or effective.dtype != dtype or len(merged) != num_updates:
             return None, None
         return effective, merged

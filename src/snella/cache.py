@@ -125,10 +125,11 @@ class LayerCache:
         if fingerprint is None:
             return compute()
         key = (*fingerprint, optimizer_steps(), settings)
-        if self._effective is None or self._effective[0] != key:
+        effective = self._effective  # replicas of `nn.DataParallel` share this cache
+        if effective is None or effective[0] != key:
             with torch.inference_mode(False), torch.no_grad():
-                self._effective = (key, tensors, compute())
-        return self._effective[2]
+                effective = self._effective = (key, tensors, compute())
+        return effective[2]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerCache:
         return LayerCache()

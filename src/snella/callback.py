@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from snella.allocator import BudgetAllocator
+
+_EPOCHS_WITHOUT_LENGTH = 20  # number of reallocations if the loader has no length
 
 
 class SnellaCallback(TrainerCallback):
@@ -41,12 +43,18 @@ class SnellaCallback(TrainerCallback):
     ) -> None:
         if model is None or optimizer is None:
             raise RuntimeError("SnellaCallback needs the Trainer's model and optimizer, got None")
+        if self.allocator is not None:
+            self.allocator.detach()  # of an interrupted training
         epochs, loader = max(math.ceil(state.num_train_epochs), 1), kwargs.get("train_dataloader")
-        steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps) if isinstance(loader, Sized) else 0
+        if length := len(loader) if has_length(loader) else 0:
+            steps_per_epoch = math.ceil(length / args.gradient_accumulation_steps)
+        else:  # for a loader without length, the Trainer's number of epochs is huge
+            steps_per_epoch = max(math.ceil(state.max_steps / min(epochs, _EPOCHS_WITHOUT_LENGTH)), 1)
+            epochs = max(math.ceil(state.max_steps / steps_per_epoch), 1)
         self.allocator = BudgetAllocator(
             model,
             total_epochs=epochs,
-            steps_per_epoch=steps_per_epoch or max(math.ceil(state.max_steps / epochs), 1),
+            steps_per_epoch=steps_per_epoch,
             total_steps=max(state.max_steps, 1),
             adapter_name=self.adapter_name,
         )

@@ -416,7 +416,9 @@ class SnellaConfig(PeftConfig):
             errors.append(f"r must be divisible by num_pieces={self.num_pieces}, got r={self.r}; use {suggestion}")
         for key, rank in self.rank_pattern.items():
             pieces = self.num_pieces if has_pieces else 1
-            if rank < 1 or rank % max(pieces, 1):
+            if rank < 1:
+                errors.append(f"rank_pattern[{key!r}] must be at least 1, got {rank}")
+            elif rank % max(pieces, 1):
                 errors.append(f"rank_pattern[{key!r}] must be a multiple of num_pieces={pieces}, got {rank}")
         if not 0 <= self.target_sparsity < 1:
             is_percent = 1 < self.target_sparsity < 100

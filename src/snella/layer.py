@@ -347,19 +347,19 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         m, n = self.out_features, self.in_features
         groups = len(row_counts)
         r = config.rank_of(self.module_name)
-        self.snella_A[adapter_name] = nn.Parameter(torch.empty(groups, n, r))
-        self.snella_B[adapter_name] = nn.Parameter(torch.empty(m, r))
+        self.snella_A[adapter_name] = nn.Parameter(torch.empty(groups, n, r, dtype=torch.float32))
+        self.snella_B[adapter_name] = nn.Parameter(torch.empty(m, r, dtype=torch.float32))
         frozen = []
         for name in config.make_kernel().scalars:
             if name == "temperature" and not config.learn_temperature:
                 continue
             shape = (groups, config.num_pieces) if name == "piece_coeff" else (groups,)
-            getattr(self, f"snella_{name}")[adapter_name] = nn.Parameter(torch.empty(shape))
+            getattr(self, f"snella_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
             if name == "piece_coeff" and not config.learn_piece_coeff:
                 frozen.append("snella_piece_coeff")
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: tuple(frozen)}
         sizes = torch.tensor([rows * n for rows in row_counts])
-        self.snella_budget[adapter_name] = sizes - (sizes * config.init_sparsity).long()
+        self.snella_budget[adapter_name] = sizes - (sizes.float() * config.init_sparsity).long()
         self.seal_budgets(adapter_name)
         self.snella_config[adapter_name] = config
         self.scaling[adapter_name] = config.scaling
@@ -379,8 +379,18 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         drop_adapter(self, adapter_name)
 
     def set_budget(self, adapter_name: str, budgets: Iterable[int]) -> None:
-        """Set the budget of each matrix, starting with the next forward pass."""
-        write_budgets(self, adapter_name, tuple(map(int, budgets)))
+        """Set the budget of each matrix, starting with the next forward pass.
+
+        Raises:
+            ValueError: If there is not one budget per matrix, or a budget is not between 0 and the matrix's size.
+        """
+        values = tuple(map(int, budgets))
+        sizes = [rows * self.in_features for rows in self.row_counts[adapter_name]]
+        if len(values) != len(sizes) or not all(0 <= value <= size for value, size in zip(values, sizes, strict=True)):
+            raise ValueError(
+                f"budgets of {self.module_name!r} must be one number per matrix, from 0 to {sizes}, got {list(values)}"
+            )
+        write_budgets(self, adapter_name, values)
         self.clear_cache()
 
     def budgets(self, adapter_name: str) -> tuple[int, ...]:
@@ -392,14 +402,9 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         is_unchanged = record.address == buffer.data_ptr() and record.version == buffer._version
         return record.budgets if is_unchanged else read_budgets(self, adapter_name)
 
-    def seal_budgets(self, adapter_name: str, budgets: tuple[int, ...] | None = None) -> None:
-        """Record the buffer's values as the live budgets. Call it after every write to `snella_budget`.
-
-        Args:
-            adapter_name: Name of the adapter.
-            budgets: The buffer's values; read from the device by default.
-        """
-        seal_budgets(self, adapter_name, budgets)
+    def seal_budgets(self, adapter_name: str) -> None:
+        """Record the buffer's values as the live budgets. Call it after every write to `snella_budget`."""
+        seal_budgets(self, adapter_name)
 
     def matrix_rows(self, adapter_name: str) -> list[slice]:
         """Return the weight's row slice of each matrix."""

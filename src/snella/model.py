@@ -105,7 +105,20 @@ class SnellaModel(BaseTuner):
         _check_token_rows(peft_config, model)
         defaults = peft_config.default_parameters
         names = peft_config.parameters_to_save if defaults is None else defaults
-        peft_config.parameters_to_save = find_tokens(model, names or [], is_required=defaults is None)
+        tokens = find_tokens(model, names or [], is_required=defaults is None)
+        inside = [name for name in tokens if self._is_in_target(peft_config, name)]
+        if inside and defaults is None:
+            raise ValueError(
+                f"parameters_to_save must name parameters outside adapted layers, got {listed(map(repr, inside), 3)}; "
+                "train their biases with bias='snella_only', or exclude the layers with exclude_modules"
+            )
+        peft_config.parameters_to_save = [name for name in tokens if name not in inside]
+
+    def _is_in_target(self, peft_config: SnellaConfig, parameter_name: str) -> bool:
+        """Return whether a parameter is inside a target module."""
+        parts = parameter_name.split(".")
+        modules = (".".join(parts[:count]) for count in range(1, len(parts)))
+        return any(self._check_target_module_exists(peft_config, name) for name in modules)
 
     def _resolve_targets(self, targets: set[str] | list[str] | str | None, model: nn.Module) -> set[str] | str:
         """Resolve `None` and `"all-linear"`; warn if they exclude most of the weights."""
@@ -592,16 +605,12 @@ def _shared_weights(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
     users: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if name.endswith(".base_layer"):
+        if name.endswith(".base_layer") or ".base_layer." in name:
             continue
-        parameters: list[str] = []
-        if isinstance(base, (nn.Linear, nn.Conv2d, Conv1D, nn.Embedding)):
-            parameters = ["weight"]
-        elif isinstance(base, nn.MultiheadAttention):
-            parameters = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
-        for weight in [base._parameters.get(parameter) for parameter in parameters]:
-            if weight is not None:
-                users.setdefault(id(weight), []).append((name, base))
+        parameters = {"weight": base.weight} if isinstance(base, ProjectionWeight) else base._parameters
+        for parameter_name, parameter in parameters.items():
+            if parameter is not None and "bias" not in parameter_name:
+                users.setdefault(id(parameter), []).append((name, base))
     return [sharing for sharing in users.values() if len(sharing) > 1]
 
 

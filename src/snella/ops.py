@@ -296,6 +296,9 @@ def sample_tokens(grad_y: Tensor, x: Tensor, share: float) -> tuple[Tensor, Tens
     cumulative = cumulative * (k / cumulative[-1])
     probs = torch.diff(cumulative, prepend=cumulative.new_zeros(1))
     points = torch.arange(k, device=x.device) + torch.rand(1, device=x.device)
+    # the last point may round up to the total, beyond all tokens with a positive probability
+    points = torch.minimum(points, torch.nextafter(cumulative[-1], cumulative.new_zeros(())))
+    # non-finite gradients, which propagate, have no valid index
     indices = torch.searchsorted(cumulative, points, right=True).clamp(max=tokens - 1)
     # divide in float32: 1/π can overflow float16 even if the quotient does not
     return (grad_y[indices] / probs[indices, None]).to(grad_y.dtype), x[indices]

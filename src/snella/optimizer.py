@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from snella.compat.hooks import onloaded
 from snella.compat.tokens import token_adapters
 from snella.config import MATCHED_KERNELS
 from snella.importance import is_sharded
@@ -203,7 +204,7 @@ class StepMatcher:
         self._slopes: list[list[float]] = []
         self._previous_factors: list[tuple[Tensor, Tensor]] = []
         self.step = 0
-        self.scales: dict[tuple[str, str], list[float]] = {}
+        self.scales: dict[tuple[SnellaLayer, str], list[float]] = {}
 
     def attach(self, optimizer: Optimizer) -> Self:
         """Scale the steps of an optimizer and include the matcher in its state dict, for bit-exact resumption."""
@@ -233,7 +234,7 @@ class StepMatcher:
                 if target_change > 0 and step_change > 0:
                     scale = 2 * target_change / (slope + math.sqrt(slope**2 + 4 * target_change)) / step_change
                 scales.append(scale)
-            self.scales[layer.module_name, name] = scales
+            self.scales[layer, name] = scales
         self._previous_factors = [
             (layer.snella_A[name].detach().clone(), layer.snella_B[name].detach().clone())
             for layer, name in self._adapters
@@ -244,7 +245,7 @@ class StepMatcher:
         for (layer, name), (A_before, B_before) in zip(self._adapters, self._previous_factors, strict=True):
             A, B = layer.snella_A[name], layer.snella_B[name]
             # computed on the CPU and copied asynchronously, because `repeat_interleave` on a GPU would synchronize
-            scales = torch.tensor(self.scales[layer.module_name, name], dtype=A.dtype)
+            scales = torch.tensor(self.scales[layer, name], dtype=A.dtype)
             by_row = scales.repeat_interleave(torch.tensor(layer.row_counts[name]))
             A.copy_(torch.lerp(A_before, A, scales.to(A.device, non_blocking=True)[:, None, None]))
             B.copy_(torch.lerp(B_before, B, by_row.to(B.device, non_blocking=True)[:, None]))
@@ -266,10 +267,11 @@ class StepMatcher:
 @torch.no_grad()
 def _measure_weight(layer: SnellaLayer, name: str) -> list[float]:
     """Return `rms(W0)` of each matrix; gathers a weight that FSDP2 shards."""
-    weight = layer._weight()
-    W0 = weight if isinstance(weight, Tensor) else weight.materialize()
-    W0 = W0.full_tensor() if isinstance(W0, DTensor) else W0
-    return torch.stack([W0[rows].float().square().mean().sqrt() for rows in layer.matrix_rows(name)]).tolist()
+    with onloaded(layer, with_base=True):
+        weight = layer._weight()
+        W0 = weight if isinstance(weight, Tensor) else weight.materialize()
+        W0 = W0.full_tensor() if isinstance(W0, DTensor) else W0
+        return torch.stack([W0[rows].float().square().mean().sqrt() for rows in layer.matrix_rows(name)]).tolist()
 
 
 @torch.no_grad()

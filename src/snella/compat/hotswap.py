@@ -18,11 +18,12 @@ from snella.compat.tokens import TokenAdapter
 from snella.config import SnellaConfig, read_config
 from snella.layer import SnellaLayer
 from snella.merge import MergeCache, refresh
+from snella.targets import count_rows
 
 _PREFIX = "base_model.model."
 _COMPILED = "_orig_mod."
 _MUST_MATCH = ("kernel", "num_pieces", "softmax_dim", "center_softmax", "sparsify_mode")
-"""Fields that must match; the tensors' shapes cover ranks and row counts."""
+"""Fields that must match; the tensors' shapes cover ranks and numbers of matrices."""
 
 
 @dataclass
@@ -78,10 +79,10 @@ def hotswap(
         compiled = torch.compile(model)
         hotswap(compiled, "runs/cells")           # reads a few megabytes, merges once, does not recompile
 
-    Writes all values in place, including heads in `modules_to_save`, tokens and budgets. No tensor is added or
-    replaced, so memory does not grow and compiled models do not recompile. For a merged adapter, the swap recomputes
-    each weight from its pre-trained values, and `unmerge_adapter` still restores them bit for bit. Outputs are
-    bit-identical to the outputs of a model loaded with the new adapter. No forward pass may run during the swap.
+    Writes all values in place, including heads in `modules_to_save`, tokens and budgets. No tensor of the model is
+    added or replaced, so memory does not grow and compiled models do not recompile. For a merged adapter, the swap
+    recomputes each weight from its pre-trained values, and `unmerge_adapter` still restores them bit for bit. Outputs
+    are bit-identical to the outputs of a model loaded with the new adapter. No forward pass may run during the swap.
 
     Args:
         model: A model with a SNELLA adapter, merged or not, compiled or not, or any model that contains one.
@@ -93,8 +94,8 @@ def hotswap(
 
     Raises:
         FileNotFoundError: If the folder contains no adapter.
-        ValueError: If the model does not have this adapter, the architecture, rank, kernel or head differs, or values
-            are not finite. The model then remains unchanged.
+        ValueError: If the model does not have this adapter, the architecture, rank, kernel, rows per matrix or head
+            differs, or values are not finite or budgets invalid. The model then remains unchanged.
     """
     if isinstance(adapter, (str, Path)):
         adapter = AdapterValues.read(adapter)
@@ -105,7 +106,16 @@ def hotswap(
         raise ValueError(f"{type(model).__name__} has no SNELLA adapter {adapter_name!r}")
     values = {_strip_prefixes(name): tensor for name, tensor in adapter.tensors.items()}
     config = next(iter(layers.values())).snella_config[adapter_name]
-    _check(config, adapter.config, current, values, is_first=not adapter.caches)
+    errors = [
+        *_differences(config, adapter.config, current, values),
+        *_other_rows(layers, adapter_name, adapter.config),
+    ]
+    if not errors and not adapter.caches:
+        errors = _invalid_values(layers, adapter_name, values)
+    if errors:
+        raise ValueError(
+            f"the adapter cannot be swapped in: {listed(errors, 3, '; ')}; load it as another adapter with load_adapter"
+        )
     for name, tensor in current.items():
         tensor.copy_(values[name])
     for layer in layers.values():
@@ -126,7 +136,8 @@ def hotswap(
 
 def _strip_prefixes(name: str) -> str:
     """Remove the prefixes that PEFT and `torch.compile` add to a parameter or module name."""
-    return name.replace(_COMPILED, "").removeprefix(_PREFIX)
+    name = name.replace(_COMPILED, "")
+    return name.partition(_PREFIX)[2] or name  # the model may be inside another one
 
 
 def _adapter_parts(
@@ -149,18 +160,16 @@ def _adapter_parts(
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             inner = module.modules_to_save[adapter_name]
             parts |= {f"{name}.{key}": tensor for key, tensor in inner.state_dict(keep_vars=True).items()}
-    return {_strip_prefixes(name): tensor.detach() for name, tensor in parts.items()}, layers, tokens
+    stripped = {_strip_prefixes(name): tensor.detach() for name, tensor in parts.items()}
+    if len(stripped) < len(parts):
+        raise ValueError(f"{type(model).__name__} contains several PEFT models; pass the one to change")
+    return stripped, layers, tokens
 
 
-def _check(
-    config: SnellaConfig,
-    other: SnellaConfig | None,
-    current: Mapping[str, Tensor],
-    values: Mapping[str, Tensor],
-    *,
-    is_first: bool,
-) -> None:
-    """Raise `ValueError` if an adapter does not match the adapter of the model or, in its first swap, is not finite."""
+def _differences(
+    config: SnellaConfig, other: SnellaConfig | None, current: Mapping[str, Tensor], values: Mapping[str, Tensor]
+) -> list[str]:
+    """Return the differences in settings, names and shapes between an adapter and the adapter of the model."""
     errors = [
         f"{name} is {getattr(other, name)!r}, the model has {getattr(config, name)!r}"
         for name in _MUST_MATCH
@@ -173,12 +182,30 @@ def _check(
         for name, tensor in current.items()
         if name in values and values[name].shape != tensor.shape
     ]
-    if is_first and not errors:
-        errors = [f"{name} is not finite" for name, tensor in values.items() if not tensor.isfinite().all()]
-    if errors:
-        raise ValueError(
-            f"the adapter cannot be swapped in: {listed(errors, 3, '; ')}; load it as another adapter with load_adapter"
-        )
+    return errors
+
+
+def _other_rows(layers: Mapping[str, SnellaLayer], adapter_name: str, other: SnellaConfig | None) -> list[str]:
+    """Return the layers whose weight another configuration divides into matrices with other rows."""
+    errors: list[str] = []
+    groups = "auto" if other is None else other.qkv_groups
+    for name, layer in layers.items() if groups != "auto" else ():
+        rows = layer.row_counts[adapter_name]
+        other_rows = count_rows(layer.module_name, layer.out_features, layer.in_features, nn.Module(), groups)
+        if other_rows != rows:
+            errors.append(f"{name} has matrices of {list(other_rows)} rows, the model has {list(rows)}")
+    return errors
+
+
+def _invalid_values(layers: Mapping[str, SnellaLayer], adapter_name: str, values: Mapping[str, Tensor]) -> list[str]:
+    """Return the tensors that are not finite, and the layers with invalid budgets."""
+    errors = [f"{name} is not finite" for name, tensor in values.items() if not tensor.isfinite().all()]
+    for name, layer in layers.items():
+        rows = layer.row_counts[adapter_name]
+        budgets = values[f"{name}.snella_budget"].tolist()
+        if not all(0 <= budget <= count * layer.in_features for budget, count in zip(budgets, rows, strict=True)):
+            errors.append(f"{name} has budgets {budgets} for matrices of {list(rows)} x {layer.in_features}")
+    return errors
 
 
 __all__ = ["AdapterValues", "hotswap"]

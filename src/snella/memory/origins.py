@@ -121,8 +121,9 @@ class Origin:
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's direct tensors by name, including FSDP1's parameters, which are attributes during a pass."""
-    values = {**module.__dict__, **module._parameters, **module._buffers}
+    """Return a module's direct tensors by name, including attributes in place of parameters (tokens, FSDP1)."""
+    parameters = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    values = {**module.__dict__, **parameters, **module._buffers}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 

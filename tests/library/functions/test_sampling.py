@@ -142,3 +142,11 @@ def test_weight_gradient_values_are_parsed():
             ValueError, match=r"weight_gradient must be 'exact', 'bfloat16' or 'sample:P'.*samples half"
         ):
             parse_weight_gradient(wrong)
+
+
+def test_the_last_draw_is_never_a_token_without_gradient(monkeypatch):
+    grad_y, x = torch.randn(TOKENS, OUTPUTS), torch.randn(TOKENS, INPUTS)
+    grad_y[TOKENS // 2 :] = 0  # padding
+    monkeypatch.setattr(torch, "rand", lambda *shape, device=None: torch.full(shape, 1 - 2.0**-24))
+    sampled, _ = sample_tokens(grad_y, x, 1 / 4)
+    assert sampled.isfinite().all() and sampled.any(1).all()

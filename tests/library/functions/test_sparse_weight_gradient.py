@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import get_peft_model
+from torch import nn
 
+from snella import SnellaConfig
 from snella.backends.numba import backend as numba_backend
 from snella.backends.numba import backward as numba_backward
 
@@ -80,3 +83,17 @@ def test_sddmm_density_threshold_does_not_depend_on_size():
         for budget, expected in ((int(limit * 0.9), True), (int(limit * 1.1) + 1, False)):
             problem = make_problem("mix_k", m=rows, n=n, budget=budget)
             assert numba_backend.use_sddmm(problem.update(problem.tensors).spec, budget, rows * n) is expected
+
+
+def test_an_outdated_threshold_is_an_error_instead_of_a_write_outside_the_buffers():
+    torch.manual_seed(0)
+    layer = get_peft_model(
+        nn.Sequential(nn.Linear(37, 41)), SnellaConfig(r=8, target_modules=["0"], impl="numba")
+    ).train()
+    inner = layer.base_model.model[0]
+    inner.set_budget("default", [20])
+    x = torch.randn(300, 37)
+    layer(x).square().sum().backward()
+    inner.snella_B["default"].data.mul_(20)  # not seen by the cached threshold
+    with pytest.raises(RuntimeError, match="threshold is outdated because the factors were changed"):
+        layer(x).square().sum().backward()

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from timm.utils import ModelEmaV2, ModelEmaV3
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from snella import BudgetAllocator, create_snella_optimizer
+from snella import BudgetAllocator, SnellaConfig, create_snella_optimizer
 from snella.matrices import adapted_matrices
 
 STEPS = 6
@@ -131,3 +132,10 @@ def test_swapped_weights_do_not_reuse_thresholds(mlp):
         module.training = True
     assert torch.equal(mlp.run(model), expected)
     assert [m.nonzeros() for m in adapted_matrices(model)] == [m.budget for m in adapted_matrices(model)]
+
+
+@pytest.mark.parametrize("budgets", [[13, 13], [-1], [10**6]])
+def test_invalid_budgets_are_rejected(budgets):
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), SnellaConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"budgets of '0' must be one number per matrix, from 0 to \[30\], got"):
+        model.base_model.model[0].set_budget("default", budgets)

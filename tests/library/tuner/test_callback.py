@@ -127,3 +127,37 @@ def test_callback_outside_trainer_raises(tmp_path):
     with pytest.raises(RuntimeError, match="SnellaCallback needs the Trainer's model and optimizer, got None"):
         SnellaCallback().on_train_begin(args, state, control)
     SnellaCallback().on_train_end(args, state, control)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(Images()[index] for index in range(20))
+
+
+@pytest.mark.parametrize("steps", [8, 21])
+def test_a_loader_without_length_reaches_the_target_budget_gradually(steps, vit, tmp_path):
+    callback = SnellaCallback()
+    run = trainer(vit, tmp_path, callback, max_steps=steps)
+    run.train_dataset = Stream()
+    run.train()
+    allocator = callback.allocator
+    totals = [sum(entry["budgets"].values()) for entry in allocator.history]
+    assert len(totals) >= 9 and totals == sorted(totals, reverse=True)
+    assert totals[-1] == allocator.target_budget < totals[len(totals) // 2] < totals[0]
+    assert totals[-2] < totals[0] - 0.9 * (totals[0] - totals[-1])
+
+
+def test_training_again_after_an_interruption_detaches_the_first_allocator(vit, tmp_path):
+    class Interrupt(StopAfter):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == self.step:
+                raise KeyboardInterrupt
+
+    callback, interrupt = SnellaCallback(), Interrupt(4)
+    run = trainer(vit, tmp_path, callback, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    first = callback.allocator
+    run.remove_callback(interrupt)
+    run.train()
+    assert first is not callback.allocator and not first._handles

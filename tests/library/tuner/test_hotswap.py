@@ -216,3 +216,33 @@ def test_stored_unmerged_weight_moves_with_the_model(folders):
     model.half()
     layer = model.base_model.model.blocks[0].attn.qkv
     assert layer._unmerged_weight.dtype == layer.base_layer.weight.dtype == torch.float16
+
+
+def fused(groups, seed, scale=1):
+    torch.manual_seed(seed)
+    model = nn.Sequential()
+    model.qkv = nn.Linear(8, 24)
+    model = get_peft_model(model, SnellaConfig(r=4, target_modules=["qkv"], qkv_groups=groups))
+    return model.eval()
+
+
+def test_adapters_with_other_rows_per_matrix_or_invalid_budgets_are_rejected(tmp_path):
+    model = fused({"qkv": [8, 8, 8]}, 0)
+    fused({"qkv": [12, 6, 6]}, 1).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"qkv has matrices of \[12, 6, 6\] rows, the model has \[8, 8, 8\]"):
+        hotswap(model, tmp_path / "other")
+    values = get_peft_model_state_dict(fused(3, 1))
+    hotswap(model, values)
+    budgets = next(name for name in values if name.endswith("snella_budget"))
+    with pytest.raises(ValueError, match=r"qkv has budgets \[65, 8, 8\] for matrices of \[8, 8, 8\] x 8"):
+        hotswap(model, {**values, budgets: torch.tensor([65, 8, 8])})
+
+
+def test_a_model_inside_another_module_is_swapped():
+    outer = nn.Module()
+    outer.net = fused(3, 0)
+    values = get_peft_model_state_dict(fused(3, 1))
+    hotswap(outer, values)
+    assert torch.equal(
+        outer.net.base_model.model.qkv.snella_A["default"], fused(3, 1).base_model.model.qkv.snella_A["default"]
+    )

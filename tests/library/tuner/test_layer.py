@@ -589,3 +589,18 @@ def test_unsupported_tracers_raise_and_trace_the_merged_model(tool, transform, t
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(x), expected)
     transform(merged.train(), x)  # few tools can trace torch's fused attention in evaluation
+
+
+def test_initial_budgets_do_not_depend_on_the_default_dtype():
+    def budgets():
+        model = get_peft_model(
+            nn.Sequential(nn.Linear(768, 768, dtype=torch.float32)), SnellaConfig(r=2, target_modules=["0"])
+        )
+        return model.base_model.model[0].budgets("default")
+
+    expected = budgets()
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert budgets() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)

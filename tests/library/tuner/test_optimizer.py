@@ -171,7 +171,7 @@ def test_step_scale_depends_on_rank_of_layer(mlp):
         take_step(model, optimizer)
         change = 0.02 * float(layer.get_base_layer().weight.square().mean().sqrt()) / layer.scaling["default"]
         delta = 2 * change / (slope + math.sqrt(slope**2 + 4 * change))
-        matched[rank] = optimizer.snella_step_matcher.scales["lin0", "default"][0]
+        matched[rank] = optimizer.snella_step_matcher.scales[model.base_model.model.lin0, "default"][0]
         assert matched[rank] == pytest.approx(delta / (0.02 * 0.1 * math.sqrt(rank)), rel=1e-4)
     assert matched[2] != matched[8]
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
-from snella import create_snella_optimizer
+from snella import SnellaConfig, create_snella_optimizer
 from snella.compat.tokens import TokenAdapter, token_adapters
 
 
@@ -280,3 +281,34 @@ def test_tokens_have_no_weight_decay(vit):
     groups = {g["name"]: g["params"] for g in create_snella_optimizer(trained(vit), lr=0.1).param_groups}
     assert "head" not in groups
     assert len(groups["head_no_decay"]) == 1
+
+
+class TrainedNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc, self.out = nn.LayerNorm(64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.out(self.fc(self.norm(x)))
+
+
+def test_trained_norm_weight_gets_a_gradient_with_compressed_activations():
+    gradients = []
+    for is_compressed in (False, True):
+        torch.manual_seed(0)
+        config = SnellaConfig(
+            r=4, target_modules=["fc", "out"], parameters_to_save=["norm.weight"], compress_activations=is_compressed
+        )
+        model = get_peft_model(TrainedNorm(), config).train()
+        model(torch.randn(3, 64)).square().sum().backward()
+        (token,) = token_adapters(model)
+        gradients.append(token.snella_token["default"].grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0.05, atol=0.05 * float(gradients[0].abs().max()))
+
+
+@pytest.mark.parametrize("name", ["fc.bias", "bias"])
+def test_a_parameter_inside_an_adapted_layer_is_rejected_before_any_change(name):
+    model = TrainedNorm()
+    with pytest.raises(ValueError, match=r"outside adapted layers, got .*'fc\.bias'.*bias='snella_only'"):
+        get_peft_model(model, SnellaConfig(r=4, target_modules=["fc", "out"], parameters_to_save=[name]))
+    assert not token_adapters(model) and isinstance(model.fc, nn.Linear)

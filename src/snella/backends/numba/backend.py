@@ -86,7 +86,7 @@ class NumbaBackend(Backend):
         columns = saved[0] if saved and thresholds is not None else None
         is_new = columns is None
         if columns is None:
-            columns = torch.empty(len(budgets), 3, factors.A.shape[1], dtype=torch.float32)
+            columns = torch.empty(len(budgets), 3, factors.A.shape[1], dtype=torch.float32, device="cpu")
         packed = pack_factors(spec, factors) if any(budgets) else [None] * len(budgets)
         workspace: list[_Matrix | None] = []
         for inputs, budget, threshold, stats in zip(packed, budgets, threshold_values, columns.numpy(), strict=True):
@@ -107,7 +107,7 @@ class NumbaBackend(Backend):
             elif is_supported:
                 _add_matrix(spec, matrix, as_array(base[rows]), as_array(out[rows]))
             else:
-                sparse = torch.zeros(out[rows].shape, dtype=torch.float32)
+                sparse = torch.zeros(out[rows].shape, dtype=torch.float32, device="cpu")
                 _add_matrix(spec, matrix, sparse.numpy(), sparse.numpy())
                 torch.add(base[rows], sparse, out=out[rows])
 
@@ -128,7 +128,7 @@ class NumbaBackend(Backend):
         sparse = [use_sddmm(spec, budget, m * n) for budget, m in zip(merged.budgets, rows, strict=True)]
         if not any(sparse):
             return super().grad_weight(spec, merged, grad_y, x, product)
-        result = torch.zeros(spec.num_rows, n, dtype=torch.promote_types(x.dtype, torch.float32))
+        result = torch.zeros(spec.num_rows, n, dtype=torch.promote_types(x.dtype, torch.float32), device="cpu")
         for part, matrix, budget, is_sparse in zip(spec.rows, merged.workspace, merged.budgets, sparse, strict=True):
             if is_sparse:
                 sddmm_weight_grad(matrix, budget, grad_y[:, part], x, result[part])
@@ -141,7 +141,7 @@ def _gradients(
     spec: UpdateSpec, merged: Merged, grad_weight: Tensor, base_and_out: tuple[Tensor, Tensor] | None
 ) -> Gradients:
     """Return the gradients of factors and scalars; with `base_and_out`, also add the update in the same pass."""
-    grads = [None if f is None else torch.zeros(f.shape, dtype=torch.float32) for f in merged.factors]
+    grads = [None if f is None else torch.zeros(f.shape, dtype=torch.float32, device="cpu") for f in merged.factors]
     arrays = [None if grad is None else as_array(grad) for grad in grads]
     for group, (rows, matrix) in enumerate(zip(spec.rows, merged.workspace, strict=True)):
         buffers = None if base_and_out is None else [tensor[rows] for tensor in base_and_out]
@@ -206,6 +206,11 @@ def sddmm_weight_grad(matrix: _Matrix, budget: int, grad_y: Tensor, x: Tensor, o
     rows, columns = (np.empty((blocks, capacity), np.int32) for _ in range(2))
     counts, sums = np.empty(blocks, np.int64), np.zeros((blocks, capacity), np.float32)
     _run(backward.list_entries, blocks, shape, width, *packed, matrix.threshold, rows, columns, counts)
+    if counts.min() < 0:
+        raise RuntimeError(
+            "the threshold is outdated because the factors were changed through `.data` without an optimizer; change "
+            "them in place inside torch.no_grad()"
+        )
     for tokens in range(0, x.shape[0], _TOKENS):
         parts = (_to_float32_array(part[tokens : tokens + _TOKENS].T) for part in (grad_y, x))
         _run(backward.sddmm_accumulate, blocks, shape, *parts, rows, columns, counts, sums)

@@ -318,7 +318,7 @@ def factor_gradients(
 
 @compiled(FASTMATH_STRICT_ORDER)
 def list_entries(first, last, width, A, B, coeff, softmax, threshold, rows, columns, counts):
-    # positions of each block's entries above the threshold; counts[block] is their number
+    # positions of each block's entries above the threshold; counts[block] is their number, -1 if they exceed the space
     m, n = B.shape[0], A.shape[0]
     tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[1], width)
     for block in range(first, last):
@@ -333,6 +333,9 @@ def list_entries(first, last, width, A, B, coeff, softmax, threshold, rows, colu
                 num_hits += abs(value[i, j]) > threshold
             if num_hits == 0:
                 continue
+            if position + num_hits > rows.shape[1]:
+                position = -1
+                break
             for j in range(w):
                 if abs(value[i, j]) > threshold:
                     rows[block, position], columns[block, position] = i, start + j
