@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.data import resolve_model_data_config
-from timm.models import adapt_input_conv, get_deprecated_models, is_model_in_modules
+from timm.models import adapt_input_conv, get_deprecated_models, is_model_in_modules, load_model_config_from_hf
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -94,7 +94,7 @@ _PROBE_TIMEOUT_S = 5.0
 _NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 
 
-def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
+def create_from_hub(name: str, *, pretrained: bool, img_size: int | None = None, **options: Any) -> nn.Module:
     """Create the timm model `name` with weights from the Hub or its local cache.
 
     If the Hub does not answer one short request, only the cache is used; the Hub client would retry each file for 30
@@ -103,6 +103,7 @@ def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module
     Args:
         name: timm name or `hf-hub:owner/repo`.
         pretrained: Load weights. A `hf-hub:` name always reads its configuration from the Hub.
+        img_size: Input resolution; ignored by models that accept any size.
         options: Additional arguments of `timm.create_model`.
 
     Raises:
@@ -111,7 +112,7 @@ def create_from_hub(name: str, *, pretrained: bool, **options: Any) -> nn.Module
     """
     with cache_only_if_unreachable() as reason:
         try:
-            return timm.create_model(name, pretrained=pretrained, **options)
+            return timm.create_model(name, pretrained=pretrained, **options, **_hub_size_option(name, img_size))
         except Exception as error:
             names = packaged_names()
             shipped = (
@@ -233,8 +234,7 @@ def create_backbone(
         if pretrained:
             packaged.load(model)
     elif is_on_hub:
-        size = {} if img_size is None else {"img_size": img_size}
-        model = create_from_hub(name, pretrained=pretrained, **options, **size)
+        model = create_from_hub(name, pretrained=pretrained, img_size=img_size, **options)
     elif path is not None:
         model = _from_path(path, name, options, pretrained, img_size)
     elif weights is not None:
@@ -253,7 +253,7 @@ def create_backbone(
                 f"timm has no pre-trained weights for backbone {timm_name!r}; pass a file with weights=PATH or "
                 "use random weights with pretrained=False"
             )
-        model = create_from_hub(timm_name, pretrained=True, **options, **_size_option(timm_name, img_size))
+        model = create_from_hub(timm_name, pretrained=True, img_size=img_size, **options)
     else:
         model = _build(_resolve_name(name), options, img_size)
     return _with_channels(_with_input_size(model, name, img_size), name, channels)
@@ -309,10 +309,17 @@ def _from_path(path: Path, name: str, options: dict[str, Any], pretrained: bool,
     return _with_input_size(model, inferred.name, side)
 
 
+def model_arguments(model: nn.Module) -> dict[str, Any]:
+    """Return the arguments of `timm.create_model`, e.g. from a `config.json`, except name, classes and image size."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    arguments = {**(getattr(model, "pretrained_model_args", None) or {}), **(config.get("model_args") or {})}
+    return {name: value for name, value in arguments.items() if name not in ("num_classes", "img_size")}
+
+
 def _store_arguments(model: nn.Module, arguments: dict[str, Any]) -> nn.Module:
-    """Store model arguments under timm's `model_args`, so that the model can be rebuilt from its config."""
+    """Add model arguments to timm's `model_args`, so that the model can be rebuilt from its config."""
     if arguments:
-        update_config(model, model_args=arguments)
+        update_config(model, model_args={**model_arguments(model), **arguments})
     return model
 
 
@@ -325,6 +332,14 @@ def _size_option(name: str, img_size: int | None) -> dict[str, Any]:
     """Return `img_size` for models with a fixed input size; others accept any size."""
     cfg = timm.get_pretrained_cfg(name) if img_size is not None else None
     return {"img_size": img_size} if cfg is not None and cfg.fixed_input_size else {}
+
+
+def _hub_size_option(name: str, img_size: int | None) -> dict[str, Any]:
+    """Return `_size_option` for a model on the Hub, from the configuration of its repository."""
+    if img_size is None or not name.startswith(_HUB_PREFIXES):
+        return _size_option(name, img_size)
+    config, architecture, _ = load_model_config_from_hf(name.partition(":")[2])
+    return {"img_size": img_size} if config.get("fixed_input_size") else _size_option(architecture, img_size)
 
 
 def _with_input_size(model: nn.Module, name: str, img_size: int | None) -> nn.Module:
@@ -345,8 +360,11 @@ def _with_input_size(model: nn.Module, name: str, img_size: int | None) -> nn.Mo
 
 def _with_channels(model: nn.Module, name: str, channels: int) -> nn.Module:
     """Adapt the first convolution, and set mean, standard deviation and input size."""
-    if channels == 3:
+    own_channels = model_arguments(model).get("in_chans", 3)
+    if channels == own_channels:
         return model
+    if own_channels != 3:
+        raise ValueError(f"channels must be {own_channels} for backbone {name!r}, got {channels}")
     config = dict(model.pretrained_cfg)  # type: ignore[arg-type]
     first = config.get("first_conv") or ()
     places = (first,) if isinstance(first, str) else tuple(first)

@@ -74,6 +74,7 @@ def evaluate(
     """
     from snella_app.console import counted, make_console, print_line
     from snella_app.files import create_folder, write_json
+    from snella_app.records.record import plain
     from snella_app.runs.evaluate import calibrate_run, evaluate
     from snella_app.runs.model import load_run
 
@@ -106,7 +107,7 @@ def evaluate(
     console.print(loaded.task.result_table(result))
     if out is not None:
         with create_folder(Path(out).parent):
-            write_json(Path(out), result)
+            write_json(Path(out), plain(result))
 
 
 @command("snella_app.runs.prediction_files", is_recorded=True)

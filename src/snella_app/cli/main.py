@@ -40,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(error, args)
     except Exception as error:
         status = getattr(error, "exit_status", None)  # set by outcomes such as interrupted training
+        if type(error).__name__ == "OutOfMemoryError":  # torch.OutOfMemoryError, without importing torch
+            advice = "use a smaller batch size, --accumulate, --grad-checkpointing or a smaller --img-size"
+            summary = MemoryError(f"{str(error).partition('. ')[0]}; {advice}")
+            return _report(summary.with_traceback(error.__traceback__), args)
         if status is None:
             raise
         return _report(error, [arg for arg in args if arg != "--debug"], status)

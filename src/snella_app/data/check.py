@@ -266,9 +266,9 @@ def check_data(spec: str, config: DataConfig | None = None, *, target: TargetKin
         else:
             check.errors.append(f"{images}: {named}; skip with --skip-corrupt")
     if not isinstance(splits.train, MaskDataset) and target == "class":
+        by_part = {part: Counter(images.labels) for part, images in splits.parts.items()}
         check.counts = {
-            name: {part: images.labels.count(label) for part, images in splits.parts.items()}
-            for label, name in enumerate(splits.classes)
+            name: {part: counts[label] for part, counts in by_part.items()} for label, name in enumerate(splits.classes)
         }
         check.warnings += _suspicious_names(splits.classes)
     elif target == "labels":

@@ -16,7 +16,20 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
         *("images", "files", "picture", "photo"),
     ),
     "label": (
-        *("label", "labels", "class", "classname", "labelname", "category", "target", "tags", "species", "cls", "y"),
+        *(
+            "label",
+            "labels",
+            "class",
+            "classname",
+            "labelname",
+            "category",
+            "target",
+            "tags",
+            "species",
+            "cls",
+            "y",
+            "txt",
+        ),
     ),
     "split": ("split", "part", "subset", "partition", "phase"),
     "weight": ("weight", "weights", "sampleweight"),
@@ -79,13 +92,15 @@ class Columns:
         by_plain_name = {re.sub(r"[\s_\-.]", "", name.lower().rpartition(".")[2]): name for name in reversed(names)}
         by_plain_name |= {re.sub(r"[\s_\-.]", "", name.lower()): name for name in reversed(names)}
         roles: dict[str, str] = {}
+        used: set[str] = set()
         errors: list[str] = []
         for role, words in _SYNONYMS.items():
             column = self.names.get(role)
             if column is None:
                 column = next((by_plain_name[word] for word in words if word in by_plain_name), None)
-                if column is not None and column not in roles.values():
+                if column is not None and column not in used:
                     roles[role] = column
+                    used.add(column)
                 elif role in needed:
                     errors.append(f"no {role} column ({role} or a similar name); set it with --columns {role}=NAME")
             elif column != _NONE:
@@ -94,6 +109,7 @@ class Columns:
                     errors.append(f"no column {name!r} for {role}" + nearest(name, table, form=" (nearest: '{}')"))
                 if not unknown:
                     roles[role] = column
+                    used |= {column} if role == "path" else set(columns_in(role, column))
             elif role in needed:
                 errors.append(f"columns must name a column for {role}, got {role}={_NONE}")
         if errors:

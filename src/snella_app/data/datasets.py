@@ -298,6 +298,7 @@ class Collection:
         is_resized_whole: If True, images are resized without a center crop.
         official_joins_val: True if the authors' scripts also train on the validation split.
         broken: Reason by name of each skipped image.
+        problems: Why a model cannot be trained on the data, although it can be evaluated on them.
     """
 
     name: str
@@ -311,6 +312,7 @@ class Collection:
     is_resized_whole: bool = False
     official_joins_val: bool = False
     broken: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
 
     @property
     def label_names(self) -> list[str]:

@@ -37,7 +37,7 @@ def load_folder(path: str, config: DataConfig, target: TargetKind) -> Collection
     folders = _split_folders(root)
     others: Counter[str] = Counter()
     files = {part: _class_files(folder, others) for part, folder in folders.items()}
-    _check_classes(files, folders, root)
+    problems = _check_classes(files, folders, root)
     notes = _skipped_notes(root, folders, others)
     paths = [file for by_class in files.values() for file in chain.from_iterable(by_class.values())]
     source = FileImages(paths, config.reading)
@@ -50,16 +50,18 @@ def load_folder(path: str, config: DataConfig, target: TargetKind) -> Collection
             part: {name: [file for file in members if file not in reasons] for name, members in by_class.items()}
             for part, by_class in files.items()
         }
-        _check_classes(files, folders, root)
+        problems = _check_classes(files, folders, root)
     classes = list(files["train"])
+    numbers = {name: number for number, name in enumerate(classes)}
     rows = {file: row for row, file in enumerate(paths)}
     parts: dict[str, Any] = {}
     for part, by_class in files.items():
-        labeled = {file: classes.index(name) for name, members in by_class.items() for file in members}
+        labeled = {file: numbers[name] for name, members in by_class.items() for file in members}
         parts[part] = ImageDataset(
             source, [rows[file] for file in labeled], list(labeled.values()), [names[file] for file in labeled]
         )
-    return Collection(root.name, classes, **parts, has_parts=folders["train"] != root, notes=notes, broken=broken)
+    has_parts = folders["train"] != root
+    return Collection(root.name, classes, **parts, has_parts=has_parts, notes=notes, broken=broken, problems=problems)
 
 
 def broken_note(broken: Mapping[str, str], count: int, folder: str | Path, skip_corrupt: bool) -> str:
@@ -177,9 +179,9 @@ def walk_visible(folder: Path) -> Iterator[Path]:
         yield from (Path(current, name) for name in sorted(names) if not name.startswith("."))
 
 
-def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Path) -> None:
-    """Check that the folders define a classification problem; report all errors in one message."""
-    errors = []
+def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Path) -> list[str]:
+    """Report all errors of the class folders in one message, and return `Collection.problems`."""
+    errors, problems = [], []
     if not files["train"]:
         errors.append(_no_classes_error(folders["train"], root))
     elif len(files["train"]) == 1:
@@ -190,7 +192,7 @@ def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Pat
             if len(inside) > 1
             else f"{_LAYOUT}, one folder per class{_table_hint(folders['train'], folders['train'] / only)}"
         )
-        errors.append(f"at least two classes are required, got one: {only!r}; {hint}")
+        problems.append(f"at least two classes are required, got one: {only!r}; {hint}")
     for part, classes in files.items():
         empty = [str((folders[part] / name).relative_to(root)) for name, paths in classes.items() if not paths]
         if empty:
@@ -209,7 +211,8 @@ def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Pat
                 f"training has {listed([repr(name) for name in files['train']])}"
             )
     if errors:
-        raise ValueError(f"folder '{root}' cannot be used: {'; '.join(errors)}")
+        raise ValueError(f"folder '{root}' cannot be used: {'; '.join([*problems, *errors])}")
+    return [f"folder '{root}' cannot be used: {problem}" for problem in problems]
 
 
 def _no_classes_error(folder: Path, root: Path) -> str:

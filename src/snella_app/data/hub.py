@@ -99,9 +99,9 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
     labels = [label for part in parts.values() for label in _labels_of(part)]
     rows = [(part_name, row) for part_name, part in parts.items() for row in range(len(part))]
     names = [f"{part_name}/{row:06}" for part_name, row in rows]
-    classes: list[str] | None = None
     by_part = {part_name: getattr(part, "classes", None) for part_name, part in parts.items()}
     first = next(iter(by_part.values()))
+    classes = list(map(str, first)) if first and target == "labels" else None  # names of multi-hot vectors
     if first and target == "class" and all(isinstance(label, int) for label in labels):
         classes = list(map(str, first))
         class_names = [by_part[part_name] or first for part_name, _ in rows]  # indices of the dataset's own classes
@@ -183,7 +183,7 @@ def _labels_of(part: Any) -> list[Any]:
     """Return the labels of a torch dataset, from its label list or its items."""
     lists: Iterator[Any] = (getattr(part, name, None) for name in ("targets", "labels", "_labels"))
     values = next((values for values in lists if hasattr(values, "__len__") and len(values) == len(part)), None)
-    if values is None:
+    if values is None or getattr(part, "target_transform", None) is not None:
         values = [part[row][1] for row in range(len(part))]
     return [value.tolist() if hasattr(value, "tolist") else value for value in values]
 
@@ -230,7 +230,7 @@ def _from_hf(
         names = [f"{Path(url).stem}/{name}" for url, name in zip(urls, names, strict=True)]
     source = _HubImages(encoded, roles["path"], config.reading, roots)
     samples = Samples(name, where, source, names, table, roles, notes=notes)
-    if target != "numbers":
+    if target != "numbers" and len(samples.label_columns) == 1:
         samples.classes = _class_names(first.features.get(samples.label_columns[0]))
     return build_collection(samples, config, target)
 

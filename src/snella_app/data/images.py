@@ -291,7 +291,8 @@ def first_channels(image: Tensor) -> Tensor:
 
 def to_channels(image: Image.Image, reading: Reading) -> Image.Image:
     """Convert an image to 8-bit gray (1), RGB (3) or RGBA (4); gray and RGB blend transparency with white."""
-    if reading.channels == 4 and image.mode in ("RGBA", "LA", "PA", "P"):
+    is_transparent = image.mode in ("1", "L", "RGB") and "transparency" in image.info
+    if reading.channels == 4 and (image.mode in ("RGBA", "LA", "PA", "P") or is_transparent):
         return image.convert("RGBA")
     colors = to_rgb(image, reading.white)
     return colors if reading.channels == 3 else colors.convert(PILLOW_MODES[reading.channels])

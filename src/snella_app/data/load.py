@@ -8,7 +8,7 @@ import functools
 import inspect
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from snella_app.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
 from snella_app.data.images import RGB
 from snella_app.data.masks import load_kvasir, load_masks
 from snella_app.data.options import DataConfig, TargetKind
-from snella_app.data.splits import fold_split, grouped_split, stratified_sample, stratified_split
+from snella_app.data.splits import fold_split, grouped_split, merge_strata, stratified_sample, stratified_split
 from snella_app.data.table import load_table
 from snella_app.files import expand_user
 from snella_app.plugins import plugins
@@ -161,7 +161,7 @@ def load_data(
         target: Content of the label column: one class (`class`), any number of labels (`labels`) or numbers
             (`numbers`, with column names as `classes`). `ImageDataset.labels` contains classes, or strata for the other
             two; `ImageDataset.annotations` contains raw values, weights and groups.
-        divide: If False, use only existing splits and folds.
+        divide: If False, use only existing splits and folds, also of data that cannot be trained on.
 
     Raises:
         ValueError: If the specification is unknown, a setting does not apply to the data, or there are too few images.
@@ -176,6 +176,8 @@ def load_data(
         raise ValueError("; ".join(invalid))
     seeds = {"train": seed, "val": seed, "test": given.get("test_seed", seed)}
     splits = DataSplits(**vars(_read(spec, config, target)))
+    if divide and splits.problems:
+        raise ValueError("; ".join(splits.problems))
     total = sum(map(len, splits.parts.values()))
     if config.folds is not None and config.fold is not None:
         _hold_out(splits, config.folds, config.fold, seeds["test"])
@@ -246,7 +248,8 @@ def _data_hint(spec: str) -> str:
     name, colon, rest = spec.partition(":")
     if colon:
         prefixes = [prefix[:-1] for prefix in (*_PREFIXES, *_registered()) if prefix.endswith(":")]
-        near = difflib.get_close_matches(name.lower(), prefixes, n=1, cutoff=0.5)
+        is_drive = len(name) == 1
+        near = [] if is_drive else difflib.get_close_matches(name.lower(), prefixes, n=1, cutoff=0.5)
         return f"; did you mean '{near[0]}:{rest}'?" if near else ""
     path = expand_user(spec)
     if path.is_file():
@@ -287,8 +290,9 @@ def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collect
 def _hold_out(splits: DataSplits, folds: int, fold: int, seed: int) -> None:
     """Hold out a fold of the training and validation images as the test split, or validation if a test split exists."""
     images = splits.train if splits.val is None else joined(splits.train, splits.val)
-    groups, classes = images.annotations.groups, splits.label_names
-    rest, selected = fold_split(images.labels, groups, folds, fold, seed=seed, classes=classes)
+    groups = images.annotations.groups
+    labels, classes = _strata(splits, images, folds if groups is None else 1)
+    rest, selected = fold_split(labels, groups, folds, fold, seed=seed, classes=classes)
     splits.train, splits.val, splits.has_parts = images.subset(rest), None, True
     if splits.test is None:
         splits.test, splits.fold_part = images.subset(selected), "test"
@@ -324,12 +328,18 @@ def _split_off(splits: DataSplits, part: str, fraction: float, seed: int) -> tup
     groups = images.annotations.groups
     if groups is None:
         reserve = 2 if part == "test" else 1
-        rest, selected = stratified_split(
-            images.labels, fraction, seed=seed, classes=splits.label_names, reserve=reserve, part=part
-        )
+        labels, classes = _strata(splits, images, reserve + 1)
+        rest, selected = stratified_split(labels, fraction, seed=seed, classes=classes, reserve=reserve, part=part)
     else:
         rest, selected = grouped_split(images.labels, groups, fraction, seed=seed, part=part)
     return images.subset(rest), images.subset(selected)
+
+
+def _strata(splits: DataSplits, images: ImageDataset, minimum: int) -> tuple[Sequence[int], list[str]]:
+    """Return labels and their names for stratification; strata with fewer than `minimum` images are merged."""
+    if splits.strata is None:
+        return images.labels, splits.classes
+    return merge_strata(images.labels, splits.strata, minimum)
 
 
 def _subsample(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int]) -> None:
@@ -340,8 +350,9 @@ def _subsample(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int])
         if images is None and size is not None:
             raise ValueError(f"{name}_size must be omitted because {reasons[name]}, got {size}")
         if images is not None and size is not None:
-            classes = splits.label_names
-            chosen = stratified_sample(images.labels, size, seed=seeds[name], classes=classes, argument=f"{name}_size")
+            is_small = size < len(set(images.labels))  # too small for one image per stratum
+            labels, classes = _strata(splits, images, len(images) + 1 if is_small else 1)
+            chosen = stratified_sample(labels, size, seed=seeds[name], classes=classes, argument=f"{name}_size")
             setattr(splits, name, images.subset(chosen))
     for images in splits.parts.values():
         images.seed = seeds["train"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from snella_app.console import counted
 from snella_app.data.datasets import Collection, MaskDataset
-from snella_app.data.folder import existing_folder
+from snella_app.data.folder import PARTS, existing_folder
 from snella_app.data.images import IMAGE_SUFFIXES, THRESHOLD, ImageMetadata, metadata_of, read_image, read_label_map
 from snella_app.data.options import DataConfig, TargetKind
 from snella_app.data.sources import FileImages, FileMasks, decode_all
@@ -50,9 +50,13 @@ def load_masks(path: str, config: DataConfig, target: TargetKind) -> Collection:
     line, background first, and may include absent classes. Every file is decoded once.
     """
     root = existing_folder(path, "masks", "with images/ and masks/ inside")
-    has_parts = (root / "train" / "images").is_dir()
-    parts = [part for part in ("train", "val", "test") if (root / part).is_dir()]
-    folders = {part: root / part for part in parts} if has_parts else {"train": root}
+    inside = [folder for folder in root.iterdir() if folder.is_dir() and folder.name.lower() in PARTS]
+    inside.sort(key=lambda folder: folder.name in PARTS.values())  # exact names take precedence
+    named = {PARTS[folder.name.lower()]: folder for folder in inside}
+    has_parts = "train" in named and (named["train"] / "images").is_dir()
+    folders = (
+        {part: named[part] for part in ("train", "val", "test") if part in named} if has_parts else {"train": root}
+    )
     errors: list[str] = []
     pairs = {part: find_pairs(folder, root, errors) for part, folder in folders.items()}
     collection = collect_masks(f"masks:{path}", root, pairs, errors, _class_names(root), config.skip_corrupt)

@@ -171,7 +171,7 @@ class DataConfig(Config):
         errors += [f"{name} does not support masks, got {value}" for name, value in given.items() if value]
         if self.augment in ("randaugment", "trivialaugment"):
             errors.append(
-                "augment must be one of none, flip, crop, imagenet, 3augment for images with masks, "
+                "augment must be one of none, flip, crop, crop-no-flip, imagenet, 3augment for images with masks, "
                 f"got {self.augment!r}"
             )
         return errors

@@ -27,19 +27,40 @@ def stratified_split(
         Remaining positions and selected positions, both ascending.
 
     Raises:
-        ValueError: If a class has fewer than `reserve + 1` images.
+        ValueError: If a class with images has fewer than `reserve + 1`.
     """
     counts = np.bincount(labels, minlength=len(classes))
-    few = [f"{name!r} has {count}" for name, count in zip(classes, counts, strict=True) if count < reserve + 1]
+    few = [f"{name!r} has {count}" for name, count in zip(classes, counts, strict=True) if 0 < count <= reserve]
     if few:
         raise ValueError(
             f"every class needs at least {reserve + 1} images to create a '{part}' split; "
             f"{', '.join(few)}. Add images, or provide the splits as folders"
             + (", or disable the test split with --test-fraction 0 (test_fraction=0)" if part == "test" else "")
         )
-    total = max(round(fraction * len(labels)), len(classes))
-    selected = _sample(labels, _quotas(counts, min(total, int((counts - reserve).sum())), reserve), seed)
+    total = max(round(fraction * len(labels)), int((counts > 0).sum()))
+    selected = _sample(labels, _quotas(counts, min(total, int((counts - reserve).clip(0).sum())), reserve), seed)
     return _rest(labels, selected), selected
+
+
+def merge_strata(labels: Sequence[int], names: Sequence[str], minimum: int) -> tuple[list[int], list[str]]:
+    """Merge strata with fewer than `minimum` images with each other, or with the largest stratum if they are too few.
+
+    Returns:
+        New labels, and the names of the new strata.
+    """
+    counts = Counter(labels)
+    kept = [label for label in sorted(counts) if counts[label] >= minimum]
+    if len(kept) == len(counts):
+        return list(labels), list(names)
+    few = len(labels) - sum(counts[label] for label in kept)
+    new_names = [names[label] for label in kept]
+    numbers = {label: number for number, label in enumerate(kept)}
+    if few >= minimum or not kept:
+        rest = len(kept)
+        new_names.append("others")
+    else:
+        rest = max(range(len(kept)), key=lambda number: counts[kept[number]])
+    return [numbers.get(label, rest) for label in labels], new_names
 
 
 def grouped_split(

@@ -1,5 +1,7 @@
 """CSV and Parquet tables of images, and conversion of rows to a `Collection`."""
 
+import ast
+import contextlib
 import csv
 import math
 from collections import Counter
@@ -134,8 +136,9 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
         reason = f"all are unusable: {_broken_text(broken, samples)}" if broken else f"got {len(samples.names)} rows"
         raise ValueError(f"{samples.where} has no images to train on, {reason}")
     indices, classes, strata = _labels(rows, samples, values, target)
+    problems: list[str] = []
     if target == "class":
-        _check_classes(classes, indices, rows, parts, samples)
+        problems = _check_classes(classes, indices, rows, parts, samples)
     groups = (
         None if raw_groups is None else [text_of(value) or f"(row {row + 1})" for row, value in enumerate(raw_groups)]
     )
@@ -168,6 +171,7 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
         notes=notes,
         strata=strata,
         broken={samples.names[row] or f"row {row + 1}": broken[row] for row in sorted(broken)},
+        problems=problems,
     )
 
 
@@ -221,7 +225,7 @@ def table_paths(path: str | Path, columns: Columns) -> list[Path]:
         ValueError: If the path column is missing, or a Parquet file lists an image outside its folder or
             `columns.root`.
     """
-    kind = "parquet" if Path(path).suffix == ".parquet" else "csv"
+    kind = "parquet" if Path(path).suffix.lower() == ".parquet" else "csv"
     table, _ = read_table(str(path), kind)
     roles = columns.resolve(table, ("path",), str(path))
     folder = columns.root or expand_user(path).parent
@@ -342,11 +346,36 @@ def _label_lists(samples: Samples) -> Iterable[tuple[str, ...]]:
                 )
             yield tuple(name for name, text in zip(samples.label_columns, texts, strict=True) if text in _TRUE)
         return
-    texts = [value for value in samples.labels if isinstance(value, str)]
+    values = list(map(_parsed_list, samples.labels))
+    if (names := _multi_hot_names(values, samples.classes)) is not None:
+        yield from (tuple(name for name, is_set in zip(names, value, strict=True) if is_set) for value in values)
+        return
+    texts = [value for value in values if isinstance(value, str)]
     separator = next((s for s in _SEPARATORS if any(s in text for text in texts)), _SEPARATORS[0])
-    for value in samples.labels:
+    for value in values:
         items = value if isinstance(value, list | tuple) else text_of(value).split(separator)
         yield tuple(dict.fromkeys(filter(None, map(text_of, items))))
+
+
+def _parsed_list(value: Any) -> Any:
+    """Parse a list in Python's notation, as pandas writes it to CSV; return other values unchanged."""
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return ast.literal_eval(value)
+    return value
+
+
+def _multi_hot_names(values: Sequence[Any], classes: Sequence[str] | None) -> Sequence[str] | None:
+    """Return the class names if all values are 0/1 lists of equal length, one entry per class; None otherwise."""
+    is_list = all(isinstance(value, list | tuple) and len(value) > 1 for value in values)
+    if not is_list or len({len(value) for value in values}) != 1:
+        return None
+    if not all(isinstance(entry, int | float) and entry in (0, 1) for value in values for entry in value):
+        return None
+    count = len(values[0])
+    if all(len(set(value)) == count for value in values):  # may be pairs of class indices
+        return None
+    return classes if classes is not None and len(classes) == count else [str(index) for index in range(count)]
 
 
 def _labels(
@@ -365,7 +394,9 @@ def _labels(
         return dict(zip(rows, strata.tolist(), strict=True)), samples.label_columns, _ranges(edges)
     if target == "labels":
         counts = Counter(label for row in rows for label in values[row])
-        classes = samples.classes or _sort_names(counts)
+        classes = samples.classes or []
+        if not set(counts) <= set(classes):
+            classes = _sort_names(counts)
         rarest = {row: min(values[row], key=lambda name: (counts[name], name), default="none") for row in rows}
         sizes = Counter(rarest.values())
         names = [name for name in _sort_names(sizes) if sizes[name] >= _MIN_IN_STRATUM]
@@ -403,15 +434,16 @@ def _sort_names(names: Iterable[str]) -> list[str]:
 
 def _check_classes(
     classes: Sequence[str], indices: Mapping[int, int], rows: Sequence[int], parts: Sequence[str], samples: Samples
-) -> None:
-    """Reject fewer than two classes, too many classes, and classes without training images."""
+) -> list[str]:
+    """Reject classes without training images, and return `Collection.problems`."""
+    problems = []
     if len(classes) < 2:
-        raise ValueError(
+        problems.append(
             f"{samples.where}: at least two classes are required, column {samples.label_columns[0]!r} has one: "
             f"{classes[0]!r}"
         )
     if len(classes) > max(len(rows) / 2, _FEW_CLASSES):
-        raise ValueError(
+        problems.append(
             f"{samples.where}: column {samples.label_columns[0]!r} must contain classes, got {len(classes)} different "
             f"values in {len(rows)} rows, e.g. {', '.join(map(repr, classes[:3]))}; select another column with "
             "--columns label=NAME"
@@ -424,6 +456,7 @@ def _check_classes(
             f"{samples.where}: {len(counts)} of {len(classes)} classes have no training image: {named}; add training "
             "images, remove their rows, or create new splits with --columns split=none"
         )
+    return problems
 
 
 def _drop_duplicates(

@@ -75,10 +75,14 @@ def find_head(model: nn.Module, head: str | None = None) -> str:
 def _declared_head(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
     """Return the head that a timm model declares; None for other models."""
     declared = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
-    if declared in modules:
-        return str(declared)
+    if isinstance(declared, str) and declared in modules:
+        return declared
     get_classifier = getattr(model, "get_classifier", None)
     classifier = get_classifier() if callable(get_classifier) else None
+    if isinstance(classifier, tuple):
+        raise ValueError(
+            f"{type(model).__name__} has {len(classifier)} heads, for distillation; use a model with one head"
+        )
     return next((name for name, module in modules.items() if module is classifier), None)
 
 

@@ -53,6 +53,10 @@ class StoredPrediction:
         return self.predicted == self.label
 
 
+MAX_PREDICTIONS = 5_000
+"""Maximum number of images whose predictions a run stores; more would take hundreds of megabytes."""
+
+
 @dataclass(frozen=True)
 class Predictions(SplitPredictions):
     """Class predictions on one split."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from snella_app.files import check_files
-from snella_app.records.record import FORMAT, OPTIONAL, Float, Record
+from snella_app.records.record import FORMAT, OPTIONAL, Float, Record, read_if_present
 from snella_app.records.results import SplitScores
 from snella_app.text import split_text
 
@@ -451,3 +451,15 @@ class FoldResults(Record):
     held_out: str = "test"
     rows: list[FoldRow] = field(default_factory=list)
     settings: str | None = field(default=None, metadata=OPTIONAL)
+
+
+def status_text(status: Status) -> str:
+    """Return the status in human-readable form; a killed process leaves the status `running`."""
+    return "running or killed" if status == "running" else status
+
+
+def reject_cross_validation(path: Path) -> None:
+    """Raise ValueError if a folder contains a cross-validation instead of a run."""
+    if results := read_if_present(FoldResults, path):
+        example = f", e.g. {path / results.rows[0].folder}" if results.rows else ""
+        raise ValueError(f"run={path} is a cross-validation with several models; pass one of its runs{example}")

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from snella_app.console import counted
 from snella_app.records.generators import AnswerScores, GeneratorMetrics, SubjectFidelity
 from snella_app.records.record import read, read_if_present
-from snella_app.records.run import Allocation, MatrixInfo, Metrics, RunInfo
+from snella_app.records.run import Allocation, MatrixInfo, Metrics, RunInfo, reject_cross_validation, status_text
 from snella_app.report.allocation import MatrixGrid, group_matrices
 from snella_app.text import bytes_text, percent_text, plain_text, seconds_text
 
@@ -137,6 +137,7 @@ def inspect_run(run: str | Path) -> Group:
         ValueError: If a file is damaged or the adapter belongs to another run.
     """
     folder = Path(run)
+    reject_cross_validation(folder)
     info = read(RunInfo, folder)
     written = [name for name in ("metrics.json", "allocation.json") if name in (info.files or {})]
     if missing := [name for name in written if not (folder / name).is_file()]:
@@ -144,7 +145,7 @@ def inspect_run(run: str | Path) -> Group:
     metrics = read_if_present(Metrics, folder)
     allocation = read_if_present(Allocation, folder)
     adapter = read_adapter(folder)
-    rows = [("run", str(folder)), ("status", "running or killed" if info.status == "running" else info.status)]
+    rows = [("run", str(folder)), ("status", status_text(info.status))]
     if info.error:
         rows.append(("error", info.error))
     rows += [("method", info.method), ("options", plain_text(info.method_options))]

@@ -5,7 +5,7 @@ import dataclasses
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
@@ -209,9 +209,7 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
         splits, _, parts = images_for_run(loaded, None, split)
         reduced, labels = _run_model(loaded, splits.classes, parts, batch_size)
         measured[split] = (loaded.task.sample_outputs(reduced), labels)
-    calibration = calibrate(measured)
-    if calibration is None:
-        raise RuntimeError(f"run={folder.path} has {len(measured['val'][1])} validation images, too few to calibrate")
+    calibration = cast(Calibration, calibrate(measured))
     folder.update("finished", calibration=plain(calibration))
     rewrite_report(folder.path)
     return calibration

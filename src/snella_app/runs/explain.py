@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from snella_app.data.datasets import ImageDataset, read_at_side
 from snella_app.files import create_folder, write_png
 from snella_app.methods.model_parts import base_model
-from snella_app.records.predictions import Predictions
+from snella_app.records.predictions import MAX_PREDICTIONS, Predictions
 from snella_app.records.record import read
 from snella_app.report.examples import EmbeddedImage, choose_examples, image_data_uri
 from snella_app.report.report import write_page
@@ -146,21 +146,27 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
 
     Raises:
         FileNotFoundError: If `run` is not a run folder or has no predictions, or its images no longer exist.
-        ValueError: If the run is not a classification run, its images were added, removed or renamed, or the model does
-            not support `by`.
+        ValueError: If the run is not a classification run or has more than 5,000 validation images, its images were
+            added, removed or renamed, or the model does not support `by`.
         ImportError: If `by` is gradcam and Captum is not installed.
     """
     model = _load_classifier(run, by, batch_size, device)
+    sizes = model.loaded.info.data.sizes
+    if (count := sizes.get("val") or sizes.get("test") or 0) > MAX_PREDICTIONS:
+        raise ValueError(
+            f"{run} has {count:,} validation images, and a run stores predictions of at most {MAX_PREDICTIONS:,}; pass "
+            "images: snella explain RUN IMAGES --out FOLDER"
+        )
     predictions = read(Predictions, run)
     split = _load_split(model, predictions.split)
     wrong, right = choose_examples(predictions.items, _NUM_EXAMPLES)
     items = [*wrong, *right]
     folder = Path(run) / HEAT_MAPS
     folder.mkdir(exist_ok=True)
+    images = [split[item.index][0] for item in items]
+    overlays = list(_overlays(model, images, [model.classes[item.predicted] for item in items], by))
     for old in folder.glob("*.png"):
         old.unlink()
-    images = [split[item.index][0] for item in items]
-    overlays = _overlays(model, images, [model.classes[item.predicted] for item in items], by)
     for item, (_, heat) in zip(items, overlays, strict=True):
         heat.thumbnail((_MAX_SIDE, _MAX_SIDE))
         _write_heat_map(folder / f"{item.index}.png", heat, by)

@@ -233,20 +233,23 @@ def _write_graph(
     export_graph: Callable[..., Graph], loaded: LoadedRun, path: Path, options: ExportOptions
 ) -> tuple[list[str], str]:
     """Export the merged model with its final head as a graph, and compare its outputs with torch's."""
-    merged = merge_trained(loaded.model)
-    merged = (merged if loaded.probe is None else loaded.probe.with_model(merged)).eval()
+    backbone = merge_trained(loaded.model)
+    merged = (backbone if loaded.probe is None else loaded.probe.with_model(backbone)).eval()
     model = merged if options.logits else _FinalOutputs(merged, loaded).eval()
     output = "logits" if options.logits else loaded.task.final_name
+    info = dataclasses.replace(loaded.info, final_head="trained")  # the graph contains the final head
+    metadata = run_metadata(dataclasses.replace(loaded, info=info), backbone)
+    if not options.logits:
+        metadata |= {"temperature": "1.0", "use": f"# outputs are the {output} of snella predict"}
     example = options.images[:1].expand(2, -1, -1, -1).contiguous()
     with quiet_exporters():
         try:
-            graph = export_graph(model, example, run_metadata(loaded, merged), output, options.opset)
+            graph = export_graph(model, example, metadata, output, options.opset)
         except Exception as error:  # the following lines of an exporter's error are its log
             reason, hint = first_line(error)[:300], "; leave out opset" if options.opset else ""
             raise ValueError(f"torch cannot export this model: {reason}{hint}") from error
         note = compare_outputs(graph, model, options.images)
     path.write_bytes(graph.content)
-    info = dataclasses.replace(loaded.info, final_head="trained")  # the graph contains the final head
     if options.logits:
         notes = _logits_notes(info, _IN_METADATA)
     else:
@@ -329,13 +332,13 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[
             delta = layers[name].get_delta_weight("default")
             lost += float((layer.get_delta_weight("default") - delta).double().square().sum())
             total += float(delta.double().square().sum())
-    agreement = float((got.argmax(1) == expected.argmax(1)).double().mean())
     difference = float((got - expected).abs().max() / expected.abs().max())
     note = (
         f"rank {options.rank}: ‖ΔW − BA‖ / ‖ΔW‖ = {(lost / total) ** 0.5 if total else 0.0:.4f} (Frobenius, all layers)"
-        f"; outputs on {counted(len(got), 'image')} differ by at most {difference:.1e} times the largest output; "
-        f"{agreement:.1%} have the same class"
+        f"; outputs on {counted(len(got), 'image')} differ by at most {difference:.1e} times the largest output"
     )
+    if loaded.task.name == "classification":
+        note += f"; {float((got.argmax(1) == expected.argmax(1)).double().mean()):.1%} have the same class"
     return [note, *_logits_notes(loaded.info, "not in the folder")], code.format(str(options.out), backbone.name)
 
 

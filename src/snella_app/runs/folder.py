@@ -18,7 +18,7 @@ import yaml
 from snella_app.config.train import SESSION_FIELDS, UNSTORED_FIELDS, RunSettings, TrainConfig
 from snella_app.files import sealed, sha256_of, write_json, write_text
 from snella_app.records.record import FORMAT, Record, read_if_present, read_object, write
-from snella_app.records.run import Allocation, FoldResults, RunInfo, Status
+from snella_app.records.run import Allocation, FoldResults, RunInfo, Status, status_text
 
 
 def adapter_digest(folder: Path) -> str:
@@ -48,7 +48,7 @@ _INHERITED = (
 )
 """Settings inherited with `init_from`. Other values would not fit the trained weights, or would evaluate them on
 training images."""
-_CHANGEABLE = (*SESSION_FIELDS, *UNSTORED_FIELDS, "data")
+_CHANGEABLE = (*SESSION_FIELDS, "data")
 """Settings that may change when a run is resumed; images have separate digests."""
 
 
@@ -56,11 +56,6 @@ def _settings_digest(values: Mapping[str, Any]) -> str:
     """Return the SHA-256 of the settings in `config.yaml`, without settings that may change when a run is resumed."""
     bound = {str(name): value for name, value in values.items() if name not in _CHANGEABLE}
     return hashlib.sha256(json.dumps(bound, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def status_text(status: Status) -> str:
-    """Return the status in human-readable form; a killed process leaves the status `running`."""
-    return "running or killed" if status == "running" else status
 
 
 def _for_config_file(message: str) -> str:

@@ -208,10 +208,11 @@ def _paths_in_table(table: Path, columns: str | None, run_columns: str | None) -
     try:
         return table_paths(table, Columns())
     except ValueError:
-        path = Columns.parse(run_columns).names.get("path")
+        parsed = Columns.parse(run_columns)
+        path = parsed.names.get("path")
         if path is None:
             raise
-        return table_paths(table, Columns({"path": path}))
+        return table_paths(table, Columns({"path": path}, parsed.root))
 
 
 def _require_all(paths: Iterable[Path]) -> list[Path]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snella.compat.sparse_file import tensors_bytes
+from snella_app.backbones.create import model_arguments
 from snella_app.files import check_new, create_folder, write_bytes, write_json
 from snella_app.methods import merge_trained
 from snella_app.records.record import plain, record_from
@@ -152,7 +153,7 @@ def run_metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
         "backbone": str(backbone.name),
         "num_classes": str(backbone.num_classes),
         "img_size": json.dumps(configured_image_size(model)),
-        "model_args": json.dumps(_model_args(model)),
+        "model_args": json.dumps(model_arguments(model)),
         "task": loaded.task.name,
         "task_state": json.dumps(loaded.task.state()),
         _USE: loaded.task.decoding_comment(),
@@ -177,7 +178,7 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
             f"use {out.rstrip('/') + _SUFFIX!r}"
         )
     size = configured_image_size(model)
-    arguments = _model_args(model) | ({} if size is None else {"img_size": size})
+    arguments = model_arguments(model) | ({} if size is None else {"img_size": size})
     timm_model: Any = model
     inherited = {name: value for name, value in dict(timm_model.pretrained_cfg).items() if name in _INHERITED_ENTRIES}
     outputs = loaded.info.backbone.num_classes
@@ -308,8 +309,3 @@ def load_merged(path: str | Path) -> nn.Module:
     model = make_backbone(backbone, metadata["task"])
     model.load_state_dict(load_file(path))
     return model.eval()
-
-
-def _model_args(model: nn.Module) -> dict[str, Any]:
-    """Return the arguments of `timm.create_model` besides the name of the architecture."""
-    return dict((getattr(model, "pretrained_cfg", None) or {}).get("model_args") or {})

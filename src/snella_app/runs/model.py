@@ -17,8 +17,8 @@ from snella_app.data.transforms import build_transform
 from snella_app.device import choose_device
 from snella_app.methods import load_trained
 from snella_app.records.record import read, read_if_present
-from snella_app.records.run import BackboneInfo, FoldResults, RunInfo
-from snella_app.runs.folder import RunFolder, status_text
+from snella_app.records.run import BackboneInfo, FoldResults, RunInfo, reject_cross_validation, status_text
+from snella_app.runs.folder import RunFolder
 from snella_app.runs.layer_probe import LayerProbe, read_layer_probe
 from snella_app.tasks import TASKS, Task, create_task, task_class
 
@@ -107,9 +107,7 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
 def load_single_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
     """Load the best model of a run like `load_run`, but reject a cross-validation."""
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
-    if results := read_if_present(FoldResults, folder.path):
-        example = f", e.g. {folder.path / results.rows[0].folder}" if results.rows else ""
-        raise ValueError(f"run={folder.path} is a cross-validation with several models; pass one of its runs{example}")
+    reject_cross_validation(folder.path)
     info = read(RunInfo, folder.path)
     try:
         return _load_model(folder, info, choose_device(device))

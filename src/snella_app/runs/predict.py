@@ -23,7 +23,7 @@ from snella_app.runs.folder import RunFolder
 from snella_app.runs.image_inputs import ImageInput, missing_path_hint, read_input, split_inputs
 from snella_app.runs.model import Ensemble, LoadedRun, get_task_name, load_run
 from snella_app.tasks import Task, task_class
-from snella_app.tasks.predictions import Prediction
+from snella_app.tasks.classification import ClassificationTask
 from snella_app.tasks.task import MAX_VIEWS
 
 _THREADS = 4  # decoding and resizing release the GIL
@@ -167,12 +167,7 @@ class Predictor:
             for index, prediction in enumerate(self.loaded.task.image_predictions(paths, originals, outputs)):
                 if on_features is not None and features is not None:
                     on_features(features[index])
-                if threshold is None:
-                    yield prediction
-                elif isinstance(prediction, Prediction):
-                    yield dataclasses.replace(prediction, unsure_below=threshold)
-                else:
-                    raise ValueError(f"unsure needs a task with one class per image, got {threshold:g}; leave it out")
+                yield prediction if threshold is None else dataclasses.replace(prediction, unsure_below=threshold)
 
     def resolve_threshold(self, tta: int | None, unsure: Unsure) -> float | None:
         """Validate `tta` and `unsure`, and return the threshold for unsure predictions, if any."""
@@ -182,6 +177,10 @@ class Predictor:
             raise ValueError(
                 f"tta must be left out for a cross-validation, whose models use the tta of their runs, got {tta}"
             )
+        if tta is not None and tta > 2 and self.loaded.task.head is not None:
+            raise ValueError(f"tta must be 1 or 2 (with flip) for masks, got {tta}")
+        if unsure is not None and not isinstance(self.loaded.task, ClassificationTask):
+            raise ValueError(f"unsure needs a task with one class per image, got {unsure}; leave it out")
         calibration = self.loaded.info.calibration
         if unsure == "auto":
             if calibration is None:

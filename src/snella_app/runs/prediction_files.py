@@ -18,7 +18,7 @@ from snella_app.files import annotate_write_errors, check_new, create_folder, wr
 from snella_app.runs.image_inputs import expand, new_files
 from snella_app.runs.model import unfinished_note
 from snella_app.runs.predict import check_order, load, run_task_class, table_columns
-from snella_app.tasks.predictions import TABLE_SUFFIXES, table_bytes
+from snella_app.tasks.predictions import TABLE_SUFFIXES, check_mask_names, table_bytes
 from snella_app.text import listed, utf8_text
 
 _FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
@@ -70,7 +70,12 @@ def predict_to_files(
     files: list[Path] = []
     if listed_images or not watch:
         files = expand(listed_images, columns, table_columns(run), keep_missing=skip_corrupt)
+    if is_folder and out is not None:
+        check_mask_names(files)
     model = load(run, device, batch_size=batch_size)
+    model.resolve_threshold(tta, threshold)
+    if is_appended and overwrite:
+        Path(str(out)).unlink(missing_ok=True)
     skipped: list[str] = []
     errors = make_console(sys.stderr)
     if (status_note := unfinished_note(model.loaded)) is not None:

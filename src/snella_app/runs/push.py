@@ -7,7 +7,7 @@ from typing import Any
 
 from snella_app.files import write_text
 from snella_app.records.record import read
-from snella_app.records.run import RunInfo
+from snella_app.records.run import RunInfo, reject_cross_validation
 from snella_app.report.card import model_card
 from snella_app.runs.folder import RunFolder, beside
 from snella_app.runs.merge import merge
@@ -42,6 +42,7 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
     path = Path(folder)
     if path.exists() and (not path.is_dir() or next(path.iterdir(), None) is not None):
         raise FileExistsError(f"to_folder={path} is not empty; choose a new folder")
+    reject_cross_validation(Path(run))
     info = read(RunInfo, run)
     task = get_task(info)
     if adapter:

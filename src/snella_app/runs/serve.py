@@ -5,6 +5,7 @@ import errno
 import hashlib
 import io
 import ipaddress
+import math
 import re
 import socket
 import threading
@@ -65,7 +66,11 @@ class ServerLimits:
     def __post_init__(self) -> None:
         """Check all limits, and report all errors together."""
         values = {f"max_{name}": value for name, value in vars(self).items()}
-        errors = [f"{name} must be positive, got {value}" for name, value in values.items() if not value > 0]
+        errors = [
+            f"{name} must be positive and finite, got {value}"
+            for name, value in values.items()
+            if not 0 < value < math.inf
+        ]
         if self.total_megapixels < self.megapixels:
             errors.append(
                 f"max_total_megapixels must be at least max_megapixels, {self.megapixels:g}, got "

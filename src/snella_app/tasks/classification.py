@@ -348,7 +348,8 @@ class OrdinalTask(ClassificationTask):
         """Return CORN logits of the mean class probabilities."""
         mean = torch.stack([self.probabilities(logits) for logits in outputs]).mean(0)
         from_rank = mean.flip(-1).cumsum(-1).flip(-1).clamp(max=1.0)  # P(y ≥ k)
-        return (from_rank[:, 1:] / from_rank[:, :-1]).logit(eps=1e-7)
+        # both are 0 for ranks far above the predicted one
+        return (from_rank[:, 1:] / from_rank[:, :-1].clamp(min=torch.finfo(mean.dtype).tiny)).logit(eps=1e-7)
 
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """Compute rank errors, quadratic weighted kappa, and classification metrics.

@@ -59,17 +59,26 @@ def write_mask_predictions(
     check_mask_output(out, top_k, overwrite=overwrite)
     folder = Path(out)
     (folder / _OVERLAYS).mkdir(parents=True, exist_ok=True)
-    written: dict[str, Path] = {}
+    names: dict[str, Path] = {}
     for prediction in predictions:
+        _add_name(names, prediction.path)
         name = f"{prediction.path.stem}.png"
-        if name in written:
-            raise ValueError(
-                f"image names must be unique, got {written[name]} and {prediction.path}; use separate output folders"
-            )
-        written[name] = prediction.path
         write_mask(prediction.labels, folder / name)
         write_png(folder / _OVERLAYS / name, overlay(read_image(prediction.path), prediction.labels))
     return folder
+
+
+def check_mask_names(images: Sequence[Path]) -> None:
+    """Raise ValueError if the masks of two images would have the same name."""
+    names: dict[str, Path] = {}
+    for image in images:
+        _add_name(names, image)
+
+
+def _add_name(names: dict[str, Path], image: Path) -> None:
+    """Add the stem of an image to `names`; raise ValueError if another image has it."""
+    if (other := names.setdefault(image.stem, image)) is not image:
+        raise ValueError(f"image names must be unique, got {other} and {image}; use separate output folders")
 
 
 def check_mask_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:

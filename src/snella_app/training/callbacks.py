@@ -63,15 +63,16 @@ class WeightAverage(TrainerCallback):
     Args:
         model: Model from `build_method`; parameters that are trainable now are averaged.
         decay: Decay in (0, 1); larger values average over more steps.
+        statistics: Other running statistics to average, by name; must be updated in place.
 
     Attributes:
         steps: Number of averaged steps.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, statistics: Mapping[str, torch.Tensor] | None = None) -> None:
         self.decay = decay
         self.steps = 0
-        self._parameters = _trained_tensors(model)
+        self._parameters = _trained_tensors(model, statistics)
         self._averages = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     @property
@@ -122,11 +123,12 @@ class EpochSnapshots:
     Args:
         model: Model from `build_method`; parameters that are trainable now are stored on the CPU.
         count: Number of epochs.
+        statistics: Other running statistics to average, by name; must be updated in place.
     """
 
-    def __init__(self, model: nn.Module, count: int) -> None:
+    def __init__(self, model: nn.Module, count: int, statistics: Mapping[str, torch.Tensor] | None = None) -> None:
         self.count = count
-        self._parameters = _trained_tensors(model)
+        self._parameters = _trained_tensors(model, statistics)
         self._values: dict[int, dict[str, torch.Tensor]] = {}
 
     @property
@@ -169,10 +171,10 @@ class EpochSnapshots:
             _check_names(path, values, self._parameters)
 
 
-def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def _trained_tensors(model: nn.Module, statistics: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
     """Return the trainable parameters and the running statistics that training updates, by name."""
     tensors: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return tensors | updated_statistics(model)
+    return {**tensors, **updated_statistics(model), **(statistics or {})}
 
 
 def _check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> None:

@@ -22,6 +22,7 @@ from snella_app.console import print_line
 from snella_app.files import write_text
 from snella_app.methods import load_trained_into
 from snella_app.methods.registry import matrices_of, trainable_parameters
+from snella_app.records.predictions import MAX_PREDICTIONS
 from snella_app.records.record import plain
 from snella_app.records.results import scores_from
 from snella_app.records.run import Allocation, AllocationStep, AveragedEpochs, EpochRow, FinalHead, MatrixInfo, Metrics
@@ -41,7 +42,6 @@ _ADAPTER_USE = """This folder contains an adapter in PEFT format. Run `import sn
 package registers the adapter's keys. With the run folder, `snella predict RUN IMAGES` runs prediction on images, and
 `snella merge RUN --out MODEL` merges the adapter into a plain model.
 """
-_MAX_PREDICTIONS = 5_000  # predictions of a large test split take hundreds of megabytes
 _REPORT_INTERVAL_S = 30.0
 Outputs = tuple[np.ndarray, np.ndarray]
 """Reduced outputs and targets of all images in a split."""
@@ -84,7 +84,7 @@ def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Consol
     with console.status("evaluating the saved model") if console.is_terminal else contextlib.nullcontext():
         outputs, final_head = _measure(trainer)
     name, images = ("val", parts.splits.val) if parts.splits.val is not None else ("test", parts.splits.test)
-    if images is not None and len(images) > _MAX_PREDICTIONS:
+    if images is not None and len(images) > MAX_PREDICTIONS:
         images = None
     if not is_main():
         if images is not None and is_sharded(parts.model):

@@ -1,6 +1,8 @@
 """Cross-validation: one run per fold and a table over folds."""
 
+import dataclasses
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from snella_app.records.record import plain, read, read_if_present
 from snella_app.records.run import FoldResults, FoldRow, Metrics, RunInfo
 from snella_app.report.report import write_page
 from snella_app.runs.folder import RunFolder
+from snella_app.runs.images import check_splits, find_data, load_splits
+from snella_app.training.distributed import require_single_process
 from snella_app.training.train import train
 
 
@@ -42,18 +46,19 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
         FileNotFoundError: If `resume` is set, the folder has no cross-validation, and the data or backbone is missing.
         ValueError: If `train` rejects the settings, or a resumed cross-validation has other settings.
     """
+    require_single_process("a cross-validation")
     console = console or make_console(survives_closed_output=True)
     folder = RunFolder(str(config.run.out))
     config = _prepare_config(config, folder)
     count = int(config.data.folds or 0)
     results = FoldResults(count)
-    for fold in range(1, count + 1):
-        run = RunFolder(folder.path / f"fold-{fold}")
+    runs = [RunFolder(folder.path / f"fold-{fold}") for fold in range(1, count + 1)]
+    if config.run.resume and any(run.status is None for run in runs):
+        _check_images(runs, config, options.get("data"))
+    for fold, run in enumerate(runs, 1):
         if run.status != "finished":
-            is_started = run.status is not None
             print_line(console, f"fold {fold} of {count}")
-            fold_config = config.replace(fold=fold, out=str(run.path), resume=is_started, overwrite=False)
-            train(fold_config, console, **options)
+            train(_fold_config(config, fold, run), console, **options)
         metrics = read(Metrics, run.path)
         held_out = read(RunInfo, run.path).data.fold_part or "test"
         chosen = metrics.test if held_out == "test" else metrics.val
@@ -75,6 +80,26 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
     return results
 
 
+def _fold_config(config: TrainConfig, fold: int, run: RunFolder) -> TrainConfig:
+    """Return the settings of a fold; a started fold continues with its stored settings."""
+    if run.status is None:
+        return config.replace(fold=fold, out=str(run.path), resume=False, overwrite=False)
+    values = config.flat()
+    session = {name: values[name] for name in (*SESSION_FIELDS, "data")}
+    return TrainConfig.from_flat(**{**session, "out": str(run.path), "resume": True, "overwrite": False})
+
+
+def _check_images(runs: Sequence[RunFolder], config: TrainConfig, data: Any) -> None:
+    """Check that the images of a started fold have not changed, before other folds start."""
+    for run in runs:
+        if run.status is not None:
+            info = read(RunInfo, run.path).data
+            spec = find_data(run.path, str(config.data.spec), info.folder)
+            splits = load_splits(dataclasses.replace(run.read_config().data, spec=spec), config.run.seed, data)
+            check_splits(run.path, info, splits, ())
+            return
+
+
 def _scalar_metrics(scores: Any) -> dict[str, float]:
     """Return the scalar metrics of a split; empty if it was not evaluated."""
     values = {} if scores is None else plain(scores)
@@ -86,6 +111,8 @@ def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     stored = read_if_present(FoldResults, folder.path)
     if stored is not None and config.run.resume:
         stored_config = folder.read_config()
+        if config.data.spec:  # the images may have moved
+            stored_config = stored_config.replace(data=config.data.spec)
         differences = config.differences(stored_config)
         if differences:
             raise ValueError(

@@ -300,6 +300,11 @@ class FeatureNorm(TrainerCallback):
         self._handle = head.register_forward_pre_hook(self._normalize)
 
     @property
+    def statistics(self) -> dict[str, Tensor]:
+        """Mean and variance by name, which training updates in place."""
+        return {"feature_norm.mean": self.mean, "feature_norm.var": self.var}
+
+    @property
     def _std(self) -> Tensor:
         return (self.var + _EPS).sqrt()
 
@@ -317,8 +322,8 @@ class FeatureNorm(TrainerCallback):
         )
         self._sums = []
         mean = sums / count
-        self.mean = torch.lerp(self.mean, mean, _MOMENTUM)
-        self.var = torch.lerp(self.var, (squares / count - mean.square()).clamp_min(0), _MOMENTUM)
+        self.mean.lerp_(mean, _MOMENTUM)
+        self.var.lerp_((squares / count - mean.square()).clamp_min(0), _MOMENTUM)
 
     @contextmanager
     def folded(self) -> Iterator[None]:
@@ -354,4 +359,5 @@ class FeatureNorm(TrainerCallback):
             shape = list(stored[name].shape) if name in stored else None
             if shape != [len(self.mean)]:
                 raise CheckpointError(f"{path} must contain {name!r} of shape {[len(self.mean)]}, got {shape}")
-        self.mean, self.var = stored["mean"], stored["var"]
+        self.mean.copy_(stored["mean"])
+        self.var.copy_(stored["var"])

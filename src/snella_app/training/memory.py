@@ -1,5 +1,6 @@
 """Prediction of the memory of a training step from two small forward passes, and peak memory of this process."""
 
+import contextlib
 import math
 import resource
 import sys
@@ -204,6 +205,12 @@ def peak_rss_mib() -> float:
                 return round(int(value.split()[0]) / 2**10, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / 2 ** (20 if sys.platform == "darwin" else 10), 1)
+
+
+def reset_peak_rss() -> None:
+    """Reset `peak_rss_mib` to the current memory, if the system supports it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import fcntl
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from snella_app.training.checkpoints import latest_checkpoint
 from snella_app.training.distributed import mean_across_processes, process_count, require_single_process
 
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+_REPEAT_S = 1.0  # a parent process may forward a signal that this process has already received
 _HELD: set[int] = set()
 """File descriptors of the locks that this process holds."""
 
@@ -44,13 +46,15 @@ class RunInUseError(OSError):
 class InterruptCallback(TrainerCallback):
     """Callback and context manager for graceful interruption.
 
-    The first signal finishes the step, saves a checkpoint and stops; the second stops immediately (no-op in distributed
-    training). Signals are SIGINT (Ctrl-C), SIGTERM (schedulers) and SIGHUP (closed terminal). Ignored SIGTERM and
-    SIGHUP, as with `nohup`, stay ignored. Handlers are installed inside the context, only in the main thread.
+    The first signal finishes the step, saves a checkpoint and stops; another one, at least a second later, stops
+    immediately (no-op in distributed training). Signals are SIGINT (Ctrl-C), SIGTERM (schedulers) and SIGHUP (closed
+    terminal). Ignored SIGTERM and SIGHUP, as with `nohup`, stay ignored. Handlers are installed inside the context,
+    only in the main thread.
     """
 
     def __init__(self) -> None:
         self.is_requested = False
+        self._requested_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> InterruptCallback:
@@ -68,10 +72,11 @@ class InterruptCallback(TrainerCallback):
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Set the flag on the first signal; raise KeyboardInterrupt on the second, in a single process."""
         if self.is_requested:
-            if process_count() > 1:
-                return  # torchrun forwards a signal that each process has already received
+            # torchrun forwards a signal that each process has already received
+            if process_count() > 1 or time.monotonic() - self._requested_at < _REPEAT_S:
+                return
             raise KeyboardInterrupt
-        self.is_requested = True
+        self.is_requested, self._requested_at = True, time.monotonic()
         with contextlib.suppress(OSError):  # closed terminal; signal handlers must not use buffered streams
             os.write(2, b"\nsnella: finishing this step and saving, then stopping; repeat to stop immediately\n")
 

@@ -33,6 +33,7 @@ from snella_app.training.distributed import (
     init_process_group,
     is_main,
     main_process_only,
+    mean_across_processes,
     process_count,
     shard_frozen,
     wait_for_everyone,
@@ -187,7 +188,10 @@ def _fit(
             trainer.add_callback(LiveReport(trainer, step_timer))
         with contextlib.closing(display):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if trainer.state.global_step < trainer.state.max_steps and not trainer.has_stopped_early:
+    is_incomplete = trainer.state.global_step < trainer.state.max_steps and not trainer.has_stopped_early
+    # an interruption of the last epoch also stops, if its checkpoint is saved
+    is_interrupted = mean_across_processes(float(interrupt.is_requested)) > 0 and (keep_checkpoints or not optim.epochs)
+    if is_incomplete or is_interrupted:
         raise KeyboardInterrupt
     return trainer, step_timer
 

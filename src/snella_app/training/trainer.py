@@ -93,8 +93,9 @@ class SnellaTrainer(CheckpointingTrainer):
         self.protocol = get_protocol(plan.data.protocol)
         self.validation_set = val = self.protocol.selection_part(parts.splits)
         self.feature_norm = feature_norm
-        self.average = None if optim.ema is None else WeightAverage(model, optim.ema)
-        self.snapshots = EpochSnapshots(model, count) if (count := optim.swa or optim.soup) else None
+        statistics = None if feature_norm is None else feature_norm.statistics
+        self.average = None if optim.ema is None else WeightAverage(model, optim.ema, statistics)
+        self.snapshots = EpochSnapshots(model, count, statistics) if (count := optim.swa or optim.soup) else None
         self._stored_parts = [part for part in (self.average, self.snapshots, feature_norm) if part is not None]
         self._epoch_loss, self._epoch_steps = 0.0, 0
         self._step_loss, self._micro_step = 0.0, 0
@@ -230,17 +231,14 @@ class SnellaTrainer(CheckpointingTrainer):
         if candidates is None or not candidates.epochs:
             return None
         rows = {row["epoch"]: self.selection_score(row) for row in self.history}
-        chosen = candidates.epochs
-        if self.plan.optim.soup is not None:
-            best_first = sorted(candidates.epochs, key=lambda epoch: (rows[epoch], epoch), reverse=True)
-            chosen = best_first[:1]
-            score, _ = self._evaluate_mean(chosen)
-            for epoch in best_first[1:]:
-                other, _ = self._evaluate_mean([*chosen, epoch])
-                if other >= score:
-                    chosen, score = [*chosen, epoch], other
-        chosen = sorted(chosen)
+        best_first = sorted(candidates.epochs, key=lambda epoch: (rows[epoch], epoch), reverse=True)
+        chosen = candidates.epochs if self.plan.optim.soup is None else best_first[:1]
         score, scores = self._evaluate_mean(chosen)
+        for epoch in [] if self.plan.optim.soup is None else best_first[1:]:
+            larger = sorted([*chosen, epoch])
+            larger_score, larger_scores = self._evaluate_mean(larger)
+            if larger_score >= score:
+                chosen, score, scores = larger, larger_score, larger_scores
         is_saved = score >= max(rows.values())
         if is_saved:
             with candidates.average_parameters(chosen):

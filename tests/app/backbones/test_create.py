@@ -6,7 +6,7 @@ import timm
 import torch
 
 from snella_app.backbones import create
-from snella_app.backbones.create import build_sized, create_backbone, packaged_names
+from snella_app.backbones.create import _with_channels, build_sized, create_backbone, model_arguments, packaged_names
 
 
 def test_a_timm_name_builds_the_requested_head_and_input_size():
@@ -126,3 +126,18 @@ def test_a_folder_rejects_other_weights(tmp_path):
 def test_a_bundled_architecture_builds_with_random_weights_without_its_package(name: str, session_cache):
     model = create_backbone(name, num_classes=3, pretrained=False, img_size=70)
     assert model(torch.zeros(1, 3, 70, 70)).shape == (1, 3)
+
+
+def test_a_saved_model_with_other_channels_is_a_backbone_with_these_channels(tmp_path):
+    timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=4, in_chans=4), tmp_path)
+    loaded = create_backbone(str(tmp_path), num_classes=2, channels=4)
+    assert loaded.conv1[0].in_channels == 4 and loaded.num_classes == 2
+    assert not {"num_classes", "img_size"} & set(model_arguments(loaded))
+    with pytest.raises(ValueError, match=r"channels must be 4 for backbone .*, got 3"):
+        create_backbone(str(tmp_path), num_classes=2)
+
+
+def test_model_arguments_are_kept_when_channels_are_added():
+    model = create_backbone("test_vit", num_classes=2, pretrained=False)
+    model.pretrained_model_args = {"num_heads": 4}
+    assert model_arguments(_with_channels(model, "test_vit", 4)) == {"num_heads": 4, "in_chans": 4}

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -121,3 +122,17 @@ def test_weights_are_downloaded_once_and_then_read_from_the_cache(hub, tiny_vit,
 def test_other_errors_pass_unchanged():
     with pytest.raises(TypeError, match="nonsense"):
         create_from_hub("test_vit", pretrained=False, nonsense=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "entries"), [("test_resnet", {}), ("test_vit", {"fixed_input_size": True}), ("test_vit", {})]
+)
+def test_the_image_size_is_set_for_models_on_the_hub_with_a_fixed_size(name, entries, hub):
+    model = timm.create_model(name)
+    cfg = {"input_size": [3, 160, 160], "num_classes": 1000, "classifier": model.pretrained_cfg["classifier"]}
+    config = {"architecture": name, "num_classes": 1000, "pretrained_cfg": {**cfg, **entries}}
+    hub["/timm/net/resolve/main/config.json"] = json.dumps(config).encode()
+    hub["/timm/net/resolve/main/model.safetensors"] = save(model.state_dict())
+    loaded = create_backbone("hf-hub:timm/net", num_classes=3, img_size=96).eval()
+    assert loaded(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
+    assert tuple(loaded.pretrained_cfg["input_size"]) == (3, 96, 96)

@@ -269,3 +269,24 @@ def test_shards_may_repeat_the_keys_of_other_shards(shards):
     data = load_data(f"wds:{root}")
     assert sum(map(len, data.parts.values())) == 20 and not any("skipped" in note for note in data.notes)
     assert {name.partition("/")[0] for name in data.train.names} == {"x-000", "y-000"}
+
+
+class MultiHot(TorchImages):
+    classes = ("sea", "sand", "dune")
+
+    def __getitem__(self, index):
+        return make_image(self.numbers[index]), torch.tensor([1, self.numbers[index] % 2, 0])
+
+
+def test_multi_hot_targets_are_labels():
+    data = load_data(MultiHot(range(40)), target="labels")
+    assert data.classes == ["sea", "sand", "dune"]
+    assert set(data.train.annotations.targets) == {("sea",), ("sea", "sand")}
+
+
+def test_a_target_transform_takes_precedence_over_the_list_of_targets():
+    images = TorchImages(range(30))
+    images.targets = [number % 3 for number in images.numbers]
+    images.target_transform = lambda label: label % 2
+    data = load_data(images)
+    assert data.classes == ["cat", "dog"]

@@ -108,5 +108,5 @@ def test_several_invalid_numbers_are_reported_together():
 
 @pytest.mark.parametrize("prefix", ["", "folder:", "csv:", "hf:", "vtab:"])
 def test_an_unknown_user_in_a_path_is_an_error_message(prefix):
-    with pytest.raises((ValueError, FileNotFoundError), match="~nobody-here/photos"):
+    with pytest.raises((ValueError, OSError), match="~nobody-here/photos"):  # the Hub may be unreachable
         load_data(f"{prefix}~nobody-here/photos")

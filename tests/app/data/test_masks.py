@@ -183,3 +183,10 @@ def test_labels_that_do_not_fit_eight_bits_are_rejected(tmp_path):
         ValueError, match=r"000\.tif' is not a readable mask: labels must be from 0 to 65535, got 65536"
     ):
         load_data(f"masks:{root}")
+
+
+def test_the_validation_split_may_be_named_valid(tmp_path):
+    for part, count in (("train", 4), ("valid", 2), ("test", 3)):
+        write_pairs(tmp_path / "m" / part, count)
+    data = load_data(f"masks:{tmp_path / 'm'}")
+    assert [len(part) for part in (data.train, data.val, data.test)] == [4, 2, 3]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snella_app.data.splits import fold_split, grouped_split, stratified_sample, stratified_split
+from snella_app.data.splits import fold_split, grouped_split, merge_strata, stratified_sample, stratified_split
 
 CLASSES = ["a", "b", "c"]
 
@@ -111,3 +111,16 @@ def test_a_grouped_split_leaves_a_group_of_each_class_for_training():
         assert sorted(rest + selected) == list(range(40)) and selected
         assert {labels[row] for row in rest} == set(labels)
         assert not {groups[row] for row in rest} & {groups[row] for row in selected}
+
+
+def test_small_strata_are_merged_with_each_other_or_with_the_largest():
+    names = ["a", "b", "c", "d"]
+    assert merge_strata([0, 0, 1, 1], names, 2) == ([0, 0, 1, 1], names)
+    assert merge_strata([0, 0, 2, 3, 0], names, 2) == ([0, 0, 1, 1, 0], ["a", "others"])
+    assert merge_strata([0, 0, 1, 1, 1, 3], names, 2) == ([0, 0, 1, 1, 1, 1], ["a", "b"])
+    assert merge_strata([0, 3], names, 5) == ([0, 0], ["others"])
+
+
+def test_a_class_without_images_does_not_prevent_a_split():
+    rest, selected = stratified_split([0, 0, 0, 2, 2, 2], 0.3, seed=0, classes=CLASSES)
+    assert len(rest) == 4 and len(selected) == 2

@@ -381,3 +381,31 @@ def test_several_classes_without_test_images_are_one_warning(write_table):
     rows = [(*row[:2], "test" if i in (0, 4) else "train") for i, row in enumerate(rows_of(24, classes="abcd"))]
     data = load_data(f"csv:{write_table(rows, ('path', 'label', 'split'))}")
     assert "3 classes have no test images: 'b', 'c', 'd'; add test images, or test scores ignore them" in data.warnings
+
+
+def test_a_column_of_a_joined_label_has_no_other_role(write_table):
+    rows = [(f"images/{i:02}.png", str(i / 4), str(i)) for i in range(60)]
+    file = write_table(rows, ("file", "age", "weight"))
+    data = load_data(f"csv:{file}", DataConfig(columns="label=age+weight"), target="numbers")
+    assert data.classes == ["age", "weight"] and data.train.annotations.weights is None
+
+
+def test_lists_written_by_pandas_are_labels(write_table):
+    sets = [["sea"], ["sea", "sand"], ["sand", "dune"], []]
+    rows = [(f"images/{i:02}.png", str(sets[i % 4])) for i in range(40)]
+    data = load_data(f"csv:{write_table(rows, ('file', 'tags'))}", target="labels")
+    assert data.classes == ["dune", "sand", "sea"]
+    assert data.train.annotations.targets == [tuple(sets[int(name[7:9]) % 4]) for name in data.train.names]
+
+
+def test_rare_strata_are_merged_within_the_images_that_are_split(write_table):
+    # three images have the label "rare", but only one of them is in the training split
+    rows = [(f"images/{i:02}.png", "ab"[i % 2], "train" if i < 30 else "test") for i in range(40)]
+    for index in (0, 38, 39):
+        rows[index] = (rows[index][0], f"{rows[index][1]}|rare", rows[index][2])
+    file = write_table(rows, ("file", "tags", "split"))
+    data = load_data(f"csv:{file}", target="labels")
+    assert len(data.val) == 6 and data.classes == ["a", "b", "rare"]
+    numbers = [(f"images/{i:02}.png", str(i), "train" if i < 30 else "test") for i in range(40)]
+    data = load_data(f"csv:{write_table(numbers, ('file', 'label', 'split'))}", target="numbers")
+    assert len(data.train) + len(data.val) == 30

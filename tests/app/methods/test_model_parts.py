@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from snella_app.methods.model_parts import find_blocks
+from snella_app.methods.model_parts import find_blocks, find_head
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,11 @@ def test_blocks_are_found_in_forward_order(name, first, last, count):
     names = [n for n, _ in find_blocks(model, head)]
     assert names[0] == first and names[-1] == last
     assert len(names) == count
+
+
+def test_a_distilled_model_with_two_heads_is_rejected():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, depth=1)
+    for declared in (("head", "head_dist"), ["head", "head_dist"]):
+        model.pretrained_cfg = {**dict(model.pretrained_cfg), "classifier": declared}
+        with pytest.raises(ValueError, match="has 2 heads, for distillation; use a model with one head"):
+            find_head(model)

@@ -8,6 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from snella_app.config.train import TrainConfig
+from snella_app.data.load import load_data
 from snella_app.records.record import read
 from snella_app.records.run import RunInfo
 from snella_app.runs import RunFolder
@@ -212,3 +213,12 @@ def test_a_report_without_a_run_is_rejected(tmp_path):
 
 def test_unchanged_images_are_accepted(finished):
     check_splits(finished.path, read(RunInfo, finished.path).data, splits_of(finished.read_config()))
+
+
+def test_a_run_is_evaluated_on_images_of_one_class(finished, my_photos):
+    for name in ("dogs", "owls"):
+        shutil.rmtree(my_photos / name)
+    result = evaluate(finished.path, f"folder:{my_photos}")
+    assert result["images"] == 16 and 0 <= result["accuracy"] <= 1
+    with pytest.raises(ValueError, match="at least two classes are required, got one: 'cats'"):
+        load_data(f"folder:{my_photos}")

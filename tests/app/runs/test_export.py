@@ -364,3 +364,13 @@ def test_the_command_prints_the_loading_code(finished, tmp_path, capsys):
 
 def test_the_command_line_lists_every_format():
     assert get_args(ExportName) == tuple(FORMATS)
+
+
+@pytest.mark.parametrize("logits", [False, True])
+def test_metadata_describe_the_outputs_of_the_graph(logits, finished, loaded, tmp_path):
+    result = export(finished.path, "torch-export", tmp_path / "m.pt2", logits=logits)
+    files = {"temperature": "", "use": "", "img_size": ""}
+    torch.export.load(result.path, extra_files=files)
+    assert json.loads(files["img_size"]) == 32
+    assert json.loads(files["temperature"]) == (loaded.info.temperature if logits else 1.0)
+    assert ("argmax" in files["use"]) == logits

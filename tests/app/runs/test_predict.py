@@ -26,6 +26,7 @@ from snella_app.runs.image_inputs import expand, new_files
 from snella_app.runs.layer_probe import LayerProbe, probed_layers
 from snella_app.runs.predict import Predictor, _head, load
 from snella_app.runs.prediction_files import predict_to_files, write_features
+from snella_app.tasks import RegressionTask
 from snella_app.tasks.task import MAX_VIEWS
 from tests.processes import command
 
@@ -406,3 +407,25 @@ def test_watching_continues_an_edited_table_but_no_other_file(finished, photos, 
 
 def test_other_data_may_be_a_path(finished, photos):
     assert evaluate(finished.path, photos, split="train")["data"] == str(photos)
+
+
+def test_watching_with_overwrite_starts_a_new_table(finished, photos, tmp_path, monkeypatch):
+    inbox, out = tmp_path / "inbox", tmp_path / "rows.csv"
+    inbox.mkdir()
+    shutil.copy(photos / "cats" / "000.png", inbox / "a.png")
+    out.write_text(f"image,label,probability\n{inbox / 'a.png'},unicorn,1.0\n")
+
+    def new_files(folders, known, poll_s=0.5):
+        yield [path for path in (inbox / "a.png",) if path not in known]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("snella_app.runs.prediction_files.new_files", new_files)
+    predict_to_files(str(finished.path), [str(inbox)], out=str(out), watch=True, top_k=1, overwrite=True)
+    assert "unicorn" not in out.read_text() and len(out.read_text().splitlines()) == 2
+
+
+def test_settings_that_never_apply_are_rejected_before_prediction(finished):
+    model = load(finished.path, "cpu")
+    monkey = dataclasses.replace(model.loaded, task=RegressionTask(("age",)))
+    with pytest.raises(ValueError, match=r"unsure needs a task with one class per image, got 0\.5"):
+        Predictor(monkey).resolve_threshold(None, 0.5)

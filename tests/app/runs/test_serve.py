@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import io
 import json
+import math
 import re
 import shutil
 import signal
@@ -244,8 +245,8 @@ def test_an_unavailable_address_is_a_one_line_error(options, error, message, fin
 
 
 def test_invalid_settings_are_rejected(finished, model):
-    with pytest.raises(ValueError, match="max_files must be positive, got 0; max_mib must be positive, got -1"):
-        ServerLimits(files=0, mib=-1)
+    with pytest.raises(ValueError, match=r"max_files must be positive and finite, got 0; max_mib must be .* got inf"):
+        ServerLimits(files=0, mib=math.inf)
     with pytest.raises(ValueError, match="max_total_megapixels must be at least max_megapixels, 50, got 40"):
         ServerLimits(total_megapixels=40)
     with pytest.raises(ValueError, match="tta must be between 1 and 10"):

@@ -208,3 +208,11 @@ def test_a_fitted_linear_head_has_a_lower_loss_than_a_constant_head(task, labels
     fitted = float(task.loss(torch.from_numpy(features) @ weight.T + bias, torch.from_numpy(labels)))
     constant = float(task.loss(torch.zeros(len(labels), outputs).double(), torch.from_numpy(labels)))
     assert fitted < 0.7 * constant
+
+
+def test_averaged_ordinal_outputs_are_finite_for_many_ranks():
+    task = OrdinalTask(tuple(map(str, range(60))), loss_name="corn")
+    logits = torch.full((2, 59), -9.0)
+    mean = task.average_outputs([logits, logits])
+    assert mean.isfinite().all()
+    torch.testing.assert_close(task.probabilities(mean), task.probabilities(logits), rtol=0, atol=1e-5)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 from snella_app.device import choose_device
+from snella_app.training import session
 from snella_app.training.build import build, load
 from snella_app.training.trainer import SnellaTrainer
 
@@ -17,9 +18,11 @@ def build_components(config):
 
 
 @contextmanager
-def interrupt_before(step, presses=1, number=signal.SIGINT):
+def interrupt_before(step, presses=1, number=signal.SIGINT, repeat_s=None):
     """Send a signal before a training step, counted from 0; the second press stops the run without a checkpoint."""
     original = SnellaTrainer.training_step
+    if repeat_s is None:
+        repeat_s = 0.0 if presses > 1 else session._REPEAT_S
 
     def training_step(trainer, *args, **kwargs):
         if trainer.state.global_step == step and trainer._micro_step == 0:
@@ -27,5 +30,8 @@ def interrupt_before(step, presses=1, number=signal.SIGINT):
                 os.kill(os.getpid(), number)
         return original(trainer, *args, **kwargs)
 
-    with mock.patch.object(SnellaTrainer, "training_step", training_step):
+    with (
+        mock.patch.object(SnellaTrainer, "training_step", training_step),
+        mock.patch.object(session, "_REPEAT_S", repeat_s),
+    ):
         yield

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from snella_app.training.callbacks import EpochSnapshots, WeightAverage
 from snella_app.training.checkpoints import CheckpointError
 from snella_app.training.linear_probe import FeatureNorm
 
@@ -84,3 +85,21 @@ def test_checkpoints_store_the_statistics(tmp_path):
     (tmp_path / "feature_norm.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"feature_norm\.safetensors is missing"):
         loaded.load(tmp_path)
+
+
+def test_averages_include_the_statistics():
+    head, features = head_and_features()
+    norm = FeatureNorm(head, features)
+    snapshots, average, means = EpochSnapshots(head, 2, norm.statistics), WeightAverage(head, 0.5, norm.statistics), []
+    head.train()
+    for epoch in (1, 2):
+        head(features * 10 * epoch)
+        norm.on_step_end()
+        average.update()
+        snapshots.add(epoch)
+        means.append(norm.mean.clone())
+    with snapshots.average_parameters([1, 2]):
+        torch.testing.assert_close(norm.mean, (means[0] + means[1]) / 2)
+    assert torch.equal(norm.mean, means[1])
+    with average.average_parameters():
+        assert not torch.equal(norm.mean, means[1])

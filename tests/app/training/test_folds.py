@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from snella_app.cli.main import main
+from snella_app.config.train import TrainConfig
 from snella_app.data.load import load_data
 from snella_app.data.options import DataConfig
 from snella_app.records.record import read
@@ -16,6 +17,9 @@ from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.predict import load
 from snella_app.training.folds import train_folds
+from snella_app.training.session import TrainingInterrupted
+
+from .components import interrupt_before
 
 
 @pytest.fixture
@@ -142,3 +146,33 @@ def test_predictions_average_all_models(fast, console, photos, tmp_path, capsys)
 def test_invalid_folds_are_rejected(changes, message, fast):
     with pytest.raises(ValueError, match=message):
         fast(**changes)
+
+
+def test_a_started_fold_is_resumed_with_its_resolved_settings(fast, console, tmp_path):
+    config = fast(batch_size="auto", method="snella-2", epochs=2)
+    with interrupt_before(1), pytest.raises(TrainingInterrupted):
+        train_folds(config, console)
+    root = tmp_path / "run"
+    assert RunFolder(root / "fold-1").status == "interrupted"
+    results = train_folds(TrainConfig.from_flat(out=str(root), resume=True, progress=False), console)
+    assert len(results.rows) == 3
+
+
+def test_a_resumed_cross_validation_rejects_added_images(fast, console, tmp_path, monkeypatch, make_photos):
+    from snella_app.training import folds
+
+    original, data = folds.train, tmp_path / "photos"
+    make_photos(data, {"a": 9, "b": 9})
+
+    def stop_at_two(config, *rest, **options):
+        if config.data.fold == 2:
+            raise KeyboardInterrupt
+        return original(config, *rest, **options)
+
+    monkeypatch.setattr(folds, "train", stop_at_two)
+    config = fast(data=f"folder:{data}")
+    with pytest.raises(KeyboardInterrupt):
+        train_folds(config, console)
+    shutil.copy(data / "a/000.png", data / "a/new.png")
+    with pytest.raises(ValueError, match=r"data must contain the images of .*fold-1.* files were added"):
+        train_folds(config.replace(resume=True), console)

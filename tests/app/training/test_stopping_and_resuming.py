@@ -217,9 +217,22 @@ def test_resuming_a_finished_run_removes_leftovers_of_a_kill(finished, tmp_path)
     assert [path.name for path in run.path.glob(".*")] == [".mine"]
 
 
+def test_a_signal_that_arrives_twice_at_once_counts_once(settings, console):
+    interruption = interrupt_before(5, presses=2, repeat_s=1.0)
+    with interruption, pytest.raises(TrainingInterrupted, match=r"saved as .*checkpoint-6;"):
+        train(settings(), console)
+
+
 def test_a_second_ctrl_c_stops_immediately_and_keeps_the_last_checkpoint(settings, console, uninterrupted):
     config = settings()
     with interrupt_before(5, presses=2), pytest.raises(TrainingInterrupted, match=r"saved as .*checkpoint-4;"):
+        train(config, console)
+    assert is_bit_identical(outcome(resume(config)[0]), uninterrupted)
+
+
+def test_an_interruption_of_the_last_step_stops_before_the_final_evaluation(settings, console, uninterrupted):
+    config = settings()
+    with interrupt_before(11), pytest.raises(TrainingInterrupted, match=r"saved as .*checkpoint-12;"):
         train(config, console)
     assert is_bit_identical(outcome(resume(config)[0]), uninterrupted)
 
