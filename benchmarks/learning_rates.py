@@ -242,6 +242,7 @@ def features_of(config: TrainConfig, blocks: int, val_size: int, cache: Path) ->
     data, img_size, seed = config.data, config.model.img_size, config.run.seed
     sides = 2 if data.augment == "flip" else 1
     key = [data.spec, img_size, seed, data.train_size, data.val_size, val_size, blocks, sides]
+    key += [config.model.pretrained, config.model.weights, data.protocol, data.val_fraction, data.test_fraction]
     path = cache / ("_".join(str(part).replace("/", "!") for part in key) + ".pt")
     if path.exists():
         return Features(**torch.load(path))

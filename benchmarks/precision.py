@@ -64,7 +64,7 @@ def build(method: str, name: str, size: int) -> nn.Module:
     model = timm.create_model(name, num_classes=CLASSES, img_size=size)
     if method == "full":
         return model
-    targets = {"target_modules": r".*\.(qkv|proj|fc1|fc2)", "modules_to_save": ["head"]}
+    targets = {"target_modules": r"blocks\..*\.(qkv|proj|fc1|fc2)", "modules_to_save": ["head"]}
     return get_peft_model(model, (LoraConfig if method == "lora" else SnellaConfig)(r=8, **targets))
 
 

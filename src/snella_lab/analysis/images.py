@@ -191,6 +191,9 @@ def _pretrained_with_head(loaded: LoadedRun) -> nn.Module:
     model = make_backbone(loaded.info.backbone)
     trained = base_and_head(loaded.model)[1].state_dict()
     head = model.get_submodule(spec_of(loaded.model).head)
+    shapes = {key: value.shape for key, value in head.state_dict().items()}
+    if any(key not in trained or trained[key].shape != shape for key, shape in shapes.items()):
+        raise ValueError(f"gradcam needs runs with a linear head on the last layer, got method {loaded.info.method!r}")
     head.load_state_dict({key: trained[key] for key in head.state_dict()})
     return model.eval()
 

@@ -53,15 +53,13 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
             )
         rows, _ = read_lines(folder / ROWS_FILE)
         summary = summarize(read_experiment(str(folder / EXPERIMENT_FILE)), list(rows.values()))
-        for group, tasks in summary.groups.items():
+        for group in summary.groups:
+            expected = [entry.name for entry in summary.experiment.data if entry.group == group]
             axis = group if len(folders) == 1 else f"{label}: {group}"
             for method in summary.methods:
-                spreads = [method.per_task[summary.column][task] for task in tasks]
-                present = [spread for spread in spreads if spread is not None]
-                if len(present) == len(tasks):
-                    mean = float(np.mean([spread.mean for spread in present]))
-                    deviation = float(np.mean([spread.std for spread in present]))
-                    results.setdefault(axis, {})[method.name] = (mean, deviation, len(tasks))
+                spread = summary.runs.mean(method.name, [[task] for task in expected], summary.column)
+                if spread is not None:
+                    results.setdefault(axis, {})[method.name] = (spread.mean, spread.std, len(expected))
     methods = [name for name in next(iter(results.values()), {}) if all(name in values for values in results.values())]
     if not methods:
         raise ValueError(f"folders must share a method that is finished on all tasks, got none in {', '.join(labels)}")

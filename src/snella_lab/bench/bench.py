@@ -23,7 +23,7 @@ from snella.layer import SnellaLayer
 from snella_app.console import make_console, make_table, print_line
 from snella_app.device import synchronized_time
 from snella_app.text import first_line
-from snella_app.training.memory import peak_rss_mib, record_forward
+from snella_app.training.memory import peak_rss_mib, record_forward, reset_peak_rss
 from snella_lab.bench.baselines import BASELINES, REFERENCE, Workload, random_batch
 from snella_lab.bench.reference import op_error
 from snella_lab.bench.rows import append_rows, draw_figures
@@ -145,7 +145,7 @@ def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
     """Measure the peak memory of two training steps, in MiB.
 
     On a GPU, `peak_gpu_mib` is the peak of the allocator. On a CPU, `peak_rss_mib` is the peak resident set size of a
-    new process, including libraries and thread pools; `peak_step_mib` is its growth after model and optimizer exist.
+    new process after model and optimizer exist, including libraries and thread pools; `peak_step_mib` is its growth.
     """
     if torch.device(workload.device).type == "cuda":
         gc.collect()  # models of earlier measurements are in reference cycles
@@ -159,10 +159,11 @@ def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
 def peak_of_child(function: Callable[..., float], name: str, *args: Any) -> dict[str, float]:
     """Measure the peak resident set size of a new process that calls `function(name, *args)`.
 
-    The importable function returns the peak before the measurement; `name` identifies the measurement in errors.
+    The importable function returns the memory at the start of the measurement, after `reset_peak_rss` if it matters;
+    `name` identifies the measurement in errors.
 
     Returns:
-        `peak_rss_mib`, the total peak, and `peak_step_mib`, the total peak minus the returned one.
+        `peak_rss_mib`, the peak, and `peak_step_mib`, the peak minus the returned value.
 
     Raises:
         RuntimeError: If the process exits without a result.
@@ -190,8 +191,11 @@ def _send_peak(sender: Any, threads: int, function: Callable[..., float], *args:
 
 
 def _run(name: str, workload: Workload, batch: int) -> float:
-    """Run the steps, and return the peak memory before the first one."""
+    """Run the steps, and return the memory before the first one."""
     runner, (images, labels) = Runner(name, workload), random_batch(workload, batch)
+    reset_peak_rss()  # selecting weights, e.g. by GPS, may need more memory than a step
+    if images.is_cuda:
+        torch.cuda.reset_peak_memory_stats(images.device)
     before = peak_rss_mib()
     for _ in range(_STEPS):
         runner.step(images, labels)

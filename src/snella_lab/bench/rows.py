@@ -7,9 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from snella_app.report.style import COLORS, FIGURE_SIZE, add_legend, new_figure
+from snella_app.report.style import FIGURE_SIZE, add_legend, new_figure
 from snella_lab.bench.baselines import REFERENCE
-from snella_lab.style import save_figure
+from snella_lab.style import save_figure, style_of
 
 
 def append_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
@@ -103,12 +103,13 @@ def _draw_lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: s
     """Draw one line per method."""
     figure, axes = new_figure(*FIGURE_SIZE, title)
     names = sorted({row["method"] for row in rows}, key=sort_key)
+    numbers = {name: number for number, name in enumerate([*_ORDER, *(name for name in names if name not in _ORDER)])}
     for name in names:
         points = sorted((row[x], row[y]) for row in rows if row["method"] == name and y in row)
-        color = COLORS[sort_key(name)[0] % len(COLORS)]
+        color, marker = style_of(numbers[name])
         # dashed and on top, so that an identical line remains visible
         style: dict[str, Any] = {"linestyle": "--", "zorder": 3} if name == REFERENCE else {}
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=name, **style)
+        axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, color=color, label=name, **style)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_ylim(bottom=0)
@@ -120,7 +121,7 @@ def _draw_lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: s
 
 
 def sort_key(name: str) -> tuple[int, str]:
-    """Return the sort key of a method; its position selects the color."""
+    """Return the sort key of a method."""
     return _ORDER.index(name) if name in _ORDER else len(_ORDER), name
 
 

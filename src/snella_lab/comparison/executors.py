@@ -277,7 +277,8 @@ class OnRay:
             lines = str(error).strip().splitlines()
             reason = f"{type(error).__name__}: {lines[-1] if lines else 'the worker crashed'}"
             restarts = self._restarts.get(cell.name, 0)
-            if isinstance(error, self._ray.exceptions.RayTaskError):
+            is_terminated = isinstance(getattr(error, "cause", None), TrainingInterrupted)
+            if isinstance(error, self._ray.exceptions.RayTaskError) and not is_terminated:
                 return Outcome(cell, error=reason)
             if restarts == MAX_RESTARTS:
                 return Outcome(cell, error=f"{reason} (after {restarts} restarts)")

@@ -146,13 +146,15 @@ def print_paper(console: Console, summary: Summary) -> None:
 
 
 def _measured_result(column: str, line: MethodSummary, summary: Summary) -> float | None:
-    """Return a method's measured result in one column, in percent."""
-    metric = summary.experiment.published_metric
+    """Return a method's measured result in one column, in percent; None if a task of the column is unfinished."""
+    metric, entries = summary.experiment.published_metric, summary.experiment.data
     spreads = line.per_task[metric]
-    if column in summary.groups and column not in spreads:
-        mean = complete_mean([None if (s := spreads[task]) is None else s.mean for task in summary.groups[column]])
+    if column not in spreads and (group := [entry.name for entry in entries if entry.group == column]):
+        mean = complete_mean([None if (s := spreads.get(task)) is None else s.mean for task in group])
         return None if mean is None else 100 * mean
     means = {OVER_TASKS: line.over_tasks[metric], OVER_GROUPS: line.over_groups[metric]}
+    if column in means and len(summary.tasks) < len(entries):  # the paper's mean is over all tasks
+        return None
     value = means[column] if column in means else spreads.get(column)
     return None if value is None else 100 * value.mean
 

@@ -76,7 +76,7 @@ def count_differences(model: nn.Module, other: nn.Module, head: str) -> int:
 _FOLDS, _PROBE_BATCH = 5, 32
 
 
-def measure_forgetting(run: Path, data: str, images: int, cache: Path) -> dict[str, Any]:
+def measure_forgetting(run: Path, data: str, images: int, cache: Path, device: str = "auto") -> dict[str, Any]:
     """Compare the linear-probe accuracy of adapted and frozen features on at most `images` images of other data.
 
     The accuracy of frozen features is cached in `cache`, which all runs of a backbone share.
@@ -85,7 +85,7 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path) -> dict[s
         The `CellResults` fields `forgetting` (a fraction, negative if the adapted features are better),
         `forgetting_data`, `probe_accuracy_frozen` and `probe_accuracy_adapted`.
     """
-    loaded = load_run(run)
+    loaded = load_run(run, device)
     items, labels = probe_images(data, images)
     transform = build_transform(loaded.info.data_config, train=False, augment="none")
     items = [part.with_transform(transform) for part in items]
@@ -389,8 +389,10 @@ def _train_cell(root: Path, experiment: Experiment, cell: Cell, is_dedicated: bo
                 if results.test[experiment.metric] is None:
                     raise ValueError(f"data {cell.data.data!r} must have a test split, got none")
                 results = replace(results, changed_weights=count_changed_weights(folder))
-                if (probe := experiment.probe_data(cell.data)) is not None:
-                    forgetting = measure_forgetting(folder, probe, experiment.forgetting_images, root / "frozen")
+                # the probe's data are read in RGB
+                if config.data.channels == 3 and (probe := experiment.probe_data(cell.data)) is not None:
+                    images, cache, device = experiment.forgetting_images, root / "frozen", config.run.device
+                    forgetting = measure_forgetting(folder, probe, images, cache, device)
                     results = replace(results, **forgetting)
             shutil.rmtree(RunFolder(folder).checkpoints, ignore_errors=True)
         except (KeyboardInterrupt, TrainingInterrupted):

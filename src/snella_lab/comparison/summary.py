@@ -39,7 +39,7 @@ class MethodSummary:
         over_groups: Mean over groups, by metric.
         to_reference: Paired difference from the reference over all tasks, by metric, with Holm's correction over the
             methods; None for the reference and without common runs.
-        to_reference_on: Paired difference by task for the main metric, corrected over methods and tasks.
+        to_reference_on: Paired difference by task for the main metric, without a correction.
         costs: Mean over tasks of each column in `COSTS`; None if not measured.
     """
 
@@ -151,9 +151,7 @@ def summarize(experiment: Experiment, rows: Rows) -> Summary:
         for metric in metrics
     }
     main = next(iter(metrics))
-    single = with_holm(
-        {(name, task): runs.difference(name, reference, [task], main) for name in others for task in tasks}
-    )
+    single = {(name, task): runs.difference(name, reference, [task], main) for name in others for task in tasks}
     methods = [
         MethodSummary(
             name,
@@ -236,8 +234,9 @@ def outcome_text(summary: Summary) -> str:
             text += (
                 f" ({percent_text(LEVEL, 0)} interval {points_text(lead.low)} to {points_text(lead.high)}{undecided})"
             )
-    above = [name for name, d in differences.items() if d.direction > 0 and name != best]
-    below = [name for name, d in differences.items() if d.direction < 0]
+    complete = {name: d for name, d in differences.items() if d.tasks == len(summary.tasks)}
+    above = [name for name, d in complete.items() if d.direction > 0 and name != best]
+    below = [name for name, d in complete.items() if d.direction < 0]
     parts = [
         f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} clearly {side} {summary.reference}"
         for names, side in ((above, "above"), (below, "below"))

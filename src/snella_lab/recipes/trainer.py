@@ -160,6 +160,8 @@ class RecipeTrainer(CheckpointingTrainer):
             KeyboardInterrupt: If training was interrupted; a checkpoint is saved.
         """
         checkpoint = checkpoint_to_resume(self.run_folder, self.console)
+        if self.args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.args.device)
         with self.interrupt, self.progress.bar:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if self.state.global_step < self.state.max_steps:

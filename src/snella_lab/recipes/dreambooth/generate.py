@@ -245,16 +245,17 @@ def load_generator(
         raise ValueError(f"run must be a snella dreambooth run folder, got {run}, a run of another task")
     folder.check_adapter()
     config = folder.read_config()
-    pipeline = load_pipeline(str(options.pipeline or config.pipeline), config.optim.precision)
+    name = str(options.pipeline or config.pipeline)
+    pipeline = load_pipeline(name, config.optim.precision)
     load_trained(folder.adapter, pipeline.transformer)
     sampling = sampling_of(config, options.steps, guidance, options.batch_size)
-    source = adapter_source(folder, config)
+    source = adapter_source(folder, name)
     return ImageGenerator(pipeline, choose_device(options.device), source, sampling, console), config
 
 
-def adapter_source(run: DreamBoothFolder, config: DreamBoothConfig) -> str:
+def adapter_source(run: DreamBoothFolder, pipeline: str) -> str:
     """Return the pipeline's name and the digest of the adapter's weights."""
-    return f"{config.pipeline} with adapter {adapter_digest(run.adapter)}"
+    return f"{pipeline} with adapter {adapter_digest(run.adapter)}"
 
 
 def generate(options: GenerateOptions, console: Console | None = None) -> list[GeneratedImage]:

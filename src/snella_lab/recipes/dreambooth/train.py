@@ -354,7 +354,7 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
         trainer.save_results(fixed_loss=FixedLoss(trainer.loss_before, loss_after), loss_history=trainer.loss_history())
         if config.samples:
             seeds = range(config.run.seed, config.run.seed + config.samples)
-            adapted = replace(generator, source=adapter_source(run, config))
+            adapted = replace(generator, source=adapter_source(run, str(config.pipeline)))
             adapted.generate(run.path / "samples", [str(config.prompt)], seeds, overwrite=True)
         run.finish()
         report = write_generation_report(run.path)

@@ -13,7 +13,7 @@ from torch import nn
 
 from snella_app.console import make_console, track_progress
 from snella_app.device import choose_device
-from snella_app.files import write_text
+from snella_app.files import expand_user, sha256_of, write_text
 from snella_app.methods import load_trained
 from snella_app.records.record import read
 from snella_app.records.run import RunInfo
@@ -57,6 +57,8 @@ def evaluate_language(options: EvaluateLanguageOptions, console: Console | None 
     settings = {"beams": options.beams, "max_new_tokens": options.max_new_tokens, "adapter": digest}
     if options.model is not None:
         settings["model"] = options.model
+    if (template := folder.read_config().template) is not None:
+        settings["template"] = sha256_of(expand_user(template))
     answers = {
         task: _read_answers(folder, task, entries, settings, options.overwrite)[: len(entries)]
         for task, entries in questions.items()
