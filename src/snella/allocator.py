@@ -19,7 +19,6 @@ from snella.allocation import allocate, budget_at
 from snella.importance import ImportanceTracker
 from snella.matrices import AdaptedMatrix, adapted_matrices
 from snella.optimizer import MATCHER_ATTRIBUTE, store_in_state, unwrap
-from snella.watch import TrainingWatch
 
 _STATE_KEY = "snella_allocator"  # in the first parameter group of an optimizer's state
 _FORMAT = 2
@@ -83,6 +82,8 @@ class BudgetAllocator:
         first_matrix = self.matrices[0]
         self.adapter_name = first_matrix.adapter_name
         self.config = first_matrix.layer.snella_config[self.adapter_name]
+        configs = (matrix.layer.snella_config[self.adapter_name] for matrix in self.matrices)
+        self._watches = {config.watch for config in configs}  # one per PEFT model
         self.total_epochs, self.steps_per_epoch, self.total_steps = total_epochs, steps_per_epoch, total_steps
         self.importance = ImportanceTracker(
             self.matrices,
@@ -180,13 +181,8 @@ class BudgetAllocator:
 
     def _set_attached(self, is_attached: bool) -> None:
         """Tell the adapters' watches whether an allocator sets the budgets."""
-        for watch in self._watches():
+        for watch in self._watches:
             watch.is_attached = is_attached
-
-    def _watches(self) -> list[TrainingWatch]:
-        """Return the watch of the adapter in each PEFT model, unless it was deleted."""
-        configs = (matrix.layer.snella_config.get(self.adapter_name) for matrix in self.matrices)
-        return list({id(config): config.watch for config in configs if config is not None}.values())
 
     def _is_optimized_by(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer updates any of the adapter's factors."""
@@ -296,7 +292,7 @@ class BudgetAllocator:
     def _finish_step(self, step: int) -> None:
         """Count a step, and reallocate the budget if due."""
         self.step = step
-        for watch in self._watches():
+        for watch in self._watches:
             watch.steps = None if self.has_exact_steps else (step, self.total_steps, self.steps_per_epoch)
         interval = self.steps_per_epoch if self.config.realloc_every == "epoch" else int(self.config.realloc_every)
         if step == self.total_steps or (step < self.total_steps and step % interval == 0):

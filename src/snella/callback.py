@@ -21,6 +21,8 @@ class SnellaCallback(TrainerCallback):
     The optimizer's state includes the allocator's state, so the Trainer's checkpoints contain it and
     `resume_from_checkpoint` restores it.
 
+    If the training data have no length, the budget is reallocated about 20 times.
+
     Args:
         adapter_name: Adapter to train; defaults to the first active one.
 
@@ -44,7 +46,7 @@ class SnellaCallback(TrainerCallback):
         if model is None or optimizer is None:
             raise RuntimeError("SnellaCallback needs the Trainer's model and optimizer, got None")
         if self.allocator is not None:
-            self.allocator.detach()  # of an interrupted training
+            self.allocator.detach()  # an interrupted training left it attached
         epochs, loader = max(math.ceil(state.num_train_epochs), 1), kwargs.get("train_dataloader")
         if length := len(loader) if has_length(loader) else 0:
             steps_per_epoch = math.ceil(length / args.gradient_accumulation_steps)

@@ -605,7 +605,7 @@ def _shared_weights(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
     users: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if name.endswith(".base_layer") or ".base_layer." in name:
+        if ".base_layer." in f"{name}.":
             continue
         parameters = {"weight": base.weight} if isinstance(base, ProjectionWeight) else base._parameters
         for parameter_name, parameter in parameters.items():

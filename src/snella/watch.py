@@ -208,9 +208,9 @@ def warn_about_unused_merges(layers: Sequence[SnellaLayer], configs: Sequence[Sn
         unapplied, when = [name for name in unapplied if name in saved_unused], "in training"
     if 0 < len(unapplied) < len(layers):
         warnings.warn(
-            f"merging changes {len(unapplied)} modules (of {len(layers)}) whose updates the model has not used "
-            f"{when}: {listed(map(repr, unapplied), 8)}; if the model neither calls them nor reads their weight, "
-            "this has no effect, unless other code reads the merged weight",
+            f"the model has not used the updates of {len(unapplied)} of {len(layers)} merged modules {when}: "
+            f"{listed(map(repr, unapplied), 8)}; if it neither calls these modules nor reads their weight, merging "
+            "has no effect, unless other code reads the merged weight",
             stacklevel=4,
         )
 
@@ -222,7 +222,7 @@ def _warn_about_frozen_heads(names: list[str]) -> None:
     """Warn about newly initialized head layers that are used but frozen."""
     if names:
         warnings.warn(
-            f"newly initialized head layers are frozen, so they are neither trained nor saved; set "
+            "newly initialized head layers are frozen, so they are neither trained nor saved; set "
             f"modules_to_save={names}",
             stacklevel=2,
         )

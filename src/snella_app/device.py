@@ -64,7 +64,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast | nullconte
 
 
 def synchronized_time(device: torch.device) -> float:
-    """Return the time in seconds, after the work of a GPU."""
+    """Wait for the work of a GPU, and return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -186,7 +186,7 @@ def _differences(
 
 
 def _other_rows(layers: Mapping[str, SnellaLayer], adapter_name: str, other: SnellaConfig | None) -> list[str]:
-    """Return the layers whose weight another configuration divides into matrices with other rows."""
+    """Return the layers whose rows per matrix differ under another configuration."""
     errors: list[str] = []
     groups = "auto" if other is None else other.qkv_groups
     for name, layer in layers.items() if groups != "auto" else ():

@@ -40,9 +40,8 @@ def completion_script(shell: Shell) -> str:
         subparser.add_argument("--print-config", action="store_true", help="Print the configuration.")
         for option in options_of(command.function):
             values = backbones if option.name == "backbone" else option.values
-            if (
-                option.values == ["true", "false"] and option.default is not True
-            ):  # with choices, zsh would require a value
+            if option.values == ["true", "false"] and option.default is not True:
+                # a flag, because zsh requires a value if there are choices
                 subparser.add_argument(option.typed, action="store_true", help=option.help.replace("%", "%%"))
                 continue
             nargs = "*" if option.is_positional and option.is_list else None

@@ -54,7 +54,7 @@ class StoredPrediction:
 
 
 MAX_PREDICTIONS = 5_000
-"""Maximum number of images whose predictions a run stores; more would take hundreds of megabytes."""
+"""Maximum number of predictions that a run stores; more would take hundreds of megabytes."""
 
 
 @dataclass(frozen=True)

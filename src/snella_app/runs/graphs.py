@@ -110,7 +110,7 @@ def export_torch(model: nn.Module, example: Tensor, metadata: dict[str, Any], *_
 
 
 def _torch_graph(runtime: str, file: io.BytesIO, run: Callable[[Tensor], Tensor], load_call: str) -> Graph:
-    """Build a `Graph` whose file `load_call` loads."""
+    """Build a `Graph`; `load_call` is the code that loads its file."""
     load_code = f"files = {{'classes': ''}}\nmodel = {load_call}\nclasses = json.loads(files['classes'])"
     run_code = "model(torch.from_numpy(images)).detach().numpy()"
     return Graph(runtime, file.getvalue(), run, "torch", load_code, run_code)

@@ -114,7 +114,7 @@ class SnellaTrainer(CheckpointingTrainer):
             eval_dataset=train if val is None else val,  # `evaluate` selects the data itself
             callbacks=[
                 EpochCallback(train, self._sampler),
-                *(part for part in (self.average, feature_norm) if part is not None),
+                *(part for part in (feature_norm, self.average) if part is not None),  # the average includes the norm
                 *callbacks,
             ],
         )
@@ -231,10 +231,12 @@ class SnellaTrainer(CheckpointingTrainer):
         if candidates is None or not candidates.epochs:
             return None
         rows = {row["epoch"]: self.selection_score(row) for row in self.history}
-        best_first = sorted(candidates.epochs, key=lambda epoch: (rows[epoch], epoch), reverse=True)
-        chosen = candidates.epochs if self.plan.optim.soup is None else best_first[:1]
+        chosen, others = candidates.epochs, []
+        if self.plan.optim.soup is not None:
+            best, *others = sorted(candidates.epochs, key=lambda epoch: (rows[epoch], epoch), reverse=True)
+            chosen = [best]
         score, scores = self._evaluate_mean(chosen)
-        for epoch in [] if self.plan.optim.soup is None else best_first[1:]:
+        for epoch in others:
             larger = sorted([*chosen, epoch])
             larger_score, larger_scores = self._evaluate_mean(larger)
             if larger_score >= score:

@@ -235,3 +235,12 @@ def test_debug_shows_the_traceback(tmp_path, capsys):
     assert "Traceback" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path), "--debug"]) == 2
     assert "FileNotFoundError" in capsys.readouterr().err
+
+
+def test_exhausted_gpu_memory_is_a_one_line_error(train_args, tmp_path, failing, monkeypatch):
+    def train(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 4 GiB")
+
+    monkeypatch.setattr("snella_app.training.train._fit", train)
+    line = failing(*train_args, "--out", str(tmp_path / "run"))
+    assert line.startswith("snella: CUDA out of memory; use a smaller batch size")

@@ -408,4 +408,4 @@ def test_rare_strata_are_merged_within_the_images_that_are_split(write_table):
     assert len(data.val) == 6 and data.classes == ["a", "b", "rare"]
     numbers = [(f"images/{i:02}.png", str(i), "train" if i < 30 else "test") for i in range(40)]
     data = load_data(f"csv:{write_table(numbers, ('file', 'label', 'split'))}", target="numbers")
-    assert len(data.train) + len(data.val) == 30
+    assert (len(data.train), len(data.val), len(data.test)) == (24, 6, 10)

@@ -426,6 +426,6 @@ def test_watching_with_overwrite_starts_a_new_table(finished, photos, tmp_path, 
 
 def test_settings_that_never_apply_are_rejected_before_prediction(finished):
     model = load(finished.path, "cpu")
-    monkey = dataclasses.replace(model.loaded, task=RegressionTask(("age",)))
+    regression = dataclasses.replace(model.loaded, task=RegressionTask(("age",)))
     with pytest.raises(ValueError, match=r"unsure needs a task with one class per image, got 0\.5"):
-        Predictor(monkey).resolve_threshold(None, 0.5)
+        Predictor(regression).resolve_threshold(None, 0.5)

@@ -235,3 +235,19 @@ def test_recommendation_is_the_cheapest_method_within_one_standard_error(tiny, m
         "Recommended: lora-2. No other method is within one standard error of its accuracy (a single seed has"
     )
     assert recommendation_text(summarize(experiment, [])) == ""
+
+
+def test_a_difference_on_some_tasks_is_no_overall_outcome(large, make_row):
+    experiment, _ = large
+    smaller = Experiment.from_dict({**experiment.as_dict(), "methods": ["lora-8", "full", "bias"], "seeds": 5})
+    tasks = [entry.name for entry in experiment.data]
+    accuracies = {"lora-8": 0.8, "full": 0.9, "bias": 0.85}
+    rows = [
+        make_row(experiment, task, method, seed, test_accuracy=accuracy + seed / 1000)
+        for method, accuracy in accuracies.items()
+        for task in (tasks[:1] if method == "bias" else tasks)
+        for seed in range(5)
+    ]
+    summary = summarize(smaller, rows)
+    differences = {method.name: method.to_reference[summary.column] for method in summary.methods}
+    assert differences["bias"].direction == 1 and "bias" not in outcome_text(summary)

@@ -218,7 +218,7 @@ def test_stored_unmerged_weight_moves_with_the_model(folders):
     assert layer._unmerged_weight.dtype == layer.base_layer.weight.dtype == torch.float16
 
 
-def fused(groups, seed, scale=1):
+def fused(groups, seed):
     torch.manual_seed(seed)
     model = nn.Sequential()
     model.qkv = nn.Linear(8, 24)

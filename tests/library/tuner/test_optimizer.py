@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from snella import create_snella_optimizer
 from snella.matrices import adapted_matrices
@@ -250,3 +251,17 @@ def test_matching_gathers_sharded_weights_and_rejects_sharded_factors(mlp):
             create_snella_optimizer(sharded, lr=0.1)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_steps_of_two_models_with_equal_names_are_scaled_separately(mlp):
+    torch.manual_seed(0)
+    towers = nn.ModuleDict({name: mlp.adapted(preset="matched", target_sparsity=0.0) for name in ("a", "b")})
+    with torch.no_grad():
+        for matrix in adapted_matrices(towers["b"]):
+            matrix.layer.get_base_layer().weight.mul_(3)
+    optimizer = create_snella_optimizer(towers, lr=0.02)
+    sum(mlp.run(tower).square().sum() for tower in towers.values()).backward()
+    optimizer.step()
+    scales = optimizer.snella_step_matcher.scales
+    a, b = (scales[towers[name].base_model.model.lin0, "default"][0] for name in ("a", "b"))
+    assert b > 2 * a

@@ -294,7 +294,7 @@ def test_merging_reports_unused_layers(tmp_path):
     with pytest.warns(UserWarning, match=UNUSED):
         step(model)
     model.save_pretrained(tmp_path)
-    message = r"merging changes 2 modules \(of 6\) whose updates the model has not used so far: 'spare', 'other'"
+    message = r"has not used the updates of 2 of 6 merged modules so far: 'spare', 'other'"
     with pytest.warns(UserWarning, match=message):
         copy.deepcopy(model).merge_and_unload()
     with pytest.warns(UserWarning, match=message):
@@ -404,3 +404,17 @@ def test_saving_far_above_target_warns_once(tmp_path):
     exact.has_exact_steps = True  # like a trainer's checkpoint
     step(other, optimizer)
     other.save_pretrained(tmp_path)
+
+
+def test_an_allocator_of_two_models_silences_the_warnings_of_both():
+    towers = nn.ModuleList(make_partly_used(target_modules=["called"], target_sparsity=0.9) for _ in range(2))
+    optimizer = torch.optim.SGD([p for p in towers.parameters() if p.requires_grad], lr=1e-3)
+    allocator = BudgetAllocator(towers, total_epochs=2, steps_per_epoch=2).attach(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            sum(tower(torch.randn(3, 4)).square().sum() for tower in towers).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    towers[0].delete_adapter("default")
+    allocator.detach()

@@ -11,7 +11,12 @@ from PIL import Image
 
 from snella_app.cli.main import main
 from snella_app.data.images import read_image
-from snella_lab.recipes.dreambooth.config import DreamBoothConfig, EvaluateGenerationOptions, GenerateOptions
+from snella_lab.recipes.dreambooth.config import (
+    DreamBoothConfig,
+    DreamBoothFolder,
+    EvaluateGenerationOptions,
+    GenerateOptions,
+)
 from snella_lab.recipes.dreambooth.evaluate import (
     ClipEmbedder,
     DinoEmbedder,
@@ -146,6 +151,9 @@ def test_other_images_are_not_overwritten(runs, tmp_path):
         generate(generation(runs / "toy", out, "sks sks", steps=2))
     with pytest.raises(FileExistsError, match="contains images from another adapter; choose another folder"):
         generate(generation(runs / "toy2", out))
+    pipeline = shutil.copytree(DreamBoothFolder(runs / "toy").read_config().pipeline, tmp_path / "pipeline")
+    with pytest.raises(FileExistsError, match="contains images from another adapter; choose another folder"):
+        generate(generation(runs / "toy", out, pipeline=str(pipeline)))
     generate(generation(runs / "toy", out, seed=7, overwrite=True))
     assert sorted(path.name for path in out.iterdir()) == ["00-7.png", "images.json"]
     (tmp_path / "mine").mkdir()
