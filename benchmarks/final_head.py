@@ -1,4 +1,4 @@
-"""Final head ablation: test accuracy of linear heads on a frozen backbone.
+"""Final head ablation: test accuracy of heads on a frozen backbone.
 
 python benchmarks/final_head.py --folders-root ROOT          appends to final_head.jsonl
 
@@ -6,6 +6,7 @@ python benchmarks/final_head.py --folders-root ROOT          appends to final_he
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from products.folders import DEVELOPMENT
 from snella_app.config.train import TrainConfig
 from snella_app.device import autocast, choose_device
 from snella_app.training.build import build, load
-from snella_app.training.final_head import MeasuredFeatures, fit_linear, measure_features
+from snella_app.training.final_head import MeasuredFeatures, fit_kernel, fit_linear, measure_features
 from snella_app.training.linear_probe import base_and_head
 from snella_lab.bench.rows import append_rows
 from snella_lab.provenance import conditions
@@ -56,6 +57,7 @@ def accuracy(
     with_val: bool,
     with_flips: bool,
     average: bool,
+    fit: Callable[..., torch.nn.Module] = fit_linear,
 ) -> float:
     """Fit a head and return its test accuracy.
 
@@ -65,10 +67,10 @@ def accuracy(
     fitted = [parts["train"], parts["val"]] if with_val else [parts["train"]]
     views = [torch.cat([part.views[view][:, :num_features] for part in fitted]) for view in range(1 + with_flips)]
     labels = torch.cat([part.labels for part in fitted])
-    weight, bias = fit_linear(task, MeasuredFeatures(views, labels, None), int(labels.max()) + 1)
+    head = fit(task, MeasuredFeatures(views, labels, None), int(labels.max()) + 1)
     test = parts["test"]
     test_views = test.views if average else test.views[:1]
-    probabilities = sum((view[:, :num_features] @ weight.T + bias).softmax(1) for view in test_views)
+    probabilities = sum(head(view[:, :num_features]).softmax(1) for view in test_views)
     return float((probabilities.argmax(1) == test.labels).float().mean())
 
 
@@ -80,7 +82,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--out", type=Path, default=ROWS)
     args = parser.parse_args()
-    names = ("last layer", "and validation images", "and flips", "and averaged flips", "and three more layers")
+    names = ("last layer", "and validation images", "and flips", "and averaged flips", "and three more layers",
+             "and a Gaussian kernel")  # fmt: skip
     table = []
     for folder in args.folders:
         parts, task, width = features_of(args.folders_root / folder, args.pixels, args.precision)
@@ -90,6 +93,9 @@ def main() -> None:
             accuracy(parts, task, num_features=num_features, with_val=val, with_flips=flips, average=average)
             for num_features, val, flips, average in heads
         ]
+        accuracies.append(
+            accuracy(parts, task, num_features=None, with_val=True, with_flips=True, average=True, fit=fit_kernel)
+        )
         table.append(accuracies)
         print(folder, *(f"{100 * value:.1f}" for value in accuracies), flush=True)
         result = {"folder": folder, "pixels": args.pixels, "precision": args.precision}

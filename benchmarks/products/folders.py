@@ -171,10 +171,11 @@ def write(out: Path, samples: list[Sample], is_checked: bool = True) -> dict[str
         counts[part] = Counter()
         for (sample, image), new in zip(images, is_new, strict=True):
             if new:
-                counts[part][sample.label] += 1
                 folder = out / part / sample.label
                 folder.mkdir(parents=True, exist_ok=True)
-                image.save(folder / f"{re.sub(r'[^a-z0-9]+', '-', sample.name.lower()).strip('-')}.png")
+                file = folder / f"{re.sub(r'[^a-z0-9]+', '-', sample.name.lower()).strip('-')}.png"
+                counts[part][sample.label] += not file.exists()  # of several images with one name, the last is kept
+                image.save(file)
     return counts
 
 

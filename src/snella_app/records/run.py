@@ -163,7 +163,7 @@ class RunInfo(Record):
     `files` contains the digests of a finished run's other files, or of an unfinished run's adapter. `calibration` is
     set for classifiers with validation images. `id` is a random ID from the start of the run, also stored in its
     checkpoints. `settings` is the digest of the settings in `config.yaml`. `final_head` is `layers` if predictions come
-    from a linear head on several layers, fitted after training.
+    from a head on several layers, fitted after training.
     """
 
     file: ClassVar[str] = "run.json"
@@ -269,7 +269,7 @@ class AveragedEpochs:
 
 @dataclass(frozen=True)
 class FinalHead:
-    """Linear head on features of several layers, fitted after training in addition to the trained head.
+    """Head on features of several layers, fitted after training in addition to the trained head.
 
     Attributes:
         layers: Indices in timm's `feature_info`, from 0.
@@ -278,6 +278,7 @@ class FinalHead:
         metric: Name of the validation metric; None without validation images.
         val: Validation score of the head fitted to the training images.
         val_trained: Validation score of the trained head.
+        kind: Linear or kernel head.
     """
 
     layers: list[int]
@@ -285,11 +286,12 @@ class FinalHead:
     metric: str | None = None
     val: Float = math.nan
     val_trained: Float = math.nan
+    kind: Literal["linear", "kernel"] = field(default="linear", metadata=OPTIONAL)
 
     @property
     def name(self) -> str:
         """Human-readable name, with layers counted from 1."""
-        return f"linear head on layers {', '.join(str(layer + 1) for layer in self.layers)}"
+        return f"{self.kind} head on layers {', '.join(str(layer + 1) for layer in self.layers)}"
 
     @property
     def comparison(self) -> str:

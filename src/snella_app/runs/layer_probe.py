@@ -1,4 +1,4 @@
-"""Linear head on pooled features of several layers; the final head of a run."""
+"""Head on pooled features of several layers; the final head of a run."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,6 @@ from snella_app.methods.model_parts import base_model
 LAYER_PROBE = "layer_probe.safetensors"
 """File name in the adapter folder of a run."""
 _LAYERS = 4
-_TENSORS = ("weight", "intercept")
 
 
 def probed_layers(model: nn.Module) -> list[int]:
@@ -65,8 +64,75 @@ def layer_features(model: nn.Module, images: Tensor, layers: Sequence[int]) -> T
     return torch.cat(pooled, dim=1)
 
 
+class KernelHead(nn.Module):
+    """Head with a Gaussian kernel: `[batch, width]` → `[batch, outputs]`.
+
+        f(x) = b + Σ_j a_j k(x̂, c_j),   k(x̂, c) = exp(−‖x̂ − c‖² / (2 width)),   x̂ = (x − mean) / std
+
+    Standardized features have a mean squared distance of `2 width`.
+
+    Args:
+        centers: c, standardized features of the training images, `[images, width]`; stored in float16.
+        mean: `[width]`.
+        std: `[width]`.
+        weight: a, `[outputs, images]`.
+        intercept: b, `[outputs]`.
+    """
+
+    def __init__(self, centers: Tensor, mean: Tensor, std: Tensor, weight: Tensor, intercept: Tensor) -> None:
+        super().__init__()
+        tensors = {"centers": centers.half(), "mean": mean, "std": std, "weight": weight, "intercept": intercept}
+        width, outputs, images = len(mean), len(intercept), len(centers)
+        shapes = {"centers": [images, width], "mean": [width], "std": [width], "weight": [outputs, images]}
+        for name, tensor in tensors.items():
+            if list(tensor.shape) != shapes.get(name, [outputs]):
+                raise ValueError(f"{name} must have shape {shapes.get(name, [outputs])}, got {list(tensor.shape)}")
+            self.register_buffer(name, tensor)
+
+    centers: Tensor
+    mean: Tensor
+    std: Tensor
+    weight: Tensor
+    intercept: Tensor
+
+    @property
+    def in_features(self) -> int:
+        """Width of the features."""
+        return len(self.mean)
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs."""
+        return len(self.intercept)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the outputs of a batch."""
+        kernel = gaussian_kernel((features - self.mean) / self.std, self.centers.to(self.mean.dtype))
+        return kernel @ self.weight.T + self.intercept
+
+
+def gaussian_kernel(x: Tensor, centers: Tensor) -> Tensor:
+    """Compute `exp(−‖x_i − c_j‖² / (2 width))`, `[images, centers]`.
+
+    Args:
+        x: `[images, width]`.
+        centers: `[centers, width]`.
+    """
+    # exported to ONNX, unlike torch.cdist
+    distances = x.square().sum(1, keepdim=True) + centers.square().sum(1) - 2 * x @ centers.T
+    return torch.exp(distances.clamp_min(0) / (-2 * x.shape[1]))
+
+
+def linear_head(weight: Tensor, intercept: Tensor) -> nn.Linear:
+    """Return a frozen linear layer with the given weight, `[outputs, width]`, and intercept, `[outputs]`."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device).requires_grad_(False)
+    linear.weight.copy_(weight)
+    linear.bias.copy_(intercept)
+    return linear
+
+
 class LayerProbe(nn.Module):
-    """Model with a linear head on `layer_features`: `[batch, channels, height, width]` → `[batch, outputs]`.
+    """Model with a head on `layer_features`: `[batch, channels, height, width]` → `[batch, outputs]`.
 
     As in Head2Toe (Evci et al., arXiv 2201.03529), earlier layers can separate classes better than the last one if the
     images differ from the pre-training images.
@@ -74,22 +140,17 @@ class LayerProbe(nn.Module):
     Args:
         model: As for `probed_layers`; its head is not used.
         layers: As for `layer_features`.
-        weight: `[outputs, width]`.
-        bias: `[outputs]`.
+        head: Linear layer or kernel head.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[int], head: nn.Linear | KernelHead) -> None:
         super().__init__()
-        self.model, self.layers = model, list(layers)
-        self.linear = nn.Linear(weight.shape[1], weight.shape[0])
-        self.linear.requires_grad_(False)
-        self.linear.weight.copy_(weight)
-        self.linear.bias.copy_(bias)
+        self.model, self.layers, self.head = model, list(layers), head
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the outputs of a batch."""
         features = layer_features(self.model, images, self.layers)
-        return self.linear(features.to(self.linear.weight.dtype))
+        return self.head(features.to(self.head.weight.dtype))
 
     @property
     def has_tokens(self) -> bool:
@@ -102,15 +163,15 @@ class LayerProbe(nn.Module):
 
     def with_model(self, model: nn.Module) -> "LayerProbe":
         """Return the same probe on another model, such as the merged model."""
-        linear = self.linear
-        return LayerProbe(model, self.layers, linear.weight.detach(), linear.bias.detach()).to(linear.weight.device)
+        return LayerProbe(model, self.layers, self.head)
 
     def save(self, path: Path) -> None:
         """Write the probe to a file."""
         metadata = {"layers": json.dumps(self.layers), "has_tokens": json.dumps(self.has_tokens)}
-        parameters = (self.linear.weight, self.linear.bias)
-        tensors = {n: t.detach().float().cpu().contiguous() for n, t in zip(_TENSORS, parameters, strict=True)}
-        write_bytes(path, tensors_bytes(tensors, metadata))
+        tensors = dict(self.head.named_buffers())
+        if isinstance(self.head, nn.Linear):
+            tensors = {"weight": self.head.weight.detach().float(), "intercept": self.head.bias.detach().float()}
+        write_bytes(path, tensors_bytes({n: t.cpu().contiguous() for n, t in tensors.items()}, metadata))
 
 
 def read_layer_probe(adapter: Path, model: nn.Module) -> LayerProbe | None:
@@ -129,10 +190,11 @@ def read_layer_probe(adapter: Path, model: nn.Module) -> LayerProbe | None:
     try:
         with safe_open(path, "pt") as file:
             layers = json.loads((file.metadata() or {}).get("layers", "null"))
-            weight, bias = (file.get_tensor(name) for name in _TENSORS)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         base: Any = base_model(model)
         if not isinstance(layers, list) or not set(layers) <= set(range(len(base.feature_info))):
             raise ValueError(f"layers are {layers}")
-        return LayerProbe(model, layers, weight, bias)
+        head = KernelHead(**tensors) if "centers" in tensors else linear_head(**tensors)
+        return LayerProbe(model, layers, head)
     except (OSError, SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}; copy it again, or train again with `--overwrite`") from error

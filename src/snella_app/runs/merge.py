@@ -16,7 +16,7 @@ from snella_app.files import check_new, create_folder, write_bytes, write_json
 from snella_app.methods import merge_trained
 from snella_app.records.record import plain, record_from
 from snella_app.records.run import BackboneInfo, RunInfo
-from snella_app.runs.layer_probe import LAYER_PROBE, LayerProbe
+from snella_app.runs.layer_probe import LAYER_PROBE, KernelHead, LayerProbe
 from snella_app.runs.model import LoadedRun, configured_image_size, load_single_run, make_backbone
 
 _SUFFIX = ".safetensors"
@@ -81,9 +81,12 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
         return ExportResult(path, "a model in timm's format", notes, _folder_snippet(loaded, path))
     model = merge_trained(loaded.model)
     metadata = run_metadata(loaded, model)
+    head = _final_head_file(path)
     with create_folder(path.parent):
+        head.unlink(missing_ok=True)  # first, so that an interruption leaves no head of another model
         write_bytes(path, tensors_bytes(_weights(model), metadata))
-        _write_final_head(loaded, _final_head_file(path))
+        if loaded.probe is not None:
+            loaded.probe.save(head)
     description = "plain timm weights"
     if loaded.task.head is not None:
         description = "plain weights of the backbone (encoder.…) and the decoder (decoder.…)"
@@ -108,7 +111,10 @@ def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> dict[str
     config = {**_timm_config(loaded, model, str(path)), **entries}
     with create_folder(path):
         (path / _CONFIG).unlink(missing_ok=True)  # written last, since timm loads no folder without it
-        _write_final_head(loaded, _final_head_file(path))
+        head = _final_head_file(path)
+        head.unlink(missing_ok=True)
+        if loaded.probe is not None:
+            loaded.probe.save(head)
         write_bytes(path / _WEIGHTS, tensors_bytes(_weights(model), {"format": "pt"}))
         write_json(path / _CONFIG, config)
     return config
@@ -131,6 +137,8 @@ def _check_out(path: Path, *, overwrite: bool) -> None:
         if not any(path.iterdir()):
             return
     check_new("out", path, overwrite=overwrite)
+    if path.suffix == _SUFFIX:
+        check_new("out", _final_head_file(path), overwrite=overwrite)
 
 
 def check_folder_files(folder: Path, written: Collection[str]) -> None:
@@ -242,13 +250,6 @@ def _final_head_file(path: Path) -> Path:
     return path / LAYER_PROBE if path.suffix != _SUFFIX else path.with_name(f"{path.stem}.{LAYER_PROBE}")
 
 
-def _write_final_head(loaded: LoadedRun, path: Path) -> None:
-    """Write the final head of a run next to a merged model, and remove the head of an earlier model."""
-    path.unlink(missing_ok=True)
-    if loaded.probe is not None:
-        loaded.probe.save(path)
-
-
 def _use_lines(loaded: LoadedRun, path: Path) -> str:
     """Return the comment that explains the outputs, after code for the final head if the run has one."""
     use = loaded.task.decoding_comment()
@@ -267,12 +268,20 @@ def _final_head_code(probe: LayerProbe, path: Path) -> str:
         if probe.has_tokens
         else "    pooled += [grid.mean((2, 3)) for grid in maps]\n"
     )
+    inputs, kernel = "features", ""
+    if isinstance(probe.head, KernelHead):
+        inputs = "kernel"
+        kernel = (
+            "    distances = torch.cdist((features - head['mean']) / head['std'], head['centers'].float())\n"
+            "    kernel = (-distances.square() / (2 * features.shape[1])).exp()\n"
+        )
     return (
         f"import torch; from safetensors.torch import load_file\nhead = load_file({str(path)!r})\n"
         "def logits_of(images):  # outputs of snella predict, from the final head on several layers\n"
         f"    final, maps = model.forward_intermediates(images, {arguments})\n"
         "    pooled = [model.forward_head(final, pre_logits=True).flatten(1)]\n"
-        f"{pooled}    return torch.cat(pooled, 1) @ head['weight'].T + head['intercept']"
+        f"{pooled}    features = torch.cat(pooled, 1)\n"
+        f"{kernel}    return {inputs} @ head['weight'].T + head['intercept']"
     )
 
 

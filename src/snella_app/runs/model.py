@@ -136,9 +136,9 @@ def _load_model(folder: RunFolder, info: RunInfo, device: torch.device) -> Loade
     model = load_trained(folder.adapter, backbone).to(device)
     probe = read_layer_probe(folder.adapter, model)
     if probe is not None:
-        if num_outputs not in (None, probe.linear.out_features):
+        if num_outputs not in (None, probe.head.out_features):
             raise ValueError(
-                f"the final head must have {num_outputs} outputs, got {probe.linear.out_features}; copy the run again"
+                f"the final head must have {num_outputs} outputs, got {probe.head.out_features}; copy the run again"
             )
         probe = probe.to(device).eval()
     try:

@@ -300,4 +300,4 @@ def _head(loaded: LoadedRun) -> tuple[nn.Module, int | None]:
     trained = base_model(loaded.model).get_submodule(spec_of(loaded.model).head)
     if loaded.probe is None:
         return trained, None
-    return loaded.probe.linear, next((m.in_features for m in trained.modules() if isinstance(m, nn.Linear)), None)
+    return loaded.probe.head, next((m.in_features for m in trained.modules() if isinstance(m, nn.Linear)), None)

@@ -93,6 +93,11 @@ class ClassificationTask(Task):
         if len(self.classes) < 2:
             raise ValueError(f"classes must have at least 2 entries, got {list(self.classes)}")
 
+    @property
+    def has_kernel_fit(self) -> bool:
+        """Return whether the loss is the cross-entropy, which kernel ridge regression of the labels approximates."""
+        return self.loss_name == "cross-entropy"
+
     def fitted(self, train: ImageDataset) -> Self:
         """Return the task with class weights and priors of the training images.
 

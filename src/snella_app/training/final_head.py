@@ -1,28 +1,41 @@
-"""Final head of a run: the trained head, or a linear probe on features of several layers, fitted after training."""
+"""Final head of a run: the trained head, or a head on features of several layers, fitted after training."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from snella_app.config.sections import OptimConfig
 from snella_app.data.datasets import ImageDataset
+from snella_app.data.options import DataConfig
 from snella_app.data.transforms import build_transform
 from snella_app.device import autocast
 from snella_app.methods.model_parts import base_model
-from snella_app.runs.layer_probe import LayerProbe, probed_layers
+from snella_app.runs.layer_probe import KernelHead, LayerProbe, gaussian_kernel, linear_head, probed_layers
 from snella_app.tasks import Task
 from snella_app.tasks.linear_fit import fit_head
-from snella_app.training.build import RunComponents
-from snella_app.training.linear_probe import encoded_targets, extract_features, is_clearly_better, original_images
+from snella_app.training.build import RunComponents, balancing_weights
+from snella_app.training.linear_probe import encoded_targets, extract_features, original_images
 
+MAX_CENTERS = 6_000
+"""Maximum number of images for a kernel head; its size and time grow with their number and its square."""
 _INVERSE_PENALTY = 0.01
 """Weight C of the summed loss relative to `‖W‖²/2`, for standardized features."""
+_RIDGE = 0.05
+"""Penalty λ of the kernel head."""
+_SCALES = [2 ** (power / 2) for power in range(13)]
+"""Candidate scales s of the kernel head's outputs, 1 to 64."""
 _ITERATIONS = 100
 _EPS = 1e-6
 _SECONDS_PER_PRODUCT = 1e-8
-"""Seconds of both fits per image view, feature and output; a fit takes about a hundred steps."""
+"""CPU seconds of both linear fits per image view, feature and output; a fit takes about a hundred steps."""
+_SECONDS_PER_SQUARE = 1e-10
+"""CPU seconds of both kernel fits per pair of images and feature."""
+_CUDA_SPEEDUP = 10
 
 
 @dataclass
@@ -41,28 +54,41 @@ class MeasuredFeatures:
 
 
 def measure_features(
-    parts: RunComponents, images: Any, views: int, batch_size: int, first_view: Tensor | None = None
+    parts: RunComponents,
+    images: Any,
+    views: int,
+    batch_size: int,
+    first_view: Tensor | None = None,
+    sampler: str = "shuffle",
 ) -> MeasuredFeatures:
     """Compute features of several layers with the evaluation transform, in the autocast context of the caller.
 
     The views are the images and, with `views=2`, their flips. `first_view` contains precomputed features of the images.
+    `sampler` is `DataConfig.sampler`, whose frequencies multiply the sample weights.
     """
     plain = original_images(images).with_transform(build_transform(parts.data_config, train=False, augment="none"))
     known = [] if first_view is None else [first_view]
     flips, layers = (False, True)[len(known) : views], probed_layers(parts.model)
     measured = extract_features(parts, plain, batch_size, layers=layers, flips=flips) if flips else []
     batch = encoded_targets(parts.task, plain, range(len(plain)))
-    return MeasuredFeatures([*known, *measured], batch["labels"], batch.get("weights"))
+    weights, balance = batch.get("weights"), balancing_weights(plain, parts.task, sampler)
+    if balance is not None:
+        factors = torch.tensor(balance, dtype=torch.float32)
+        weights = factors if weights is None else factors * weights
+    return MeasuredFeatures([*known, *measured], batch["labels"], weights)
 
 
 def fit_layers(
-    parts: RunComponents, train: ImageDataset, views: int, batch_size: int, precision: str
+    parts: RunComponents, train: ImageDataset, data: DataConfig, optim: OptimConfig
 ) -> tuple[LayerProbe, tuple[np.ndarray, np.ndarray] | None]:
-    """Fit a linear head to features of several layers of the trained model.
+    """Fit a head to features of several layers of the trained model.
 
     A first fit to the training images predicts the validation images. The final fit uses both splits.
-    `parts.initial_layer_features`, if set, are the features of the training images. The others are computed in autocast
-    with `precision`, which is faster in bfloat16; the returned probe computes in the precision of its inputs.
+    `parts.initial_layer_features`, if set, are the features of the training images. The others are computed in
+    autocast with the training precision, which is faster in bfloat16; the returned probe computes in the precision of
+    its inputs.
+
+    The head is a kernel head for tasks with `has_kernel_fit` and at most `MAX_CENTERS` images, else a linear head.
 
     Returns:
         The probe from the final fit, and the reduced outputs and labels of the validation images from the first fit;
@@ -70,48 +96,80 @@ def fit_layers(
     """
     task, outputs = parts.task, parts.task.count_outputs(parts.splits.classes)
     val_images, val_outputs = parts.splits.val, None
-    with autocast(next(parts.model.parameters()).device, precision):
-        measured = measure_features(parts, train, views, batch_size, parts.initial_layer_features)
-        val = None if val_images is None else measure_features(parts, val_images, views, batch_size)
-    weight, bias = fit_linear(task, measured, outputs)
+    views, batch_size, sampler = data.views, optim.effective_batch_size, data.sampler
+    with autocast(next(parts.model.parameters()).device, optim.precision):
+        measured = measure_features(parts, train, views, batch_size, parts.initial_layer_features, sampler)
+        val = None if val_images is None else measure_features(parts, val_images, views, batch_size, None, sampler)
+    images = len(train) + (0 if val_images is None else len(val_images))
+    fit = fit_kernel if uses_kernel(task, images) else fit_linear
+    head = fit(task, measured, outputs)
     if val is not None:
-        val_outputs = _outputs(task, val, weight, bias)
-        weight, bias = fit_linear(task, _concatenate(measured, val), outputs)
-    return LayerProbe(parts.model, probed_layers(parts.model), weight, bias).to(weight.device), val_outputs
+        val_outputs = _outputs(task, val, head)
+        head = fit(task, _concatenate(measured, val), outputs)
+    return LayerProbe(parts.model, probed_layers(parts.model), head), val_outputs
 
 
 def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: int, batch_size: int) -> Any:
     """Compute the reduced outputs of a probe and the labels of a split; see `measure_features` for the arguments."""
-    measured = measure_features(parts, images, views, batch_size)
-    return _outputs(parts.task, measured, probe.linear.weight, probe.linear.bias)
+    return _outputs(parts.task, measure_features(parts, images, views, batch_size), probe.head)
+
+
+def uses_kernel(task: Task, images: int) -> bool:
+    """Return whether the head on several layers is a kernel head, for the number of training and validation images."""
+    return task.has_kernel_fit and images <= MAX_CENTERS
 
 
 def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any]) -> bool:
     """Return whether the outputs `val` are clearly worse than the trained head's on the same validation images.
 
-    Single-label classification uses McNemar's test with three standard errors, because the trained head's epoch was
-    selected on these images, and the final head will also be fitted to them. Other tasks compare the monitored metric.
+    Single-label classification requires a difference of three standard errors, because the trained head's epoch was
+    selected on these images, and the final head will also be fitted to them:
+
+        Σ d_i > 3 √(Σ d_i²)
+
+    d_i is the difference of image i: 1, 0 or −1 for accuracy (McNemar's test), divided by the number of images of its
+    class for `monitor` balanced_accuracy and macro_f1, or the difference of the losses. Other tasks compare the
+    monitored metric.
     """
     if task.has_one_class:
         labels = torch.as_tensor(np.asarray(trained[1]))
-        right, right_trained = (
-            task.sample_outputs(reduced).argmax(-1).cpu() == labels for reduced, _ in (val, trained)
-        )
-        return is_clearly_better(int((right_trained & ~right).sum()), int((right & ~right_trained).sum()), errors=3.0)
+        score, score_trained = (_image_scores(task, reduced, labels) for reduced, _ in (val, trained))
+        differences = score_trained - score
+        return float(differences.sum()) > 3.0 * math.sqrt(float(differences.square().sum()))
     score, score_trained = (task.metrics(*outputs) for outputs in (val, trained))
     sign = task.monitors[task.monitor]
     return sign * score_trained[task.monitor] > sign * score[task.monitor]
 
 
-def layer_fit_seconds(parts: RunComponents, rows: int) -> float:
-    """Estimate the CPU time of the fits in `fit_layers` in seconds; a row is one view of an image."""
+def _image_scores(task: Task, reduced: Any, labels: Tensor) -> Tensor:
+    """Return the contribution of each image to the monitored metric of a single-label task, up to a factor."""
+    probabilities = task.sample_outputs(reduced).cpu()
+    if task.monitor == "loss":
+        return probabilities.gather(1, labels[:, None])[:, 0].clamp_min(_EPS).log()
+    is_right = (probabilities.argmax(-1) == labels).double()
+    return is_right if task.monitor == "accuracy" else is_right / labels.bincount()[labels]
+
+
+def layer_fit_seconds(parts: RunComponents, images: int, views: int) -> float:
+    """Estimate the time of the fits in `fit_layers` in seconds.
+
+    Args:
+        parts: Model and task.
+        images: Number of training and validation images.
+        views: Number of views per image.
+    """
     base: Any = base_model(parts.model)
     channels = [int(entry["num_chs"]) for entry in base.feature_info]
     width = 2 * sum(channels[layer] for layer in probed_layers(parts.model))
-    return _SECONDS_PER_PRODUCT * rows * width * parts.task.count_outputs(parts.splits.classes) + 1.0
+    if uses_kernel(parts.task, images):
+        seconds = _SECONDS_PER_SQUARE * images**2 * (width + images)
+    else:
+        outputs = parts.task.count_outputs(parts.splits.classes)
+        seconds = _SECONDS_PER_PRODUCT * images * views * width * outputs
+    return seconds / (_CUDA_SPEEDUP if next(parts.model.parameters()).is_cuda else 1) + 1.0
 
 
-def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int) -> tuple[Tensor, Tensor]:
+def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int) -> nn.Linear:
     """Fit a linear head to the task's loss with an L2 penalty by L-BFGS.
 
         min_{W,b}  mean_i loss(W x̂_i + b, y_i) + ‖W‖² / (2 C n),   x̂ = (x − mean) / std,   C = 0.01
@@ -119,7 +177,7 @@ def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int) -> tuple[Te
     The `n` samples are all views of all images.
 
     Returns:
-        Weight `[outputs, width]` and bias `[outputs]` for unnormalized features, float32.
+        Head for unnormalized features, float32.
     """
     features = torch.cat(measured.views)
     count = len(measured.views)
@@ -130,12 +188,48 @@ def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int) -> tuple[Te
     penalty = 1 / (2 * _INVERSE_PENALTY * len(inputs))
     weight, bias = fit_head(inputs, outputs, lambda logits: task.loss(logits, labels, weights), penalty, _ITERATIONS)
     weight = weight / std
-    return weight, bias - weight @ mean
+    return linear_head(weight, bias - weight @ mean)
 
 
-def _outputs(task: Task, measured: MeasuredFeatures, weight: Tensor, bias: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def fit_kernel(task: Task, measured: MeasuredFeatures, outputs: int) -> KernelHead:
+    """Fit a kernel head by kernel ridge regression of the classes.
+
+        A = (K + λ diag(w)⁻¹)⁻¹ (Y − 1 πᵀ),   f(x) = s (π + Aᵀ k(x)),   λ = 0.05
+
+    K is the kernel of `KernelHead` between all images, whose features are averaged over the views. Y contains the
+    one-hot labels and π their mean, weighted by w: class and sample weights with mean 1. The scale s minimizes the
+    cross-entropy of the leave-one-out predictions `f_i = y_i − A_i / [(K + λ diag(w)⁻¹)⁻¹]_ii` over 13 values.
+
+    Source: Saunders et al., 1998 (ridge regression); Rasmussen and Williams, 2006, eq. 5.12 (leave-one-out).
+    """
+    features = torch.stack(measured.views).mean(0)
+    mean, std = features.mean(0), features.std(0, correction=0) + _EPS
+    centers = ((features - mean) / std).half()
+    labels = measured.labels.to(features.device)
+    weights = torch.ones(len(labels), device=features.device)
+    for factors in (task.probe_weights(measured.labels.numpy()), measured.weights):
+        if factors is not None:
+            weights = weights * torch.as_tensor(factors, dtype=weights.dtype, device=weights.device)
+    weights = (weights / weights.mean()).clamp_min(_EPS)
+    targets = F.one_hot(labels, outputs).to(features)
+    prior = weights @ targets / weights.sum()
+    kernel = gaussian_kernel(centers.float(), centers.float())
+    kernel.diagonal().add_(_RIDGE / weights)
+    factor = torch.linalg.cholesky(kernel)
+    del kernel
+    coefficients = torch.cholesky_solve(targets - prior, factor)
+    left_out = targets - coefficients / torch.cholesky_inverse(factor).diagonal()[:, None]
+
+    def left_out_loss(scale: float) -> float:
+        return float(weights @ F.cross_entropy(scale * left_out, labels, reduction="none"))
+
+    scale = min(_SCALES, key=left_out_loss)
+    return KernelHead(centers, mean, std, (scale * coefficients).T.contiguous(), scale * prior)
+
+
+def _outputs(task: Task, measured: MeasuredFeatures, head: nn.Module) -> tuple[np.ndarray, np.ndarray]:
     """Compute reduced outputs, averaged over the views, and labels."""
-    outputs = [nn.functional.linear(view, weight, bias) for view in measured.views]
+    outputs = [head(view) for view in measured.views]
     averaged = outputs[0] if len(outputs) == 1 else task.average_outputs(outputs)
     reduced, labels = task.reduce(averaged, measured.labels)
     return reduced.cpu().numpy(), labels.cpu().numpy()

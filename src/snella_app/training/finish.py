@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from snella_app.report.card import model_card
 from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate
 from snella_app.runs.folder import CARD
-from snella_app.runs.layer_probe import LAYER_PROBE, LayerProbe
+from snella_app.runs.layer_probe import LAYER_PROBE, KernelHead, LayerProbe
 from snella_app.training.callbacks import StepTimeCallback
 from snella_app.training.distributed import is_main, is_sharded, process_count, wait_for_everyone
 from snella_app.training.final_head import fit_layers, is_clearly_worse, measure_layers
@@ -132,7 +132,7 @@ def _measure(trainer: SnellaTrainer) -> tuple[dict[str, Outputs], FinalHead | No
 
 
 def _fit_final_head(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> tuple[LayerProbe | None, FinalHead | None]:
-    """Fit a linear head on several layers if requested; save it and replace `outputs` unless it is clearly worse."""
+    """Fit a head on several layers if requested; save it and replace `outputs` unless it is clearly worse."""
     plan, parts, run = trainer.plan, trainer.parts, trainer.run_folder
     task = parts.task
     if is_main():
@@ -141,12 +141,13 @@ def _fit_final_head(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> tupl
     if plan.optim.final_head != "layers" or process_count() > 1:  # a run resumed in several processes
         return None, None
     train = original_images(parts.splits.train).subset(probe_rows(parts).tolist())
-    probe, val = fit_layers(parts, train, plan.data.views, plan.optim.effective_batch_size, plan.optim.precision)
-    record = FinalHead(probe.layers, True)
+    probe, val = fit_layers(parts, train, plan.data, plan.optim)
+    kind: Literal["linear", "kernel"] = "kernel" if isinstance(probe.head, KernelHead) else "linear"
+    record = FinalHead(probe.layers, True, kind=kind)
     if val is not None:
         score, score_trained = (float(task.metrics(*part)[task.monitor]) for part in (val, outputs["val"]))
         is_saved = not is_clearly_worse(task, val, outputs["val"])
-        record = FinalHead(probe.layers, is_saved, task.monitor, score, score_trained)
+        record = FinalHead(probe.layers, is_saved, task.monitor, score, score_trained, kind)
         if not is_saved:
             return None, record
         outputs["val"] = val

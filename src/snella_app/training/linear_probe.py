@@ -28,7 +28,7 @@ from snella_app.methods import method_of, spec_of
 from snella_app.methods.model_parts import base_model
 from snella_app.runs.layer_probe import layer_features, probed_layers
 from snella_app.tasks import Task
-from snella_app.training.build import RunComponents
+from snella_app.training.build import RunComponents, balancing_weights
 from snella_app.training.checkpoints import CheckpointError, require_file
 from snella_app.training.distributed import sum_across_processes
 
@@ -217,12 +217,12 @@ def _require_linear_head(model: nn.Module, setting: str, alternative: str) -> nn
     return head
 
 
-def init_head_from_probe(parts: RunComponents, optim: OptimConfig) -> None:
+def init_head_from_probe(parts: RunComponents, optim: OptimConfig, sampler: str = "shuffle") -> None:
     """Initialize the head with a linear probe on the features before training.
 
     The probe is a logistic regression for single-label classification, one logistic regression per label (`multilabel`)
-    or per rank (`ordinal`), and a ridge regression for regression; see `Task.fit_linear`. It uses the class weights and
-    sample weights of training.
+    or per rank (`ordinal`), and a ridge regression for regression; see `Task.fit_linear`. It uses the class weights,
+    sample weights and frequencies (`sampler`, see `DataConfig.sampler`) of training.
 
     A random head sends random gradients through the backbone in the first steps; a fitted head does not (Kumar et al.,
     2022, arXiv 2202.10054). The fit uses at most 5,000 training images without augmentation. Features are divided by
@@ -237,8 +237,9 @@ def init_head_from_probe(parts: RunComponents, optim: OptimConfig) -> None:
     features = probe_features(parts, optim).double().numpy()
     batch = encoded_targets(parts.task, train, probe_rows(parts).tolist())
     labels = batch["labels"].numpy()
-    sample_weights = batch["weights"].double().numpy() if "weights" in batch else None
-    factors = [factor for factor in (parts.task.probe_weights(labels), sample_weights) if factor is not None]
+    given = batch["weights"].double().numpy() if "weights" in batch else None
+    balance = balancing_weights(probe_images(parts, probe_rows(parts)), parts.task, sampler)
+    factors = [factor for factor in (parts.task.probe_weights(labels), given, balance) if factor is not None]
     weights = np.prod(factors, axis=0) if factors else None
     weight, bias = parts.task.fit_linear(features, labels, head.out_features, weights)
     with torch.no_grad():
@@ -255,12 +256,12 @@ def base_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return base, head
 
 
-def is_clearly_better(only_first: int, only_second: int, errors: float = 2.0) -> bool:
-    """Return whether the first of two classifiers is clearly better (McNemar's test, `errors` standard errors).
+def is_clearly_better(only_first: int, only_second: int) -> bool:
+    """Return whether the first of two classifiers is clearly better (McNemar's test, two standard errors).
 
     The first two arguments are the numbers of images that only one of the classifiers predicts correctly.
     """
-    return only_first - only_second > errors * math.sqrt(only_first + only_second)
+    return only_first - only_second > 2.0 * math.sqrt(only_first + only_second)
 
 
 def normalize_features(parts: RunComponents, optim: OptimConfig) -> FeatureNorm:

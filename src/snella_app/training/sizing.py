@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -40,8 +41,8 @@ _LARGEST_BATCH, _FEWEST_STEPS = 256, 10
 _MEMORY_SHARE = 0.8
 """Maximum predicted step memory as a fraction of free memory; the prediction excludes libraries and workspaces."""
 _TIMED_STEPS, _FEWEST_TIMED = 4, 3
-_TIME_SHARE = 0.9
-"""Fraction of the time budget for steps and evaluation; the rest covers checkpoints, results and report."""
+_RESERVED_SHARE, _RESERVED_S = 0.03, 4.0
+"""Fraction and seconds of the time budget for checkpoints, results and report; together at most a tenth."""
 _MOST_EPOCHS = 100
 _MEASURED_SHARE = 0.02
 """Fraction of the time budget for timing one kind of step; exceeded only for the minimum number of steps."""
@@ -263,7 +264,9 @@ def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, star
 
 def _left_seconds(budget: str, started_at: float) -> float:
     """Return the seconds of a time budget that remain for steps and evaluation."""
-    return _TIME_SHARE * budget_seconds(budget) - (time.monotonic() - started_at)
+    total = budget_seconds(budget)
+    reserved = min(0.1 * total, _RESERVED_SHARE * total + _RESERVED_S)
+    return total - reserved - (time.monotonic() - started_at)
 
 
 @dataclass(frozen=True)
@@ -286,27 +289,30 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
         return _Times(steps * train_s, 0.0)
     # the first pass reads from disk; later passes may read from memory
     *_, last = measured.values()
-    first_read_s = _step_seconds(parts, optim, last, per_batch, _only_read)
+    first_read_s, read_s = (_step_seconds(parts, optim, last, per_batch, _only_read) for _ in range(2))
     views = 2 if data.tta == "auto" else data.views
-    in_float32 = dataclasses.replace(optim, precision="fp32")
-    evaluation_s = views * _step_seconds(parts, in_float32, last, per_batch, _trial_evaluation)
-    batches = {name: -(-len(part) // optim.effective_batch_size) for name, part in measured.items()}
+
+    def views_seconds(precision: Any) -> float:
+        """Return the time of a batch that is read once and evaluated for each view."""
+        precise = dataclasses.replace(optim, precision=precision)
+        once_s = _step_seconds(parts, precise, last, per_batch, _trial_evaluation)
+        return once_s + (views - 1) * max(once_s - read_s, 0.0)
+
+    evaluation_s = views_seconds("fp32")
+    batches = {name: len(part) / optim.effective_batch_size for name, part in measured.items()}
     selection_s = batches.get(str(get_protocol(data.protocol).selected_on), 0) * evaluation_s
-    final_s = sum(batches.values()) * (first_read_s + evaluation_s)
+    final_s = sum(batches.values()) * (max(first_read_s - read_s, 0.0) + evaluation_s)
     if can_skip_training(optim, data.protocol):
         final_s += selection_s  # evaluation of the initial model
     if optim.final_head == "layers":
-        rows = len(probe_rows(parts))
-        feature_batches = -(-rows // optim.effective_batch_size) + batches.get("val", 0)
-        features_s = evaluation_s
-        if optim.precision != "fp32":
-            features_s = views * _step_seconds(parts, optim, last, per_batch, _trial_evaluation)
-        final_s += feature_batches * features_s + layer_fit_seconds(parts, views * rows)
+        images = len(probe_rows(parts)) + len(measured.get("val", ()))
+        features_s = evaluation_s if optim.precision == "fp32" else views_seconds(optim.precision)
+        final_s += images / optim.effective_batch_size * features_s + layer_fit_seconds(parts, images, views)
     return _Times(steps * train_s + selection_s, final_s)
 
 
 def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:
-    """Run forward and backward with memory for the optimizer's moments, and restore the model's state."""
+    """Run forward and backward and access the optimizer's memory, and restore the model's state."""
     model, device = parts.model, next(parts.model.parameters()).device
     images, labels = batch["images"].to(device), batch["labels"].to(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -314,6 +320,8 @@ def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) 
     try:
         with preserve_state(model, images):
             model.train()
+            with torch.no_grad():
+                torch._foreach_add_(trained, 0.0)  # marks cached updates as outdated, like an optimizer step
             with autocast(device, precision):
                 loss = parts.task.loss(model(images), labels)
             loss.backward()
@@ -324,13 +332,10 @@ def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) 
 
 @torch.no_grad()
 def _trial_evaluation(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:
-    """Run a forward pass in evaluation mode, and restore the model's state."""
-    model, device = parts.model, next(parts.model.parameters()).device
-    images = batch["images"].to(device)
-    with preserve_state(model, images):
-        model.eval()
-        with autocast(device, precision):
-            model(images)
+    """Run a forward pass."""
+    device = next(parts.model.parameters()).device
+    with autocast(device, precision):
+        parts.model(batch["images"].to(device))
 
 
 def _only_read(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:
@@ -344,11 +349,17 @@ def _step_seconds(
     batch: int,
     step: Callable[[RunComponents, str, dict[str, Tensor]], None],
 ) -> float:
-    """Return the median time of a step including data loading, in seconds."""
+    """Return the median time of a step including data loading, in seconds; smaller last batches do not count.
+
+    The model is in evaluation mode, except for `_trial_step`.
+    """
     generator = torch.Generator().manual_seed(parts.seed)  # leaves torch's global generator unchanged
     loader = DataLoader(dataset, batch, collate_fn=parts.task.collate, num_workers=parts.workers, generator=generator)
     limit_s = _MEASURED_SHARE * budget_seconds(str(optim.time_budget))
     spans: list[float] = []
+    sizes: list[int] = []
+    was_training = parts.model.training
+    parts.model.eval()  # once: every change of the mode discards merged weights
     start = time.perf_counter()
     passes = 1 if step is _only_read else _FEWEST_TIMED  # one pass times reading; other steps repeat small splits
     batches = itertools.chain.from_iterable(itertools.repeat(loader, passes))
@@ -357,11 +368,14 @@ def _step_seconds(
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         spans.append(time.perf_counter() - start)
+        sizes.append(len(items["labels"]))
         if number == _TIMED_STEPS or (number >= _FEWEST_TIMED - 1 and sum(spans[1:]) > limit_s):
             break
         start = time.perf_counter()
+    parts.model.train(was_training)
     # the first step, and sometimes the second, compiles kernels
-    return statistics.median_low(spans[1:] or spans)
+    full = [span for span, size in zip(spans[1:], sizes[1:], strict=True) if size == max(sizes)]
+    return statistics.median_low(full or spans[1:] or spans)
 
 
 def _runs_out_of_memory(parts: RunComponents, precision: str, batch: int) -> bool:

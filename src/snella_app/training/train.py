@@ -168,7 +168,7 @@ def _fit(
         if can_cache_features(plan.data, parts.model):
             cache_features(parts, optim.effective_batch_size)
         if optim.head_init == "probe" and checkpoint is None:
-            init_head_from_probe(parts, optim)
+            init_head_from_probe(parts, optim, plan.data.sampler)
         norm = normalize_features(parts, optim) if optim.head_norm == "running" else None
         if optim.epochs:
             parts.initial_layer_features = None  # training changes the features

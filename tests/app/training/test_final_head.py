@@ -1,4 +1,4 @@
-"""The final head: linear on features of several layers, fitted after training."""
+"""The final head: a linear or kernel head on features of several layers, fitted after training."""
 
 import io
 
@@ -8,6 +8,8 @@ import timm
 import torch
 from PIL import Image
 from rich.console import Console
+from scipy.special import log_softmax
+from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
 
 from snella import TaskBank
@@ -15,12 +17,12 @@ from snella_app.methods import build_method
 from snella_app.runs import load_run
 from snella_app.runs.evaluate import calibrate_run, evaluate
 from snella_app.runs.export import export
-from snella_app.runs.layer_probe import LAYER_PROBE, layer_features, probed_layers
+from snella_app.runs.layer_probe import LAYER_PROBE, KernelHead, layer_features, linear_head, probed_layers
 from snella_app.runs.merge import merge
 from snella_app.runs.predict import load
 from snella_app.tasks import create_task
 from snella_app.training import final_head, linear_probe
-from snella_app.training.final_head import MeasuredFeatures, fit_linear, is_clearly_worse
+from snella_app.training.final_head import MeasuredFeatures, fit_kernel, fit_linear, is_clearly_worse, uses_kernel
 from snella_app.training.linear_probe import base_and_head
 from snella_app.training.plan import choose_heads
 from snella_app.training.train import train
@@ -83,25 +85,101 @@ def test_the_fit_matches_scikit_learn_on_standardized_features(classes):
     features = random.standard_normal((90, 7)) * np.arange(1, 8) + labels[:, None] * np.arange(7)
     views = [torch.from_numpy(features[:45]).float(), torch.from_numpy(features[45:]).float()]
     measured = MeasuredFeatures(views, torch.from_numpy(labels[:45]), None)
-    weight, bias = fit_linear(create_task("classification", list("abcd")[:classes]), measured, classes)
+    head = fit_linear(create_task("classification", list("abcd")[:classes]), measured, classes)
     doubled = np.concatenate([labels[:45], labels[:45]])
     scaled = (features - features.mean(0)) / features.std(0)
     # scikit-learn fits one score for two classes, with half the penalty of two scores
     reference = LogisticRegression(C=0.01 if classes > 2 else 0.02, tol=1e-8, max_iter=5000).fit(scaled, doubled)
-    probabilities = (torch.cat(views) @ weight.T + bias).softmax(1)
+    probabilities = head(torch.cat(views)).softmax(1)
     torch.testing.assert_close(
         probabilities.double(), torch.from_numpy(reference.predict_proba(scaled)), atol=2e-3, rtol=0
     )
 
 
-def test_sample_weights_affect_the_fit():
+@pytest.mark.parametrize("fit", [fit_linear, fit_kernel])
+def test_sample_weights_affect_the_fit(fit):
     views = [torch.tensor([[0.0], [1.0], [0.0], [1.0]])]
     labels, weights = torch.tensor([0, 1, 1, 0]), torch.tensor([9.0, 9.0, 1.0, 1.0])
     task = create_task("classification", ["a", "b"])
-    weight, _ = fit_linear(task, MeasuredFeatures(views, labels, weights), 2)
-    assert weight[1, 0] > weight[0, 0]
-    weight, _ = fit_linear(task, MeasuredFeatures(views, labels, weights.flip(0)), 2)
-    assert weight[1, 0] < weight[0, 0]
+    for factors, expected in [(weights, [0, 1]), (weights.flip(0), [1, 0])]:
+        head = fit(task, MeasuredFeatures(views, labels, factors), 2)
+        assert head(torch.tensor([[0.0], [1.0]])).argmax(1).tolist() == expected
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_kernel_fit_matches_scikit_learn(weighted):
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, 40)
+    features = random.standard_normal((40, 6)) * np.arange(1, 7) + labels[:, None] * np.arange(6)
+    weights = random.uniform(0.5, 2.0, 40) if weighted else np.ones(40)
+    measured = MeasuredFeatures(
+        [torch.from_numpy(features + shift).float() for shift in (-1.0, 1.0)],
+        torch.from_numpy(labels),
+        torch.from_numpy(weights) if weighted else None,
+    )
+    head = fit_kernel(create_task("classification", list("abc")), measured, 3)
+    scaled = ((features - features.mean(0)) / features.std(0)).astype(np.float16).astype(float)
+    targets, prior = np.eye(3)[labels], np.average(np.eye(3)[labels], axis=0, weights=weights)
+
+    def reference(rows):
+        ridge = KernelRidge(kernel="rbf", gamma=1 / 12, alpha=0.05)
+        ridge.fit(scaled[rows], targets[rows] - prior, sample_weight=(weights / weights.mean())[rows])
+        return ridge
+
+    new = random.standard_normal((5, 6))
+    expected = prior + reference(np.arange(40)).predict((new - features.mean(0)) / features.std(0))
+    outputs = head(torch.from_numpy(new).float()).numpy()
+    scale = head.intercept.sum().item()
+    np.testing.assert_allclose(outputs, scale * expected, atol=5e-3 * scale)
+
+    left_out = np.stack(
+        [prior + reference(np.delete(np.arange(40), i)).predict(scaled[i : i + 1])[0] for i in range(40)]
+    )
+    losses = {
+        s: np.average(-log_softmax(s * left_out, axis=1)[np.arange(40), labels], weights=weights)
+        for s in final_head._SCALES
+    }
+    assert scale == pytest.approx(min(losses, key=losses.get), rel=1e-4)
+
+
+def test_the_kernel_head_predicts_the_training_classes_of_separated_clusters():
+    centers = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]])
+    labels = torch.arange(3).repeat(10)
+    features = centers[labels] + 0.1 * torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
+    head = fit_kernel(create_task("classification", list("abc")), MeasuredFeatures([features], labels, None), 3)
+    assert head(centers).argmax(1).tolist() == [0, 1, 2] and head(centers).softmax(1).amax(1).min() > 0.9
+    assert (head.in_features, head.out_features) == (2, 3)
+
+
+def test_heads_of_wrong_shape_are_rejected():
+    width, images = torch.ones(4), torch.zeros(6, 4)
+    with pytest.raises(ValueError, match=r"weight must have shape \[3, 6\], got \[3, 5\]"):
+        KernelHead(images, width, width, torch.zeros(3, 5), torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("loss", "images", "expected"), [("cross-entropy", 6000, True), ("cross-entropy", 6001, False), ("focal", 9, False)]
+)
+def test_kernel_heads_need_cross_entropy_and_at_most_6000_images(loss, images, expected):
+    assert uses_kernel(create_task("classification", ["a", "b"], loss=loss), images) is expected
+
+
+def test_a_weighted_sampler_also_balances_the_final_head(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        final_head,
+        "fit_kernel",
+        lambda task, measured, outputs: seen.append(measured) or fit_kernel(task, measured, outputs),
+    )
+    train(config(tmp_path, sampler="weighted", epochs=0), QUIET)
+    for measured in seen:
+        totals = torch.zeros(10).index_add(0, measured.labels, measured.weights)
+        torch.testing.assert_close(
+            totals[totals > 0], totals[totals > 0].mean().expand((totals > 0).sum()), rtol=0.2, atol=0
+        )
+    first = seen[0]
+    totals = torch.zeros(10).index_add(0, first.labels, first.weights)
+    torch.testing.assert_close(totals, totals.mean().expand(10))
 
 
 def test_a_run_fits_and_saves_the_final_head(finished):
@@ -114,7 +192,8 @@ def test_a_run_fits_and_saves_the_final_head(finished):
     assert metrics["val"]["accuracy"] == pytest.approx(head["val"])
     assert head["val_trained"] == pytest.approx(max(row["val_accuracy"] for row in metrics["history"]))
     assert f"adapter/{LAYER_PROBE}" in run.read_json("run.json")["files"]
-    assert "linear head on layers 3, 4, 5, 6 is the final head: validation accuracy" in log
+    assert head["kind"] == "kernel"
+    assert "kernel head on layers 3, 4, 5, 6 is the final head: validation accuracy" in log
     assert run.read_config().optim.final_head == "layers"
 
 
@@ -123,8 +202,8 @@ def test_the_final_head_is_fitted_to_features_of_the_trained_model(options, tmp_
     seen = []
     original = final_head.measure_features
 
-    def measure(parts, images, views, batch_size, first_view=None):
-        measured = original(parts, images, views, batch_size, first_view)
+    def measure(parts, images, views, batch_size, first_view=None, sampler="shuffle"):
+        measured = original(parts, images, views, batch_size, first_view, sampler)
         seen.append((measured.views[0], original(parts, images, 1, batch_size).views[0]))
         return measured
 
@@ -211,8 +290,12 @@ def test_a_merged_model_has_the_trained_head(finished, tmp_path):
         torch.testing.assert_close(model(images), load_run(run).model(images), atol=1e-5, rtol=1e-5)
 
 
-def test_the_snippet_for_a_merged_model_gives_the_outputs_of_the_final_head(finished, tmp_path):
-    run, _ = finished
+@pytest.mark.parametrize("loss", ["cross-entropy", "focal"])
+def test_the_snippet_for_a_merged_model_gives_the_outputs_of_the_final_head(loss, tmp_path):
+    run = train(config(tmp_path / "run", loss=loss), QUIET)
+    assert run.read_json("metrics.json")["final_head"].get("kind", "linear") == (
+        "kernel" if loss == "cross-entropy" else "linear"
+    )
     names = {}
     exec(merge(run.path, tmp_path / "merged").snippet, names)
     images = torch.randn(2, 3, 32, 32)
@@ -325,8 +408,8 @@ def test_other_tasks_support_a_final_head(task, tmp_path):
 def test_a_clearly_worse_final_head_is_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(
         final_head,
-        "fit_linear",
-        lambda task, measured, outputs: (torch.zeros(outputs, 8 * 64), torch.zeros(outputs)),
+        "fit_kernel",
+        lambda task, measured, outputs: linear_head(torch.zeros(outputs, 8 * 64), torch.zeros(outputs)),
     )
     console = Console(file=io.StringIO(), width=250)
     run = train(config(tmp_path, epochs=3, train_size=200, val_size=100), console)
@@ -348,6 +431,27 @@ def test_a_difference_of_a_few_images_is_not_clear():
     assert not is_clearly_worse(task, outputs(3), outputs(0))
     assert not is_clearly_worse(task, outputs(9), outputs(0)) and is_clearly_worse(task, outputs(10), outputs(0))
     assert not is_clearly_worse(task, outputs(0), outputs(6))
+
+
+def test_the_comparison_uses_the_monitored_metric():
+    labels = np.array([0] * 80 + [1] * 20)
+
+    def outputs(wrong):
+        predicted = labels.copy()
+        predicted[wrong] = 1 - predicted[wrong]
+        return 3.0 * np.eye(2)[predicted], labels
+
+    common, rare = outputs(slice(0, 20)), outputs(slice(80, 100))
+    for monitor, rare_is_worse in [
+        ("accuracy", False),
+        ("balanced_accuracy", True),
+        ("macro_f1", True),
+        ("loss", False),
+    ]:
+        task = create_task("classification", ["a", "b"], monitor=monitor)
+        assert is_clearly_worse(task, rare, common) is rare_is_worse, monitor
+        assert not is_clearly_worse(task, common, rare)
+        assert is_clearly_worse(task, outputs(slice(0, 100)), outputs(slice(0, 0)))
 
 
 def test_without_epochs_the_initial_model_is_saved(tmp_path, monkeypatch):
