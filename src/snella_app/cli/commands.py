@@ -61,8 +61,8 @@ def evaluate(
 
     Args:
         run: Run folder.
-        data: Data to evaluate on instead of the run's, e.g. more-photos. The run must have been trained on all its
-            classes.
+        data: Data to evaluate on instead of the run's, e.g. more-photos. The run must have been trained on all of
+            its classes.
         split: Split to evaluate: train, val, test or all. auto selects the run's test split (validation if it has
             none), or all images of other data.
         batch_size: Batch size.
@@ -483,7 +483,7 @@ def data(
     names. Each warning names a remedy.
 
     Args:
-        action: The only action is check.
+        action: check, the only action.
         data: Data as for snella train --data; the folder of VTAB-1k, FGVC or one of their datasets; or a folder with
             the subfolders vtab-1k and fgvc.
         columns: Columns of a table, as for snella train.

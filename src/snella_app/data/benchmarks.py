@@ -85,7 +85,7 @@ class Inspection:
         """Record images shared by two splits, if both exist: the same file or identical files.
 
         Some benchmarks contain a few copies under other names (e.g. symmetric rendered shapes), so copies of up to 5%
-        of the evaluation split are notes instead of errors.
+        of the evaluation split are reported as notes, not as errors.
 
         Args:
             first: Training split.

@@ -102,7 +102,8 @@ def find_near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int
     """Find near-duplicates of training images: re-encoded, resized or compressed copies.
 
     Two images match if their 16×16 gray thumbnails have a correlation ≥ 0.995 and a root mean square difference
-    ≤ 3 (of 255). Flat images and images that were not inspected are ignored. Empty above 2 billion pairs.
+    ≤ 3 (of 255). Flat images and images that were not inspected are ignored. With more than 2 billion pairs, the result
+    is empty.
 
     Returns:
         Position of the most similar training image by position in `others`.

@@ -146,13 +146,13 @@ class Calibration:
         if not self.reliability:
             return ""
         last = self.reliability[-1]
-        images = f"{split_text(last.split)} images"
+        images = f"{last.count} {split_text(last.split)} images"
         change = f"expected calibration error {100 * last.ece_before:.1f}% without it, {100 * last.ece:.1f}% with it"
         if last.ece < last.ece_before:
-            return f"The temperature helped on the {last.count} {images}: {change}."
+            return f"Temperature scaling reduced the calibration error on the {images}: {change}."
         return (
-            f"The temperature did not help on the {last.count} {images}: {change}. Do not rely on the probabilities; "
-            "more validation images may help."
+            f"Temperature scaling did not reduce the calibration error on the {images}: {change}. Do not rely on the "
+            "probabilities; more validation images may help."
         )
 
 
@@ -279,6 +279,8 @@ class FinalHead:
         val: Validation score of the head fitted to the training images.
         val_trained: Validation score of the trained head.
         kind: Linear or kernel head.
+        replaced_epoch: Best epoch by the trained head, if the last epoch is saved instead, because this head is at
+            least as good with its weights; None if the best epoch is saved.
     """
 
     layers: list[int]
@@ -287,6 +289,7 @@ class FinalHead:
     val: Float = math.nan
     val_trained: Float = math.nan
     kind: Literal["linear", "kernel"] = field(default="linear", metadata=OPTIONAL)
+    replaced_epoch: int | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def name(self) -> str:

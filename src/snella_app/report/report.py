@@ -129,6 +129,8 @@ def _saved_epoch(metrics: Metrics) -> str:
         return f"epoch {metrics.best_epoch}{total}, last epoch, no selection{average}"
     metric = metrics.best_metric.partition("_")[2]
     metric = _SHORT_METRICS.get(metric, metric.replace("_", " "))
+    if metrics.final_head is not None and metrics.final_head.replaced_epoch is not None:
+        return f"epoch {metrics.best_epoch}{total}, the last, by {metrics.selection} {metric} of the final head"
     return f"best epoch {metrics.best_epoch}{total}, by {metrics.selection} {metric}{average}"
 
 
@@ -194,7 +196,7 @@ def verdict_text(info: RunInfo, metrics: Metrics) -> str:
     majority, baseline = _most_frequent(scores)
     text = (
         f"{correct:,} of {total:,} {split} images are classified correctly. Always predicting "
-        f"{info.classes[majority]!r}, the most frequent class, gets {percent_text(baseline)}"
+        f"{info.classes[majority]!r}, the most frequent class, scores {percent_text(baseline)}"
     )
     if correct / total - baseline > scores.margin:
         return f"{text}."
@@ -202,8 +204,8 @@ def verdict_text(info: RunInfo, metrics: Metrics) -> str:
     balanced, chance = sum(recalls) / len(recalls), 1 / len(recalls)
     if balanced - chance > scores.balanced_margin:
         return (
-            f"{text}, but only {percent_text(chance)} balanced accuracy, which weights all classes equally; "
-            f"this model reaches {percent_text(balanced)} ({margin_text(scores.balanced_margin)})."
+            f"{text}, but its balanced accuracy, which weights all classes equally, is {percent_text(chance)}; "
+            f"this model's is {percent_text(balanced)} ({margin_text(scores.balanced_margin)})."
         )
     return f"{text}. The model does not exceed it by more than the 95% margin: no evidence of learning yet."
 

@@ -128,7 +128,7 @@ def label_set_verdict(scores: LabelSetScores, split: str) -> str:
     chance = sum(shares) / max(len(shares), 1)
     text = (
         f"The mean average precision over {len(shares)} labels is {percent_text(scores.map)} on {scores.images:,} "
-        f"{split} images; a random ranking gets {percent_text(chance)}, the mean frequency of the labels."
+        f"{split} images; a random ranking scores {percent_text(chance)}, the mean frequency of the labels."
     )
     worst = min((row for row in scores.per_class if row.support), key=lambda row: row.average_precision, default=None)
     if worst is None or len(shares) < 2:

@@ -41,7 +41,7 @@ class ExportResult:
 def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> ExportResult:
     """Merge the update of a run into the backbone, and write the model as plain weights.
 
-    If `out` is a folder, it gets timm's format: `timm.create_model("local-dir:OUT", pretrained=True)` loads the model,
+    A folder is written in timm's format: `timm.create_model("local-dir:OUT", pretrained=True)` loads the model,
     `create_transform(**resolve_model_data_config(model))` preprocesses images as in evaluation, and
     `model.pretrained_cfg["label_names"]` has the classes. This supports all tasks except segmentation. The weights
     do not include thresholds or the mean and standard deviation of regression targets; the last comment of the loading

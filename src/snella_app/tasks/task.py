@@ -59,8 +59,6 @@ class Task(ABC):
     """Augmentation for `--augment auto`: flip for regression and segmentation, since crops change their targets."""
     has_linear_fit: ClassVar[bool] = False
     """True if `fit_linear` is supported."""
-    has_kernel_fit = False
-    """True if the final head can be fitted to one-hot labels by kernel ridge regression."""
     epoch_format: ClassVar[str]
     """Format string of an epoch's validation scores."""
     val_format: ClassVar[str]
@@ -75,6 +73,11 @@ class Task(ABC):
     """Name of the `final_outputs`."""
 
     monitor: str
+
+    @property
+    def has_kernel_fit(self) -> bool:
+        """True if the final head can be fitted to one-hot labels by kernel ridge regression."""
+        return False
 
     build_model: ClassVar[Callable[..., nn.Module]] = staticmethod(create_backbone)
     """Build the pre-trained model with a new head."""

@@ -51,7 +51,7 @@ from snella_app.training.distributed import process_count
 FOLDER = "selection"
 """Subfolder of a run for the selected parameters and their initial values."""
 _READ_MARGIN = 4
-"""Minimum shorter side when reading images, relative to the input size; crops of 1/16 area need no upsampling."""
+"""Minimum shorter side when reading images, relative to the input size; crops of 1/16 of the area are not upsampled."""
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def broadcast_from_main(make: Callable[[], _T]) -> _T:
 
 @contextmanager
 def main_process_only(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    """Enter a context only in the main process; interrupts and errors with `exit_status` end the others silently.
+    """Enter a context only in the main process; the others exit silently on an interrupt or `exit_status`.
 
     Raises:
         SystemExit: If a process other than the main one is interrupted, or fails with an `exit_status`.

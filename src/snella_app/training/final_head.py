@@ -133,8 +133,7 @@ def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any])
     """
     if task.has_one_class:
         labels = torch.as_tensor(np.asarray(trained[1]))
-        score, score_trained = (_image_scores(task, reduced, labels) for reduced, _ in (val, trained))
-        differences = score_trained - score
+        differences = _image_scores(task, trained[0], labels) - _image_scores(task, val[0], labels)
         return float(differences.sum()) > 3.0 * math.sqrt(float(differences.square().sum()))
     score, score_trained = (task.metrics(*outputs) for outputs in (val, trained))
     sign = task.monitors[task.monitor]

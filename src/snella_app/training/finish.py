@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from snella import BudgetAllocator
 from snella.matrices import AdaptedMatrix
 from snella_app.console import print_line
+from snella_app.data.datasets import ImageDataset
 from snella_app.files import write_text
 from snella_app.methods import load_trained_into
 from snella_app.methods.registry import matrices_of, trainable_parameters
@@ -31,6 +32,7 @@ from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate
 from snella_app.runs.folder import CARD
 from snella_app.runs.layer_probe import LAYER_PROBE, KernelHead, LayerProbe
+from snella_app.training.build import RunComponents
 from snella_app.training.callbacks import StepTimeCallback
 from snella_app.training.distributed import is_main, is_sharded, process_count, wait_for_everyone
 from snella_app.training.final_head import fit_layers, is_clearly_worse, measure_layers
@@ -78,11 +80,14 @@ def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Consol
     train_s, run, parts = trainer.elapsed_s, trainer.run_folder, trainer.parts
     averaged = trainer.average_epochs()
     wait_for_everyone()  # until the main process has written the best adapter
-    if trainer.feature_norm is not None:
-        trainer.feature_norm.remove()
-    load_trained_into(parts.model, run.adapter)
-    with console.status("evaluating the saved model") if console.is_terminal else contextlib.nullcontext():
-        outputs, final_head = _measure(trainer)
+    status = console.status("evaluating the saved model") if console.is_terminal else contextlib.nullcontext()
+    with status, tempfile.TemporaryDirectory() as folder:
+        last = _measure_last_epoch(trainer, Path(folder))
+        if trainer.feature_norm is not None:
+            trainer.feature_norm.remove()
+            trainer.feature_norm = None  # saved weights include it
+        load_trained_into(parts.model, run.adapter)
+        outputs, final_head = _measure(trainer, last)
     name, images = ("val", parts.splits.val) if parts.splits.val is not None else ("test", parts.splits.test)
     if images is not None and len(images) > MAX_PREDICTIONS:
         images = None
@@ -118,11 +123,48 @@ def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Consol
     print_line(console, f"adapter {run.adapter}" + (f", report {report}" if report else ""))
 
 
-def _measure(trainer: SnellaTrainer) -> tuple[dict[str, Outputs], FinalHead | None]:
+@dataclasses.dataclass
+class _LastEpoch:
+    """The last epoch's weights in a folder, and its head on several layers with the validation outputs."""
+
+    folder: Path
+    probe: LayerProbe
+    val: Outputs
+
+
+def _measure_last_epoch(trainer: SnellaTrainer, folder: Path) -> _LastEpoch | None:
+    """Fit a head on several layers of the last epoch, and write its weights to a folder.
+
+    Returns:
+        None if the last epoch is the best one, or only the best one can be saved: with the trained head, averages,
+        early stopping or several processes.
+    """
+    plan, last = trainer.plan, trainer.history[-1]["epoch"]
+    is_averaged = trainer.average is not None or trainer.snapshots is not None
+    if not _fits_layers(trainer) or is_averaged or trainer.has_stopped_early or last == trainer.saved_epoch:
+        return None
+    probe, val = fit_layers(trainer.parts, _head_images(trainer.parts), plan.data, plan.optim)
+    if val is None:
+        return None
+    trainer.save_adapter(folder)
+    return _LastEpoch(folder, probe, val)
+
+
+def _fits_layers(trainer: SnellaTrainer) -> bool:
+    """Return whether the run fits a head on several layers; False for a run resumed in several processes."""
+    return trainer.plan.optim.final_head == "layers" and process_count() == 1
+
+
+def _head_images(parts: RunComponents) -> ImageDataset:
+    """Return the training images to which the final head is fitted."""
+    return original_images(parts.splits.train).subset(probe_rows(parts).tolist())
+
+
+def _measure(trainer: SnellaTrainer, last: _LastEpoch | None) -> tuple[dict[str, Outputs], FinalHead | None]:
     """Compute the outputs of the final head on validation and test images, and the record of a fitted head."""
     parts = trainer.parts
     outputs = {} if parts.splits.val is None else {"val": trainer.outputs(parts.splits.val)}
-    probe, final_head = _fit_final_head(trainer, outputs)
+    probe, final_head = _fit_final_head(trainer, outputs, last)
     test, plan = parts.splits.test, trainer.plan
     if test is not None and probe is not None:
         outputs["test"] = measure_layers(parts, probe, test, plan.data.views, plan.optim.effective_batch_size)
@@ -131,23 +173,38 @@ def _measure(trainer: SnellaTrainer) -> tuple[dict[str, Outputs], FinalHead | No
     return outputs, final_head
 
 
-def _fit_final_head(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> tuple[LayerProbe | None, FinalHead | None]:
-    """Fit a head on several layers if requested; save it and replace `outputs` unless it is clearly worse."""
+def _fit_final_head(
+    trainer: SnellaTrainer, outputs: dict[str, Outputs], last: _LastEpoch | None
+) -> tuple[LayerProbe | None, FinalHead | None]:
+    """Fit a head on several layers if requested; save it and replace `outputs` unless it is clearly worse.
+
+    If this head is at least as good on validation with the last epoch's weights as with those of the best epoch, the
+    last epoch is saved. The best epoch was selected with the trained head.
+    """
     plan, parts, run = trainer.plan, trainer.parts, trainer.run_folder
     task = parts.task
     if is_main():
         (run.adapter / LAYER_PROBE).unlink(missing_ok=True)  # left by an interrupted `finish`
         run.update("running", final_head="trained")
-    if plan.optim.final_head != "layers" or process_count() > 1:  # a run resumed in several processes
+    if not _fits_layers(trainer):
         return None, None
-    train = original_images(parts.splits.train).subset(probe_rows(parts).tolist())
-    probe, val = fit_layers(parts, train, plan.data, plan.optim)
+    probe, val = fit_layers(parts, _head_images(parts), plan.data, plan.optim)
+    replaced = None
+    if last is not None and val is not None and parts.splits.val is not None:
+        sign = task.monitors[task.monitor]
+        score, score_last = (sign * float(task.metrics(*part)[task.monitor]) for part in (val, last.val))
+        if score_last >= score:
+            load_trained_into(parts.model, last.folder)
+            trainer.save_adapter()
+            replaced = trainer.saved_epoch
+            trainer.saved_epoch = trainer.history[-1]["epoch"]
+            probe, val, outputs["val"] = last.probe, last.val, trainer.outputs(parts.splits.val)
     kind: Literal["linear", "kernel"] = "kernel" if isinstance(probe.head, KernelHead) else "linear"
     record = FinalHead(probe.layers, True, kind=kind)
     if val is not None:
         score, score_trained = (float(task.metrics(*part)[task.monitor]) for part in (val, outputs["val"]))
         is_saved = not is_clearly_worse(task, val, outputs["val"])
-        record = FinalHead(probe.layers, is_saved, task.monitor, score, score_trained, kind)
+        record = FinalHead(probe.layers, is_saved, task.monitor, score, score_trained, kind, replaced)
         if not is_saved:
             return None, record
         outputs["val"] = val
@@ -179,7 +236,7 @@ def _metrics(trainer: SnellaTrainer, step_timer: StepTimeCallback) -> Metrics:
     """Build the metrics record of the completed epochs."""
     parts, protocol, matrices = trainer.parts, trainer.protocol, matrices_of(trainer.parts.model)
     return Metrics(
-        best_epoch=best_epoch(trainer.history, trainer.selection_score),
+        best_epoch=trainer.saved_epoch,
         protocol=protocol.name,
         selected_on=protocol.selected_on,
         best_metric=protocol.best_metric(f"val_{parts.task.monitor}"),
@@ -192,13 +249,6 @@ def _metrics(trainer: SnellaTrainer, step_timer: StepTimeCallback) -> Metrics:
         **step_timer.summary(),
         history=[EpochRow(**protocol.with_val_prefix(row)) for row in trainer.history],
     )
-
-
-def best_epoch(
-    history: Sequence[dict[str, Any]], selection_score: Callable[[Mapping[str, Any]], tuple[float, float]]
-) -> int:
-    """Return the epoch with the highest score; ties go to the latest. See `RunProtocol.selection_score`."""
-    return int(max(history, key=lambda row: (selection_score(row), row["epoch"]))["epoch"])
 
 
 def folder_bytes(folder: Path) -> int:
@@ -238,6 +288,8 @@ def _print_results(
     val, test = scores["val"], scores["test"]
     if val is not None:
         selected = f"best epoch {best}" if best > 0 else "no epoch is better than the initial model, which is saved"
+        if head is not None and head.replaced_epoch is not None:
+            selected = f"epoch {best}, the last"
         print_line(console, f"{saved or selected}: {parts.task.final_text(val, test)}")
     else:
         selected = f"epoch {best}, the {'last' if protocol.selected_on is None else 'best on the test images'}"
@@ -253,7 +305,7 @@ def _print_results(
             "weighted",
         )
     matrices = matrices_of(parts.model)
-    if matrices and (best > 0 or average is not None):
+    if matrices and epochs:
         budget = sum(m.budget for m in matrices)
         print_line(console, f"the update {sparsity_summary(matrices)}")
         target = budget if trainer.allocator is None else trainer.allocator.target_budget

@@ -239,7 +239,7 @@ def init_head_from_probe(parts: RunComponents, optim: OptimConfig, sampler: str 
     labels = batch["labels"].numpy()
     given = batch["weights"].double().numpy() if "weights" in batch else None
     balance = balancing_weights(probe_images(parts, probe_rows(parts)), parts.task, sampler)
-    factors = [factor for factor in (parts.task.probe_weights(labels), given, balance) if factor is not None]
+    factors = [np.asarray(f) for f in (parts.task.probe_weights(labels), given, balance) if f is not None]
     weights = np.prod(factors, axis=0) if factors else None
     weight, bias = parts.task.fit_linear(features, labels, head.out_features, weights)
     with torch.no_grad():

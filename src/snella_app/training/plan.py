@@ -175,7 +175,7 @@ def choose_augmentation(parts: RunComponents, data: DataConfig, optim: OptimConf
     Single-label classification leaves out flips if they change the classes. Cross-validation compares a linear probe on
     images with a linear probe on images and their flips, which averages the predictions for both. Flips are left out if
     the second probe is clearly worse on held-out images (McNemar's test, two standard errors). Evaluating the first
-    probe on flipped images is not sufficient: it fails on the flips of figures that all face left.
+    probe on flipped images is not sufficient: if all figures face left, it also fails on flips that keep the class.
 
     `tta="auto"` averages the predictions for an image and its flip if training flips images, the task is single-label
     classification and the protocol is not `official`. With `augment="auto"`, the transform of the training images is
@@ -261,7 +261,7 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
     if adapter is not None:
         start, end = (adapted - round(value * adapted) for value in (adapter.init_sparsity, adapter.target_sparsity))
         at_end = f"{adapter.target_sparsity:.0%} sparse at the end"
-        rows.append(("budget", f"b_0 {start:,} → b_T {end:,} weights ({at_end}), {adapter.schedule}"))
+        rows.append(("budget", f"{start:,} → {end:,} weights ({at_end}), {adapter.schedule} schedule"))
 
     device, count, batch = next(model.parameters()).device, process_count(), optim.effective_batch_size
     steps = counted(optim.steps_per_epoch(len(splits.train)), "step")

@@ -105,11 +105,11 @@ def fit_image_size(
 ) -> int | None:
     """Choose the largest image size at which the run fits in `time_budget`.
 
-    A run consists of `epochs` epochs and the final evaluation. Another rule applies to runs that may train 0 epochs and
-    fit a final head on several layers. Let S be the largest size at which the final head alone fits. The result is the
-    largest size of at least S/2 at which the epochs also fit, or S if there is none. A head at high resolution is
-    better than a few epochs at a much lower one. To leave time for epochs, S is limited to the median shorter side of
-    the images or 112 pixels, whichever is larger. The limit does not apply to runs without epochs.
+    A run consists of `epochs` epochs and the final evaluation. If it may train 0 epochs and fits a final head on
+    several layers, the head takes priority, since a head at high resolution is better than a few epochs at a much lower
+    one. Let S be the largest size at which the head alone fits. The result is the largest size of at least S/2 at which
+    the epochs also fit, or S if there is none. To leave time for epochs, S is limited to the median shorter side of the
+    images or 112 pixels, whichever is larger. The limit does not apply to runs without epochs.
 
     Candidates are multiples of the model's patch size or reduction, from 48 pixels to the backbone's default. The
     search stops within 15% of the largest size that fits; if no size fits, the result is the smallest. Models that
@@ -307,7 +307,8 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     if optim.final_head == "layers":
         images = len(probe_rows(parts)) + len(measured.get("val", ()))
         features_s = evaluation_s if optim.precision == "fp32" else views_seconds(optim.precision)
-        final_s += images / optim.effective_batch_size * features_s + layer_fit_seconds(parts, images, views)
+        fits = 2 if with_training else 1  # with the best and the last epoch
+        final_s += fits * (images / optim.effective_batch_size * features_s + layer_fit_seconds(parts, images, views))
     return _Times(steps * train_s + selection_s, final_s)
 
 
@@ -321,7 +322,7 @@ def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) 
         with preserve_state(model, images):
             model.train()
             with torch.no_grad():
-                torch._foreach_add_(trained, 0.0)  # marks cached updates as outdated, like an optimizer step
+                torch._foreach_add_([*trained], 0.0)  # marks cached updates as outdated, like an optimizer step
             with autocast(device, precision):
                 loss = parts.task.loss(model(images), labels)
             loss.backward()

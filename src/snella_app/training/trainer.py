@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -97,6 +97,7 @@ class SnellaTrainer(CheckpointingTrainer):
         self.average = None if optim.ema is None else WeightAverage(model, optim.ema, statistics)
         self.snapshots = EpochSnapshots(model, count, statistics) if (count := optim.swa or optim.soup) else None
         self._stored_parts = [part for part in (self.average, self.snapshots, feature_norm) if part is not None]
+        self._saved_epoch: int | None = None
         self._epoch_loss, self._epoch_steps = 0.0, 0
         self._step_loss, self._micro_step = 0.0, 0
         self._weights: list[float] = []
@@ -136,6 +137,15 @@ class SnellaTrainer(CheckpointingTrainer):
             {"epoch": round(row["epoch"]), **{k: v for k, v in row.items() if k not in ("step", "epoch")}}
             for row in rows
         ]
+
+    @property
+    def saved_epoch(self) -> int:
+        """Epoch of the saved adapter: the best epoch unless set."""
+        return best_epoch(self.history, self.selection_score) if self._saved_epoch is None else self._saved_epoch
+
+    @saved_epoch.setter
+    def saved_epoch(self, epoch: int) -> None:
+        self._saved_epoch = epoch
 
     @property
     def has_stopped_early(self) -> bool:
@@ -207,7 +217,7 @@ class SnellaTrainer(CheckpointingTrainer):
             if self.has_stopped_early:
                 self.control.should_training_stop = True
             if is_best:
-                self._save_adapter()
+                self.save_adapter()
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return row
 
@@ -244,7 +254,7 @@ class SnellaTrainer(CheckpointingTrainer):
         is_saved = score >= max(rows.values())
         if is_saved:
             with candidates.average_parameters(chosen):
-                self._save_adapter()
+                self.save_adapter()
         kind: Literal["swa", "soup"] = "swa" if self.plan.optim.soup is None else "soup"
         return AveragedEpochs(kind, chosen, candidates.epochs, is_saved, scores)
 
@@ -256,12 +266,15 @@ class SnellaTrainer(CheckpointingTrainer):
             scores = self._evaluate_split(self.validation_set)
         return self.selection_score(scores), scores
 
-    def _save_adapter(self) -> None:
-        """Write the run's adapter in the main process."""
-        if self.args.should_save:
-            folded = nullcontext() if self.feature_norm is None else self.feature_norm.folded()
-            with convert_write_errors(self.run_folder.adapter), folded, self.run_folder.writing_adapter():
-                save_trained(self.trained_model, self.run_folder.adapter)
+    def save_adapter(self, folder: Path | None = None) -> None:
+        """Write the trained weights in the main process, as the run's adapter or to another folder."""
+        if not self.args.should_save:
+            return
+        run = self.run_folder
+        folded = nullcontext() if self.feature_norm is None else self.feature_norm.folded()
+        recorded = run.writing_adapter() if folder is None else nullcontext()
+        with convert_write_errors(folder or run.adapter), folded, recorded:
+            save_trained(self.trained_model, folder or run.adapter)
 
     def _selection_scores(self) -> dict[str, float]:
         """Return the scores of the selection split, named as in the history; empty if the epoch is not evaluated."""
@@ -418,6 +431,13 @@ class SnellaTrainer(CheckpointingTrainer):
             f"{saved} in {self.run_folder.path}; "
             f"start a new run with a lower {named} or a larger --warmup-ratio"
         )
+
+
+def best_epoch(
+    history: Sequence[dict[str, Any]], selection_score: Callable[[Mapping[str, Any]], tuple[float, float]]
+) -> int:
+    """Return the epoch with the highest score; ties go to the latest. See `RunProtocol.selection_score`."""
+    return int(max(history, key=lambda row: (selection_score(row), row["epoch"]))["epoch"])
 
 
 def training_arguments(plan: TrainConfig, checkpoints: Path, keep_checkpoints: bool = True) -> TrainingArguments:

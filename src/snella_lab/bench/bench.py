@@ -130,7 +130,7 @@ class Runner:
         return StepTime(forward - start, backward - forward, synchronized_time(self.device) - start)
 
     def has_finite_gradients(self, images: Tensor, labels: Tensor) -> bool:
-        """Return True if gradients exist and are finite; also warms up."""
+        """Return True if gradients exist and are finite; also serves as a warm-up step."""
         nn.functional.cross_entropy(self.model(images), labels).backward()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         is_finite = bool(gradients) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)

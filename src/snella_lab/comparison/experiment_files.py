@@ -57,8 +57,8 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Merge changes into settings, one level deep.
 
-    In `methods` and `data`, the label of an existing entry (or the data of a task) selects that entry with its
-    settings. A reference that is no longer among the methods is removed.
+    In `methods` and `data`, a string that equals the label or data of an existing entry selects that entry. A
+    reference that is no longer among the methods is removed.
     """
     methods = {entry.name: entry for entry in map(method_entry, as_list(values.get("methods") or []))}
     data = [data_entry(value) for value in as_list(values.get("data") or [])]

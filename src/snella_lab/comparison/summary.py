@@ -278,7 +278,7 @@ def recommend(
     error = 0.0 if math.isnan(top.std) else top.std / math.sqrt(top.count)
     near = [name for name, value in means.items() if value.mean >= top.mean - error]
     if len(near) == 1:
-        reason = "a single seed has no standard error" if math.isnan(top.std) else f"{100 * error:.1f} points"
+        reason = "only one seed; standard error unknown" if math.isnan(top.std) else f"{100 * error:.1f} points"
         return best, f"Recommended: {best}. No other method is within one standard error of its {measure} ({reason})."
     chosen, reason = _cheapest(near, costs)
     texts = cost_texts(costs[chosen])

@@ -151,19 +151,19 @@ def test_the_outcome_is_a_sentence_with_a_baseline(run):
         (
             ("cat", "dog"),
             [[60, 0], [38, 2]],
-            "Always predicting 'cat', the most frequent class, gets 60.0%. The model does not exceed it by more than "
+            "Always predicting 'cat', the most frequent class, scores 60.0%. The model does not exceed it by more than "
             "the 95% margin: no evidence of learning yet.",
         ),
         (
             ("cat", "dog"),
             [[10, 90], [0, 10]],
-            "gets 90.9%. The model does not exceed it by more than the 95% margin: no evidence of learning yet.",
+            "scores 90.9%. The model does not exceed it by more than the 95% margin: no evidence of learning yet.",
         ),
         (
             ("defect", "ok"),
             [[11, 9], [166, 1794]],
-            "Always predicting 'ok', the most frequent class, gets 99.0%, but only 50.0% balanced accuracy, which "
-            "weights all classes equally; this model reaches 73.3% (95% margin: ±10.4 points).",
+            "Always predicting 'ok', the most frequent class, scores 99.0%, but its balanced accuracy, "
+            "which weights all classes equally, is 50.0%; this model's is 73.3% (95% margin: ±10.4 points).",
         ),
     ],
 )

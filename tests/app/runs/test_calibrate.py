@@ -118,10 +118,13 @@ def test_a_temperature_that_worsens_the_test_split_is_reported():
     calibration = calibrate({"val": (confident, wrong), "test": (confident, labels)})
     assert calibration.temperature > 1 and calibration.reliability[1].ece >= calibration.reliability[1].ece_before
     assert calibration.verdict.startswith(
-        "The temperature did not help on the 80 test images: expected calibration error 1.8% without it, "
+        "Temperature scaling did not reduce the calibration error on the 80 test images: expected calibration error "
+        "1.8% without it, "
     )
     good = calibrate({"val": (confident, wrong), "test": (confident, wrong)})
-    assert good.verdict.startswith("The temperature helped on the 80 test images: expected calibration error 13.2%")
+    assert good.verdict.startswith(
+        "Temperature scaling reduced the calibration error on the 80 test images: expected calibration error 13.2%"
+    )
 
 
 def test_the_threshold_is_the_lowest_threshold_that_halves_the_errors():

@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from snella import TaskBank
 from snella_app.methods import build_method
+from snella_app.methods.registry import matrices_of
 from snella_app.runs import load_run
 from snella_app.runs.evaluate import calibrate_run, evaluate
 from snella_app.runs.export import export
@@ -480,3 +481,45 @@ def test_the_saved_file_is_deterministic(finished, tmp_path):
         probe.save(tmp_path / LAYER_PROBE)
         written.add((tmp_path / LAYER_PROBE).read_bytes())
     assert written == {(run.path / "adapter" / LAYER_PROBE).read_bytes()}
+
+
+@pytest.mark.parametrize(("last_is_better", "options"), [(True, {}), (False, {}), (True, {"ema": 0.5})])
+def test_the_last_epoch_is_saved_if_its_final_head_is_as_good(last_is_better, options, tmp_path, monkeypatch):
+    fits = []
+
+    def outputs(is_right):
+        labels = np.arange(20) % 10
+        return np.eye(10)[labels if is_right else (labels + 1) % 10], labels
+
+    def fit(parts, *others):
+        probe, _ = final_head.fit_layers(parts, *others)
+        fits.append({name: value.clone() for name, value in parts.model.named_parameters() if value.requires_grad})
+        return probe, outputs(last_is_better or len(fits) > 1)
+
+    def scores(self, images):
+        epoch = round(self.state.epoch or 0)
+        return {
+            "val_loss": abs(epoch - 1) + 0.1,
+            "val_accuracy": 0.5,
+            "val_balanced_accuracy": 0.5,
+            "val_macro_f1": 0.5,
+        }
+
+    monkeypatch.setattr("snella_app.training.finish.fit_layers", fit)
+    monkeypatch.setattr("snella_app.training.trainer.SnellaTrainer._evaluate_split", scores)
+    console = Console(file=io.StringIO(), width=250)
+    run = train(config(tmp_path, epochs=3, head_norm="running", **options), console)
+    metrics = run.read_json("metrics.json")
+    is_last = last_is_better and not options
+    assert metrics["best_epoch"] == (3 if is_last else 1) and len(fits) == (1 if options else 2)
+    assert metrics["final_head"].get("replaced_epoch") == (1 if is_last else None)
+    assert ("epoch 3, the last: validation" in console.file.getvalue()) == is_last
+    loaded = load_run(run).model
+    values = {name: value for name, value in loaded.named_parameters() if name in fits[0]}
+    factors = [name for name in values if "snella_A" in name]
+    expected = fits[0] if is_last or options else fits[1]
+    assert factors and all(torch.equal(values[name], expected[name]) for name in factors)
+    budget = sum(matrix.budget for matrix in matrices_of(loaded))
+    assert options or (budget == run.read_json("allocation.json")["target_budget"]) == is_last
+    # the saved head includes the normalization of its inputs
+    assert evaluate(run.path, split="test")["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-4)

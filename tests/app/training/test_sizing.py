@@ -252,11 +252,12 @@ _HEAD = {"final_head": "layers", "head_init": "probe", "tta": 1, "test_size": 4}
 @pytest.mark.parametrize(
     ("budget", "factor", "size", "message"),
     [
-        # 16 training images, validation images three times (start, trained head, final head) and test images: 29 steps
+        # 16 training images, validation images three times (start, trained head, final head) and test images: 29 steps,
+        # after training also the final head of the last epoch: 48 steps
         ("20s", 3, 112, "112 px: the final head fits into 20s; it takes about 14.2 s, at 160 px"),
-        ("40s", 3, None, ""),  # the head takes 29 s at 160 px, four epochs and the head 58 s at 80 px
-        ("70s", 3, 80, "80 px: 4 epochs fit into 70s; one epoch takes about 14.6 s"),
-        ("70s", 1, 112, "112 px: 4 epochs fit into 70s; one epoch takes about 12.9 s"),
+        ("40s", 3, None, ""),  # the head takes 29 s at 160 px, four epochs and the head 63 s at 80 px
+        ("70s", 3, 80, "80 px: 4 epochs fit into 70s; one epoch takes about 15.8 s"),
+        ("70s", 1, 112, "112 px: 4 epochs fit into 70s; one epoch takes about 15.2 s"),
         ("1s", 3, 48, "48 px: the final head exceeds 1s even at the smallest size; it takes about 2.6 s"),
     ],
 )
@@ -401,3 +402,46 @@ def test_compiling_steps_are_excluded_from_the_step_time(settings):
         time.sleep(next(pauses, 0.0))
 
     assert sizing._step_seconds(parts, config.optim, parts.splits.val, len(parts.splits.val), step) < 0.1
+
+
+def test_a_batch_is_read_once_for_all_views(settings, monkeypatch):
+    config = settings(batch_size=4, train_size=8, val_size=6, tta=2, time_budget="60s", final_head="trained").resolved()
+    parts = build_components(config)
+    first_reads = iter([0.5])
+    seconds = {sizing._trial_step: 1.0, sizing._trial_evaluation: 0.3}
+
+    def step_seconds(parts, optim, dataset, batch, step):
+        return next(first_reads, 0.1) if step is sizing._only_read else seconds[step]
+
+    monkeypatch.setattr(sizing, "_step_seconds", step_seconds)
+    times = sizing._measure_times(parts, config)
+    evaluation = 6 / 4 * (0.1 + 2 * 0.2)  # partial batches take part of the time
+    assert times.epoch_s == pytest.approx(2 * 1.0 + evaluation)
+    start = evaluation if sizing.can_skip_training(config.optim, config.data.protocol) else 0.0
+    splits = (6 + len(parts.splits.test or ())) / 4
+    assert times.final_s == pytest.approx(start + splits * (0.5 - 0.1) + splits * (0.1 + 2 * 0.2))
+
+
+def test_smaller_last_batches_do_not_count(settings):
+    config = settings(time_budget="1h", val_size=5).resolved()
+    parts = build_components(config)
+
+    def step(parts, precision, batch):
+        time.sleep(0.05 if len(batch["labels"]) == 3 else 0.0)
+
+    assert sizing._step_seconds(parts, config.optim, parts.splits.val, 3, step) >= 0.05
+
+
+def test_evaluation_is_timed_without_mode_changes(settings):
+    config = settings(time_budget="1h").resolved()
+    parts, modes = build_components(config), []
+    plain = parts.model.train
+    parts.model.train = lambda mode=True: modes.append(mode) or plain(mode)
+    plain(True)
+    sizing._step_seconds(parts, config.optim, parts.splits.val, 2, sizing._trial_evaluation)
+    assert modes == [False, True] and parts.model.training
+
+
+@pytest.mark.parametrize(("budget", "left"), [("60s", 60 - 5.8), ("20s", 18.0), ("10m", 600 - 22.0)])
+def test_at_most_a_tenth_of_the_budget_is_reserved(budget, left, clock):
+    assert sizing._left_seconds(budget, clock.now) == pytest.approx(left)

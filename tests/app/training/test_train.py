@@ -213,7 +213,7 @@ def test_the_default_batch_size_is_reduced_to_the_training_images(settings, cons
     assert "1 epoch of 1 step, 9 images each" in text
 
 
-@pytest.mark.parametrize(("best", "is_reported"), [(1, True), (3, False)])
+@pytest.mark.parametrize(("best", "is_reported"), [(0, True), (1, True), (3, False)])
 def test_a_best_epoch_before_the_target_budget_is_noted(best, is_reported, settings, console, no_report, monkeypatch):
     selection_scores = SnellaTrainer._selection_scores
 
@@ -222,7 +222,7 @@ def test_a_best_epoch_before_the_target_budget_is_noted(best, is_reported, setti
         return {**selection_scores(self), "val_accuracy": 0.5, "val_loss": abs(epoch - best) + 1.0}
 
     monkeypatch.setattr(SnellaTrainer, "_selection_scores", scores)
-    run = train(settings(), console)
+    run = train(settings(head_init="probe"), console)
     target = run.read_json("allocation.json")["target_budget"]
     sentence = f"epoch {best} was selected before the budget reached its target, {target:,} weights"
     assert run.read_json("metrics.json")["best_epoch"] == best
