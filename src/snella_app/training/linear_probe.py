@@ -238,7 +238,7 @@ def init_head_from_probe(parts: RunComponents, optim: OptimConfig, sampler: str 
     batch = encoded_targets(parts.task, train, probe_rows(parts).tolist())
     labels = batch["labels"].numpy()
     given = batch["weights"].double().numpy() if "weights" in batch else None
-    balance = balancing_weights(probe_images(parts, probe_rows(parts)), parts.task, sampler)
+    balance = balancing_weights(original_images(train).subset(probe_rows(parts).tolist()), parts.task, sampler)
     factors = [np.asarray(f) for f in (parts.task.probe_weights(labels), given, balance) if f is not None]
     weights = np.prod(factors, axis=0) if factors else None
     weight, bias = parts.task.fit_linear(features, labels, head.out_features, weights)

@@ -142,7 +142,7 @@ def test_the_outcome_is_a_sentence_with_a_baseline(run):
     sizes = [sum(row) for row in run.read("metrics.json")["test"]["confusion"]]
     assert f"of {sum(sizes)} test images are classified correctly" in report.text
     most = percent_text(max(sizes) / sum(sizes)).replace("\N{NO-BREAK SPACE}", " ")
-    assert f"the most frequent class, gets {most}." in report.text and "no evidence" not in report.text
+    assert f"the most frequent class, scores {most}." in report.text and "no evidence" not in report.text
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from snella_app.records.run import Calibration
 from snella_app.runs import RunFolder
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.image_inputs import expand, new_files
-from snella_app.runs.layer_probe import LayerProbe, probed_layers
+from snella_app.runs.layer_probe import LayerProbe, linear_head, probed_layers
 from snella_app.runs.predict import Predictor, _head, load
 from snella_app.runs.prediction_files import predict_to_files, write_features
 from snella_app.tasks import RegressionTask
@@ -383,9 +383,9 @@ def test_hidden_folders_are_ignored_as_in_training(photos, tmp_path):
 def test_features_of_an_mlp_head_are_its_inputs(finished):
     model = build_method("mlp-3", timm.create_model("test_vit", num_classes=3, img_size=32))
     width = model.num_features
-    probe = LayerProbe(model, probed_layers(model), torch.zeros(3, 5 * width), torch.zeros(3))
+    probe = LayerProbe(model, probed_layers(model), linear_head(torch.zeros(3, 5 * width), torch.zeros(3)))
     head, count = _head(dataclasses.replace(snella.load(finished.path).loaded, model=model, probe=probe))
-    assert head is probe.linear and count == width
+    assert head is probe.head and count == width
 
 
 def test_watching_continues_an_edited_table_but_no_other_file(finished, photos, tmp_path, monkeypatch):

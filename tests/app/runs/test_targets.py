@@ -187,7 +187,7 @@ def test_the_report_has_the_sections_of_its_task(make_run, task, label):
     assert specific[task] in sections and not (set(specific.values()) - {specific[task]}) & sections
     assert "examples" in sections and page.count("data:image/png") >= 8
     assert {
-        "multilabel": "a random ranking gets",
+        "multilabel": "a random ranking scores",
         "ordinal": "the most frequent class",
         "regression": "always predicting the median of the training targets",
     }[task] in page
