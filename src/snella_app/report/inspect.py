@@ -189,7 +189,8 @@ def _epoch_rows(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]
         if scores is not None:
             rows.append((split, f"{scores.text()}, {counted(scores.images, 'image')}"))
     if epochs := metrics.saved_epochs:
-        name = "last epoch" if metrics.selected_on is None else "best epoch"
+        is_last = metrics.final_head is not None and metrics.final_head.replaced_epoch is not None
+        name = "last epoch" if metrics.selected_on is None or is_last else "best epoch"
         name = "saved" if metrics.averaged is not None and metrics.averaged.is_saved else name
         rows.append((name, f"{epochs}, {seconds_text(metrics.train_s)}"))
     if metrics.selected_on == "test":

@@ -69,8 +69,8 @@ def explain(
         out: Output folder; created if missing.
         by: gradcam (gradient times activation), or rollout (attention of a ViT, independent of the class).
         of: Class to explain; the predicted class if None.
-        neighbors: Number of nearest training images to show, by cosine similarity of features; 0 for none. Large
-            training splits are sampled at even intervals (2,000 images).
+        neighbors: Number of nearest training images to show, by cosine similarity of features; 0 for none. At most
+            2,000 evenly spaced training images are compared.
         overwrite: Write into a folder that is not empty.
         batch_size: Batch size.
         columns: As for `expand`.

@@ -67,14 +67,15 @@ def layer_features(model: nn.Module, images: Tensor, layers: Sequence[int]) -> T
 class KernelHead(nn.Module):
     """Head with a Gaussian kernel: `[batch, width]` → `[batch, outputs]`.
 
-        f(x) = b + Σ_j a_j k(x̂, c_j),   k(x̂, c) = exp(−‖x̂ − c‖² / (2 width)),   x̂ = (x − mean) / std
+        f(x) = b + Σ_j a_j k(x̂, c_j),   k(x̂, c) = exp(−‖x̂ − c‖² / (2 width)),   x̂ = clip((x − mean) / std, ±10)
 
-    Standardized features have a mean squared distance of `2 width`.
+    Standardized features have a mean squared distance of `2 width`. The limits of x̂ bound the distance of images from
+    the training images.
 
     Args:
         centers: c, standardized features of the training images, `[images, width]`; stored in float16.
         mean: `[width]`.
-        std: `[width]`.
+        std: `[width]`; infinite for features to ignore.
         weight: a, `[outputs, images]`.
         intercept: b, `[outputs]`.
     """
@@ -107,8 +108,16 @@ class KernelHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the outputs of a batch."""
-        kernel = gaussian_kernel((features - self.mean) / self.std, self.centers.to(self.mean.dtype))
-        return kernel @ self.weight.T + self.intercept
+        x = clipped((features - self.mean) / self.std)
+        kernel = gaussian_kernel(x, self.centers.to(x.dtype))
+        # large terms of both signs cancel, so exported graphs would differ in float32; MPS has no float64
+        precise = kernel.dtype if kernel.device.type == "mps" else torch.float64
+        return (kernel.to(precise) @ self.weight.T.to(precise)).to(kernel.dtype) + self.intercept
+
+
+def clipped(x: Tensor) -> Tensor:
+    """Limit standardized features to ±10."""
+    return x.clamp(-10.0, 10.0)
 
 
 def gaussian_kernel(x: Tensor, centers: Tensor) -> Tensor:

@@ -272,7 +272,8 @@ def _final_head_code(probe: LayerProbe, path: Path) -> str:
     if isinstance(probe.head, KernelHead):
         inputs = "kernel"
         kernel = (
-            "    distances = torch.cdist((features - head['mean']) / head['std'], head['centers'].float())\n"
+            "    x = ((features - head['mean']) / head['std']).clamp(-10, 10)\n"
+            "    distances = torch.cdist(x, head['centers'].float())\n"
             "    kernel = (-distances.square() / (2 * features.shape[1])).exp()\n"
         )
     return (

@@ -93,7 +93,7 @@ class Predictor:
         skip_corrupt: bool = False,
         columns: str | None = None,
     ) -> Any | list[Any]:
-        """Predict one or more images.
+        """Return the predictions for one or more images.
 
         Args:
             images: One image: a file, PIL image, array or tensor (see `snella_app.runs.image_inputs`). Or several: a

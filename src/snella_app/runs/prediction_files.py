@@ -40,7 +40,7 @@ def predict_to_files(
     skip_corrupt: bool = False,
     device: str = "auto",
 ) -> None:
-    """Predict images, and print or write the results; arguments as for `snella predict`.
+    """Run prediction on images, and print or write the results; arguments as for `snella predict`.
 
     With `watch`, images that cannot be read are always skipped, and images listed in `out` are not processed again.
 

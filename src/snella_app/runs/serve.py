@@ -209,7 +209,7 @@ def create_app(
 
     @app.post("/predict")
     def predict(files: list[UploadFile]) -> Any:
-        """Predict images, each a file in the form field `files`."""
+        """Run prediction on images, each a file in the form field `files`."""
         if len(files) > limits.files:
             return JSONResponse({"error": f"a request must have at most {limits.files} files, got {len(files)}"}, 413)
         entries: list[dict[str, Any]] = [{"name": file.filename or f"[{i}]"} for i, file in enumerate(files)]

@@ -188,7 +188,7 @@ class TaskBank:
         return [output for output in outputs if output is not None]
 
     def predict(self, images: Sequence[str | Path], tasks: Sequence[str], *, batch_size: int = 32) -> list[Any]:
-        """Predict image files of different tasks.
+        """Return the predictions for image files of different tasks.
 
         Args:
             images: Image files.

@@ -95,7 +95,7 @@ class ClassificationTask(Task):
 
     @property
     def has_kernel_fit(self) -> bool:
-        """Return whether the loss is the cross-entropy, which kernel ridge regression of the labels approximates."""
+        """True for cross-entropy; ridge regression with a fitted scale does not model the other losses."""
         return self.loss_name == "cross-entropy"
 
     def fitted(self, train: ImageDataset) -> Self:

@@ -10,19 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snella_app.config.sections import OptimConfig
+from snella_app.config.train import TrainConfig
 from snella_app.data.datasets import ImageDataset
 from snella_app.data.options import DataConfig
+from snella_app.data.protocol import get_protocol
 from snella_app.data.transforms import build_transform
 from snella_app.device import autocast
+from snella_app.methods import find_method
 from snella_app.methods.model_parts import base_model
-from snella_app.runs.layer_probe import KernelHead, LayerProbe, gaussian_kernel, linear_head, probed_layers
+from snella_app.runs.layer_probe import KernelHead, LayerProbe, clipped, gaussian_kernel, linear_head, probed_layers
 from snella_app.tasks import Task
 from snella_app.tasks.linear_fit import fit_head
 from snella_app.training.build import RunComponents, balancing_weights
 from snella_app.training.linear_probe import encoded_targets, extract_features, original_images
 
-MAX_CENTERS = 6_000
-"""Maximum number of images for a kernel head; its size and time grow with their number and its square."""
+MIN_CENTERS, MAX_CENTERS = 32, 6_000
+"""Range of the number of images for a kernel head; its size and time grow with their number and its square."""
 _INVERSE_PENALTY = 0.01
 """Weight C of the summed loss relative to `‖W‖²/2`, for standardized features."""
 _RIDGE = 0.05
@@ -31,11 +34,15 @@ _SCALES = [2 ** (power / 2) for power in range(13)]
 """Candidate scales s of the kernel head's outputs, 1 to 64."""
 _ITERATIONS = 100
 _EPS = 1e-6
+_LEAST_STD = 1e-3
+"""Standard deviation, relative to the median, below which the kernel head ignores a feature."""
+_CHUNK = 1_024
 _SECONDS_PER_PRODUCT = 1e-8
 """CPU seconds of both linear fits per image view, feature and output; a fit takes about a hundred steps."""
-_SECONDS_PER_SQUARE = 1e-10
-"""CPU seconds of both kernel fits per pair of images and feature."""
+_SECONDS_PER_SQUARE = 2e-10
+"""CPU seconds of both kernel fits per pair of images, and feature or image."""
 _CUDA_SPEEDUP = 10
+"""Speed of linear fits on a GPU; kernel fits use the CPU."""
 
 
 @dataclass
@@ -88,7 +95,8 @@ def fit_layers(
     autocast with the training precision, which is faster in bfloat16; the returned probe computes in the precision of
     its inputs.
 
-    The head is a kernel head for tasks with `has_kernel_fit` and at most `MAX_CENTERS` images, else a linear head.
+    The head is a kernel head for tasks with `has_kernel_fit` and between `MIN_CENTERS` and `MAX_CENTERS` images, else a
+    linear head.
 
     Returns:
         The probe from the final fit, and the reduced outputs and labels of the validation images from the first fit;
@@ -116,7 +124,7 @@ def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: 
 
 def uses_kernel(task: Task, images: int) -> bool:
     """Return whether the head on several layers is a kernel head, for the number of training and validation images."""
-    return task.has_kernel_fit and images <= MAX_CENTERS
+    return task.has_kernel_fit and MIN_CENTERS <= images <= MAX_CENTERS
 
 
 def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any]) -> bool:
@@ -161,11 +169,25 @@ def layer_fit_seconds(parts: RunComponents, images: int, views: int) -> float:
     channels = [int(entry["num_chs"]) for entry in base.feature_info]
     width = 2 * sum(channels[layer] for layer in probed_layers(parts.model))
     if uses_kernel(parts.task, images):
-        seconds = _SECONDS_PER_SQUARE * images**2 * (width + images)
-    else:
-        outputs = parts.task.count_outputs(parts.splits.classes)
-        seconds = _SECONDS_PER_PRODUCT * images * views * width * outputs
-    return seconds / (_CUDA_SPEEDUP if next(parts.model.parameters()).is_cuda else 1) + 1.0
+        return _SECONDS_PER_SQUARE * images**2 * (width + images) + 1.0
+    speedup = _CUDA_SPEEDUP if next(parts.model.parameters()).is_cuda else 1
+    products = images * views * width * parts.task.count_outputs(parts.splits.classes)
+    return _SECONDS_PER_PRODUCT * products / speedup + 1.0
+
+
+def may_save_last_epoch(plan: TrainConfig, val: ImageDataset | None) -> bool:
+    """Return whether the head is also fitted with the last epoch's weights, which are saved if it is as good.
+
+    False with the trained head, averages, frozen backbones, and without selection on validation images.
+    """
+    optim = plan.optim
+    return (
+        optim.final_head == "layers"
+        and val is not None
+        and get_protocol(plan.data.protocol).selected_on == "val"
+        and not (optim.ema or optim.swa or optim.soup)
+        and not find_method(plan.method.name).is_head_only
+    )
 
 
 def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int) -> nn.Linear:
@@ -196,24 +218,28 @@ def fit_kernel(task: Task, measured: MeasuredFeatures, outputs: int) -> KernelHe
         A = (K + λ diag(w)⁻¹)⁻¹ (Y − 1 πᵀ),   f(x) = s (π + Aᵀ k(x)),   λ = 0.05
 
     K is the kernel of `KernelHead` between all images, whose features are averaged over the views. Y contains the
-    one-hot labels and π their mean, weighted by w: class and sample weights with mean 1. The scale s minimizes the
-    cross-entropy of the leave-one-out predictions `f_i = y_i − A_i / [(K + λ diag(w)⁻¹)⁻¹]_ii` over 13 values.
+    one-hot labels and π their mean, weighted by w: class and sample weights with mean 1. Nearly constant features are
+    ignored. The scale s minimizes the cross-entropy of the leave-one-out predictions
+    `f_i = y_i − A_i / [(K + λ diag(w)⁻¹)⁻¹]_ii` over 13 values.
 
     Source: Saunders et al., 1998 (ridge regression); Rasmussen and Williams, 2006, eq. 5.12 (leave-one-out).
     """
     features = torch.stack(measured.views).mean(0)
-    mean, std = features.mean(0), features.std(0, correction=0) + _EPS
-    centers = ((features - mean) / std).half()
+    mean, std = features.mean(0), features.std(0, correction=0)
+    std = std.where(std > _LEAST_STD * std.median() + _EPS, math.inf)
+    centers = clipped((features - mean) / std).half()
     labels = measured.labels.to(features.device)
     weights = torch.ones(len(labels), device=features.device)
     for factors in (task.probe_weights(measured.labels.numpy()), measured.weights):
         if factors is not None:
             weights = weights * torch.as_tensor(factors, dtype=weights.dtype, device=weights.device)
-    weights = (weights / weights.mean()).clamp_min(_EPS)
-    targets = F.one_hot(labels, outputs).to(features)
+    # in float64 on the CPU: some devices lack it, and in float32 very unequal weights can make the matrix indefinite
+    weights = (weights / weights.mean()).clamp_min(_EPS).double().cpu()
+    labels, standardized = labels.cpu(), centers.cpu().double()
+    targets = F.one_hot(labels, outputs).double()
     prior = weights @ targets / weights.sum()
-    kernel = gaussian_kernel(centers.float(), centers.float())
-    kernel.diagonal().add_(_RIDGE / weights)
+    kernel = gaussian_kernel(standardized, standardized)
+    kernel.diagonal().copy_(1 + _RIDGE / weights)
     factor = torch.linalg.cholesky(kernel)
     del kernel
     coefficients = torch.cholesky_solve(targets - prior, factor)
@@ -223,12 +249,13 @@ def fit_kernel(task: Task, measured: MeasuredFeatures, outputs: int) -> KernelHe
         return float(weights @ F.cross_entropy(scale * left_out, labels, reduction="none"))
 
     scale = min(_SCALES, key=left_out_loss)
-    return KernelHead(centers, mean, std, (scale * coefficients).T.contiguous(), scale * prior)
+    weight, intercept = ((scale * values).to(features) for values in (coefficients.T.contiguous(), prior))
+    return KernelHead(centers, mean, std, weight, intercept)
 
 
 def _outputs(task: Task, measured: MeasuredFeatures, head: nn.Module) -> tuple[np.ndarray, np.ndarray]:
     """Compute reduced outputs, averaged over the views, and labels."""
-    outputs = [head(view) for view in measured.views]
+    outputs = [torch.cat([head(chunk) for chunk in view.split(_CHUNK)]) for view in measured.views]
     averaged = outputs[0] if len(outputs) == 1 else task.average_outputs(outputs)
     reduced, labels = task.reduce(averaged, measured.labels)
     return reduced.cpu().numpy(), labels.cpu().numpy()

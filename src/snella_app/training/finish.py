@@ -35,7 +35,7 @@ from snella_app.runs.layer_probe import LAYER_PROBE, KernelHead, LayerProbe
 from snella_app.training.build import RunComponents
 from snella_app.training.callbacks import StepTimeCallback
 from snella_app.training.distributed import is_main, is_sharded, process_count, wait_for_everyone
-from snella_app.training.final_head import fit_layers, is_clearly_worse, measure_layers
+from snella_app.training.final_head import fit_layers, is_clearly_worse, may_save_last_epoch, measure_layers
 from snella_app.training.linear_probe import original_images, probe_rows
 from snella_app.training.memory import peak_rss_mib
 from snella_app.training.trainer import SnellaTrainer
@@ -136,14 +136,15 @@ def _measure_last_epoch(trainer: SnellaTrainer, folder: Path) -> _LastEpoch | No
     """Fit a head on several layers of the last epoch, and write its weights to a folder.
 
     Returns:
-        None if the last epoch is the best one, or only the best one can be saved: with the trained head, averages,
-        early stopping or several processes.
+        None if the last epoch is the best one, or only the best one can be saved: see `may_save_last_epoch`; also after
+        early stopping, and with several processes.
     """
-    plan, last = trainer.plan, trainer.history[-1]["epoch"]
-    is_averaged = trainer.average is not None or trainer.snapshots is not None
-    if not _fits_layers(trainer) or is_averaged or trainer.has_stopped_early or last == trainer.saved_epoch:
+    plan, parts = trainer.plan, trainer.parts
+    if not _fits_layers(trainer) or not may_save_last_epoch(plan, parts.splits.val):
         return None
-    probe, val = fit_layers(trainer.parts, _head_images(trainer.parts), plan.data, plan.optim)
+    if trainer.has_stopped_early or trainer.history[-1]["epoch"] == trainer.saved_epoch:
+        return None
+    probe, val = fit_layers(parts, _head_images(parts), plan.data, plan.optim)
     if val is None:
         return None
     trainer.save_adapter(folder)
@@ -189,25 +190,27 @@ def _fit_final_head(
     if not _fits_layers(trainer):
         return None, None
     probe, val = fit_layers(parts, _head_images(parts), plan.data, plan.optim)
-    replaced = None
-    if last is not None and val is not None and parts.splits.val is not None:
+    is_last_better = False
+    if last is not None and val is not None:
         sign = task.monitors[task.monitor]
         score, score_last = (sign * float(task.metrics(*part)[task.monitor]) for part in (val, last.val))
-        if score_last >= score:
-            load_trained_into(parts.model, last.folder)
-            trainer.save_adapter()
-            replaced = trainer.saved_epoch
-            trainer.saved_epoch = trainer.history[-1]["epoch"]
-            probe, val, outputs["val"] = last.probe, last.val, trainer.outputs(parts.splits.val)
+        is_last_better = score_last >= score
+        if is_last_better:
+            probe, val = last.probe, last.val
     kind: Literal["linear", "kernel"] = "kernel" if isinstance(probe.head, KernelHead) else "linear"
     record = FinalHead(probe.layers, True, kind=kind)
     if val is not None:
         score, score_trained = (float(task.metrics(*part)[task.monitor]) for part in (val, outputs["val"]))
         is_saved = not is_clearly_worse(task, val, outputs["val"])
+        replaced = trainer.saved_epoch if is_saved and is_last_better else None
         record = FinalHead(probe.layers, is_saved, task.monitor, score, score_trained, kind, replaced)
         if not is_saved:
             return None, record
         outputs["val"] = val
+        if last is not None and is_last_better:
+            load_trained_into(parts.model, last.folder)
+            trainer.save_adapter()
+            trainer.saved_epoch = trainer.history[-1]["epoch"]
     probe.save(run.adapter / LAYER_PROBE)
     run.update("running", final_head="layers")
     return probe, record
@@ -252,8 +255,9 @@ def _metrics(trainer: SnellaTrainer, step_timer: StepTimeCallback) -> Metrics:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the size of the weight files in an adapter folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Return the size of the weight files in an adapter folder, without a final head on several layers."""
+    files = (path for path in folder.glob("*.safetensors") if path.name != LAYER_PROBE)
+    return sum(path.stat().st_size for path in files)
 
 
 def describe_allocation(model: nn.Module, allocator: BudgetAllocator) -> Allocation:

@@ -31,7 +31,7 @@ from snella_app.methods import find_method
 from snella_app.text import first_line, seconds_text
 from snella_app.training.build import RunComponents
 from snella_app.training.distributed import process_count
-from snella_app.training.final_head import layer_fit_seconds
+from snella_app.training.final_head import layer_fit_seconds, may_save_last_epoch
 from snella_app.training.linear_probe import can_skip_training, probe_rows
 from snella_app.training.memory import predict_step_memory, preserve_state
 
@@ -299,7 +299,8 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
         return once_s + (views - 1) * max(once_s - read_s, 0.0)
 
     evaluation_s = views_seconds("fp32")
-    batches = {name: len(part) / optim.effective_batch_size for name, part in measured.items()}
+    timed_images = min(per_batch, len(last)) * process_count()
+    batches = {name: len(part) / timed_images for name, part in measured.items()}
     selection_s = batches.get(str(get_protocol(data.protocol).selected_on), 0) * evaluation_s
     final_s = sum(batches.values()) * (max(first_read_s - read_s, 0.0) + evaluation_s)
     if can_skip_training(optim, data.protocol):
@@ -307,8 +308,8 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     if optim.final_head == "layers":
         images = len(probe_rows(parts)) + len(measured.get("val", ()))
         features_s = evaluation_s if optim.precision == "fp32" else views_seconds(optim.precision)
-        fits = 2 if with_training else 1  # with the best and the last epoch
-        final_s += fits * (images / optim.effective_batch_size * features_s + layer_fit_seconds(parts, images, views))
+        fits = 2 if with_training and may_save_last_epoch(config, parts.splits.val) else 1
+        final_s += fits * (images / timed_images * features_s + layer_fit_seconds(parts, images, views))
     return _Times(steps * train_s + selection_s, final_s)
 
 
@@ -375,8 +376,9 @@ def _step_seconds(
         start = time.perf_counter()
     parts.model.train(was_training)
     # the first step, and sometimes the second, compiles kernels
-    full = [span for span, size in zip(spans[1:], sizes[1:], strict=True) if size == max(sizes)]
-    return statistics.median_low(full or spans[1:] or spans)
+    first = 0 if step is _only_read else 1
+    full = [span for span, size in zip(spans[first:], sizes[first:], strict=True) if size == max(sizes)]
+    return statistics.median_low(full or spans[first:] or spans)
 
 
 def _runs_out_of_memory(parts: RunComponents, precision: str, batch: int) -> bool:

@@ -12,13 +12,14 @@ from scipy.special import log_softmax
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
 
+import snella_app.runs.merge as merge_module
 from snella import TaskBank
 from snella_app.methods import build_method
 from snella_app.methods.registry import matrices_of
 from snella_app.runs import load_run
 from snella_app.runs.evaluate import calibrate_run, evaluate
 from snella_app.runs.export import export
-from snella_app.runs.layer_probe import LAYER_PROBE, KernelHead, layer_features, linear_head, probed_layers
+from snella_app.runs.layer_probe import LAYER_PROBE, KernelHead, LayerProbe, layer_features, linear_head, probed_layers
 from snella_app.runs.merge import merge
 from snella_app.runs.predict import load
 from snella_app.tasks import create_task
@@ -152,6 +153,30 @@ def test_the_kernel_head_predicts_the_training_classes_of_separated_clusters():
     assert (head.in_features, head.out_features) == (2, 3)
 
 
+def test_features_that_are_constant_in_training_do_not_change_the_kernel_head():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(2).repeat(20)
+    features = torch.randn(40, 6, generator=generator) + 3 * labels[:, None]
+    dead = torch.cat([features, torch.zeros(40, 2), 1e-5 * torch.randn(40, 1, generator=generator)], 1)
+    head = fit_kernel(create_task("classification", ["a", "b"]), MeasuredFeatures([dead], labels, None), 2)
+    changed = dead.clone()
+    changed[:, 6:] = 0.3
+    torch.testing.assert_close(head(changed), head(dead))
+    assert (head(dead).argmax(1) == labels).float().mean() > 0.9
+    far = torch.cat([features[:2] + 1e6, dead[:2, 6:]], 1)
+    assert head(far).isfinite().all()
+
+
+def test_very_unequal_weights_can_be_fitted():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([1, 1] + [0] * 998)
+    features = torch.randn(1000, 50, generator=generator)
+    features[0] = features[1] = 40.0  # outliers, equal
+    weights = torch.where(labels == 1, 500.0, 1.0)
+    head = fit_kernel(create_task("classification", ["a", "b"]), MeasuredFeatures([features], labels, weights), 2)
+    assert head(features)[:2].argmax(1).tolist() == [1, 1] and head(features).isfinite().all()
+
+
 def test_heads_of_wrong_shape_are_rejected():
     width, images = torch.ones(4), torch.zeros(6, 4)
     with pytest.raises(ValueError, match=r"weight must have shape \[3, 6\], got \[3, 5\]"):
@@ -159,9 +184,14 @@ def test_heads_of_wrong_shape_are_rejected():
 
 
 @pytest.mark.parametrize(
-    ("loss", "images", "expected"), [("cross-entropy", 6000, True), ("cross-entropy", 6001, False), ("focal", 9, False)]
+    ("loss", "images", "expected"),
+    [
+        *[("cross-entropy", images, images in (32, 6000)) for images in (31, 32, 6000, 6001)],
+        ("focal", 99, False),
+        ("logit-adjusted", 99, False),
+    ],
 )
-def test_kernel_heads_need_cross_entropy_and_at_most_6000_images(loss, images, expected):
+def test_kernel_heads_need_cross_entropy_and_32_to_6000_images(loss, images, expected):
     assert uses_kernel(create_task("classification", ["a", "b"], loss=loss), images) is expected
 
 
@@ -280,6 +310,21 @@ def test_task_banks_and_exported_graphs_use_the_final_head(finished, tmp_path):
     export(run.path, "torch-export", tmp_path / "model.pt2", logits=True, images=[tmp_path / "a.png"])
     exported = torch.export.load(tmp_path / "model.pt2").module()
     torch.testing.assert_close(exported(images), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torchscript"])
+def test_graphs_of_a_kernel_head_fitted_to_noise_match_torch(kind, finished, tmp_path, monkeypatch):
+    run, _ = finished
+    loaded = load_run(run)
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(2000, 8 * 64, generator=generator), torch.arange(2000) % 10
+    noise = fit_kernel(loaded.task, MeasuredFeatures([features], labels, None), 10)
+    Image.new("RGB", (32, 32), (10, 200, 90)).save(tmp_path / "a.png")
+    monkeypatch.setattr(
+        "snella_app.runs.model.read_layer_probe", lambda _, model: LayerProbe(model, [2, 3, 4, 5], noise)
+    )
+    suffix = {"onnx": "onnx", "torchscript": "pt"}[kind]
+    export(run.path, kind, tmp_path / f"model.{suffix}", images=[tmp_path / "a.png"])  # compares with torch
 
 
 def test_a_merged_model_has_the_trained_head(finished, tmp_path):
@@ -483,8 +528,19 @@ def test_the_saved_file_is_deterministic(finished, tmp_path):
     assert written == {(run.path / "adapter" / LAYER_PROBE).read_bytes()}
 
 
-@pytest.mark.parametrize(("last_is_better", "options"), [(True, {}), (False, {}), (True, {"ema": 0.5})])
-def test_the_last_epoch_is_saved_if_its_final_head_is_as_good(last_is_better, options, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("last_is_better", "is_rejected", "options"),
+    [
+        (True, False, {}),
+        (False, False, {}),
+        (True, True, {}),
+        (True, False, {"ema": 0.5}),
+        (True, False, {"method": "linear", "r": None, "head_init": "random", "head_norm": "none"}),
+    ],
+)
+def test_the_last_epoch_is_saved_if_its_final_head_is_as_good(
+    last_is_better, is_rejected, options, tmp_path, monkeypatch
+):
     fits = []
 
     def outputs(is_right):
@@ -508,9 +564,10 @@ def test_the_last_epoch_is_saved_if_its_final_head_is_as_good(last_is_better, op
     monkeypatch.setattr("snella_app.training.finish.fit_layers", fit)
     monkeypatch.setattr("snella_app.training.trainer.SnellaTrainer._evaluate_split", scores)
     console = Console(file=io.StringIO(), width=250)
-    run = train(config(tmp_path, epochs=3, head_norm="running", **options), console)
+    monkeypatch.setattr("snella_app.training.finish.is_clearly_worse", lambda *_: is_rejected)
+    run = train(config(tmp_path, **{"epochs": 3, "head_norm": "running"} | options), console)
     metrics = run.read_json("metrics.json")
-    is_last = last_is_better and not options
+    is_last = last_is_better and not is_rejected and not options
     assert metrics["best_epoch"] == (3 if is_last else 1) and len(fits) == (1 if options else 2)
     assert metrics["final_head"].get("replaced_epoch") == (1 if is_last else None)
     assert ("epoch 3, the last: validation" in console.file.getvalue()) == is_last
@@ -518,8 +575,34 @@ def test_the_last_epoch_is_saved_if_its_final_head_is_as_good(last_is_better, op
     values = {name: value for name, value in loaded.named_parameters() if name in fits[0]}
     factors = [name for name in values if "snella_A" in name]
     expected = fits[0] if is_last or options else fits[1]
-    assert factors and all(torch.equal(values[name], expected[name]) for name in factors)
+    assert (factors or options) and all(torch.equal(values[name], expected[name]) for name in factors)
     budget = sum(matrix.budget for matrix in matrices_of(loaded))
     assert options or (budget == run.read_json("allocation.json")["target_budget"]) == is_last
     # the saved head includes the normalization of its inputs
     assert evaluate(run.path, split="test")["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-4)
+
+
+def test_merging_keeps_the_head_of_another_model(finished, tmp_path):
+    run, _ = finished
+    head = tmp_path / f"merged.{LAYER_PROBE}"
+    head.write_bytes(b"of another model")
+    with pytest.raises(FileExistsError, match=r"merged\.layer_probe"):
+        merge(run.path, tmp_path / "merged.safetensors")
+    assert head.read_bytes() == b"of another model"
+    merge(run.path, tmp_path / "merged.safetensors", overwrite=True)
+    assert head.read_bytes() == (run.adapter / LAYER_PROBE).read_bytes()
+
+
+def test_an_interrupted_merge_leaves_no_head_of_another_model(finished, tmp_path, monkeypatch):
+    run, _ = finished
+    merge(run.path, tmp_path / "merged.safetensors")
+    original = merge_module.write_bytes
+
+    def write_and_stop(path, content):
+        original(path, content)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge_module, "write_bytes", write_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        merge(run.path, tmp_path / "merged.safetensors", overwrite=True)
+    assert not (tmp_path / f"merged.{LAYER_PROBE}").exists()
