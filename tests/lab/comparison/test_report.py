@@ -232,7 +232,7 @@ def test_recommendation_is_the_cheapest_method_within_one_standard_error(tiny, m
     )
     one_seed = [row for row in rows(costs) if row.seed == 0]
     assert recommendation_text(summarize(experiment, one_seed)).startswith(
-        "Recommended: lora-2. No other method is within one standard error of its accuracy (a single seed has"
+        "Recommended: lora-2. No other method is within one standard error of its accuracy (only one seed; "
     )
     assert recommendation_text(summarize(experiment, [])) == ""
 
