@@ -104,6 +104,7 @@ def test_a_failed_connection_leaves_the_folder_with_the_reason(finished, monkeyp
     run = shutil.copytree(finished.path, tmp_path / "run")
     monkeypatch.setenv("HF_TOKEN", "hf_none")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # other tests may import it offline
     pushed = push(run, "user/photos")
     assert pushed.location == str(tmp_path / "run-hub") and "refused" in pushed.error
     assert (tmp_path / "run-hub" / "README.md").is_file()
