@@ -483,7 +483,7 @@ def data(
     names. Each warning names a remedy.
 
     Args:
-        action: The action: check.
+        action: The only action is check.
         data: Data as for snella train --data; the folder of VTAB-1k, FGVC or one of their datasets; or a folder with
             the subfolders vtab-1k and fgvc.
         columns: Columns of a table, as for snella train.

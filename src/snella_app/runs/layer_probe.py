@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snella.compat.sparse_file import tensors_bytes
@@ -73,7 +74,7 @@ class KernelHead(nn.Module):
     the training images.
 
     Args:
-        centers: c, standardized features of the training images, `[images, width]`; stored in float16.
+        centers: c, standardized features of the training images, `[images, width]`; rounded to float16.
         mean: `[width]`.
         std: `[width]`; infinite for features to ignore.
         weight: a, `[outputs, images]`.
@@ -82,7 +83,13 @@ class KernelHead(nn.Module):
 
     def __init__(self, centers: Tensor, mean: Tensor, std: Tensor, weight: Tensor, intercept: Tensor) -> None:
         super().__init__()
-        tensors = {"centers": centers.half(), "mean": mean, "std": std, "weight": weight, "intercept": intercept}
+        tensors = {
+            "centers": centers.half().float(),
+            "mean": mean,
+            "std": std,
+            "weight": weight,
+            "intercept": intercept,
+        }
         width, outputs, images = len(mean), len(intercept), len(centers)
         shapes = {"centers": [images, width], "mean": [width], "std": [width], "weight": [outputs, images]}
         for name, tensor in tensors.items():
@@ -108,8 +115,7 @@ class KernelHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the outputs of a batch."""
-        x = clipped((features - self.mean) / self.std)
-        kernel = gaussian_kernel(x, self.centers.to(x.dtype))
+        kernel = gaussian_kernel(clipped((features - self.mean) / self.std), self.centers)
         # large terms of both signs cancel, so exported graphs would differ in float32; MPS has no float64
         precise = kernel.dtype if kernel.device.type == "mps" else torch.float64
         return (kernel.to(precise) @ self.weight.T.to(precise)).to(kernel.dtype) + self.intercept
@@ -177,9 +183,10 @@ class LayerProbe(nn.Module):
     def save(self, path: Path) -> None:
         """Write the probe to a file."""
         metadata = {"layers": json.dumps(self.layers), "has_tokens": json.dumps(self.has_tokens)}
-        tensors = dict(self.head.named_buffers())
         if isinstance(self.head, nn.Linear):
             tensors = {"weight": self.head.weight.detach().float(), "intercept": self.head.bias.detach().float()}
+        else:
+            tensors = {**self.head.state_dict(), "centers": self.head.centers.half()}
         write_bytes(path, tensors_bytes({n: t.cpu().contiguous() for n, t in tensors.items()}, metadata))
 
 
@@ -199,7 +206,7 @@ def read_layer_probe(adapter: Path, model: nn.Module) -> LayerProbe | None:
     try:
         with safe_open(path, "pt") as file:
             layers = json.loads((file.metadata() or {}).get("layers", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = load_file(path)
         base: Any = base_model(model)
         if not isinstance(layers, list) or not set(layers) <= set(range(len(base.feature_info))):
             raise ValueError(f"layers are {layers}")

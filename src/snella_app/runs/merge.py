@@ -81,12 +81,8 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
         return ExportResult(path, "a model in timm's format", notes, _folder_snippet(loaded, path))
     model = merge_trained(loaded.model)
     metadata = run_metadata(loaded, model)
-    head = _final_head_file(path)
     with create_folder(path.parent):
-        head.unlink(missing_ok=True)  # first, so that an interruption leaves no head of another model
-        write_bytes(path, tensors_bytes(_weights(model), metadata))
-        if loaded.probe is not None:
-            loaded.probe.save(head)
+        _write_weights(loaded, path, path, tensors_bytes(_weights(model), metadata))
     description = "plain timm weights"
     if loaded.task.head is not None:
         description = "plain weights of the backbone (encoder.…) and the decoder (decoder.…)"
@@ -111,13 +107,18 @@ def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> dict[str
     config = {**_timm_config(loaded, model, str(path)), **entries}
     with create_folder(path):
         (path / _CONFIG).unlink(missing_ok=True)  # written last, since timm loads no folder without it
-        head = _final_head_file(path)
-        head.unlink(missing_ok=True)
-        if loaded.probe is not None:
-            loaded.probe.save(head)
-        write_bytes(path / _WEIGHTS, tensors_bytes(_weights(model), {"format": "pt"}))
+        _write_weights(loaded, path, path / _WEIGHTS, tensors_bytes(_weights(model), {"format": "pt"}))
         write_json(path / _CONFIG, config)
     return config
+
+
+def _write_weights(loaded: LoadedRun, path: Path, file: Path, content: bytes) -> None:
+    """Write the weights of a merged model to `file`, and its final head; `path` is the output of `merge`."""
+    head = _final_head_file(path)
+    head.unlink(missing_ok=True)  # first, so that an interruption leaves no head of another model
+    write_bytes(file, content)
+    if loaded.probe is not None:
+        loaded.probe.save(head)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

@@ -125,16 +125,8 @@ class EpochSampler(Sampler[int]):
 
 def epoch_sampler(train: ImageDataset, task: Task, sampler: str, seed: int) -> EpochSampler:
     """Return the sampler of the training images; `sampler` is `DataConfig.sampler`."""
-    return EpochSampler(len(train), seed, balancing_weights(train, task, sampler))
-
-
-def balancing_weights(images: ImageDataset, task: Task, sampler: str) -> list[float] | None:
-    """Return the relative frequencies with which `DataConfig.sampler` draws images, mean 1; None if they are equal."""
-    if sampler != "weighted":
-        return None
-    weights = task.sample_weights(images)
-    mean = sum(weights) / len(weights)
-    return [weight / mean for weight in weights]
+    weights = task.sample_weights(train) if sampler == "weighted" else None
+    return EpochSampler(len(train), seed, weights)
 
 
 def selection_data(

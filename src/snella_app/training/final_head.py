@@ -21,8 +21,8 @@ from snella_app.methods.model_parts import base_model
 from snella_app.runs.layer_probe import KernelHead, LayerProbe, clipped, gaussian_kernel, linear_head, probed_layers
 from snella_app.tasks import Task
 from snella_app.tasks.linear_fit import fit_head
-from snella_app.training.build import RunComponents, balancing_weights
-from snella_app.training.linear_probe import encoded_targets, extract_features, original_images
+from snella_app.training.build import RunComponents
+from snella_app.training.linear_probe import balancing_weights, encoded_targets, extract_features, original_images
 
 MIN_CENTERS, MAX_CENTERS = 32, 6_000
 """Range of the number of images for a kernel head; its size and time grow with their number and its square."""
@@ -71,7 +71,7 @@ def measure_features(
     """Compute features of several layers with the evaluation transform, in the autocast context of the caller.
 
     The views are the images and, with `views=2`, their flips. `first_view` contains precomputed features of the images.
-    `sampler` is `DataConfig.sampler`, whose frequencies multiply the sample weights.
+    With the weighted `sampler` of `DataConfig`, the sample weights are multiplied by weights that balance the classes.
     """
     plain = original_images(images).with_transform(build_transform(parts.data_config, train=False, augment="none"))
     known = [] if first_view is None else [first_view]
@@ -80,7 +80,7 @@ def measure_features(
     batch = encoded_targets(parts.task, plain, range(len(plain)))
     weights, balance = batch.get("weights"), balancing_weights(plain, parts.task, sampler)
     if balance is not None:
-        factors = torch.tensor(balance, dtype=torch.float32)
+        factors = torch.from_numpy(balance).float()
         weights = factors if weights is None else factors * weights
     return MeasuredFeatures([*known, *measured], batch["labels"], weights)
 
@@ -175,19 +175,15 @@ def layer_fit_seconds(parts: RunComponents, images: int, views: int) -> float:
     return _SECONDS_PER_PRODUCT * products / speedup + 1.0
 
 
-def may_save_last_epoch(plan: TrainConfig, val: ImageDataset | None) -> bool:
-    """Return whether the head is also fitted with the last epoch's weights, which are saved if it is as good.
+def may_save_last_epoch(plan: TrainConfig) -> bool:
+    """Return whether a run with a head on several layers also fits it to the last epoch, and may save that epoch.
 
-    False with the trained head, averages, frozen backbones, and without selection on validation images.
+    False with averaged weights, a frozen backbone, or without selection on validation images.
     """
     optim = plan.optim
-    return (
-        optim.final_head == "layers"
-        and val is not None
-        and get_protocol(plan.data.protocol).selected_on == "val"
-        and not (optim.ema or optim.swa or optim.soup)
-        and not find_method(plan.method.name).is_head_only
-    )
+    is_averaged = optim.ema or optim.swa or optim.soup
+    is_selected = get_protocol(plan.data.protocol).selected_on == "val"
+    return is_selected and not is_averaged and not find_method(plan.method.name).is_head_only
 
 
 def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int) -> nn.Linear:
@@ -217,10 +213,10 @@ def fit_kernel(task: Task, measured: MeasuredFeatures, outputs: int) -> KernelHe
 
         A = (K + λ diag(w)⁻¹)⁻¹ (Y − 1 πᵀ),   f(x) = s (π + Aᵀ k(x)),   λ = 0.05
 
-    K is the kernel of `KernelHead` between all images, whose features are averaged over the views. Y contains the
-    one-hot labels and π their mean, weighted by w: class and sample weights with mean 1. Nearly constant features are
-    ignored. The scale s minimizes the cross-entropy of the leave-one-out predictions
-    `f_i = y_i − A_i / [(K + λ diag(w)⁻¹)⁻¹]_ii` over 13 values.
+    K is the kernel matrix of the images; their features are averaged over the views. Y is the matrix of one-hot labels.
+    The weights w are the products of class and sample weights, scaled to mean 1, and π is the weighted mean of Y.
+    Nearly constant features are ignored. Out of 13 values, s minimizes the cross-entropy of the leave-one-out
+    predictions `f_i = y_i − A_i / [(K + λ diag(w)⁻¹)⁻¹]_ii`.
 
     Source: Saunders et al., 1998 (ridge regression); Rasmussen and Williams, 2006, eq. 5.12 (leave-one-out).
     """

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -106,8 +106,11 @@ def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Consol
         parts.task.save_examples(parts.model, images, sample_outputs, run.path)
         run.write(parts.task.predictions(images, sample_outputs, name, run.path))
         report_images = parts.task.report_images(images, run.path)
+    metrics = _metrics(trainer, step_timer)
+    if final_head is not None and final_head.replaced_epoch is not None:
+        metrics = dataclasses.replace(metrics, best_epoch=trainer.history[-1]["epoch"])
     metrics = dataclasses.replace(
-        _metrics(trainer, step_timer),
+        metrics,
         train_s=round(train_s, 3),
         averaged=averaged,
         final_head=final_head,
@@ -136,19 +139,18 @@ def _measure_last_epoch(trainer: SnellaTrainer, folder: Path) -> _LastEpoch | No
     """Fit a head on several layers of the last epoch, and write its weights to a folder.
 
     Returns:
-        None if the last epoch is the best one, or only the best one can be saved: see `may_save_last_epoch`; also after
-        early stopping, and with several processes.
+        None if the last epoch is the best one, or cannot be saved: see `may_save_last_epoch`; also without
+        validation images, after early stopping, and with several processes.
     """
     plan, parts = trainer.plan, trainer.parts
-    if not _fits_layers(trainer) or not may_save_last_epoch(plan, parts.splits.val):
+    is_best = trainer.history[-1]["epoch"] == best_epoch(trainer.history, trainer.selection_score)
+    if not _fits_layers(trainer) or not may_save_last_epoch(plan) or parts.splits.val is None:
         return None
-    if trainer.has_stopped_early or trainer.history[-1]["epoch"] == trainer.saved_epoch:
+    if is_best or trainer.has_stopped_early:
         return None
     probe, val = fit_layers(parts, _head_images(parts), plan.data, plan.optim)
-    if val is None:
-        return None
     trainer.save_adapter(folder)
-    return _LastEpoch(folder, probe, val)
+    return _LastEpoch(folder, probe, cast(Outputs, val))
 
 
 def _fits_layers(trainer: SnellaTrainer) -> bool:
@@ -179,8 +181,8 @@ def _fit_final_head(
 ) -> tuple[LayerProbe | None, FinalHead | None]:
     """Fit a head on several layers if requested; save it and replace `outputs` unless it is clearly worse.
 
-    If this head is at least as good on validation with the last epoch's weights as with those of the best epoch, the
-    last epoch is saved. The best epoch was selected with the trained head.
+    The best epoch was selected with the trained head. If the last epoch's head on several layers scores at least as
+    high on validation, the last epoch is saved instead.
     """
     plan, parts, run = trainer.plan, trainer.parts, trainer.run_folder
     task = parts.task
@@ -190,27 +192,28 @@ def _fit_final_head(
     if not _fits_layers(trainer):
         return None, None
     probe, val = fit_layers(parts, _head_images(parts), plan.data, plan.optim)
-    is_last_better = False
-    if last is not None and val is not None:
-        sign = task.monitors[task.monitor]
-        score, score_last = (sign * float(task.metrics(*part)[task.monitor]) for part in (val, last.val))
-        is_last_better = score_last >= score
-        if is_last_better:
-            probe, val = last.probe, last.val
+
+    def score(outputs: Outputs) -> float:
+        return float(task.metrics(*outputs)[task.monitor])
+
+    sign = task.monitors[task.monitor]
+    if last is not None and val is not None and sign * score(last.val) < sign * score(val):
+        last = None
+    if last is not None:
+        probe, val = last.probe, last.val
     kind: Literal["linear", "kernel"] = "kernel" if isinstance(probe.head, KernelHead) else "linear"
     record = FinalHead(probe.layers, True, kind=kind)
     if val is not None:
-        score, score_trained = (float(task.metrics(*part)[task.monitor]) for part in (val, outputs["val"]))
         is_saved = not is_clearly_worse(task, val, outputs["val"])
-        replaced = trainer.saved_epoch if is_saved and is_last_better else None
-        record = FinalHead(probe.layers, is_saved, task.monitor, score, score_trained, kind, replaced)
+        replaced = best_epoch(trainer.history, trainer.selection_score) if is_saved and last is not None else None
+        scores = score(val), score(outputs["val"])
+        record = FinalHead(probe.layers, is_saved, task.monitor, *scores, kind, replaced)
         if not is_saved:
             return None, record
         outputs["val"] = val
-        if last is not None and is_last_better:
+        if last is not None:
             load_trained_into(parts.model, last.folder)
             trainer.save_adapter()
-            trainer.saved_epoch = trainer.history[-1]["epoch"]
     probe.save(run.adapter / LAYER_PROBE)
     run.update("running", final_head="layers")
     return probe, record
@@ -239,7 +242,7 @@ def _metrics(trainer: SnellaTrainer, step_timer: StepTimeCallback) -> Metrics:
     """Build the metrics record of the completed epochs."""
     parts, protocol, matrices = trainer.parts, trainer.protocol, matrices_of(trainer.parts.model)
     return Metrics(
-        best_epoch=trainer.saved_epoch,
+        best_epoch=best_epoch(trainer.history, trainer.selection_score),
         protocol=protocol.name,
         selected_on=protocol.selected_on,
         best_metric=protocol.best_metric(f"val_{parts.task.monitor}"),
@@ -252,6 +255,13 @@ def _metrics(trainer: SnellaTrainer, step_timer: StepTimeCallback) -> Metrics:
         **step_timer.summary(),
         history=[EpochRow(**protocol.with_val_prefix(row)) for row in trainer.history],
     )
+
+
+def best_epoch(
+    history: Sequence[dict[str, Any]], selection_score: Callable[[Mapping[str, Any]], tuple[float, float]]
+) -> int:
+    """Return the epoch with the highest score; ties go to the latest. See `RunProtocol.selection_score`."""
+    return int(max(history, key=lambda row: (selection_score(row), row["epoch"]))["epoch"])
 
 
 def folder_bytes(folder: Path) -> int:

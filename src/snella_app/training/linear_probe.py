@@ -28,7 +28,7 @@ from snella_app.methods import method_of, spec_of
 from snella_app.methods.model_parts import base_model
 from snella_app.runs.layer_probe import layer_features, probed_layers
 from snella_app.tasks import Task
-from snella_app.training.build import RunComponents, balancing_weights
+from snella_app.training.build import RunComponents
 from snella_app.training.checkpoints import CheckpointError, require_file
 from snella_app.training.distributed import sum_across_processes
 
@@ -148,6 +148,14 @@ def encoded_targets(task: Task, images: ImageDataset | FeatureDataset, rows: Ite
     return task.collate([(torch.empty(0), *images.target_and_weight(row)) for row in rows])
 
 
+def balancing_weights(images: ImageDataset, task: Task, sampler: str) -> NDArray[np.float64] | None:
+    """Return weights with mean 1 that balance images like `DataConfig.sampler`; None for equal weights."""
+    if sampler != "weighted":
+        return None
+    weights = np.asarray(task.sample_weights(images))
+    return weights / weights.mean()
+
+
 def probe_rows(parts: RunComponents) -> NDArray[np.int64]:
     """Return the indices of the training images for a probe: all, or a random sample of `_MAX_PROBE_IMAGES`."""
     count = len(parts.splits.train)
@@ -222,7 +230,7 @@ def init_head_from_probe(parts: RunComponents, optim: OptimConfig, sampler: str 
 
     The probe is a logistic regression for single-label classification, one logistic regression per label (`multilabel`)
     or per rank (`ordinal`), and a ridge regression for regression; see `Task.fit_linear`. It uses the class weights,
-    sample weights and frequencies (`sampler`, see `DataConfig.sampler`) of training.
+    sample weights and sampler (`DataConfig.sampler`) of training.
 
     A random head sends random gradients through the backbone in the first steps; a fitted head does not (Kumar et al.,
     2022, arXiv 2202.10054). The fit uses at most 5,000 training images without augmentation. Features are divided by
@@ -237,9 +245,9 @@ def init_head_from_probe(parts: RunComponents, optim: OptimConfig, sampler: str 
     features = probe_features(parts, optim).double().numpy()
     batch = encoded_targets(parts.task, train, probe_rows(parts).tolist())
     labels = batch["labels"].numpy()
-    given = batch["weights"].double().numpy() if "weights" in batch else None
+    sample_weights = batch["weights"].double().numpy() if "weights" in batch else None
     balance = balancing_weights(original_images(train).subset(probe_rows(parts).tolist()), parts.task, sampler)
-    factors = [np.asarray(f) for f in (parts.task.probe_weights(labels), given, balance) if f is not None]
+    factors = [factor for factor in (parts.task.probe_weights(labels), sample_weights, balance) if factor is not None]
     weights = np.prod(factors, axis=0) if factors else None
     weight, bias = parts.task.fit_linear(features, labels, head.out_features, weights)
     with torch.no_grad():

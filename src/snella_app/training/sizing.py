@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -292,13 +291,12 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     first_read_s, read_s = (_step_seconds(parts, optim, last, per_batch, _only_read) for _ in range(2))
     views = 2 if data.tta == "auto" else data.views
 
-    def views_seconds(precision: Any) -> float:
+    def views_seconds(optim: OptimConfig) -> float:
         """Return the time of a batch that is read once and evaluated for each view."""
-        precise = dataclasses.replace(optim, precision=precision)
-        once_s = _step_seconds(parts, precise, last, per_batch, _trial_evaluation)
+        once_s = _step_seconds(parts, optim, last, per_batch, _trial_evaluation)
         return once_s + (views - 1) * max(once_s - read_s, 0.0)
 
-    evaluation_s = views_seconds("fp32")
+    evaluation_s = views_seconds(dataclasses.replace(optim, precision="fp32"))
     timed_images = min(per_batch, len(last)) * process_count()
     batches = {name: len(part) / timed_images for name, part in measured.items()}
     selection_s = batches.get(str(get_protocol(data.protocol).selected_on), 0) * evaluation_s
@@ -307,8 +305,8 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
         final_s += selection_s  # evaluation of the initial model
     if optim.final_head == "layers":
         images = len(probe_rows(parts)) + len(measured.get("val", ()))
-        features_s = evaluation_s if optim.precision == "fp32" else views_seconds(optim.precision)
-        fits = 2 if with_training and may_save_last_epoch(config, parts.splits.val) else 1
+        features_s = evaluation_s if optim.precision == "fp32" else views_seconds(optim)
+        fits = 2 if with_training and may_save_last_epoch(config) else 1
         final_s += fits * (images / timed_images * features_s + layer_fit_seconds(parts, images, views))
     return _Times(steps * train_s + selection_s, final_s)
 
@@ -323,7 +321,8 @@ def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) 
         with preserve_state(model, images):
             model.train()
             with torch.no_grad():
-                torch._foreach_add_([*trained], 0.0)  # marks cached updates as outdated, like an optimizer step
+                for parameter in trained:
+                    parameter.mul_(1.0)  # invalidates cached updates, like an optimizer step
             with autocast(device, precision):
                 loss = parts.task.loss(model(images), labels)
             loss.backward()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -97,7 +97,6 @@ class SnellaTrainer(CheckpointingTrainer):
         self.average = None if optim.ema is None else WeightAverage(model, optim.ema, statistics)
         self.snapshots = EpochSnapshots(model, count, statistics) if (count := optim.swa or optim.soup) else None
         self._stored_parts = [part for part in (self.average, self.snapshots, feature_norm) if part is not None]
-        self._saved_epoch: int | None = None
         self._epoch_loss, self._epoch_steps = 0.0, 0
         self._step_loss, self._micro_step = 0.0, 0
         self._weights: list[float] = []
@@ -137,15 +136,6 @@ class SnellaTrainer(CheckpointingTrainer):
             {"epoch": round(row["epoch"]), **{k: v for k, v in row.items() if k not in ("step", "epoch")}}
             for row in rows
         ]
-
-    @property
-    def saved_epoch(self) -> int:
-        """Epoch of the saved adapter: the best epoch unless set."""
-        return best_epoch(self.history, self.selection_score) if self._saved_epoch is None else self._saved_epoch
-
-    @saved_epoch.setter
-    def saved_epoch(self, epoch: int) -> None:
-        self._saved_epoch = epoch
 
     @property
     def has_stopped_early(self) -> bool:
@@ -431,13 +421,6 @@ class SnellaTrainer(CheckpointingTrainer):
             f"{saved} in {self.run_folder.path}; "
             f"start a new run with a lower {named} or a larger --warmup-ratio"
         )
-
-
-def best_epoch(
-    history: Sequence[dict[str, Any]], selection_score: Callable[[Mapping[str, Any]], tuple[float, float]]
-) -> int:
-    """Return the epoch with the highest score; ties go to the latest. See `RunProtocol.selection_score`."""
-    return int(max(history, key=lambda row: (selection_score(row), row["epoch"]))["epoch"])
 
 
 def training_arguments(plan: TrainConfig, checkpoints: Path, keep_checkpoints: bool = True) -> TrainingArguments:

@@ -20,9 +20,10 @@ from snella_app.methods import build_method
 from snella_app.tasks import ClassificationTask
 from snella_app.training.build import EpochSampler, RunComponents, build_optimizer, mix_seed, resolve_data_config
 from snella_app.training.callbacks import ProgressDisplay
+from snella_app.training.finish import best_epoch
 from snella_app.training.plan import log_summary, shorten_hint
 from snella_app.training.sizing import free_memory
-from snella_app.training.trainer import SnellaTrainer, best_epoch
+from snella_app.training.trainer import SnellaTrainer
 
 TASK = ClassificationTask(("a", "b", "c"))
 
