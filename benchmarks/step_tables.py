@@ -12,25 +12,27 @@ from snella_lab.bench.baselines import REFERENCE
 from snella_lab.bench.rows import grouped, is_step_time, read_rows, setting_key, sort_key
 
 _BEGIN, _END = "<!-- rows of benchmarks/results.jsonl begin -->", "<!-- rows end -->"
+_MEMORY = {"peak_gpu_mib": "peak memory", "peak_rss_mib": "peak RSS"}
 
 
 def performance_section(rows: list[dict[str, Any]]) -> str:
     """Format the latest row of each setting as Markdown: step times relative to LoRA, memory and single operations.
 
-    Rows of a setting with different `rounds` go to separate tables, because ratios are comparable only within a run. A
-    later run replaces an earlier one of the same setting if it contains all of its methods.
+    Rows of a setting with different `rounds` or dates go to separate tables, because ratios are comparable only within
+    a run. A run is dropped if a later run of the same setting contains all its methods.
     """
     runs: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         if is_step_time(row):
-            run = tuple(row[name] for name in ("backbone", "batch", "r", "sparsity", "dtype", "device", "rounds"))
+            setting = ("backbone", "batch", "r", "sparsity", "dtype", "device", "rounds", "date")
+            run = tuple(row[name] for name in setting)
             earlier = runs.pop(run, {})  # reinserted last, to order runs by their latest measurement
             runs[run] = earlier | {row["method"]: row}
     order = list(runs)
     groups = {
         run: list(methods.values())
         for k, (run, methods) in enumerate(runs.items())
-        if not any(later[:-1] == run[:-1] and methods.keys() <= runs[later].keys() for later in order[k + 1 :])
+        if not any(later[:-2] == run[:-2] and methods.keys() <= runs[later].keys() for later in order[k + 1 :])
     }
     parts = [_step_table(key, group) for key, group in groups.items()]
     parts += _memory_tables(rows)
@@ -60,8 +62,8 @@ def _source(row: dict[str, Any]) -> str:
 
 def _step_table(key: tuple[Any, ...], rows: list[dict[str, Any]]) -> str:
     """Return the step time table of one setting."""
-    backbone, batch, r, sparsity, dtype, device, rounds = key
-    memory = next((name for name in ("peak_gpu_mib", "peak_rss_mib") if any(name in row for row in rows)), None)
+    backbone, batch, r, sparsity, dtype, device, rounds, _ = key
+    memory = next((name for name in _MEMORY if any(name in row for row in rows)), None)
     head = ["", "step", "vs. LoRA (quartiles)", "saved for backward"] + ([_MEMORY[memory]] if memory else [])
     title = (
         f"**{backbone}, batch {batch}, r {r}, sparsity {sparsity}, {dtype}** · {device} · commit {rows[0]['commit']}"
@@ -102,9 +104,6 @@ def _memory_tables(rows: list[dict[str, Any]]) -> list[str]:
             lines.append(cells)
         tables.append(f"{title}\n\n{markdown_table(['backbone', REFERENCE, *names], lines)}")
     return tables
-
-
-_MEMORY = {"peak_gpu_mib": "peak memory", "peak_rss_mib": "peak RSS"}
 
 
 def _matrix_table(rows: list[dict[str, Any]]) -> str:

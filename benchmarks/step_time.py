@@ -28,7 +28,7 @@ METHODS = ["frozen", "lora", "dora", "shira", "full", "snella", *VARIANTS, "snel
 
 
 def gpu_config(out: str) -> BenchConfig:
-    """Return the settings of `make gpu`: all methods of `make bench`, which runs on the CPU."""
+    """Return the settings of `make gpu`: the methods of `make bench`, on a GPU."""
     return BenchConfig(batch=[64], methods=[*METHODS, "paper"], dtype=["fp32", "bf16"], device="cuda", out=out)
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     if args.competition:
         append_rows(args.out, [measure_competition()])
         return
-    if args.device == "cpu":
+    if args.device == "cpu" or args.matrices:
         matrices = [measure_matrix(3072, 768), measure_matrix(11008, 4096, tokens=512, rounds=3)]
         for row in matrices:
             console.print(

@@ -7,7 +7,7 @@ python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --check    onl
 Each branch of each kernel is compiled with pointers and sizes divisible by 16 (`aligned`); for capability 9.0, also
 without this alignment. Resources come from Triton's copy of `cuobjdump`. Occupancy is the fraction of a
 multiprocessor's warps that registers, shared memory and the program limit allow. The script also compiles for
-AMD's `gfx942`; these rows only report errors. `source` is a digest of the kernel and its
+AMD's `gfx942`; those rows record only compilation errors. `source` is a digest of the kernel and its
 launch (`source_digest`).
 """
 
@@ -219,17 +219,19 @@ def main() -> None:
         nargs=2,
         type=int,
         metavar=("WARPS", "REGISTERS"),
-        help="compile for another launch and append its rows",
+        help="compile with this launch configuration and append the rows",
     )
     parser.add_argument("--check", action="store_true", help="only compile")
     parser.add_argument("--out", type=Path, default=ROWS)
     args = parser.parse_args()
+    is_part = set(args.capabilities) < set(CAPABILITIES) or set(args.ranks) < set(RANKS)
+    if is_part and args.out == ROWS and not (args.launch or args.check):
+        parser.error("a part of the capabilities or ranks would replace all rows; pass --out, --launch or --check")
     rows, count = [], 0
     for rank in args.ranks:
         for name, kernel, settings in variants(rank):
-            for capability, aligned in [(capability, True) for capability in args.capabilities] + [(90, False)]:
-                if capability not in args.capabilities:
-                    continue
+            unaligned = [(90, False)] if 90 in args.capabilities else []
+            for capability, aligned in [*((capability, True) for capability in args.capabilities), *unaligned]:
                 launch = backend.launch_options(kernel.__name__, settings.get("R", 1), settings.get("P", 1), aligned)
                 if args.launch:
                     launch |= dict(zip(("num_warps", "maxnreg"), args.launch, strict=True))

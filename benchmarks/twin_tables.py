@@ -1,4 +1,4 @@
-"""Markdown tables of the paper's orderings, tested on the twins of its Tables VII to XII.
+"""Markdown tables that test the paper's orderings on the twins of its Tables VII to XII.
 
 make twins                                   train the twins: 13 to 16 hours on two cores (estimated)
 python benchmarks/twin_tables.py runs/twins  print the tables from the existing rows
@@ -43,10 +43,12 @@ def read_cells(file: Path) -> list[CellRow]:
         ValueError: If a row is damaged.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} contains no {file.name}; run: make twins")
+        raise FileNotFoundError(
+            f"{file.parent} contains no {file.name}; run `snella compare --out {file.parent}` or `make twins`"
+        )
     rows, notes = read_lines(file)
     if notes:
-        raise ValueError("; ".join(notes))
+        raise ValueError(f"{'; '.join(notes)}; run `snella compare --out {file.parent}` to complete the rows")
     return list(rows.values())
 
 

@@ -43,7 +43,7 @@ uninterrupted = make_trainer()
 uninterrupted.train()
 print(f"test accuracy: {uninterrupted.evaluate(test_set)['eval_accuracy']:.1%}")
 
-# like a new process after an interruption in the third epoch
+# as in a new process after an interruption in the third epoch
 resumed = make_trainer()
 resumed.train(resume_from_checkpoint=str(OUT / "checkpoint-40"))  # two epochs of 20 steps
 print(f"test accuracy, resumed after two epochs: {resumed.evaluate(test_set)['eval_accuracy']:.1%}")

@@ -21,7 +21,7 @@ class SnellaCallback(TrainerCallback):
     The optimizer's state includes the allocator's state, so the Trainer's checkpoints contain it and
     `resume_from_checkpoint` restores it.
 
-    If the training data have no length, the budget is reallocated about 20 times.
+    If the data loader has no length and `realloc_every` is `epoch`, the budget is reallocated at most 20 times.
 
     Args:
         adapter_name: Adapter to train; defaults to the first active one.
@@ -41,14 +41,15 @@ class SnellaCallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         optimizer: Optimizer | None = None,
+        train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         if model is None or optimizer is None:
             raise RuntimeError("SnellaCallback needs the Trainer's model and optimizer, got None")
         if self.allocator is not None:
-            self.allocator.detach()  # an interrupted training left it attached
-        epochs, loader = max(math.ceil(state.num_train_epochs), 1), kwargs.get("train_dataloader")
-        if length := len(loader) if has_length(loader) else 0:
+            self.allocator.detach()  # an interrupted run left it attached
+        epochs = max(math.ceil(state.num_train_epochs), 1)
+        if length := len(train_dataloader) if has_length(train_dataloader) else 0:
             steps_per_epoch = math.ceil(length / args.gradient_accumulation_steps)
         else:  # for a loader without length, the Trainer's number of epochs is huge
             steps_per_epoch = max(math.ceil(state.max_steps / min(epochs, _EPOCHS_WITHOUT_LENGTH)), 1)

@@ -167,9 +167,9 @@ class SnellaModel(BaseTuner):
         if unused:
             raise ValueError(f"rank_pattern={unused} matches no adapted module; adapted modules are e.g. {names[:4]}")
         if factors > max(_MIN_ENTRY_LIMIT, 4 * weights):
-            ranks = max([peft_config.r, *peft_config.rank_pattern.values()])
+            pattern = f", rank_pattern={peft_config.rank_pattern}" if peft_config.rank_pattern else ""
             raise ValueError(
-                f"r={ranks} creates {factors:,} factor entries for {weights:,} adapted weights; "
+                f"r={peft_config.r}{pattern} creates {factors:,} factor entries for {weights:,} adapted weights; "
                 "choose a smaller rank, e.g. 8"
             )
 
@@ -453,8 +453,8 @@ class SnellaModel(BaseTuner):
         if adapter_names is not None:
             raise NotImplementedError(
                 f"adapter_names={list(adapter_names)!r} is not supported: a batch cannot mix SNELLA adapters, because "
-                "the update is part of the weight; call set_adapter for the samples of each adapter, or group them "
-                "with snella.TaskBank"
+                "the update is part of the weight; run each adapter's samples as a separate batch after set_adapter, "
+                "or use snella.TaskBank"
             )
         yield
 

@@ -2,7 +2,7 @@
 
 --opt adamw --lr 2e-4 --batch-size 64 --weight-decay 0.05 --layer-decay 0.75 --sched cosine --warmup-epochs 1
 --aa rand-m9-mstd0.5 --reprob 0.25 --smoothing 0.1 --drop-path 0.1. As in `train.py`, the epoch with the best accuracy
-on val is selected. The epoch time is estimated from five steps and one validation pass.
+on val is selected. The epoch time is estimated from up to five steps and one validation pass.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """Hugging Face's `run_image_classification` with its defaults, using `Trainer`.
 
 RandomResizedCrop and flips, batch size 8, AdamW with learning rate 5e-5 and linear decay, and a linear head. It trains
-on train; val is unused. The epoch time is estimated from five steps.
+on train; val is unused. The epoch time is estimated from up to five steps.
 """
 
 import copy

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
-_inside_hooks = threading.RLock()
+_inside_hooks = threading.RLock()  # serializes temporary replacements of `forward` across threads
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -39,15 +39,16 @@ def call_inside_hooks(module: nn.Module, forward: Callable[..., Any], *args: Any
         NotImplementedError: If the module's `forward` was replaced by anything other than the hooks of torch,
             accelerate and diffusers.
     """
-    owner, name = _innermost_forward(module)
     with _inside_hooks:
+        owner, name = _innermost_forward(module)
         previous = owner.__dict__.get(name)
         owner.__dict__[name] = forward
         try:
             return module(*args, **kwargs)
         finally:
-            owner.__dict__.pop(name)
-            if previous is not None:
+            if previous is None:
+                del owner.__dict__[name]
+            else:
                 owner.__dict__[name] = previous
 
 
@@ -78,11 +79,9 @@ def onloaded(layer: nn.Module, *, with_base: bool) -> Iterator[None]:
         with_base: If True, also load the base layer. Not needed inside a call of the base layer, which loads it.
     """
     parts: list[Any] = [part for name, part in layer._modules.items() if with_base or name != "base_layer"]
-    parts = [part for part in parts if "_hf_hook" in part.__dict__]
-    for part in parts:
-        part._hf_hook.pre_forward(part)
-    try:
-        yield
-    finally:
+    with ExitStack() as loaded:
         for part in parts:
-            part._hf_hook.post_forward(part, None)
+            if "_hf_hook" in part.__dict__:
+                part._hf_hook.pre_forward(part)
+                loaded.callback(part._hf_hook.post_forward, part, None)
+        yield

@@ -22,8 +22,8 @@ _PATHS = {
 def completion_script(shell: Shell) -> str:
     """Generate the completion script for the `snella` command.
 
-    The script completes commands, options, paths, registered backbones and fixed choices. It is static: regenerate it
-    after installing commands or backbones.
+    The script completes commands, options, paths and fixed choices; `--backbone` completes only registered names. It is
+    static: regenerate it after installing commands or backbones.
     """
     parser = argparse.ArgumentParser(prog="snella")
     parser.add_argument("--version", action="store_true", help="Show the version.")

@@ -199,7 +199,7 @@ def locate(source: ImageSource, row: int) -> tuple[ImageSource, int]:
 
 
 def at_side(source: ImageSource, side: int | None) -> ImageSource:
-    """Return a decoded source with another `Reading.side`; return arrays unchanged."""
+    """Return the source with another `Reading.side`; sources that do not decode, e.g. arrays, are unchanged."""
     if isinstance(source, JoinedSource):
         return JoinedSource(at_side(source.first, side), at_side(source.second, side), source.boundary)
     return source.at_side(side) if isinstance(source, CachedImages) else source
@@ -231,7 +231,7 @@ def decode_all(decode: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
 
 @contextmanager
 def show_reading(console: "Console | None") -> Iterator[None]:
-    """Show a transient progress bar while `decode_all` runs, if the console is a terminal; None shows none."""
+    """Show a transient progress bar while `decode_all` runs, if the console is a terminal."""
     token = _CONSOLE.set(console)
     try:
         yield

@@ -213,19 +213,20 @@ def outside_reason(path: Path, roots: Sequence[Path]) -> str:
     return f"{str(resolved)!r} is outside {str(roots[0])!r}; allow another folder with --columns root=FOLDER"
 
 
-def table_paths(path: str | Path, columns: Columns) -> list[Path]:
+def table_paths(path: str | Path, columns: Columns, kind: str | None = None) -> list[Path]:
     """Return the image files listed in a table, in order.
 
     Args:
         path: CSV or Parquet file; a relative path returns relative image paths.
         columns: Column roles.
+        kind: csv or parquet; by suffix if None.
 
     Raises:
         FileNotFoundError: If the table does not exist.
         ValueError: If the path column is missing, or a Parquet file lists an image outside its folder or
             `columns.root`.
     """
-    kind = "parquet" if Path(path).suffix.lower() == ".parquet" else "csv"
+    kind = kind or ("parquet" if Path(path).suffix.lower() == ".parquet" else "csv")
     table, _ = read_table(str(path), kind)
     roles = columns.resolve(table, ("path",), str(path))
     folder = columns.root or expand_user(path).parent

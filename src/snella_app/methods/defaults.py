@@ -13,7 +13,7 @@ REFERENCE_METHOD = "lora"
 MEMORY_METHODS = ("snella-{r}", "lora-{r}", "full")
 """Methods whose memory `snella inspect --backbone` predicts, with rank `r`."""
 CHOICE_METHODS = ("linear", "bias", "lora-8", "snella-matched")
-"""Candidates of `--method auto`."""
+"""Candidates for `--method auto`."""
 
 SPARSE_DEFAULTS: dict[str, Any] = {
     "lr": 5e-3,
@@ -46,8 +46,8 @@ classification; these come from the authors' released scripts for VTAB-1k."""
 PRESET_METHODS = ("snella", "snell")
 """Methods that accept a preset."""
 SPARSE_RECIPES: dict[str, dict[str, Any]] = {
-    # learning rate from section A.8 of arXiv 2510.24037; the paper has no scaling, and 3.0 keeps the update after 500
-    # steps close to the size of LoRA's update (docs/generation.md)
+    # learning rate from section A.8 of arXiv 2510.24037; the paper has no scaling, and 3.0 keeps the update
+    # within a factor of two of the size of LoRA's update (docs/generation.md)
     "generation": {"lr": 1e-4, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 3.0},
     "language": {"lr": 1e-3, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 10.0},  # untuned
 }

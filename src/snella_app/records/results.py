@@ -52,7 +52,7 @@ class Scores(_Result):
 
     @property
     def margin(self) -> float:
-        """95% margin of the accuracy: the distance to the farther end of Wilson's interval; NaN without images.
+        """95% margin of the accuracy: the distance to the farther end of the Wilson interval; NaN without images.
 
         center = (a + z² / 2n) / (1 + z² / n),   half = z sqrt(a (1 - a) / n + z² / 4n²) / (1 + z² / n)
         """
@@ -91,7 +91,10 @@ class Scores(_Result):
 
 @dataclass(frozen=True)
 class ClassScores:
-    """Segmentation scores of one class; NaN if the class is neither present nor predicted."""
+    """Segmentation scores of one class; NaN if the class is neither present nor predicted.
+
+    `dice` and `iou` are always NaN for the background.
+    """
 
     name: str
     pixels: int = 0
@@ -222,8 +225,8 @@ class NumberScores:
 class RegressionScores(_Result):
     """Regression scores on one split.
 
-    `mae`, `rmse` and `r2` are means over targets. Targets have different units, so `text` and `rows` report errors by
-    target and average only R².
+    `mae`, `rmse` and `r2` are means over targets. Targets can have different units, so `text` and `rows` report errors
+    by target and average only R².
     """
 
     short: ClassVar[tuple[str, ...]] = ("mae", "rmse", "r2", "images")

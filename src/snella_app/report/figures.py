@@ -91,7 +91,7 @@ def score_curves(metrics: Metrics, name: str) -> Figure:
 
 
 def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
-    """Draw a confusion matrix, colored by fraction of the true class (row); up to 50 classes show counts.
+    """Draw a confusion matrix, colored by fraction of the true class (row), with counts for up to 50 classes.
 
     Args:
         confusion: `confusion[i][j]` is the number of images of class i predicted as class j.
@@ -100,7 +100,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str])
     Raises:
         ValueError: If the numbers of rows and names differ.
     """
-    counts = np.asarray(confusion, dtype=np.int64).reshape(len(confusion), -1)
+    counts = np.asarray(confusion, dtype=np.int64)
     n = len(classes)
     if counts.shape != (n, n):
         raise ValueError(
@@ -109,10 +109,10 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str])
     rows = counts.sum(axis=1, keepdims=True)
     share = counts / np.maximum(rows, 1)
     names = [shortened(name) for name in classes]
-    label = 7.5 * max(map(len, names), default=0)
-    side = max(14 + 8 * len(str(counts.max(initial=0))), 28 if n > 12 else 44) if n <= MAX_NUMBERED_CLASSES else 560 / n
+    label = 7.5 * max(map(len, names))
+    side = max(14 + 8 * len(str(counts.max())), 28 if n > 12 else 44) if n <= MAX_NUMBERED_CLASSES else 560 / n
     if n <= 3:  # horizontal tick labels
-        side = max(side, label + 12, 200 / max(n, 1))
+        side = max(side, label + 12, 200 / n)
     figure, axes = new_figure(110 + side * n + label, 130 + side * n + (label if n > 3 else 20))
     axes.grid(False)
     if n <= MAX_NUMBERED_CLASSES:
@@ -164,19 +164,20 @@ def cost_bars(rows: Sequence[MethodResult]) -> Figure:
         count = "" if row.trainable_parameters is None else f" · {count_text(row.trainable_parameters)}"
         axes.text(seconds[position] + longest / 60, position, time + count, va="center", color=INK, fontsize=11)
     axes.set_xlim(0, 1.75 * longest)
-    axes.set_xlabel("seconds · trainable parameters")
+    axes.set_xlabel("seconds (bars labeled with trainable parameters)")
     return figure
 
 
 def _curves(metrics: Metrics, title: str, lines: Sequence[tuple[str, str, str]]) -> Figure:
-    """Draw lines `(label, field of EpochRow, color)` over the epochs and mark the best epoch."""
+    """Draw lines `(label, field of EpochRow, color)` over the epochs, and mark the saved epoch if one is saved."""
     figure, axes = new_figure(*FIGURE_SIZE, title)
     epochs = [row.epoch for row in metrics.history]
     handles, labels = [], [label for label, _, _ in lines]
     for _, field, color in lines:
         measured = [row for row in metrics.history if not math.isnan(getattr(row, field))]
         handles += plot_line(axes, [row.epoch for row in measured], [getattr(row, field) for row in measured], color)
-    if metrics.best_epoch is not None:
+    is_averaged = metrics.averaged is not None and metrics.averaged.is_saved
+    if metrics.best_epoch is not None and not is_averaged:
         handles.append(axes.axvline(metrics.best_epoch, color=MUTED, linewidth=1.2, linestyle=DASHED, zorder=1))
         labels.append("saved epoch")
     if len(epochs) == 1:
@@ -202,7 +203,9 @@ def curves_section(metrics: Metrics) -> list[Markup]:
     if not metrics.history:
         return []
     last = metrics.history[-1]
-    losses = f"training {measure_text(last.train_loss)}, {metrics.selection} {measure_text(last.val_loss)}"
+    losses = f"training {measure_text(last.train_loss)}"
+    if metrics.selected_on is not None:
+        losses += f", {metrics.selection} {measure_text(last.val_loss)}"
     svgs = [inline_svg(loss_curves(metrics), "curve-loss", f"Loss by epoch; last epoch {last.epoch}: {losses}.")]
     if metrics.selected_on is None:
         return svgs
@@ -239,7 +242,8 @@ def confusion_section(info: RunInfo, metrics: Metrics) -> dict[str, Any] | None:
         "figure": inline_svg(
             confusion_matrix(scores.confusion, info.classes),
             "confusion-matrix",
-            f"Confusion matrix of {len(info.classes)} classes on the {split} images; values are in the table below.",
+            f"Confusion matrix of {len(info.classes)} classes on the {split} images; recall and precision by class are "
+            "in the table below.",
         ),
         "rows": _class_rows(info, scores),
         "pairs": _confused_pairs(info, scores),
@@ -397,7 +401,8 @@ def precision_recall_curves(
     Args:
         labels: `[images]`, class indices.
         scores: `[images, classes]`.
-        classes: Class names. Classes without images are omitted; at most the six worst are drawn.
+        classes: Class names. Classes without images are omitted; only the six with the lowest average precision are
+            drawn.
 
     Returns:
         The figure and the average precision by class name.

@@ -48,13 +48,15 @@ def new_figure(width: float, height: float, title: str = "") -> tuple[Figure, Ax
 def new_panels(
     width: float, height: float, titles: Sequence[str], columns: int, **subplots: Any
 ) -> tuple[Figure, list[Axes]]:
-    """Return a styled figure of `width` × `height` CSS pixels with one panel per title; `subplots` as in matplotlib."""
+    """Return a styled figure of `width` × `height` CSS pixels with one panel per title.
+
+    `subplots` are passed to `Figure.subplots`.
+    """
     figure = _new_canvas(width, height)
-    grid = figure.subplots(-(-len(titles) // columns), columns, squeeze=False, **subplots).flat
-    panels = [_styled(axes, title) for axes, title in zip(grid, titles, strict=False)]
-    for axes in list(grid)[len(titles) :]:
+    grid = list(figure.subplots(-(-len(titles) // columns), columns, squeeze=False, **subplots).flat)
+    for axes in grid[len(titles) :]:
         axes.remove()
-    return figure, panels
+    return figure, [_styled(axes, title) for axes, title in zip(grid, titles, strict=False)]
 
 
 def _new_canvas(width: float, height: float) -> Figure:

@@ -176,8 +176,7 @@ def number_cards(
 ) -> list[dict[str, Any]]:
     """Return cards for the images with the largest errors in standard deviations, and for others evenly spaced."""
     truth, predicted = _number_arrays(predictions)
-    spread = truth.std(0)
-    errors = (np.abs(predicted - truth) / np.where(spread > 0, spread, 1.0)).mean(1)
+    errors = (np.abs(predicted - truth) / np.where(np.ptp(truth, 0) > 0, truth.std(0), 1.0)).mean(1)
     is_single = len(names) == 1
 
     def text(values: Sequence[float]) -> str:

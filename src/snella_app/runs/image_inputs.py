@@ -107,7 +107,8 @@ def expand(
         if str(entry) == "-":
             paths += check_listed(Path(line) for line in sys.stdin.read().splitlines() if line.strip())
         elif table or (image.suffix.lower() in TABLE_SUFFIXES and image.is_file()):
-            paths += check_listed(_paths_in_table(image, columns, run_columns))
+            kind = prefix.rstrip(":") if table else None
+            paths += check_listed(_paths_in_table(image, kind, columns, run_columns))
         elif image.is_dir():
             inside = _images_in(image)
             if not inside:
@@ -201,18 +202,18 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(path for path in walk_visible(folder) if path.is_file() and is_image(path))
 
 
-def _paths_in_table(table: Path, columns: str | None, run_columns: str | None) -> list[Path]:
+def _paths_in_table(table: Path, kind: str | None, columns: str | None, run_columns: str | None) -> list[Path]:
     """Return the images in a table from the given column, a column with a usual name, or the run's column."""
     if columns is not None:
-        return table_paths(table, Columns.parse(columns))
+        return table_paths(table, Columns.parse(columns), kind)
     try:
-        return table_paths(table, Columns())
+        return table_paths(table, Columns(), kind)
     except ValueError:
         parsed = Columns.parse(run_columns)
         path = parsed.names.get("path")
         if path is None:
             raise
-        return table_paths(table, Columns({"path": path}, parsed.root))
+        return table_paths(table, Columns({"path": path}, parsed.root), kind)
 
 
 def _require_all(paths: Iterable[Path]) -> list[Path]:

@@ -18,7 +18,7 @@ from snella_app.files import annotate_write_errors, check_new, create_folder, wr
 from snella_app.runs.image_inputs import expand, new_files
 from snella_app.runs.model import unfinished_note
 from snella_app.runs.predict import check_order, load, run_task_class, table_columns
-from snella_app.tasks.predictions import TABLE_SUFFIXES, check_mask_names, table_bytes
+from snella_app.tasks.predictions import check_mask_names, table_bytes
 from snella_app.text import listed, utf8_text
 
 _FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
@@ -60,7 +60,7 @@ def predict_to_files(
     is_folder = task.head is not None  # masks
     suffix = "" if out is None or is_folder or Path(out).is_dir() else Path(out).suffix.lower()
     is_appended = watch and suffix in (".csv", ".jsonl")
-    if watch and suffix in TABLE_SUFFIXES and not is_appended:
+    if watch and out is not None and not is_folder and not is_appended:
         raise ValueError(f"out must end with .csv or .jsonl with watch, which appends rows, got {out!r}")
     if watch and not folders:
         raise ValueError(f"watch needs a folder among the images, got {', '.join(images)}")
@@ -72,8 +72,10 @@ def predict_to_files(
         files = expand(listed_images, columns, table_columns(run), keep_missing=skip_corrupt)
     if is_folder and out is not None:
         check_mask_names(files)
+        if watch and any(Path(out).resolve().is_relative_to(folder.resolve()) for folder in folders):
+            raise ValueError(f"out must be outside the watched folders, since its masks are images, got {out!r}")
     model = load(run, device, batch_size=batch_size)
-    model.resolve_threshold(tta, threshold)
+    has_no_threshold = threshold == "auto" and model.resolve_threshold(tta, threshold) is None
     if is_appended and overwrite:
         Path(str(out)).unlink(missing_ok=True)
     skipped: list[str] = []
@@ -119,10 +121,11 @@ def predict_to_files(
     if features is not None:
         write_features(features, names, rows, overwrite=overwrite)
         print_line(console, f"features of {counted(len(names), 'image')}: {features}")
-    if threshold == "auto" and model.resolve_threshold(tta, threshold) is None:
+    if has_no_threshold:
         print_line(
             console,
-            "no prediction is marked as unsure: no threshold halves the validation errors, or there are no errors",
+            "no prediction is marked as unsure: no threshold halves the validation error rate, or there are no "
+            "validation errors",
         )
     if skipped and not watch:
         print_line(errors, f"skipped {counted(len(skipped), 'image')}: {listed(skipped)}")
@@ -197,7 +200,7 @@ def _watch_predictions(
     written = [] if out is None or not Path(out).is_file() else _images_in_rows(Path(out))
     done = {path.resolve() for path in written}
     yield from predict_paths([path for path in files if path.resolve() not in done])
-    for new in new_files(folders, written):
+    for new in new_files(folders, [*written, *files]):
         if signals:
             return
         if new:
@@ -251,13 +254,13 @@ def _append_rows(predictions: Iterable[Any], out: Path, top_k: int | None, conso
         header, row = content.split(b"\n", 1) if is_csv else (b"", content)
         with annotate_write_errors(out), out.open("ab+") as file:
             file.seek(max(file.seek(0, io.SEEK_END) - 1, 0))
-            is_cut = file.read() not in (b"", b"\n")  # the last line has no end, e.g. after editing
+            is_cut = file.read() not in (b"", b"\n")  # the last line has no newline, e.g. after editing
             file.seek(0)
-            first = file.readline().rstrip(b"\n") if is_csv else header
+            first = file.readline().rstrip(b"\r\n") if is_csv else header
             if first not in (b"", header):
                 raise ValueError(
                     f"out must have the columns {header.decode()}, got {first.decode(errors='replace')} in {out}; "
                     "choose another file"
                 )
-            file.write(b"\n" * is_cut + (row if first or not is_csv else content))
+            file.write(b"\n" * is_cut + (row if first else content))
         print_line(console, f"{prediction.path}: {prediction.text(top_k)}")

@@ -12,6 +12,8 @@ INVERSE_PENALTY = 0.1
 _MAX_ITERATIONS = 200
 _TOLERANCE = 1e-5
 """Convergence tolerance on the largest gradient entry."""
+_HISTORY, _LEAST_HISTORY, _HISTORY_BYTES = 100, 10, 2**30
+"""Steps that L-BFGS remembers: at most 100, at least 10, otherwise as many as fit into 1 GiB."""
 
 
 def fit_head(
@@ -33,8 +35,13 @@ def fit_head(
     """
     weight = torch.zeros(outputs, inputs.shape[1], device=inputs.device, requires_grad=True)
     bias = torch.zeros(outputs, device=inputs.device, requires_grad=True)
+    history = _HISTORY_BYTES // (2 * (weight.nbytes + bias.nbytes))  # two vectors per step
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=iterations, tolerance_grad=_TOLERANCE, line_search_fn="strong_wolfe"
+        [weight, bias],
+        max_iter=iterations,
+        tolerance_grad=_TOLERANCE,
+        history_size=max(_LEAST_HISTORY, min(_HISTORY, history)),
+        line_search_fn="strong_wolfe",
     )
 
     def objective() -> Tensor:

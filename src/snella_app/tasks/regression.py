@@ -22,7 +22,8 @@ from snella_app.tasks.predictions import NumberPrediction, check_output
 from snella_app.tasks.task import Task, full_precision, paired, weighted_mean
 
 NUMBER_LOSSES: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
-"""Regression losses of standardized targets by value of `--loss`; Huber is quadratic up to one standard deviation."""
+"""Regression losses of standardized targets by value of `--loss`. Huber is quadratic for errors up to one standard
+deviation."""
 _RIDGE_PENALTY = 5.0
 """Weight of `‖w‖²` relative to the summed squared errors, for features with mean variance 1."""
 
@@ -82,11 +83,11 @@ class RegressionTask(Task):
     def fitted(self, train: ImageDataset) -> Self:
         """Return the task with mean, standard deviation and median of the training targets."""
         values = self._values(train)
-        std = values.std(0)
+        std = np.where(np.ptp(values, 0) > 0, values.std(0), 1.0)  # the std of equal values may be above 0
         return dataclasses.replace(
             self,
             mean=tuple(values.mean(0).tolist()),
-            std=tuple(np.where(std > 0, std, 1.0).tolist()),
+            std=tuple(std.tolist()),
             median=tuple(np.median(values, 0).tolist()),
         )
 
@@ -146,11 +147,11 @@ class RegressionTask(Task):
         by_target = {"multioutput": "raw_values"}
         mae = mean_absolute_error(truth, predicted, **by_target)
         rmse = root_mean_squared_error(truth, predicted, **by_target)
-        is_varying = truth.std(0) > 0
+        is_varying = np.ptp(truth, 0) > 0
         r2 = np.full(len(self.names), np.nan)
         if is_varying.any():
             r2[is_varying] = r2_score(truth[:, is_varying], predicted[:, is_varying], **by_target)
-        squares = (full_precision(scores).double() - self.standardized(torch.as_tensor(truth))).square()
+        squares = (scores.double() - self.standardized(torch.as_tensor(truth))).square()
         median_errors, mean_errors = truth - np.asarray(self.median), truth - np.asarray(self.mean)
         return {
             "mae": float(mae.mean()),
@@ -213,7 +214,7 @@ class RegressionTask(Task):
         """Return errors of each target and of the baselines (training median or mean)."""
         keys = ("mae", "rmse", "r2", "baseline_mae", "baseline_rmse")
         rows = [[row["name"], *(f"{row[key]:.4g}" for key in keys)] for row in scores["per_target"]]
-        columns = ["target", "MAE", "RMSE", "R²", "MAE of the median", "RMSE of the mean"]
+        columns = ["target", "MAE", "RMSE", "R²", "baseline MAE", "baseline RMSE"]
         return make_table(columns, rows, title="targets")
 
     def image_predictions(

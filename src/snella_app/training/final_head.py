@@ -22,7 +22,14 @@ from snella_app.runs.layer_probe import KernelHead, LayerProbe, clipped, gaussia
 from snella_app.tasks import Task
 from snella_app.tasks.linear_fit import fit_head
 from snella_app.training.build import RunComponents
-from snella_app.training.linear_probe import balancing_weights, encoded_targets, extract_features, original_images
+from snella_app.training.linear_probe import (
+    MAX_PROBE_IMAGES,
+    balancing_weights,
+    encoded_targets,
+    extract_features,
+    original_images,
+    sampled_rows,
+)
 
 MIN_CENTERS, MAX_CENTERS = 32, 6_000
 """Range of the number of images for a kernel head; its size and time grow with their number and its square."""
@@ -90,7 +97,8 @@ def fit_layers(
 ) -> tuple[LayerProbe, tuple[np.ndarray, np.ndarray] | None]:
     """Fit a head to features of several layers of the trained model.
 
-    A first fit to the training images predicts the validation images. The final fit uses both splits.
+    A first fit to the training images predicts the validation images. The final fit uses both splits, with at most
+    5,000 validation images.
     `parts.initial_layer_features`, if set, are the features of the training images. The others are computed in
     autocast with the training precision, which is faster in bfloat16; the returned probe computes in the precision of
     its inputs.
@@ -103,23 +111,31 @@ def fit_layers(
         None without validation images.
     """
     task, outputs = parts.task, parts.task.count_outputs(parts.splits.classes)
-    val_images, val_outputs = parts.splits.val, None
     views, batch_size, sampler = data.views, optim.effective_batch_size, data.sampler
+    val = None if parts.splits.val is None else original_images(parts.splits.val)
+    added = None if val is None else val.subset(sampled_rows(parts, len(val)).tolist())
     with autocast(next(parts.model.parameters()).device, optim.precision):
         measured = measure_features(parts, train, views, batch_size, parts.initial_layer_features, sampler)
-        val = None if val_images is None else measure_features(parts, val_images, views, batch_size, None, sampler)
-    images = len(train) + (0 if val_images is None else len(val_images))
-    fit = fit_kernel if uses_kernel(task, images) else fit_linear
-    head = fit(task, measured, outputs)
-    if val is not None:
-        val_outputs = _outputs(task, val, head)
-        head = fit(task, _concatenate(measured, val), outputs)
-    return LayerProbe(parts.model, probed_layers(parts.model), head), val_outputs
+        measured_val = None if added is None else measure_features(parts, added, views, batch_size, None, sampler)
+    fit = fit_kernel if uses_kernel(task, len(train) + (0 if added is None else len(added))) else fit_linear
+    probe, val_outputs = LayerProbe(parts.model, probed_layers(parts.model), fit(task, measured, outputs)), None
+    if val is not None and added is not None and measured_val is not None:
+        if len(added) == len(val):
+            val_outputs = _outputs(task, measured_val, probe.head)
+        else:
+            val_outputs = measure_layers(parts, probe, val, views, batch_size)
+        probe = LayerProbe(parts.model, probe.layers, fit(task, _concatenate(measured, measured_val), outputs))
+    return probe, val_outputs
 
 
 def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: int, batch_size: int) -> Any:
     """Compute the reduced outputs of a probe and the labels of a split; see `measure_features` for the arguments."""
-    return _outputs(parts.task, measure_features(parts, images, views, batch_size), probe.head)
+    images, results = original_images(images), []
+    for start in range(0, len(images), MAX_PROBE_IMAGES):  # bounds the memory of the features
+        part = images.subset(range(start, min(start + MAX_PROBE_IMAGES, len(images))))
+        results.append(_outputs(parts.task, measure_features(parts, part, views, batch_size), probe.head))
+    reduced, labels = zip(*results, strict=True)
+    return np.concatenate(reduced), np.concatenate(labels)
 
 
 def uses_kernel(task: Task, images: int) -> bool:
@@ -230,7 +246,7 @@ def fit_kernel(task: Task, measured: MeasuredFeatures, outputs: int) -> KernelHe
         if factors is not None:
             weights = weights * torch.as_tensor(factors, dtype=weights.dtype, device=weights.device)
     # in float64 on the CPU: some devices lack it, and in float32 very unequal weights can make the matrix indefinite
-    weights = (weights / weights.mean()).clamp_min(_EPS).double().cpu()
+    weights = (weights / weights.mean()).clamp_min(_EPS).cpu().double()
     labels, standardized = labels.cpu(), centers.cpu().double()
     targets = F.one_hot(labels, outputs).double()
     prior = weights @ targets / weights.sum()

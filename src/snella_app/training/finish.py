@@ -78,6 +78,9 @@ class LiveReport(TrainerCallback):
 def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Console, render_report: bool = True) -> None:
     """Average epochs if requested, fit the final head, evaluate the saved model, write the results, print a summary."""
     train_s, run, parts = trainer.elapsed_s, trainer.run_folder, trainer.parts
+    if is_main():
+        (run.adapter / LAYER_PROBE).unlink(missing_ok=True)  # left by an interrupted `finish`
+        run.update("running", final_head="trained")
     averaged = trainer.average_epochs()
     wait_for_everyone()  # until the main process has written the best adapter
     status = console.status("evaluating the saved model") if console.is_terminal else contextlib.nullcontext()
@@ -186,9 +189,6 @@ def _fit_final_head(
     """
     plan, parts, run = trainer.plan, trainer.parts, trainer.run_folder
     task = parts.task
-    if is_main():
-        (run.adapter / LAYER_PROBE).unlink(missing_ok=True)  # left by an interrupted `finish`
-        run.update("running", final_head="trained")
     if not _fits_layers(trainer):
         return None, None
     probe, val = fit_layers(parts, _head_images(parts), plan.data, plan.optim)

@@ -17,6 +17,7 @@ from snella_app.report.report import write_page
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.images import check_splits, find_data, load_splits
 from snella_app.training.distributed import require_single_process
+from snella_app.training.session import TrainingInterrupted, lock_run
 from snella_app.training.train import train
 
 
@@ -58,7 +59,11 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
     for fold, run in enumerate(runs, 1):
         if run.status != "finished":
             print_line(console, f"fold {fold} of {count}")
-            train(_fold_config(config, fold, run), console, **options)
+            try:
+                train(_fold_config(config, fold, run), console, **options)
+            except TrainingInterrupted as error:
+                text = str(error).replace(f"--out {run.path} ", f"--out {folder.path} ")
+                raise TrainingInterrupted(text) from None
         metrics = read(Metrics, run.path)
         held_out = read(RunInfo, run.path).data.fold_part or "test"
         chosen = metrics.test if held_out == "test" else metrics.val
@@ -137,7 +142,9 @@ def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
         )
     if stored is not None:
         for fold in range(1, stored.folds + 1):
-            RunFolder(folder.path / f"fold-{fold}")._clear()
+            run = RunFolder(folder.path / f"fold-{fold}")
+            with lock_run(run):
+                run._clear()
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_config(config)
     folder.write(FoldResults(int(config.data.folds or 0)))

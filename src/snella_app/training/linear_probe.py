@@ -32,7 +32,7 @@ from snella_app.training.build import RunComponents
 from snella_app.training.checkpoints import CheckpointError, require_file
 from snella_app.training.distributed import sum_across_processes
 
-_MAX_PROBE_IMAGES = 5_000
+MAX_PROBE_IMAGES = 5_000
 """Maximum number of training images for a probe; more images hardly change the fit."""
 _NORM_FILE = "feature_norm.safetensors"
 _MOMENTUM = 0.1
@@ -157,11 +157,15 @@ def balancing_weights(images: ImageDataset, task: Task, sampler: str) -> NDArray
 
 
 def probe_rows(parts: RunComponents) -> NDArray[np.int64]:
-    """Return the indices of the training images for a probe: all, or a random sample of `_MAX_PROBE_IMAGES`."""
-    count = len(parts.splits.train)
-    if count <= _MAX_PROBE_IMAGES:
+    """Return the indices of the training images for a probe; see `sampled_rows`."""
+    return sampled_rows(parts, len(parts.splits.train))
+
+
+def sampled_rows(parts: RunComponents, count: int) -> NDArray[np.int64]:
+    """Return `range(count)`, or a sorted random sample of `MAX_PROBE_IMAGES` of it, which depends on the seed."""
+    if count <= MAX_PROBE_IMAGES:
         return np.arange(count)
-    return np.sort(np.random.default_rng(parts.seed).choice(count, _MAX_PROBE_IMAGES, replace=False))
+    return np.sort(np.random.default_rng(parts.seed).choice(count, MAX_PROBE_IMAGES, replace=False))
 
 
 def probe_features(parts: RunComponents, optim: OptimConfig) -> Tensor:

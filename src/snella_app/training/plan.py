@@ -85,7 +85,13 @@ def resolve(
     config = config.replace(batch_size=broadcast_from_main(lambda: fit_batch_size(parts, config.optim, console)))
     optim = config.optim.with_batch_size_for(len(parts.splits.train))
     plan = choose_heads(parts, dataclasses.replace(config, optim=optim))
-    plan = dataclasses.replace(plan, data=choose_augmentation(parts, plan.data, plan.optim))
+    chosen = broadcast_from_main(lambda: choose_augmentation(parts, plan.data, plan.optim))
+    if plan.data.augment == "auto":
+        augment: Any = chosen.augment
+        erasing = chosen.random_erasing
+        transform = build_transform(parts.data_config, train=True, augment=augment, random_erasing=erasing)
+        parts.splits.train = parts.splits.train.with_transform(transform)
+    plan = dataclasses.replace(plan, data=chosen)
     can_skip = can_skip_training(plan.optim, protocol)
     if plan.optim.epochs == 0 and not can_skip:
         raise ValueError(
@@ -100,7 +106,7 @@ def resolve(
                 "head; use --final-head trained to train the head",
             )
         plan = plan.replace(epochs=0)
-    elif plan.optim.time_budget is not None:
+    elif plan.optim.time_budget is not None and plan.optim.epochs:
         plan = plan.replace(epochs=broadcast_from_main(lambda: fit_epochs(parts, plan, console, data.started_at)))
     return plan, parts
 
@@ -178,16 +184,13 @@ def choose_augmentation(parts: RunComponents, data: DataConfig, optim: OptimConf
     probe on flipped images is not sufficient: if all figures face left, it also fails on flips that keep the class.
 
     `tta="auto"` averages the predictions for an image and its flip if training flips images, the task is single-label
-    classification and the protocol is not `official`. With `augment="auto"`, the transform of the training images is
-    replaced.
+    classification and the protocol is not `official`.
     """
     augment: Any = data.augment
     if augment == "auto":
         augment = parts.task.augment if data.protocol != "official" else "flip"
         if augment == "crop" and _flips_change_classes(parts, optim):
             augment = "crop-no-flip"
-        transform = build_transform(parts.data_config, train=True, augment=augment, random_erasing=data.random_erasing)
-        parts.splits.train = parts.splits.train.with_transform(transform)
     tta = data.tta
     if tta == "auto":
         is_averaged = has_flips(augment) and parts.task.has_one_class and data.protocol != "official"
@@ -258,6 +261,9 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
     else:
         is_probe = optim.head_init == "probe"
         rows.append(("head", "initialized from a linear probe" if is_probe else "initialized at random"))
+    if optim.epochs:
+        mixers = {"mixup": plan.data.mixup, "cutmix": plan.data.cutmix, "random erasing": plan.data.random_erasing}
+        rows.append(("augment", ", ".join([plan.data.augment, *(name for name, value in mixers.items() if value)])))
     if adapter is not None:
         start, end = (adapted - round(value * adapted) for value in (adapter.init_sparsity, adapter.target_sparsity))
         at_end = f"{adapter.target_sparsity:.0%} sparse at the end"

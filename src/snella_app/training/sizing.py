@@ -31,7 +31,7 @@ from snella_app.text import first_line, seconds_text
 from snella_app.training.build import RunComponents
 from snella_app.training.distributed import process_count
 from snella_app.training.final_head import layer_fit_seconds, may_save_last_epoch
-from snella_app.training.linear_probe import can_skip_training, probe_rows
+from snella_app.training.linear_probe import MAX_PROBE_IMAGES, can_skip_training, probe_rows
 from snella_app.training.memory import predict_step_memory, preserve_state
 
 MIN_SIZE = 48
@@ -49,6 +49,8 @@ _SIZE_RATIO = 1.15
 """The size search ends when the smallest size that does not fit is at most this factor above the largest that does."""
 _SMALL_SIDE, _MEASURED_SIDES = 112, 16
 """Image size that is tried for images of any size, and the number of images whose size is read."""
+_NEVER_S = 1e12
+"""Time of a step that runs out of memory."""
 _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
 """Errors of models that do not support an image size."""
 
@@ -132,6 +134,8 @@ def fit_image_size(
         try:
             return _measure_times(parts if size == default else at_size(size), config, with_training)
         except _SIZE_ERRORS as error:
+            if is_out_of_memory(error):
+                return _Times(_NEVER_S, _NEVER_S)
             raise _SizeError(f"{size} px ({first_line(error.__cause__ or error)})") from error
 
     def epoch_seconds(size: int) -> float:
@@ -284,10 +288,8 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     train_s = _step_seconds(parts, optim, parts.splits.train, per_batch, _trial_step) if with_training else 0.0
     steps = optim.steps_per_epoch(len(parts.splits.train)) * optim.accumulate
     measured = {name: part for name, part in parts.splits.parts.items() if name != "train"}
-    if not measured:
-        return _Times(steps * train_s, 0.0)
     # the first pass reads from disk; later passes may read from memory
-    *_, last = measured.values()
+    last = next(reversed(measured.values()), parts.splits.train)
     first_read_s, read_s = (_step_seconds(parts, optim, last, per_batch, _only_read) for _ in range(2))
     views = 2 if data.tta == "auto" else data.views
 
@@ -301,10 +303,12 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     batches = {name: len(part) / timed_images for name, part in measured.items()}
     selection_s = batches.get(str(get_protocol(data.protocol).selected_on), 0) * evaluation_s
     final_s = sum(batches.values()) * (max(first_read_s - read_s, 0.0) + evaluation_s)
-    if can_skip_training(optim, data.protocol):
+    starts_from_run = config.model.init_from is not None and get_protocol(data.protocol).selected_on == "val"
+    if can_skip_training(optim, data.protocol) or starts_from_run:
         final_s += selection_s  # evaluation of the initial model
+    final_s += selection_s * ((optim.soup or 0) + (optim.swa is not None))  # evaluation of averages
     if optim.final_head == "layers":
-        images = len(probe_rows(parts)) + len(measured.get("val", ()))
+        images = len(probe_rows(parts)) + min(len(measured.get("val", ())), MAX_PROBE_IMAGES)
         features_s = evaluation_s if optim.precision == "fp32" else views_seconds(optim)
         fits = 2 if with_training and may_save_last_epoch(config) else 1
         final_s += fits * (images / timed_images * features_s + layer_fit_seconds(parts, images, views))
@@ -387,9 +391,17 @@ def _runs_out_of_memory(parts: RunComponents, precision: str, batch: int) -> boo
     try:
         _trial_step(parts, precision, parts.task.collate(images))
     except RuntimeError as error:  # base class of torch.OutOfMemoryError
-        if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         return True
     return False
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error reports missing memory of the device or the machine; then free cached GPU memory."""
+    is_missing = isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "memory" in str(error)
+    )
+    if is_missing and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return is_missing

@@ -94,7 +94,7 @@ def train(
         console = Console(file=io.StringIO())
     console = console or make_console(survives_closed_output=True)
     with main_process_only(lock_run(run, is_shared=True)):
-        if config.model.init_from is not None and not config.run.resume:
+        if config.model.init_from is not None and not (config.run.resume and run.status is not None):
             config = RunFolder(config.model.init_from).init_from_settings(config)
         config, resumed = broadcast_from_main(partial(run.resolve_resume, config))
         if resumed is not None and resumed.is_finished:
@@ -119,13 +119,13 @@ def train(
         source = run if stored is not None else initial
         selection = None if source is None else source.path
         parts = build(config.model, config.method, loaded, device, selection, console)
+        if initial is not None and (stored is None or latest_checkpoint(run.checkpoints) is None):
+            load_initial_weights(parts, str(config.data.spec), initial)
         if stored is None:
             plan, parts = resolve(config, loaded, parts, console)
         else:
             check_splits(run.path, stored, parts.splits)
             plan = config  # `config.yaml` contains the plan
-        if initial is not None and (stored is None or latest_checkpoint(run.checkpoints) is None):
-            load_initial_weights(parts, str(plan.data.spec), initial)
         wait_for_everyone()  # all processes must read the stored files before the main process replaces them
         if is_main():
             run.prepare(plan, is_resumed=stored is not None)

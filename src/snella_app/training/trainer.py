@@ -371,7 +371,7 @@ class SnellaTrainer(CheckpointingTrainer):
         """Apply MixUp or CutMix, if enabled; adds the other image's label and the mixing weight to the batch."""
         alphas = {v2.MixUp: self.plan.data.mixup, v2.CutMix: self.plan.data.cutmix}
         count = len(inputs["labels"])
-        mixers = [kind(alpha=alpha, num_classes=count) for kind, alpha in alphas.items() if alpha]
+        mixers = [kind(alpha=float(alpha), num_classes=count) for kind, alpha in alphas.items() if alpha]
         if not mixers or count == 1:
             return inputs
         # torchvision mixes one-hot labels; with the image index as label, a row contains the mixing weight

@@ -12,7 +12,7 @@ class RecipeMethodConfig(BaseMethodConfig):
     """Fine-tuning method and its options.
 
     Args:
-        name: snella, snell, lora, dora or full; lora-8 sets the rank.
+        name: snella, snell, lora, dora or full; a number at the end sets the rank (lora-8).
     """
 
     name: str = RECIPE_METHOD

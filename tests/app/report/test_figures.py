@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import sys
 import xml.etree.ElementTree as ET
@@ -6,10 +7,10 @@ import pytest
 from PIL import Image
 
 from snella_app.records.record import read
-from snella_app.records.run import Allocation, AllocationStep, MatrixInfo, Metrics
+from snella_app.records.run import Allocation, AllocationStep, AveragedEpochs, MatrixInfo, Metrics
 from snella_app.report import allocation as allocation_figures
 from snella_app.report import figures
-from snella_app.report.style import inline_svg, shortened
+from snella_app.report.style import inline_svg, new_panels, shortened
 
 XLINK = "{http://www.w3.org/1999/xlink}href"
 
@@ -56,6 +57,21 @@ def test_every_figure_is_written_as_svg_and_png(run, tmp_path, ending, monkeypat
         else:
             assert ET.parse(path).getroot().tag.endswith("svg")
     assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_no_single_epoch_is_marked_if_an_average_is_saved(run):
+    run.finished()
+    metrics = read(Metrics, run.folder)
+    assert "saved epoch" in texts(inline_svg(figures.loss_curves(metrics), "loss", "Loss"))
+    for is_saved in (True, False):
+        averaged = dataclasses.replace(metrics, averaged=AveragedEpochs("swa", [1, 2], [1, 2], is_saved, {}))
+        shown = texts(inline_svg(figures.loss_curves(averaged), "loss", "Loss"))
+        assert ("saved epoch" in shown) is not is_saved
+
+
+def test_unused_panels_are_removed():
+    figure, panels = new_panels(600, 400, ["a", "b", "c", "d"], 3)
+    assert len(panels) == 4 and figure.axes == panels
 
 
 def test_equal_figures_are_written_as_equal_bytes(run):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,6 +233,16 @@ def test_paths_come_from_standard_input_tables_and_patterns(photos, tmp_path, mo
     assert expand([str(photos / "*" / "00[01].png")]) == sorted(photos.glob("*/00[01].png"))
 
 
+def test_a_table_with_a_prefix_may_have_any_suffix(photos):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    cat = sorted((photos / "cats").iterdir())[0]
+    parquet.write_table(pa.table({"path": [f"all/cats/{cat.name}"]}), photos.parent / "table.pq")
+    (photos.parent / "table.txt").write_text(f"path\nall/cats/{cat.name}\n")
+    for spec in ("parquet:table.pq", "csv:table.txt"):
+        kind, _, name = spec.partition(":")
+        assert expand([f"{kind}:{photos.parent / name}"]) == [photos.parent / "all/cats" / cat.name]
+
+
 def test_new_files_are_yielded_once_when_complete(tmp_path, photos):
     polls = new_files([tmp_path], [], poll_s=0.0)
     assert next(polls) == []
@@ -280,8 +291,9 @@ def test_watching_appends_rows_and_is_resumed(finished, photos, tmp_path, monkey
     lines = tmp_path / "rows.jsonl"
     predict_to_files(str(finished.path), [str(inbox)], out=str(lines), watch=True)
     assert [json.loads(line)["image"] for line in lines.read_text().splitlines()] == [str(inbox / "d.png")]
-    with pytest.raises(ValueError, match=r"out must end with \.csv or \.jsonl with watch, .*, got 'p\.json'"):
-        predict_to_files(str(finished.path), [str(inbox)], out="p.json", watch=True)
+    for name in ("p.json", "p.txt", "p"):
+        with pytest.raises(ValueError, match=rf"out must end with \.csv or \.jsonl with watch, .*, got '{name}'"):
+            predict_to_files(str(finished.path), [str(inbox)], out=name, watch=True)
     with pytest.raises(ValueError, match=r"watch needs a folder among the images, got a\.png"):
         predict_to_files(str(finished.path), ["a.png"], watch=True)
     with pytest.raises(ValueError, match="features must be left out with watch"):
@@ -403,6 +415,21 @@ def test_watching_continues_an_edited_table_but_no_other_file(finished, photos, 
             ValueError, match=r"out=.*rows\.jsonl has rows that are not predictions: .*; choose another"
         ):
             predict_to_files(str(finished.path), images, out=str(tmp_path / "rows.jsonl"), watch=True)
+
+
+def test_a_table_with_windows_line_ends_is_continued(finished, photos, tmp_path, monkeypatch):
+    known = []
+
+    def new_files(folders, images, poll_s=0.5):
+        known.extend(images)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("snella_app.runs.prediction_files.new_files", new_files)
+    images, out = [str(photos / "cats" / "000.png"), str(photos)], tmp_path / "rows.csv"
+    out.write_bytes(b"image,label,probability\r\nold.png,cats,0.5\r\n")
+    predict_to_files(str(finished.path), images, out=str(out), watch=True, top_k=1)
+    assert [line.split(",")[0] for line in out.read_text().splitlines()] == ["image", "old.png", images[0]]
+    assert known == [Path("old.png"), Path(images[0])]  # not predicted again when it is found in the folder
 
 
 def test_other_data_may_be_a_path(finished, photos):

@@ -157,6 +157,15 @@ def test_targets_are_standardized_for_the_loss_and_converted_back():
     assert scores["r2"] == pytest.approx(-1.0)
 
 
+def test_equal_targets_have_no_spread_although_their_std_is_rounded():
+    values = [(0.1, float(i)) for i in range(3)]
+    assert np.std([0.1] * 3) > 0
+    task = create_task("regression", ["x", "y"]).fitted(dataset([0] * 3, values))
+    assert task.std[0] == 1.0
+    scores = task.metrics(torch.ones(3, 2), torch.tensor(values, dtype=torch.float64))
+    assert np.isnan(scores["per_target"][0]["r2"]) and scores["r2"] == scores["per_target"][1]["r2"]
+
+
 def test_models_of_several_folds_are_averaged_in_target_units():
     first, second = RegressionTask(("x",), mean=(1.0,), std=(2.0,)), RegressionTask(("x",), mean=(3.0,), std=(4.0,))
     outputs = [torch.tensor([[1.0]]), torch.tensor([[0.5]])]  # 3 and 5

@@ -24,7 +24,17 @@ from snella_app.runs.merge import merge
 from snella_app.runs.predict import load
 from snella_app.tasks import create_task
 from snella_app.training import final_head, linear_probe
-from snella_app.training.final_head import MeasuredFeatures, fit_kernel, fit_linear, is_clearly_worse, uses_kernel
+from snella_app.training.final_head import (
+    MeasuredFeatures,
+    _outputs,
+    fit_kernel,
+    fit_layers,
+    fit_linear,
+    is_clearly_worse,
+    measure_features,
+    measure_layers,
+    uses_kernel,
+)
 from snella_app.training.linear_probe import base_and_head
 from snella_app.training.plan import choose_heads
 from snella_app.training.train import train
@@ -402,6 +412,23 @@ def test_unsupported_final_heads_are_rejected(tmp_path):
     parts.model.forward_intermediates = None
     with pytest.raises(ValueError, match="final_head='layers' needs a timm model with forward_intermediates"):
         choose_heads(parts, settings)
+
+
+def test_large_splits_are_measured_in_parts_and_sampled_for_the_fit(finished, tmp_path, monkeypatch):
+    run, _ = finished
+    stored = run.read_config()
+    for module in (final_head, linear_probe):
+        monkeypatch.setattr(module, "MAX_PROBE_IMAGES", 12)
+    parts = build_components(stored.replace(out=str(tmp_path / "new")))
+    val, count = parts.splits.val, len(parts.splits.val)
+    assert count > 12 and count % 12
+    train = parts.splits.train.subset(range(40))
+    probe, (outputs, labels) = fit_layers(parts, train, stored.data, stored.optim)
+    assert len(outputs) == count and labels.tolist() == list(val.labels)
+    assert len(probe.head.centers) == 40 + 12
+    whole = _outputs(parts.task, measure_features(parts, val, 1, 8), probe.head)
+    in_parts = measure_layers(parts, probe, val, 1, 8)
+    assert np.allclose(whole[0], in_parts[0], atol=1e-5) and np.array_equal(whole[1], in_parts[1])
 
 
 def test_without_validation_images_the_head_is_fitted_to_all_images(tmp_path):

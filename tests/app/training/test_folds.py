@@ -17,7 +17,7 @@ from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.predict import load
 from snella_app.training.folds import train_folds
-from snella_app.training.session import TrainingInterrupted
+from snella_app.training.session import RunInUseError, TrainingInterrupted, lock_run
 
 from .components import interrupt_before
 
@@ -114,6 +114,19 @@ def test_an_interrupted_cross_validation_is_resumed(fast, console, tmp_path, mon
     results = train_folds(fast(resume=True, data=None, backbone=None), console)
     assert len(results.rows) == 3 and (root / "fold-1/metrics.json").read_bytes() == before
     assert main(["train", "--out", str(root), "--resume"]) == 0
+
+
+def test_an_interrupted_fold_is_resumed_with_the_cross_validation(fast, console, tmp_path):
+    with interrupt_before(0), pytest.raises(TrainingInterrupted, match=rf"--out {tmp_path}/run --resume"):
+        train_folds(fast(), console)
+
+
+def test_overwriting_spares_the_folds_of_a_running_process(fast, console, tmp_path):
+    train_folds(fast(), console)
+    run = RunFolder(tmp_path / "run" / "fold-1")
+    with lock_run(run), pytest.raises(RunInUseError, match="is locked by running process"):
+        train_folds(fast(overwrite=True), console)
+    assert run.status == "finished"
 
 
 def test_predictions_average_all_models(fast, console, photos, tmp_path, capsys):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from snella_app.tasks import linear_fit
 from snella_app.tasks.linear_fit import fit_probe
 from snella_app.training.linear_probe import init_head_from_probe
 from snella_app.training.plan import choose_augmentation, choose_heads
@@ -152,6 +153,15 @@ def halves(tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(folder / f"{number}.png")
     return tmp_path
+
+
+def test_a_fit_with_little_memory_for_past_steps_has_the_same_minimum(monkeypatch):
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(60, 5)), rng.integers(0, 3, 60)
+    expected = fit_probe(features, labels, 3)
+    monkeypatch.setattr(linear_fit, "_HISTORY_BYTES", 0)
+    for actual, value in zip(fit_probe(features, labels, 3), expected, strict=True):
+        torch.testing.assert_close(actual, value, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "expected", "tta"), [("side", "crop-no-flip", 1), ("level", "crop", 2)])

@@ -87,6 +87,23 @@ def test_a_new_run_resumes_without_the_initial_run(finished, new_config, tmp_pat
     assert resumed.read_json("metrics.json")["history"] == uninterrupted.read_json("metrics.json")["history"]
 
 
+def test_a_new_run_with_resume_inherits_the_settings_of_the_initial_run(finished, new_config, console):
+    run = train(new_config(epochs=1, resume=True), console)
+    config, initial = run.read_config(), finished.read_config()
+    assert run.status == "finished" and config.model.init_from == str(finished.path)
+    assert (config.method.name, config.model.img_size) == (initial.method.name, initial.model.img_size)
+    assert train(new_config(resume=True), console).status == "finished"
+
+
+def test_the_recipe_is_chosen_with_the_weights_of_the_initial_run(finished, new_config, console, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("snella_app.training.train.load_initial_weights", lambda *_: loaded.append("weights"))
+    monkeypatch.setattr("snella_app.training.train.resolve", lambda *_: loaded.append("plan") or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(new_config(), console)
+    assert loaded == ["weights", "plan"]
+
+
 def test_the_selection_of_weights_is_inherited(settings, new_config, tmp_path, console):
     first = train(settings(method="gps", epochs=1, out=str(tmp_path / "gps")), console)
     run = train(new_config(init_from=str(first.path), epochs=1, batch_size=8), console)

@@ -121,7 +121,7 @@ def test_predictions_are_masks_at_image_size_and_overlays(run, folder, tmp_path,
     assert "%" in capsys.readouterr().out
 
 
-def test_masks_of_watched_folders_are_written_to_a_folder_of_any_name(run, folder, tmp_path, monkeypatch):
+def test_masks_of_watched_folders_are_written_to_a_folder_of_any_name(run, folder, tmp_path, monkeypatch, capsys):
     def one_file(folders, known):
         yield [folder / "images" / "000.png"]
         raise KeyboardInterrupt
@@ -131,6 +131,8 @@ def test_masks_of_watched_folders_are_written_to_a_folder_of_any_name(run, folde
     run_command("predict", run, folder / "images" / "000.png", "--out", tmp_path / "plain")
     watched, plain = (np.asarray(read_mask(tmp_path / name / "000.png")) for name in ("masks.csv", "plain"))
     assert watched.shape == (32, 40) and np.array_equal(watched, plain)
+    run_command("predict", run, folder / "images", "--watch", "--out", folder / "images" / "masks", status=2)
+    assert "out must be outside the watched folders" in capsys.readouterr().err
 
 
 def test_unsupported_prediction_outputs_are_rejected(run, folder, tmp_path, capsys):

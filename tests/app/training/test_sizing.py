@@ -219,6 +219,27 @@ def test_a_required_size_is_unchanged(changes, message, settings, console, timed
     assert size is None and message in text and timed_by_pixels.sides == []
 
 
+def test_sizes_that_run_out_of_memory_are_too_large(settings, console, timed_by_pixels, monkeypatch):
+    step_seconds = sizing._step_seconds
+
+    def limited(parts, optim, dataset, batch, step):
+        if parts.data_config["input_size"][-1] > 96:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step_seconds(parts, optim, dataset, batch, step)
+
+    monkeypatch.setattr(sizing, "_step_seconds", limited)
+    size, text = select_size(settings, console, time_budget="1000s")
+    assert size is not None and 80 <= size <= 96 and "does not support" not in text
+
+
+def test_a_time_budget_does_not_add_epochs_to_zero(settings, console, monkeypatch):
+    monkeypatch.setattr("snella_app.training.plan.fit_epochs", lambda *_: pytest.fail("epochs were fitted"))
+    config = settings(epochs=0, time_budget="60s", head_init="probe").resolved()
+    data = load(config.data, config.optim, config.run)
+    parts = build(config.model, config.method, data, choose_device(config.run.device))
+    assert resolve(config, data, parts, console)[0].optim.epochs == 0
+
+
 @pytest.mark.parametrize("changes", [{"img_size": 80}, {"time_budget": None}])
 def test_an_explicit_size_or_a_missing_budget_disables_size_selection(changes, settings, console, monkeypatch):
     monkeypatch.setattr("snella_app.training.plan.fit_image_size", lambda *_: pytest.fail("sizes were measured"))

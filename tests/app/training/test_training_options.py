@@ -166,7 +166,8 @@ def test_the_mixed_loss_weights_both_labels(settings, console, monkeypatch):
         return mixed
 
     monkeypatch.setattr(SnellaTrainer, "_mix", mix)
-    train(settings(method="linear", method_options={}, epochs=3, mixup=0.8, cutmix=1.0, augment="none"), console)
+    train(settings(method="linear", method_options={}, epochs=3, mixup=0.8, cutmix=1, augment="none"), console)
+    assert "augment   none, mixup, cutmix" in console.file.getvalue()
     kinds = set()
     for inputs, mixed in seen:
         share, images, others = mixed["share"], inputs["images"], inputs["images"].roll(1, 0)

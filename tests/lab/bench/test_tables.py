@@ -179,7 +179,7 @@ def test_twin_tables_of_a_tiny_run_cover_all_tables(tmp_path):
 
     from snella_lab.comparison.compare import compare
 
-    with pytest.raises(FileNotFoundError, match=r"contains no results\.jsonl; run: make twins"):
+    with pytest.raises(FileNotFoundError, match=r"contains no results\.jsonl; run `snella compare --out .*` or `make"):
         read_cells(tmp_path / "results.jsonl")
     overrides = {"methods": ["klora-8", "within-layers-scaling-1", "klora-8-scaling-1"], "data": ["digits"], "seeds": 1}
     values = read_experiment("twin-table9", overrides).as_dict()

@@ -48,7 +48,11 @@ def test_confident_error_contains_a_finite_likelihood():
 
 @pytest.mark.parametrize(
     ("probabilities", "message"),
-    [(np.array([[0.5, 0.4]]), "must sum to 1, got 0.9000"), (np.ones((2, 1)), r"must be \[1, classes\], got \[2, 1\]")],
+    [
+        (np.array([[0.5, 0.4]]), "must sum to 1, got 0.9000"),
+        (np.array([[np.nan, np.nan]]), "must sum to 1, got nan"),
+        (np.ones((2, 1)), r"must be \[1, classes\], got \[2, 1\]"),
+    ],
 )
 def test_invalid_probabilities_are_rejected(probabilities, message):
     with pytest.raises(ValueError, match=message):

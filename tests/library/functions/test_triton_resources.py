@@ -65,6 +65,17 @@ def test_rows_were_compiled_from_the_current_kernels_and_launch_options(monkeypa
 
 
 @needs_triton
+def test_a_part_of_the_kernels_does_not_replace_the_committed_rows(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import triton_resources
+
+    monkeypatch.setattr(sys, "argv", ["triton_resources.py", "--capabilities", "90"])
+    with pytest.raises(SystemExit):
+        triton_resources.main()
+    assert "would replace all rows; pass --out, --launch or --check" in capsys.readouterr().err
+
+
+@needs_triton
 def test_source_digest_covers_code_settings_and_launch_but_no_comments(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import triton_resources
