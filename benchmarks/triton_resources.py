@@ -224,8 +224,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only compile")
     parser.add_argument("--out", type=Path, default=ROWS)
     args = parser.parse_args()
-    is_part = set(args.capabilities) < set(CAPABILITIES) or set(args.ranks) < set(RANKS)
-    if is_part and args.out == ROWS and not (args.launch or args.check):
+    is_whole = set(CAPABILITIES) <= set(args.capabilities) and set(RANKS) <= set(args.ranks)
+    if not is_whole and args.out == ROWS and not (args.launch or args.check):
         parser.error("a part of the capabilities or ranks would replace all rows; pass --out, --launch or --check")
     rows, count = [], 0
     for rank in args.ranks:

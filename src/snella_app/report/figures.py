@@ -164,7 +164,7 @@ def cost_bars(rows: Sequence[MethodResult]) -> Figure:
         count = "" if row.trainable_parameters is None else f" · {count_text(row.trainable_parameters)}"
         axes.text(seconds[position] + longest / 60, position, time + count, va="center", color=INK, fontsize=11)
     axes.set_xlim(0, 1.75 * longest)
-    axes.set_xlabel("seconds (bars labeled with trainable parameters)")
+    axes.set_xlabel("seconds (labels: time · trainable parameters)")
     return figure
 
 

@@ -258,7 +258,7 @@ class RunFolderOf(Generic[S]):
             ValueError: If `resume` is set with settings that differ from the stored ones.
         """
         status, requested = self.status, config.flat()
-        can_start = all(requested[name] for name in config.required)
+        can_start = all(requested[name] for name in config.required) and not any(self.checkpoints.glob("checkpoint-*"))
         if config.run.resume and (status is not None or not can_start):
             self._check_resumable(config, status)
             return self._resumed_settings(config)

@@ -75,7 +75,7 @@ def predict_to_files(
         if watch and any(Path(out).resolve().is_relative_to(folder.resolve()) for folder in folders):
             raise ValueError(f"out must be outside the watched folders, since its masks are images, got {out!r}")
     model = load(run, device, batch_size=batch_size)
-    has_no_threshold = threshold == "auto" and model.resolve_threshold(tta, threshold) is None
+    resolved = model.resolve_threshold(tta, threshold)  # also checks both before files are changed
     if is_appended and overwrite:
         Path(str(out)).unlink(missing_ok=True)
     skipped: list[str] = []
@@ -121,7 +121,7 @@ def predict_to_files(
     if features is not None:
         write_features(features, names, rows, overwrite=overwrite)
         print_line(console, f"features of {counted(len(names), 'image')}: {features}")
-    if has_no_threshold:
+    if threshold == "auto" and resolved is None:
         print_line(
             console,
             "no prediction is marked as unsure: no threshold halves the validation error rate, or there are no "
@@ -199,8 +199,11 @@ def _watch_predictions(
     """Yield predictions of files, then of new images in folders until interrupted."""
     written = [] if out is None or not Path(out).is_file() else _images_in_rows(Path(out))
     done = {path.resolve() for path in written}
-    yield from predict_paths([path for path in files if path.resolve() not in done])
-    for new in new_files(folders, [*written, *files]):
+    predicted = []
+    for prediction in predict_paths([path for path in files if path.resolve() not in done]):
+        predicted.append(prediction.path)
+        yield prediction
+    for new in new_files(folders, [*written, *predicted]):
         if signals:
             return
         if new:

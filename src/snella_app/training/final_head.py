@@ -114,7 +114,8 @@ def fit_layers(
     views, batch_size, sampler = data.views, optim.effective_batch_size, data.sampler
     val = None if parts.splits.val is None else original_images(parts.splits.val)
     added = None if val is None else val.subset(sampled_rows(parts, len(val)).tolist())
-    with autocast(next(parts.model.parameters()).device, optim.precision):
+    device = next(parts.model.parameters()).device
+    with autocast(device, optim.precision):
         measured = measure_features(parts, train, views, batch_size, parts.initial_layer_features, sampler)
         measured_val = None if added is None else measure_features(parts, added, views, batch_size, None, sampler)
     fit = fit_kernel if uses_kernel(task, len(train) + (0 if added is None else len(added))) else fit_linear
@@ -123,17 +124,24 @@ def fit_layers(
         if len(added) == len(val):
             val_outputs = _outputs(task, measured_val, probe.head)
         else:
-            val_outputs = measure_layers(parts, probe, val, views, batch_size)
+            val_outputs = measure_layers(parts, probe, val, views, batch_size, optim.precision)
         probe = LayerProbe(parts.model, probe.layers, fit(task, _concatenate(measured, measured_val), outputs))
     return probe, val_outputs
 
 
-def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: int, batch_size: int) -> Any:
-    """Compute the reduced outputs of a probe and the labels of a split; see `measure_features` for the arguments."""
-    images, results = original_images(images), []
+def measure_layers(
+    parts: RunComponents, probe: LayerProbe, images: Any, views: int, batch_size: int, precision: str = "fp32"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the reduced outputs of a probe and the labels of a split; see `measure_features` for the arguments.
+
+    `precision` is that of the features.
+    """
+    images, device, results = original_images(images), next(parts.model.parameters()).device, []
     for start in range(0, len(images), MAX_PROBE_IMAGES):  # bounds the memory of the features
         part = images.subset(range(start, min(start + MAX_PROBE_IMAGES, len(images))))
-        results.append(_outputs(parts.task, measure_features(parts, part, views, batch_size), probe.head))
+        with autocast(device, precision):
+            measured = measure_features(parts, part, views, batch_size)
+        results.append(_outputs(parts.task, measured, probe.head))
     reduced, labels = zip(*results, strict=True)
     return np.concatenate(reduced), np.concatenate(labels)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import statistics
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
     folder = RunFolder(str(config.run.out))
     config = _prepare_config(config, folder)
     count = int(config.data.folds or 0)
-    results = FoldResults(count)
+    stored, results = read(FoldResults, folder.path), FoldResults(count)
+    page = folder.path / "folds.html"
+    is_changed = not page.is_file()  # a finished cross-validation may be on a read-only disk
     runs = [RunFolder(folder.path / f"fold-{fold}") for fold in range(1, count + 1)]
     if config.run.resume and any(run.status is None for run in runs):
         _check_images(runs, config, options.get("data"))
@@ -69,14 +72,18 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
         chosen = metrics.test if held_out == "test" else metrics.val
         test = _scalar_metrics(metrics.test) if held_out == "val" else {}
         row = FoldRow(fold, run.path.name, metrics.best_epoch, _scalar_metrics(chosen), test)
-        folder.write(FoldResults(count, held_out, [*results.rows, row]))
-        results = read(FoldResults, folder.path)
+        results = FoldResults(count, held_out, [*results.rows, row])
+        if results.rows != stored.rows[:fold]:
+            folder.write(results)
+            is_changed = True
+    results = read(FoldResults, folder.path)
     columns, rows = _cells(results)
-    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---:"] * len(columns), *rows)]
-    write_text(folder.path / "folds.md", "\n".join(lines) + "\n")
-    title = f"{count} folds of {config.data.spec} by {config.method.name}"
-    context = {"title": title, "columns": columns, "rows": rows, "folders": [row.folder for row in results.rows]}
-    page = write_page(folder.path, "snella_app.report", context, "folds.html")
+    if is_changed:
+        lines = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---:"] * len(columns), *rows)]
+        write_text(folder.path / "folds.md", "\n".join(lines) + "\n")
+        title = f"{count} folds of {config.data.spec} by {config.method.name}"
+        context = {"title": title, "columns": columns, "rows": rows, "folders": [row.folder for row in results.rows]}
+        page = write_page(folder.path, "snella_app.report", context, page.name)
     table = make_table(columns, rows[:-1], left=0)
     table.add_section()
     table.add_row(*rows[-1])
@@ -141,9 +148,11 @@ def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
             f"out must be the folder of a cross-validation to resume, got {folder.path}, which has none"
         )
     if stored is not None:
-        for fold in range(1, stored.folds + 1):
-            run = RunFolder(folder.path / f"fold-{fold}")
-            with lock_run(run):
+        runs = [RunFolder(folder.path / f"fold-{fold}") for fold in range(1, stored.folds + 1)]
+        with ExitStack() as locks:
+            for run in runs:
+                locks.enter_context(lock_run(run))
+            for run in runs:
                 run._clear()
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_config(config)

@@ -162,7 +162,10 @@ def fit_image_size(
         return None
     if search.size == default:
         return None
-    seconds = search.seconds
+    seconds = {size: time_s for size, time_s in search.seconds.items() if time_s < _NEVER_S}
+    if search.size not in seconds:
+        print_line(console, f"image size {search.size} px, the smallest: a step does not fit into memory at any size")
+        return search.size
     default_s = seconds.get(default, seconds[max(seconds)] * (default / max(seconds)) ** 2)
     is_one = unit == "it" or optim.epochs == 1
     fit = f"{'fits' if is_one else 'fit'} into {budget}"
@@ -308,10 +311,12 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
         final_s += selection_s  # evaluation of the initial model
     final_s += selection_s * ((optim.soup or 0) + (optim.swa is not None))  # evaluation of averages
     if optim.final_head == "layers":
-        images = len(probe_rows(parts)) + min(len(measured.get("val", ())), MAX_PROBE_IMAGES)
+        val = len(measured.get("val", ()))
+        images = len(probe_rows(parts)) + min(val, MAX_PROBE_IMAGES)
+        read_images = images + (val if val > MAX_PROBE_IMAGES else 0)
         features_s = evaluation_s if optim.precision == "fp32" else views_seconds(optim)
         fits = 2 if with_training and may_save_last_epoch(config) else 1
-        final_s += fits * (images / timed_images * features_s + layer_fit_seconds(parts, images, views))
+        final_s += fits * (read_images / timed_images * features_s + layer_fit_seconds(parts, images, views))
     return _Times(steps * train_s + selection_s, final_s)
 
 

@@ -1,5 +1,7 @@
 """Report sections for multilabel, ordinal and regression runs."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -138,6 +140,12 @@ def test_the_worst_images_come_first(runs):
     errors = (np.abs(np.array([item.predicted for item in predictions.items]) - values) / values.std(0)).mean(1)
     assert groups[0]["cards"][0].name == predictions.items[int(errors.argmax())].name
     assert len(groups[0]["cards"]) == 12 and len(groups[1]["cards"]) == 12
+    constant = dataclasses.replace(
+        predictions, items=[dataclasses.replace(item, values=[0.1] * len(item.values)) for item in predictions.items]
+    )
+    errors = np.abs(np.array([item.predicted for item in constant.items]) - 0.1).mean(1)
+    groups = number_cards(constant, NAMES["regression"], None)
+    assert groups[0]["cards"][0].name == constant.items[int(errors.argmax())].name
     labels = read(LabelSetPredictions, runs["multilabel"][0])
     cards = label_cards(labels, NAMES["multilabel"], None)
     assert not cards[0]["cards"][0].is_right

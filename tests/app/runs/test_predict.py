@@ -447,6 +447,9 @@ def test_watching_with_overwrite_starts_a_new_table(finished, photos, tmp_path, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr("snella_app.runs.prediction_files.new_files", new_files)
+    with pytest.raises(ValueError, match="tta must be"):
+        predict_to_files(str(finished.path), [str(inbox)], out=str(out), watch=True, overwrite=True, tta=99)
+    assert "unicorn" in out.read_text()
     predict_to_files(str(finished.path), [str(inbox)], out=str(out), watch=True, top_k=1, overwrite=True)
     assert "unicorn" not in out.read_text() and len(out.read_text().splitlines()) == 2
 

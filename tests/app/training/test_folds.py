@@ -121,12 +121,23 @@ def test_an_interrupted_fold_is_resumed_with_the_cross_validation(fast, console,
         train_folds(fast(), console)
 
 
+def test_a_finished_cross_validation_is_read_from_a_read_only_disk(fast, console, tmp_path, monkeypatch):
+    expected = train_folds(fast(), console)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write", lambda *_: pytest.fail("results were written"))
+        patch.setattr("snella_app.training.folds.write_text", lambda *_: pytest.fail("the table was written"))
+        assert train_folds(fast(resume=True, data=None, backbone=None), console) == expected
+    (tmp_path / "run" / "folds.html").unlink()
+    train_folds(fast(resume=True, data=None, backbone=None), console)
+    assert (tmp_path / "run" / "folds.html").is_file()
+
+
 def test_overwriting_spares_the_folds_of_a_running_process(fast, console, tmp_path):
     train_folds(fast(), console)
-    run = RunFolder(tmp_path / "run" / "fold-1")
-    with lock_run(run), pytest.raises(RunInUseError, match="is locked by running process"):
+    runs = [RunFolder(tmp_path / "run" / f"fold-{fold}") for fold in (1, 2)]
+    with lock_run(runs[1]), pytest.raises(RunInUseError, match="is locked by running process"):
         train_folds(fast(overwrite=True), console)
-    assert run.status == "finished"
+    assert [run.status for run in runs] == ["finished"] * 2
 
 
 def test_predictions_average_all_models(fast, console, photos, tmp_path, capsys):

@@ -229,7 +229,34 @@ def test_sizes_that_run_out_of_memory_are_too_large(settings, console, timed_by_
 
     monkeypatch.setattr(sizing, "_step_seconds", limited)
     size, text = select_size(settings, console, time_budget="1000s")
-    assert size is not None and 80 <= size <= 96 and "does not support" not in text
+    assert size is not None and 80 <= size <= 96
+    assert "does not support" not in text and "(estimated from the number of pixels)" in text and " h " not in text
+    monkeypatch.setattr(sizing, "_step_seconds", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    assert "a step does not fit into memory at any size" in select_size(settings, console, time_budget="1000s")[1]
+
+
+@pytest.fixture
+def seconds_of_a_second(monkeypatch):
+    """Every step takes one second, and reading takes no time."""
+    monkeypatch.setattr(sizing, "_step_seconds", lambda *arguments: float(arguments[-1] != sizing._only_read))
+    monkeypatch.setattr(sizing, "layer_fit_seconds", lambda *_: 1.0)
+
+
+@pytest.mark.parametrize(("changes", "passes"), [({"soup": 2}, 2), ({"swa": 2}, 1)])
+def test_the_time_budget_includes_the_evaluation_of_averages(changes, passes, settings, seconds_of_a_second):
+    values = {"epochs": 2, "time_budget": "60s", "batch_size": 1, "train_size": 14, "val_size": 4, "test_size": 3}
+    plain, averaged = (settings(**values, **options).resolved() for options in ({}, changes))
+    parts = build_components(plain)
+    difference = sizing._measure_times(parts, averaged).final_s - sizing._measure_times(parts, plain).final_s
+    assert difference == passes * 4 * 2  # images and views
+
+
+def test_the_time_budget_includes_the_final_head_without_other_splits(settings, seconds_of_a_second):
+    values = {"epochs": 2, "time_budget": "60s", "batch_size": 1, "tta": 1, "protocol": "final", "test_fraction": 0.0}
+    config = settings(**values, final_head="layers").resolved()
+    parts = build_components(config)
+    assert list(parts.splits.parts) == ["train"]
+    assert sizing._measure_times(parts, config).final_s == len(parts.splits.train) + 1.0
 
 
 def test_a_time_budget_does_not_add_epochs_to_zero(settings, console, monkeypatch):

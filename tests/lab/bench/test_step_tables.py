@@ -58,6 +58,10 @@ def test_run_is_dropped_if_a_later_run_covers_its_methods():
     assert "median of 4" not in text and "median of 6" in text
     assert "| paper | 9.00 s" in text, "a run with an additional method and its reference remains"
     assert "| lora | 1.50 s" in text
+    later = [row | {"date": "2026-01-02", "step_s": 7.0} for row in rows[-1:]]
+    text = performance_section([*rows, *later])
+    assert text.count("median of 6") == 2, "ratios are comparable only within a run"
+    assert "| snella | 1.30 s" in text and "| snella | 7.00 s" in text
 
 
 def test_tables_show_device_and_settings(tmp_path):

@@ -65,11 +65,14 @@ def test_rows_were_compiled_from_the_current_kernels_and_launch_options(monkeypa
 
 
 @needs_triton
-def test_a_part_of_the_kernels_does_not_replace_the_committed_rows(monkeypatch, capsys):
+@pytest.mark.parametrize("part", [("--capabilities", "90"), ("--ranks", "8", "64")])
+def test_a_part_of_the_kernels_does_not_replace_the_committed_rows(part, monkeypatch, capsys, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import triton_resources
 
-    monkeypatch.setattr(sys, "argv", ["triton_resources.py", "--capabilities", "90"])
+    monkeypatch.setattr(triton_resources, "ROWS", tmp_path / "rows.jsonl")
+    monkeypatch.setattr(triton_resources, "compile_for", lambda *_: pytest.fail("kernels are compiled"))
+    monkeypatch.setattr(sys, "argv", ["triton_resources.py", *part])
     with pytest.raises(SystemExit):
         triton_resources.main()
     assert "would replace all rows; pass --out, --launch or --check" in capsys.readouterr().err
