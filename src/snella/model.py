@@ -323,8 +323,7 @@ class SnellaModel(BaseTuner):
             NotImplementedError: If another module uses the base weight of an adapted layer, or this weight is
                 computed from other parameters (e.g. by `weight_norm`).
         """
-        self._warn_about_unused_merges(*args[:1], **kwargs)
-        _reject_unsafe_merges(self.model)
+        self._check_merges(*args[:1], **kwargs)
         with combined_warning():
             super().merge_adapter(*args, **kwargs)
 
@@ -332,8 +331,7 @@ class SnellaModel(BaseTuner):
         """Let PEFT merge and replace all layers, then restore bare parameters and remove marks."""
         tokens = token_adapters(self.model)
         if kwargs.get("merge", not args or args[0]):
-            self._warn_about_unused_merges(**kwargs)
-            _reject_unsafe_merges(self.model)
+            self._check_merges(**kwargs)
         with combined_warning():
             model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
         for token in tokens:
@@ -341,9 +339,12 @@ class SnellaModel(BaseTuner):
         unmark_outputs(model)
         return model
 
-    def _warn_about_unused_merges(self, adapter_names: list[str] | None = None, **_: Any) -> None:
-        """Warn if a merge includes updates that the model has never used, although it has used others."""
+    def _check_merges(self, adapter_names: list[str] | None = None, **_: Any) -> None:
+        """Reject merges before a layer changes; warn if the model has never used an update, but has used others."""
         names = self.active_adapters if adapter_names is None else adapter_names
+        for token in token_adapters(self.model):
+            token.check_active(list(dict.fromkeys([*token.merged_adapters, *names])))
+        _reject_unsafe_merges(self.model)
         configs = [self.peft_config[name] for name in names if name in self.peft_config]
         warn_about_unused_merges(_adapted_layers(self.model, names), cast(list[SnellaConfig], configs))
 

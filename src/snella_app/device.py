@@ -5,6 +5,8 @@ from contextlib import nullcontext
 
 import torch
 
+from snella_app.text import first_line
+
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,7 +42,9 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = f"torch {torch.__version__} finds no {'GPU' if device.type == 'cuda' else 'device of this type'}"
         if device.type == "cuda" and torch.cuda.is_available():
-            reason = f"torch.cuda.device_count() is {torch.cuda.device_count()}"
+            count = torch.cuda.device_count()
+            is_missing = (device.index or 0) >= count
+            reason = f"torch.cuda.device_count() is {count}" if is_missing else first_line(error)
         raise ValueError(f"device must be available, got {name!r}, but {reason}; use auto") from error
     return device
 
@@ -50,7 +54,8 @@ def choose_precision(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     if device.type == "cuda":
-        is_supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            is_supported = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         from snella.ops import has_bfloat16_instructions
 
@@ -64,7 +69,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast | nullconte
 
 
 def synchronized_time(device: torch.device) -> float:
-    """Wait for the work of a GPU, and return the time in seconds."""
+    """Wait for pending GPU work, then return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -110,8 +110,11 @@ def similar_paths(
 ) -> str:
     """Suggest visible files and folders with a name similar to a missing path: "; nearest: 'a.csv', 'b.csv'".
 
-    Empty if there are none; reports the parent folder if it is missing. Names end with one of `suffixes`.
+    Empty if there are none or the path exists; reports the parent folder if it is missing. Names end with one of
+    `suffixes`.
     """
+    if path.exists():
+        return ""
     if not path.parent.is_dir():
         return f"; there is no folder '{path.parent}'"
     names = sorted(

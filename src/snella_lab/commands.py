@@ -188,6 +188,8 @@ def evaluate_generation(options: EvaluateGenerationOptions) -> None:
     from snella_app.files import write_json
     from snella_lab.recipes.dreambooth.evaluate import evaluate_generation
 
+    if options.out is not None:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     result = evaluate_generation(options)
     names = list(result["mean"])
     cells = ((row["subject"], row["method"], *(f"{row[name]:.4f}" for name in names)) for row in result["runs"])
@@ -257,7 +259,7 @@ def bench(
         device: A torch device: cpu, cuda or cuda:1.
         rounds: Timed steps per method, reported as medians; 0 only counts saved activations and parameters.
         memory: Also measure peak memory.
-        grid: Measure a grid of backbones, batch sizes, ranks, sparsities and dtypes instead; takes hours.
+        grid: Measure a grid of backbones, batch sizes, methods, ranks, sparsities and dtypes instead; takes hours.
         out: JSON Lines file to append to.
         figures: Folder for figures of all rows in --out.
     """
@@ -310,7 +312,12 @@ def evaluate_language(options: EvaluateLanguageOptions) -> None:
 
 @command("snella_lab.recipes.demo")
 def demo(
-    *, out: str = "runs/demo", overwrite: bool = True, epochs: int | None = None, seed: int = 0, device: Device = "auto"
+    *,
+    out: str = "runs/demo",
+    overwrite: bool = False,
+    epochs: int | None = None,
+    seed: int = 0,
+    device: Device = "auto",
 ) -> None:
     """Compare a linear probe, LoRA and SNELLA on images of solar cells.
 
@@ -319,7 +326,7 @@ def demo(
 
     Args:
         out: Run folder of SNELLA; the other methods use subfolders.
-        overwrite: Replace earlier runs.
+        overwrite: Replace earlier runs in another folder than runs/demo, whose runs are always replaced.
         epochs: Training epochs per method; defaults to the demo's settings.
         seed: Seed for data split, initialization and data order.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
@@ -327,7 +334,7 @@ def demo(
     from snella_lab.recipes.demo import run_demo
 
     changes: dict[str, Any] = {"seed": seed} | ({} if epochs is None else {"epochs": epochs})
-    run_demo(out, overwrite=overwrite, device=device, **changes)
+    run_demo(out, overwrite=overwrite or Path(out) == Path("runs/demo"), device=device, **changes)
 
 
 def _parse_list(name: str, value: str, kind: Callable[[str], Any]) -> list[Any]:

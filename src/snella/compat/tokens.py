@@ -40,7 +40,7 @@ class _TokenValues(nn.ParameterDict):
 
 
 class TokenAdapter(nn.Module, BaseTunerLayer):
-    """Adapter of a bare parameter, with the pre-trained value and one value per adapter.
+    """Layer for a bare parameter; holds the pre-trained value and one trained value per adapter.
 
     The parameter moves into this module, and `owner.<name>` becomes a plain attribute with the active value. Only one
     adapter can be active, as for modules in `modules_to_save`.

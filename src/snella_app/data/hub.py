@@ -34,8 +34,10 @@ def load_hf(path: str, config: DataConfig, target: TargetKind) -> Collection:
     """Load the images of a Hugging Face dataset; the path column defaults to the first image column.
 
     `path` is a folder written by `save_to_disk`, a folder of images with `metadata.csv` (`imagefolder`), a folder of
-    Parquet files, or a Hub name `owner/name` or `owner/name:configuration`. If the Hub cannot be reached, raises
-    ConnectionError.
+    Parquet files, or a Hub name `owner/name` or `owner/name:configuration`.
+
+    Raises:
+        ConnectionError: If the Hub is unreachable and the dataset is not cached.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -59,7 +61,7 @@ def load_wds(path: str, config: DataConfig, target: TargetKind) -> Collection:
 
     Files of a sample share the name before the first dot: `0001.jpg`, and `0001.cls`, `0001.txt` or `0001.json` with
     the label. Entries are columns, e.g. `label=json.species`. The prefix `train`, `val` or `test` of a shard's name
-    selects its split. Image names are keys, preceded by the name of the shard if the shards of any split repeat a key.
+    selects its split. Images are named by key, prefixed with the shard's name if the shards of a split repeat a key.
     """
     shards = _shards(path)
     by_part: dict[str, list[str]] = {}
@@ -87,28 +89,31 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
     """
     name, where = "data", f"{PYTHON_PREFIX}data"
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
-    if all(hasattr(part, "features") and hasattr(part, "column_names") for part in parts.values()):
-        return _from_hf(data, where, name, config, target)
     for part_name, part in parts.items():
         if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
             raise TypeError(
                 f"data must be a specification like folder:photos, or map-style datasets of (image, label) items, "
                 f"got {type(part).__name__} for {part_name}"
             )
+    if all(hasattr(part, "features") and hasattr(part, "column_names") for part in parts.values()):
+        return _from_hf(data, where, name, config, target)
     source = _ObjectImages(list(parts.values()), config.reading)
     labels = [label for part in parts.values() for label in _labels_of(part)]
     rows = [(part_name, row) for part_name, part in parts.items() for row in range(len(part))]
     names = [f"{part_name}/{row:06}" for part_name, row in rows]
-    by_part = {part_name: getattr(part, "classes", None) for part_name, part in parts.items()}
+    by_part: dict[str, list[str]] = {}
+    for part_name, part in parts.items():
+        known = getattr(part, "classes", None)
+        by_part[part_name] = [] if known is None else list(map(str, known))
     first = next(iter(by_part.values()))
-    classes = list(map(str, first)) if first and target == "labels" else None  # names of multi-hot vectors
+    classes = first if first and target == "labels" else None  # names of multi-hot vectors
     if first and target == "class" and all(isinstance(label, int) for label in labels):
-        classes = list(map(str, first))
+        classes = first
         class_names = [by_part[part_name] or first for part_name, _ in rows]  # indices of the dataset's own classes
         for image, label, known in zip(names, labels, class_names, strict=True):
             if not 0 <= label < len(known):
                 raise ValueError(f"label of {image} must be a class index below {len(known)}, got {label}")
-        labels = [str(known[label]) for label, known in zip(labels, class_names, strict=True)]
+        labels = [known[label] for label, known in zip(labels, class_names, strict=True)]
     table = {"label": labels, "split": [part_name for part_name, _ in rows]}
     roles = {role: role for role in table if role == "label" or len(parts) > 1}
     samples = Samples(name, where, source, names, table, roles, classes)
@@ -203,7 +208,7 @@ def _from_hf(
         parts = {part: rows for part, rows in parts.items() if part not in others}
     if not parts:
         got = f"splits {', '.join(data)}" if data else "no splits"
-        raise ValueError(f"{where} must have a split train, and may have val and test, got {got}")
+        raise ValueError(f"{where} must have a train split and may have val and test splits, got {got}")
     first = next(iter(parts.values()))
     images = [column for column, kind in first.features.items() if isinstance(kind, datasets.Image)]
     values, counts = [_values(rows, images) for rows in parts.values()], [len(rows) for rows in parts.values()]
@@ -219,7 +224,8 @@ def _from_hf(
         columns = Columns({"path": images[0], **columns.names})
     roles = columns.resolve(table, ("path", "label"), where)
     if roles["path"] not in images:
-        raise ValueError(f"{where}: column {roles['path']!r} must contain images, got {table[roles['path']][:1]}")
+        first_value = table.get(roles["path"], [])[:1]
+        raise ValueError(f"{where}: column {roles['path']!r} must contain images, got {first_value}")
     part_names = [part for part, rows in parts.items() for _ in range(len(rows))]
     if len(parts) > 1:
         table["split"], roles["split"] = part_names, "split"
@@ -246,8 +252,9 @@ def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:
         names = _class_names(rows.features[column])
         if names:
             values = [_index_to_name(value, names, column, row) for row, value in enumerate(values, 1)]
-        if values and isinstance(values[0], dict):
-            for key in values[0]:
+        first = next((value for value in values if value is not None), None)
+        if isinstance(first, dict):
+            for key in first:
                 table[f"{column}.{key}"] = [None if value is None else value.get(key) for value in values]
         else:
             table[column] = [value.decode(errors="replace") if isinstance(value, bytes) else value for value in values]
@@ -299,6 +306,7 @@ def _datasets_library(where: str, place: Path) -> Iterator[Any]:
         import datasets
     except ImportError as error:
         raise ImportError(f"data {where} needs the package datasets; pip install 'snella[data]'") from error
+    has_bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
@@ -316,3 +324,7 @@ def _datasets_library(where: str, place: Path) -> Iterator[Any]:
             ) from error
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"data {where} cannot be read: {text}{nearest}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if has_bars:
+            datasets.enable_progress_bars()

@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snella.compat.sparse_file import tensors_bytes, tensors_digest
@@ -49,6 +48,9 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     spec = spec_of(model)
     target.mkdir(parents=True, exist_ok=True)
     tensors, file = _trained_tensors(model)
+    others = (TENSOR_FILE,) if isinstance(model, PeftModel) else (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+    for name in others:  # of an adapter of another kind
+        (target / name).unlink(missing_ok=True)
     if isinstance(model, PeftModel):
         config = copy.copy(model.peft_config["default"])
         config.inference_mode = True
@@ -64,7 +66,7 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
     """Load a saved adapter into a backbone.
 
     Args:
-        folder: Folder written by `save_trained`, or any PEFT adapter.
+        folder: Folder written by `save_trained`, or any PEFT adapter in safetensors format.
         backbone: Model that the adapter was trained on, with a head for the same number of classes; changed in place.
 
     Returns:
@@ -197,7 +199,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        tensors = load_file(path)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise AdapterFileError(f"{path} is damaged: {error} ({path.stat().st_size} bytes); {REMEDY}") from None
     if _TENSORS_DIGEST not in metadata:

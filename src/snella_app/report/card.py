@@ -30,6 +30,7 @@ def model_card(
     name: str | None = None,
     library: str = "timm",
     tags: Sequence[str] = (),
+    has_final_head: bool = True,
 ) -> str:
     """Return the model card of a run.
 
@@ -42,6 +43,8 @@ def model_card(
         name: Name of the model; None combines method and data.
         library: Library that loads the model: timm, peft, transformers or snella.
         tags: Tags in addition to the task and `snella`.
+        has_final_head: False if the files contain only the trained head. The metadata then omits the results of a final
+            head on several layers, and the text says which head they belong to.
 
     Returns:
         Markdown.
@@ -53,6 +56,11 @@ def model_card(
     from huggingface_hub import ModelCardData
 
     info, metrics = read(RunInfo, run), read_if_present(Metrics, run)
+    head = None if has_final_head or metrics is None else metrics.final_head
+    note = ""
+    if head is not None and head.is_saved:
+        note = f"\n\nThese are the results in snella, with {head.name} as head. These files contain the trained head"
+        note += f", with a validation {head.metric} of {head.val_trained:.4f}." if head.metric else "."
     title = name or f"{info.method} on {info.data.spec}"
     tag = _TAGS.get(info.task)
     data = ModelCardData(
@@ -61,14 +69,14 @@ def model_card(
         pipeline_tag=tag,
         tags=list(dict.fromkeys(["snella", info.task, *tags])),
         model_name=title,
-        eval_results=_results(info, metrics, tag),
+        eval_results=None if note else _results(info, metrics, tag),
     )
     sections = [
         f"---\n{data.to_yaml().strip()}\n{_LICENSE}\n---",
         f"# {_escape(title)}",
         _summary(info),
         f"## How to use\n\n{use.strip()}",
-        _results_table(metrics),
+        _results_table(metrics) + note,
         _fact_list("Data", _data(info)),
         _fact_list("Training", _training(info, metrics)),
         "## Limitations\n\nThe results hold for images similar to the training images; evaluate the model before using "

@@ -201,7 +201,7 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
     sizes = loaded.info.data.sizes
     if not sizes.get("val"):
         raise ValueError(
-            f"run={folder.path} has no validation images to fit a temperature on; train with --val-fraction above 0"
+            f"run={folder.path} has no validation images to fit a temperature on; train with --protocol standard"
         )
     measured: dict[str, tuple[Tensor, Tensor]] = {}
     names: tuple[Split, ...] = ("val", "test") if sizes.get("test") else ("val",)
@@ -294,6 +294,8 @@ def _resolve_split(split: Split, splits: DataSplits) -> Split:
     """Resolve `auto` to the test split, or validation if there is none."""
     if split != "auto":
         return split
+    if splits.test is None and splits.val is None:
+        raise ValueError("the data has only training images; pass --split train, or other images with --data")
     return "val" if splits.test is None else "test"
 
 

@@ -219,7 +219,7 @@ def _neighbors(
         candidates = range(0, len(train), step)
         others: list[np.ndarray] = []
         list(model.iter_predictions((train[index][0] for index in candidates), on_features=others.append))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         notes.append(f"no nearest training images: {error}")
         return [[] for _ in rows]
     if step > 1:

@@ -36,6 +36,7 @@ from snella_app.runs.graphs import (
     quiet_exporters,
 )
 from snella_app.runs.images import load_run_splits
+from snella_app.runs.layer_probe import LAYER_PROBE
 from snella_app.runs.merge import ExportResult, check_folder_files, prediction_notes, run_metadata, write_timm_folder
 from snella_app.runs.model import LoadedRun, load_single_run, make_backbone
 from snella_app.text import first_line
@@ -161,7 +162,7 @@ def export(
             _remove(temporary)
             notes, snippet = export_format.write(loaded, temporary, options)
             if path.is_dir():
-                check_folder_files(path, [file.name for file in temporary.iterdir()])
+                check_folder_files(path, [*(file.name for file in temporary.iterdir()), LAYER_PROBE])
                 _remove(path)
             if temporary.is_dir():
                 sync_tree(temporary)
@@ -304,7 +305,7 @@ def _write_hf(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[li
     write_json(path / "preprocessor_config.json", {"image_processor_type": "TimmWrapperImageProcessor", **processor})
     code = "from transformers import pipeline\nclassify = pipeline('image-classification', model={!r})"
     use = f"```python\n{code.format('PATH_OR_NAME')}\nprint(classify('image.jpg'))\n```"
-    _write_card(loaded, path, use, "transformers", ["timm"])
+    _write_card(loaded, path, use, "transformers", ["timm"], has_final_head=False)
     return _logits_notes(loaded.info, _IN_CONFIG), code.format(str(options.out))
 
 
@@ -312,6 +313,11 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[
     model: Any = loaded.model
     if isinstance(model, PeftModel) and model.peft_config["default"].peft_type == "LORA":
         raise ValueError(f"the adapter of the run is already a LoRA; use {loaded.folder.adapter}")
+    if loaded.task.head is not None:
+        raise ValueError(
+            f"format=lora does not support the task {loaded.task.name}, whose decoder PEFT cannot convert; use onnx, "
+            "torchscript, torch-export or sparse"
+        )
     with torch.no_grad():
         expected = model(options.images)
     try:
@@ -323,7 +329,7 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[
     code = "from peft import PeftModel\nmodel = PeftModel.from_pretrained(backbone, {!r})  # {}"
     backbone = loaded.info.backbone
     card_code = code.format("PATH_OR_NAME", "the backbone above, with the same number of classes")
-    _write_card(loaded, path, f"```python\n{card_code}\n```", "peft", [])
+    _write_card(loaded, path, f"```python\n{card_code}\n```", "peft", [], has_final_head=False)
     lora_model = PeftModel.from_pretrained(make_backbone(backbone, loaded.task.name), str(path)).eval()
     layers, lost, total = _tuner_layers(model), 0.0, 0.0
     with torch.no_grad():
@@ -342,10 +348,11 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[
     return [note, *_logits_notes(loaded.info, "not in the folder")], code.format(str(options.out), backbone.name)
 
 
-def _write_card(loaded: LoadedRun, path: Path, use: str, library: str, tags: Sequence[str]) -> None:
+def _write_card(loaded: LoadedRun, path: Path, use: str, library: str, tags: Sequence[str], **options: bool) -> None:
     """Write the model card of an exported folder."""
     name = loaded.folder.path.resolve().name
-    write_text(path / "README.md", model_card(loaded.folder.path, use, name=name, library=library, tags=tags))
+    card = model_card(loaded.folder.path, use, name=name, library=library, tags=tags, **options)
+    write_text(path / "README.md", card)
 
 
 def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[list[str], str]:

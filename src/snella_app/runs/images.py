@@ -10,6 +10,7 @@ from typing import Any
 from snella_app.data.load import DataSplits, data_folder, load_data, split_spec, with_class_order
 from snella_app.data.options import DataConfig
 from snella_app.data.table import TABLE_SUFFIXES
+from snella_app.files import expand_user
 from snella_app.records.run import DataInfo
 from snella_app.runs.folder import RunFolder
 from snella_app.tasks import Task, task_class
@@ -89,11 +90,15 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
         FileNotFoundError: If neither folder exists.
     """
     prefix, path = split_spec(spec)
-    folder = data_folder(spec)
+    folder, is_pattern = data_folder(spec), False
+    if absolute and path is not None:
+        is_pattern = prefix == "wds:" and Path(path).name != Path(absolute).name
+        if prefix == "hf:" or (prefix == "wds:" and not is_pattern):
+            folder = expand_user(path)  # a folder at training time; `data_folder` cannot tell if it is missing
     if folder is None or folder.exists():
         return spec
-    if absolute and Path(absolute).exists():
-        return f"{prefix}{absolute}"
+    if absolute and path is not None and Path(absolute).exists():
+        return f"{prefix}{Path(absolute) / Path(path).name if is_pattern else absolute}"
     kind = "file" if folder.suffix in TABLE_SUFFIXES else "folder"
     locations = spec if absolute in (None, path) else f"{spec} (then {absolute})"
     raise FileNotFoundError(

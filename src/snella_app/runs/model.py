@@ -26,7 +26,7 @@ _OTHER_COMMANDS = {
     "generation": "snella generate and snella evaluate-generation use it",
     "language": "snella evaluate-language uses it",
 }
-_LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError)
+_LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 """Errors that torch, timm and PEFT raise for invalid values."""
 
 
@@ -111,7 +111,7 @@ def load_single_run(run: str | Path | RunFolder, device: str = "auto") -> Loaded
     info = read(RunInfo, folder.path)
     try:
         return _load_model(folder, info, choose_device(device))
-    except NotImplementedError:
+    except (NotImplementedError, MemoryError, torch.OutOfMemoryError):
         raise
     except _LIBRARY_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__

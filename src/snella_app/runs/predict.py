@@ -27,6 +27,7 @@ from snella_app.tasks.classification import ClassificationTask
 from snella_app.tasks.task import MAX_VIEWS
 
 _THREADS = 4  # decoding and resizing release the GIL
+_MAX_ASPECT = 200
 
 Unsure = float | Literal["auto"] | None
 """Probability below which a prediction is unsure; `auto` uses the threshold of the run's calibration."""
@@ -199,6 +200,7 @@ class Predictor:
             name = _name(*entry)
             try:
                 image = read_input(entry[1], str(name), self.loaded.reading)
+                _check_shape(image, name)
             except ValueError as error:
                 if skip_corrupt:
                     return name, str(error).partition("image: ")[2] or str(error)
@@ -260,6 +262,16 @@ def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int =
 def table_columns(run: str | Path) -> str | None:
     """Return the table columns of a run; None for other data, and for a missing run, which is reported later."""
     return RunFolder(run).read_config().data.columns if (Path(run) / "config.yaml").is_file() else None
+
+
+def _check_shape(image: Any, name: Path) -> None:
+    """Raise ValueError for a very elongated image; resizing its shorter side would need gigabytes."""
+    if isinstance(image, Image.Image) and max(image.size) > _MAX_ASPECT * min(image.size):
+        width, height = image.size
+        raise ValueError(
+            f"'{name}' is not a readable image: the sides must differ by a factor of at most {_MAX_ASPECT}, "
+            f"got {width}×{height}"
+        )
 
 
 def run_task_class(run: str | Path) -> type[Task]:

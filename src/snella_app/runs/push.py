@@ -1,9 +1,12 @@
 """Pushing a run's model and model card to the Hugging Face Hub, or writing them as a folder."""
 
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from peft.utils import CONFIG_NAME
 
 from snella_app.files import write_text
 from snella_app.records.record import read
@@ -48,13 +51,20 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
     if adapter:
         source = RunFolder(run)
         source.check_adapter()
+        if not (source.adapter / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"adapter={adapter} pushes a PEFT adapter, which runs of {info.method} lack; leave it out to push the "
+                "merged model"
+            )
         shutil.copytree(source.adapter, path, dirs_exist_ok=True)
         use = (
             f"```python\nfrom huggingface_hub import snapshot_download\nfrom peft import PeftModel\n\n"
             f"import snella  # registers the adapter's type\n\nmodel = PeftModel.from_pretrained(backbone, "
-            f"snapshot_download({name!r}))\n```\n\n`backbone` is the base model with {len(info.classes)} outputs."
+            f"snapshot_download({name!r}))\n```\n\n`backbone` is the base model with "
+            f"{info.backbone.num_classes} outputs."
         )
-        write_text(path / "README.md", model_card(run, use, name=name, library="peft", tags=("peft",)))
+        card = model_card(run, use, name=name, library="peft", tags=("peft",), has_final_head=False)
+        write_text(path / "README.md", card)
         return path
     is_timm = task.name == "classification" and info.backbone.architecture is not None
     merged = merge(run, path if is_timm else path / _WEIGHTS)
@@ -108,28 +118,33 @@ def push(
         ) from None
     if to_folder is not None:
         return PushResult(str(write_hub_folder(run, to_folder, name, adapter=adapter)))
-    folder = write_hub_folder(run, beside(run, "-hub"), name, adapter=adapter)
     api: Any = HfApi()
     # connection errors of the Hub's HTTP library are not OSErrors
     unreachable: tuple[Any, ...] = (OfflineModeIsEnabled, OSError, *HfHubHTTPError.__bases__)
-    try:
-        url = api.create_repo(name, private=private, exist_ok=overwrite)
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Model and card")
-    except LocalTokenNotFoundError as error:
-        shutil.rmtree(folder)
-        raise PermissionError(f"name={name} needs a login to the Hugging Face Hub; run `hf auth login`") from error
-    except HfHubHTTPError as error:
-        shutil.rmtree(folder)
-        status = None if error.response is None else error.response.status_code
-        if status == 409:
-            raise FileExistsError(
-                f"name={name} already exists on the Hugging Face Hub; choose another name, or add a commit with "
-                "--overwrite (overwrite=True)"
-            ) from error
-        if status in (401, 403):
-            raise PermissionError(f"no write permission for name={name}; run `hf auth login`") from error
-        raise
-    except unreachable as error:
-        return PushResult(str(folder), first_line(error))
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="snella-push-") as temporary:
+        folder = write_hub_folder(run, Path(temporary, "model"), name, adapter=adapter)
+        try:
+            url = api.create_repo(name, private=private, exist_ok=overwrite)
+            api.upload_folder(repo_id=name, folder_path=folder, commit_message="Model and card")
+        except LocalTokenNotFoundError as error:
+            raise PermissionError(f"name={name} needs a login to the Hugging Face Hub; run `hf auth login`") from error
+        except HfHubHTTPError as error:
+            status = None if error.response is None else error.response.status_code
+            if status == 409:
+                raise FileExistsError(
+                    f"name={name} already exists on the Hugging Face Hub; choose another name, or add a commit with "
+                    "--overwrite (overwrite=True)"
+                ) from error
+            if status in (401, 403):
+                raise PermissionError(f"no write permission for name={name}; run `hf auth login`") from error
+            raise
+        except unreachable as error:
+            kept = beside(run, "-hub")
+            if kept.exists():
+                raise FileExistsError(
+                    f"the Hub could not be reached ({first_line(error)}), and {kept} exists; remove it, or choose "
+                    "another folder with --to-folder"
+                ) from error
+            shutil.move(folder, kept)
+            return PushResult(str(kept), first_line(error))
     return PushResult(str(url))

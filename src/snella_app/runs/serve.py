@@ -23,12 +23,15 @@ from snella_app.console import make_console, print_line
 from snella_app.data.images import PILLOW_MODES, Reading, array_pixels, open_image
 from snella_app.runs.predict import Predictor, Unsure, load
 from snella_app.tasks.predictions import Prediction
+from snella_app.text import utf8_text
 
 _EXTRA = "the server needs fastapi, uvicorn and python-multipart: pip install 'snella[serve]'"
 _OVERHEAD = 2**20  # bytes of a request besides its files
 _PAGE = Path(__file__).with_name("serve.html")
 _BYTES_PER_PIXEL = 4
 _CONNECTIONS = 64
+_SHUTDOWN_S = 10
+"""Seconds after Ctrl-C or SIGTERM in which requests can finish."""
 _DOCS = ("/docs", "/openapi.json")
 _DOCS_POLICY = (
     "default-src 'none'; script-src https: 'unsafe-inline'; style-src https: 'unsafe-inline'; img-src https: data:; "
@@ -152,7 +155,8 @@ def create_app(
     limits = limits or ServerLimits()
     model.resolve_threshold(tta, unsure)
     info = model.loaded.info
-    about = {"task": info.task, "method": info.method, "backbone": info.backbone.name, "classes": model.classes}
+    classes = [utf8_text(name) for name in model.classes]
+    about = {"task": info.task, "method": info.method, "backbone": info.backbone.name, "classes": classes}
     names = {"localhost", socket.gethostname().lower(), *(name.lower() for name in hosts)}
     budget = _PixelBudget(limits.total_megapixels * 1e6)
     page_text = _PAGE.read_text(encoding="utf-8")
@@ -168,7 +172,8 @@ def create_app(
                 400,
             )
         length = request.headers.get("content-length")
-        if request.method == "POST" and (length is None or not length.isdigit()):
+        is_chunked = "transfer-encoding" in request.headers  # takes precedence over Content-Length
+        if request.method == "POST" and (is_chunked or length is None or not length.isdigit()):
             return JSONResponse({"error": "the request must have a Content-Length header"}, 411)
         if length is not None and length.isdigit() and int(length) > limits.request_bytes:
             mib = limits.request_bytes / 2**20
@@ -198,12 +203,12 @@ def create_app(
         return JSONResponse({"error": f"{error.detail}{hint}"}, error.status_code, error.headers)
 
     @app.get("/", response_class=HTMLResponse)
-    def page() -> str:
+    async def page() -> str:  # async routes do not wait for a thread of `predict`
         """Return the web page."""
         return page_text
 
     @app.get("/health")
-    def health() -> dict[str, Any]:
+    async def health() -> dict[str, Any]:
         """Return the model and the request limits."""
         return {"status": "ok", **about, "limits": vars(limits)}
 
@@ -212,7 +217,7 @@ def create_app(
         """Run prediction on images, each a file in the form field `files`."""
         if len(files) > limits.files:
             return JSONResponse({"error": f"a request must have at most {limits.files} files, got {len(files)}"}, 413)
-        entries: list[dict[str, Any]] = [{"name": file.filename or f"[{i}]"} for i, file in enumerate(files)]
+        entries: list[dict[str, Any]] = [{"name": utf8_text(file.filename or f"[{i}]")} for i, file in enumerate(files)]
         usable: list[int] = []
         pixels = 0.0
         for index, file in enumerate(files):
@@ -296,7 +301,13 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         name = f"http://{shown}:{listener.getsockname()[1]}"
         print_line(console, f"serving {run} at {name}, API {name}/predict, docs {name}/docs; press Ctrl-C to stop")
-        config = uvicorn.Config(app, log_level="warning", limit_concurrency=_CONNECTIONS, server_header=False)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            limit_concurrency=_CONNECTIONS,
+            server_header=False,
+            timeout_graceful_shutdown=_SHUTDOWN_S,
+        )
         uvicorn.Server(config).run(sockets=[listener])
 
 
@@ -381,13 +392,13 @@ def _index(path: Path) -> int:
 
 def _prediction_json(model: Predictor, prediction: Any) -> dict[str, Any]:
     """Convert a prediction to JSON."""
-    text = prediction.text()
+    text = utf8_text(prediction.text())
     if not isinstance(prediction, Prediction):
         return {"text": text}
     return {
         "text": text,
-        "label": prediction.label,
+        "label": utf8_text(prediction.label),
         "probability": round(prediction.probability, 6),
         **({} if prediction.unsure_below is None else {"unsure": prediction.is_unsure}),
-        "probabilities": {name: round(p, 6) for name, p in prediction.ranking},
+        "probabilities": {utf8_text(name): round(p, 6) for name, p in prediction.ranking},
     }

@@ -81,8 +81,8 @@ def checkpoint_to_resume(run: RunFolderOf[Any], console: Console) -> Path | None
         damages.append(f"{checkpoint}: {damage}")
     if damages:
         raise CheckpointError(
-            f"the checkpoint is damaged: {damages[0]}; start over with --overwrite, "
-            f"or remove {run.checkpoints} and --resume again, which trains from the first epoch"
+            f"the checkpoint is damaged: {damages[0]}; start over with --overwrite, or remove {run.checkpoints} and "
+            "run again with --resume, which restarts from the first epoch"
         )
     remove_incomplete(run.checkpoints)
     return None
@@ -122,7 +122,7 @@ def remove_incomplete(folder: Path, keep: Path | None = None) -> None:
     """Remove staging folders of a killed process, and all checkpoints except `keep`, or the latest if None."""
     keep = keep or latest_checkpoint(folder)
     for path in list(folder.iterdir()) if folder.is_dir() else []:
-        if path != keep:
+        if path != keep and (_NAME.fullmatch(path.name) or path.name.startswith(".staging-")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -131,17 +131,17 @@ def convert_read_errors(checkpoint: str | Path | None) -> Iterator[None]:
     """Convert errors inside the context to `CheckpointError`.
 
     Raises:
-        CheckpointError: If the files are not a valid checkpoint, e.g. a pickle with arbitrary code.
+        CheckpointError: If the checkpoint cannot be loaded, e.g. because a pickle would execute code.
     """
     try:
         yield
     except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, ValueError, OSError) as error:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, CheckpointError | torch.OutOfMemoryError):
             raise
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"the checkpoint {checkpoint} cannot be read: {type(error).__name__}: {reason:.300}; start over with "
-            f"--overwrite, or remove {checkpoint} and --resume again, which trains from the first epoch"
+            f"--overwrite, or remove {checkpoint} and run again with --resume, which restarts from the first epoch"
         ) from error
 
 
@@ -195,9 +195,10 @@ def convert_write_errors(target: Path) -> Iterator[None]:
             previous = latest_checkpoint(target.parent)
         else:
             previous = target if any(target.glob("*.safetensors")) else None
+        remedy = "free some space" if text.startswith("the disk is full") else "fix the cause"
         intact = f"the previous one, {previous}, is intact" if previous is not None else "no earlier one exists"
         raise CheckpointError(
-            f"could not write {target}: {text}{free_space}; {intact}; free some space and resume with --resume"
+            f"could not write {target}: {text}{free_space}; {intact}; {remedy} and resume with --resume"
         ) from error
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 import snella_lab
+from snella_app.files import expand_user
 from snella_app.text import nearest
 from snella_lab.comparison.experiment import FILE, Experiment, as_list, data_entry, method_entry, plain_entry
 from snella_lab.comparison.options import CompareOptions
@@ -34,7 +35,7 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
         FileNotFoundError: If `name` is neither a file nor a bundled experiment.
         ValueError: If the file is not a YAML mapping, or a setting is unknown or invalid.
     """
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if not path.is_file():
         bundled = bundled_experiments()
         if name not in bundled:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import transformers
 
 from snella_app.backbones.create import cache_only_if_unreachable
+from snella_app.files import expand_user
 from snella_app.text import first_line
 
 
@@ -26,7 +26,7 @@ def load_pretrained(kind: Any, name: str, option: str, **options: Any) -> Any:
         FileNotFoundError: If the folder does not contain an object of this class.
         ConnectionError: If `name` is not a local folder and cannot be loaded from the hub or its cache.
     """
-    folder = Path(name).expanduser()
+    folder = expand_user(name)
     if folder.is_dir():
         try:
             with suppress_progress_bars():

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
+from snella_app.data.hub import _values
 from snella_app.data.load import load_data
 from snella_app.data.options import DataConfig
 
@@ -225,9 +226,20 @@ def test_transformed_items_and_other_objects_are_rejected():
         load_data(3)
 
 
+def test_streaming_datasets_are_rejected():
+    stream = datasets.Dataset.from_dict({"label": [0, 1]}).to_iterable_dataset()
+    with pytest.raises(TypeError, match=r"map-style datasets of \(image, label\) items, got IterableDataset"):
+        load_data(stream)
+
+
+def test_mappings_are_flattened_if_the_first_value_is_missing():
+    rows = datasets.Dataset.from_dict({"json": [None, {"species": "newt"}]})
+    assert _values(rows, []) == {"json.species": [None, "newt"]}
+
+
 def test_each_torch_dataset_maps_its_indices_to_its_own_class_names():
     train, val = TorchImages(range(12)), TorchImages([1, 3])
-    train.classes, val.classes = ("bird", "cat", "dog"), ("cat", "dog")
+    train.classes, val.classes = np.array(["bird", "cat", "dog"]), ("cat", "dog")
     train.targets = [number % 3 for number in train.numbers]
     data = load_data({"train": train, "val": val, "test": TorchImages([])})
     assert data.classes == ["bird", "cat", "dog"] and data.val.labels == [2, 2]
@@ -255,9 +267,9 @@ def test_splits_may_lack_optional_columns_but_not_labels():
 
 def test_datasets_without_a_known_split_are_rejected():
     train = datasets.Dataset.from_dict({"image": [{"bytes": encoded(0), "path": None}], "label": ["a"]})
-    with pytest.raises(ValueError, match=r"python:data must have a split train, .* got splits labeled, unlabeled"):
+    with pytest.raises(ValueError, match=r"python:data must have a train split .* got splits labeled, unlabeled"):
         load_data(datasets.DatasetDict({"labeled": train, "unlabeled": train}))
-    with pytest.raises(ValueError, match=r"python:data must have a split train, .* got no splits"):
+    with pytest.raises(ValueError, match=r"python:data must have a train split .* got no splits"):
         load_data({})
 
 

@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from snella_app.methods import AdapterFileError, build_method, load_trained, load_trained_into, save_trained
+from snella_app.methods import AdapterFileError, build_method, load_trained, load_trained_into, save_trained, spec_of
 
 
 def backbone(name="test_vit", num_classes=3):
@@ -173,6 +173,13 @@ def test_equal_tensors_are_saved_as_equal_files(tmp_path):
     for number in range(8):
         save_trained(model, tmp_path / str(number))
     assert len({path.read_bytes() for path in tmp_path.glob("*/*.safetensors")}) == 1
+
+
+def test_an_adapter_replaces_one_of_another_kind(tmp_path):
+    for method in ("lora-2", "ssf", "lora-2"):
+        model = build_method(method, backbone())
+        save_trained(model, tmp_path)
+        assert spec_of(load_trained(tmp_path, backbone())).name == method
 
 
 def test_a_folder_without_an_adapter_is_reported(tmp_path):

@@ -166,6 +166,26 @@ def test_a_relative_folder_is_found_from_another_directory(photos, tmp_path, mon
         find_data(tmp_path, "folder:all", str(tmp_path / "gone"))
 
 
+def test_relative_datasets_and_shards_are_found_from_another_directory(tmp_path, monkeypatch):
+    shards = tmp_path / "data" / "shards"
+    shards.mkdir(parents=True)
+    (shards / "train-000.tar").touch()
+    specs = {
+        "hf:data": f"hf:{tmp_path / 'data'}",
+        "wds:data/shards": f"wds:{shards}",
+        "wds:data/shards/train-{000..000}.tar": f"wds:{shards}/train-{{000..000}}.tar",
+    }
+    monkeypatch.chdir(tmp_path)
+    stored = {spec: absolute_folder(spec) for spec in specs}
+    assert all(find_data(tmp_path, spec, stored[spec]) == spec for spec in specs)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert {spec: find_data(tmp_path, spec, stored[spec]) for spec in specs} == specs
+    assert find_data(tmp_path, "hf:owner/name", None) == "hf:owner/name"
+    with pytest.raises(FileNotFoundError, match=r"hf:data \(then .*gone\); no such folder"):
+        find_data(tmp_path, "hf:data", str(tmp_path / "gone"))
+
+
 def test_resuming_on_changed_images_is_rejected_and_changes_nothing(interrupted, my_photos):
     run = RunFolder(interrupted.run.out)
     before = (run.path / "run.json").read_bytes()

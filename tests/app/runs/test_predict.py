@@ -233,6 +233,15 @@ def test_paths_come_from_standard_input_tables_and_patterns(photos, tmp_path, mo
     assert expand([str(photos / "*" / "00[01].png")]) == sorted(photos.glob("*/00[01].png"))
 
 
+def test_a_very_elongated_image_is_skipped_like_a_corrupt_one(finished, photos, tmp_path):
+    Image.new("RGB", (3000, 2)).save(tmp_path / "line.png")
+    model = load(finished.path)
+    with pytest.raises(ValueError, match=r"sides must differ by a factor of at most 200, got 3000×2; remove it"):
+        model.predict(tmp_path / "line.png")
+    images = [tmp_path / "line.png", photos / "cats" / "000.png"]
+    assert [prediction.path for prediction in model.predict(images, skip_corrupt=True)] == images[1:]
+
+
 def test_a_table_with_a_prefix_may_have_any_suffix(photos):
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     cat = sorted((photos / "cats").iterdir())[0]

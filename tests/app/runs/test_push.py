@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 
 import snella
-from snella_app.runs import load_run
+from snella_app.runs import RunFolder, load_run
 from snella_app.runs.push import PushResult, push, write_hub_folder
 
 
@@ -56,12 +56,17 @@ def test_a_folder_has_the_model_that_timm_loads_and_its_card(finished, tmp_path)
         write_hub_folder(finished.path, tmp_path / "hub", "user/photos")
 
 
-def test_an_adapter_is_pushed_in_peft_layout(finished, tmp_path):
+def test_an_adapter_is_pushed_in_peft_layout(finished, tmp_path, monkeypatch):
     pushed = push(finished.path, "user/photos", to_folder=tmp_path / "hub", adapter=True)
     names = {path.name for path in (tmp_path / "hub").iterdir()}
     assert pushed == PushResult(str(tmp_path / "hub"))
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= names
     assert yaml.safe_load((tmp_path / "hub" / "README.md").read_text().split("---")[1])["library_name"] == "peft"
+    run = shutil.copytree(finished.path, tmp_path / "run")
+    (run / "adapter" / "adapter_config.json").unlink()
+    monkeypatch.setattr(RunFolder, "check_adapter", lambda self: None)  # as for a method without PEFT adapter
+    with pytest.raises(ValueError, match="adapter=True pushes a PEFT adapter, which runs of snella-2 lack"):
+        push(run, "user/photos", to_folder=tmp_path / "other", adapter=True)
 
 
 def test_the_hub_gets_a_new_model_and_its_files(finished, hub):
@@ -98,6 +103,8 @@ def test_an_unreachable_hub_leaves_the_folder_with_the_reason(finished, monkeypa
     pushed = push(run, "user/photos")
     assert pushed.location == str(tmp_path / "run-hub") and "offline" in pushed.error.lower()
     assert (tmp_path / "run-hub" / "README.md").is_file()
+    with pytest.raises(FileExistsError, match=r"the Hub could not be reached \(.*\), and .*run-hub exists; remove it"):
+        push(run, "user/photos")
 
 
 def test_a_failed_connection_leaves_the_folder_with_the_reason(finished, monkeypatch, tmp_path):

@@ -136,6 +136,11 @@ def test_requests_over_the_limits_are_rejected(address, photos):
     for headers, status, message in (
         ({"Content-Length": "2000000"}, 413, "the request must have at most 1 MiB"),
         ({"Transfer-Encoding": "chunked"}, 411, "the request must have a Content-Length header"),
+        (
+            {"Content-Length": "10", "Transfer-Encoding": "chunked"},
+            411,
+            "the request must have a Content-Length header",
+        ),
     ):
         connection.putrequest("POST", "/predict")
         for name, value in headers.items():

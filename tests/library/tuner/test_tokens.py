@@ -141,6 +141,16 @@ def test_tokens_merge_and_unmerge(token_case):
         assert torch.equal(token_case.predict(model), token_case.predict(token_case.base()))
 
 
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_values_of_two_adapters_are_rejected_before_a_layer_is_merged(vit, merge):
+    model = trained(vit)
+    model.add_adapter("second", vit.config(parameters_to_save=["cls_token"]))
+    expected = vit.predict(model)
+    with pytest.raises(ValueError, match="has a separate value in each of the adapters"):
+        getattr(model, merge)(adapter_names=["default", "second"])
+    assert torch.equal(vit.predict(model), expected)
+
+
 def test_unmerging_unmerged_token_warns(vit):
     with pytest.warns(UserWarning, match="Already unmerged"):
         token(trained(vit)).unmerge()

@@ -12,6 +12,7 @@ from snella_app.console import counted
 from snella_app.data.folder import broken_note, existing_folder
 from snella_app.data.images import IMAGE_SUFFIXES, read_image
 from snella_app.data.sources import broken_images
+from snella_app.files import expand_user
 from snella_app.text import listed, nearest
 
 LIVE_CLASSES = ("cat", "dog")
@@ -62,7 +63,7 @@ def read_prompt_file(path: str | Path) -> PromptFile:
         ValueError: If the file is not UTF-8, has no templates, or has templates without the token placeholder or with
             unknown placeholders; the message lists them.
     """
-    file = Path(path).expanduser()
+    file = expand_user(path)
     if not file.is_file():
         raise FileNotFoundError(f"prompts must be an existing text file, got '{path}'")
     try:

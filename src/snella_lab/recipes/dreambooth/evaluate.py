@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Mod
 from snella_app.console import make_console
 from snella_app.data.images import read_image
 from snella_app.device import choose_device
+from snella_app.files import expand_user
 from snella_lab.recipes.dreambooth.config import DreamBoothFolder, EvaluateGenerationOptions
 from snella_lab.recipes.dreambooth.data import PROMPT_FILE, PromptFile, fill, load_concept, read_prompt_file
 from snella_lab.recipes.dreambooth.generate import GeneratedImage, load_generator
@@ -264,7 +265,7 @@ def _prompt_file(run: Path, prompts: str | Path | None) -> PromptFile:
         return read_prompt_file(prompts)
     config = DreamBoothFolder(run).read_config()
     family, _, path = str(config.data).partition(":")
-    file = Path(path).expanduser() / PROMPT_FILE
+    file = expand_user(path) / PROMPT_FILE
     if family != "dreambooth" or not file.is_file():
         raise FileNotFoundError(
             f"prompts must be a prompt file, got none, and {config.data} has no {PROMPT_FILE}; write one prompt per "

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from snella_app.backbones.create import cache_only_if_unreachable
+from snella_app.files import expand_user
 from snella_app.text import first_line, similar_paths
 from snella_lab.recipes.pretrained import suppress_progress_bars
 
@@ -164,7 +165,7 @@ def load_pipeline(name: str, precision: str = "fp32") -> StableDiffusion3Pipelin
         ValueError: If the folder contains another pipeline or a damaged index, or the hub denies access.
         ConnectionError: If the pipeline is neither local nor cached, and the hub is unreachable.
     """
-    folder = Path(name).expanduser()
+    folder = expand_user(name)
     dtypes: dict[str, Any] = {"default": torch.float32}
     if precision == "bf16":
         dtypes |= dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), torch.bfloat16)

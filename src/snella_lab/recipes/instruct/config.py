@@ -1,11 +1,11 @@
 """Configuration of an instruction fine-tuning run."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from snella_app.config.sections import BaseRunConfig
 from snella_app.config.train import RunSettings
+from snella_app.files import expand_user
 from snella_app.runs.folder import RunFolderOf
 from snella_app.settings import Config
 from snella_lab.recipes.config import RecipeMethodConfig, RecipeOptimConfig
@@ -64,7 +64,7 @@ class LanguageConfig(RunSettings):
     def errors(self) -> list[str]:
         """Check settings across sections, without data and model."""
         errors = self.missing_errors(is_started=self.run.resume)
-        if self.template is not None and not Path(self.template).expanduser().is_file():
+        if self.template is not None and not expand_user(self.template).is_file():
             errors.append(f"template must be an existing text file, got {self.template!r}")
         return [*errors, *super().errors(), *self.method_errors()]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from snella_app.files import expand_user
 from snella_app.text import listed, similar_paths
 
 _NUMBERED = tuple(f"answer{number}" for number in range(1, 6))
@@ -70,7 +71,7 @@ def read_instructions(path: str | Path, choices: tuple[str, ...] | None = None) 
         ValueError: If the file is not a nonempty list of entries, or has invalid entries; the message counts them and
             lists the first ones.
     """
-    file = Path(path).expanduser()
+    file = expand_user(path)
     if not file.is_file():
         raise FileNotFoundError(f"data must be a JSON file of instructions, got '{path}'{similar_paths(file)}")
     try:
@@ -97,7 +98,7 @@ def read_benchmark(folder: str | Path) -> dict[str, list[Instruction]]:
         FileNotFoundError: If the folder does not exist or contains no known task; the message lists its subfolders.
         ValueError: If a test file is invalid.
     """
-    root = Path(folder).expanduser()
+    root = expand_user(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"data must be a folder with TASK/{_TEST_FILE}, got '{folder}'{similar_paths(root)}")
     files = {name: root / name / _TEST_FILE for name in CHOICES if (root / name / _TEST_FILE).is_file()}
@@ -145,7 +146,7 @@ class Template:
     def __init__(self, path: str | Path | None = None) -> None:
         self.plain, self.with_input = _PLAIN, _WITH_INPUT
         if path is not None:
-            text = Path(path).expanduser().read_text(encoding="utf-8")
+            text = expand_user(path).read_text(encoding="utf-8")
             if "{instruction}" not in text:
                 raise ValueError(f"template '{path}' must contain {{instruction}}, got none")
             has_input = "{input}" in text
@@ -161,29 +162,29 @@ class Template:
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Tokenize a prompt without an end token."""
+    """Tokenize a prompt without an EOS token."""
     ids = list(tokenizer(prompt).input_ids)
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def encode(tokenizer: Any, prompt: str, response: str, max_length: int, *, learn_prompt: bool) -> dict[str, list[int]]:
-    """Tokenize prompt, response and end token, and create the labels.
+    """Tokenize prompt and response, append the EOS token, and create the labels.
 
     Args:
         tokenizer: Tokenizer of the model.
         prompt: Filled template.
         response: Target response.
         max_length: Maximum number of tokens; longer sequences are truncated at the end.
-        learn_prompt: Also use the prompt tokens as labels.
+        learn_prompt: Also compute the loss on prompt tokens.
 
     Returns:
         `input_ids` and `labels`.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
     response_ids = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    ids = [*prompt_ids, *response_ids][:max_length]
-    labels = ids if learn_prompt else [*[IGNORED] * len(prompt_ids), *response_ids][:max_length]
-    return {"input_ids": ids, "labels": list(labels)}
+    prompt_labels = prompt_ids if learn_prompt else [IGNORED] * len(prompt_ids)
+    ids, labels = [*prompt_ids, *response_ids], [*prompt_labels, *response_ids]
+    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
 def pad_right(items: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from snella import SnellaCallback
 from snella_app.console import counted, make_console, print_line, print_rows
 from snella_app.device import choose_device
-from snella_app.files import sha256_of
+from snella_app.files import expand_user, sha256_of
 from snella_app.methods.registry import matrices_of
 from snella_app.records.generators import LossRow
 from snella_app.records.record import record_from
@@ -87,7 +86,7 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
 
 def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console, resumed: RunInfo | None) -> None:
     """Train a new or resumed run."""
-    data, device = Path(str(config.data)).expanduser(), choose_device(config.run.device)
+    data, device = expand_user(str(config.data)), choose_device(config.run.device)
     tokenizer = load_tokenizer(str(config.model))
     train, val, notes = _encode_data(config, tokenizer)
     digest = sha256_of(data)
