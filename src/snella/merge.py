@@ -120,7 +120,7 @@ def unmerge_updates(layer: SnellaLayer) -> None:
 
 
 def refresh(layer: SnellaLayer, adapter_name: str, cache: MergeCache) -> None:
-    """Apply in-place changes to an adapter's values, even if it is merged.
+    """Make in-place changes to an adapter's values take effect, even if it is merged.
 
     Rewrites a merged weight from the copy that `merge` stored. Rounding errors do not accumulate, and the weight stays
     the same tensor, which compiled graphs require.

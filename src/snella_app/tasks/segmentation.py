@@ -105,6 +105,7 @@ def _nanmean(values: np.ndarray, default: Any) -> Any:
 
 
 _MAX_EXAMPLES = 12
+_CLASSES_PER_GROUP = 8
 
 
 def choose_indices(dice: Sequence[float], limit: int = _MAX_EXAMPLES) -> list[int]:
@@ -153,6 +154,26 @@ def overlap_losses(scores: Tensor, labels: Tensor, kind: MaskLoss) -> Tensor:
 
 
 _SCORES = ("dice", "iou", "dice_pooled", "iou_pooled", "pixel_accuracy")
+
+
+def resized_labels(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the class with the highest bilinearly resized score of each pixel, `[height, width]`, uint8.
+
+    Classes are resized in groups, because the resized scores of all classes may take gigabytes.
+
+    Args:
+        scores: `[classes, height, width]` at the model's resolution.
+        size: Height and width of the image.
+    """
+    best = torch.full(size, -math.inf, device=scores.device)
+    labels = torch.zeros(size, dtype=torch.uint8, device=scores.device)
+    for first in range(0, len(scores), _CLASSES_PER_GROUP):
+        group = scores[None, first : first + _CLASSES_PER_GROUP]
+        values, indices = F.interpolate(group, size, mode="bilinear", align_corners=False)[0].max(0)
+        is_higher = values > best  # ties keep the first class, as in argmax
+        labels = torch.where(is_higher, (indices + first).to(torch.uint8), labels)
+        best = torch.where(is_higher, values, best)
+    return labels
 
 
 @dataclass(frozen=True)
@@ -287,9 +308,8 @@ class SegmentationTask(Task):
         """Return the mask of each image at the image's size; scores are resized before the argmax."""
         masks = []
         for path, image, scores in zip(paths, images, outputs.float(), strict=True):
-            size = (image.height, image.width)
-            labels = F.interpolate(scores[None], size, mode="bilinear", align_corners=False).argmax(1)[0]
-            masks.append(MaskPrediction(path, labels.to(torch.uint8).cpu().numpy(), list(self.classes)))
+            labels = resized_labels(scores, (image.height, image.width))
+            masks.append(MaskPrediction(path, labels.cpu().numpy(), list(self.classes)))
         return masks
 
     build_model = staticmethod(create_segmenter)

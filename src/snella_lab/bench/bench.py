@@ -150,7 +150,6 @@ def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
     if torch.device(workload.device).type == "cuda":
         gc.collect()  # models of earlier measurements are in reference cycles
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(workload.device)
         _run(name, workload, batch)
         return {"peak_gpu_mib": round(torch.cuda.max_memory_allocated(workload.device) / 2**20, 1)}
     return peak_of_child(_run, name, workload, batch)
@@ -159,8 +158,8 @@ def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
 def peak_of_child(function: Callable[..., float], name: str, *args: Any) -> dict[str, float]:
     """Measure the peak resident set size of a new process that calls `function(name, *args)`.
 
-    The importable function returns the memory at the start of the measurement, after `reset_peak_rss` if it matters;
-    `name` identifies the measurement in errors.
+    `function` must be importable and return the memory at the start of the measurement; it may call `reset_peak_rss`
+    first. `name` identifies the measurement in errors.
 
     Returns:
         `peak_rss_mib`, the peak, and `peak_step_mib`, the peak minus the returned value.
@@ -215,11 +214,11 @@ _TABLE_COLUMNS = ("method", "forward_s", "backward_s", "step_s", f"step_over_{RE
 
 
 def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str, Any]]:
-    """Time training steps of all methods on the same images, and return the rows, also appended to `config.out`.
+    """Time training steps of all methods on the same images, return the rows, and append them to `config.out`.
 
-    After two warm-up steps, every round takes one step of each method, in random order. A method is skipped if its op
-    differs from the reference or its gradients are not finite. With `rounds=0`, only saved tensors and parameters are
-    counted.
+    After two warm-up steps, every round takes one step of each method, in random order. A method is skipped if its
+    gradients are not finite or, if it is in `_IMPLEMENTATIONS`, its op differs from the reference. With `rounds=0`,
+    only saved tensors and parameters are counted.
 
     Raises:
         ValueError: If the device is not available.

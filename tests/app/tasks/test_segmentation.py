@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from snella_app.config.train import TrainConfig
 from snella_app.data.datasets import ImageDataset, MaskDataset
 from snella_app.tasks import TASKS, SegmentationTask, create_task, task_class
-from snella_app.tasks.segmentation import choose_indices, overlap_losses
+from snella_app.tasks.segmentation import choose_indices, overlap_losses, resized_labels
 
 LABELS = torch.tensor([[[0, 1], [1, 1]]])
 SCORES = torch.tensor([[[[2.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [3.0, 1.0]]]])
@@ -18,6 +18,14 @@ def test_overlap_losses_match_hand_computed_values():
     assert torch.allclose(overlap_losses(SCORES, LABELS, "dice"), 1 - (2 * intersection + 1) / (sums + 1))
     assert torch.allclose(overlap_losses(SCORES, LABELS, "iou"), 1 - (intersection + 1) / (sums - intersection + 1))
     assert overlap_losses(SCORES, LABELS, "none").tolist() == [0.0]
+
+
+@pytest.mark.parametrize("classes", [2, 8, 21])
+def test_classes_are_resized_in_groups_without_changing_the_mask(classes):
+    scores = torch.randint(0, 3, (classes, 6, 8), generator=torch.Generator().manual_seed(0)).float()  # with ties
+    expected = F.interpolate(scores[None], (15, 20), mode="bilinear", align_corners=False).argmax(1)[0]
+    labels = resized_labels(scores, (15, 20))
+    assert labels.dtype == torch.uint8 and torch.equal(labels.long(), expected)
 
 
 def test_the_loss_is_cross_entropy_plus_overlap_and_falls_with_better_scores():

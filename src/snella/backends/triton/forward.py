@@ -22,8 +22,8 @@ def exp_nonpositive(x):
     """Compute `exp(x)` for `x ≤ 0` to within two units in the last place; `x` is clamped to [−87, 0].
 
     2^k·exp(r) with `|r| ≤ ln 2 / 2`, `k·ln 2` subtracted in two parts, exp(r) by its Taylor series to the 7th power.
-    The clamp at 0 prevents overflow in lanes outside the matrix. The error of the hardware's exponential is up to `|x|`
-    roundings.
+    The clamp at 0 prevents overflow in lanes outside the matrix. The hardware exponential is off by up to `|x|` units
+    in the last place.
     """
     x = tl.where(x < -87.0, -87.0, tl.where(x > 0.0, 0.0, x))
     k = tl.floor(x * 1.4426950408889634 + 0.5)
@@ -133,8 +133,8 @@ def softmax_statistics(
 ):
     """Compute maximum logit and inverse sum of exponentials of each column (`AXIS` 0, `[G, n]`) or row (1, `[m]`).
 
-    Each program iterates over `ACROSS` columns or rows in steps of `ALONG` entries, with a running maximum and sum per
-    lane. It reads and writes nothing of size `m·n`.
+    Each program handles `ACROSS` columns or rows and reads `ALONG` of their entries per step, with a running maximum
+    and sum per lane. It reads and writes nothing of size `m·n`.
     """
     group = tl.program_id(1)
     start = tl.load(layout + group * LAYOUT_FIELDS)
@@ -295,7 +295,7 @@ def find_bin(counts, rank, BINS: tl.constexpr):
 
 @triton.jit
 def leading_bits(layout, high, middle, state, group, target, TARGETS: tl.constexpr, LEVEL: tl.constexpr):
-    """Return the leading bits of the target entry after `LEVEL` histograms, and its rank among entries with them."""
+    """Return the leading bits of the target entry after `LEVEL` histograms, and its rank among those with them."""
     if LEVEL == 1:
         rank = tl.load(layout + group * LAYOUT_FIELDS + 3 + target)
         prefix, rank = find_bin(high + group * HIGH_BINS, rank, HIGH_BINS)

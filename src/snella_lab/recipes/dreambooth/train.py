@@ -43,7 +43,7 @@ _LOGIT_MEAN, _LOGIT_STD, _MODE_SCALE = 0.0, 1.0, 1.29
 
 
 class FlowMatching(nn.Module):
-    """Rectified-flow loss of a transformer, between images and noise.
+    """Rectified-flow loss of a transformer on the straight path from images to noise.
 
     z_σ = (1 − σ) z + σ ε,      loss = w(σ) · mean |v(z_σ, σ) − (ε − z)|²
 
@@ -213,7 +213,7 @@ class DreamBoothTrainer(RecipeTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss of the micro-batch with a global index, plus the weighted prior-preservation loss."""
+        """Compute the loss of micro-batch `inputs["index"]`, plus the weighted prior-preservation loss."""
         index, accumulation = inputs["index"], self.args.gradient_accumulation_steps
         step, number = divmod(index, accumulation)
         torch.manual_seed(mix_seed(self.args.seed, _GLOBAL, step, number))
@@ -239,7 +239,7 @@ class DreamBoothTrainer(RecipeTrainer):
     def _micro_batch_loss(
         self, model: nn.Module, training_set: TrainingSet, index: int, generator: torch.Generator
     ) -> Tensor:
-        """Compute the mean loss of the micro-batch with a global index; each epoch has a new order of images."""
+        """Compute the mean loss of micro-batch `index`; the images are reshuffled each epoch."""
         count, total = self.config.optim.batch_size, len(training_set.images)
         order, indices = EpochSampler(total, self.args.seed), []
         for position in range(index * count, (index + 1) * count):
