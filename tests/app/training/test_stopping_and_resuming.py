@@ -264,7 +264,7 @@ def test_an_altered_checkpoint_is_reported_with_remedies(settings, console, unin
         with pytest.raises(TrainingInterrupted, match="checkpoint-12"):
             train(config, console)
     checkpoint = RunFolder(config.run.out).checkpoints / "checkpoint-12"
-    message = r"checkpoint is damaged: .*-12: {}.*; start over with --overwrite, or remove .*checkpoints and --resume"
+    message = r"checkpoint is damaged: .*-12: {}.*; start over with --overwrite, or remove .*checkpoints and run again"
     for name in (*FILES, "rng_state.pth", "progress.json", "manifest.json"):
         content = (checkpoint / name).read_bytes()
         for damaged in (content[: len(content) // 2], flipped(content)):
