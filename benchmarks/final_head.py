@@ -1,5 +1,4 @@
-"""Ablation of the final head: test accuracy of each variant on a frozen backbone, or of the last two on
-trained backbones (--runs).
+"""Ablation of the final head: test accuracy of each variant on a frozen backbone, or of the last two after training.
 
 python benchmarks/final_head.py --folders-root ROOT          appends to final_head.jsonl
 python benchmarks/final_head.py --runs RUN ...               the same, for the adapters of finished runs

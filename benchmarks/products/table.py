@@ -29,14 +29,15 @@ def main() -> None:
     parser.add_argument("--products", nargs="+", help="default: all")
     parser.add_argument("--minutes", nargs="+", type=float, help="default: all")
     parser.add_argument("--weights", default="dinov2s")
-    parser.add_argument("--since", default="", help="first date of the rows, e.g. 2026-11-30")
-    parser.add_argument("--until", default="9", help="date before which the rows were measured")
+    parser.add_argument("--since", help="first date of the rows, e.g. 2026-11-30")
+    parser.add_argument("--until", help="date before which the rows were measured")
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     rows = [row for row in read_rows(args.rows) if row["weights"] == args.weights]
     rows = [row for row in rows if args.products is None or row["product"] in args.products]
     rows = [row for row in rows if args.minutes is None or row["minutes"] in args.minutes]
-    rows = [row for row in rows if args.since <= row["date"] < args.until]
+    rows = [row for row in rows if args.since is None or row["date"] >= args.since]
+    rows = [row for row in rows if args.until is None or row["date"] < args.until]
     for minutes in sorted({row["minutes"] for row in rows}):
         print(f"\n{minutes:g} minutes\n\n{markdown([row for row in rows if row['minutes'] == minutes])}")
     if args.figure:

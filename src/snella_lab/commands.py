@@ -326,7 +326,7 @@ def demo(
 
     Args:
         out: Run folder of SNELLA; the other methods use subfolders.
-        overwrite: Replace earlier runs in another folder than runs/demo, whose runs are always replaced.
+        overwrite: Replace earlier runs.
         epochs: Training epochs per method; defaults to the demo's settings.
         seed: Seed for data split, initialization and data order.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
@@ -334,7 +334,7 @@ def demo(
     from snella_lab.recipes.demo import run_demo
 
     changes: dict[str, Any] = {"seed": seed} | ({} if epochs is None else {"epochs": epochs})
-    run_demo(out, overwrite=overwrite or Path(out) == Path("runs/demo"), device=device, **changes)
+    run_demo(out, overwrite=overwrite, device=device, **changes)
 
 
 def _parse_list(name: str, value: str, kind: Callable[[str], Any]) -> list[Any]:

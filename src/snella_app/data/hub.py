@@ -316,7 +316,7 @@ def _datasets_library(where: str, place: Path) -> Iterator[Any]:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         text = first_line(cause)
-        nearest = similar_paths(place) if place.parent.is_dir() and not place.exists() else ""
+        nearest = similar_paths(place) if place.parent.is_dir() else ""
         if isinstance(error, ConnectionError):
             raise ConnectionError(
                 f"data {where} is neither a folder nor in the cache, and the Hub could not be reached ({text}); pass a "

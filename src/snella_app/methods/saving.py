@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snella.compat.sparse_file import tensors_bytes, tensors_digest
@@ -48,9 +49,6 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     spec = spec_of(model)
     target.mkdir(parents=True, exist_ok=True)
     tensors, file = _trained_tensors(model)
-    others = (TENSOR_FILE,) if isinstance(model, PeftModel) else (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
-    for name in others:  # of an adapter of another kind
-        (target / name).unlink(missing_ok=True)
     if isinstance(model, PeftModel):
         config = copy.copy(model.peft_config["default"])
         config.inference_mode = True
@@ -58,8 +56,11 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             settings = _plain(config.to_dict())
         write_bytes(target / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True).encode())
     method_info = {"format": 1, "method": spec.name, "options": _plain(spec.options), "head": spec.head}
+    settings_file = CONFIG_NAME if isinstance(model, PeftModel) else METHOD_FILE
     write_bytes(target / METHOD_FILE, json.dumps(method_info, indent=2).encode() + b"\n")
-    write_bytes(target / file, _as_safetensors(tensors, sha256_of(_settings_file(target))))
+    write_bytes(target / file, _as_safetensors(tensors, sha256_of(target / settings_file)))
+    for name in {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, TENSOR_FILE} - {settings_file, file}:
+        (target / name).unlink(missing_ok=True)  # files of an adapter of another kind
 
 
 def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Module:
@@ -199,7 +200,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        tensors = load_file(path)
     except SafetensorError as error:
         raise AdapterFileError(f"{path} is damaged: {error} ({path.stat().st_size} bytes); {REMEDY}") from None
     if _TENSORS_DIGEST not in metadata:

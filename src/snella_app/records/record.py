@@ -161,7 +161,7 @@ def _describe(error: ErrorDetails) -> str:
 def _hint(file: Path) -> str:
     """Return the remedy for an unusable file."""
     if file.name == "comparison.json":
-        return f"run `snella demo` again, or delete {file.name}"
+        return f"run `snella demo --overwrite`, or delete {file.name}"
     if file.name == "run.json":
         return "copy the file again, or train again with `--overwrite`"
     return f"resume with `snella train --resume --out {file.parent}`, or train again with `--overwrite`"

@@ -43,8 +43,8 @@ def model_card(
         name: Name of the model; None combines method and data.
         library: Library that loads the model: timm, peft, transformers or snella.
         tags: Tags in addition to the task and `snella`.
-        has_final_head: False if the files contain only the trained head. The metadata then omits the results of a final
-            head on several layers, and the text says which head they belong to.
+        has_final_head: False if `use` loads only the trained head. The metadata then omits the results of a final head
+            on several layers, and the text says which head they belong to.
 
     Returns:
         Markdown.
@@ -57,10 +57,10 @@ def model_card(
 
     info, metrics = read(RunInfo, run), read_if_present(Metrics, run)
     head = None if has_final_head or metrics is None else metrics.final_head
-    note = ""
+    results, note = _results_table(metrics), ""
     if head is not None and head.is_saved:
-        note = f"\n\nThese are the results in snella, with {head.name} as head. These files contain the trained head"
-        note += f", with a validation {head.metric} of {head.val_trained:.4f}." if head.metric else "."
+        note = f"These are the results in snella, with {head.name} as head. The code above uses the trained head"
+        note += f", whose validation {head.metric} is {head.val_trained:.4f}." if head.metric else "."
     title = name or f"{info.method} on {info.data.spec}"
     tag = _TAGS.get(info.task)
     data = ModelCardData(
@@ -76,7 +76,7 @@ def model_card(
         f"# {_escape(title)}",
         _summary(info),
         f"## How to use\n\n{use.strip()}",
-        _results_table(metrics) + note,
+        f"{results}\n\n{note}" if results and note else results,
         _fact_list("Data", _data(info)),
         _fact_list("Training", _training(info, metrics)),
         "## Limitations\n\nThe results hold for images similar to the training images; evaluate the model before using "

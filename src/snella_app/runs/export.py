@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from snella_app.runs.images import load_run_splits
 from snella_app.runs.layer_probe import LAYER_PROBE
 from snella_app.runs.merge import ExportResult, check_folder_files, prediction_notes, run_metadata, write_timm_folder
 from snella_app.runs.model import LoadedRun, load_single_run, make_backbone
+from snella_app.tasks import TASKS
 from snella_app.text import first_line
 
 _NUM_IMAGES = 8
@@ -80,7 +81,7 @@ class ExportFormat:
         options: Supported options of `export`.
         packages: Required packages of the extra `export`.
         is_folder: True if the export is a folder.
-        is_for_classifiers: True if other tasks are not supported.
+        unsupported: Names of the tasks that the format does not support.
     """
 
     suffix: str
@@ -88,7 +89,7 @@ class ExportFormat:
     options: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     is_folder: bool = False
-    is_for_classifiers: bool = False
+    unsupported: Collection[str] = ()
 
 
 def export(
@@ -151,9 +152,10 @@ def export(
         except ImportError as error:
             raise ImportError(f"format {format} needs {package}: pip install 'snella[export]' ({error})") from None
     loaded = load_single_run(run, device="cpu")
-    if export_format.is_for_classifiers and loaded.task.name != "classification":
-        supported = ", ".join(name for name, entry in FORMATS.items() if not entry.is_for_classifiers)
-        raise ValueError(f"format={format} does not support the task {loaded.task.name}; use one of {supported}")
+    task = loaded.task.name
+    if task in export_format.unsupported:
+        supported = ", ".join(name for name, entry in FORMATS.items() if task not in entry.unsupported)
+        raise ValueError(f"format={format} does not support the task {task}; use one of {supported}")
     batch, example = _load_images(loaded, images) if "images" in export_format.options else (torch.empty(0), None)
     options = ExportOptions(path, opset, rank or 32, values or "fp32", logits, batch, example)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -305,7 +307,7 @@ def _write_hf(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[li
     write_json(path / "preprocessor_config.json", {"image_processor_type": "TimmWrapperImageProcessor", **processor})
     code = "from transformers import pipeline\nclassify = pipeline('image-classification', model={!r})"
     use = f"```python\n{code.format('PATH_OR_NAME')}\nprint(classify('image.jpg'))\n```"
-    _write_card(loaded, path, use, "transformers", ["timm"], has_final_head=False)
+    _write_card(loaded, path, use, "transformers", ["timm"])
     return _logits_notes(loaded.info, _IN_CONFIG), code.format(str(options.out))
 
 
@@ -313,11 +315,6 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[
     model: Any = loaded.model
     if isinstance(model, PeftModel) and model.peft_config["default"].peft_type == "LORA":
         raise ValueError(f"the adapter of the run is already a LoRA; use {loaded.folder.adapter}")
-    if loaded.task.head is not None:
-        raise ValueError(
-            f"format=lora does not support the task {loaded.task.name}, whose decoder PEFT cannot convert; use onnx, "
-            "torchscript, torch-export or sparse"
-        )
     with torch.no_grad():
         expected = model(options.images)
     try:
@@ -329,7 +326,7 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[
     code = "from peft import PeftModel\nmodel = PeftModel.from_pretrained(backbone, {!r})  # {}"
     backbone = loaded.info.backbone
     card_code = code.format("PATH_OR_NAME", "the backbone above, with the same number of classes")
-    _write_card(loaded, path, f"```python\n{card_code}\n```", "peft", [], has_final_head=False)
+    _write_card(loaded, path, f"```python\n{card_code}\n```", "peft", [])
     lora_model = PeftModel.from_pretrained(make_backbone(backbone, loaded.task.name), str(path)).eval()
     layers, lost, total = _tuner_layers(model), 0.0, 0.0
     with torch.no_grad():
@@ -348,10 +345,10 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[
     return [note, *_logits_notes(loaded.info, "not in the folder")], code.format(str(options.out), backbone.name)
 
 
-def _write_card(loaded: LoadedRun, path: Path, use: str, library: str, tags: Sequence[str], **options: bool) -> None:
-    """Write the model card of an exported folder."""
-    name = loaded.folder.path.resolve().name
-    card = model_card(loaded.folder.path, use, name=name, library=library, tags=tags, **options)
+def _write_card(loaded: LoadedRun, path: Path, use: str, library: str, tags: Sequence[str]) -> None:
+    """Write the model card of an exported folder whose loading code uses the trained head."""
+    run = loaded.folder.path
+    card = model_card(run, use, name=run.resolve().name, library=library, tags=tags, has_final_head=False)
     write_text(path / "README.md", card)
 
 
@@ -440,6 +437,7 @@ def sparse_patch(model: nn.Module, base: nn.Module) -> SparsePatch:
 
 
 _GRAPH_OPTIONS = ("images", "logits")
+_OTHER_TASKS = TASKS.keys() - {"classification"}
 FORMATS: dict[str, ExportFormat] = {
     "sparse": ExportFormat(".sparse.safetensors", _write_sparse, options=("values",)),
     "onnx": ExportFormat(
@@ -450,8 +448,8 @@ FORMATS: dict[str, ExportFormat] = {
     ),
     "torchscript": ExportFormat(".torchscript.pt", partial(_write_graph, export_torchscript), options=_GRAPH_OPTIONS),
     "torch-export": ExportFormat(".pt2", partial(_write_graph, export_torch), options=_GRAPH_OPTIONS),
-    "lora": ExportFormat("-lora", _write_lora, options=("rank", "images"), is_folder=True),
-    "timm": ExportFormat("-timm", _write_timm, is_folder=True, is_for_classifiers=True),
-    "hf": ExportFormat("-hf", _write_hf, is_folder=True, is_for_classifiers=True),
+    "lora": ExportFormat("-lora", _write_lora, ("rank", "images"), is_folder=True, unsupported=("segmentation",)),
+    "timm": ExportFormat("-timm", _write_timm, is_folder=True, unsupported=_OTHER_TASKS),
+    "hf": ExportFormat("-hf", _write_hf, is_folder=True, unsupported=_OTHER_TASKS),
 }
 """Export formats by the value of `--format`."""

@@ -28,6 +28,7 @@ from snella_app.tasks.task import MAX_VIEWS
 
 _THREADS = 4  # decoding and resizing release the GIL
 _MAX_ASPECT = 200
+"""Maximum ratio of the sides of an image."""
 
 Unsure = float | Literal["auto"] | None
 """Probability below which a prediction is unsure; `auto` uses the threshold of the run's calibration."""

@@ -98,10 +98,9 @@ def fit_layers(
     """Fit a head to features of several layers of the trained model.
 
     A first fit to the training images predicts the validation images. The final fit uses both splits, with at most
-    5,000 validation images.
-    `parts.initial_layer_features`, if set, are the features of the training images. The others are computed in
-    autocast with the training precision, which is faster in bfloat16; the returned probe computes in the precision of
-    its inputs.
+    5,000 validation images. `parts.initial_layer_features`, if set, are the features of the training images. The others
+    are computed in autocast with the training precision, which is faster in bfloat16; the returned probe computes in
+    the precision of its inputs.
 
     The head is a kernel head for tasks with `has_kernel_fit` and between `MIN_CENTERS` and `MAX_CENTERS` images, else a
     linear head.
@@ -111,22 +110,25 @@ def fit_layers(
         None without validation images.
     """
     task, outputs = parts.task, parts.task.count_outputs(parts.splits.classes)
-    views, batch_size, sampler = data.views, optim.effective_batch_size, data.sampler
+    views, batch_size, layers = data.views, optim.effective_batch_size, probed_layers(parts.model)
+
+    def measure(images: ImageDataset, known: Tensor | None = None) -> MeasuredFeatures:
+        with autocast(next(parts.model.parameters()).device, optim.precision):
+            return measure_features(parts, images, views, batch_size, known, data.sampler)
+
     val = None if parts.splits.val is None else original_images(parts.splits.val)
-    added = None if val is None else val.subset(sampled_rows(parts, len(val)).tolist())
-    device = next(parts.model.parameters()).device
-    with autocast(device, optim.precision):
-        measured = measure_features(parts, train, views, batch_size, parts.initial_layer_features, sampler)
-        measured_val = None if added is None else measure_features(parts, added, views, batch_size, None, sampler)
-    fit = fit_kernel if uses_kernel(task, len(train) + (0 if added is None else len(added))) else fit_linear
-    probe, val_outputs = LayerProbe(parts.model, probed_layers(parts.model), fit(task, measured, outputs)), None
-    if val is not None and added is not None and measured_val is not None:
-        if len(added) == len(val):
-            val_outputs = _outputs(task, measured_val, probe.head)
-        else:
-            val_outputs = measure_layers(parts, probe, val, views, batch_size, optim.precision)
-        probe = LayerProbe(parts.model, probe.layers, fit(task, _concatenate(measured, measured_val), outputs))
-    return probe, val_outputs
+    rows = [] if val is None else sampled_rows(parts, len(val)).tolist()
+    fit = fit_kernel if uses_kernel(task, len(train) + len(rows)) else fit_linear
+    measured = measure(train, parts.initial_layer_features)
+    probe = LayerProbe(parts.model, layers, fit(task, measured, outputs))
+    if val is None:
+        return probe, None
+    measured_val = measure(val.subset(rows))
+    if len(rows) == len(val):
+        val_outputs = _outputs(task, measured_val, probe.head)
+    else:
+        val_outputs = measure_layers(parts, probe, val, views, batch_size, optim.precision)
+    return LayerProbe(parts.model, layers, fit(task, _concatenate(measured, measured_val), outputs)), val_outputs
 
 
 def measure_layers(

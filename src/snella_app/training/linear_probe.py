@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
 
 from snella_app.config.sections import OptimConfig
+from snella_app.config.train import TrainConfig
 from snella_app.data.datasets import ImageDataset
 from snella_app.data.options import DataConfig
 from snella_app.data.protocol import get_protocol
@@ -201,6 +202,12 @@ def can_probe(parts: RunComponents) -> bool:
     """Return whether the task, the head and the number of classes allow a linear probe."""
     can_fit = parts.task.target != "class" or len(set(parts.splits.train.labels)) > 1
     return parts.task.has_linear_fit and can_fit and _find_linear_head(parts.model) is not None
+
+
+def evaluates_initial_model(config: TrainConfig) -> bool:
+    """Return whether the model is evaluated before the first epoch, because it may be the best."""
+    may_be_best = config.optim.head_init == "probe" or config.model.init_from is not None
+    return may_be_best and get_protocol(config.data.protocol).selected_on == "val"
 
 
 def can_skip_training(optim: OptimConfig, protocol: str) -> bool:

@@ -31,7 +31,7 @@ from snella_app.text import first_line, seconds_text
 from snella_app.training.build import RunComponents
 from snella_app.training.distributed import process_count
 from snella_app.training.final_head import layer_fit_seconds, may_save_last_epoch
-from snella_app.training.linear_probe import MAX_PROBE_IMAGES, can_skip_training, probe_rows
+from snella_app.training.linear_probe import MAX_PROBE_IMAGES, can_skip_training, evaluates_initial_model, probe_rows
 from snella_app.training.memory import predict_step_memory, preserve_state
 
 MIN_SIZE = 48
@@ -306,9 +306,8 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     batches = {name: len(part) / timed_images for name, part in measured.items()}
     selection_s = batches.get(str(get_protocol(data.protocol).selected_on), 0) * evaluation_s
     final_s = sum(batches.values()) * (max(first_read_s - read_s, 0.0) + evaluation_s)
-    starts_from_run = config.model.init_from is not None and get_protocol(data.protocol).selected_on == "val"
-    if can_skip_training(optim, data.protocol) or starts_from_run:
-        final_s += selection_s  # evaluation of the initial model
+    if evaluates_initial_model(config):
+        final_s += selection_s
     final_s += selection_s * ((optim.soup or 0) + (optim.swa is not None))  # evaluation of averages
     if optim.final_head == "layers":
         val = len(measured.get("val", ()))

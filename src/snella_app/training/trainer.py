@@ -34,7 +34,7 @@ from snella_app.training.distributed import (
     process_count,
     process_index,
 )
-from snella_app.training.linear_probe import FeatureNorm
+from snella_app.training.linear_probe import FeatureNorm, evaluates_initial_model
 from snella_app.training.session import NonFiniteLossError
 
 
@@ -47,8 +47,7 @@ class StartCallback(TrainerCallback):
 
     def __init__(self, trainer: SnellaTrainer) -> None:
         self.trainer = trainer
-        may_be_best = trainer.plan.optim.head_init == "probe" or trainer.plan.model.init_from is not None
-        self.evaluate_initial = may_be_best and trainer.protocol.selected_on == "val"
+        self.evaluate_initial = evaluates_initial_model(trainer.plan)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Evaluate the initial model, or end the run."""

@@ -49,7 +49,7 @@ steps, because single epochs are noisy."""
 
 
 def run_demo(
-    out: str | Path = "runs/demo", *, overwrite: bool = True, console: Console | None = None, **settings: Any
+    out: str | Path = "runs/demo", *, overwrite: bool = False, console: Console | None = None, **settings: Any
 ) -> Path:
     """Train a linear probe, LoRA and SNELLA on the same split and compare them.
 

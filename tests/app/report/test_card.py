@@ -26,6 +26,18 @@ def test_a_card_has_metadata_and_a_results_table(run):
     assert '`["defective", "sound"]`' in card and "## How to use\n\nsnella predict RUN\n" in card
 
 
+def test_results_of_the_final_head_are_no_claims_about_the_trained_head(run):
+    run.finished()
+    head = {"layers": [1, 2], "is_saved": True, "metric": "accuracy", "val": 0.9, "val_trained": 0.8125}
+    run.change("metrics.json", final_head=head)
+    assert "model-index" in metadata_of(model_card(run.folder, "x"))
+    card = model_card(run.folder, "x", has_final_head=False)
+    assert "model-index" not in metadata_of(card) and "## Results" in card
+    assert "The code above uses the trained head, whose validation accuracy is 0.8125." in card
+    run.change("metrics.json", final_head=head | {"is_saved": False})
+    assert "model-index" in metadata_of(model_card(run.folder, "x", has_final_head=False))
+
+
 def test_the_license_is_left_to_the_user(run):
     card = model_card(run.finished().folder, "x")
     assert "license" not in metadata_of(card)

@@ -251,6 +251,8 @@ def test_checkpoints_without_run_json_are_not_removed(tmp_path):
     (run.checkpoints / "checkpoint-4").mkdir()
     (run.path / "run.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"run has checkpoints but no run.json; restore that file"):
+        run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True, data="digits", backbone="test_vit"))
+    with pytest.raises(FileNotFoundError, match=r"run has checkpoints but no run.json; restore that file"):
         run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True))
 
 

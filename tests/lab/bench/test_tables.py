@@ -142,8 +142,8 @@ def test_tuning_page_matches_the_rows_at_three_times_the_learning_rate():
 
     text, matched, snella = page("docs/training.md"), changes("snella-matched-8", 80), changes("snella-8", 80)
     *first, last = (f"{value:+.1f}" for value in matched)
-    assert f"80-step runs of `snella-matched` change by {', '.join(first)} and {last} points" in text
-    assert f"and those of `snella` by {snella[0]:+.1f} to {snella[-1]:+.1f}" in text
+    assert f"the accuracy of `snella-matched` changes by {', '.join(first)} and {last} points" in text
+    assert f"and that of `snella` by {snella[0]:+.1f} to {snella[-1]:+.1f}" in text
     lost, lost_matched = ([-value for value in changes(name, 24)] for name in ("snella-8", "snella-matched-8"))
     assert f"lose {lost[1]:.1f} and {lost[0]:.1f} points on two of four" in text and lost[2] < 0
     assert f"loses at most {lost_matched[0]:.1f}" in text
