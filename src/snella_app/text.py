@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,9 @@ def similar_paths(
     Empty if there are none or the path exists; reports the parent folder if it is missing. Names end with one of
     `suffixes`.
     """
-    if path.exists():
+    if os.path.exists(path):  # unlike Path.exists, False for a name that is too long
         return ""
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f"; there is no folder '{path.parent}'"
     names = sorted(
         child.name

@@ -152,9 +152,11 @@ class OptimConfig(BaseOptimConfig):
 
     Args:
         epochs: Number of epochs; 0 trains only a linear probe.
+        epoch_images: Maximum number of training images per epoch, e.g. to validate more often; the next epoch continues
+            with the remaining images. Defaults to all.
         time_budget: Approximate training time, e.g. 30m or 1h30m. Measures a training step and sets the number of
-            epochs and, unless given, img_size: the largest at which `epochs` epochs fit, but at least half the largest
-            size at which the final head alone fits.
+            epochs, epoch_images and, unless given, img_size: the largest at which `epochs` epochs fit, but at least
+            half the largest size at which the final head alone fits.
         early_stopping: Stop after N epochs without improvement. With budgets (snella, snell), training continues at
             least until the target sparsity is reached, by default after 70% of the epochs.
         batch_size: Batch size; defaults to 32, or to all training images if there are fewer. auto selects the largest
@@ -195,11 +197,20 @@ class OptimConfig(BaseOptimConfig):
             Evaluation and prediction use fp32, except for evaluation during fp16 training.
     """
 
-    minimums: ClassVar = {"epochs": 0, "swa": 2, "soup": 2, "early_stopping": 1, "batch_size": 1, "accumulate": 1}
+    minimums: ClassVar = {
+        "epochs": 0,
+        "epoch_images": 1,
+        "swa": 2,
+        "soup": 2,
+        "early_stopping": 1,
+        "batch_size": 1,
+        "accumulate": 1,
+    }
     nonnegative: ClassVar = (*BaseOptimConfig.nonnegative, "head_lr", "min_lr")
     fractions: ClassVar = ("warmup_ratio", "label_smoothing")
 
     epochs: int = 10
+    epoch_images: int | None = None
     time_budget: str | None = None
     early_stopping: int | None = None
     batch_size: int | Literal["auto"] | None = None
@@ -232,8 +243,8 @@ class OptimConfig(BaseOptimConfig):
         return self.effective_batch_size * self.accumulate
 
     def steps_per_epoch(self, images: int) -> int:
-        """Return the number of optimizer steps per epoch."""
-        return -(-images // self.images_per_step)
+        """Return the number of optimizer steps per epoch, for this number of training images."""
+        return -(-min(images, self.epoch_images or images) // self.images_per_step)
 
     def with_batch_size_for(self, images: int) -> Self:
         """Return a copy with the default batch size for this number of training images, unless `batch_size` is set."""

@@ -71,7 +71,7 @@ class DataConfig(Config):
             crop; 3augment adds one of grayscale, solarization and blur. auto selects flip for regression and
             segmentation, crop otherwise, or crop-no-flip if a linear probe is clearly worse on flipped images.
         tta: Test-time augmentation: 2 averages the probabilities of an image and its flip, 1 uses only the image. auto
-            selects 2 if training flips images and each image has one class.
+            selects 2 if training flips images and each image has one class. Epochs are validated with one view.
         random_erasing: Probability of erasing a random rectangle of an image.
         mixup: Mixup: mixes pairs of images and labels with weights from Beta(mixup, mixup), e.g. 0.8; 0 disables it.
         cutmix: CutMix: pastes a rectangle of one image into another, with areas from Beta(cutmix, cutmix), e.g. 1; 0

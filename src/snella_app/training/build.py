@@ -94,17 +94,19 @@ def mix_seed(*parts: int) -> int:
 class EpochSampler(Sampler[int]):
     """Sampler over `range(length)` in an order that depends only on `(seed, epoch)`.
 
-    Without weights, the order is a random permutation. With weights, `length` items are sampled with replacement, with
-    probabilities proportional to the weights.
+    Without weights, the epochs divide a sequence of random permutations into parts of `size` items, so that all items
+    occur equally often. With weights, `size` items are sampled with replacement, with probabilities proportional to the
+    weights.
 
     Args:
         length: Number of items.
         seed: Seed of the run.
-        weights: Nonnegative weight per item; None for a permutation.
+        weights: Nonnegative weight per item; None for permutations.
+        size: Number of items per epoch; defaults to `length`.
     """
 
-    def __init__(self, length: int, seed: int, weights: Sequence[float] | None = None) -> None:
-        self.length = length
+    def __init__(self, length: int, seed: int, weights: Sequence[float] | None = None, size: int | None = None) -> None:
+        self.length, self.size = length, length if size is None else size
         self.seed = seed
         self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
         self.epoch = 0
@@ -114,19 +116,28 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
-        if self.weights is None:
-            return iter(torch.randperm(self.length, generator=generator).tolist())
-        return iter(torch.multinomial(self.weights, self.length, replacement=True, generator=generator).tolist())
+        if self.weights is not None:
+            generator = self._generator(self.epoch)
+            return iter(torch.multinomial(self.weights, self.size, replacement=True, generator=generator).tolist())
+        start, stop = self.epoch * self.size, (self.epoch + 1) * self.size
+        first, end = start // self.length, -(-stop // self.length)
+        orders = [torch.randperm(self.length, generator=self._generator(number)) for number in range(first, end)]
+        return iter(torch.cat(orders)[start - first * self.length : stop - first * self.length].tolist())
+
+    def _generator(self, number: int) -> torch.Generator:
+        """Return the generator of an epoch with weights, or of a permutation."""
+        return torch.Generator().manual_seed(mix_seed(self.seed, number))
 
     def __len__(self) -> int:
-        return self.length
+        return self.size
 
 
-def epoch_sampler(train: ImageDataset, task: Task, sampler: str, seed: int) -> EpochSampler:
-    """Return the sampler of the training images; `sampler` is `DataConfig.sampler`."""
+def epoch_sampler(
+    train: ImageDataset, task: Task, sampler: str, seed: int, epoch_images: int | None = None
+) -> EpochSampler:
+    """Return the sampler of the training images; see `DataConfig.sampler` and `OptimConfig.epoch_images`."""
     weights = task.sample_weights(train) if sampler == "weighted" else None
-    return EpochSampler(len(train), seed, weights)
+    return EpochSampler(len(train), seed, weights, min(len(train), epoch_images or len(train)))
 
 
 def selection_data(

@@ -1,6 +1,7 @@
 """Final head of a run: the trained head, or a head on features of several layers, fitted after training."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from snella_app.training.build import RunComponents
 from snella_app.training.linear_probe import (
     MAX_PROBE_IMAGES,
     balancing_weights,
+    base_and_head,
     encoded_targets,
     extract_features,
     original_images,
@@ -50,6 +52,8 @@ _SECONDS_PER_SQUARE = 2e-10
 """CPU seconds of both kernel fits per pair of images, and feature or image."""
 _CUDA_SPEEDUP = 10
 """Speed of linear fits on a GPU; kernel fits use the CPU."""
+Outputs = tuple[np.ndarray, np.ndarray]
+"""Outputs reduced by `Task.reduce`, and labels."""
 
 
 @dataclass
@@ -65,6 +69,21 @@ class MeasuredFeatures:
     views: list[Tensor]
     labels: Tensor
     weights: Tensor | None
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """Result of `fit_layers`.
+
+    Attributes:
+        probe: The probe from the final fit.
+        val: Reduced outputs and labels of the validation images from the first fit; None without validation images.
+        trained_val: The same from the model's own head, if it is a linear layer.
+    """
+
+    probe: LayerProbe
+    val: Outputs | None = None
+    trained_val: Outputs | None = None
 
 
 def measure_features(
@@ -92,9 +111,7 @@ def measure_features(
     return MeasuredFeatures([*known, *measured], batch["labels"], weights)
 
 
-def fit_layers(
-    parts: RunComponents, train: ImageDataset, data: DataConfig, optim: OptimConfig
-) -> tuple[LayerProbe, tuple[np.ndarray, np.ndarray] | None]:
+def fit_layers(parts: RunComponents, train: ImageDataset, data: DataConfig, optim: OptimConfig) -> LayerFit:
     """Fit a head to features of several layers of the trained model.
 
     A first fit to the training images predicts the validation images. The final fit uses both splits, with at most
@@ -104,10 +121,6 @@ def fit_layers(
 
     The head is a kernel head for tasks with `has_kernel_fit` and between `MIN_CENTERS` and `MAX_CENTERS` images, else a
     linear head.
-
-    Returns:
-        The probe from the final fit, and the reduced outputs and labels of the validation images from the first fit;
-        None without validation images.
     """
     task, outputs = parts.task, parts.task.count_outputs(parts.splits.classes)
     views, batch_size, layers = data.views, optim.effective_batch_size, probed_layers(parts.model)
@@ -122,30 +135,53 @@ def fit_layers(
     measured = measure(train, parts.initial_layer_features)
     probe = LayerProbe(parts.model, layers, fit(task, measured, outputs))
     if val is None:
-        return probe, None
+        return LayerFit(probe)
+    heads = [probe.head, *_trained_heads(parts)]
     measured_val = measure(val.subset(rows))
     if len(rows) == len(val):
-        val_outputs = _outputs(task, measured_val, probe.head)
+        val_outputs = [_outputs(task, measured_val, head) for head in heads]
     else:
-        val_outputs = measure_layers(parts, probe, val, views, batch_size, optim.precision)
-    return LayerProbe(parts.model, layers, fit(task, _concatenate(measured, measured_val), outputs)), val_outputs
+        val_outputs = _measure_heads(parts, heads, val, views, batch_size, optim.precision)
+    probe = LayerProbe(parts.model, layers, fit(task, _concatenate(measured, measured_val), outputs))
+    return LayerFit(probe, *val_outputs)
 
 
-def measure_layers(
-    parts: RunComponents, probe: LayerProbe, images: Any, views: int, batch_size: int, precision: str = "fp32"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the reduced outputs of a probe and the labels of a split; see `measure_features` for the arguments.
+def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: int, batch_size: int) -> Outputs:
+    """Compute a probe's reduced outputs and the labels of a split in float32, see `measure_features`."""
+    return _measure_heads(parts, [probe.head], images, views, batch_size, "fp32")[0]
 
-    `precision` is that of the features.
-    """
+
+def _measure_heads(
+    parts: RunComponents,
+    heads: Sequence[Callable[[Tensor], Tensor]],
+    images: Any,
+    views: int,
+    batch_size: int,
+    precision: str,
+) -> list[Outputs]:
+    """Compute the reduced outputs of each head and the labels of a split; `precision` is that of the features."""
     images, device, results = original_images(images), next(parts.model.parameters()).device, []
     for start in range(0, len(images), MAX_PROBE_IMAGES):  # bounds the memory of the features
         part = images.subset(range(start, min(start + MAX_PROBE_IMAGES, len(images))))
         with autocast(device, precision):
             measured = measure_features(parts, part, views, batch_size)
-        results.append(_outputs(parts.task, measured, probe.head))
-    reduced, labels = zip(*results, strict=True)
-    return np.concatenate(reduced), np.concatenate(labels)
+        results.append([_outputs(parts.task, measured, head) for head in heads])
+    by_head = zip(*results, strict=True)
+    return [(np.concatenate([r for r, _ in outputs]), np.concatenate([y for _, y in outputs])) for outputs in by_head]
+
+
+def has_linear_head(model: nn.Module) -> bool:
+    """Return whether the model's own head is a linear layer, so that `fit_layers` also computes its outputs."""
+    return isinstance(base_and_head(model)[1], nn.Linear)
+
+
+def _trained_heads(parts: RunComponents) -> list[Callable[[Tensor], Tensor]]:
+    """Return the model's own head as a function of the features of several layers, if it is a linear layer.
+
+    The features start with the inputs of the head.
+    """
+    _, head = base_and_head(parts.model)
+    return [lambda features: head(features[:, : head.in_features])] if isinstance(head, nn.Linear) else []
 
 
 def uses_kernel(task: Task, images: int) -> bool:
@@ -202,7 +238,7 @@ def layer_fit_seconds(parts: RunComponents, images: int, views: int) -> float:
 
 
 def may_save_last_epoch(plan: TrainConfig) -> bool:
-    """Return whether a run with a head on several layers also fits it to the last epoch, and may save that epoch.
+    """Return whether a run with a head on several layers fits it to the last epoch instead of the best one.
 
     False with averaged weights, a frozen backbone, or without selection on validation images.
     """
@@ -275,7 +311,8 @@ def fit_kernel(task: Task, measured: MeasuredFeatures, outputs: int) -> KernelHe
     return KernelHead(centers, mean, std, weight, intercept)
 
 
-def _outputs(task: Task, measured: MeasuredFeatures, head: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+@torch.no_grad()
+def _outputs(task: Task, measured: MeasuredFeatures, head: Callable[[Tensor], Tensor]) -> Outputs:
     """Compute reduced outputs, averaged over the views, and labels."""
     outputs = [torch.cat([head(chunk) for chunk in view.split(_CHUNK)]) for view in measured.views]
     averaged = outputs[0] if len(outputs) == 1 else task.average_outputs(outputs)

@@ -35,7 +35,14 @@ from snella_app.runs.layer_probe import LAYER_PROBE, KernelHead, LayerProbe
 from snella_app.training.build import RunComponents
 from snella_app.training.callbacks import StepTimeCallback
 from snella_app.training.distributed import is_main, is_sharded, process_count, wait_for_everyone
-from snella_app.training.final_head import fit_layers, is_clearly_worse, may_save_last_epoch, measure_layers
+from snella_app.training.final_head import (
+    LayerFit,
+    Outputs,
+    fit_layers,
+    is_clearly_worse,
+    may_save_last_epoch,
+    measure_layers,
+)
 from snella_app.training.linear_probe import original_images, probe_rows
 from snella_app.training.memory import peak_rss_mib
 from snella_app.training.trainer import SnellaTrainer
@@ -45,7 +52,6 @@ package registers the adapter's keys. With the run folder, `snella predict RUN I
 `snella merge RUN --out MODEL` merges the adapter into a plain model.
 """
 _REPORT_INTERVAL_S = 30.0
-Outputs = tuple[np.ndarray, np.ndarray]
 """Reduced outputs and targets of all images in a split."""
 
 
@@ -85,7 +91,7 @@ def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Consol
     wait_for_everyone()  # until the main process has written the best adapter
     status = console.status("evaluating the saved model") if console.is_terminal else contextlib.nullcontext()
     with status, tempfile.TemporaryDirectory() as folder:
-        last = _measure_last_epoch(trainer, Path(folder))
+        last = _fit_last_epoch(trainer, Path(folder))
         if trainer.feature_norm is not None:
             trainer.feature_norm.remove()
             trainer.feature_norm = None  # saved weights include it
@@ -131,14 +137,13 @@ def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Consol
 
 @dataclasses.dataclass
 class _LastEpoch:
-    """The last epoch's weights in a folder, and its head on several layers with the validation outputs."""
+    """The last epoch's weights in a folder, and its head on several layers."""
 
     folder: Path
-    probe: LayerProbe
-    val: Outputs
+    fit: LayerFit
 
 
-def _measure_last_epoch(trainer: SnellaTrainer, folder: Path) -> _LastEpoch | None:
+def _fit_last_epoch(trainer: SnellaTrainer, folder: Path) -> _LastEpoch | None:
     """Fit a head on several layers of the last epoch, and write its weights to a folder.
 
     Returns:
@@ -151,9 +156,9 @@ def _measure_last_epoch(trainer: SnellaTrainer, folder: Path) -> _LastEpoch | No
         return None
     if is_best or trainer.has_stopped_early:
         return None
-    probe, val = fit_layers(parts, _head_images(parts), plan.data, plan.optim)
+    fit = fit_layers(parts, _head_images(parts), plan.data, plan.optim)
     trainer.save_adapter(folder)
-    return _LastEpoch(folder, probe, cast(Outputs, val))
+    return _LastEpoch(folder, fit)
 
 
 def _fits_layers(trainer: SnellaTrainer) -> bool:
@@ -168,39 +173,42 @@ def _head_images(parts: RunComponents) -> ImageDataset:
 
 def _measure(trainer: SnellaTrainer, last: _LastEpoch | None) -> tuple[dict[str, Outputs], FinalHead | None]:
     """Compute the outputs of the final head on validation and test images, and the record of a fitted head."""
-    parts = trainer.parts
-    outputs = {} if parts.splits.val is None else {"val": trainer.outputs(parts.splits.val)}
-    probe, final_head = _fit_final_head(trainer, outputs, last)
-    test, plan = parts.splits.test, trainer.plan
-    if test is not None and probe is not None:
-        outputs["test"] = measure_layers(parts, probe, test, plan.data.views, plan.optim.effective_batch_size)
-    elif test is not None:
-        outputs["test"] = trainer.outputs(test)
+    parts, plan = trainer.parts, trainer.plan
+    splits, views = parts.splits, plan.data.views
+    outputs: dict[str, Outputs] = {}
+    fit = probe = final_head = None
+    if last is not None:
+        fit = last.fit
+    elif _fits_layers(trainer):
+        fit = fit_layers(parts, _head_images(parts), plan.data, plan.optim)
+        if fit.trained_val is not None:
+            outputs["val"] = fit.trained_val
+    if splits.val is not None and not outputs:
+        outputs["val"] = trainer.outputs(splits.val, views)
+    if fit is not None:
+        probe, final_head = _select_final_head(trainer, fit, outputs, last)
+        if probe is None and splits.val is not None:
+            outputs["val"] = trainer.outputs(splits.val, views)  # those of the fit may have a lower precision
+    if splits.test is not None and probe is not None:
+        outputs["test"] = measure_layers(parts, probe, splits.test, views, plan.optim.effective_batch_size)
+    elif splits.test is not None:
+        outputs["test"] = trainer.outputs(splits.test, views)
     return outputs, final_head
 
 
-def _fit_final_head(
-    trainer: SnellaTrainer, outputs: dict[str, Outputs], last: _LastEpoch | None
-) -> tuple[LayerProbe | None, FinalHead | None]:
-    """Fit a head on several layers if requested; save it and replace `outputs` unless it is clearly worse.
+def _select_final_head(
+    trainer: SnellaTrainer, fit: LayerFit, outputs: dict[str, Outputs], last: _LastEpoch | None
+) -> tuple[LayerProbe | None, FinalHead]:
+    """Save the head on several layers and replace the trained head's `outputs`, unless it is clearly worse.
 
-    The best epoch was selected with the trained head. If the last epoch's head on several layers scores at least as
-    high on validation, the last epoch is saved instead.
+    With `last`, also save the last epoch instead of the best one, which was selected with the trained head.
     """
-    plan, parts, run = trainer.plan, trainer.parts, trainer.run_folder
-    task = parts.task
-    if not _fits_layers(trainer):
-        return None, None
-    probe, val = fit_layers(parts, _head_images(parts), plan.data, plan.optim)
+    parts, run = trainer.parts, trainer.run_folder
+    task, probe, val = parts.task, fit.probe, fit.val
 
     def score(outputs: Outputs) -> float:
         return float(task.metrics(*outputs)[task.monitor])
 
-    sign = task.monitors[task.monitor]
-    if last is not None and val is not None and sign * score(last.val) < sign * score(val):
-        last = None
-    if last is not None:
-        probe, val = last.probe, last.val
     kind: Literal["linear", "kernel"] = "kernel" if isinstance(probe.head, KernelHead) else "linear"
     record = FinalHead(probe.layers, True, kind=kind)
     if val is not None:

@@ -107,7 +107,8 @@ def resolve(
             )
         plan = plan.replace(epochs=0)
     elif plan.optim.time_budget is not None and plan.optim.epochs:
-        plan = plan.replace(epochs=broadcast_from_main(lambda: fit_epochs(parts, plan, console, data.started_at)))
+        epochs, images = broadcast_from_main(lambda: fit_epochs(parts, plan, console, data.started_at))
+        plan = plan.replace(epochs=epochs, epoch_images=images)
     return plan, parts
 
 

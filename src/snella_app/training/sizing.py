@@ -30,7 +30,7 @@ from snella_app.methods import find_method
 from snella_app.text import first_line, seconds_text
 from snella_app.training.build import RunComponents
 from snella_app.training.distributed import process_count
-from snella_app.training.final_head import layer_fit_seconds, may_save_last_epoch
+from snella_app.training.final_head import has_linear_head, layer_fit_seconds, may_save_last_epoch
 from snella_app.training.linear_probe import MAX_PROBE_IMAGES, can_skip_training, evaluates_initial_model, probe_rows
 from snella_app.training.memory import predict_step_memory, preserve_state
 
@@ -135,12 +135,12 @@ def fit_image_size(
             return _measure_times(parts if size == default else at_size(size), config, with_training)
         except _SIZE_ERRORS as error:
             if is_out_of_memory(error):
-                return _Times(_NEVER_S, _NEVER_S)
+                return _Times(_NEVER_S, _NEVER_S, _NEVER_S)
             raise _SizeError(f"{size} px ({first_line(error.__cause__ or error)})") from error
 
     def epoch_seconds(size: int) -> float:
-        times = measure(size, with_training=True)
-        return times.epoch_s + times.final_s / optim.epochs
+        times, steps = measure(size, with_training=True), optim.steps_per_epoch(len(parts.splits.train))
+        return steps * times.step_s + times.selection_s + times.final_s / optim.epochs
 
     left_s = partial(_left_seconds, budget, started_at)
     search = None
@@ -247,25 +247,45 @@ def _reason_to_keep_size(config: TrainConfig) -> str | None:
     return None
 
 
-def fit_epochs(parts: RunComponents, config: TrainConfig, console: Console, started_at: float) -> int:
-    """Return the number of epochs that fit in `time_budget`, at most 100, from a few timed steps.
+def fit_epochs(
+    parts: RunComponents, config: TrainConfig, console: Console, started_at: float
+) -> tuple[int, int | None]:
+    """Choose `epochs`, at most 100, and `epoch_images` to fit in `time_budget`, from a few timed steps.
 
-    The minimum is 1 epoch, or 0 for a probe-initialized head that is evaluated on validation images.
+    If n.x epochs fit, the result is n epochs, or n + 1 shorter epochs if they have more steps in total. `epoch_images`
+    in the configuration limits it. The minimum is one epoch of 10 steps, or no epochs for a probe-initialized head that
+    is evaluated on validation images.
+
+    Returns:
+        `epochs` and `epoch_images`; None for all images.
     """
-    time_budget = str(config.optim.time_budget)
-    times = _measure_times(parts, config)
-    left_s = _left_seconds(time_budget, started_at) - times.final_s
-    fewest = 0 if can_skip_training(config.optim, config.data.protocol) else 1
-    epochs = max(fewest, min(_MOST_EPOCHS, int(left_s / times.epoch_s)))
-    text = f"{counted(epochs, 'epoch')} in {time_budget}: one epoch takes about {seconds_text(times.epoch_s)}"
+    optim, images = config.optim, len(parts.splits.train)
+    times, steps = _measure_times(parts, config), optim.steps_per_epoch(images)
+    left_s = _left_seconds(str(optim.time_budget), started_at) - times.final_s
+
+    def steps_in_time(epochs: int) -> int:
+        return min(steps, int((left_s / epochs - times.selection_s) / times.step_s))
+
+    fitting = left_s / (steps * times.step_s + times.selection_s)
+    counts = [min(max(count, 1), _MOST_EPOCHS) for count in (math.floor(fitting), math.ceil(fitting))]
+    epochs = max(counts, key=lambda count: count * steps_in_time(count))
+    fewest = min(steps, _FEWEST_STEPS) if epochs == 1 else 1
+    fits = steps_in_time(epochs) >= fewest
+    if not fits and can_skip_training(optim, config.data.protocol):
+        epochs = 0
+    steps = max(steps_in_time(max(epochs, 1)), fewest)
+    epoch_images = min(images, optim.epoch_images or images, steps * optim.images_per_step)
+    text = f"{counted(epochs, 'epoch')} of {counted(epoch_images, 'image')} in {optim.time_budget}"
+    epoch_s = steps * times.step_s + times.selection_s
+    text += f": one takes about {seconds_text(epoch_s)}"
     if not epochs:
-        text += "; the head from the linear probe is saved without training"
-    elif times.epoch_s > left_s:
+        text += ", more than the remaining budget; the final head is fitted without training the backbone"
+    elif not fits:
         text += ", more than the remaining budget; reduce --train-size or --img-size"
     elif epochs == _MOST_EPOCHS:
         text += f"; {_MOST_EPOCHS} is the maximum; for more, use --epochs without --time-budget"
     print_line(console, text)
-    return epochs
+    return epochs, epoch_images if epochs and epoch_images < images else None
 
 
 def _left_seconds(budget: str, started_at: float) -> float:
@@ -277,46 +297,55 @@ def _left_seconds(budget: str, started_at: float) -> float:
 
 @dataclass(frozen=True)
 class _Times:
-    """Time of one epoch with evaluation, and of the final evaluation and head fit, in seconds."""
+    """Times in seconds.
 
-    epoch_s: float
+    Attributes:
+        step_s: One optimizer step.
+        selection_s: Evaluation of an epoch on the selection split.
+        final_s: Evaluation of the initial model, if it may be the best, fit of the final head, and evaluation of it.
+    """
+
+    step_s: float
+    selection_s: float
     final_s: float
 
 
 def _measure_times(parts: RunComponents, config: TrainConfig, with_training: bool = True) -> _Times:
-    """Estimate times from a few steps; without training, the time of an epoch is its evaluation."""
+    """Estimate times from a few steps; without training, `step_s` is 0."""
     data, batch_size = config.data, fit_batch_size(parts, config.optim, Console(file=io.StringIO()))
     optim = dataclasses.replace(config.optim, batch_size=batch_size)
     per_batch = max(optim.effective_batch_size // process_count(), 1)
     train_s = _step_seconds(parts, optim, parts.splits.train, per_batch, _trial_step) if with_training else 0.0
-    steps = optim.steps_per_epoch(len(parts.splits.train)) * optim.accumulate
     measured = {name: part for name, part in parts.splits.parts.items() if name != "train"}
     # the first pass reads from disk; later passes may read from memory
     last = next(reversed(measured.values()), parts.splits.train)
     first_read_s, read_s = (_step_seconds(parts, optim, last, per_batch, _only_read) for _ in range(2))
     views = 2 if data.tta == "auto" else data.views
 
-    def views_seconds(optim: OptimConfig) -> float:
-        """Return the time of a batch that is read once and evaluated for each view."""
+    def evaluation_seconds(optim: OptimConfig) -> tuple[float, float]:
+        """Return the times of a batch that is read once and evaluated for one view, and for all views."""
         once_s = _step_seconds(parts, optim, last, per_batch, _trial_evaluation)
-        return once_s + (views - 1) * max(once_s - read_s, 0.0)
+        return once_s, once_s + (views - 1) * max(once_s - read_s, 0.0)
 
-    evaluation_s = views_seconds(dataclasses.replace(optim, precision="fp32"))
+    once_s, views_s = evaluation_seconds(dataclasses.replace(optim, precision="fp32"))
     timed_images = min(per_batch, len(last)) * process_count()
     batches = {name: len(part) / timed_images for name, part in measured.items()}
-    selection_s = batches.get(str(get_protocol(data.protocol).selected_on), 0) * evaluation_s
-    final_s = sum(batches.values()) * (max(first_read_s - read_s, 0.0) + evaluation_s)
+    selection_s = batches.get(str(get_protocol(data.protocol).selected_on), 0) * once_s
+    fits_layers = optim.final_head == "layers"
+    is_evaluated = not (fits_layers and has_linear_head(parts.model)) or (with_training and may_save_last_epoch(config))
+    final_s = sum(batches.values()) * max(first_read_s - read_s, 0.0) + batches.get("test", 0) * views_s
+    if is_evaluated:  # the trained head on validation images; else from the features of the fit
+        final_s += batches.get("val", 0) * views_s
     if evaluates_initial_model(config):
         final_s += selection_s
     final_s += selection_s * ((optim.soup or 0) + (optim.swa is not None))  # evaluation of averages
-    if optim.final_head == "layers":
+    if fits_layers:
         val = len(measured.get("val", ()))
         images = len(probe_rows(parts)) + min(val, MAX_PROBE_IMAGES)
         read_images = images + (val if val > MAX_PROBE_IMAGES else 0)
-        features_s = evaluation_s if optim.precision == "fp32" else views_seconds(optim)
-        fits = 2 if with_training and may_save_last_epoch(config) else 1
-        final_s += fits * (read_images / timed_images * features_s + layer_fit_seconds(parts, images, views))
-    return _Times(steps * train_s + selection_s, final_s)
+        features_s = views_s if optim.precision == "fp32" else evaluation_seconds(optim)[1]
+        final_s += read_images / timed_images * features_s + layer_fit_seconds(parts, images, views)
+    return _Times(train_s * optim.accumulate, selection_s, final_s)
 
 
 def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:

@@ -62,6 +62,7 @@ class SnellaTrainer(CheckpointingTrainer):
     """Trainer for `(image, label)` datasets.
 
     Differences from `CheckpointingTrainer`:
+    - Epochs are evaluated without test-time augmentation, whose views cost one forward pass each.
     - Random numbers (dropout, drop path) depend only on `(seed, step, rank, micro-batch)` and the data order only on
       `(seed, epoch)`, so a resumed run repeats them.
     - The adapter of the best epoch (see `RunProtocol.selection_score`) is saved immediately.
@@ -99,7 +100,8 @@ class SnellaTrainer(CheckpointingTrainer):
         self._epoch_loss, self._epoch_steps = 0.0, 0
         self._step_loss, self._micro_step = 0.0, 0
         self._weights: list[float] = []
-        self._sampler = epoch_sampler(train, self.task, plan.data.sampler, parts.seed)
+        self._views = 1
+        self._sampler = epoch_sampler(train, self.task, plan.data.sampler, parts.seed, optim.epoch_images)
         self._shards = ShardedBatches(self._sampler, optim.effective_batch_size, process_index(), process_count())
         self._is_weighted = optim.accumulate > 1 or self._shards.count > 1
         self._is_sharded = is_sharded(model) and parts.trained_part is None
@@ -168,8 +170,9 @@ class SnellaTrainer(CheckpointingTrainer):
         """Return the selection score of a history row."""
         return self.protocol.selection_score(row, self.task.selection_score)
 
-    def outputs(self, dataset: Dataset[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the outputs on a dataset, reduced by `Task.reduce`, and its labels."""
+    def outputs(self, dataset: Dataset[Any], views: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Return the outputs on a dataset, averaged over views and reduced by `Task.reduce`, and its labels."""
+        self._views = views
         output = self.evaluation_loop(self.get_eval_dataloader(dataset), "evaluation", prediction_loss_only=False)
         return np.asarray(output.predictions), np.asarray(output.label_ids)
 
@@ -384,7 +387,7 @@ class SnellaTrainer(CheckpointingTrainer):
         """Return the reduced outputs and labels of a batch, without a loss; `Task.metrics` computes the loss."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            outputs = self.task.outputs(model, inputs["images"], self.plan.data.views)
+            outputs = self.task.outputs(model, inputs["images"], self._views)
         return None, *self.task.reduce(outputs, inputs["labels"])
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:

@@ -126,7 +126,7 @@ def test_a_soup_adds_epochs_greedily_by_validation_score(settings, console, epoc
 
 def test_an_average_worse_than_the_best_epoch_is_not_saved(settings, console, monkeypatch):
     monkeypatch.setattr(SnellaTrainer, "_evaluate_mean", lambda trainer, epochs: ((-1.0, -9.0), {"val_loss": 9.0}))
-    run = train(settings(epochs=2, swa=2, method="lora-2"), console)
+    run = train(settings(epochs=2, swa=2, method="lora-2", tta=1), console)
     metrics = read(Metrics, run.path)
     assert not metrics.averaged.is_saved and metrics.adapter_epoch == metrics.best_epoch
     assert f"is worse on the validation set than epoch {metrics.best_epoch}, which is saved" in console.file.getvalue()
@@ -134,7 +134,7 @@ def test_an_average_worse_than_the_best_epoch_is_not_saved(settings, console, mo
 
 
 def test_an_average_with_normalized_head_inputs_keeps_its_scores_when_saved(settings, console):
-    metrics = read(Metrics, train(settings(epochs=4, swa=3, head_norm="running"), console).path)
+    metrics = read(Metrics, train(settings(epochs=4, swa=3, head_norm="running", tta=1), console).path)
     measured = metrics.averaged.scores if metrics.averaged.is_saved else vars(metrics.history[metrics.best_epoch])
     assert metrics.val.loss == pytest.approx(measured["val_loss"], rel=1e-4)
 

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 import snella_app.runs.merge as merge_module
 from snella import TaskBank
-from snella_app.methods import build_method
+from snella_app.methods import build_method, load_trained_into
 from snella_app.methods.registry import matrices_of
 from snella_app.runs import load_run
 from snella_app.runs.evaluate import calibrate_run, evaluate
@@ -423,12 +423,30 @@ def test_large_splits_are_measured_in_parts_and_sampled_for_the_fit(finished, tm
     val, count = parts.splits.val, len(parts.splits.val)
     assert count > 12 and count % 12
     train = parts.splits.train.subset(range(40))
-    probe, (outputs, labels) = fit_layers(parts, train, stored.data, stored.optim)
+    fit = fit_layers(parts, train, stored.data, stored.optim)
+    probe, (outputs, labels) = fit.probe, fit.val
     assert len(outputs) == count and labels.tolist() == list(val.labels)
     assert len(probe.head.centers) == 40 + 12
     whole = _outputs(parts.task, measure_features(parts, val, 1, 8), probe.head)
     in_parts = measure_layers(parts, probe, val, 1, 8)
     assert np.allclose(whole[0], in_parts[0], atol=1e-5) and np.array_equal(whole[1], in_parts[1])
+    with torch.no_grad():
+        images = torch.stack([val[index][0] for index in range(count)])
+        averaged = parts.task.outputs(parts.model.eval(), images, stored.data.views)
+    expected, _ = parts.task.reduce(averaged, torch.tensor(val.labels))
+    assert np.allclose(fit.trained_val[0], expected, atol=1e-4)
+    assert fit.trained_val[1].tolist() == list(val.labels)
+
+
+@pytest.mark.parametrize("tta", [1, 2])
+def test_outputs_of_the_trained_head_come_from_the_features_of_the_fit(tta, tmp_path):
+    run = train(config(tmp_path, tta=tta, epochs=1, final_head="trained"), QUIET)
+    parts = build_components(run.read_config())
+    load_trained_into(parts.model, run.adapter)
+    parts.model.eval()
+    fit = fit_layers(parts, parts.splits.train, run.read_config().data, run.read_config().optim)
+    loss = parts.task.metrics(*fit.trained_val)["loss"]
+    assert loss == pytest.approx(run.read_json("metrics.json")["val"]["loss"], rel=1e-4)
 
 
 def test_without_validation_images_the_head_is_fitted_to_all_images(tmp_path):
@@ -556,28 +574,25 @@ def test_the_saved_file_is_deterministic(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("last_is_better", "is_rejected", "options"),
+    ("is_rejected", "options"),
     [
-        (True, False, {}),
-        (False, False, {}),
-        (True, True, {}),
-        (True, False, {"ema": 0.5}),
-        (True, False, {"method": "linear", "r": None, "head_init": "random", "head_norm": "none"}),
+        (False, {}),
+        (True, {}),
+        (False, {"ema": 0.5}),
+        (False, {"method": "linear", "r": None, "head_init": "random", "head_norm": "none"}),
     ],
 )
-def test_the_last_epoch_is_saved_if_its_final_head_is_as_good(
-    last_is_better, is_rejected, options, tmp_path, monkeypatch
-):
-    fits = []
-
-    def outputs(is_right):
-        labels = np.arange(20) % 10
-        return np.eye(10)[labels if is_right else (labels + 1) % 10], labels
+def test_the_final_head_is_fitted_to_the_last_epoch(is_rejected, options, tmp_path, monkeypatch):
+    fits, compared = [], []
 
     def fit(parts, *others):
-        probe, _ = final_head.fit_layers(parts, *others)
+        result = final_head.fit_layers(parts, *others)
         fits.append({name: value.clone() for name, value in parts.model.named_parameters() if value.requires_grad})
-        return probe, outputs(last_is_better or len(fits) > 1)
+        return result
+
+    def is_clearly_worse(task, val, trained):
+        compared.append((val, trained))
+        return is_rejected
 
     def scores(self, images):
         epoch = round(self.state.epoch or 0)
@@ -591,18 +606,18 @@ def test_the_last_epoch_is_saved_if_its_final_head_is_as_good(
     monkeypatch.setattr("snella_app.training.finish.fit_layers", fit)
     monkeypatch.setattr("snella_app.training.trainer.SnellaTrainer._evaluate_split", scores)
     console = Console(file=io.StringIO(), width=250)
-    monkeypatch.setattr("snella_app.training.finish.is_clearly_worse", lambda *_: is_rejected)
+    monkeypatch.setattr("snella_app.training.finish.is_clearly_worse", is_clearly_worse)
     run = train(config(tmp_path, **{"epochs": 3, "head_norm": "running"} | options), console)
     metrics = run.read_json("metrics.json")
-    is_last = last_is_better and not is_rejected and not options
-    assert metrics["best_epoch"] == (3 if is_last else 1) and len(fits) == (1 if options else 2)
+    is_last = not is_rejected and not options
+    assert metrics["best_epoch"] == (3 if is_last else 1) and len(fits) == len(compared) == 1
     assert metrics["final_head"].get("replaced_epoch") == (1 if is_last else None)
     assert ("epoch 3, the last: validation" in console.file.getvalue()) == is_last
     loaded = load_run(run).model
     values = {name: value for name, value in loaded.named_parameters() if name in fits[0]}
     factors = [name for name in values if "snella_A" in name]
-    expected = fits[0] if is_last or options else fits[1]
-    assert (factors or options) and all(torch.equal(values[name], expected[name]) for name in factors)
+    is_fitted = is_last or options
+    assert (factors or options) and all(torch.equal(values[name], fits[0][name]) == bool(is_fitted) for name in factors)
     budget = sum(matrix.budget for matrix in matrices_of(loaded))
     assert options or (budget == run.read_json("allocation.json")["target_budget"]) == is_last
     # the saved head includes the normalization of its inputs

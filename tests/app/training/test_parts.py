@@ -58,6 +58,23 @@ def test_the_order_depends_only_on_seed_and_epoch():
     assert list(sampler) == first
 
 
+@pytest.mark.parametrize("size", [20, 50, 70])
+def test_epochs_of_another_size_continue_through_permutations(size):
+    sampler, whole, rows = EpochSampler(50, seed=3, size=size), EpochSampler(50, seed=3), []
+    for epoch in range(10):
+        sampler.set_epoch(epoch)
+        assert len(list(sampler)) == len(sampler) == size
+        rows += sampler
+    for epoch in range(len(rows) // 50):
+        whole.set_epoch(epoch)
+        assert rows[epoch * 50 : (epoch + 1) * 50] == list(whole)
+
+
+def test_weighted_epochs_of_another_size():
+    sampler = EpochSampler(50, seed=3, weights=[1.0] + 49 * [0.0], size=8)
+    assert list(sampler) == 8 * [0] and len(sampler) == 8
+
+
 def test_mixed_seeds_depend_on_all_numbers_and_their_order():
     seeds = {mix_seed(a, b) for a in range(40) for b in range(40)}
     assert len(seeds) == 1600 and all(0 <= seed < 2**63 for seed in seeds)

@@ -93,7 +93,7 @@ def test_a_run_with_the_selected_settings_is_bit_identical(settings, console, mo
     stored = run.read_config()
     assert stored.optim.batch_size == 2 and 1 <= stored.optim.epochs <= 2  # 20 images: 10 steps of 2
     text = console.file.getvalue()
-    assert "batch size 2: a step takes about" in text and re.search(r"\d+ epochs? in 60s: one epoch takes about", text)
+    assert "batch size 2: a step takes about" in text and re.search(r"\d+ epochs? of 20 images in 60s: one takes", text)
     values = {**stored.stored(), "time_budget": None, "out": str(tmp_path / "again")}
     again = train(TrainConfig.from_flat(**values, progress=False), console)
     first, second = (load_file(folder.adapter / "adapter_model.safetensors") for folder in (run, again))
@@ -101,21 +101,26 @@ def test_a_run_with_the_selected_settings_is_bit_identical(settings, console, mo
 
 
 @pytest.mark.parametrize(
-    ("budget", "epochs", "message"),
+    ("budget", "changes", "epochs", "images", "message"),
     [
-        ("60s", 7, "7 epochs in 60s: one epoch takes about"),  # 0.9 · 60 / (14 · 0.5 + 3 · 0.1) = 7.4
-        ("4s", 1, "more than the remaining budget"),
-        ("2h", 100, "100 is the maximum"),
+        # 3.7 epochs of 28 · 0.5 + 3 · 0.1 s fit into the 54.2 s that are not reserved, minus 0.6 s for test images
+        ("60s", {}, 4, 26, "4 epochs of 26 images in 60s: one takes about 13.3 s"),
+        ("2h", {}, 100, None, "100 epochs of 28 images in 2h: one takes about 14.3 s; 100 is the maximum"),
+        ("60s", {"epoch_images": 4}, 23, 4, "23 epochs of 4 images in 60s: one takes about 2.3 s"),
+        ("15s", {}, 1, 24, "1 epoch of 24 images in 15s: one takes about 12.3 s"),
+        ("4s", {}, 1, 20, "1 epoch of 20 images in 4s: one takes about 10.3 s, more than the remaining budget; reduce"),
+        ("4s", {"head_init": "probe"}, 0, None, "0 epochs of 20 images in 4s: one takes about 10.3 s, more than the"),
     ],
 )
-def test_epochs_fill_the_time_budget(budget, epochs, message, settings, console, monkeypatch):
-    config = settings(batch_size=1, accumulate=2, train_size=14, val_size=3, tta=1, time_budget=budget).resolved()
+def test_epochs_fill_the_time_budget(budget, changes, epochs, images, message, settings, console, monkeypatch, clock):
+    values = {"batch_size": 1, "accumulate": 2, "train_size": 28, "val_size": 3, "test_size": 6, "tta": 1, **changes}
+    config = settings(**values, time_budget=budget).resolved()
     parts = build_components(config)
     seconds = {sizing._trial_step: 0.5, sizing._trial_evaluation: 0.1, sizing._only_read: 0.0}
     monkeypatch.setattr(sizing, "_step_seconds", lambda parts, optim, dataset, batch, step: seconds[step])
-    assert len(parts.splits.train) == 14 and len(parts.splits.val) == 3
-    assert fit_epochs(parts, config, console, time.monotonic()) == epochs
-    assert message in console.file.getvalue()
+    assert len(parts.splits.train) == 28 and len(parts.splits.val) == 3
+    assert fit_epochs(parts, config, console, clock.now) == (epochs, images)
+    assert message in console.file.getvalue().replace("\N{NO-BREAK SPACE}", " ")
 
 
 @pytest.fixture
@@ -248,7 +253,7 @@ def test_the_time_budget_includes_the_evaluation_of_averages(changes, passes, se
     plain, averaged = (settings(**values, **options).resolved() for options in ({}, changes))
     parts = build_components(plain)
     difference = sizing._measure_times(parts, averaged).final_s - sizing._measure_times(parts, plain).final_s
-    assert difference == passes * 4 * 2  # images and views
+    assert difference == passes * 4  # images
 
 
 def test_the_time_budget_includes_the_final_head_without_other_splits(settings, seconds_of_a_second):
@@ -270,7 +275,7 @@ def test_a_time_budget_does_not_add_epochs_to_zero(settings, console, monkeypatc
 @pytest.mark.parametrize("changes", [{"img_size": 80}, {"time_budget": None}])
 def test_an_explicit_size_or_a_missing_budget_disables_size_selection(changes, settings, console, monkeypatch):
     monkeypatch.setattr("snella_app.training.plan.fit_image_size", lambda *_: pytest.fail("sizes were measured"))
-    monkeypatch.setattr("snella_app.training.plan.fit_epochs", lambda *_: 1)
+    monkeypatch.setattr("snella_app.training.plan.fit_epochs", lambda *_: (1, None))
     values = {"img_size": None, "time_budget": "30s", "train_size": 16, "batch_size": 1, **changes}
     config = settings(**values).resolved()
     data = load(config.data, config.optim, config.run)
@@ -300,13 +305,13 @@ _HEAD = {"final_head": "layers", "head_init": "probe", "tta": 1, "test_size": 4}
 @pytest.mark.parametrize(
     ("budget", "factor", "size", "message"),
     [
-        # 16 training images, validation images three times (start, trained head, final head) and test images: 29 steps,
-        # after training also the final head of the last epoch: 48 steps
-        ("20s", 3, 112, "112 px: the final head fits into 20s; it takes about 14.2 s, at 160 px"),
-        ("40s", 3, None, ""),  # the head takes 29 s at 160 px, four epochs and the head 63 s at 80 px
-        ("70s", 3, 80, "80 px: 4 epochs fit into 70s; one epoch takes about 15.8 s"),
-        ("70s", 1, 112, "112 px: 4 epochs fit into 70s; one epoch takes about 15.2 s"),
-        ("1s", 3, 48, "48 px: the final head exceeds 1s even at the smallest size; it takes about 2.6 s"),
+        # 16 training images, validation images twice (start, final head) and test images: 26 steps, after training also
+        # the trained head: 29 steps
+        ("20s", 3, 128, "128 px: the final head fits into 20s; it takes about 16.6 s, at 160 px"),
+        ("40s", 3, None, ""),  # the head takes 26 s at 160 px, four epochs and the head 58 s at 80 px
+        ("70s", 3, 80, "80 px: 4 epochs fit into 70s; one epoch takes about 14.6 s"),
+        ("70s", 1, 112, "112 px: 4 epochs fit into 70s; one epoch takes about 12.9 s"),
+        ("1s", 3, 48, "48 px: the final head exceeds 1s even at the smallest size; it takes about 2.3 s"),
     ],
 )
 def test_the_final_head_replaces_epochs_below_half_its_size(
@@ -319,7 +324,7 @@ def test_the_final_head_replaces_epochs_below_half_its_size(
 
 def test_a_linear_probe_uses_the_size_of_its_final_head(settings, console, head_by_pixels):
     assert select_size(settings, console, time_budget="70s", method="linear", **_HEAD)[0] is None
-    assert select_size(settings, console, time_budget="20s", method="linear", **_HEAD)[0] == 112
+    assert select_size(settings, console, time_budget="20s", method="linear", **_HEAD)[0] == 128
 
 
 def test_without_epochs_the_final_evaluation_fits(settings, console, head_by_pixels):
@@ -437,7 +442,7 @@ def test_the_time_budget_includes_the_final_head(settings, console, monkeypatch)
     monkeypatch.setattr(sizing, "_step_seconds", lambda *args: 0.1)
     without = sizing._measure_times(parts, config)
     with_head = sizing._measure_times(parts, config.replace(final_head="layers"))
-    assert with_head.epoch_s == without.epoch_s
+    assert with_head.step_s == without.step_s and with_head.selection_s == without.selection_s
     assert with_head.final_s >= without.final_s + 14 * 0.1
 
 
@@ -463,10 +468,9 @@ def test_a_batch_is_read_once_for_all_views(settings, monkeypatch):
 
     monkeypatch.setattr(sizing, "_step_seconds", step_seconds)
     times = sizing._measure_times(parts, config)
-    evaluation = 6 / 4 * (0.1 + 2 * 0.2)  # partial batches take part of the time
-    assert times.epoch_s == pytest.approx(2 * 1.0 + evaluation)
-    start = evaluation if sizing.can_skip_training(config.optim, config.data.protocol) else 0.0
-    splits = (6 + len(parts.splits.test or ())) / 4
+    assert times.step_s == 1.0 and times.selection_s == pytest.approx(6 / 4 * 0.3)  # of one view
+    start = times.selection_s if sizing.can_skip_training(config.optim, config.data.protocol) else 0.0
+    splits = (6 + len(parts.splits.test or ())) / 4  # partial batches take part of the time
     assert times.final_s == pytest.approx(start + splits * (0.5 - 0.1) + splits * (0.1 + 2 * 0.2))
 
 

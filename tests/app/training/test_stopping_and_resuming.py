@@ -303,6 +303,17 @@ def test_the_best_adapter_of_another_run_is_rejected(settings, console, uninterr
     assert is_bit_identical(outcome(resume(config)[0]), uninterrupted)
 
 
+def test_epochs_of_a_part_of_the_images_resume_bit_for_bit(settings, console, tmp_path):
+    values = {"epochs": 5, "epoch_images": 6, "batch_size": 2}
+    expected = train(settings(**values, out=str(tmp_path / "expected")), console)
+    assert latest_checkpoint(expected.checkpoints).name == "checkpoint-15"
+    with interrupt_before(7), pytest.raises(TrainingInterrupted, match="checkpoint-8"):
+        train(settings(**values), console)
+    run, _ = resume(settings(**values))
+    assert is_bit_identical(outcome(run), outcome(expected))
+    assert [row["epoch"] for row in run.read_json("metrics.json")["history"]] == [0, 1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("method", ["lora-2", "linear", "full", "snella-matched-2"])
 def test_other_methods_resume_bit_for_bit(method, settings, console, tmp_path):
     options = {"lora_dropout": 0.3} if method == "lora-2" else {}

@@ -67,8 +67,8 @@ def test_the_history_has_one_row_per_epoch_and_the_budget_reaches_its_target(fin
     )
 
 
-def test_the_best_epoch_has_the_highest_accuracy_then_the_lowest_loss(finished):
-    metrics = finished.read_json("metrics.json")
+def test_the_best_epoch_has_the_highest_accuracy_then_the_lowest_loss(settings, console, no_report):
+    metrics = train(settings(tta=1), console).read_json("metrics.json")
     ranks = [(row["val_accuracy"], -row["val_loss"]) for row in metrics["history"]]
     assert metrics["best_epoch"] == ranks.index(max(ranks))
     assert metrics["val"]["accuracy"] == max(ranks)[0]
@@ -140,10 +140,10 @@ def test_the_test_images_are_evaluated_once_with_the_best_adapter(settings, cons
     seen = []
     outputs = SnellaTrainer.outputs
 
-    def record(self, dataset):
+    def record(self, dataset, views=1):
         weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         seen.append((list(dataset.names), weights))
-        return outputs(self, dataset)
+        return outputs(self, dataset, views)
 
     monkeypatch.setattr(SnellaTrainer, "outputs", record)
     run = train(settings(), console)
@@ -295,3 +295,12 @@ def test_the_live_report_refreshes_without_affecting_the_run(settings, finished,
     assert 'http-equiv="refresh"' not in last and ">finished<" in last
     adapters = [load_file(r.adapter / "adapter_model.safetensors") for r in (run, finished)]
     assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+
+
+def test_epochs_are_validated_without_test_time_augmentation(settings, console, no_report):
+    one, two = (
+        train(settings(epochs=1, tta=tta, out=f"{settings().run.out}{tta}"), console).read_json("metrics.json")
+        for tta in (1, 2)
+    )
+    scores = [[row["val_loss"] for row in metrics["history"]] for metrics in (one, two)]
+    assert scores[0] == scores[1] and one["val"]["loss"] != pytest.approx(two["val"]["loss"], rel=1e-4)
