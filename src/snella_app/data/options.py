@@ -69,7 +69,7 @@ class DataConfig(Config):
         augment: Data augmentation: none, flip, crop (random resized crop and flip), crop-no-flip, or imagenet (smaller
             crops, flip and color jitter). randaugment and trivialaugment add random color and geometric changes to
             crop; 3augment adds one of grayscale, solarization and blur. auto selects flip for regression and
-            segmentation, crop otherwise, or crop-no-flip if a linear probe is clearly worse on flipped images.
+            segmentation, crop otherwise, or crop-no-flip if flips change the classes.
         tta: Test-time augmentation: 2 averages the probabilities of an image and its flip, 1 uses only the image. auto
             selects 2 if training flips images and each image has one class. Epochs are validated with one view.
         random_erasing: Probability of erasing a random rectangle of an image.

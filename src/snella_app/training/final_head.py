@@ -283,9 +283,7 @@ def fit_kernel(task: Task, measured: MeasuredFeatures, outputs: int) -> KernelHe
     Source: Saunders et al., 1998 (ridge regression); Rasmussen and Williams, 2006, eq. 5.12 (leave-one-out).
     """
     features = torch.stack(measured.views).mean(0)
-    mean, std = features.mean(0), features.std(0, correction=0)
-    std = std.where(std > _LEAST_STD * std.median() + _EPS, math.inf)
-    centers = clipped((features - mean) / std).half()
+    centers, mean, std = _standardized(features)
     labels = measured.labels.to(features.device)
     weights = torch.ones(len(labels), device=features.device)
     for factors in (task.probe_weights(measured.labels.numpy()), measured.weights):
@@ -293,15 +291,11 @@ def fit_kernel(task: Task, measured: MeasuredFeatures, outputs: int) -> KernelHe
             weights = weights * torch.as_tensor(factors, dtype=weights.dtype, device=weights.device)
     # in float64 on the CPU: some devices lack it, and in float32 very unequal weights can make the matrix indefinite
     weights = (weights / weights.mean()).clamp_min(_EPS).cpu().double()
-    labels, standardized = labels.cpu(), centers.cpu().double()
+    labels = labels.cpu()
     targets = F.one_hot(labels, outputs).double()
-    prior = weights @ targets / weights.sum()
-    kernel = gaussian_kernel(standardized, standardized)
-    kernel.diagonal().copy_(1 + _RIDGE / weights)
-    factor = torch.linalg.cholesky(kernel)
-    del kernel
-    coefficients = torch.cholesky_solve(targets - prior, factor)
-    left_out = targets - coefficients / torch.cholesky_inverse(factor).diagonal()[:, None]
+    coefficients, prior, inverse = _kernel_ridge(centers, targets, weights)
+    left_out = targets - coefficients / inverse.diagonal()[:, None]
+    del inverse
 
     def left_out_loss(scale: float) -> float:
         return float(weights @ F.cross_entropy(scale * left_out, labels, reduction="none"))
@@ -309,6 +303,44 @@ def fit_kernel(task: Task, measured: MeasuredFeatures, outputs: int) -> KernelHe
     scale = min(_SCALES, key=left_out_loss)
     weight, intercept = ((scale * values).to(features) for values in (coefficients.T.contiguous(), prior))
     return KernelHead(centers, mean, std, weight, intercept)
+
+
+def left_out_classes(views: Sequence[Tensor], labels: Tensor, outputs: int) -> Tensor:
+    """Return the class that a kernel ridge regression on all views predicts for each image if it is left out.
+
+    With `C = (K + λ I)⁻¹` and `A` of `fit_kernel`, and the rows b of the views of an image, the predictions for its
+    views are `Y_b − (C_bb)⁻¹ A_b`. The result is the class with the largest mean over the views.
+
+    Args:
+        views: Features of the images in each view, `[images, width]`.
+        labels: Class indices `[images]`.
+        outputs: Number of classes.
+    """
+    count = len(views)
+    targets = F.one_hot(labels, outputs).double().repeat(count, 1)
+    centers, _, _ = _standardized(torch.cat(list(views)))
+    coefficients, _, inverse = _kernel_ridge(centers, targets, torch.ones(len(targets)).double())
+    rows = torch.arange(len(targets)).view(count, -1).T
+    blocks = inverse[rows[:, :, None], rows[:, None, :]]
+    return (targets[rows] - torch.linalg.solve(blocks, coefficients[rows])).mean(1).argmax(-1)
+
+
+def _standardized(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return standardized features in half precision (nearly constant ones are 0), their means and deviations."""
+    mean, std = features.mean(0), features.std(0, correction=0)
+    std = std.where(std > _LEAST_STD * std.median() + _EPS, math.inf)
+    return clipped((features - mean) / std).half(), mean, std
+
+
+def _kernel_ridge(centers: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `A`, `π` and `(K + λ diag(w)⁻¹)⁻¹` of `fit_kernel`, in float64 on the CPU."""
+    standardized = centers.cpu().double()
+    prior = weights @ targets / weights.sum()
+    kernel = gaussian_kernel(standardized, standardized)
+    kernel.diagonal().copy_(1 + _RIDGE / weights)
+    factor = torch.linalg.cholesky(kernel)
+    del kernel
+    return torch.cholesky_solve(targets - prior, factor), prior, torch.cholesky_inverse(factor)
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from snella_app.runs.images import SPLITS, absolute_folder, content_digests, spl
 from snella_app.runs.layer_probe import layer_features, probed_layers
 from snella_app.training.build import LoadedData, RunComponents, build, read_side
 from snella_app.training.distributed import broadcast_from_main, process_count, sharding_savings
+from snella_app.training.final_head import left_out_classes
 from snella_app.training.linear_probe import (
     base_and_head,
     can_probe,
@@ -54,7 +55,6 @@ _PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
 _USUAL_SIZE = 224
 _MAX_FLIPPED = 500
 """Maximum number of training images for the flip test."""
-_FOLDS = 4
 
 
 def resolve(
@@ -179,10 +179,10 @@ def choose_augmentation(parts: RunComponents, data: DataConfig, optim: OptimConf
     `augment="auto"` selects `Task.augment`: crops and flips for single-label, multi-label and ordinal tasks, flips for
     regression and segmentation. The `official` protocol uses flips.
 
-    Single-label classification leaves out flips if they change the classes. Cross-validation compares a linear probe on
-    images with a linear probe on images and their flips, which averages the predictions for both. Flips are left out if
-    the second probe is clearly worse on held-out images (McNemar's test, two standard errors). Evaluating the first
-    probe on flipped images is not sufficient: if all figures face left, it also fails on flips that keep the class.
+    Single-label classification leaves out flips if they change the classes: if a kernel ridge regression on the images
+    and their flips, which averages the predictions for both, predicts left-out images clearly worse than one on the
+    images (McNemar's test, two standard errors). Evaluating the second one on flipped images is not sufficient: if all
+    figures face left, it also fails on flips that keep the class.
 
     `tta="auto"` averages the predictions for an image and its flip if training flips images, the task is single-label
     classification and the protocol is not `official`.
@@ -200,33 +200,18 @@ def choose_augmentation(parts: RunComponents, data: DataConfig, optim: OptimConf
 
 
 def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
-    """Return whether a cross-validated probe is clearly worse with flips, for fitting and for prediction."""
+    """Return whether left-out images are predicted clearly worse with flips, in the fit and in prediction."""
     if not parts.task.has_one_class or not can_probe(parts):
         return False
     rows = probe_rows(parts)
     order = np.random.default_rng(parts.seed).permutation(len(rows))[:_MAX_FLIPPED]
-    plain = probe_features(parts, optim)[torch.from_numpy(order)].double().numpy()
+    plain = probe_features(parts, optim)[torch.from_numpy(order)]
     images = probe_images(parts, rows[order])
     with autocast(next(parts.model.parameters()).device, optim.precision):
         (features,) = extract_features(parts, images, optim.effective_batch_size, flips=[True])
-    flipped = features.double().numpy()
-    labels = np.asarray(parts.splits.train.labels)[rows[order]]
-    outputs = parts.task.count_outputs(parts.splits.classes)
-    only_without = only_with = 0
-    for held_out in np.array_split(np.arange(len(labels)), _FOLDS):
-        train_rows = np.setdiff1d(np.arange(len(labels)), held_out)
-        if len(set(labels[train_rows].tolist())) < 2:
-            continue
-        is_correct = []
-        for views in ([plain], [plain, flipped]):
-            targets = np.tile(labels[train_rows], len(views))
-            fit = parts.task.fit_linear(np.concatenate([view[train_rows] for view in views]), targets, outputs, None)
-            logits = [torch.from_numpy(view[held_out]) @ fit[0].T + fit[1] for view in views]
-            predicted = parts.task.sample_outputs(parts.task.average_outputs(logits)).argmax(-1)
-            is_correct.append(predicted.numpy() == labels[held_out])
-        only_without += int((is_correct[0] & ~is_correct[1]).sum())
-        only_with += int((is_correct[1] & ~is_correct[0]).sum())
-    return is_clearly_better(only_without, only_with)
+    labels, classes = torch.tensor(parts.splits.train.labels)[rows[order]], len(parts.splits.classes)
+    without, with_flips = (left_out_classes(views, labels, classes) == labels for views in ([plain], [plain, features]))
+    return is_clearly_better(int((without & ~with_flips).sum()), int((with_flips & ~without).sum()))
 
 
 def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> None:

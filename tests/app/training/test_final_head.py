@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 from scipy.special import log_softmax
@@ -19,7 +20,15 @@ from snella_app.methods.registry import matrices_of
 from snella_app.runs import load_run
 from snella_app.runs.evaluate import calibrate_run, evaluate
 from snella_app.runs.export import export
-from snella_app.runs.layer_probe import LAYER_PROBE, KernelHead, LayerProbe, layer_features, linear_head, probed_layers
+from snella_app.runs.layer_probe import (
+    LAYER_PROBE,
+    KernelHead,
+    LayerProbe,
+    gaussian_kernel,
+    layer_features,
+    linear_head,
+    probed_layers,
+)
 from snella_app.runs.merge import merge
 from snella_app.runs.predict import load
 from snella_app.tasks import create_task
@@ -648,3 +657,21 @@ def test_an_interrupted_merge_leaves_no_head_of_another_model(finished, tmp_path
     with pytest.raises(KeyboardInterrupt):
         merge(run.path, tmp_path / "merged.safetensors", overwrite=True)
     assert not (tmp_path / f"merged.{LAYER_PROBE}").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_left_out_classes_equal_those_of_separate_fits(count):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(30) % 3
+    views = [torch.randn(30, 4, generator=generator) + labels[:, None] for _ in range(count)]
+    predicted = final_head.left_out_classes(views, labels, 3)
+    centers, _, _ = final_head._standardized(torch.cat(views))
+    points, targets = centers.double(), F.one_hot(labels, 3).double().repeat(count, 1)
+    prior = targets.mean(0)
+    for image in range(30):
+        left_out = torch.arange(30 * count) % 30 == image
+        inside = gaussian_kernel(points[~left_out], points[~left_out])
+        inside.diagonal().add_(final_head._RIDGE)
+        coefficients = torch.linalg.solve(inside, targets[~left_out] - prior)
+        outputs = prior + gaussian_kernel(points[left_out], points[~left_out]) @ coefficients
+        assert outputs.mean(0).argmax() == predicted[image]
