@@ -57,7 +57,7 @@ def fit(job: common.Job) -> common.Fitted:
         return np.array([[row[name] for name in job.classes] for row in rows])
 
     stored = sum(file.stat().st_size for file in (out / "adapter").rglob("*") if file.is_file())
-    return common.Fitted(predict, stored, {name: config[name] for name in ("epochs", "img_size")})
+    return common.Fitted(predict, stored, {name: config[name] for name in ("epochs", "epoch_images", "img_size")})
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ class OptimConfig(BaseOptimConfig):
     Args:
         epochs: Number of epochs; 0 trains only a linear probe.
         epoch_images: Maximum number of training images per epoch, e.g. to validate more often; the next epoch continues
-            with the remaining images. Defaults to all.
+            with the remaining images (with `sampler` shuffle). Defaults to all.
         time_budget: Approximate training time, e.g. 30m or 1h30m. Measures a training step and sets the number of
             epochs, epoch_images and, unless given, img_size: the largest at which `epochs` epochs fit, but at least
             half the largest size at which the final head alone fits.
@@ -244,7 +244,11 @@ class OptimConfig(BaseOptimConfig):
 
     def steps_per_epoch(self, images: int) -> int:
         """Return the number of optimizer steps per epoch, for this number of training images."""
-        return -(-min(images, self.epoch_images or images) // self.images_per_step)
+        return -(-self.images_per_epoch(images) // self.images_per_step)
+
+    def images_per_epoch(self, images: int) -> int:
+        """Return the number of images in an epoch, for this number of training images."""
+        return min(images, self.epoch_images or images)
 
     def with_batch_size_for(self, images: int) -> Self:
         """Return a copy with the default batch size for this number of training images, unless `batch_size` is set."""

@@ -93,7 +93,7 @@ class RunProtocol:
 PROTOCOLS: dict[str, RunProtocol] = {
     protocol.name: protocol
     for protocol in (
-        RunProtocol("standard", "val", "the best epoch is selected on validation; the test images are evaluated once"),
+        RunProtocol("standard", "val", "the model is selected on validation; the test images are evaluated once"),
         RunProtocol(
             "final",
             None,

@@ -59,7 +59,8 @@ class DataInfo:
         seed: Seed of the splits.
         sizes: Number of items by split.
         digest: SHA-256 of classes, file names, labels and splits; None for generators.
-        contents: SHA-256 of the images by split that the run read; empty for generators.
+        contents: SHA-256 of the images by split that the run read, or of a language run's `template`; empty for
+            generators.
         folder: Absolute path; None for data without a folder.
         fold_part: Split that is a fold of a cross-validation.
         white: Value of 16-bit images mapped to white, if given.
@@ -279,8 +280,8 @@ class FinalHead:
         val: Validation score of the head fitted to the training images.
         val_trained: Validation score of the trained head.
         kind: Linear or kernel head.
-        replaced_epoch: Best epoch by the trained head, if the last epoch is saved instead, because this head is at
-            least as good with its weights; None if the best epoch is saved.
+        replaced_epoch: Best epoch by the trained head, if the last epoch is saved instead, because this head was fitted
+            to it; None if the best epoch is saved.
     """
 
     layers: list[int]

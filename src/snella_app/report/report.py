@@ -130,7 +130,7 @@ def _saved_epoch(metrics: Metrics) -> str:
     metric = metrics.best_metric.partition("_")[2]
     metric = _SHORT_METRICS.get(metric, metric.replace("_", " "))
     if metrics.final_head is not None and metrics.final_head.replaced_epoch is not None:
-        return f"epoch {metrics.best_epoch}{total}, the last, by {metrics.selection} {metric} of the final head"
+        return f"epoch {metrics.best_epoch}{total}, the last, to which the final head is fitted"
     return f"best epoch {metrics.best_epoch}{total}, by {metrics.selection} {metric}{average}"
 
 

@@ -92,11 +92,11 @@ def mix_seed(*parts: int) -> int:
 
 
 class EpochSampler(Sampler[int]):
-    """Sampler over `range(length)` in an order that depends only on `(seed, epoch)`.
+    """Sampler over `range(length)` in an order that depends only on `(seed, epoch, size)`.
 
-    Without weights, the epochs divide a sequence of random permutations into parts of `size` items, so that all items
-    occur equally often. With weights, `size` items are sampled with replacement, with probabilities proportional to the
-    weights.
+    Without weights, the epochs divide a sequence of random permutations into parts of `size` items, so that the numbers
+    of occurrences differ by at most one. With weights, `size` items are sampled with replacement, with probabilities
+    proportional to the weights.
 
     Args:
         length: Number of items.
@@ -132,12 +132,10 @@ class EpochSampler(Sampler[int]):
         return self.size
 
 
-def epoch_sampler(
-    train: ImageDataset, task: Task, sampler: str, seed: int, epoch_images: int | None = None
-) -> EpochSampler:
-    """Return the sampler of the training images; see `DataConfig.sampler` and `OptimConfig.epoch_images`."""
+def epoch_sampler(train: ImageDataset, task: Task, sampler: str, seed: int, size: int | None = None) -> EpochSampler:
+    """Return the sampler of the training images; `sampler` is `DataConfig.sampler`, `size` the images per epoch."""
     weights = task.sample_weights(train) if sampler == "weighted" else None
-    return EpochSampler(len(train), seed, weights, min(len(train), epoch_images or len(train)))
+    return EpochSampler(len(train), seed, weights, size)
 
 
 def selection_data(
@@ -145,8 +143,8 @@ def selection_data(
 ) -> SelectionData:
     """Return training and validation batches for parameter selection, reproducible from the seed; never test images.
 
-    Pass `k` over the training images uses the order and augmentation of epoch `k` of the run. Validation images keep
-    their order. `console` shows the progress.
+    Pass `k` over the training images uses the order and augmentation of epoch `k` of a run without `epoch_images`.
+    Validation images keep their order. `console` shows the progress.
     """
     passes, task, seed = count(), data.task, data.seed
 

@@ -118,6 +118,10 @@ def _files_of(checkpoint: Path) -> list[str]:
     return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
 
 
+BEST = "best"
+"""Folder of the best epoch's weights next to the checkpoints, once the run's adapter is the last epoch."""
+
+
 def remove_incomplete(folder: Path, keep: Path | None = None) -> None:
     """Remove staging folders of a killed process, and all checkpoints except `keep`, or the latest if None."""
     keep = keep or latest_checkpoint(folder)

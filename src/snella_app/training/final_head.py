@@ -19,7 +19,15 @@ from snella_app.data.transforms import build_transform
 from snella_app.device import autocast
 from snella_app.methods import find_method
 from snella_app.methods.model_parts import base_model
-from snella_app.runs.layer_probe import KernelHead, LayerProbe, clipped, gaussian_kernel, linear_head, probed_layers
+from snella_app.runs.layer_probe import (
+    KernelHead,
+    LayerProbe,
+    clipped,
+    gaussian_kernel,
+    layer_features,
+    linear_head,
+    probed_layers,
+)
 from snella_app.tasks import Task
 from snella_app.tasks.linear_fit import fit_head
 from snella_app.training.build import RunComponents
@@ -78,7 +86,7 @@ class LayerFit:
     Attributes:
         probe: The probe from the final fit.
         val: Reduced outputs and labels of the validation images from the first fit; None without validation images.
-        trained_val: The same from the model's own head, if it is a linear layer.
+        trained_val: Those of the model's own head, if it is a linear layer.
     """
 
     probe: LayerProbe
@@ -136,14 +144,15 @@ def fit_layers(parts: RunComponents, train: ImageDataset, data: DataConfig, opti
     probe = LayerProbe(parts.model, layers, fit(task, measured, outputs))
     if val is None:
         return LayerFit(probe)
-    heads = [probe.head, *_trained_heads(parts)]
+    trained = trained_head(parts)
+    heads = [probe.head] if trained is None else [probe.head, trained]
     measured_val = measure(val.subset(rows))
     if len(rows) == len(val):
         val_outputs = [_outputs(task, measured_val, head) for head in heads]
     else:
         val_outputs = _measure_heads(parts, heads, val, views, batch_size, optim.precision)
     probe = LayerProbe(parts.model, layers, fit(task, _concatenate(measured, measured_val), outputs))
-    return LayerFit(probe, *val_outputs)
+    return LayerFit(probe, val_outputs[0], None if trained is None else val_outputs[1])
 
 
 def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: int, batch_size: int) -> Outputs:
@@ -170,18 +179,27 @@ def _measure_heads(
     return [(np.concatenate([r for r, _ in outputs]), np.concatenate([y for _, y in outputs])) for outputs in by_head]
 
 
-def has_linear_head(model: nn.Module) -> bool:
-    """Return whether the model's own head is a linear layer, so that `fit_layers` also computes its outputs."""
-    return isinstance(base_and_head(model)[1], nn.Linear)
+@torch.no_grad()
+def trained_head(parts: RunComponents) -> Callable[[Tensor], Tensor] | None:
+    """Return the model's own head as a function of the features of several layers, which start with the head's inputs.
 
-
-def _trained_heads(parts: RunComponents) -> list[Callable[[Tensor], Tensor]]:
-    """Return the model's own head as a function of the features of several layers, if it is a linear layer.
-
-    The features start with the inputs of the head.
+    None if the head is not a linear layer, or is not all that follows the features, as in models with auxiliary heads.
     """
-    _, head = base_and_head(parts.model)
-    return [lambda features: head(features[:, : head.in_features])] if isinstance(head, nn.Linear) else []
+    model, (_, head) = parts.model, base_and_head(parts.model)
+    if not isinstance(head, nn.Linear):
+        return None
+
+    def outputs(features: Tensor) -> Tensor:
+        return head(features[:, : head.in_features])
+
+    image = torch.rand(1, *parts.data_config["input_size"], generator=torch.Generator().manual_seed(0))
+    image, was_training = image.to(next(model.parameters()).device), model.training
+    model.eval()
+    is_equal = torch.allclose(
+        outputs(layer_features(model, image, probed_layers(model)).float()), model(image).float(), atol=1e-3, rtol=1e-3
+    )
+    model.train(was_training)
+    return outputs if is_equal else None
 
 
 def uses_kernel(task: Task, images: int) -> bool:
@@ -237,7 +255,7 @@ def layer_fit_seconds(parts: RunComponents, images: int, views: int) -> float:
     return _SECONDS_PER_PRODUCT * products / speedup + 1.0
 
 
-def may_save_last_epoch(plan: TrainConfig) -> bool:
+def fits_last_epoch(plan: TrainConfig) -> bool:
     """Return whether a run with a head on several layers fits it to the last epoch instead of the best one.
 
     False with averaged weights, a frozen backbone, or without selection on validation images.

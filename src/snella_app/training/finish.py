@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,15 +33,17 @@ from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate
 from snella_app.runs.folder import CARD
 from snella_app.runs.layer_probe import LAYER_PROBE, KernelHead, LayerProbe
+from snella_app.tasks import Task
 from snella_app.training.build import RunComponents
 from snella_app.training.callbacks import StepTimeCallback
+from snella_app.training.checkpoints import BEST
 from snella_app.training.distributed import is_main, is_sharded, process_count, wait_for_everyone
 from snella_app.training.final_head import (
     LayerFit,
     Outputs,
     fit_layers,
+    fits_last_epoch,
     is_clearly_worse,
-    may_save_last_epoch,
     measure_layers,
 )
 from snella_app.training.linear_probe import original_images, probe_rows
@@ -52,7 +55,6 @@ package registers the adapter's keys. With the run folder, `snella predict RUN I
 `snella merge RUN --out MODEL` merges the adapter into a plain model.
 """
 _REPORT_INTERVAL_S = 30.0
-"""Reduced outputs and targets of all images in a split."""
 
 
 class LiveReport(TrainerCallback):
@@ -95,7 +97,10 @@ def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Consol
         if trainer.feature_norm is not None:
             trainer.feature_norm.remove()
             trainer.feature_norm = None  # saved weights include it
-        load_trained_into(parts.model, run.adapter)
+        best = run.checkpoints / BEST
+        load_trained_into(parts.model, best if best.is_dir() else run.adapter)
+        if best.is_dir():  # an interrupted `finish` has replaced the adapter
+            trainer.save_adapter()
         outputs, final_head = _measure(trainer, last)
     name, images = ("val", parts.splits.val) if parts.splits.val is not None else ("test", parts.splits.test)
     if images is not None and len(images) > MAX_PREDICTIONS:
@@ -131,6 +136,7 @@ def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Consol
     # written before the status, so that resuming a run killed here completes it
     report = write_report(run.path, report_images, state="finished") if render_report else None
     run.finish()
+    shutil.rmtree(best, ignore_errors=True)
     _print_results(console, trainer, metrics, scores)
     print_line(console, f"adapter {run.adapter}" + (f", report {report}" if report else ""))
 
@@ -147,12 +153,12 @@ def _fit_last_epoch(trainer: SnellaTrainer, folder: Path) -> _LastEpoch | None:
     """Fit a head on several layers of the last epoch, and write its weights to a folder.
 
     Returns:
-        None if the last epoch is the best one, or cannot be saved: see `may_save_last_epoch`; also without
-        validation images, after early stopping, and with several processes.
+        None if the last epoch is the best one or `fits_last_epoch` is False; also without validation images, after
+        early stopping, and with several processes.
     """
     plan, parts = trainer.plan, trainer.parts
     is_best = trainer.history[-1]["epoch"] == best_epoch(trainer.history, trainer.selection_score)
-    if not _fits_layers(trainer) or not may_save_last_epoch(plan) or parts.splits.val is None:
+    if not _fits_layers(trainer) or not fits_last_epoch(plan) or parts.splits.val is None:
         return None
     if is_best or trainer.has_stopped_early:
         return None
@@ -187,8 +193,9 @@ def _measure(trainer: SnellaTrainer, last: _LastEpoch | None) -> tuple[dict[str,
         outputs["val"] = trainer.outputs(splits.val, views)
     if fit is not None:
         probe, final_head = _select_final_head(trainer, fit, outputs, last)
-        if probe is None and splits.val is not None:
+        if probe is None and splits.val is not None and outputs["val"] is fit.trained_val:
             outputs["val"] = trainer.outputs(splits.val, views)  # those of the fit may have a lower precision
+            final_head = dataclasses.replace(final_head, val_trained=_score(parts.task, outputs["val"]))
     if splits.test is not None and probe is not None:
         outputs["test"] = measure_layers(parts, probe, splits.test, views, plan.optim.effective_batch_size)
     elif splits.test is not None:
@@ -206,25 +213,38 @@ def _select_final_head(
     parts, run = trainer.parts, trainer.run_folder
     task, probe, val = parts.task, fit.probe, fit.val
 
-    def score(outputs: Outputs) -> float:
-        return float(task.metrics(*outputs)[task.monitor])
-
     kind: Literal["linear", "kernel"] = "kernel" if isinstance(probe.head, KernelHead) else "linear"
     record = FinalHead(probe.layers, True, kind=kind)
     if val is not None:
         is_saved = not is_clearly_worse(task, val, outputs["val"])
         replaced = best_epoch(trainer.history, trainer.selection_score) if is_saved and last is not None else None
-        scores = score(val), score(outputs["val"])
+        scores = _score(task, val), _score(task, outputs["val"])
         record = FinalHead(probe.layers, is_saved, task.monitor, *scores, kind, replaced)
         if not is_saved:
             return None, record
         outputs["val"] = val
         if last is not None:
+            _store_best(trainer)
             load_trained_into(parts.model, last.folder)
             trainer.save_adapter()
     probe.save(run.adapter / LAYER_PROBE)
     run.update("running", final_head="layers")
     return probe, record
+
+
+def _score(task: Task, outputs: Outputs) -> float:
+    """Return the monitored metric."""
+    return float(task.metrics(*outputs)[task.monitor])
+
+
+def _store_best(trainer: SnellaTrainer) -> None:
+    """Store the model, the best epoch, for a `finish` after an interruption of this one."""
+    folder = trainer.run_folder.checkpoints
+    staging = folder / f".staging-{BEST}"
+    if not (folder / BEST).is_dir():
+        shutil.rmtree(staging, ignore_errors=True)
+        trainer.save_adapter(staging)
+        staging.rename(folder / BEST)
 
 
 def _write_task_state(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> dict[str, dict[str, Any] | None]:

@@ -54,13 +54,13 @@ from snella_app.training.sizing import (
 _PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
 _USUAL_SIZE = 224
 _MAX_FLIPPED = 500
-"""Maximum number of training images for the flip test."""
+"""Maximum number of training images for the flip check."""
 
 
 def resolve(
     config: TrainConfig, data: LoadedData, parts: RunComponents, console: Console
 ) -> tuple[TrainConfig, RunComponents]:
-    """Choose precision, image size, batch size, heads, augmentation and number of epochs of a new run, in this order.
+    """Choose precision, image size, batch size, heads, augmentation and epochs of a new run, in this order.
 
     Fields of `config` may be `"auto"` or None. With `augment="auto"`, the transform of the training images is replaced.
 
@@ -73,6 +73,8 @@ def resolve(
     """
     device, protocol = choose_device(config.run.device), config.data.protocol
     config = config.replace(precision=broadcast_from_main(lambda: choose_precision(config.optim.precision, device)))
+    if config.optim.time_budget is not None:
+        config = config.replace(epoch_images=None)  # `fit_epochs` sets it
     if config.optim.time_budget is not None and config.model.img_size is None:
 
         def at_size(size: int) -> RunComponents:
@@ -83,7 +85,7 @@ def resolve(
         if size is not None:
             parts, config = at_size(size), config.replace(img_size=size)
     config = config.replace(batch_size=broadcast_from_main(lambda: fit_batch_size(parts, config.optim, console)))
-    optim = config.optim.with_batch_size_for(len(parts.splits.train))
+    optim = config.optim.with_batch_size_for(config.optim.images_per_epoch(len(parts.splits.train)))
     plan = choose_heads(parts, dataclasses.replace(config, optim=optim))
     chosen = broadcast_from_main(lambda: choose_augmentation(parts, plan.data, plan.optim))
     if plan.data.augment == "auto":
@@ -179,10 +181,10 @@ def choose_augmentation(parts: RunComponents, data: DataConfig, optim: OptimConf
     `augment="auto"` selects `Task.augment`: crops and flips for single-label, multi-label and ordinal tasks, flips for
     regression and segmentation. The `official` protocol uses flips.
 
-    Single-label classification leaves out flips if they change the classes: if a kernel ridge regression on the images
-    and their flips, which averages the predictions for both, predicts left-out images clearly worse than one on the
-    images (McNemar's test, two standard errors). Evaluating the second one on flipped images is not sufficient: if all
-    figures face left, it also fails on flips that keep the class.
+    Single-label classification leaves out flips if they change the classes. Two kernel ridge regressions predict
+    left-out images: one is fitted to the images, the other to the images and their flips, and averages its predictions
+    for both. Flips are left out if the second is clearly worse (McNemar's test, two standard errors). Testing the first
+    on flipped images is not sufficient: if all figures face left, it also fails on flips that keep the class.
 
     `tta="auto"` averages the predictions for an image and its flip if training flips images, the task is single-label
     classification and the protocol is not `official`.
@@ -200,7 +202,7 @@ def choose_augmentation(parts: RunComponents, data: DataConfig, optim: OptimConf
 
 
 def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
-    """Return whether left-out images are predicted clearly worse with flips, in the fit and in prediction."""
+    """Return whether left-out images are predicted clearly worse if flips are used in the fit and in prediction."""
     if not parts.task.has_one_class or not can_probe(parts):
         return False
     rows = probe_rows(parts)
@@ -208,9 +210,9 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
     plain = probe_features(parts, optim)[torch.from_numpy(order)]
     images = probe_images(parts, rows[order])
     with autocast(next(parts.model.parameters()).device, optim.precision):
-        (features,) = extract_features(parts, images, optim.effective_batch_size, flips=[True])
+        (flipped,) = extract_features(parts, images, optim.effective_batch_size, flips=[True])
     labels, classes = torch.tensor(parts.splits.train.labels)[rows[order]], len(parts.splits.classes)
-    without, with_flips = (left_out_classes(views, labels, classes) == labels for views in ([plain], [plain, features]))
+    without, with_flips = (left_out_classes(views, labels, classes) == labels for views in ([plain], [plain, flipped]))
     return is_clearly_better(int((without & ~with_flips).sum()), int((with_flips & ~without).sum()))
 
 

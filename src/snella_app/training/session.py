@@ -164,7 +164,7 @@ def _lock(path: Path, run: Path) -> int:
             owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
             os.close(descriptor)
             raise RunInUseError(
-                f"out={run} is locked by running process {owner or '(unknown id)'}; wait for it, end it, or choose "
+                f"{run} is locked by running process {owner or '(unknown id)'}; wait for it, end it, or choose "
                 "another folder"
             ) from None
         except BaseException:

@@ -1,4 +1,4 @@
-"""Automatic batch size from memory, and image size and number of epochs from a time budget, by trial steps."""
+"""Automatic batch size from memory, and image size and epochs from a time budget, by trial steps."""
 
 import bisect
 import contextlib
@@ -30,7 +30,7 @@ from snella_app.methods import find_method
 from snella_app.text import first_line, seconds_text
 from snella_app.training.build import RunComponents
 from snella_app.training.distributed import process_count
-from snella_app.training.final_head import has_linear_head, layer_fit_seconds, may_save_last_epoch
+from snella_app.training.final_head import fits_last_epoch, layer_fit_seconds, trained_head
 from snella_app.training.linear_probe import MAX_PROBE_IMAGES, can_skip_training, evaluates_initial_model, probe_rows
 from snella_app.training.memory import predict_step_memory, preserve_state
 
@@ -65,7 +65,9 @@ def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -
     if optim.batch_size != "auto":
         return optim.batch_size
     free = free_memory(next(parts.model.parameters()).device)
-    images_per_batch = len(parts.splits.train) // (_FEWEST_STEPS * optim.accumulate * process_count())
+    images_per_batch = optim.images_per_epoch(len(parts.splits.train)) // (
+        _FEWEST_STEPS * optim.accumulate * process_count()
+    )
     largest = max(1, min(_LARGEST_BATCH, images_per_batch))
     batch = 1 << largest.bit_length() - 1
     while batch > 1 and predicted_memory(parts, optim.precision, batch) > _MEMORY_SHARE * free:
@@ -135,12 +137,12 @@ def fit_image_size(
             return _measure_times(parts if size == default else at_size(size), config, with_training)
         except _SIZE_ERRORS as error:
             if is_out_of_memory(error):
-                return _Times(_NEVER_S, _NEVER_S, _NEVER_S)
+                return _Times(1, _NEVER_S, _NEVER_S, _NEVER_S)
             raise _SizeError(f"{size} px ({first_line(error.__cause__ or error)})") from error
 
     def epoch_seconds(size: int) -> float:
-        times, steps = measure(size, with_training=True), optim.steps_per_epoch(len(parts.splits.train))
-        return steps * times.step_s + times.selection_s + times.final_s / optim.epochs
+        times = measure(size, with_training=True)
+        return times.epoch_s + times.final_s / optim.epochs
 
     left_s = partial(_left_seconds, budget, started_at)
     search = None
@@ -252,37 +254,41 @@ def fit_epochs(
 ) -> tuple[int, int | None]:
     """Choose `epochs`, at most 100, and `epoch_images` to fit in `time_budget`, from a few timed steps.
 
-    If n.x epochs fit, the result is n epochs, or n + 1 shorter epochs if they have more steps in total. `epoch_images`
-    in the configuration limits it. The minimum is one epoch of 10 steps, or no epochs for a probe-initialized head that
-    is evaluated on validation images.
+    If between n and n + 1 epochs fit, the result is n epochs, or n + 1 shorter epochs if they have more steps in total.
+    The minimum is one epoch of 10 steps, or no epochs for a probe-initialized head that is evaluated on validation
+    images.
 
     Returns:
         `epochs` and `epoch_images`; None for all images.
     """
-    optim, images = config.optim, len(parts.splits.train)
-    times, steps = _measure_times(parts, config), optim.steps_per_epoch(images)
+    optim, images, times = config.optim, len(parts.splits.train), _measure_times(parts, config)
     left_s = _left_seconds(str(optim.time_budget), started_at) - times.final_s
 
     def steps_in_time(epochs: int) -> int:
-        return min(steps, int((left_s / epochs - times.selection_s) / times.step_s))
+        return min(times.steps, int((left_s / epochs - times.selection_s) / times.step_s))
 
-    fitting = left_s / (steps * times.step_s + times.selection_s)
+    fitting = left_s / times.epoch_s
     counts = [min(max(count, 1), _MOST_EPOCHS) for count in (math.floor(fitting), math.ceil(fitting))]
     epochs = max(counts, key=lambda count: count * steps_in_time(count))
-    fewest = min(steps, _FEWEST_STEPS) if epochs == 1 else 1
+    fewest = min(times.steps, _FEWEST_STEPS) if epochs == 1 else 1
     fits = steps_in_time(epochs) >= fewest
     if not fits and can_skip_training(optim, config.data.protocol):
         epochs = 0
     steps = max(steps_in_time(max(epochs, 1)), fewest)
-    epoch_images = min(images, optim.epoch_images or images, steps * optim.images_per_step)
-    text = f"{counted(epochs, 'epoch')} of {counted(epoch_images, 'image')} in {optim.time_budget}"
-    epoch_s = steps * times.step_s + times.selection_s
-    text += f": one takes about {seconds_text(epoch_s)}"
+    epoch_images = min(images, steps * optim.images_per_step)
+    of_images, epoch_s = f"of {counted(epoch_images, 'image')}", steps * times.step_s + times.selection_s
+    if epochs:
+        text = f"{counted(epochs, 'epoch')} {of_images} in {optim.time_budget}: one takes about {seconds_text(epoch_s)}"
+    else:
+        text = f"no epochs: an epoch {of_images} takes about {seconds_text(epoch_s)}"
+    if not fits:
+        text += f", more than the rest of {optim.time_budget}"
     if not epochs:
-        text += ", more than the remaining budget; the final head is fitted without training the backbone"
+        head = "the final head is fitted" if optim.final_head == "layers" else "the head from the linear probe is saved"
+        text += f"; {head} without training the backbone"
     elif not fits:
-        text += ", more than the remaining budget; reduce --train-size or --img-size"
-    elif epochs == _MOST_EPOCHS:
+        text += "; reduce --img-size"
+    elif fitting >= _MOST_EPOCHS:
         text += f"; {_MOST_EPOCHS} is the maximum; for more, use --epochs without --time-budget"
     print_line(console, text)
     return epochs, epoch_images if epochs and epoch_images < images else None
@@ -300,14 +306,21 @@ class _Times:
     """Times in seconds.
 
     Attributes:
+        steps: Number of optimizer steps per epoch.
         step_s: One optimizer step.
         selection_s: Evaluation of an epoch on the selection split.
-        final_s: Evaluation of the initial model, if it may be the best, fit of the final head, and evaluation of it.
+        final_s: Fit of the final head, and all evaluations before the first epoch and after the last.
     """
 
+    steps: int
     step_s: float
     selection_s: float
     final_s: float
+
+    @property
+    def epoch_s(self) -> float:
+        """One epoch."""
+        return self.steps * self.step_s + self.selection_s
 
 
 def _measure_times(parts: RunComponents, config: TrainConfig, with_training: bool = True) -> _Times:
@@ -332,9 +345,9 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     batches = {name: len(part) / timed_images for name, part in measured.items()}
     selection_s = batches.get(str(get_protocol(data.protocol).selected_on), 0) * once_s
     fits_layers = optim.final_head == "layers"
-    is_evaluated = not (fits_layers and has_linear_head(parts.model)) or (with_training and may_save_last_epoch(config))
+    is_evaluated = not (fits_layers and trained_head(parts)) or (with_training and fits_last_epoch(config))
     final_s = sum(batches.values()) * max(first_read_s - read_s, 0.0) + batches.get("test", 0) * views_s
-    if is_evaluated:  # the trained head on validation images; else from the features of the fit
+    if is_evaluated:  # the trained head; otherwise, its outputs come from the features of the fit
         final_s += batches.get("val", 0) * views_s
     if evaluates_initial_model(config):
         final_s += selection_s
@@ -345,7 +358,8 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
         read_images = images + (val if val > MAX_PROBE_IMAGES else 0)
         features_s = views_s if optim.precision == "fp32" else evaluation_seconds(optim)[1]
         final_s += read_images / timed_images * features_s + layer_fit_seconds(parts, images, views)
-    return _Times(train_s * optim.accumulate, selection_s, final_s)
+    steps = optim.steps_per_epoch(len(parts.splits.train))
+    return _Times(steps, train_s * optim.accumulate, selection_s, final_s)
 
 
 def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:

@@ -61,8 +61,8 @@ def train(
 ) -> RunFolder:
     """Fine-tune a backbone and write a complete run folder.
 
-    Under the `standard` protocol, the best epoch is selected on the validation images. After training, its adapter is
-    evaluated once on the test images.
+    Under the `standard` protocol, the model is selected on the validation images. After training, it is evaluated once
+    on the test images.
 
     Args:
         config: Configuration. With `resume`, the stored run continues from its last checkpoint with its stored

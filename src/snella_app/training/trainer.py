@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -26,7 +27,7 @@ from snella_app.runs.folder import RunFolder
 from snella_app.text import split_text
 from snella_app.training.build import RunComponents, build_optimizer, epoch_sampler, mix_seed
 from snella_app.training.callbacks import EpochCallback, EpochSnapshots, WeightAverage
-from snella_app.training.checkpoints import CheckpointingTrainer, base_training_arguments, convert_write_errors
+from snella_app.training.checkpoints import BEST, CheckpointingTrainer, base_training_arguments, convert_write_errors
 from snella_app.training.distributed import (
     ShardedBatches,
     average_gradients,
@@ -100,8 +101,9 @@ class SnellaTrainer(CheckpointingTrainer):
         self._epoch_loss, self._epoch_steps = 0.0, 0
         self._step_loss, self._micro_step = 0.0, 0
         self._weights: list[float] = []
-        self._views = 1
-        self._sampler = epoch_sampler(train, self.task, plan.data.sampler, parts.seed, optim.epoch_images)
+        self._views = 1  # of `outputs`, for `prediction_step`
+        size = optim.images_per_epoch(len(train))
+        self._sampler = epoch_sampler(train, self.task, plan.data.sampler, parts.seed, size)
         self._shards = ShardedBatches(self._sampler, optim.effective_batch_size, process_index(), process_count())
         self._is_weighted = optim.accumulate > 1 or self._shards.count > 1
         self._is_sharded = is_sharded(model) and parts.trained_part is None
@@ -209,6 +211,7 @@ class SnellaTrainer(CheckpointingTrainer):
             if self.has_stopped_early:
                 self.control.should_training_stop = True
             if is_best:
+                shutil.rmtree(self.run_folder.checkpoints / BEST, ignore_errors=True)  # of a `finish` before a restart
                 self.save_adapter()
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return row

@@ -82,6 +82,9 @@ class FitConfig:
             raise ValueError("; ".join(errors))
 
 
+_MOST_REJECTED = 1_000
+"""Maximum number of matrices of lower rank that are rejected in a row."""
+
 PRESETS: dict[str, FitConfig] = {"quick": FitConfig(), "paper": FitConfig(steps=100_000, lr=1e-4)}
 """`paper` uses the optimizer, steps and number of matrices of appendix A.2; `quick` takes minutes."""
 
@@ -115,8 +118,12 @@ def random_matrices(size: int, rank: int, count: int, density: float, generator:
 
     Returns:
         `[count, size, size]`, float32.
+
+    Raises:
+        ValueError: If the density is too low for the rank.
     """
     matrices: list[Tensor] = []
+    rejected = 0
     while len(matrices) < count:
         factors = torch.randn(2, size, rank, dtype=torch.float64, generator=generator)
         mask = torch.rand(2, size, rank, dtype=torch.float64, generator=generator) < density
@@ -126,6 +133,11 @@ def random_matrices(size: int, rank: int, count: int, density: float, generator:
         matrix = left @ right.T
         if int(torch.linalg.matrix_rank(matrix)) == rank:
             matrices.append((matrix / matrix.square().mean().sqrt()).float())
+            rejected = 0
+            continue
+        rejected += 1
+        if rejected >= _MOST_REJECTED:
+            raise ValueError(f"density is too low for rank {rank}: {density:g} gives matrices of lower rank; raise it")
     return torch.stack(matrices)
 
 

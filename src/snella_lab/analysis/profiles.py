@@ -53,13 +53,14 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
             )
         rows, _ = read_lines(folder / ROWS_FILE)
         summary = summarize(read_experiment(str(folder / EXPERIMENT_FILE)), list(rows.values()))
-        for group in summary.groups:
+        for group in dict.fromkeys(entry.group for entry in summary.experiment.data):
             expected = [entry.name for entry in summary.experiment.data if entry.group == group]
             axis = group if len(folders) == 1 else f"{label}: {group}"
+            results.setdefault(axis, {})
             for method in summary.methods:
                 spread = summary.runs.mean(method.name, [[task] for task in expected], summary.column)
                 if spread is not None:
-                    results.setdefault(axis, {})[method.name] = (spread.mean, spread.std, len(expected))
+                    results[axis][method.name] = (spread.mean, spread.std, len(expected))
     methods = [name for name in next(iter(results.values()), {}) if all(name in values for values in results.values())]
     if not methods:
         raise ValueError(f"folders must share a method that is finished on all tasks, got none in {', '.join(labels)}")

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from snella_app.config.train import TrainConfig
 from snella_app.methods import find_method
@@ -59,10 +59,11 @@ class Cell:
 
     def config(self, experiment: Experiment, out: Path | str) -> TrainConfig:
         """Return the run settings; with protocol `final`, tuning runs use `standard`."""
-        settings = {"test_seed": TEST_SEED, **experiment.settings}
+        settings: dict[str, Any] = {"test_seed": TEST_SEED, **experiment.settings}
+        values: dict[str, Any] = {}
         if settings.get("protocol") == "final":  # the final run trains on the validation images, too
             if self.is_final:
-                settings.pop("val_size", None)
+                values["val_size"] = None
             else:
                 settings["protocol"] = "standard"
         return make_config(
@@ -73,6 +74,7 @@ class Cell:
             out=str(out),
             seed=self.seed,
             **tuned_settings(experiment.config(self.method, self.data), self.candidate),
+            **values,
         )
 
 

@@ -28,7 +28,7 @@ from snella_app.runs import RunFolder
 from snella_app.runs.images import load_splits
 from snella_app.tasks import create_task
 from snella_app.training.distributed import require_single_process
-from snella_app.training.session import NonFiniteLossError, TrainingInterrupted
+from snella_app.training.session import TrainingInterrupted
 from snella_lab.comparison.cells import Cell, Plan, units
 from snella_lab.comparison.executors import Executor, InProcesses, InThisProcess, OnRay, import_ray
 from snella_lab.comparison.experiment import FILE, PROBE, SHARED_SETTINGS, DataEntry, Experiment, Grid, MethodEntry
@@ -121,9 +121,7 @@ def compare(
         rows, _ = collect(root)
     page = _write_reports(root, experiment, list(rows.values()), console)
     failed = [row for row in rows.values() if row.status == "failed"]
-    # tuning runs may diverge at high learning rates
-    diverged = NonFiniteLossError.__name__
-    failed = [row for row in failed if row.purpose == "final" or not str(row.error).startswith(diverged)]
+    failed = [row for row in failed if not row.is_diverged_trial]
     if failed and not execution.draw_only:
         first = min(failed, key=lambda row: (row.purpose != "final", row.cell))
         raise CellsFailedError(
@@ -273,7 +271,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     root = Path(f"{str(config.run.out).rstrip('/')}{CHOICE_FOLDER}")
     experiment = _choice_experiment(config)
     validate_inputs(experiment, console)
-    if root.exists() and config.run.overwrite:
+    if config.run.overwrite and (root / FILE).is_file() and read_experiment(str(root / FILE)).name == experiment.name:
         shutil.rmtree(root)
     root.mkdir(parents=True, exist_ok=True)
     experiment = _store(root, _resolve_experiment(experiment, root))

@@ -1,5 +1,6 @@
 """YAML experiment files, given by path or bundled name."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,14 @@ import yaml
 import snella_lab
 from snella_app.files import expand_user
 from snella_app.text import nearest
-from snella_lab.comparison.experiment import FILE, Experiment, as_list, data_entry, method_entry, plain_entry
+from snella_lab.comparison.experiment import (
+    FILE,
+    Experiment,
+    as_list,
+    data_entry,
+    method_entry,
+    plain_entry,
+)
 from snella_lab.comparison.options import CompareOptions
 
 
@@ -59,7 +67,8 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Merge changes into settings, one level deep.
 
     In `methods` and `data`, a string that equals the label or data of an existing entry selects that entry. A
-    reference that is no longer among the methods is removed.
+    reference that is no longer among the methods is removed. If the tasks differ from those of `values`, published
+    numbers and orderings of other tasks, groups and means are removed.
     """
     methods = {entry.name: entry for entry in map(method_entry, as_list(values.get("methods") or []))}
     data = [data_entry(value) for value in as_list(values.get("data") or [])]
@@ -76,7 +85,29 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     if "methods" in changes and "reference" not in changes:
         names = [method_entry(value).name for value in result["methods"]]
         result["reference"] = result["reference"] if result.get("reference") in names else None
+    if "data" in changes and "published" not in changes:
+        selected = {data_entry(value).name for value in result["data"]}
+        if selected != {entry.name for entry in data}:
+            result["published"] = _published_on(selected, result.get("published"))
     return result
+
+
+def _published_on(tasks: Collection[str], published: Any) -> Any:
+    """Return the published numbers and orderings of single tasks; means and groups refer to the original tasks."""
+    if not isinstance(published, Mapping):
+        return published
+    values, orderings = published.get("values"), published.get("orderings")
+    kept = dict(published)
+    if isinstance(values, Mapping):
+        by_method = {
+            method: {column: value for column, value in numbers.items() if column in tasks}
+            for method, numbers in values.items()
+            if isinstance(numbers, Mapping)
+        }
+        kept["values"] = {method: numbers for method, numbers in by_method.items() if numbers}
+    if isinstance(orderings, list):
+        kept["orderings"] = [claim for claim in orderings if isinstance(claim, Mapping) and claim.get("task") in tasks]
+    return kept if kept.get("values") or kept.get("orderings") else {}
 
 
 _NONE = "none"

@@ -85,12 +85,14 @@ class OrderingResult:
         verdict: `holds` or `contradicted` for a decided difference, else `not decided` or `not run`.
         difference: Paired difference with Holm's correction over the claims; None without runs.
         is_fraction: True if the metric is a fraction such as accuracy.
+        tasks: Number of tasks of the claim; the result is `not decided` until runs of all of them exist.
     """
 
     claim: str
     verdict: str
     difference: Difference | None
     is_fraction: bool
+    tasks: int
 
     @property
     def texts(self) -> tuple[str, str, str, str, str]:
@@ -99,7 +101,7 @@ class OrderingResult:
         if diff is None:
             return self.claim, self.verdict, "–", "–", "–"
         if self.is_fraction:
-            text = difference_text(diff, diff.tasks)
+            text = difference_text(diff, self.tasks)
         else:
             mean, *ends = (measure_text(value, signed=True) for value in (diff.mean, diff.low, diff.high))
             text = mean if math.isnan(diff.low) else f"{mean} [{', '.join(ends)}]"
@@ -112,7 +114,7 @@ ORDERING_HEADINGS = ("claim in the paper", "result", f"difference, {percent_text
 def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
     """Test the paper's orderings of methods in the experiment."""
     names = [method.name for method in experiment.methods]
-    claims: list[tuple[str, Difference | None, bool]] = []
+    claims: list[tuple[str, Difference | None, bool, int]] = []
     for claim in experiment.published.get("orderings", []):
         higher, lower, metric = claim["higher"], claim["lower"], claim.get("metric", experiment.published_metric)
         if higher not in names or lower not in names:
@@ -122,13 +124,14 @@ def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
         value = runs.difference(higher, lower, tasks, metric)
         text = f"{higher} above {lower}" + (f" on {claim['task']}" if claim.get("task") else "")
         text += "" if metric == experiment.published_metric else f" in {metric.replace('_', ' ')}"
-        claims.append((text, value, metric in _FRACTIONS))
-    corrected = with_holm(dict(enumerate(value for _, value, _ in claims)))
+        claims.append((text, value, metric in _FRACTIONS, len(tasks)))
+    corrected = with_holm(dict(enumerate(value for _, value, *_ in claims)))
     results = []
-    for number, (text, _, is_fraction) in enumerate(claims):
+    for number, (text, _, is_fraction, count) in enumerate(claims):
         value = corrected[number]
-        verdict = "not run" if value is None else ("not decided", "holds", "contradicted")[value.direction]
-        results.append(OrderingResult(text, verdict, value, is_fraction))
+        direction = 0 if value is None or value.tasks < count else value.direction
+        verdict = "not run" if value is None else ("not decided", "holds", "contradicted")[direction]
+        results.append(OrderingResult(text, verdict, value, is_fraction, count))
     return results
 
 
@@ -215,7 +218,7 @@ _NARROW = 310  # figure width in pixels on a phone
 MAX_TASK_FIGURES = 24
 """Maximum number of tasks for per-task figures; above it, none are drawn. Tables contain all tasks."""
 _SELECTED_EPOCH = {
-    "standard": "at the best epoch on validation",
+    "standard": "with the model selected on validation",
     "final": "at the last epoch, trained on training and validation images",
     "official": "at the best epoch on the same test images",
 }

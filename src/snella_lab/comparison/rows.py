@@ -156,6 +156,11 @@ class CellRow(Record):
             return None
         return getattr(self.results, split).get(score) if split in _SPLITS else getattr(self.results, name)
 
+    @property
+    def is_diverged_trial(self) -> bool:
+        """True for a tuning run whose loss or gradient became infinite or NaN, e.g. at a high learning rate."""
+        return self.purpose == "trial" and str(self.error).startswith("NonFiniteLossError")
+
     def score(self, split: str) -> float | None:
         """Return the score used to compare methods on `val` or `test`."""
         return self.column(f"{split}_{self.metric}")

@@ -1,6 +1,8 @@
 """Training and evaluation of one cell."""
 
+import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -79,7 +81,7 @@ _FOLDS, _PROBE_BATCH = 5, 32
 def measure_forgetting(run: Path, data: str, images: int, cache: Path, device: str = "auto") -> dict[str, Any]:
     """Compare the linear-probe accuracy of adapted and frozen features on at most `images` images of other data.
 
-    The accuracy of frozen features is cached in `cache`, which all runs of a backbone share.
+    The accuracy of frozen features is cached in `cache`, which all runs of a backbone share, by preprocessing.
 
     Returns:
         The `CellResults` fields `forgetting` (a fraction, negative if the adapted features are better),
@@ -91,7 +93,8 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, device: s
     items = [part.with_transform(transform) for part in items]
     adapted = probe_accuracy(head_inputs(loaded.model, items, _PROBE_BATCH), labels)
     backbone = loaded.info.backbone
-    name = "_".join(str(part) for part in (backbone.name, backbone.img_size, data, images))
+    preprocessing = hashlib.sha256(json.dumps(loaded.info.data_config, sort_keys=True).encode()).hexdigest()[:8]
+    name = "_".join(str(part) for part in (backbone.name, backbone.img_size, data, images, preprocessing))
     seed = f"_{backbone.seed}" if backbone.pretrained is False else ""
     path = cache / ("".join(c if c.isalnum() or c in "._-" else "-" for c in name + seed) + ".json")
     if path.is_file():
@@ -196,7 +199,8 @@ def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str,
 
 def read_results(folder: Path) -> CellResults:
     """Read the results of a finished run."""
-    metrics, data, adapter = read(Metrics, folder), read(RunInfo, folder).data, RunFolder(folder).adapter
+    metrics, data, run = read(Metrics, folder), read(RunInfo, folder).data, RunFolder(folder)
+    adapter = run.adapter
     peft_config = adapter / "adapter_config.json"  # missing for methods outside PEFT
     best = next(row for row in metrics.history if row.epoch == metrics.adapter_epoch)
     epochs = sum(row.epoch > 0 for row in metrics.history)
@@ -212,7 +216,7 @@ def read_results(folder: Path) -> CellResults:
         accelerator_memory_reserved_avg=metrics.accelerator_memory_reserved_avg,
         accelerator_memory_reserved_99th=metrics.accelerator_memory_reserved_99th,
         train_loss=best.train_loss,
-        train_samples=epochs * data.sizes["train"],
+        train_samples=epochs * run.read_config().optim.images_per_epoch(data.sizes["train"]),
         epochs=epochs,
         best_epoch=metrics.best_epoch,
         protocol=metrics.protocol,
@@ -385,9 +389,16 @@ def _train_cell(root: Path, experiment: Experiment, cell: Cell, is_dedicated: bo
             elif is_dedicated:
                 peak_mib = read(Metrics, folder).peak_rss_mib
                 results = replace(results, peak_rss_mib=peak_mib, training_mib=round(peak_mib - before_mib, 1))
+            scores, split = (results.test, "test") if cell.is_final else (results.val, "validation")
+            score = scores[experiment.metric]
+            if cell.is_final and score is None:
+                raise ValueError(f"data {cell.data.data!r} must have a test split, got none")
+            if score is not None and not math.isfinite(score):
+                title = experiment.measures[experiment.metric]
+                raise ValueError(
+                    f"{title} is undefined on the {split} images, for example because all targets are equal"
+                )
             if cell.is_final:
-                if results.test[experiment.metric] is None:
-                    raise ValueError(f"data {cell.data.data!r} must have a test split, got none")
                 results = replace(results, changed_weights=count_changed_weights(folder))
                 # the probe's data are read in RGB
                 if config.data.channels == 3 and (probe := experiment.probe_data(cell.data)) is not None:

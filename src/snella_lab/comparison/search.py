@@ -137,12 +137,15 @@ def _missing(candidates: Sequence[Candidate], grid: Grid, results: Results) -> l
 
 
 def _best(candidates: Sequence[Candidate], results: Results) -> Candidate | None:
-    """Return the candidate with the highest mean rank over seeds; the first on ties, None if each has a failed run."""
+    """Return the candidate with the highest mean rank over seeds; None if each has a failed run.
+
+    Ties go to the learning rate that is closest to the default, then to the first candidate.
+    """
     ranks = {}
     for candidate in candidates:
         accuracies, losses = zip(*(result.rank for result in results[candidate]), strict=True)
         ranks[candidate] = sum(accuracies) / len(accuracies), sum(losses) / len(losses)
-    best = max(ranks, key=ranks.__getitem__)
+    best = max(ranks, key=lambda candidate: (ranks[candidate], -abs(math.log(candidate.lr_factor))))
     return best if math.isfinite(ranks[best][0]) else None
 
 

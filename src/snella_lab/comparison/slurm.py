@@ -53,11 +53,23 @@ def write_slurm_scripts(root: Path, experiment: Experiment, execution: Execution
 
     Raises:
         ValueError: If the scripts' path contains quotation marks, backslashes or newlines.
+        FileExistsError: If `emit_to` contains other scripts with these names.
     """
     root = root.resolve()
     scripts = root / "slurm" if execution.emit_to is None else Path(execution.emit_to).resolve()
     if any(character in str(scripts) for character in '"\\\n'):
         raise ValueError(f"emit_to must not contain quotation marks, backslashes or newlines, got {scripts}")
+    command = f"-m snella_app.cli.main compare --out {shlex.quote(str(root))}"
+    names = ("train.sh", "report.sh", "submit.sh")
+    existing = [scripts / name for name in names if (scripts / name).exists()]
+    if execution.emit_to is not None and existing:
+        is_own = (scripts / names[0]).is_file() and f"{command} --part" in (scripts / names[0]).read_text(
+            errors="replace"
+        )
+        if not is_own:
+            raise FileExistsError(
+                f"emit_to={scripts} contains another {existing[0].name}; choose an empty or new folder"
+            )
     (scripts / "logs").mkdir(parents=True, exist_ok=True)
     logs = str(scripts / "logs").replace("%", "%%")
     count = min(len(units(experiment)), MAX_PARTS)
@@ -73,12 +85,12 @@ def write_slurm_scripts(root: Path, experiment: Experiment, execution: Execution
         "report_log": f'"{logs}/report.txt"',
         "out": " ".join(str(root).split()),
         "folder": shlex.quote(str(Path.cwd())),
-        "command": f"{shlex.quote(sys.executable)} -m snella_app.cli.main compare --out {shlex.quote(str(root))}",
+        "command": f"{shlex.quote(sys.executable)} {command}",
         "options": options,
         "train": shlex.quote(str(scripts / "train.sh")),
         "report": shlex.quote(str(scripts / "report.sh")),
     }
-    for name, text in (("train.sh", _TRAIN), ("report.sh", _REPORT), ("submit.sh", _SUBMIT)):
+    for name, text in zip(names, (_TRAIN, _REPORT, _SUBMIT), strict=True):
         write_text(scripts / name, text.format(**values))
         (scripts / name).chmod(0o755)
     return scripts / "submit.sh"

@@ -213,11 +213,22 @@ def read_part(root: Path, pairs: Iterable[tuple[DataEntry, MethodEntry]]) -> dic
 def drop_failed(root: Path) -> list[str]:
     """Remove the rows of failed cells, so that the cells are trained again; return their names.
 
+    Diverged tuning runs of a task and method with a finished final run keep their rows: they are not repeated.
+
     Raises:
         TimeoutError: If another process is writing the results file.
     """
     rows, _ = collect(root)
-    failed = {name for name, row in rows.items() if row.status == "failed"}
+    tuned = {
+        (row.task_name, row.experiment_name)
+        for row in rows.values()
+        if row.purpose == "final" and row.status == "success"
+    }
+    failed = {
+        name
+        for name, row in rows.items()
+        if row.status == "failed" and not (row.is_diverged_trial and (row.task_name, row.experiment_name) in tuned)
+    }
     if failed:
         with cell_lock(root / LOCKS, FILE, timeout_s=_WRITE_WAIT_S) as is_acquired:
             if not is_acquired:

@@ -33,6 +33,7 @@ from snella_app.runs.merge import merge
 from snella_app.runs.predict import load
 from snella_app.tasks import create_task
 from snella_app.training import final_head, linear_probe
+from snella_app.training import finish as finish_module
 from snella_app.training.final_head import (
     MeasuredFeatures,
     _outputs,
@@ -46,6 +47,7 @@ from snella_app.training.final_head import (
 )
 from snella_app.training.linear_probe import base_and_head
 from snella_app.training.plan import choose_heads
+from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
 
 from .components import build_components
@@ -631,6 +633,46 @@ def test_the_final_head_is_fitted_to_the_last_epoch(is_rejected, options, tmp_pa
     assert options or (budget == run.read_json("allocation.json")["target_budget"]) == is_last
     # the saved head includes the normalization of its inputs
     assert evaluate(run.path, split="test")["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-4)
+
+
+def test_an_interrupted_finish_is_repeated_with_the_best_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "snella_app.training.trainer.SnellaTrainer._evaluate_split",
+        lambda self, images: {
+            "val_loss": abs(round(self.state.epoch or 0) - 1) + 0.1,
+            **{f"val_{name}": 0.5 for name in ("accuracy", "balanced_accuracy", "macro_f1")},
+        },
+    )
+    values = {"epochs": 3, "head_norm": "running"}
+    expected = train(config(tmp_path / "expected", **values), QUIET)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted):
+        patch.setattr("snella_app.training.finish.write_report", stop)
+        train(config(tmp_path / "stopped", **values), QUIET)
+    assert (tmp_path / "stopped" / "run" / "checkpoints" / "best").is_dir()
+    loaded = []
+    load = finish_module.load_trained_into
+    monkeypatch.setattr(
+        finish_module, "load_trained_into", lambda model, folder: loaded.append(folder.name) or load(model, folder)
+    )
+    run = train(config(tmp_path / "stopped", **values, resume=True), QUIET)
+    assert loaded[0] == "best"
+    results = [run.read_json("metrics.json") for run in (run, expected)]
+    assert results[0]["final_head"]["replaced_epoch"] == 1
+    for name in ("final_head", "val", "test", "best_epoch"):
+        assert results[0][name] == results[1][name]
+    assert [path.name for path in run.checkpoints.iterdir()] == ["checkpoint-24"]
+
+
+def test_a_model_with_an_auxiliary_head_is_evaluated_as_a_whole(tmp_path):
+    settings = config(tmp_path, final_head="layers").resolved()
+    parts = build_components(settings)
+    assert final_head.trained_head(parts) is not None
+    parts.model.register_forward_hook(lambda module, inputs, outputs: outputs + 1)
+    assert final_head.trained_head(parts) is None
 
 
 def test_merging_keeps_the_head_of_another_model(finished, tmp_path):

@@ -106,10 +106,15 @@ def test_a_run_with_the_selected_settings_is_bit_identical(settings, console, mo
         # 3.7 epochs of 28 · 0.5 + 3 · 0.1 s fit into the 54.2 s that are not reserved, minus 0.6 s for test images
         ("60s", {}, 4, 26, "4 epochs of 26 images in 60s: one takes about 13.3 s"),
         ("2h", {}, 100, None, "100 epochs of 28 images in 2h: one takes about 14.3 s; 100 is the maximum"),
-        ("60s", {"epoch_images": 4}, 23, 4, "23 epochs of 4 images in 60s: one takes about 2.3 s"),
         ("15s", {}, 1, 24, "1 epoch of 24 images in 15s: one takes about 12.3 s"),
-        ("4s", {}, 1, 20, "1 epoch of 20 images in 4s: one takes about 10.3 s, more than the remaining budget; reduce"),
-        ("4s", {"head_init": "probe"}, 0, None, "0 epochs of 20 images in 4s: one takes about 10.3 s, more than the"),
+        ("4s", {}, 1, 20, "1 epoch of 20 images in 4s: one takes about 10.3 s, more than the rest of 4s; reduce"),
+        (
+            "4s",
+            {"head_init": "probe"},
+            0,
+            None,
+            "no epochs: an epoch of 20 images takes about 10.3 s, more than the rest",
+        ),
     ],
 )
 def test_epochs_fill_the_time_budget(budget, changes, epochs, images, message, settings, console, monkeypatch, clock):
@@ -262,6 +267,32 @@ def test_the_time_budget_includes_the_final_head_without_other_splits(settings, 
     parts = build_components(config)
     assert list(parts.splits.parts) == ["train"]
     assert sizing._measure_times(parts, config).final_s == len(parts.splits.train) + 1.0
+
+
+def test_an_epoch_has_the_steps_of_the_automatic_batch_size(settings, seconds_of_a_second, monkeypatch):
+    monkeypatch.setattr(sizing, "fit_batch_size", lambda *_: 5)
+    config = settings(batch_size="auto", train_size=14, val_size=4, tta=1, time_budget="60s").resolved()
+    times = sizing._measure_times(build_components(config), config)
+    assert times.steps == 3 and times.epoch_s == pytest.approx(3 + 4 / 5)
+
+
+def test_a_time_budget_replaces_the_given_number_of_images_per_epoch(settings, console, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "snella_app.training.plan.fit_epochs",
+        lambda parts, config, *_: seen.append(config.optim.epoch_images) or (1, 8),
+    )
+    config = settings(epoch_images=3, time_budget="60s").resolved()
+    data = load(config.data, config.optim, config.run)
+    parts = build(config.model, config.method, data, choose_device(config.run.device))
+    assert resolve(config, data, parts, console)[0].optim.epoch_images == 8 and seen == [None]
+
+
+def test_the_default_batch_is_at_most_an_epoch(settings, console):
+    config = settings(epoch_images=3, batch_size=None).resolved()
+    data = load(config.data, config.optim, config.run)
+    parts = build(config.model, config.method, data, choose_device(config.run.device))
+    assert resolve(config, data, parts, console)[0].optim.batch_size == 3
 
 
 def test_a_time_budget_does_not_add_epochs_to_zero(settings, console, monkeypatch):

@@ -44,6 +44,11 @@ def test_random_matrices_have_the_given_rank_and_unit_variance(rank, density):
     assert (matrices == 0).any() == (density < 1)
 
 
+def test_a_density_that_is_too_low_for_the_rank_is_rejected():
+    with pytest.raises(ValueError, match=r"density is too low for rank 12: 0\.02 gives matrices of lower rank"):
+        random_matrices(24, 12, 1, 0.02, torch.Generator().manual_seed(0))
+
+
 def test_linear_kernel_of_rank_two_fits_matrices_up_to_rank_two():
     fit = fit_kernel("linear", SMALL)
     generator = torch.Generator().manual_seed(0)

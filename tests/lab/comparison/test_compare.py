@@ -11,6 +11,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from snella_app.records.record import read
+from snella_app.records.record import write as write_record
+from snella_app.records.run import RunInfo
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.layer_probe import LAYER_PROBE
 from snella_app.training.session import TrainingInterrupted
@@ -20,7 +23,7 @@ from snella_lab.comparison.executors import InThisProcess, _gpu_share
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
-from snella_lab.comparison.run_cell import Outcome, record_crash, run_cell
+from snella_lab.comparison.run_cell import Outcome, measure_forgetting, record_crash, run_cell
 from snella_lab.comparison.search import Candidate
 from snella_lab.comparison.store import append_row, cell_lock, is_locked, read_row
 
@@ -97,7 +100,7 @@ def test_learning_rates_are_tuned_on_validation_and_recorded(finished):
         trials = [r for r in rows.values() if r["purpose"] == "trial" and r["experiment_name"] == method]
         assert {row["lr_factor"] for row in trials} == {0.3, 1.0}
         assert all(row["test_accuracy"] is None for row in trials)
-        best = max(trials, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+        best = max(trials, key=lambda row: (row["val_accuracy"], -row["val_loss"], row["lr_factor"]))
         final = rows[f"digits/{method}/seed-0"]
         assert (final["lr"], final["head_lr"]) == (best["lr"], best["head_lr"])
         search = final["search"]
@@ -261,6 +264,23 @@ def test_retry_failed_trains_failed_cells_again(copy, console, monkeypatch):
     assert rows_of(copy)[cell]["status"] == "failed"
     compare(None, copy, ExecutionConfig(workers=0, retry_failed=True), console=console)
     assert rows_of(copy)[cell]["status"] == "success" and len(rows_of(copy)) == 6
+
+
+def test_retry_failed_keeps_diverged_tuning_runs_that_are_not_repeated(copy, console):
+    cell = next(name for name, row in rows_of(copy).items() if "/linear/" in name and row["purpose"] == "trial")
+    row = replace(read_row(copy / "cells" / cell), status="failed", error="NonFiniteLossError: NaN", results=None)
+    append_row(copy, copy / "cells" / cell, row)
+    compare(None, copy, ExecutionConfig(workers=0, retry_failed=True), console=console)
+    assert rows_of(copy)[cell]["status"] == "failed" and len(rows_of(copy)) == 6
+
+
+def test_frozen_features_are_cached_by_preprocessing(copy):
+    cell, cache = copy / "cells/digits/lora-2/seed-0", copy / "frozen"
+    (first,) = cache.iterdir()
+    info = read(RunInfo, cell)
+    write_record(replace(info, data_config={**info.data_config, "crop_mode": "squash"}), cell)
+    measure_forgetting(cell, "mnist5k", 60, cache, "cpu")
+    assert first.is_file() and len(list(cache.iterdir())) == 2
 
 
 @pytest.mark.parametrize(

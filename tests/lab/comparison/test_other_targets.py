@@ -137,6 +137,33 @@ def test_auto_selects_the_method_recommended_on_validation_images(
     assert "contains a finished run" in capsys.readouterr().err
 
 
+def test_auto_keeps_a_folder_that_it_did_not_write(small_choice, table, tmp_path, console):
+    (tmp_path / "run-choice").mkdir()
+    (tmp_path / "run-choice" / "notes.txt").write_text("mine")
+    config = TrainConfig.from_flat(
+        **{"data": f"csv:{table}", "columns": "path=photo,label=kind", "backbone": "test_vit", "pretrained": False},
+        **{"img_size": 32, "device": "cpu", "out": str(tmp_path / "run"), "method": "auto", "overwrite": True},
+    )
+    with pytest.raises(FileExistsError, match="contains files but no comparison; choose an empty or new folder"):
+        choose_method(config, console)
+    assert (tmp_path / "run-choice" / "notes.txt").read_text() == "mine"
+
+
+def test_equal_targets_fail_with_the_reason(table, tmp_path, console):
+    lines = table.read_text().splitlines()
+    rows = [lines[0], *(",".join([*line.split(",")[:2], "5", line.split(",")[3]]) for line in lines[1:])]
+    equal = table.with_name("equal.csv")
+    equal.write_text("\n".join(rows))
+    options = CompareOptions.from_flat(
+        **{"out": str(tmp_path / "c"), "methods": "linear", "data": f"csv:{equal}", "backbone": "test_vit"},
+        **{"seeds": 1, "lr_factors": "1", "weight_decays": "none", "forgetting": "none", "workers": 0},
+        **{"columns": "path=photo,label=level", "img_size": 32, "epochs": 1, "device": "cpu", "pretrained": False},
+        task="regression",
+    )
+    with pytest.raises(CellsFailedError, match="R² is undefined on the test images, for example because all targets"):
+        compare(experiment_from_options(options), options.out, options.execution, console)
+
+
 def test_auto_rejects_folds_and_options_of_single_methods(tmp_path):
     values = {"data": "digits", "backbone": "test_vit", "out": str(tmp_path), "method": "auto"}
     with pytest.raises(ValueError, match=r"r 4 needs a specific method, got method 'auto'; .*folds 3 needs"):

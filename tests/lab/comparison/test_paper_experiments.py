@@ -112,6 +112,20 @@ def test_final_runs_also_train_on_the_validation_images(experiments):
     assert (trial.data.protocol, final.data.protocol) == ("standard", "final")
 
 
+def test_final_runs_ignore_the_validation_size_of_a_task(tiny):
+    experiment = tiny(train={"protocol": "final"}, data=[{"data": "digits", "val_size": 10}])
+    cells = [Cell(experiment.data[0], experiment.methods[0], 0, Candidate(), final) for final in (False, True)]
+    assert [cell.config(experiment, "-").data.val_size for cell in cells] == [10, None]
+
+
+def test_published_numbers_of_other_tasks_are_removed(experiments):
+    values = read_experiment("table1-vtab", {"data": ["cifar"]}).published["values"]
+    assert values["full"] == {"cifar": experiments["table1-vtab"].published["values"]["full"]["cifar"]}
+    assert read_experiment("table1-vtab", {"data": ["digits"]}).published == {}
+    names = [entry.name for entry in experiments["table1-vtab"].data]
+    assert read_experiment("table1-vtab", {"data": names}).published == experiments["table1-vtab"].published
+
+
 def test_official_files_need_no_tuning_and_have_settings_per_task(experiments):
     experiment = experiments["table1-vtab-official"]
     configs = {
@@ -238,6 +252,9 @@ def test_orderings_are_decided_by_corrected_tests_of_paired_differences(experime
     ]
     orderings = paper_orderings(experiment, rows)
     assert [result.verdict for result in orderings] == ["holds", "contradicted", "not decided", "not decided"]
+    larger = changed(experiments["table12"], data=experiments["table9"].as_dict()["data"][4:10], published=published)
+    unfinished = paper_orderings(larger, rows)
+    assert unfinished[0].verdict == "not decided" and "(5 of 6 tasks)" in unfinished[0].texts[2]
     assert orderings[0].difference.mean == pytest.approx(0.024) and orderings[0].difference.pairs == 15
     assert orderings[0].difference.comparisons == 4
     assert orderings[0].texts == (

@@ -76,6 +76,11 @@ def test_ties_in_accuracy_are_broken_by_the_loss():
     assert next_tuning_runs(Grid((0.3, 1, 3), ()), 0.0, results).candidate == Candidate(1.0)
 
 
+def test_equal_learning_rates_select_the_default():
+    choice, order = run(Grid((0.1, 0.3, 1, 3, 10), (), 2), lambda candidate: 0.5)
+    assert choice.candidate == Candidate(1.0) and len(order) == 5 and not choice.lr_on_edge
+
+
 def test_candidates_are_ranked_by_their_mean_over_seeds_including_failures():
     grid = Grid((0.3, 1, 3), (), 0, seeds=2)
     low, high, failed = TuningResult(0.5, 0.5), TuningResult(0.9, 0.1), TuningResult(None, None)

@@ -18,9 +18,12 @@ from snella_app.console import make_console
 from snella_app.data.images import read_image
 from snella_app.device import choose_device
 from snella_app.files import expand_user
+from snella_app.records.record import read
+from snella_app.records.run import RunInfo
 from snella_lab.recipes.dreambooth.config import DreamBoothFolder, EvaluateGenerationOptions
 from snella_lab.recipes.dreambooth.data import PROMPT_FILE, PromptFile, fill, load_concept, read_prompt_file
 from snella_lab.recipes.dreambooth.generate import GeneratedImage, load_generator
+from snella_lab.recipes.dreambooth.train import check_images
 from snella_lab.recipes.pretrained import load_pretrained
 
 
@@ -170,7 +173,8 @@ def evaluate_generation(options: EvaluateGenerationOptions, console: Console | N
     Raises:
         FileNotFoundError: If a run, prompt file or model does not exist.
         FileExistsError: If `evaluation/` contains images generated with other settings, without `overwrite`.
-        ValueError: If prompts lack the token placeholder, or a run belongs to another command.
+        ValueError: If prompts lack the token placeholder, the photos have changed since training, or a run belongs to
+            another command.
     """
     console, device = console or make_console(), choose_device(options.device)
     prompt_files = {folder: _prompt_file(folder, options.prompts) for folder in find_runs(options.run)}
@@ -178,6 +182,8 @@ def evaluate_generation(options: EvaluateGenerationOptions, console: Console | N
     rows: list[dict[str, Any]] = []
     for folder, prompt_file in prompt_files.items():
         generator, config = load_generator(folder, options, console)
+        concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
+        check_images(DreamBoothFolder(folder), read(RunInfo, folder).data, concept)
         templates = prompt_file.templates(config.class_name, options.live)
         class_name = config.class_name or ""
         prompts = [fill(template, config.token, class_name) for template in templates]
@@ -185,7 +191,6 @@ def evaluate_generation(options: EvaluateGenerationOptions, console: Console | N
         images = generator.generate(
             folder / "evaluation", prompts, range(options.pictures), overwrite=options.overwrite
         )
-        concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
         scores = score_images(images, list(concept.images()), plain_prompts, *embedders)
         row = {"subject": concept.name, "method": config.method.name, "pictures": len(images), **scores}
         models = {"clip": options.clip, "dino": options.dino}

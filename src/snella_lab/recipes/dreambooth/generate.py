@@ -16,7 +16,6 @@ from rich.console import Console
 from torch import Tensor
 
 from snella_app.console import make_console, track_progress
-from snella_app.data.images import IMAGE_SUFFIXES
 from snella_app.device import autocast, choose_device
 from snella_app.files import write_json, write_png
 from snella_app.methods import load_trained
@@ -177,9 +176,11 @@ class ImageGenerator:
         }
         if not _contains(folder, content, overwrite=overwrite):
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.iterdir():
-                if path.suffix.lower() in IMAGE_SUFFIXES:
-                    path.unlink()
+            previous = {Path(entry["file"]).name for entry in (_manifest(folder) or {"images": []})["images"]}
+            if others := [image.path for image in images if image.path.exists() and image.path.name not in previous]:
+                raise FileExistsError(f"{others[0]} is not a generated image; choose another folder")
+            for name in previous:
+                (folder / name).unlink(missing_ok=True)
             write_json(folder / MANIFEST, content)
         missing = [image for image in images if not image.path.is_file()]
         if missing:
@@ -192,19 +193,26 @@ class ImageGenerator:
         return images
 
 
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of the generated images in a folder; None if it contains none."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_manifest = isinstance(manifest, dict) and manifest.keys() >= {"format", "source", "drawing", "images"}
+    return manifest if is_manifest else None
+
+
 def _contains(folder: Path, content: dict[str, Any], *, overwrite: bool) -> bool:
     """Return whether a folder contains these images; raise an error if it contains anything that must be kept."""
     if not folder.exists():
         return False
     if not folder.is_dir():
         raise FileExistsError(f"out must be a folder, got the file {folder}; choose another name")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        manifest = None
+    manifest = _manifest(folder)
     if manifest == content:
         return True
-    if not isinstance(manifest, dict):
+    if manifest is None:
         if any(folder.iterdir()):
             raise FileExistsError(f"out={folder} contains other files; choose an empty or new folder")
     elif not overwrite:

@@ -312,7 +312,7 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
     device = choose_device(config.run.device)
     concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
     if resumed is not None:
-        _check_images(run, resumed.data, concept)
+        check_images(run, resumed.data, concept)
     config = config.with_class_name(concept.class_name)
     pipeline = load_pipeline(str(config.pipeline), config.optim.precision)
     check_resolution(pipeline, config.resolution)
@@ -381,8 +381,8 @@ def _print_summary(trainer: DreamBoothTrainer, concept: Concept) -> None:
     print_rows(trainer.console, rows)
 
 
-def _check_images(run: DreamBoothFolder, stored: DataInfo, concept: Concept) -> None:
-    """Check that a resumed run's images have not changed."""
+def check_images(run: DreamBoothFolder, stored: DataInfo, concept: Concept) -> None:
+    """Raise a ValueError if the images of a run have changed since it was started."""
     if stored.digest not in (None, concept.digest()):
         expected, actual = stored.sizes.get("train"), len(concept.paths)
         raise ValueError(

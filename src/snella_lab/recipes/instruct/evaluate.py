@@ -18,6 +18,7 @@ from snella_app.methods import load_trained
 from snella_app.records.record import read
 from snella_app.records.run import RunInfo
 from snella_app.runs.folder import adapter_digest
+from snella_app.training.session import lock_run
 from snella_lab.recipes.instruct.config import RESULT_FILE, EvaluateLanguageOptions, LanguageFolder
 from snella_lab.recipes.instruct.data import (
     Instruction,
@@ -41,16 +42,27 @@ def evaluate_language(options: EvaluateLanguageOptions, console: Console | None 
 
     Returns:
         `{"format": 1, "settings": {…}, "tasks": {name: {"accuracy", "right", "questions", "unanswered"}}, "mean": …}`,
-        also written to `RUN/language.json`. `mean` is the mean accuracy over tasks.
+        also written to `RUN/language.json`. `mean` is the mean accuracy over tasks. The file keeps tasks that were
+        evaluated with the same settings on more questions, or only in an earlier call.
 
     Raises:
         FileNotFoundError: If the run, adapter, data or model does not exist.
         FileExistsError: If the run has stored answers, and the correct choices or the generation settings have changed.
-        ValueError: If the data are invalid, or the run belongs to another command.
+        ValueError: If the data are invalid, the template has changed, or the run belongs to another command.
+        RunInUseError: If another process trains or evaluates the run.
     """
     folder = LanguageFolder(options.run)
-    if read(RunInfo, folder.path).task != "language":
+    info = read(RunInfo, folder.path)
+    if info.task != "language":
         raise ValueError(f"run must be a snella language run folder, got {options.run}, a run of another task")
+    with lock_run(folder):
+        return _evaluate(folder, info, options, console)
+
+
+def _evaluate(
+    folder: LanguageFolder, info: RunInfo, options: EvaluateLanguageOptions, console: Console | None
+) -> dict[str, Any]:
+    """Evaluate a locked run."""
     folder.check_adapter()
     questions = {name: entries[: options.limit] for name, entries in read_benchmark(options.data).items()}
     digest = adapter_digest(folder.adapter)
@@ -59,6 +71,11 @@ def evaluate_language(options: EvaluateLanguageOptions, console: Console | None 
         settings["model"] = options.model
     if (template := folder.read_config().template) is not None:
         settings["template"] = sha256_of(expand_user(template))
+        if settings["template"] != info.data.contents.get("template"):
+            raise ValueError(
+                f"template must be the file that {folder.path} was trained with, got changed content in {template}; "
+                "restore the file"
+            )
     answers = {
         task: _read_answers(folder, task, entries, settings, options.overwrite)[: len(entries)]
         for task, entries in questions.items()
@@ -76,10 +93,32 @@ def evaluate_language(options: EvaluateLanguageOptions, console: Console | None 
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             answers[task] += rows
     tasks = {task: _scores(rows) for task, rows in answers.items()}
+    stored = _stored_tasks(folder, settings)
+    larger = (
+        {}
+        if options.overwrite
+        else {
+            task: scores
+            for task, scores in stored.items()
+            if scores["questions"] > tasks.get(task, scores)["questions"]
+        }
+    )
+    folder.write_json(RESULT_FILE, _result(settings, {**stored, **tasks, **larger}))
+    return _result(settings, tasks)
+
+
+def _result(settings: dict[str, Any], tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the content of `language.json`."""
     mean = statistics.fmean(scores["accuracy"] for scores in tasks.values())
-    result = {"format": 1, "settings": settings, "tasks": tasks, "mean": mean}
-    folder.write_json(RESULT_FILE, result)
-    return result
+    return {"format": 1, "settings": settings, "tasks": tasks, "mean": mean}
+
+
+def _stored_tasks(folder: LanguageFolder, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the tasks in `language.json` that were evaluated with the same settings."""
+    if not (folder.path / RESULT_FILE).is_file():
+        return {}
+    stored = folder.read_json(RESULT_FILE)
+    return stored["tasks"] if stored["settings"] == settings else {}
 
 
 class _AnswerGenerator:

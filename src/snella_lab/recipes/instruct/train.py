@@ -95,6 +95,12 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console, re
             f"data must be the file that {run.path} was started with, got changed content in {data}; "
             "restore the file, or start a new run"
         )
+    template = {} if config.template is None else {"template": sha256_of(expand_user(config.template))}
+    if resumed is not None and resumed.data.contents != template:
+        raise ValueError(
+            f"template must be the file that {run.path} was started with, got changed content in {config.template}; "
+            "restore the file, or start a new run"
+        )
     base: Any = load_model(str(config.model), config.base)
     weights = sum(parameter.numel() for parameter in base.parameters())
     if config.optim.gradient_checkpointing:
@@ -110,6 +116,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console, re
         description=counted(len(train), "instruction"),
         sizes={"train": len(train), "val": len(val)},
         digest=digest,
+        contents=template,
         notes=notes,
     )
     run.write(describe_run(config, "language", BackboneInfo(name=str(config.model)), data_info, _PACKAGES))

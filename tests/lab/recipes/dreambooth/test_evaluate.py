@@ -154,10 +154,12 @@ def test_other_images_are_not_overwritten(runs, tmp_path):
     pipeline = shutil.copytree(DreamBoothFolder(runs / "toy").read_config().pipeline, tmp_path / "pipeline")
     with pytest.raises(FileExistsError, match="contains images from another adapter; choose another folder"):
         generate(generation(runs / "toy", out, pipeline=str(pipeline)))
+    (out / "best.png").write_bytes(b"mine")
     generate(generation(runs / "toy", out, seed=7, overwrite=True))
-    assert sorted(path.name for path in out.iterdir()) == ["00-7.png", "images.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["00-7.png", "best.png", "images.json"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("mine")
+    (tmp_path / "mine" / "images.json").write_text('{"images": []}')
     with pytest.raises(FileExistsError, match="mine contains other files; choose an empty or new folder"):
         generate(generation(runs / "toy", tmp_path / "mine", overwrite=True))
     with pytest.raises(FileExistsError, match=r"out must be a folder, got the file .*letter.txt"):

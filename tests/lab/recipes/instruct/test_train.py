@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from snella_app.cli.main import main
 from snella_app.methods import load_trained
-from snella_app.training.session import NonFiniteLossError, TrainingInterrupted
-from snella_lab.recipes.instruct.config import EvaluateLanguageOptions, LanguageConfig
+from snella_app.training.session import NonFiniteLossError, RunInUseError, TrainingInterrupted, lock_run
+from snella_lab.recipes.instruct.config import EvaluateLanguageOptions, LanguageConfig, LanguageFolder
 from snella_lab.recipes.instruct.evaluate import evaluate_language
 from snella_lab.recipes.instruct.train import fine_tune, load_model, load_tokenizer
 from snella_lab.recipes.trainer import RecipeTrainer
@@ -145,6 +145,38 @@ def test_evaluation_resumes_after_a_truncated_line(finished_run, data, tmp_path)
     with pytest.raises(FileExistsError, match=r"piqa.jsonl contains answers to other questions; .*--overwrite"):
         evaluate_language(replace(options, data=str(others)))
     assert evaluate_language(replace(options, limit=2))["tasks"]["piqa"]["questions"] == 2
+    assert json.loads((finished_run / "language.json").read_text()) == first
+    shutil.rmtree(others / "piqa")
+    assert list(evaluate_language(replace(options, data=str(others)))["tasks"]) == ["boolq"]
+    assert json.loads((finished_run / "language.json").read_text()) == first
+    with (
+        lock_run(LanguageFolder(str(finished_run))),
+        pytest.raises(RunInUseError, match="is locked by running process"),
+    ):
+        evaluate_language(options)
+
+
+def test_a_changed_template_is_rejected(settings, data, tmp_path, monkeypatch):
+    template = tmp_path / "template.txt"
+    template.write_text("{instruction}\n")
+    config = settings(template=str(template))
+
+    def stop(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        return step(*arguments, **options)
+
+    step = RecipeTrainer.training_step
+    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted):
+        patch.setattr(RecipeTrainer, "training_step", stop)
+        fine_tune(config)
+    template.write_text("{instruction} \n")
+    with pytest.raises(ValueError, match=r"template must be the file that .* was started with, got changed content"):
+        fine_tune(settings(template=str(template), resume=True))
+    template.write_text("{instruction}\n")
+    run = fine_tune(settings(template=str(template), resume=True))
+    template.write_text("{instruction} \n")
+    with pytest.raises(ValueError, match=r"template must be the file that .* was trained with, got changed content"):
+        evaluate_language(evaluation(run.path, data))
 
 
 def test_saved_adapter_reproduces_the_logits(finished_run, llama):
