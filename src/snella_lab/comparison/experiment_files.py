@@ -85,7 +85,7 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     if "methods" in changes and "reference" not in changes:
         names = [method_entry(value).name for value in result["methods"]]
         result["reference"] = result["reference"] if result.get("reference") in names else None
-    if "data" in changes and "published" not in changes:
+    if "data" in changes and "published" in values and "published" not in changes:
         selected = {data_entry(value).name for value in result["data"]}
         if selected != {entry.name for entry in data}:
             result["published"] = _published_on(selected, result.get("published"))

@@ -652,7 +652,7 @@ def test_an_interrupted_finish_is_repeated_with_the_best_epoch(tmp_path, monkeyp
     with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted):
         patch.setattr("snella_app.training.finish.write_report", stop)
         train(config(tmp_path / "stopped", **values), QUIET)
-    assert (tmp_path / "stopped" / "run" / "checkpoints" / "best").is_dir()
+    assert (tmp_path / "stopped" / "checkpoints" / "best").is_dir()
     loaded = []
     load = finish_module.load_trained_into
     monkeypatch.setattr(
@@ -664,7 +664,7 @@ def test_an_interrupted_finish_is_repeated_with_the_best_epoch(tmp_path, monkeyp
     assert results[0]["final_head"]["replaced_epoch"] == 1
     for name in ("final_head", "val", "test", "best_epoch"):
         assert results[0][name] == results[1][name]
-    assert [path.name for path in run.checkpoints.iterdir()] == ["checkpoint-24"]
+    assert [path.name for path in run.checkpoints.iterdir()] == ["checkpoint-9"]
 
 
 def test_a_model_with_an_auxiliary_head_is_evaluated_as_a_whole(tmp_path):
