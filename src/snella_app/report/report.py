@@ -127,10 +127,10 @@ def _saved_epoch(metrics: Metrics) -> str:
     average = "" if metrics.ema is None else f"; average of the weights, decay {metrics.ema:g}"
     if metrics.selected_on is None:
         return f"epoch {metrics.best_epoch}{total}, last epoch, no selection{average}"
-    metric = metrics.best_metric.partition("_")[2]
-    metric = _SHORT_METRICS.get(metric, metric.replace("_", " "))
     if metrics.final_head is not None and metrics.final_head.replaced_epoch is not None:
         return f"epoch {metrics.best_epoch}{total}, the last, to which the final head is fitted"
+    metric = metrics.best_metric.partition("_")[2]
+    metric = _SHORT_METRICS.get(metric, metric.replace("_", " "))
     return f"best epoch {metrics.best_epoch}{total}, by {metrics.selection} {metric}{average}"
 
 

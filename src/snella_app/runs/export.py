@@ -346,7 +346,7 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[
 
 
 def _write_card(loaded: LoadedRun, path: Path, use: str, library: str, tags: Sequence[str]) -> None:
-    """Write the model card of an exported folder whose loading code uses the trained head."""
+    """Write the model card of an exported folder, which is loaded with the trained head."""
     run = loaded.folder.path
     card = model_card(run, use, name=run.resolve().name, library=library, tags=tags, has_final_head=False)
     write_text(path / "README.md", card)

@@ -38,6 +38,7 @@ from snella_app.training.linear_probe import (
     encoded_targets,
     extract_features,
     original_images,
+    random_image,
     sampled_rows,
 )
 
@@ -86,7 +87,7 @@ class LayerFit:
     Attributes:
         probe: The probe from the final fit.
         val: Reduced outputs and labels of the validation images from the first fit; None without validation images.
-        trained_val: Those of the model's own head, if it is a linear layer.
+        trained_val: The same for the model's own head; None if `trained_head` is None.
     """
 
     probe: LayerProbe
@@ -192,12 +193,10 @@ def trained_head(parts: RunComponents) -> Callable[[Tensor], Tensor] | None:
     def outputs(features: Tensor) -> Tensor:
         return head(features[:, : head.in_features])
 
-    image = torch.rand(1, *parts.data_config["input_size"], generator=torch.Generator().manual_seed(0))
-    image, was_training = image.to(next(model.parameters()).device), model.training
+    image, was_training = random_image(parts), model.training
     model.eval()
-    is_equal = torch.allclose(
-        outputs(layer_features(model, image, probed_layers(model)).float()), model(image).float(), atol=1e-3, rtol=1e-3
-    )
+    features = layer_features(model, image, probed_layers(model))
+    is_equal = torch.allclose(outputs(features.float()), model(image).float(), atol=1e-3, rtol=1e-3)
     model.train(was_training)
     return outputs if is_equal else None
 

@@ -194,7 +194,7 @@ def _measure(trainer: SnellaTrainer, last: _LastEpoch | None) -> tuple[dict[str,
     if fit is not None:
         probe, final_head = _select_final_head(trainer, fit, outputs, last)
         if probe is None and splits.val is not None and outputs["val"] is fit.trained_val:
-            outputs["val"] = trainer.outputs(splits.val, views)  # those of the fit may have a lower precision
+            outputs["val"] = trainer.outputs(splits.val, views)  # in float32, unlike those of the fit
             final_head = dataclasses.replace(final_head, val_trained=_score(parts.task, outputs["val"]))
     if splits.test is not None and probe is not None:
         outputs["test"] = measure_layers(parts, probe, splits.test, views, plan.optim.effective_batch_size)
@@ -212,7 +212,6 @@ def _select_final_head(
     """
     parts, run = trainer.parts, trainer.run_folder
     task, probe, val = parts.task, fit.probe, fit.val
-
     kind: Literal["linear", "kernel"] = "kernel" if isinstance(probe.head, KernelHead) else "linear"
     record = FinalHead(probe.layers, True, kind=kind)
     if val is not None:

@@ -266,6 +266,12 @@ def init_head_from_probe(parts: RunComponents, optim: OptimConfig, sampler: str 
         head.bias.copy_(bias)
 
 
+def random_image(parts: RunComponents) -> Tensor:
+    """Return a batch of one image of random pixels on the model's device, to check what the model computes."""
+    image = torch.rand(1, *parts.data_config["input_size"], generator=torch.Generator().manual_seed(0))
+    return image.to(next(parts.model.parameters()).device)
+
+
 def base_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """Return the model without PEFT's wrapper, and the trained head."""
     base = base_model(model)

@@ -40,6 +40,7 @@ from snella_app.training.linear_probe import (
     probe_features,
     probe_images,
     probe_rows,
+    random_image,
 )
 from snella_app.training.sizing import (
     MIN_SIZE,
@@ -156,10 +157,7 @@ def _reads_features(parts: RunComponents) -> bool:
     layers = probed_layers(parts.model)
     if not layers:
         return False
-    channels, height, width = parts.data_config["input_size"]
-    model = parts.model
-    image = torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(0))
-    image = image.to(next(model.parameters()).device)
+    model, image = parts.model, random_image(parts)
     was_training = model.training
     model.eval()
     _, head = base_and_head(model)

@@ -63,7 +63,7 @@ class SnellaTrainer(CheckpointingTrainer):
     """Trainer for `(image, label)` datasets.
 
     Differences from `CheckpointingTrainer`:
-    - Epochs are evaluated without test-time augmentation, whose views cost one forward pass each.
+    - Epochs are evaluated without test-time augmentation, which takes a forward pass per view.
     - Random numbers (dropout, drop path) depend only on `(seed, step, rank, micro-batch)` and the data order only on
       `(seed, epoch)`, so a resumed run repeats them.
     - The adapter of the best epoch (see `RunProtocol.selection_score`) is saved immediately.

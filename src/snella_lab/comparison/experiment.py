@@ -89,28 +89,9 @@ DATA_SETTINGS = (
 )
 """Settings of a data entry; `target_sparsity` and `scalar_lr` apply to sparse methods only."""
 SHARED_SETTINGS = (
-    *(
-        "task",
-        "monitor",
-        "loss",
-        "class_weights",
-        "sampler",
-        "epochs",
-        "epoch_images",
-        "img_size",
-        "weights",
-        "pretrained",
-    ),
-    *(
-        "augment",
-        "tta",
-        "warmup_ratio",
-        "max_grad_norm",
-        "label_smoothing",
-        *DATA_SETTINGS,
-        "skip_corrupt",
-        "strict_sizes",
-    ),
+    *("task", "monitor", "loss", "class_weights", "sampler", "epochs", "epoch_images", "img_size", "weights"),
+    *("pretrained", "augment", "tta", "warmup_ratio", "max_grad_norm", "label_smoothing", *DATA_SETTINGS),
+    *("skip_corrupt", "strict_sizes"),
     *("protocol", "head_init", "head_norm", "final_head", "ema", "min_lr", "swa", "soup", "early_stopping"),
     *("accumulate", "layer_decay", "drop_path", "random_erasing", "mixup", "cutmix", "test_seed", "device"),
     *("precision", "grad_checkpointing", "workers"),

@@ -9,14 +9,7 @@ import yaml
 import snella_lab
 from snella_app.files import expand_user
 from snella_app.text import nearest
-from snella_lab.comparison.experiment import (
-    FILE,
-    Experiment,
-    as_list,
-    data_entry,
-    method_entry,
-    plain_entry,
-)
+from snella_lab.comparison.experiment import FILE, Experiment, as_list, data_entry, method_entry, plain_entry
 from snella_lab.comparison.options import CompareOptions
 
 
@@ -67,8 +60,8 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Merge changes into settings, one level deep.
 
     In `methods` and `data`, a string that equals the label or data of an existing entry selects that entry. A
-    reference that is no longer among the methods is removed. If the tasks differ from those of `values`, published
-    numbers and orderings of other tasks, groups and means are removed.
+    reference that is no longer among the methods is removed. If the changes select other tasks, only published numbers
+    and orderings that refer to one of these tasks are kept.
     """
     methods = {entry.name: entry for entry in map(method_entry, as_list(values.get("methods") or []))}
     data = [data_entry(value) for value in as_list(values.get("data") or [])]

@@ -200,8 +200,7 @@ def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str,
 def read_results(folder: Path) -> CellResults:
     """Read the results of a finished run."""
     metrics, data, run = read(Metrics, folder), read(RunInfo, folder).data, RunFolder(folder)
-    adapter = run.adapter
-    peft_config = adapter / "adapter_config.json"  # missing for methods outside PEFT
+    peft_config = run.adapter / "adapter_config.json"  # missing for methods outside PEFT
     best = next(row for row in metrics.history if row.epoch == metrics.adapter_epoch)
     epochs = sum(row.epoch > 0 for row in metrics.history)
     return CellResults(

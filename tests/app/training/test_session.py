@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -54,7 +55,9 @@ def test_a_locked_run_is_rejected_with_the_process_id(mode, locked):
     run.update("running")
     before = (folder / "run.json").read_bytes()
     config = TrainConfig.from_flat(data="digits", backbone="test_vit", out=str(folder), **{mode: True})
-    with pytest.raises(RunInUseError, match=rf".*run is locked by running process {process.pid}; wait"):
+    with pytest.raises(
+        RunInUseError, match=rf"^{re.escape(str(folder))} is locked by running process {process.pid}; wait"
+    ):
         train(config)
     assert (folder / "run.json").read_bytes() == before
 

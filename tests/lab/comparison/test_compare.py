@@ -16,7 +16,7 @@ from snella_app.records.record import write as write_record
 from snella_app.records.run import RunInfo
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.layer_probe import LAYER_PROBE
-from snella_app.training.session import TrainingInterrupted
+from snella_app.training.session import NonFiniteLossError, TrainingInterrupted
 from snella_lab.comparison.cells import Cell
 from snella_lab.comparison.compare import CellsFailedError, _RunLimit, compare
 from snella_lab.comparison.executors import InThisProcess, _gpu_share
@@ -268,7 +268,9 @@ def test_retry_failed_trains_failed_cells_again(copy, console, monkeypatch):
 
 def test_retry_failed_keeps_diverged_tuning_runs_that_are_not_repeated(copy, console):
     cell = next(name for name, row in rows_of(copy).items() if "/linear/" in name and row["purpose"] == "trial")
-    row = replace(read_row(copy / "cells" / cell), status="failed", error="NonFiniteLossError: NaN", results=None)
+    row = replace(
+        read_row(copy / "cells" / cell), status="failed", error=f"{NonFiniteLossError.__name__}: NaN", results=None
+    )
     append_row(copy, copy / "cells" / cell, row)
     compare(None, copy, ExecutionConfig(workers=0, retry_failed=True), console=console)
     assert rows_of(copy)[cell]["status"] == "failed" and len(rows_of(copy)) == 6

@@ -93,17 +93,12 @@ def _evaluate(
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             answers[task] += rows
     tasks = {task: _scores(rows) for task, rows in answers.items()}
-    stored = _stored_tasks(folder, settings)
-    larger = (
-        {}
-        if options.overwrite
-        else {
-            task: scores
-            for task, scores in stored.items()
-            if scores["questions"] > tasks.get(task, scores)["questions"]
-        }
-    )
-    folder.write_json(RESULT_FILE, _result(settings, {**stored, **tasks, **larger}))
+    kept = {
+        task: scores
+        for task, scores in _stored_tasks(folder, settings).items()
+        if task not in tasks or (scores["questions"] > tasks[task]["questions"] and not options.overwrite)
+    }
+    folder.write_json(RESULT_FILE, _result(settings, {**tasks, **kept}))
     return _result(settings, tasks)
 
 
