@@ -1,4 +1,4 @@
-# snella with its command line, laboratory, compiled CPU kernels and bundled weights.
+# snella with its command line, lab, compiled CPU kernels and bundled weights.
 #
 # CUDA (PyPI's build of torch for Linux):
 #   docker build --tag snella .

@@ -56,8 +56,8 @@ packages:
 demo: install ## fine-tune a pre-trained ViT on photographs; writes runs/demo/
 	$(BIN)/snella demo --out runs/demo --overwrite
 
-compare: install ## compare four methods on two tasks; writes runs/coffee/
-	$(BIN)/snella compare --experiment coffee --out runs/coffee --workers 2
+compare: install ## compare four methods on two tasks; writes runs/quick/
+	$(BIN)/snella compare --experiment quick --out runs/quick --workers 2
 
 twins: install packages ## small versions of the paper's Tables VII to XII (an estimated 13 to 16 hours on two cores); writes runs/twins/
 	set -e; for table in 7 8 9 10 11 12; do \

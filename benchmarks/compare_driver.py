@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import pickle
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,10 +22,10 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import psutil
 import torch
 from rich.console import Console
 
+from snella_app.training.memory import peak_rss_mib, reset_peak_rss
 from snella_lab.bench.rows import append_rows, read_rows
 from snella_lab.comparison import compare as driver
 from snella_lab.comparison.cells import Cell
@@ -151,10 +150,11 @@ def measure(cells: int) -> dict[str, Any]:
     """Measure one size."""
     with tempfile.TemporaryDirectory() as folder:
         _compare(Path(folder) / "warm-up", CELLS_PER_TASK)
-        before = psutil.Process().memory_info().rss
+        reset_peak_rss()
+        before = peak_rss_mib()
         root = Path(folder) / "c"
         phases = _compare(root, cells)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        growth = (peak_rss_mib() - before) * 2**20
         rows = sum(1 for _ in (root / "results.jsonl").open())
         if rows != cells:
             raise RuntimeError(f"the comparison must have {cells} rows, got {rows}")
@@ -165,12 +165,12 @@ def measure(cells: int) -> dict[str, Any]:
         "cells": cells,
         "tasks": cells // CELLS_PER_TASK,
         "cpu_s": round(total, 3),
-        "growth_mb": round((peak - before) / 1e6, 2),
+        "growth_mb": round(growth / 1e6, 2),
         "cpu_ms_per_cell": round(1000 * total / cells, 3),
         "cpu_ms_per_cell_planning": round(1000 * phases["train_s"] / cells, 3),
         "cpu_ms_per_cell_report": round(1000 * (total - phases["train_s"]) / cells, 3),
         "cpu_ms_per_cell_resume": round(1000 * resumed["total_s"] / cells, 3),
-        "kb_per_cell": round((peak - before) / 1000 / cells, 2),
+        "kb_per_cell": round(growth / 1000 / cells, 2),
         "page_mb": round(page / 1e6, 2),
     }
 

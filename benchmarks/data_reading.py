@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -164,6 +163,7 @@ def measure(reader: str, folder: str) -> dict[str, Any]:
     from torch.utils.data import DataLoader
 
     from snella_app.data.transforms import build_transform
+    from snella_app.training.memory import peak_rss_mib
 
     if reader != "folder":
         import datasets  # noqa: F401
@@ -189,7 +189,7 @@ def measure(reader: str, folder: str) -> dict[str, Any]:
         "later_epochs_images_per_cpu_s": epochs[1][1],
         "load_and_first_epoch_s": loaded - imported + len(dataset) / epochs[0][0],
         "total_s": end - start,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        "peak_mb": peak_rss_mib() * 2**20 / 1e6,
     }
     return {name: round(value, 2) for name, value in measured.items()}
 

@@ -304,7 +304,7 @@ def run_commands(harness: Harness, run: Path) -> Iterator[tuple[str, Finished, s
     folder = run.parent
     commands = {
         "predict": ["predict", str(run), str(harness.images), "--out", str(folder / "p.csv"), "--overwrite"],
-        "evaluate": ["evaluate", str(run), "--out", str(folder / "e.json")],
+        "evaluate": ["evaluate", str(run), "--out", str(folder / "e.json"), "--overwrite"],
         "merge": ["merge", str(run), "--out", str(folder / "m.safetensors"), "--overwrite"],
         "inspect": ["inspect", str(run)],
         "resume": ["train", "--out", str(run), "--resume"],

@@ -105,7 +105,8 @@ def main() -> None:
     parser.add_argument("rounds", nargs="?", type=int, default=20, help="rounds of two switches")
     args = parser.parse_args()
     name, rounds = args.backbone, args.rounds
-    root = Path(tempfile.mkdtemp())
+    temporary = tempfile.TemporaryDirectory()
+    root = Path(temporary.name)
     snella = partial(SnellaConfig, r=R, target_modules=TARGETS, target_sparsity=SPARSITY, init_sparsity=SPARSITY)
     lora = partial(LoraConfig, r=R, lora_alpha=R, target_modules=TARGETS, init_lora_weights=False)
     # torch warns if this is unset; PEFT's indices are valid

@@ -47,13 +47,13 @@ def heavy_tailed(generator: np.random.Generator, comparisons: int, tasks: int, s
     return effects + generator.normal(0, SEED, (comparisons, tasks, seeds))
 
 
-def is_decided(values: Pairs) -> bool:
-    """Return True if `snella_lab.comparison.statistics` decides at least one comparison."""
+def is_significant(values: Pairs) -> bool:
+    """Return True if `snella_lab.comparison.statistics` finds a significant difference."""
     differences = with_holm({number: difference_of(pairs.tolist()) for number, pairs in enumerate(values)})
     return any(value is not None and value.direction != 0 for value in differences.values())
 
 
-def bootstrap_is_decided(values: Pairs, generator: np.random.Generator, resamples: int = 1000) -> bool:
+def bootstrap_is_significant(values: Pairs, generator: np.random.Generator, resamples: int = 1000) -> bool:
     """Return True if a percentile bootstrap interval (over tasks, then seeds) excludes zero for any comparison."""
     _, tasks, seeds = values.shape
     task_indices = generator.integers(0, tasks, (resamples, tasks, 1))
@@ -80,13 +80,13 @@ def measure(count: int) -> list[dict[str, Any]]:
     rows = []
     for name, comparisons, tasks, seeds in settings:
         generator = np.random.default_rng(0)
-        decided = bootstrapped = 0
+        significant = bootstrapped = 0
         for _ in range(count):
             values = samplers[name](generator, comparisons, tasks, seeds)
-            decided += is_decided(values)
-            bootstrapped += comparisons == 1 and bootstrap_is_decided(values, generator)
+            significant += is_significant(values)
+            bootstrapped += comparisons == 1 and bootstrap_is_significant(values, generator)
         row: dict[str, Any] = {"differences": name, "comparisons": comparisons, "tasks": tasks, "seeds": seeds}
-        row |= {"count": count, "called_clear": decided / count}
+        row |= {"count": count, "called_clear": significant / count}
         rows.append(row | ({"bootstrap_called_clear": bootstrapped / count} if comparisons == 1 else {}))
     return rows
 

@@ -109,9 +109,8 @@ def config_of(setting: dict[str, Any]) -> TrainConfig:
     recipe = suite["train"] if setting["recipe"] == "suite" else {"img_size": 42, "train_size": 240, "val_size": 60}
     if setting["task"].startswith("folder:"):
         recipe = {key: value for key, value in recipe.items() if key not in ("train_size", "val_size", "test_size")}
-    settings = {**task_settings, **recipe, "test_seed": 0, "seed": setting["seed"], **setting["settings"]}
-    if setting["recipe"] == "suite":
-        settings = {**settings, **task_settings, **setting["settings"]}
+    parts = (recipe, task_settings) if setting["recipe"] == "suite" else (task_settings, recipe)
+    settings = {**parts[0], **parts[1], "test_seed": 0, "seed": setting["seed"], **setting["settings"]}
     options = dict(setting["options"])
     config = TrainConfig.from_flat(backbone=suite["backbone"], method=setting["method"], out="-", **settings).resolved()
     if (rest := 12 - setting["blocks"]) and setting["method"] != "linear":

@@ -410,6 +410,9 @@ def main() -> None:
     if arguments.worker:
         work(arguments)
         return
+    chosen = [tuple(values) for values in (arguments.loops, arguments.engines, arguments.options, arguments.counts)]
+    if not arguments.table and arguments.out == ROWS and chosen != [LOOPS, ENGINES, OPTIONS, COUNTS]:
+        parser().error(f"--out is required for a part; {ROWS.name} contains all combinations")
     rows: list[Result] = []
     if not arguments.table:
         torch.set_num_threads(1)

@@ -128,9 +128,10 @@ def main() -> None:
         parser.error(f"--out is required for other models, batch sizes or depths; {ROWS.name} contains the defaults")
     torch.set_num_threads(1)
     out = args.out or ROWS
+    depths = {backbone: tuple(args.depths or DEPTHS.get(backbone, ())) for backbone in args.backbones}
+    rows = [row for backbone in args.backbones for row in rows_of(backbone, args.batch, depths[backbone])]
     out.unlink(missing_ok=True)
-    for backbone in args.backbones:
-        append_rows(out, rows_of(backbone, args.batch, tuple(args.depths or DEPTHS.get(backbone, ()))))
+    append_rows(out, rows)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from snella_lab.comparison.summary import (
     spread_text,
     summarize,
 )
-from snella_lab.style import save_figure, write_figure
+from snella_lab.style import darken, save_figure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "bundled-suite"
@@ -140,11 +140,9 @@ def draw_twins(folder: Path = TWINS_FIGURES) -> list[Path]:
     figure = forest(summarize(*read_suite(TWINS)), False)
     if figure is None:
         return []
-    paths = write_figure(figure, folder, "differences")
-    for path in paths:
-        if path.suffix == ".png":
-            path.unlink()
-    return [path for path in paths if path.suffix == ".svg"]
+    light = save_figure(figure, folder / "differences.svg")
+    darken(figure)
+    return [light, save_figure(figure, folder / "differences-dark.svg")]
 
 
 def update_overview(page: Path) -> bool:
@@ -165,17 +163,18 @@ def overview(experiment: Experiment, rows: Rows) -> str:
         costs, lead = cost_texts(method.costs), method.to_reference[METRIC]
         mean = spread_text(method.over_tasks[METRIC])
         lines.append([method.name, mean, *_lead_texts(lead, len(summary.tasks)), costs["trainable"], costs["file"]])
-    return f"{markdown_table([*head, 'trainable', 'adapter'], lines, left=1)}\n\n{decided_text(summary)}"
+    return f"{markdown_table([*head, 'trainable', 'adapter'], lines, left=1)}\n\n{significance_text(summary)}"
 
 
-def decided_text(summary: Summary) -> str:
-    """Describe the tests and the decided differences."""
+def significance_text(summary: Summary) -> str:
+    """Describe the tests and the significant differences."""
     differences = {m.name: d for m in summary.methods if (d := m.to_reference[METRIC]) is not None}
-    decided = [name for name, value in differences.items() if value.direction]
+    significant = [name for name, value in differences.items() if value.direction]
+    smallest = p_text(min(difference.adjusted_p for difference in differences.values()))
     outcome = (
-        f"Decided: {', '.join(decided)}."
-        if decided
-        else f"No difference is decided; the smallest p is {p_text(min(d.adjusted_p for d in differences.values()))}."
+        f"Significant: {', '.join(significant)}."
+        if significant
+        else f"No difference is significant; the smallest p is {smallest}."
     )
     scope = f"Intervals are over {len(summary.tasks)} tasks; p is corrected over {len(differences)} comparisons."
     return textwrap.fill(f"{scope} {outcome}", 120, break_long_words=False, break_on_hyphens=False)

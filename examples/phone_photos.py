@@ -63,7 +63,7 @@ for name, source in zip(("temple", "flower"), sources, strict=True):
 (photos / "temple" / "copy of IMG_0000.JPG").write_bytes((photos / "temple" / "IMG_0000.JPG").read_bytes())
 (photos / "temple" / ".DS_Store").write_bytes(b"\0")
 
-snella(f"data check folder:{photos} --skip-corrupt --sheet {OUT}/photos.png")
+snella(f"data check folder:{photos} --skip-corrupt --sheet {OUT}/photos.png --overwrite")
 run = OUT / "run"
 snella(
     f"train --data folder:{photos} --skip-corrupt --backbone {BACKBONE} --img-size {SIZE} --epochs {2 if QUICK else 4} "

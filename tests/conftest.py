@@ -117,3 +117,20 @@ def finished(photos, tiny_run, tmp_path_factory):
     run = train(config, Console(file=output, width=200))
     run.printed = output.getvalue()
     return run
+
+
+@pytest.fixture(scope="session")
+def finished_default(photos, tmp_path_factory):
+    """Train one run with the default method, precision and heads, shared by all tests that only read it."""
+    from snella_app.training.train import train  # imported here because it loads all libraries
+
+    settings = {"backbone": "test_vit", "pretrained": False, "img_size": 32, "epochs": 2, "device": "cpu"}
+    out = str(tmp_path_factory.mktemp("finished_default") / "run")
+    config = TrainConfig.from_flat(**settings, data=f"folder:{photos}", progress=False, out=out)
+    return train(config, Console(file=io.StringIO()))
+
+
+@pytest.fixture(params=["finished", "finished_default"])
+def any_run(request):
+    """Finished run whose predictions use the trained head, or the default head on several layers."""
+    return request.getfixturevalue(request.param)

@@ -39,7 +39,7 @@ def test_the_wheel_is_complete(try_wheel, wheel, capsys):
     "missing",
     [
         *("snella_app/py.typed", "snella_app/runs/serve.html"),
-        *("snella_lab/experiments/coffee.yaml", "snella/layer.py"),
+        *("snella_lab/experiments/quick.yaml", "snella/layer.py"),
     ],
 )
 def test_missing_file_is_reported(try_wheel, wheel, missing, tmp_path):

@@ -59,9 +59,9 @@ EXPERIMENTS = """
 from snella_lab.comparison.experiment_files import bundled_experiments, read_experiment
 
 names = bundled_experiments()
-assert {"coffee", "bundled-suite"} <= set(names), names
+assert {"quick", "bundled-suite"} <= set(names), names
 assert all("site-packages" in str(path) for path in names.values()), names
-print(len(names), "experiments,", read_experiment("coffee").name)
+print(len(names), "experiments,", read_experiment("quick").name)
 """
 
 ENTRY_POINTS = """
@@ -182,8 +182,8 @@ def try_wheel(wheel: Path, folder: Path) -> None:
     environment.run("app: snella train", "snella", *TRAIN, expected_output="report.html")
     environment.run("app: snella predict", "snella", "predict", "run", "photos/red/0.png", expected_output="0.png")
     environment.python("app: bundled experiments", EXPERIMENTS)
-    unknown = ("compare", "--experiment", "cofee", "--out", "compared")
-    environment.run("app: snella compare", "snella", *unknown, status=2, expected_output="nearest: coffee")
+    unknown = ("compare", "--experiment", "quik", "--out", "compared")
+    environment.run("app: snella compare", "snella", *unknown, status=2, expected_output="nearest: quick")
 
     environment.install(f"{wheel}[lab]")
     environment.python("lab: entry points", ENTRY_POINTS)

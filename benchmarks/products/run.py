@@ -41,7 +41,7 @@ PRODUCTS: dict[str, tuple[str, str, str]] = {
 """Environment, script and variant, by product."""
 
 _HERE = Path(__file__).resolve().parent
-_KEYS = ("product", "folder", "minutes", "pixels", "seed", "weights")
+_KEYS = ("product", "folder", "minutes", "pixels", "seed", "weights", "threads")
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
     done = {tuple(row[key] for key in _KEYS) for row in read_rows(args.out)} if args.out.exists() else set()
     failed = []
     for seed, minutes, folder, name in combinations(args.seeds, args.minutes, args.folders, args.products):
-        if (name, folder, minutes, args.pixels, seed, args.weights) in done:
+        if (name, folder, minutes, args.pixels, seed, args.weights, args.threads) in done:
             continue
         environment, script, variant = PRODUCTS[name]
         with tempfile.TemporaryDirectory() as temporary:

@@ -113,9 +113,6 @@ def _round_to_sum(shares: list[Fraction], capacities: list[int], budget: int, sc
     # matrices with equal remainder, importance and size are interchangeable; other ties must not be broken by
     # position, or the result would depend on the order of the layers
     order = sorted(range(len(shares)), key=lambda k: (shares[k] - counts[k], scores[k], capacities[k]), reverse=True)
-    for k in (k for k in order if counts[k] < capacities[k]):
-        if missing == 0:
-            break
+    for k in [k for k in order if counts[k] < capacities[k]][:missing]:
         counts[k] += 1
-        missing -= 1
     return counts

@@ -245,16 +245,18 @@ class BudgetAllocator:
             return (args[0], wrapped_closure, *args[2:]), kwargs
         return args, {**kwargs, "closure": wrapped_closure}
 
-    def _update_importance_once(self, optimizer: Optimizer) -> None:
+    def _update_importance_once(self, optimizer: Optimizer, *, has_stepped: bool = False) -> None:
         """Update the importance once per step."""
         if not self._has_updated_importance:
             self._has_updated_importance = True
-            # a fused optimizer has not yet divided the gradients by their scale
+            # a fused optimizer divides the gradients by their scale in its step, unless they overflowed
             scale = getattr(optimizer, "grad_scale", None)
+            if has_stepped and not getattr(optimizer, "found_inf", 0):
+                scale = None
             self._update_importance(1.0 if scale is None else float(scale))
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self._update_importance_once(optimizer)
+        self._update_importance_once(optimizer, has_stepped=True)
         self._has_stepped, self._is_stepping = True, False
         self._finish_step(self.step + 1)
 

@@ -267,9 +267,10 @@ def backward_pass(
     op, shape = call.op, call.weight_shape
     merged = grad_x = grad_weight = grads = None
     with torch.autocast(grad_y.device.type, enabled=False):
-        if call.recompute is not None and effective is None:
+        if call.recompute is not None:  # also frees an unused cached weight
             source = weight if call.lazy is None else call.lazy.tensors[0]
-            effective, merged = call.recompute.take(source, grad_y.dtype, len(updates))
+            cached, merged = call.recompute.take(source, grad_y.dtype, len(updates))
+            effective = cached if effective is None else effective
         if merged is None:
             pairs = zip(updates, saved_merged or [()] * len(updates), strict=True)
             merged = [get_backend(update.spec.backend).merge(update, saved) for update, saved in pairs]

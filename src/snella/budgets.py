@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -62,24 +63,32 @@ class BudgetBuffers(BufferDict):
 
     transformers' `load_adapter` assigns the budgets, and replaces the seals by uninitialized tensors. Averaging writes
     in place, and moves replace the entries of `_buffers`.
-
-    Args:
-        layer: Layer that contains the buffers.
-        persistent: True to save the buffers.
     """
 
-    def __init__(self, layer: SnellaLayer, persistent: bool) -> None:
-        super().__init__(persistent=persistent)
-        # a tuple, so that torch does not register the layer as a submodule
-        self._layer = (layer,)
+    # without the layer itself, whose reference cycle would keep a deleted model in memory
+    group: LayerBudgets | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name not in self._buffers:
-            return
-        (layer,) = self._layer
-        if self is layer.snella_budget or self is layer.snella_seal:  # not in a replica of `nn.DataParallel`
-            seal_budgets(layer, name)
+        group = self.group
+        # a replica of `nn.DataParallel` is not in its group
+        if name in self._buffers and group is not None and self in (group.snella_budget, group.snella_seal):
+            seal_budgets(group, name)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerBudgets:
+    """The parts of a `SnellaLayer` that contain its budgets."""
+
+    snella_budget: BudgetBuffers
+    snella_seal: BudgetBuffers
+    _budgets: Budgets
+
+
+def link_budgets(layer: SnellaLayer) -> None:
+    """Let an assignment to one of the layer's buffers seal its budgets."""
+    group = LayerBudgets(layer.snella_budget, layer.snella_seal, layer._budgets)
+    layer.snella_budget.group = layer.snella_seal.group = group
 
 
 def compute_seal(budget: int) -> int:
@@ -110,7 +119,7 @@ def write_budgets(layer: SnellaLayer, adapter_name: str, budgets: tuple[int, ...
     seal_budgets(layer, adapter_name, budgets)
 
 
-def _record_budgets(layer: SnellaLayer, adapter_name: str, budgets: tuple[int, ...]) -> tuple[int, ...]:
+def _record_budgets(layer: SnellaLayer | LayerBudgets, adapter_name: str, budgets: tuple[int, ...]) -> tuple[int, ...]:
     """Record the budgets in an adapter's buffer, unless its tensors do not track changes, and return them."""
     buffer, seal = layer.snella_budget[adapter_name], layer.snella_seal[adapter_name]
     if buffer.is_inference() or seal.is_inference():
@@ -121,7 +130,7 @@ def _record_budgets(layer: SnellaLayer, adapter_name: str, budgets: tuple[int, .
     return budgets
 
 
-def seal_budgets(layer: SnellaLayer, adapter_name: str, budgets: tuple[int, ...] | None = None) -> None:
+def seal_budgets(layer: SnellaLayer | LayerBudgets, adapter_name: str, budgets: tuple[int, ...] | None = None) -> None:
     """Record the buffer's values as the live budgets; see `SnellaLayer.seal_budgets`."""
     buffer = layer.snella_budget[adapter_name]
     if buffer.is_meta:
@@ -139,11 +148,14 @@ def seal_all_budgets(layer: SnellaLayer, *_: Any) -> None:
         seal_budgets(layer, name)
 
 
-def restore_budgets(layer: SnellaLayer, *_: Any) -> None:
-    """Replace averaged budgets, for code that reads the buffers directly; a `state_dict` hook."""
+def restore_budgets(layer: SnellaLayer, *_: Any, only_changed: bool = False) -> None:
+    """Replace averaged budgets, for code that reads the buffers directly; a `state_dict` hook.
+
+    With `only_changed`, skip buffers whose version has not changed, which avoids synchronization.
+    """
     for name, buffer in layer.snella_budget.items():
         if not buffer.is_meta and not layer.snella_seal[name].is_meta:
-            read_budgets(layer, name)
+            _ = layer.budgets(name) if only_changed else read_budgets(layer, name)
 
 
 @contextmanager

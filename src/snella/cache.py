@@ -84,15 +84,15 @@ class LayerCache:
     def clear(self) -> None:
         """Clear all entries."""
         self._adapters: dict[str, AdapterState] = {}
-        self._factor_values: dict[tuple[str, ...], Tensor] = {}
+        self._factor_values: dict[str, Tensor] = {}
         self.release_effective_weight()
 
     def release_effective_weight(self) -> None:
         """Free the effective weight, so that training does not hold a second copy of the model."""
         self._effective: tuple[tuple[Any, ...], Sequence[Tensor], Tensor] | None = None
 
-    def check_written(self, names: Sequence[str], factors: Sequence[Tensor]) -> None:
-        """Invalidate entries if factors moved, or changed without a version change, e.g. through `.data`.
+    def check_written(self, name: str, factors: Sequence[Tensor]) -> None:
+        """Invalidate entries if an adapter's factors moved, or changed without a version change, e.g. through `.data`.
 
         Copies and compares the values of `factors`, which are small compared to the weight, and synchronizes with
         their device.
@@ -101,11 +101,11 @@ class LayerCache:
             return
         with torch.no_grad():
             values = torch.cat([factor.flatten() for factor in factors])
-        previous = self._factor_values.get(tuple(names))
+        previous = self._factor_values.get(name)
         if previous is not None and (previous.device != values.device or not torch.equal(previous, values)):
             self._adapters.clear()
             self.release_effective_weight()
-        self._factor_values[tuple(names)] = values
+        self._factor_values[name] = values
 
     def adapter(self, name: str, factors: Factors, budgets: tuple[int, ...], mode: tuple[str, bool]) -> AdapterState:
         """Return an adapter's cached state, or a new one after an optimizer step or a change of its inputs."""

@@ -153,7 +153,8 @@ class SnellaConfig(PeftConfig):
         scaling: Scaling factor of the update.
         update_dropout: Dropout probability on the input of the update. Above 0, the layer computes two matrix products
             instead of one in training.
-        update_drop_path: Probability that a sample skips the update. Above 0, the layer computes two matrix products
+        update_drop_path: Probability that an entry of the input's first axis (a sample, or a window in windowed
+            attention) skips the update. Above 0, the layer computes two matrix products
             instead of one in training.
         dropout_exclude: Suffixes of modules without `update_dropout`.
         preset: Defaults for fields left at `None`: `"paper"`; `"official"`, the behavior of the authors' released code;
@@ -477,10 +478,9 @@ class SnellaConfig(PeftConfig):
             for key in [names] if isinstance(names, str) else names:
                 if not _NAME_PATTERN.fullmatch(key):
                     errors.append(f"{name} must contain module names or suffixes, got {key!r}")
+        is_expression = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
         for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
-                if self.target_modules.lower() == "all-linear":
-                    continue
+            if is_expression and getattr(self, name) is not None:
                 errors.append(
                     f"{name} requires target_modules as a list, got target_modules={self.target_modules!r} "
                     f"and {name}={getattr(self, name)!r}; put the block indices into the regular expression"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from snella.matrices import AdaptedMatrix
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _UPDATE_METRICS = ("delta_magnitude", "delta_mean_magnitude")
 """Metrics computed from the merged updates instead of the factors."""
@@ -117,7 +119,7 @@ class ImportanceTracker:
 
     @torch.no_grad()
     def scores(self) -> list[float]:
-        """Return `p` of every matrix, 0 before the first update; the same in every process, which must all call it."""
+        """Return `p` of every matrix, 0 before the first update; a collective call with the same result everywhere."""
         scores = []
         for matrix in self.matrices:
             parts = []
@@ -170,7 +172,7 @@ class ImportanceTracker:
             for factor, shape in zip(_factor_parameters(matrix), _factor_layout(matrix)[1], strict=True):
                 factors[id(factor)] = factor
                 sizes[id(factor)] += shape.numel()
-        flat_shards = [key for key, factor in factors.items() if is_sharded(factor) and not isinstance(factor, DTensor)]
+        flat_shards = [key for key, factor in factors.items() if is_sharded(factor) and not is_dtensor(factor)]
         if flat_shards and not self._flat_shard_starts:
             self._flat_shard_starts = _find_shard_starts(
                 [factors[key] for key in flat_shards], [sizes[key] for key in flat_shards]
@@ -286,9 +288,18 @@ def _factor_parameters(matrix: AdaptedMatrix) -> tuple[Tensor, Tensor]:
     return matrix.layer.snella_A[matrix.adapter_name], matrix.layer.snella_B[matrix.adapter_name]
 
 
+def is_dtensor(value: Any) -> TypeGuard[DTensor]:
+    """Return whether a value is a `DTensor`; False in builds of torch without `torch.distributed`."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
+
+
 def is_sharded(factor: Tensor) -> bool:
     """Return whether a factor is sharded: a `DTensor`, or a flat shard of FSDP1."""
-    return isinstance(factor, DTensor) or factor.dim() == 1
+    return is_dtensor(factor) or factor.dim() == 1
 
 
 def _factor_layout(matrix: AdaptedMatrix) -> tuple[tuple[int, int], tuple[torch.Size, torch.Size]]:
@@ -322,21 +333,23 @@ class _Shard(NamedTuple):
 
 def _local_shard(factor: Tensor, start: int) -> _Shard:
     """Return the local entries of a factor; `start` is the first entry of FSDP1's flat shard."""
+    from torch.distributed.tensor import Shard
+
     world_size = torch.distributed.get_world_size()
     value, gradient = factor.detach(), factor.grad
-    if not isinstance(value, DTensor):
+    if not is_dtensor(value):
         copies = 1 if is_sharded(factor) else world_size
         return _Shard(value.reshape(-1), None if gradient is None else gradient.reshape(-1), start, copies)
     mesh, rows = value.device_mesh, value.shape[0]
     sharded = [dim for dim, placement in enumerate(value.placements) if not placement.is_replicate()]
     placement = value.placements[sharded[0]] if len(sharded) == 1 else None
     if type(placement) is not Shard or placement.dim != 0:  # e.g. with tensor parallelism
-        full_gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else None
+        full_gradient = gradient.full_tensor() if is_dtensor(gradient) else None
         full = value.full_tensor().reshape(-1)
         return _Shard(full, None if full_gradient is None else full_gradient.reshape(-1), 0, world_size)
     count = mesh.size(sharded[0])
     first_row = min(mesh.get_local_rank(sharded[0]) * -(-rows // count), rows)
-    local = gradient.to_local().reshape(-1) if isinstance(gradient, DTensor) else None
+    local = gradient.to_local().reshape(-1) if is_dtensor(gradient) else None
     return _Shard(value.to_local().reshape(-1), local, first_row * value.shape[1:].numel(), world_size // count)
 
 

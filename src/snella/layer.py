@@ -21,6 +21,7 @@ from snella.budgets import (
     BudgetBuffers,
     Budgets,
     buffers_off_meta,
+    link_budgets,
     read_budgets,
     restore_budgets,
     seal_all_budgets,
@@ -149,8 +150,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.snella_alpha = nn.ParameterDict({})
         self.snella_beta = nn.ParameterDict({})
         self.snella_temperature = nn.ParameterDict({})
-        self.snella_budget = BudgetBuffers(self, persistent=True)
-        self.snella_seal = BudgetBuffers(self, persistent=False)
+        self.snella_budget = BudgetBuffers(persistent=True)
+        self.snella_seal = BudgetBuffers(persistent=False)
         self.snella_config: dict[str, SnellaConfig] = {}
         self.scaling: dict[str, float] = {}
         self.row_counts: dict[str, tuple[int, ...]] = {}
@@ -160,6 +161,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self._specs: dict[str, tuple[UpdateSpec, torch.device, torch.dtype]] = {}
         self._cache = LayerCache()
         self._budgets = Budgets()
+        link_budgets(self)
         self.register_state_dict_pre_hook(restore_budgets)
         self.register_load_state_dict_post_hook(seal_all_budgets)
         self._unmerged_weight: Tensor | None = None
@@ -450,8 +452,13 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """Switch between training and evaluation; free cached tensors and restore averaged budgets on a change."""
         if mode != self.training:
             self.clear_cache()
-            restore_budgets(self)  # a compiled graph reads the buffers directly
+        restore_budgets(self, only_changed=mode == self.training)  # a compiled graph reads the buffers directly
         return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        """Mark the layer as used, since a replica's attributes are lost."""
+        self.is_applied = True
+        return cast(Self, super()._replicate_for_data_parallel())
 
     def clear_cache(self) -> None:
         """Free cached tensors, such as the effective weight in evaluation."""
@@ -705,7 +712,8 @@ def adapter_tensors(layer: SnellaLayer, names: list[str]) -> list[Tensor]:
 
 def check_written(layer: SnellaLayer, names: list[str]) -> None:
     """Invalidate the evaluation caches if factors were written without a version change."""
-    layer._cache.check_written(names, [f for name in names for f in get_factors(layer, name) if f is not None])
+    for name in names:
+        layer._cache.check_written(name, [factor for factor in get_factors(layer, name) if factor is not None])
 
 
 def get_spec(layer: SnellaLayer, adapter_name: str, A: Tensor) -> UpdateSpec:

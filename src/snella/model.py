@@ -268,9 +268,12 @@ class SnellaModel(BaseTuner):
             raise
         disable_fast_path(model)
         config = cast(SnellaConfig, self.peft_config[adapter_name])
-        if config.recompute_inputs:
-            layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
-            is_compressed = any(layer.snella_config[n].compress_activations for layer in layers for n in layer.snella_A)
+        layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
+        configs = [other for layer in layers for other in layer.snella_config.values()]
+        if not all(other.recompute_inputs for other in configs):
+            unmark_outputs(model)
+        else:
+            is_compressed = any(other.compress_activations for other in configs)
             count = mark_outputs(model, compress=partial(_is_compressed, layers) if is_compressed else None)
             logger.info("recomputing inputs of adapted layers from %d normalizations and activations", count)
         is_on_cpu = any(layer.snella_A[adapter_name].is_cpu for layer in _adapted_layers(model, [adapter_name]))

@@ -10,14 +10,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from snella.compat.hooks import onloaded
 from snella.compat.tokens import token_adapters
 from snella.config import MATCHED_KERNELS
-from snella.importance import is_sharded
+from snella.importance import is_dtensor, is_sharded
 from snella.layer import SnellaLayer
 
 __all__ = ["StepMatcher", "create_snella_optimizer"]
@@ -51,8 +50,8 @@ def create_snella_optimizer(
         scalar_lr: Learning rate of `α`, `β`, `α_p` and the temperature.
         head_lr: Learning rate of all other trainable parameters; defaults to `lr`.
         weight_decay: Weight decay of the factors.
-        head_weight_decay: Weight decay of the other weights; defaults to `weight_decay`. Biases, norms and tokens have
-            no weight decay.
+        head_weight_decay: Weight decay of the other weights; defaults to `weight_decay`. Biases, norms, tokens and
+            rows of `trainable_token_indices` have no weight decay.
         match_update: If True, each step of the factors changes the update by about `lr` times the size of the adapted
             weights (see `StepMatcher`). Defaults to the adapter's config.
         optimizer_kwargs: Additional arguments of `optimizer_cls`.
@@ -75,6 +74,7 @@ def create_snella_optimizer(
     adapter_ids = {id(parameter) for parameter in (*factors, *scalars)}
     other_params = [p for p in model.parameters() if p.requires_grad and id(p) not in adapter_ids]
     tokens = {id(p) for token in token_adapters(model) for p in token.snella_token.values()}
+    tokens |= {id(p) for name, p in model.named_parameters() if ".trainable_tokens_delta." in name}
     sharded_shapes = _fsdp1_shapes(model)
     matrix_ids = {id(p) for p in other_params if len(sharded_shapes.get(id(p), p.shape)) > 1} - tokens
     decayed = [p for p in other_params if id(p) in matrix_ids]
@@ -162,8 +162,8 @@ class StepMatcher:
     depends on `scaling`, the matrix's shape and the size of its weights. With
 
         τ = lr·rms(W0)/|scaling|               the target change of S per step
-        κ = 2·√mean|S|                         about rms(∂S/∂ΔW); 1 where S = ΔW
-        δ = 2τ / (κ + √(κ² + 4τ))              solves κ·δ + δ² = τ: the linear and the quadratic term
+        c = 2·√mean|S|                         about rms(∂S/∂ΔW); 1 where S = ΔW
+        δ = 2τ / (c + √(c² + 4τ))              solves c·δ + δ² = τ: the linear and the quadratic term
         step ← step · δ / (lr·rms(α_p)·√r)     an Adam step of lr in every entry changes ΔW by about lr·rms(α_p)·√r
 
     one step changes `scaling·S` by about `lr·rms(W0)` in every layer, for every backbone and scaling, throughout
@@ -270,13 +270,13 @@ def _measure_weight(layer: SnellaLayer, name: str) -> list[float]:
     with onloaded(layer, with_base=True):
         weight = layer._weight()
         W0 = weight if isinstance(weight, Tensor) else weight.materialize()
-        W0 = W0.full_tensor() if isinstance(W0, DTensor) else W0
+        W0 = W0.full_tensor() if is_dtensor(W0) else W0
         return torch.stack([W0[rows].float().square().mean().sqrt() for rows in layer.matrix_rows(name)]).tolist()
 
 
 @torch.no_grad()
 def _measure_slopes(layer: SnellaLayer, name: str) -> list[float]:
-    """Return `κ` of each matrix."""
+    """Return `c` of each matrix, see `StepMatcher`."""
     if layer.snella_config[name].sparsify_mode == "none":
         return [1.0] * len(layer.row_counts[name])
     means = torch.stack([S.abs().mean() for S in layer.sparse_updates(name)]).tolist()

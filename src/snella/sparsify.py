@@ -59,9 +59,9 @@ def keep_threshold(delta: Tensor, budget: int) -> Tensor:
 
         t = the (budget + 1)-th largest |delta|,   t = 0 when budget = delta.numel()
 
-    Eq. 13 of the paper uses the `budget`-th largest magnitude, which keeps one entry fewer than the paper's text. The
-    selection is exact at every size (`torch.quantile` fails above 2²⁴ entries) and does not synchronize with the
-    device.
+    Eq. 13 of the paper uses the `budget`-th largest magnitude, which keeps one entry fewer than the paper's text
+    states. The selection is exact at every size (`torch.quantile` fails above 2²⁴ entries) and causes no host-device
+    synchronization.
 
     All entries that tie with `t` become zero. Fewer than `budget` entries remain if `t` occurs more than once among
     the largest `budget + 1`. No entry remains if the largest magnitude ties with `t`, e.g. in a constant matrix. Ties

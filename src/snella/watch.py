@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from snella.config import SnellaConfig
     from snella.layer import SnellaLayer
 
-_STEPS_WITHOUT_ALLOCATOR = 2  # a single step may be a gradient probe
+_STEPS_WITHOUT_ALLOCATOR = 2  # a single step may only compute gradients
 _MIN_ENTRIES = 256  # minimum for the statistical tests of new heads
 _SIGMAS = 5.0  # tolerance of one comparison, in standard deviations
 
@@ -125,7 +125,7 @@ class TrainingWatch:
         """Warn that a model reads the weight of a layer whose update has dropout or drop-path."""
         self._warn_once(
             "read",
-            f"the model reads the weight of {module_name!r} for something other than F.linear, so update_dropout "
+            f"the model reads the weight of {module_name!r} outside F.linear, so update_dropout "
             "and update_drop_path have no effect there; to silence this warning, set dropout_exclude and "
             "update_drop_path=0, or exclude the layer with exclude_modules",
         )
@@ -188,7 +188,7 @@ def _warn_about_unused(layers: Sequence[SnellaLayer]) -> None:
         warnings.warn(
             f"{len(unapplied)} of {len(layers)} adapted modules were not used before the first optimizer step: "
             f"{listed(map(repr, unapplied), 8)}; the model neither called them nor read their weight, so "
-            "they are not trained, but merging would change them; exclude them with exclude_modules",
+            "they are not trained, but merging would change their weights; exclude them with exclude_modules",
             stacklevel=2,
         )
 
@@ -210,7 +210,7 @@ def warn_about_unused_merges(layers: Sequence[SnellaLayer], configs: Sequence[Sn
         warnings.warn(
             f"the model has not used the updates of {len(unapplied)} of {len(layers)} merged modules {when}: "
             f"{listed(map(repr, unapplied), 8)}; if it neither calls these modules nor reads their weight, merging "
-            "has no effect, unless other code reads the merged weight",
+            "does not change the outputs, unless other code reads the merged weight",
             stacklevel=4,
         )
 
@@ -263,7 +263,7 @@ def is_newly_initialized(weight: Tensor, bias: Tensor | None) -> bool:
     Three patterns count as new:
 
     - All values are zero.
-    - Weight and bias follow torch's default `U(-1/√n, 1/√n)`, with values at the bound.
+    - Weight and bias follow torch's default `U(-1/√n, 1/√n)`, with values close to the bound.
     - The bias is zero, and the entries of the weight are independent, according to their mean, the row norms and the
       angles between rows.
 

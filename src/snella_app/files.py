@@ -174,7 +174,7 @@ def check_files(folder: Path, digests: Mapping[str, str]) -> None:
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     """Add the entry `sha256`, the digest of all other entries, to a JSON object."""
-    return {**{name: value for name, value in values.items() if name != SEAL}, SEAL: _digest(values)}
+    return {**values, SEAL: _digest(values)}
 
 
 def is_intact(values: Any) -> bool:

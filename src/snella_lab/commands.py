@@ -129,7 +129,7 @@ def compare(options: CompareOptions) -> None:
 
       snella compare --methods linear,lora-8,snella-8 --data elpv,digits --backbone NAME --img-size 56 \
           --out runs/compare
-      snella compare --experiment coffee --out runs/coffee --workers 2
+      snella compare --experiment quick --out runs/quick --workers 2
       snella compare --out runs/compare
       snella compare --out runs/compare --draw-only
       snella compare --experiment bundled-suite --out runs/suite --emit slurm
@@ -163,7 +163,7 @@ def generate(options: GenerateOptions) -> None:
     """Generate images with the adapter of a snella dreambooth run.
 
       snella generate runs/my-dog --prompt "a photo of sks dog on the beach" --out images
-      snella generate runs/my-dog --prompts prompts.txt --pictures 2 --out images
+      snella generate runs/my-dog --prompts prompts.txt --images-per-prompt 2 --out images
 
     An image depends only on its prompt and seed.
     """
@@ -227,12 +227,12 @@ def doctor(*, steps: bool = True, out: str | None = None) -> None:
 @command("snella_lab.bench.bench", is_research=True)
 def bench(
     *,
-    backbones: str = "vit_base_patch16_224",
-    batch: str = "4,16",
-    methods: str = "frozen,lora,full,snella",
-    r: str = "8",
-    sparsity: str = "0.7",
-    dtype: str = "fp32",
+    backbones: str | None = None,
+    batch: str | None = None,
+    methods: str | None = None,
+    r: str | None = None,
+    sparsity: str | None = None,
+    dtype: str | None = None,
     device: str = "cpu",
     rounds: int = 5,
     memory: bool = False,
@@ -249,13 +249,13 @@ def bench(
     Lists are comma-separated; all combinations are measured.
 
     Args:
-        backbones: timm model names; weights are random.
-        batch: Batch sizes.
+        backbones: timm model names; weights are random; defaults to vit_base_patch16_224.
+        batch: Batch sizes; defaults to 4,16.
         methods: frozen, lora, dora, shira, full, gps, klora, spt-lora, spt-adapter, snell, snella, paper or a variant
-            such as snella-eager or lora-recompute; ratios are relative to lora.
-        r: Ranks.
-        sparsity: Target sparsities.
-        dtype: Dtypes of weights and activations: fp32 or bf16.
+            such as snella-eager or lora-recompute; ratios are relative to lora; defaults to frozen,lora,full,snella.
+        r: Ranks; defaults to 8.
+        sparsity: Target sparsities; defaults to 0.7.
+        dtype: Dtypes of weights and activations: fp32 or bf16; defaults to fp32.
         device: A torch device: cpu, cuda or cuda:1.
         rounds: Timed steps per method, reported as medians; 0 only counts saved activations and parameters.
         memory: Also measure peak memory.
@@ -266,11 +266,13 @@ def bench(
     options = _set_options(locals(), "grid")
     from snella_lab.bench import bench as library
 
+    kinds = {"backbones": str, "batch": int, "methods": str, "r": int, "sparsity": float, "dtype": str}
     if grid:
+        if given := sorted(kinds.keys() & options.keys()):
+            raise ValueError(f"grid sets {', '.join(given)} itself; leave them out, or leave out grid")
         library.bench(replace(library.grid(device, out), rounds=rounds, memory=rounds > 0, figures=figures))
         return
-    kinds = {"backbones": str, "batch": int, "methods": str, "r": int, "sparsity": float, "dtype": str}
-    options |= {name: _parse_list(name, options[name], kind) for name, kind in kinds.items()}
+    options |= {name: _parse_list(name, options[name], kinds[name]) for name in kinds.keys() & options.keys()}
     library.bench(library.BenchConfig(**options))
 
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any, cast
+from operator import attrgetter
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from snella.compat.hooks import call_inside_hooks, has_hooks, hook_dicts, is_hooked_in_graph, onloaded
+from snella.compat.hooks import (
+    NO_DATA_PARALLEL,
+    call_inside_hooks,
+    has_hooks,
+    hook_dicts,
+    is_hooked_in_graph,
+    onloaded,
+    replacement_lock,
+)
 from snella.config import SnellaConfig
 from snella.layer import SnellaLayer, needs_gradients, reject_tracing
 
@@ -110,16 +119,22 @@ class AdaptedAttention(nn.Module):
                 return self._attend_outside_graphs(query, key, value, **options)
             return self._attend(query, key, value, **options)
         reject_tracing(updated[0].module_name)
-        # `functional_call` replaces only parameters; FSDP1 uses plain tensors during a pass, and hooks that replace
-        # `forward` may load other tensors
-        is_replaceable = "forward" not in self.base_layer.__dict__ and all(
-            isinstance(projection.get_base_layer().weight, nn.Parameter) for projection in updated
-        )
-        trains = any(p.training or needs_gradients(p, p._names_in_use()) for p in updated)
-        if trains or not is_replaceable:
+        if any(p.training or needs_gradients(p, p._names_in_use()) for p in updated):
             return self._attend_inside_hooks(query, key, value, **options)
-        effective = {projection.parameter_name: projection.inference_weight() for projection in updated}
-        return functional_call(self.base_layer, effective, (query, key, value), options)
+        with replacement_lock:  # `functional_call` temporarily replaces the parameters
+            # it replaces only parameters; FSDP1 uses plain tensors during a pass, and hooks that replace `forward` may
+            # load other tensors
+            is_replaceable = "forward" not in self.base_layer.__dict__ and all(
+                isinstance(projection.get_base_layer().weight, nn.Parameter) for projection in updated
+            )
+            if not is_replaceable:
+                return self._attend_inside_hooks(query, key, value, **options)
+            effective = {projection.parameter_name: projection.inference_weight() for projection in updated}
+            return functional_call(self.base_layer, effective, (query, key, value), options)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """Reject `nn.DataParallel`, whose replicas would use the weights of the first device."""
+        raise NotImplementedError(NO_DATA_PARALLEL)
 
     @torch.compiler.disable
     def _attend_outside_graphs(self, *inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -206,9 +221,7 @@ class ProjectionWeight:
     @property
     def weight(self) -> nn.Parameter:
         """Weight of the projection, `[m, n]`."""
-        is_output = self.name == _OUTPUT
-        weight: Any = self.attention.out_proj.weight if is_output else getattr(self.attention, self.parameter_name)
-        return cast(nn.Parameter, weight)
+        return cast(nn.Parameter, attrgetter(self.parameter_name)(self.attention))
 
     @property
     def bias(self) -> Tensor | None:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from snella.layer import SnellaLayer
 
 
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+"""The operators read the budgets, which synchronizes with the device; a CUDA graph cannot. torch 2.9 lacks the tag."""
+
+
 def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Apply the base layer with the updates of all active adapters."""
     names = [name for name in layer.active_adapters if name in layer.snella_A]
@@ -120,7 +124,7 @@ def adapted_layer_in_graph(
     return _adapted_layer(x, weight, bias, tensors, budgets, fields, spec.to_ints(), spec.scaling, layer)[0]
 
 
-@torch.library.custom_op("snella::adapted_layer", mutates_args=())
+@torch.library.custom_op("snella::adapted_layer", mutates_args=(), tags=_TAGS)
 def _adapted_layer(
     x: Tensor,
     weight: Tensor | None,
@@ -145,7 +149,7 @@ def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return call.op(x, x.new_empty(call.weight_shape), None), tensors[0].new_empty(budgets.shape[0], dtype=dtype)
 
 
-@torch.library.custom_op("snella::adapted_layer_backward", mutates_args=())
+@torch.library.custom_op("snella::adapted_layer_backward", mutates_args=(), tags=_TAGS)
 def _backward(
     required: Sequence[bool],
     grad_y: Tensor,

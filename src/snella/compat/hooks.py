@@ -9,7 +9,14 @@ from typing import Any
 
 from torch import nn
 
-_inside_hooks = threading.RLock()  # serializes temporary replacements of `forward` across threads
+replacement_lock = threading.RLock()
+"""Serializes temporary replacements of a shared module's `forward` or parameters across threads."""
+
+
+NO_DATA_PARALLEL = (
+    "nn.DataParallel does not support adapted attention layers or trained parameters such as cls_token; use "
+    "DistributedDataParallel (torchrun), or make a single GPU visible"
+)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -39,7 +46,7 @@ def call_inside_hooks(module: nn.Module, forward: Callable[..., Any], *args: Any
         NotImplementedError: If the module's `forward` was replaced by anything other than the hooks of torch,
             accelerate and diffusers.
     """
-    with _inside_hooks:
+    with replacement_lock:
         owner, name = _innermost_forward(module)
         previous = owner.__dict__.get(name)
         owner.__dict__[name] = forward

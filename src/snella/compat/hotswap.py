@@ -175,6 +175,10 @@ def _differences(
         for name in _MUST_MATCH
         if other is not None and getattr(other, name) != getattr(config, name)
     ]
+    for name in ("bias", "trainable_token_indices"):  # outside the adapter's layers
+        values_of_both = [getattr(settings, name) for settings in (config, other) if settings is not None]
+        if trained := [value for value in values_of_both if value not in ("none", None)]:
+            errors.append(f"{name}={trained[0]!r} cannot be swapped")
     errors += [f"{name} is missing" for name in current if name not in values]
     errors += [f"{name} does not exist in the model" for name in values if name not in current]
     errors += [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, Self, cast
+from typing import Any, NoReturn, Self, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -12,6 +12,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from snella._utils import did_you_mean
+from snella.compat.hooks import NO_DATA_PARALLEL
 
 
 class _BaseToken(nn.Module):
@@ -35,7 +36,7 @@ class _TokenValues(nn.ParameterDict):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in self._parameters:
+        if name in self.__dict__.get("_keys", ()):  # also for the plain tensors that FSDP1 assigns during a pass
             self._adapter[0]._link()
 
 
@@ -70,6 +71,10 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         owner._parameters[name] = None
         owner.add_module(self.attribute, self)
         self._link()
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """Reject `nn.DataParallel`, whose replicas would use the value of the first device."""
+        raise NotImplementedError(NO_DATA_PARALLEL)
 
     @property
     def attribute(self) -> str:

@@ -45,8 +45,7 @@ class Origin:
         layouts: Sequence[Layout | None] = (None,),
     ) -> None:
         self.function, self.source, self.layouts = function, source, layouts
-        is_source_rounded = source is not None and source.is_rounded
-        self.is_rounded: bool = is_source_rounded or any(layout is not None for layout in layouts)
+        self.is_rounded: bool = bool(source and source.is_rounded) or any(layout is not None for layout in layouts)
         self._module = module
         self._state = self._module_state()
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext

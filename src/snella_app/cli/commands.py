@@ -50,6 +50,7 @@ def evaluate(
     columns: str | None = None,
     skip_corrupt: bool = False,
     out: str | None = None,
+    overwrite: bool = False,
     calibrate: bool = False,
     device: Device = "auto",
 ) -> None:
@@ -69,18 +70,19 @@ def evaluate(
         columns: Columns of a table, e.g. path=file,label=species; defaults to the run's columns.
         skip_corrupt: Skip unreadable images.
         out: Also write the results to this JSON file.
+        overwrite: Replace an existing --out file.
         calibrate: Refit a classifier's temperature on the validation images and store it.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
     from snella_app.console import counted, make_console, print_line
-    from snella_app.files import create_folder, write_json
+    from snella_app.files import check_new, create_folder, write_json
     from snella_app.records.record import plain
     from snella_app.runs.evaluate import calibrate_run, evaluate
     from snella_app.runs.model import load_run
 
     console = make_console()
     if calibrate:
-        others = {"data": data, "columns": columns, "skip_corrupt": skip_corrupt, "out": out}
+        others = {"data": data, "columns": columns, "skip_corrupt": skip_corrupt, "out": out, "overwrite": overwrite}
         if given := _given(**others, split=None if split == "auto" else split):
             raise ValueError(f"--calibrate uses the run's validation images, got {given}; leave it out")
         calibration = calibrate_run(run, batch_size=batch_size, device=device)
@@ -90,6 +92,8 @@ def evaluate(
             print_line(console, f"{part.split}, {counted(part.count, 'image')}: {error}")
         print_line(console, calibration.verdict)
         return
+    if out is not None:
+        check_new("out", out, overwrite=overwrite)
     loaded = load_run(run, device)
     result = evaluate(
         loaded,
@@ -263,8 +267,8 @@ def explain(
       snella explain runs/photos
 
     With images, writes a heat map per image and index.html to --out. Without images, explains correct and wrong
-    predictions on validation images and adds them to the run's report. Requires captum: pip install
-    'snella[explain]'.
+    predictions on validation images and adds them to the run's report. --by gradcam requires captum:
+    pip install 'snella[explain]'.
 
     Args:
         run: Run folder.
@@ -372,9 +376,9 @@ def push(
         run: Run folder.
         name: Repository name on the Hub, user/model.
         to_folder: Write the repository to this new folder instead, without network access.
-        adapter: Push the PEFT adapter instead of the merged model.
+        adapter: Push the PEFT adapter, with a new model card, instead of the merged model.
         private: Create a private repository.
-        overwrite: Add a commit to an existing repository.
+        overwrite: Add a commit to an existing repository; replaces its model card.
     """
     from snella_app.console import make_console, print_line
     from snella_app.runs.push import push
@@ -470,6 +474,7 @@ def data(
     channels: int = 3,
     white: int | None = None,
     sheet: str | None = None,
+    overwrite: bool = False,
     decode: bool = False,
 ) -> None:
     """Check a dataset before training, or validate the folder of a published benchmark.
@@ -492,6 +497,7 @@ def data(
         channels: Image channels, as for snella train.
         white: Value of 16-bit images that maps to white, as for snella train.
         sheet: Write a contact sheet with the first images of each class to this PNG file.
+        overwrite: Replace an existing --sheet file.
         decode: Decode every image of a benchmark to find damaged files; takes minutes.
     """
     from snella_app.console import counted, make_console, print_line
@@ -505,10 +511,10 @@ def data(
     options: dict[str, Any] = {"columns": columns, "channels": channels, "white": white, "skip_corrupt": skip_corrupt}
     warnings: list[str] = []
     if split_spec(spec)[1] is not None or spec in data_names() or path.is_file():
-        errors, warnings = _check_dataset(spec, task, sheet, options)
+        errors, warnings = _check_dataset(spec, task, sheet, options, overwrite=overwrite)
     else:
-        defaults = {"task": "classification", "channels": 3, "skip_corrupt": False}
-        given = {**options, "task": task, "sheet": sheet}
+        defaults = {"task": "classification", "channels": 3, "skip_corrupt": False, "overwrite": False}
+        given = {**options, "task": task, "sheet": sheet, "overwrite": overwrite}
         if conflicts := _given(**{key: value for key, value in given.items() if value != defaults.get(key)}):
             raise ValueError(f"{conflicts} cannot be used with a benchmark, got {data!r}; leave it out")
         checks = check_benchmarks(data, decode=decode)
@@ -522,17 +528,21 @@ def data(
     print_line(make_console(), f"usable, with {above}" if warnings else "complete, no errors found")
 
 
-def _check_dataset(spec: str, task: str, sheet: str | None, options: dict[str, Any]) -> tuple[list[str], list[str]]:
+def _check_dataset(
+    spec: str, task: str, sheet: str | None, options: dict[str, Any], *, overwrite: bool
+) -> tuple[list[str], list[str]]:
     """Print a summary of a dataset, write the contact sheet if requested, and return errors and warnings."""
     from snella_app.console import make_console, print_line
     from snella_app.data.check import check_data, contact_sheet
     from snella_app.data.options import DataConfig
     from snella_app.data.sources import show_reading
-    from snella_app.files import create_folder, write_png
+    from snella_app.files import check_new, create_folder, write_png
     from snella_app.tasks import task_class
 
-    if sheet is not None and (file := Path(sheet)).suffix.lower() != ".png":
-        raise ValueError(f"sheet must be a PNG file, got {sheet!r}; write {str(file.with_suffix('.png'))!r}")
+    if sheet is not None:
+        if (file := Path(sheet)).suffix.lower() != ".png":
+            raise ValueError(f"sheet must be a PNG file, got {sheet!r}; write {str(file.with_suffix('.png'))!r}")
+        check_new("sheet", sheet, overwrite=overwrite)
     target, console = task_class(task).target, make_console()
     with show_reading(make_console(sys.stderr)):
         check = check_data(spec, DataConfig(**options), target=target)

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _report(summary.with_traceback(error.__traceback__), args)
         if status is None:
             raise
-        return _report(error, [arg for arg in args if arg != "--debug"], status)
+        return _report(error, args, status)
 
 
 def _run(args: list[str]) -> int:

@@ -52,13 +52,6 @@ class ModelConfig(Config):
     drop_path: float = 0.0
     grad_checkpointing: bool = False
 
-    def errors(self) -> list[str]:
-        """Check the ranges, and that the weight file exists."""
-        errors = super().errors()
-        if self.weights is not None and not expand_user(self.weights).is_file():
-            errors.append(f"weights must be an existing file, got {self.weights!r}")
-        return errors
-
 
 @dataclass(frozen=True, kw_only=True)
 class BaseMethodConfig(Config):
@@ -131,8 +124,8 @@ class BaseOptimConfig(Config):
     """Learning rates and regularization; also the base class of the recipes' `optim` sections.
 
     Args:
-        lr: Learning rate of the factors (full, bias: of all trained weights). Lower it if the loss diverges or is NaN,
-            raise it if the loss decreases slowly.
+        lr: Learning rate of the factors (full, bias: of all trained weights except the head). Lower it if the loss
+            diverges or is NaN, raise it if the loss decreases slowly.
         scalar_lr: Learning rate of the scalar kernel parameters (snella, snell); rarely needs tuning.
         weight_decay: Decoupled weight decay; not applied to the scalar kernel parameters.
         max_grad_norm: Maximum norm for gradient clipping; 0 disables it.

@@ -21,6 +21,7 @@ from snella_app.config.sections import (
     RunConfig,
 )
 from snella_app.data.options import DataConfig
+from snella_app.files import expand_user
 from snella_app.methods.defaults import TRAIN_PRESETS
 from snella_app.settings import Config
 from snella_app.text import nearest
@@ -75,6 +76,8 @@ class RunSettings(Config):
         number = parse_method(self.method.name)[1]
         if method.suffix == "r" and number is not None:
             values["r"] = number
+        if method.is_head_only and current["lr"] is not None and current.get("head_lr", 0) is None:
+            values["head_lr"] = current["lr"]  # the only learning rate that applies
         return self.replace(**values)
 
     def missing_errors(self, *, is_started: bool = False) -> list[str]:
@@ -156,10 +159,12 @@ class TrainConfig(RunSettings):
         reaches its target before training can stop; a preset in `method_options` keeps its own value.
 
         Raises:
-            ValueError: If the method is `auto`.
+            ValueError: If the method is `auto`, or the weight file does not exist.
         """
         from snella_app.methods import find_method
 
+        if (weights := self.model.weights) is not None and not expand_user(weights).is_file():
+            raise ValueError(f"weights must be an existing file, got {weights!r}")
         if self.method.name == AUTO_METHOD:
             raise ValueError(
                 "method must be a specific method, got 'auto'; train(method='auto') and the command line select one"

@@ -138,6 +138,7 @@ class BenchmarkFamily:
         layout: Expected folder layout.
         read: Function that reads and checks a dataset folder.
         parts: Names of the training, validation and test lists.
+        lists: File names of the lists.
         is_resized_whole: See `Collection`.
         official_joins_val: See `Collection`.
     """
@@ -149,6 +150,7 @@ class BenchmarkFamily:
     layout: str
     read: Callable[[Path, BenchmarkDataset], Inspection]
     parts: tuple[str, str, str]
+    lists: tuple[str, ...]
     is_resized_whole: bool = False
     official_joins_val: bool = False
 
@@ -161,9 +163,13 @@ class BenchmarkFamily:
         folders = [root / name for name in (member.name, *member.aliases)]
         return next((folder for folder in folders if folder.is_dir()), folders[0])
 
+    def is_dataset(self, folder: Path) -> bool:
+        """Return whether a folder contains a list of images."""
+        return any((folder / name).is_file() for name in self.lists)
+
     def has_datasets(self, folder: Path) -> bool:
         """Return whether the folder contains any of the datasets."""
-        return any(self.locate(folder, member).is_dir() for member in self.members.values())
+        return any(self.is_dataset(self.locate(folder, member)) for member in self.members.values())
 
     def resolve(self, path: Path) -> Path:
         """Resolve a dataset path, allowing alternative folder names."""
@@ -216,6 +222,7 @@ class BenchmarkFamily:
 _VTAB_LAYOUT = "TASK/{train800,val200,train800val200,test}.txt and TASK/images/{train800,val200,train800val200,test}/"
 _JOINED = "train800val200"
 _VTAB_PARTS = ("train800", "val200", "test")
+_VTAB_LISTS = tuple(f"{name}.txt" for name in (*_VTAB_PARTS, _JOINED))
 VTAB_TASKS: dict[str, BenchmarkDataset] = {
     task.name: task
     for task in (
@@ -291,12 +298,15 @@ def _read_list(inspection: Inspection, name: str) -> None:
     inspection.add_part(name, inspection.folder, files, labels)
 
 
-VTAB = BenchmarkFamily("vtab", "VTAB-1k", "task", VTAB_TASKS, _VTAB_LAYOUT, inspect_vtab, _VTAB_PARTS, True, True)
+VTAB = BenchmarkFamily(
+    "vtab", "VTAB-1k", "task", VTAB_TASKS, _VTAB_LAYOUT, inspect_vtab, _VTAB_PARTS, _VTAB_LISTS, True, True
+)
 """VTAB-1k."""
 
 
 _FGVC_LAYOUT = "DATASET/{train,val,test}.json, each one object {image path: class}, next to the images"
 _FGVC_PARTS = ("train", "val", "test")
+_FGVC_LISTS = tuple(f"{name}.json" for name in (*_FGVC_PARTS, "trainval"))
 FGVC_DATASETS: dict[str, BenchmarkDataset] = {
     dataset.name: dataset
     for dataset in (
@@ -384,5 +394,5 @@ def _folder_names(ids: list[int], parts: list[ImageDataset]) -> list[str]:
     return [str(label) for label in ids]
 
 
-FGVC = BenchmarkFamily("fgvc", "FGVC", "dataset", FGVC_DATASETS, _FGVC_LAYOUT, inspect_fgvc, _FGVC_PARTS)
+FGVC = BenchmarkFamily("fgvc", "FGVC", "dataset", FGVC_DATASETS, _FGVC_LAYOUT, inspect_fgvc, _FGVC_PARTS, _FGVC_LISTS)
 """FGVC."""

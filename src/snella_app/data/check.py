@@ -102,7 +102,7 @@ def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[Benchm
     checks = []
     for family in _FAMILIES:
         dataset = family.find(root.resolve().name)
-        if dataset is not None and not _benchmarks_in(root):
+        if dataset is not None and family.is_dataset(root) and not _benchmarks_in(root):
             checks.append(BenchmarkCheck(family.title, root.parent, [family.read(root, dataset)]))
     if not checks:
         checks = [_check_benchmark(family, path) for family, path in _benchmarks_in(root, *_subfolders(root))]
@@ -125,7 +125,7 @@ def contains_benchmark(folder: str | Path) -> bool:
     root = expand_user(folder)
     if not root.is_dir():
         return False
-    is_dataset = any(family.find(root.resolve().name) for family in _FAMILIES)
+    is_dataset = any(family.find(root.resolve().name) and family.is_dataset(root) for family in _FAMILIES)
     return is_dataset or bool(_benchmarks_in(root, *_subfolders(root)))
 
 
@@ -175,6 +175,7 @@ _GENERIC = (
     *("thumbs", "thumbnails", "images", "photos", "pictures", "__macosx", "train", "val", "test", "validation"),
 )
 _COPY = re.compile(r"(\bcopy\b|\(\d+\)$|- kopie$)", re.IGNORECASE)
+_BETWEEN_LETTERS = re.compile(r"(?<=[^\W\d_])[\s_-]+(?=[^\W\d_])")
 _TILE, _GAP, _HEADING = 96, 4, 20
 _BACKGROUND, _INK = (255, 255, 255), (30, 30, 30)
 
@@ -307,7 +308,8 @@ def _duplicate_warnings(splits: DataSplits) -> list[str]:
     notes = []
     for part, images in splits.parts.items():
         groups = find_duplicates(images)
-        contradicting = [group for group in groups if len({images.labels[position] for position in group}) > 1]
+        values = images.annotations.targets or images.labels
+        contradicting = [group for group in groups if len({values[position] for position in group}) > 1]
         texts = (
             ("image appears", "images appear", "more than once", "remove the copies"),
             ("image has", "images have", "several labels", "keep the correct one"),
@@ -328,7 +330,8 @@ def _suspicious_names(classes: Sequence[str]) -> list[str]:
         notes.append(f"generic class names: {listed(generic)}; rename them, or remove folders that are not classes")
     by_spelling: dict[str, list[str]] = {}
     for name in classes:
-        by_spelling.setdefault(re.sub(r"[\W_]", "", name.lower()).rstrip("s") or name, []).append(name)
+        spelling = _BETWEEN_LETTERS.sub("", name.strip().lower()).rstrip("s")
+        by_spelling.setdefault(spelling or name, []).append(name)
     variants = [" and ".join(map(repr, names)) for names in by_spelling.values() if len(names) > 1]
     if variants:
         notes.append(f"possible duplicate classes: {listed(variants)}; merge them")

@@ -173,9 +173,15 @@ def _class_files(folder: Path, others: Counter[str]) -> _Files:
 
 
 def walk_visible(folder: Path) -> Iterator[Path]:
-    """Iterate over all visible files below a folder, sorted by name."""
-    for current, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    """Iterate over all visible files below a folder, sorted by name; linked folders are entered once."""
+    visited = {os.path.realpath(folder)}
+    for current, folders, names in os.walk(folder, followlinks=True):
+        inside = sorted(name for name in folders if not name.startswith("."))
+        folders.clear()
+        for name in inside:
+            if (target := os.path.realpath(os.path.join(current, name))) not in visited:
+                visited.add(target)
+                folders.append(name)
         yield from (Path(current, name) for name in sorted(names) if not name.startswith("."))
 
 

@@ -18,7 +18,15 @@ from torchvision.transforms.functional import to_pil_image
 from snella_app.data.columns import Columns
 from snella_app.data.datasets import Collection
 from snella_app.data.folder import PARTS
-from snella_app.data.images import Reading, check_regular, decode_image, to_channels
+from snella_app.data.images import (
+    PILLOW_MODES,
+    ImageMetadata,
+    Reading,
+    check_regular,
+    decode_image,
+    inspect_image,
+    to_channels,
+)
 from snella_app.data.options import DataConfig, TargetKind
 from snella_app.data.sources import CachedImages
 from snella_app.data.table import Samples, build_collection, outside_reason
@@ -97,6 +105,9 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
             )
     if all(hasattr(part, "features") and hasattr(part, "column_names") for part in parts.values()):
         return _from_hf(data, where, name, config, target)
+    if config.channels not in PILLOW_MODES:
+        counts = ", ".join(map(str, PILLOW_MODES))
+        raise ValueError(f"channels must be one of {counts} for a torch dataset, got {config.channels}")
     source = _ObjectImages(list(parts.values()), config.reading)
     labels = [label for part in parts.values() for label in _labels_of(part)]
     rows = [(part_name, row) for part_name, part in parts.items() for row in range(len(part))]
@@ -130,8 +141,16 @@ class _HubImages(CachedImages):
 
     def read(self, row: int) -> Any:
         """Decode one image."""
+        return decode_image(*self._file(row), self.reading)
+
+    def inspect(self, row: int) -> ImageMetadata:
+        """Decode one image and return its metadata."""
+        return inspect_image(*self._file(row), self.reading)
+
+    def _file(self, row: int) -> tuple[io.BytesIO, str]:
+        """Return the encoded image and its name."""
         item = self.columns[row][self.name]
-        return decode_image(io.BytesIO(self._bytes(item)), str(item["path"] or f"row {row}"), self.reading)
+        return io.BytesIO(self._bytes(item)), str(item["path"] or f"row {row}")
 
     def content(self, row: int) -> bytes:
         """Return the encoded image."""

@@ -22,7 +22,10 @@ from torchvision.transforms.functional import to_pil_image
 
 from snella_app.data.options import FULL_WHITE, Reading
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jfif", ".avif")
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff"),
+    *(".gif", ".ppm", ".pgm", ".pbm", ".avif"),
+)
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
 """Formats that Pillow may decode, regardless of the file name; pillow-heif adds HEIF. EPS is excluded because it
 starts Ghostscript."""
@@ -217,7 +220,10 @@ def _read_array(file: File, reading: Reading) -> Tensor:
     else:
         with _import_tifffile().TiffFile(file) as tiff:
             _check_values(*_shape_and_dtype(tiff))
-            values = tiff.asarray()
+            try:
+                values = tiff.asarray()
+            except Exception as error:  # codecs raise zlib.error, lzma.LZMAError and others
+                raise ValueError(str(error) or type(error).__name__) from error
     if values.ndim == 2:
         values = values[None]
     if values.ndim != 3 or channels not in (values.shape[0], values.shape[-1]):
@@ -350,7 +356,7 @@ def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:
 THRESHOLD = 128
 """Minimum foreground value in a mask of a lossy format."""
 LOSSY_FORMATS = ("JPEG", "MPO", "WEBP")
-_GRAYS = ("L", "I", "I;16", "I;16B", "I;16L")
+_LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 
 
 def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
@@ -383,7 +389,7 @@ def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
 
 def _labels(image: Image.Image) -> np.ndarray:
     """Return the labels of a lossless mask."""
-    if image.mode == "P" or image.mode == "1" or image.mode in _GRAYS:
+    if image.mode in _LABEL_MODES:
         return np.asarray(image)
     if image.mode in ("LA", "PA"):
         return np.asarray(image)[..., 0]

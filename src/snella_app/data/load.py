@@ -161,7 +161,7 @@ def load_data(
         target: Content of the label column: one class (`class`), any number of labels (`labels`) or numbers
             (`numbers`, with column names as `classes`). `ImageDataset.labels` contains classes, or strata for the other
             two; `ImageDataset.annotations` contains raw values, weights and groups.
-        divide: If False, use only existing splits and folds, also of data that cannot be trained on.
+        divide: If False, use only existing splits and folds, even for data that cannot be used for training.
 
     Raises:
         ValueError: If the specification is unknown, a setting does not apply to the data, or there are too few images.
@@ -182,9 +182,10 @@ def load_data(
     if config.folds is not None and config.fold is not None:
         _hold_out(splits, config.folds, config.fold, seeds["test"])
     is_benchmark = isinstance(spec, str) and spec.startswith(tuple(_BENCHMARKS))
-    compared = set(splits.parts) - {splits.fold_part} if is_benchmark else set()  # by the reader of the benchmark
+    # the benchmark's reader has already compared its splits
+    compared = set(splits.parts) - {splits.fold_part} if is_benchmark else set()
     if divide:
-        _divide(splits, config, seeds)
+        _divide(splits, config, seeds, target)
     _subsample(splits, config, seeds)
     counts = " · ".join(f"{name} {len(part):,}" for name, part in splits.parts.items())
     content = f"with {' and '.join(splits.classes)}" if target == "numbers" else f"in {len(splits.classes)} classes"
@@ -225,12 +226,12 @@ def _read(spec: Any, config: DataConfig, target: TargetKind) -> Collection:
         raise ValueError(f"data {spec} is a Python object; pass it to train or evaluate with data=...")
     if config.columns is not None and prefix not in _TABLES:
         raise ValueError(
-            f"columns applies only to data with columns, {', '.join(_TABLES)}, got {config.columns!r} with {spec}"
+            f"columns applies only to data with columns ({', '.join(_TABLES)}), got {config.columns!r} with {spec}"
         )
     if config.reading != RGB and prefix not in (_FOLDER, *_TABLES):
         raise ValueError(
-            f"channels and white apply only to {', '.join((_FOLDER, *_TABLES))}, got {config.channels} and "
-            f"{config.reading.white} with {spec}"
+            f"channels and white apply only to {', '.join((_FOLDER, *_TABLES))}, got channels={config.channels} and "
+            f"white={config.reading.white} with {spec}"
         )
     if path is not None and prefix in _READERS:
         collection = _READERS[prefix](path, config, target)
@@ -253,7 +254,7 @@ def _data_hint(spec: str) -> str:
         return f"; did you mean '{near[0]}:{rest}'?" if near else ""
     path = expand_user(spec)
     if path.is_file():
-        return ", which is not a table (CSV, TSV, Parquet or tar)"
+        return ", which is not a CSV, TSV, Parquet or tar file"
     near = difflib.get_close_matches(spec, _registered(), n=2, cutoff=0.4)
     if near:
         return f"; nearest: {', '.join(map(repr, near))}"
@@ -302,11 +303,11 @@ def _hold_out(splits: DataSplits, folds: int, fold: int, seed: int) -> None:
         splits.notes.append(f"fold {fold} of {folds} is the validation split; the test split comes from the data")
 
 
-def _divide(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int]) -> None:
+def _divide(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int], target: TargetKind) -> None:
     """Create missing splits, and merge or drop the validation split if the protocol has none."""
     total = len(splits.train)
     if not splits.has_parts and config.test_fraction > 0:
-        splits.train, splits.test = _split_off(splits, "test", config.test_fraction, seeds["test"])
+        splits.train, splits.test = _split_off(splits, "test", config.test_fraction, seeds["test"], target)
     if config.protocol == "official" and splits.test is None:
         raise ValueError(
             f"protocol=official needs test images for epoch selection, but {splits.name!r} has none; use another "
@@ -314,7 +315,7 @@ def _divide(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int]) ->
         )
     if config.protocol == "standard" and splits.val is None:
         splits.train, splits.val = _split_off(
-            splits, "val", config.val_fraction * total / len(splits.train), seeds["val"]
+            splits, "val", config.val_fraction * total / len(splits.train), seeds["val"], target
         )
     elif config.protocol != "standard" and splits.val is not None:
         if config.protocol == "final" or splits.official_joins_val:
@@ -322,7 +323,9 @@ def _divide(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int]) ->
         splits.val = None
 
 
-def _split_off(splits: DataSplits, part: str, fraction: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
+def _split_off(
+    splits: DataSplits, part: str, fraction: float, seed: int, target: TargetKind
+) -> tuple[ImageDataset, ImageDataset]:
     """Split off a fraction of the training images, by group if present; return remaining and selected images."""
     images = splits.train
     groups = images.annotations.groups
@@ -331,7 +334,10 @@ def _split_off(splits: DataSplits, part: str, fraction: float, seed: int) -> tup
         labels, classes = _strata(splits, images, reserve + 1)
         rest, selected = stratified_split(labels, fraction, seed=seed, classes=classes, reserve=reserve, part=part)
     else:
-        rest, selected = grouped_split(images.labels, groups, fraction, seed=seed, part=part)
+        keeps_classes = target != "numbers"
+        rest, selected = grouped_split(
+            images.labels, groups, fraction, seed=seed, part=part, keeps_classes=keeps_classes
+        )
     return images.subset(rest), images.subset(selected)
 
 
@@ -367,8 +373,8 @@ def _missing_class_warnings(splits: DataSplits, target: TargetKind) -> list[str]
     noun, plural = ("class", "classes") if target == "class" else ("label", "labels")
     remedies = {
         "train": f"add training images or remove the {noun}",
-        "val": "add validation images, or epoch selection ignores them",
-        "test": "add test images, or test scores ignore them",
+        "val": f"add validation images, or epoch selection ignores missing {plural}",
+        "test": f"add test images, or test scores ignore missing {plural}",
     }
     for part, images in splits.parts.items():
         if target == "class":
@@ -398,7 +404,7 @@ def _shared_group_warnings(splits: DataSplits) -> list[str]:
     return notes
 
 
-def is_unbalanced(labels: Iterable[int]) -> bool:
+def is_imbalanced(labels: Iterable[int]) -> bool:
     """Return whether the most frequent label has at least four times the images of the rarest one present."""
     counts = Counter(labels).values()
     return bool(counts) and max(counts) >= _IMBALANCE * min(counts)
@@ -406,13 +412,13 @@ def is_unbalanced(labels: Iterable[int]) -> bool:
 
 def _imbalance_warnings(splits: DataSplits) -> list[str]:
     """Return a warning about class imbalance."""
-    if splits.strata is not None or not is_unbalanced(splits.train.labels):
+    if splits.strata is not None or not is_imbalanced(splits.train.labels):
         return []
     counts = Counter(splits.train.labels)
     most, fewest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
     return [
-        f"classes are unbalanced: {counts[most]} training images of {splits.classes[most]!r}, {counts[fewest]} of "
-        f"{splits.classes[fewest]!r}; use balanced accuracy, which weights all classes equally"
+        f"classes are imbalanced: {counts[most]} training images of {splits.classes[most]!r}, {counts[fewest]} of "
+        f"{splits.classes[fewest]!r}; set --monitor balanced_accuracy, which weights all classes equally"
     ]
 
 
@@ -436,6 +442,6 @@ def _dark_image_warnings(splits: DataSplits) -> list[str]:
     if not shares or not 0 < max(shares) <= _DARK:
         return []
     return [
-        f"{counted(len(shares), '16-bit image')} with values up to {max(shares):.1%} of the range; set the white value "
-        "with --white (white=), e.g. 4095 for 12-bit cameras"
+        f"the values of {counted(len(shares), '16-bit image')} reach only {max(shares):.1%} of the range; set the "
+        "white value with --white (white=), e.g. 4095 for 12-bit cameras"
     ]

@@ -51,8 +51,10 @@ def load_masks(path: str, config: DataConfig, target: TargetKind) -> Collection:
     """
     root = existing_folder(path, "masks", "with images/ and masks/ inside")
     inside = [folder for folder in root.iterdir() if folder.is_dir() and folder.name.lower() in PARTS]
-    inside.sort(key=lambda folder: folder.name in PARTS.values())  # exact names take precedence
-    named = {PARTS[folder.name.lower()]: folder for folder in inside}
+    named: dict[str, Path] = {}
+    for folder in sorted(inside):
+        if (other := named.setdefault(PARTS[folder.name.lower()], folder)) is not folder:
+            raise ValueError(f"folder '{root}' has two splits of the same kind: {other.name!r} and {folder.name!r}")
     has_parts = "train" in named and (named["train"] / "images").is_dir()
     folders = (
         {part: named[part] for part in ("train", "val", "test") if part in named} if has_parts else {"train": root}
@@ -61,6 +63,9 @@ def load_masks(path: str, config: DataConfig, target: TargetKind) -> Collection:
     pairs = {part: find_pairs(folder, root, errors) for part, folder in folders.items()}
     collection = collect_masks(f"masks:{path}", root, pairs, errors, _class_names(root), config.skip_corrupt)
     collection.has_parts = has_parts
+    if named and not has_parts:
+        unused = listed([repr(folder.name) for folder in named.values()])
+        collection.notes.append(f"skipped {unused}: split folders are used only with 'train/images' and 'train/masks'")
     return collection
 
 

@@ -64,13 +64,20 @@ def merge_strata(labels: Sequence[int], names: Sequence[str], minimum: int) -> t
 
 
 def grouped_split(
-    labels: Sequence[int], groups: Sequence[str], fraction: float, *, seed: int, part: str = "val"
+    labels: Sequence[int],
+    groups: Sequence[str],
+    fraction: float,
+    *,
+    seed: int,
+    part: str = "val",
+    keeps_classes: bool = True,
 ) -> tuple[list[int], list[int]]:
     """Split off groups with approximately a fraction of the images, stratified by class.
 
-    scikit-learn's `StratifiedGroupKFold` creates folds; the number of selected folds approximates the fraction. Each
-    class keeps at least one group for training: a class's only group is never selected, and if all groups of a class
-    are selected, the smallest one is returned to training.
+    scikit-learn's `StratifiedGroupKFold` creates folds; the number of selected folds approximates the fraction. With
+    `keeps_classes`, each class keeps at least one group for training: a class's only group is never selected, and if
+    all groups of a class are selected, the smallest one is returned to training. Strata of numeric targets do not need
+    one.
 
     Arguments and return value as for `stratified_split`.
 
@@ -80,7 +87,7 @@ def grouped_split(
     from sklearn.model_selection import StratifiedGroupKFold  # lazy: slow import
 
     by_label: dict[int, set[str]] = {}
-    for label, group in zip(labels, groups, strict=True):
+    for label, group in zip(labels, groups, strict=True) if keeps_classes else ():
         by_label.setdefault(label, set()).add(group)
     fixed = {group for members in by_label.values() if len(members) == 1 for group in members}
     free = np.array([position for position, group in enumerate(groups) if group not in fixed])

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import csv
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,7 +89,7 @@ def load_table(path: str, config: DataConfig, target: TargetKind, *, kind: str) 
         reason = outside_reason(image, [root]) if kind == "parquet" and names[row] else ""
         if not names[row]:
             reason = "no path"
-        elif not reason and not image.is_file():
+        elif not reason and not os.path.isfile(image):  # False for names that are too long
             reason = "no such file"
         if reason:
             samples.broken[row] = reason
@@ -374,8 +375,6 @@ def _multi_hot_names(values: Sequence[Any], classes: Sequence[str] | None) -> Se
     if not all(isinstance(entry, int | float) and entry in (0, 1) for value in values for entry in value):
         return None
     count = len(values[0])
-    if all(len(set(value)) == count for value in values):  # may be pairs of class indices
-        return None
     return classes if classes is not None and len(classes) == count else [str(index) for index in range(count)]
 
 
@@ -443,10 +442,12 @@ def _check_classes(
             f"{samples.where}: at least two classes are required, column {samples.label_columns[0]!r} has one: "
             f"{classes[0]!r}"
         )
-    if len(classes) > max(len(rows) / 2, _FEW_CLASSES):
+    present = sorted({indices[row] for row in rows})
+    if len(present) > max(len(rows) / 2, _FEW_CLASSES):
+        examples = ", ".join(repr(classes[index]) for index in present[:3])
         problems.append(
-            f"{samples.where}: column {samples.label_columns[0]!r} must contain classes, got {len(classes)} different "
-            f"values in {len(rows)} rows, e.g. {', '.join(map(repr, classes[:3]))}; select another column with "
+            f"{samples.where}: column {samples.label_columns[0]!r} must contain classes, got {len(present)} different "
+            f"values in {len(rows)} rows, e.g. {examples}; select another column with "
             "--columns label=NAME"
         )
     train_classes = {indices[row] for row in rows if parts[row] == "train"}
@@ -464,18 +465,18 @@ def _drop_duplicates(
     rows: list[int], samples: Samples, parts: Sequence[str], values: Sequence[Any], notes: list[str]
 ) -> list[int]:
     """Drop rows that repeat an image and its label within a split; add notes about repeated and contradicting rows."""
-    first: dict[tuple[str, str], int] = {}
+    kept: dict[tuple[str, str], list[int]] = {}
     unique, repeated, contradicting = [], 0, []
     for row in rows:
-        key = (samples.names[row], parts[row])
-        earlier = first.setdefault(key, row)
-        if earlier == row:
-            unique.append(row)
-        elif values[earlier] == values[row]:
+        earlier = kept.setdefault((samples.names[row], parts[row]), [])
+        if any(values[other] == values[row] for other in earlier):
             repeated += 1
-        else:
-            unique.append(row)
-            contradicting.append(f"{samples.names[row]} ({format_value(values[earlier])}, {format_value(values[row])})")
+            continue
+        if earlier:
+            texts = ", ".join(format_value(values[other]) for other in (earlier[0], row))
+            contradicting.append(f"{samples.names[row]} ({texts})")
+        earlier.append(row)
+        unique.append(row)
     if repeated:
         notes.append(f"skipped {counted(repeated, 'repeated row')}")
     if contradicting:

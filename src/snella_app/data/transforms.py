@@ -95,7 +95,7 @@ def build_transform(
     steps += [
         v2.PILToTensor(),
         v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(list(data_config["mean"]), list(data_config["std"]), inplace=True),
+        v2.Normalize(list(data_config["mean"]), list(data_config["std"])),  # not in place: images may be cached
     ]
     if random_erasing:
         steps.append(v2.RandomErasing(random_erasing))

@@ -28,7 +28,7 @@ def _bias(model: nn.Module, head: str, options: Options, batches: Batches | None
     """Train all biases and the head (BitFit)."""
     train_head(model, head)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_inside(name, head) or name.rsplit(".", 1)[-1] == "bias")
+        parameter.requires_grad_(is_inside(name, head) or name.endswith("bias"))
     return model
 
 

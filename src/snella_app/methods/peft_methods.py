@@ -12,6 +12,7 @@ import peft
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,6 +23,7 @@ from snella.targets import block_number
 from snella_app.methods.defaults import SPARSE_DEFAULTS, SPARSE_RECIPES
 from snella_app.methods.method import Batches, Method, Options
 from snella_app.methods.model_parts import adaptable_layers, freeze_running_statistics, is_inside
+from snella_app.text import listed
 
 Targets = Callable[[nn.Module, str], list[str] | str]
 """`(model, head) -> names or regular expression`: default target modules."""
@@ -103,6 +105,34 @@ def inject(model: nn.Module, config: PeftConfig) -> PeftModel:
     if factor != 1 and any(getattr(module, "fbd_cuda_available", None) is False for module in adapted.modules()):
         raise ValueError(f"boft_n_butterfly_factor must be 1 if BOFT's CUDA extension is not available, got {factor}")
     return adapted
+
+
+def check_gradients(model: nn.Module, method: str) -> None:
+    """Check after a backward pass that all layers with a PEFT adapter other than SNELLA's have gradients.
+
+    Some timm models (BEiT, EVA, Swin V2) read the weight of a layer instead of calling it, which skips the adapters.
+
+    Raises:
+        ValueError: If adapted layers have no gradient.
+    """
+    if not isinstance(model, PeftModel) or isinstance(model.peft_config["default"], SnellaConfig):
+        return
+    unused = [
+        name.removeprefix("base_model.model.")
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+        and any(
+            p.requires_grad and p.grad is None
+            for attribute in layer.adapter_layer_names
+            if isinstance(values := getattr(layer, attribute, None), nn.Module)
+            for p in values.parameters()
+        )
+    ]
+    if unused:
+        raise ValueError(
+            f"{method} has no effect on {listed(unused)}: the model does not call these layers but reads their "
+            "weights; use snella, or leave the layers out (exclude_modules)"
+        )
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class StoredPrediction:
         return self.probabilities[self.predicted]
 
     @property
-    def is_right(self) -> bool:
+    def is_correct(self) -> bool:
         """True if the predicted class is the label."""
         return self.predicted == self.label
 

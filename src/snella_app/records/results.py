@@ -134,8 +134,12 @@ class MaskScores(_Result):
         """Return label, value and note of each score."""
         gps = f"{percent_text(self.dice_gps_foreground_only)}, {percent_text(self.iou_gps_foreground_only)}"
         return [
-            (f"{split} Dice", percent_text(self.dice), f"mean over {count_text(self.images)} images"),
-            (f"{split} IoU", percent_text(self.iou), "mean over images"),
+            (
+                f"{split} Dice",
+                percent_text(self.dice),
+                f"mean over the images with foreground ({count_text(self.images)} images in total)",
+            ),
+            (f"{split} IoU", percent_text(self.iou), "mean over the same images"),
             (
                 f"{split} Dice, IoU pooled",
                 f"{percent_text(self.dice_pooled)}, {percent_text(self.iou_pooled)}",

@@ -274,7 +274,7 @@ def budget_shares(allocation: Allocation, epochs: int | None, *, by_block: bool 
 def frozen_curve(allocation: Allocation, epochs: int | None) -> Figure:
     """Draw the numbers of frozen (budget 0) and full (budget = size) matrices; arguments as for `budget_curve`."""
     figure, axes = new_figure(
-        FIGURE_SIZE[0], FIGURE_SIZE[1] + 25, f"Frozen and full matrices (of {len(allocation.matrices)})"
+        FIGURE_SIZE[0], FIGURE_SIZE[1] + 25, f"Matrices with zero and full budget (of {len(allocation.matrices)})"
     )
     times = _times(allocation, epochs)
     sizes = {matrix.name: matrix.size for matrix in allocation.matrices}

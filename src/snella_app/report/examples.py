@@ -96,18 +96,18 @@ def choose_examples(
 
     Wrong predictions are the most confident ones; right predictions are evenly spaced over the split.
     """
-    wrong = sorted((item for item in items if not item.is_right), key=lambda item: -item.probability)
-    right = [item for item in items if item.is_right]
+    wrong = sorted((item for item in items if not item.is_correct), key=lambda item: -item.probability)
+    right = [item for item in items if item.is_correct]
     n_wrong = min(len(wrong), max(limit // 2, limit - len(right)))
-    n_right = min(len(right), limit - n_wrong)
-    return wrong[:n_wrong], [right[i * len(right) // n_right] for i in range(n_right)]
+    n_correct = min(len(right), limit - n_wrong)
+    return wrong[:n_wrong], [right[i * len(right) // n_correct] for i in range(n_correct)]
 
 
 def embed_image(index: int, images: ImageLoader | None, max_side: int = 176) -> EmbeddedImage:
     """Load an image by its index and encode it; read errors are stored in `problem`."""
     try:
         image = None if images is None else images(index)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return EmbeddedImage(problem=f"cannot be read: {error}")
     return (
         EmbeddedImage(problem="image unavailable") if image is None else EmbeddedImage(*image_data_uri(image, max_side))

@@ -349,7 +349,7 @@ def reliability_curve(reliability: Reliability) -> Figure:
 def coverage_curve(predictions: Predictions, calibration: Calibration) -> Figure:
     """Draw accuracy of the most confident predictions against coverage, and mark the suggested threshold."""
     figure, axes = new_figure(*_SQUARE, "Coverage on validation")
-    right = [item.is_right for item in sorted(predictions.items, key=lambda item: -item.probability)]
+    right = [item.is_correct for item in sorted(predictions.items, key=lambda item: -item.probability)]
     counts = np.arange(1, len(right) + 1)
     accuracy = np.cumsum(right) / counts
     handles = axes.plot(counts / len(right), accuracy, color=ACCENT, linewidth=2)

@@ -68,6 +68,10 @@ _OPTIMISTIC = (
     "Protocol {}: the best epoch was selected on the test images. The test results are optimistic and not comparable "
     "with runs that select on the validation images."
 )
+_ONLY_VALIDATION = (
+    "The epoch was selected on the validation images, so these results are optimistic. Add test images for an unbiased "
+    "result."
+)
 Fact = tuple[str, str, str]
 """Label, value and note of a number in the report."""
 
@@ -118,6 +122,14 @@ def method_facts(metrics: Metrics, allocation: Allocation | None, budgets: Mappi
     return facts
 
 
+def _selection_warning(metrics: Metrics) -> str:
+    """Return the warning about scores on the images that selected the epoch, if there are no other scores."""
+    if metrics.selected_on == "test":
+        return _OPTIMISTIC.format(metrics.protocol)
+    is_only_split = metrics.selected_on == "val" and metrics.test is None and metrics.val is not None
+    return _ONLY_VALIDATION if is_only_split else ""
+
+
 def _saved_epoch(metrics: Metrics) -> str:
     """Return the epoch of the saved adapter and its selection."""
     total = f" of {metrics.history[-1].epoch}" if metrics.history else ""
@@ -128,7 +140,7 @@ def _saved_epoch(metrics: Metrics) -> str:
     if metrics.selected_on is None:
         return f"epoch {metrics.best_epoch}{total}, last epoch, no selection{average}"
     if metrics.final_head is not None and metrics.final_head.replaced_epoch is not None:
-        return f"epoch {metrics.best_epoch}{total}, the last, to which the final head is fitted"
+        return f"epoch {metrics.best_epoch}{total}, the last, with the final head fitted to its features{average}"
     metric = metrics.best_metric.partition("_")[2]
     metric = _SHORT_METRICS.get(metric, metric.replace("_", " "))
     return f"best epoch {metrics.best_epoch}{total}, by {metrics.selection} {metric}{average}"
@@ -144,12 +156,12 @@ def groups_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | 
         return None
     rows: list[dict[str, Any]] = []
     for name, items in by_group.items():
-        confused = Counter((item.label, item.predicted) for item in items if not item.is_right)
+        confused = Counter((item.label, item.predicted) for item in items if not item.is_correct)
         frequent = [
             f"{info.classes[label]} → {info.classes[predicted]} {count:,}"
             for (label, predicted), count in confused.most_common(_CONFUSED_IN_GROUP)
         ]
-        share = sum(item.is_right for item in items) / len(items)
+        share = sum(item.is_correct for item in items) / len(items)
         rows.append({"name": name, "images": len(items), "right": share, "confused": ", ".join(frequent)})
     rows.sort(key=lambda row: (row["right"], -row["images"], row["name"]))
     shares = [float(row["right"]) for row in rows]
@@ -207,7 +219,7 @@ def verdict_text(info: RunInfo, metrics: Metrics) -> str:
             f"{text}, but its balanced accuracy, which weights all classes equally, is {percent_text(chance)}; "
             f"this model's is {percent_text(balanced)} ({margin_text(scores.balanced_margin)})."
         )
-    return f"{text}. The model does not exceed it by more than the 95% margin: no evidence of learning yet."
+    return f"{text}. The model does not exceed this by more than the 95% margin; there is no evidence of learning."
 
 
 def update_section(
@@ -245,7 +257,7 @@ def allocation_section(
             inline_svg(
                 frozen_curve(allocation, epochs),
                 "budget-frozen",
-                f"Number of frozen and full matrices over time; {frozen}.",
+                f"Number of matrices with zero budget (frozen) and with full budget over time; {frozen}.",
             ),
         ]
     trend = block_trend(allocation.matrices, budgets)
@@ -295,13 +307,13 @@ def examples_section(info: RunInfo, predictions: Predictions, images: ImageLoade
     if info.calibration is not None:
         predictions = predictions.with_temperature(info.calibration.temperature)
     wrong, right = choose_examples(predictions.items)
-    n_right = sum(item.is_right for item in predictions.items)
+    n_correct = sum(item.is_correct for item in predictions.items)
 
     def example(item: StoredPrediction) -> dict[str, Any]:
         return {
             "name": item.name,
             "picture": embed_image(item.index, images),
-            "is_right": item.is_right,
+            "is_correct": item.is_correct,
             "predicted": info.classes[item.predicted],
             "probability": item.probability,
             "label": info.classes[item.label],
@@ -309,8 +321,8 @@ def examples_section(info: RunInfo, predictions: Predictions, images: ImageLoade
         }
 
     groups = (
-        ("Wrong predictions", f"{len(wrong)} of {len(predictions.items) - n_right}, most confident first", wrong),
-        ("Correct predictions", f"{len(right)} of {n_right}, evenly spaced", right),
+        ("Wrong predictions", f"{len(wrong)} of {len(predictions.items) - n_correct}, most confident first", wrong),
+        ("Correct predictions", f"{len(right)} of {n_correct}, evenly spaced", right),
     )
     return {
         "split": predictions.split_name,
@@ -321,7 +333,7 @@ def examples_section(info: RunInfo, predictions: Predictions, images: ImageLoade
 def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions) -> list[dict[str, Any]]:
     """Return the heat maps that `snella explain RUN` wrote to the run, wrong predictions first."""
     entries = []
-    for item in sorted(predictions.items, key=lambda item: (item.is_right, -item.probability)):
+    for item in sorted(predictions.items, key=lambda item: (item.is_correct, -item.probability)):
         path = folder / "heat_maps" / f"{item.index}.png"
         if path.is_file():
             with open_image(path) as image:
@@ -415,7 +427,7 @@ def write_report(
     results: dict[str, Any] = dict.fromkeys(_RESULTS)
     if metrics is not None:
         results |= {
-            "warning": _OPTIMISTIC.format(metrics.protocol) if metrics.selected_on == "test" else "",
+            "warning": _selection_warning(metrics),
             "verdict": verdict_text(info, metrics),
             "results": results_section(metrics, baselines(info, metrics, comparison)),
             "facts": method_facts(metrics, allocation, budgets),

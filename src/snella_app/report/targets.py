@@ -45,10 +45,10 @@ _TINY = 1e-6
 
 @dataclass(frozen=True)
 class Card:
-    """Image with true and predicted values; `is_right` is None for regression."""
+    """Image with true and predicted values; `is_correct` is None for regression."""
 
     name: str
-    is_right: bool | None
+    is_correct: bool | None
     predicted: str
     truth: str
     picture: EmbeddedImage

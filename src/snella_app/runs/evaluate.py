@@ -210,6 +210,8 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
         reduced, labels = _run_model(loaded, splits.classes, parts, batch_size)
         measured[split] = (loaded.task.sample_outputs(reduced), labels)
     calibration = cast(Calibration, calibrate(measured))
+    if read(RunInfo, folder.path).id != loaded.info.id:
+        raise ValueError(f"{folder.path} was replaced by another run during the evaluation; run it again")
     folder.update("finished", calibration=plain(calibration))
     rewrite_report(folder.path)
     return calibration

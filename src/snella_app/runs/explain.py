@@ -1,7 +1,7 @@
 """Heat maps of predictions, and nearest training images."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +23,7 @@ from snella_app.report.report import write_page
 from snella_app.runs.evaluate import rewrite_report
 from snella_app.runs.image_inputs import ImageInput, expand
 from snella_app.runs.images import check_splits, load_run_splits
+from snella_app.runs.layer_probe import LayerProbe
 from snella_app.runs.model import load_single_run
 from snella_app.runs.predict import Predictor, check_order, table_columns
 from snella_app.text import percent_text
@@ -44,7 +45,7 @@ class ExplainResult:
 
     page: Path
     count: int
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def explain(
@@ -259,16 +260,17 @@ def _write_heat_map(path: Path, image: Image.Image, by: HeatMap) -> None:
 
 
 def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
-    """Return HiResCAM heat maps: gradient times activation at the last spatial layer.
+    """Return HiResCAM heat maps: gradient times activation at a spatial layer.
 
     M[i, j] = max(0, Σ_c ∂y/∂A[c, i, j] · A[c, i, j])
 
     Unlike Grad-CAM, HiResCAM does not average gradients over the grid; averaging can highlight irrelevant regions.
     `A` is the last feature map of a convolutional network or a Swin. For a ViT, it is the tokens that enter the last
-    attention, since a class-token head ignores patch tokens after it. Each map is scaled to a maximum of 1.
+    attention, since a class-token head ignores patch tokens after it. For a `LayerProbe`, it is the output of the first
+    of its layers, on which all others depend. Each map is scaled to a maximum of 1.
 
     Args:
-        model: Model from `build_method` or `load_trained` in evaluation mode, or a plain timm model.
+        model: Model from `build_method` or `load_trained` in evaluation mode, a `LayerProbe`, or a plain timm model.
         images: `[images, channels, height, width]`, preprocessed.
         outputs: Index of the output to explain for each image, `[images]`.
 
@@ -367,13 +369,16 @@ def _vit_parts(model: nn.Module) -> tuple[Any, Sequence[Any], Any]:
 def _target_layer(model: nn.Module) -> tuple[nn.Module, int, tuple[int, int]]:
     """Return the target layer of heat maps, its channel count, and its patch size ((1, 1) for feature maps)."""
     base, blocks, patch = _vit_parts(model)
+    first = min(model.layers) if isinstance(model, LayerProbe) else None
     if blocks and hasattr(blocks[-1], "norm1") and patch is not None:
-        return blocks[-1].norm1, int(base.embed_dim), (int(patch[0]), int(patch[1]))
+        layer = blocks[-1].norm1 if first is None else blocks[first]
+        return layer, int(base.embed_dim), (int(patch[0]), int(patch[1]))
     info = getattr(base, "feature_info", None)
     if not info:
         raise ValueError(f"heat maps need a timm model with feature_info, got {type(base).__name__}")
-    last = info[-1] if isinstance(info, list) else info.info[-1]
-    return base.get_submodule(last["module"]), int(last["num_chs"]), (1, 1)
+    entries = info if isinstance(info, list) else info.info
+    entry = entries[-1 if first is None else first]
+    return base.get_submodule(entry["module"]), int(entry["num_chs"]), (1, 1)
 
 
 def _summed_grid(product: Tensor, width: int, patch: tuple[int, int], size: torch.Size) -> Tensor:

@@ -25,7 +25,7 @@ from snella_app.methods import merge_trained
 from snella_app.methods.model_parts import base_model
 from snella_app.records.run import RunInfo
 from snella_app.report.card import model_card
-from snella_app.runs.folder import beside
+from snella_app.runs.folder import sibling_path
 from snella_app.runs.graphs import (
     Graph,
     compare_outputs,
@@ -109,9 +109,9 @@ def export(
     ONNX, TorchScript and `torch.export` files return the outputs of `predict`: class probabilities with the temperature
     of the run, or regression values in their original units.
 
-    The export is atomic: it is written to a temporary path and renamed after verification. For ONNX, TorchScript and
-    `torch.export`, outputs on real images must differ from torch's by at most 1e-4 times the largest output,
-    for several batch sizes. Sparse files with fp32 values restore the fine-tuned weights bit for bit.
+    The export is written to a temporary path and renamed after verification, which is atomic for files. For ONNX,
+    TorchScript and `torch.export`, outputs on real images must differ from torch's by at most 1e-4 times the largest
+    output, for several batch sizes. Sparse files with fp32 values restore the fine-tuned weights bit for bit.
 
     Args:
         run: Run folder.
@@ -139,7 +139,7 @@ def export(
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     export_format = FORMATS[format]
     _check_options(format, {"opset": opset, "rank": rank, "values": values, "images": images, "logits": logits})
-    path = beside(run, export_format.suffix) if out is None else Path(out)
+    path = sibling_path(run, export_format.suffix) if out is None else Path(out)
     check_new("out", path, overwrite=overwrite)
     if path.exists() and path.is_dir() != export_format.is_folder:
         raise FileExistsError(
@@ -163,11 +163,10 @@ def export(
         try:
             _remove(temporary)
             notes, snippet = export_format.write(loaded, temporary, options)
+            sync_tree(temporary)
             if path.is_dir():
                 check_folder_files(path, [*(file.name for file in temporary.iterdir()), LAYER_PROBE])
                 _remove(path)
-            if temporary.is_dir():
-                sync_tree(temporary)
             temporary.replace(path)
         finally:
             _remove(temporary)

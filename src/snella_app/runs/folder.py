@@ -29,7 +29,7 @@ def adapter_digest(folder: Path) -> str:
     return total.hexdigest()[:16]
 
 
-def beside(run: str | Path, suffix: str) -> Path:
+def sibling_path(run: str | Path, suffix: str) -> Path:
     """Return a path next to a run folder: `runs/photos.onnx` for `runs/photos`; absolute for `.`."""
     path = Path(run) if Path(run).name not in ("", "..") else Path(run).resolve()
     return path.with_name(path.name + suffix)
@@ -65,7 +65,7 @@ def _for_config_file(message: str) -> str:
     return re.sub(r"(^|; )(\w+)(?= must\b)", r"\1'\2'", message)
 
 
-class RunFolderOf(Generic[S]):
+class BaseRunFolder(Generic[S]):
     """Folder of a run: paths, configuration, records and status.
 
     Args:
@@ -357,7 +357,9 @@ class RunFolderOf(Generic[S]):
         if requested.get("data") and run.get("data", {}).get("digest"):
             stored = stored.replace(data=requested["data"])
         if differences := config.differences(stored):
-            hint = f"; to train a finished run further with other settings, use snella train --init-from {self.path}"
+            hint = (
+                f"; to continue training a finished run with other settings, use snella train --init-from {self.path}"
+            )
             raise ValueError(
                 f"resume continues {self.path} with its stored settings, but {'; '.join(differences)}; leave them out"
                 + (f"{hint} --out NEW" if "init_from" in requested else "")
@@ -381,7 +383,7 @@ class RunFolderOf(Generic[S]):
                 path.unlink(missing_ok=True)
 
 
-class RunFolder(RunFolderOf[TrainConfig]):
+class RunFolder(BaseRunFolder[TrainConfig]):
     """Folder of a run of `snella train`."""
 
     settings_type = TrainConfig

@@ -66,7 +66,7 @@ def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collectio
         stored_sizes, current_sizes = _sizes_text(data.sizes), _sizes_text(split_sizes(splits))
         files = "the same number of other files" if stored_sizes == current_sizes else current_sizes
         raise ValueError(
-            f"data must contain the images of {run}, {stored_sizes}, got {files} in {data.spec}: "
+            f"data must contain the images of {run}, {stored_sizes} in {data.folder or data.spec}, got {files}: "
             "files were added, removed or renamed, and a new split would evaluate on training images; restore "
             "the files, evaluate on other images with --data, or train a new run"
         )

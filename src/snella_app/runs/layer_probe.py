@@ -51,14 +51,19 @@ def layer_features(model: nn.Module, images: Tensor, layers: Sequence[int]) -> T
     Returns:
         `[batch, width]`: the pooled features z of the model, then for each layer the mean over positions and, except
         for the last layer, the class token if there is one.
+
+    Raises:
+        ValueError: If a layer has additional tokens, such as prompts.
     """
     base: Any = base_model(model)
     has_tokens = getattr(base, "num_prefix_tokens", 0) > 0
     options = {"return_prefix_tokens": True} if has_tokens else {}
     final, maps = base.forward_intermediates(images, indices=list(layers), norm=True, output_fmt="NCHW", **options)
     pooled = [base.forward_head(final, pre_logits=True).flatten(1)]
-    for index, entry in enumerate(maps):
+    for index, (layer, entry) in enumerate(zip(layers, maps, strict=True)):
         positions, tokens = entry if has_tokens else (entry, None)
+        if positions.shape[1] != base.feature_info[layer]["num_chs"]:
+            raise ValueError(f"layer {layer} must have {base.feature_info[layer]['num_chs']} channels")
         pooled.append(positions.mean((2, 3)))
         if tokens is not None and index < len(maps) - 1:
             pooled.append(tokens[:, 0])
@@ -182,7 +187,7 @@ class LayerProbe(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write the probe to a file."""
-        metadata = {"layers": json.dumps(self.layers), "has_tokens": json.dumps(self.has_tokens)}
+        metadata = {"layers": json.dumps(self.layers)}
         if isinstance(self.head, nn.Linear):
             tensors = {"weight": self.head.weight.detach().float(), "intercept": self.head.bias.detach().float()}
         else:

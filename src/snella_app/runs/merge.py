@@ -2,17 +2,19 @@
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snella.compat.sparse_file import tensors_bytes
+from snella_app.backbones.checkpoint import WEIGHT_SUFFIXES
 from snella_app.backbones.create import model_arguments
-from snella_app.files import check_new, create_folder, write_bytes, write_json
+from snella_app.data.images import PILLOW_MODES
+from snella_app.files import check_new, create_folder, expand_user, write_bytes, write_json
 from snella_app.methods import merge_trained
 from snella_app.records.record import plain, record_from
 from snella_app.records.run import BackboneInfo, RunInfo
@@ -165,7 +167,7 @@ def run_metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
         "model_args": json.dumps(model_arguments(model)),
         "task": loaded.task.name,
         "task_state": json.dumps(loaded.task.state()),
-        _USE: loaded.task.decoding_comment(),
+        _USE: _decoding_comment(loaded),
         "classes": json.dumps(loaded.classes),
         "built_from": json.dumps(plain(backbone)),
         "data_config": json.dumps(loaded.info.data_config),
@@ -199,7 +201,7 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
         "temperature": loaded.info.trained_head_temperature,
         "task": loaded.task.name,
         "task_state": loaded.task.state(),
-        _USE: loaded.task.decoding_comment(),
+        _USE: _decoding_comment(loaded),
         **({"model_args": arguments} if arguments else {}),
         "pretrained_cfg": {
             **inherited,
@@ -246,6 +248,14 @@ def _torch_import(loaded: LoadedRun) -> str:
     return ", torch" if "torch." in loaded.task.decoding_comment() else ""
 
 
+def _decoding_comment(loaded: LoadedRun) -> str:
+    """Return the comment that explains the outputs, for images with the channels of the run."""
+    mode = PILLOW_MODES.get(loaded.info.backbone.channels)
+    return loaded.task.decoding_comment().replace(
+        "image.convert('RGB')", f"image.convert({mode!r})" if mode else "image"
+    )
+
+
 def _final_head_file(path: Path) -> Path:
     """Return the path of the final head of a merged folder or file."""
     return path / LAYER_PROBE if path.suffix != _SUFFIX else path.with_name(f"{path.stem}.{LAYER_PROBE}")
@@ -253,7 +263,7 @@ def _final_head_file(path: Path) -> Path:
 
 def _use_lines(loaded: LoadedRun, path: Path) -> str:
     """Return the comment that explains the outputs, after code for the final head if the run has one."""
-    use = loaded.task.decoding_comment()
+    use = _decoding_comment(loaded)
     if loaded.probe is None:
         return use
     return f"{_final_head_code(loaded.probe, _final_head_file(path))}\n{use.replace('model(', 'logits_of(')}"
@@ -283,7 +293,7 @@ def _final_head_code(probe: LayerProbe, path: Path) -> str:
         f"    final, maps = model.forward_intermediates(images, {arguments})\n"
         "    pooled = [model.forward_head(final, pre_logits=True).flatten(1)]\n"
         f"{pooled}    features = torch.cat(pooled, 1)\n"
-        f"{kernel}    return {inputs} @ head['weight'].T + head['intercept']"
+        f"{kernel}    return ({inputs}.double() @ head['weight'].double().T).float() + head['intercept']"
     )
 
 
@@ -295,6 +305,8 @@ def prediction_notes(info: RunInfo) -> list[str]:
             "predict uses the final head on several layers; this model has the trained head, whose validation results "
             "are in metrics.json (final_head); onnx, torchscript and torch-export contain the final head"
         )
+        if info.temperature != 1.0:
+            notes.append(f"predict divides the outputs of the final head by the temperature {info.temperature:g}")
     if info.tta == 2:
         notes.append("predict averages an image and its flip, unless --tta 1 is set; this model uses only the image")
     return notes
@@ -312,11 +324,19 @@ def load_merged(path: str | Path) -> nn.Module:
     Raises:
         ValueError: If the file was not written by `merge`.
     """
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"path must be a file written by snella merge, got {str(path)!r}: {error}") from error
     if "built_from" not in metadata:
         raise ValueError(f"path must be a file written by snella merge, got {str(path)!r}, which has no such metadata")
     backbone = record_from(BackboneInfo, {**json.loads(metadata["built_from"]), "pretrained": False})
+    if metadata.get("architecture", "None") != "None":  # files of pre-trained weights are not needed
+        if backbone.weights is not None and not expand_user(backbone.weights).is_file():
+            backbone = replace(backbone, weights=None)
+        if Path(backbone.name).suffix in WEIGHT_SUFFIXES and not expand_user(backbone.name).is_file():
+            backbone = replace(backbone, name=metadata["architecture"])
     model = make_backbone(backbone, metadata["task"])
     model.load_state_dict(load_file(path))
     return model.eval()

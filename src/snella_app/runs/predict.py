@@ -267,8 +267,8 @@ def table_columns(run: str | Path) -> str | None:
 
 def _check_shape(image: Any, name: Path) -> None:
     """Raise ValueError for a very elongated image; resizing its shorter side would need gigabytes."""
-    if isinstance(image, Image.Image) and max(image.size) > _MAX_ASPECT * min(image.size):
-        width, height = image.size
+    width, height = image.size if isinstance(image, Image.Image) else (image.shape[-1], image.shape[-2])
+    if max(width, height) > _MAX_ASPECT * min(width, height):
         raise ValueError(
             f"'{name}' is not a readable image: the sides must differ by a factor of at most {_MAX_ASPECT}, "
             f"got {width}×{height}"

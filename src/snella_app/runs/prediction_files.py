@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from snella_app.console import counted, make_console, print_line, track_progress
+from snella_app.data.load import split_spec
 from snella_app.files import annotate_write_errors, check_new, create_folder, write_bytes
 from snella_app.runs.image_inputs import expand, new_files
 from snella_app.runs.model import unfinished_note
@@ -71,9 +72,13 @@ def predict_to_files(
     if listed_images or not watch:
         files = expand(listed_images, columns, table_columns(run), keep_missing=skip_corrupt)
     if is_folder and out is not None:
-        check_mask_names(files)
+        check_mask_names(files, out)
         if watch and any(Path(out).resolve().is_relative_to(folder.resolve()) for folder in folders):
             raise ValueError(f"out must be outside the watched folders, since its masks are images, got {out!r}")
+    inputs = {Path(split_spec(image)[1] or image).resolve() for image in images}
+    for name, output in (("out", out), ("features", features)):
+        if output is not None and Path(output).resolve() in inputs and not (is_folder and name == "out"):
+            raise ValueError(f"{name} must not be one of the images, folders or tables, got {output!r}")
     model = load(run, device, batch_size=batch_size)
     resolved = model.resolve_threshold(tta, threshold)  # also checks both before files are changed
     if is_appended and overwrite:

@@ -12,7 +12,7 @@ from snella_app.files import write_text
 from snella_app.records.record import read
 from snella_app.records.run import RunInfo, reject_cross_validation
 from snella_app.report.card import model_card
-from snella_app.runs.folder import RunFolder, beside
+from snella_app.runs.folder import RunFolder, sibling_path
 from snella_app.runs.merge import merge
 from snella_app.runs.model import get_task
 from snella_app.text import first_line
@@ -68,7 +68,9 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
         return path
     is_timm = task.name == "classification" and info.backbone.architecture is not None
     merged = merge(run, path if is_timm else path / _WEIGHTS)
-    snippet = merged.snippet.replace(f"local-dir:{merged.path}", f"hf-hub:{name}").replace(f"{path}/", "")
+    snippet = merged.snippet.replace(f"local-dir:{merged.path}", f"hf-hub:{name}").replace(f"'{path}/", "folder + '/")
+    if "folder + " in snippet:  # timm downloads only its own files
+        snippet = f"from huggingface_hub import snapshot_download\nfolder = snapshot_download({name!r})\n{snippet}"
     use = f"```python\n{snippet}\n```\n\nThe files are {merged.description}."
     if info.trained_head_temperature != 1.0:
         use += f" Calibrated probabilities are `(logits / {info.trained_head_temperature:g}).softmax(-1)`."
@@ -139,7 +141,7 @@ def push(
                 raise PermissionError(f"no write permission for name={name}; run `hf auth login`") from error
             raise
         except unreachable as error:
-            kept = beside(run, "-hub")
+            kept = sibling_path(run, "-hub")
             if kept.exists():
                 raise FileExistsError(
                     f"the Hub could not be reached ({first_line(error)}), and {kept} exists; remove it, or choose "

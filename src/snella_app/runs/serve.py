@@ -54,8 +54,8 @@ class ServerLimits:
         files: Maximum number of images per request.
         mib: Maximum size of a file, in MiB.
         megapixels: Maximum number of pixels per image, in millions; read from the header before decoding.
-        total_megapixels: Maximum number of pixels of all requests in progress, in millions. Each byte of a file counts
-            as a quarter of a pixel.
+        total_megapixels: Maximum number of pixels of all requests in progress, in millions. Each byte of a
+            request counts as a quarter of a pixel.
 
     Raises:
         ValueError: If a limit is not positive, or `total_megapixels` is less than `megapixels`.
@@ -85,11 +85,11 @@ class ServerLimits:
     @property
     def request_bytes(self) -> int:
         """Maximum size of a request in bytes."""
-        return int(self.files * self.mib * 2**20) + _OVERHEAD
+        return int(min(self.files * self.mib * 2**20 + _OVERHEAD, self.total_megapixels * 1e6 * _BYTES_PER_PIXEL))
 
 
 class _PixelBudget:
-    """Budget for the pixels in memory, shared by all requests."""
+    """Budget for the pixels in memory, shared by all requests; four bytes of a request count as a pixel."""
 
     def __init__(self, limit: float) -> None:
         self._limit, self._used, self._lock = limit, 0.0, threading.Lock()
@@ -177,13 +177,22 @@ def create_app(
             return JSONResponse({"error": "the request must have a Content-Length header"}, 411)
         if length is not None and length.isdigit() and int(length) > limits.request_bytes:
             mib = limits.request_bytes / 2**20
-            return JSONResponse({"error": f"the request must have at most {mib:.0f} MiB"}, 413)
+            return JSONResponse({"error": f"the request must have at most {mib:.3g} MiB"}, 413)
         return None
+
+    def busy() -> Any:
+        """Return the response of a request that exceeds the budget of all requests."""
+        text = "the server is busy with other requests; retry in a second"
+        return JSONResponse({"error": text}, 503, {"Retry-After": "1"})
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Any]]) -> Any:
         start = time.monotonic()
-        response = check_headers(request) or await call_next(request)
+        response = check_headers(request)
+        if response is None:
+            request.state.cost = int(request.headers.get("content-length", 0)) / _BYTES_PER_PIXEL
+            with budget.reserve(request.state.cost) as fits:  # before the body is received
+                response = await call_next(request) if fits else busy()
         response.headers.update(_NOSNIFF)
         response.headers["Content-Security-Policy"] = _DOCS_POLICY if request.url.path in _DOCS else policy
         client = request.client.host if request.client else "-"
@@ -213,7 +222,7 @@ def create_app(
         return {"status": "ok", **about, "limits": vars(limits)}
 
     @app.post("/predict")
-    def predict(files: list[UploadFile]) -> Any:
+    def predict(request: Request, files: list[UploadFile]) -> Any:
         """Run prediction on images, each a file in the form field `files`."""
         if len(files) > limits.files:
             return JSONResponse({"error": f"a request must have at most {limits.files} files, got {len(files)}"}, 413)
@@ -226,13 +235,12 @@ def create_app(
                 usable.append(index)
             except ValueError as error:
                 entries[index]["error"] = str(error)
-        if pixels > limits.total_megapixels * 1e6:
+        if (cost := pixels + request.state.cost) > limits.total_megapixels * 1e6:
             rule = f"a request must have at most {limits.total_megapixels:g} million pixels"
-            return JSONResponse({"error": f"{rule}, got {pixels / 1e6:.1f}; send fewer images per request"}, 413)
+            return JSONResponse({"error": f"{rule}, got {cost / 1e6:.1f}; send fewer images per request"}, 413)
         with budget.reserve(pixels) as fits:
             if not fits:
-                busy = "the server is busy with other requests; retry in a second"
-                return JSONResponse({"error": busy}, 503, {"Retry-After": "1"})
+                return busy()
             images = [files[index].file.read() for index in usable]
             failed: dict[Path, str] = {}
             predictions = model.iter_predictions(
@@ -357,7 +365,7 @@ def _content_policy(page: str) -> str:
 
 
 def _checked_pixels(file: Any, limits: ServerLimits, reading: Reading) -> float:
-    """Return the cost of an uploaded file in pixels, from its header and size.
+    """Return the pixels of an uploaded file, from its header; at least 1.
 
     Raises:
         ValueError: If the file exceeds a limit.
@@ -382,7 +390,7 @@ def _checked_pixels(file: Any, limits: ServerLimits, reading: Reading) -> float:
         file.seek(0)
     if pixels > limits.megapixels * 1e6:
         raise ValueError(f"an image must have at most {limits.megapixels:g} million pixels{got}")
-    return max(pixels, 1.0) + size / _BYTES_PER_PIXEL
+    return max(pixels, 1.0)
 
 
 def _index(path: Path) -> int:

@@ -179,13 +179,11 @@ class TaskBank:
         Raises:
             ValueError: If a task is unknown, or the number of tasks differs from the number of images.
         """
-        groups = self._groups(tasks, len(images))
-        outputs: list[Tensor | None] = [None] * len(images)
-        for name, indices in groups:
+        outputs: dict[int, Tensor] = {}
+        for name, indices in self._groups(tasks, len(images)):
             batch = torch.stack([images[index] for index in indices])
-            for index, output in zip(indices, self._run(name, batch), strict=True):
-                outputs[index] = output
-        return [output for output in outputs if output is not None]
+            outputs.update(zip(indices, self._run(name, batch), strict=True))
+        return [outputs[index] for index in range(len(images))]
 
     def predict(self, images: Sequence[str | Path], tasks: Sequence[str], *, batch_size: int = 32) -> list[Any]:
         """Return the predictions for image files of different tasks.

@@ -12,7 +12,7 @@ INVERSE_PENALTY = 0.1
 _MAX_ITERATIONS = 200
 _TOLERANCE = 1e-5
 """Convergence tolerance on the largest gradient entry."""
-_HISTORY, _LEAST_HISTORY, _HISTORY_BYTES = 100, 10, 2**30
+_HISTORY, _MIN_HISTORY, _HISTORY_BYTES = 100, 10, 2**30
 """Steps that L-BFGS remembers: at most 100, at least 10, otherwise as many as fit into 1 GiB."""
 
 
@@ -40,7 +40,7 @@ def fit_head(
         [weight, bias],
         max_iter=iterations,
         tolerance_grad=_TOLERANCE,
-        history_size=max(_LEAST_HISTORY, min(_HISTORY, history)),
+        history_size=max(_MIN_HISTORY, min(_HISTORY, history)),
         line_search_fn="strong_wolfe",
     )
 

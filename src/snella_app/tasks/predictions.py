@@ -54,7 +54,8 @@ def write_mask_predictions(
 
     Raises:
         FileExistsError: If the folder is not empty, unless `overwrite` is set.
-        ValueError: If `out` is a file, `top_k` is set, or two images have the same name apart from folder and suffix.
+        ValueError: If `out` is a file, `top_k` is set, a mask would replace its image, or two images have the same name
+            apart from folder and suffix.
     """
     check_mask_output(out, top_k, overwrite=overwrite)
     folder = Path(out)
@@ -62,17 +63,26 @@ def write_mask_predictions(
     names: dict[str, Path] = {}
     for prediction in predictions:
         _add_name(names, prediction.path)
+        _check_mask_path(folder, prediction.path)
         name = f"{prediction.path.stem}.png"
         write_mask(prediction.labels, folder / name)
         write_png(folder / _OVERLAYS / name, overlay(read_image(prediction.path), prediction.labels))
     return folder
 
 
-def check_mask_names(images: Sequence[Path]) -> None:
-    """Raise ValueError if the masks of two images would have the same name."""
+def check_mask_names(images: Sequence[Path], out: str | Path) -> None:
+    """Raise ValueError if the masks of two images would have the same name, or a mask would replace its image."""
     names: dict[str, Path] = {}
     for image in images:
         _add_name(names, image)
+        _check_mask_path(Path(out), image)
+
+
+def _check_mask_path(folder: Path, image: Path) -> None:
+    """Raise ValueError if the mask of an image would replace the image."""
+    name = f"{image.stem}.png"
+    if image.resolve() in ((folder / name).resolve(), (folder / _OVERLAYS / name).resolve()):
+        raise ValueError(f"out must be another folder than that of {image}, which its mask would replace")
 
 
 def _add_name(names: dict[str, Path], image: Path) -> None:

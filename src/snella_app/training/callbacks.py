@@ -355,6 +355,7 @@ class ProgressDisplay(TrainerCallback):
         """Start the bar at the current step."""
         past = [row for row in state.log_history if "budget" in row]
         self._best = max((self.trainer.selection_score(row) for row in past), default=self._best)
+        self._first_loss = next((row["train_loss"] for row in past if math.isfinite(row["train_loss"])), None)
         self._last_line = time.monotonic()
         self._step_ends.append(self._last_line)
         if self.show_bar and state.is_world_process_zero:

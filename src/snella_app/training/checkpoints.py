@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from snella_app.console import print_line
 from snella_app.files import WRITE_FAILURES, is_intact, sealed, sha256_of, sync_folder, sync_tree, write_json
 from snella_app.methods import load_trained_into, save_trained
-from snella_app.runs.folder import RunFolderOf
+from snella_app.runs.folder import BaseRunFolder
 from snella_app.training.distributed import is_main, mean_across_processes, process_count, wait_for_everyone
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -62,7 +62,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 
-def checkpoint_to_resume(run: RunFolderOf[Any], console: Console) -> Path | None:
+def checkpoint_to_resume(run: BaseRunFolder[Any], console: Console) -> Path | None:
     """Remove incomplete and obsolete checkpoints, and return the latest intact one; None if there is none.
 
     Raises:
@@ -150,7 +150,7 @@ def convert_read_errors(checkpoint: str | Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def stage_checkpoint(run: RunFolderOf[Any], name: str) -> Iterator[Path]:
+def stage_checkpoint(run: BaseRunFolder[Any], name: str) -> Iterator[Path]:
     """Write a new checkpoint to a staging folder, add digests and publish it with a single rename.
 
     Yields:
@@ -235,7 +235,7 @@ class CheckpointingTrainer(Trainer):
         session_start: `time.monotonic()` at the start of this session; set it to include earlier preparation.
     """
 
-    def __init__(self, trained: nn.Module, run: RunFolderOf[Any], **options: Any) -> None:
+    def __init__(self, trained: nn.Module, run: BaseRunFolder[Any], **options: Any) -> None:
         self.trained_model = trained
         self.run_folder = run
         self.last_loss = math.nan

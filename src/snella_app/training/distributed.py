@@ -234,8 +234,6 @@ def average_gradients(model: nn.Module) -> None:
 
 def sharding_savings(model: nn.Module, count: int) -> int:
     """Predict the bytes that each of `count` processes saves by sharding the frozen weights of an unsharded model."""
-    if count == 1:
-        return 0
     blocks = [_frozen_bytes(block) for block in _blocks(model)]
     total = _frozen_bytes(model)
     outside = total - sum(blocks)

@@ -43,7 +43,7 @@ from snella_app.training.linear_probe import (
 )
 
 MIN_CENTERS, MAX_CENTERS = 32, 6_000
-"""Range of the number of images for a kernel head; its size and time grow with their number and its square."""
+"""Range of the number n of images for a kernel head; its size grows with n, the time of its fit with n² to n³."""
 _INVERSE_PENALTY = 0.01
 """Weight C of the summed loss relative to `‖W‖²/2`, for standardized features."""
 _RIDGE = 0.05
@@ -52,13 +52,13 @@ _SCALES = [2 ** (power / 2) for power in range(13)]
 """Candidate scales s of the kernel head's outputs, 1 to 64."""
 _ITERATIONS = 100
 _EPS = 1e-6
-_LEAST_STD = 1e-3
+_MIN_STD = 1e-3
 """Standard deviation, relative to the median, below which the kernel head ignores a feature."""
 _CHUNK = 1_024
 _SECONDS_PER_PRODUCT = 1e-8
 """CPU seconds of both linear fits per image view, feature and output; a fit takes about a hundred steps."""
 _SECONDS_PER_SQUARE = 2e-10
-"""CPU seconds of both kernel fits per pair of images, and feature or image."""
+"""CPU seconds of both kernel fits per unit of n²·(features + n), for n images."""
 _CUDA_SPEEDUP = 10
 """Speed of linear fits on a GPU; kernel fits use the CPU."""
 Outputs = tuple[np.ndarray, np.ndarray]
@@ -103,7 +103,7 @@ def measure_features(
     first_view: Tensor | None = None,
     sampler: str = "shuffle",
 ) -> MeasuredFeatures:
-    """Compute features of several layers with the evaluation transform, in the autocast context of the caller.
+    """Compute features of several layers with the evaluation transform, under the caller's autocast.
 
     The views are the images and, with `views=2`, their flips. `first_view` contains precomputed features of the images.
     With the weighted `sampler` of `DataConfig`, the sample weights are multiplied by weights that balance the classes.
@@ -124,9 +124,9 @@ def fit_layers(parts: RunComponents, train: ImageDataset, data: DataConfig, opti
     """Fit a head to features of several layers of the trained model.
 
     A first fit to the training images predicts the validation images. The final fit uses both splits, with at most
-    5,000 validation images. `parts.initial_layer_features`, if set, are the features of the training images. The others
-    are computed in autocast with the training precision, which is faster in bfloat16; the returned probe computes in
-    the precision of its inputs.
+    5,000 validation images. `parts.initial_layer_features`, if set, are the features of the training images. Other
+    features are computed under autocast with the training precision, which is faster in bfloat16; the returned probe
+    computes in the precision of its inputs.
 
     The head is a kernel head for tasks with `has_kernel_fit` and between `MIN_CENTERS` and `MAX_CENTERS` images, else a
     linear head.
@@ -157,7 +157,7 @@ def fit_layers(parts: RunComponents, train: ImageDataset, data: DataConfig, opti
 
 
 def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: int, batch_size: int) -> Outputs:
-    """Compute a probe's reduced outputs and the labels of a split in float32, see `measure_features`."""
+    """Compute a probe's reduced outputs and the labels of a split in float32; see `measure_features`."""
     return _measure_heads(parts, [probe.head], images, views, batch_size, "fp32")[0]
 
 
@@ -184,7 +184,7 @@ def _measure_heads(
 def trained_head(parts: RunComponents) -> Callable[[Tensor], Tensor] | None:
     """Return the model's own head as a function of the features of several layers, which start with the head's inputs.
 
-    None if the head is not a linear layer, or is not all that follows the features, as in models with auxiliary heads.
+    None if the head is not a linear layer, or if the model applies more than this head, e.g. auxiliary heads.
     """
     model, (_, head) = parts.model, base_and_head(parts.model)
     if not isinstance(head, nn.Linear):
@@ -232,8 +232,8 @@ def _image_scores(task: Task, reduced: Any, labels: Tensor) -> Tensor:
     probabilities = task.sample_outputs(reduced).cpu()
     if task.monitor == "loss":
         return probabilities.gather(1, labels[:, None])[:, 0].clamp_min(_EPS).log()
-    is_right = (probabilities.argmax(-1) == labels).double()
-    return is_right if task.monitor == "accuracy" else is_right / labels.bincount()[labels]
+    is_correct = (probabilities.argmax(-1) == labels).double()
+    return is_correct if task.monitor == "accuracy" else is_correct / labels.bincount()[labels]
 
 
 def layer_fit_seconds(parts: RunComponents, images: int, views: int) -> float:
@@ -257,10 +257,10 @@ def layer_fit_seconds(parts: RunComponents, images: int, views: int) -> float:
 def fits_last_epoch(plan: TrainConfig) -> bool:
     """Return whether a run with a head on several layers fits it to the last epoch instead of the best one.
 
-    False with averaged weights, a frozen backbone, or without selection on validation images.
+    False with averages of epochs, a frozen backbone, or without selection on validation images.
     """
     optim = plan.optim
-    is_averaged = optim.ema or optim.swa or optim.soup
+    is_averaged = optim.swa or optim.soup
     is_selected = get_protocol(plan.data.protocol).selected_on == "val"
     return is_selected and not is_averaged and not find_method(plan.method.name).is_head_only
 
@@ -306,27 +306,27 @@ def fit_kernel(task: Task, measured: MeasuredFeatures, outputs: int) -> KernelHe
     for factors in (task.probe_weights(measured.labels.numpy()), measured.weights):
         if factors is not None:
             weights = weights * torch.as_tensor(factors, dtype=weights.dtype, device=weights.device)
-    # in float64 on the CPU: some devices lack it, and in float32 very unequal weights can make the matrix indefinite
+    # on the CPU, since some devices lack float64; in float32, very unequal weights can make the matrix indefinite
     weights = (weights / weights.mean()).clamp_min(_EPS).cpu().double()
     labels = labels.cpu()
     targets = F.one_hot(labels, outputs).double()
     coefficients, prior, inverse = _kernel_ridge(centers, targets, weights)
-    left_out = targets - coefficients / inverse.diagonal()[:, None]
+    leave_one_out = targets - coefficients / inverse.diagonal()[:, None]
     del inverse
 
-    def left_out_loss(scale: float) -> float:
-        return float(weights @ F.cross_entropy(scale * left_out, labels, reduction="none"))
+    def leave_one_out_loss(scale: float) -> float:
+        return float(weights @ F.cross_entropy(scale * leave_one_out, labels, reduction="none"))
 
-    scale = min(_SCALES, key=left_out_loss)
+    scale = min(_SCALES, key=leave_one_out_loss)
     weight, intercept = ((scale * values).to(features) for values in (coefficients.T.contiguous(), prior))
     return KernelHead(centers, mean, std, weight, intercept)
 
 
-def left_out_classes(views: Sequence[Tensor], labels: Tensor, outputs: int) -> Tensor:
-    """Return the class that a kernel ridge regression on all views predicts for each image if it is left out.
+def leave_one_out_classes(views: Sequence[Tensor], labels: Tensor, outputs: int) -> Tensor:
+    """Return each image's class as predicted by a kernel ridge regression on all views of the other images.
 
-    With `C = (K + λ I)⁻¹` and `A` of `fit_kernel`, and the rows b of the views of an image, the predictions for its
-    views are `Y_b − (C_bb)⁻¹ A_b`. The result is the class with the largest mean over the views.
+    Let `C = (K + λ I)⁻¹`, `A` as in `fit_kernel`, and b the rows of an image's views. The predictions for these views
+    are `Y_b − (C_bb)⁻¹ A_b`; the result is the class with the largest mean prediction.
 
     Args:
         views: Features of the images in each view, `[images, width]`.
@@ -345,7 +345,7 @@ def left_out_classes(views: Sequence[Tensor], labels: Tensor, outputs: int) -> T
 def _standardized(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return standardized features in half precision (nearly constant ones are 0), their means and deviations."""
     mean, std = features.mean(0), features.std(0, correction=0)
-    std = std.where(std > _LEAST_STD * std.median() + _EPS, math.inf)
+    std = std.where(std > _MIN_STD * std.median() + _EPS, math.inf)
     return clipped((features - mean) / std).half(), mean, std
 
 
@@ -373,9 +373,8 @@ def _concatenate(first: MeasuredFeatures, second: MeasuredFeatures) -> MeasuredF
     """Concatenate two splits; missing sample weights become 1."""
     weights = None
     if first.weights is not None or second.weights is not None:
-        sample_weights = [
-            part.weights if part.weights is not None else torch.ones(len(part.labels)) for part in (first, second)
-        ]
-        weights = torch.cat(sample_weights)
+        weights = torch.cat(
+            [torch.ones(len(part.labels)) if part.weights is None else part.weights for part in (first, second)]
+        )
     views = [torch.cat(pair) for pair in zip(first.views, second.views, strict=True)]
     return MeasuredFeatures(views, torch.cat([first.labels, second.labels]), weights)

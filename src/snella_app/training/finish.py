@@ -60,7 +60,7 @@ _REPORT_INTERVAL_S = 30.0
 class LiveReport(TrainerCallback):
     """Callback that updates the report after a checkpoint, at most once every `_REPORT_INTERVAL_S` seconds.
 
-    The pause after an update is at least 20 times its duration, so updates take at most 5% of the time.
+    The pause after an update is at least 50 times its duration, so updates take at most 2% of the time.
     """
 
     def __init__(self, trainer: SnellaTrainer, step_timer: StepTimeCallback) -> None:
@@ -80,7 +80,7 @@ class LiveReport(TrainerCallback):
             metrics = _metrics(trainer, self.step_timer)
             write_report(trainer.run_folder.path, metrics=metrics, allocation=allocation)
         self._written_at = time.monotonic()
-        self._pause = max(_REPORT_INTERVAL_S, 20 * (self._written_at - start))
+        self._pause = max(_REPORT_INTERVAL_S, 50 * (self._written_at - start))
 
 
 def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Console, render_report: bool = True) -> None:
@@ -150,7 +150,7 @@ class _LastEpoch:
 
 
 def _fit_last_epoch(trainer: SnellaTrainer, folder: Path) -> _LastEpoch | None:
-    """Fit a head on several layers of the last epoch, and write its weights to a folder.
+    """Fit a head on several layers of the last epoch, and write its weights to a folder; with `ema`, its average.
 
     Returns:
         None if the last epoch is the best one or `fits_last_epoch` is False; also without validation images, after
@@ -162,8 +162,9 @@ def _fit_last_epoch(trainer: SnellaTrainer, folder: Path) -> _LastEpoch | None:
         return None
     if is_best or trainer.has_stopped_early:
         return None
-    fit = fit_layers(parts, _head_images(parts), plan.data, plan.optim)
-    trainer.save_adapter(folder)
+    with trainer.average_parameters():
+        fit = fit_layers(parts, _head_images(parts), plan.data, plan.optim)
+        trainer.save_adapter(folder)
     return _LastEpoch(folder, fit)
 
 

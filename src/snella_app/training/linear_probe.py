@@ -381,9 +381,8 @@ class FeatureNorm(TrainerCallback):
         """
         path = require_file(checkpoint, _NORM_FILE)
         stored = load_file(path, str(self.mean.device))
-        for name in ("mean", "var"):
+        for name, statistic in (("mean", self.mean), ("var", self.var)):
             shape = list(stored[name].shape) if name in stored else None
-            if shape != [len(self.mean)]:
-                raise CheckpointError(f"{path} must contain {name!r} of shape {[len(self.mean)]}, got {shape}")
-        self.mean.copy_(stored["mean"])
-        self.var.copy_(stored["var"])
+            if shape != list(statistic.shape):
+                raise CheckpointError(f"{path} must contain {name!r} of shape {list(statistic.shape)}, got {shape}")
+            statistic.copy_(stored[name])

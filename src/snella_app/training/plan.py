@@ -23,14 +23,14 @@ from snella_app.data.protocol import get_protocol
 from snella_app.data.transforms import build_transform, has_flips
 from snella_app.device import autocast, choose_device, choose_precision
 from snella_app.methods import find_method
-from snella_app.methods.model_parts import recorded_inputs
+from snella_app.methods.model_parts import base_model, recorded_inputs
 from snella_app.methods.registry import matrices_of, trainable_parameters
 from snella_app.records.run import DataInfo, RunInfo
 from snella_app.runs.images import SPLITS, absolute_folder, content_digests, split_sizes, splits_digest
 from snella_app.runs.layer_probe import layer_features, probed_layers
 from snella_app.training.build import LoadedData, RunComponents, build, read_side
 from snella_app.training.distributed import broadcast_from_main, process_count, sharding_savings
-from snella_app.training.final_head import left_out_classes
+from snella_app.training.final_head import leave_one_out_classes
 from snella_app.training.linear_probe import (
     base_and_head,
     can_probe,
@@ -90,9 +90,9 @@ def resolve(
     plan = choose_heads(parts, dataclasses.replace(config, optim=optim))
     chosen = broadcast_from_main(lambda: choose_augmentation(parts, plan.data, plan.optim))
     if plan.data.augment == "auto":
-        augment: Any = chosen.augment
-        erasing = chosen.random_erasing
-        transform = build_transform(parts.data_config, train=True, augment=augment, random_erasing=erasing)
+        transform = build_transform(
+            parts.data_config, train=True, augment=cast(Any, chosen.augment), random_erasing=chosen.random_erasing
+        )
         parts.splits.train = parts.splits.train.with_transform(transform)
     plan = dataclasses.replace(plan, data=chosen)
     can_skip = can_skip_training(plan.optim, protocol)
@@ -110,6 +110,8 @@ def resolve(
             )
         plan = plan.replace(epochs=0)
     elif plan.optim.time_budget is not None and plan.optim.epochs:
+        if plan.optim.head_init == "probe":
+            probe_features(parts, plan.optim)  # now, so that their time is known
         epochs, images = broadcast_from_main(lambda: fit_epochs(parts, plan, console, data.started_at))
         plan = plan.replace(epochs=epochs, epoch_images=images)
     return plan, parts
@@ -136,7 +138,9 @@ def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
         elif process_count() > 1 or config.run.shard:
             missing = "a single process"
         elif not _reads_features(parts):
-            missing = f"a timm model with forward_intermediates, got {type(parts.model).__name__}"
+            model = type(base_model(parts.model)).__name__
+            missing = "a timm model with forward_intermediates and a method that only changes its features, got "
+            missing += f"{model} with method {config.method.name!r}"
         if missing is None:
             final_head = "layers"
         elif optim.final_head == "layers":
@@ -164,6 +168,7 @@ def _reads_features(parts: RunComponents) -> bool:
     try:
         with recorded_inputs(head) as recorded:
             model(image)
+        head(recorded[0])  # raises for heads with other inputs, such as the summaries of VQT
         inputs = recorded[0].flatten(1)
         final = layer_features(model, image, layers)[:, : inputs.shape[1]]
         return bool(torch.allclose(inputs, final, atol=1e-4, rtol=1e-4))
@@ -210,7 +215,9 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
     with autocast(next(parts.model.parameters()).device, optim.precision):
         (flipped,) = extract_features(parts, images, optim.effective_batch_size, flips=[True])
     labels, classes = torch.tensor(parts.splits.train.labels)[rows[order]], len(parts.splits.classes)
-    without, with_flips = (left_out_classes(views, labels, classes) == labels for views in ([plain], [plain, flipped]))
+    without, with_flips = (
+        leave_one_out_classes(views, labels, classes) == labels for views in ([plain], [plain, flipped])
+    )
     return is_clearly_better(int((without & ~with_flips).sum()), int((with_flips & ~without).sum()))
 
 

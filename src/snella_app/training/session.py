@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from snella_app.runs.folder import RunFolderOf
+from snella_app.runs.folder import BaseRunFolder
 from snella_app.training.checkpoints import latest_checkpoint
 from snella_app.training.distributed import mean_across_processes, process_count, require_single_process
 
@@ -108,7 +108,7 @@ def _is_epoch_end(state: TrainerState) -> bool:
 
 
 @contextmanager
-def lock_run(run: RunFolderOf[Any], *, is_shared: bool = False) -> Iterator[None]:
+def lock_run(run: BaseRunFolder[Any], *, is_shared: bool = False) -> Iterator[None]:
     """Lock a run folder against writes by other processes.
 
     The lock is a kernel file lock, which is released whenever the process ends. Folders created for the lock are
@@ -188,7 +188,7 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 
 @contextmanager
-def record_status(run: RunFolderOf[Any], command: str) -> Iterator[None]:
+def record_status(run: BaseRunFolder[Any], command: str) -> Iterator[None]:
     """Record an interruption or failure inside the context in `run.json`; `command` resumes the run.
 
     Raises:

@@ -25,24 +25,30 @@ from snella_app.config.train import TrainConfig
 from snella_app.console import counted, print_line
 from snella_app.data.datasets import ImageDataset
 from snella_app.data.protocol import get_protocol
-from snella_app.device import autocast
+from snella_app.device import autocast, synchronized_time
 from snella_app.methods import find_method
 from snella_app.text import first_line, seconds_text
 from snella_app.training.build import RunComponents
 from snella_app.training.distributed import process_count
 from snella_app.training.final_head import fits_last_epoch, layer_fit_seconds, trained_head
-from snella_app.training.linear_probe import MAX_PROBE_IMAGES, can_skip_training, evaluates_initial_model, probe_rows
+from snella_app.training.linear_probe import (
+    MAX_PROBE_IMAGES,
+    can_cache_features,
+    can_skip_training,
+    evaluates_initial_model,
+    probe_rows,
+)
 from snella_app.training.memory import predict_step_memory, preserve_state
 
 MIN_SIZE = 48
 """Smallest image size that is tried or suggested, in pixels."""
-_LARGEST_BATCH, _FEWEST_STEPS = 256, 10
+_MAX_BATCH, _MIN_STEPS = 256, 10
 _MEMORY_SHARE = 0.8
 """Maximum predicted step memory as a fraction of free memory; the prediction excludes libraries and workspaces."""
-_TIMED_STEPS, _FEWEST_TIMED = 4, 3
-_RESERVED_SHARE, _RESERVED_S = 0.03, 4.0
+_TIMED_STEPS, _MIN_TIMED = 4, 3
+_RESERVED_SHARE, _RESERVED_S = 0.05, 4.0
 """Fraction and seconds of the time budget for checkpoints, results and report; together at most a tenth."""
-_MOST_EPOCHS = 100
+_MAX_EPOCHS = 100
 _MEASURED_SHARE = 0.02
 """Fraction of the time budget for timing one kind of step; exceeded only for the minimum number of steps."""
 _SIZE_RATIO = 1.15
@@ -51,6 +57,8 @@ _SMALL_SIDE, _MEASURED_SIDES = 112, 16
 """Image size that is tried for images of any size, and the number of images whose size is read."""
 _NEVER_S = 1e12
 """Time of a step that runs out of memory."""
+_MIN_STEP_S = 1e-3
+"""Time of a step on cached features."""
 _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
 """Errors of models that do not support an image size."""
 
@@ -66,9 +74,9 @@ def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -
         return optim.batch_size
     free = free_memory(next(parts.model.parameters()).device)
     images_per_batch = optim.images_per_epoch(len(parts.splits.train)) // (
-        _FEWEST_STEPS * optim.accumulate * process_count()
+        _MIN_STEPS * optim.accumulate * process_count()
     )
-    largest = max(1, min(_LARGEST_BATCH, images_per_batch))
+    largest = max(1, min(_MAX_BATCH, images_per_batch))
     batch = 1 << largest.bit_length() - 1
     while batch > 1 and predicted_memory(parts, optim.precision, batch) > _MEMORY_SHARE * free:
         batch //= 2
@@ -76,7 +84,7 @@ def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -
         batch //= 2
     memory = predicted_memory(parts, optim.precision, batch) / 2**20
     total_batch = batch * process_count()
-    step = f"a step takes about {memory:,.0f} of {free / 2**20:,.0f} MiB free"
+    step = f"a step uses about {memory:,.0f} of {free / 2**20:,.0f} MiB of free memory"
     print_line(console, f"batch size {total_batch}: {step}")
     return total_batch
 
@@ -91,6 +99,7 @@ def predicted_memory(parts: RunComponents, precision: str, batch_size: int) -> i
 def free_memory(device: torch.device) -> int:
     """Return the free bytes of a GPU, or of the machine or its container."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # memory of earlier trial steps is free
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
     limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
@@ -142,9 +151,10 @@ def fit_image_size(
 
     def epoch_seconds(size: int) -> float:
         times = measure(size, with_training=True)
-        return times.epoch_s + times.final_s / optim.epochs
+        evaluation_s = times.selection_s * _evaluations(config, optim.epochs)
+        return times.steps * times.step_s + (evaluation_s + times.final_s) / optim.epochs
 
-    left_s = partial(_left_seconds, budget, started_at)
+    left_s = partial(_seconds_left, budget, started_at)
     search = None
     has_head = can_skip_training(optim, config.data.protocol) and optim.final_head == "layers"
     trains = optim.epochs > 0 and not (has_head and find_method(config.method.name).is_head_only)
@@ -175,9 +185,9 @@ def fit_image_size(
         fit = f"{'exceeds' if is_one else 'exceed'} {budget} even at the smallest size"
     print_line(
         console,
-        f"image size {search.size} px: {work} {fit}; {unit} takes about {seconds_text(seconds[search.size])}, at "
-        f"{default} px, the backbone's default size, about {seconds_text(default_s)}"
-        f"{'' if default in seconds else ' (estimated from the number of pixels)'}; use --img-size to set the size",
+        f"image size {search.size} px: {work} {fit}; {unit} takes about {seconds_text(seconds[search.size])} "
+        f"(at {default} px, the backbone's default size: about {seconds_text(default_s)}"
+        f"{'' if default in seconds else ', estimated from the number of pixels'}); use --img-size to set the size",
     )
     return search.size
 
@@ -262,39 +272,49 @@ def fit_epochs(
         `epochs` and `epoch_images`; None for all images.
     """
     optim, images, times = config.optim, len(parts.splits.train), _measure_times(parts, config)
-    left_s = _left_seconds(str(optim.time_budget), started_at) - times.final_s
+    left_s = _seconds_left(str(optim.time_budget), started_at) - times.final_s
+
+    def evaluation_s(epochs: int) -> float:
+        return times.selection_s * _evaluations(config, epochs)
 
     def steps_in_time(epochs: int) -> int:
-        return min(times.steps, int((left_s / epochs - times.selection_s) / times.step_s))
+        return min(times.steps, int((left_s - evaluation_s(epochs)) / epochs / times.step_s))
 
-    fitting = left_s / times.epoch_s
-    counts = [min(max(count, 1), _MOST_EPOCHS) for count in (math.floor(fitting), math.ceil(fitting))]
+    fitting = [count for count in range(_MAX_EPOCHS + 1) if steps_in_time(max(count, 1)) >= times.steps or not count]
+    counts = [max(fitting[-1], 1), min(fitting[-1] + 1, _MAX_EPOCHS)]
     epochs = max(counts, key=lambda count: count * steps_in_time(count))
-    fewest = min(times.steps, _FEWEST_STEPS) if epochs == 1 else 1
+    fewest = min(times.steps, _MIN_STEPS) if epochs == 1 else 1
     fits = steps_in_time(epochs) >= fewest
     if not fits and can_skip_training(optim, config.data.protocol):
         epochs = 0
     steps = max(steps_in_time(max(epochs, 1)), fewest)
     epoch_images = min(images, steps * optim.images_per_step)
-    of_images, epoch_s = f"of {counted(epoch_images, 'image')}", steps * times.step_s + times.selection_s
+    epoch_s = steps * times.step_s + evaluation_s(max(epochs, 1)) / max(epochs, 1)
+    of_images = f"of {counted(epoch_images, 'image')}"
     if epochs:
         text = f"{counted(epochs, 'epoch')} {of_images} in {optim.time_budget}: one takes about {seconds_text(epoch_s)}"
     else:
         text = f"no epochs: an epoch {of_images} takes about {seconds_text(epoch_s)}"
     if not fits:
-        text += f", more than the rest of {optim.time_budget}"
+        text += f", more than the time left in the budget of {optim.time_budget}"
     if not epochs:
         head = "the final head is fitted" if optim.final_head == "layers" else "the head from the linear probe is saved"
         text += f"; {head} without training the backbone"
     elif not fits:
         text += "; reduce --img-size"
-    elif fitting >= _MOST_EPOCHS:
-        text += f"; {_MOST_EPOCHS} is the maximum; for more, use --epochs without --time-budget"
+    elif fitting[-1] == _MAX_EPOCHS:
+        text += f"; {_MAX_EPOCHS} is the maximum; for more, use --epochs without --time-budget"
     print_line(console, text)
     return epochs, epoch_images if epochs and epoch_images < images else None
 
 
-def _left_seconds(budget: str, started_at: float) -> float:
+def _evaluations(config: TrainConfig, epochs: int) -> int:
+    """Return the number of epochs that are evaluated on the selection split."""
+    protocol = get_protocol(config.data.protocol)
+    return sum(protocol.is_measured(epoch, epochs) for epoch in range(1, epochs + 1))
+
+
+def _seconds_left(budget: str, started_at: float) -> float:
     """Return the seconds of a time budget that remain for steps and evaluation."""
     total = budget_seconds(budget)
     reserved = min(0.1 * total, _RESERVED_SHARE * total + _RESERVED_S)
@@ -317,18 +337,15 @@ class _Times:
     selection_s: float
     final_s: float
 
-    @property
-    def epoch_s(self) -> float:
-        """One epoch."""
-        return self.steps * self.step_s + self.selection_s
-
 
 def _measure_times(parts: RunComponents, config: TrainConfig, with_training: bool = True) -> _Times:
-    """Estimate times from a few steps; without training, `step_s` is 0."""
+    """Estimate times from a few steps; without training, `step_s` is `_MIN_STEP_S`."""
     data, batch_size = config.data, fit_batch_size(parts, config.optim, Console(file=io.StringIO()))
     optim = dataclasses.replace(config.optim, batch_size=batch_size)
     per_batch = max(optim.effective_batch_size // process_count(), 1)
-    train_s = _step_seconds(parts, optim, parts.splits.train, per_batch, _trial_step) if with_training else 0.0
+    train_s, is_cached = 0.0, can_cache_features(data, parts.model)
+    if with_training and not is_cached:
+        train_s = _step_seconds(parts, optim, parts.splits.train, per_batch, _trial_step)
     measured = {name: part for name, part in parts.splits.parts.items() if name != "train"}
     # the first pass reads from disk; later passes may read from memory
     last = next(reversed(measured.values()), parts.splits.train)
@@ -343,12 +360,14 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     once_s, views_s = evaluation_seconds(dataclasses.replace(optim, precision="fp32"))
     timed_images = min(per_batch, len(last)) * process_count()
     batches = {name: len(part) / timed_images for name, part in measured.items()}
-    selection_s = batches.get(str(get_protocol(data.protocol).selected_on), 0) * once_s
+    selection_s = 0.0 if is_cached else batches.get(str(get_protocol(data.protocol).selected_on), 0) * once_s
     fits_layers = optim.final_head == "layers"
     is_evaluated = not (fits_layers and trained_head(parts)) or (with_training and fits_last_epoch(config))
     final_s = sum(batches.values()) * max(first_read_s - read_s, 0.0) + batches.get("test", 0) * views_s
     if is_evaluated:  # the trained head; otherwise, its outputs come from the features of the fit
         final_s += batches.get("val", 0) * views_s
+    if is_cached:
+        final_s += sum(map(len, parts.splits.parts.values())) / timed_images * once_s
     if evaluates_initial_model(config):
         final_s += selection_s
     final_s += selection_s * ((optim.soup or 0) + (optim.swa is not None))  # evaluation of averages
@@ -359,11 +378,11 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
         features_s = views_s if optim.precision == "fp32" else evaluation_seconds(optim)[1]
         final_s += read_images / timed_images * features_s + layer_fit_seconds(parts, images, views)
     steps = optim.steps_per_epoch(len(parts.splits.train))
-    return _Times(steps, train_s * optim.accumulate, selection_s, final_s)
+    return _Times(steps, max(train_s * optim.accumulate, _MIN_STEP_S), selection_s, final_s)
 
 
 def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:
-    """Run forward and backward and access the optimizer's memory, and restore the model's state."""
+    """Run a forward and a backward pass with memory for the optimizer states allocated; restore the model's state."""
     model, device = parts.model, next(parts.model.parameters()).device
     images, labels = batch["images"].to(device), batch["labels"].to(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -411,17 +430,16 @@ def _step_seconds(
     spans: list[float] = []
     sizes: list[int] = []
     was_training = parts.model.training
+    device = next(parts.model.parameters()).device
     parts.model.eval()  # once: every change of the mode discards merged weights
     start = time.perf_counter()
-    passes = 1 if step is _only_read else _FEWEST_TIMED  # one pass times reading; other steps repeat small splits
+    passes = 1 if step is _only_read else _MIN_TIMED  # one pass times reading; other steps repeat small splits
     batches = itertools.chain.from_iterable(itertools.repeat(loader, passes))
     for number, items in enumerate(batches):
         step(parts, optim.precision, items)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        spans.append(time.perf_counter() - start)
+        spans.append(synchronized_time(device) - start)
         sizes.append(len(items["labels"]))
-        if number == _TIMED_STEPS or (number >= _FEWEST_TIMED - 1 and sum(spans[1:]) > limit_s):
+        if number == _TIMED_STEPS or (number >= _MIN_TIMED - 1 and sum(spans[1:]) > limit_s):
             break
         start = time.perf_counter()
     parts.model.train(was_training)
@@ -445,10 +463,8 @@ def _runs_out_of_memory(parts: RunComponents, precision: str, batch: int) -> boo
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error reports missing memory of the device or the machine; then free cached GPU memory."""
-    is_missing = isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "memory" in str(error)
-    )
-    if is_missing and torch.cuda.is_available():
+    """Return whether an error is an out-of-memory error of the GPU or the machine; if so, free cached GPU memory."""
+    is_oom = isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
+    if is_oom and torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return is_missing
+    return is_oom

@@ -22,6 +22,7 @@ from snella_app.data.datasets import ImageDataset
 from snella_app.data.protocol import get_protocol
 from snella_app.device import autocast, choose_device
 from snella_app.methods import method_of, save_trained
+from snella_app.methods.peft_methods import check_gradients
 from snella_app.records.run import AveragedEpochs
 from snella_app.runs.folder import RunFolder
 from snella_app.text import split_text
@@ -100,12 +101,11 @@ class SnellaTrainer(CheckpointingTrainer):
         self._stored_parts = [part for part in (self.average, self.snapshots, feature_norm) if part is not None]
         self._epoch_loss, self._epoch_steps = 0.0, 0
         self._step_loss, self._micro_step = 0.0, 0
-        self._weights: list[float] = []
+        self._weights = [1.0]
         self._views = 1  # of `outputs`, for `prediction_step`
         size = optim.images_per_epoch(len(train))
         self._sampler = epoch_sampler(train, self.task, plan.data.sampler, parts.seed, size)
         self._shards = ShardedBatches(self._sampler, optim.effective_batch_size, process_index(), process_count())
-        self._is_weighted = optim.accumulate > 1 or self._shards.count > 1
         self._is_sharded = is_sharded(model) and parts.trained_part is None
         super().__init__(
             model,
@@ -189,7 +189,7 @@ class SnellaTrainer(CheckpointingTrainer):
             NonFiniteLossError: If the loss is not finite; nothing is saved.
         """
         allocator = self.allocator
-        with nullcontext() if self.average is None else self.average.average_parameters():
+        with self.average_parameters():
             row: dict[str, Any] = {
                 "train_loss": self._epoch_loss / self._epoch_steps if self._epoch_steps else math.nan,
                 **self._selection_scores(),
@@ -215,6 +215,10 @@ class SnellaTrainer(CheckpointingTrainer):
                 self.save_adapter()
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return row
+
+    def average_parameters(self) -> AbstractContextManager[None]:
+        """Use the weights' average in the model inside the context, if `ema` is set."""
+        return nullcontext() if self.average is None else self.average.average_parameters()
 
     def average_epochs(self) -> AveragedEpochs | None:
         """Average the trained weights of the last epochs and save the average unless the best epoch is better.
@@ -308,7 +312,7 @@ class SnellaTrainer(CheckpointingTrainer):
         penalty = None if (method := method_of(self.trained_model)) is None else method.penalty
         if penalty is not None and model.training:
             loss = loss + penalty(self.trained_model)
-        if model.training and self._is_weighted:
+        if model.training:
             loss = loss * self._weights[self._micro_step]
         return (loss, logits) if return_outputs else loss
 
@@ -317,6 +321,7 @@ class SnellaTrainer(CheckpointingTrainer):
 
         Raises:
             NonFiniteLossError: If the loss is not finite.
+            ValueError: If an adapter of PEFT gets no gradient.
         """
         micro_step = [self._micro_step] if self._micro_step else []  # same first seed without accumulation
         torch.manual_seed(mix_seed(self.args.seed, 1, self.state.global_step, self.args.process_index, *micro_step))
@@ -324,6 +329,8 @@ class SnellaTrainer(CheckpointingTrainer):
         self._micro_step += 1
         self._step_loss += self.last_loss
         self.last_loss = self._step_loss
+        if self.state.global_step == 0:
+            check_gradients(self.trained_model, self.plan.method.name)
         if self._micro_step == self.current_gradient_accumulation_steps:
             if self._is_sharded:
                 average_gradients(self.trained_model)
@@ -338,13 +345,12 @@ class SnellaTrainer(CheckpointingTrainer):
         """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, *others)
         self._micro_step, self._step_loss = 0, 0.0
-        if self._is_weighted:
-            shards, count = self._shards, len(batches)
-            per_epoch = self.plan.optim.steps_per_epoch(len(self._sampler))
-            first = self.state.global_step % per_epoch * self.plan.optim.accumulate
-            images = min(len(self._sampler), (first + count) * shards.batch_size) - first * shards.batch_size
-            numbers = range(first, first + count)
-            self._weights = [shards.weight(number) * count * shards.count / images for number in numbers]
+        shards, count = self._shards, len(batches)
+        per_epoch = self.plan.optim.steps_per_epoch(len(self._sampler))
+        first = self.state.global_step % per_epoch * self.plan.optim.accumulate
+        images = min(len(self._sampler), (first + count) * shards.batch_size) - first * shards.batch_size
+        numbers = range(first, first + count)
+        self._weights = [shards.weight(number) * count * shards.count / images for number in numbers]
         return batches, items
 
     def create_accelerator_and_postprocess(self) -> None:

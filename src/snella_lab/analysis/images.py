@@ -21,18 +21,20 @@ from torch import nn
 
 from snella_app.data.datasets import ImageDataset
 from snella_app.data.images import is_image, read_image
-from snella_app.data.load import DataSplits, load_data
+from snella_app.data.load import DataSplits
+from snella_app.data.options import DataConfig
 from snella_app.data.splits import stratified_sample
 from snella_app.methods import build_method, spec_of
 from snella_app.report.examples import overlay
 from snella_app.report.style import INK, MUTED, add_legend, new_panels, shortened
 from snella_app.runs.evaluate import Split, images_for_run
 from snella_app.runs.explain import heat_maps, overlay_heat
+from snella_app.runs.images import load_splits
 from snella_app.runs.model import LoadedRun, load_run, make_backbone
 from snella_app.runs.predict import Predictor
 from snella_app.training.linear_probe import base_and_head
 from snella_lab.analysis.plot import Plot, Row, run_labels
-from snella_lab.comparison.experiment import DataEntry, data_entry
+from snella_lab.comparison.experiment import PROBE, DataEntry, data_entry
 from snella_lab.comparison.experiment_files import bundled_experiments, read_experiment
 from snella_lab.comparison.run_cell import head_inputs
 from snella_lab.style import style_of
@@ -53,17 +55,20 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
     Raises:
         ValueError: If data cannot be loaded.
     """
-    entries: list[DataEntry] = []
+    datasets: list[tuple[DataEntry, DataConfig]] = []
     for source in map(str, sources):
-        is_experiment = source in bundled_experiments() or source.endswith((".yaml", ".yml"))
-        entries += read_experiment(source).data if is_experiment else [data_entry(source)]
-    order = list(dict.fromkeys(entry.group for entry in entries))
-    entries.sort(key=lambda entry: order.index(entry.group))
+        if source in bundled_experiments() or source.endswith((".yaml", ".yml")):
+            experiment = read_experiment(source)
+            datasets += [(entry, experiment.config(PROBE, entry).data) for entry in experiment.data]
+        else:
+            datasets.append((data_entry(source), DataConfig(spec=source)))
+    order = list(dict.fromkeys(entry.group for entry, _ in datasets))
+    datasets.sort(key=lambda dataset: order.index(dataset[0].group))
     rows: list[Row] = []
     images: list[list[Image.Image]] = []
     titles: list[str] = []
-    for entry in entries:
-        splits = load_data(entry.data, seed=seed)
+    for entry, config in datasets:
+        splits = load_splits(config, seed)
         selected = _class_balanced_indices(splits.train.labels, limit, seed)
         images.append([splits.train.image(index) for index in selected])
         group = "" if entry.group == entry.name else f"{entry.group}: "
@@ -72,12 +77,14 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
             {
                 "group": entry.group,
                 "data": entry.name,
-                "class": splits.classes[splits.train.labels[index]] if splits.classes else "",
+                "class": splits.label_names[splits.train.labels[index]] if splits.label_names else "",
                 "image": splits.train.names[index],
             }
             for index in selected
         ]
-    captions = [[shortened(str(row["class"]), 13) for row in rows if row["data"] == entry.name] for entry in entries]
+    captions = [
+        [shortened(str(row["class"]), 13) for row in rows if row["data"] == entry.name] for entry, _ in datasets
+    ]
     return [Plot("samples", rows, partial(_draw_grid, images, titles, captions))]
 
 

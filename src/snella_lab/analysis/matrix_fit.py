@@ -22,7 +22,7 @@ from matplotlib.ticker import NullLocator
 from torch import Tensor
 
 from snella.kernels import KERNELS, Kernel, KernelScalars, make_kernel
-from snella_app.files import write_json
+from snella_app.files import sha256_of, write_json
 from snella_app.report.allocation import log_axis
 from snella_app.report.style import add_legend, new_figure, new_panels
 from snella_lab.analysis.plot import Plot, Row, grouped
@@ -82,7 +82,7 @@ class FitConfig:
             raise ValueError("; ".join(errors))
 
 
-_MOST_REJECTED = 1_000
+_MAX_REJECTED = 1_000
 """Maximum number of matrices of lower rank that are rejected in a row."""
 
 PRESETS: dict[str, FitConfig] = {"quick": FitConfig(), "paper": FitConfig(steps=100_000, lr=1e-4)}
@@ -107,6 +107,14 @@ def find_kernel(name: str) -> Merge:
     if callable(kernel):
         return lambda A, B, scalars: kernel(A, B)
     raise ValueError(f"kernel {name!r} must be a Kernel subclass or a function of A and B, got {kernel!r}")
+
+
+def _module_digest(name: str) -> str | None:
+    """Return the SHA-256 of the module file of a custom kernel; None for kernels of snella and of compiled modules."""
+    if name in KERNELS:
+        return None
+    path = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
+    return None if path is None else sha256_of(Path(path))
 
 
 def random_matrices(size: int, rank: int, count: int, density: float, generator: torch.Generator) -> Tensor:
@@ -136,7 +144,7 @@ def random_matrices(size: int, rank: int, count: int, density: float, generator:
             rejected = 0
             continue
         rejected += 1
-        if rejected >= _MOST_REJECTED:
+        if rejected >= _MAX_REJECTED:
             raise ValueError(f"density is too low for rank {rank}: {density:g} gives matrices of lower rank; raise it")
     return torch.stack(matrices)
 
@@ -151,6 +159,7 @@ class Fit:
         steps: Recorded steps.
         gradient: Gradient norm of both factors at the recorded steps, averaged over all fits.
         error: Mean squared error at the recorded steps, averaged over all fits.
+        module_digest: SHA-256 of the module file of a custom kernel, else None; an edited kernel is fitted again.
     """
 
     kernel: str
@@ -158,6 +167,7 @@ class Fit:
     steps: list[int]
     gradient: list[float]
     error: list[float]
+    module_digest: str | None = None
 
 
 def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = lambda step: None) -> Fit:
@@ -215,7 +225,8 @@ def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = 
         on_step(step + 1)
     with torch.no_grad():
         final = (batched(*parameters) - targets).square().mean((1, 2))
-    return Fit(kernel, final.view(len(config.ranks), -1).tolist(), steps, gradients, errors)
+    mse = final.view(len(config.ranks), -1).tolist()
+    return Fit(kernel, mse, steps, gradients, errors, _module_digest(kernel))
 
 
 def fit_matrices(
@@ -241,7 +252,7 @@ def fit_matrices(
         find_kernel(kernel)
     finished = {} if out is None else _read_fits(Path(out), config)
     for kernel in config.kernels:
-        if kernel not in finished:
+        if kernel not in finished or finished[kernel].module_digest != _module_digest(kernel):
             finished[kernel] = fit_kernel(kernel, config, partial(on_step, kernel))
             if out is not None:
                 _write_fits(Path(out), config, finished)

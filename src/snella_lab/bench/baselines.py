@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -205,7 +205,7 @@ def _frozen(model: nn.Module, workload: Workload) -> nn.Module:
     """Train only head and class token, to measure both passes without adapters."""
     model.requires_grad_(False)
     token = [model.cls_token] if isinstance(getattr(model, "cls_token", None), nn.Parameter) else []
-    for parameter in (*token, *model.get_submodule("head").parameters()):
+    for parameter in (*token, *cast(Any, model).get_classifier().parameters()):
         parameter.requires_grad_(True)
     return model
 
@@ -255,11 +255,6 @@ def _snella(**options: Any) -> Builder:
     return build
 
 
-def _paper(model: nn.Module, workload: Workload) -> nn.Module:
-    """Add SNELLA with the unfused reference: two products, a quantile, activation checkpointing."""
-    return _use_unfused_reference(_snella(impl="reference")(model, workload))
-
-
 def _then(change: Callable[[nn.Module], object], build: Builder) -> Builder:
     """Return a builder that also changes the built model in place."""
 
@@ -303,7 +298,7 @@ BASELINES: dict[str, Builder] = {
     "snella-compiled": _compiled(_snella()),
     "snella-reference": _snella(impl="reference"),
     "snella-reference-compiled": _compiled(_snella(impl="reference")),
-    "paper": _paper,
+    "paper": _then(_use_unfused_reference, _snella(impl="reference")),
 }
 """Builders by method name. `snella` uses the default settings; names with this prefix are variants. `-recompute` adds
 SNELLA's recomputation of inputs to a method; `snella-keep-inputs` disables it."""

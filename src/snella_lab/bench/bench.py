@@ -202,14 +202,6 @@ def _run(name: str, workload: Workload, batch: int) -> float:
 
 
 _WARM_UP = 2  # untimed steps
-_IMPLEMENTATIONS = {
-    "snella": "auto",
-    "snella-keep-delta": "auto",
-    "snella-keep-inputs": "auto",
-    "snella-compiled": "auto",
-    "snella-eager": "eager",
-    "snella-triton": "triton",
-}
 _TABLE_COLUMNS = ("method", "forward_s", "backward_s", "step_s", f"step_over_{REFERENCE}", "saved_mib", "trainable")
 
 
@@ -217,8 +209,8 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str,
     """Time training steps of all methods on the same images, return the rows, and append them to `config.out`.
 
     After two warm-up steps, every round takes one step of each method, in random order. A method is skipped if its
-    gradients are not finite or, if it is in `_IMPLEMENTATIONS`, its op differs from the reference. With `rounds=0`,
-    only saved tensors and parameters are counted.
+    gradients are not finite, its op differs from the reference, or it does not fit into GPU memory. With
+    `rounds=0`, only saved tensors and parameters are counted.
 
     Raises:
         ValueError: If the device is not available.
@@ -254,19 +246,16 @@ def _time(config: BenchConfig, workload: Workload, batch: int, console: Console)
     """Time the steps of one setting, interleaved, and count its tensors; frees all models."""
     images, labels = random_batch(workload, batch)
     runners: dict[str, Runner] = {}
+    op_errors: dict[str, str | None] = {}
     for name in config.methods:
-        impl = _IMPLEMENTATIONS.get(name)
-        error = None if impl is None else op_error(impl, workload.device, workload.sparsity)
-        if error is None:
-            runner = Runner(name, workload)
-            error = None if runner.has_finite_gradients(images, labels) else "its gradients are not finite"
-        if error is None:
-            runners[name] = runner
+        impl = _implementation(name)
+        if impl is not None and impl not in op_errors:
+            op_errors[impl] = op_error(impl, workload.device, workload.sparsity)
+        prepared = (None if impl is None else op_errors[impl]) or _prepare(name, workload, images, labels)
+        if isinstance(prepared, Runner):
+            runners[name] = prepared
         else:
-            print_line(console, f"skipped {name}: {error}")
-    for runner in runners.values():
-        for _ in range(_WARM_UP):
-            runner.step(images, labels)
+            print_line(console, f"skipped {name}: {prepared}")
     times: dict[str, list[StepTime]] = {name: [] for name in runners}
     order, shuffle = list(runners), random.Random(0)
     for _ in track(range(config.rounds), f"{workload.backbone}, batch {batch}", console=console, transient=True):
@@ -280,6 +269,26 @@ def _time(config: BenchConfig, workload: Workload, batch: int, console: Console)
         summary = _summary(times[name], times.get(REFERENCE))
         rows.append({**common, "method": name, **summary, **_tensor_counts(runner.model, images)})
     return rows
+
+
+def _prepare(name: str, workload: Workload, images: Tensor, labels: Tensor) -> Runner | str:
+    """Build a method and take its warm-up steps, or return why it cannot be timed."""
+    try:
+        runner = Runner(name, workload)
+        if not runner.has_finite_gradients(images, labels):
+            return "its gradients are not finite"
+        for _ in range(_WARM_UP):
+            runner.step(images, labels)
+    except torch.OutOfMemoryError as error:
+        return first_line(error)
+    return runner
+
+
+def _implementation(name: str) -> str | None:
+    """Return the backend of SNELLA's op that a method uses; None without the op or with the reference."""
+    if not name.startswith(("snell", "klora")) or "reference" in name:
+        return None
+    return next((impl for impl in ("eager", "triton") if name.endswith(impl)), "auto")
 
 
 def _count(config: BenchConfig, workload: Workload, batch: int) -> list[dict[str, Any]]:

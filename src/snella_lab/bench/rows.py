@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,13 @@ _ORDER = (
 )
 
 
+_MEMORY_LABELS = {
+    "peak_gpu_mib": "peak memory (MiB)",
+    "peak_step_mib": "memory growth during steps (MiB)",
+    "counted_mib": "estimated memory (MiB)",
+}
+
+
 def is_step_time(row: dict[str, Any]) -> bool:
     """Return True for a step time row to show; `snella-keep-delta` is only shown on GPUs."""
     is_hidden = row.get("method") == "snella-keep-delta" and row["device"].startswith("cpu")
@@ -54,11 +62,13 @@ def is_step_time(row: dict[str, Any]) -> bool:
 def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
     """Draw step time versus batch size and memory versus model size as SVG, and return the paths.
 
-    The latest row of each setting is drawn. A figure needs at least two batch sizes or two models.
+    Each setting's row from the run with the most rounds on its latest day is drawn. A figure needs at least two batch
+    sizes or two models.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    latest = {setting_key(row): row for row in read_rows(rows_file) if is_step_time(row)}
+    shown = sorted(filter(is_step_time, read_rows(rows_file)), key=lambda row: (row["date"][:10], row["rounds"]))
+    latest = {setting_key(row): row for row in shown}
     rows = [row | {"million": row["weights"] / 1e6, "counted_mib": _counted_mib(row)} for row in latest.values()]
     paths = []
     for (backbone, *common), part in grouped(rows, "backbone", *_COMMON).items():
@@ -67,10 +77,10 @@ def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
             title = f"{backbone}, {_settings_text(*common)}"
             paths.append(_draw_lines(path, part, "batch", "step_s", title, "batch size", "seconds per step"))
     for (batch, *common), part in grouped(rows, "batch", *_COMMON).items():
-        memory = next((key for key in ("peak_gpu_mib", "peak_step_mib", "counted_mib") if key in part[0]), None)
-        if memory is not None and len({row["backbone"] for row in part}) > 1:
+        memory = next(key for key in _MEMORY_LABELS if all(key in row for row in part))
+        if len({row["backbone"] for row in part}) > 1:
             path = folder / f"memory-batch{batch}{_suffix(*common)}.svg"
-            label = {"counted_mib": "estimated memory (MiB)"}.get(memory, "peak memory (MiB)")
+            label = _MEMORY_LABELS[memory]
             title = f"batch {batch}, {_settings_text(*common)}"
             paths.append(_draw_lines(path, part, "million", memory, title, "weights (millions)", label))
     return paths
@@ -133,5 +143,5 @@ def _settings_text(dtype: str, r: int, sparsity: float, device: str) -> str:
 
 def _suffix(dtype: str, r: int, sparsity: float, device: str) -> str:
     """Format the settings that a figure's rows share as a file name suffix."""
-    source = "cpu" if device.startswith("cpu") else "".join(c if c.isalnum() else "-" for c in device.lower())
+    source = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     return f"-{dtype}-r{r}-sparsity{sparsity}-{source}"

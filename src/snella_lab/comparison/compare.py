@@ -20,7 +20,7 @@ from snella_app.backbones.create import create_backbone
 from snella_app.config.sections import AUTO_METHOD
 from snella_app.config.train import TrainConfig
 from snella_app.console import counted, make_console, print_line
-from snella_app.data.load import is_unbalanced
+from snella_app.data.load import is_imbalanced
 from snella_app.data.protocol import get_protocol
 from snella_app.device import choose_device
 from snella_app.methods.defaults import CHOICE_METHODS
@@ -198,10 +198,10 @@ def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> No
     print_line(console, f"data: {splits.description}")
     for note in splits.notes:
         print_line(console, f"note: {note}")
-    if experiment.metric == "accuracy" and is_unbalanced(splits.train.labels):
+    if experiment.metric == "accuracy" and is_imbalanced(splits.train.labels):
         print_line(
             console,
-            "note: classes are unbalanced, and methods are compared by accuracy; consider --monitor balanced_accuracy",
+            "note: classes are imbalanced, and methods are compared by accuracy; consider --monitor balanced_accuracy",
         )
 
 

@@ -82,10 +82,10 @@ class OrderingResult:
 
     Attributes:
         claim: Human-readable claim, e.g. `cubic above linear`.
-        verdict: `holds` or `contradicted` for a decided difference, else `not decided` or `not run`.
+        verdict: `holds` or `contradicted` for a significant difference, else `inconclusive` or `not run`.
         difference: Paired difference with Holm's correction over the claims; None without runs.
         is_fraction: True if the metric is a fraction such as accuracy.
-        tasks: Number of tasks of the claim; the result is `not decided` until runs of all of them exist.
+        tasks: Number of tasks of the claim; the result is `inconclusive` until runs of all of them exist.
     """
 
     claim: str
@@ -130,7 +130,7 @@ def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
     for number, (text, _, is_fraction, count) in enumerate(claims):
         value = corrected[number]
         direction = 0 if value is None or value.tasks < count else value.direction
-        verdict = "not run" if value is None else ("not decided", "holds", "contradicted")[direction]
+        verdict = "not run" if value is None else ("inconclusive", "holds", "contradicted")[direction]
         results.append(OrderingResult(text, verdict, value, is_fraction, count))
     return results
 

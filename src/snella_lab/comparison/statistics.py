@@ -10,7 +10,7 @@ from snella_lab.comparison.rows import CellRow
 
 LEVEL = 0.95
 MIN_UNITS = 5
-"""Minimum number of tasks (or seeds of a single task) for deciding a difference."""
+"""Minimum number of tasks (or seeds of a single task) for a significant difference."""
 
 Rows = Sequence[CellRow]
 Key = TypeVar("Key", bound=Hashable)
@@ -70,9 +70,9 @@ class Difference:
 
     @property
     def direction(self) -> int:
-        """Sign of a decided difference, else 0.
+        """Sign of a significant difference, else 0.
 
-        A difference is decided if it has at least `MIN_UNITS` units and an adjusted p-value of at most 1 - `LEVEL`.
+        A difference is significant if it has at least `MIN_UNITS` units and an adjusted p-value of at most 1 - `LEVEL`.
         """
         if self.units < MIN_UNITS or not self.adjusted_p <= 1 - LEVEL:
             return 0
@@ -115,7 +115,7 @@ class FinalRuns:
         """Return the mean over groups of the mean over each group's tasks, with its standard deviation over seeds.
 
         Only seeds with a run on every task count; None without one. Groups of one task give the mean over tasks; groups
-        of several give the mean of VTAB papers.
+        of several tasks give the mean reported for VTAB.
         """
         scores = {task: self.scores(method, task, metric) for group in groups for task in group}
         seeds = set.intersection(*map(set, scores.values())) if scores else set()

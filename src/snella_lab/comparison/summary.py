@@ -213,7 +213,7 @@ def significance_texts(value: Difference | None) -> tuple[str, str]:
 
 
 def outcome_text(summary: Summary) -> str:
-    """Summarize the outcome: the best mean, its lead over the reference, and other decided differences.
+    """Summarize the outcome: the best mean, its lead over the reference, and other significant differences.
 
     The text is empty without results.
     """
@@ -230,10 +230,8 @@ def outcome_text(summary: Summary) -> str:
     if lead is not None and lead.mean > 0 and len(equal) == 1:
         text += f": {100 * lead.mean:.1f} points above {summary.reference}"
         if not math.isnan(lead.low):
-            undecided = "" if lead.direction else f"; {undecided_text(lead)}"
-            text += (
-                f" ({percent_text(LEVEL, 0)} interval {points_text(lead.low)} to {points_text(lead.high)}{undecided})"
-            )
+            reason = "" if lead.direction else f"; {insignificance_text(lead)}"
+            text += f" ({percent_text(LEVEL, 0)} interval {points_text(lead.low)} to {points_text(lead.high)}{reason})"
     complete = {name: d for name, d in differences.items() if d.tasks == len(summary.tasks)}
     above = [name for name, d in complete.items() if d.direction > 0 and name != best]
     below = [name for name, d in complete.items() if d.direction < 0]
@@ -245,12 +243,12 @@ def outcome_text(summary: Summary) -> str:
     return f"{text}. Of the others, {' and '.join(parts)}." if parts else f"{text}."
 
 
-def undecided_text(value: Difference) -> str:
-    """Return why a difference is undecided: too few tasks or seeds, or its adjusted p-value."""
+def insignificance_text(value: Difference) -> str:
+    """Return why a difference is not significant: too few tasks or seeds, or its adjusted p-value."""
     if value.units < MIN_UNITS:
         unit = counted(value.units, "task" if value.tasks > 1 else "seed")
-        return f"not decided, {unit}, at least {MIN_UNITS} required"
-    return f"not decided, p {p_text(value.adjusted_p)} after Holm's correction"
+        return f"not significant, {unit}, at least {MIN_UNITS} required"
+    return f"not significant, p {p_text(value.adjusted_p)} after Holm's correction"
 
 
 def recommendation_text(summary: Summary) -> str:
@@ -351,7 +349,7 @@ def interval_text(summary: Summary) -> str:
         f"of {units} above {summary.reference}, with p of the sign test"
     )
     few = bool(differences) and all(d.units < MIN_UNITS for d in differences)
-    return f"{text}; no difference is decided with fewer than {MIN_UNITS} tasks or seeds" if few else text
+    return f"{text}; no difference is significant with fewer than {MIN_UNITS} tasks or seeds" if few else text
 
 
 def print_summary(console: Console, summary: Summary) -> None:

@@ -129,8 +129,7 @@ class MosaAdapter(Adapter):
         self.experts = experts
         generator = torch.Generator().manual_seed(seed)
         expert_index = torch.randperm(width * r, generator=generator).remainder(experts).view(width, r)
-        dtype = torch.uint8 if experts <= 256 else torch.int32
-        self.register_buffer("expert_index", expert_index.to(dtype), persistent=False)
+        self.register_buffer("expert_index", expert_index.int(), persistent=False)
 
     def bottleneck(self, h: Tensor) -> Tensor:
         """Compute the output of a random expert in training, or of the merged adapter in evaluation."""

@@ -4,7 +4,7 @@ SPT is sensitivity-aware visual parameter-efficient fine-tuning, He et al., arXi
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import ceil, sqrt
 from typing import Any, cast
@@ -108,9 +108,9 @@ class SptSelection:
         dense: Names of fully trained parameters.
     """
 
-    entries: dict[str, Tensor] = field(default_factory=dict)
-    structured: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    dense: tuple[str, ...] = ()
+    entries: dict[str, Tensor]
+    structured: dict[str, tuple[int, ...]]
+    dense: tuple[str, ...]
 
 
 def spend_budget(

@@ -24,7 +24,7 @@ from snella_app.methods.partial import FULL
 from snella_app.methods.registry import check_method, matrices_of, trainable_parameters, with_spec
 from snella_app.records.generators import GeneratorMetrics
 from snella_app.records.run import BackboneInfo, DataInfo, RunInfo
-from snella_app.runs.folder import RunFolderOf
+from snella_app.runs.folder import BaseRunFolder
 from snella_app.training.checkpoints import CheckpointingTrainer, checkpoint_to_resume, convert_write_errors
 from snella_app.training.finish import describe_allocation, folder_bytes, sparsity_summary
 from snella_app.training.memory import peak_rss_mib
@@ -128,7 +128,7 @@ class RecipeTrainer(CheckpointingTrainer):
         self,
         trained: nn.Module,
         config: Any,
-        run: RunFolderOf[Any],
+        run: BaseRunFolder[Any],
         console: Console,
         allocation: SnellaCallback | None,
         **options: Any,

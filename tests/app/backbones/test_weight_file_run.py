@@ -2,11 +2,9 @@
 
 import io
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from rich.console import Console
 
 from snella_app.config.train import TrainConfig
@@ -25,18 +23,14 @@ from snella_app.training.train import train
         ("convnext_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16)}),
     ],
 )
-def test_the_printed_code_loads_the_merged_file_of_a_run_on_a_weight_file(architecture, options, no_report, tmp_path):
+def test_the_printed_code_loads_the_merged_file_of_a_run_on_a_weight_file(
+    architecture, options, make_photos, no_report, tmp_path
+):
     torch.manual_seed(0)
     torch.save(timm.create_model(architecture, num_classes=7, **options).state_dict(), tmp_path / "weights.pth")
-    rng = np.random.default_rng(0)
-    for kind in ("cats", "dogs"):
-        (tmp_path / "photos" / kind).mkdir(parents=True)
-        for index in range(10):
-            pixels = rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / kind / f"{index}.png")
     settings = {"img_size": 32, "method": "snella-2", "epochs": 1, "batch_size": 8, "device": "cpu", "progress": False}
     config = TrainConfig.from_flat(
-        data=f"folder:{tmp_path / 'photos'}",
+        data=f"folder:{make_photos(tmp_path / 'photos', {'cats': 10, 'dogs': 10})}",
         backbone=str(tmp_path / "weights.pth"),
         out=str(tmp_path / "run"),
         **settings,

@@ -37,22 +37,23 @@ def test_the_command_in_run_json_can_be_parsed(run):
     assert name == "train" and TrainConfig.from_flat(**settings) == RunFolder(run).read_config()
 
 
-def test_evaluate_prints_and_writes_the_metrics(run, capsys, tmp_path):
+def test_evaluate_prints_and_writes_the_metrics(run, capsys, tmp_path, failing):
     assert main(["evaluate", str(run), "--out", str(tmp_path / "result.json")]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     text = capsys.readouterr().out
     assert f"accuracy {result['accuracy']:.4f}" in text and "cats" in text and "dogs" in text
+    args = ["evaluate", str(run), "--out", str(run / "metrics.json")]
+    assert "metrics.json exists; choose another name, or replace it with --overwrite" in failing(*args)
+    assert main(["evaluate", str(run), "--out", str(tmp_path / "result.json"), "--overwrite"]) == 0
     assert yaml.safe_load((run / "commands" / "evaluate.yaml").read_text())["split"] == "auto"
 
 
 def test_predict_prints_one_line_per_image(run, photos, capsys):
-    assert (
-        main(["predict", str(run), "--skip-corrupt", str(photos / "cats" / "00.png"), str(photos / "dogs" / "01.png")])
-        == 0
-    )
+    images = [str(photos / "cats" / "000.png"), str(photos / "dogs" / "001.png")]
+    assert main(["predict", str(run), "--skip-corrupt", *images]) == 0
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith(str(photos / "cats" / "00.png") + ": ") and "cats 0." in first and "dogs 0." in first
-    assert second.startswith(str(photos / "dogs" / "01.png"))
+    assert first.startswith(str(photos / "cats" / "000.png") + ": ") and "cats 0." in first and "dogs 0." in first
+    assert second.startswith(str(photos / "dogs" / "001.png"))
 
 
 def test_predict_writes_csv(run, photos, tmp_path, capsys):
@@ -61,6 +62,13 @@ def test_predict_writes_csv(run, photos, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 15 and set(rows[0]) == {"image", "label", "probability"}
     assert "15 images" in capsys.readouterr().out
+
+
+def test_predictions_do_not_replace_the_table_of_images(run, photos, tmp_path, failing):
+    table = tmp_path / "list.csv"
+    table.write_text(f"image\n{photos / 'cats' / '000.png'}\n")
+    line = failing("predict", str(run), str(table), "--out", str(table), "--overwrite")
+    assert "--out must not be one of the images, folders or tables" in line and table.read_text().startswith("image\n")
 
 
 def test_predict_rejects_an_output_before_loading(run, photos, tmp_path, failing):
@@ -75,7 +83,7 @@ def test_predict_rejects_an_output_before_loading(run, photos, tmp_path, failing
 
 
 def test_predict_reports_swapped_arguments(run, photos, failing):
-    image = photos / "cats" / "00.png"
+    image = photos / "cats" / "000.png"
     assert "run must be the folder of a run, got the file" in failing("predict", str(image), str(run))
     assert "pass it before the images" in failing("predict", str(photos), str(run))
 
@@ -92,7 +100,8 @@ def test_merge_writes_a_file(run, tmp_path, capsys):
         assert torch.equal(names["model"](images), loaded.model(images))
         torch.testing.assert_close(names["logits_of"](images), loaded.network(images), atol=1e-5, rtol=1e-5)
     assert lines[0].startswith("# predict uses the final head on several layers; ")
-    assert loaded.info.tta == 2 and lines[1].startswith(
+    assert lines[1].startswith("# predict divides the outputs of the final head by the temperature ")
+    assert loaded.info.tta == 2 and lines[2].startswith(
         "# predict averages an image and its flip, unless --tta 1 is set; "
     )
 
@@ -107,8 +116,8 @@ def test_merge_writes_a_folder_of_timm(run, tmp_path, capsys):
 
 
 def test_skipped_images_are_listed(run, photos, tmp_path, capsys):
-    (tmp_path / "cut.png").write_bytes((photos / "cats" / "00.png").read_bytes()[:99])
-    args = ["predict", str(run), str(photos / "cats" / "00.png"), str(tmp_path / "cut.png"), "--skip-corrupt"]
+    (tmp_path / "cut.png").write_bytes((photos / "cats" / "000.png").read_bytes()[:99])
+    args = ["predict", str(run), str(photos / "cats" / "000.png"), str(tmp_path / "cut.png"), "--skip-corrupt"]
     assert main([*args, "--out", str(tmp_path / "p.csv")]) == 0
     captured = capsys.readouterr()
     assert "1 image: " in captured.out and "skipped 1 image: '" in captured.err and "cut.png' (" in captured.err
@@ -118,7 +127,7 @@ def test_a_read_only_run_can_be_read(run, photos, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("commands"))
     (copy / "commands").write_text("in the way, since root may write into any folder")
-    assert main(["predict", str(copy), str(photos / "cats" / "00.png")]) == 0
+    assert main(["predict", str(copy), str(photos / "cats" / "000.png")]) == 0
     assert main(["evaluate", str(copy)]) == 0
     assert main(["merge", str(copy), "--out", str(tmp_path / "model")]) == 0
     assert capsys.readouterr().err == ""
@@ -220,13 +229,13 @@ def test_a_truncated_image_is_reported_and_can_be_skipped(train_args, photos, tm
     import shutil
 
     shutil.copytree(photos, tmp_path / "photos")
-    broken = tmp_path / "photos" / "cats" / "07.png"
+    broken = tmp_path / "photos" / "cats" / "007.png"
     broken.write_bytes(broken.read_bytes()[:200])
     args = [f"folder:{tmp_path / 'photos'}" if arg.startswith("folder:") else arg for arg in train_args]
-    assert "07.png" in failing(*args, "--out", str(tmp_path / "run"))
+    assert "007.png" in failing(*args, "--out", str(tmp_path / "run"))
     assert main([*args, "--out", str(tmp_path / "run"), "--skip-corrupt", "--epochs", "1"]) == 0
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert any("07.png" in note for note in run["data"]["notes"])
+    assert any("007.png" in note for note in run["data"]["notes"])
     assert sum(run["data"]["sizes"].values()) == 29
 
 

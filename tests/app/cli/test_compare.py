@@ -41,7 +41,7 @@ def test_flags_become_an_experiment():
 
 
 def test_options_override_the_file():
-    args = ("compare", "--out", "x", "--experiment", "coffee", "--seeds", "4", "--epochs", "2", "--methods", "linear")
+    args = ("compare", "--out", "x", "--experiment", "quick", "--seeds", "4", "--epochs", "2", "--methods", "linear")
     experiment = parse_experiment(*args)
     assert experiment.seeds == 4 and experiment.settings["epochs"] == 2 and experiment.settings["img_size"] == 42
     assert [entry.name for entry in experiment.methods] == ["linear"] and experiment.reference_name == "linear"
@@ -80,7 +80,7 @@ def test_a_folder_resumes_its_experiment(tmp_path):
         (["--methods", "linear,lorra-8"], "got 'lorra-8'; nearest: lora"),
         (["--data", "digits,elvp"], "nearest: 'elpv'"),
         (["--backbone", "tset_vit"], "'tset_vit'"),
-        (["--experiment", "cofee"], "--experiment must be a YAML file or one of"),
+        (["--experiment", "quik"], "--experiment must be a YAML file or one of"),
     ],
 )
 def test_user_errors_are_one_line_and_create_no_folder(args, message, tmp_path, failing):
@@ -90,5 +90,5 @@ def test_user_errors_are_one_line_and_create_no_folder(args, message, tmp_path, 
 
 def test_experiments_of_other_commands_are_not_listed(tmp_path, failing):
     message = failing(*ARGS, "--experiment", "table5", "--out", str(tmp_path / "c"))
-    assert "coffee" in message and "table1-vtab" in message
+    assert "quick" in message and "table1-vtab" in message
     assert not any(f" {name}," in message or f"nearest: {name}" in message for name in ("table5", "table6", "table18"))

@@ -135,9 +135,14 @@ def compare_or_update(name, text):
 @pytest.mark.parametrize("name", [None, *COMMANDS])
 def test_help_matches_the_golden_files(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as caught:
         main(["--help"] if name is None else [name, "--help"])
-    compare_or_update(f"help-{name or 'snella'}.txt", capsys.readouterr().out)
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert f"  snella {name or 'train'}" in text, "no example"
+    assert "_" not in "".join(word for word in text.split() if word.startswith("--"))
+    assert all(other in text for other in (COMMANDS if name is None else ["--config"]))
+    compare_or_update(f"help-{name or 'snella'}.txt", text)
 
 
 def test_errors_match_the_golden_files(capsys, monkeypatch, tmp_path):

@@ -10,18 +10,6 @@ from snella_app.cli.parser import COMMANDS, UsageError, parse
 from snella_app.methods.defaults import SPARSE_DEFAULTS
 
 
-@pytest.mark.parametrize("name", [None, *COMMANDS])
-def test_help_explains_every_command_with_an_example(name, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"] if name is None else [name, "--help"])
-    text = capsys.readouterr().out
-    assert caught.value.code == 0
-    assert f"  snella {name or 'train'}" in text
-    assert "_" not in "".join(word for word in text.split() if word.startswith("--"))
-    for other in COMMANDS if name is None else ["--config"]:
-        assert other in text
-
-
 def test_options_accept_dashes_and_underscores():
     for option in ("--target-sparsity", "--target_sparsity"):
         name, settings = parse(["train", "--data", "digits", option, "0.5"])

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -37,6 +39,35 @@ def test_counts_sizes_formats_and_names_are_reported(photos):
         "generic class names: 'New folder'; rename them, or remove folders that are not classes",
         "possible duplicate classes: 'Dogs' and 'dog'; merge them",
     ]
+
+
+def test_numbers_and_grades_are_no_spelling_variants(photos, tmp_path):
+    for name in ("-1", "1", "1.5", "15", "A", "A-", "A+", "red-fox", "red fox"):
+        shutil.copytree(photos / "dog", tmp_path / "grades" / name)
+    warnings = check_data(f"folder:{tmp_path / 'grades'}").warnings
+    assert [text for text in warnings if "duplicate classes" in text] == [
+        "possible duplicate classes: 'red fox' and 'red-fox'; merge them"
+    ]
+
+
+@pytest.mark.parametrize("name", ["pets", "eurosat", "cub"])
+def test_class_folders_named_like_a_benchmark_are_class_folders(name, photos, capsys):
+    (photos / "dog").rename(photos / name)
+    assert main(["data", "check", str(photos)]) == 0
+    assert f"{name} " in capsys.readouterr().out
+    photos.rename(photos.with_name(name))
+    assert main(["data", "check", str(photos.with_name(name))]) == 0
+    assert "benchmark" not in capsys.readouterr().out
+
+
+def test_copies_with_different_numbers_have_several_labels(photos, tmp_path):
+    table = [f"photos/dog/{i:02}.png,{30 + i}" for i in range(12)] + ["photos/dog/copy.png,31.5"]
+    (photos / "dog/copy.png").write_bytes((photos / "dog/01.png").read_bytes())
+    rows = "\n".join(["path,age,split", *(f"{row},train" for row in table), "photos/Dogs/00.png,30,val"])
+    (tmp_path / "ages.csv").write_text(rows)
+    config = DataConfig(columns="label=age,group=none")
+    warnings = check_data(f"csv:{tmp_path / 'ages.csv'}", config, target="numbers").warnings
+    assert any(text.startswith("train: 1 image has several labels: ") for text in warnings)
 
 
 def test_broken_files_and_duplicate_images_are_reported(photos):

@@ -82,6 +82,16 @@ def test_images_in_nested_folders_belong_to_the_class(write_images):
     assert len(data.train) + len(data.val) + len(data.test) == 10
 
 
+def test_linked_folders_are_entered_once(write_images, tmp_path):
+    root = write_images({"a": 5, "b": 5})
+    root.rename(tmp_path / "more")
+    root = write_images({"a": 5, "b": 5})
+    (root / "a" / "more").symlink_to(tmp_path / "more" / "b", target_is_directory=True)
+    (root / "a" / "again").symlink_to(tmp_path / "more" / "b", target_is_directory=True)
+    (root / "a" / "cycle").symlink_to(root / "a", target_is_directory=True)
+    assert sum(map(len, (data := load(root)).parts.values())) == 15 and data.classes == ["a", "b"]
+
+
 def test_suffixes_are_case_insensitive(write_images):
     root = write_images({"a": 5, "b": 5}, suffix=".JPG")
     assert load(root).train.image(0).mode == "RGB"
@@ -189,9 +199,9 @@ def test_an_extra_folder_level_and_a_label_table_are_reported(write_images):
         load(root)
 
 
-def test_unbalanced_classes_are_noted(write_images):
+def test_imbalanced_classes_are_noted(write_images):
     (note,) = load(write_images({"a": 40, "b": 10})).notes
-    assert note.startswith("classes are unbalanced: 24 training images of 'a', 6 of 'b'")
+    assert note.startswith("classes are imbalanced: 24 training images of 'a', 6 of 'b'")
 
 
 def test_images_in_two_splits_are_noted(write_images):

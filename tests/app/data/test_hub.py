@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from pyarrow import parquet
@@ -294,6 +295,27 @@ def test_multi_hot_targets_are_labels():
     data = load_data(MultiHot(range(40)), target="labels")
     assert data.classes == ["sea", "sand", "dune"]
     assert set(data.train.annotations.targets) == {("sea",), ("sea", "sand")}
+
+
+def test_a_subset_with_many_declared_classes_is_classification_data():
+    names = [f"breed {number}" for number in range(196)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    rows = {"image": [make_image(i) for i in range(60)], "label": [i % 5 for i in range(60)]}
+    data = load_data(datasets.Dataset.from_dict(rows, features=features))
+    assert len(data.classes) == 196 and set(data.train.labels) == set(range(5))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves the table open
+def test_arrays_of_many_channels_are_read_and_torch_datasets_of_them_rejected(image_folder):
+    for file in image_folder.glob("*.png"):
+        tifffile.imwrite(file, np.zeros((6, 8, 8), np.uint8), photometric="minisblack")
+        file.rename(file.with_suffix(".tif"))
+    table = image_folder / "metadata.csv"
+    table.write_text(table.read_text().replace(".png", ".tif"))
+    data = load_data(f"hf:{image_folder}", DataConfig(channels=6))
+    assert data.train[0][0].shape == (6, 8, 8)
+    with pytest.raises(ValueError, match="channels must be one of 1, 3, 4 for a torch dataset, got 6"):
+        load_data(TorchImages(range(30)), DataConfig(channels=6))
 
 
 def test_a_target_transform_takes_precedence_over_the_list_of_targets():

@@ -17,6 +17,7 @@ from snella_app.data.images import IMAGE_SUFFIXES, Reading, inspect_image, read_
 from snella_app.data.load import load_data
 from snella_app.data.options import DataConfig
 from snella_app.data.sources import FileImages, broken_images, broken_rows
+from snella_app.data.transforms import build_transform
 
 
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
@@ -242,6 +243,31 @@ def test_many_channels_are_read_in_any_layout(layout, tmp_path):
     assert torch.equal(image.as_subclass(torch.Tensor), torch.from_numpy(values.astype(np.float32) / 65535))
 
 
+def test_transforms_do_not_change_cached_images(tmp_path):
+    for label, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        for index in range(8):
+            values = np.random.default_rng([label, index]).integers(0, 65536, (6, 16, 16)).astype(np.uint16)
+            np.save(tmp_path / name / f"{index}.npy", values)
+    data_config = {"input_size": (6, 16, 16), "mean": [0.5] * 6, "std": [0.2] * 6, "crop_pct": 1.0}
+    images = load_data(f"folder:{tmp_path}", DataConfig(channels=6)).train.with_transform(
+        build_transform(data_config, train=False, augment="none")
+    )
+    first = images[0][0].clone()
+    assert torch.equal(images[0][0], first)
+
+
+def test_a_damaged_compressed_array_is_not_a_readable_image(tmp_path):
+    values = np.random.default_rng(0).integers(0, 255, (6, 32, 32)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "x.tif", values, photometric="minisblack", compression="zlib")
+    content = bytearray((tmp_path / "x.tif").read_bytes())
+    start = content.index(b"\x78", 8)  # zlib header
+    content[start : start + 400] = bytes(400)
+    (tmp_path / "x.tif").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.tif' is not a readable image: "):
+        read_image(tmp_path / "x.tif", Reading(6))
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_the_white_value_is_configurable(channels, tmp_path):
     Image.fromarray(np.array([[0, 1000, 4095, 60000]], dtype=np.uint16)).save(tmp_path / "x.png")
@@ -258,7 +284,9 @@ def test_dark_16_bit_images_are_noted(tmp_path):
         values = np.random.default_rng(index).integers(0, 4096, (8, 8)).astype(np.uint16)
         values[0, 0] = 4095
         Image.fromarray(values).save(folder / f"{index}.png")
-    note = "12 16-bit images with values up to 6.2% of the range; set the white value with --white (white=), e.g. "
+    note = (
+        "the values of 12 16-bit images reach only 6.2% of the range; set the white value with --white (white=), e.g. "
+    )
     assert any(text.startswith(note) for text in load_data(f"folder:{tmp_path}").notes)
     bright = load_data(f"folder:{tmp_path}", DataConfig(white=4095))
     assert bright.notes == [] and max(np.asarray(bright.train.image(0)).ravel()) == 255

@@ -77,7 +77,7 @@ def test_a_bare_path_is_resolved_by_its_content(tmp_path, monkeypatch):
     unchanged = ("digits", "x.jpg", "nowhere", "hf:saved", "~nosuchuser/x")
     for path in (*prefixes, *unchanged):
         assert full_spec(path) == prefixes.get(path, "") + path
-    with pytest.raises(ValueError, match=r"got 'x\.jpg', which is not a table \(CSV, TSV, Parquet or tar\)"):
+    with pytest.raises(ValueError, match=r"got 'x\.jpg', which is not a CSV, TSV, Parquet or tar file"):
         load_data("x.jpg")
     with pytest.raises(ValueError, match="got 'photo', which does not exist; nearest: 'photos'"):
         load_data("photo")

@@ -44,8 +44,9 @@ def test_jpeg_masks_are_thresholded_at_128_with_a_note(tmp_path):
     assert np.mean(data.train.mask(0) != exact.train.mask(0)) < 0.02
 
 
-def test_existing_splits_are_used(tmp_path):
-    for part, count in (("train", 4), ("val", 2), ("test", 3)):
+@pytest.mark.parametrize("val", ["val", "valid"])
+def test_existing_splits_are_used(val, tmp_path):
+    for part, count in (("train", 4), (val, 2), ("test", 3)):
         write_pairs(tmp_path / "m" / part, count)
     data = load_data(f"masks:{tmp_path / 'm'}")
     assert [len(part) for part in (data.train, data.val, data.test)] == [4, 2, 3]
@@ -185,8 +186,13 @@ def test_labels_that_do_not_fit_eight_bits_are_rejected(tmp_path):
         load_data(f"masks:{root}")
 
 
-def test_the_validation_split_may_be_named_valid(tmp_path):
-    for part, count in (("train", 4), ("valid", 2), ("test", 3)):
-        write_pairs(tmp_path / "m" / part, count)
-    data = load_data(f"masks:{tmp_path / 'm'}")
-    assert [len(part) for part in (data.train, data.val, data.test)] == [4, 2, 3]
+def test_two_folders_of_one_split_are_rejected_and_splits_without_training_noted(tmp_path):
+    root = tmp_path / "m"
+    for part in ("train", "val", "validation"):
+        write_pairs(root / part, 3)
+    with pytest.raises(ValueError, match="has two splits of the same kind: 'val' and 'validation'"):
+        load_data(f"masks:{root}")
+    write_pairs(tmp_path / "n", 10)
+    write_pairs(tmp_path / "n" / "test", 3)
+    notes = load_data(f"masks:{tmp_path / 'n'}").notes
+    assert any(note.startswith("skipped 'test': split folders are used only with 'train/images'") for note in notes)

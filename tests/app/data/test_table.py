@@ -116,7 +116,20 @@ def test_the_only_group_of_a_class_is_used_for_training(write_table):
     rows = [(f"images/{i:02}.png", "abc"[i % 3], "only" if i % 3 == 2 else f"p{i % 6}-{i // 12}") for i in range(60)]
     data = load_data(f"csv:{write_table(rows)}", DataConfig(columns="label=species"))
     assert Counter(data.train.labels)[2] == 20
-    assert "class 'c' has no test images; add test images, or test scores ignore them" in data.warnings
+    assert "class 'c' has no test images; add test images, or test scores ignore missing classes" in data.warnings
+
+
+@pytest.mark.parametrize("patients", [10, 15])
+def test_groups_of_numbers_are_split_although_each_range_has_one_group(patients, write_table):
+    rows = [(f"images/{i:03}.png", str(20 + 5 * (i // 8)), f"p{i // 8}") for i in range(8 * patients)]
+    file = write_table(rows, ("file", "age", "patient"))
+    tested = set()
+    for seed in range(12):
+        data = load_data(f"csv:{file}", DataConfig(columns="label=age"), target="numbers", seed=seed)
+        groups = [set(part.annotations.groups) for part in parts_of(data)]
+        assert all(groups) and sum(map(len, groups)) == patients == len(set.union(*groups))
+        tested |= groups[2]
+    assert len(tested) > 0.8 * patients
 
 
 def test_one_group_cannot_be_split(write_table):
@@ -165,6 +178,9 @@ def test_repeated_rows_are_skipped_and_contradictions_noted(write_table):
         "skipped 1 repeated row",
         "1 row with a different label than an earlier row: images/01.png (dog, cat)",
     ]
+    rows += [rows[-1]]  # repeats the contradicting row
+    data = load_data(f"csv:{write_table(rows)}", DataConfig(columns="group=none"))
+    assert sum(map(len, parts_of(data))) == 21 and data.notes[1] == "skipped 2 repeated rows"
 
 
 @pytest.mark.parametrize(
@@ -317,7 +333,7 @@ def test_a_missing_table_error_suggests_similar_names(write_table):
 
 
 def test_other_data_has_no_columns_and_takes_numbers_from_class_names(write_images):
-    with pytest.raises(ValueError, match=r"columns applies only to data with columns, csv:, .*digits"):
+    with pytest.raises(ValueError, match=r"columns applies only to data with columns \(csv:, .*digits"):
         load_data("digits", DataConfig(columns="label=x"))
     assert load_data("digits", target="numbers").train.annotations.targets[0] in {float(n) for n in range(10)}
     photos = write_images({"cat": 6, "dog": 6})
@@ -380,7 +396,10 @@ def test_classes_without_training_images_are_reported_with_a_remedy(write_table)
 def test_several_classes_without_test_images_are_one_warning(write_table):
     rows = [(*row[:2], "test" if i in (0, 4) else "train") for i, row in enumerate(rows_of(24, classes="abcd"))]
     data = load_data(f"csv:{write_table(rows, ('path', 'label', 'split'))}")
-    assert "3 classes have no test images: 'b', 'c', 'd'; add test images, or test scores ignore them" in data.warnings
+    assert (
+        "3 classes have no test images: 'b', 'c', 'd'; add test images, or test scores ignore missing classes"
+        in data.warnings
+    )
 
 
 def test_a_column_of_a_joined_label_has_no_other_role(write_table):
@@ -388,6 +407,19 @@ def test_a_column_of_a_joined_label_has_no_other_role(write_table):
     file = write_table(rows, ("file", "age", "weight"))
     data = load_data(f"csv:{file}", DataConfig(columns="label=age+weight"), target="numbers")
     assert data.classes == ["age", "weight"] and data.train.annotations.weights is None
+
+
+def test_two_exclusive_classes_may_be_multi_hot_vectors(write_table):
+    rows = [(f"images/{i:02}.png", str([i % 2, 1 - i % 2])) for i in range(40)]
+    data = load_data(f"csv:{write_table(rows, ('file', 'tags'))}", target="labels")
+    assert set(data.train.annotations.targets) == {("0",), ("1",)}
+
+
+def test_a_path_that_is_too_long_is_an_unusable_row(write_table):
+    file = write_table([*rows_of(20), ("x" * 300, "cat", "p0")])
+    with pytest.raises(ValueError, match=r"1 of 21 rows of .*1 no such file"):
+        load_data(f"csv:{file}")
+    assert sum(map(len, parts_of(load_data(f"csv:{file}", DataConfig(skip_corrupt=True))))) == 20
 
 
 def test_lists_written_by_pandas_are_labels(write_table):

@@ -7,6 +7,7 @@ from snella import SnellaConfig
 from snella.matrices import adapted_matrices
 from snella_app.methods import METHODS, build_method, check_method, find_method, parse_method, spec_of
 from snella_app.methods.model_parts import adaptable_layers, find_head
+from snella_app.methods.peft_methods import check_gradients
 
 
 def vit(num_classes=3):
@@ -25,6 +26,21 @@ def test_linear_trains_the_head_only():
 def test_bias_trains_every_bias_and_the_head():
     model = build_method("bias", vit())
     assert trainable(model) == {n for n, _ in model.named_parameters() if n.endswith("bias")} | {"head.weight"}
+
+
+def test_bias_trains_query_and_value_biases_outside_linear_layers():
+    model = timm.create_model("beit_base_patch16_224", num_classes=3, img_size=32, depth=1, embed_dim=32, num_heads=2)
+    names = trainable(build_method("bias", model))
+    assert {"blocks.0.attn.q_bias", "blocks.0.attn.v_bias"} <= names
+
+
+@pytest.mark.parametrize("method", ["lora-2", "adalora-2"])
+def test_adapters_of_weights_that_the_model_reads_are_rejected(method):
+    model = timm.create_model("beit_base_patch16_224", num_classes=3, img_size=32, depth=1, embed_dim=32, num_heads=2)
+    model = build_method(method, model)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    with pytest.raises(ValueError, match=r"has no effect on '?.*attn\.qkv.*leave the layers out \(exclude_modules\)"):
+        check_gradients(model, method)
 
 
 def test_full_trains_everything():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from snella_app.methods import build_method
 
@@ -41,16 +42,20 @@ def test_the_backbone_saves_no_tensors_for_the_backward_pass(make_model, images)
     assert not any(hasattr(block.attn.qkv, "stored_output") for block in model.blocks)
 
 
-def test_normalized_parts_have_unit_norm(make_model, images):
+def test_the_head_normalizes_features_and_summaries_to_unit_length(make_model, images):
     model = build_method("vqt", make_model(), normalize=True).eval()
-    seen = []
+    parts = []
+
+    def record(head, inputs):
+        parts.extend([inputs[0], *(source.summary.flatten(1) for source in head.sources)])
+
+    model.head.register_forward_pre_hook(record)
     with torch.no_grad():
-        model.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        nn.init.ones_(model.head.weight)
-        nn.init.zeros_(model.head.bias)
         scores = model(images)
-        summaries = [block.queries.summarize(block, torch.zeros(4, 5, 192)) for block in model.blocks]
-    assert scores.abs().max() <= (1 + len(summaries)) * 8  # seven unit vectors of 64 entries sum to at most 7 * 8
+        lengths = [part.norm(dim=1, keepdim=True) for part in parts]
+        normalized = torch.cat([part / length for part, length in zip(parts, lengths, strict=True)], dim=1)
+        torch.testing.assert_close(scores, F.linear(normalized, model.head.weight, model.head.bias))
+    assert len(parts) == 1 + len(model.blocks) and (torch.stack(lengths) - 1).abs().max() > 0.1
 
 
 def test_an_unsupported_block_is_rejected(make_model):

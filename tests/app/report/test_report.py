@@ -151,13 +151,14 @@ def test_the_outcome_is_a_sentence_with_a_baseline(run):
         (
             ("cat", "dog"),
             [[60, 0], [38, 2]],
-            "Always predicting 'cat', the most frequent class, scores 60.0%. The model does not exceed it by more than "
-            "the 95% margin: no evidence of learning yet.",
+            "Always predicting 'cat', the most frequent class, scores 60.0%. The model does not exceed this by more "
+            "than the 95% margin; there is no evidence of learning.",
         ),
         (
             ("cat", "dog"),
             [[10, 90], [0, 10]],
-            "scores 90.9%. The model does not exceed it by more than the 95% margin: no evidence of learning yet.",
+            "scores 90.9%. The model does not exceed this by more than the 95% margin; there is no evidence of "
+            "learning.",
         ),
         (
             ("defect", "ok"),
@@ -343,9 +344,9 @@ def predictions(right, wrong):
     [(100, 50, (12, 12)), (100, 3, (3, 21)), (2, 50, (22, 2)), (4, 5, (5, 4)), (9, 0, (0, 9))],
 )
 def test_the_larger_group_fills_the_grid(right, wrong, shown):
-    chosen_wrong, chosen_right = choose_examples(predictions(right, wrong))
-    assert (len(chosen_wrong), len(chosen_right)) == shown
-    assert len({item.index for item in chosen_wrong + chosen_right}) == sum(shown)
+    chosen_wrong, chosen_correct = choose_examples(predictions(right, wrong))
+    assert (len(chosen_wrong), len(chosen_correct)) == shown
+    assert len({item.index for item in chosen_wrong + chosen_correct}) == sum(shown)
 
 
 def test_the_most_confident_mistakes_come_first():

@@ -148,7 +148,7 @@ def test_the_worst_images_come_first(runs):
     assert groups[0]["cards"][0].name == constant.items[int(errors.argmax())].name
     labels = read(LabelSetPredictions, runs["multilabel"][0])
     cards = label_cards(labels, NAMES["multilabel"], None)
-    assert not cards[0]["cards"][0].is_right
+    assert not cards[0]["cards"][0].is_correct
 
 
 @pytest.mark.parametrize("name", NAMES)

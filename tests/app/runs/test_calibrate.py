@@ -144,7 +144,6 @@ def test_a_run_is_calibrated_on_its_validation_images_and_measured_on_test(finis
     assert val.loss_before == pytest.approx(metrics["val"]["loss"], abs=1e-5)
     assert test.loss_before == pytest.approx(metrics["test"]["loss"], abs=1e-5)
     assert test.count == sum(map(sum, metrics["test"]["confusion"]))
-    assert 0.05 <= calibration.temperature <= 20
 
 
 def test_calibrating_a_run_reproduces_the_temperature_of_training(finished, tmp_path, capsys):

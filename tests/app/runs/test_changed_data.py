@@ -32,10 +32,10 @@ def my_photos(photos, tmp_path):
 
 @pytest.fixture
 def run_of(finished, tmp_path):
-    """Return a function that copies the finished run and sets its data to a folder of the same photographs."""
+    """Return a function that copies a finished run and sets its data to a folder of the same photographs."""
 
-    def make(folder):
-        run = RunFolder(shutil.copytree(finished.path, tmp_path / "copy"))
+    def make(folder, source=finished):
+        run = RunFolder(shutil.copytree(source.path, tmp_path / "copy"))
         config = run.read_config().replace(data=f"folder:{folder}")
         run.write_config(config)
         data = run.read_json("run.json")["data"]
@@ -85,7 +85,7 @@ def test_evaluating_on_changed_images_is_rejected_with_both_sizes(change, curren
     sizes = ", ".join(f"{k} {v}" for k, v in run.read_json("run.json")["data"]["sizes"].items())
     with pytest.raises(
         ValueError,
-        match=rf"images of .*copy, {sizes}, got {current}.*evaluate on other images with --data",
+        match=rf"images of .*copy, {sizes} in .*my_photos, got {current}.*evaluate on other images with --data",
     ):
         evaluate(run.path)
     assert evaluate(run.path, f"folder:{my_photos}")["split"] == "all"
@@ -140,8 +140,8 @@ def test_resuming_on_replaced_images_is_rejected(interrupted, my_photos):
         train(TrainConfig.from_flat(out=interrupted.run.out, resume=True), Console(file=io.StringIO()))
 
 
-def test_moved_images_are_recognized(run_of, my_photos, finished, tmp_path):
-    run = run_of(my_photos)
+def test_moved_images_are_recognized(run_of, my_photos, any_run, tmp_path):
+    run = run_of(my_photos, any_run)
     moved = my_photos.rename(tmp_path / "moved")
     with pytest.raises(
         FileNotFoundError,
@@ -151,7 +151,7 @@ def test_moved_images_are_recognized(run_of, my_photos, finished, tmp_path):
         evaluate(run.path)
     result = evaluate(run.path, f"folder:{moved}")
     assert result["split"] == "test"
-    assert result["confusion"] == finished.read_json("metrics.json")["test"]["confusion"]
+    assert result["confusion"] == any_run.read_json("metrics.json")["test"]["confusion"]
 
 
 def test_a_relative_folder_is_found_from_another_directory(photos, tmp_path, monkeypatch):
@@ -190,7 +190,7 @@ def test_resuming_on_changed_images_is_rejected_and_changes_nothing(interrupted,
     run = RunFolder(interrupted.run.out)
     before = (run.path / "run.json").read_bytes()
     (my_photos / "cats" / "000.png").rename(my_photos / "cats" / "zzz.png")
-    with pytest.raises(ValueError, match=r"got the same number of other files in folder:.*my_photos"):
+    with pytest.raises(ValueError, match=r"in .*my_photos, got the same number of other files"):
         train(TrainConfig.from_flat(out=interrupted.run.out, resume=True), Console(file=io.StringIO()))
     assert (run.path / "run.json").read_bytes() == before
 

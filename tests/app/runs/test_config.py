@@ -67,7 +67,8 @@ def test_resolving_adds_method_defaults_to_explicit_settings(method):
     config = TrainConfig.from_flat(**REQUIRED_SETTINGS, method=method, lr=0.5).resolved()
     assert config.optim.lr == 0.5
     for name, value in METHODS[method].defaults.items():
-        assert config.flat()[name] == (0.5 if name == "lr" else value)
+        is_head_rate = name == "head_lr" and METHODS[method].is_head_only
+        assert config.flat()[name] == (0.5 if name == "lr" or is_head_rate else value)
     assert config.resolved() == config
 
 
@@ -276,7 +277,7 @@ def test_a_tilde_in_weight_files_is_the_home_folder(tmp_path, monkeypatch):
     assert config.optim.read_class_weights() == {"cat": 1.0, "dog": 2.5}
     for name in ("~", "~no-such-user/weights.pth"):
         with pytest.raises(ValueError, match=f"weights must be an existing file, got '{name}'"):
-            config.replace(weights=name)
+            config.replace(weights=name).resolved()
 
 
 def test_a_seed_beyond_the_range_of_numpy_is_rejected():

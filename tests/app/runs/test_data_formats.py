@@ -10,13 +10,15 @@ import torch
 from PIL import Image
 
 from snella_app.backbones.create import create_backbone
-from snella_app.config.train import TrainConfig
 from snella_app.data.images import read_image
-from snella_app.runs import RunFolder, load_run
+from snella_app.runs import load_run
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.merge import merge
 from snella_app.runs.predict import load
+from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
+
+from ..training.components import interrupt_before
 
 
 @pytest.fixture
@@ -98,7 +100,11 @@ class Noise(torch.utils.data.Dataset):
 
 def test_a_run_on_a_python_object_trains_and_resumes(fast, console):
     config = fast(data="python:noise", epochs=2, head_init="random")
-    run = train(config, console, data=Noise())
+    with interrupt_before(1), pytest.raises(TrainingInterrupted, match="checkpoint-2"):
+        train(config, console, data=Noise())
+    with pytest.raises(ValueError, match="data python:noise is a Python object; pass it to train or evaluate"):
+        train(config.replace(resume=True), console)
+    run = train(config.replace(resume=True), console, data=Noise())
     info = run.read_json("run.json")
     assert info["classes"] == ["dark", "bright"] and info["data"]["spec"] == "python:noise"
     assert evaluate(run.path, Noise())["confusion"] == run.read_json("metrics.json")["test"]["confusion"]
@@ -142,19 +148,27 @@ def test_a_run_on_images_with_other_channel_counts_trains_and_merges(channels, f
                 np.save(file.with_suffix(".npy"), values)
             else:
                 Image.fromarray(np.moveaxis(values, 0, -1).squeeze()).save(file.with_suffix(".png"))
-    run = train(fast(data=f"folder:{tmp_path}/x", channels=channels, method="snella-2", method_options={}), console)
+    changes = {"channels": channels, "method": "snella-2", "method_options": {}, "final_head": "auto"}
+    run = train(fast(data=f"folder:{tmp_path}/x", **changes), console)
     assert f"is adapted from 3 to {channels} channel" in console.file.getvalue()
     assert run.read_json("run.json")["data_config"]["input_size"] == [channels, 32, 32]
     assert evaluate(run.path)["confusion"] == run.read_json("metrics.json")["test"]["confusion"]
     image = sorted((tmp_path / "x/a").iterdir())[0]
     (prediction,) = load(run.path).predict([image])
-    merged = merge(run.path, tmp_path / "merged").path
+    result = merge(run.path, tmp_path / "merged")
+    merged, use = result.path, result.snippet.splitlines()[-1].removeprefix("# ")
+    if channels != 6:  # the printed code gives the class
+        names: dict = {"image": Image.open(image)}
+        exec(result.snippet, names)
+        assert eval(use, names) == prediction.label
+    else:
+        assert "convert" not in use
     model = timm.create_model(f"local-dir:{merged}", pretrained=True).eval()
     loaded = load_run(run.path)
     inputs = loaded.transform(read_image(image, loaded.reading))[None]
     with torch.inference_mode():
-        logits, expected = model(inputs)[0], loaded.model(inputs)[0]
-    assert torch.allclose(logits, expected, atol=1e-5) and prediction.label == loaded.classes[int(logits.argmax())]
+        assert torch.allclose(model(inputs), loaded.model(inputs), atol=1e-5)
+        assert prediction.label == loaded.classes[int(loaded.probe(inputs).argmax())]
 
 
 def test_mismatched_channel_counts_are_rejected(fast, console, photos):
@@ -165,14 +179,9 @@ def test_mismatched_channel_counts_are_rejected(fast, console, photos):
     with pytest.raises(ValueError, match="channels must be 3 with task 'segmentation', got 1"):
         fast(channels=1, task="segmentation")
     with pytest.raises(
-        ValueError, match=r"channels and white apply only to folder:, csv:.*, got 1 and 65535 with digits"
+        ValueError,
+        match=r"channels and white apply only to folder:, csv:.*, got channels=1 and white=65535 with digits",
     ):
         train(fast(data="digits", channels=1), console)
     with pytest.raises(ValueError, match=r"48 of 48 images .*it must have 6 channels, got an array|cannot be read"):
         train(fast(channels=6), console)
-
-
-def test_the_command_reports_a_missing_object():
-    with pytest.raises(ValueError, match=r"columns must be ROLE=NAME pairs like path=file"):
-        TrainConfig.from_flat(data="csv:x", backbone="test_vit", out="x", columns="pth=file")
-    assert RunFolder("x").path.name == "x"

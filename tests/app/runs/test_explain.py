@@ -23,9 +23,9 @@ def test_nearest_images_have_the_highest_cosine_similarity():
     assert first == (1, pytest.approx(1.0)) and second == (2, pytest.approx(0.5**0.5))
 
 
-def test_images_get_heat_maps_and_their_nearest_training_images(finished, photos, tmp_path):
+def test_images_get_heat_maps_and_their_nearest_training_images(any_run, photos, tmp_path):
     chosen = sorted((photos / "cats").iterdir())[:3]
-    explained = explain(finished.path, chosen, tmp_path / "out", neighbors=2)
+    explained = explain(any_run.path, chosen, tmp_path / "out", neighbors=2)
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["0001-000.png", "0002-001.png", "0003-002.png", "index.html"] and explained.count == 3
     page = explained.page.read_text()
@@ -35,9 +35,9 @@ def test_images_get_heat_maps_and_their_nearest_training_images(finished, photos
     assert max(cosines) == 1.0  # some are training images
     assert np.asarray(Image.open(tmp_path / "out" / "0001-000.png")).std() > 5
     with pytest.raises(FileExistsError, match=r"out=.*out is not empty"):
-        explain(finished.path, chosen, tmp_path / "out")
+        explain(any_run.path, chosen, tmp_path / "out")
     with pytest.raises(ValueError, match="of must be one of the run's classes, cats, dogs, owls, got 'newts'"):
-        explain(finished.path, chosen, tmp_path / "other", of="newts")
+        explain(any_run.path, chosen, tmp_path / "other", of="newts")
 
 
 def test_heat_maps_need_no_training_images(finished, photos, tmp_path):

@@ -47,12 +47,13 @@ def expected(loaded, images):
         return loaded.model(images)
 
 
-@pytest.fixture(scope="module")
-def probabilities(loaded, images, expected):
+@pytest.fixture
+def probabilities(any_run, images):
     """Outputs of predict: mean over an image and its flip, with the run's temperature."""
+    loaded = load_run(any_run.path, "cpu")
     assert loaded.info.tta == 2
     with torch.no_grad():
-        mean = (expected.softmax(1) + loaded.model(images.flip(-1)).softmax(1)) / 2
+        mean = (loaded.network(images).softmax(1) + loaded.network(images.flip(-1)).softmax(1)) / 2
     return (mean.log() / loaded.info.temperature).softmax(1)
 
 
@@ -73,14 +74,14 @@ def reader(name, path):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:DeprecationWarning")
 @pytest.mark.parametrize("name", CHECKED)
-def test_a_graph_gives_the_probabilities_of_the_run_for_any_batch_size(name, finished, images, probabilities, tmp_path):
-    result = export(finished.path, name, tmp_path / "model")
+def test_a_graph_gives_the_probabilities_of_the_run_for_any_batch_size(name, any_run, images, probabilities, tmp_path):
+    result = export(any_run.path, name, tmp_path / "model")
     run = reader(name, result.path)
     for count in (1, 3, len(images)):
         got = run(images[:count])
         assert (got - probabilities[:count]).abs().max() <= OUTPUT_BOUND
     assert "differ by " in result.notes[0] and list(tmp_path.iterdir()) == [result.path]
-    temperature = finished.read_json("run.json")["calibration"]["temperature"]
+    temperature = any_run.read_json("run.json")["calibration"]["temperature"]
     assert result.notes[1].startswith(
         f"outputs are the probabilities of predict, from logits divided by the temperature {temperature:g}; "
         "use --logits"
@@ -101,9 +102,15 @@ def test_a_graph_exported_with_logits_gives_the_raw_outputs_of_the_model(name, f
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [*((name, "RGB") for name in CHECKED), ("torchscript", "RGBA"), ("torchscript", "I;16")]
+    ("any_run", "name", "mode"),
+    [
+        *(("finished", name, "RGB") for name in CHECKED),
+        *(("finished", "torchscript", mode) for mode in ("RGBA", "I;16")),
+        ("finished_default", "torchscript", "RGB"),
+    ],
+    indirect=["any_run"],
 )
-def test_the_printed_snippet_runs_and_matches_predict(name, mode, finished, photos, tmp_path, capsys):
+def test_the_printed_snippet_runs_and_matches_predict(any_run, name, mode, photos, tmp_path, capsys):
     image, out = tmp_path / "new.png", tmp_path / "m"
     with Image.open(photos / "dogs" / "003.png") as picture:
         pixels = np.asarray(picture.resize((50, 41)))
@@ -113,13 +120,13 @@ def test_the_printed_snippet_runs_and_matches_predict(name, mode, finished, phot
     Image.fromarray(pixels if mode != "I;16" else pixels[..., 0].astype(np.uint16) * 257).save(image)
     with Image.open(image) as picture:
         assert picture.mode == mode
-    assert main(["export", str(finished.path), "--format", name, "--out", str(out), "--images", f"[{image}]"]) == 0
+    assert main(["export", str(any_run.path), "--format", name, "--out", str(out), "--images", f"[{image}]"]) == 0
     lines = capsys.readouterr().out.splitlines()
     end = next(number for number, line in enumerate(lines) if line.startswith("print("))
     code = "\n".join(lines[lines.index("import json") : end + 1])
     program = [sys.executable, "-W", "ignore", "-c", code]
     process = subprocess.run(program, capture_output=True, text=True, check=True, cwd=tmp_path)
-    (prediction,) = load(finished.path).predict([image])
+    (prediction,) = load(any_run.path).predict([image])
     assert ast.literal_eval(process.stdout) == pytest.approx(prediction.probabilities, abs=1e-4)
 
 

@@ -10,7 +10,7 @@ from snella_app.config.train import TrainConfig
 from snella_app.files import create_folder, sealed, write_bytes, write_json
 from snella_app.records.run import BackboneInfo, DataInfo, FoldResults, RunInfo
 from snella_app.runs import RunFolder
-from snella_app.runs.folder import beside
+from snella_app.runs.folder import sibling_path
 from snella_app.training.session import lock_run
 from snella_lab.analysis.plot import Plot, write_plots
 
@@ -70,7 +70,7 @@ def test_resuming_uses_the_stored_settings(tmp_path):
     assert [values[name] for name in ("epochs", "method", "data", "resume")] == [7, "lora-4", "digits", True]
     with pytest.raises(
         ValueError,
-        match=r"epochs is 7 there and 3 here; leave them out; to train a finished run .* snella train --init-from ",
+        match=r"epochs is 7 there and 3 here; leave them out; to continue .* snella train --init-from ",
     ):
         run.resolve_settings(config(run.path, epochs=3, resume=True))
 
@@ -336,7 +336,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 
 
 def test_outputs_next_to_the_current_run_have_its_name(tmp_path, monkeypatch):
-    assert str(beside("runs/photos/", ".onnx")) == "runs/photos.onnx"
+    assert str(sibling_path("runs/photos/", ".onnx")) == "runs/photos.onnx"
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path / "photos")
-    assert beside(".", ".onnx") == tmp_path / "photos.onnx"
+    assert sibling_path(".", ".onnx") == tmp_path / "photos.onnx"

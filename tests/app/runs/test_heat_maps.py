@@ -9,6 +9,7 @@ from torch import nn
 
 from snella_app.methods import build_method
 from snella_app.runs.explain import attention_rollout, heat_maps, overlay_heat
+from snella_app.runs.layer_probe import LayerProbe, layer_features, linear_head, probed_layers
 
 pytest.importorskip("captum")
 SIZE = 64
@@ -42,6 +43,21 @@ def test_the_map_of_a_linear_head_is_its_contribution_at_each_position():
     heat = heat_maps(model, images, torch.tensor([0, 1]))
     expected = nn.functional.interpolate(grid[:, None], (SIZE, SIZE), mode="bilinear", align_corners=False)[:, 0]
     assert np.allclose(heat, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "options"), [("test_vit", {"img_size": SIZE}), ("test_convnext", {})])
+def test_the_map_of_a_head_on_several_layers_includes_all_of_them(name, options):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=2, **options).eval()
+    layers, images = probed_layers(model), torch.randn(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        width = layer_features(model, images, layers).shape[1]
+    weight = torch.zeros(2, width)
+    first = model.num_features  # the pooled features of the model come first, then those of the first layer
+    weight[:, first : first + 16] = torch.randn(2, 16)
+    probe = LayerProbe(model, layers, linear_head(weight, torch.zeros(2))).eval()
+    maps = [heat_maps(probe, images, torch.tensor([output]))[0] for output in (0, 1)]
+    assert max(heat.max() for heat in maps) > 0.5 and not np.allclose(*maps)
 
 
 @pytest.mark.parametrize("method", ["snella-2", "vpt-deep"])

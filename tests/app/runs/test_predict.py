@@ -25,7 +25,7 @@ from snella_app.runs import RunFolder
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.image_inputs import expand, new_files
 from snella_app.runs.layer_probe import LayerProbe, linear_head, probed_layers
-from snella_app.runs.predict import Predictor, _head, load
+from snella_app.runs.predict import Predictor, _check_shape, _head, load
 from snella_app.runs.prediction_files import predict_to_files, write_features
 from snella_app.tasks import RegressionTask
 from snella_app.tasks.task import MAX_VIEWS
@@ -172,6 +172,17 @@ def test_features_are_the_inputs_of_the_head(model, photos):
     assert np.allclose(model.features(photos / "cats" / "000.png"), features[0], atol=1e-5)
 
 
+def test_predictions_and_features_are_written_in_one_call(any_run, photos, tmp_path):
+    table, features, model = tmp_path / "p.json", tmp_path / "f.npz", load(any_run.path)
+    predict_to_files(str(any_run.path), [str(photos / "cats")], out=str(table), features=str(features))
+    rows, predictions = json.loads(table.read_text()), model.predict(photos / "cats")
+    assert [row["label"] for row in rows] == [prediction.label for prediction in predictions]
+    assert [row["probability"] for row in rows] == pytest.approx([p.probability for p in predictions], abs=1e-6)
+    with np.load(features) as file:
+        assert file["images"].tolist() == [str(prediction.path) for prediction in predictions]
+        assert np.allclose(file["features"], model.features(photos / "cats"), atol=1e-5)
+
+
 def test_features_are_written_with_their_images(tmp_path):
     rows, names = [np.arange(3, dtype=np.float32), np.ones(3, np.float32)], ["a.jpg", "b.jpg"]
     with np.load(write_features(tmp_path / "f.npz", names, rows)) as file:
@@ -240,6 +251,8 @@ def test_a_very_elongated_image_is_skipped_like_a_corrupt_one(finished, photos, 
         model.predict(tmp_path / "line.png")
     images = [tmp_path / "line.png", photos / "cats" / "000.png"]
     assert [prediction.path for prediction in model.predict(images, skip_corrupt=True)] == images[1:]
+    with pytest.raises(ValueError, match="at most 200, got 10000×1"):
+        _check_shape(torch.zeros(5, 1, 10_000), Path("array.npy"))
 
 
 def test_a_table_with_a_prefix_may_have_any_suffix(photos):

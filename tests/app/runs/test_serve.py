@@ -47,9 +47,11 @@ def served(app):
     thread.start()
     while not server.started:
         thread.join(0.05)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 LOG = []
@@ -80,9 +82,11 @@ def bomb(width, height):
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def test_responses_match_predict(address, model, photos):
+def test_responses_match_predict(any_run, photos):
+    model = snella.load(any_run.path)
     paths = [photos / "cats" / "003.png", photos / "owls" / "001.png"]
-    status, answer = post(address, [(path.name, path.read_bytes()) for path in paths])
+    with served(create_app(model, unsure=0.999)) as address:
+        status, answer = post(address, [(path.name, path.read_bytes()) for path in paths])
     assert status == 200
     for entry, path, expected in zip(answer["predictions"], paths, model.predict(paths), strict=True):
         assert (entry["name"], entry["label"], entry["unsure"]) == (
@@ -134,7 +138,7 @@ def test_requests_over_the_limits_are_rejected(address, photos):
     assert (status, answer) == (413, {"error": "a request must have at most 3 files, got 4"})
     connection = http.client.HTTPConnection(address.removeprefix("http://"))
     for headers, status, message in (
-        ({"Content-Length": "2000000"}, 413, "the request must have at most 1 MiB"),
+        ({"Content-Length": "2000000"}, 413, "the request must have at most 0.153 MiB"),
         ({"Transfer-Encoding": "chunked"}, 411, "the request must have a Content-Length header"),
         (
             {"Content-Length": "10", "Transfer-Encoding": "chunked"},

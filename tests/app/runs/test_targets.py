@@ -230,14 +230,16 @@ def test_a_balanced_run_resumes_bit_for_bit(make_photos, tmp_path, monkeypatch):
         assert again.read_json("metrics.json")[name] == uninterrupted.read_json("metrics.json")[name]
 
 
-def test_the_epoch_is_selected_by_the_monitored_metric(make_photos, tmp_path):
+@pytest.mark.parametrize(("loss", "class_weights"), [("focal", "balanced"), ("logit-adjusted", None)])
+def test_the_epoch_is_selected_by_the_monitored_metric(loss, class_weights, make_photos, tmp_path):
     photos = make_photos(tmp_path / "few", {"cats": 20, "dogs": 10})
-    run = train(balanced_settings(photos, tmp_path / "run", lr=0.01, sampler="shuffle"), QUIET, render_report=False)
+    changes = {"lr": 0.01, "sampler": "shuffle", "loss": loss, "class_weights": class_weights}
+    run = train(balanced_settings(photos, tmp_path / "run", **changes), QUIET, render_report=False)
     metrics = run.read_json("metrics.json")
     assert metrics["best_metric"] == "val_macro_f1"
     best = max(metrics["history"], key=lambda row: (row["val_macro_f1"], -row["val_loss"], row["epoch"]))
     assert metrics["best_epoch"] == best["epoch"]
-    assert run.read_config().optim.class_weights == "balanced"
+    assert (run.read_config().optim.loss, run.read_config().optim.class_weights) == (loss, class_weights)
 
 
 def test_a_class_weights_file_is_stored_in_the_settings(make_photos, tmp_path):

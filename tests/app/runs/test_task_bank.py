@@ -27,7 +27,8 @@ def folders(make_photos, tiny_run, tmp_path_factory):
     for name, data, method, sparsity in [*rows, ("again", "plants", "snella-2", 0.7)]:
         options = {"target_sparsity": sparsity, "init_sparsity": 0.3}
         settings = {**shared, "method": method, "method_options": options, "epochs": 1}
-        train(TrainConfig.from_flat(**settings, data=f"folder:{root / data}", out=str(root / "runs" / name)))
+        config = TrainConfig.from_flat(**settings, data=f"folder:{root / data}", out=str(root / "runs" / name))
+        train(config, render_report=False)
         runs[name] = root / "runs" / name
     return runs
 
@@ -87,6 +88,14 @@ def test_files_are_predicted_as_by_each_run(folders, make_photos, tmp_path):
         assert prediction.probability == pytest.approx(expected.probability, abs=1e-6)
 
 
+def test_a_bank_of_one_run_predicts_like_the_run(any_run, photos):
+    paths = sorted((photos / "dogs").iterdir())
+    actual = TaskBank({"photos": any_run.path}, device="cpu").predict(paths, ["photos"] * len(paths))
+    for prediction, expected in zip(actual, load(any_run.path, "cpu").predict(paths), strict=True):
+        assert prediction.label == expected.label
+        assert prediction.probability == pytest.approx(expected.probability, abs=1e-6)
+
+
 def test_tasks_can_be_added_and_removed(folders, images):
     bank = TaskBank({"animals": folders["animals"]}, device="cpu")
     assert bank.classes("animals") == ["cats", "dogs", "owls"]
@@ -100,7 +109,7 @@ def test_tasks_can_be_added_and_removed(folders, images):
         bank(images[:2], ["plants"])
 
 
-def test_unsupported_runs_are_rejected(folders, tiny_run, make_photos, tmp_path):
+def test_unsupported_runs_are_rejected(folders, tiny_run, make_photos, tmp_path, no_report):
     with pytest.raises(
         ValueError, match=r"memory_mib must be at least 0\.\d for the effective weights of .*, got 0\.0"
     ):

@@ -11,7 +11,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from snella_app.config.train import TrainConfig
 from snella_app.files import sealed, write_json
@@ -22,11 +22,13 @@ from snella_app.report.inspect import inspect_run
 from snella_app.runs import RunFolder, TaskBank, load_run
 from snella_app.runs.evaluate import calibrate_run, evaluate
 from snella_app.runs.export import export
-from snella_app.runs.merge import merge
+from snella_app.runs.merge import load_merged, merge
 from snella_app.runs.predict import load
 from snella_app.runs.prediction_files import predict_to_files
 from snella_app.tasks.predictions import LabelSetPrediction, NumberPrediction, write_predictions
 from snella_app.training.train import train
+
+from ..data.mask_folders import write_pairs
 
 
 def test_evaluation_reproduces_the_test_result(finished):
@@ -136,11 +138,6 @@ def test_hidden_files_are_ignored_and_content_is_checked(finished, photos, tmp_p
     assert [p.path.name for p in load(finished.path).predict([tmp_path])][:2] == ["a.jfif", "b"]
 
 
-def test_a_missing_run_is_reported_before_the_images(finished, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no run .*rum; nearest: 'run'"):
-        load(finished.path.parent / "rum").predict([tmp_path / "a.jpg"])
-
-
 def test_the_suffix_selects_the_prediction_format(finished, photos, tmp_path, monkeypatch):
     predictions = load(finished.path).predict([photos / "cats" / "000.png"], unsure=1.0)
     (row,) = json.loads(write_predictions(predictions, tmp_path / "p.json", 3).read_text())
@@ -203,8 +200,6 @@ def test_paths_without_images_are_reported(finished, photos, tmp_path):
         load(finished.path).predict([tmp_path])
     with pytest.raises(ValueError, match="images must name at least one file or folder"):
         load(finished.path).predict([])
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
-        load(finished.path, batch_size=-1)
 
 
 def test_merged_weights_are_plain_timm_weights_with_equal_outputs(finished, tmp_path):
@@ -235,6 +230,30 @@ def test_other_methods_merge_too(method, settings, console, no_report, tmp_path)
         torch.testing.assert_close(plain.eval()(images), load_run(run.path).model(images))
 
 
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_a_merged_file_needs_no_file_of_the_backbone(task, settings, console, no_report, tmp_path, monkeypatch):
+    weights = {
+        name: tensor for name, tensor in timm.create_model("test_vit").state_dict().items() if "head" not in name
+    }
+    save_file(weights, tmp_path / "weights.safetensors")
+    changes = {"weights": "weights.safetensors", "method": "linear", "epochs": 1}
+    if task == "segmentation":
+        changes |= {"task": task, "data": f"masks:{write_pairs(tmp_path / 'm', 10)}", "method": "full", "batch_size": 4}
+    monkeypatch.chdir(tmp_path)
+    run = train(settings(**changes), console)
+    path = merge(run.path, tmp_path / "model.safetensors").path
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = load_run(run.path).model(images)
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        torch.testing.assert_close(load_merged(path)(images), expected)
+    assert run.read_config().model.weights == "weights.safetensors"  # a moved weight file is no damage
+    (tmp_path / "no.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="path must be a file written by snella merge"):
+        load_merged(tmp_path / "no.safetensors")
+
+
 def timm_predictions(model, transform, classes, paths, views=1):
     with torch.inference_mode():
         images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
@@ -249,29 +268,25 @@ def timm_predictions(model, transform, classes, paths, views=1):
     ("backbone", "method", "img_size"),
     [("test_vit", "snella-2", 48), ("test_efficientnet", "full", 96), ("vit_tiny_patch16_224", "linear", 64)],
 )
-@pytest.mark.parametrize("out", ["model", "model.safetensors"])
 def test_timm_predicts_with_a_merged_model_like_the_run(
-    backbone, method, img_size, out, make_photos, settings, console, no_report, tmp_path
+    backbone, method, img_size, make_photos, settings, console, no_report, tmp_path
 ):
     photos = make_photos(tmp_path / "photos", {"cats": 12, "dogs": 12}, side=70)
     changes = {"backbone": backbone, "method": method, "img_size": img_size, "epochs": 1, "data": f"folder:{photos}"}
     run = train(settings(**changes), console)
-    merged = merge(run.path, tmp_path / out)
-    if out == "model":
-        model = timm.create_model(f"local-dir:{merged.path}", pretrained=True).eval()
-        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-        classes = model.pretrained_cfg["label_names"]
-    else:
-        names: dict = {}
-        exec(merged.snippet, names)
-        model, transform, classes = (names[name] for name in ("model", "transform", "classes"))
+    model = timm.create_model(f"local-dir:{merge(run.path, tmp_path / 'model').path}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    names: dict = {}
+    exec(merge(run.path, tmp_path / "model.safetensors").snippet, names)
+    from_file = [names[name] for name in ("model", "transform", "classes")]
     paths = sorted(photos.rglob("*.png"))
     run.update("finished", calibration=None)  # the temperature is not part of the weights
     assert load_run(run.path).info.tta == 2
     for views, expected in ((1, load(run.path).predict(paths, tta=1)), (2, load(run.path).predict(paths))):
-        actual = timm_predictions(model, transform, classes, paths, views)
-        for (label, probability), prediction in zip(actual, expected, strict=True):
-            assert label == prediction.label and probability == pytest.approx(prediction.probability, abs=1e-5)
+        for merged in ([model, transform, model.pretrained_cfg["label_names"]], from_file):
+            actual = timm_predictions(*merged, paths, views)
+            for (label, probability), prediction in zip(actual, expected, strict=True):
+                assert label == prediction.label and probability == pytest.approx(prediction.probability, abs=1e-5)
 
 
 def test_a_merged_folder_is_a_backbone_for_another_run(finished, settings, console, no_report, tmp_path):

@@ -22,13 +22,6 @@ def test_the_focal_loss_matches_its_formula():
     assert torch.allclose(focal(LOGITS, LABELS, 0.3), 0.7 * expected + 0.3 * uniform)
 
 
-def test_cross_entropy_smooths_labels():
-    task = ClassificationTask(tuple("abc"), label_smoothing=0.3)
-    log_p = LOGITS.log_softmax(1)
-    expected = -(0.7 * log_p[[0, 1], LABELS] + 0.3 * log_p.mean(1)).mean()
-    assert torch.allclose(task.loss(LOGITS, LABELS), expected)
-
-
 def test_the_logit_adjustment_adds_log_priors():
     priors = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
     task = ClassificationTask(tuple("abc"), loss_name="logit-adjusted", log_priors=tuple(priors.log().tolist()))

@@ -17,6 +17,7 @@ def config(out, **options):
         "test_size": 20,
         "epochs": 1,
         "batch_size": 20,
+        "precision": "fp32",
         "r": 2,
         "progress": False,
     }

@@ -139,6 +139,12 @@ def test_an_average_with_normalized_head_inputs_keeps_its_scores_when_saved(sett
     assert metrics.val.loss == pytest.approx(measured["val_loss"], rel=1e-4)
 
 
+def test_the_final_head_is_compared_with_the_saved_average(settings, console):
+    metrics = read(Metrics, train(settings(epochs=4, swa=3, final_head="layers", tta=1), console).path)
+    measured = metrics.averaged.scores if metrics.averaged.is_saved else vars(metrics.history[metrics.best_epoch])
+    assert metrics.final_head.val_trained == pytest.approx(measured["val_accuracy"])
+
+
 def test_a_resumed_run_saves_a_bit_identical_average(settings, console, tmp_path):
     uninterrupted = train(settings(epochs=3, swa=3, protocol="final", out=str(tmp_path / "uninterrupted")), console)
     config = settings(epochs=3, swa=3, protocol="final")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 from scipy.special import log_softmax
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
@@ -31,6 +32,7 @@ from snella_app.runs.layer_probe import (
 )
 from snella_app.runs.merge import merge
 from snella_app.runs.predict import load
+from snella_app.runs.push import write_hub_folder
 from snella_app.tasks import create_task
 from snella_app.training import final_head, linear_probe
 from snella_app.training import finish as finish_module
@@ -53,14 +55,21 @@ from snella_app.training.train import train
 from .components import build_components
 from .digits import config
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 QUIET = Console(quiet=True)
+
+
+def train_and_print(out, **options):
+    """Return a run and its console output."""
+    console = Console(file=io.StringIO(), width=250)
+    run = train(config(out, **options), console, render_report=False)
+    return run, console.file.getvalue()
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    console = Console(file=io.StringIO(), width=250)
-    run = train(config(tmp_path_factory.mktemp("runs") / "layers"), console)
-    return run, console.file.getvalue()
+    return train_and_print(tmp_path_factory.mktemp("runs") / "layers")
 
 
 @pytest.mark.parametrize(
@@ -234,8 +243,9 @@ def test_a_weighted_sampler_also_balances_the_final_head(tmp_path, monkeypatch):
     torch.testing.assert_close(totals, totals.mean().expand(10))
 
 
-def test_a_run_fits_and_saves_the_final_head(finished):
-    run, log = finished
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_fits_and_saves_the_final_head(precision, finished, tmp_path):
+    run, log = finished if precision == "fp32" else train_and_print(tmp_path, precision=precision)
     metrics = run.read_json("metrics.json")
     head = metrics["final_head"]
     assert head["layers"] == [2, 3, 4, 5]
@@ -371,6 +381,23 @@ def test_the_snippet_for_a_merged_model_gives_the_outputs_of_the_final_head(loss
         torch.testing.assert_close(names["logits_of"](images), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_code_in_the_card_on_the_hub_downloads_the_final_head(finished, tmp_path, monkeypatch):
+    run, _ = finished
+    folder = write_hub_folder(run.path, tmp_path / "hub", "user/digits")
+    card = (folder / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0]
+    assert str(tmp_path) not in card and "snapshot_download('user/digits')" in code
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: str(folder))
+    names = {}
+    exec(code.replace("hf-hub:user/digits", f"local-dir:{folder}"), names)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = load_run(run).network(images)
+        torch.testing.assert_close(names["logits_of"](images), expected, atol=1e-5, rtol=1e-5)
+    temperature = load_run(run).info.temperature
+    assert f"divides the outputs of the final head by the temperature {temperature:g}" in card
+
+
 def test_the_snippet_supports_merged_models_without_tokens(tmp_path):
     options = {"backbone": "test_convnext", "method": "full", "r": None, "img_size": 64}
     run = train(config(tmp_path / "run", **options), QUIET)
@@ -415,6 +442,26 @@ def test_features_equal_head_inputs_for_methods_with_extra_modules(method, tmp_p
     with torch.no_grad():
         head_inputs = layer_features(model, images, probed_layers(model))[:, :64]
         torch.testing.assert_close(base_and_head(model)[1](head_inputs), model(images), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["vqt", "vpt-shallow-4"])
+def test_methods_with_tokens_that_the_features_lack_keep_the_trained_head(method, tmp_path):
+    # four prompts of 64 channels fit into the grid of 2 × 2 positions, but mix tokens and channels
+    settings = config(tmp_path, method=method, r=None, final_head="auto").resolved()
+    assert choose_heads(build_components(settings), settings).optim.final_head == "trained"
+    with pytest.raises(ValueError, match=f"got VisionTransformer with method '{method}'; use final_head='trained'"):
+        choose_heads(build_components(settings), settings.replace(final_head="layers"))
+    run = train(settings.replace(epochs=1), QUIET)
+    assert load_run(run).probe is None
+
+
+def test_several_processes_keep_the_trained_head(tmp_path, monkeypatch):
+    monkeypatch.setattr("snella_app.training.plan.process_count", lambda: 2)
+    settings = config(tmp_path).resolved()
+    parts = build_components(settings)
+    assert choose_heads(parts, settings).optim.final_head == "trained"
+    with pytest.raises(ValueError, match="final_head='layers' needs a single process; use final_head='trained'"):
+        choose_heads(parts, settings.replace(final_head="layers"))
 
 
 def test_unsupported_final_heads_are_rejected(tmp_path):
@@ -620,17 +667,21 @@ def test_the_final_head_is_fitted_to_the_last_epoch(is_rejected, options, tmp_pa
     monkeypatch.setattr("snella_app.training.finish.is_clearly_worse", is_clearly_worse)
     run = train(config(tmp_path, **{"epochs": 3, "head_norm": "running"} | options), console)
     metrics = run.read_json("metrics.json")
-    is_last = not is_rejected and not options
+    is_last = not is_rejected and "method" not in options
     assert metrics["best_epoch"] == (3 if is_last else 1) and len(fits) == len(compared) == 1
     assert metrics["final_head"].get("replaced_epoch") == (1 if is_last else None)
     assert ("epoch 3, the last: validation" in console.file.getvalue()) == is_last
     loaded = load_run(run).model
     values = {name: value for name, value in loaded.named_parameters() if name in fits[0]}
     factors = [name for name in values if "snella_A" in name]
-    is_fitted = is_last or options
-    assert (factors or options) and all(torch.equal(values[name], fits[0][name]) == bool(is_fitted) for name in factors)
+    is_fitted = is_last or "method" in options
+    if "ema" in options:
+        averages = load_file(run.checkpoints / "checkpoint-9" / "ema.safetensors")
+        assert all(torch.equal(averages[name], values[name]) for name in factors)
+    weights = factors or list(values)  # linear trains only the head
+    assert weights and all(torch.equal(values[name], fits[0][name]) == is_fitted for name in weights)
     budget = sum(matrix.budget for matrix in matrices_of(loaded))
-    assert options or (budget == run.read_json("allocation.json")["target_budget"]) == is_last
+    assert "method" in options or (budget == run.read_json("allocation.json")["target_budget"]) == is_last
     # the saved head includes the normalization of its inputs
     assert evaluate(run.path, split="test")["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-4)
 
@@ -702,11 +753,11 @@ def test_an_interrupted_merge_leaves_no_head_of_another_model(finished, tmp_path
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_left_out_classes_equal_those_of_separate_fits(count):
+def test_leave_one_out_classes_equal_those_of_separate_fits(count):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(30) % 3
     views = [torch.randn(30, 4, generator=generator) + labels[:, None] for _ in range(count)]
-    predicted = final_head.left_out_classes(views, labels, 3)
+    predicted = final_head.leave_one_out_classes(views, labels, 3)
     centers, _, _ = final_head._standardized(torch.cat(views))
     points, targets = centers.double(), F.one_hot(labels, 3).double().repeat(count, 1)
     prior = targets.mean(0)

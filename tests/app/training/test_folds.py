@@ -1,11 +1,13 @@
 """Cross-validation: folds, the table over them, resuming, and the ensemble."""
 
 import csv
+import functools
 import shutil
 import statistics
 
 import pytest
 import torch
+from rich.console import Console
 
 from snella_app.cli.main import main
 from snella_app.config.train import TrainConfig
@@ -21,11 +23,28 @@ from snella_app.training.session import RunInUseError, TrainingInterrupted, lock
 
 from .components import interrupt_before
 
+SHORT = {"method": "linear", "epochs": 1, "folds": 3}
+
 
 @pytest.fixture
 def fast(settings, no_report):
     """Return the configuration of three folds with one epoch each."""
-    return lambda **changes: settings(**{"method": "linear", "epochs": 1, "folds": 3, **changes})
+    return lambda **changes: settings(**{**SHORT, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished_folds(photos, tiny_run, tmp_path_factory):
+    """Return a function that trains `SHORT` once per final head and returns its folder, only to read or copy it."""
+
+    @functools.cache
+    def make(final_head):
+        values = {**tiny_run, **SHORT, "method_options": {}, "final_head": final_head}
+        root = tmp_path_factory.mktemp("folds") / "run"
+        config = TrainConfig.from_flat(**values, data=f"folder:{photos}", out=str(root))
+        train_folds(config, Console(quiet=True), render_report=False)
+        return root
+
+    return make
 
 
 def test_every_image_is_held_out_once_with_stratified_classes(photos):
@@ -66,10 +85,10 @@ def test_folds_are_validation_splits_for_data_with_a_test_split(make_photos, tmp
     assert [len(part) for part in (data.train, data.val, data.test)] == [12, 6, 6] and data.fold_part == "val"
 
 
-def test_the_table_lists_each_fold_and_the_mean(fast, console, tmp_path):
-    results = train_folds(fast(), console)
-    root = tmp_path / "run"
-    assert results == read(FoldResults, root) and results.held_out == "test"
+def test_the_table_lists_each_fold_and_the_mean(finished_folds):
+    root = finished_folds("trained")
+    results = read(FoldResults, root)
+    assert results.held_out == "test"
     accuracies = [RunFolder(root / f"fold-{k}").read_json("metrics.json")["test"]["accuracy"] for k in (1, 2, 3)]
     assert [row.scores["accuracy"] for row in results.rows] == accuracies
     last = (root / "folds.md").read_text().splitlines()[-1]
@@ -80,9 +99,8 @@ def test_the_table_lists_each_fold_and_the_mean(fast, console, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_phone_shows_the_mean_without_scrolling(fast, console, tmp_path, browser):
-    train_folds(fast(), console)
-    browser.open(tmp_path / "run" / "folds.html", width=390)
+def test_a_phone_shows_the_mean_without_scrolling(finished_folds, browser):
+    browser.open(finished_folds("trained") / "folds.html", width=390)
     right = browser.evaluate("document.querySelector('tbody tr:last-child td').getBoundingClientRect().right")
     assert right < 390 and browser.evaluate("document.documentElement.scrollWidth") <= 390
 
@@ -121,8 +139,10 @@ def test_an_interrupted_fold_is_resumed_with_the_cross_validation(fast, console,
         train_folds(fast(), console)
 
 
-def test_a_finished_cross_validation_is_read_from_a_read_only_disk(fast, console, tmp_path, monkeypatch):
-    expected = train_folds(fast(), console)
+def test_a_finished_cross_validation_is_read_from_a_read_only_disk(
+    finished_folds, fast, console, tmp_path, monkeypatch
+):
+    expected = read(FoldResults, shutil.copytree(finished_folds("trained"), tmp_path / "run"))
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "write", lambda *_: pytest.fail("results were written"))
         patch.setattr("snella_app.training.folds.write_text", lambda *_: pytest.fail("the table was written"))
@@ -132,30 +152,31 @@ def test_a_finished_cross_validation_is_read_from_a_read_only_disk(fast, console
     assert (tmp_path / "run" / "folds.html").is_file()
 
 
-def test_overwriting_spares_the_folds_of_a_running_process(fast, console, tmp_path):
-    train_folds(fast(), console)
+def test_overwriting_spares_the_folds_of_a_running_process(finished_folds, fast, console, tmp_path):
+    shutil.copytree(finished_folds("trained"), tmp_path / "run")
     runs = [RunFolder(tmp_path / "run" / f"fold-{fold}") for fold in (1, 2)]
     with lock_run(runs[1]), pytest.raises(RunInUseError, match="is locked by running process"):
         train_folds(fast(overwrite=True), console)
     assert [run.status for run in runs] == ["finished"] * 2
 
 
-def test_predictions_average_all_models(fast, console, photos, tmp_path, capsys):
-    train_folds(fast(), console)
-    image = photos / "cats/000.png"
-    single = [load(tmp_path / f"run/fold-{k}").predict([image])[0] for k in (1, 2, 3)]
-    (together,) = load(tmp_path / "run").predict([image])
+@pytest.mark.parametrize("final_head", ["trained", "auto"])
+def test_predictions_average_all_models(final_head, finished_folds, photos, capsys):
+    root, image = finished_folds(final_head), photos / "cats/000.png"
+    assert (load_run(root / "fold-1").probe is not None) == (final_head == "auto")
+    single = [load(root / f"fold-{k}").predict([image])[0] for k in (1, 2, 3)]
+    (together,) = load(root).predict([image])
     for name, probability in together.ranking:
         assert probability == pytest.approx(
             statistics.mean(dict(prediction.ranking)[name] for prediction in single), abs=1e-6
         )
-    assert main(["evaluate", str(tmp_path / "run")]) == 0
-    assert f"accuracy {evaluate(tmp_path / 'run')['accuracy']:.4f}" in capsys.readouterr().out
-    assert isinstance(load_run(tmp_path / "run").model(torch.zeros(1, 3, 32, 32)), torch.Tensor)
+    assert main(["evaluate", str(root)]) == 0
+    assert f"accuracy {evaluate(root)['accuracy']:.4f}" in capsys.readouterr().out
+    assert isinstance(load_run(root).model(torch.zeros(1, 3, 32, 32)), torch.Tensor)
     message = "tta must be left out for a cross-validation, whose models use the tta of their runs, got "
     for tta in (1, 2):
         with pytest.raises(ValueError, match=f"{message}{tta}"):
-            load(tmp_path / "run").predict([image], tta=tta)
+            load(root).predict([image], tta=tta)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from snella_app.training.train import train
 from . import digits
 from .components import build_components
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 QUIET = Console(quiet=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -22,22 +23,27 @@ needs_processes = pytest.mark.skipif(not torch.distributed.is_available(), reaso
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """Rows of two processes, by loop, engine and option."""
-    out = tmp_path_factory.mktemp("many") / "rows.jsonl"
-    loops, engines = (list(dict.fromkeys(values)) for values in zip(*SETTINGS, strict=True))
-    args = ["--loops", *loops, "--engines", *engines, "--options", "plain", "bf16", "--counts", "2", "--out", str(out)]
-    script = str(BENCHMARKS / "many_devices.py")
-    process = subprocess.run([sys.executable, script, *args], capture_output=True, text=True, timeout=280)
-    assert process.returncode == 0, process.stderr
-    read = map(json.loads, out.read_text().splitlines())
-    return {(row["loop"], row["engine"], row["option"]): row for row in read}
+def measure(tmp_path_factory):
+    """Return a function that runs two processes with an option once and returns the rows by loop and engine."""
+
+    @functools.cache
+    def run(option):
+        out = tmp_path_factory.mktemp(option) / "rows.jsonl"
+        loops, engines = (list(dict.fromkeys(values)) for values in zip(*SETTINGS, strict=True))
+        args = ["--loops", *loops, "--engines", *engines, "--options", option, "--counts", "2", "--out", str(out)]
+        script = str(BENCHMARKS / "many_devices.py")
+        process = subprocess.run([sys.executable, script, *args], capture_output=True, text=True, timeout=280)
+        assert process.returncode == 0, process.stderr
+        rows = map(json.loads, out.read_text().splitlines())
+        return {(row["loop"], row["engine"]): row for row in rows if row["option"] == option}
+
+    return run
 
 
 @needs_processes
 @pytest.mark.parametrize("setting", SETTINGS, ids=" ".join)
-def test_two_processes_match_one_and_save_adapters(rows, setting):
-    row = rows[(*setting, "plain")]
+def test_two_processes_match_one_and_save_adapters(measure, setting):
+    row = measure("plain")[setting]
     assert "error" not in row, row
     assert row["same_on_all_ranks"]
     assert row["processes_that_saved"] == 1
@@ -45,10 +51,11 @@ def test_two_processes_match_one_and_save_adapters(rows, setting):
     assert row["budget_entries_moved"] <= 4  # differently rounded importance may move entries
 
 
+@pytest.mark.slow
 @needs_processes
 @pytest.mark.parametrize("setting", SETTINGS, ids=" ".join)
-def test_bfloat16_matches_one_process_with_the_same_casts(rows, setting):
-    row = rows[(*setting, "bf16")]
+def test_bfloat16_matches_one_process_with_the_same_casts(measure, setting):
+    row = measure("bf16")[setting]
     assert "error" not in row, row
     assert row["same_on_all_ranks"]
     assert row["processes_that_saved"] == 1
@@ -57,8 +64,8 @@ def test_bfloat16_matches_one_process_with_the_same_casts(rows, setting):
 
 @needs_processes
 @pytest.mark.parametrize("setting", SETTINGS, ids=" ".join)
-def test_the_allocator_communicates_at_most_one_number_per_matrix_and_step(rows, setting):
-    row = rows[(*setting, "plain")]
+def test_the_allocator_communicates_at_most_one_number_per_matrix_and_step(measure, setting):
+    row = measure("plain")[setting]
     expected = [0, 0, 8 * row["matrices"]] * 4  # every third step reallocates
     if setting[1].startswith("FSDP"):
         expected[0] = row["matrices"]  # the check for missing gradients, one byte per matrix

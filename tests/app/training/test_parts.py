@@ -123,7 +123,7 @@ def test_the_bar_is_shown_on_a_terminal_and_removed():
 def test_without_a_terminal_lines_replace_the_bar_and_mark_the_best_epoch():
     output = io.StringIO()
     display = progress_display(Console(file=output, width=200))
-    past = {"val_accuracy": 0.5, "val_loss": 0.9, "budget": None}
+    past = {"train_loss": 1.0, "val_accuracy": 0.5, "val_loss": 0.9, "budget": None}
     state = TrainerState(max_steps=10, num_train_epochs=2, log_history=[past])
     display.on_train_begin(None, state, TrainerControl())
     assert display._bar is None

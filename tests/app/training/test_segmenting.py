@@ -1,6 +1,7 @@
 """Segmentation through the command line: train, evaluate, predict, inspect, merge."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +54,8 @@ def test_a_run_stores_dice_and_predicted_masks(run):
     assert metrics["best_metric"] == "val_dice"
     best = max(metrics["history"], key=lambda row: (row["val_dice"], -row["val_loss"], row["epoch"]))
     assert metrics["best_epoch"] == best["epoch"] and metrics["val"]["dice"] == pytest.approx(best["val_dice"])
-    for name in ("dice", "iou", "dice_pooled", "iou_pooled", "dice_gps_foreground_only", "iou_gps_foreground_only"):
-        assert 0 <= metrics["test"][name] <= 1
+    measures = {"dice", "iou", "dice_pooled", "iou_pooled", "dice_gps_foreground_only", "iou_gps_foreground_only"}
+    assert measures <= metrics["test"].keys()
     items = json.loads((run / "predictions.json").read_text())["items"]
     with_mask = [item for item in items if item["mask"]]
     assert len(with_mask) == min(12, len(items)) and all((run / item["mask"]).is_file() for item in with_mask)
@@ -81,10 +82,10 @@ def test_the_report_shows_curves_classes_and_overlays(run):
 
 
 def test_the_report_is_deterministic(run, capsys):
-    before = (run / "report.html").read_text().count(_PANELS)
+    before = (run / "report.html").read_text()
     run_command("inspect", run, "--report")
     assert "Dice" in capsys.readouterr().out
-    assert (run / "report.html").read_text().count(_PANELS) == before > 0
+    assert (run / "report.html").read_text() == before
 
 
 def test_evaluation_reproduces_the_test_results(run, capsys, tmp_path):
@@ -119,6 +120,14 @@ def test_predictions_are_masks_at_image_size_and_overlays(run, folder, tmp_path,
     assert "is not empty; choose another folder" in capsys.readouterr().err
     run_command("predict", run, folder / "images" / "000.png")
     assert "%" in capsys.readouterr().out
+
+
+def test_masks_do_not_replace_their_images(run, folder, tmp_path, capsys):
+    images = shutil.copytree(folder / "images", tmp_path / "images")
+    before = {file.name: file.read_bytes() for file in images.iterdir()}
+    run_command("predict", run, images, "--out", images, "--overwrite", status=2)
+    assert "which its mask would replace" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in images.iterdir() if file.is_file()} == before
 
 
 def test_masks_of_watched_folders_are_written_to_a_folder_of_any_name(run, folder, tmp_path, monkeypatch, capsys):

@@ -46,7 +46,7 @@ def test_auto_selects_the_largest_batch_size_that_fits_into_memory(share, many_i
     fitting = [batch for batch, size in sizes.items() if size <= 0.8 * free]
     chosen = fit_batch_size(parts, config.optim, console)
     assert chosen == max(fitting, default=1) and (chosen == 16) == (share > 1)
-    assert f"batch size {chosen}: a step takes about" in console.file.getvalue()
+    assert f"batch size {chosen}: a step uses about" in console.file.getvalue()
 
 
 def test_auto_batch_size_leaves_ten_optimizer_steps_with_gradient_accumulation(many_images, settings, console):
@@ -87,34 +87,51 @@ def test_a_trial_step_restores_the_model(settings):
 
 
 def test_a_run_with_the_selected_settings_is_bit_identical(settings, console, monkeypatch, tmp_path):
-    monkeypatch.setattr(sizing, "_MOST_EPOCHS", 2)
+    monkeypatch.setattr(sizing, "_MAX_EPOCHS", 2)
     config = settings(epochs=9, batch_size="auto", time_budget="60s", train_size=20)
     run = train(config, console)
     stored = run.read_config()
     assert stored.optim.batch_size == 2 and 1 <= stored.optim.epochs <= 2  # 20 images: 10 steps of 2
     text = console.file.getvalue()
-    assert "batch size 2: a step takes about" in text and re.search(r"\d+ epochs? of 20 images in 60s: one takes", text)
+    assert "batch size 2: a step uses about" in text and re.search(r"\d+ epochs? of 20 images in 60s: one takes", text)
     values = {**stored.stored(), "time_budget": None, "out": str(tmp_path / "again")}
     again = train(TrainConfig.from_flat(**values, progress=False), console)
     first, second = (load_file(folder.adapter / "adapter_model.safetensors") for folder in (run, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_default_run_ends_soon_after_its_time_budget(photos, console, tmp_path):
+    settings = {"backbone": "test_vit", "pretrained": False, "device": "cpu", "progress": False}
+    start = time.monotonic()
+    config = TrainConfig.from_flat(**settings, data=f"folder:{photos}", time_budget="10s", out=str(tmp_path / "run"))
+    run = train(config, console)
+    assert run.status == "finished" and time.monotonic() - start < 30
+    assert run.read_config().optim.final_head == "layers" and load_run(run).probe is not None
+
+
 @pytest.mark.parametrize(
     ("budget", "changes", "epochs", "images", "message"),
     [
-        # 3.7 epochs of 28 · 0.5 + 3 · 0.1 s fit into the 54.2 s that are not reserved, minus 0.6 s for test images
-        ("60s", {}, 4, 26, "4 epochs of 26 images in 60s: one takes about 13.3 s"),
+        # 3.7 epochs of 28 · 0.5 + 3 · 0.1 s fit into the 54 s that are not reserved, minus 0.6 s for test images
+        ("60s", {}, 4, 24, "4 epochs of 24 images in 60s: one takes about 12.3 s"),
         ("2h", {}, 100, None, "100 epochs of 28 images in 2h: one takes about 14.3 s; 100 is the maximum"),
         ("15s", {}, 1, 24, "1 epoch of 24 images in 15s: one takes about 12.3 s"),
-        ("4s", {}, 1, 20, "1 epoch of 20 images in 4s: one takes about 10.3 s, more than the rest of 4s; reduce"),
+        (
+            "4s",
+            {},
+            1,
+            20,
+            "1 epoch of 20 images in 4s: one takes about 10.3 s, more than the time left in the budget of 4s",
+        ),
         (
             "4s",
             {"head_init": "probe"},
             0,
             None,
-            "no epochs: an epoch of 20 images takes about 10.3 s, more than the rest",
+            "no epochs: an epoch of 20 images takes about 10.3 s, more than the time left",
         ),
+        # 19 of 100 epochs are evaluated under the official protocol: 100 · 14 + 19 · 0.6 s
+        ("1535s", {"protocol": "official", "val_size": None}, 100, None, "100 epochs of 28 images in 1535s"),
     ],
 )
 def test_epochs_fill_the_time_budget(budget, changes, epochs, images, message, settings, console, monkeypatch, clock):
@@ -123,9 +140,30 @@ def test_epochs_fill_the_time_budget(budget, changes, epochs, images, message, s
     parts = build_components(config)
     seconds = {sizing._trial_step: 0.5, sizing._trial_evaluation: 0.1, sizing._only_read: 0.0}
     monkeypatch.setattr(sizing, "_step_seconds", lambda parts, optim, dataset, batch, step: seconds[step])
-    assert len(parts.splits.train) == 28 and len(parts.splits.val) == 3
+    assert len(parts.splits.train) == 28
     assert fit_epochs(parts, config, console, clock.now) == (epochs, images)
     assert message in console.file.getvalue().replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_cached_features_need_no_time_for_training(settings, console, monkeypatch, clock):
+    config = settings(method="linear", method_options={}, augment="none", time_budget="60s", train_size=28).resolved()
+    parts = build_components(config)
+    seconds = {sizing._trial_evaluation: 0.01, sizing._only_read: 0.0}  # no training step is timed
+    monkeypatch.setattr(sizing, "_step_seconds", lambda parts, optim, dataset, batch, step: seconds[step])
+    assert fit_epochs(parts, config, console, clock.now) == (100, None)
+
+
+def test_the_features_of_the_probe_are_computed_before_epochs_are_chosen(settings, console, monkeypatch):
+    config = settings(epochs=2, head_init="probe", time_budget="1h", augment="flip", train_size=20)
+    computed = []
+
+    def fit(parts, *others):
+        computed.append(parts.probe_features is not None)
+        return 1, None
+
+    monkeypatch.setattr("snella_app.training.plan.fit_epochs", fit)
+    train(config, console)
+    assert computed == [True]
 
 
 @pytest.fixture
@@ -176,14 +214,14 @@ def select_size(settings, console, **changes):
             2,
             144,
             [48, 144, 160],
-            "one epoch takes about 13.0 s, at 160 px, the backbone's default size, about 16.0 s; use --img-size",
+            "one epoch takes about 13.0 s (at 160 px, the backbone's default size: about 16.0 s); use --img-size",
         ),
         (
             "30s",
             2,
             96,
             [48, 96, 112],
-            "16.0 s (estimated from the number of pixels); use --img-size to set the size",
+            "16.0 s, estimated from the number of pixels); use --img-size to set the size",
         ),  # 0.9 · 30 / (16 · 0.36) = 4.7
         (
             "30s",
@@ -240,7 +278,7 @@ def test_sizes_that_run_out_of_memory_are_too_large(settings, console, timed_by_
     monkeypatch.setattr(sizing, "_step_seconds", limited)
     size, text = select_size(settings, console, time_budget="1000s")
     assert size is not None and 80 <= size <= 96
-    assert "does not support" not in text and "(estimated from the number of pixels)" in text and " h " not in text
+    assert "does not support" not in text and ", estimated from the number of pixels)" in text and " h " not in text
     monkeypatch.setattr(sizing, "_step_seconds", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
     assert "a step does not fit into memory at any size" in select_size(settings, console, time_budget="1000s")[1]
 
@@ -273,7 +311,7 @@ def test_an_epoch_has_the_steps_of_the_automatic_batch_size(settings, seconds_of
     monkeypatch.setattr(sizing, "fit_batch_size", lambda *_: 5)
     config = settings(batch_size="auto", train_size=14, val_size=4, tta=1, time_budget="60s").resolved()
     times = sizing._measure_times(build_components(config), config)
-    assert times.steps == 3 and times.epoch_s == pytest.approx(3 + 4 / 5)
+    assert (times.steps, times.step_s) == (3, 1.0) and times.selection_s == pytest.approx(4 / 5)
 
 
 def test_a_time_budget_replaces_the_given_number_of_images_per_epoch(settings, console, monkeypatch):
@@ -338,7 +376,7 @@ _HEAD = {"final_head": "layers", "head_init": "probe", "tta": 1, "test_size": 4}
     [
         # 16 training images, validation images twice (start, final head) and test images: 26 steps, after training also
         # the trained head: 29 steps
-        ("20s", 3, 128, "128 px: the final head fits into 20s; it takes about 16.6 s, at 160 px"),
+        ("20s", 3, 128, "128 px: the final head fits into 20s; it takes about 16.6 s (at 160 px"),
         ("40s", 3, None, ""),  # the head takes 26 s at 160 px, four epochs and the head 58 s at 80 px
         ("70s", 3, 80, "80 px: 4 epochs fit into 70s; one epoch takes about 14.6 s"),
         ("70s", 1, 112, "112 px: 4 epochs fit into 70s; one epoch takes about 12.9 s"),
@@ -391,7 +429,7 @@ def test_a_backbone_with_a_fixed_size_keeps_it(settings, console, timed_by_pixel
 
 
 def test_the_run_uses_the_selected_size(settings, console, monkeypatch, timed_by_pixels):
-    monkeypatch.setattr(sizing, "_MOST_EPOCHS", 1)
+    monkeypatch.setattr(sizing, "_MAX_EPOCHS", 1)
     config = settings(img_size=None, epochs=4, time_budget="3s", batch_size=1, train_size=16, method="linear")
     run = train(config, console)
     info = read(RunInfo, run.path)
@@ -525,6 +563,6 @@ def test_evaluation_is_timed_without_mode_changes(settings):
     assert modes == [False, True] and parts.model.training
 
 
-@pytest.mark.parametrize(("budget", "left"), [("60s", 60 - 5.8), ("20s", 18.0), ("10m", 600 - 22.0)])
+@pytest.mark.parametrize(("budget", "left"), [("60s", 54.0), ("20s", 18.0), ("10m", 600 - 34.0)])
 def test_at_most_a_tenth_of_the_budget_is_reserved(budget, left, clock):
-    assert sizing._left_seconds(budget, clock.now) == pytest.approx(left)
+    assert sizing._seconds_left(budget, clock.now) == pytest.approx(left)

@@ -20,6 +20,7 @@ from snella_app.records.record import read
 from snella_app.records.run import RunInfo
 from snella_app.report.report import write_report
 from snella_app.runs import RunFolder, load_run
+from snella_app.runs.layer_probe import LAYER_PROBE
 from snella_app.tasks.classification import ClassificationTask
 from snella_app.training.checkpoints import CheckpointError, checkpoint_to_resume, latest_checkpoint
 from snella_app.training.session import InterruptCallback, NonFiniteLossError, TrainingInterrupted
@@ -138,7 +139,7 @@ def test_a_run_killed_before_its_first_checkpoint_restarts(settings, uninterrupt
 
 @pytest.mark.parametrize(
     ("step", "number"),
-    [(1, signal.SIGINT), (6, signal.SIGINT), (8, signal.SIGINT), (6, signal.SIGTERM), (6, signal.SIGHUP)],
+    [(1, signal.SIGINT), (6, signal.SIGINT), (8, signal.SIGINT), (6, signal.SIGTERM)],
 )
 def test_an_interrupted_run_saves_and_resumes_bit_for_bit(step, number, settings, console, uninterrupted):
     config = settings()
@@ -160,11 +161,17 @@ def test_an_interruption_stops_a_run_with_one_step_per_epoch_and_no_checkpoints(
         train(config, console, keep_checkpoints=False)
 
 
-def test_ctrl_c_is_acknowledged_immediately(capfd):
-    with InterruptCallback() as interrupt:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interrupt.is_requested
-        assert "finishing this step and saving" in capfd.readouterr().err
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_acknowledged_immediately(number, capfd):
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with InterruptCallback() as interrupt:
+            os.kill(os.getpid(), number)
+            assert interrupt.is_requested
+            assert "finishing this step and saving" in capfd.readouterr().err
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_sighup_is_ignored_under_nohup():
@@ -312,6 +319,16 @@ def test_epochs_of_a_part_of_the_images_resume_bit_for_bit(settings, console, tm
     run, _ = resume(settings(**values))
     assert is_bit_identical(outcome(run), outcome(expected))
     assert [row["epoch"] for row in run.read_json("metrics.json")["history"]] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_run_with_the_default_heads_resumes_bit_for_bit(settings, console, tmp_path):
+    values = {"epochs": 2, "final_head": "auto"}
+    expected = train(settings(**values, out=str(tmp_path / "expected")), console)
+    with interrupt_before(5), pytest.raises(TrainingInterrupted, match="checkpoint-6"):
+        train(settings(**values), console)
+    run, _ = resume(settings(**values))
+    assert is_bit_identical(outcome(run), outcome(expected))
+    assert (run.adapter / LAYER_PROBE).read_bytes() == (expected.adapter / LAYER_PROBE).read_bytes()
 
 
 @pytest.mark.parametrize("method", ["lora-2", "linear", "full", "snella-matched-2"])

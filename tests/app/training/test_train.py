@@ -121,11 +121,24 @@ def test_a_summary_is_printed_before_training(finished):
     assert "MiB" in before and "(estimate for weights" in before
 
 
-@pytest.mark.parametrize("method", ["linear", "bias", "full", "lora-2", "snell-2"])
-def test_every_method_trains_and_reloads(method, settings, console, no_report):
+def test_a_default_run_predicts_with_a_head_on_several_layers(finished_default):
+    assert load_run(finished_default.path).probe is not None
+    assert finished_default.read_json("metrics.json")["final_head"]["kind"] == "kernel"
+
+
+def test_a_run_on_a_terminal_shows_its_progress(settings, no_report, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, force_interactive=True, width=120)
+    run = train(settings(progress=True, epochs=1, final_head="auto"), console)
+    assert run.status == "finished" and "evaluating the saved model" in output.getvalue()
+
+
+@pytest.mark.parametrize("method", ["lora-2", "snell-2"])
+def test_methods_with_and_without_budgets_train_and_reload(method, settings, console, no_report):
     run = train(settings(method=method, epochs=1), console)
     metrics = run.read_json("metrics.json")
-    assert run.status == "finished" and metrics["test"]["accuracy"] >= 0
+    assert run.status == "finished" and metrics["test"]["accuracy"] == evaluate(run.path)["accuracy"]
     assert (run.path / "allocation.json").exists() == method.startswith("snell")
     assert (metrics["adapted_weights"] is None) == (not method.startswith("snell"))
     assert load_run(run.path).model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
@@ -150,9 +163,29 @@ def test_the_test_images_are_evaluated_once_with_the_best_adapter(settings, cons
     test_names = seen[-1][0]
     assert [names for names, _ in seen].count(test_names) == 1
     best = load_trained(run.adapter, make_backbone(read(RunInfo, run.path).backbone))
-    for name, parameter in best.named_parameters():
-        if name in seen[-1][1]:
-            assert torch.equal(parameter, seen[-1][1][name])
+    weights, saved = seen[-1][1], dict(best.named_parameters())
+    assert weights and weights.keys() <= saved.keys()
+    assert all(torch.equal(saved[name], value) for name, value in weights.items())
+
+
+def test_the_test_images_are_evaluated_once_with_the_final_head(settings, console, no_report, monkeypatch):
+    by_trained, by_final = [], []
+    outputs, measure_layers = SnellaTrainer.outputs, training.measure_layers
+
+    def record_trained(self, dataset, views=1):
+        by_trained.append(set(dataset.names))
+        return outputs(self, dataset, views)
+
+    def record_final(parts, probe, images, *others):
+        by_final.append(set(images.names))
+        return measure_layers(parts, probe, images, *others)
+
+    monkeypatch.setattr(SnellaTrainer, "outputs", record_trained)
+    monkeypatch.setattr(training, "measure_layers", record_final)
+    config = settings(final_head="layers")
+    train(config, console)
+    test_names = set(build_components(config.resolved()).splits.test.names)
+    assert by_final == [test_names] and by_trained and not any(names & test_names for names in by_trained)
 
 
 def test_runs_are_bit_identical_for_equal_settings_and_differ_by_seed(settings, console, no_report, tmp_path):

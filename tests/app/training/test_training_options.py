@@ -13,7 +13,7 @@ from torch import nn
 
 from snella_app.config.train import TrainConfig
 from snella_app.methods import build_method
-from snella_app.runs import RunFolder
+from snella_app.runs import RunFolder, load_run
 from snella_app.training.build import build_optimizer, checkpoint_gradients, set_drop_path
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import _tracking, train
@@ -28,8 +28,9 @@ NO_UPDATES = {"lr": 0.0, "scalar_lr": 0.0, "head_lr": 0.0, "head_norm": "none", 
 
 
 def adapter_of(run):
-    (file,) = run.adapter.glob("*.safetensors")
-    return load_file(file)
+    """Return the tensors of the adapter and of the final head, by file and name."""
+    files = run.adapter.glob("*.safetensors")
+    return {(file.name, name): tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def history_of(run):
@@ -42,16 +43,30 @@ def is_close(first, second, tolerance):
     )
 
 
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_a_preset_trains_without_a_linear_probe_and_a_final_head(preset, photos, console, tmp_path):
+    settings = {"backbone": "test_vit", "pretrained": False, "img_size": 32, "device": "cpu", "progress": False}
+    config = TrainConfig.from_flat(
+        **settings, data=f"folder:{photos}", preset=preset, epochs=2, out=str(tmp_path / "run")
+    )
+    run = train(config, console)
+    assert [row["epoch"] for row in history_of(run)] == [1, 2]
+    assert all(math.isfinite(row["val_loss"]) for row in history_of(run))
+    assert load_run(run).probe is None
+
+
 # early stopping
 
 
-def test_early_stopping_ends_training_without_improvement(settings, console):
-    values = {**NO_UPDATES, "method": "lora-2", "epochs": 9, "early_stopping": 2}
+@pytest.mark.parametrize("final_head", ["trained", "layers"])
+def test_early_stopping_ends_training_without_improvement(final_head, settings, console):
+    values = {**NO_UPDATES, "method": "lora-2", "epochs": 9, "early_stopping": 2, "final_head": final_head}
     values.pop("scalar_lr")
     run = train(settings(**values), console)
     assert [row["epoch"] for row in history_of(run)] == [0, 1, 2] and run.status == "finished"
     text = console.file.getvalue()
     assert "stopping  after 2 epochs without improvement" in text and "stopped after epoch 2 of 9" in text
+    assert (load_run(run).probe is not None) == (final_head == "layers")
 
 
 def test_early_stopping_waits_for_the_target_sparsity(settings, console):
@@ -134,7 +149,7 @@ def test_learning_rates_decay_from_head_to_stem(method, settings):
     count = len(timm.create_model("test_vit").blocks)
     assert len(named) == sum(p.requires_grad for p in model.parameters())
     for name, rate in named.items():
-        if name.endswith(("snella_alpha", "snella_beta")) or "piece_coeff" in name or rate < 1e-3:
+        if any(scalar in name for scalar in ("snella_alpha", "snella_beta", "piece_coeff")):
             continue  # scalar kernel parameters have a separate learning rate
         if ".blocks." in f".{name}":
             block = int(name.split("blocks.")[1].split(".")[0])
@@ -237,6 +252,7 @@ def test_fp16_needs_a_gpu(settings, console):
 ALL_OPTIONS = {
     **{"accumulate": 2, "batch_size": 4, "epochs": 2, "grad_checkpointing": True, "layer_decay": 0.8, "drop_path": 0.2},
     **{"augment": "randaugment", "random_erasing": 0.5, "mixup": 0.8, "cutmix": 1.0, "early_stopping": 5},
+    "final_head": "auto",
 }
 
 
@@ -248,7 +264,7 @@ def test_a_run_with_all_options_resumes_bit_for_bit(settings, console, tmp_path)
     run = train(TrainConfig.from_flat(out=config.run.out, resume=True), console)
     assert history_of(run) == history_of(uninterrupted)
     first, second = adapter_of(run), adapter_of(uninterrupted)
-    assert all(torch.equal(first[name], second[name]) for name in second)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in second)
 
 
 # trackers

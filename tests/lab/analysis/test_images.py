@@ -25,6 +25,21 @@ def test_samples_cycle_through_the_classes():
     assert len(_class_balanced_indices([0, 0, 1], 5, seed=0)) == 3
 
 
+def test_samples_of_an_experiment_use_its_data_settings(tmp_path):
+    table = ["path,id,species"]
+    for number in range(12):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        table.append(f"{number}.png,{number % 4},{'ab'[number % 2]}")
+    (tmp_path / "birds.csv").write_text("\n".join(table))
+    file = tmp_path / "birds.yaml"
+    file.write_text(
+        f"name: birds\nbackbone: test_vit\nmethods: [linear]\n"
+        f"data: [{{data: 'csv:{tmp_path / 'birds.csv'}', columns: label=species}}]\ntrain: {{pretrained: false}}\n"
+    )
+    (plot,) = samples([str(file)], limit=2)
+    assert [row["class"] for row in plot.rows] == ["a", "b"]
+
+
 def test_images_are_matched_by_file_name(tmp_path):
     for folder, names in (
         ("subject", ["a.png"]),

@@ -1,7 +1,10 @@
 """Matrix fitting: ranks, kernel curves, definiteness, known errors, custom kernels and resuming."""
 
+import importlib
 import json
 import math
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -116,6 +119,22 @@ def test_all_out_of_range_settings_are_reported_together():
     ):
         FitConfig(size=8, ranks=(9,), r=3)
     assert (PRESETS["paper"].steps, PRESETS["paper"].lr, PRESETS["paper"].matrices) == (100_000, 1e-4, 10)
+
+
+def test_an_edited_custom_kernel_is_fitted_again(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "edited_kernel.py"
+    config = FitConfig(("linear", "edited_kernel:merge"), size=6, ranks=(2,), matrices=1, r=2, steps=2)
+    errors, fitted = [], []
+    monkeypatch.setattr(matrix_fit, "fit_kernel", lambda name, *rest: fitted.append(name) or fit_kernel(name, *rest))
+    for factor in (1, 1, 3):
+        module.write_text(f"def merge(A, B):\n    return {factor} * (B @ A.T)\n")
+        sys.modules.pop("edited_kernel", None)
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        errors.append(fit_matrices(config, tmp_path / "fits")[1].rows[1]["mse"])
+    assert fitted == ["linear", "edited_kernel:merge", "edited_kernel:merge"]
+    assert errors[0] == errors[1] != errors[2]
 
 
 def test_interrupted_call_resumes_with_the_missing_kernels(tmp_path, monkeypatch):

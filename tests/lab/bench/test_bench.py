@@ -17,7 +17,7 @@ from snella_app.cli.main import main
 from snella_app.training import memory
 from snella_app.training.memory import peak_rss_mib, record_forward
 from snella_lab import commands
-from snella_lab.bench.baselines import BASELINES, RecomputedInputs, Workload, random_batch
+from snella_lab.bench.baselines import BASELINES, NUM_CLASSES, RecomputedInputs, Workload, random_batch
 from snella_lab.bench.bench import BenchConfig, Runner, bench, grid, peak_of_child, quartiles
 from snella_lab.bench.reference import op_error
 from snella_lab.bench.rows import append_rows, draw_figures, read_rows
@@ -71,7 +71,8 @@ def test_rows_contain_medians_ratios_and_provenance(tmp_path):
     assert lora["device"].startswith("cpu, ")
     assert {"torch", "peft", "timm"} <= set(lora["versions"])
     assert {"command", "commit", "dirty", "date"} <= set(lora)
-    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["time-test_vit-float32-r4-sparsity0.7-cpu.svg"]
+    (figure,) = (tmp_path / "pictures").iterdir()
+    assert re.fullmatch(r"time-test_vit-float32-r4-sparsity0\.7-cpu-1-threads-[a-z0-9-]+\.svg", figure.name)
 
 
 def test_method_with_a_wrong_op_is_not_timed(monkeypatch, capsys):
@@ -80,9 +81,27 @@ def test_method_with_a_wrong_op_is_not_timed(monkeypatch, capsys):
     assert re.fullmatch(
         r"[\w =]+ \[\d+, \d+\] \w+ differs from the reference by \S+ times the tolerance", op_error("numba")
     )
-    rows = bench(BenchConfig(["test_vit"], [2], ["lora", "snella"], r=[4], rounds=1), Console())
-    assert [row["method"] for row in rows] == ["lora"]
-    assert re.search(r"skipped snella: [\w =]+ \[\d+, \d+\] \w+ differs from the reference", capsys.readouterr().out)
+    methods = ["lora", "snella", "snella-sample", "klora", "snella-eager", "snella-reference"]
+    rows = bench(BenchConfig(["test_vit"], [2], methods, r=[4], rounds=1), Console(width=200))
+    assert [row["method"] for row in rows] == ["lora", "snella-eager", "snella-reference"]
+    text = capsys.readouterr().out
+    for name in ("snella", "snella-sample", "klora"):
+        assert re.search(rf"skipped {name}: [\w =]+ \[\d+, \d+\] \w+ differs from the reference", text)
+
+
+def test_method_that_does_not_fit_into_memory_is_not_timed(monkeypatch, capsys):
+    def build(model, workload):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setitem(BASELINES, "dora", build)
+    rows = bench(BenchConfig(["test_vit"], [2], ["lora", "dora", "full"], rounds=1), Console(width=200))
+    assert [row["method"] for row in rows] == ["lora", "full"]
+    assert "skipped dora: CUDA out of memory" in capsys.readouterr().out
+
+
+def test_models_with_other_classifier_names_can_be_frozen():
+    rows = bench(BenchConfig(["resnet18"], [2], ["frozen"], rounds=0), QUIET)
+    assert rows[0]["trainable"] == 512 * NUM_CLASSES + NUM_CLASSES
 
 
 def test_method_with_nonfinite_gradients_is_not_timed(monkeypatch, capsys):
@@ -189,6 +208,11 @@ def test_grid_command_uses_rounds_and_figures(monkeypatch):
     assert configs == [replace(grid(out="rows.jsonl"), rounds=2, figures="figures")]
 
 
+def test_grid_command_rejects_the_axes_of_the_grid():
+    with pytest.raises(ValueError, match="grid sets batch, methods itself; omit them or omit grid"):
+        commands.bench(grid=True, batch="4", methods="lora")
+
+
 def test_only_keep_delta_saves_the_effective_weight():
     rows = {row["method"]: row for row in bench(BenchConfig(["test_vit"], [2], SAVING, r=[4], rounds=0), QUIET)}
     adapted = sum(
@@ -256,17 +280,23 @@ def test_truncated_last_line_is_skipped_and_a_damaged_line_raises(tmp_path):
         read_rows(path)
 
 
-def test_memory_is_drawn_versus_model_size(tmp_path):
+def test_memory_is_drawn_versus_model_size(tmp_path, monkeypatch):
     rows = [
         {"benchmark": "step_time", "method": name, "backbone": backbone, "r": 8, "sparsity": 0.7, "dtype": "float32",
          "batch": 4, "device": "cpu, 2 threads", "weights": weights, "step_s": 1.0, "saved_mib": weights / 1e5,
-         "trainable": 1000}
+         "trainable": 1000, "date": f"2026-01-02T0{5 - rounds}:00", "rounds": rounds, **memory}
         for name in ("lora", "snella") for backbone, weights in (("small", 22e6), ("base", 86e6))
+        for rounds, memory in ((3, {"peak_step_mib": 50.0} if name == "lora" else {}), (2, {"peak_step_mib": 9.0}))
     ]  # fmt: skip
     append_rows(tmp_path / "rows.jsonl", rows)
+    drawn = []
+    monkeypatch.setattr("snella_lab.bench.rows._draw_lines", lambda path, *drawing: drawn.append(drawing) or path)
     assert [path.name for path in draw_figures(tmp_path / "rows.jsonl", tmp_path)] == [
-        "memory-batch4-float32-r8-sparsity0.7-cpu.svg"
+        "memory-batch4-float32-r8-sparsity0.7-cpu-2-threads.svg"
     ]
+    ((part, _, quantity, _, _, label),) = drawn
+    # the run with the most rounds, and a quantity that all of its methods have
+    assert {row["rounds"] for row in part} == {3} and (quantity, label) == ("counted_mib", "estimated memory (MiB)")
 
 
 @pytest.mark.parametrize("out", [["--out", "elsewhere/rows.jsonl"], ["--out=elsewhere/rows.jsonl"]])

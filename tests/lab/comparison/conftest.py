@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 
 from snella_app.records.record import record_from
@@ -31,14 +30,6 @@ TINY = {
         "device": "cpu",
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from snella_lab.comparison.compare import compare
 from snella_lab.comparison.options import ExecutionConfig
@@ -12,7 +11,6 @@ from tests.benchmark_folders import write_vtab
 
 @pytest.fixture(scope="module")
 def camelyon(tmp_path_factory):
-    torch.set_num_threads(1)
     sizes = {"train800": 12, "val200": 6, "test": 8}
     return write_vtab(tmp_path_factory.mktemp("vtab-1k") / "patch_camelyon", 2, sizes, side=32)
 

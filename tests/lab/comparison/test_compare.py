@@ -41,11 +41,9 @@ def finished(experiment, tmp_path_factory):
     """Run one comparison, shared by read-only tests."""
     import io
 
-    import torch
     from rich.console import Console
 
     pytest.importorskip("mlxtend")
-    torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("finished") / "c"
     output = io.StringIO()
     compare(experiment, root, ExecutionConfig(workers=0), console=Console(file=output, width=200))
@@ -67,6 +65,14 @@ def no_training(monkeypatch):
         raise AssertionError("no cell may be trained")
 
     monkeypatch.setattr("snella_lab.comparison.run_cell.train", fail)
+
+
+def test_a_comparison_trains_in_a_worker_process_by_default(tiny, tmp_path, console):
+    experiment = tiny(methods=["linear"], grid={"lr_factors": [1.0]}, forgetting=[])
+    compare(experiment, tmp_path / "c", ExecutionConfig(), console=console)
+    rows = rows_of(tmp_path / "c").values()
+    assert {row["status"] for row in rows} == {"success"}
+    assert all(row["peak_rss_mib"] > 50 for row in rows)  # measured only in a worker process
 
 
 def test_every_cell_has_a_row_with_metrics_and_costs(finished):
@@ -196,7 +202,9 @@ def test_console_shows_each_run_and_the_result_table(finished):
     assert "[1/6] digits · linear · tuning lr-x0.3 · seed 0: validation 0." in text and "left\n" in text
     assert "[6/6] digits · lora-2 · final · seed 0: validation" in text
     assert text.count(", reused from the selected tuning run)") == 2
-    assert "difference from lora-2" in text and "no difference is decided with fewer than 5 tasks or seeds\n" in text
+    assert (
+        "difference from lora-2" in text and "no difference is significant with fewer than 5 tasks or seeds\n" in text
+    )
     assert f"report: {root / 'comparison.html'}" in text and (root / "comparison.html").stat().st_size > 20_000
     assert not list((root / "locks").glob("digits*"))
 

@@ -5,7 +5,7 @@ import pytest
 from snella_lab.comparison.experiment import Experiment, data_entry, folder_name, make_config, method_entry
 from snella_lab.comparison.experiment_files import bundled_experiments, merged, read_experiment
 
-BUNDLED = ("bundled-suite", "coffee", "learning-rates")
+BUNDLED = ("bundled-suite", "quick", "learning-rates")
 
 
 def test_bundled_experiments_state_purpose_cost_and_expected_results():
@@ -120,15 +120,15 @@ def test_invalid_file_is_rejected_with_its_name(content, message, tmp_path):
 
 
 def test_unknown_experiment_suggests_the_nearest_name():
-    with pytest.raises(FileNotFoundError, match=r"one of .*got 'cofee'; nearest: coffee"):
-        read_experiment("cofee")
+    with pytest.raises(FileNotFoundError, match=r"one of .*got 'quik'; nearest: quick"):
+        read_experiment("quik")
 
 
 def test_changes_override_single_settings_of_the_file():
     assert merged({"reference": "a", "seeds": 3}, {"methods": ["b"]})["reference"] is None
     assert merged({"reference": "a", "seeds": 3}, {"methods": ["b", "a"]})["reference"] == "a"
     assert merged({"seeds": 3, "grid": {"a": 1, "b": 2}}, {"grid": {"b": 3}}) == {"seeds": 3, "grid": {"a": 1, "b": 3}}
-    experiment = read_experiment("coffee", {"seeds": 5, "train": {"epochs": 2}})
+    experiment = read_experiment("quick", {"seeds": 5, "train": {"epochs": 2}})
     assert experiment.seeds == 5 and experiment.settings["epochs"] == 2 and experiment.settings["img_size"] == 42
 
 

@@ -10,6 +10,8 @@ from PIL import Image
 import snella
 from snella_app.cli.main import main
 from snella_app.config.train import TrainConfig
+from snella_app.methods import check_method, find_method
+from snella_app.methods.defaults import CHOICE_METHODS
 from snella_app.records.record import read
 from snella_app.records.run import RunInfo
 from snella_lab.comparison import compare as module
@@ -83,14 +85,14 @@ def test_notes_about_the_data_are_printed_before_training(parts, tmp_path, capsy
     assert main([*args, "--skip-corrupt", "--out", str(tmp_path / "c")]) == 0
     printed = capsys.readouterr().out
     assert f"note: skipped 1 of 41 rows of {parts}, 1 no such file: missing.png (no such file)\n" in printed
-    assert "note: classes are unbalanced: " in printed
+    assert "note: classes are imbalanced: " in printed
     assert (
-        "note: classes are unbalanced, and methods are compared by accuracy; consider --monitor balanced_accuracy\n"
+        "note: classes are imbalanced, and methods are compared by accuracy; consider --monitor balanced_accuracy\n"
         in printed
     )
     assert main([*args, "--skip-corrupt", "--monitor", "balanced_accuracy", "--out", str(tmp_path / "b")]) == 0
     printed = capsys.readouterr().out
-    assert "classes are unbalanced" in printed and "compared by accuracy" not in printed
+    assert "classes are imbalanced" in printed and "compared by accuracy" not in printed
 
 
 def test_unsupported_task_is_rejected():
@@ -99,6 +101,12 @@ def test_unsupported_task_is_rejected():
         Experiment.from_dict({**values, "train": {"task": "segmentation"}})
     experiment = Experiment.from_dict({**values, "train": {"monitor": "balanced_accuracy"}})
     assert experiment.metric == "balanced_accuracy" and list(experiment.measures) == ["balanced_accuracy", "accuracy"]
+
+
+@pytest.mark.parametrize("name", CHOICE_METHODS)
+def test_every_candidate_of_method_auto_is_a_method_with_defaults(name):
+    check_method(name, {})
+    assert find_method(name).defaults
 
 
 @pytest.fixture

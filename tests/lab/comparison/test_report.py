@@ -29,7 +29,7 @@ def test_report_describes_the_statistics(page):
         "the highest mean of each column is bold. Column “minus lora-8”: differences from lora-8 in points, with "
         "95% Student&#39;s t intervals over tasks (seeds averaged per task); p after Holm&#39;s "
         "correction over 11 comparisons; above: number of tasks above lora-8, with p of the sign test. A "
-        "difference is decided if p is at most 0.05 with at least 5 tasks (or seeds of a single task)."
+        "difference is significant if p is at most 0.05 with at least 5 tasks (or seeds of a single task)."
     )
     for text in (tested, "360 tuning runs without test images", "minus lora-8"):
         assert text in page, text
@@ -53,7 +53,7 @@ def test_two_seeds_decide_no_difference(tiny, make_row):
     ]
     assert outcome_text(summarize(experiment, rows)) == (
         "bias has the highest test accuracy, 79.0%: 4.0 points above lora-2 (95% interval "
-        "\u221272.2 to +80.2; not decided, 2 seeds, at least 5 required)."
+        "\u221272.2 to +80.2; not significant, 2 seeds, at least 5 required)."
     )
     text = outcome_text(summarize(experiment, rows[:2]))
     assert text == "lora-2 has the highest test accuracy, 75.0%."
@@ -62,7 +62,7 @@ def test_two_seeds_decide_no_difference(tiny, make_row):
     assert "No results yet" not in recommendation_text(summarize(experiment, rows))
 
 
-@pytest.mark.parametrize(("seeds", "word"), [(2, "decided, 2 seeds"), (5, "clearly below")])
+@pytest.mark.parametrize(("seeds", "word"), [(2, "significant, 2 seeds"), (5, "clearly below")])
 def test_clear_difference_requires_five_seeds(tiny, make_row, seeds, word):
     experiment = tiny(methods=["lora-2", "bias", "linear"], seeds=seeds)
     rows = [
@@ -73,10 +73,10 @@ def test_clear_difference_requires_five_seeds(tiny, make_row, seeds, word):
     summary = summarize(experiment, rows)
     text = outcome_text(summary)
     assert word in text and ("clearly" in text) == (seeds == 5)
-    assert ("no difference is decided with fewer than 5" in markdown_tables(summary)) == (seeds == 2)
+    assert ("no difference is significant with fewer than 5" in markdown_tables(summary)) == (seeds == 2)
 
 
-def test_undecided_lead_states_its_p_value(large, make_row):
+def test_insignificant_lead_states_its_p_value(large, make_row):
     experiment, rows = large
     values = iter([0.1, 0.02, 0.01, 0.0, 0.03, 0.01])
     shift = {entry.name: next(values) for entry in experiment.data}
@@ -90,7 +90,7 @@ def test_undecided_lead_states_its_p_value(large, make_row):
     text = outcome_text(summarize(smaller, rows))
     assert text.endswith(
         "82.8% in the mean over 6 tasks: 2.8 points above lora-8 (95% interval \u22121.0 to +6.7; "
-        "not decided, p 0.12 after Holm's correction)."
+        "not significant, p 0.12 after Holm's correction)."
     )
 
 

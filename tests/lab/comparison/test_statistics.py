@@ -117,14 +117,14 @@ def test_holm_correction_matches_values_computed_by_hand():
     assert list(corrected) == [*"abcdef"] and [corrected[key].direction for key in "abe"] == [1, 0, 0]
 
 
-@pytest.mark.parametrize(("units", "decided"), [(2, 0), (4, 0), (5, 1), (6, 1)])
-def test_no_difference_is_decided_with_fewer_than_five_tasks_or_seeds(units, decided):
+@pytest.mark.parametrize(("units", "significant"), [(2, 0), (4, 0), (5, 1), (6, 1)])
+def test_no_difference_is_significant_with_fewer_than_five_tasks_or_seeds(units, significant):
     values = [0.1 + 1e-4 * number for number in range(units)]
     for pairs in ([values], [[value] for value in values]):
         result = with_holm({0: difference_of(pairs)})[0]
-        assert result.adjusted_p < 0.05 and result.direction == decided
+        assert result.adjusted_p < 0.05 and result.direction == significant
         mirrored = with_holm({0: difference_of([[-value for value in unit] for unit in pairs])})[0]
-        assert mirrored.direction == -decided
+        assert mirrored.direction == -significant
 
 
 def test_sign_test_excludes_ties():

@@ -416,10 +416,11 @@ def test_overflow_in_fused_optimizer_leaves_importance_finite(mlp):
     assert len({matrix.budget / matrix.size for matrix in allocator.matrices}) > 1
 
 
-def test_importance_does_not_depend_on_gradient_scale(mlp):
+@pytest.mark.parametrize("zero_init_ema", [False, True])  # before and after the optimizer step
+def test_importance_does_not_depend_on_gradient_scale(zero_init_ema, mlp):
     scores = {}
     for scale in (1.0, 1024.0):
-        model = mlp.adapted().train()
+        model = mlp.adapted(zero_init_ema=zero_init_ema).train()
         optimizer = make_optimizer(model, fused=True)
         allocator = make_allocator(model).attach(optimizer)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)

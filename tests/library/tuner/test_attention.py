@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -106,6 +108,28 @@ CALLS = {
     "causal": {"attn_mask": CAUSAL, "is_causal": True, "need_weights": False},
     "causal with weights": {"attn_mask": CAUSAL, "is_causal": True},
 }
+
+
+def test_threads_share_an_attention_in_evaluation():
+    model, (x,) = adapt(make(batch_first=True)), inputs(5)
+    base = model.base_model.model.attn.base_layer
+    weight = base.in_proj_weight
+    base.register_forward_hook(lambda *_: time.sleep(0.01))  # while the effective weight replaces the base weight
+
+    @torch.no_grad()
+    def run(_):
+        return model(x)[0]
+
+    expected = run(0)
+    with ThreadPoolExecutor(4) as threads:
+        outputs = list(threads.map(run, range(12)))
+    assert all(torch.equal(output, expected) for output in outputs)
+    assert base.in_proj_weight is weight
+
+
+def test_data_parallel_is_rejected():
+    with pytest.raises(NotImplementedError, match=r"nn.DataParallel does not support adapted attention"):
+        adapt(make()).base_model.model.attn._replicate_for_data_parallel()
 
 
 @pytest.mark.parametrize("mode", MODES)

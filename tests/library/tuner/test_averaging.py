@@ -88,6 +88,18 @@ def test_average_in_evaluation_has_budgets_in_buffers_for_compiled_graphs(mlp):
     assert [int(layer.snella_budget["default"]) for layer in layers] == list(allocator.budgets.values()) != raw
 
 
+@pytest.mark.parametrize("kind", ["ema", "ModelEmaV2"])
+def test_repeated_switch_to_evaluation_restores_budgets_in_buffers(kind, mlp):
+    model = mlp.adapted(realloc_every=1)
+    average, update = AVERAGES[kind](model)
+    average.eval()
+    allocator = train(mlp, model, update)
+    layers = [matrix.layer for matrix in adapted_matrices(average)]
+    raw = [int(layer.snella_budget["default"]) for layer in layers]
+    average.eval()  # no change of the mode
+    assert [int(layer.snella_budget["default"]) for layer in layers] == list(allocator.budgets.values()) != raw
+
+
 def test_copies_have_independent_budgets(mlp):
     model = mlp.adapted(realloc_every=1)
     dense = budgets_of(model)

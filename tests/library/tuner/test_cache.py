@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -511,8 +513,42 @@ def test_cache_detects_averages_copied_into_factors(mlp, with_gradients):
 
 def test_entries_are_invalid_after_a_move_to_another_device():
     cache, factors = LayerCache(), [torch.ones(3)]
-    cache.check_written(["default"], factors)
+    cache.check_written("default", factors)
     cache._adapters["default"] = "stale"
-    cache._factor_values["default",] = torch.ones(3, device="meta")
-    cache.check_written(["default"], factors)
+    cache._factor_values["default"] = torch.ones(3, device="meta")
+    cache.check_written("default", factors)
     assert not cache._adapters
+
+
+def test_cache_detects_writes_before_a_change_of_the_active_adapters(mlp):
+    model = mlp.adapted()
+    model.add_adapter("other", mlp.config())
+    expected_model = copy.deepcopy(model)
+    mlp.predict(model)
+    for parameters in (model, expected_model):
+        for module in parameters.modules():
+            if isinstance(module, SnellaLayer):
+                module.snella_A["default"].data.mul_(2)
+    for both in (model, expected_model):
+        both.base_model.set_adapter(["default", "other"])
+    assert torch.equal(mlp.predict(model), mlp.predict(expected_model))
+
+
+def test_backward_pass_frees_the_recomputed_weight_with_a_cached_update(mlp):
+    model = mlp.adapted(cache_delta=True).train()
+    checkpoint(lambda x: mlp.run(model, x), mlp.inputs().requires_grad_(), use_reentrant=False).sum().backward()
+    states = [state for matrix in adapted_matrices(model) for state in matrix.layer._cache._adapters.values()]
+    assert states and all(state.recompute._entry is None for state in states)
+
+
+def test_deleted_model_is_freed_without_the_garbage_collector():
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), SnellaConfig(r=2, target_modules=["0"]))
+    (layer,) = [module for module in model.modules() if isinstance(module, SnellaLayer)]
+    alive = weakref.ref(layer)
+    gc.collect()
+    gc.disable()
+    try:
+        del model, layer
+        assert alive() is None
+    finally:
+        gc.enable()

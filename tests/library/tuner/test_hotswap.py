@@ -192,6 +192,14 @@ def test_mismatched_adapter_raises_without_changes(folders, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_trained_biases_of_the_base_model_cannot_be_swapped(folders, tmp_path):
+    adapted(1, bias="snella_only").save_pretrained(tmp_path / "bias")
+    for first, second in ((tmp_path / "bias", folders["two"]), (folders["one"], tmp_path / "bias")):
+        model = PeftModel.from_pretrained(backbone(), first).eval()
+        with pytest.raises(ValueError, match="bias='snella_only' cannot be swapped"):
+            hotswap(model, second)
+
+
 @pytest.mark.parametrize("backend", ["numba", "eager"])
 @pytest.mark.parametrize("budget", [0, 37, 13 * 11])
 def test_repeated_write_of_effective_weight_is_bit_identical(backend, budget):

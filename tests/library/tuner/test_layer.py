@@ -27,6 +27,13 @@ def adapted(base, **settings):
     return model
 
 
+def test_replicas_mark_the_layer_as_used():
+    layer = first_layer(adapted(nn.Sequential(nn.Linear(8, 8))))
+    assert not layer.is_applied
+    layer._replicate_for_data_parallel()
+    assert layer.is_applied
+
+
 def first_layer(model):
     return layers(model)[0]
 
@@ -310,17 +317,24 @@ def test_switching_adapters_unmerges_with_warning(mlp):
 
 
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
-@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding])
-def test_a_weight_that_another_module_uses_is_trained_but_not_merged(kind, merge, mlp):
-    base = mlp.base()
-    base.tied = kind(*reversed(base.lin1.weight.shape))
-    base.tied.weight = base.lin1.weight
-    model = get_peft_model(base, mlp.config(target_modules=["lin1"]))
-    before = base.tied.weight.clone()
-    with pytest.raises(NotImplementedError, match=r"merging 'lin1' would also change \['tied'\]"):
+@pytest.mark.parametrize(
+    ("make_layer", "make_other"),
+    [
+        (lambda: nn.Linear(12, 8), lambda: nn.Linear(12, 8)),
+        (lambda: nn.Linear(12, 8), lambda: nn.Embedding(8, 12)),
+        (lambda: nn.Conv2d(3, 5, 2), lambda: nn.ConvTranspose2d(5, 3, 2)),
+    ],
+    ids=["linear", "embedding", "convolution"],
+)
+def test_a_weight_that_another_module_uses_is_trained_but_not_merged(make_layer, make_other, merge):
+    base = nn.Sequential(make_layer(), make_other())
+    base[1].weight = base[0].weight
+    layer, before = base[0], base[0].weight.clone()
+    model = adapted(base, r=2)
+    with pytest.raises(NotImplementedError, match=r"merging '0' would also change \['1'\]"):
         getattr(model, merge)()
-    assert torch.equal(base.tied.weight, before) and not first_layer(model).merged
-    mlp.predict(model.unload())
+    assert torch.equal(base[1].weight, before) and not first_layer(model).merged
+    assert model.unload()[0] is layer and layer.weight is base[1].weight
 
 
 def test_moving_or_casting_a_layer_frees_its_cached_weight(mlp):

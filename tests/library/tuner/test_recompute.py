@@ -217,6 +217,28 @@ def test_module_change_before_backward_raises(compress):
         loss.backward()
 
 
+class WritesData(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 7)
+
+    def forward(self, x):
+        y = self.norm(x)
+        y.data.add_(1)
+        return self.linear(y)
+
+
+def test_one_adapter_without_recomputation_disables_it_for_all():
+    torch.manual_seed(0)
+    settings = {"r": 4, "target_modules": ["linear"], "init_weights": False}
+    model = get_peft_model(WritesData(), SnellaConfig(**settings, recompute_inputs=False)).train()
+    x = torch.randn(BATCH, requires_grad=True)
+    expected, _ = step(model, x)
+    model.add_adapter("other", SnellaConfig(**settings))
+    model.set_adapter("default")
+    assert_same_bits(step(model, x)[0], expected)
+
+
 def test_module_change_before_use_disables_recomputation():
     norm, z = nn.LayerNorm(WIDTH), torch.randn(5, WIDTH, requires_grad=True)
     mark_outputs(norm)

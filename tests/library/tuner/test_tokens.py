@@ -7,9 +7,11 @@ import io
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from snella import SnellaConfig, create_snella_optimizer
 from snella.compat.tokens import TokenAdapter, token_adapters
@@ -240,6 +242,27 @@ def test_checkpointing_does_not_change_token_gradient(cases, use_reentrant):
     assert torch.equal(*gradients)
 
 
+@pytest.mark.filterwarnings("ignore:.*NO_SHARD:UserWarning")  # one process
+def test_token_is_trained_in_fsdp1(vit):
+    model = trained(vit).train()
+    expected = vit.run(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        output = vit.run(sharded)
+        torch.testing.assert_close(output, expected)
+        output.square().sum().backward()
+        gradients = {name: p.grad for name, p in sharded.named_parameters() if "snella_token" in name}
+        assert gradients and all(gradient.any() for gradient in gradients.values())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_data_parallel_is_rejected(vit):
+    with pytest.raises(NotImplementedError, match=r"nn\.DataParallel does not support"):
+        token(trained(vit))._replicate_for_data_parallel()
+
+
 def test_official_preset_trains_existing_class_token(cases):
     model = cases["timm_vit"].adapted(preset="official")
     assert model.peft_config["default"].parameters_to_save == ["cls_token"]
@@ -291,6 +314,15 @@ def test_tokens_have_no_weight_decay(vit):
     groups = {g["name"]: g["params"] for g in create_snella_optimizer(trained(vit), lr=0.1).param_groups}
     assert "head" not in groups
     assert len(groups["head_no_decay"]) == 1
+
+
+def test_trained_rows_of_an_embedding_have_no_weight_decay():
+    base = nn.Sequential()
+    base.embed, base.layer = nn.Embedding(10, 8), nn.Linear(8, 8)
+    settings = {"target_modules": ["layer"], "trainable_token_indices": {"embed": [1, 2]}}
+    model = get_peft_model(base, SnellaConfig(r=2, **settings))
+    groups = {g["name"]: g["params"] for g in create_snella_optimizer(model, lr=0.1).param_groups}
+    assert "head" not in groups and [list(p.shape) for p in groups["head_no_decay"]] == [[2, 8]]
 
 
 class TrainedNorm(nn.Module):

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from snella_app.config.sections import BaseRunConfig
 from snella_app.config.train import RunSettings
-from snella_app.runs.folder import RunFolderOf
+from snella_app.runs.folder import BaseRunFolder
 from snella_app.settings import Config
 from snella_lab.recipes.config import RecipeMethodConfig, RecipeOptimConfig
 
@@ -40,7 +40,7 @@ class DreamBoothConfig(RunSettings):
         resolution: Image resolution in pixels; images are resized and center-cropped.
         steps: Number of optimizer steps, at a constant learning rate.
         weighting: Timestep sampling and weighting: logit_normal, mode, uniform, sigma_sqrt or cosmap.
-        precondition: Compute the loss on predicted images instead of velocities.
+        precondition: Compute the loss on predicted clean latents instead of velocities.
         flip: Also train on mirrored images.
         prior_weight: Weight of the prior-preservation loss on class images; 0 disables it.
         class_images: Number of class images to generate.
@@ -123,12 +123,12 @@ class DreamBoothConfig(RunSettings):
         )
 
 
-class DreamBoothFolder(RunFolderOf[DreamBoothConfig]):
+class DreamBoothFolder(BaseRunFolder[DreamBoothConfig]):
     """Run folder of DreamBooth."""
 
     settings_type = DreamBoothConfig
-    files = (*RunFolderOf.files, "images.json", "generation.json")
-    folders = (*RunFolderOf.folders, "class_images", "samples", "evaluation")
+    files = (*BaseRunFolder.files, "images.json", "generation.json")
+    folders = (*BaseRunFolder.folders, "class_images", "samples", "evaluation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class GenerationOptions(Config):
     Args:
         run: Run folder.
         live: Use the file's prompts for live subjects; default for cats and dogs.
-        pictures: Number of images per prompt.
+        images_per_prompt: Number of images per prompt.
         steps: Sampling steps; defaults to the run's.
         batch_size: Batch size.
         pipeline: Path or hub name of the pipeline; defaults to the run's.
@@ -146,12 +146,12 @@ class GenerationOptions(Config):
     """
 
     positional: ClassVar = ("run",)
-    minimums: ClassVar = {"pictures": 1, "steps": 1, "batch_size": 1}
+    minimums: ClassVar = {"images_per_prompt": 1, "steps": 1, "batch_size": 1}
 
     run: str
     prompts: str | None = None
     live: bool | None = None
-    pictures: int = 4
+    images_per_prompt: int = 4
     steps: int | None = None
     batch_size: int = 1
     pipeline: str | None = None

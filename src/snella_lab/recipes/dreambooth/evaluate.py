@@ -187,12 +187,14 @@ def evaluate_generation(options: EvaluateGenerationOptions, console: Console | N
         templates = prompt_file.templates(config.class_name, options.live)
         class_name = config.class_name or ""
         prompts = [fill(template, config.token, class_name) for template in templates]
-        plain_prompts = [fill(template, "", class_name) for template in templates for _ in range(options.pictures)]
+        plain_prompts = [
+            fill(template, "", class_name) for template in templates for _ in range(options.images_per_prompt)
+        ]
         images = generator.generate(
-            folder / "evaluation", prompts, range(options.pictures), overwrite=options.overwrite
+            folder / "evaluation", prompts, range(options.images_per_prompt), overwrite=options.overwrite
         )
         scores = score_images(images, list(concept.images()), plain_prompts, *embedders)
-        row = {"subject": concept.name, "method": config.method.name, "pictures": len(images), **scores}
+        row = {"subject": concept.name, "method": config.method.name, "images": len(images), **scores}
         models = {"clip": options.clip, "dino": options.dino}
         DreamBoothFolder(folder).write_json(
             RESULT_FILE, {"format": 1, **row, **models, "drawing": asdict(generator.sampling)}
@@ -210,7 +212,7 @@ def evaluate_generation(options: EvaluateGenerationOptions, console: Console | N
 
 
 def score_images(
-    pictures: Sequence[GeneratedImage],
+    images: Sequence[GeneratedImage],
     concept: Sequence[Any],
     plain_prompts: Sequence[str],
     clip: ClipEmbedder,
@@ -219,7 +221,7 @@ def score_images(
     """Compute the metrics of a subject.
 
     Args:
-        pictures: Generated images.
+        images: Generated images.
         concept: Real images of the subject, RGB.
         plain_prompts: Prompt of each image without the subject's token, which is meaningless to CLIP.
         clip: CLIP embedder.
@@ -232,15 +234,15 @@ def score_images(
         `vendi`: Vendi score of all images, from DINOv2 embeddings.
         `vendi_by_prompt`: mean Vendi score of each prompt's images.
     """
-    loaded = [read_image(image.path) for image in pictures]
+    loaded = [read_image(image.path) for image in images]
     clip_embeddings = clip.images(loaded)
     dino_embeddings = dino.images(loaded)
     rows_by_prompt: dict[str, list[int]] = {}
-    for row, image in enumerate(pictures):
+    for row, image in enumerate(images):
         rows_by_prompt.setdefault(image.prompt, []).append(row)
     return {
         "concept_alignment": mean_cosine(clip_embeddings, clip.images(concept)),
-        "text_alignment": paired_cosine(clip_embeddings, clip.texts([image.prompt for image in pictures])),
+        "text_alignment": paired_cosine(clip_embeddings, clip.texts([image.prompt for image in images])),
         "text_alignment_without_token": paired_cosine(clip_embeddings, clip.texts(plain_prompts)),
         "vendi": vendi_score(dino_embeddings),
         "vendi_by_prompt": statistics.fmean(

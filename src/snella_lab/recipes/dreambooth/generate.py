@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.training_utils import offload_models
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
@@ -71,7 +72,7 @@ def sample_images(
     """Generate one image per job, in order.
 
     Each distinct prompt is embedded once, before sampling. During sampling, only transformer and autoencoder are on the
-    device.
+    device; afterwards, the autoencoder is moved back.
 
     Args:
         pipeline: Pipeline with the adapter in its transformer.
@@ -96,27 +97,28 @@ def sample_images(
     image_pipeline = StableDiffusion3Pipeline(
         transformer=pipeline.transformer.to(device).eval(),
         scheduler=type(pipeline.scheduler).from_config(pipeline.scheduler.config),
-        vae=pipeline.vae.to(device),
+        vae=pipeline.vae,
         **no_text,
     )
     image_pipeline.set_progress_bar_config(disable=True)
-    for start in range(0, len(jobs), sampling.batch_size):
-        batch = jobs[start : start + sampling.batch_size]
-        tokens, pooled = stacked([prompt for prompt, _ in batch])
-        negative = stacked([""] * len(batch)) if sampling.guidance > 1 else (None, None)
-        with autocast(device, sampling.precision):
-            images = image_pipeline(
-                prompt_embeds=tokens,
-                pooled_prompt_embeds=pooled,
-                negative_prompt_embeds=negative[0],
-                negative_pooled_prompt_embeds=negative[1],
-                height=sampling.resolution,
-                width=sampling.resolution,
-                num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance,
-                generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
-            ).images
-        yield from images
+    with offload_models(pipeline.vae, device=device):
+        for start in range(0, len(jobs), sampling.batch_size):
+            batch = jobs[start : start + sampling.batch_size]
+            tokens, pooled = stacked([prompt for prompt, _ in batch])
+            negative = stacked([""] * len(batch)) if sampling.guidance > 1 else (None, None)
+            with autocast(device, sampling.precision):
+                images = image_pipeline(
+                    prompt_embeds=tokens,
+                    pooled_prompt_embeds=pooled,
+                    negative_prompt_embeds=negative[0],
+                    negative_pooled_prompt_embeds=negative[1],
+                    height=sampling.resolution,
+                    width=sampling.resolution,
+                    num_inference_steps=sampling.steps,
+                    guidance_scale=sampling.guidance,
+                    generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
+                ).images
+            yield from images
 
 
 @dataclass(frozen=True)
@@ -287,5 +289,5 @@ def generate(options: GenerateOptions, console: Console | None = None) -> list[G
     else:
         templates = file.templates(config.class_name, options.live)
         prompts = [fill(template, config.token, config.class_name or "") for template in templates]
-    seeds = range(options.seed, options.seed + options.pictures)
+    seeds = range(options.seed, options.seed + options.images_per_prompt)
     return generator.generate(Path(options.out), prompts, seeds, overwrite=options.overwrite)

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from snella_app.config.sections import BaseRunConfig
 from snella_app.config.train import RunSettings
 from snella_app.files import expand_user
-from snella_app.runs.folder import RunFolderOf
+from snella_app.runs.folder import BaseRunFolder
 from snella_app.settings import Config
 from snella_lab.recipes.config import RecipeMethodConfig, RecipeOptimConfig
 
@@ -72,12 +72,12 @@ class LanguageConfig(RunSettings):
 RESULT_FILE = "language.json"
 
 
-class LanguageFolder(RunFolderOf[LanguageConfig]):
+class LanguageFolder(BaseRunFolder[LanguageConfig]):
     """Run folder of instruction fine-tuning."""
 
     settings_type = LanguageConfig
-    files = (*RunFolderOf.files, RESULT_FILE)
-    folders = (*RunFolderOf.folders, "answers")
+    files = (*BaseRunFolder.files, RESULT_FILE)
+    folders = (*BaseRunFolder.folders, "answers")
 
 
 @dataclass(frozen=True, kw_only=True)

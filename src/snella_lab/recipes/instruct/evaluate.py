@@ -47,7 +47,7 @@ def evaluate_language(options: EvaluateLanguageOptions, console: Console | None 
 
     Raises:
         FileNotFoundError: If the run, adapter, data or model does not exist.
-        FileExistsError: If the run has stored answers, and the correct choices or the generation settings have changed.
+        FileExistsError: If the run has stored answers, and the questions or the generation settings have changed.
         ValueError: If the data are invalid, the template has changed, or the run belongs to another command.
         RunInUseError: If another process trains or evaluates the run.
     """
@@ -152,7 +152,12 @@ class _AnswerGenerator:
 def _row(task: str, entry: Instruction, text: str) -> dict[str, Any]:
     """Build the record of an answer."""
     predicted = extract_answer(task, text)
-    return {"text": text, "predicted": predicted, "answer": entry.answer, "right": predicted == entry.answer}
+    return {**_question(entry), "text": text, "predicted": predicted, "right": predicted == entry.answer}
+
+
+def _question(entry: Instruction) -> dict[str, str]:
+    """Return the part of an answer's record that identifies its question."""
+    return {"instruction": entry.instruction, "input": entry.input, "answer": entry.answer}
 
 
 def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -175,7 +180,8 @@ def _read_answers(
         except ValueError:
             break
     other = f"with other settings, {rows[0]}" if rows and rows[0] != settings else ""
-    if not other and any(row["answer"] != entry.answer for row, entry in zip(rows[1:], entries, strict=False)):
+    answered = zip(rows[1:], entries, strict=False)
+    if not other and not all(row.items() >= _question(entry).items() for row, entry in answered):
         other = "to other questions"
     if other and not overwrite:
         raise FileExistsError(f"{path} contains answers {other}; replace them with --overwrite")

@@ -37,7 +37,9 @@ def evaluation(run, clip, dino, **options):
 
 
 def generation(run, out, prompt="sks", **options):
-    return GenerateOptions(run=str(run), out=str(out), prompt=prompt, device="cpu", **{"pictures": 1, **options})
+    return GenerateOptions(
+        run=str(run), out=str(out), prompt=prompt, device="cpu", **{"images_per_prompt": 1, **options}
+    )
 
 
 PROMPTS = "subject_name,class\ntoy,toy\n\np = [\n'a {0} {1} at sea'\n'{0} {1}'\n]\nq = [\n'a {0} {1} in a hat'\n]\n"
@@ -82,13 +84,13 @@ def embedders(clip_folder, dino_folder):
 def test_every_prompt_is_generated_scored_and_reused(
     runs, subject, clip_folder, dino_folder, embedders, tmp_path, capsys
 ):
-    args = ["--clip", str(clip_folder), "--dino", str(dino_folder), "--pictures", "2", "--device", "cpu"]
+    args = ["--clip", str(clip_folder), "--dino", str(dino_folder), "--images-per-prompt", "2", "--device", "cpu"]
     assert main(["evaluate-generation", str(runs), *args, "--out", str(tmp_path / "table.json")]) == 0
     printed = capsys.readouterr().out
     assert "concept alignment" in printed and "standard error" in printed
     results = json.loads((tmp_path / "table.json").read_text())
     row = results["runs"][0]
-    assert (row["subject"], row["method"], row["pictures"]) == ("toy", "lora-2", 4)
+    assert (row["subject"], row["method"], row["images"]) == ("toy", "lora-2", 4)
     manifest = json.loads((runs / "toy" / "evaluation" / "images.json").read_text())
     prompts = [entry["prompt"] for entry in manifest["images"]]
     assert prompts == ["a sks toy at sea"] * 2 + ["sks toy"] * 2
@@ -112,7 +114,7 @@ def test_every_prompt_is_generated_scored_and_reused(
     assert results["mean"]["vendi"] == pytest.approx(sum(values) / 2)
     assert results["standard_error"]["vendi"] == pytest.approx(abs(values[0] - values[1]) / 2)
     times = {path: path.stat().st_mtime_ns for path in (runs / "toy" / "evaluation").iterdir()}
-    rerun = evaluate_generation(evaluation(runs / "toy", clip_folder, dino_folder, pictures=2, batch_size=2))
+    rerun = evaluate_generation(evaluation(runs / "toy", clip_folder, dino_folder, images_per_prompt=2, batch_size=2))
     assert json.loads((runs / "toy" / "generation.json").read_text())["drawing"]["batch_size"] == 2
     assert times == {path: path.stat().st_mtime_ns for path in (runs / "toy" / "evaluation").iterdir()}
     assert rerun["mean"]["vendi"] == row["vendi"] and rerun["standard_error"]["vendi"] is None
@@ -167,10 +169,12 @@ def test_other_images_are_not_overwritten(runs, tmp_path):
 
 
 def test_invalid_numbers_and_folders_are_rejected(tmp_path):
-    with pytest.raises(ValueError, match=r"pictures must be at least 1, got 0; .*steps must be at least 1, got 0"):
-        generation("run", "out", pictures=0, steps=0)
-    with pytest.raises(ValueError, match="pictures must be at least 1, got -1"):
-        evaluation("runs", "clip", "dino", pictures=-1)
+    with pytest.raises(
+        ValueError, match=r"images_per_prompt must be at least 1, got 0; .*steps must be at least 1, got 0"
+    ):
+        generation("run", "out", images_per_prompt=0, steps=0)
+    with pytest.raises(ValueError, match="images_per_prompt must be at least 1, got -1"):
+        evaluation("runs", "clip", "dino", images_per_prompt=-1)
     with pytest.raises(FileNotFoundError, match=r"run must be a snella dreambooth run folder or a folder of runs, got"):
         find_runs(tmp_path)
     shutil.copy(Path(__file__).parents[3] / "old_files" / "run" / "run.json", tmp_path)

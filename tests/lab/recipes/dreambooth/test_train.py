@@ -115,7 +115,7 @@ def test_training_lowers_the_fixed_loss_and_reaches_the_target_budget(finished_r
 
 
 def test_generate_reproduces_the_samples_of_training(finished_run, tmp_path):
-    args = ["--prompt", "a photo of sks toy", "--pictures", "2", "--device", "cpu"]
+    args = ["--prompt", "a photo of sks toy", "--images-per-prompt", "2", "--device", "cpu"]
     assert main(["generate", str(finished_run), "--out", str(tmp_path / "pictures"), *args]) == 0
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["00-0.png", "00-1.png", "images.json"]
     np.testing.assert_array_equal(
@@ -177,7 +177,7 @@ def test_other_methods_train_and_load(settings, no_report, method, file):
     assert metrics_of(run.path)["fixed_loss"]["after"] < metrics_of(run.path)["fixed_loss"]["before"]
     assert (run.adapter / f"{file}.safetensors").is_file() and not (run.path / "allocation.json").exists()
     prompt, out = "a photo of sks toy", str(run.path / "more")
-    generated = generate(GenerateOptions(run=str(run.path), prompt=prompt, out=out, pictures=1, device="cpu"))
+    generated = generate(GenerateOptions(run=str(run.path), prompt=prompt, out=out, images_per_prompt=1, device="cpu"))
     np.testing.assert_array_equal(pixels(generated[0].path), pixels(run.path / "samples" / "00-0.png"))
 
 

@@ -144,6 +144,10 @@ def test_evaluation_resumes_after_a_truncated_line(finished_run, data, tmp_path)
     (others / "piqa" / "test.json").write_text(json.dumps(entries[1:]))
     with pytest.raises(FileExistsError, match=r"piqa.jsonl contains answers to other questions; .*--overwrite"):
         evaluate_language(replace(options, data=str(others)))
+    entries[0]["instruction"] += " Answer with one word."
+    (others / "piqa" / "test.json").write_text(json.dumps(entries))
+    with pytest.raises(FileExistsError, match=r"piqa.jsonl contains answers to other questions; .*--overwrite"):
+        evaluate_language(replace(options, data=str(others)))
     assert evaluate_language(replace(options, limit=2))["tasks"]["piqa"]["questions"] == 2
     assert json.loads((finished_run / "language.json").read_text()) == first
     shutil.rmtree(others / "piqa")
