@@ -209,7 +209,7 @@ def test_grid_command_uses_rounds_and_figures(monkeypatch):
 
 
 def test_grid_command_rejects_the_axes_of_the_grid():
-    with pytest.raises(ValueError, match="grid sets batch, methods itself; omit them or omit grid"):
+    with pytest.raises(ValueError, match="grid sets batch, methods itself; leave them out, or leave out grid"):
         commands.bench(grid=True, batch="4", methods="lora")
 
 
