@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -66,11 +67,11 @@ class BudgetBuffers(BufferDict):
     """
 
     # without the layer itself, whose reference cycle would keep a deleted model in memory
-    group: LayerBudgets | None = None
+    _group: LayerBudgets | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        group = self.group
+        group = self._group
         # a replica of `nn.DataParallel` is not in its group
         if name in self._buffers and group is not None and self in (group.snella_budget, group.snella_seal):
             seal_budgets(group, name)
@@ -88,7 +89,7 @@ class LayerBudgets:
 def link_budgets(layer: SnellaLayer) -> None:
     """Let an assignment to one of the layer's buffers seal its budgets."""
     group = LayerBudgets(layer.snella_budget, layer.snella_seal, layer._budgets)
-    layer.snella_budget.group = layer.snella_seal.group = group
+    layer.snella_budget._group = layer.snella_seal._group = group
 
 
 def compute_seal(budget: int) -> int:
@@ -153,9 +154,10 @@ def restore_budgets(layer: SnellaLayer, *_: Any, only_changed: bool = False) -> 
 
     With `only_changed`, skip buffers whose version has not changed, which avoids synchronization.
     """
+    read = layer.budgets if only_changed else partial(read_budgets, layer)
     for name, buffer in layer.snella_budget.items():
         if not buffer.is_meta and not layer.snella_seal[name].is_meta:
-            _ = layer.budgets(name) if only_changed else read_budgets(layer, name)
+            read(name)
 
 
 @contextmanager

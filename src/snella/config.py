@@ -154,8 +154,7 @@ class SnellaConfig(PeftConfig):
         update_dropout: Dropout probability on the input of the update. Above 0, the layer computes two matrix products
             instead of one in training.
         update_drop_path: Probability that an entry of the input's first axis (a sample, or a window in windowed
-            attention) skips the update. Above 0, the layer computes two matrix products
-            instead of one in training.
+            attention) skips the update. Above 0, the layer computes two matrix products instead of one in training.
         dropout_exclude: Suffixes of modules without `update_dropout`.
         preset: Defaults for fields left at `None`: `"paper"`; `"official"`, the behavior of the authors' released code;
             or `"matched"`, the paper's update with optimizer steps that are less sensitive to the learning rate
@@ -188,6 +187,7 @@ class SnellaConfig(PeftConfig):
             outputs of normalizations and activations, whose input autograd saves anyway, and to tensors derived from
             them in supported blocks (windows, gates, modulations). The recomputed values are bit-identical. Writes to
             these outputs through `.data` are not detected and give wrong gradients; set `False` if your code does this.
+            `False` in one adapter disables it for all adapters of the model.
         compress_activations: Store the inputs of normalizations and activations in int8 (see
             `snella.memory.origins.encode`), and queries, keys and values in int8 instead of attention's saved
             tensors. The backward passes of these operations and of the layers that follow use the stored values.

@@ -452,7 +452,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """Switch between training and evaluation; free cached tensors and restore averaged budgets on a change."""
         if mode != self.training:
             self.clear_cache()
-        restore_budgets(self, only_changed=mode == self.training)  # a compiled graph reads the buffers directly
+        if mode != self.training or not mode:  # a compiled graph reads the buffers directly
+            restore_budgets(self, only_changed=mode == self.training)
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> Self:

@@ -268,14 +268,7 @@ class SnellaModel(BaseTuner):
             raise
         disable_fast_path(model)
         config = cast(SnellaConfig, self.peft_config[adapter_name])
-        layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
-        configs = [other for layer in layers for other in layer.snella_config.values()]
-        if not all(other.recompute_inputs for other in configs):
-            unmark_outputs(model)
-        else:
-            is_compressed = any(other.compress_activations for other in configs)
-            count = mark_outputs(model, compress=partial(_is_compressed, layers) if is_compressed else None)
-            logger.info("recomputing inputs of adapted layers from %d normalizations and activations", count)
+        _update_marks(model)
         is_on_cpu = any(layer.snella_A[adapter_name].is_cpu for layer in _adapted_layers(model, [adapter_name]))
         if config.weight_gradient == "bfloat16" and is_on_cpu and not has_bfloat16_instructions():
             warnings.warn(
@@ -307,6 +300,7 @@ class SnellaModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, PEFT activates another."""
         super().delete_adapter(adapter_name)
+        _update_marks(self.model)
         for token in token_adapters(self.model):
             token.delete_adapter(adapter_name)
             if token.active_adapters != self.active_adapters:
@@ -554,6 +548,18 @@ class SnellaModel(BaseTuner):
                 "diverged or its file is corrupt; load an earlier checkpoint"
             )
         return remapped
+
+
+def _update_marks(model: nn.Module) -> None:
+    """Mark the outputs from which adapted layers recompute their inputs, unless an adapter disables this."""
+    layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
+    configs = [layer.snella_config[name] for layer in layers for name in layer.snella_A]
+    if not configs or not all(config.recompute_inputs for config in configs):
+        unmark_outputs(model)
+        return
+    is_compressed = any(config.compress_activations for config in configs)
+    count = mark_outputs(model, compress=partial(_is_compressed, layers) if is_compressed else None)
+    logger.info("recomputing inputs of adapted layers from %d normalizations and activations", count)
 
 
 def _is_compressed(layers: list[SnellaLayer]) -> bool:

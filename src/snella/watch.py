@@ -125,7 +125,7 @@ class TrainingWatch:
         """Warn that a model reads the weight of a layer whose update has dropout or drop-path."""
         self._warn_once(
             "read",
-            f"the model reads the weight of {module_name!r} outside F.linear, so update_dropout "
+            f"the model reads the weight of {module_name!r} in an operation other than F.linear, so update_dropout "
             "and update_drop_path have no effect there; to silence this warning, set dropout_exclude and "
             "update_drop_path=0, or exclude the layer with exclude_modules",
         )

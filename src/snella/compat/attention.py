@@ -119,7 +119,7 @@ class AdaptedAttention(nn.Module):
                 return self._attend_outside_graphs(query, key, value, **options)
             return self._attend(query, key, value, **options)
         reject_tracing(updated[0].module_name)
-        if any(p.training or needs_gradients(p, p._names_in_use()) for p in updated):
+        if any(projection.training for projection in updated):
             return self._attend_inside_hooks(query, key, value, **options)
         with replacement_lock:  # `functional_call` temporarily replaces the parameters
             # it replaces only parameters; FSDP1 uses plain tensors during a pass, and hooks that replace `forward` may
@@ -127,7 +127,7 @@ class AdaptedAttention(nn.Module):
             is_replaceable = "forward" not in self.base_layer.__dict__ and all(
                 isinstance(projection.get_base_layer().weight, nn.Parameter) for projection in updated
             )
-            if not is_replaceable:
+            if not is_replaceable or any(needs_gradients(p, p._names_in_use()) for p in updated):
                 return self._attend_inside_hooks(query, key, value, **options)
             effective = {projection.parameter_name: projection.inference_weight() for projection in updated}
             return functional_call(self.base_layer, effective, (query, key, value), options)

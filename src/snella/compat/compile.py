@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
-"""The operators read the budgets, which synchronizes with the device; a CUDA graph cannot. torch 2.9 lacks the tag."""
+"""The operators read the budgets from the device, which a CUDA graph does not allow. torch 2.9 may lack the tag."""
 
 
 def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -338,8 +338,8 @@ def serve(
         max_files: Maximum number of images per request.
         max_mib: Maximum size of a file, in MiB.
         max_megapixels: Maximum number of pixels per image, in millions; larger images are not decoded.
-        max_total_megapixels: Maximum number of pixels of all images in progress, in millions; further requests receive
-            status 503 and can be retried.
+        max_total_megapixels: Maximum number of pixels of all requests in progress, in millions, plus one pixel per four
+            bytes that they send; further requests receive status 503 and can be retried.
         hosts: Additional host names of the server, separated by commas, e.g. photos.example.org behind a reverse proxy.
             localhost, the name of this machine and IP addresses are always accepted.
         batch_size: Batch size.
@@ -378,7 +378,7 @@ def push(
         to_folder: Write the repository to this new folder instead, without network access.
         adapter: Push the PEFT adapter, with a new model card, instead of the merged model.
         private: Create a private repository.
-        overwrite: Add a commit to an existing repository; replaces its model card.
+        overwrite: Add a commit to an existing repository and replace its model card.
     """
     from snella_app.console import make_console, print_line
     from snella_app.runs.push import push

@@ -164,7 +164,7 @@ def _class_files(folder: Path, others: Counter[str]) -> _Files:
     files: _Files = {}
     for class_folder in _subfolders(folder):
         files[class_folder.name] = []
-        for file in walk_visible(class_folder):
+        for file in walk_visible(class_folder, root=folder):
             if is_image(file):
                 files[class_folder.name].append(file)
             else:
@@ -172,16 +172,23 @@ def _class_files(folder: Path, others: Counter[str]) -> _Files:
     return files
 
 
-def walk_visible(folder: Path) -> Iterator[Path]:
-    """Iterate over all visible files below a folder, sorted by name; linked folders are entered once."""
-    visited = {os.path.realpath(folder)}
-    for current, folders, names in os.walk(folder, followlinks=True):
+def walk_visible(folder: Path, *, root: Path | None = None) -> Iterator[Path]:
+    """Iterate over all visible files below a folder, sorted by name.
+
+    With `root`, the folder of the dataset, links to folders outside it are followed, each target once.
+    """
+    top, visited = None if root is None else os.path.realpath(root), set()
+    for current, folders, names in os.walk(folder, followlinks=root is not None):
         inside = sorted(name for name in folders if not name.startswith("."))
         folders.clear()
         for name in inside:
-            if (target := os.path.realpath(os.path.join(current, name))) not in visited:
+            path = os.path.join(current, name)
+            if os.path.islink(path):
+                target = os.path.realpath(path)
+                if top is None or target in visited or os.path.commonpath([top, target]) in (top, target):
+                    continue
                 visited.add(target)
-                folders.append(name)
+            folders.append(name)
         yield from (Path(current, name) for name in sorted(names) if not name.startswith("."))
 
 

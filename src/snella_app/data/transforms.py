@@ -9,6 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from snella_app.data.images import PILLOW_MODES
+
 Augment = Literal["none", "flip", "crop", "crop-no-flip", "imagenet", "randaugment", "trivialaugment", "3augment"]
 CropMode = Literal["center", "squash"]
 _CROP_SCALES = {
@@ -92,10 +94,12 @@ def build_transform(
         gray = v2.Grayscale(len(data_config["mean"]))
         choices = [gray, v2.RandomSolarize(128, p=1.0), v2.GaussianBlur(_BLUR_KERNEL, _BLUR_SIGMAS)]
         steps += [v2.RandomChoice(choices), v2.ColorJitter(*[_COLOR_JITTER_3AUGMENT] * 3)]
+    mean, std = list(data_config["mean"]), list(data_config["std"])
     steps += [
         v2.PILToTensor(),
         v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(list(data_config["mean"]), list(data_config["std"])),  # not in place: images may be cached
+        # in place, except for arrays, which may be cached
+        v2.Normalize(mean, std, inplace=len(mean) in PILLOW_MODES),
     ]
     if random_erasing:
         steps.append(v2.RandomErasing(random_erasing))

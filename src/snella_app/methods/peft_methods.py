@@ -130,8 +130,8 @@ def check_gradients(model: nn.Module, method: str) -> None:
     ]
     if unused:
         raise ValueError(
-            f"{method} has no effect on {listed(unused)}: the model does not call these layers but reads their "
-            "weights; use snella, or leave the layers out (exclude_modules)"
+            f"{method} has no effect on {listed(unused)}, which got no gradient: the model does not call these layers, "
+            "although it may read their weights; use snella, or leave the layers out (exclude_modules)"
         )
 
 

@@ -137,7 +137,7 @@ class MaskScores(_Result):
             (
                 f"{split} Dice",
                 percent_text(self.dice),
-                f"mean over the images with foreground ({count_text(self.images)} images in total)",
+                f"mean over images with foreground, of {count_text(self.images)} images",
             ),
             (f"{split} IoU", percent_text(self.iou), "mean over the same images"),
             (

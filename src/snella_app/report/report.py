@@ -69,7 +69,7 @@ _OPTIMISTIC = (
     "with runs that select on the validation images."
 )
 _ONLY_VALIDATION = (
-    "The epoch was selected on the validation images, so these results are optimistic. Add test images for an unbiased "
+    "The model was selected on the validation images, so these results are optimistic. Add test images for an unbiased "
     "result."
 )
 Fact = tuple[str, str, str]

@@ -63,7 +63,11 @@ def layer_features(model: nn.Module, images: Tensor, layers: Sequence[int]) -> T
     for index, (layer, entry) in enumerate(zip(layers, maps, strict=True)):
         positions, tokens = entry if has_tokens else (entry, None)
         if positions.shape[1] != base.feature_info[layer]["num_chs"]:
-            raise ValueError(f"layer {layer} must have {base.feature_info[layer]['num_chs']} channels")
+            expected = base.feature_info[layer]["num_chs"]
+            raise ValueError(
+                f"layer {layer} must have {expected} channels, got {positions.shape[1]}; use final_head='trained' with "
+                "methods that add tokens"
+            )
         pooled.append(positions.mean((2, 3)))
         if tokens is not None and index < len(maps) - 1:
             pooled.append(tokens[:, 0])

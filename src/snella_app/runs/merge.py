@@ -279,9 +279,9 @@ def _final_head_code(probe: LayerProbe, path: Path) -> str:
         if probe.has_tokens
         else "    pooled += [grid.mean((2, 3)) for grid in maps]\n"
     )
-    inputs, kernel = "features", ""
+    kernel, outputs = "", "features @ head['weight'].T + head['intercept']"
     if isinstance(probe.head, KernelHead):
-        inputs = "kernel"
+        outputs = "(kernel.cpu().double() @ head['weight'].double().T).float() + head['intercept']"
         kernel = (
             "    x = ((features - head['mean']) / head['std']).clamp(-10, 10)\n"
             "    distances = torch.cdist(x, head['centers'].float())\n"
@@ -293,7 +293,7 @@ def _final_head_code(probe: LayerProbe, path: Path) -> str:
         f"    final, maps = model.forward_intermediates(images, {arguments})\n"
         "    pooled = [model.forward_head(final, pre_logits=True).flatten(1)]\n"
         f"{pooled}    features = torch.cat(pooled, 1)\n"
-        f"{kernel}    return ({inputs}.double() @ head['weight'].double().T).float() + head['intercept']"
+        f"{kernel}    return {outputs}"
     )
 
 

@@ -1,5 +1,6 @@
 """HTTP server for the model of a run, with a web page."""
 
+import asyncio
 import base64
 import errno
 import hashlib
@@ -30,6 +31,7 @@ _OVERHEAD = 2**20  # bytes of a request besides its files
 _PAGE = Path(__file__).with_name("serve.html")
 _BYTES_PER_PIXEL = 4
 _CONNECTIONS = 64
+_REQUEST_S = 600
 _SHUTDOWN_S = 10
 """Seconds after Ctrl-C or SIGTERM in which requests can finish."""
 _DOCS = ("/docs", "/openapi.json")
@@ -124,6 +126,7 @@ def create_app(
 
     - 200: at least one file was predicted.
     - 400: the `Host` header is neither a name of this server nor an IP address.
+    - 408: the request took longer than ten minutes.
     - 411: a POST request has no Content-Length header.
     - 413: a limit of the request is exceeded.
     - 422: no file could be predicted, or the form has no `files`.
@@ -177,7 +180,8 @@ def create_app(
             return JSONResponse({"error": "the request must have a Content-Length header"}, 411)
         if length is not None and length.isdigit() and int(length) > limits.request_bytes:
             mib = limits.request_bytes / 2**20
-            return JSONResponse({"error": f"the request must have at most {mib:.3g} MiB"}, 413)
+            text = f"{mib:,.0f}" if mib >= 10 else f"{mib:.3g}"
+            return JSONResponse({"error": f"the request must have at most {text} MiB"}, 413)
         return None
 
     def busy() -> Any:
@@ -192,7 +196,11 @@ def create_app(
         if response is None:
             request.state.cost = int(request.headers.get("content-length", 0)) / _BYTES_PER_PIXEL
             with budget.reserve(request.state.cost) as fits:  # before the body is received
-                response = await call_next(request) if fits else busy()
+                try:
+                    async with asyncio.timeout(_REQUEST_S):
+                        response = await call_next(request) if fits else busy()
+                except TimeoutError:
+                    response = JSONResponse({"error": f"the request took longer than {_REQUEST_S} s"}, 408)
         response.headers.update(_NOSNIFF)
         response.headers["Content-Security-Policy"] = _DOCS_POLICY if request.url.path in _DOCS else policy
         client = request.client.host if request.client else "-"
@@ -236,7 +244,7 @@ def create_app(
             except ValueError as error:
                 entries[index]["error"] = str(error)
         if (cost := pixels + request.state.cost) > limits.total_megapixels * 1e6:
-            rule = f"a request must have at most {limits.total_megapixels:g} million pixels"
+            rule = f"a request must have at most {limits.total_megapixels:g} million pixels, plus one per four bytes"
             return JSONResponse({"error": f"{rule}, got {cost / 1e6:.1f}; send fewer images per request"}, 413)
         with budget.reserve(pixels) as fits:
             if not fits:

@@ -33,6 +33,7 @@ from snella_app.training.distributed import broadcast_from_main, process_count, 
 from snella_app.training.final_head import leave_one_out_classes
 from snella_app.training.linear_probe import (
     base_and_head,
+    can_cache_features,
     can_probe,
     can_skip_training,
     extract_features,
@@ -110,7 +111,7 @@ def resolve(
             )
         plan = plan.replace(epochs=0)
     elif plan.optim.time_budget is not None and plan.optim.epochs:
-        if plan.optim.head_init == "probe":
+        if plan.optim.head_init == "probe" and not can_cache_features(plan.data, parts.model):
             probe_features(parts, plan.optim)  # now, so that their time is known
         epochs, images = broadcast_from_main(lambda: fit_epochs(parts, plan, console, data.started_at))
         plan = plan.replace(epochs=epochs, epoch_images=images)
@@ -139,8 +140,10 @@ def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
             missing = "a single process"
         elif not _reads_features(parts):
             model = type(base_model(parts.model)).__name__
-            missing = "a timm model with forward_intermediates and a method that only changes its features, got "
-            missing += f"{model} with method {config.method.name!r}"
+            missing = (
+                "a timm model with forward_intermediates and a method that keeps the inputs of its head, got "
+                f"{model} with method {config.method.name!r}"
+            )
         if missing is None:
             final_head = "layers"
         elif optim.final_head == "layers":

@@ -57,8 +57,8 @@ _SMALL_SIDE, _MEASURED_SIDES = 112, 16
 """Image size that is tried for images of any size, and the number of images whose size is read."""
 _NEVER_S = 1e12
 """Time of a step that runs out of memory."""
-_MIN_STEP_S = 1e-3
-"""Time of a step on cached features."""
+_MIN_STEP_S, _CACHED_EPOCH_S = 0.01, 0.5
+"""Times of a step on cached features, and of the evaluation and the checkpoint of such an epoch."""
 _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
 """Errors of models that do not support an image size."""
 
@@ -274,22 +274,19 @@ def fit_epochs(
     optim, images, times = config.optim, len(parts.splits.train), _measure_times(parts, config)
     left_s = _seconds_left(str(optim.time_budget), started_at) - times.final_s
 
-    def evaluation_s(epochs: int) -> float:
-        return times.selection_s * _evaluations(config, epochs)
-
     def steps_in_time(epochs: int) -> int:
-        return min(times.steps, int((left_s - evaluation_s(epochs)) / epochs / times.step_s))
+        seconds = left_s - times.selection_s * _evaluations(config, epochs)
+        return min(times.steps, int(seconds / epochs / times.step_s))
 
-    fitting = [count for count in range(_MAX_EPOCHS + 1) if steps_in_time(max(count, 1)) >= times.steps or not count]
-    counts = [max(fitting[-1], 1), min(fitting[-1] + 1, _MAX_EPOCHS)]
-    epochs = max(counts, key=lambda count: count * steps_in_time(count))
+    whole = max((count for count in range(1, _MAX_EPOCHS + 1) if steps_in_time(count) == times.steps), default=0)
+    epochs = max(max(whole, 1), min(whole + 1, _MAX_EPOCHS), key=lambda count: count * steps_in_time(count))
     fewest = min(times.steps, _MIN_STEPS) if epochs == 1 else 1
     fits = steps_in_time(epochs) >= fewest
+    steps = max(steps_in_time(epochs), fewest)
+    epoch_images = min(images, steps * optim.images_per_step)
+    epoch_s = steps * times.step_s + times.selection_s * _evaluations(config, epochs) / epochs
     if not fits and can_skip_training(optim, config.data.protocol):
         epochs = 0
-    steps = max(steps_in_time(max(epochs, 1)), fewest)
-    epoch_images = min(images, steps * optim.images_per_step)
-    epoch_s = steps * times.step_s + evaluation_s(max(epochs, 1)) / max(epochs, 1)
     of_images = f"of {counted(epoch_images, 'image')}"
     if epochs:
         text = f"{counted(epochs, 'epoch')} {of_images} in {optim.time_budget}: one takes about {seconds_text(epoch_s)}"
@@ -302,7 +299,7 @@ def fit_epochs(
         text += f"; {head} without training the backbone"
     elif not fits:
         text += "; reduce --img-size"
-    elif fitting[-1] == _MAX_EPOCHS:
+    elif whole == _MAX_EPOCHS:
         text += f"; {_MAX_EPOCHS} is the maximum; for more, use --epochs without --time-budget"
     print_line(console, text)
     return epochs, epoch_images if epochs and epoch_images < images else None
@@ -360,13 +357,14 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     once_s, views_s = evaluation_seconds(dataclasses.replace(optim, precision="fp32"))
     timed_images = min(per_batch, len(last)) * process_count()
     batches = {name: len(part) / timed_images for name, part in measured.items()}
-    selection_s = 0.0 if is_cached else batches.get(str(get_protocol(data.protocol).selected_on), 0) * once_s
+    selection_s = batches.get(str(get_protocol(data.protocol).selected_on), 0) * once_s
     fits_layers = optim.final_head == "layers"
     is_evaluated = not (fits_layers and trained_head(parts)) or (with_training and fits_last_epoch(config))
     final_s = sum(batches.values()) * max(first_read_s - read_s, 0.0) + batches.get("test", 0) * views_s
     if is_evaluated:  # the trained head; otherwise, its outputs come from the features of the fit
         final_s += batches.get("val", 0) * views_s
     if is_cached:
+        selection_s = _CACHED_EPOCH_S
         final_s += sum(map(len, parts.splits.parts.values())) / timed_images * once_s
     if evaluates_initial_model(config):
         final_s += selection_s

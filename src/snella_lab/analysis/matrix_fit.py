@@ -187,7 +187,7 @@ def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = 
         ValueError: If the kernel is unknown or returns the wrong shape.
         FloatingPointError: If the error becomes infinite or NaN.
     """
-    merge = find_kernel(kernel)
+    merge, digest = find_kernel(kernel), _module_digest(kernel)  # before the fit, during which the file may change
     generator = torch.Generator().manual_seed(config.seed)
     targets = torch.cat(
         [random_matrices(config.size, rank, config.matrices, config.density, generator) for rank in config.ranks]
@@ -226,7 +226,7 @@ def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = 
     with torch.no_grad():
         final = (batched(*parameters) - targets).square().mean((1, 2))
     mse = final.view(len(config.ranks), -1).tolist()
-    return Fit(kernel, mse, steps, gradients, errors, _module_digest(kernel))
+    return Fit(kernel, mse, steps, gradients, errors, digest)
 
 
 def fit_matrices(

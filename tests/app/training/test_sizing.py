@@ -146,7 +146,7 @@ def test_epochs_fill_the_time_budget(budget, changes, epochs, images, message, s
 
 
 def test_cached_features_need_no_time_for_training(settings, console, monkeypatch, clock):
-    config = settings(method="linear", method_options={}, augment="none", time_budget="60s", train_size=28).resolved()
+    config = settings(method="linear", method_options={}, augment="none", time_budget="2m", train_size=28).resolved()
     parts = build_components(config)
     seconds = {sizing._trial_evaluation: 0.01, sizing._only_read: 0.0}  # no training step is timed
     monkeypatch.setattr(sizing, "_step_seconds", lambda parts, optim, dataset, batch, step: seconds[step])

@@ -237,6 +237,11 @@ def test_one_adapter_without_recomputation_disables_it_for_all():
     model.add_adapter("other", SnellaConfig(**settings))
     model.set_adapter("default")
     assert_same_bits(step(model, x)[0], expected)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    _, saved = step(model, x)
+    unmark_outputs(model)
+    assert saved < step(model, x)[1]  # the other adapter recomputes its inputs
 
 
 def test_module_change_before_use_disables_recomputation():
