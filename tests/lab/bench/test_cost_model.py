@@ -433,7 +433,7 @@ def test_rates_of_bfloat16_products_and_calls_do_not_reduce_the_held_out_errors(
     three = [prediction.error for prediction in leave_one_out(cases)]
     assert [sum(abs(error) <= 0.15 for error in errors) for errors in (three, five)] == [68, 68]
     medians = [statistics.median(map(abs, errors)) for errors in (three, five)]
-    assert [round(median, 3) for median in medians] == [0.019, 0.021]
+    assert [round(median, 3) for median in medians] == [0.019, 0.02]
 
 
 def test_fit_recovers_the_rates_of_rows_that_follow_the_model():
