@@ -132,5 +132,5 @@ def finished_default(photos, tmp_path_factory):
 
 @pytest.fixture(params=["finished", "finished_default"])
 def any_run(request):
-    """Finished run whose predictions use the trained head, or the default head on several layers."""
+    """Finished run that predicts with the trained head, or with the default head on several layers."""
     return request.getfixturevalue(request.param)

@@ -66,7 +66,7 @@ class BudgetBuffers(BufferDict):
     in place, and moves replace the entries of `_buffers`.
     """
 
-    # without the layer itself, whose reference cycle would keep a deleted model in memory
+    # does not contain the layer: a reference cycle would keep a deleted model in memory
     _group: LayerBudgets | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -152,7 +152,7 @@ def seal_all_budgets(layer: SnellaLayer, *_: Any) -> None:
 def restore_budgets(layer: SnellaLayer, *_: Any, only_changed: bool = False) -> None:
     """Replace averaged budgets, for code that reads the buffers directly; a `state_dict` hook.
 
-    With `only_changed`, skip buffers whose version has not changed, which avoids synchronization.
+    With `only_changed`, buffers whose version is unchanged are not read, which avoids a device synchronization.
     """
     read = layer.budgets if only_changed else partial(read_budgets, layer)
     for name, buffer in layer.snella_budget.items():

@@ -450,10 +450,11 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation; free cached tensors and restore averaged budgets on a change."""
-        if mode != self.training:
+        changes = mode != self.training
+        if changes:
             self.clear_cache()
-        if mode != self.training or not mode:  # a compiled graph reads the buffers directly
-            restore_budgets(self, only_changed=mode == self.training)
+        if changes or not mode:  # a compiled graph reads the buffers directly
+            restore_budgets(self, only_changed=not changes)
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> Self:

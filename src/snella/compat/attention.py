@@ -133,7 +133,7 @@ class AdaptedAttention(nn.Module):
             return functional_call(self.base_layer, effective, (query, key, value), options)
 
     def _replicate_for_data_parallel(self) -> NoReturn:
-        """Reject `nn.DataParallel`, whose replicas would use the weights of the first device."""
+        """Reject `nn.DataParallel`: every replica would use the weights on the first device."""
         raise NotImplementedError(NO_DATA_PARALLEL)
 
     @torch.compiler.disable

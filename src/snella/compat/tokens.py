@@ -73,7 +73,7 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         self._link()
 
     def _replicate_for_data_parallel(self) -> NoReturn:
-        """Reject `nn.DataParallel`, whose replicas would use the value of the first device."""
+        """Reject `nn.DataParallel`: every replica would use the value on the first device."""
         raise NotImplementedError(NO_DATA_PARALLEL)
 
     @property

@@ -245,15 +245,14 @@ def _file_snippet(loaded: LoadedRun, path: Path, metadata: Mapping[str, str]) ->
 
 def _torch_import(loaded: LoadedRun) -> str:
     """Return the import of torch if the comment that explains the outputs needs it."""
-    return ", torch" if "torch." in loaded.task.decoding_comment() else ""
+    return ", torch" if "torch." in _decoding_comment(loaded) else ""
 
 
-def _decoding_comment(loaded: LoadedRun) -> str:
-    """Return the comment that explains the outputs, for images with the channels of the run."""
+def _decoding_comment(loaded: LoadedRun, model: str = "model") -> str:
+    """Return the comment that explains the outputs of `model`, for an image with the channels of the run."""
     mode = PILLOW_MODES.get(loaded.info.backbone.channels)
-    return loaded.task.decoding_comment().replace(
-        "image.convert('RGB')", f"image.convert({mode!r})" if mode else "image"
-    )
+    image = f"image.convert({mode!r})" if mode else "image"
+    return loaded.task.decoding_comment(f"{model}(transform({image})[None])")
 
 
 def _final_head_file(path: Path) -> Path:
@@ -263,10 +262,9 @@ def _final_head_file(path: Path) -> Path:
 
 def _use_lines(loaded: LoadedRun, path: Path) -> str:
     """Return the comment that explains the outputs, after code for the final head if the run has one."""
-    use = _decoding_comment(loaded)
     if loaded.probe is None:
-        return use
-    return f"{_final_head_code(loaded.probe, _final_head_file(path))}\n{use.replace('model(', 'logits_of(')}"
+        return _decoding_comment(loaded)
+    return f"{_final_head_code(loaded.probe, _final_head_file(path))}\n{_decoding_comment(loaded, 'logits_of')}"
 
 
 def _final_head_code(probe: LayerProbe, path: Path) -> str:

@@ -413,9 +413,9 @@ class OrdinalTask(ClassificationTask):
             for item, rank in zip(by_probability, ranks, strict=True)
         ]
 
-    def decoding_comment(self) -> str:
+    def decoding_comment(self, outputs: str) -> str:
         """Return the comment that computes the median rank."""
-        return "# classes[(model(transform(image.convert('RGB'))[None]).sigmoid().cumprod(1) > 0.5).sum()]"
+        return f"# classes[({outputs}.sigmoid().cumprod(1) > 0.5).sum()]"
 
 
 def predicted_ranks(probabilities: Tensor) -> Tensor:

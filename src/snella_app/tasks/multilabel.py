@@ -285,13 +285,10 @@ class MultiLabelTask(Task):
             predictions.append(LabelSetPrediction(path, labels, probabilities))
         return predictions
 
-    def decoding_comment(self) -> str:
+    def decoding_comment(self, outputs: str) -> str:
         """Return the comment that applies the thresholds."""
         shown = [round(threshold, 4) for threshold in self.thresholds]
-        return (
-            "# [name for name, p, t in zip(classes, model(transform(image.convert('RGB'))[None]).sigmoid()[0], "
-            f"{shown}) if p >= t]"
-        )
+        return f"# [name for name, p, t in zip(classes, {outputs}.sigmoid()[0], {shown}) if p >= t]"
 
     def _targets(self, dataset: ImageDataset) -> list[list[int]]:
         """Return the class indices of each image."""

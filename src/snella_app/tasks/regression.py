@@ -233,10 +233,10 @@ class RegressionTask(Task):
             raise ValueError(f"top_k must be omitted for regression, got {top_k}")
         check_output(out, top_k, overwrite=overwrite)
 
-    def decoding_comment(self) -> str:
+    def decoding_comment(self, outputs: str) -> str:
         """Return the comment that converts outputs to target units."""
         mean, std = ([float(f"{value:.7g}") for value in values] for values in (self.mean, self.std))
-        return f"# model(transform(image.convert('RGB'))[None])[0] * torch.tensor({std}) + torch.tensor({mean})"
+        return f"# {outputs}[0] * torch.tensor({std}) + torch.tensor({mean})"
 
     def _values(self, dataset: ImageDataset) -> np.ndarray:
         """Return the targets of each image, `[images, targets]`."""

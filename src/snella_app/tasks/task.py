@@ -260,9 +260,9 @@ class Task(ABC):
     def image_predictions(self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor) -> Sequence[Any]:
         """Convert model outputs of images outside a dataset to prediction objects, one per image."""
 
-    def decoding_comment(self) -> str:
-        """Return a Python comment that decodes the output of a merged model."""
-        return "# classes[model(transform(image.convert('RGB'))[None]).argmax()]"
+    def decoding_comment(self, outputs: str) -> str:
+        """Return a Python comment that decodes `outputs`, an expression for the model's outputs `[1, outputs]`."""
+        return f"# classes[{outputs}.argmax()]"
 
 
 def full_precision(outputs: Tensor) -> Tensor:

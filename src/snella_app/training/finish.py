@@ -195,7 +195,7 @@ def _measure(trainer: SnellaTrainer, last: _LastEpoch | None) -> tuple[dict[str,
     if fit is not None:
         probe, final_head = _select_final_head(trainer, fit, outputs, last)
         if probe is None and splits.val is not None and outputs["val"] is fit.trained_val:
-            outputs["val"] = trainer.outputs(splits.val, views)  # in float32, unlike those of the fit
+            outputs["val"] = trainer.outputs(splits.val, views)  # the fit's outputs may be in bfloat16
             final_head = dataclasses.replace(final_head, val_trained=_score(parts.task, outputs["val"]))
     if splits.test is not None and probe is not None:
         outputs["test"] = measure_layers(parts, probe, splits.test, views, plan.optim.effective_batch_size)

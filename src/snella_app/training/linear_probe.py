@@ -267,7 +267,7 @@ def init_head_from_probe(parts: RunComponents, optim: OptimConfig, sampler: str 
 
 
 def random_image(parts: RunComponents) -> Tensor:
-    """Return a batch of one image of random pixels on the model's device, to check what the model computes."""
+    """Return a batch of one random image on the model's device."""
     image = torch.rand(1, *parts.data_config["input_size"], generator=torch.Generator().manual_seed(0))
     return image.to(next(parts.model.parameters()).device)
 

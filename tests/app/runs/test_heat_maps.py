@@ -53,7 +53,7 @@ def test_the_map_of_a_head_on_several_layers_includes_all_of_them(name, options)
     with torch.no_grad():
         width = layer_features(model, images, layers).shape[1]
     weight = torch.zeros(2, width)
-    first = model.num_features  # the pooled features of the model come first, then those of the first layer
+    first = model.num_features  # the pooled features precede those of the first layer
     weight[:, first : first + 16] = torch.randn(2, 16)
     probe = LayerProbe(model, layers, linear_head(weight, torch.zeros(2))).eval()
     maps = [heat_maps(probe, images, torch.tensor([output]))[0] for output in (0, 1)]
