@@ -100,7 +100,7 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Compute fused attention, or regular attention for a mask with a gradient (SAM's relative positions)."""
+    """Compute fused attention; regular attention for grouped queries, dropout or a mask with a gradient (as in SAM)."""
     if enable_gqa or dropout_p or (attn_mask is not None and attn_mask.requires_grad):
         return nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

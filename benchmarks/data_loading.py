@@ -3,8 +3,8 @@
     python benchmarks/data_loading.py --out benchmarks/data_loading.jsonl
 
 The images are Tux Paint's stamps (Debian's tuxpaint-stamps-default), as PNGs (median 155×195) and enlarged to JPEGs of
-1600 pixels ("photographs"). Each round reads one epoch with each loader in the main process. Times are CPU seconds.
-`first epoch` decodes all images; `later epochs` reads decoded images from a cache of up to 512 MiB.
+1600 pixels ("photographs"). Each round reads one epoch with ImageFolder and two with snella, in the main process. Times
+are CPU seconds. `first epoch` decodes all images; `later epochs` reads decoded images from a cache of up to 512 MiB.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Training loops of `many_devices.py` with transformers' Trainer: a plain one, and that of `snella train`."""
+"""Training loops of `many_devices.py` with the plain Trainer of transformers and with the Trainer of `snella train`."""
 
 from __future__ import annotations
 

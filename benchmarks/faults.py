@@ -231,7 +231,7 @@ def merged(harness: Harness) -> None:
 
 
 def limits(harness: Harness) -> None:
-    """Limit the file size: commands must print a one-line error with a file name and leave no empty folder."""
+    """Limit the file size: commands must print a one-line error with a path and leave no empty folder."""
     run, images = str(harness.finished), str(harness.images)
     commands = {
         "m.safetensors": ["merge", run],

@@ -66,7 +66,7 @@ def bootstrap_is_significant(values: Pairs, generator: np.random.Generator, resa
 
 
 def measure(count: int) -> list[dict[str, Any]]:
-    """Return, for each setting, the fraction of simulations that decide at least one true zero."""
+    """Return, for each setting, the fraction of simulations in which at least one zero difference is significant."""
     samplers: dict[str, Callable[..., Pairs]] = {
         "independent": independent,
         "shared reference": shared_reference,

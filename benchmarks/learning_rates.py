@@ -3,9 +3,9 @@
 python benchmarks/learning_rates.py --tasks mri-regions,stamps --methods lora-8,snella-8,snella-matched-8
 
 Tasks, sizes and settings come from experiments/bundled-suite.yaml. The outputs of the frozen blocks are computed once
-per task and stored in `--cache`. Like `snella train`, a run selects its epoch on validation images, from the last 40%.
-It is evaluated on up to `--val-size` images that are used for neither training nor validation; folders without such
-images are evaluated on the test split. A row's `kept` contains the results of the probe initialization, if any, and of
+per task and stored in `--cache`. A run selects its epoch on validation images, among the last 40% of its epochs. It is
+evaluated on up to `--val-size` images that are used for neither training nor validation; folders without unused images
+are evaluated on the test split. A row's `kept` contains the results of the probe initialization, if any, and of
 the best and last epoch, for raw weights and their average (ema). Each run appends a JSON line to learning_rates.jsonl;
 finished runs are skipped.
 """

@@ -32,8 +32,8 @@ def measure_sampling(
 ) -> dict[str, Any]:
     """Time `∂L/∂W = grad_yᵀ x` at the nonzero entries of `S`, compared with the dense product.
 
-    `tokens` are the rows of `x` and `grad_y`, `density` is the fraction of nonzero entries. The row contains the
-    median times and their ratio.
+    `tokens` is the number of rows of `x` and `grad_y`; `density` is the fraction of nonzero entries. The row contains
+    the median times and their ratio.
 
     Raises:
         RuntimeError: If the sampled entries differ from the dense product, or `density` selects no entry.

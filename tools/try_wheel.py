@@ -70,7 +70,7 @@ from importlib.metadata import entry_points
 from snella_app.plugins import plugins
 
 count = 0
-for group in ("commands", "methods", "data", "backbones", "choices"):  # reports need the extra generation
+for group in ("commands", "methods", "data", "backbones", "choices"):  # "reports" requires the extra generation
     names = entry_points(group=f"snella.{group}").names
     assert set(plugins(group)) == set(names), group
     count += len(names)

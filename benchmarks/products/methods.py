@@ -100,7 +100,7 @@ def table(rows: list[dict], names: Sequence[str], key: str) -> str:
         if all(name in scores for name in names):
             runs[folder].append(scores)
     if not runs:
-        return "no folder has rows for all of them"
+        return f"no folder has rows for all values of {key}"
     reference = names[0]
     differences = with_holm(
         {

@@ -62,7 +62,7 @@ class Budgets:
 class BudgetBuffers(BufferDict):
     """Budgets or seals of a layer by adapter; an assignment seals the budgets again.
 
-    transformers' `load_adapter` assigns the budgets, and replaces the seals by uninitialized tensors. Averaging writes
+    transformers' `load_adapter` assigns the budgets and replaces the seals with uninitialized tensors. Averaging writes
     in place, and moves replace the entries of `_buffers`.
     """
 

@@ -191,8 +191,8 @@ class SnellaConfig(PeftConfig):
         compress_activations: Store the inputs of normalizations and activations in int8 (see
             `snella.memory.origins.encode`), and queries, keys and values in int8 instead of attention's saved
             tensors. The backward passes of these operations and of the layers that follow use the stored values.
-            Outputs stay exact; gradients are computed at the rounded activations. Requires `recompute_inputs=True`, and
-            the same setting in all active adapters.
+            Outputs stay exact; gradients are computed at the rounded activations. Requires `recompute_inputs=True`. Has
+            no effect unless all active adapters set it.
         weight_gradient: Computation of the updates' gradients in linear layers: `"exact"`; `"bfloat16"`, from tokens
             rounded to bfloat16 (faster on processors with bfloat16 instructions); or `"sample:P"`, an unbiased estimate
             from a fraction `P` of the tokens, e.g. `"sample:1/2"` (see `snella.ops.sample_tokens`). Outputs

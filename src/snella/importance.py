@@ -119,7 +119,7 @@ class ImportanceTracker:
 
     @torch.no_grad()
     def scores(self) -> list[float]:
-        """Return `p` of every matrix, 0 before the first update; all processes must call it, with the same result."""
+        """Return `p` of every matrix, 0 before the first update. All processes must call it and get the same result."""
         scores = []
         for matrix in self.matrices:
             parts = []

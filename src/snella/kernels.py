@@ -328,7 +328,7 @@ def merge_factors(
 
 
 def check_factors(A: Tensor, B: Tensor, kernel: Kernel, scalars: KernelScalars) -> None:
-    """Raise `ValueError` for mismatched factors, a missing scalar of `kernel`, or a wrong shape of `piece_coeff`."""
+    """Raise `ValueError` if the shapes do not match, `P` does not divide `r`, or a scalar of `kernel` is missing."""
     if A.ndim != 2 or B.ndim != 2 or A.shape[1] != B.shape[1]:
         raise ValueError(f"A and B must be [n, r] and [m, r] with equal r, got {list(A.shape)} and {list(B.shape)}")
     if "piece_coeff" in kernel.scalars and A.shape[1] % kernel.num_pieces:

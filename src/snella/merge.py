@@ -87,7 +87,9 @@ def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> 
     `SnellaLayer.merge`.
 
     Raises:
-        NotImplementedError: If the base weight is computed from other parameters.
+        ValueError: If `safe_merge` finds non-finite values.
+        NotImplementedError: If the base weight is on the meta device, has 8 bits without quantization, or is computed
+            from other parameters.
     """
     original = _original_weight(layer)
     check_weight(layer, original)

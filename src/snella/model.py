@@ -337,7 +337,7 @@ class SnellaModel(BaseTuner):
         return model
 
     def _check_merges(self, adapter_names: list[str] | None = None, **_: Any) -> None:
-        """Reject merges before a layer changes; warn if the model has never used an update, but has used others."""
+        """Reject unsafe merges before any layer changes; warn if the model has never used some of the updates."""
         names = self.active_adapters if adapter_names is None else adapter_names
         for token in token_adapters(self.model):
             token.check_active(list(dict.fromkeys([*token.merged_adapters, *names])))

@@ -100,7 +100,7 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
-    """Return a message about the weights that the default targets exclude, or `None` if they adapt at least half.
+    """Return a message about the weights that the targets exclude, or `None` if they adapt at least half.
 
     The model has no adapters yet. Its head, patch embedding and embeddings do not count.
     """
@@ -125,7 +125,7 @@ def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
         example_by_class.setdefault(owner, (name, owner, list(weight.shape)))
     examples = ", ".join(f"{name!r} {shape} of {owner}" for name, owner, shape in list(example_by_class.values())[:3])
     return (
-        f"the default target_modules adapt {num_adapted / (num_adapted + num_excluded):.0%} of the weights of "
+        f"the selected target_modules adapt {num_adapted / (num_adapted + num_excluded):.0%} of the weights of "
         f"{type(model).__name__}, not counting embeddings and head; {len(excluded)} other weights remain frozen, e.g. "
         f"{examples}; add convolutions to target_modules, and train bare parameters such as experts and routers in "
         "full with parameters_to_save"

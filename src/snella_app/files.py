@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def annotate_write_errors(path: Path) -> Iterator[None]:
-    """Add the file name to write errors, e.g. of a full disk; library errors in `WRITE_FAILURES` become OSError."""
+    """Add the file name to write errors, e.g. on a full disk; library errors in `WRITE_FAILURES` become OSError."""
     try:
         yield
     except OSError as error:

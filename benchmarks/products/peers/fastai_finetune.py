@@ -1,9 +1,8 @@
 """fastai's `fine_tune` as documented: `Resize`, `aug_transforms`, one epoch of the head, then one-cycle for all layers.
 
-The head is fastai's default, or batch norm and a linear layer with `--variant bn`. It trains on train and monitors val;
-`--variant all` trains on both.
-Images are resized to twice the resolution before `aug_transforms`, similar to 460 and 224 in the fastai book. The epoch
-time is estimated from up to five steps.
+The head is fastai's default, or batch norm and a linear layer with `--variant bn`. The script trains on train and
+monitors val; `--variant all` trains on both. Images are resized to twice the resolution before `aug_transforms`,
+similar to 460 and 224 in the fastai book. The epoch time is estimated from up to five steps.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """`snella train --time-budget` with defaults; variants train another method or disable components of the recipe.
 
-The command trains on train and selects on val. It runs in this process, after the imports.
+The command trains on train, selects on val and fits the final head to both. It runs in this process, after the imports.
 """
 
 import tempfile

@@ -94,8 +94,9 @@ def hotswap(
 
     Raises:
         FileNotFoundError: If the folder contains no adapter.
-        ValueError: If the model does not have this adapter, the architecture, rank, kernel, rows per matrix or head
-            differs, or values are not finite or budgets invalid. The model then remains unchanged.
+        ValueError: If the model does not have this adapter or contains several PEFT models, the architecture, rank,
+            kernel, sparsify mode, rows per matrix or head differs, an adapter trains biases or token rows, values are
+            not finite, or budgets are invalid. The model then remains unchanged.
     """
     if isinstance(adapter, (str, Path)):
         adapter = AdapterValues.read(adapter)

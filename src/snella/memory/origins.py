@@ -25,7 +25,7 @@ _LEVELS = 127
 
 
 class Origin:
-    """How to recompute a tensor: `function(*saved)`, or `function(source, *saved)` for a function of a marked tensor.
+    """Recomputation of a tensor: `function(*saved)`, or `function(source, *saved)` for a function of a marked tensor.
 
     Args:
         function: Computes the tensor.
@@ -166,8 +166,8 @@ def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
     """Return the tensors to save instead of a marked tensor, and its origin; `()` and `None` for unmarked tensors.
 
     Views of a marked tensor, marked tensors after an in-place write, and all tensors without gradients enabled count
-    as unmarked. So do outputs of a module whose parameters have changed, e.g. after FSDP frees them, because the
-    backward pass cannot recompute them.
+    as unmarked. Outputs of a module whose parameters have changed, e.g. after FSDP frees them, also count as unmarked,
+    because the backward pass cannot recompute them.
     """
     mark = Mark.on(x) if torch.is_grad_enabled() else None
     return ((), None) if mark is None or not mark.origin.is_current() else (mark.detached(), mark.origin)
@@ -227,8 +227,8 @@ class _RoundedInputs(torch.autograd.Function):
 def multiply(first: Tensor, mark: Mark, second: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Return the marked product `first ⊙ second` of a marked first factor.
 
-    Saves `second` and the source tensors of `first`. If the source tensors are in int8, so is a second factor of the
-    same shape that requires a gradient.
+    Saves `second` and the source tensors of `first`. If the source tensors are in int8, a second factor of the same
+    shape that requires a gradient is also saved in int8.
 
     Args:
         first: The first factor.

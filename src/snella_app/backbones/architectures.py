@@ -141,7 +141,7 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
     if patch is None or patch.ndim != 4 or positions is None or positions.ndim != 3:
         seen = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:4])
         raise ValueError(
-            f"cannot infer the architecture of '{source}' from its shapes: {_PATCH} or pos_embed is missing, "
+            f"cannot infer the architecture of '{source}' from its shapes: {_PATCH} or pos_embed is missing; "
             f"it contains {seen}, …; pass its timm name as the backbone and weights={source!r}"
         )
     if "norm_pre.weight" in state:

@@ -104,7 +104,7 @@ def create_from_hub(name: str, *, pretrained: bool, img_size: int | None = None,
         name: timm name or `hf-hub:owner/repo`.
         pretrained: Load weights. A `hf-hub:` name always reads its configuration from the Hub.
         img_size: Input resolution; ignored by models that accept any size.
-        options: Additional arguments of `timm.create_model`.
+        **options: Additional arguments of `timm.create_model`.
 
     Raises:
         ConnectionError: If the Hub is unreachable and the cache lacks the files.
@@ -191,8 +191,8 @@ def create_backbone(
     """Create a timm model with pre-trained weights and a head of `num_classes` outputs.
 
     `timm.data.resolve_model_data_config(model)` returns mean, std, interpolation and the selected input size. A head
-    with another number of classes is dropped and initialized randomly. All other tensors must match.
-    Position embeddings are resampled if the input size differs.
+    with another number of classes is replaced by a randomly initialized one. All other tensors must match. Position
+    embeddings are resampled if the input size differs.
 
     Args:
         name: timm name (`vit_base_patch16_224.augreg_in21k`, or `hf-hub:owner/repo`), bundled backbone

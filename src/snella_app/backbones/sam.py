@@ -25,8 +25,8 @@ _VISION, _PROMPT, _DECODER = "vision_encoder.", "prompt_encoder.", "mask_decoder
 def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
     """Infer the configuration of a SAM of any size.
 
-    The width of the image encoder's relative positions gives the number of heads, their length the global-attention
-    blocks. The mask decoder has eight heads.
+    The width of the image encoder's relative positions determines the number of heads, and their length identifies the
+    blocks with global attention. The mask decoder has eight heads.
 
     Args:
         state: State dict in the naming of transformers' `SamModel`.

@@ -218,8 +218,8 @@ def export(
       snella export runs/photos --format sparse --values bf16
       snella export runs/photos --format lora --rank 32
 
-    onnx, torchscript, torch-export: merged model that outputs the probabilities of predict, for any batch size. The
-    export fails if its outputs differ from torch's.
+    onnx, torchscript, torch-export: merged model that returns the outputs of predict, for any batch size. The export
+    fails if its outputs differ from torch's.
     timm, hf: folder for timm, or for transformers and the Hub. lora: closest LoRA of a given rank, with its error.
     sparse: positions and values of the changed weights.
 
@@ -338,8 +338,8 @@ def serve(
         max_files: Maximum number of images per request.
         max_mib: Maximum size of a file, in MiB.
         max_megapixels: Maximum number of pixels per image, in millions; larger images are not decoded.
-        max_total_megapixels: Maximum number of pixels of all requests in progress, in millions, plus one pixel per four
-            bytes that they send; further requests receive status 503 and can be retried.
+        max_total_megapixels: Maximum number of pixels of all requests in progress, in millions; each byte of a request
+            counts as a quarter of a pixel. Further requests receive status 503 and can be retried.
         hosts: Additional host names of the server, separated by commas, e.g. photos.example.org behind a reverse proxy.
             localhost, the name of this machine and IP addresses are always accepted.
         batch_size: Batch size.

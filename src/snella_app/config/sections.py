@@ -34,7 +34,7 @@ class ModelConfig(Config):
         pretrained: Load pre-trained weights; false initializes randomly, for testing.
         img_size: Input resolution in pixels; defaults to the model's.
         init_from: Finished run to start from. Loads its trained weights, including the head, and starts a new schedule.
-            Data, splits, backbone and method default to that run's.
+            Inherits its task, splits, backbone and method; data and img_size default to that run's.
         drop_path: Stochastic depth of the backbone, for any method: drop probability of the last block, decreasing
             linearly to 0 at the first block.
         grad_checkpointing: Recompute the activations of each block in the backward pass instead of storing them. Saves
@@ -283,7 +283,7 @@ class OptimConfig(BaseOptimConfig):
         except (yaml.YAMLError, UnicodeDecodeError) as cause:
             raise ValueError(f"{error}: {first_line(cause)}") from cause
         if not isinstance(values, dict) or not all(type(value) in (int, float) for value in values.values()):
-            raise ValueError(f"{error}, which has other content")
+            raise ValueError(f"{error}, which does not map class names to numbers")
         return {str(name): float(value) for name, value in values.items()}
 
     def errors(self) -> list[str]:

@@ -298,7 +298,7 @@ class Collection:
         is_resized_whole: If True, images are resized without a center crop.
         official_joins_val: True if the authors' scripts also train on the validation split.
         broken: Reason by name of each skipped image.
-        problems: Why a model cannot be trained on the data, although it can be evaluated on them.
+        problems: Reasons why the data cannot be used for training, only for evaluation.
     """
 
     name: str

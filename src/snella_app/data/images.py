@@ -284,7 +284,7 @@ def _import_tifffile() -> Any:
     try:
         import tifffile
     except ImportError as error:
-        message = "TIFF images with other than 1, 3 or 4 channels need tifffile; pip install 'snella[channels]'"
+        message = "TIFF images that do not have 1, 3 or 4 channels need tifffile; pip install 'snella[channels]'"
         raise ImportError(message) from error
     return tifffile
 

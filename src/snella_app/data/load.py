@@ -165,8 +165,8 @@ def load_data(
 
     Raises:
         ValueError: If the specification is unknown, a setting does not apply to the data, or there are too few images.
-        FileNotFoundError: If a folder or Debian package does not exist.
-        ImportError: If a Python package is not installed.
+        FileNotFoundError: If a file or folder of the data does not exist.
+        ImportError: If a required package is not installed.
         TypeError: If the dataset object is not supported.
     """
     config = config or DataConfig()

@@ -229,8 +229,8 @@ def load_kvasir(path: str, config: DataConfig, target: TargetKind) -> Collection
     """Load Kvasir-SEG in the authors' layout: `images/NAME.jpg`, `masks/NAME.jpg` (thresholded at 128).
 
     The official split is in `train.txt` (880 names) and `val.txt` (120 names), one name per line. `val.txt` is the test
-    split; validation images are split off the training images. Without these files, the first 12% of names ordered by
-    SHA-256 (120 of 1,000) form a reproducible but unofficial test split.
+    split; validation images are split off from the training images. Without these files, the first 12% of names ordered
+    by SHA-256 (120 of 1,000) form a reproducible but unofficial test split.
     """
     root = existing_folder(path, "kvasir", "with images/ and masks/ inside")
     errors: list[str] = []

@@ -68,10 +68,11 @@ class DataConfig(Config):
             are equally frequent.
         augment: Data augmentation: none, flip, crop (random resized crop and flip), crop-no-flip, or imagenet (smaller
             crops, flip and color jitter). randaugment and trivialaugment add random color and geometric changes to
-            crop; 3augment adds one of grayscale, solarization and blur. auto selects flip for regression and
-            segmentation, crop otherwise, or crop-no-flip if flips change the classes.
+            crop; 3augment adds one of grayscale, solarization and blur. auto selects flip for regression, segmentation
+            and protocol official, crop otherwise, or crop-no-flip if flips change the classes.
         tta: Test-time augmentation: 2 averages the probabilities of an image and its flip, 1 uses only the image. auto
-            selects 2 if training flips images and each image has one class. Epochs are validated with one view.
+            selects 2 for classification if training flips images and the protocol is not official. Epochs are validated
+            with one view.
         random_erasing: Probability of erasing a random rectangle of an image.
         mixup: Mixup: mixes pairs of images and labels with weights from Beta(mixup, mixup), e.g. 0.8; 0 disables it.
         cutmix: CutMix: pastes a rectangle of one image into another, with areas from Beta(cutmix, cutmix), e.g. 1; 0
@@ -155,7 +156,7 @@ class DataConfig(Config):
             allowed = "none, flip, crop or crop-no-flip"
             errors.append(f"augment must be {allowed} for {self.channels} channels, got {self.augment!r}")
         if self.fold is not None and (self.folds is None or self.fold > self.folds):
-            errors.append(f"fold must be at most folds, got {self.fold} of {self.folds or 'no folds'}")
+            errors.append(f"fold must be at most folds, got {self.fold} with folds {self.folds or 'unset'}")
         if self.folds is not None and self.protocol != "standard":
             errors.append(f"protocol must be standard with folds, got {self.protocol!r}")
         if self.columns is not None:

@@ -64,7 +64,7 @@ class RunProtocol:
         return "last_epoch" if self.selected_on is None else f"{self.selected_on}_{task_score.removeprefix('val_')}"
 
     def with_split_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Rename `val_…` in a row of the history after the evaluated split."""
+        """Replace the prefix `val_` in a row of the history with the name of the evaluated split."""
         return renamed(row, "val_", f"{self.selected_on}_")
 
     def with_val_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def stratified_split(
         Remaining positions and selected positions, both ascending.
 
     Raises:
-        ValueError: If a class with images has fewer than `reserve + 1`.
+        ValueError: If a class has images, but fewer than `reserve + 1`.
     """
     counts = np.bincount(labels, minlength=len(classes))
     few = [f"{name!r} has {count}" for name, count in zip(classes, counts, strict=True) if 0 < count <= reserve]
@@ -76,8 +76,8 @@ def grouped_split(
 
     scikit-learn's `StratifiedGroupKFold` creates folds; the number of selected folds approximates the fraction. With
     `keeps_classes`, each class keeps at least one group for training: a class's only group is never selected, and if
-    all groups of a class are selected, the smallest one is returned to training. Strata of numeric targets do not need
-    one.
+    all groups of a class are selected, the smallest one is returned to training. Numeric targets do not need it,
+    since their strata are not classes.
 
     Arguments and return value as for `stratified_split`.
 

@@ -108,8 +108,8 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
         target: Content of the label column.
 
     Raises:
-        ValueError: If rows are unusable, splits are unknown, training images are missing, there are fewer than two
-            classes, or labels do not match `target`.
+        ValueError: If rows are unusable, splits are unknown, there are no training images or none of a class, all
+            training weights are 0, or labels do not match `target`.
     """
     parts = _parts(samples)
     values, broken = _targets(samples, target)
@@ -329,8 +329,8 @@ def _numbers(samples: Samples) -> tuple[list[Target], dict[int, str]]:
         names = " and ".join(map(repr, samples.label_columns))
         raise ValueError(
             f"{samples.where}: column {names} must contain numbers for task regression, got "
-            f"{format_value(samples.labels[0])!r} in row 1 and no number in "
-            f"{len(values)} rows; select another column with --columns label=NAME, or remove --task regression"
+            f"{format_value(samples.labels[0])!r} in row 1 and no number in any "
+            f"of {len(values)} rows; select another column with --columns label=NAME, or remove --task regression"
         )
     return values, broken
 

@@ -56,7 +56,7 @@ Options = dict[str, Any]
 """Options of a method by name, including the one set by the number in its name."""
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Function that returns a new iterator over training batches: images `[n, C, H, W]` and labels `[n]`."""
+"""Function that returns a new iterator over training batches: images `[n, C, H, W]` and labels `[n, …]`."""
 
 
 def _class_loss(outputs: Tensor, labels: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def peft_method(
 
 
 def _resolve_layers(config: Any, model: nn.Module) -> None:
-    """Check `layers_to_transform`; for other methods than SNELLA, replace it with the `target_modules` in these blocks.
+    """Check `layers_to_transform`; for methods other than SNELLA, replace it with the `target_modules` in these blocks.
 
     PEFT ignores the option for full module names, and finds no block index in names without a prefix, such as
     `blocks.0.attn.qkv`. A block's index is the first number after `layers_pattern` or, without a pattern, the first

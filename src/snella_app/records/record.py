@@ -126,7 +126,7 @@ def read_object(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} was altered after it was written: SHA-256 mismatch; {_hint(file)}")
     if values.get("format", FORMAT) != FORMAT:
         raise ValueError(
-            f"{file} has format {values['format']!r}, this version of snella reads format {FORMAT}; "
+            f"{file} has format {values['format']!r}, but this version of snella reads format {FORMAT}; "
             "install the version that wrote it (see 'versions' in run.json)"
         )
     return values

@@ -58,8 +58,8 @@ class DataInfo:
         spec: Value of `--data`.
         seed: Seed of the splits.
         sizes: Number of items by split.
-        digest: SHA-256 of classes, file names, labels and splits; None for generators.
-        contents: SHA-256 of the images by split that the run read, or of a language run's `template`; empty for
+        digest: SHA-256 of classes, file names, labels and splits; for generators, of the training files.
+        contents: SHA-256 of the images by split that the run read, or of a language run's `template`; empty for image
             generators.
         folder: Absolute path; None for data without a folder.
         fold_part: Split that is a fold of a cross-validation.
@@ -274,14 +274,14 @@ class FinalHead:
 
     Attributes:
         layers: Indices in timm's `feature_info`, from 0.
-        is_saved: True if predictions use this head; False if it is worse on validation, or clearly worse for
-            single-label classification.
+        is_saved: True if predictions use this head; False if it is worse on validation (for single-label
+            classification, clearly worse).
         metric: Name of the validation metric; None without validation images.
         val: Validation score of the head fitted to the training images.
         val_trained: Validation score of the trained head.
         kind: Linear or kernel head.
-        replaced_epoch: Best epoch by the trained head, if the last epoch is saved instead, because this head was fitted
-            to it; None if the best epoch is saved.
+        replaced_epoch: Best epoch of the trained head if the last epoch is saved instead, because this head was fitted
+            to its features; None if the best epoch is saved.
     """
 
     layers: list[int]

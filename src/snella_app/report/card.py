@@ -59,7 +59,7 @@ def model_card(
     head = None if has_final_head or metrics is None else metrics.final_head
     results, note = _results_table(metrics), ""
     if head is not None and head.is_saved:
-        note = f"These are the results in snella, with {head.name} as head. The code above uses the trained head"
+        note = f"These are the results in snella, with the {head.name}. The code above uses the trained head"
         note += f", whose validation {head.metric} is {head.val_trained:.4f}." if head.metric else "."
     title = name or f"{info.method} on {info.data.spec}"
     tag = _TAGS.get(info.task)

@@ -134,7 +134,7 @@ def inspect_run(run: str | Path) -> Group:
 
     Raises:
         FileNotFoundError: If the folder has no `run.json`, or results of a finished run are missing.
-        ValueError: If a file is damaged or the adapter belongs to another run.
+        ValueError: If a file is damaged, the adapter belongs to another run, or the folder is a cross-validation.
     """
     folder = Path(run)
     reject_cross_validation(folder)

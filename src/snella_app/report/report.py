@@ -123,7 +123,7 @@ def method_facts(metrics: Metrics, allocation: Allocation | None, budgets: Mappi
 
 
 def _selection_warning(metrics: Metrics) -> str:
-    """Return the warning about scores on the images that selected the epoch, if there are no other scores."""
+    """Return a warning if the main scores come from the images used for epoch selection; empty otherwise."""
     if metrics.selected_on == "test":
         return _OPTIMISTIC.format(metrics.protocol)
     is_only_split = metrics.selected_on == "val" and metrics.test is None and metrics.val is not None

@@ -185,8 +185,8 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
 
     Raises:
         FileNotFoundError: If `run` is not a run folder, or its images no longer exist.
-        ValueError: If the run is not a finished classification, is a cross-validation, has no validation images, has a
-            final head fitted to them, or its images have changed.
+        ValueError: If the run is not a finished classification run, is a cross-validation, has no validation images,
+            has a final head fitted to them, or its images have changed.
     """
     folder = RunFolder(run)
     loaded = load_single_run(folder, device)

@@ -197,7 +197,7 @@ def _load_classifier(run: str | Path, by: str, batch_size: int, device: str) -> 
     check_order(Path(run))
     model = Predictor(load_single_run(run, device), batch_size=batch_size)
     if not model.loaded.task.has_one_class:
-        raise ValueError(f"run must be a classification run for heat maps, got a run of {model.loaded.info.task!r}")
+        raise ValueError(f"run must be a classification run for heat maps, got task {model.loaded.info.task!r}")
     return model
 
 
@@ -224,7 +224,7 @@ def _neighbors(
         notes.append(f"no nearest training images: {error}")
         return [[] for _ in rows]
     if step > 1:
-        notes.append(f"neighbors are among {len(candidates):,} of {len(train):,} training images, evenly spaced")
+        notes.append(f"neighbors are chosen from {len(candidates):,} of {len(train):,} training images, evenly spaced")
 
     def describe(index: int, cosine: float) -> dict[str, Any]:
         image = EmbeddedImage(*image_data_uri(train.image(index), _MAX_SIDE))

@@ -247,7 +247,7 @@ def _write_graph(
     with quiet_exporters():
         try:
             graph = export_graph(model, example, metadata, output, options.opset)
-        except Exception as error:  # the following lines of an exporter's error are its log
+        except Exception as error:  # only the first line; the rest is the exporter's log
             reason, hint = first_line(error)[:300], "; leave out opset" if options.opset else ""
             raise ValueError(f"torch cannot export this model: {reason}{hint}") from error
         note = compare_outputs(graph, model, options.images)
@@ -340,7 +340,7 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[
         f"; outputs on {counted(len(got), 'image')} differ by at most {difference:.1e} times the largest output"
     )
     if loaded.task.name == "classification":
-        note += f"; {float((got.argmax(1) == expected.argmax(1)).double().mean()):.1%} have the same class"
+        note += f"; {float((got.argmax(1) == expected.argmax(1)).double().mean()):.1%} of predictions agree"
     return [note, *_logits_notes(loaded.info, "not in the folder")], code.format(str(options.out), backbone.name)
 
 

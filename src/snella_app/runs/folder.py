@@ -392,7 +392,7 @@ class RunFolder(BaseRunFolder[TrainConfig]):
         """Return the settings of a new run that is initialized with the trained weights of this one.
 
         Args:
-            config: Requested settings. Inherited settings left at their defaults are replaced by those of this run.
+            config: Requested settings. Inherited settings left at their defaults take the values of this run.
                 Method options are merged. Unless `init_sparsity` is requested, the budget starts at the sparsity of
                 this run's adapter.
 

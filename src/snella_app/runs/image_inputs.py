@@ -35,7 +35,7 @@ from snella_app.text import listed, similar_paths
 ImageInput = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """One image: a file, its bytes, a PIL image, an array `[height, width]` or `[height, width, channels]`, or a tensor
 `[height, width]` or `[channels, height, width]`. Values are 0 to 255 (uint8) or 0 to 1 (floating point). Arrays have 1,
-3 or 4 channels; models with another number of channels require exactly this number, and take no PIL images."""
+3 or 4 channels; models with another channel count require exactly that many channels and reject PIL images."""
 
 _PATTERN = "*?["
 _POLL_S = 0.5
@@ -130,7 +130,7 @@ def expand(
 
 
 def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
-    """Read one image upright, like `read_image`: as 8-bit RGB, grayscale or RGBA, or as an array of other channels.
+    """Read one image upright, like `read_image`: as 8-bit RGB, grayscale or RGBA, or an array for other channel counts.
 
     Args:
         image: See `ImageInput`.

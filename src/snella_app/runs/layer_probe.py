@@ -142,7 +142,7 @@ def gaussian_kernel(x: Tensor, centers: Tensor) -> Tensor:
         x: `[images, width]`.
         centers: `[centers, width]`.
     """
-    # exported to ONNX, unlike torch.cdist
+    # can be exported to ONNX, unlike torch.cdist
     distances = x.square().sum(1, keepdim=True) + centers.square().sum(1) - 2 * x @ centers.T
     return torch.exp(distances.clamp_min(0) / (-2 * x.shape[1]))
 

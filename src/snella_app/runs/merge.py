@@ -50,12 +50,12 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
     snippet explains the outputs.
 
     If `out` is a `.safetensors` file, it contains the state dict. Its metadata contains the architecture, class names
-    and data configuration, which the loading snippet uses. For segmentation, the names are those of
+    and data configuration, which the loading snippet uses. For segmentation, the parameter names follow
     `snella_app.backbones.segmenter.create_segmenter`: `encoder.…` (names of the backbone, without a head) and
     `decoder.…`; `load_merged` loads the model.
 
     The outputs match the adapted model. With SNELLA, they are bit-identical, since its layers compute with the
-    effective weight. The temperature is not merged; it is stored in the metadata and in `config.json`. A final head on
+    effective weight. The temperature is not merged; it is stored in the metadata or in `config.json`. A final head on
     several layers is written to `layer_probe.safetensors` in the folder, or `NAME.layer_probe.safetensors` next to the
     file.
 
@@ -66,13 +66,13 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
 
     Returns:
         Path of the file or the folder, differences from `predict`, and Python code that loads the output as `model`,
-        with timm, or with snella for segmentation. For classifiers, the code also defines `transform`, from a PIL image
-        to the model input, and `classes`.
+        with timm, or with snella for segmentation. Except for segmentation, the code also defines `transform`, from a
+        PIL image to the model input, and `classes`.
 
     Raises:
         FileExistsError: If the output exists and `overwrite` is not set, or the folder has other files.
         ValueError: If `out` has an unsupported suffix, or is a folder and timm cannot build the model (segmentation,
-            backbones outside timm); or if `run` is a cross-validation.
+            backbones outside timm); or if the method cannot be merged, or `run` is a cross-validation.
     """
     path = Path(out)
     _check_out(path, overwrite=overwrite)
@@ -328,7 +328,7 @@ def load_merged(path: str | Path) -> nn.Module:
     except SafetensorError as error:
         raise ValueError(f"path must be a file written by snella merge, got {str(path)!r}: {error}") from error
     if "built_from" not in metadata:
-        raise ValueError(f"path must be a file written by snella merge, got {str(path)!r}, which has no such metadata")
+        raise ValueError(f"path must be a file written by snella merge, got {str(path)!r}, which lacks its metadata")
     backbone = record_from(BackboneInfo, {**json.loads(metadata["built_from"]), "pretrained": False})
     if metadata.get("architecture", "None") != "None":  # files of pre-trained weights are not needed
         if backbone.weights is not None and not expand_user(backbone.weights).is_file():

@@ -34,8 +34,8 @@ _LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError,
 class LoadedRun:
     """Best model of a run, with its transform, classes and task.
 
-    For a cross-validation, `folder`, `transform`, `classes` and `info` are those of the first fold, `info` without
-    calibration and test-time augmentation.
+    For a cross-validation, `folder`, `transform`, `classes` and `info` come from the first fold; `info` has no
+    calibration and no test-time augmentation.
 
     Attributes:
         folder: Run folder.
@@ -211,7 +211,7 @@ def get_task_name(info: RunInfo) -> str:
     """Return the name of a run's task; raises like `get_task`."""
     if info.task not in TASKS:
         hint = _OTHER_COMMANDS.get(info.task, "another version of snella wrote it")
-        raise ValueError(f"run must be of the task {' or '.join(TASKS)}, got a run of {info.task!r}; {hint}")
+        raise ValueError(f"run must have task {' or '.join(TASKS)}, got a {info.task!r} run; {hint}")
     return info.task
 
 

@@ -122,7 +122,7 @@ class Predictor:
         return predictions[0] if is_single else predictions
 
     def features(self, images: Any) -> np.ndarray:
-        """Compute the features of images, as for `predict`: the inputs of the classifier head.
+        """Compute the features of images: the inputs of the classifier head; `images` is as for `predict`.
 
         Returns:
             `[images, width]`, or `[width]` for one image; float32.

@@ -40,7 +40,8 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
     Raises:
         FileExistsError: If the folder is not empty.
         FileNotFoundError: If `run` is not a run folder or has no adapter.
-        ValueError: If the run is damaged or has an unsupported task.
+        ValueError: If the run is damaged, is a cross-validation, has an unsupported task, or has no PEFT adapter (with
+            `adapter`).
     """
     path = Path(folder)
     if path.exists() and (not path.is_dir() or next(path.iterdir(), None) is not None):
@@ -71,7 +72,7 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
     snippet = merged.snippet.replace(f"local-dir:{merged.path}", f"hf-hub:{name}").replace(f"'{path}/", "folder + '/")
     if "folder + " in snippet:  # timm downloads only its own files
         snippet = f"from huggingface_hub import snapshot_download\nfolder = snapshot_download({name!r})\n{snippet}"
-    use = f"```python\n{snippet}\n```\n\nThe files are {merged.description}."
+    use = f"```python\n{snippet}\n```\n\nThe files contain {merged.description}."
     if info.trained_head_temperature != 1.0:
         use += f" Calibrated probabilities are `(logits / {info.trained_head_temperature:g}).softmax(-1)`."
     use += "".join(f" In snella, {note}." for note in merged.notes)
@@ -106,7 +107,7 @@ def push(
     Raises:
         FileExistsError: If the repository exists and `overwrite` is not set, or the folder is not empty.
         PermissionError: If you are not logged in, or lack write permission.
-        ValueError: If `name` is not a valid repository name, or the run is damaged or has an unsupported task.
+        ValueError: If `name` is not a valid repository name, or as for `write_hub_folder`.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled

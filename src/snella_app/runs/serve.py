@@ -244,7 +244,7 @@ def create_app(
             except ValueError as error:
                 entries[index]["error"] = str(error)
         if (cost := pixels + request.state.cost) > limits.total_megapixels * 1e6:
-            rule = f"a request must have at most {limits.total_megapixels:g} million pixels, plus one per four bytes"
+            rule = f"a request must have at most {limits.total_megapixels:g} million pixels (4 bytes count as 1)"
             return JSONResponse({"error": f"{rule}, got {cost / 1e6:.1f}; send fewer images per request"}, 413)
         with budget.reserve(pixels) as fits:
             if not fits:
@@ -373,7 +373,7 @@ def _content_policy(page: str) -> str:
 
 
 def _checked_pixels(file: Any, limits: ServerLimits, reading: Reading) -> float:
-    """Return the pixels of an uploaded file, from its header; at least 1.
+    """Return the number of pixels in an uploaded image, from its header; at least 1.
 
     Raises:
         ValueError: If the file exceeds a limit.

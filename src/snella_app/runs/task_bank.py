@@ -131,8 +131,8 @@ class TaskBank:
         for key, update in updates.items():
             if key not in tensors or not torch.equal(update.base, tensors[key]):
                 raise ValueError(
-                    f"run={run} was trained on other weights in {key!r} than the bank; all runs of a bank need "
-                    "the same pre-trained weights"
+                    f"run={run} was trained from weights that differ from the bank's in {key!r}; all runs of a bank "
+                    "need the same pre-trained weights"
                 )
             update.base = tensors[key].detach()
         merged = merge_trained(loaded.model).state_dict()

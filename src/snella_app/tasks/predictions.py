@@ -82,7 +82,7 @@ def _check_mask_path(folder: Path, image: Path) -> None:
     """Raise ValueError if the mask of an image would replace the image."""
     name = f"{image.stem}.png"
     if image.resolve() in ((folder / name).resolve(), (folder / _OVERLAYS / name).resolve()):
-        raise ValueError(f"out must be another folder than that of {image}, which its mask would replace")
+        raise ValueError(f"out={folder} contains {image}, which its mask would replace; choose another folder")
 
 
 def _add_name(names: dict[str, Path], image: Path) -> None:

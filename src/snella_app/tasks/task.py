@@ -62,7 +62,7 @@ class Task(ABC):
     epoch_format: ClassVar[str]
     """Format string of an epoch's validation scores."""
     val_format: ClassVar[str]
-    """Format string of the best epoch's validation scores."""
+    """Format string of the final validation scores."""
     test_format: ClassVar[str]
     """Format string of the test scores."""
     result_format: ClassVar[str]
@@ -113,7 +113,7 @@ class Task(ABC):
         return self
 
     def calibrated(self, reduced: ArrayLike, labels: ArrayLike) -> Self:
-        """Return the task calibrated on the best epoch's validation outputs."""
+        """Return the task calibrated on the final validation outputs."""
         return self
 
     def state(self) -> dict[str, Any]:
@@ -239,7 +239,7 @@ class Task(ABC):
         return self.monitors[self.monitor] * row[f"val_{self.monitor}"], -row["val_loss"]
 
     def final_text(self, val: Mapping[str, Any], test: Mapping[str, Any] | None) -> str:
-        """Format the best epoch's validation scores and, if present, the test scores."""
+        """Format the final validation scores and, if present, the test scores."""
         text = "" if test is None else f", test {self.test_format.format_map(test)}"
         name = self.monitor_names.get(self.monitor)
         selection = "" if name is None else f" ({name} {val[self.monitor]:.4f})"

@@ -435,7 +435,7 @@ def build_optimizer(
 
 
 def _parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Group the trainable parameters by head and matrices."""
+    """Group the trainable parameters by location (head or backbone) and shape (matrix or vector)."""
     head = ("base_model.model." if isinstance(model, PeftModel) else "") + spec_of(model).head
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -450,7 +450,7 @@ def _parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay:
 
 
 def _decay_rates(optimizer: Optimizer, model: nn.Module, decay: float) -> None:
-    """Split each parameter group by timm's layer numbers, with learning rates `lr · decay^(layers after it)`."""
+    """Split each parameter group by timm's layer numbers, with learning rates `lr · decay^(number of later layers)`."""
     base = base_model(model)
     if not callable(getattr(base, "group_matcher", None)):
         raise ValueError(

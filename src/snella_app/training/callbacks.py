@@ -117,7 +117,7 @@ class WeightAverage(TrainerCallback):
 class EpochSnapshots:
     """Trained parameters of the last epochs, for averaging after training.
 
-    Parameters and running statistics are averaged as in `WeightAverage`. The averaged update uses the budgets of the
+    Stores the same parameters and running statistics as `WeightAverage`. The averaged update uses the budgets of the
     last step and therefore has the target sparsity.
 
     Args:
@@ -232,7 +232,7 @@ class ScheduleCallback(TrainerCallback):
 
 
 class StepTimeCallback(TrainerCallback):
-    """Callback that records step time (forward pass to optimizer step, without data loading) and memory of a GPU."""
+    """Callback that records step time (forward pass to optimizer step, without data loading) and GPU memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

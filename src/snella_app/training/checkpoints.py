@@ -119,7 +119,7 @@ def _files_of(checkpoint: Path) -> list[str]:
 
 
 BEST = "best"
-"""Folder of the best epoch's weights next to the checkpoints, once the run's adapter is the last epoch."""
+"""Folder next to the checkpoints for the best epoch's weights, if `finish` saves the last epoch as adapter."""
 
 
 def remove_incomplete(folder: Path, keep: Path | None = None) -> None:

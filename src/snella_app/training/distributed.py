@@ -38,7 +38,7 @@ def is_main() -> bool:
 
 
 def require_single_process(operation: str) -> None:
-    """Raise an error in distributed launches; `operation` names it in the message, such as "a comparison".
+    """Reject distributed launches; `operation` is the subject of the message, e.g. "a comparison".
 
     Raises:
         NotImplementedError: If the world size is larger than 1.
@@ -134,7 +134,7 @@ def broadcast_from_main(make: Callable[[], _T]) -> _T:
 
 @contextmanager
 def main_process_only(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    """Enter a context only in the main process; the others exit silently on an interrupt or `exit_status`.
+    """Enter a context only in the main process; others exit silently on an interrupt or an error with `exit_status`.
 
     Raises:
         SystemExit: If a process other than the main one is interrupted, or fails with an `exit_status`.

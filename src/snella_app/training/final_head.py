@@ -294,8 +294,8 @@ def fit_kernel(task: Task, measured: MeasuredFeatures, outputs: int) -> KernelHe
 
     K is the kernel matrix of the images; their features are averaged over the views. Y is the matrix of one-hot labels.
     The weights w are the products of class and sample weights, scaled to mean 1, and π is the weighted mean of Y.
-    Nearly constant features are ignored. Out of 13 values, s minimizes the cross-entropy of the leave-one-out
-    predictions `f_i = y_i − A_i / [(K + λ diag(w)⁻¹)⁻¹]_ii`.
+    Nearly constant features are ignored. The scale s is the one of 13 candidates with the lowest weighted cross-entropy
+    of the leave-one-out predictions `f_i = y_i − A_i / [(K + λ diag(w)⁻¹)⁻¹]_ii`.
 
     Source: Saunders et al., 1998 (ridge regression); Rasmussen and Williams, 2006, eq. 5.12 (leave-one-out).
     """

@@ -51,7 +51,7 @@ from snella_app.training.memory import peak_rss_mib
 from snella_app.training.trainer import SnellaTrainer
 
 _ADAPTER_USE = """This folder contains an adapter in PEFT format. Run `import snella` before loading it with PEFT; the
-package registers the adapter's keys. With the run folder, `snella predict RUN IMAGES` runs prediction on images, and
+package registers the adapter's type. With the run folder, `snella predict RUN IMAGES` runs prediction on images, and
 `snella merge RUN --out MODEL` merges the adapter into a plain model.
 """
 _REPORT_INTERVAL_S = 30.0
@@ -84,7 +84,7 @@ class LiveReport(TrainerCallback):
 
 
 def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Console, render_report: bool = True) -> None:
-    """Average epochs if requested, fit the final head, evaluate the saved model, write the results, print a summary."""
+    """Average epochs if requested, fit the final head, evaluate the saved model, and write and print the results."""
     train_s, run, parts = trainer.elapsed_s, trainer.run_folder, trainer.parts
     if is_main():
         (run.adapter / LAYER_PROBE).unlink(missing_ok=True)  # left by an interrupted `finish`
@@ -150,11 +150,11 @@ class _LastEpoch:
 
 
 def _fit_last_epoch(trainer: SnellaTrainer, folder: Path) -> _LastEpoch | None:
-    """Fit a head on several layers of the last epoch, and write its weights to a folder; with `ema`, its average.
+    """Fit a head on several layers of the last epoch, and write the epoch's weights or `ema` average to a folder.
 
     Returns:
-        None if the last epoch is the best one or `fits_last_epoch` is False; also without validation images, after
-        early stopping, and with several processes.
+        None if `_fits_layers` or `fits_last_epoch` is False, or the last epoch is the best one; also without validation
+        images or after early stopping.
     """
     plan, parts = trainer.plan, trainer.parts
     is_best = trainer.history[-1]["epoch"] == best_epoch(trainer.history, trainer.selection_score)
@@ -207,7 +207,7 @@ def _measure(trainer: SnellaTrainer, last: _LastEpoch | None) -> tuple[dict[str,
 def _select_final_head(
     trainer: SnellaTrainer, fit: LayerFit, outputs: dict[str, Outputs], last: _LastEpoch | None
 ) -> tuple[LayerProbe | None, FinalHead]:
-    """Save the head on several layers and replace the trained head's `outputs`, unless it is clearly worse.
+    """Save the head on several layers and replace the trained head's `outputs`, unless the new head is clearly worse.
 
     With `last`, also save the last epoch instead of the best one, which was selected with the trained head.
     """
@@ -238,7 +238,7 @@ def _score(task: Task, outputs: Outputs) -> float:
 
 
 def _store_best(trainer: SnellaTrainer) -> None:
-    """Store the model, the best epoch, for a `finish` after an interruption of this one."""
+    """Store the best epoch's weights, so that `finish` can run again after an interruption."""
     folder = trainer.run_folder.checkpoints
     staging = folder / f".staging-{BEST}"
     if not (folder / BEST).is_dir():
@@ -366,7 +366,7 @@ def _final_head_text(head: FinalHead) -> str:
     if head.metric is None:
         return f"{head.name} is the final head, fitted to the training images"
     if not head.is_saved:
-        return f"{head.name} is clearly worse: {head.comparison}, which is the final head"
+        return f"{head.name} is worse: {head.comparison}, which is the final head"
     return f"{head.name} is the final head: {head.comparison}; refitted on training and validation images"
 
 

@@ -102,7 +102,7 @@ def _fold_config(config: TrainConfig, fold: int, run: RunFolder) -> TrainConfig:
 
 
 def _check_images(runs: Sequence[RunFolder], config: TrainConfig, data: Any) -> None:
-    """Check that the images of a started fold have not changed, before other folds start."""
+    """Check that the splits of a started fold have not changed, before other folds start."""
     for run in runs:
         if run.status is not None:
             info = read(RunInfo, run.path).data

@@ -124,7 +124,7 @@ def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
     `final_head="auto"` is `layers` if the model and the task support it and there is a single process, else `trained`.
     `head_init="auto"` is `probe` if `can_probe`, else `random`. `head_norm="auto"` is `running` for a probe-initialized
     head, else `none`. Under the `official` protocol, `auto` is `trained` and `random`, as in the authors' scripts. A
-    run that starts from another one keeps its head: `head_init` and `head_norm` are unchanged.
+    run that starts from another run keeps that run's head: `head_init` and `head_norm` are unchanged.
 
     Raises:
         ValueError: If `final_head` is `layers`, but the model or the task does not support it, or the run has several
@@ -248,7 +248,7 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
     if optim.swa is not None:
         rows.append(("average", f"mean of the trained weights of the last {optim.swa} epochs (swa)"))
     if optim.soup is not None:
-        rows.append(("average", f"greedy soup of the best of the last {optim.soup} epochs"))
+        rows.append(("average", f"greedy soup of the last {optim.soup} epochs"))
     rows.append(("backbone", f"{plan.model.backbone}, {frozen or trained:,} weights, images of {height}×{width} px"))
     matrices_text = f"; {len(matrices)} matrices, {adapted:,} adapted weights" if matrices else ""
     rows.append(("method", f"{plan.method.name}, {trained:,} trainable parameters{matrices_text}"))

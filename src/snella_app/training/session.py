@@ -28,7 +28,7 @@ _HELD: set[int] = set()
 
 
 class TrainingInterrupted(Exception):
-    """Raised when the user stops training, after a checkpoint is saved."""
+    """Raised when the user stops training; the message names the last checkpoint, if any."""
 
     exit_status = 130
 

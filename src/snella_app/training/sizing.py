@@ -58,7 +58,7 @@ _SMALL_SIDE, _MEASURED_SIDES = 112, 16
 _NEVER_S = 1e12
 """Time of a step that runs out of memory."""
 _MIN_STEP_S, _CACHED_EPOCH_S = 0.01, 0.5
-"""Times of a step on cached features, and of the evaluation and the checkpoint of such an epoch."""
+"""Seconds of a step on cached features (the minimum for all steps), and of an epoch's evaluation and checkpoint."""
 _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
 """Errors of models that do not support an image size."""
 
@@ -125,7 +125,8 @@ def fit_image_size(
 
     Candidates are multiples of the model's patch size or reduction, from 48 pixels to the backbone's default. The
     search stops within 15% of the largest size that fits; if no size fits, the result is the smallest. Models that
-    do not support other sizes keep their default, as do folds and methods that select parameters.
+    do not support other sizes keep their default, as do folds, runs with `init_from`, and methods that select
+    parameters.
 
     Returns:
         Image size; None for the backbone's default.

@@ -189,7 +189,7 @@ def _fit(
         with contextlib.closing(display):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     is_incomplete = trainer.state.global_step < trainer.state.max_steps and not trainer.has_stopped_early
-    # an interruption of the last epoch also stops, if its checkpoint is saved
+    # an interruption in the last epoch also stops the run, if its checkpoint is saved
     is_interrupted = mean_across_processes(float(interrupt.is_requested)) > 0 and (keep_checkpoints or not optim.epochs)
     if is_incomplete or is_interrupted:
         raise KeyboardInterrupt

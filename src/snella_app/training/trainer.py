@@ -379,7 +379,7 @@ class SnellaTrainer(CheckpointingTrainer):
         )
 
     def _mix(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Apply MixUp or CutMix, if enabled; adds the other image's label and the mixing weight to the batch."""
+        """Apply MixUp or CutMix, if enabled, and add the other image's label and the mixing weight to the batch."""
         alphas = {v2.MixUp: self.plan.data.mixup, v2.CutMix: self.plan.data.cutmix}
         count = len(inputs["labels"])
         mixers = [kind(alpha=float(alpha), num_classes=count) for kind, alpha in alphas.items() if alpha]
@@ -423,7 +423,7 @@ class SnellaTrainer(CheckpointingTrainer):
         per_epoch = max(1, self.state.max_steps // max(1, int(self.state.num_train_epochs)))
         epoch = (step - 1) // per_epoch + 1
         done = sum(row["epoch"] > 0 for row in self.history)
-        saved = f"the state after epoch {done} and the best adapter are saved" if done else "no adapter was saved"
+        saved = f"the state after epoch {done} and the best adapter are saved" if done else "no trained epoch is saved"
         optim, scaling = self.plan.optim, self.plan.method.scaling
         options = {"lr": optim.lr, "scalar-lr": optim.scalar_lr, "head-lr": optim.head_lr, "scaling": scaling}
         named = ", ".join(f"--{name} (now {value:g})" for name, value in options.items() if value is not None)

@@ -163,7 +163,8 @@ def gradcam(
 
     Raises:
         FileNotFoundError: If a folder contains no run with an adapter, or the data no longer exists.
-        ValueError: If a run's task is not classification, it lacks a class, or its model has no feature map.
+        ValueError: If a run's task is not classification, a run lacks a class of the images, the first run's head does
+            not fit its pre-trained model, or a model has no feature map.
         ImportError: If Captum is not installed.
     """
     labels = run_labels(runs)
@@ -326,7 +327,7 @@ def features(
 
     Raises:
         FileNotFoundError: If a folder contains no run with an adapter, or the data no longer exists.
-        ValueError: If a run's task is not classification.
+        ValueError: If a run's task is not classification, or `limit` is below the number of classes.
     """
     models = [_load(run, "classification", device) for run in runs]
     first = models[0]

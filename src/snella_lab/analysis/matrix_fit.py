@@ -321,9 +321,9 @@ def definiteness(kernels: Sequence[str]) -> list[Row]:
     """Test kernels for positive semi-definiteness: eigenvalues of `K[i, j] = κ(x_i, x_j)` (eq. 16, A.4).
 
     The 60 points x_i are random vectors with 8 entries. All coefficients are 1. Appendix A.4 claims that Mix-K is
-    positive semi-definite in this case. The claim is wrong: its distance term has a zero diagonal and therefore
-    negative eigenvalues. Distances are conditionally negative definite: `xᵀKx ≤ 0` for every vector `x` whose entries
-    sum to 0.
+    positive semi-definite in this case. The claim is wrong: the distance term of Mix-K has a zero diagonal and
+    therefore negative eigenvalues. Distances are conditionally negative definite: `xᵀKx ≤ 0` for every vector `x` whose
+    entries sum to 0.
 
     Args:
         kernels: Names or import paths, see `find_kernel`.

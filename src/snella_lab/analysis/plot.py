@@ -54,7 +54,7 @@ class PlotOptions(Config):
         by: Layer granularity (allocation, evolution): block or matrix; default block.
         matrix: Matrix to plot (update, overlap), e.g. blocks.11.attn.qkv.q; defaults to the deepest query projection.
         data: Dataset (features, gradcam), as for snella train; defaults to the first run's data.
-        split: Data split (features, masks, gradcam); defaults to the test images.
+        split: Data split (features, masks, gradcam); defaults to the test images, or to all images of --data.
         limit: Maximum number of images in total (features; default 500) or per row (samples, masks, gradcam, images;
             default 6).
         seed: Seed for image selection and embedding (features, samples, gradcam; default 0).

@@ -88,7 +88,7 @@ def memory(runs: Sequence[str | Path], *, steps: int = 2, batch_size: int | None
 
     Each model takes `steps` training steps with AdamW on random images, on the CPU. After every torch operation, the
     bytes of all live tensors are recorded, including weights. The memory that an allocator reserves is larger. Results
-    are comparable for the same backbone and batch size, by default the first run's.
+    are comparable for the same backbone and batch size. The batch size defaults to the first run's.
 
     Returns:
         One plot with at most 120 rows per phase, each the peak of an interval. `memory-peaks` contains the peak of each

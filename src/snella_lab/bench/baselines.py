@@ -81,7 +81,7 @@ def _use_unfused_reference(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Recomputable:
-    """A module output that can be recomputed: storage, mark and strides."""
+    """A module output that can be recomputed: storage, weak reference and strides."""
 
     storage: StorageWeakRef  # keeps the address from being reused
     output: weakref.ref[Tensor]

@@ -386,7 +386,7 @@ def _method_cost(model: Transformer, options: Method, tokens: int, activation: i
             _Cost(moved=activation * tokens * outputs + 2 * _FLOAT32 * model.entries, launches=2 * layers)
         )
     if options.family in ("lora", "dora"):
-        # forward: A, B, scale, add; backward: scale, three products each for A and B, sum of input gradients
+        # forward: A, B, scale, add; backward: scale, two products each for A and B, sum of input gradients
         moved = activation * tokens * (6 * inputs + 10 * outputs)
         extra = extra.plus(_Cost(products=6 * tokens * r * (inputs + outputs), moved=moved, launches=10 * layers))
     if options.family == "dora":

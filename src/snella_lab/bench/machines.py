@@ -73,7 +73,7 @@ class Rates:
         return device + step.merge_serial / self.issue
 
     def _launch_seconds(self, step: StepCount) -> float:
-        """Return the time in which the host launches all kernels."""
+        """Return the time that the host takes to launch all kernels."""
         return (step.launches + step.merge_launches) * self.launch_s
 
 
@@ -110,8 +110,8 @@ GPUS: dict[str, Gpu] = {
     "t4": Gpu("T4", 65e12, 8.1e12, 0.32e12, 16e9, 1.59e9, "NVIDIA T4 datasheet; float16; PCIe 3 ×16"),
     "mi300x": Gpu("MI300X", 1307e12, 163.4e12, 5.3e12, 448e9, 2.1e9, "AMD MI300X datasheet"),
 }
-"""Datasheet values, neither checked against the datasheets nor measured. L4's datasheet states twice the product rate,
-with sparsity."""
+"""Values attributed to the datasheets, but neither checked against them nor measured. L4's datasheet states twice the
+product rate, with sparsity."""
 
 EFFICIENCIES = {
     "product": (0.35, 0.5, 0.65),

@@ -1,4 +1,4 @@
-"""Correctness of backends, compared with a float64 reference."""
+"""Correctness checks of backends against a float64 reference."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def is_step_time(row: dict[str, Any]) -> bool:
 def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
     """Draw step time versus batch size and memory versus model size as SVG, and return the paths.
 
-    Each setting's row from the run with the most rounds on its latest day is drawn. A figure needs at least two batch
-    sizes or two models.
+    For each setting, the row with the most rounds on its latest day is drawn. A figure needs at least two batch sizes
+    or two models.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -79,9 +79,9 @@ def load_fashion_mnist() -> Collection:
 def load_stamps() -> Collection:
     """Load Tux Paint's stamps: photos and drawings on a white background, by category.
 
-    Classes are the categories with at least 12 images, 13 in the Debian package. `*_mirror.png` files are skipped,
-    because mirrored copies would leak test images into the training split. The stamps are in `$SNELLA_STAMPS`, else in
-    the Debian package's folder.
+    Classes are the categories with at least 12 images; the Debian package has 13 classes. `*_mirror.png` files are
+    skipped, because mirrored copies would leak test images into the training split. The stamps are in
+    `$SNELLA_STAMPS`, else in the Debian package's folder.
 
     Raises:
         FileNotFoundError: If the folder is missing.
@@ -160,7 +160,7 @@ def load_mri() -> Collection:
 
     Raises:
         FileNotFoundError: If files are missing.
-        ValueError: If a volume is damaged, its shape differs from the head's, or it has fewer than 155 slices.
+        ValueError: If a volume is damaged, its shape [x, y, z] differs from the head's, x > y, or z < 155.
     """
     root = _root("mri")
     return _slices("mri", ["background", "brain"], _volume(root / _HEAD), (_volume(root / _BRAIN) > 0).astype(np.uint8))
@@ -250,7 +250,8 @@ def _root(data: str) -> Path:
     shapes = {name: list(_volume(root / name).shape) for name in (_HEAD, _BRAIN, _ATLAS)}
     if any(shape != shapes[_HEAD] or shape[2] <= _LAST_SLICE or shape[1] < shape[0] for shape in shapes.values()):
         raise ValueError(
-            f"data {data}: the volumes in '{root}' must have equal shapes with at least 155 slices, got {shapes}"
+            f"data {data}: the volumes in '{root}' must have equal shapes [x, y, z] with x <= y and z >= 155, "
+            f"got {shapes}"
         )
     return root
 

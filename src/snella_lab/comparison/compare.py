@@ -75,9 +75,11 @@ def compare(
         Path of the report; the folder with `part`; the submission script with `emit`.
 
     Raises:
-        FileExistsError: If `out` contains other files.
+        FileExistsError: If `out` contains other files, or `emit_to` contains other scripts.
         FileNotFoundError: If `experiment` is None and `out` contains no comparison.
         ImportError: If `ray` is set and Ray is not installed.
+        ConnectionError: If `ray` is set and the cluster at `RAY_ADDRESS` is unreachable.
+        TimeoutError: If `retry_failed` is set and another process is writing the results file.
         ValueError: If settings conflict with each other, the stored experiment or the data.
         CellsFailedError: If a final run failed, or a tuning run failed for a reason other than a diverged loss. Raised
             after the report is written; never with `draw_only`, `part` or `emit`.

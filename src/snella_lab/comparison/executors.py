@@ -301,7 +301,7 @@ class OnRay:
 
 
 MAX_RESTARTS = 2
-"""Maximum number of restarts per cell, after losing its worker or machine."""
+"""Maximum number of restarts of a cell that has lost its worker or machine."""
 _NODE_REFRESH_S = 2.0
 
 

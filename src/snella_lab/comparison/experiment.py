@@ -279,8 +279,8 @@ class Experiment:
         reference: Method that the others are compared with; None selects the first LoRA method, or the first method if
             there is none.
         forgetting: Datasets for the linear probe that measures forgetting. Each task uses the first one that differs
-            from its own data. `()` disables the probe. None selects `digits`, preceded in classification by the data
-            of the first two tasks, except those with `columns`.
+            from its own data. `()` disables the probe. None selects the data of the first two tasks (classification
+            only, without tasks that set `columns`), then `digits`.
         forgetting_images: Maximum number of images for the probe.
         about: Purpose.
         command: Command that starts the comparison.

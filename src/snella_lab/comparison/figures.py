@@ -83,8 +83,8 @@ def learning_rate_curves(summary: Summary, tasks: Sequence[str], title: str) -> 
     """Plot validation accuracy versus learning rate, one line per method, averaged over `tasks`.
 
     Learning rates are relative to each method's default, so that all methods share an axis. A filled marker shows the
-    selected learning rate, for several tasks the best one. Crosses at the bottom mark failed runs. Returns None if no
-    method tried several learning rates.
+    selected learning rate; for several tasks, it shows the best one. Crosses at the bottom mark failed runs. Returns
+    None if no method tried several learning rates.
     """
     curves = [(number, m.name, _mean_curve(summary, m.name, tasks)) for number, m in enumerate(summary.methods)]
     curves = [curve for curve in curves if len(curve[2]) > 1]

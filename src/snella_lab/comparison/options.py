@@ -13,8 +13,9 @@ class ExecutionConfig(Config):
     """Which runs of a comparison to train, and how.
 
     Args:
-        workers: Number of parallel runs, one process each; 0 runs everything in the current process.
-        threads: Threads per worker; defaults to an equal share of the CPUs.
+        workers: Number of parallel runs, one process each; 0 runs everything in the current process. With ray, 0 and 1
+            use the whole cluster.
+        threads: Threads per worker; defaults to an equal share of the CPUs, or to 1 with ray or emit.
         ray: Run on Ray, on the cluster at RAY_ADDRESS or on this machine.
         gpus: GPUs per run on Ray, e.g. 0.25; defaults to an equal share of the cluster's GPUs.
         run_limit: Maximum minutes per run; a longer run is stopped and counts as failed.
@@ -63,7 +64,9 @@ class ExecutionConfig(Config):
         if self.part is not None and part is None:
             errors.append(f"part must be INDEX/COUNT, e.g. 0/8, got {self.part!r}")
         elif part is not None and (self.draw_only or part[0] >= part[1]):
-            errors.append(f"part must be INDEX/COUNT with INDEX < COUNT, and not with draw_only, got {self.part}")
+            errors.append(
+                f"part must be INDEX/COUNT with INDEX < COUNT and cannot be combined with draw_only, got {self.part}"
+            )
         return errors
 
 
@@ -78,16 +81,17 @@ class CompareOptions(Config):
         data: Datasets, e.g. elpv,digits,folder:photos.
         backbone: Pre-trained model, as for snella train.
         seeds: Final runs per method and dataset; default 3.
-        tune_seeds: Tuning runs per candidate, each with another seed; default 1.
+        tune_seeds: Tuning runs per candidate, each with a different seed; default 1.
         lr_factors: Learning rate grid, as multiples of each method's default, e.g. 0.1,0.3,1,3,10.
         weight_decays: Weight decay grid, tuned at the best learning rate, e.g. 0,0.1; none keeps the defaults.
         extensions: Maximum number of grid extensions while the best value is on the edge of the grid; default 2.
-        reference: Reference method for pairwise comparisons; defaults to the first LoRA.
+        reference: Reference method for pairwise comparisons; defaults to the first LoRA method, or else the first
+            method.
         forgetting: Datasets whose linear-probe accuracy measures forgetting, e.g. stamps,digits; none disables it.
         task: classification, multilabel (compared by mean average precision), ordinal (by quadratic weighted kappa) or
             regression (by R²).
-        monitor: Validation metric for epoch selection, as for snella train. balanced_accuracy, and macro_f1 for
-            multilabel, also become the comparison metric.
+        monitor: Validation metric for epoch selection, as for snella train; also the comparison metric if it is
+            balanced_accuracy (classification), macro_f1 (multilabel) or accuracy (ordinal).
         train: Values of the `shared` settings by flat name.
         execution: Which runs to train, and how.
     """

@@ -218,11 +218,11 @@ _NARROW = 310  # figure width in pixels on a phone
 MAX_TASK_FIGURES = 24
 """Maximum number of tasks for per-task figures; above it, none are drawn. Tables contain all tasks."""
 _SELECTED_EPOCH = {
-    "standard": "with the model selected on validation",
-    "final": "at the last epoch, trained on training and validation images",
-    "official": "at the best epoch on the same test images",
+    "standard": "once on the test images, with the model selected on validation",
+    "final": "once on the test images, after the last epoch of training on training and validation images",
+    "official": "on the test images at several epochs; its result is the best of them",
 }
-"""Evaluated epoch of final runs by protocol."""
+"""Test evaluation of final runs by protocol."""
 
 
 def write_page(root: Path, summary: Summary) -> Path:

@@ -52,7 +52,7 @@ class CellResults:
         peft_config: PEFT configuration of the adapter; None for methods outside PEFT.
         kept_weights: Total budget of the adapter.
         file_size: Size of the adapter in bytes.
-        train_time: Seconds; `step_time` is the median of a step.
+        train_time: Training time in seconds; `step_time` is the median step time.
         accelerator_memory_max: Peak reserved GPU memory in bytes.
         val: Validation scores by name; columns such as `val_accuracy` in the file. `test` only for final runs.
         split: SHA-256 of the classes, and of the names and labels in each split.

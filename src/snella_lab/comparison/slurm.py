@@ -52,13 +52,13 @@ def write_slurm_scripts(root: Path, experiment: Experiment, execution: Execution
     file system of `root`.
 
     Raises:
-        ValueError: If the scripts' path contains quotation marks, backslashes or newlines.
+        ValueError: If the scripts' path contains double quotes, backslashes or newlines.
         FileExistsError: If `emit_to` contains other scripts with these names.
     """
     root = root.resolve()
     scripts = root / "slurm" if execution.emit_to is None else Path(execution.emit_to).resolve()
     if any(character in str(scripts) for character in '"\\\n'):
-        raise ValueError(f"emit_to must not contain quotation marks, backslashes or newlines, got {scripts}")
+        raise ValueError(f"emit_to must not contain double quotes, backslashes or newlines, got {scripts}")
     command = f"-m snella_app.cli.main compare --out {shlex.quote(str(root))}"
     names = ("train.sh", "report.sh", "submit.sh")
     existing = [scripts / name for name in names if (scripts / name).exists()]

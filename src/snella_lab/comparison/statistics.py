@@ -209,7 +209,7 @@ def _value(row: CellRow, metric: str) -> float:
     value = row.column(metric)
     if value is None:
         raise ValueError(
-            f"the row of {row.cell!r} must have {metric}, got none; remove its line from results.jsonl and its folder"
+            f"the row of {row.cell!r} must have {metric}, got none; delete its folder and its line in results.jsonl"
         )
     return value
 

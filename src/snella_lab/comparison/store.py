@@ -6,7 +6,8 @@ not checked. A valid line takes precedence over the copy. A damaged or missing r
 all its columns.
 
 Locks are operating-system locks (`filelock`) on files below `locks/`. They do not expire and are released when the
-process exits. They work on a single machine; on a cluster, Ray's driver or Slurm's parts assign the cells.
+process exits. They work on a single machine; on a cluster, the Ray driver or the parts of the Slurm job assign the
+cells.
 """
 
 import io

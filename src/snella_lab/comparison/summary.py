@@ -236,11 +236,11 @@ def outcome_text(summary: Summary) -> str:
     above = [name for name, d in complete.items() if d.direction > 0 and name != best]
     below = [name for name, d in complete.items() if d.direction < 0]
     parts = [
-        f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} clearly {side} {summary.reference}"
+        f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} significantly {side} {summary.reference}"
         for names, side in ((above, "above"), (below, "below"))
         if names
     ]
-    return f"{text}. Of the others, {' and '.join(parts)}." if parts else f"{text}."
+    return f"{text}. Among the others, {' and '.join(parts)}." if parts else f"{text}."
 
 
 def insignificance_text(value: Difference) -> str:

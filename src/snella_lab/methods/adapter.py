@@ -77,7 +77,7 @@ def add_adapters(method: str, model: nn.Module, head: str, make: Callable[[int, 
     if not mlp_layers:
         raise ValueError(
             f"method {method!r} cannot be applied to {type(model).__name__}: it adapts the MLP of each block, "
-            "but this model has no module named mlp that ends with a linear layer"
+            "but this model has no module named mlp or ffn with linear layers"
         )
     train_head(model, head)
     for index, (_, module, width) in enumerate(mlp_layers):

@@ -378,8 +378,8 @@ NOAH = Method(
 3. The best subnet is reinitialized and trained like any other method; the supernet is discarded.
 
 Defaults are the paper's sizes (5, 10, 50, 100) and its budget of 0.64 on a ViT-B/16. On other models, the budget is
-proportional to the adapted weights, but at least the smallest subnet. The default search effort is smaller than the
-paper's `supernet_epochs=500, population=50, generations=20`. The paper initializes adapters randomly; here they start
-as the identity. Parameters per block of width d: p·d for prompts, 4·d·r for the low-rank update of a fused qkv,
-2·d·a + a + d for the adapter.
+proportional to the adapted weights, but at least the size of the smallest subnet. The default search effort is smaller
+than the paper's `supernet_epochs=500, population=50, generations=20`. The paper initializes adapters randomly; here
+they start as the identity. Parameters per block of width d: p·d for prompts, 4·d·r for the low-rank update of a fused
+qkv, 2·d·a + a + d for the adapter.
 """

@@ -57,7 +57,7 @@ def run_demo(
         out: Run folder of SNELLA, which also contains `comparison.json`; the other methods use subfolders.
         overwrite: Replace earlier runs.
         console: Output console; stdout if None.
-        **settings: Overrides of `DEMO_SETTINGS`, or `epochs`.
+        **settings: Settings of all methods, which override `DEMO_SETTINGS` and `DEMO_METHODS`.
 
     Returns:
         Path of the run folder.

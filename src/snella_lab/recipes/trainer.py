@@ -104,7 +104,7 @@ def _choose_adamw(requested: str, device: torch.device) -> tuple[type[Optimizer]
         if requested == "adamw8bit":
             raise ImportError(
                 f"optimizer=adamw8bit needs bitsandbytes to run on {device}, but {reason}; "
-                "pip install bitsandbytes, or leave it at auto"
+                "pip install bitsandbytes, or set optimizer to auto"
             ) from error
         return AdamW, f"AdamW, because 8-bit AdamW does not run on {device} ({reason})"
 

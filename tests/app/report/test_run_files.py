@@ -93,7 +93,7 @@ def test_damaged_json_is_reported_with_line_and_column(run):
 
 def test_an_unknown_format_number_is_rejected(run):
     run.run_json(format=7)
-    with pytest.raises(ValueError, match=r"run.json has format 7, this version of snella reads format 1"):
+    with pytest.raises(ValueError, match=r"run.json has format 7, but this version of snella reads format 1"):
         read(RunInfo, run.folder)
 
 

@@ -180,7 +180,7 @@ def test_pixels_of_all_requests_are_limited(model, photos, monkeypatch):
         first.join()
         assert answers[0][0] == 200 and post(address, small)[0] == 200
         status, answer = post(address, small * 2)
-        assert status == 413 and "at most 0.0045 million pixels, plus one per four bytes, got 0." in answer["error"]
+        assert status == 413 and "at most 0.0045 million pixels (4 bytes count as 1), got 0." in answer["error"]
 
 
 @pytest.mark.parametrize(

@@ -183,8 +183,8 @@ def test_predictions_average_all_models(final_head, finished_folds, photos, caps
     ("changes", "message"),
     [
         ({"folds": 1}, "folds must be at least 2, got 1"),
-        ({"fold": 4}, "fold must be at most folds, got 4 of 3"),
-        ({"folds": None, "fold": 1}, "fold must be at most folds, got 1 of no folds"),
+        ({"fold": 4}, "fold must be at most folds, got 4 with folds 3"),
+        ({"folds": None, "fold": 1}, "fold must be at most folds, got 1 with folds unset"),
         ({"protocol": "final"}, "protocol must be standard with folds, got 'final'"),
     ],
 )

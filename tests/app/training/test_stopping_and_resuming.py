@@ -455,7 +455,7 @@ def test_a_nan_loss_stops_the_run_and_names_the_step(settings, console, monkeypa
 
 def test_a_diverging_learning_rate_raises_a_non_finite_loss_error(settings, console):
     with pytest.raises(
-        NonFiniteLossError, match=r"became (nan|inf) in epoch 1, step \d of 12; no adapter was saved in"
+        NonFiniteLossError, match=r"became (nan|inf) in epoch 1, step \d of 12; no trained epoch is saved in"
     ):
         train(settings(method="full", lr=1e30, head_lr=1e30, warmup_ratio=0.0), console)
 

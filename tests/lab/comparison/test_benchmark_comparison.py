@@ -53,7 +53,7 @@ def test_final_runs_also_train_on_the_validation_images(rows):
         row["test_accuracy"] is not None for row in finals
     )
     assert {row["selected_on"] for row in finals} == {None} and {row["selected_on"] for row in trials} == {"val"}
-    assert "at the last epoch, trained on training and validation images" in page
+    assert "after the last epoch of training on training and validation images" in page
     assert "Comparison with the paper" in page and "78.5" in page
     assert "compared with the paper: Table XIII" in printed and "official protocol" not in printed
 

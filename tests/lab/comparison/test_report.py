@@ -40,8 +40,8 @@ def test_outcome_is_summarized_in_the_report(large, page):
     outcome = re.search(r'id="outcome">(.*?)</p>', page)[1]
     assert outcome == outcome_text(summarize(*large))
     pattern = r"full has the highest test accuracy, \d+\.\d% in the mean over 6 tasks: \d+\.\d points above lora-8 "
-    assert re.match(pattern + r"\(95% interval \+\d+\.\d to \+\d+\.\d\)\. Of the others, ", outcome)
-    assert "linear" in outcome.partition("are clearly below lora-8")[0].rpartition(" and ")[2]
+    assert re.match(pattern + r"\(95% interval \+\d+\.\d to \+\d+\.\d\)\. Among the others, ", outcome)
+    assert "linear" in outcome.partition("are significantly below lora-8")[0].rpartition(" and ")[2]
 
 
 def test_two_seeds_decide_no_difference(tiny, make_row):
@@ -62,7 +62,7 @@ def test_two_seeds_decide_no_difference(tiny, make_row):
     assert "No results yet" not in recommendation_text(summarize(experiment, rows))
 
 
-@pytest.mark.parametrize(("seeds", "word"), [(2, "significant, 2 seeds"), (5, "clearly below")])
+@pytest.mark.parametrize(("seeds", "word"), [(2, "significant, 2 seeds"), (5, "significantly below")])
 def test_clear_difference_requires_five_seeds(tiny, make_row, seeds, word):
     experiment = tiny(methods=["lora-2", "bias", "linear"], seeds=seeds)
     rows = [
@@ -72,7 +72,7 @@ def test_clear_difference_requires_five_seeds(tiny, make_row, seeds, word):
     ]
     summary = summarize(experiment, rows)
     text = outcome_text(summary)
-    assert word in text and ("clearly" in text) == (seeds == 5)
+    assert word in text and ("significantly" in text) == (seeds == 5)
     assert ("no difference is significant with fewer than 5" in markdown_tables(summary)) == (seeds == 2)
 
 

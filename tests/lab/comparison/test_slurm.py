@@ -95,7 +95,7 @@ def test_invalid_part_is_rejected(text):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"part": "2/2"}, "part must be INDEX/COUNT with INDEX < COUNT, and not with draw_only, got 2/2"),
+        ({"part": "2/2"}, "part must be INDEX/COUNT with INDEX < COUNT and cannot be combined with draw_only, got 2/2"),
         ({"part": "0/2", "draw_only": True}, "not with draw_only, got 0/2"),
         ({"part": "0/2"}, "part trains the experiment stored in out=.* and cannot be combined with an experiment"),
         ({"emit": "pbs"}, "emit must be slurm, got 'pbs'"),

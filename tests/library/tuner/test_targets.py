@@ -415,7 +415,7 @@ def _mask2former():
 
 
 @pytest.mark.parametrize("make", [_deit, _detr, _mask2former])
-@pytest.mark.filterwarnings("ignore:the default target_modules adapt")
+@pytest.mark.filterwarnings("ignore:the selected target_modules adapt")
 def test_heads_of_deit_detr_and_mask2former_are_excluded(make):
     kinds = default_kinds(make)
     assert any(kind.endswith("q_proj") or kind.endswith("query") for kind in kinds)

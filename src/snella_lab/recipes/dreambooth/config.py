@@ -25,7 +25,7 @@ class DreamBoothOptimConfig(RecipeOptimConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBoothConfig(RunSettings):
-    """Settings of a DreamBooth run; None means the method's default.
+    """Settings of a DreamBooth run; unset optimizer settings use the method's defaults.
 
     Args:
         method: Fine-tuning method and its options.

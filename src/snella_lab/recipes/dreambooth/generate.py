@@ -218,7 +218,11 @@ def _contains(folder: Path, content: dict[str, Any], *, overwrite: bool) -> bool
         if any(folder.iterdir()):
             raise FileExistsError(f"out={folder} contains other files; choose an empty or new folder")
     elif not overwrite:
-        reasons = {"source": "another adapter", "drawing": "other settings", "images": "other prompts or seeds"}
+        reasons = {
+            "source": "another pipeline or adapter",
+            "drawing": "other settings",
+            "images": "other prompts or seeds",
+        }
         changed = [reason for name, reason in reasons.items() if manifest.get(name) != content[name]]
         raise FileExistsError(
             f"out={folder} contains images from {' and '.join(changed)}; choose another folder, or pass --overwrite"

@@ -92,7 +92,7 @@ class EvaluateLanguageOptions(Config):
         batch_size: Batch size.
         limit: Maximum number of questions per task.
         model: Path or hub name of the model; defaults to the run's.
-        overwrite: Replace stored answers if the correct choices or the generation settings have changed.
+        overwrite: Replace stored answers if the questions or the generation settings have changed.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
 

@@ -181,7 +181,7 @@ def _encode_data(config: LanguageConfig, tokenizer: Any) -> tuple[list[_Item], l
     if len(usable) <= config.val_size:
         raise ValueError(
             f"data must have more entries than val_size={config.val_size}, got {len(usable)} usable entries of "
-            f"{len(items)} in {config.data}" + (f" ({notes[0]}; raise it)" if notes else "")
+            f"{len(items)} in {config.data}" + (f" ({notes[0]}; increase max_length)" if notes else "")
         )
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
     held_out = set(order[: config.val_size])

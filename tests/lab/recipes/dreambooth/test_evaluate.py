@@ -151,10 +151,14 @@ def test_other_images_are_not_overwritten(runs, tmp_path):
         FileExistsError, match=r"out=.*out contains images from other settings and other prompts or seeds; ch"
     ):
         generate(generation(runs / "toy", out, "sks sks", steps=2))
-    with pytest.raises(FileExistsError, match="contains images from another adapter; choose another folder"):
+    with pytest.raises(
+        FileExistsError, match="contains images from another pipeline or adapter; choose another folder"
+    ):
         generate(generation(runs / "toy2", out))
     pipeline = shutil.copytree(DreamBoothFolder(runs / "toy").read_config().pipeline, tmp_path / "pipeline")
-    with pytest.raises(FileExistsError, match="contains images from another adapter; choose another folder"):
+    with pytest.raises(
+        FileExistsError, match="contains images from another pipeline or adapter; choose another folder"
+    ):
         generate(generation(runs / "toy", out, pipeline=str(pipeline)))
     (out / "best.png").write_bytes(b"mine")
     generate(generation(runs / "toy", out, seed=7, overwrite=True))

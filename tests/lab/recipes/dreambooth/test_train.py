@@ -269,4 +269,4 @@ def test_inspect_shows_generation_results_and_redraws_the_report(finished_run, t
 @pytest.mark.parametrize("args", [["evaluate"], ["predict", "photo.png"], ["merge", "--out", "merged.safetensors"]])
 def test_classification_commands_point_to_the_generation_commands(finished_run, capsys, args):
     assert main([args[0], str(finished_run), *args[1:]]) != 0
-    assert "got a run of 'generation'; snella generate and snella evaluate-generation use it" in capsys.readouterr().err
+    assert "got a 'generation' run; snella generate and snella evaluate-generation use it" in capsys.readouterr().err

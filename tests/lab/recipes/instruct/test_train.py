@@ -288,4 +288,4 @@ def test_inspect_shows_the_language_results(finished_run, tmp_path, capsys):
         assert expected in text, expected
     assert "classes" not in text
     assert main(["inspect", str(run), "--report"]) != 0 and not page.exists()
-    assert "got a run of 'language'; snella evaluate-language uses it" in capsys.readouterr().err
+    assert "got a 'language' run; snella evaluate-language uses it" in capsys.readouterr().err
