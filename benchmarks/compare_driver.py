@@ -190,7 +190,7 @@ def fit_line(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="output file for rows; if omitted, only the first size is measured and printed")
     parser.add_argument("--cells", type=int, nargs="+", default=[1_000, 3_000, 10_000, 30_000])
     options = parser.parse_args()

@@ -2,11 +2,13 @@
 
 python benchmarks/cost_model.py        rewrites the tables and figures of docs/speed.md; runs no training step
 python benchmarks/cost_model.py --gpu  only prints the measured and predicted steps on GPUs
+python benchmarks/cost_model.py --rows only prints the measured and predicted steps on CPUs
 
 `snella_lab.bench.cost_model` counts the operations of a step, and `snella_lab.bench.machines` converts them to
 seconds. The rates of each CPU minimize the squared relative errors of its float32 measurements. A measurement is held
 out together with all measurements of its configuration: model, batch size, rank and sparsity. CPUs compute bfloat16
-products at twice the float32 rate, because an instruction multiplies twice as many values.
+products at twice the float32 rate, because an instruction multiplies twice as many values; measurements under bfloat16
+autocast are not fitted.
 """
 
 from __future__ import annotations
@@ -118,8 +120,8 @@ def count_row(row: dict[str, Any]) -> Case | None:
     return Case(row["device"], model, method, batch, r, sparsity, precision, measured, full, row)
 
 
-def timed_cases(folder: Path = FOLDER) -> list[Case]:
-    """Return the newest timed row of each setting; rows of the same day are ranked by rounds."""
+def timed_cases(folder: Path = FOLDER, *, is_autocast: bool = False) -> list[Case]:
+    """Return the newest timed row of each setting in float32, or under autocast; rounds rank rows of the same day."""
     newest: dict[tuple[Any, ...], Case] = {}
 
     def rank(case: Case) -> tuple[Any, ...]:
@@ -127,8 +129,8 @@ def timed_cases(folder: Path = FOLDER) -> list[Case]:
 
     for row in (row for name in ROWS for row in read_rows(folder / name)):
         is_timed = row["benchmark"] in ("step_time", "model_rows") and row["rounds"] >= _MIN_ROUNDS
-        case = read_case(row) if is_timed else None
-        if case is not None:
+        case = count_row(row) if is_timed else None
+        if case is not None and (case.precision != "float32") == is_autocast:
             key = (case.machine, case.configuration, case.method)
             newest[key] = max(newest.get(key, case), case, key=rank)
     return list(newest.values())
@@ -216,6 +218,14 @@ def ratio_errors(held_out: list[HeldOut]) -> list[float]:
     ]
 
 
+def autocast_cases(cases: list[Case], folder: Path = FOLDER) -> list[HeldOut]:
+    """Predict the measurements under bfloat16 autocast with the rates of the same machine in float32."""
+    rates = fit_rates(cases_of(EPYC_1, cases))
+    rates = replace(rates, product=rates.half_product)
+    timed = cases_of(EPYC_1, timed_cases(folder, is_autocast=True))
+    return [HeldOut(case, rates.seconds(case.step)) for case in timed]
+
+
 _ERROR_HEAD = ("measurements", "median error", "largest error", "within 15%", "median error of the ratio to LoRA")
 
 
@@ -237,9 +247,40 @@ def _error_cells(held_out: list[HeldOut]) -> list[str]:
     return [str(len(held_out)), median, largest, str(within), ratios]
 
 
-def other_machines_table(cases: list[Case], folder: Path = FOLDER) -> str:
-    """Format the errors on machines without fitted rates."""
+def method_error_table(held_out: list[HeldOut]) -> str:
+    """Format held-out errors of step times, one line per method, with the setting of the largest error."""
+    lines = []
+    for method in METHODS:
+        predictions = [prediction for prediction in held_out if prediction.case.method == method]
+        if predictions:
+            worst = max(predictions, key=lambda prediction: abs(prediction.error))
+            median = f"{_median(prediction.error for prediction in predictions):.1%}"
+            lines.append([method, str(len(predictions)), median, f"{worst.error:+.1%}", *_setting_cells(worst.case)])
+    return markdown_table(["method", "measurements", "median error", "largest error", *_SETTING_HEAD], lines)
+
+
+def rows_table(held_out: list[HeldOut]) -> str:
+    """Format all measured and predicted step times."""
+    lines = []
+    for prediction in held_out:
+        case, seconds = prediction.case, (prediction.case.seconds, prediction.seconds)
+        cells = [f"{value:.3f}" for value in seconds]
+        lines.append([case.method, *_setting_cells(case), case.precision, *cells, f"{prediction.error:+.1%}"])
+    return markdown_table(["method", *_SETTING_HEAD, "precision", "measured, s", "predicted, s", "error"], lines)
+
+
+_SETTING_HEAD = ("machine", "model", "batch", "r", "sparsity")
+
+
+def _setting_cells(case: Case) -> list[str]:
+    """Format machine, model, batch size, rank and sparsity."""
+    return [machine_name(case.machine), case.model, str(case.batch), str(case.r), str(case.sparsity)]
+
+
+def transfer_table(cases: list[Case], folder: Path = FOLDER) -> str:
+    """Format the errors under autocast and on machines without fitted rates."""
     groups = (
+        (f"{machine_name(EPYC_1)}, bfloat16 autocast", "ViT-B/16", autocast_cases(cases, folder)),
         (f"another {machine_name(EPYC_2)}", "ViT-B/16", other_epyc_cases(cases, folder)),
         (machine_name(INTEL_1), "ViT-S/14 and ViT-B/16", intel_cases(cases, folder)),
     )
@@ -296,7 +337,7 @@ def datasheet_table() -> str:
     """Format the datasheet values."""
     lines = []
     for gpu in GPUS.values():
-        rates = [f"{gpu.product / 1e12:,.0f}", f"{gpu.vector / 1e12:.1f}", f"{gpu.memory / 1e12:.2f}"]
+        rates = [f"{gpu.product / 1e12:,g}", f"{gpu.vector / 1e12:.1f}", f"{gpu.memory / 1e12:g}"]
         lines.append([gpu.name, *rates, f"{gpu.link / 1e9:.0f}", gpu.source])
     head = ["GPU", "matrix products, TFLOP/s", "float32, TFLOP/s", "memory, TB/s", "link, GB/s", "source"]
     return markdown_table(head, lines)
@@ -473,6 +514,7 @@ def machine_name(device: str) -> str:
 
 GPU_NAMES = {
     "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
     "NVIDIA A100-SXM4-80GB": "a100",
     "NVIDIA GeForce RTX 4090": "rtx4090",
     "NVIDIA L4": "l4",
@@ -481,19 +523,26 @@ GPU_NAMES = {
 }
 """Keys of `GPUS` by the device name in rows, `torch.cuda.get_device_name()`."""
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+_AUTOCAST_NOTE = "bfloat16: measured with weights and inputs in bfloat16, predicted under autocast"
 
 
 def measured_gpu_table(folder: Path = FOLDER) -> str:
     """Format the newest step times on GPUs of `GPUS`, measured and predicted; empty without rows of such a GPU.
 
-    Predictions in bfloat16 assume autocast; the rows are of models in bfloat16.
+    Lines below the table name the differences between measurement and prediction, and the rows without a prediction.
     """
     newest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    notes: dict[str, None] = {}
     for row in read_rows(folder / "results.jsonl"):
-        is_covered = row.get("backbone") in SHAPES and row.get("method") in METHODS and row.get("dtype") in _DTYPES
-        if row["benchmark"] == "step_time" and row["device"] in GPU_NAMES and is_covered:
+        if row["benchmark"] != "step_time" or row["device"] not in GPU_NAMES:
+            continue
+        if row["backbone"] in SHAPES and row["method"] in METHODS and row["dtype"] in _DTYPES:
             setting = tuple(row[key] for key in ("device", "backbone", "batch", "r", "sparsity", "dtype"))
             newest[*setting, row["method"]] = row
+            if row["dtype"] == "bfloat16":
+                notes[_AUTOCAST_NOTE] = None
+        else:
+            notes[f"not predicted: {row['method']} on {row['backbone']} in {row['dtype']}"] = None
     lines = []
     for (*setting, method), row in newest.items():
         device, model, batch, r, _, dtype = setting
@@ -507,16 +556,19 @@ def measured_gpu_table(folder: Path = FOLDER) -> str:
             ratios = [f"{row['step_s'] / lora['step_s']:.2f}", f"{forecast.ratio(method)[1]:.2f}"]
         lines.append([GPUS[GPU_NAMES[device]].name, model, str(batch), dtype, method, *cells, *ratios])
     head = ["GPU", "model", "batch", "dtype", "method", "measured, ms", "predicted, ms", "error"]
-    return markdown_table([*head, "relative to LoRA", "predicted"], lines) if lines else ""
+    table = [markdown_table([*head, "relative to LoRA", "predicted"], lines)] if lines else []
+    return "\n\n".join([*table, *notes])
 
 
 def sections(folder: Path = FOLDER) -> dict[str, str]:
     """Return the tables of the page by name."""
     cases = timed_cases(folder)
+    held_out = leave_one_out(cases)
     return {
         "rates": rates_table(cases),
-        "time errors": error_table(leave_one_out(cases)),
-        "other machines": other_machines_table(cases, folder),
+        "time errors": error_table(held_out),
+        "method errors": method_error_table(held_out),
+        "transferred rates": transfer_table(cases, folder),
         "bytes errors": bytes_table(folder),
         "datasheets": datasheet_table(),
         "ratios": ratio_table(),
@@ -579,7 +631,12 @@ def ratios_figure() -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="only print measured and predicted steps on GPUs")
+    parser.add_argument("--rows", action="store_true", help="only print measured and predicted steps on CPUs")
     args = parser.parse_args()
+    if args.rows:
+        cases = timed_cases()
+        print(rows_table([*leave_one_out(cases), *autocast_cases(cases)]))
+        return
     print(measured_gpu_table() or f"results.jsonl has no step times of {', '.join(gpu.name for gpu in GPUS.values())}")
     if args.gpu:
         return

@@ -255,7 +255,12 @@ def features_of(config: TrainConfig, blocks: int, val_size: int, cache: Path) ->
         unused = [position for position, name in enumerate(part.names) if name not in used]
         random.Random(0).shuffle(unused)
         parts.append(part.subset(unused[: max(val_size - sum(len(p) for p in parts), 0)]))
-    if not any(map(len, parts)) and splits.test is not None and str(data.spec).startswith("folder:"):
+    if not any(map(len, parts)):
+        if splits.test is None or not str(data.spec).startswith("folder:"):
+            raise ValueError(
+                "data must contain images that are used for neither training nor validation, got none for "
+                f"{data.spec!r}; use fewer, e.g. --set train_size=200"
+            )
         parts = [splits.test]
     backbone = new_backbone(config, len(splits.classes)).eval()
     data_config = get_protocol(data.protocol).data_config(

@@ -2,6 +2,8 @@
 
 python benchmarks/triton_resources.py                         all capabilities and ranks; replaces the rows
 python benchmarks/triton_resources.py --capabilities 90 --launch 8 64        appends rows for another launch
+python benchmarks/triton_resources.py --candidates                           appends rows for other tiles and launches
+python benchmarks/triton_resources.py --choose                               ranks these rows by predicted clocks
 python benchmarks/triton_resources.py --capabilities 90 --ranks 8 --check    only compiles
 
 Each branch of each kernel is compiled with pointers and sizes divisible by 16 (`aligned`); for capability 9.0, also
@@ -16,6 +18,8 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import itertools
+import math
 import re
 import subprocess
 import tempfile
@@ -31,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from snella.backends.triton import backend, backward, forward
-from snella_lab.bench.rows import append_rows
+from snella_lab.bench.rows import append_rows, read_rows
 from snella_lab.provenance import git_state
 
 ROWS = Path(__file__).with_suffix(".jsonl")
@@ -55,6 +59,14 @@ _LIMITS = {
 """Warps, programs and KiB of shared memory per multiprocessor, from the CUDA programming guide."""
 _RESERVED_KIB = 1
 """Shared memory that CUDA reserves per program."""
+CANDIDATE_TILES = ((32, 64), (16, 64), (32, 32), (64, 64))
+CANDIDATE_LAUNCHES = ((4, 128), (8, 80), (8, None), (16, 64))
+"""Tiles, and warps per program with registers per thread, that `--candidates` compiles for 9.0, `mix_k` and `r = 8`."""
+_ISSUED, _BYTES = 128, 14.0
+"""Thread instructions that a multiprocessor issues, and bytes that it moves, per clock (H100 datasheet)."""
+_LATENCY = {"factor gradients": (250, 280)}
+_DEFAULT_LATENCY = (40, 35)
+"""Clocks until the operands of a step over the rank arrive, and instructions of such a step (estimates)."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +222,60 @@ def occupancy(registers: int, shared_bytes: int, warps: int, capability: int) ->
     return round(programs * warps / max_warps, 3)
 
 
+def predicted_clocks(row: dict[str, Any]) -> float:
+    """Predict the clocks of a multiprocessor per entry: the larger of the time to issue and the time to move bytes.
+
+    clocks = max(executed / 128 · max(1, (1 + latency / step) / W), bytes / 14),  W = warps per scheduler
+
+    Bytes count the matrices that a kernel reads or writes, and partial sums, which are written and read once. The
+    result is infinite for a row that spills.
+    """
+    if row["spilled_bytes"]:
+        return math.inf
+    kernel, (height, width) = row["kernel"], row["tile"].values()
+    moved = 4.0  # ΔW in float32
+    if kernel.startswith("softmax sums"):
+        moved += 2 + 8 / height  # ∂L/∂W in bfloat16, one sum per column
+    elif kernel.startswith("factor gradients"):
+        moved += 2 + 8 * row["rank"] * (1 / height + 1 / width)
+    latency, step = next((value for name, value in _LATENCY.items() if kernel.startswith(name)), _DEFAULT_LATENCY)
+    max_warps = _LIMITS[row["capability"]][0]
+    warps_per_scheduler = row["occupancy"] * max_warps / 4
+    issue = row["executed"] / _ISSUED * max(1.0, (1 + latency / step) / max(warps_per_scheduler, 0.25))
+    return max(issue, moved / _BYTES)
+
+
+def ranked_candidates(rows: list[dict[str, Any]]) -> dict[tuple[str, int], list[tuple[float, dict[str, Any]]]]:
+    """Sort the rows of 9.0 by predicted clocks, for each tiled kernel and rank that was compiled with other tiles."""
+    candidates: dict[tuple[str, int], list[tuple[float, dict[str, Any]]]] = {}
+    for row in rows:
+        if row["capability"] == 90 and row["aligned"]:
+            candidates.setdefault((row["kernel"], row["rank"]), []).append((predicted_clocks(row), row))
+    return {
+        key: sorted(values, key=lambda value: value[0])
+        for key, values in candidates.items()
+        if len({tuple(row["tile"].values()) for _, row in values}) > 1
+    }
+
+
+def compile_candidates(out: Path) -> None:
+    """Compile the tiled kernels of `mix_k` for 9.0 and `r = 8` with other tiles and launches, and append the rows."""
+    common = {"triton": triton.__version__, "commit": (git_state()[0] or "")[:7]}
+    tiled = [variant for variant in variants() if "BLOCK_M" in variant[2] and variant[0].endswith("mix-k")]
+    for (name, kernel, settings), (height, width), (warps, registers) in itertools.product(
+        tiled, CANDIDATE_TILES, CANDIDATE_LAUNCHES
+    ):
+        tile = {"BLOCK_M": height, "BLOCK_N": width}
+        launch = backend.launch_options(kernel.__name__) | {"num_warps": warps, "maxnreg": registers}
+        launch = {option: value for option, value in launch.items() if value is not None}
+        compiled = compile_for(GPUTarget("cuda", 90, _WARP), kernel, settings | tile, launch)
+        row = {"kernel": name, "rank": settings["R"], "capability": 90, "aligned": True}
+        row |= {"source": source_digest(settings | tile, launch)}
+        row |= asdict(resources_of(compiled, 90, settings | tile, warps))
+        append_rows(out, [{**row, "warps": warps, "tile": tile, "launch": [warps, registers], **common}])
+        print(f"{name}, {height}×{width}, {warps} warps, {registers} registers", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capabilities", nargs="+", type=int, choices=CAPABILITIES, default=list(CAPABILITIES))
@@ -222,8 +288,19 @@ def main() -> None:
         help="compile with this launch configuration and append the rows",
     )
     parser.add_argument("--check", action="store_true", help="only compile")
+    parser.add_argument("--candidates", action="store_true", help="append rows for other tiles and launches")
+    parser.add_argument("--choose", action="store_true", help="rank tiles and launches by predicted clocks")
     parser.add_argument("--out", type=Path, default=ROWS)
     args = parser.parse_args()
+    if args.candidates:
+        compile_candidates(args.out)
+        return
+    if args.choose:
+        for (name, rank), candidates in ranked_candidates(read_rows(args.out)).items():
+            for clocks, row in candidates[:5]:
+                tile, launch = "×".join(map(str, row["tile"].values())), row["launch"] or "current launch"
+                print(f"{name}, r {rank}: {clocks:.2f} clocks, tile {tile}, {launch}, occupancy {row['occupancy']:.0%}")
+        return
     is_whole = set(CAPABILITIES) <= set(args.capabilities) and set(RANKS) <= set(args.ranks)
     if not is_whole and args.out == ROWS and not (args.launch or args.check):
         parser.error("a part of the capabilities or ranks would replace all rows; pass --out, --launch or --check")

@@ -73,6 +73,12 @@ def test_tested_python_versions_match_the_project():
     assert docker in tested
 
 
+def test_help_of_benchmarks_keeps_the_lines_of_the_docstring():
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        for call in re.findall(r"ArgumentParser\(description=__doc__.*", path.read_text()):
+            assert "formatter_class=argparse.RawDescriptionHelpFormatter" in call, path.name
+
+
 def test_versions_are_identical():
     version = PROJECT["version"]
     assert load_yaml("CITATION.cff")["version"] == version

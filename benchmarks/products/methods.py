@@ -50,9 +50,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.table:
         rows = read_rows(args.out)
-        for epochs in sorted({row["epochs"] for row in rows}):
-            same = [row for row in rows if row["epochs"] == epochs]
-            print(f"\n{epochs} epochs\n\n{table([row for row in same if not row['options']], METHODS, 'method')}")
+        for epochs, pixels in sorted({(row["epochs"], row["pixels"]) for row in rows}):
+            same = [row for row in rows if (row["epochs"], row["pixels"]) == (epochs, pixels)]
+            defaults = table([row for row in same if not row["options"]], METHODS, "method")
+            print(f"\n{epochs} epochs, {pixels} px\n\n{defaults}")
             for method in METHODS:
                 trials = [row for row in same if row["method"] == method]
                 options = sorted({row["options"] for row in trials})

@@ -1,7 +1,7 @@
 """Table and figure of product rows: mean rank and mean difference from `snella train` over folders.
 
 python benchmarks/products/table.py rows.jsonl [--products snella fastai ...] [--minutes 1 3 ...] [--weights W]
-    [--since DATE] [--until DATE] [--figure FILE]
+    [--pixels N] [--threads N] [--since DATE] [--until DATE] [--figure FILE]
 
 `--since` and `--until` separate the rows of different recipes; otherwise, runs with the same settings are averaged.
 """
@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--products", nargs="+", help="default: all")
     parser.add_argument("--minutes", nargs="+", type=float, help="default: all")
     parser.add_argument("--weights", default="dinov2s")
+    parser.add_argument("--pixels", type=int)
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--since", help="first date of the rows, e.g. 2026-11-30")
     parser.add_argument("--until", help="date before which the rows were measured")
     parser.add_argument("--figure", type=Path)
@@ -36,8 +38,12 @@ def main() -> None:
     rows = [row for row in read_rows(args.rows) if row["weights"] == args.weights]
     rows = [row for row in rows if args.products is None or row["product"] in args.products]
     rows = [row for row in rows if args.minutes is None or row["minutes"] in args.minutes]
+    rows = [row for row in rows if args.pixels in (None, row["pixels"]) and args.threads in (None, row["threads"])]
     rows = [row for row in rows if args.since is None or row["date"] >= args.since]
     rows = [row for row in rows if args.until is None or row["date"] < args.until]
+    for name in ("pixels", "threads"):
+        if len(found := sorted({row[name] for row in rows})) > 1:
+            parser.error(f"rows must have the same {name}, got {found}; select one with --{name}")
     for minutes in sorted({row["minutes"] for row in rows}):
         print(f"\n{minutes:g} minutes\n\n{markdown([row for row in rows if row['minutes'] == minutes])}")
     if args.figure:
@@ -127,11 +133,12 @@ def draw(rows: list[dict], file: Path) -> None:
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     points, folders = curves(rows)
+    threads = "1 CPU thread" if rows[0]["threads"] == 1 else f"{rows[0]['threads']} CPU threads"
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for name in sorted(points, key=lambda name: name != REFERENCE):
         axes.plot(*zip(*points[name], strict=True), marker="o", label=name, linewidth=2.5 if name == REFERENCE else 1.2)
-    axes.set(xscale="log", xlabel="minutes used (two CPU threads)", ylabel="test accuracy (%)")
+    axes.set(xscale="log", xlabel=f"minutes used ({threads})", ylabel="test accuracy (%)")
     axes.set_title(f"Mean over {len(folders)} folders: {', '.join(folders)}", fontsize="small")
     axes.xaxis.set_major_locator(FixedLocator([0.5, 1, 2, 3, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

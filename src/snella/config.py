@@ -456,8 +456,13 @@ class SnellaConfig(PeftConfig):
         if interval != "epoch" and (isinstance(interval, str) or interval < 1):
             errors.append(f"realloc_every must be 'epoch' or a positive number of steps, got {interval!r}")
         groups = self.qkv_groups
-        if groups != "auto" and (isinstance(groups, str) or (isinstance(groups, int) and groups < 1)):
-            errors.append(f"qkv_groups must be 'auto', a positive integer or a mapping, got {groups!r}")
+        values: Any = groups.values() if isinstance(groups, dict) else [groups]
+        counts = [count for value in values for count in ([value] if isinstance(value, (int, str)) else value)]
+        if groups != "auto" and any(isinstance(count, str) or count < 1 for count in counts):
+            errors.append(
+                "qkv_groups must be 'auto', a positive integer, or a mapping to positive integers or lists of them, "
+                f"got {groups!r}"
+            )
         return errors
 
     def _target_errors(self) -> list[str]:

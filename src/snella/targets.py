@@ -206,7 +206,7 @@ def count_rows(
     elif suffix in _FUSED_NAMES:
         groups = qkv_groups if isinstance(qkv_groups, int) else _infer_groups(suffix, out_features, in_features, parent)
     counts = [out_features // groups] * groups if isinstance(groups, int) else list(groups)
-    if sum(counts) != out_features or any(count < 1 for count in counts):
+    if sum(counts) != out_features:
         raise ValueError(
             f"qkv_groups={qkv_groups!r} splits {name!r} into rows {counts}, but it has {out_features} rows; "
             f"use a number that divides {out_features} or a list that sums to it"

@@ -11,7 +11,7 @@
 | `snella.backbones` | `snella_app.backbones.create.NamedBackbone` | `--backbone NAME` |
 | `snella.reports` | function `(run folder) -> report path` | reports of runs whose task is NAME |
 | `snella.choices` | function `(config, console) -> config` | `--method auto` (the entry `method`) |
-| `snella.estimates` | `snella_lab.bench.machines.forecast` | step times of `snella inspect` (the entry `step-time`) |
+| `snella.estimates` | function like `snella_lab.bench.machines.forecast` | step times of `snella inspect` |
 """
 
 import functools
@@ -43,7 +43,7 @@ def plugins(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, Any
         except Exception as error:
             package = _package_name(entry)
             warnings.warn(
-                f"{package} registers {name!r} in snella.{group}, which cannot be imported "
+                f"{package} registers {name!r} in snella.{group}, but it cannot be imported "
                 f"({type(error).__name__}: {error}); update or uninstall {package}",
                 stacklevel=2,
             )

@@ -23,14 +23,14 @@ _PACKAGES = ("snella", "peft", "transformers", "accelerate", "torch", "timm", "n
 
 
 def package_info() -> dict[str, str | None]:
-    """Return package versions and snella's commit, with the keys of PEFT's method comparison (`torch-version`)."""
+    """Return package versions and snella's commit, with keys as in PEFT's method comparison, e.g. `torch-version`."""
     versions: dict[str, str | None] = {f"{name}-version": _version(name) for name in _PACKAGES}
     commit, is_dirty = git_state()
     return {**versions, "snella-commit-hash": commit, "snella-is-dirty": None if is_dirty is None else str(is_dirty)}
 
 
 def system_info() -> dict[str, Any]:
-    """Return operating system, CPU, GPU, cores and torch threads; shared keys as in PEFT's method comparison."""
+    """Return operating system, CPU, GPU, cores and torch threads, under the keys of PEFT's method comparison."""
     return {
         "system": platform.system(),
         "release": platform.release(),

@@ -74,7 +74,7 @@ def test_a_plugin_with_an_import_error_is_reported_and_skipped(group, tmp_path):
     trains = ("train", "--method", "nothing", "--data", "digits", "--backbone", "nothing", "--out", "x")
     process = snella(tmp_path, *uses.get(group, trains if group == "methods" else (*trains, "--method", "lora-2")))
     message = " ".join(process.stderr.split())
-    assert f"broken registers 'hello' in snella.{group}, which cannot be imported" in message
+    assert f"broken registers 'hello' in snella.{group}, but it cannot be imported" in message
     assert "RuntimeError: no such thing" in message and "Traceback" not in process.stderr
 
 

@@ -207,7 +207,8 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
     Raises:
         ImportError: If `impl` is `"triton"` or `"numba"`, and the package is missing or unusable.
         NotImplementedError: If `impl` is `"triton"` or `"numba"` and does not support the updates.
-        RuntimeError: If `impl` is `"triton"` and its kernels fail the first-use check; the message names the error.
+        RuntimeError: If `impl` is `"triton"` and its kernels fail the first-use check; the message names the
+            Triton kernels that compute the first wrong result, and its largest error.
         ValueError: If `impl` is unknown.
     """
     if impl not in get_args(Implementation):
@@ -230,7 +231,8 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
         return name, f"Triton kernels on {str(A.device)!r}" if name == "triton" else "Numba kernels on the CPU"
     if impl == name:
         raise error(f"impl={name!r} {reason}; use impl='eager'")
-    return "eager", f"{name} {reason}"
+    hint = "; impl='eager' skips this check" if error is RuntimeError else ""
+    return "eager", f"{name} {reason}{hint}"
 
 
 __all__ = [

@@ -107,10 +107,9 @@ def hotswap(
         raise ValueError(f"{type(model).__name__} has no SNELLA adapter {adapter_name!r}")
     values = {_strip_prefixes(name): tensor for name, tensor in adapter.tensors.items()}
     config = next(iter(layers.values())).snella_config[adapter_name]
-    errors = [
-        *_differences(config, adapter.config, current, values),
-        *_other_rows(layers, adapter_name, adapter.config),
-    ]
+    errors = _differences(config, adapter.config, current, values)
+    if adapter.config is not None and adapter.config.qkv_groups != config.qkv_groups:
+        errors += _other_rows(model, layers, adapter_name, adapter.config.qkv_groups)
     if not errors and not adapter.caches:
         errors = _invalid_values(layers, adapter_name, values)
     if errors:
@@ -190,13 +189,18 @@ def _differences(
     return errors
 
 
-def _other_rows(layers: Mapping[str, SnellaLayer], adapter_name: str, other: SnellaConfig | None) -> list[str]:
-    """Return the layers whose rows per matrix differ under another configuration."""
+def _other_rows(
+    model: nn.Module,
+    layers: Mapping[str, SnellaLayer],
+    adapter_name: str,
+    qkv_groups: int | str | dict[str, int | list[int]],
+) -> list[str]:
+    """Return the layers whose rows per matrix differ under another `qkv_groups`."""
     errors: list[str] = []
-    groups = "auto" if other is None else other.qkv_groups
-    for name, layer in layers.items() if groups != "auto" else ():
+    parents = {child: parent for parent in model.modules() for child in parent.children()}
+    for name, layer in layers.items():
         rows = layer.row_counts[adapter_name]
-        other_rows = count_rows(layer.module_name, layer.out_features, layer.in_features, nn.Module(), groups)
+        other_rows = count_rows(layer.module_name, layer.out_features, layer.in_features, parents[layer], qkv_groups)
         if other_rows != rows:
             errors.append(f"{name} has matrices of {list(other_rows)} rows, the model has {list(rows)}")
     return errors

@@ -135,7 +135,7 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
         num_heads: Number of attention heads, if known from the file or its publisher.
 
     Raises:
-        ValueError: If the weights are not a ViT or timm has no name for the ViT.
+        ValueError: If the weights are not a ViT, are a CLIP image tower, or timm has no name for the ViT.
     """
     patch, positions = state.get(_PATCH), state.get("pos_embed")
     if patch is None or patch.ndim != 4 or positions is None or positions.ndim != 3:

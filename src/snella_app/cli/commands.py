@@ -84,7 +84,7 @@ def evaluate(
     if calibrate:
         others = {"data": data, "columns": columns, "skip_corrupt": skip_corrupt, "out": out, "overwrite": overwrite}
         if given := _given(**others, split=None if split == "auto" else split):
-            raise ValueError(f"--calibrate uses the run's validation images, got {given}; leave it out")
+            raise ValueError(f"--calibrate uses the run's validation images; leave out {given}")
         calibration = calibrate_run(run, batch_size=batch_size, device=device)
         print_line(console, f"stored temperature {calibration.temperature:.4g}; predict divides logits by it")
         for part in calibration.reliability:
@@ -231,7 +231,8 @@ def export(
         opset: ONNX opset version (onnx); defaults to the exporter's.
         rank: LoRA rank (lora; default 32).
         values: Data type of the values (sparse; default fp32); bf16 rounds them.
-        images: Images for comparing outputs, [a.jpg,b.jpg]; defaults to test or validation images of the run.
+        images: Images for comparing outputs, [a.jpg,b.jpg] (onnx, torchscript, torch-export, lora); defaults to images
+            of the run.
         logits: Omit softmax (or sigmoid) and temperature (onnx, torchscript, torch-export).
     """
     from snella_app.console import make_console, print_line
@@ -400,7 +401,7 @@ def inspect(
     img_size: int | None = None,
     r: int | None = None,
     dtype: Literal["fp32", "bf16"] | None = None,
-    device: Literal["cpu", "cuda", "h100", "a100", "rtx4090", "l4", "t4", "mi300x"] | None = None,
+    device: Literal["cpu", "cuda", "h100", "h200", "a100", "rtx4090", "l4", "t4", "mi300x"] | None = None,
 ) -> None:
     """Show a run's budgets, sparsity and sizes, or estimate the training memory of a backbone.
 
@@ -516,7 +517,7 @@ def data(
         defaults = {"task": "classification", "channels": 3, "skip_corrupt": False, "overwrite": False}
         given = {**options, "task": task, "sheet": sheet, "overwrite": overwrite}
         if conflicts := _given(**{key: value for key, value in given.items() if value != defaults.get(key)}):
-            raise ValueError(f"{conflicts} cannot be used with a benchmark, got {data!r}; leave it out")
+            raise ValueError(f"{data!r} is checked as a benchmark; leave out {conflicts}")
         checks = check_benchmarks(data, decode=decode)
         for check in checks:
             make_console().print(check.table())

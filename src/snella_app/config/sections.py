@@ -144,7 +144,7 @@ class OptimConfig(BaseOptimConfig):
     """Epochs, batches, loss, learning rates, heads and weight averages. None selects the default of the method.
 
     Args:
-        epochs: Number of epochs; 0 trains only a linear probe.
+        epochs: Number of epochs; 0 only fits the heads, without training the backbone.
         epoch_images: Maximum number of training images per epoch, e.g. to validate more often; the next epoch continues
             with the remaining images (with `sampler` shuffle). Defaults to all.
         time_budget: Approximate training time, e.g. 30m or 1h30m. Measures a training step and sets the number of
@@ -162,8 +162,8 @@ class OptimConfig(BaseOptimConfig):
             saved head is a plain linear layer. auto selects running if the head starts from a probe.
         final_head: Head used for predictions: trained, or layers, a head on features of several layers, fitted to the
             training and validation images after training. It is a kernel head for classification by cross-entropy if it
-            is fitted to 32 to 6,000 images, else linear. auto selects layers for timm models, unless it is clearly
-            worse on validation or the protocol is official.
+            is fitted to 32 to 6,000 images, else linear. auto selects layers for timm models, unless it is worse on
+            validation (single-label classification: clearly worse) or the protocol is official.
         layer_decay: Layer-wise learning rate decay, e.g. 0.75: learning rate of a block relative to the next block.
         warmup_ratio: Fraction of the steps for linear learning rate warm-up, followed by cosine decay.
         min_lr: Final value of `lr` after cosine decay; the other learning rates decay by the same factor.

@@ -96,7 +96,7 @@ class RunSettings(Config):
             family, _ = parse_method(self.method.name)
         except ValueError:
             return []  # reported by the section
-        defaults = {name: values for name, m in METHODS.items() if (values := m.defaults_of(self.purpose))}
+        defaults = {name: values for name, m in METHODS.items() if (values := m.defaults_of(self.purpose)) is not None}
         if family not in defaults:
             return [f"method must be one of {', '.join(defaults)} for {self.purpose}, got {self.method.name!r}"]
         if self.optim.scalar_lr is None or "scalar_lr" in defaults[family]:

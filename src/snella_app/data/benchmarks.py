@@ -326,7 +326,7 @@ def inspect_fgvc(folder: Path, dataset: BenchmarkDataset) -> Inspection:
     """Read and check the lists of one dataset in its folder.
 
     Class indices follow from the IDs of all lists, because a list without a class would shift later indices.
-    Without `train.json`, `trainval.json` is used and a validation split is created from it.
+    Without `train.json`, `trainval.json` is used and `val.json` is ignored.
     """
     inspection = Inspection(dataset.name, folder)
     files = {name: folder / f"{name}.json" for name in _FGVC_PARTS}
@@ -336,9 +336,7 @@ def inspect_fgvc(folder: Path, dataset: BenchmarkDataset) -> Inspection:
         del files["val"]
         files["train"] = joined
         sizes["train"] += sizes.pop("val")
-        inspection.notes.append(
-            f"{inspection.name}: no train.json; trainval.json is split into training and validation"
-        )
+        inspection.notes.append(f"{inspection.name}: no train.json; trainval.json replaces train.json and val.json")
     inspection.check_missing([file.name for file in files.values() if not file.is_file()], _FGVC_LAYOUT)
     lists = {name: _read_object(file, inspection.errors) for name, file in files.items() if file.is_file()}
     ids = sorted({label for entries in lists.values() for label in entries.values()})

@@ -77,7 +77,10 @@ def find_duplicates(images: ImageDataset) -> list[list[int]]:
 
 
 def find_equal_images(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
-    """Find images with the same pixels as a training image, independent of file format.
+    """Find images with the same pixels as a training image.
+
+    Inspected images must also have equal stored sizes and thumbnails. Large JPEGs are inspected at a lower resolution
+    and may be stored rotated, so their copies in other formats are left to `find_near_copies`.
 
     Returns:
         Position of the training image by position in `others`.

@@ -351,6 +351,11 @@ class Metrics(Record):
         return "" if self.best_epoch is None else f"{self.best_epoch}{total}"
 
     @property
+    def replaces_best_epoch(self) -> bool:
+        """True if the last epoch is saved instead of the best one, because the final head was fitted to it."""
+        return self.final_head is not None and self.final_head.replaced_epoch is not None
+
+    @property
     def measured(self) -> tuple[str, SplitScores | None]:
         """Main split and scores of a report: test if present, else validation."""
         return ("test", self.test) if self.test is not None else ("validation", self.val)

@@ -137,7 +137,8 @@ def _results_table(metrics: Metrics | None) -> str:
         selection = f"These are the results of the {weights}; no epoch was selected."
     else:
         is_separate = metrics.selected_on == "val" and metrics.test is not None
-        selection = f"The saved weights were selected on the {split_text(metrics.selected_on)} images"
+        saved = "The last epoch is saved with a final head" if metrics.replaces_best_epoch else "The saved weights were"
+        selection = f"{saved} selected on the {split_text(metrics.selected_on)} images"
         selection += "; the test images were evaluated once." if is_separate else ", so these results are optimistic."
     size = " Measured at the input resolution." if isinstance(metrics.measured[1], MaskScores) else ""
     return "\n".join(["## Results", "", "| | | |", "|---|---|---|", *lines, "", selection + size])

@@ -179,9 +179,10 @@ def _facts_table(rows: Iterable[tuple[str, str]], **options: Any) -> Table:
 def _epoch_rows(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
     """Return rows for backbone, data, scores and epoch selection."""
     backbone, data = info.backbone, info.data
+    noun, plural = ("target", "targets") if info.task == "regression" else ("class", "classes")
     rows = [
         ("backbone", backbone.name + (f" ({backbone.weights})" if backbone.weights else "")),
-        ("data", f"{data.spec}, {len(info.classes)} classes, {plain_text(data.sizes)}"),
+        ("data", f"{data.spec}, {counted(len(info.classes), noun, plural)}, {plain_text(data.sizes)}"),
     ]
     if metrics is None:
         return rows
@@ -189,8 +190,7 @@ def _epoch_rows(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]
         if scores is not None:
             rows.append((split, f"{scores.text()}, {counted(scores.images, 'image')}"))
     if epochs := metrics.saved_epochs:
-        is_last = metrics.final_head is not None and metrics.final_head.replaced_epoch is not None
-        name = "last epoch" if metrics.selected_on is None or is_last else "best epoch"
+        name = "last epoch" if metrics.selected_on is None or metrics.replaces_best_epoch else "best epoch"
         name = "saved" if metrics.averaged is not None and metrics.averaged.is_saved else name
         rows.append((name, f"{epochs}, {seconds_text(metrics.train_s)}"))
     if metrics.selected_on == "test":

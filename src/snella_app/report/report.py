@@ -139,7 +139,7 @@ def _saved_epoch(metrics: Metrics) -> str:
     average = "" if metrics.ema is None else f"; average of the weights, decay {metrics.ema:g}"
     if metrics.selected_on is None:
         return f"epoch {metrics.best_epoch}{total}, last epoch, no selection{average}"
-    if metrics.final_head is not None and metrics.final_head.replaced_epoch is not None:
+    if metrics.replaces_best_epoch:
         return f"epoch {metrics.best_epoch}{total}, the last, with the final head fitted to its features{average}"
     metric = metrics.best_metric.partition("_")[2]
     metric = _SHORT_METRICS.get(metric, metric.replace("_", " "))

@@ -57,7 +57,7 @@ class Card:
 def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[str], scores: LabelSetScores) -> Figure:
     """Draw precision against recall by label; the most frequent labels are colored, and dots mark thresholds.
 
-    `scores` are measured on the split of the predictions.
+    `scores` must come from the same split as `predictions`.
     """
     figure, axes = new_figure(FIGURE_SIZE[0], FIGURE_SIZE[1] + 80, "Precision and recall")
     probabilities, truth = _label_arrays(predictions, len(classes))
@@ -81,7 +81,7 @@ def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[
 
 
 def true_and_predicted(predictions: NumberPredictions, target: int, name: str) -> Figure:
-    """Draw predicted against true values of a target, with the identity line; at most 2,000, evenly spaced."""
+    """Draw predicted against true values of a target for at most 2,000 images, with the identity line."""
     truth, predicted = _number_arrays(predictions)
     chosen = np.unique(np.linspace(0, len(truth) - 1, min(len(truth), _MAX_POINTS)).round().astype(int))
     x, y = truth[chosen, target], predicted[chosen, target]
@@ -97,7 +97,7 @@ def true_and_predicted(predictions: NumberPredictions, target: int, name: str) -
 
 
 def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> Figure:
-    """Draw box plots of the errors of a target by ranges of its true value (whiskers: 5th to 95th percentile)."""
+    """Draw box plots of a target's errors, grouped by range of the true value (whiskers: 5th to 95th percentile)."""
     truth, predicted = (values[:, target] for values in _number_arrays(predictions))
     errors = predicted - truth
     count = max(1, min(_MAX_RANGES, len(truth) // _MIN_IN_RANGE))
@@ -152,7 +152,7 @@ def regression_verdict(scores: RegressionScores, split: str) -> str:
 def label_cards(
     predictions: LabelSetPredictions, classes: Sequence[str], images: ImageLoader | None
 ) -> list[dict[str, Any]]:
-    """Return cards for the images with the highest binary cross-entropy, and for others evenly spaced."""
+    """Return cards for the images with the highest binary cross-entropy, and for a sample of the rest."""
     probabilities, truth = _label_arrays(predictions, len(classes))
     clipped = probabilities.clip(_TINY, 1 - _TINY)
     losses = -(truth * np.log(clipped) + (1 - truth) * np.log(1 - clipped)).mean(1)
@@ -167,14 +167,14 @@ def label_cards(
         return Card(item.name, not wrong[row], predicted_text, true_text, embed_image(item.index, images))
 
     wrong = (predicted != truth.astype(bool)).any(1).tolist()
-    note = f"of {len(losses)} images, {sum(wrong)} of which have a wrong or missing label; worst first"
+    note = f"of {len(losses)} images, worst first; {sum(wrong)} of them are predicted with a wrong or missing label"
     return _groups(losses, card, note)
 
 
 def number_cards(
     predictions: NumberPredictions, names: Sequence[str], images: ImageLoader | None
 ) -> list[dict[str, Any]]:
-    """Return cards for the images with the largest errors in standard deviations, and for others evenly spaced."""
+    """Return cards for the images with the largest standardized errors, and for an evenly spaced sample of the rest."""
     truth, predicted = _number_arrays(predictions)
     errors = (np.abs(predicted - truth) / np.where(np.ptp(truth, 0) > 0, truth.std(0), 1.0)).mean(1)
     is_single = len(names) == 1
@@ -207,7 +207,7 @@ def labels_section(folder: Path, info: RunInfo, metrics: Metrics, images: ImageL
     if isinstance(split_scores, LabelSetScores):
         figure = precision_recall_curves(predictions, info.classes, split_scores)
         description = f"Precision against recall of {len(info.classes)} labels on the {split_name} images"
-        figures.append(inline_svg(figure, "precision-recall", f"{description}; values are in the table."))
+        figures.append(inline_svg(figure, "precision-recall", f"{description}."))
     groups = label_cards(predictions, info.classes, images)
     return {**section, "figures": figures, "figure_split": split_name, "groups": groups}
 
@@ -224,9 +224,10 @@ def numbers_section(folder: Path, info: RunInfo, metrics: Metrics, images: Image
     figures, split_name = [], predictions.split_name
     for target, name in enumerate(info.classes):
         scatter, boxes = true_and_predicted(predictions, target, name), residual_ranges(predictions, target, name)
-        description = f"Predicted against true {name} of {len(predictions.items)} {split_name} images."
+        points = min(len(predictions.items), _MAX_POINTS)
+        description = f"Predicted against true {name} for {points} {split_name} images."
         figures.append(inline_svg(scatter, f"scatter-{target}", description))
-        description = f"Error of {name} by ranges of its true value on the {split_name} images."
+        description = f"Error of {name} by range of its true value on the {split_name} images."
         figures.append(inline_svg(boxes, f"residuals-{target}", description))
     groups = number_cards(predictions, info.classes, images)
     return {**section, "figures": figures, "figure_split": split_name, "groups": groups}
@@ -252,7 +253,7 @@ def masks_section(folder: Path, info: RunInfo, images: ImageLoader | None) -> di
     colors = (mask_colors(len(info.classes)) / 255)[1:]
     return {
         "split": predictions.split_name,
-        "note": f"{len(shown)} of {len(predictions.items)} images: the worst, then others evenly spaced.",
+        "note": f"{len(shown)} of {len(predictions.items)} images: the worst, then a sample of the rest.",
         "legend": [{"name": name, "color": to_hex(c)} for name, c in zip(info.classes[1:], colors, strict=True)],
         "items": [
             {"name": i.name, "dice": i.dice, "iou": i.iou, "picture": embed_image(i.index, images, _MAX_SIDE)}
@@ -262,7 +263,7 @@ def masks_section(folder: Path, info: RunInfo, images: ImageLoader | None) -> di
 
 
 def _groups(errors: np.ndarray, card: Any, note: str) -> list[dict[str, Any]]:
-    """Return cards for the worst images, and for others evenly spaced from worst to best."""
+    """Return cards for the worst images, and for an evenly spaced sample of the rest."""
     order = np.argsort(-errors, kind="stable").tolist()
     worst, rest = order[:_SHOWN], order[_SHOWN:]
     others = [rest[i * len(rest) // _SHOWN] for i in range(_SHOWN)] if len(rest) > _SHOWN else rest

@@ -86,7 +86,9 @@ def explain(
         ImportError: If `by` is gradcam and Captum is not installed.
     """
     folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"out must be a folder for the heat maps, got the file {str(out)!r}")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(
             f"out={out} is not empty; choose another folder, or write into it with --overwrite (overwrite=True)"
         )

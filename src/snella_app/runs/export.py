@@ -44,6 +44,7 @@ from snella_app.text import first_line
 
 _NUM_IMAGES = 8
 _MAX_CHANGED = 0.9  # maximum fraction of changed weights in a sparse file
+_STORE_ALL = "use snella merge to a .safetensors file, which stores all weights"
 _IN_METADATA = "'temperature' in its metadata"
 _IN_CONFIG = "'temperature' in its config.json, which no library applies automatically"
 
@@ -131,6 +132,7 @@ def export(
 
     Raises:
         FileExistsError: If `out` exists and may not be replaced.
+        FileNotFoundError: If `run` is not a run folder, or its adapter is missing.
         ImportError: If a required package is missing; names the extra.
         ValueError: If the format is unknown, an option does not apply to it, it does not support the task or method,
             outputs differ, or the run is a cross-validation.
@@ -364,10 +366,7 @@ def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> tupl
     patch.remove()
     inexact = [name for name in others if name in patch.entries]
     if inexact:
-        raise ValueError(
-            f"the update of {inexact[0]!r} is not an addition to single weights; use --format timm, which stores all "
-            "weights"
-        )
+        raise ValueError(f"the update of {inexact[0]!r} is not an addition to single weights; {_STORE_ALL}")
     patch.replaced = {name: tensor.detach().clone() for name, tensor in others.items()}
     patch.metadata = run_metadata(loaded, model)
     content = patch.to_bytes(options.values)
@@ -378,7 +377,7 @@ def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> tupl
     if len(content) >= size or changed > _MAX_CHANGED * weights:
         raise ValueError(
             f"method {loaded.info.method} changes {changed + replaced:,} of {weights + replaced:,} weights, too many "
-            "for a sparse file; use --format timm, which stores all weights"
+            f"for a sparse file; {_STORE_ALL}"
         )
     path.write_bytes(content)
     stored = load_sparse(base, path)

@@ -254,8 +254,10 @@ class BaseRunFolder(Generic[S]):
 
         Raises:
             FileExistsError: If the folder has a run and neither `resume` nor `overwrite` is set, or has other files.
-            FileNotFoundError: If `resume` is set, but there is neither a run nor the data and backbone to start one.
-            ValueError: If `resume` is set with settings that differ from the stored ones.
+            FileNotFoundError: If `resume` is set, but there is neither a run nor the data and backbone to start one, or
+                the folder has checkpoints but no `run.json`.
+            ValueError: If `resume` is set with settings that differ from the stored ones, or the run is unfinished and
+                from an early version; also if `run.json` or `config.yaml` is damaged or was altered.
         """
         status, requested = self.status, config.flat()
         can_start = all(requested[name] for name in config.required) and not any(self.checkpoints.glob("checkpoint-*"))

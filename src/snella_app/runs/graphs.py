@@ -58,8 +58,9 @@ def export_onnx(model: nn.Module, example: Tensor, metadata: dict[str, Any], out
     """
     import onnxruntime
 
-    if sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) >= _TWO_GIB:
-        raise ValueError("onnx supports at most 2 GiB of weights; use torch-export or timm")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    if size >= _TWO_GIB:
+        raise ValueError(f"onnx supports less than 2 GiB of weights, got {size / 2**30:.2f} GiB; use torch-export")
     program: Any = torch.onnx.export(
         model,
         (example,),

@@ -71,6 +71,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
 
     Raises:
         FileExistsError: If the output exists and `overwrite` is not set, or the folder has other files.
+        FileNotFoundError: If `run` is not a run folder, or its adapter is missing.
         ValueError: If `out` has an unsupported suffix, or is a folder and timm cannot build the model (segmentation,
             backbones outside timm); or if the method cannot be merged, or `run` is a cross-validation.
     """

@@ -91,7 +91,7 @@ class ServerLimits:
 
 
 class _PixelBudget:
-    """Budget for the pixels in memory, shared by all requests; four bytes of a request count as a pixel."""
+    """Budget for the pixels in memory, shared by all requests; a byte of a request counts as a quarter of a pixel."""
 
     def __init__(self, limit: float) -> None:
         self._limit, self._used, self._lock = limit, 0.0, threading.Lock()
@@ -244,8 +244,9 @@ def create_app(
             except ValueError as error:
                 entries[index]["error"] = str(error)
         if (cost := pixels + request.state.cost) > limits.total_megapixels * 1e6:
-            rule = f"a request must have at most {limits.total_megapixels:g} million pixels (4 bytes count as 1)"
-            return JSONResponse({"error": f"{rule}, got {cost / 1e6:.1f}; send fewer images per request"}, 413)
+            rule = f"a request must have at most {limits.total_megapixels:g} million pixels, got {cost / 1e6:.1f}"
+            note = "each byte counts as a quarter of a pixel; send fewer images per request"
+            return JSONResponse({"error": f"{rule}; {note}"}, 413)
         with budget.reserve(pixels) as fits:
             if not fits:
                 return busy()

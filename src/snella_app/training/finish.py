@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from peft import PeftModel
 from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback
@@ -22,7 +23,7 @@ from snella.matrices import AdaptedMatrix
 from snella_app.console import print_line
 from snella_app.data.datasets import ImageDataset
 from snella_app.files import write_text
-from snella_app.methods import load_trained_into
+from snella_app.methods import load_trained_into, method_of
 from snella_app.methods.registry import matrices_of, trainable_parameters
 from snella_app.records.predictions import MAX_PREDICTIONS
 from snella_app.records.record import plain
@@ -50,10 +51,12 @@ from snella_app.training.linear_probe import original_images, probe_rows
 from snella_app.training.memory import peak_rss_mib
 from snella_app.training.trainer import SnellaTrainer
 
-_ADAPTER_USE = """This folder contains an adapter in PEFT format. Run `import snella` before loading it with PEFT; the
-package registers the adapter's type. With the run folder, `snella predict RUN IMAGES` runs prediction on images, and
-`snella merge RUN --out MODEL` merges the adapter into a plain model.
-"""
+_PEFT_USE = """This folder contains an adapter in PEFT format. Run `import snella` before loading it with PEFT; the
+package registers the adapter's type."""
+_PLAIN_USE = """This folder contains the trained weights, which `snella_app.methods.load_trained` loads into the
+backbone."""
+_PREDICT_USE = "With the run folder, `snella predict RUN IMAGES` runs prediction on images"
+_MERGE_USE = "`snella merge RUN --out MODEL.safetensors` merges the weights into a plain model"
 _REPORT_INTERVAL_S = 30.0
 
 
@@ -132,13 +135,21 @@ def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Consol
         test=None if scores["test"] is None else scores_from(scores["test"]),
     )
     run.write(metrics)
-    write_text(run.adapter / CARD, model_card(run.path, _ADAPTER_USE, library="peft"))
+    write_text(run.adapter / CARD, _adapter_card(run.path, parts.model))
     # written before the status, so that resuming a run killed here completes it
     report = write_report(run.path, report_images, state="finished") if render_report else None
     run.finish()
     shutil.rmtree(best, ignore_errors=True)
     _print_results(console, trainer, metrics, scores)
     print_line(console, f"adapter {run.adapter}" + (f", report {report}" if report else ""))
+
+
+def _adapter_card(run: Path, model: nn.Module) -> str:
+    """Return the model card of a run's adapter folder, which describes the files of `save_trained`."""
+    method, is_peft = method_of(model), isinstance(model, PeftModel)
+    can_merge = method is None or method.merge is not None
+    use = f"{_PREDICT_USE}, and {_MERGE_USE}" if can_merge else _PREDICT_USE
+    return model_card(run, f"{_PEFT_USE if is_peft else _PLAIN_USE} {use}.", library="peft" if is_peft else "snella")
 
 
 @dataclasses.dataclass

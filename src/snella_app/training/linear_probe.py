@@ -341,6 +341,10 @@ class FeatureNorm(TrainerCallback):
             self._sums.append(torch.cat([z.new_tensor([len(z)]), z.sum(0), z.square().sum(0)]))
         return (((features.float() - self.mean) / self._std).to(features.dtype), *inputs[1:])
 
+    def discard_batch(self) -> None:
+        """Exclude the last batch from the statistics, because its loss has weight 0."""
+        self._sums[-1].zero_()
+
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Update the statistics with the images of the step from all batches and processes."""
         count, sums, squares = sum_across_processes(torch.stack(self._sums).sum(0)).split(

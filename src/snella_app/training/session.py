@@ -77,8 +77,9 @@ class InterruptCallback(TrainerCallback):
                 return
             raise KeyboardInterrupt
         self.is_requested, self._requested_at = True, time.monotonic()
+        repeat = "" if process_count() > 1 else "; repeat to stop immediately"
         with contextlib.suppress(OSError):  # closed terminal; signal handlers must not use buffered streams
-            os.write(2, b"\nsnella: finishing this step and saving, then stopping; repeat to stop immediately\n")
+            os.write(2, f"\nsnella: finishing this step and saving, then stopping{repeat}\n".encode())
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop midway through an epoch; the end of an epoch saves anyway."""
@@ -116,13 +117,13 @@ def lock_run(run: BaseRunFolder[Any], *, is_shared: bool = False) -> Iterator[No
 
     Raises:
         RunInUseError: If a running process holds the lock; the message has its process id.
-        ValueError: If the folder's name is not valid UTF-8 or has control characters.
+        ValueError: If the folder's path has characters that are not printable.
         NotImplementedError: If the world size is larger than 1 without `is_shared`.
     """
     if not is_shared:
         require_single_process("training")
     if not str(run.path).isprintable():
-        raise ValueError(f"out must be a name in UTF-8 without control characters, got {str(run.path)!r}")
+        raise ValueError(f"out must contain only printable characters, got {str(run.path)!r}; choose another folder")
     if run.path.exists() and not run.path.is_dir():
         yield  # resolve_resume reports this error later
         return

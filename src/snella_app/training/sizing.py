@@ -8,7 +8,8 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from snella_app.data.datasets import ImageDataset
 from snella_app.data.protocol import get_protocol
 from snella_app.device import autocast, synchronized_time
 from snella_app.methods import find_method
+from snella_app.methods.registry import matrices_of
 from snella_app.text import first_line, seconds_text
 from snella_app.training.build import RunComponents
 from snella_app.training.distributed import process_count
@@ -47,7 +49,7 @@ _MEMORY_SHARE = 0.8
 """Maximum predicted step memory as a fraction of free memory; the prediction excludes libraries and workspaces."""
 _TIMED_STEPS, _MIN_TIMED = 4, 3
 _RESERVED_SHARE, _RESERVED_S = 0.05, 4.0
-"""Fraction and seconds of the time budget for checkpoints, results and report; together at most a tenth."""
+"""Fraction and seconds of the time budget for optimizer updates, checkpoints and reports; together at most a tenth."""
 _MAX_EPOCHS = 100
 _MEASURED_SHARE = 0.02
 """Fraction of the time budget for timing one kind of step; exceeded only for the minimum number of steps."""
@@ -387,7 +389,7 @@ def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     moments = [torch.zeros_like(parameter) for parameter in trained for _ in range(2)]
     try:
-        with preserve_state(model, images):
+        with preserve_state(model, images), _reduced_budgets(model):
             model.train()
             with torch.no_grad():
                 for parameter in trained:
@@ -398,6 +400,21 @@ def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) 
     finally:
         moments.clear()
         model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _reduced_budgets(model: nn.Module) -> Iterator[None]:
+    """Reduce all budgets by half the target sparsity; with full budgets, a step does not search for thresholds."""
+    layers = {matrix.layer: matrix.adapter_name for matrix in matrices_of(model)}
+    budgets = {layer: layer.budgets(name) for layer, name in layers.items()}
+    try:
+        for layer, name in layers.items():
+            share = 1 - layer.snella_config[name].target_sparsity / 2
+            layer.set_budget(name, (int(share * budget) for budget in budgets[layer]))
+        yield
+    finally:
+        for layer, name in layers.items():
+            layer.set_budget(name, budgets[layer])
 
 
 @torch.no_grad()

@@ -326,6 +326,8 @@ class SnellaTrainer(CheckpointingTrainer):
         micro_step = [self._micro_step] if self._micro_step else []  # same first seed without accumulation
         torch.manual_seed(mix_seed(self.args.seed, 1, self.state.global_step, self.args.process_index, *micro_step))
         loss = super().training_step(model, self._mix(inputs), num_items_in_batch)
+        if self.feature_norm is not None and not self._weights[self._micro_step]:
+            self.feature_norm.discard_batch()  # its image counts in another process
         self._micro_step += 1
         self._step_loss += self.last_loss
         self.last_loss = self._step_loss
@@ -423,7 +425,12 @@ class SnellaTrainer(CheckpointingTrainer):
         per_epoch = max(1, self.state.max_steps // max(1, int(self.state.num_train_epochs)))
         epoch = (step - 1) // per_epoch + 1
         done = sum(row["epoch"] > 0 for row in self.history)
-        saved = f"the state after epoch {done} and the best adapter are saved" if done else "no trained epoch is saved"
+        if not done:
+            saved = "no trained epoch is saved"
+        elif self.args.save_strategy == "no":
+            saved = "the best adapter is saved"
+        else:
+            saved = f"the state after epoch {done} and the best adapter are saved"
         optim, scaling = self.plan.optim, self.plan.method.scaling
         options = {"lr": optim.lr, "scalar-lr": optim.scalar_lr, "head-lr": optim.head_lr, "scaling": scaling}
         named = ", ".join(f"--{name} (now {value:g})" for name, value in options.items() if value is not None)

@@ -67,24 +67,19 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
     rows: list[Row] = []
     images: list[list[Image.Image]] = []
     titles: list[str] = []
+    captions: list[list[str]] = []
     for entry, config in datasets:
         splits = load_splits(config, seed)
         selected = _class_balanced_indices(splits.train.labels, limit, seed)
         images.append([splits.train.image(index) for index in selected])
         group = "" if entry.group == entry.name else f"{entry.group}: "
         titles.append(f"{group}{entry.name}")
+        names = [splits.label_names[splits.train.labels[index]] if splits.label_names else "" for index in selected]
+        captions.append([shortened(name, 13) for name in names])
         rows += [
-            {
-                "group": entry.group,
-                "data": entry.name,
-                "class": splits.label_names[splits.train.labels[index]] if splits.label_names else "",
-                "image": splits.train.names[index],
-            }
-            for index in selected
+            {"group": entry.group, "data": entry.name, "class": name, "image": splits.train.names[index]}
+            for index, name in zip(selected, names, strict=True)
         ]
-    captions = [
-        [shortened(str(row["class"]), 13) for row in rows if row["data"] == entry.name] for entry, _ in datasets
-    ]
     return [Plot("samples", rows, partial(_draw_grid, images, titles, captions))]
 
 
@@ -157,9 +152,10 @@ def gradcam(
     """Plot class activation maps of the true class for the pre-trained model and each run (Figure 15).
 
     The first run's transform crops the shown images; each model uses its run's transform.
-    `snella_app.runs.explain.heat_maps` computes the maps of ViT, Swin, ConvNeXt and other timm models. The pre-trained
-    model combines the first run's pre-trained backbone with its trained head. The table contains the fraction of each
-    map's sum in the central ninth. See `PlotOptions` for the arguments.
+    `snella_app.runs.explain.heat_maps` computes the maps of ViT, Swin, ConvNeXt and other timm models, with the head
+    that predicts: the final head, if the run has one. The pre-trained model combines the first run's pre-trained
+    backbone with its head. The table contains the fraction of each map's sum in the central ninth. See `PlotOptions`
+    for the arguments.
 
     Raises:
         FileNotFoundError: If a folder contains no run with an adapter, or the data no longer exists.
@@ -178,7 +174,7 @@ def gradcam(
     inputs = [_model_input_image(first, image) for image in images]
     grid: list[list[Image.Image]] = [inputs]
     rows: list[Row] = []
-    networks = [_pretrained_with_head(first), *(loaded.model for loaded in models)]
+    networks = [_pretrained_with_head(first), *(loaded.network for loaded in models)]
     for label, loaded, model in zip([PRETRAINED, *labels], [first, *models], networks, strict=True):
         if missing := sorted(set(classes) - set(loaded.classes)):
             raise ValueError(f"runs must have the classes of the first run, got {label} without {', '.join(missing)}")
@@ -195,13 +191,18 @@ def gradcam(
 
 
 def _pretrained_with_head(loaded: LoadedRun) -> nn.Module:
-    """Combine the pre-trained backbone of a run with its trained head."""
+    """Combine the pre-trained backbone of a run with its final head, if it has one, or its trained head."""
     model = make_backbone(loaded.info.backbone)
+    if loaded.probe is not None:
+        return loaded.probe.with_model(model).eval()
     trained = base_and_head(loaded.model)[1].state_dict()
     head = model.get_submodule(spec_of(loaded.model).head)
     shapes = {key: value.shape for key, value in head.state_dict().items()}
     if any(key not in trained or trained[key].shape != shape for key, shape in shapes.items()):
-        raise ValueError(f"gradcam needs runs with a linear head on the last layer, got method {loaded.info.method!r}")
+        raise ValueError(
+            f"runs must begin with a run that has a final head or a linear head on the last layer, got method "
+            f"{loaded.info.method!r} in {loaded.folder.path}; begin with another run"
+        )
     head.load_state_dict({key: trained[key] for key in head.state_dict()})
     return model.eval()
 

@@ -189,10 +189,16 @@ def in_order_of_depth(layers: Mapping[str, list[T]]) -> dict[str, list[T]]:
 
 
 def run_labels(runs: Sequence[str | Path]) -> list[str]:
-    """Return the shortest path suffixes that distinguish the folders."""
+    """Return the shortest path suffixes that distinguish the folders.
+
+    Raises:
+        ValueError: If a folder occurs twice.
+    """
     parts = [Path(run).resolve().parts for run in runs]
+    if repeated := [str(run) for number, run in enumerate(runs) if parts[number] in parts[:number]]:
+        raise ValueError(f"runs must be different folders, got {', '.join(repeated)} twice; pass each folder once")
     for length in range(1, max(map(len, parts), default=1) + 1):
         labels = ["/".join(part[-length:]) for part in parts]
-        if len(set(labels)) == len(set(parts)):
+        if len(set(labels)) == len(parts):
             break
     return labels if runs else []

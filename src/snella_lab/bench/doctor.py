@@ -178,7 +178,7 @@ def describe_machine(versions: dict[str, str]) -> dict[str, Any]:
 
     machine: dict[str, Any] = {
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "processor": device_name("cpu"),
+        "processor": device_name("cpu").replace(" 1 threads", " 1 thread"),
         "memory": bytes_text(psutil.virtual_memory().total),
         "instructions": torch.backends.cpu.get_cpu_capability() + _bfloat16(has_bfloat16_instructions()),
         "versions": versions,

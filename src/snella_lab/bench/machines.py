@@ -101,17 +101,18 @@ class Gpu:
 
 
 GPUS: dict[str, Gpu] = {
-    "h100": Gpu("H100 SXM", 989e12, 66.9e12, 3.35e12, 450e9, 1.98e9, "NVIDIA H100 datasheet"),
-    "a100": Gpu("A100 SXM 80 GB", 312e12, 19.5e12, 2.04e12, 300e9, 1.41e9, "NVIDIA A100 datasheet"),
+    "h100": Gpu("H100 SXM", 989.4e12, 66.9e12, 3.35e12, 450e9, 1.98e9, "NVIDIA H100 architecture whitepaper"),
+    "h200": Gpu("H200 SXM", 989.4e12, 66.9e12, 4.8e12, 450e9, 1.98e9, "NVIDIA H200 datasheet; computes as the H100"),
+    "a100": Gpu("A100 SXM 80 GB", 312e12, 19.5e12, 2.039e12, 300e9, 1.41e9, "NVIDIA A100 datasheet"),
     "rtx4090": Gpu(
-        "RTX 4090", 165e12, 82.6e12, 1.01e12, 32e9, 2.52e9, "NVIDIA Ada architecture whitepaper; PCIe 4 ×16"
+        "RTX 4090", 165.2e12, 82.6e12, 1.008e12, 32e9, 2.52e9, "NVIDIA Ada architecture whitepaper; PCIe 4 ×16"
     ),
     "l4": Gpu("L4", 121e12, 30.3e12, 0.3e12, 32e9, 2.04e9, "NVIDIA L4 datasheet; PCIe 4 ×16"),
     "t4": Gpu("T4", 65e12, 8.1e12, 0.32e12, 16e9, 1.59e9, "NVIDIA T4 datasheet; float16; PCIe 3 ×16"),
-    "mi300x": Gpu("MI300X", 1307e12, 163.4e12, 5.3e12, 448e9, 2.1e9, "AMD MI300X datasheet"),
+    "mi300x": Gpu("MI300X", 1307.4e12, 163.4e12, 5.3e12, 448e9, 2.1e9, "AMD MI300X datasheet"),
 }
-"""Values attributed to the datasheets, but neither checked against them nor measured. L4's datasheet states twice the
-product rate, with sparsity."""
+"""Printed values attributed to the datasheets, but neither checked against them nor measured. The datasheets of H200
+and L4 state twice the product rate, with sparsity."""
 
 EFFICIENCIES = {
     "product": (0.35, 0.5, 0.65),

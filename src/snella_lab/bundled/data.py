@@ -250,8 +250,8 @@ def _root(data: str) -> Path:
     shapes = {name: list(_volume(root / name).shape) for name in (_HEAD, _BRAIN, _ATLAS)}
     if any(shape != shapes[_HEAD] or shape[2] <= _LAST_SLICE or shape[1] < shape[0] for shape in shapes.values()):
         raise ValueError(
-            f"data {data}: the volumes in '{root}' must have equal shapes [x, y, z] with x <= y and z >= 155, "
-            f"got {shapes}"
+            f"data {data}: the volumes in '{root}' must have equal shapes [x, y, z] with x <= y and "
+            f"z > {_LAST_SLICE}, got {shapes}"
         )
     return root
 

@@ -42,7 +42,7 @@ from snella_lab.comparison.search import Candidate
 from snella_lab.comparison.slurm import write_slurm_scripts
 from snella_lab.comparison.statistics import Rows, Spread, mean_of_measured
 from snella_lab.comparison.store import LOCKS, cell_lock, collect, drop_failed, is_locked, read_part, read_row
-from snella_lab.comparison.summary import cost_texts, print_summary, recommend, spread_text, summarize
+from snella_lab.comparison.summary import FRACTIONS, cost_texts, print_summary, recommend, spread_text, summarize
 
 
 class CellsFailedError(RuntimeError):
@@ -262,7 +262,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
         FileExistsError: If `out` contains a run or other files, or `OUT-choice` contains files but no selection.
         ValueError: If data or settings are invalid, or `OUT-choice` contains a selection with other settings.
         CellsFailedError: If every method failed, or another process is training one of the runs.
-        TrainingInterrupted: On Ctrl-C; finished runs remain stored.
+        TrainingInterrupted: On Ctrl-C or SIGTERM; finished runs remain stored.
     """
     require_single_process("choosing a method")
     console = console or make_console(survives_closed_output=True)
@@ -284,7 +284,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     ]
     print_line(console, f"selecting a method: {counted(len(cells), 'short run')} in {root}")
     rows = [_trained_row(root, experiment, cell) for cell in cells]
-    means, costs = {}, {}
+    means, costs, is_fraction = {}, {}, f"test_{experiment.metric}" in FRACTIONS
     for method in experiment.methods:
         method_rows = [row for row in rows if row.experiment_name == method.name]
         values = [value for row in method_rows if row.status == "success" and (value := row.score("val")) is not None]
@@ -295,16 +295,17 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
             continue
         means[method.name] = Spread(statistics.fmean(values), statistics.stdev(values), len(values))
         costs[method.name] = {name: mean_of_measured(row.column(name) for row in method_rows) for name in _CHOICE_COSTS}
+        score = f"{spread_text(means[method.name], is_fraction)}{'%' if is_fraction else ''}"
         texts = cost_texts(costs[method.name])
         print_line(
             console,
-            f"{method.name}: validation {experiment.measures[experiment.metric]} {spread_text(means[method.name])}%, "
-            f"memory {texts['memory']}, time {texts['time']}",
+            f"{method.name}: validation {experiment.measures[experiment.metric]} {score}, memory {texts['memory']}, "
+            f"time {texts['time']}",
         )
     if not means:
         reason = rows[0].error or "no validation score"
         raise CellsFailedError(f"every method failed in {root}, e.g. {rows[0].cell}: {reason}")
-    chosen, text = recommend(means, costs, experiment.measures[experiment.metric])
+    chosen, text = recommend(means, costs, experiment.measures[experiment.metric], is_fraction)
     print_line(console, text)
     return config.replace(method=chosen)
 
@@ -340,9 +341,10 @@ def _trained_row(root: Path, experiment: Experiment, cell: Cell) -> CellRow:
         return row
     executor = _executor(root, experiment, ExecutionConfig())
     try:
-        executor.start(cell)
-        while not (ended := executor.wait(_POLL_S)):
-            pass
+        with _interrupted_by_sigterm():
+            executor.start(cell)
+            while not (ended := executor.wait(_POLL_S)):
+                pass
     except (KeyboardInterrupt, TrainingInterrupted):
         raise TrainingInterrupted(
             f"interrupted while selecting a method in {root}; resume with the same command"

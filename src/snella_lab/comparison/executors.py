@@ -57,7 +57,10 @@ class Executor(Protocol):
         """Start a cell; requires a free slot."""
 
     def wait(self, timeout_s: float) -> list[Outcome]:
-        """Wait until a cell finishes or the timeout expires, and return the outcomes of finished cells."""
+        """Wait until a cell ends or the timeout expires, and return the outcomes.
+
+        An outcome without row and error means that the cell must be started again.
+        """
 
     def stop(self, cell: Cell) -> None:
         """Stop a running cell; `wait` does not return it."""
@@ -190,8 +193,8 @@ class OnRay:
     """Parallel execution on Ray, with one task and one worker process per cell.
 
     Connects to the cluster at `RAY_ADDRESS`, or starts a local one. The comparison's folder must have the same path on
-    all machines. A cell that loses its worker or machine restarts from its last checkpoint, at most `MAX_RESTARTS`
-    times.
+    all machines. At most `MAX_RESTARTS` times, a cell that loses its worker or machine ends without row and error, and
+    resumes from its last checkpoint when it is started again.
 
     Args:
         root: Folder of the comparison; made absolute.
@@ -246,12 +249,12 @@ class OnRay:
         self._running[self._task.remote(self._job, cell)] = cell
 
     def wait(self, timeout_s: float) -> list[Outcome]:
-        """Wait until a cell finishes or the timeout expires; return its outcome, or none if it restarts."""
+        """Wait until a cell ends or the timeout expires, and return its outcome."""
         if not self._running:
             time.sleep(timeout_s)
             return []
         ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout_s)
-        return [outcome for reference in ready if (outcome := self._end(reference)) is not None]
+        return [self._end(reference) for reference in ready]
 
     def stop(self, cell: Cell) -> None:
         """Stop a running cell."""
@@ -267,8 +270,8 @@ class OnRay:
         if self._owns_ray:
             self._ray.shutdown()
 
-    def _end(self, reference: Any) -> Outcome | None:
-        """Return the outcome of a worker or the reason for its crash; None if the cell restarts."""
+    def _end(self, reference: Any) -> Outcome:
+        """Return the outcome of a worker or the reason for its crash; without both, the cell must be started again."""
         cell = self._running.pop(reference)
         try:
             outcome: Outcome = self._ray.get(reference)
@@ -283,8 +286,7 @@ class OnRay:
             if restarts == MAX_RESTARTS:
                 return Outcome(cell, error=f"{reason} (after {restarts} restarts)")
             self._restarts[cell.name] = restarts + 1
-            self.start(cell)
-            return None
+            return Outcome(cell)
 
     def _nodes(self) -> list[dict[str, float]]:
         """Return the resources of all live machines."""

@@ -65,7 +65,8 @@ def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) ->
     axes.margins(0.08)
     axes.set_xlabel(label)
     axes.set_ylabel(f"test {summary.measure}" + (", mean over tasks" if len(summary.tasks) > 1 else ""))
-    percent_axis(axes)
+    if summary.is_fraction:
+        percent_axis(axes)
     add_legend(figure, handles, [shortened(name) for *_, name in points])
     return figure
 
@@ -99,7 +100,8 @@ def learning_rate_curves(summary: Summary, tasks: Sequence[str], title: str) -> 
     if accuracies:
         axes.set_ylim(bottom=max(axes.get_ylim()[0], max(accuracies) - SHOWN_RANGE))
     axes.set_ylabel(f"validation {summary.measure}")
-    percent_axis(axes)
+    if summary.is_fraction:
+        percent_axis(axes)
     add_legend(figure, handles, [shortened(name) for _, name, _ in curves])
     return figure
 
@@ -183,8 +185,9 @@ def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | Non
     axes.tick_params(axis="y", length=0)
     if width < 600:
         axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _points(v)))
-    axes.set_xlabel(f"points of test {summary.measure}")
+    if summary.is_fraction:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _points(v)))
+    axes.set_xlabel(f"{'points of' if summary.is_fraction else 'difference in'} test {summary.measure}")
     return figure
 
 

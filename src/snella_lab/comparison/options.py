@@ -18,7 +18,7 @@ class ExecutionConfig(Config):
         threads: Threads per worker; defaults to an equal share of the CPUs, or to 1 with ray or emit.
         ray: Run on Ray, on the cluster at RAY_ADDRESS or on this machine.
         gpus: GPUs per run on Ray, e.g. 0.25; defaults to an equal share of the cluster's GPUs.
-        run_limit: Maximum minutes per run; a longer run is stopped and counts as failed.
+        run_limit: Maximum minutes per run; a longer or hanging run is stopped and counts as failed. Default: no limit.
         emit: Write job scripts for a scheduler (slurm) instead of training.
         emit_to: Folder of the job scripts; default OUT/slurm.
         part: Train one part without a report, e.g. 0/8 for the first of eight parts; used by the job scripts.

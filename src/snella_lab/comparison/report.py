@@ -18,7 +18,7 @@ from snella_app.report.report import write_page as write_template
 from snella_app.report.style import inline_svg, shortened
 from snella_app.text import decimal_text, measure_text, percent_text, plain_text, points_text, seconds_text
 from snella_lab.comparison import figures
-from snella_lab.comparison.experiment import MEASURES, OVER_GROUPS, OVER_TASKS, Experiment
+from snella_lab.comparison.experiment import OVER_GROUPS, OVER_TASKS, Experiment
 from snella_lab.comparison.rows import SearchChoice
 from snella_lab.comparison.statistics import (
     LEVEL,
@@ -31,6 +31,7 @@ from snella_lab.comparison.statistics import (
     with_holm,
 )
 from snella_lab.comparison.summary import (
+    FRACTIONS,
     MethodSummary,
     Summary,
     caption,
@@ -39,12 +40,12 @@ from snella_lab.comparison.summary import (
     interval_text,
     outcome_text,
     recommendation_text,
+    score_text,
     significance_texts,
     spread_text,
     table_cells,
+    unit_text,
 )
-
-_FRACTIONS = {f"test_{metric}" for measures in MEASURES.values() for metric in measures}
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class OrderingResult:
         claim: Human-readable claim, e.g. `cubic above linear`.
         verdict: `holds` or `contradicted` for a significant difference, else `inconclusive` or `not run`.
         difference: Paired difference with Holm's correction over the claims; None without runs.
-        is_fraction: True if the metric is a fraction such as accuracy.
+        is_fraction: True if the metric is formatted in percent, such as accuracy.
         tasks: Number of tasks of the claim; the result is `inconclusive` until runs of all of them exist.
     """
 
@@ -124,7 +125,7 @@ def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
         value = runs.difference(higher, lower, tasks, metric)
         text = f"{higher} above {lower}" + (f" on {claim['task']}" if claim.get("task") else "")
         text += "" if metric == experiment.published_metric else f" in {metric.replace('_', ' ')}"
-        claims.append((text, value, metric in _FRACTIONS, len(tasks)))
+        claims.append((text, value, metric in FRACTIONS, len(tasks)))
     corrected = with_holm(dict(enumerate(value for _, value, *_ in claims)))
     results = []
     for number, (text, _, is_fraction, count) in enumerate(claims):
@@ -256,7 +257,8 @@ def write_page(root: Path, summary: Summary) -> Path:
         "forest": _forest(summary, False),
         "forests": _forest(summary, True) if 1 < len(summary.tasks) <= MAX_TASK_FIGURES else Markup(""),
         "max_task_figures": MAX_TASK_FIGURES,
-        "shown_points": f"{100 * figures.SHOWN_RANGE:g}",
+        "in_percent": unit_text(summary, "percent"),
+        "shown_range": f"{100 * figures.SHOWN_RANGE:g} points" if summary.is_fraction else f"{figures.SHOWN_RANGE:g}",
         "on_gpu": any(row.column("accelerator_memory_max") for row in rows),
         "tested": interval_text(summary),
         "level": percent_text(LEVEL, 0),
@@ -280,16 +282,11 @@ def _headline(summary: Summary) -> dict[str, Any] | None:
     best = max(means, key=lambda method: means[method].mean)
     return {
         "name": name,
-        "score": _score_text(means[name].mean, summary),
+        "score": score_text(means[name].mean, summary.is_fraction),
         "best": best,
-        "best_score": _score_text(means[best].mean, summary),
+        "best_score": score_text(means[best].mean, summary.is_fraction),
         "is_best": math.isclose(means[name].mean, means[best].mean),
     }
-
-
-def _score_text(mean: float, summary: Summary) -> str:
-    """Format a mean; fractions in percent."""
-    return percent_text(mean) if summary.column in _FRACTIONS else decimal_text(mean, 3)
 
 
 def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
@@ -298,14 +295,15 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
     headings = [*(heading for heading in scores if heading not in summary.tasks), *summary.tasks]
     means = max(len(headings) - len(summary.tasks), 1)  # columns before the difference; for a single task, its score
     best = {heading: max((value.mean for value in scores[heading] if value), default=None) for heading in headings}
-    lines = []
+    lines, is_fraction = [], metric in FRACTIONS
     for number, method in enumerate(summary.methods):
         cells = []
         for heading in headings:
             value = scores[heading][number]
-            cells.append({"text": spread_text(value), "is_best": value is not None and value.mean == best[heading]})
+            text = spread_text(value, is_fraction)
+            cells.append({"text": text, "is_best": value is not None and value.mean == best[heading]})
         difference = method.to_reference[metric]
-        text, tests = difference_text(difference, len(summary.tasks)), significance_texts(difference)
+        text, tests = difference_text(difference, len(summary.tasks), is_fraction), significance_texts(difference)
         lines.append({"name": method.name, "cells": cells, "difference": text, "tests": tests})
     is_main = metric == summary.column
     return {"title": title, "headings": headings, "means": means, "lines": lines, "is_main": is_main}

@@ -281,7 +281,7 @@ _ERROR_LENGTH = 400
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a cell: a row, an error, or neither if another process has claimed the cell.
+    """Outcome of a cell: a row, an error, or neither if the cell must be started again or another process claimed it.
 
     Args:
         cell: The cell.

@@ -58,7 +58,8 @@ def write_slurm_scripts(root: Path, experiment: Experiment, execution: Execution
     root = root.resolve()
     scripts = root / "slurm" if execution.emit_to is None else Path(execution.emit_to).resolve()
     if any(character in str(scripts) for character in '"\\\n'):
-        raise ValueError(f"emit_to must not contain double quotes, backslashes or newlines, got {scripts}")
+        argument = "out" if execution.emit_to is None else "emit_to"
+        raise ValueError(f"{argument} must not contain double quotes, backslashes or newlines, got {scripts}")
     command = f"-m snella_app.cli.main compare --out {shlex.quote(str(root))}"
     names = ("train.sh", "report.sh", "submit.sh")
     existing = [scripts / name for name in names if (scripts / name).exists()]

@@ -8,8 +8,8 @@ from functools import cached_property
 from rich.console import Console
 
 from snella_app.console import counted, make_table, print_line
-from snella_app.text import bytes_text, count_text, percent_text, points_text, seconds_text
-from snella_lab.comparison.experiment import OVER_GROUPS, OVER_TASKS, Experiment
+from snella_app.text import bytes_text, count_text, decimal_text, percent_text, points_text, seconds_text
+from snella_lab.comparison.experiment import MEASURES, OVER_GROUPS, OVER_TASKS, Experiment
 from snella_lab.comparison.rows import CellRow
 from snella_lab.comparison.statistics import (
     LEVEL,
@@ -26,6 +26,8 @@ COSTS = (
     *("num_trainable_params", "changed_weights", "file_size", "step_time", "train_time"),
     *("training_mib", "peak_rss_mib", "accelerator_memory_max", "forgetting"),
 )
+FRACTIONS = {f"test_{metric}" for measures in MEASURES.values() for metric in measures} - {"test_kappa", "test_r2"}
+"""Row columns formatted in percent; kappa and R² are decimals, because they can be negative."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,11 @@ class Summary:
         return self.metrics[self.column]
 
     @property
+    def is_fraction(self) -> bool:
+        """True if the main metric is formatted in percent."""
+        return self.column in FRACTIONS
+
+    @property
     def has_groups(self) -> bool:
         """True if the mean over groups differs from the mean over tasks."""
         return 1 < len(self.groups) < len(self.tasks)
@@ -129,7 +136,7 @@ class Summary:
     @property
     def recommendation(self) -> tuple[str, str]:
         """Recommended method and the reason as a sentence; requires results."""
-        return recommend(self.means, {m.name: m.costs for m in self.methods}, self.measure)
+        return recommend(self.means, {m.name: m.costs for m in self.methods}, self.measure, self.is_fraction)
 
 
 def summarize(experiment: Experiment, rows: Rows) -> Summary:
@@ -177,25 +184,38 @@ def summarize(experiment: Experiment, rows: Rows) -> Summary:
     )
 
 
-def spread_text(value: Spread | None) -> str:
-    """Format a fraction and its standard deviation in percent: 85.2 ± 0.4."""
+def score_text(value: float, is_fraction: bool) -> str:
+    """Format a score: 85.2% for a fraction, else 0.852."""
+    return percent_text(value) if is_fraction else decimal_text(value, 3)
+
+
+def spread_text(value: Spread | None, is_fraction: bool = True) -> str:
+    """Format a score and its standard deviation: 85.2 ± 0.4 for a fraction, else 0.852 ± 0.004."""
     if value is None:
         return "–"
-    deviation = "" if math.isnan(value.std) else f" ± {100 * value.std:.1f}"
-    return f"{100 * value.mean:.1f}{deviation}"
+    mean, deviation = (score_text(part, is_fraction).rstrip("%") for part in (value.mean, value.std))
+    return mean if math.isnan(value.std) else f"{mean} ± {deviation}"
 
 
-def difference_text(value: Difference | None, tasks: int) -> str:
-    """Format a difference and its interval in points: -0.8 [-1.9, +0.2].
+def change_text(value: float, is_fraction: bool) -> str:
+    """Format a difference with its sign: +2.9 points of a fraction, else +0.029."""
+    return points_text(value) if is_fraction else points_text(value / 100, 3)
+
+
+def size_text(value: float, is_fraction: bool) -> str:
+    """Format the size of a difference with its unit: 2.9 points for a fraction, else 0.029."""
+    return f"{100 * value:.1f} points" if is_fraction else decimal_text(value, 3)
+
+
+def difference_text(value: Difference | None, tasks: int, is_fraction: bool = True) -> str:
+    """Format a difference and its interval: −0.8 [−1.9, +0.2] in points of a fraction, else −0.008 [−0.019, +0.002].
 
     Append the number of tasks if it differs from `tasks`.
     """
     if value is None:
         return "–"
-    part = part_text(value, tasks)
-    if math.isnan(value.low):
-        return f"{points_text(value.mean)}{part}"
-    return f"{points_text(value.mean)} [{points_text(value.low)}, {points_text(value.high)}]{part}"
+    mean, low, high = (change_text(end, is_fraction) for end in (value.mean, value.low, value.high))
+    return f"{mean}{'' if math.isnan(value.low) else f' [{low}, {high}]'}{part_text(value, tasks)}"
 
 
 def p_text(value: float) -> str:
@@ -224,14 +244,15 @@ def outcome_text(summary: Summary) -> str:
     where = f" in the mean over {counted(len(summary.tasks), 'task')}" if len(summary.tasks) > 1 else ""
     equal = [name for name, value in means.items() if math.isclose(value.mean, means[best].mean)]
     leaders = f"{', '.join(equal)} {'has' if len(equal) == 1 else 'have'} the highest test {summary.measure}"
-    text = f"{leaders}, {100 * means[best].mean:.1f}%{where}"
+    text = f"{leaders}, {score_text(means[best].mean, summary.is_fraction)}{where}"
     differences = {m.name: d for m in summary.methods if (d := m.to_reference[summary.column]) is not None}
     lead = differences.get(best)
     if lead is not None and lead.mean > 0 and len(equal) == 1:
-        text += f": {100 * lead.mean:.1f} points above {summary.reference}"
+        text += f": {size_text(lead.mean, summary.is_fraction)} above {summary.reference}"
         if not math.isnan(lead.low):
             reason = "" if lead.direction else f"; {insignificance_text(lead)}"
-            text += f" ({percent_text(LEVEL, 0)} interval {points_text(lead.low)} to {points_text(lead.high)}{reason})"
+            low, high = (change_text(end, summary.is_fraction) for end in (lead.low, lead.high))
+            text += f" ({percent_text(LEVEL, 0)} interval {low} to {high}{reason})"
     complete = {name: d for name, d in differences.items() if d.tasks == len(summary.tasks)}
     above = [name for name, d in complete.items() if d.direction > 0 and name != best]
     below = [name for name, d in complete.items() if d.direction < 0]
@@ -265,24 +286,26 @@ def recommendation_text(summary: Summary) -> str:
 
 
 def recommend(
-    means: Mapping[str, Spread], costs: Mapping[str, Mapping[str, float | None]], measure: str
+    means: Mapping[str, Spread], costs: Mapping[str, Mapping[str, float | None]], measure: str, is_fraction: bool
 ) -> tuple[str, str]:
     """Return the recommended method and the reason as a sentence; see `recommendation_text`.
 
-    `means` are over seeds; `costs` contain `accelerator_memory_max`, `training_mib` and `train_time`.
+    `means` are over seeds, formatted in percent if `is_fraction`; `costs` contain `accelerator_memory_max`,
+    `training_mib` and `train_time`.
     """
     best = max(means, key=lambda name: means[name].mean)
     top = means[best]
     error = 0.0 if math.isnan(top.std) else top.std / math.sqrt(top.count)
     near = [name for name, value in means.items() if value.mean >= top.mean - error]
     if len(near) == 1:
-        reason = "only one seed; standard error unknown" if math.isnan(top.std) else f"{100 * error:.1f} points"
+        reason = "only one seed; standard error unknown" if math.isnan(top.std) else size_text(error, is_fraction)
         return best, f"Recommended: {best}. No other method is within one standard error of its {measure} ({reason})."
     chosen, reason = _cheapest(near, costs)
     texts = cost_texts(costs[chosen])
     return chosen, (
-        f"Recommended: {chosen}. {len(near)} methods are within one standard error ({100 * error:.1f} points) of the "
-        f"best {measure}, {100 * top.mean:.1f}% for {best}; {reason} (memory {texts['memory']}, time {texts['time']})."
+        f"Recommended: {chosen}. {len(near)} methods are within one standard error ({size_text(error, is_fraction)}) "
+        f"of the best {measure}, {score_text(top.mean, is_fraction)} for {best}; {reason} "
+        f"(memory {texts['memory']}, time {texts['time']})."
     )
 
 
@@ -333,9 +356,17 @@ def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
 def caption(summary: Summary) -> str:
     """Return the caption of the tables."""
     return (
-        f"test {'/'.join(summary.metrics.values())} in percent, mean ± standard deviation over seeds; "
-        f"{interval_text(summary)}"
+        f"test {'/'.join(summary.metrics.values())}{unit_text(summary, 'percent')}, mean ± standard deviation over "
+        f"seeds; {interval_text(summary)}"
     )
+
+
+def unit_text(summary: Summary, unit: str) -> str:
+    """Return the unit of the fractions among the metrics: " in percent", " (accuracy in percent)" or no text."""
+    fractions = [title for metric, title in summary.metrics.items() if metric in FRACTIONS]
+    if len(fractions) == len(summary.metrics):
+        return f" in {unit}"
+    return f" ({', '.join(fractions)} in {unit})" if fractions else ""
 
 
 def interval_text(summary: Summary) -> str:
@@ -344,9 +375,10 @@ def interval_text(summary: Summary) -> str:
     has_tasks = any(d.tasks > 1 for d in differences)
     units, averaging = ("tasks", " (seeds averaged per task)") if has_tasks else ("seeds", "")
     text = (
-        f"differences from {summary.reference} in points, with {percent_text(LEVEL, 0)} Student's t intervals over "
-        f"{units}{averaging}; p after Holm's correction over {counted(len(differences), 'comparison')}; above: number "
-        f"of {units} above {summary.reference}, with p of the sign test"
+        f"differences from {summary.reference}{unit_text(summary, 'points')}, with {percent_text(LEVEL, 0)} "
+        f"Student's t intervals over {units}{averaging}; p after Holm's correction over "
+        f"{counted(len(differences), 'comparison')}; above: number of {units} above {summary.reference}, with p of the "
+        f"sign test"
     )
     few = bool(differences) and all(d.units < MIN_UNITS for d in differences)
     return f"{text}; no difference is significant with fewer than {MIN_UNITS} tasks or seeds" if few else text
@@ -377,8 +409,9 @@ def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list
     scores = summary.scores(metric)
     lines = [["method", *scores, f"difference from {summary.reference}", "p", "above", *costs]]
     for number, method in enumerate(summary.methods):
-        cells = [spread_text(column[number]) for column in scores.values()]
-        cells += [difference_text(method.to_reference[metric], len(summary.tasks))]
+        is_fraction = metric in FRACTIONS
+        cells = [spread_text(column[number], is_fraction) for column in scores.values()]
+        cells += [difference_text(method.to_reference[metric], len(summary.tasks), is_fraction)]
         cells += significance_texts(method.to_reference[metric])
         lines.append([method.name, *cells, *(texts[number][key] for key in costs)])
     return lines

@@ -57,7 +57,7 @@ class SptLayer(SparseUpdate):
     Args:
         base_layer: Frozen layer.
         indices: Positions of the sparse entries, ascending; all in matrices without a module.
-        row_counts: Rows of each matrix in the weight; a fused qkv layer has three.
+        row_counts: Rows of each matrix in the weight; a fused qkv weight contains three matrices.
         structured: Modules by matrix index.
     """
 
@@ -114,31 +114,32 @@ class SptSelection:
 
 
 def spend_budget(
-    values: Sequence[Tensor], costs: Sequence[int], thresholds: Sequence[int], budget: int
+    values: Sequence[Tensor], costs: Sequence[int], thresholds: Sequence[int], budget: int, spent: int = 0
 ) -> tuple[list[bool], list[Tensor]]:
     """Select the most sensitive weights in descending order until the budget is spent exactly.
 
     A weight costs 1. Once `thresholds[g]` weights of group `g` are selected, the group switches to its structured
-    module at a cost of `costs[g]`, if the remaining budget allows it. The module replaces the group's selected weights;
-    its other weights are skipped at no cost.
+    module at a cost of `costs[g]`, if the remaining budget allows it. The module replaces the group's selected weights,
+    whose cost is returned; the group's other weights are skipped at no cost.
 
     Args:
         values: Nonnegative sensitivities of each group, of any shape.
         costs: Parameter count of each group's module.
         thresholds: Number of selected weights that triggers each module, at least 1 and at most its cost.
         budget: Number of parameters to spend.
+        spent: Part of the budget that is already spent.
 
     Returns:
         A flag per group, True if it uses its module, and the ascending positions of its selected weights (empty with a
-        module). The total cost is exactly `budget`.
+        module). The total cost is exactly `budget - spent`.
 
     Raises:
-        ValueError: If the budget exceeds the cost of all groups.
+        ValueError: If `budget - spent` exceeds the cost of all groups.
     """
     total = sum(tensor.numel() for tensor in values)
     is_structured = [False] * len(values)
     selected: list[list[int]] = [[] for _ in values]
-    remaining, seen = budget, 0
+    remaining, seen = budget - spent, 0
     ranked = min(total, 4 * budget)
     while remaining and seen < total:
         groups_by_rank, positions = rank_entries(values, ranked)
@@ -158,14 +159,14 @@ def spend_budget(
         ranked = min(total, 4 * ranked)
     if remaining:
         raise ValueError(
-            f"budget must be at most {(budget - remaining) / 1e6:g} million parameters, the maximum for this model and "
-            f"r, got {budget / 1e6:g}"
+            f"budget must be at most {(budget - remaining) / 1e6:.10g} million parameters, the maximum for this model "
+            f"and r, got {budget / 1e6:.10g}"
         )
     return is_structured, [torch.tensor(sorted(positions), dtype=torch.int64) for positions in selected]
 
 
 def budget_of(options: Options, model: nn.Module, head: str, vit_b_budget: float = 0.4) -> int:
-    """Return the parameter budget: `budget` million, else in proportion to `vit_b_budget` million on a ViT-B/16."""
+    """Return the parameter budget; by default `vit_b_budget` million for a ViT-B/16, scaled by the adapted weights."""
     if "budget" in options:
         return round(options["budget"] * 1e6)
     weights = sum(model.get_parameter(f"{name}.weight").numel() for name in matrix_layers(model, head))
@@ -178,14 +179,14 @@ def matrix_layers(model: nn.Module, head: str) -> list[str]:
 
 
 def rows_of(model: nn.Module, name: str) -> tuple[int, ...]:
-    """Return the number of rows of each matrix in a layer's weight; a fused qkv layer has three."""
+    """Return the number of rows of each matrix in a layer's weight; a fused qkv weight contains three."""
     weight = model.get_parameter(f"{name}.weight")
     parent = model.get_submodule(name.rpartition(".")[0])
     return count_rows(name, len(weight), weight[0].numel(), parent, "auto")
 
 
 def select(model: nn.Module, head: str, options: Options, data: SelectionData, structure: Structure) -> SptSelection:
-    """Select exactly `budget` backbone parameters by sensitivity.
+    """Select exactly `budget_of(...)` backbone parameters by sensitivity.
 
     Raises:
         ValueError: If the budget exceeds the model's maximum, or does not exceed the class token's size.
@@ -224,7 +225,7 @@ def select(model: nn.Module, head: str, options: Options, data: SelectionData, s
         values.append(sensitivities.pop(name))
         costs.append(values[-1].numel())
         thresholds.append(max(1, ceil(costs[-1] / beta)))
-    is_structured, selected = spend_budget(values, costs, thresholds, budget - fixed)
+    is_structured, selected = spend_budget(values, costs, thresholds, budget, fixed)
     entries: dict[str, list[Tensor]] = {}
     structured: dict[str, list[int]] = {}
     for (name, group, offset), gets_module, positions in zip(groups, is_structured, selected, strict=True):
@@ -390,13 +391,13 @@ outside patch embedding, stem and downsampling:
 
 - A matrix with at least `r·(rows + columns) / alpha` selected weights gets a low-rank update h + B A x instead of
   sparse entries.
-- A vector with at least a fraction `1 / beta` of selected entries is trained in full.
+- A vector is trained in full if at least `1 / beta` of its entries are selected.
 - All other selected weights are trained as sparse entries.
 - The class token is always trained; it counts toward the budget.
 
-Defaults are `r` 8, `alpha` 10, `beta` 5 and a `budget` of 0.4 on a ViT-B/16, scaled by the adapted weights on other
-models. If a module exceeds the remaining budget, single weights use up the rest, so the parameter count is exact. The
-authors' code uses the closest possible count.
+Defaults are `r` 8, `alpha` 10, `beta` 5 and a `budget` of 0.4 for a ViT-B/16, scaled by the number of adapted weights
+for other models. If a module exceeds the remaining budget, individual weights use up the rest, so the parameter count
+is exact. The authors' code uses the closest possible count.
 """
 
 
@@ -492,12 +493,12 @@ FIXED_MASK = Method(
     defaults={"lr": 1e-3, "scalar_lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.0, "r": 8},
     optimizer=_mask_optimizer,
 )
-"""The fixed mask trains the head and SNELLA's factors and scalars. The update is
+"""`fixed-mask` trains the head and SNELLA's factors and scalars. The update is
 
-    S[i, j] = scaling · ΔW[i, j]   if (i, j) is among the `budget` million weights with largest Σ_batches (∂loss/∂w)²
+    S[i, j] = scaling · ΔW[i, j]   if (i, j) is among the `budget` million weights with the largest Σ (∂loss/∂w)²
 
-over all adapted matrices, and 0 elsewhere. This is the "pre-defined" row of Table XVII, with the kernels
-`kernel=p_linear` and `mix_k` (default). The paper does not state the mask size; the default is SPT's budget, 0.4 on a
-ViT-B/16 and proportional on other models. `ΔW` and `S` are nonzero at initialization (about 1/m with mix_k, m the
+over all adapted matrices, and 0 elsewhere; the sum is over batches. This is the "pre-defined" row of Table XVII; its
+kernels are `p_linear` and `mix_k` (default). The paper does not state the mask size; the default is SPT's budget, 0.4
+on a ViT-B/16 and proportional on other models. `ΔW` and `S` are nonzero at initialization (about 1/m with mix_k, m the
 output width). The mask's positions are saved with the factors.
 """

@@ -16,10 +16,11 @@ def test_a_backbone_prints_one_row_per_method_without_writing_files(capsys, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_a_gpu_adds_predicted_steps_for_plain_vits(capsys):
-    assert main(["inspect", "--backbone", "test_vit", "--batch", "4", "--dtype", "bf16", "--device", "h100"]) == 0
+@pytest.mark.parametrize(("gpu", "name"), [("h100", "H100 SXM"), ("h200", "H200 SXM")])
+def test_a_gpu_adds_predicted_steps_for_plain_vits(gpu, name, capsys):
+    assert main(["inspect", "--backbone", "test_vit", "--batch", "4", "--dtype", "bf16", "--device", gpu]) == 0
     text = capsys.readouterr().out
-    assert "bf16, AdamW, on H100 SXM" in text and "step, ms" in text
+    assert f"bf16, AdamW, on {name}" in text and "step, ms" in text
     assert "step is predicted, not measured: datasheet values with a range of efficiencies" in text
     assert main(["inspect", "--backbone", "test_convnext", "--batch", "4", "--device", "h100"]) == 0
     text = capsys.readouterr().out

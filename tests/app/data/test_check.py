@@ -116,8 +116,8 @@ def test_the_command_prints_results_writes_a_sheet_and_fails_on_errors(photos, c
     assert main(["data", "check", str(photos)]) == 0
     assert "photos: 23 images in 3 classes" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
-    assert main(["data", "check", str(tmp_path / "empty"), "--columns", "label=x"]) == 2
-    assert "--columns label=x cannot be used with a benchmark" in capsys.readouterr().err
+    assert main(["data", "check", str(tmp_path / "empty"), "--columns", "label=x", "--skip-corrupt"]) == 2
+    assert "empty' is checked as a benchmark; leave out --columns label=x, --skip-corrupt\n" in capsys.readouterr().err
     assert main(["data", "check", str(tmp_path / "empty")]) == 2
     assert "contains no dataset" in capsys.readouterr().err
 

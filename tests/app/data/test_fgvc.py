@@ -77,7 +77,7 @@ def test_the_final_protocol_trains_on_validation_and_the_official_one_does_not(c
     assert (len(official.train), official.val, len(official.test)) == (9, None, 6)
 
 
-def test_trainval_is_split_without_train(cub):
+def test_trainval_replaces_train_and_val_under_every_protocol(cub):
     joined = {}
     for split in ("train", "val"):
         joined |= json.loads((cub / f"{split}.json").read_text())
@@ -85,7 +85,10 @@ def test_trainval_is_split_without_train(cub):
     (cub / "trainval.json").write_text(json.dumps(joined))
     data = load(cub)
     assert len(data.train) + len(data.val) == 12 and len(data.val) >= 3
-    assert data.notes[0] == "cub: no train.json; trainval.json is split into training and validation"
+    final = load(cub, protocol="final")
+    assert (len(final.train), final.val) == (12, None)
+    note = "cub: no train.json; trainval.json replaces train.json and val.json"
+    assert data.notes[0] == final.notes[0] == note
 
 
 def test_other_sizes_and_classes_are_rejected_and_listed(cub):

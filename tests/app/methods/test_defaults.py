@@ -1,12 +1,14 @@
 """Method names occur only in the `methods/` packages."""
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
 import snella_app
+from snella_app.config.train import TrainConfig
 from snella_app.methods import METHODS, find_method
 from snella_app.methods.defaults import (
     DEFAULT_METHOD,
@@ -94,6 +96,11 @@ def test_method_names_are_detected(tmp_path):
                                                  (RECIPE_METHOD, "language")])  # fmt: skip
 def test_help_shows_the_defaults_of_the_default_method(method, purpose):
     assert shown_defaults(purpose) == find_method(method).defaults_of(purpose)
+
+
+def test_a_method_without_default_settings_is_accepted(monkeypatch):
+    monkeypatch.setitem(METHODS, "own", dataclasses.replace(find_method("bias"), defaults={}))
+    assert TrainConfig.from_flat(data="photos", backbone="test_vit", out="run", method="own").method.name == "own"
 
 
 def test_documented_methods_are_in_the_table():

@@ -1,5 +1,7 @@
 """SPT: individually trained weights and structured modules."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -36,6 +38,15 @@ def test_the_budget_follows_the_ranking(thresholds, budget, structured, chosen):
 def test_a_budget_above_the_capacity_of_all_groups_is_rejected():
     with pytest.raises(ValueError, match=r"budget must be at most 8e-06 million .*, got 9e-06"):
         spend_budget(VALUES, [3, 9, 9], [1, 9, 9], 9)
+
+
+def test_the_largest_budget_in_the_error_includes_the_class_token(make_model, batches):
+    with pytest.raises(ValueError, match=r"got 100$") as error:
+        build_method("spt-lora-2", make_model(), batches=batches, budget=100)
+    largest = float(re.search(r"at most (\S+) million", str(error.value))[1])
+    model = build_method("spt-lora-2", make_model(), batches=batches, budget=largest)
+    head = set(model.get_submodule(spec_of(model).head).parameters())
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad and p not in head) == round(largest * 1e6)
 
 
 @pytest.mark.parametrize("method", ["spt-lora-2", "spt-adapter-2"])

@@ -38,6 +38,15 @@ def test_results_of_the_final_head_are_no_claims_about_the_trained_head(run):
     assert "model-index" in metadata_of(model_card(run.folder, "x", has_final_head=False))
 
 
+def test_a_card_does_not_claim_that_a_last_epoch_saved_for_its_final_head_was_selected(run):
+    head = {"layers": [1, 2], "is_saved": True, "metric": "accuracy", "val": 0.9, "val_trained": 0.8}
+    run.finished().change("metrics.json", final_head=head | {"replaced_epoch": 9}, best_epoch=10)
+    saved = "The last epoch is saved with a final head selected on the validation images"
+    assert f"{saved}; the test images were evaluated once." in model_card(run.folder, "x")
+    run.change("metrics.json", test=None)
+    assert f"{saved}, so these results are optimistic." in model_card(run.folder, "x")
+
+
 def test_the_license_is_left_to_the_user(run):
     card = model_card(run.finished().folder, "x")
     assert "license" not in metadata_of(card)

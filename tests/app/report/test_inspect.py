@@ -121,6 +121,13 @@ def test_an_unfinished_run_can_be_inspected(run):
     assert "best epoch" not in text and "adapter" not in text
 
 
+def test_a_regression_run_has_targets_instead_of_classes(run):
+    run.run_json(("age", "height"), task="regression")
+    assert "data elpv, 2 targets, train: 600" in printed_in_one_line(run)
+    run.run_json()
+    assert "data elpv, 2 classes, train: 600" in printed_in_one_line(run)
+
+
 def test_a_missing_adapter_of_a_finished_run_is_an_error(run):
     run.finished()
     for file in (run.folder / "adapter").iterdir():

@@ -40,6 +40,14 @@ def test_images_get_heat_maps_and_their_nearest_training_images(any_run, photos,
         explain(any_run.path, chosen, tmp_path / "other", of="newts")
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_heat_maps_are_not_written_to_a_file(overwrite, tmp_path):
+    (file := tmp_path / "out.png").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"^out must be a folder for the heat maps, got the file '.*/out\.png'$"):
+        explain("run", "a.png", file, overwrite=overwrite)
+    assert file.read_text() == "mine"
+
+
 def test_heat_maps_need_no_training_images(finished, photos, tmp_path):
     run = shutil.copytree(finished.path, tmp_path / "run")
     text = (run / "config.yaml").read_text().replace(str(photos), "/nowhere/photos")

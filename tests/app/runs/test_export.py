@@ -22,7 +22,7 @@ from snella_app.config.train import TrainConfig
 from snella_app.runs import export as exporting
 from snella_app.runs import load_run
 from snella_app.runs.export import FORMATS, export
-from snella_app.runs.graphs import OUTPUT_BOUND, Graph, compare_outputs, preparation_code
+from snella_app.runs.graphs import OUTPUT_BOUND, Graph, compare_outputs, export_onnx, preparation_code
 from snella_app.runs.model import make_backbone
 from snella_app.runs.predict import load
 from snella_app.training.train import train
@@ -174,6 +174,13 @@ def test_equal_outputs_up_to_rounding_may_have_another_largest_index():
     assert "differ by at most 9.5e-07" in compare_outputs(graph, model, torch.ones(3, 2))
 
 
+def test_onnx_rejects_two_gib_of_weights():
+    pytest.importorskip("onnxruntime")
+    model = torch.nn.Linear(2**14, 2**15, bias=False, device="meta")
+    with pytest.raises(ValueError, match=r"onnx supports less than 2 GiB of weights, got 2\.00 GiB; use torch-export$"):
+        export_onnx(model, torch.empty(2, 2**14), {}, "logits", None)
+
+
 def test_outputs_of_the_model_that_are_not_finite_are_rejected():
     model = torch.nn.Linear(2, 1)
     torch.nn.init.constant_(model.weight, math.nan)
@@ -271,7 +278,7 @@ def test_other_sparse_methods_are_exact(method, settings, no_report, tmp_path):
 
 def test_a_method_that_changes_all_weights_is_rejected(settings, no_report, tmp_path):
     run = train(settings(method="lora-2", epochs=1, head_init="random"))
-    with pytest.raises(ValueError, match=r"method lora-2 changes .* use --format timm"):
+    with pytest.raises(ValueError, match=r"method lora-2 changes .* use snella merge to a \.safetensors file, which "):
         export(run.path, "sparse", tmp_path / "m")
     with pytest.raises(ValueError, match="is already a LoRA"):
         export(run.path, "lora", tmp_path / "l")

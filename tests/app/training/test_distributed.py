@@ -14,6 +14,7 @@ from snella_app.runs import RunFolder
 from snella_app.training.build import EpochSampler
 from snella_app.training.checkpoints import latest_checkpoint
 from snella_app.training.distributed import ShardedBatches, init_process_group
+from snella_app.training.linear_probe import FeatureNorm
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
 
@@ -142,6 +143,20 @@ def test_parts_of_a_batch_cover_it_exactly(count):
         assert together == indices[7 * number : 7 * number + 7] and max(weights) - min(weights) <= 1
         assert all(len(batch) == max(weight, 1) for batch, weight in zip(batches, weights, strict=True))
     assert len(parts[0]) == 4
+
+
+def test_an_image_with_loss_weight_0_does_not_count_in_the_feature_statistics(settings, console, monkeypatch):
+    weight, update, counts = ShardedBatches.weight, FeatureNorm.on_step_end, []
+    # the second batch of each step as in a process without images of its own
+    monkeypatch.setattr(ShardedBatches, "weight", lambda self, number: 0 if number % 2 else weight(self, number))
+
+    def record(norm, *args, **kwargs):
+        counts.append([int(sums[0]) for sums in norm._sums])
+        update(norm, *args, **kwargs)
+
+    monkeypatch.setattr(FeatureNorm, "on_step_end", record)
+    train(settings(epochs=1, batch_size=7, accumulate=2), console)
+    assert counts == [[7, 0], [7, 0]]
 
 
 def test_a_batch_smaller_than_the_number_of_processes_is_rejected(settings, console, monkeypatch):

@@ -18,7 +18,7 @@ from rich.console import Console
 from snella_app.cli.main import main
 from snella_app.config.train import TrainConfig
 from snella_app.runs import RunFolder
-from snella_app.training.session import RunInUseError, lock_run
+from snella_app.training.session import InterruptCallback, RunInUseError, lock_run
 from snella_app.training.train import train
 
 HOLDER = """
@@ -118,11 +118,20 @@ def test_a_lock_also_excludes_the_same_process(tmp_path):
         pass
 
 
-def test_a_folder_name_outside_utf8_is_rejected_before_training(tmp_path):
-    config = TrainConfig.from_flat(data="digits", backbone="test_vit", out=f"{tmp_path}/caf\udce9")
-    with pytest.raises(ValueError, match=r"out must be a name in UTF-8 without control characters, got '.*/caf.udce9'"):
+@pytest.mark.parametrize(("name", "shown"), [("caf\udce9", r"caf\udce9"), ("my\xa0run", r"my\xa0run")])
+def test_a_folder_name_with_unprintable_characters_is_rejected_before_training(name, shown, tmp_path):
+    config = TrainConfig.from_flat(data="digits", backbone="test_vit", out=f"{tmp_path}/{name}")
+    message = f"out must contain only printable characters, got '{tmp_path}/{shown}'; choose another folder"
+    with pytest.raises(ValueError, match=re.escape(message)):
         train(config)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("processes", "repeat"), [("1", "; repeat to stop immediately"), ("2", "")])
+def test_an_interrupted_run_offers_to_stop_immediately_only_in_a_single_process(processes, repeat, monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    InterruptCallback()._handle(signal.SIGINT, None)
+    assert capfd.readouterr().err == f"\nsnella: finishing this step and saving, then stopping{repeat}\n"
 
 
 @contextmanager

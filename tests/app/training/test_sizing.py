@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from snella_app.config.sections import budget_seconds
 from snella_app.config.train import TrainConfig
 from snella_app.device import choose_device
+from snella_app.methods.registry import matrices_of
 from snella_app.records.record import read
 from snella_app.records.run import RunInfo
 from snella_app.runs.model import load_run
@@ -84,6 +85,17 @@ def test_a_trial_step_restores_the_model(settings):
     assert torch.equal(torch.random.get_rng_state(), state) and not parts.model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in parts.model.state_dict().items())
     assert all(parameter.grad is None for parameter in parts.model.parameters())
+
+
+def test_a_trial_step_searches_for_thresholds_like_the_steps_after_the_first_epoch(settings):
+    config = settings().resolved()
+    parts, during = build_components(config), []
+    matrices = matrices_of(parts.model)
+    before = [matrix.budget for matrix in matrices]
+    assert before == [matrix.size for matrix in matrices]  # all entries exceed the threshold 0
+    parts.model.register_forward_hook(lambda *_: during.extend(matrix.budget for matrix in matrices))
+    sizing._trial_step(parts, config.optim.precision, parts.task.collate([parts.splits.train[0]]))
+    assert during == [int(0.65 * size) for size in before] and [matrix.budget for matrix in matrices] == before
 
 
 def test_a_run_with_the_selected_settings_is_bit_identical(settings, console, monkeypatch, tmp_path):

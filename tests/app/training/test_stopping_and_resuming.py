@@ -432,7 +432,16 @@ def test_a_full_disk_while_saving_the_best_adapter_keeps_the_old_one(settings, c
     assert is_bit_identical(outcome(resume(config)[0])[1:3], uninterrupted[1:3])
 
 
-def test_a_nan_loss_stops_the_run_and_names_the_step(settings, console, monkeypatch):
+@pytest.mark.parametrize(
+    ("keep_checkpoints", "saved", "folders"),
+    [
+        (True, "the state after epoch 1 and the best adapter are saved", ("checkpoints/checkpoint-4", "adapter")),
+        (False, "the best adapter is saved", ("adapter",)),
+    ],
+)
+def test_a_nan_loss_stops_the_run_and_names_the_step_and_the_saved_files(
+    keep_checkpoints, saved, folders, settings, console, monkeypatch
+):
     config = settings()
     original = SnellaTrainer.compute_loss
 
@@ -441,15 +450,15 @@ def test_a_nan_loss_stops_the_run_and_names_the_step(settings, console, monkeypa
         return result * float("nan") if model.training and self.state.global_step == 5 else result
 
     monkeypatch.setattr(SnellaTrainer, "compute_loss", broken)
-    message = (
-        r"the loss became nan in epoch 2, step 6 of 12; the state after epoch 1 and the best adapter are saved in "
-        r".*lower --lr \(now 0\.005\)"
-    )
+    message = rf"the loss became nan in epoch 2, step 6 of 12; {saved} in .*lower --lr \(now 0\.005\)"
     with pytest.raises(NonFiniteLossError, match=message):
-        train(config, console)
+        train(config, console, keep_checkpoints=keep_checkpoints)
     run = RunFolder(config.run.out)
     assert run.status == "failed" and "epoch 2, step 6" in run.read_json("run.json")["error"]
-    for folder in ("checkpoints/checkpoint-4", "adapter"):
+    assert {path.parent.relative_to(run.path).as_posix() for path in run.path.rglob("adapter_model.safetensors")} == {
+        *folders
+    }
+    for folder in folders:
         assert all(t.isfinite().all() for t in load_file(run.path / folder / "adapter_model.safetensors").values())
 
 

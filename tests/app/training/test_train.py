@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
@@ -12,13 +13,13 @@ from safetensors.torch import load_file
 
 from snella import load
 from snella.matrices import adapted_matrices
-from snella_app.methods import load_trained
+from snella_app.methods import build_method, load_trained
 from snella_app.records.record import read
 from snella_app.records.run import RunInfo
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate, images_for_run
 from snella_app.runs.model import make_backbone
-from snella_app.training.finish import _only_class
+from snella_app.training.finish import _adapter_card, _only_class
 from snella_app.training.train import train
 from snella_app.training.trainer import SnellaTrainer
 
@@ -80,6 +81,23 @@ def test_the_adapter_card_has_base_model_classes_and_preprocessing(finished):
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
     for phrase in ("`test_vit`, fine-tuned", '["cats", "dogs", "owls"]', r"input\_size: 3, 32, 32", "`snella-2`"):
         assert phrase in card, phrase
+
+
+@pytest.mark.parametrize(
+    ("method", "library", "loading", "can_merge"),
+    [
+        ("lora-2", "peft", "an adapter in PEFT format", True),
+        ("linear", "snella", "`snella_app.methods.load_trained`", True),
+        ("mlp-2", "snella", "`snella_app.methods.load_trained`", False),
+    ],
+)
+def test_the_adapter_card_names_only_commands_that_accept_the_adapter(method, library, loading, can_merge, finished):
+    model = build_method(method, timm.create_model("test_vit", num_classes=3, img_size=32))
+    card = _adapter_card(finished.path, model)
+    use = card.split("## How to use")[1].split("##")[0]
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == library
+    assert loading in use and ("PEFT" in use) == (library == "peft") and "`snella predict RUN IMAGES`" in use
+    assert ("snella merge" in use) == can_merge
 
 
 def test_every_matrix_of_the_saved_adapter_matches_its_budget(finished):

@@ -1,11 +1,16 @@
 """Image plots: selection of images, Dice scores and heat maps."""
 
+import shutil
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from snella_app.runs import RunFolder
+from snella_app.runs.layer_probe import LAYER_PROBE, LayerProbe, layer_features, linear_head, probed_layers
+from snella_app.runs.model import load_run
 from snella_lab.analysis.images import (
     PRETRAINED,
     _class_balanced_indices,
@@ -25,19 +30,35 @@ def test_samples_cycle_through_the_classes():
     assert len(_class_balanced_indices([0, 0, 1], 5, seed=0)) == 3
 
 
-def test_samples_of_an_experiment_use_its_data_settings(tmp_path):
+@pytest.fixture
+def birds(tmp_path):
+    """Return a function that writes an experiment on images with two label columns."""
     table = ["path,id,species"]
     for number in range(12):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
-        table.append(f"{number}.png,{number % 4},{'ab'[number % 2]}")
+        table.append(f"{number}.png,{'cdef'[number % 4]},{'ab'[number % 2]}")
     (tmp_path / "birds.csv").write_text("\n".join(table))
-    file = tmp_path / "birds.yaml"
-    file.write_text(
-        f"name: birds\nbackbone: test_vit\nmethods: [linear]\n"
-        f"data: [{{data: 'csv:{tmp_path / 'birds.csv'}', columns: label=species}}]\ntrain: {{pretrained: false}}\n"
-    )
-    (plot,) = samples([str(file)], limit=2)
+
+    def write(label):
+        file = tmp_path / f"{label}.yaml"
+        file.write_text(
+            f"name: birds\nbackbone: test_vit\nmethods: [linear]\n"
+            f"data: [{{data: 'csv:{tmp_path / 'birds.csv'}', columns: label={label}}}]\ntrain: {{pretrained: false}}\n"
+        )
+        return str(file)
+
+    return write
+
+
+def test_samples_of_an_experiment_use_its_data_settings(birds):
+    (plot,) = samples([birds("species")], limit=2)
     assert [row["class"] for row in plot.rows] == ["a", "b"]
+
+
+def test_captions_of_samples_match_their_row_if_names_of_data_are_equal(birds):
+    (plot,) = samples([birds("species"), birds("id")], limit=2)
+    texts = [text.get_text() for text in plot.draw().texts]
+    assert [text for text in texts if len(text) == 1] == ["a", "b", "c", "d"]
 
 
 def test_images_are_matched_by_file_name(tmp_path):
@@ -75,6 +96,30 @@ def test_gradcam_uses_the_same_images_for_all_models(old_run):
     assert names[PRETRAINED] == names["snella"] and len(names["snella"]) == 3
     shares = {label: [row["share_in_middle"] for row in plot.rows if row["run"] == label] for label in names}
     assert shares[PRETRAINED] != shares["snella"]  # the update changes the evidence
+
+
+def test_gradcam_explains_the_final_head(old_run, save_run):
+    pytest.importorskip("captum")
+    model = load_run(old_run, "cpu").model
+    layers = probed_layers(model)
+    width = layer_features(model, torch.zeros(1, 3, 32, 32), layers).shape[1]
+    constant = linear_head(torch.zeros(10, width), torch.zeros(10))
+    LayerProbe(model, layers, constant).save(old_run / "adapter" / LAYER_PROBE)
+    RunFolder(old_run).finish()
+    (plot,) = gradcam([old_run, save_run("trained")], limit=3, device="cpu")
+    shares = {label: {r["share_in_middle"] for r in plot.rows if r["run"] == label} for label in ("snella", "trained")}
+    assert shares["snella"] == {0} != shares["trained"]
+    assert {row["share_in_middle"] for row in plot.rows if row["run"] == PRETRAINED} == {0}
+
+
+def test_only_the_first_run_of_gradcam_needs_a_head_that_fits_the_pretrained_model(old_run, save_run):
+    pytest.importorskip("captum")
+    wide = save_run("wide", method="mlp-2")
+    shutil.copy(old_run / "config.yaml", wide)
+    with pytest.raises(ValueError, match=r"runs must begin .*, got method 'mlp-2' in .*wide; begin with another run"):
+        gradcam([wide, old_run], data="digits", limit=1, device="cpu")
+    (plot,) = gradcam([old_run, wide], limit=1, device="cpu")
+    assert [row["run"] for row in plot.rows] == [PRETRAINED, "snella", "wide"]
 
 
 def test_center_fraction_of_a_constant_map_is_one_ninth():

@@ -74,6 +74,11 @@ def test_run_labels_are_the_shortest_unique_suffixes():
     assert run_labels(["a/x"]) == ["x"]
 
 
+def test_a_run_that_is_passed_twice_is_rejected():
+    with pytest.raises(ValueError, match=r"runs must be different folders, got \./a/x twice; pass each folder once"):
+        run_labels(["a/x", "b/x", "./a/x"])
+
+
 def test_every_plot_kind_has_a_function():
     for kind in get_args(Kind):
         assert plot_function(kind).__name__ == kind

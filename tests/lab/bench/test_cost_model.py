@@ -278,6 +278,11 @@ def test_float32_gpu_rates_use_tensor_cores_only_for_bfloat16_products():
     assert (rates.product, rates.half_product) == (0.5 * GPUS["a100"].vector, 0.5 * GPUS["a100"].product)
 
 
+def test_an_h200_differs_from_an_h100_only_in_memory_bandwidth():
+    h100, h200 = GPUS["h100"], GPUS["h200"]
+    assert replace(h200, name=h100.name, source=h100.source, memory=h100.memory) == h100 and h200.memory == 4.8e12
+
+
 def test_communication_and_shards_match_hand_counts():
     step = count_step(TINY, "full", 3)
     assert step.communicated(4, "ddp") == 2 * 3 / 4 * 4 * TINY.parameters
@@ -333,6 +338,7 @@ def test_gpu_and_bfloat16_rows_are_not_cpu_cases(tmp_path):
     (tmp_path / "results.jsonl").write_text("".join(lines), encoding="utf-8")
     (tmp_path / "model_rows.jsonl").touch()
     assert [case.row for case in timed_cases(tmp_path)] == [make_row()]
+    assert [case.row for case in timed_cases(tmp_path, is_autocast=True)] == autocast
     assert len(counted_cases(tmp_path)) == 3
 
 
@@ -354,10 +360,13 @@ def test_measured_steps_on_a_known_gpu_are_shown_with_their_predictions(tmp_path
 
     def table(rows):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return [line.strip("| ").split(" | ") for line in measured_gpu_table(tmp_path).splitlines()]
+        return [line.strip("| ").split(" | ") for line in measured_gpu_table(tmp_path).splitlines() if line]
 
-    assert table(rows[:3]) == []
-    _, _, lora, snella, in_float32 = table(rows)
+    assert table(rows[:2]) == []
+    _, _, lora, snella, in_float32, not_predicted, autocast = table(rows)
+    assert [not_predicted] == table(rows[:3]) == [["not predicted: paper on vit_base_patch16_224 in bfloat16"]]
+    assert autocast == ["bfloat16: measured with weights and inputs in bfloat16, predicted under autocast"]
+    assert autocast not in table(rows[-1:])
     shape = MODELS["ViT-B/16"]
     forecast = GpuForecast("h100", shape, 64, dtype="bf16")
     (_, base, _), (low, expected, high) = (forecast.seconds(name) for name in ("lora", "snella"))
@@ -411,6 +420,65 @@ def test_at_least_95_percent_of_the_held_out_times_are_within_15_percent():
     errors = [abs(prediction.error) for prediction in leave_one_out(timed_cases())]
     assert len(errors) >= 70
     assert sum(error <= 0.15 for error in errors) >= 0.95 * len(errors)
+
+
+def test_float32_rates_predict_autocast_steps_within_15_percent():
+    from cost_model import EPYC_1, autocast_cases, cases_of, fit_rates, timed_cases
+
+    cases = timed_cases()
+    predictions = autocast_cases(cases)
+    assert {prediction.case.precision for prediction in predictions} == {"autocast", "bfloat16"}
+    assert len(predictions) >= 13 and max(abs(prediction.error) for prediction in predictions) <= 0.15
+    rates = fit_rates(cases_of(EPYC_1, cases))
+    for prediction in predictions:
+        assert prediction.case.machine == EPYC_1 and prediction.case.step.half_products == 0
+        expected = rates.seconds(replace(prediction.case.step, products=prediction.case.step.products / 2))
+        assert prediction.seconds == pytest.approx(expected)
+
+
+def test_page_names_every_held_out_error_above_15_percent():
+    from cost_model import PAGE, leave_one_out, timed_cases
+
+    held_out = leave_one_out(timed_cases())
+    exceptions = sorted((p for p in held_out if abs(p.error) > 0.15), key=lambda p: -abs(p.error))
+    named = [(p.case.method, p.case.model, p.case.batch, p.case.sparsity) for p in exceptions]
+    assert named == [("snella", "vit_base_patch16_224", 16, 0.99), ("lora", "vit_small_patch16_224", 4, 0.7)]
+    first, second = (f"({p.error:+.1%})" for p in exceptions)
+    sentence = f"{len(held_out) - 2} of {len(held_out)} step times are within 15%. The exceptions are SNELLA on "
+    sentence += f"ViT-B/16 at batch size 16 and sparsity 0.99 {first}, and LoRA on ViT-S/16 at batch size 4 {second}."
+    assert sentence in " ".join(PAGE.read_text(encoding="utf-8").split())
+
+
+def test_methods_are_listed_with_the_setting_of_their_largest_error():
+    from cost_model import HeldOut, method_error_table, read_case
+
+    small, large = (read_case(make_row(method="snella", batch=batch)) for batch in (4, 16))
+    lora = read_case(make_row(device="cpu, 1 threads, AMD EPYC", r=4))
+    _, _, *lines = method_error_table([HeldOut(small, 2.2), HeldOut(large, 1.0), HeldOut(lora, 2.0)]).splitlines()
+    assert lines == [
+        "| lora | 1 | 0.0% | +0.0% | AMD EPYC, 1 thread | vit_base_patch16_224 | 4 | 4 | 0.7 |",
+        "| snella | 2 | 30.0% | -50.0% | AMD EPYC, 2 threads | vit_base_patch16_224 | 16 | 8 | 0.7 |",
+    ]
+
+
+def test_rows_option_prints_every_prediction_and_leaves_the_page(capsys, monkeypatch):
+    import cost_model
+
+    monkeypatch.setattr("sys.argv", ["cost_model.py", "--rows"])
+    monkeypatch.setattr(cost_model, "update_page", lambda: pytest.fail("the page must not be written"))
+    cost_model.main()
+    text = capsys.readouterr().out
+    cases = cost_model.timed_cases()
+    assert len(text.splitlines()) == 2 + len(cases) + len(cost_model.autocast_cases(cases))
+    row = "| snella | AMD EPYC, 2 threads | vit_base_patch16_224 | 16 | 8 | 0.99 | float32 | 7.504 | 9.010 | +20.1% |"
+    assert row in text
+
+
+def test_no_llama_step_is_timed_as_the_page_says():
+    from cost_model import PAGE, timed_cases
+
+    assert not [case for flag in (False, True) for case in timed_cases(is_autocast=flag) if case.model == "llama"]
+    assert "No LLaMA step has been timed; only its bytes are checked." in PAGE.read_text(encoding="utf-8")
 
 
 def test_rates_of_bfloat16_products_and_calls_do_not_reduce_the_held_out_errors():

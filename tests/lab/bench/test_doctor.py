@@ -149,6 +149,12 @@ def test_machine_is_described():
     assert machine["instructions"].endswith(f"bfloat16 products: {'yes' if has_bfloat16_instructions() else 'no'}")
 
 
+@pytest.mark.parametrize(("threads", "expected"), [(1, "cpu, 1 thread, "), (11, "cpu, 11 threads, ")])
+def test_the_number_of_threads_is_singular_or_plural(threads, expected, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert describe_machine({})["processor"].startswith(expected)
+
+
 def test_driver_and_bfloat16_products_of_a_gpu_are_described(monkeypatch):
     gpu = SimpleNamespace(name="Tesla T4", total_memory=16 * 2**30, major=7, minor=5)
     monkeypatch.setattr(doctor, "nvidia_driver", lambda: "NVRM version: 570.1")

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from snella_lab.bench.rows import read_rows
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
@@ -58,10 +60,59 @@ def test_generated_tables_match_the_committed_rows(tmp_path):
         assert not update(Path(copy)), f"{path.name} differs from its rows; run: python benchmarks/readme.py"
 
 
+@pytest.mark.parametrize(
+    ("script", "name"), [("interval_calibration", "comparisons.md"), ("many_devices", "checks.md")]
+)
+def test_tables_that_scripts_print_match_the_committed_rows(script, name):
+    module = pytest.importorskip(script)
+    assert module.table(read_rows(module.ROWS)) in (ROOT / "docs" / "notes" / name).read_text()
+
+
+def test_fault_table_matches_its_last_row():
+    counts = {name: Counter(c) for name, c in read_rows(ROOT / "benchmarks" / "faults.jsonl")[-1]["counts"].items()}
+    for results in counts.values():
+        results["trials"] = results.total()
+    counts["finished"]["trials"] //= 5  # commands
+    counts["limits"]["one line"] = counts["limits"]["trials"]
+    counts["torchruns"]["rejected with process id"] = counts["torchruns"]["one succeeded"]
+    disk = "{0[one line]} one-line errors, {0[no effect]} stayed within the limit; {0[same bits]} bit-identical"
+    overwritten = "{0[new run started]} new runs, {0[old run resumed]} old runs, {0[needs overwrite]} requires"
+    together = "{0[rejected with process id]} rejected, {0[sequential]} started after the first had ended"
+    merged = "{0[complete after retry]} complete; {0[not resumed]} exports rejected, because"
+    forged = "{0[one line]} one-line errors, {0[harmless]} unaffected, {0[traceback]} traceback"
+    rows = [
+        ("{0[trials]} | {0[same bits]} bit-identical", "killed"),
+        ("{0[same bits]} | " + disk, "disk full"),
+        ("{0[same bits]} | " + disk, "small disk"),
+        ("{0[same bits]} | {0[one line]} one-line errors; {0[same bits]} bit-identical", "inodes"),
+        ("{0[trials]} | {0[same bits]} bit-identical", "folds", "features"),
+        ("{0[trials]} | " + overwritten, "overwritten"),
+        ("{0[trials]} | {0[noticed]} commands rejected, {0[harmless]} unaffected", "finished"),
+        ("{0[trials]} | {0[noticed]} rejected, {0[harmless]} bit-identical", "checkpoint"),
+        ("{0[trials]} | {0[one line]} one-line errors, {0[accepted]} accepted", "fuzzed"),
+        ("{0[trials]} | " + together, "together", "torchruns"),
+        ("{0[trials]} | " + merged, "merged"),
+        ("{0[trials]} | {0[one line]} one-line errors; {0[no path]} without a path", "limits"),
+        ("{0[trials]} | " + forged, "exchanged", "forged"),
+        ("{0[trials]} | all rejected, bounded or shown as text", "objects", "bombs", "requests", "markup"),
+    ]
+    table = (ROOT / "docs" / "notes" / "checks.md").read_text().partition("| event | trials | outcome |")[2]
+    lines = table.partition("\n\n")[0].splitlines()[2:]
+    for line, (expected, *groups) in zip(lines, rows, strict=True):
+        results = sum((counts[group] for group in groups), Counter())
+        assert line.partition(" | ")[2].startswith(expected.format(results)), line
+
+
+def test_dice_table_matches_its_rows():
+    text = (ROOT / "docs" / "tasks.md").read_text()
+    for row in read_rows(ROOT / "experiments" / "mri" / "results.jsonl"):
+        method = row["command"].split("--method ")[1].split()[0]
+        scores = [f"{value:.3f}" for value in (row["test"]["dice"], row["test"]["iou"], row["val"]["dice"])]
+        assert f"| `{method}` | {' | '.join(scores)} | {row['trainable_parameters'] / 1e6:.2f} M |" in text
+
+
 def test_memory_page_states_the_outcome_of_its_rows():
     from selective_checkpointing import ROWS, SETTINGS
-
-    from snella_lab.bench.rows import read_rows
 
     rows = {(row["title"], row["variant"]): row for row in read_rows(ROWS) if "kept_over_lora" in row}
     selective = [rows[title, "selective-linear"] for title in SETTINGS]

@@ -144,7 +144,7 @@ def _large():
     """Build the experiment and the rows of `large`."""
     names = ["linear", "bias", "ssf", "vpt-deep", "adapter-8", "lora-8", "dora-8", "spt-lora", "gps", "snell-8"]
     names += ["snella-8", "full"]
-    groups = {"fashion": "natural", "stamps": "natural", "elpv": "specialised", "mri-regions": "specialised"}
+    groups = {"fashion": "natural", "stamps": "natural", "elpv": "specialized", "mri-regions": "specialized"}
     groups |= {"digits": "glyphs", "mnist": "glyphs"}
     experiment = Experiment.from_dict(
         {

@@ -22,7 +22,7 @@ def rows(camelyon, tiny, tmp_path, console):
     def make(factors=(0.3, 1.0), **train):
         experiment = tiny(
             methods=["linear", "lora-2"],
-            data=[{"name": "patch_camelyon", "data": f"vtab:{camelyon}", "group": "specialised", "batch_size": 6}],
+            data=[{"name": "patch_camelyon", "data": f"vtab:{camelyon}", "group": "specialized", "batch_size": 6}],
             grid={"lr_factors": list(factors), "weight_decays": [], "max_extensions": 0},
             forgetting=[],
             published={"source": "Table XIII", "values": {"linear": {"patch_camelyon": 78.5}}},

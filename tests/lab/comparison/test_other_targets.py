@@ -1,6 +1,8 @@
 """Multilabel and regression comparisons, and method selection by a small comparison."""
 
 import csv
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,8 @@ from snella_app.methods import check_method, find_method
 from snella_app.methods.defaults import CHOICE_METHODS
 from snella_app.records.record import read
 from snella_app.records.run import RunInfo
+from snella_app.text import decimal_text, percent_text
+from snella_app.training.session import TrainingInterrupted
 from snella_lab.comparison import compare as module
 from snella_lab.comparison.compare import CellsFailedError, choose_method, compare
 from snella_lab.comparison.executors import InThisProcess
@@ -58,7 +62,8 @@ def test_methods_are_compared_by_the_metric_of_the_task(task, label, metric, tit
     best = [name for name, score in scores.items() if score == max(scores.values())]
     leaders = f"{', '.join(best)} {'has' if len(best) == 1 else 'have'}"
     printed = console.file.getvalue()
-    assert f"{leaders} the highest test {title}, {100 * scores[best[0]]:.1f}%" in printed
+    score = decimal_text(scores[best[0]], 3) if metric == "r2" else percent_text(scores[best[0]])
+    assert f"{leaders} the highest test {title}, {score}" in printed
     assert "Recommended: " in printed and f" {title}" in printed.partition("Recommended: ")[2].partition(chr(10))[0]
     assert f"<h2>{title[0].upper()}{title[1:]} on test</h2>" in page and "ccuracy on test" not in page
 
@@ -180,6 +185,27 @@ def test_auto_rejects_folds_and_options_of_single_methods(tmp_path):
         snella.train(data=[], backbone="test_vit", out=str(tmp_path), method="auto")
     with pytest.raises(ValueError, match=r"train\(method='auto'\) and the command line"):
         TrainConfig.from_flat(**values).resolved()
+
+
+def test_sigterm_interrupts_the_selection_and_stops_its_run(tmp_path, console, monkeypatch):
+    calls = []
+
+    def wait(timeout_s):
+        calls.append("wait")
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not interrupted")
+
+    executor = SimpleNamespace(start=lambda cell: calls.append("start"), wait=wait, close=lambda: calls.append("close"))
+    monkeypatch.setattr(module, "_executor", lambda *arguments: executor)
+    values = {"data": "digits", "backbone": "test_vit", "pretrained": False, "img_size": 32, "device": "cpu"}
+    config = TrainConfig.from_flat(**values, out=str(tmp_path / "run"), method="auto")
+    previous = signal.signal(signal.SIGTERM, lambda *arguments: None)
+    try:
+        with pytest.raises(TrainingInterrupted, match=r"interrupted while selecting a method in .*run-choice; resume"):
+            choose_method(config, console)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert calls == ["start", "wait", "close"]
 
 
 def test_auto_reports_methods_without_validation_scores(small_choice, tmp_path, console, monkeypatch):

@@ -15,9 +15,10 @@ import pytest
 from rich.console import Console
 
 from snella_lab.comparison import executors
-from snella_lab.comparison.compare import CellsFailedError, compare
+from snella_lab.comparison.compare import CellsFailedError, _RunLimit, compare
 from snella_lab.comparison.options import ExecutionConfig
 from snella_lab.comparison.run_cell import Outcome
+from snella_lab.comparison.store import LOCKS, cell_lock
 
 from .conftest import rows_of
 
@@ -160,11 +161,15 @@ def on_ray(monkeypatch, root, work, *, device="cpu", slots=None, gpus=None):
 
 
 def finish(executor, count, limit_s=200):
-    """Wait for `count` finished cells or the time limit; return the outcomes by cell name."""
-    ended, end = [], time.monotonic() + limit_s
+    """Wait for `count` finished cells or the time limit, start lost cells again, and return the outcomes by name."""
+    ended, end = {}, time.monotonic() + limit_s
     while len(ended) < count and time.monotonic() < end:
-        ended += executor.wait(1.0)
-    return {outcome.cell.name: outcome for outcome in ended}
+        for outcome in executor.wait(1.0):
+            if outcome.row is None and not outcome.error:
+                executor.start(outcome.cell)
+            else:
+                ended[outcome.cell.name] = outcome
+    return ended
 
 
 def cells(*names):
@@ -181,7 +186,7 @@ def test_ray_restarts_cells_of_killed_workers_up_to_a_limit(cluster, tmp_path, m
             file.write("x")
         if cell.name == "never" or attempts.stat().st_size == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return Outcome(cell)
+        return Outcome(cell, "row")
 
     with on_ray(monkeypatch, tmp_path, work) as executor:
         for cell in cells("once", "never"):
@@ -193,6 +198,54 @@ def test_ray_restarts_cells_of_killed_workers_up_to_a_limit(cluster, tmp_path, m
     assert (tmp_path / "never").read_text() == "xxx"
 
 
+def test_ray_cell_of_a_lost_worker_has_the_full_run_limit_again(cluster, tmp_path, monkeypatch):
+    def work(job, cell):
+        import os
+        import signal
+
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with on_ray(monkeypatch, tmp_path, work) as executor, cell_lock(tmp_path / LOCKS, "lost"):
+        (lost,), limit, now = cells("lost"), _RunLimit(tmp_path, executor, 10.0), [0.0]
+        monkeypatch.setattr("snella_lab.comparison.compare.time", SimpleNamespace(monotonic=lambda: now[0]))
+        executor.start(lost)
+        assert not limit.stop_overdue([lost], [])
+        while not (ended := executor.wait(1.0)):
+            pass
+        now[0] = 11.0
+        assert [(outcome.row, outcome.error) for outcome in ended] == [(None, "")]
+        assert not limit.stop_overdue([lost], ended)
+        assert not limit.stop_overdue([lost], [])
+
+
+def test_ray_restarts_cells_of_a_lost_machine(cluster, tmp_path, monkeypatch):
+    def work(job, cell):
+        import time
+
+        with (job.root / cell.name).open("a") as file:
+            file.write("x")
+        while not (job.root / "removed").exists():
+            time.sleep(0.1)
+        return Outcome(cell, "row")
+
+    def start(cell):
+        executor.start(cell)
+        while not (tmp_path / cell.name).exists():
+            assert finish(executor, 1, limit_s=0.2) == {}
+
+    with on_ray(monkeypatch, tmp_path, work) as executor:
+        stays, lost = cells("stays", "lost")
+        start(stays)  # occupies the first machine
+        node = cluster.add_node(num_cpus=1)
+        start(lost)
+        cluster.remove_node(node, allow_graceful=False)
+        while executor.slots != 1:
+            time.sleep(0.2)
+        (tmp_path / "removed").touch()
+        assert {name: outcome.error for name, outcome in finish(executor, 2).items()} == {"stays": "", "lost": ""}
+    assert [(tmp_path / name).read_text() for name in ("stays", "lost")] == ["x", "xx"]
+
+
 def test_ray_stops_a_hanging_cell_and_the_others_continue(cluster, tmp_path, monkeypatch):
     def work(job, cell):
         import time
@@ -200,7 +253,7 @@ def test_ray_stops_a_hanging_cell_and_the_others_continue(cluster, tmp_path, mon
         (job.root / cell.name).touch()
         if cell.name == "hangs":
             time.sleep(10_000)
-        return Outcome(cell)
+        return Outcome(cell, "row")
 
     with on_ray(monkeypatch, tmp_path, work) as executor:
         hangs, other = cells("hangs", "other")
@@ -222,7 +275,7 @@ def test_ray_uses_an_existing_cluster_and_machines_added_later(cluster, tmp_path
         (job.root / cell.name).touch()
         while len(list(job.root.iterdir())) < 2:
             time.sleep(0.1)
-        return Outcome(cell)
+        return Outcome(cell, "row")
 
     with on_ray(monkeypatch, tmp_path / "runs", work) as executor:
         (tmp_path / "runs").mkdir()

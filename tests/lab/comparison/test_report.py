@@ -171,7 +171,7 @@ def test_difference_on_a_subset_of_tasks_states_their_number(large, tmp_path):
     experiment, rows = large
     rows = [row for row in rows if row.experiment_name != "full" or row.task_name in ("fashion", "elpv")]
     text = write_page(tmp_path, summarize(experiment, rows)).read_text()
-    assert re.search(r'<th scope="row">full</th>.*\] \(2 of 6 tasks\)<span .*>p [\d.]+ · 2 of 2 \(0.50\)', text)
+    assert re.search(r'<th scope="row">full</th>.*\] \(2 of 6 tasks\)<span .*>p [\d.]+ · above 2 of 2 \(0.50\)', text)
     assert text.count("(2 of 6 tasks)") >= 3  # both tables and the figure
 
 
@@ -196,6 +196,30 @@ def test_headline_shows_the_recommended_and_the_most_accurate_method(tiny, make_
         ("Highest accuracy", "88.0%", "lora-2"),
     ]
     assert headline([(0.90, 0.86), (0.98, 0.95)]) == [("Recommended, highest accuracy", "96.5%", "bias")]
+
+
+def test_kappa_is_a_decimal_and_accuracy_a_percentage(tiny, make_row, tmp_path):
+    experiment = tiny(methods=["lora-2", "bias"], seeds=2, train={"task": "ordinal"}, forgetting=[])
+    kappas = {"lora-2": (0.5, 0.54), "bias": (-0.01, 0.01)}
+    rows = [
+        make_row(experiment, "digits", method, seed, metric="kappa", test_kappa=kappa, test_accuracy=0.8 + kappa / 10)
+        for method, values in kappas.items()
+        for seed, kappa in enumerate(values)
+    ]
+    summary = summarize(experiment, rows)
+    tables = markdown_tables(summary)
+    lines = [line.split(" | ") for line in tables.splitlines() if line.startswith("| bias")]
+    assert [line[1] for line in lines] == ["0.000 ± 0.014", "80.0 ± 0.1"]
+    assert [line[2].partition(" ")[0] for line in lines] == ["−0.520", "−5.2"]
+    assert (
+        "Test quadratic weighted kappa/accuracy (accuracy in percent), mean ± standard deviation over seeds; " in tables
+    )
+    assert "differences from lora-2 (accuracy in points), with 95%" in tables
+    assert outcome_text(summary) == "lora-2 has the highest test quadratic weighted kappa, 0.520."
+    assert "(0.020)" in recommendation_text(summary) and "%" not in recommendation_text(summary)
+    page = write_page(tmp_path, summary).read_text()
+    assert '<p class="score">0.520</p>' in page and "difference in test quadratic weighted kappa" in page
+    assert "Mean ± standard deviation (accuracy in percent) over seeds" in page
 
 
 def test_single_task_has_its_score_before_the_difference(tiny, make_row, tmp_path):

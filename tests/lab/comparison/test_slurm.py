@@ -86,6 +86,15 @@ def test_other_scripts_are_not_overwritten(tiny, tmp_path):
     assert (tmp_path / "report.sh").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("argument", ["out", "emit_to"])
+def test_invalid_characters_are_attributed_to_the_argument_that_contains_them(tiny, tmp_path, argument):
+    roots = {"out": tmp_path, "emit_to": tmp_path / "jobs"} | {argument: tmp_path / 'a"b'}
+    execution = ExecutionConfig(emit_to=None if argument == "out" else str(roots["emit_to"]))
+    with pytest.raises(ValueError, match=f'^{argument} must not contain double quotes, .*, got .*/a"b'):
+        write_slurm_scripts(roots["out"], tiny(), execution)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("text", ["", "1", "a/b", "1/2/3", "-1/2"])
 def test_invalid_part_is_rejected(text):
     with pytest.raises(ValueError, match=f"part must be INDEX/COUNT, e.g. 0/8, got '{text}'"):

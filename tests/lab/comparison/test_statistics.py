@@ -173,7 +173,7 @@ def test_summary_contains_counts_groups_and_differences(large):
     experiment, rows = large
     summary = summarize(experiment, rows)
     assert (summary.finals, summary.expected, len(summary.failed)) == (216, 216, 6)
-    assert summary.has_groups and list(summary.groups) == ["natural", "specialised", "glyphs"]
+    assert summary.has_groups and list(summary.groups) == ["natural", "specialized", "glyphs"]
     by_name = {line.name: line for line in summary.methods}
     assert by_name["lora-8"].to_reference["test_accuracy"] is None
     lead = by_name["snella-8"].to_reference["test_accuracy"]

@@ -5,12 +5,18 @@ from pathlib import Path
 from statistics import fmean
 from types import ModuleType
 
+import matplotlib
 import numpy as np
 import pytest
 
-from snella_app.text import decimal_text
+from snella_app.text import decimal_text, points_text
+from snella_lab.bench.rows import append_rows, read_rows
 
 _FOLDER = Path(__file__).parents[3] / "benchmarks" / "products"
+
+
+def _notes() -> str:
+    return (_FOLDER.parents[1] / "docs" / "notes" / "products.md").read_text()
 
 
 def _module(name: str) -> ModuleType:
@@ -23,7 +29,8 @@ def _module(name: str) -> ModuleType:
 
 def _row(product: str, folder: str, accuracy: float, seed: int = 0) -> dict:
     others = dict.fromkeys(("balanced_accuracy", "nll", "ece", "seconds", "peak_mib", "stored_bytes"), 1.0)
-    return {"product": product, "folder": folder, "minutes": 1.0, "seed": seed, "accuracy": accuracy, **others}
+    setting = {"weights": "dinov2s", "pixels": 70, "threads": 2, "minutes": 1.0, "seed": seed}
+    return {"product": product, "folder": folder, "accuracy": accuracy, **setting, **others}
 
 
 _ROWS = [
@@ -113,6 +120,39 @@ def test_curves_average_the_folders_that_all_points_share(tmp_path):
     assert (tmp_path / "curves.svg").stat().st_size
 
 
+@pytest.mark.parametrize(("name", "other"), [("pixels", 98), ("threads", 4)])
+def test_rows_of_different_settings_are_not_averaged(name, other, monkeypatch, tmp_path, capsys):
+    table, file = _module("table"), tmp_path / "rows.jsonl"
+    append_rows(file, [*_ROWS, *(row | {name: other, "accuracy": 0.2} for row in _ROWS)])
+    monkeypatch.setattr("sys.argv", ["table.py", str(file)])
+    with pytest.raises(SystemExit):
+        table.main()
+    before = _ROWS[0][name]
+    message = f"rows must have the same {name}, got [{before}, {other}]; select one with --{name}"
+    assert message in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["table.py", str(file), f"--{name}", str(before)])
+    table.main()
+    assert table.markdown(_ROWS) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("threads", "label"), [(1, "1 CPU thread"), (4, "4 CPU threads")])
+def test_the_figure_states_the_number_of_threads_of_its_rows(threads, label, monkeypatch, tmp_path):
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
+    _module("table").draw([row | {"threads": threads} for row in _ROWS], tmp_path / "curves.svg")
+    assert f">minutes used ({label})<" in (tmp_path / "curves.svg").read_text()
+
+
+def test_the_table_of_methods_separates_image_sizes(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(_FOLDER)
+    methods, file = _module("methods"), tmp_path / "methods.jsonl"
+    run = {"method": "linear", "folder": "a", "epochs": 8, "seed": 0, "options": ""}
+    append_rows(file, [{**run, "pixels": pixels, "accuracy": pixels / 1000} for pixels in (70, 98)])
+    monkeypatch.setattr("sys.argv", ["methods.py", "--table", "--out", str(file)])
+    methods.main()
+    first, second = capsys.readouterr().out.split("8 epochs, 98 px")
+    assert "8 epochs, 70 px" in first and "| linear | 7.0 |" in first and "| linear | 9.8 |" in second
+
+
 def test_curves_without_a_shared_folder_are_an_error(tmp_path):
     with pytest.raises(SystemExit, match="no folder has rows for all products and budgets"):
         _module("table").draw([_row("snella", "a", 0.7), _row("other", "b", 0.7)], tmp_path / "curves.svg")
@@ -129,8 +169,58 @@ def test_unknown_product_is_rejected_before_creating_environments(name, reason, 
     assert not created and repr(name) in error and reason in error
 
 
+def test_current_recipe_in_the_notes_matches_the_measurements():
+    table, rows = _module("table"), read_rows(_FOLDER / "rows.jsonl")
+    names = {"snella": "`snella train`", "fastai-all": "fastai's `fine_tune`"}
+    order, notes = ("furniture", "nebulae", "letters", "silhouettes"), _notes()
+    rows = [row for row in rows if row["date"] >= "2026-11-30T04:00" and row["product"] in names]
+    rows = [row for row in rows if row["folder"] in order]
+    for minutes in (1, 3, 10):
+        same = [row for row in rows if row["minutes"] == minutes]
+        gap = table.differences(table.means(same), "fastai-all")["snella"]
+        interval = f"[{decimal_text(100 * gap.low, 1)}, {decimal_text(100 * gap.high, 1)}]"
+        for product, name in names.items():
+            runs = {row["folder"]: row for row in same if row["product"] == product}
+            folders = [runs[folder] for folder in order]
+            cells = [f"{100 * row['accuracy']:.1f} ({row['details']['epochs']})" for row in folders]
+            last = f"{points_text(gap.mean)} {interval}, p = {gap.p:.2f} |" if product == "snella" else "|"
+            assert f"| {name} | {minutes} | {' | '.join(cells)} | {last}\n" in notes
+            seconds = [row["seconds"] for row in folders]
+            assert f"{min(seconds):.0f} to {max(seconds):.0f}" in " ".join(notes.split())
+
+
+def test_head_tables_in_the_notes_match_the_measurements():
+    folders, notes = _module("folders"), _notes()
+    rows = read_rows(_FOLDER.parent / "final_head.jsonl")
+    frozen = {row["folder"]: list(row["accuracy"].values()) for row in rows if len(row["accuracy"]) == 6}
+    means = [
+        [fmean(frozen[folder][part] for folder in group) for group in (folders.DEVELOPMENT, folders.HELD_OUT)]
+        for part in range(6)
+    ]
+    table = notes.partition("| head | development | held-out |")[2].partition("\n\n")[0]
+    shown = [line.split(" | ")[1:] for line in table.splitlines()[2:]]
+    assert shown == [[f"{100 * development:.1f}", f"{100 * held_out:.1f} |"] for development, held_out in means]
+    trained = {row["folder"]: row for row in rows if "method" in row}
+    runs = [trained[folder] for folder in ("textures", "stamps", "units", "emoji")]
+    assert " | ".join(f"{row['folder']} ({row['epochs']})" for row in runs) in notes
+    for part, name in enumerate(("linear", "kernel")):
+        cells = [f"{100 * list(row['accuracy'].values())[part]:.1f}" for row in runs]
+        assert f"| {name} head on four layers | {' | '.join(cells)} |" in notes
+
+
+def test_step_times_in_the_notes_match_the_measurements():
+    notes = _notes()
+    rows = {(r["backbone"], r["precision"], r["method"]): r for r in read_rows(_FOLDER.parent / "precision.jsonl")}
+    for backbone, digits in (("vit_small_patch14_dinov2", 2), ("vit_base_patch16_224", 1)):
+        cells = [
+            ", ".join(f"{rows[backbone, precision, name]['step_s']:.{digits}f}" for name in ("lora", "full", "snella"))
+            for precision in ("fp32", "bf16")
+        ]
+        assert f"px | {' | '.join(cells)} |" in notes
+
+
 def test_methods_table_in_the_notes_matches_the_measurements():
-    notes = (_FOLDER.parents[1] / "docs" / "notes" / "products.md").read_text()
+    notes = _notes()
     accuracies: dict[str, dict[str, float]] = {}
     for line in (_FOLDER / "methods.jsonl").read_text().splitlines():
         row = json.loads(line)

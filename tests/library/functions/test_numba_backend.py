@@ -256,6 +256,15 @@ def test_nan_in_a_factor_propagates():
     assert solve(problem, "numba")["y"].isnan().any()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-45])
+def test_a_vanishing_temperature_gives_non_finite_values_as_with_eager(temperature):
+    problem = make_problem("mix_k")
+    problem.tensors["temperature"].fill_(temperature)
+    for impl in ("eager", "numba"):
+        solution = solve(problem, impl)
+        assert all(not solution[name].isfinite().any() for name in ("y", "A", "B", "temperature")), impl
+
+
 SCRIPT = """
 import hashlib, torch
 torch.set_num_threads(1)

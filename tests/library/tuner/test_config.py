@@ -64,8 +64,10 @@ from snella.matrices import adapted_matrices
         ({"realloc_every": 0}, "realloc_every must be 'epoch' or a positive number of steps, got 0"),
         ({"realloc_every": "step"}, "realloc_every must be 'epoch' or .* got 'step'"),
         ({"realloc_every": True}, r"realloc_every must be of type int \| str, got True"),
-        ({"qkv_groups": 0}, "qkv_groups must be 'auto', a positive integer or a mapping, got 0"),
+        ({"qkv_groups": 0}, "qkv_groups must be 'auto', a positive integer, or a mapping to .* of them, got 0"),
         ({"qkv_groups": "three"}, "qkv_groups must be .* got 'three'"),
+        ({"qkv_groups": {"fc1": 2, "qkv": 0}}, r"qkv_groups must be .* got \{'fc1': 2, 'qkv': 0\}"),
+        ({"qkv_groups": {"qkv": [32, -8]}}, r"qkv_groups must be .* got \{'qkv': \[32, -8\]\}"),
         (
             {"target_modules": r".*fc\d", "layers_to_transform": [1]},
             r"layers_to_transform requires target_modules as a list, got target_modules='\.\*fc.*' and "

@@ -6,6 +6,7 @@ import sys
 import pytest
 import timm
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
@@ -226,10 +227,11 @@ def test_stored_unmerged_weight_moves_with_the_model(folders):
     assert layer._unmerged_weight.dtype == layer.base_layer.weight.dtype == torch.float16
 
 
-def fused(groups, seed):
+def fused(groups, seed, kv_heads=4):
     torch.manual_seed(seed)
     model = nn.Sequential()
     model.qkv = nn.Linear(8, 24)
+    model.config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=kv_heads)
     model = get_peft_model(model, SnellaConfig(r=4, target_modules=["qkv"], qkv_groups=groups))
     return model.eval()
 
@@ -244,6 +246,18 @@ def test_adapters_with_other_rows_per_matrix_or_invalid_budgets_are_rejected(tmp
     budgets = next(name for name in values if name.endswith("snella_budget"))
     with pytest.raises(ValueError, match=r"qkv has budgets \[65, 8, 8\] for matrices of \[8, 8, 8\] x 8"):
         hotswap(model, {**values, budgets: torch.tensor([65, 8, 8])})
+
+
+def test_rows_of_auto_are_inferred_from_the_layers_parent(tmp_path):
+    fused("auto", 1).save_pretrained(tmp_path / "equal")
+    with pytest.raises(ValueError, match=r"qkv has matrices of \[8, 8, 8\] rows, the model has \[12, 6, 6\]"):
+        hotswap(fused({"qkv": [12, 6, 6]}, 0), tmp_path / "equal")
+    fused("auto", 1, kv_heads=1).save_pretrained(tmp_path / "grouped")
+    with pytest.raises(ValueError, match=r"qkv has matrices of \[16, 4, 4\] rows, the model has \[8, 8, 8\]"):
+        hotswap(fused(3, 0, kv_heads=1), tmp_path / "grouped")
+    model = fused({"qkv": [16, 4, 4]}, 0, kv_heads=1)
+    expected = hotswap(model, tmp_path / "grouped").tensors["base_model.model.qkv.snella_A"]
+    assert torch.equal(model.base_model.model.qkv.snella_A["default"], expected)
 
 
 def test_a_model_inside_another_module_is_swapped():

@@ -27,7 +27,7 @@ SUM_BLOCK = 512
 _MODES = {"soft": forward.SOFT.value, "official": forward.OFFICIAL.value, "none": forward.NONE.value}
 _LAUNCHES: dict[str, tuple[tuple[int, int | None], ...]] = {
     "softmax_statistics": ((8, 64), (8, 80), (8, 80)),
-    "softmax_weighted_sums": ((8, 64), (8, 80), (16, 64)),
+    "softmax_weighted_sums": ((8, 64), (8, None), (16, 64)),
     "merge": ((8, 80), (8, 128), (16, 64)),
     "factor_gradients": ((4, 128), (4, 128), (4, 128)),
     "scalar_gradients": ((4, None), (4, None), (4, None)),

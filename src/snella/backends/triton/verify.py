@@ -17,24 +17,37 @@ from torch import Tensor
 from snella._utils import cache_folder, nvidia_driver
 from snella.backends import TorchBackend
 from snella.backends.triton import backend, backward, forward
-from snella.kernels import Factors
+from snella.kernels import Factors, NormalizedRBF, PLinear
 from snella.update import Update, UpdateSpec
 
 ROWS, COLUMNS = (64,), 96
 TOLERANCE = 2e-4
 """Tolerance for float32 sums, relative to the largest exact value."""
-_NAMES = ("merged weight", "threshold", *(f"gradient of {name}" for name in Factors._fields))
+_GRADIENTS = ("softmax_weighted_sums", "factor_gradients")
+_LAUNCHES: dict[str, tuple[str, ...]] = {
+    "maximum logit": ("softmax_statistics",),
+    "inverse sum of exponentials": ("softmax_statistics",),
+    "merged matrix": ("merge",),
+    "threshold": ("merge", "count_within_bin", "finish_thresholds"),
+    "effective weight": ("add_sparse",),
+    "gradient of A": _GRADIENTS,
+    "gradient of B": _GRADIENTS,
+    **dict.fromkeys([f"gradient of {name}" for name in Factors._fields[2:]], (*_GRADIENTS, "scalar_gradients")),
+}
+"""Compared results in the order of computation, and the Triton kernels that compute each from the results before it."""
+
 _results: dict[str, str | None] = {}
 
 
 def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
     """Return the reason why the Triton kernels fail the check on the device of `A`, or `None` if they pass.
 
-    Merges a 64×96 matrix with the update's kernel, rank and sparsify mode. Compares the effective weight, the
-    threshold and every gradient with torch operations in float64 on the CPU. The result is cached in memory and in
+    Merges a 64×96 matrix with the update's kernel, rank and sparsify mode. Compares the softmax statistics, the merged
+    matrix, the threshold, the effective weight and every gradient with torch operations in float64 on the CPU. The
+    reason names the Triton kernels that compute the first wrong result. The result is cached in memory and in
     `kernel_checks.json` in the cache folder (`$SNELLA_CACHE`, `$XDG_CACHE_HOME/snella` or `~/.cache/snella`), by
-    device, driver, versions, the kernels' source, kernel, mode, scaling, rank and dtype. Failures to compile or launch
-    a kernel are cached only in memory, because they may be temporary.
+    device, driver, versions, source, kernel, mode, scaling, rank and dtype. Failures to compile or launch a kernel are
+    cached only in memory, because they may be temporary.
 
     Args:
         spec: Spec of the update; only kernel, mode and scaling matter.
@@ -52,7 +65,7 @@ def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
                 raise
             except Exception as error:  # compilers, drivers and launchers raise many types
                 lines = str(error).strip().splitlines() or ["no message"]
-                failed = f"cannot run kernel {spec.kernel.name!r} on {_device_name(A.device)}"
+                failed = f"cannot run the Triton kernels for kernel={spec.kernel.name!r} on {_device_name(A.device)}"
                 _results[key] = f"{failed}: {type(error).__name__}: {lines[0]}"
             else:
                 _save_results({**saved, key: _results[key]})
@@ -77,22 +90,37 @@ def _compare(spec: UpdateSpec, A: Tensor) -> str | None:
         merged = implementation.merge(Update(spec, inputs, budgets))
         out = torch.empty_like(weight)
         implementation.add_update(spec, merged, weight, out)
-        tensors = (out, merged.thresholds, *implementation.grad_factors(spec, merged, grad_weight))
+        stats = merged.workspace or _softmax_stats(spec, inputs)
+        grads = implementation.grad_factors(spec, merged, grad_weight)
+        tensors = (*stats, merged.delta[0], merged.thresholds, out, *grads)
         results.append([None if tensor is None else tensor.to("cpu") for tensor in tensors])
-    scalars = [value.abs().max().item() for value in results[1][4:] if value is not None]
-    for index, (name, actual, expected) in enumerate(zip(_NAMES, *results, strict=True)):
+    scalars = [value.abs().max().item() for value in results[1][7:] if value is not None]
+    for index, (name, actual, expected) in enumerate(zip(_LAUNCHES, *results, strict=True)):
         if actual is None or expected is None:
             continue
         # gradients of the kernel's scalars are sums with cancellation: use the largest as the scale of all
-        scale = max(scalars) if index >= 4 else expected.abs().max().item()
+        scale = max(scalars) if index >= 7 else expected.abs().max().item()
         error = (actual.double() - expected).abs().max().item()
         if not error <= (TOLERANCE + torch.finfo(actual.dtype).eps) * (scale + 1e-3):
+            has_softmax = isinstance(spec.kernel, NormalizedRBF)
+            launches = [launch for launch in _LAUNCHES[name] if has_softmax or not launch.startswith("softmax")]
             versions = f"triton {triton.__version__}, torch {torch.__version__}"
             return (
-                f"computes a wrong {name} of kernel {spec.kernel.name!r} on {_device_name(A.device)}: largest error "
-                f"{error:.2e}, largest value {scale:.2e} ({versions})"
+                f"computes a wrong {name} in {' or '.join(launches)} for kernel={spec.kernel.name!r} on "
+                f"{_device_name(A.device)}: largest error {error:.2e}, largest value {scale:.2e} ({versions})"
             )
     return None
+
+
+def _softmax_stats(spec: UpdateSpec, factors: Factors) -> backend.SoftmaxStats:
+    """Return the softmax statistics of one matrix, computed by torch operations."""
+    if not isinstance(spec.kernel, NormalizedRBF):
+        return backend.SoftmaxStats(None, None)
+    A, B, scalars = next(spec.matrices(factors))
+    logits = PLinear.merge(spec.kernel, A, B, scalars)
+    logits = logits if scalars.temperature is None else logits / scalars.temperature
+    highest = logits.amax(spec.kernel.softmax_dim)
+    return backend.SoftmaxStats(highest, (highest - logits.logsumexp(spec.kernel.softmax_dim)).exp())
 
 
 def _factors(spec: UpdateSpec, A: Tensor) -> Factors:
@@ -144,8 +172,8 @@ def _device_name(device: torch.device) -> str:
 
 @cache
 def _source_digest() -> str:
-    """Return a digest of the kernels' source."""
-    files = (forward.__file__, backward.__file__, backend.__file__)
+    """Return a digest of the source of the kernels and of this check."""
+    files = (forward.__file__, backward.__file__, backend.__file__, __file__)
     return hashlib.sha256(b"".join(Path(str(file)).read_bytes() for file in files)).hexdigest()[:16]
 
 

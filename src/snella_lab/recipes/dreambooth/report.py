@@ -63,6 +63,8 @@ def write_generation_report(run: str | Path) -> Path:
         "run": info,
         "title": f"{info.method} on {data.subject}",
         "quoted": shlex.quote(str(folder)),
+        "pipeline": repr(info.backbone.name),
+        "adapter": repr(str(folder / "adapter")),
         "numbers": [{"label": label, "value": value, "note": note} for label, value, note in numbers],
         "curve": inline_svg(loss_curve(trained.loss_history), "curve-loss", f"Loss by step; {curve['steps']} steps."),
         "groups": [

@@ -1,10 +1,13 @@
 """DreamBooth through the command line, with a tiny random pipeline."""
 
+import ast
+import html
 import json
 import math
 import shutil
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import peft
@@ -16,10 +19,13 @@ from safetensors.torch import load_file
 
 from snella_app.cli.main import main
 from snella_app.methods import load_trained
+from snella_app.records.record import read, write
+from snella_app.records.run import RunInfo
 from snella_app.training.session import NonFiniteLossError, TrainingInterrupted
 from snella_lab.recipes.dreambooth.config import DreamBoothConfig, GenerateOptions
 from snella_lab.recipes.dreambooth.generate import SamplingConfig, generate, sample_images
 from snella_lab.recipes.dreambooth.pipeline import load_pipeline
+from snella_lab.recipes.dreambooth.report import write_generation_report
 from snella_lab.recipes.dreambooth.train import DreamBoothTrainer, personalize
 
 STEPS = 12
@@ -264,6 +270,17 @@ def test_inspect_shows_generation_results_and_redraws_the_report(finished_run, t
         assert expected in text, expected
     assert "classes" not in text and "best epoch" not in text
     assert "Images generated after training" in (run / "report.html").read_text()
+
+
+def test_python_code_of_the_report_quotes_names_and_paths(finished_run, tmp_path):
+    run, name = tmp_path / "it's a run", 'it\'s "my" pipeline'
+    shutil.copytree(finished_run, run)
+    info = read(RunInfo, run)
+    write(replace(info, backbone=replace(info.backbone, name=name)), run)
+    page = write_generation_report(run).read_text()
+    code = html.unescape(page.partition("<h3>In Python</h3>\n<pre>")[2].partition("</pre>")[0])
+    strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert strings == [name, str(run / "adapter")]
 
 
 @pytest.mark.parametrize("args", [["evaluate"], ["predict", "photo.png"], ["merge", "--out", "merged.safetensors"]])
