@@ -113,7 +113,7 @@ class BenchmarkDataset:
         name: Folder name used by most repositories.
         classes: Number of classes.
         sizes: Numbers of training, validation and test images.
-        group: Group of a VTAB-1k task: natural, specialised or structured.
+        group: Group of a VTAB-1k task: natural, specialized or structured.
         images: Subfolder of the image paths; empty for the dataset folder.
         aliases: Alternative folder names.
     """
@@ -233,10 +233,10 @@ VTAB_TASKS: dict[str, BenchmarkDataset] = {
         BenchmarkDataset("svhn", 10, (800, 200, 26_032), group="natural"),
         BenchmarkDataset("sun397", 397, (800, 200, 21_750), group="natural"),
         BenchmarkDataset("oxford_iiit_pet", 37, (800, 200, 3_669), group="natural", aliases=("pets",)),
-        BenchmarkDataset("patch_camelyon", 2, (800, 200, 32_768), group="specialised"),
-        BenchmarkDataset("eurosat", 10, (800, 200, 5_400), group="specialised"),
-        BenchmarkDataset("resisc45", 45, (800, 200, 6_300), group="specialised"),
-        BenchmarkDataset("diabetic_retinopathy", 5, (800, 200, 42_670), group="specialised"),
+        BenchmarkDataset("patch_camelyon", 2, (800, 200, 32_768), group="specialized"),
+        BenchmarkDataset("eurosat", 10, (800, 200, 5_400), group="specialized"),
+        BenchmarkDataset("resisc45", 45, (800, 200, 6_300), group="specialized"),
+        BenchmarkDataset("diabetic_retinopathy", 5, (800, 200, 42_670), group="specialized"),
         BenchmarkDataset("clevr_count", 8, (800, 200, 15_000), group="structured"),
         BenchmarkDataset("clevr_dist", 6, (800, 200, 15_000), group="structured"),
         BenchmarkDataset("dmlab", 6, (800, 200, 22_735), group="structured"),

@@ -280,7 +280,8 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
         `[images, height, width]`, float32 in [0, 1]; zeros if no region raises the output.
 
     Raises:
-        ValueError: If the model has neither ViT blocks nor `feature_info`.
+        ValueError: If the model has neither ViT blocks nor `feature_info`, or its layer processes tokens other than the
+            patches last (`vqt` with the trained head).
         ImportError: If Captum is not installed.
 
     Sources:
@@ -389,6 +390,11 @@ def _summed_grid(product: Tensor, width: int, patch: tuple[int, int], size: torc
         return product.sum(1) if product.shape[1] == width else product.sum(-1)
     rows, columns = size[0] // patch[0], size[1] // patch[1]
     sums = product.sum(-1)
+    if sums.shape[1] < rows * columns:
+        raise ValueError(
+            f"gradcam needs a layer with a token for each of the {rows * columns} patches, got {sums.shape[1]} tokens; "
+            "train with the default final head"
+        )
     return sums[:, sums.shape[1] - rows * columns :].reshape(-1, rows, columns)  # class and prompt tokens come first
 
 

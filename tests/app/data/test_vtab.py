@@ -28,7 +28,7 @@ def names(part):
 
 def test_there_are_nineteen_tasks_in_three_groups():
     groups = [task.group for task in VTAB_TASKS.values()]
-    assert [groups.count(group) for group in ("natural", "specialised", "structured")] == [7, 4, 8]
+    assert [groups.count(group) for group in ("natural", "specialized", "structured")] == [7, 4, 8]
     assert sum(task.classes for task in VTAB_TASKS.values()) == 940
 
 

@@ -80,6 +80,14 @@ def test_maps_exclude_prompts_and_class_tokens(method):
             assert center == pytest.approx(float(grid[row, column] / grid.max()), abs=0.05)
 
 
+def test_a_layer_that_processes_only_queries_last_is_rejected():
+    model = build_method("vqt-2", timm.create_model("test_vit", num_classes=2, img_size=SIZE)).eval()
+    with pytest.raises(
+        ValueError, match=r"gradcam needs a layer with a token for each of the 16 patches, got 2 tokens"
+    ):
+        heat_maps(model, torch.randn(1, 3, SIZE, SIZE), torch.tensor([0]))
+
+
 @pytest.mark.parametrize(("method", "pool"), [("snella-2", "token"), ("lora-2", "avg")])
 def test_rollout_is_the_product_of_attentions_with_residuals(method, pool):
     torch.manual_seed(0)

@@ -95,7 +95,7 @@ def test_published_means_match_the_published_values(experiments):
     assert len(experiment.published["values"]) == 20
     for values in experiment.published["values"].values():
         groups = []
-        for group in ("natural", "specialised", "structured"):
+        for group in ("natural", "specialized", "structured"):
             group_values = [values[entry.name] for entry in experiment.data if entry.group == group]
             groups.append(sum(group_values) / len(group_values))
             assert values[group] == pytest.approx(groups[-1], abs=0.006)
