@@ -33,6 +33,23 @@ def _row(product: str, folder: str, accuracy: float, seed: int = 0) -> dict:
     return {"product": product, "folder": folder, "accuracy": accuracy, **setting, **others}
 
 
+_NAMES = {"snella": "`snella train`", "fastai-all": "fastai's `fine_tune`"}
+
+
+def _current_rows(folders: tuple[str, ...], minutes: int) -> list[dict]:
+    """Return the rows of the current recipe."""
+    rows = [row for row in read_rows(_FOLDER / "rows.jsonl") if row["date"] >= "2026-11-30T04:00"]
+    rows = [row for row in rows if row["product"] in _NAMES and row["folder"] in folders]
+    return [row for row in rows if row["minutes"] == minutes]
+
+
+def _difference(rows: list[dict]):
+    table = _module("table")
+    gap = table.differences(table.means(rows), "fastai-all")["snella"]
+    interval = f"[{decimal_text(100 * gap.low, 1)}, {decimal_text(100 * gap.high, 1)}]"
+    return gap, f"{points_text(gap.mean)} {interval}"
+
+
 _ROWS = [
     _row("snella", "a", 0.7), _row("snella", "a", 0.9, seed=1), _row("snella", "b", 0.5), _row("snella", "c", 0.4),
     _row("other", "a", 0.7), _row("other", "b", 0.5), _row("other", "c", 0.1), _row("other", "d", 0.9),
@@ -169,24 +186,37 @@ def test_unknown_product_is_rejected_before_creating_environments(name, reason, 
     assert not created and repr(name) in error and reason in error
 
 
-def test_current_recipe_in_the_notes_matches_the_measurements():
-    table, rows = _module("table"), read_rows(_FOLDER / "rows.jsonl")
-    names = {"snella": "`snella train`", "fastai-all": "fastai's `fine_tune`"}
-    order, notes = ("furniture", "nebulae", "letters", "silhouettes"), _notes()
-    rows = [row for row in rows if row["date"] >= "2026-11-30T04:00" and row["product"] in names]
-    rows = [row for row in rows if row["folder"] in order]
-    for minutes in (1, 3, 10):
-        same = [row for row in rows if row["minutes"] == minutes]
-        gap = table.differences(table.means(same), "fastai-all")["snella"]
-        interval = f"[{decimal_text(100 * gap.low, 1)}, {decimal_text(100 * gap.high, 1)}]"
-        for product, name in names.items():
-            runs = {row["folder"]: row for row in same if row["product"] == product}
-            folders = [runs[folder] for folder in order]
-            cells = [f"{100 * row['accuracy']:.1f} ({row['details']['epochs']})" for row in folders]
-            last = f"{points_text(gap.mean)} {interval}, p = {gap.p:.2f} |" if product == "snella" else "|"
-            assert f"| {name} | {minutes} | {' | '.join(cells)} | {last}\n" in notes
-            seconds = [row["seconds"] for row in folders]
-            assert f"{min(seconds):.0f} to {max(seconds):.0f}" in " ".join(notes.split())
+_HELD_OUT, _DEVELOPMENT = ("furniture", "nebulae", "letters", "silhouettes"), ("stamps", "units", "textures", "emoji")
+
+
+@pytest.mark.parametrize(
+    ("order", "minutes"), [(_HELD_OUT, 1), (_HELD_OUT, 3), (_HELD_OUT, 10), (_DEVELOPMENT, 3), (_DEVELOPMENT, 10)]
+)
+def test_current_recipe_in_the_notes_matches_the_measurements(order, minutes):
+    notes, same = _notes(), _current_rows(order, minutes)
+    gap, text = _difference(same)
+    for product, name in _NAMES.items():
+        runs = {row["folder"]: row for row in same if row["product"] == product}
+        folders = [runs[folder] for folder in order]
+        cells = [f"{100 * row['accuracy']:.1f} ({row['details']['epochs']})" for row in folders]
+        last = f"{text}, p = {gap.p:.2f} |" if product == "snella" else "|"
+        assert f"| {name} | {minutes} | {' | '.join(cells)} | {last}\n" in notes
+        seconds = [row["seconds"] for row in folders]
+        assert f"{min(seconds):.0f} to {max(seconds):.0f}" in " ".join(notes.split())
+
+
+@pytest.mark.parametrize("minutes", [3, 10])
+def test_differences_over_all_folders_in_the_notes_match_the_measurements(minutes):
+    rows = _current_rows((*_HELD_OUT, *_DEVELOPMENT), minutes)
+    gap, text = _difference(rows)
+    scores = {name: {row["folder"]: row for row in rows if row["product"] == name} for name in ("snella", "fastai-all")}
+    above = sum(row["accuracy"] > scores["fastai-all"][folder]["accuracy"] for folder, row in scores["snella"].items())
+    cells = [
+        f"{fmean(row[key] for row in scores['snella'].values()):.2f} "
+        f"({fmean(row[key] for row in scores['fastai-all'].values()):.2f})"
+        for key in ("nll", "ece")
+    ]
+    assert f"| {minutes} | {text}, p = {gap.p:.3f} | {above} of 8 | {' | '.join(cells)} |\n" in _notes()
 
 
 def test_head_tables_in_the_notes_match_the_measurements():
