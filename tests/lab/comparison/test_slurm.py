@@ -105,7 +105,7 @@ def test_invalid_part_is_rejected(text):
     ("options", "message"),
     [
         ({"part": "2/2"}, "part must be INDEX/COUNT with INDEX < COUNT and cannot be combined with draw_only, got 2/2"),
-        ({"part": "0/2", "draw_only": True}, "not with draw_only, got 0/2"),
+        ({"part": "0/2", "draw_only": True}, "cannot be combined with draw_only, got 0/2"),
         ({"part": "0/2"}, "part trains the experiment stored in out=.* and cannot be combined with an experiment"),
         ({"emit": "pbs"}, "emit must be slurm, got 'pbs'"),
         ({"emit": "slurm", "part": "0/2"}, "emit='slurm' cannot be combined with ray, part or draw_only"),
