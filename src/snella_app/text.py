@@ -27,7 +27,12 @@ def percent_text(fraction: float, digits: int = 1) -> str:
 
 def points_text(fraction: float, digits: int = 1) -> str:
     """Format a difference of fractions in percentage points, with its sign: +2.9, −1.0, 0.0."""
-    text = decimal_text(100 * fraction, digits)
+    return signed_text(100 * fraction, digits)
+
+
+def signed_text(value: float, digits: int) -> str:
+    """Format a difference with fixed decimals and its sign: +0.029, −0.010, 0.000."""
+    text = decimal_text(value, digits)
     return f"+{text}" if text[0].isdigit() and float(text) else text
 
 

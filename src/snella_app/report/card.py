@@ -112,8 +112,7 @@ def _results(info: RunInfo, metrics: Metrics | None, tag: str | None) -> list[An
 def _summary(info: RunInfo) -> str:
     """Return a summary of backbone, task, method and classes."""
     weights = f", weights {_code(info.backbone.weights)}" if info.backbone.weights else ""
-    text = f"{_code(info.backbone.name)}{weights}, fine-tuned for {info.task} with {_code(info.method)}, using "
-    text += "[PEFT](https://github.com/huggingface/peft) and snella."
+    text = f"{_code(info.backbone.name)}{weights}, fine-tuned for {info.task} with {_code(info.method)}, using snella."
     if not info.classes:
         return text
     names = json.dumps(info.classes[:_MAX_CLASSES], ensure_ascii=False)

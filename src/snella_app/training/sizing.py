@@ -345,7 +345,8 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     per_batch = max(optim.effective_batch_size // process_count(), 1)
     train_s, is_cached = 0.0, can_cache_features(data, parts.model)
     if with_training and not is_cached:
-        train_s = _step_seconds(parts, optim, parts.splits.train, per_batch, _trial_step)
+        with _reduced_budgets(parts.model):
+            train_s = _step_seconds(parts, optim, parts.splits.train, per_batch, _trial_step)
     measured = {name: part for name, part in parts.splits.parts.items() if name != "train"}
     # the first pass reads from disk; later passes may read from memory
     last = next(reversed(measured.values()), parts.splits.train)
@@ -389,7 +390,7 @@ def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     moments = [torch.zeros_like(parameter) for parameter in trained for _ in range(2)]
     try:
-        with preserve_state(model, images), _reduced_budgets(model):
+        with preserve_state(model, images):
             model.train()
             with torch.no_grad():
                 for parameter in trained:

@@ -19,14 +19,14 @@ from snella.backends import choose_backend
 from snella.kernels import Factors, make_kernel
 from snella.ops import has_bfloat16_instructions
 from snella.update import Update, UpdateSpec
-from snella_app.console import make_console, make_table, print_line
+from snella_app.console import counted, make_console, make_table, print_line
 from snella_app.device import synchronized_time
 from snella_app.files import create_folder, write_json
 from snella_app.records.record import plain
 from snella_app.text import bytes_text
 from snella_lab.bench.bench import BenchConfig, bench
 from snella_lab.bench.reference import DTYPES, BackendCheck, check_backend
-from snella_lab.provenance import conditions, device_name
+from snella_lab.provenance import conditions, processor_name
 
 _PACKAGES = ("snella", "torch", "peft", "timm", "triton", "numba", "numpy")
 _MERGES = 20  # timed calls
@@ -178,7 +178,7 @@ def describe_machine(versions: dict[str, str]) -> dict[str, Any]:
 
     machine: dict[str, Any] = {
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "processor": device_name("cpu").replace(" 1 threads", " 1 thread"),
+        "processor": f"cpu, {counted(torch.get_num_threads(), 'thread')}, {processor_name()}",
         "memory": bytes_text(psutil.virtual_memory().total),
         "instructions": torch.backends.cpu.get_cpu_capability() + _bfloat16(has_bfloat16_instructions()),
         "versions": versions,

@@ -8,7 +8,7 @@ from functools import cached_property
 from rich.console import Console
 
 from snella_app.console import counted, make_table, print_line
-from snella_app.text import bytes_text, count_text, decimal_text, percent_text, points_text, seconds_text
+from snella_app.text import bytes_text, count_text, decimal_text, percent_text, points_text, seconds_text, signed_text
 from snella_lab.comparison.experiment import MEASURES, OVER_GROUPS, OVER_TASKS, Experiment
 from snella_lab.comparison.rows import CellRow
 from snella_lab.comparison.statistics import (
@@ -199,12 +199,12 @@ def spread_text(value: Spread | None, is_fraction: bool = True) -> str:
 
 def change_text(value: float, is_fraction: bool) -> str:
     """Format a difference with its sign: +2.9 points of a fraction, else +0.029."""
-    return points_text(value) if is_fraction else points_text(value / 100, 3)
+    return points_text(value) if is_fraction else signed_text(value, 3)
 
 
 def size_text(value: float, is_fraction: bool) -> str:
     """Format the size of a difference with its unit: 2.9 points for a fraction, else 0.029."""
-    return f"{100 * value:.1f} points" if is_fraction else decimal_text(value, 3)
+    return f"{decimal_text(100 * value, 1)} points" if is_fraction else decimal_text(value, 3)
 
 
 def difference_text(value: Difference | None, tasks: int, is_fraction: bool = True) -> str:

@@ -120,7 +120,7 @@ def spend_budget(
 
     A weight costs 1. Once `thresholds[g]` weights of group `g` are selected, the group switches to its structured
     module at a cost of `costs[g]`, if the remaining budget allows it. The module replaces the group's selected weights,
-    whose cost is returned; the group's other weights are skipped at no cost.
+    whose cost is refunded; the group's other weights are skipped at no cost.
 
     Args:
         values: Nonnegative sensitivities of each group, of any shape.

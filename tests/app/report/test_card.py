@@ -89,9 +89,7 @@ def test_untrusted_text_is_escaped(run):
     card = model_card(run.folder, "x", name=evil)
     body = card.split("---", 2)[2]
     shown = MarkdownIt("commonmark").enable("table").render(body)
-    assert not re.search(
-        "<(img|b|a|em|strong)[ >]", shown.replace('<a href="https://github.com/huggingface/peft">', "")
-    )
+    assert not re.search("<(img|b|a|em|strong)[ >]", shown)
     assert shown.count("<h1>") == 1 and "<h1>title" not in shown
     names = re.search(r"in this order: `(\[.*?\])`\.", body)
     assert json.loads(names[1]) == [evil, "sound"]

@@ -147,7 +147,7 @@ def test_parts_of_a_batch_cover_it_exactly(count):
 
 def test_an_image_with_loss_weight_0_does_not_count_in_the_feature_statistics(settings, console, monkeypatch):
     weight, update, counts = ShardedBatches.weight, FeatureNorm.on_step_end, []
-    # the second batch of each step as in a process without images of its own
+    # makes the second batch of each step that of a process without images
     monkeypatch.setattr(ShardedBatches, "weight", lambda self, number: 0 if number % 2 else weight(self, number))
 
     def record(norm, *args, **kwargs):

@@ -87,15 +87,22 @@ def test_a_trial_step_restores_the_model(settings):
     assert all(parameter.grad is None for parameter in parts.model.parameters())
 
 
-def test_a_trial_step_searches_for_thresholds_like_the_steps_after_the_first_epoch(settings):
-    config = settings().resolved()
+def test_timed_steps_search_for_thresholds_like_the_steps_after_the_first_epoch(settings, monkeypatch):
+    config = settings(time_budget="10s", batch_size=4).resolved()
     parts, during = build_components(config), []
     matrices = matrices_of(parts.model)
     before = [matrix.budget for matrix in matrices]
     assert before == [matrix.size for matrix in matrices]  # all entries exceed the threshold 0
-    parts.model.register_forward_hook(lambda *_: during.extend(matrix.budget for matrix in matrices))
-    sizing._trial_step(parts, config.optim.precision, parts.task.collate([parts.splits.train[0]]))
-    assert during == [int(0.65 * size) for size in before] and [matrix.budget for matrix in matrices] == before
+    trial_step = sizing._trial_step
+
+    def step(*args):
+        trial_step(*args)
+        during.append([matrix.budget for matrix in matrices])
+
+    monkeypatch.setattr(sizing, "_trial_step", step)
+    sizing._measure_times(parts, config)
+    assert during and all(budgets == [int(0.65 * size) for size in before] for budgets in during)
+    assert [matrix.budget for matrix in matrices] == before
 
 
 def test_a_run_with_the_selected_settings_is_bit_identical(settings, console, monkeypatch, tmp_path):

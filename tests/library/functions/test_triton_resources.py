@@ -116,12 +116,15 @@ def test_rows_were_compiled_from_the_current_kernels_and_launch_options(monkeypa
 
     kernels = {(name, rank): branch for rank in (8, 16, 32) for name, *branch in variants(rank)}
     for row in ROWS:
-        if row.get("launch", "") is None:
-            kernel, settings = kernels[row["kernel"], row["rank"]]
-            rank, pieces = settings.get("R", 1), settings.get("P", 1)
-            launch = backend.launch_options(kernel.__name__, rank, pieces, row.get("aligned", True))
-            remedy = "recompile with: python benchmarks/triton_resources.py"
-            assert row["source"] == source_digest(settings, launch), f"{row['kernel']} has changed; {remedy}"
+        kernel, settings = kernels[row["kernel"], row["rank"]]
+        settings = settings | {name: size for name, size in row["tile"].items() if name in settings}
+        rank, pieces = settings.get("R", 1), settings.get("P", 1)
+        launch = backend.launch_options(kernel.__name__, rank, pieces, row.get("aligned", True))
+        options = row["launch"] or (launch["num_warps"], launch.get("maxnreg"))
+        launch |= dict(zip(("num_warps", "maxnreg"), options, strict=True))
+        launch = {name: value for name, value in launch.items() if value is not None}
+        remedy = "recompile with: python benchmarks/triton_resources.py"
+        assert row["source"] == source_digest(settings, launch), f"{row['kernel']} has changed; {remedy}"
 
 
 @needs_triton

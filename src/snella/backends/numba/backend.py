@@ -271,14 +271,14 @@ def pack_factors(spec: UpdateSpec, factors: Factors) -> list[PackedFactors]:
     if coeff is None or (has_softmax and beta is None):
         raise ValueError(f"kernel {kernel.name!r} requires the scalars {list(kernel.scalars)}, got None")
     scales, shifts = [[0.0] * num_matrices if s is None else s.detach().tolist() for s in (alpha, beta)]
-    # divides in torch, because Python raises an error for a zero and NumPy warns of an overflow
-    inverse = None if temperature is None else temperature.detach().double().reciprocal().float().tolist()
+    # computed in torch, because Python raises an error for a zero and NumPy warns of an overflow
+    inverses = [1.0] * num_matrices if temperature is None else (1 / temperature.detach().double()).float().tolist()
     linear = np.float32(1.0 if isinstance(kernel, MixK) or not has_softmax else 0.0)
     arrays = [as_array(tensor.to(torch.float32).contiguous()) for tensor in (A, B, coeff)]
     packed = []
-    for group, (scale, shift) in enumerate(zip(scales, shifts, strict=True)):
+    for group, (scale, shift, inverse) in enumerate(zip(scales, shifts, inverses, strict=True)):
         constant = shift - (scale / spec.row_counts[group] if kernel.center_softmax else 0.0) if has_softmax else 0.0
-        softmax = (np.float32(inverse[group] if inverse else 1.0), linear, scale, np.float32(constant), has_softmax)
+        softmax = (np.float32(inverse), linear, scale, np.float32(constant), has_softmax)
         packed.append(PackedFactors(arrays[0][group], arrays[1][spec.rows[group]], arrays[2][group], softmax))
     return packed
 

@@ -24,6 +24,7 @@ ROWS, COLUMNS = (64,), 96
 TOLERANCE = 2e-4
 """Tolerance for float32 sums, relative to the largest exact value."""
 _GRADIENTS = ("softmax_weighted_sums", "factor_gradients")
+_SCALARS = tuple(f"gradient of {name}" for name in Factors._fields[2:])
 _LAUNCHES: dict[str, tuple[str, ...]] = {
     "maximum logit": ("softmax_statistics",),
     "inverse sum of exponentials": ("softmax_statistics",),
@@ -32,7 +33,7 @@ _LAUNCHES: dict[str, tuple[str, ...]] = {
     "effective weight": ("add_sparse",),
     "gradient of A": _GRADIENTS,
     "gradient of B": _GRADIENTS,
-    **dict.fromkeys([f"gradient of {name}" for name in Factors._fields[2:]], (*_GRADIENTS, "scalar_gradients")),
+    **dict.fromkeys(_SCALARS, (*_GRADIENTS, "scalar_gradients")),
 }
 """Compared results in the order of computation, and the Triton kernels that compute each from the results before it."""
 
@@ -94,12 +95,14 @@ def _compare(spec: UpdateSpec, A: Tensor) -> str | None:
         grads = implementation.grad_factors(spec, merged, grad_weight)
         tensors = (*stats, merged.delta[0], merged.thresholds, out, *grads)
         results.append([None if tensor is None else tensor.to("cpu") for tensor in tensors])
-    scalars = [value.abs().max().item() for value in results[1][7:] if value is not None]
-    for index, (name, actual, expected) in enumerate(zip(_LAUNCHES, *results, strict=True)):
+    exact = zip(_LAUNCHES, results[1], strict=True)
+    sizes = {name: value.abs().max().item() for name, value in exact if value is not None}
+    for name, actual, expected in zip(_LAUNCHES, *results, strict=True):
         if actual is None or expected is None:
             continue
         # gradients of the kernel's scalars are sums with cancellation: use the largest as the scale of all
-        scale = max(scalars) if index >= 7 else expected.abs().max().item()
+        group = _SCALARS if name in _SCALARS else (name,)
+        scale = max(sizes[other] for other in group if other in sizes)
         error = (actual.double() - expected).abs().max().item()
         if not error <= (TOLERANCE + torch.finfo(actual.dtype).eps) * (scale + 1e-3):
             has_softmax = isinstance(spec.kernel, NormalizedRBF)
