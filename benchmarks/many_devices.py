@@ -143,7 +143,7 @@ def cells(arguments: argparse.Namespace, count: int) -> Iterator[Cell]:
 
 
 def _cells_of(loop: str, engine: str, is_resumed: bool, count: int, arguments: argparse.Namespace) -> Iterator[Cell]:
-    """Yield the cells of one loop and engine; options other than `plain` run with the fewest processes."""
+    """Yield the cells of one loop and engine; expected errors run only with the fewest processes."""
     folder, is_deepspeed = Path(arguments.folder), engine.startswith("ZeRO")
     is_first = count == min(arguments.counts)
     if is_resumed:
@@ -155,7 +155,7 @@ def _cells_of(loop: str, engine: str, is_resumed: bool, count: int, arguments: a
             yield Cell(loop, engine, "plain", folder, not is_deepspeed)
         return
     for option in arguments.options if count > 1 else ():
-        if (option == "plain" or is_first) and (option, loop) != ("compile", "snella train"):
+        if (option, loop) != ("compile", "snella train"):
             yield Cell(loop, engine, option, folder, not is_deepspeed)
     if is_deepspeed and is_first:
         yield Cell(loop, engine, "plain", folder)
