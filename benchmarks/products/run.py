@@ -31,6 +31,7 @@ PRODUCTS: dict[str, tuple[str, str, str]] = {
     "fastai": ("fastai", "fastai_finetune.py", "default"),
     "fastai-bn": ("fastai", "fastai_finetune.py", "bn"),
     "fastai-all": ("fastai", "fastai_finetune.py", "all"),
+    "fastai-fixed-epochs": ("fastai", "fastai_finetune.py", "fixed-epochs"),
     "autogluon": ("autogluon", "autogluon_multimodal.py", "default"),
     "lightly": ("lightly", "lightly_classification.py", "default"),
     "transformers": ("main", "transformers_trainer.py", "default"),

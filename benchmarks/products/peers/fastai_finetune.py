@@ -1,11 +1,13 @@
 """fastai's `fine_tune` as documented: `Resize`, `aug_transforms`, one epoch of the head, then one-cycle for all layers.
 
 The head is fastai's default, or batch norm and a linear layer with `--variant bn`. The script trains on train and
-monitors val; `--variant all` trains on both. Images are resized to twice the resolution before `aug_transforms`,
-similar to 460 and 224 in the fastai book. The epoch time is estimated from up to five steps.
+monitors val; `--variant all` trains on both, and `--variant fixed-epochs` trains on both for ten epochs, the default of
+`snella train`. Images are resized to twice the resolution before `aug_transforms`, similar to 460 and 224 in the fastai
+book. The epoch time is estimated from up to five steps.
 """
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 
 import common
@@ -28,14 +30,16 @@ from fastai.vision.all import (
 )
 from torch import nn
 
+_FIXED = "fixed-epochs"
+
 
 def fit(job: common.Job) -> common.Fitted:
-    """Fine-tune for the number of epochs that fits the budget."""
+    """Fine-tune for the number of epochs that fits the budget, or for ten."""
     mean, std = job.statistics()
     files = [path for part in ("train", "val") for path, _ in job.parts[part]]
     train_images, val_images = len(job.parts["train"]), len(job.parts["val"])
     val_indices = list(range(train_images, len(files)))
-    if job.variant == "all":
+    if job.variant in ("all", _FIXED):
         train_images = len(files)
     batch_size = min(64, train_images)
     block = DataBlock(
@@ -57,6 +61,31 @@ def fit(job: common.Job) -> common.Fitted:
     apply_init(head, nn.init.kaiming_normal_)
     model = nn.Sequential(body, head)
 
+    details = {"epochs": 10}
+    if job.variant != _FIXED:
+        train, val = train_images // batch_size, -(-val_images // batch_size)
+        details = fitting_epochs(job, model, data.train, train, val)
+    set_seed(job.seed)
+    learner = Learner(
+        data,
+        model,
+        loss_func=CrossEntropyLossFlat(),
+        metrics=accuracy,
+        splitter=lambda m: [params(m[0]), params(m[1])],
+        path=job.cache,
+    )
+    with learner.no_bar(), learner.no_logging():
+        learner.fine_tune(details["epochs"])
+
+    def predict(paths: list[Path]) -> np.ndarray:
+        with learner.no_bar(), learner.no_logging():
+            return learner.get_preds(dl=data.test_dl(paths))[0].numpy()
+
+    return common.Fitted(predict, common.stored_size(model), details)
+
+
+def fitting_epochs(job: common.Job, model: nn.Module, batches: Iterable[tuple], train: int, val: int) -> dict:
+    """Return the number of epochs of `train` and `val` batches that fits the budget, and the seconds per step."""
     trial, loss = copy.deepcopy(model).train(), CrossEntropyLossFlat()
 
     def step(batch: tuple) -> None:
@@ -66,25 +95,12 @@ def fit(job: common.Job) -> common.Fitted:
         trial(batch[0])
 
     limit_s = 0.06 * job.minutes * 60
-    step_s = 1.05 * common.seconds_per_batch(lambda: data.train, step, limit_s)  # 5% for the optimizer
+    step_s = 1.05 * common.seconds_per_batch(lambda: batches, step, limit_s)  # 5% for the optimizer
     trial.eval().requires_grad_(False)
-    eval_s = common.seconds_per_batch(lambda: data.train, evaluate, limit_s)
-    trial = None  # free memory
-    train, val = train_images // batch_size, -(-val_images // batch_size)
+    eval_s = common.seconds_per_batch(lambda: batches, evaluate, limit_s)
     epochs = common.fitting_epochs(job, train * step_s + val * eval_s, before_s=(train + val) * eval_s)
-    set_seed(job.seed)
-    learner = Learner(
-        data, model, loss_func=loss, metrics=accuracy, splitter=lambda m: [params(m[0]), params(m[1])], path=job.cache
-    )
-    with learner.no_bar(), learner.no_logging():
-        learner.fine_tune(epochs)
-
-    def predict(paths: list[Path]) -> np.ndarray:
-        with learner.no_bar(), learner.no_logging():
-            return learner.get_preds(dl=data.test_dl(paths))[0].numpy()
-
-    return common.Fitted(predict, common.stored_size(model), {"epochs": epochs, "step_s": round(step_s, 3)})
+    return {"epochs": epochs, "step_s": round(step_s, 3)}
 
 
 if __name__ == "__main__":
-    common.main("fastai", fit, ("fastai",), ("default", "bn", "all"))
+    common.main("fastai", fit, ("fastai",), ("default", "bn", "all", _FIXED))
