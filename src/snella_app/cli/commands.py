@@ -153,7 +153,7 @@ def predict(
             larger values, up to 10, add corner crops of the enlarged image. Defaults to the run's setting.
         features: Also write the features of each image, the input of the classifier head, to this .npz, .npy or
             .parquet file.
-        watch: Watch the folders and predict new images until Ctrl-C; rows are appended to --out.
+        watch: Predict the images in the folders, then new ones until Ctrl-C; rows are appended to --out.
         batch_size: Batch size.
         columns: Path column of a table, e.g. path=file; detected by default.
         skip_corrupt: Skip unreadable images.

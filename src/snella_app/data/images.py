@@ -172,17 +172,37 @@ def _image_errors(name: str, file: File) -> Iterator[None]:
 
 
 def open_image(file: File) -> Image.Image:
-    """Open an image with Pillow, restricted to `FORMATS`, or HEIC with pillow-heif.
+    """Open an image with Pillow, restricted to `FORMATS`, HEIC with pillow-heif, or a NumPy array of 8-bit values.
 
     Raises:
         UnidentifiedImageError: If the format is not supported.
+        ValueError: If an array is not uint8 with 1, 3 or 4 channels.
     """
+    if _start_of(file).startswith(_NUMPY_START):
+        return _array_image(file)
     if is_heic(file) and has_heic():
         import pillow_heif
 
         pillow_heif.register_heif_opener()
         return Image.open(file, formats=("HEIF",))
     return Image.open(file, formats=_supported_formats())
+
+
+def _array_image(file: File) -> Image.Image:
+    """Read an array file, `[height, width]`, `[height, width, channels]` or `[channels, height, width]`."""
+    array_pixels(file)  # rejects other files before memory is allocated
+    values = np.load(file, allow_pickle=False)
+    if values.ndim == 3 and values.shape[-1] not in PILLOW_MODES and values.shape[0] in PILLOW_MODES:
+        values = np.moveaxis(values, 0, -1)
+    channels = values.shape[-1] if values.ndim == 3 else 1
+    if values.ndim not in (2, 3) or channels not in PILLOW_MODES or values.dtype != np.uint8:
+        raise ValueError(
+            f"an array must be uint8 with 1, 3 or 4 channels, got {values.dtype} of shape {list(values.shape)}; "
+            "set another number with --channels"
+        )
+    if channels == 1:
+        values = values.reshape(values.shape[:2])
+    return Image.fromarray(np.ascontiguousarray(values))
 
 
 @cache

@@ -64,6 +64,9 @@ def _class_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs.float(), labels)
 
 
+_TRAIN_DEFAULTS = {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0}
+
+
 @dataclass(frozen=True)
 class SelectionData:
     """Data for methods that select weights or candidates; passed as `build_method(..., batches=...)`.
@@ -112,8 +115,8 @@ class Method:
         penalty: `model -> 0-dim tensor`, added to the loss of each training step. None adds nothing.
         unmerged_reason: Reason why `merge` is None, a verb phrase: "adds prompt tokens, which are not weights".
         defaults: Default settings of `snella train` for AdamW with warm-up and cosine decay: `lr` for added or changed
-            parameters, `scalar_lr` for scalar kernel parameters, `head_lr`, `weight_decay` for matrices, and options of
-            the method.
+            parameters (1e-3 if missing), `scalar_lr` for scalar kernel parameters, `head_lr` (1e-3), `weight_decay` for
+            matrices (0), and options of the method.
         recipes: Defaults of other run types, by `RunSettings.purpose`; a missing purpose is an error.
         optimizer: `(model, class, *, lr, head_lr, weight_decay, scalar_lr) -> optimizer`, for methods with special
             parameter groups; receives `scalar_lr` only if it is set. None uses `lr`, `head_lr` for the head, and no
@@ -139,7 +142,7 @@ class Method:
     merge: Callable[[nn.Module], nn.Module] | None = None
     penalty: Callable[[nn.Module], Tensor] | None = None
     unmerged_reason: str = ""
-    defaults: Mapping[str, Any] = field(default_factory=lambda: {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0})
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     optimizer: Callable[..., Optimizer] | None = None
     unsharded_reason: str = ""
@@ -154,7 +157,7 @@ class Method:
         Args:
             purpose: `RunSettings.purpose`; empty for `snella train`.
         """
-        return self.recipes.get(purpose) if purpose else self.defaults
+        return self.recipes.get(purpose) if purpose else {**_TRAIN_DEFAULTS, **self.defaults}
 
 
 @dataclass(frozen=True)

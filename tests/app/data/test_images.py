@@ -243,6 +243,24 @@ def test_many_channels_are_read_in_any_layout(layout, tmp_path):
     assert torch.equal(image.as_subclass(torch.Tensor), torch.from_numpy(values.astype(np.float32) / 65535))
 
 
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (1, 4, 5), (4, 5, 3), (3, 4, 5), (4, 5, 4)])
+def test_arrays_of_bytes_are_read_as_gray_rgb_and_rgba(shape, tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    np.save(tmp_path / "x.npy", values)
+    planes = np.moveaxis(values, 0, -1) if shape in [(1, 4, 5), (3, 4, 5)] else values
+    channels = planes.shape[2] if planes.ndim == 3 else 1
+    image = read_image(tmp_path / "x.npy", Reading(channels))
+    assert image.size == (5, 4) and np.array_equal(np.asarray(image), planes.reshape(np.asarray(image).shape))
+    assert inspect_image(tmp_path / "x.npy", "x.npy").size == (5, 4)
+
+
+def test_other_arrays_need_another_number_of_channels(tmp_path):
+    for values in (np.zeros((5, 6, 7), np.uint8), np.zeros((4, 5, 3), np.float32)):
+        np.save(tmp_path / "x.npy", values)
+        with pytest.raises(ValueError, match=rf"uint8 with 1, 3 or 4 channels, got {values.dtype} of .*--channels"):
+            read_image(tmp_path / "x.npy")
+
+
 def test_transforms_do_not_change_cached_images(tmp_path):
     for label, name in enumerate("ab"):
         (tmp_path / name).mkdir()

@@ -98,9 +98,10 @@ def test_help_shows_the_defaults_of_the_default_method(method, purpose):
     assert shown_defaults(purpose) == find_method(method).defaults_of(purpose)
 
 
-def test_a_method_without_default_settings_is_accepted(monkeypatch):
-    monkeypatch.setitem(METHODS, "own", dataclasses.replace(find_method("bias"), defaults={}))
-    assert TrainConfig.from_flat(data="photos", backbone="test_vit", out="run", method="own").method.name == "own"
+def test_missing_learning_rates_and_weight_decay_of_a_method_have_defaults(monkeypatch):
+    monkeypatch.setitem(METHODS, "own", dataclasses.replace(find_method("bias"), defaults={"head_lr": 0.01}))
+    optim = TrainConfig.from_flat(data="photos", backbone="test_vit", out="run", method="own").resolved().optim
+    assert (optim.lr, optim.head_lr, optim.weight_decay) == (1e-3, 0.01, 0.0)
 
 
 def test_documented_methods_are_in_the_table():
