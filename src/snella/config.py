@@ -200,9 +200,10 @@ class SnellaConfig(PeftConfig):
             weight, and weights that a model reads for operations other than `F.linear` always use exact gradients.
         impl: Implementation of the adapted layer: `"auto"`, `"triton"` (Triton kernels on a CUDA device), `"numba"`
             (Numba kernels on the CPU), `"eager"` or `"reference"`; see `snella.functional.adapted_linear`.
-        init_weights: `True` draws small factors: the update of a ViT-B-sized weight starts near 5e-6. Narrow layers
-            start smaller than in the paper (see `SnellaLayer.max_initial_ratio`). `False` draws larger factors, for
-            tests.
+        init_weights: `True` draws small factors: with `mix_k`, the RMS of the update of a 768×768 weight starts near
+            5e-6. With `sigmoid` and `rbf`, `ΔW` starts near 0.5 and 1, so the initial update is large. In narrow
+            layers, updates of kernels with pieces start smaller than in the paper (see
+            `SnellaLayer.max_initial_ratio`). `False` draws larger factors, for tests.
         unused_modules: Read-only; set by `save_pretrained`. Adapted modules that the model neither called nor read, and
             that are therefore untrained. Merging the loaded adapter warns about them.
 
@@ -282,6 +283,10 @@ class SnellaConfig(PeftConfig):
         ]
         if errors:
             raise ValueError("; ".join(errors))
+        # lists, which PEFT indexes with and `save_pretrained` can write
+        for name, value in vars(self).copy().items():
+            if name in SnellaConfig.__annotations__ and name not in ("target_modules", "exclude_modules"):
+                setattr(self, name, _with_lists(value))
         preset = _PRESETS.get(self.preset, {})
         # a model may lack the parameters of a preset, but not parameters that the user names
         self.default_parameters = preset.get("parameters_to_save") if self.parameters_to_save is None else None
@@ -515,6 +520,15 @@ def _has_type(value: Any, annotation: Any) -> bool:
     if annotation is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool))
+
+
+def _with_lists(value: Any) -> Any:
+    """Replace tuples, sets and ranges with lists, also in the values of a dict."""
+    if isinstance(value, dict):
+        return {key: _with_lists(item) for key, item in value.items()}
+    if isinstance(value, set):
+        return sorted(value)
+    return list(value) if isinstance(value, (tuple, range)) else value
 
 
 _FIELD_TYPES = get_type_hints(SnellaConfig)

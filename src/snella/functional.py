@@ -68,7 +68,8 @@ def adapted_linear(
         `[…, m]`.
 
     Raises:
-        ValueError: If the shapes do not match, or the budget, an option or a scalar is invalid.
+        ValueError: If the shapes of factors, scalars and weight do not match, a scalar is missing, or the budget or an
+            option is invalid.
         ImportError, NotImplementedError, RuntimeError: If `impl` is not available; see `choose_backend`.
     """
     scalars = [value if value is None else value[None] for value in (piece_coeff, alpha, beta, temperature)]

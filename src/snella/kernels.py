@@ -328,7 +328,7 @@ def merge_factors(
 
 
 def check_factors(A: Tensor, B: Tensor, kernel: Kernel, scalars: KernelScalars) -> None:
-    """Raise `ValueError` if the shapes do not match, `P` does not divide `r`, or a scalar of `kernel` is missing."""
+    """Raise `ValueError` if shapes are wrong, `P` does not divide `r`, or a scalar of `kernel` is missing."""
     if A.ndim != 2 or B.ndim != 2 or A.shape[1] != B.shape[1]:
         raise ValueError(f"A and B must be [n, r] and [m, r] with equal r, got {list(A.shape)} and {list(B.shape)}")
     if "piece_coeff" in kernel.scalars and A.shape[1] % kernel.num_pieces:
@@ -340,3 +340,7 @@ def check_factors(A: Tensor, B: Tensor, kernel: Kernel, scalars: KernelScalars) 
     coeff = scalars.piece_coeff
     if "piece_coeff" in kernel.scalars and coeff is not None and list(coeff.shape) != [kernel.num_pieces]:
         raise ValueError(f"piece_coeff must be [num_pieces] = [{kernel.num_pieces}], got {list(coeff.shape)}")
+    for name in ("alpha", "beta", "temperature"):
+        value: Tensor | None = getattr(scalars, name)
+        if name in kernel.scalars and value is not None and value.ndim > 0:
+            raise ValueError(f"{name} must be 0-dim, got {list(value.shape)}")

@@ -120,7 +120,10 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = tuple(f"snella_{name}" for name in Factors._fields)
     max_initial_ratio = 0.15
-    """Upper bound on `√n · rms(S) / rms(W0)` for the initial update `S`; ViT and Swin layers start below it."""
+    """Bound on `√n · rms(S) / rms(W0)` for the initial update `S` of kernels with pieces; see `bound_initial_update`.
+
+    ViT and Swin layers start below it.
+    """
 
     is_applied = False
     """True if a forward pass or a read of the weight has used an update since the layer was adapted."""

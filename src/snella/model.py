@@ -70,8 +70,8 @@ class SnellaModel(BaseTuner):
         low_cpu_mem_usage: Create the factors on the meta device; loading fills them.
 
     Raises:
-        ValueError: If no module matches `target_modules` or a key of `rank_pattern`, if the factors are far larger than
-            the weights, if `qkv_groups` does not fit a fused layer, or if `parameters_to_save` or
+        ValueError: If no module matches `target_modules` or a key of `rank_pattern` or `qkv_groups`, if the factors are
+            far larger than the weights, if `qkv_groups` does not fit a fused layer, or if `parameters_to_save` or
             `trainable_token_indices` names a missing parameter or row.
         TypeError: If a targeted module is neither linear nor a 2D convolution, or `config` is not a `SnellaConfig`.
         NotImplementedError: If a targeted module has an unsupported quantized weight, a custom `forward`, an adapter of
@@ -145,7 +145,7 @@ class SnellaModel(BaseTuner):
         return set(names)
 
     def _check_ranks(self, peft_config: SnellaConfig, model: nn.Module) -> None:
-        """Before allocation, reject unmatched `rank_pattern` keys and factors far larger than the weights."""
+        """Before allocation, reject unmatched keys of patterns and factors far larger than the weights."""
         names, weights, factors = [], 0, 0
         for name, module in model.named_modules():
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -160,12 +160,16 @@ class SnellaModel(BaseTuner):
             else:
                 continue
             for part, (m, n) in parts:
-                names.append(part)
+                part_name = part.replace(".base_layer.", ".")  # the output projection of an adapted attention
+                names.append(part_name)
                 weights += m * n
-                factors += peft_config.rank_of(part) * (m + n)
-        unused = [key for key in peft_config.rank_pattern if not any(has_suffix(name, key) for name in names)]
-        if unused:
-            raise ValueError(f"rank_pattern={unused} matches no adapted module; adapted modules are e.g. {names[:4]}")
+                factors += peft_config.rank_of(part_name) * (m + n)
+        groups = peft_config.qkv_groups
+        group_keys = list(groups) if isinstance(groups, dict) else []
+        keys = {"rank_pattern": list(peft_config.rank_pattern), "qkv_groups": group_keys}
+        for field, patterns in keys.items():
+            if unused := [key for key in patterns if not any(has_suffix(name, key) for name in names)]:
+                raise ValueError(f"{field}={unused} matches no adapted module; adapted modules are e.g. {names[:4]}")
         if factors > max(_MIN_ENTRY_LIMIT, 4 * weights):
             pattern = f", rank_pattern={peft_config.rank_pattern}" if peft_config.rank_pattern else ""
             raise ValueError(

@@ -175,7 +175,7 @@ class StepMatcher:
         interval: Steps between measurements of `mean|S|`. One measurement costs about one merge of every matrix.
 
     Attributes:
-        scales: Scale factors of the last step, one per matrix, by layer name and adapter name.
+        scales: Scale factors of the last step, one per matrix, by layer and adapter name.
 
     Raises:
         ValueError: If no factor is trainable, a kernel is not in `MATCHED_KERNELS`, or `interval` is below 1.

@@ -38,6 +38,7 @@ def annotate_write_errors(path: Path) -> Iterator[None]:
         raise OSError(error_code, os.strerror(error_code), str(path)) from error
 
 
+_MAX_NAME_BYTES = 200
 WRITE_FAILURES = {
     "No space left": errno.ENOSPC,
     "File too large": errno.EFBIG,
@@ -93,7 +94,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         OSError: If the disk is full or not writable; the old file is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{_short_name(path)}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     with annotate_write_errors(path):
         _remove_leftovers(path)
         try:
@@ -112,9 +113,15 @@ def _machine() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 
 
+def _short_name(path: Path) -> str:
+    """Return the file name, or its hash if a temporary file's name would exceed 255 bytes."""
+    name = os.fsencode(path.name)
+    return path.name if len(name) <= _MAX_NAME_BYTES else hashlib.sha256(name).hexdigest()
+
+
 def _remove_leftovers(path: Path) -> None:
     """Remove temporary files of `path` left by terminated processes on this machine."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{_machine()}-*-*.tmp"):
+    for leftover in path.parent.glob(f".{glob.escape(_short_name(path))}.{_machine()}-*-*.tmp"):
         pid = leftover.name.rsplit("-", 2)[1]
         if pid.isdecimal() and not psutil.pid_exists(int(pid)):
             leftover.unlink(missing_ok=True)

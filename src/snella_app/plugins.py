@@ -24,7 +24,8 @@ def plugin(group: str, name: str) -> Any:
     """Load the object registered as `name` in `snella.{group}`; None if no package registers it.
 
     Raises:
-        ImportError: If the object cannot be imported.
+        ImportError: If the module cannot be imported.
+        AttributeError: If the module does not define the object.
     """
     entry = _entries(group).get(name)
     return None if entry is None else entry.load()

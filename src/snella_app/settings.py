@@ -257,7 +257,10 @@ def describe_type(kind: Any) -> str:
         return f"one of {choices}" if len(get_args(kind)) > 1 else choices
     if get_origin(kind) is list:
         return "a list such as [a, b]"
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    names = {
+        **{int: "an integer", float: "a number", bool: "true or false", str: "a string"},
+        dict[str, float]: "numbers by name such as {cat: 1, dog: 2.5}",
+    }
     return names.get(kind, "settings such as {kernel: rbf}")
 
 

@@ -1,5 +1,6 @@
 """Atomic file writes."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -46,6 +47,13 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path):
         file.touch()
     write_bytes(path, b"x")
     assert sorted(tmp_path.iterdir()) == sorted([path, running, remote])
+
+
+def test_a_file_with_the_longest_name_is_written(tmp_path):
+    leftover = tmp_path / f".{hashlib.sha256(b'x' * 255).hexdigest()}.{_machine()}-{2**22 - 1}-0.tmp"
+    leftover.touch()
+    write_bytes(tmp_path / ("x" * 255), b"content")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("x" * 255, b"content")]
 
 
 def test_temporary_file_is_removed_after_an_error(tmp_path):

@@ -82,7 +82,8 @@ def hotswap(
     Writes all values in place, including heads in `modules_to_save`, tokens and budgets. No tensor of the model is
     added or replaced, so memory does not grow and compiled models do not recompile. For a merged adapter, the swap
     recomputes each weight from its pre-trained values, and `unmerge_adapter` still restores them bit for bit. Outputs
-    are bit-identical to the outputs of a model loaded with the new adapter. No forward pass may run during the swap.
+    are bit-identical to the outputs of a model loaded with the new adapter. With the adapter's config, the swap also
+    sets its `scaling`, which undoes `set_scale`. No forward pass may run during the swap.
 
     Args:
         model: A model with a SNELLA adapter, merged or not, compiled or not, or any model that contains one.
@@ -120,10 +121,11 @@ def hotswap(
         tensor.copy_(values[name])
     for layer in layers.values():
         layer.seal_budgets(adapter_name)
-    if adapter.config is not None and adapter.config.scaling != config.scaling:
+    if adapter.config is not None:
         for layer in layers.values():
             layer.snella_config[adapter_name].scaling = adapter.config.scaling
-            layer.set_scale(adapter_name, 1.0)
+            if layer.scaling[adapter_name] != adapter.config.scaling:  # also after `set_scale`
+                layer.set_scale(adapter_name, 1.0)
     for token in tokens:
         if adapter_name in token.merged_adapters:
             token.base_layer.weight.copy_(token.snella_token[adapter_name])

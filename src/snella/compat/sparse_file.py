@@ -240,7 +240,7 @@ def tensors_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> by
 
     `safetensors.torch.save` writes several metadata entries in random order.
     """
-    content = save(tensors, dict(metadata))
+    content = save(_without_shared_memory(tensors), dict(metadata))
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -303,6 +303,17 @@ def _encode_gaps(positions: np.ndarray) -> np.ndarray:
         continuation = (lengths[has_byte] > byte_index + 1) * 128
         result[starts[has_byte] + byte_index] = (gaps[has_byte] >> 7 * byte_index) & 127 | continuation
     return result
+
+
+def _without_shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory with an earlier one, e.g. tied weights, because safetensors rejects them."""
+    addresses: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        address = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if address in addresses else tensor
+        addresses.add(address)
+    return separate
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -143,12 +143,18 @@ def _is_recorded() -> bool:
 
 
 def _is_reproducible(module: nn.Module) -> bool:
-    """Return whether a module's forward pass is reproducible: no other hooks, no updates of running statistics."""
+    """Return whether a module's output can be recomputed.
+
+    Pre-hooks, backward hooks, hooks that run before `_mark_output`, a replaced `forward` and updates of running
+    statistics prevent it. Forward hooks that run later do not, because a changed output carries no mark.
+    """
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
         return False
     return (
         next(iter(module._forward_hooks.values())) is _mark_output
         and all(getattr(hook, "func", hook) is _detach_input for hook in module._forward_pre_hooks.values())
+        and not module._backward_hooks  # they need the gradient of the module's input
+        and not module._backward_pre_hooks
         and not torch_module._global_forward_hooks
         and not torch_module._global_forward_pre_hooks
         and "forward" not in module.__dict__

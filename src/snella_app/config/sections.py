@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -60,12 +61,12 @@ class BaseMethodConfig(Config):
     None selects the method's default. The flat names of `name` and `options` are `method` and `method_options`.
 
     Args:
-        r: Rank of the factors (lora, dora, snella, snell). A higher rank is more expressive and needs more memory and
-            time.
+        r: Rank of the factors (lora, dora, snella, snell and others), or bottleneck width (adapter, mosa). A higher
+            rank is more expressive and needs more memory and time.
         target_sparsity: Fraction of the adapted weights that the final update leaves unchanged (snella, snell); 0.7
             changes 30% of them.
-        scaling: Factor on the sparse update (snella, snell). Lower it if training diverges, raise it if the accuracy
-            hardly changes.
+        scaling: Factor on the update (snella, snell, klora, fixed-mask). Lower it if training diverges, raise it if the
+            accuracy hardly changes.
         options: More options of the method, e.g. kernel, preset, schedule, min_layer_share for snella; lora_alpha for
             lora. On the command line: --method-options.kernel rbf.
     """
@@ -124,9 +125,10 @@ class BaseOptimConfig(Config):
     """Learning rates and regularization; also the base class of the recipes' `optim` sections.
 
     Args:
-        lr: Learning rate of the factors (full, bias: of all trained weights except the head). Lower it if the loss
+        lr: Learning rate of the factors (other methods: of all trained weights except the head). Lower it if the loss
             diverges or is NaN, raise it if the loss decreases slowly.
-        scalar_lr: Learning rate of the scalar kernel parameters (snella, snell); rarely needs tuning.
+        scalar_lr: Learning rate of the scalar kernel parameters (snella, snell, klora, fixed-mask); rarely needs
+            tuning.
         weight_decay: Decoupled weight decay; not applied to the scalar kernel parameters.
         max_grad_norm: Maximum norm for gradient clipping; 0 disables it.
     """
@@ -163,7 +165,8 @@ class OptimConfig(BaseOptimConfig):
         final_head: Head used for predictions: trained, or layers, a head on features of several layers, fitted to the
             training and validation images after training. It is a kernel head for classification by cross-entropy if it
             is fitted to 32 to 6,000 images, else linear. auto selects layers for timm models, unless it is worse on
-            validation (single-label classification: clearly worse) or the protocol is official.
+            validation (single-label classification: clearly worse), the protocol is official, or training uses several
+            processes.
         layer_decay: Layer-wise learning rate decay, e.g. 0.75: learning rate of a block relative to the next block.
         warmup_ratio: Fraction of the steps for linear learning rate warm-up, followed by cosine decay.
         min_lr: Final value of `lr` after cosine decay; the other learning rates decay by the same factor.
@@ -224,6 +227,13 @@ class OptimConfig(BaseOptimConfig):
     swa: int | None = None
     soup: int | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+    def coerce_fields(self) -> list[str]:
+        """Convert the fields; class names in `class_weights` that YAML reads as numbers become strings."""
+        if isinstance(self.class_weights, Mapping):
+            weights = {str(name): value for name, value in self.class_weights.items()}
+            object.__setattr__(self, "class_weights", weights)
+        return super().coerce_fields()
 
     @property
     def effective_batch_size(self) -> int:

@@ -242,7 +242,7 @@ class TrainConfig(RunSettings):
             errors.append("head_init must not be probe with init_from, which loads a trained head; leave it out")
         if self.data.folds is not None and self.data.fold is None:
             errors.append("init_from does not support folds; start from the run of one fold, OUT/fold-1")
-        if self.run.out is not None and Path(self.run.out).absolute() == Path(init_from).absolute():
+        if self.run.out is not None and Path(self.run.out).resolve() == Path(init_from).resolve():
             errors.append(f"out must differ from init_from, got {self.run.out!r} for both")
         return errors
 
@@ -264,10 +264,15 @@ class TrainConfig(RunSettings):
 
 
 def command_line(settings: RunSettings, default: RunSettings, command: str) -> str:
-    """Return the command line of `command`, without `UNSTORED_FIELDS` and settings that are None or as in `default`."""
-    args, defaults = ["snella", command], default.flat()
-    for name, value in settings.flat().items():
-        if name in UNSTORED_FIELDS or value is None or value == defaults[name]:
+    """Return the command line of `command`, without `UNSTORED_FIELDS` and settings that are None or as in `default`.
+
+    Settings with another value in the preset of `settings` are included, also those as in `default`.
+    """
+    args, defaults, values = ["snella", command], default.flat(), settings.flat()
+    preset = TRAIN_PRESETS.get(values.get("preset"), {})  # type: ignore[arg-type]
+    for name, value in values.items():
+        is_default = value == defaults[name] and value == preset.get(name, value)
+        if name in UNSTORED_FIELDS or value is None or is_default:
             continue
         option = "--" + name.replace("_", "-")
         if name == "class_weights" and isinstance(value, dict):

@@ -254,7 +254,8 @@ def check_data(spec: str, config: DataConfig | None = None, *, target: TargetKin
     try:
         splits = load_data(spec, skipping, target=target)
     except ValueError as error:
-        splits = load_data(spec, skipping, target=target, divide=False)  # raises again if loading fails
+        undivided = replace(skipping, train_size=None, val_size=None, test_size=None)
+        splits = load_data(spec, undivided, target=target, divide=False)  # raises again if loading fails
         errors.append(str(error))
     notes = [note for note in splits.notes if note not in splits.warnings]
     check = DataCheck(splits, errors=errors, warnings=list(splits.warnings), notes=notes)

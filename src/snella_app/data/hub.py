@@ -92,8 +92,8 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
         target: Content of the label column.
 
     Raises:
-        TypeError: If the type of the object is not supported.
-        ValueError: If `build_collection` rejects the data.
+        TypeError: If the type of the object or of its items is not supported.
+        ValueError: If `build_collection` rejects the data, or a setting does not apply to it.
     """
     name, where = "data", f"{PYTHON_PREFIX}data"
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
@@ -105,6 +105,11 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
             )
     if all(hasattr(part, "features") and hasattr(part, "column_names") for part in parts.values()):
         return _from_hf(data, where, name, config, target)
+    if config.columns is not None:
+        raise ValueError(
+            f"columns applies only to datasets with columns, e.g. of Hugging Face, got {config.columns!r} with items "
+            "(image, label)"
+        )
     if config.channels not in PILLOW_MODES:
         counts = ", ".join(map(str, PILLOW_MODES))
         raise ValueError(f"channels must be one of {counts} for a torch dataset, got {config.channels}")
@@ -208,7 +213,12 @@ def _labels_of(part: Any) -> list[Any]:
     lists: Iterator[Any] = (getattr(part, name, None) for name in ("targets", "labels", "_labels"))
     values = next((values for values in lists if hasattr(values, "__len__") and len(values) == len(part)), None)
     if values is None or getattr(part, "target_transform", None) is not None:
-        values = [part[row][1] for row in range(len(part))]
+        try:
+            values = [part[row][1] for row in range(len(part))]
+        except (TypeError, LookupError) as error:
+            raise TypeError(
+                f"items must be (image, label), got {type(part[0]).__name__} from {type(part).__name__}"
+            ) from error
     return [value.tolist() if hasattr(value, "tolist") else value for value in values]
 
 
@@ -246,12 +256,14 @@ def _from_hf(
         first_value = table.get(roles["path"], [])[:1]
         raise ValueError(f"{where}: column {roles['path']!r} must contain images, got {first_value}")
     part_names = [part for part, rows in parts.items() for _ in range(len(rows))]
-    if len(parts) > 1:
+    is_joined = columns.names.get("split") is not None  # a column, or `none`, replaces the dataset's splits
+    if len(parts) > 1 and not is_joined:
         table["split"], roles["split"] = part_names, "split"
     encoded = [rows.select_columns([roles["path"]]) for rows in parts.values()]
     encoded = [rows.cast_column(roles["path"], datasets.Image(decode=False)) for rows in encoded]
     names = table.get(_KEY) or [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
-    if urls is not None and len(set(zip(part_names, names, strict=True))) < len(names):  # shards may repeat keys
+    keys = names if is_joined else list(zip(part_names, names, strict=True))
+    if urls is not None and len(set(keys)) < len(names):  # shards may repeat keys
         names = [f"{Path(url).stem}/{name}" for url, name in zip(urls, names, strict=True)]
     source = _HubImages(encoded, roles["path"], config.reading, roots)
     samples = Samples(name, where, source, names, table, roles, notes=notes)

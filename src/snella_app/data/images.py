@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -51,9 +52,12 @@ DECODING_ERRORS = (
     struct.error,
     OverflowError,
     MemoryError,
+    RuntimeError,
+    TokenError,
     Image.DecompressionBombError,
 )
-"""Errors that Pillow raises for invalid, truncated or damaged files."""
+"""Errors that Pillow and NumPy raise for invalid, truncated or damaged files; RuntimeError for AVIF, TokenError for
+headers of arrays."""
 File = str | Path | BinaryIO
 
 
@@ -67,7 +71,7 @@ class ImageMetadata:
         format: File format, e.g. JPEG; `array` for arrays, empty for images that are not files.
         has_pages: True for several pages or frames.
         thumbnail: 16×16 gray values, uint8; nearly equal for re-encoded or resized copies.
-        brightest: Largest value of a 16-bit image as a fraction of white; None for others.
+        brightest: Largest value of a 16-bit grayscale image or uint16 array as a fraction of white; None for others.
     """
 
     size: tuple[int, int]
@@ -104,7 +108,7 @@ def decode_image(file: File, name: str, reading: Reading = RGB) -> Any:
     with _image_errors(name, file):
         check_regular(file)
         if reading.channels not in PILLOW_MODES:
-            return tv_tensors.Image(_read_array(file, reading))
+            return tv_tensors.Image(_array_tensor(_read_array(file, reading.channels), reading.white))
         with open_image(file) as image:
             factor = _reduction(image, reading)
             if factor > 1:
@@ -125,10 +129,11 @@ def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageMetadat
     with _image_errors(name, file):
         check_regular(file)
         if reading.channels not in PILLOW_MODES:
-            array = _read_array(file, reading)
+            values = _read_array(file, reading.channels)
+            array = _array_tensor(values, reading.white)
             kind = f"{reading.channels} channels of {'8' if array.dtype == torch.uint8 else '16 or more'} bits"
             metadata = metadata_of(to_pil_image(first_channels(array)), kind, "array")
-            return replace(metadata, brightest=None if array.dtype == torch.uint8 else float(array.max()))
+            return replace(metadata, brightest=float(array.max()) if values.dtype == np.uint16 else None)
         with open_image(file) as image:
             size, mode, kind = image.size, image.mode, image.format or ""
             has_pages = kind != "MPO" and bool(getattr(image, "is_animated", False))
@@ -196,9 +201,10 @@ def _array_image(file: File) -> Image.Image:
         values = np.moveaxis(values, 0, -1)
     channels = values.shape[-1] if values.ndim == 3 else 1
     if values.ndim not in (2, 3) or channels not in PILLOW_MODES or values.dtype != np.uint8:
+        is_dtype = values.ndim in (2, 3) and channels in PILLOW_MODES
         raise ValueError(
             f"an array must be uint8 with 1, 3 or 4 channels, got {values.dtype} of shape {list(values.shape)}; "
-            "set another number with --channels"
+            + ("convert it to uint8" if is_dtype else "set another number with --channels")
         )
     if channels == 1:
         values = values.reshape(values.shape[:2])
@@ -231,29 +237,30 @@ def _start_of(file: File) -> bytes:
         return b""
 
 
-def _read_array(file: File, reading: Reading) -> Tensor:
-    """Read a TIFF or array file as `[channels, height, width]`, uint8 or float32 in [0, 1]."""
-    channels = reading.channels
+def _read_array(file: File, channels: int) -> np.ndarray:
+    """Read a TIFF or array file as `[channels, height, width]`, in the machine's byte order."""
     if _start_of(file).startswith(_NUMPY_START):
         array_pixels(file)  # rejects other files before memory is allocated
         values = np.load(file, allow_pickle=False)
     else:
-        with _import_tifffile().TiffFile(file) as tiff:
+        with _open_tiff(file) as tiff:
             _check_values(*_shape_and_dtype(tiff))
-            try:
-                values = tiff.asarray()
-            except Exception as error:  # codecs raise zlib.error, lzma.LZMAError and others
-                raise ValueError(str(error) or type(error).__name__) from error
+            values = tiff.asarray()
     if values.ndim == 2:
         values = values[None]
     if values.ndim != 3 or channels not in (values.shape[0], values.shape[-1]):
         raise ValueError(f"the image must have {channels} channels, got an array of {list(values.shape)}")
     if values.shape[0] != channels:
         values = np.moveaxis(values, -1, 0)
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
+
+
+def _array_tensor(values: np.ndarray, white: int) -> Tensor:
+    """Convert an array to a tensor: uint8, or float32 in [0, 1]."""
     if values.dtype == np.uint8:
         return torch.from_numpy(np.ascontiguousarray(values))
     if values.dtype == np.uint16:
-        return torch.from_numpy(values.astype(np.float32) / reading.white).clamp(max=1)
+        return torch.from_numpy(values.astype(np.float32) / white).clamp(max=1)
     fractions = values.astype(np.float32)
     if not np.issubdtype(values.dtype, np.floating) or not (fractions.min() >= 0 and fractions.max() <= 1):
         raise ValueError(
@@ -276,12 +283,25 @@ def array_pixels(file: File) -> int:
             read_header = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
             shape, _, dtype = read_header(stream)
     else:
-        with _import_tifffile().TiffFile(file) as tiff:
+        with _open_tiff(file) as tiff:
             shape, dtype = _shape_and_dtype(tiff)
     if not isinstance(file, str | Path):
         file.seek(0)
     _check_values(shape, dtype)
     return math.prod(shape)
+
+
+@contextmanager
+def _open_tiff(file: File) -> Iterator[Any]:
+    """Open a TIFF file with tifffile; errors of damaged files become ValueError."""
+    tifffile = _import_tifffile()
+    try:
+        with tifffile.TiffFile(file) as tiff:
+            yield tiff
+    except DECODING_ERRORS:
+        raise
+    except Exception as error:  # tifffile raises TypeError and others, codecs zlib.error, lzma.LZMAError and others
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def _shape_and_dtype(tiff: Any) -> tuple[tuple[int, ...], Any]:
@@ -375,17 +395,18 @@ def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:
 
 THRESHOLD = 128
 """Minimum foreground value in a mask of a lossy format."""
-LOSSY_FORMATS = ("JPEG", "MPO", "WEBP")
+LOSSY_FORMATS = ("JPEG", "MPO", "WEBP", "AVIF")
+"""Formats whose masks are thresholded."""
 _LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 
 
 def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
     """Read a mask: palette indices, gray values, or black and white.
 
-    Lossy formats (JPEG) do not preserve labels. Their masks are thresholded at `THRESHOLD` to 0 and 1.
+    JPEG, WebP and AVIF may not preserve labels. Their masks are thresholded at `THRESHOLD` to 0 and 1.
 
     Args:
-        path: JPEG, or a lossless file in palette, gray or black-and-white mode, or RGB with equal channels.
+        path: JPEG, WebP or AVIF, or another file in palette, gray or black-and-white mode, or RGB with equal channels.
 
     Returns:
         Labels `[height, width]`, uint16, and whether the mask was thresholded.

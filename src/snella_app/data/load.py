@@ -168,6 +168,7 @@ def load_data(
         FileNotFoundError: If a file or folder of the data does not exist.
         ImportError: If a required package is not installed.
         TypeError: If the dataset object is not supported.
+        ConnectionError: If a dataset of the Hugging Face Hub is not cached and the Hub is unreachable.
     """
     config = config or DataConfig()
     given = {"seed": seed} | ({} if config.test_seed is None else {"test_seed": config.test_seed})

@@ -46,8 +46,8 @@ def load_masks(path: str, config: DataConfig, target: TargetKind) -> Collection:
     """Load a folder of images and masks, paired by file stem.
 
     Mask values are class indices: palette indices or gray values 0, 1, 2 … without gaps; 0 is the background. Masks of
-    0 and 255 are binary; JPEG masks are thresholded at 128. An optional `classes.txt` lists the class names, one per
-    line, background first, and may include absent classes. Every file is decoded once.
+    0 and 255 are binary; JPEG, WebP and AVIF masks are thresholded at 128. An optional `classes.txt` lists the class
+    names, one per line, background first, and may include absent classes. Every file is decoded once.
     """
     root = existing_folder(path, "masks", "with images/ and masks/ inside")
     inside = [folder for folder in root.iterdir() if folder.is_dir() and folder.name.lower() in PARTS]
@@ -137,7 +137,7 @@ def collect_masks(
     thresholded = sum(check.is_thresholded for check in good.values())
     if thresholded:
         notes.append(
-            f"{counted(thresholded, 'mask')} in a lossy format (JPEG), which does not preserve labels: "
+            f"{counted(thresholded, 'mask')} in a lossy format (JPEG, WebP, AVIF), which does not preserve labels: "
             f"values of at least {THRESHOLD} become {classes[1]!r}"
         )
     parts: dict[str, Any] = {}

@@ -21,8 +21,9 @@ class Reading:
         channels: 3 for RGB, 1 for gray, 4 for RGBA; any other number for a TIFF (by tifffile) or `.npy` array of
             `[height, width, channels]`, `[channels, height, width]` or one page per channel.
         white: Value of 16-bit gray images and arrays mapped to white; larger values are clipped.
-        side: Minimum shorter side; larger 8-bit images are downscaled by an integer factor. JPEGs use the decoder's
-            scaling, which is faster; other formats are averaged. None uses the full resolution.
+        side: Minimum shorter side; larger 8-bit images without palette and transparency are downscaled by an integer
+            factor. JPEGs use the decoder's scaling, which is faster; other formats are averaged. None uses the full
+            resolution.
     """
 
     channels: int = 3
@@ -50,7 +51,7 @@ class DataConfig(Config):
         val_size: Number of validation images; all by default.
         test_size: Number of test images; all by default.
         val_fraction: Fraction of the images held out for validation if the data has no validation split.
-        test_fraction: Fraction of the images held out for testing if the data has no test split; 0 for none.
+        test_fraction: Fraction of the images held out for testing if the data has no splits; 0 for none.
         test_seed: Seed of the test split, so that runs with different seeds can share it; defaults to seed.
         folds: Number of cross-validation folds. Trains one run per fold in OUT/fold-1 and so on, and summarizes them in
             a table. Folds are stratified by class and keep groups together.

@@ -32,9 +32,13 @@ def stratified_split(
     counts = np.bincount(labels, minlength=len(classes))
     few = [f"{name!r} has {count}" for name, count in zip(classes, counts, strict=True) if 0 < count <= reserve]
     if few:
+        needed = (
+            f"every class needs at least {reserve + 1} images to create a '{part}' split; {', '.join(few)}"
+            if len(classes) > 1
+            else f"creating a '{part}' split requires at least {reserve + 1} images, got {len(labels)}"
+        )
         raise ValueError(
-            f"every class needs at least {reserve + 1} images to create a '{part}' split; "
-            f"{', '.join(few)}. Add images, or provide the splits as folders"
+            f"{needed}. Add images, or provide the splits as folders"
             + (", or disable the test split with --test-fraction 0 (test_fraction=0)" if part == "test" else "")
         )
     total = max(round(fraction * len(labels)), int((counts > 0).sum()))

@@ -164,7 +164,10 @@ def check_method(name: str, options: Options) -> Options:
     if errors:
         raise ValueError(f"method {name!r}: {'; '.join(errors)}")
     if method.config is not None:
-        method.config("head", {"target_modules": ["placeholder"], **options})
+        try:
+            method.config("head", {"target_modules": ["placeholder"], **options})
+        except TypeError as error:
+            raise ValueError(f"method {name!r}: an option has the wrong type, got {options}: {error}") from error
     return options
 
 

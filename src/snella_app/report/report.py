@@ -358,12 +358,13 @@ class Use:
     note: str = ""
 
 
-def uses(folder: Path, task: str) -> list[Use]:
+def uses(folder: Path, task: str, method: str) -> list[Use]:
     """Return command lines and Python code that use a run.
 
     Args:
         folder: Run folder.
         task: Task of the run.
+        method: Method of the run; `snella merge` is omitted if it cannot be merged.
     """
     run, masks, merged, out = shlex.quote(str(folder)), "", "a folder that timm loads without snella", "model"
     if task == "segmentation":
@@ -375,14 +376,25 @@ def uses(folder: Path, task: str) -> list[Use]:
     )
     serve = (f"snella serve {run}", "curl -F files=@photo.jpg http://127.0.0.1:8000/predict")
     export = f"snella export {run} --format onnx --out model.onnx"
+    merge = Use("Merge", (f"snella merge {run} --out {out}",), f"writes {merged}")
     return [
         Use("Predict", (f"snella predict {run} photo.jpg another.png{masks}",), "images, folders or tables of paths"),
         Use("Python", (python,)),
         Use("Serve over HTTP", serve, "requires pip install 'snella[serve]'; send requests from a second terminal"),
         Use("Export to ONNX", (export,), "requires pip install 'snella[export]'; other formats: snella export --help"),
-        Use("Merge", (f"snella merge {run} --out {out}",), f"writes {merged}"),
+        *([merge] if _can_merge(method) else []),
         Use("Evaluate and inspect", (f"snella evaluate {run}\nsnella inspect {run}",)),
     ]
+
+
+def _can_merge(method: str) -> bool:
+    """Return whether a method can be merged into the backbone; True for methods that are not installed."""
+    from snella_app.methods.registry import find_method  # lazy: imports the methods of other packages
+
+    try:
+        return find_method(method).merge is not None
+    except ValueError:
+        return True
 
 
 def write_report(
@@ -455,7 +467,7 @@ def write_report(
         "examples": examples_section(info, class_predictions, images),
         "heat_maps": heat_maps_section(folder, info, class_predictions),
         "masks": targets.masks_section(folder, info, images),
-        "uses": [] if adapter is None else uses(folder, info.task),
+        "uses": [] if adapter is None else uses(folder, info.task, info.method),
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
     }
     return write_page(folder, "snella_app.report", context)

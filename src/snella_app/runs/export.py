@@ -178,7 +178,8 @@ def export(
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     """Reject options of other formats, and an invalid rank."""
     for option, value in options.items():
-        if value not in (None, False, (), []) and option not in FORMATS[name].options:
+        is_given = value is not None and value is not False and value not in ((), [])
+        if is_given and option not in FORMATS[name].options:
             supporting = ", ".join(other for other, entry in FORMATS.items() if option in entry.options)
             raise ValueError(f"{option}={value} is an option of format {supporting}, not of {name}; leave it out")
     if options["rank"] is not None and options["rank"] < 1:

@@ -421,10 +421,15 @@ class RunFolder(BaseRunFolder[TrainConfig]):
         for name in ("data", "train_size", "img_size", "target_sparsity"):
             values[name] = stored[name] if requested[name] is None else requested[name]
         options = {**stored["method_options"], **requested["method_options"]}
+        if "target_sparsity" in requested["method_options"]:
+            values["target_sparsity"] = requested["target_sparsity"]
+        elif requested["target_sparsity"] is not None:
+            options.pop("target_sparsity", None)
         allocation = read_if_present(Allocation, self.path)
         if allocation is not None and "init_sparsity" not in requested["method_options"]:
             budget = sum(matrix.budget for matrix in allocation.matrices)
             if budget < allocation.total_weights:
                 sparsity = 1 - budget / allocation.total_weights
-                options["init_sparsity"] = min(sparsity, values["target_sparsity"])
+                target = options.get("target_sparsity", values["target_sparsity"])
+                options["init_sparsity"] = min(sparsity, target)
         return config.replace(**values, method_options=options)

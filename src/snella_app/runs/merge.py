@@ -130,7 +130,10 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_out(path: Path, *, overwrite: bool) -> None:
-    """Reject unsupported suffixes, and existing files that must not be replaced."""
+    """Reject unsupported suffixes, and existing files and folders that must not be replaced."""
+    if path.is_dir() if path.suffix == _SUFFIX else path.is_file():
+        kind = "folder" if path.is_dir() else "file"
+        raise FileExistsError(f"out={path} is a {kind}, which merge cannot replace; choose another name")
     if not path.is_dir() and path.suffix.lower() in _OTHER_SUFFIXES:
         raise ValueError(
             f"out must end with {_SUFFIX}, or be a folder for a model in timm's format, got {str(path)!r}; "

@@ -124,7 +124,8 @@ class TaskBank:
                 f"run={run} must have the backbone of the bank, {self._key}, got {backbone_key}; "
                 "create one bank per backbone"
             )
-        base = make_backbone(backbone, loaded.task.name) if self._model is None else self._model
+        is_first = self._model is None or not self._tasks
+        base: Any = make_backbone(backbone, loaded.task.name) if is_first else self._model
         base = base.to(self._device).eval()
         tensors = base.state_dict(keep_vars=True)
         updates = _collect_updates(loaded.model.to(self._device))

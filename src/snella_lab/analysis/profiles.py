@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from snella_app.report.style import DASHED, GRID, INK, MUTED, add_legend, new_figure, shortened
 from snella_app.runs.model import load_run
+from snella_app.text import decimal_text
 from snella_lab.analysis.plot import Plot, Row, grouped, run_labels
 from snella_lab.comparison.experiment import FILE as EXPERIMENT_FILE
 from snella_lab.comparison.experiment_files import read_experiment
@@ -33,9 +34,10 @@ _PHASES = ("forward", "backward", "optimizer")
 
 
 def radar(folders: Sequence[str | Path]) -> list[Plot]:
-    """Plot the accuracy of methods by task group in a radar chart, one axis per group and comparison (Figure 2).
+    """Plot the scores of methods by task group in a radar chart, one axis per group and comparison (Figure 2).
 
-    Each axis has its own scale, with the highest mean at the rim. The table contains the unscaled accuracies.
+    A score is the mean of the comparison's metric. Each axis has its own scale, with the highest mean at the rim. The
+    table contains the unscaled scores.
 
     Args:
         folders: Folders written by `snella compare`; only methods with results on all tasks of all folders are drawn.
@@ -46,6 +48,7 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
     """
     labels = run_labels(folders)
     results: dict[str, dict[str, tuple[float, float, int]]] = {}
+    metrics: dict[str, tuple[str, bool]] = {}
     for label, folder in zip(labels, map(Path, folders), strict=True):
         if not (folder / EXPERIMENT_FILE).is_file():
             raise FileNotFoundError(
@@ -57,6 +60,7 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
             expected = [entry.name for entry in summary.experiment.data if entry.group == group]
             axis = group if len(folders) == 1 else f"{label}: {group}"
             results.setdefault(axis, {})
+            metrics[axis] = (summary.measure, summary.is_fraction)
             for method in summary.methods:
                 spread = summary.runs.mean(method.name, [[task] for task in expected], summary.column)
                 if spread is not None:
@@ -72,9 +76,10 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
         for name in methods:
             mean, deviation, count = values[name]
             radius = scaled_radius(mean, min(means), max(means))
-            row = {"axis": axis, "method": name, "accuracy": mean, "std": deviation, "tasks": count, "radius": radius}
-            table.append(row)
-    return [Plot("radar", table, partial(_draw_radar, table))]
+            row = {"axis": axis, "metric": metrics[axis][0], "method": name, "mean": mean, "std": deviation}
+            table.append({**row, "tasks": count, "radius": radius})
+    fractions = {axis: is_fraction for axis, (_, is_fraction) in metrics.items()}
+    return [Plot("radar", table, partial(_draw_radar, table, fractions))]
 
 
 def scaled_radius(value: float, low: float, high: float) -> float:
@@ -213,8 +218,8 @@ def _downsample(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return maxima
 
 
-def _draw_radar(rows: Sequence[Row]) -> Figure:
-    """Draw one polygon per method; label each axis with its highest accuracy."""
+def _draw_radar(rows: Sequence[Row], fractions: Mapping[str, bool]) -> Figure:
+    """Draw one polygon per method; label each axis with its highest mean, in percent if it is a fraction."""
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
     methods = grouped(rows, "method")
     figure, axes = new_figure(560, 410 + 20 * -(-len(methods) // 4))
@@ -226,11 +231,12 @@ def _draw_radar(rows: Sequence[Row]) -> Figure:
         axes.plot(radius * np.cos(ring), radius * np.sin(ring), color=GRID, linewidth=1)
     for angle, name in zip(angles, axes_names, strict=True):
         axes.plot([0, np.cos(angle)], [0, np.sin(angle)], color=GRID, linewidth=1)
-        best = max(row["accuracy"] for row in rows if row["axis"] == name)
+        best = max(row["mean"] for row in rows if row["axis"] == name)
+        best_text = f"{100 * best:.1f}%" if fractions[name] else decimal_text(best, 3)
         side = "center" if abs(np.cos(angle)) < 0.1 else "left" if np.cos(angle) > 0 else "right"
         anchor = (1.1 * np.cos(angle), 1.14 * np.sin(angle))
         axes.text(*anchor, shortened(name, 22), ha=side, va="bottom", color=INK, fontsize=12)
-        axes.text(*anchor, f"{100 * best:.1f}%", ha=side, va="top", color=MUTED, fontsize=11)
+        axes.text(*anchor, best_text, ha=side, va="top", color=MUTED, fontsize=11)
     handles = []
     for number, points in enumerate(methods.values()):
         color, marker = style_of(number)

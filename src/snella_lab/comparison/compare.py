@@ -251,8 +251,8 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     The comparison trains linear, bias, lora-8 and snella-matched at their default learning rates with two seeds, for at
     most 5 epochs on at most 400 training images, each run in a separate process. Test images are never used. Among the
     methods within one standard error of the best, the one with the lowest memory use wins; the fastest one wins ties
-    (within 5%). The runs are stored in `OUT-choice`; an interrupted selection resumes from them. With `resume`, a run
-    that has started keeps its method.
+    (within 5%). The runs, including failed ones, are stored in `OUT-choice`; an interrupted selection resumes from
+    them. With `resume`, a run that has started keeps its method.
 
     Args:
         config: Settings of a new or resumed run, with method auto.
@@ -304,7 +304,9 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
         )
     if not means:
         reason = rows[0].error or "no validation score"
-        raise CellsFailedError(f"every method failed in {root}, e.g. {rows[0].cell}: {reason}")
+        raise CellsFailedError(
+            f"every method failed in {root}, e.g. {rows[0].cell}: {reason}; fix the cause, then delete {root}"
+        )
     chosen, text = recommend(means, costs, experiment.measures[experiment.metric], is_fraction)
     print_line(console, text)
     return config.replace(method=chosen)

@@ -141,11 +141,15 @@ def method_entry(value: Any) -> MethodEntry:
     """Parse a method: a name, or a mapping with `method` and optional `name`, `options` and settings.
 
     Raises:
-        ValueError: If the value is neither a string nor a mapping, a key is unknown, or `method` is missing.
+        ValueError: If the value is neither a string nor a mapping, a key is unknown, `method` is missing, or `options`
+            is not a mapping.
     """
     entry = _entry(value, "methods", "method", ("name", "options", *METHOD_SETTINGS))
     settings = {key: entry[key] for key in METHOD_SETTINGS if key in entry}
-    return MethodEntry(entry["name"], str(entry["method"]), dict(entry.get("options", {})), settings)
+    options = {} if entry.get("options") is None else entry["options"]
+    if not isinstance(options, Mapping):
+        raise ValueError(f"methods entry {entry['name']!r} must have a mapping 'options', got {options!r}")
+    return MethodEntry(entry["name"], str(entry["method"]), dict(options), settings)
 
 
 def data_entry(value: Any) -> DataEntry:
@@ -496,8 +500,11 @@ def as_list(value: Any) -> Sequence[Any]:
 
 def _numbers(name: str, value: Any) -> tuple[float, ...]:
     """Parse numbers from a list or a comma-separated string."""
+    numbers = as_list(value)
     try:
-        return tuple(float(number) for number in as_list(value))
+        if any(isinstance(number, bool) for number in numbers):
+            raise TypeError
+        return tuple(float(number) for number in numbers)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be numbers, e.g. [0.3, 1, 3], got {value!r}") from None
 

@@ -22,7 +22,7 @@ class ExecutionConfig(Config):
         emit: Write job scripts for a scheduler (slurm) instead of training.
         emit_to: Folder of the job scripts; default OUT/slurm.
         part: Train one part without a report, e.g. 0/8 for the first of eight parts; used by the job scripts.
-        retry_failed: Train failed runs again.
+        retry_failed: Train failed runs again, except tuning runs that no longer affect a final run.
         draw_only: Only rewrite the tables and the HTML report from existing results.
     """
 
@@ -60,6 +60,10 @@ class ExecutionConfig(Config):
             errors.append(f"run_limit must be positive and requires ray or workers, got {limit:g} and {workers=}")
         if self.emit is not None and (self.ray or self.draw_only or self.part is not None):
             errors.append(f"emit={self.emit!r} cannot be combined with ray, part or draw_only")
+        if self.emit_to is not None and self.emit is None:
+            errors.append(f"emit_to requires emit, got {self.emit_to!r} without emit; set emit to slurm")
+        if self.retry_failed and self.draw_only:
+            errors.append("retry_failed cannot be combined with draw_only, which trains nothing; leave one of them out")
         part = self.part_and_count
         if self.part is not None and part is None:
             errors.append(f"part must be INDEX/COUNT, e.g. 0/8, got {self.part!r}")

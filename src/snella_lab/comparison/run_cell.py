@@ -93,8 +93,9 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, device: s
     items = [part.with_transform(transform) for part in items]
     adapted = probe_accuracy(head_inputs(loaded.model, items, _PROBE_BATCH), labels)
     backbone = loaded.info.backbone
-    preprocessing = hashlib.sha256(json.dumps(loaded.info.data_config, sort_keys=True).encode()).hexdigest()[:8]
-    name = "_".join(str(part) for part in (backbone.name, backbone.img_size, data, images, preprocessing))
+    hashed = json.dumps([data, loaded.info.data_config], sort_keys=True)  # characters of `data` are replaced below
+    digest = hashlib.sha256(hashed.encode()).hexdigest()[:8]
+    name = "_".join(str(part) for part in (backbone.name, backbone.img_size, data, images, digest))
     seed = f"_{backbone.seed}" if backbone.pretrained is False else ""
     path = cache / ("".join(c if c.isalnum() or c in "._-" else "-" for c in name + seed) + ".json")
     if path.is_file():

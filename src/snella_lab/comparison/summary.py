@@ -374,10 +374,11 @@ def interval_text(summary: Summary) -> str:
     differences = [d for m in summary.methods if (d := m.to_reference[summary.column]) is not None]
     has_tasks = any(d.tasks > 1 for d in differences)
     units, averaging = ("tasks", " (seeds averaged per task)") if has_tasks else ("seeds", "")
+    compared = max((d.comparisons for d in differences), default=0) or len(differences)  # single units have no p
     text = (
         f"differences from {summary.reference}{unit_text(summary, 'points')}, with {percent_text(LEVEL, 0)} "
         f"Student's t intervals over {units}{averaging}; p after Holm's correction over "
-        f"{counted(len(differences), 'comparison')}; above: number of {units} above {summary.reference}, with p of the "
+        f"{counted(compared, 'comparison')}; above: number of {units} above {summary.reference}, with p of the "
         f"sign test"
     )
     few = bool(differences) and all(d.units < MIN_UNITS for d in differences)

@@ -90,6 +90,8 @@ def test_unsplittable_data_is_an_error_and_still_described(photos):
     check = check_data(f"folder:{photos}")
     assert check.errors[0].startswith("every class needs at least 3 images")
     assert check.counts["Dogs"] == {"train": 1}
+    sized = DataConfig(train_size=10, val_size=4, test_size=4)
+    assert check_data(f"folder:{photos}", sized).errors == check.errors
 
 
 def test_a_contact_sheet_has_one_row_per_class(photos):

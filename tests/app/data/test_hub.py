@@ -227,6 +227,17 @@ def test_transformed_items_and_other_objects_are_rejected():
         load_data(3)
 
 
+@pytest.mark.parametrize("item", [{"image": make_image(0), "label": 1}, make_image(0)])
+def test_items_that_are_not_pairs_are_rejected(item):
+    with pytest.raises(TypeError, match=rf"items must be \(image, label\), got {type(item).__name__} from list"):
+        load_data([item] * 20)
+
+
+def test_columns_are_rejected_for_torch_datasets():
+    with pytest.raises(ValueError, match=r"columns applies only to datasets with .* got 'label=species' with"):
+        load_data(TorchImages(range(20)), DataConfig(columns="label=species"))
+
+
 def test_streaming_datasets_are_rejected():
     stream = datasets.Dataset.from_dict({"label": [0, 1]}).to_iterable_dataset()
     with pytest.raises(TypeError, match=r"map-style datasets of \(image, label\) items, got IterableDataset"):
@@ -282,6 +293,27 @@ def test_shards_may_repeat_the_keys_of_other_shards(shards):
     data = load_data(f"wds:{root}")
     assert sum(map(len, data.parts.values())) == 20 and not any("skipped" in note for note in data.notes)
     assert {name.partition("/")[0] for name in data.train.names} == {"x-000", "y-000"}
+
+
+def test_columns_replace_the_splits_of_a_dataset():
+    sites = [f"s{i // 4}" for i in range(20)]
+    rows = {"image": [make_image(i) for i in range(20)], "label": ["a", "b"] * 10, "site": sites}
+    part = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    data = datasets.DatasetDict({"train": part, "test": part})
+    shared = load_data(data)
+    assert shared.has_parts and any("split=none creates new splits" in note for note in shared.warnings)
+    new = load_data(data, DataConfig(columns="split=none"))
+    groups = [set(images.annotations.groups) for images in new.parts.values()]
+    assert not new.has_parts and sum(map(len, new.parts.values())) == 40
+    assert len(groups) == 3 and sum(map(len, groups)) == len(set.union(*groups))
+
+
+def test_shards_joined_by_columns_may_repeat_keys(shards):
+    root = shards(["train-0.tar"])
+    shards(["test-0.tar"], lambda i: ("json", json.dumps({"species": "ab"[i % 2], "site": "s"})))
+    data = load_data(f"wds:{root}", DataConfig(columns="split=none,group=none"))
+    assert not data.has_parts and sum(map(len, data.parts.values())) == 20
+    assert {name.partition("/")[0] for name in data.train.names} == {"train-0", "test-0"}
 
 
 class MultiHot(TorchImages):

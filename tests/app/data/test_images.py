@@ -103,6 +103,23 @@ def test_a_truncated_file_of_any_format_is_detected(suffix, tmp_path):
         read_image(cut)
 
 
+@pytest.mark.parametrize(("suffix", "part"), [(".avif", b"pitm"), (".npy", b"(4, 4)")])
+def test_damaged_headers_are_not_readable_images(suffix, part, tmp_path):
+    file = tmp_path / f"x{suffix}"
+    if suffix == ".npy":
+        np.save(file, np.zeros((4, 4), np.uint8))
+    else:
+        Image.new("RGB", (4, 4)).save(file)
+    content = file.read_bytes()
+    assert part in content
+    file.write_bytes(content.replace(part, part[:-1] + b" "))
+    for read in (read_image, lambda path: inspect_image(path, str(path))):
+        with pytest.raises(ValueError, match="is not a readable image: "):
+            read(file)
+    with pytest.raises(ValueError, match="is not a readable mask: "):
+        read_label_map(file)
+
+
 def test_text_and_empty_files_are_not_images(tmp_path):
     (tmp_path / "a.png").write_text("not an image")
     (tmp_path / "b.jpg").write_bytes(b"")
@@ -254,11 +271,30 @@ def test_arrays_of_bytes_are_read_as_gray_rgb_and_rgba(shape, tmp_path):
     assert inspect_image(tmp_path / "x.npy", "x.npy").size == (5, 4)
 
 
-def test_other_arrays_need_another_number_of_channels(tmp_path):
-    for values in (np.zeros((5, 6, 7), np.uint8), np.zeros((4, 5, 3), np.float32)):
+def test_other_arrays_need_another_number_of_channels_or_bytes(tmp_path):
+    for values, remedy in (
+        (np.zeros((5, 6, 7), np.uint8), "set another number with --channels"),
+        (np.zeros((4, 5, 3), np.float32), "convert it to uint8"),
+        (np.zeros((4, 5), np.uint16), "convert it to uint8"),
+    ):
         np.save(tmp_path / "x.npy", values)
-        with pytest.raises(ValueError, match=rf"uint8 with 1, 3 or 4 channels, got {values.dtype} of .*--channels"):
+        with pytest.raises(ValueError, match=rf"uint8 with 1, 3 or 4 channels, got {values.dtype} of .*; {remedy}$"):
             read_image(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">f4"])
+def test_arrays_in_another_byte_order_are_read(dtype, tmp_path):
+    values = np.random.default_rng(0).integers(0, 2, (5, 4, 6)).astype(dtype)
+    np.save(tmp_path / "x.npy", values)
+    image = read_image(tmp_path / "x.npy", Reading(5, white=1))
+    assert torch.equal(image.as_subclass(torch.Tensor), torch.from_numpy(values.astype(np.float32)))
+
+
+def test_only_16_bit_arrays_have_a_brightness_that_a_white_value_changes(tmp_path):
+    np.save(tmp_path / "deep.npy", np.full((5, 4, 4), 13107, np.uint16))
+    np.save(tmp_path / "float.npy", np.full((5, 4, 4), 0.2, np.float32))
+    inspected = [inspect_image(tmp_path / f"{name}.npy", name, Reading(5)) for name in ("deep", "float")]
+    assert inspected[0].brightest == pytest.approx(0.2) and inspected[1].brightest is None
 
 
 def test_transforms_do_not_change_cached_images(tmp_path):
@@ -281,6 +317,16 @@ def test_a_damaged_compressed_array_is_not_a_readable_image(tmp_path):
     content = bytearray((tmp_path / "x.tif").read_bytes())
     start = content.index(b"\x78", 8)  # zlib header
     content[start : start + 400] = bytes(400)
+    (tmp_path / "x.tif").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.tif' is not a readable image: "):
+        read_image(tmp_path / "x.tif", Reading(6))
+
+
+def test_a_tiff_with_a_damaged_header_is_not_a_readable_image(tmp_path):
+    tifffile.imwrite(tmp_path / "x.tif", np.zeros((6, 8, 8), np.uint8), photometric="minisblack")
+    content = bytearray((tmp_path / "x.tif").read_bytes())
+    height = content.index((257).to_bytes(2, "little"), 8)  # tag ImageLength
+    content[height + 8 : height + 12] = bytes(4)
     (tmp_path / "x.tif").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.tif' is not a readable image: "):
         read_image(tmp_path / "x.tif", Reading(6))

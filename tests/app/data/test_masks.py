@@ -3,7 +3,7 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from snella_app.data.check import check_data
 from snella_app.data.images import read_label_map
@@ -37,9 +37,13 @@ def test_palette_masks_are_read_as_indices(tmp_path):
     assert labels.tolist() == [[0, 1], [2, 1]] and not is_thresholded
 
 
-def test_jpeg_masks_are_thresholded_at_128_with_a_note(tmp_path):
-    data = load_data(f"masks:{write_pairs(tmp_path / 'm', 10, ending='.jpg')}")
-    assert any("10 masks in a lossy format (JPEG)" in note and "at least 128" in note for note in data.notes)
+@pytest.mark.parametrize("ending", [".jpg", ".avif"])
+def test_masks_in_lossy_formats_are_thresholded_at_128_with_a_note(ending, tmp_path):
+    if ending == ".avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    data = load_data(f"masks:{write_pairs(tmp_path / 'm', 10, ending=ending)}")
+    note = next(note for note in data.notes if "10 masks in a lossy format (JPEG, WebP, AVIF)" in note)
+    assert "at least 128" in note
     exact = load_data(f"masks:{write_pairs(tmp_path / 'exact', 10)}")
     assert np.mean(data.train.mask(0) != exact.train.mask(0)) < 0.02
 

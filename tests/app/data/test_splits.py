@@ -71,6 +71,11 @@ def test_classes_with_too_few_images_are_reported():
         stratified_split(labels_of([9, 2, 1]), 0.2, seed=0, classes=CLASSES, reserve=2, part="test")
 
 
+def test_too_few_images_without_classes_are_reported():
+    with pytest.raises(ValueError, match=r"creating a 'test' split requires at least 3 images, got 1\. Add images"):
+        stratified_split([0], 0.2, seed=0, classes=["others"], reserve=2, part="test")
+
+
 def test_a_sample_larger_than_the_data_is_rejected():
     with pytest.raises(
         ValueError, match=r"val_size must be at most 6, the number of images in the split, got 7; .*val_fraction"

@@ -137,6 +137,8 @@ def test_invalid_values_are_rejected_without_a_model():
         check_method("snella", {"target_sparsity": 1.5})
     with pytest.raises(ValueError, match=r"r must be divisible by num_pieces=2, got r=3"):
         check_method("snella-3", {})
+    with pytest.raises(ValueError, match=r"method 'adalora': an option has the wrong type, got \{'r': '8'\}: "):
+        check_method("adalora", {"r": "8"})
 
 
 def test_the_options_of_snella_are_the_fields_of_its_configuration():

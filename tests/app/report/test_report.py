@@ -213,6 +213,12 @@ def test_the_report_shows_all_uses_of_a_run(run):
         assert phrase in page.text, phrase
 
 
+def test_a_merge_is_not_suggested_for_methods_that_cannot_be_merged(tmp_path):
+    titles = {method: [use.title for use in uses(tmp_path, "classification", method)] for method in ("mlp-2", "lora")}
+    assert "Merge" in titles["lora"] and "Merge" not in titles["mlp-2"] and len(titles["mlp-2"]) == 5
+    assert "Merge" in [use.title for use in uses(tmp_path, "classification", "not-installed")]
+
+
 @pytest.mark.parametrize(
     ("task", "kind"),
     [
@@ -225,7 +231,7 @@ def test_the_report_shows_all_uses_of_a_run(run):
 )
 def test_printed_commands_and_attributes_exist(task, kind, tmp_path):
     folder = tmp_path / "a run's folder"
-    lines = [line for use in uses(folder, task) for block in use.blocks for line in block.splitlines()]
+    lines = [line for use in uses(folder, task, "snella-8") for block in use.blocks for line in block.splitlines()]
     commands = [parse(shlex.split(line)[1:]) for line in lines if line.startswith("snella ")]
     assert [name for name, _ in commands] == ["predict", "serve", "export", "merge", "evaluate", "inspect"]
     assert {settings["run"] for _, settings in commands} == {str(folder)}

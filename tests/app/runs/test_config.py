@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from snella_app.config.sections import MethodConfig, ModelConfig, OptimConfig, RunConfig
-from snella_app.config.train import TrainConfig
+from snella_app.config.train import TrainConfig, command_line
 from snella_app.data.options import DataConfig
 from snella_app.device import choose_device
 from snella_app.methods import METHODS
@@ -75,7 +75,7 @@ def test_resolving_adds_method_defaults_to_explicit_settings(method):
 def test_every_default_of_a_method_is_a_setting():
     fields = set(TrainConfig.settings())
     for method in METHODS.values():
-        assert {"lr", "head_lr", "weight_decay"} <= set(method.defaults) <= fields
+        assert {"lr", "head_lr", "weight_decay"} <= set(method.defaults_of("") or {}) <= fields
 
 
 def test_the_rank_in_the_name_wins_over_the_default_and_options_over_both():
@@ -153,7 +153,7 @@ WRONG_VALUES = {str: 3, bool: "no", int: "x", float: "x"}
 @pytest.mark.parametrize("field", TrainConfig.settings())
 def test_a_value_of_the_wrong_type_is_reported_with_its_field(field):
     kind = TrainConfig.settings()[field].type
-    for wrong in (object(), [object()], {3: 4}, b"x", *(value for part, value in WRONG_VALUES.items() if kind == part)):
+    for wrong in (object(), [object()], {3: object()}, b"x", *(value for part, value in WRONG_VALUES.items() if kind == part)):
         with pytest.raises(ValueError, match=rf"(^|; ){field} must be "):
             TrainConfig.from_flat(**{**REQUIRED_SETTINGS, field: wrong})
 
@@ -283,3 +283,22 @@ def test_a_tilde_in_weight_files_is_the_home_folder(tmp_path, monkeypatch):
 def test_a_seed_beyond_the_range_of_numpy_is_rejected():
     with pytest.raises(ValueError, match=f"seed must be less than {2**32}, got 20261129123456"):
         TrainConfig.from_flat(**REQUIRED_SETTINGS, seed=20261129123456)
+
+
+def test_class_weights_may_have_names_that_yaml_reads_as_numbers():
+    config = TrainConfig.from_flat(**REQUIRED_SETTINGS, class_weights={0: 1, 1: 2.5})
+    assert config.optim.class_weights == {"0": 1, "1": 2.5}
+    with pytest.raises(ValueError, match=r"class_weights must be numbers by name such as \{cat: 1, dog: 2"):
+        TrainConfig.from_flat(**REQUIRED_SETTINGS, class_weights={"cat": "heavy"})
+
+
+def test_the_recorded_command_repeats_a_run_whose_settings_differ_from_its_preset():
+    changes = {"preset": "paper", "epochs": 10, "augment": "auto", "max_grad_norm": 1.0}
+    command = command_line(
+        TrainConfig.from_flat(**REQUIRED_SETTINGS, **changes),
+        TrainConfig.from_flat(data="-", backbone="-", out="-"),
+        "train",
+    )
+    for option in ("--epochs 10", "--augment auto", "--max-grad-norm 1.0", "--preset paper"):
+        assert option in command
+    assert "--warmup-ratio" not in command

@@ -97,6 +97,8 @@ def test_a_graph_exported_with_logits_gives_the_raw_outputs_of_the_model(name, f
     assert result.notes[1].startswith("outputs are logits without temperature: softmax(outputs / ")
     assert " gives the probabilities of predict --tta 1; the temperature is " in result.notes[1]
     assert result.notes[2].startswith("predict averages an image and its flip, unless --tta 1 is set; this model ")
+    with pytest.raises(ValueError, match="opset=0 is an option of format onnx, not of torchscript"):
+        export(finished.path, "torchscript", tmp_path / "other", opset=0)
     with pytest.raises(ValueError, match="logits=True is an option of format onnx, torchscript, torch-export, not of"):
         export(finished.path, "timm", tmp_path / "x", logits=True)
 

@@ -109,6 +109,15 @@ def test_tasks_can_be_added_and_removed(folders, images):
         bank(images[:2], ["plants"])
 
 
+def test_an_emptied_bank_accepts_another_backbone(folders, any_run, images):
+    bank = TaskBank({"animals": folders["animals"]}, device="cpu")
+    bank.remove("animals")
+    bank.add("photos", any_run.path)
+    with torch.inference_mode():
+        expected = load_run(any_run.path, "cpu").network(images)
+    assert torch.equal(torch.stack(bank(images, ["photos"] * len(images))), expected)
+
+
 def test_unsupported_runs_are_rejected(folders, tiny_run, make_photos, tmp_path, no_report):
     with pytest.raises(
         ValueError, match=r"memory_mib must be at least 0\.\d for the effective weights of .*, got 0\.0"

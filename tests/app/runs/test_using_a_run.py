@@ -456,3 +456,12 @@ def test_an_unfinished_run_is_noted(finished, photos, tmp_path, capsys):
     assert any(note.startswith(message) for note in evaluate(run.path)["notes"])
     predict_to_files(str(run.path), [str(photos / "cats" / "000.png")])
     assert capsys.readouterr().err.startswith(f"note: {message}{run.path} --resume")
+
+
+def test_merge_replaces_neither_a_file_by_a_folder_nor_a_folder_by_a_file(finished, tmp_path):
+    (tmp_path / "model").write_text("kept")
+    (tmp_path / "model.safetensors").mkdir()
+    for name, kind in (("model", "file"), ("model.safetensors", "folder")):
+        with pytest.raises(FileExistsError, match=f"out=.*{name} is a {kind}, which merge cannot replace; choose"):
+            merge(finished.path, tmp_path / name, overwrite=True)
+    assert (tmp_path / "model").read_text() == "kept"

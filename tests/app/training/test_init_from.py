@@ -135,3 +135,25 @@ def test_other_images_add_a_note(finished, new_config, make_photos, tmp_path):
     parts = build_components(config)
     load_initial_weights(parts, config.data.spec, finished)
     assert parts.splits.notes[-1].startswith(f"{finished.path} has different splits; its training images")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ({"method_options": {"target_sparsity": 0.6}}, {}, 0.6),
+        ({"method_options": {"target_sparsity": 0.6}}, {"target_sparsity": 0.9}, 0.9),
+        ({}, {"method_options": {"target_sparsity": 0.9}}, 0.9),
+    ],
+)
+def test_the_target_sparsity_may_be_a_method_option(settings, new_config, tmp_path, console, first, second, expected):
+    options = {"epochs": 1, "head_init": "random", "out": str(tmp_path / "first")}  # saves the epoch at the target
+    initial = train(settings(**{"method_options": {}, **first, **options}), console)
+    config = initial.init_from_settings(new_config(init_from=str(initial.path), **second)).resolved()
+    assert config.method.all_options()["target_sparsity"] == expected
+    assert 0.5 < config.method.options["init_sparsity"] <= expected
+
+
+def test_a_folder_is_the_initial_run_under_another_path(finished, new_config):
+    other = finished.path.parent / "missing" / ".." / finished.path.name
+    with pytest.raises(ValueError, match="out must differ from init_from"):
+        new_config(out=str(other), overwrite=True)

@@ -52,12 +52,18 @@ def test_radius_is_one_for_the_best_and_similar_for_similar_values():
 
 def test_sixteen_methods_have_distinct_colors_with_contrast_in_both_modes():
     axes = ("medical", "glyphs", "natural")
-    rows = [{"axis": a, "method": f"m{n}", "accuracy": 0.5, "radius": 0.5} for a in axes for n in range(16)]
-    handles = _draw_radar(rows).legends[0].legend_handles
+    rows = [{"axis": a, "method": f"m{n}", "mean": 0.5, "radius": 0.5} for a in axes for n in range(16)]
+    handles = _draw_radar(rows, dict.fromkeys(axes, True)).legends[0].legend_handles
     colors = [to_rgb(handle.get_color()) for handle in handles]
     assert len(colors) == len(set(colors)) == 16
     for panel in (PANEL, DARK[PANEL]):
         assert min(contrast(color, to_rgb(panel)) for color in colors) >= 3
+
+
+def test_axis_labels_have_the_unit_of_the_metric():
+    rows = [{"axis": axis, "method": "m", "mean": 0.5, "radius": 1.0} for axis in "abc"]
+    texts = {text.get_text() for text in _draw_radar(rows, {"a": True, "b": False, "c": False}).axes[0].texts}
+    assert texts == {"a", "b", "c", "50.0%", "0.500"}
 
 
 def contrast(first, second):

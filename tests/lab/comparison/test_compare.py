@@ -284,6 +284,14 @@ def test_retry_failed_keeps_diverged_tuning_runs_that_are_not_repeated(copy, con
     assert rows_of(copy)[cell]["status"] == "failed" and len(rows_of(copy)) == 6
 
 
+def test_crashed_tuning_run_of_a_finished_method_is_dropped_but_not_repeated(copy, console, no_training):
+    cell = next(name for name, row in rows_of(copy).items() if "/linear/" in name and row["purpose"] == "trial")
+    row = replace(read_row(copy / "cells" / cell), status="failed", error="OSError: disk full", results=None)
+    append_row(copy, copy / "cells" / cell, row)
+    compare(None, copy, ExecutionConfig(workers=0, retry_failed=True), console=console)
+    assert cell not in rows_of(copy) and len(rows_of(copy)) == 5
+
+
 def test_frozen_features_are_cached_by_preprocessing(copy):
     cell, cache = copy / "cells/digits/lora-2/seed-0", copy / "frozen"
     (first,) = cache.iterdir()

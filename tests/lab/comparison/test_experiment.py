@@ -70,6 +70,7 @@ def test_forgetting_is_never_measured_on_the_task_itself(tiny):
         ({"methods": ["lora-2", "lora-2"]}, "methods must have distinct folder names, got 'lora-2' and 'lora-2'"),
         ({"methods": [{"name": "x"}]}, r"every entry of methods must have 'method', got \{'name': 'x'\}"),
         ({"methods": [{"method": "linear", "scalling": 3}]}, r"'linear' has unknown settings: 'scalling' \(nearest"),
+        ({"methods": [{"method": "linear", "options": [1]}]}, r"'linear' must have a mapping 'options', got \[1\]"),
         ({"methods": [3]}, "methods must contain names or mappings with 'method', got 3"),
         ({"data": [{"data": "digits", "size": 3}]}, r"data entry 'digits' has unknown settings: 'size' \(nearest"),
         ({"data": ["a/b", "a_b"]}, r"data must .* got 'a/b' and 'a_b' \(both use the folder 'a_b'\)"),
@@ -81,6 +82,7 @@ def test_forgetting_is_never_measured_on_the_task_itself(tiny):
         ({"grid": {"lr_factors": "0.3, one"}}, r"grid.lr_factors must be numbers, e.g. \[0.3, 1, 3\], got '0.3, one'"),
         ({"grid": {"weight_decays": [-1]}}, r"grid.weight_decays must be at least 0, got \[-1.0\]"),
         ({"grid": {"max_extensions": -1}}, "grid.max_extensions must be an integer of at least 0, got -1"),
+        ({"grid": {"lr_factors": [True]}}, r"grid.lr_factors must be numbers, e.g. \[0.3, 1, 3\], got \[True\]"),
         ({"grid": {"lr_factor": [1]}}, r"grid has unknown settings: 'lr_factor' \(nearest: lr_factors"),
         ({"train": {"epoks": 3}}, r"train has unknown settings: 'epoks' \(nearest: epochs"),
         ({"train": {"epochs": -1}}, "epochs must be at least 0, got -1"),
@@ -92,6 +94,10 @@ def test_forgetting_is_never_measured_on_the_task_itself(tiny):
 def test_invalid_settings_are_rejected(changes, message, tiny):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
+
+
+def test_empty_options_of_a_method_are_the_defaults(tiny):
+    assert tiny(methods=[{"method": "linear", "options": None}]).methods == tiny(methods=["linear"]).methods
 
 
 def test_several_errors_are_reported_together(tiny):

@@ -7,7 +7,7 @@ import pytest
 
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.report import markdown_tables, write_page
-from snella_lab.comparison.summary import outcome_text, recommendation_text, summarize
+from snella_lab.comparison.summary import interval_text, outcome_text, recommendation_text, summarize
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,13 @@ def test_two_seeds_decide_no_difference(tiny, make_row):
     assert outcome_text(summarize(experiment, [])) == ""
     assert recommendation_text(summarize(experiment, rows[:2])).endswith(" No results yet: bias.")
     assert "No results yet" not in recommendation_text(summarize(experiment, rows))
+
+
+def test_correction_counts_only_methods_with_several_units(tiny, make_row):
+    experiment = tiny(methods=["lora-2", "linear", "bias"], seeds=2)
+    finished = [("lora-2", 0), ("lora-2", 1), ("linear", 0), ("linear", 1), ("bias", 0)]
+    rows = [make_row(experiment, "digits", name, seed) for name, seed in finished]
+    assert "p after Holm's correction over 1 comparison;" in interval_text(summarize(experiment, rows))
 
 
 @pytest.mark.parametrize(("seeds", "word"), [(2, "significant, 2 seeds"), (5, "significantly below")])

@@ -71,7 +71,7 @@ def test_scripts_contain_array_log_and_folder(tiny, tmp_path, monkeypatch):
 
 def test_large_comparisons_have_several_units_per_index(tiny, tmp_path):
     experiment = tiny(seeds=MAX_PARTS, grid={"lr_factors": [1.0]})
-    execution = ExecutionConfig(emit_to=str(tmp_path / "jobs"))
+    execution = ExecutionConfig(emit="slurm", emit_to=str(tmp_path / "jobs"))
     train = write_slurm_scripts(tmp_path, experiment, execution).with_name("train.sh")
     assert f"--array=0-{MAX_PARTS - 1}\n" in train.read_text() and f"/{MAX_PARTS}" in train.read_text()
     write_slurm_scripts(tmp_path, experiment, execution)
@@ -82,14 +82,14 @@ def test_large_comparisons_have_several_units_per_index(tiny, tmp_path):
 def test_other_scripts_are_not_overwritten(tiny, tmp_path):
     (tmp_path / "report.sh").write_text("mine")
     with pytest.raises(FileExistsError, match=r"contains another report\.sh"):
-        write_slurm_scripts(tmp_path / "run", tiny(), ExecutionConfig(emit_to=str(tmp_path)))
+        write_slurm_scripts(tmp_path / "run", tiny(), ExecutionConfig(emit="slurm", emit_to=str(tmp_path)))
     assert (tmp_path / "report.sh").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("argument", ["out", "emit_to"])
 def test_invalid_characters_are_attributed_to_the_argument_that_contains_them(tiny, tmp_path, argument):
     roots = {"out": tmp_path, "emit_to": tmp_path / "jobs"} | {argument: tmp_path / 'a"b'}
-    execution = ExecutionConfig(emit_to=None if argument == "out" else str(roots["emit_to"]))
+    execution = ExecutionConfig(emit="slurm", emit_to=None if argument == "out" else str(roots["emit_to"]))
     with pytest.raises(ValueError, match=f'^{argument} must not contain double quotes, .*, got .*/a"b'):
         write_slurm_scripts(roots["out"], tiny(), execution)
     assert not list(tmp_path.iterdir())
@@ -109,6 +109,8 @@ def test_invalid_part_is_rejected(text):
         ({"part": "0/2"}, "part trains the experiment stored in out=.* and cannot be combined with an experiment"),
         ({"emit": "pbs"}, "emit must be slurm, got 'pbs'"),
         ({"emit": "slurm", "part": "0/2"}, "emit='slurm' cannot be combined with ray, part or draw_only"),
+        ({"emit_to": "jobs"}, "emit_to requires emit, got 'jobs' without emit; set emit to slurm"),
+        ({"retry_failed": True, "draw_only": True}, "retry_failed cannot be combined with draw_only, which trains"),
         (
             {"run_limit": 5.0, "workers": 0},
             "run_limit must be positive and requires ray or workers, got 5 and workers=0",

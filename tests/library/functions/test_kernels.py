@@ -212,3 +212,10 @@ def test_indivisible_rank_error_suggests_a_rank(r, suggestion):
 def test_wrong_number_of_coefficients_raises():
     with pytest.raises(ValueError, match=r"piece_coeff must be \[num_pieces\] = \[2\], got \[3\]"):
         merge_factors(torch.ones(3, 4), torch.ones(2, 4), "p_linear", piece_coeff=torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta", "temperature"])
+def test_scalars_with_an_axis_raise(name):
+    scalars = {"piece_coeff": torch.ones(2), "alpha": torch.tensor(1.0), "beta": torch.tensor(0.0)}
+    with pytest.raises(ValueError, match=rf"{name} must be 0-dim, got \[3\]"):
+        merge_factors(torch.ones(3, 4), torch.ones(2, 4), **{**scalars, name: torch.ones(3)})

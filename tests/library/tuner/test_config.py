@@ -298,3 +298,34 @@ def test_rank_pattern_sets_ranks_of_projections(cases):
 def test_unmatched_rank_pattern_raises(mlp):
     with pytest.raises(ValueError, match=r"rank_pattern=\['fc7'\] matches no adapted module; .* \['lin0', 'lin1'\]"):
         get_peft_model(mlp.base(), SnellaConfig(rank_pattern={"fc7": 4, "lin0": 2}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"layers_to_transform": range(2)}, [0, 1]),
+        ({"trainable_token_indices": {2, 1}}, [1, 2]),
+        ({"trainable_token_indices": {"embedding": range(2)}}, {"embedding": [0, 1]}),
+        ({"qkv_groups": {"qkv": (4, 2)}}, {"qkv": [4, 2]}),
+        ({"modules_to_save": ("head",)}, ["head"]),
+    ],
+)
+def test_ranges_tuples_and_sets_are_saved_as_lists(settings, expected, tmp_path):
+    config, (name,) = SnellaConfig(**settings), settings
+    assert getattr(config, name) == expected
+    config.save_pretrained(str(tmp_path))
+    assert getattr(SnellaConfig.from_pretrained(str(tmp_path)), name) == expected
+
+
+def test_unmatched_qkv_groups_raise(mlp):
+    with pytest.raises(ValueError, match=r"qkv_groups=\['qvk'\] matches no adapted module; .* \['lin0', 'lin1'\]"):
+        get_peft_model(mlp.base(), SnellaConfig(qkv_groups={"qvk": 3, "lin0": 2}))
+
+
+def test_rank_pattern_of_a_second_adapter_sets_the_rank_of_an_output_projection(cases):
+    model = cases["torch_vit"].adapted()
+    name = next(m.module_name for m in adapted_matrices(model) if m.module_name.endswith("out_proj"))
+    model.add_adapter("second", SnellaConfig(r=8, rank_pattern={name: 2}, target_modules="all-linear"))
+    ranks = {m.module_name: m.factors[0].shape[1] for m in adapted_matrices(model, "second")}
+    assert ranks.pop(name) == 2
+    assert set(ranks.values()) == {8}

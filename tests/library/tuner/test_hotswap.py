@@ -268,3 +268,13 @@ def test_a_model_inside_another_module_is_swapped():
     assert torch.equal(
         outer.net.base_model.model.qkv.snella_A["default"], fused(3, 1).base_model.model.qkv.snella_A["default"]
     )
+
+
+def test_swap_sets_the_scaling_of_the_new_adapter_after_set_scale(folders):
+    model = PeftModel.from_pretrained(backbone(), folders["one"]).eval()
+    for module in model.modules():
+        if isinstance(module, SnellaLayer):
+            module.set_scale("default", 0.5)
+    hotswap(model, folders["one"])
+    with torch.no_grad():
+        assert torch.equal(model(IMAGES), expected(folders["one"]))

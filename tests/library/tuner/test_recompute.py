@@ -498,6 +498,17 @@ def test_other_hooks_see_original_inputs():
     assert_same_bits(step(exact, x)[0], step(model, x)[0])
 
 
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_modules_with_backward_hooks_save_exact_inputs(register):
+    x, shapes = torch.randn(BATCH), []
+    model, exact = adapted(nn.LayerNorm(WIDTH), compress_activations=True), adapted(nn.LayerNorm(WIDTH))
+    for adapted_model in (model, exact):
+        norm = adapted_model.base_model.model[1]
+        getattr(norm, register)(lambda module, *grads: shapes.append([tuple(grad.shape) for (grad,) in grads]))
+    assert_same_bits(step(model, x)[0], step(exact, x)[0])
+    assert shapes[0] == shapes[1] and set(shapes[0]) == {BATCH}
+
+
 def test_compression_requires_all_active_adapters():
     torch.manual_seed(0)
     base = nn.Sequential(

@@ -118,3 +118,11 @@ def test_tied_tensors_are_restored():
     assert torch.equal(model["head"].weight, new)
     patch.remove()
     assert torch.equal(model["head"].weight, original)
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path):
+    tied, path = torch.arange(6.0), tmp_path / "m.safetensors"
+    path.write_bytes(SparsePatch({}, {"head": tied, "tied": tied, "part": tied[1:3]}).to_bytes())
+    replaced = SparsePatch.read(path).replaced
+    assert torch.equal(replaced["head"], tied) and torch.equal(replaced["tied"], tied)
+    assert torch.equal(replaced["part"], tied[1:3])

@@ -162,7 +162,8 @@ def load_pipeline(name: str, precision: str = "fp32") -> StableDiffusion3Pipelin
 
     Raises:
         FileNotFoundError: If the folder does not exist or lacks components; the message lists them.
-        ValueError: If the folder contains another pipeline or a damaged index, or the hub denies access.
+        ValueError: If the folder contains another pipeline or a damaged index, or the hub is reachable and the pipeline
+            cannot be loaded from it.
         ConnectionError: If the pipeline is neither local nor cached, and the hub is unreachable.
     """
     folder = expand_user(name)
@@ -182,8 +183,8 @@ def load_pipeline(name: str, precision: str = "fp32") -> StableDiffusion3Pipelin
         except (OSError, ValueError, HfHubHTTPError) as error:
             if reason is None:
                 raise ValueError(
-                    f"the hub denies access to pipeline {name!r}: {first_line(error)}; accept its license on the "
-                    "hub, or download it elsewhere and pass the folder"
+                    f"pipeline {name!r} cannot be loaded from the hub: {first_line(error)}; check the name, accept its "
+                    "license on the hub, or download it elsewhere and pass the folder"
                 ) from error
             raise ConnectionError(
                 f"pipeline {name!r} is not a local folder and not cached, and the hub is unreachable ({reason}); pass "

@@ -129,6 +129,7 @@ def _error(entry: Any, choices: tuple[str, ...] | None) -> str:
 
 IGNORED = -100
 _PLAIN = "### Instruction:\n{instruction}\n\n### Response:\n"
+_PLACEHOLDER = re.compile(r"\{(?:instruction|input)\}")
 _WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
 
@@ -155,10 +156,9 @@ class Template:
 
     def fill(self, entry: Instruction) -> str:
         """Return the prompt of an entry."""
-        text = self.with_input if entry.input else self.plain
-        before, _, after = text.partition("{instruction}")
-        # substitute one at a time, because braces in an instruction are literal
-        return before.replace("{input}", entry.input) + entry.instruction + after.replace("{input}", entry.input)
+        values = {"{instruction}": entry.instruction, "{input}": entry.input}
+        # in one pass, because braces in an instruction are literal
+        return _PLACEHOLDER.sub(lambda match: values[match[0]], self.with_input if entry.input else self.plain)
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:

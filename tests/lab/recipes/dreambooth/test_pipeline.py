@@ -1,10 +1,12 @@
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
 from huggingface_hub import constants
 
+from snella_lab.recipes.dreambooth import pipeline as pipeline_module
 from snella_lab.recipes.dreambooth.pipeline import check_resolution, encode_images, load_pipeline
 
 
@@ -73,6 +75,16 @@ def test_unreachable_hub_is_reported(monkeypatch):
     with pytest.raises(
         ConnectionError, match=r"'nobody/nothing' is not a local folder and not cached, .* \(HF_HUB_OFFLINE is set\)"
     ):
+        load_pipeline("nobody/nothing")
+
+
+def test_missing_pipeline_on_a_reachable_hub_is_not_reported_as_denied(monkeypatch):
+    def fail(*args, **options):
+        raise OSError("nobody/nothing is not a valid model identifier")
+
+    monkeypatch.setattr(pipeline_module, "cache_only_if_unreachable", lambda: nullcontext(None))
+    monkeypatch.setattr(pipeline_module.StableDiffusion3Pipeline, "from_pretrained", fail)
+    with pytest.raises(ValueError, match=r"cannot be loaded from the hub: .* model identifier; check the name"):
         load_pipeline("nobody/nothing")
 
 
