@@ -153,7 +153,13 @@ WRONG_VALUES = {str: 3, bool: "no", int: "x", float: "x"}
 @pytest.mark.parametrize("field", TrainConfig.settings())
 def test_a_value_of_the_wrong_type_is_reported_with_its_field(field):
     kind = TrainConfig.settings()[field].type
-    for wrong in (object(), [object()], {3: object()}, b"x", *(value for part, value in WRONG_VALUES.items() if kind == part)):
+    for wrong in (
+        object(),
+        [object()],
+        {3: object()},
+        b"x",
+        *(value for part, value in WRONG_VALUES.items() if kind == part),
+    ):
         with pytest.raises(ValueError, match=rf"(^|; ){field} must be "):
             TrainConfig.from_flat(**{**REQUIRED_SETTINGS, field: wrong})
 
