@@ -134,7 +134,8 @@ def _check_out(path: Path, *, overwrite: bool) -> None:
     if path.is_dir() if path.suffix == _SUFFIX else path.is_file():
         kind = "folder" if path.is_dir() else "file"
         raise FileExistsError(f"out={path} is a {kind}, which merge cannot replace; choose another name")
-    if not path.is_dir() and path.suffix.lower() in _OTHER_SUFFIXES:
+    is_miswritten = path.suffix != _SUFFIX and path.suffix.lower() == _SUFFIX
+    if not path.is_dir() and (path.suffix.lower() in _OTHER_SUFFIXES or is_miswritten):
         raise ValueError(
             f"out must end with {_SUFFIX}, or be a folder for a model in timm's format, got {str(path)!r}; "
             f"use {str(path.with_suffix(_SUFFIX))!r} or {str(path.with_suffix(''))!r}"

@@ -188,8 +188,8 @@ class Predictor:
             if calibration is None:
                 raise ValueError("unsure must be a probability for a run without calibration, got 'auto'; use e.g. 0.5")
             return calibration.threshold  # None if there is no threshold
-        if unsure is not None and not 0.0 < unsure <= 1.0:
-            raise ValueError(f"unsure must be auto or a probability in (0, 1], got {unsure}")
+        if unsure is not None and (isinstance(unsure, str) or not 0.0 < unsure <= 1.0):
+            raise ValueError(f"unsure must be auto or a probability in (0, 1], got {unsure!r}")
         return unsure
 
     def _batches(

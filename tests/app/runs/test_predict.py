@@ -214,6 +214,7 @@ def test_predictions_below_a_threshold_are_unsure(calibrated, photos, tmp_path):
     [
         ("auto", r"unsure must be a probability for a run without calibration, got 'auto'; use e\.g\. 0\.5"),
         (1.5, r"unsure must be auto or a probability in \(0, 1\], got 1\.5"),
+        ("0.5", r"unsure must be auto or a probability in \(0, 1\], got '0\.5'"),
     ],
 )
 def test_an_invalid_threshold_is_rejected(uncalibrated, unsure, message):

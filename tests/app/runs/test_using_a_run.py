@@ -317,8 +317,9 @@ def test_merging_does_not_overwrite_by_default(finished, tmp_path):
         merge(finished.path, path)
     assert path.read_text() == "mine"
     assert merge(finished.path, path, overwrite=True).path.stat().st_size > 1000
-    with pytest.raises(ValueError, match=r"out must end with \.safetensors, or be a folder .*, got 'model\.pth'"):
-        merge(finished.path, "model.pth")
+    for name in ("model.pth", "model.SafeTensors"):
+        with pytest.raises(ValueError, match=rf"out must end with \.safetensors, or be a folder .*, got '{name}'"):
+            merge(finished.path, name)
 
 
 def test_a_damaged_adapter_is_reported(finished, tmp_path):

@@ -1,5 +1,4 @@
 import importlib.util
-import json
 import re
 from pathlib import Path
 from statistics import fmean
@@ -249,14 +248,46 @@ def test_step_times_in_the_notes_match_the_measurements():
         assert f"px | {' | '.join(cells)} |" in notes
 
 
-def test_methods_table_in_the_notes_matches_the_measurements():
-    notes = _notes()
+def _accuracies(epochs: int, options: str = "") -> dict[str, dict[str, float]]:
+    """Return the committed accuracies by method and folder."""
     accuracies: dict[str, dict[str, float]] = {}
-    for line in (_FOLDER / "methods.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        accuracies.setdefault(row["method"], {})[row["folder"]] = row["accuracy"]
+    for row in read_rows(_FOLDER / "methods.jsonl"):
+        if (row["epochs"], row["options"]) == (epochs, options):
+            accuracies.setdefault(row["method"], {})[row["folder"]] = row["accuracy"]
+    return accuracies
+
+
+def test_methods_table_in_the_notes_matches_the_measurements():
+    notes, accuracies = _notes(), _accuracies(8)
     assert len(accuracies) == 5
     for method, by_folder in accuracies.items():
         values = [by_folder[folder] for folder in sorted(by_folder)]
         cells = " | ".join(decimal_text(100 * value, 1) for value in [*values, fmean(values)])
         assert re.search(rf"^\| `{method}[^|]*\| {re.escape(cells)} \|", notes, re.MULTILINE), (method, cells)
+
+
+def test_table_of_ten_epochs_in_the_notes_matches_the_measurements():
+    notes, readme = _notes(), (_FOLDER.parents[1] / "README.md").read_text()
+    table, accuracies = _module("table"), _accuracies(10)
+    fastai = {row["folder"]: row for row in read_rows(_FOLDER / "fixed_epochs.jsonl")}
+    accuracies["fastai's"] = {folder: row["accuracy"] for folder, row in fastai.items()}
+    assert set(accuracies) == {"snella", "lora-8", "full", "linear", "fastai's"}
+    for method, by_folder in accuracies.items():
+        rows = [_row(name, f, value) for name in ("snella", method) for f, value in accuracies[name].items()]
+        cells = [decimal_text(100 * by_folder[folder], 1) for folder in sorted(by_folder)]
+        cells.append(decimal_text(100 * fmean(by_folder.values()), 1))
+        gap = table.differences(table.means(rows), method)["snella"] if method != "snella" else None
+        text = "–" if gap is None else _interval(-gap.mean, -gap.high, -gap.low)
+        line = rf"^\| `?{method}[^|]*\| {re.escape(' | '.join([*cells, text]))} \|$"
+        assert re.search(line, notes, re.MULTILINE), (method, cells, text)
+        assert method == "fastai's" or re.search(rf"^\| `{method}`.*\| {cells[-1]} \|", readme, re.MULTILINE)
+        if method == "fastai's":
+            shown = f"{100 * gap.mean:.1f} points [{100 * gap.low:.1f}, {100 * gap.high:.1f}]"
+            assert shown in " ".join(notes.split()) and f"p = {gap.p:.3f}" in notes
+    (final,) = _accuracies(10, "--protocol final").values()
+    changes = [points_text(final[f] - accuracies["snella"][f]) for f in sorted(final)]
+    assert f"{', '.join(changes[:-1])} and {changes[-1]} points" in " ".join(notes.split())
+
+
+def _interval(mean: float, low: float, high: float) -> str:
+    return f"{points_text(mean)} [{points_text(low)}, {points_text(high)}]"
