@@ -66,7 +66,7 @@ def test_a_value_out_of_range_is_reported(changes, message):
 def test_resolving_adds_method_defaults_to_explicit_settings(method):
     config = TrainConfig.from_flat(**REQUIRED_SETTINGS, method=method, lr=0.5).resolved()
     assert config.optim.lr == 0.5
-    for name, value in METHODS[method].defaults.items():
+    for name, value in METHODS[method].defaults_of("").items():
         is_head_rate = name == "head_lr" and METHODS[method].is_head_only
         assert config.flat()[name] == (0.5 if name == "lr" or is_head_rate else value)
     assert config.resolved() == config

@@ -109,9 +109,9 @@ def test_unsupported_task_is_rejected():
 
 
 @pytest.mark.parametrize("name", CHOICE_METHODS)
-def test_every_candidate_of_method_auto_is_a_method_with_defaults(name):
+def test_every_candidate_of_method_auto_is_a_method_without_required_options(name):
     check_method(name, {})
-    assert find_method(name).defaults
+    assert not find_method(name).needs_batches
 
 
 @pytest.fixture
