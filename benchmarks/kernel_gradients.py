@@ -83,14 +83,14 @@ def measure(setting: dict[str, Any]) -> dict[str, Any]:
     order: list[Tensor] = []
     for _ in range(setting["steps"]):
         if not order:
-            order = [part for part in torch.randperm(len(images)).split(setting["batch_size"]) if len(part) > 1]
+            order = list(torch.randperm(len(images)).split(setting["batch_size"]))
         rows = order.pop()
         loss = cross_entropy(model(images[rows]), labels[rows])
         optimizer.zero_grad()
         loss.backward()
         history["loss"].append(round(loss.item(), 5))
         for letter, parameters in factors.items():
-            norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+            norm = get_total_norm([parameter.grad for parameter in parameters])
             history[f"gradient_{letter}"].append(float(f"{norm.item():.4g}"))
         optimizer.step()
     sizes.append(measure_update(model))
@@ -134,18 +134,15 @@ def measure_update(model: PeftModel) -> dict[str, float]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return gradient norms (geometric means over the runs), losses and sizes of the update, by kernel."""
-    lines = []
+    lines, steps = [], (1, 10, len(rows[0]["loss"]))
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         same = [row for row in rows if row["kernel"] == kernel]
-        norms = [_gradient_norm(same, step) for step in (1, 10, len(rows[0]["loss"]))]
+        norms = [_gradient_norm(same, step) for step in steps]
         losses = [fmean(row["loss"][0] for row in same), fmean(fmean(row["loss"][-10:]) for row in same)]
         sizes = [fmean(row["relative_update"][end] for row in same) for end in (0, 1)]
-        lines.append([f"`{kernel}`", *(f"{value:.2g}" for value in norms), *(f"{value:.2f}" for value in losses)])
-        lines[-1] += [f"{value:.2f}" for value in sizes]
-    norms = [f"gradient norm, step {step}" for step in (1, 10, len(rows[0]["loss"]))]
-    return markdown_table(
-        ["kernel", *norms, "loss, step 1", "loss, last 10 steps", "update, start", "update, end"], lines
-    )
+        lines.append([f"`{kernel}`", *(f"{norm:.2g}" for norm in norms), *(f"{v:.2f}" for v in (*losses, *sizes))])
+    head = ["kernel", *(f"gradient norm, step {step}" for step in steps), "loss, step 1", "loss, last 10 steps"]
+    return markdown_table([*head, "update, start", "update, end"], lines)
 
 
 def _gradient_norm(rows: list[dict[str, Any]], step: int) -> float:

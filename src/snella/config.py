@@ -283,10 +283,8 @@ class SnellaConfig(PeftConfig):
         ]
         if errors:
             raise ValueError("; ".join(errors))
-        # lists, which PEFT indexes with and `save_pretrained` can write
-        for name, value in vars(self).copy().items():
-            if name in SnellaConfig.__annotations__ and name not in ("target_modules", "exclude_modules"):
-                setattr(self, name, _with_lists(value))
+        for name in SnellaConfig.__annotations__.keys() - {"target_modules", "exclude_modules"}:
+            setattr(self, name, _with_lists(getattr(self, name)))
         preset = _PRESETS.get(self.preset, {})
         # a model may lack the parameters of a preset, but not parameters that the user names
         self.default_parameters = preset.get("parameters_to_save") if self.parameters_to_save is None else None
@@ -523,7 +521,7 @@ def _has_type(value: Any, annotation: Any) -> bool:
 
 
 def _with_lists(value: Any) -> Any:
-    """Replace tuples, sets and ranges with lists, also in the values of a dict."""
+    """Replace tuples, sets and ranges with lists, also in the values of a dict, so that they can be saved as JSON."""
     if isinstance(value, dict):
         return {key: _with_lists(item) for key, item in value.items()}
     if isinstance(value, set):

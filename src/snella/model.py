@@ -164,11 +164,10 @@ class SnellaModel(BaseTuner):
                 names.append(part_name)
                 weights += m * n
                 factors += peft_config.rank_of(part_name) * (m + n)
-        groups = peft_config.qkv_groups
-        group_keys = list(groups) if isinstance(groups, dict) else []
-        keys = {"rank_pattern": list(peft_config.rank_pattern), "qkv_groups": group_keys}
-        for field, patterns in keys.items():
-            if unused := [key for key in patterns if not any(has_suffix(name, key) for name in names)]:
+        for field in ("rank_pattern", "qkv_groups"):
+            value = getattr(peft_config, field)
+            keys = value if isinstance(value, dict) else ()
+            if unused := [key for key in keys if not any(has_suffix(name, key) for name in names)]:
                 raise ValueError(f"{field}={unused} matches no adapted module; adapted modules are e.g. {names[:4]}")
         if factors > max(_MIN_ENTRY_LIMIT, 4 * weights):
             pattern = f", rank_pattern={peft_config.rank_pattern}" if peft_config.rank_pattern else ""

@@ -39,6 +39,7 @@ def annotate_write_errors(path: Path) -> Iterator[None]:
 
 
 _MAX_NAME_BYTES = 200
+"""Length of a file name above which the names of its temporary files contain a hash instead; most systems allow 255."""
 WRITE_FAILURES = {
     "No space left": errno.ENOSPC,
     "File too large": errno.EFBIG,
@@ -114,7 +115,7 @@ def _machine() -> str:
 
 
 def _short_name(path: Path) -> str:
-    """Return the file name, or its hash if a temporary file's name would exceed 255 bytes."""
+    """Return the file name, or a hash of a long one."""
     name = os.fsencode(path.name)
     return path.name if len(name) <= _MAX_NAME_BYTES else hashlib.sha256(name).hexdigest()
 

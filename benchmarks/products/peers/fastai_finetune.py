@@ -64,7 +64,7 @@ def fit(job: common.Job) -> common.Fitted:
     details = {"epochs": 10}
     if job.variant != _FIXED:
         train, val = train_images // batch_size, -(-val_images // batch_size)
-        details = fitting_epochs(job, model, data.train, train, val)
+        details = budgeted_epochs(job, model, data.train, train, val)
     set_seed(job.seed)
     learner = Learner(
         data,
@@ -84,7 +84,7 @@ def fit(job: common.Job) -> common.Fitted:
     return common.Fitted(predict, common.stored_size(model), details)
 
 
-def fitting_epochs(job: common.Job, model: nn.Module, batches: Iterable[tuple], train: int, val: int) -> dict:
+def budgeted_epochs(job: common.Job, model: nn.Module, batches: Iterable[tuple], train: int, val: int) -> dict:
     """Return the number of epochs of `train` and `val` batches that fits the budget, and the seconds per step."""
     trial, loss = copy.deepcopy(model).train(), CrossEntropyLossFlat()
 

@@ -269,7 +269,7 @@ def command_line(settings: RunSettings, default: RunSettings, command: str) -> s
     Settings with another value in the preset of `settings` are included, also those as in `default`.
     """
     args, defaults, values = ["snella", command], default.flat(), settings.flat()
-    preset = TRAIN_PRESETS.get(values.get("preset"), {})  # type: ignore[arg-type]
+    preset = TRAIN_PRESETS.get(str(values.get("preset")), {})
     for name, value in values.items():
         is_default = value == defaults[name] and value == preset.get(name, value)
         if name in UNSTORED_FIELDS or value is None or is_default:

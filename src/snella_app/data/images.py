@@ -193,19 +193,23 @@ def open_image(file: File) -> Image.Image:
     return Image.open(file, formats=_supported_formats())
 
 
+def _load_npy(file: File) -> np.ndarray:
+    """Read an array file; reject other and too large files before memory is allocated."""
+    array_pixels(file)
+    return np.load(file, allow_pickle=False)
+
+
 def _array_image(file: File) -> Image.Image:
     """Read an array file, `[height, width]`, `[height, width, channels]` or `[channels, height, width]`."""
-    array_pixels(file)  # rejects other files before memory is allocated
-    values = np.load(file, allow_pickle=False)
+    values = _load_npy(file)
     if values.ndim == 3 and values.shape[-1] not in PILLOW_MODES and values.shape[0] in PILLOW_MODES:
         values = np.moveaxis(values, 0, -1)
     channels = values.shape[-1] if values.ndim == 3 else 1
-    if values.ndim not in (2, 3) or channels not in PILLOW_MODES or values.dtype != np.uint8:
-        is_dtype = values.ndim in (2, 3) and channels in PILLOW_MODES
-        raise ValueError(
-            f"an array must be uint8 with 1, 3 or 4 channels, got {values.dtype} of shape {list(values.shape)}; "
-            + ("convert it to uint8" if is_dtype else "set another number with --channels")
-        )
+    has_channels = values.ndim in (2, 3) and channels in PILLOW_MODES
+    if not has_channels or values.dtype != np.uint8:
+        remedy = "convert it to uint8" if has_channels else "set another number with --channels (channels=)"
+        actual = f"{values.dtype} of shape {list(values.shape)}"
+        raise ValueError(f"an array must be uint8 with 1, 3 or 4 channels, got {actual}; {remedy}")
     if channels == 1:
         values = values.reshape(values.shape[:2])
     return Image.fromarray(np.ascontiguousarray(values))
@@ -240,8 +244,7 @@ def _start_of(file: File) -> bytes:
 def _read_array(file: File, channels: int) -> np.ndarray:
     """Read a TIFF or array file as `[channels, height, width]`, in the machine's byte order."""
     if _start_of(file).startswith(_NUMPY_START):
-        array_pixels(file)  # rejects other files before memory is allocated
-        values = np.load(file, allow_pickle=False)
+        values = _load_npy(file)
     else:
         with _open_tiff(file) as tiff:
             _check_values(*_shape_and_dtype(tiff))

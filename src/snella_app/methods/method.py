@@ -64,9 +64,6 @@ def _class_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs.float(), labels)
 
 
-_TRAIN_DEFAULTS = {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0}
-
-
 @dataclass(frozen=True)
 class SelectionData:
     """Data for methods that select weights or candidates; passed as `build_method(..., batches=...)`.
@@ -89,6 +86,10 @@ class SelectionData:
     def __call__(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Return a new iterator over training batches."""
         return self.train()
+
+
+_TRAIN_DEFAULTS = {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0}
+"""Settings of `snella train` that are missing in `Method.defaults`."""
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,7 @@ def _lora_config(head: str, options: Options, **defaults: Any) -> PeftConfig:
     return LoraConfig(modules_to_save=[head], **{"r": 8, "lora_alpha": rank, **defaults, **options})
 
 
-_DECAYED: dict[str, Any] = {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4, "r": 8}
+_DECAYED: dict[str, Any] = {"weight_decay": 1e-4, "r": 8}
 _LORA_RECIPES: dict[str, dict[str, Any]] = {
     "generation": {"lr": 1e-4, "r": 8},  # learning rate of the SNELLA paper
     "language": {"lr": 3e-4, "r": 8},  # learning rate of the benchmark
@@ -431,25 +431,24 @@ def _layer_norms(model: nn.Module, head: str) -> str:
     return "|".join(re.escape(name) for name in names)
 
 
-_UNDECAYED: dict[str, Any] = {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0}
 CATALOG: dict[str, Method] = {
     "shira": _from_peft(
         "random entries, r (m + n) of each m x n matrix",
         "SHiRA, Bhardwaj et al., arXiv 2406.13175",
         peft.ShiraConfig,
-        {**_UNDECAYED, "r": 8},
+        {"r": 8},
         "r",
         r=8,
         random_seed=0,
     ),
     "supertuning": _from_peft(
-        "the weights of largest magnitude", "Super-Tuning, arXiv 2607.09287", peft.SupertuningConfig, _UNDECAYED
+        "the weights of largest magnitude", "Super-Tuning, arXiv 2607.09287", peft.SupertuningConfig, {}
     ),
     "fourierft": _from_peft(
         "a few 2D Fourier coefficients of each update",
         "FourierFT, Gao et al., arXiv 2405.03003",
         peft.FourierFTConfig,
-        {"lr": 1e-1, "head_lr": 1e-3, "weight_decay": 0.0},
+        {"lr": 1e-1},
         "n_frequency",
         n_frequency=3000,
         scaling=300.0,
@@ -458,7 +457,7 @@ CATALOG: dict[str, Method] = {
         "scales of random low-rank bases with a full-rank sum",
         "RandLoRA, Albert et al., arXiv 2502.00987",
         peft.RandLoraConfig,
-        {**_UNDECAYED, "r": 32},
+        {"r": 32},
         "r",
         save_projection=False,
     ),
@@ -466,7 +465,7 @@ CATALOG: dict[str, Method] = {
         "two scaling vectors per layer for shared random factors",
         "VeRA, Kopiczko et al., arXiv 2310.11454",
         peft.VeraConfig,
-        {"lr": 5e-3, "head_lr": 1e-3, "weight_decay": 0.0, "r": 256},
+        {"lr": 5e-3, "r": 256},
         "r",
         r=256,
         save_projection=False,
@@ -483,28 +482,28 @@ CATALOG: dict[str, Method] = {
         "orthogonal factors in butterfly form",
         "BOFT, Liu et al., arXiv 2311.06243",
         peft.BOFTConfig,
-        _UNDECAYED,
+        {},
         "boft_block_size",
     ),
     "hra": _from_peft(
         "chains of Householder reflections",
         "HRA, Yuan et al., arXiv 2405.17484",
         peft.HRAConfig,
-        {**_UNDECAYED, "r": 8},
+        {"r": 8},
         "r",
     ),
     "delora": _from_peft(
         "low-rank updates with a learned norm",
         "DeLoRA, Bini et al., arXiv 2503.18225",
         peft.DeloraConfig,
-        {**_UNDECAYED, "r": 8},
+        {"r": 8},
         "r",
     ),
     "ln_tuning": _from_peft(
         "weights and biases of the layer normalizations",
         "LN tuning, Zhao et al., arXiv 2312.11420",
         peft.LNTuningConfig,
-        _UNDECAYED,
+        {},
         targets=_layer_norms,
     ),
 }

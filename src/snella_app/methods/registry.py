@@ -201,6 +201,14 @@ def trainable_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+def can_merge(name: str) -> bool:
+    """Return whether `merge_trained` supports a method; True for PEFT adapters of methods that are not registered."""
+    try:
+        return find_method(name).merge is not None
+    except ValueError:
+        return True
+
+
 def merge_trained(model: nn.Module) -> nn.Module:
     """Merge the trained parameters into the backbone; outputs change only by rounding.
 

@@ -366,6 +366,8 @@ def uses(folder: Path, task: str, method: str) -> list[Use]:
         task: Task of the run.
         method: Method of the run; `snella merge` is omitted if it cannot be merged.
     """
+    from snella_app.methods.registry import can_merge  # lazy: imports the methods of other packages
+
     run, masks, merged, out = shlex.quote(str(folder)), "", "a folder that timm loads without snella", "model"
     if task == "segmentation":
         masks, merged, out = " --out masks", "the whole model in one file", "model.safetensors"
@@ -382,19 +384,9 @@ def uses(folder: Path, task: str, method: str) -> list[Use]:
         Use("Python", (python,)),
         Use("Serve over HTTP", serve, "requires pip install 'snella[serve]'; send requests from a second terminal"),
         Use("Export to ONNX", (export,), "requires pip install 'snella[export]'; other formats: snella export --help"),
-        *([merge] if _can_merge(method) else []),
+        *([merge] if can_merge(method) else []),
         Use("Evaluate and inspect", (f"snella evaluate {run}\nsnella inspect {run}",)),
     ]
-
-
-def _can_merge(method: str) -> bool:
-    """Return whether a method can be merged into the backbone; True for methods that are not installed."""
-    from snella_app.methods.registry import find_method  # lazy: imports the methods of other packages
-
-    try:
-        return find_method(method).merge is not None
-    except ValueError:
-        return True
 
 
 def write_report(

@@ -131,21 +131,21 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _check_out(path: Path, *, overwrite: bool) -> None:
     """Reject unsupported suffixes, and existing files and folders that must not be replaced."""
-    if path.is_dir() if path.suffix == _SUFFIX else path.is_file():
+    is_file = path.suffix == _SUFFIX
+    if path.exists() and path.is_dir() == is_file:
         kind = "folder" if path.is_dir() else "file"
         raise FileExistsError(f"out={path} is a {kind}, which merge cannot replace; choose another name")
-    is_miswritten = path.suffix != _SUFFIX and path.suffix.lower() == _SUFFIX
-    if not path.is_dir() and (path.suffix.lower() in _OTHER_SUFFIXES or is_miswritten):
+    if not is_file and not path.is_dir() and path.suffix.lower() in (_SUFFIX, *_OTHER_SUFFIXES):
         raise ValueError(
             f"out must end with {_SUFFIX}, or be a folder for a model in timm's format, got {str(path)!r}; "
             f"use {str(path.with_suffix(_SUFFIX))!r} or {str(path.with_suffix(''))!r}"
         )
-    if path.is_dir() and path.suffix != _SUFFIX:
+    if path.is_dir():
         check_folder_files(path, (_CONFIG, _WEIGHTS, LAYER_PROBE))
         if not any(path.iterdir()):
             return
     check_new("out", path, overwrite=overwrite)
-    if path.suffix == _SUFFIX:
+    if is_file:
         check_new("out", _final_head_file(path), overwrite=overwrite)
 
 

@@ -124,8 +124,7 @@ class TaskBank:
                 f"run={run} must have the backbone of the bank, {self._key}, got {backbone_key}; "
                 "create one bank per backbone"
             )
-        is_first = self._model is None or not self._tasks
-        base: Any = make_backbone(backbone, loaded.task.name) if is_first else self._model
+        base = make_backbone(backbone, loaded.task.name) if self._model is None else self._model
         base = base.to(self._device).eval()
         tensors = base.state_dict(keep_vars=True)
         updates = _collect_updates(loaded.model.to(self._device))
@@ -166,6 +165,8 @@ class TaskBank:
         with self._lock:
             del self._tasks[name]
             self._cached.pop(name, None)
+            if not self._tasks:
+                self._model = None  # the next task may have another backbone
 
     def __call__(self, images: Tensor | Sequence[Tensor], tasks: Sequence[str]) -> list[Tensor]:
         """Compute the outputs of images from different tasks.

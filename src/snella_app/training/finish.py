@@ -23,8 +23,8 @@ from snella.matrices import AdaptedMatrix
 from snella_app.console import print_line
 from snella_app.data.datasets import ImageDataset
 from snella_app.files import write_text
-from snella_app.methods import load_trained_into, method_of
-from snella_app.methods.registry import matrices_of, trainable_parameters
+from snella_app.methods import load_trained_into, spec_of
+from snella_app.methods.registry import can_merge, matrices_of, trainable_parameters
 from snella_app.records.predictions import MAX_PREDICTIONS
 from snella_app.records.record import plain
 from snella_app.records.results import scores_from
@@ -146,9 +146,8 @@ def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Consol
 
 def _adapter_card(run: Path, model: nn.Module) -> str:
     """Return the model card of a run's adapter folder, which describes the files of `save_trained`."""
-    method, is_peft = method_of(model), isinstance(model, PeftModel)
-    can_merge = method is None or method.merge is not None
-    use = f"{_PREDICT_USE}, and {_MERGE_USE}" if can_merge else _PREDICT_USE
+    is_peft = isinstance(model, PeftModel)
+    use = f"{_PREDICT_USE}, and {_MERGE_USE}" if can_merge(spec_of(model).name) else _PREDICT_USE
     return model_card(run, f"{_PEFT_USE if is_peft else _PLAIN_USE} {use}.", library="peft" if is_peft else "snella")
 
 

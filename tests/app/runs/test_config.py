@@ -75,7 +75,7 @@ def test_resolving_adds_method_defaults_to_explicit_settings(method):
 def test_every_default_of_a_method_is_a_setting():
     fields = set(TrainConfig.settings())
     for method in METHODS.values():
-        assert {"lr", "head_lr", "weight_decay"} <= set(method.defaults_of("") or {}) <= fields
+        assert set(method.defaults) <= fields
 
 
 def test_the_rank_in_the_name_wins_over_the_default_and_options_over_both():
