@@ -56,6 +56,7 @@ from snella.watch import TrainingWatch, warn_about_unused_merges
 logger = logging.getLogger(__name__)
 
 _MIN_ENTRY_LIMIT = 1 << 24  # factor entries that are always allowed: 64 MiB in float32
+_HEADS_ADDED_BY_PEFT = ("classifier", "score", "qa_outputs")  # to `modules_to_save`, by the task type
 
 
 class SnellaModel(BaseTuner):
@@ -280,6 +281,7 @@ class SnellaModel(BaseTuner):
                 stacklevel=2,
             )
         if not config.inference_mode:
+            _warn_of_unmatched(config, self.model)
             find_layers = partial(_adapted_layers, adapter_names=[adapter_name])
             config.watch = TrainingWatch()  # the configuration may have been used for another model
             config.watch.start(self.model, adapter_name, find_layers, head_layers)
@@ -575,6 +577,18 @@ def _is_compressed(layers: list[SnellaLayer]) -> bool:
 def _without_wrappers(name: str) -> str:
     """Remove the modules of FSDP1 and of torch's checkpoint wrapper from a name."""
     return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def _warn_of_unmatched(config: SnellaConfig, model: nn.Module) -> None:
+    """Warn of names in `modules_to_save` that match no module."""
+    names = [name for name, _ in model.named_modules()]
+    expected = [name for name in config.modules_to_save or [] if name not in _HEADS_ADDED_BY_PEFT]
+    if unmatched := [end for end in expected if not any(name.endswith(end) for name in names)]:
+        warnings.warn(
+            f"modules_to_save={unmatched} matches no module of {type(model).__name__}; "
+            f"its top-level modules are {[name for name, _ in model.named_children()]}",
+            stacklevel=2,
+        )
 
 
 def _adapted_layers(model: nn.Module, adapter_names: list[str]) -> list[SnellaLayer]:

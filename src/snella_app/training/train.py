@@ -21,6 +21,8 @@ from snella_app.console import counted, make_console, print_line
 from snella_app.device import choose_device
 from snella_app.methods import method_of
 from snella_app.methods.registry import matrices_of
+from snella_app.records.record import read
+from snella_app.records.run import RunInfo
 from snella_app.runs.evaluate import rewrite_report
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.images import SPLITS, check_splits, find_data
@@ -95,7 +97,7 @@ def train(
     console = console or make_console(survives_closed_output=True)
     with main_process_only(lock_run(run, is_shared=True)):
         if config.model.init_from is not None and not (config.run.resume and run.status is not None):
-            config = RunFolder(config.model.init_from).init_from_settings(config)
+            config = _with_initial_settings(config, RunFolder(config.model.init_from))
         config, resumed = broadcast_from_main(partial(run.resolve_resume, config))
         if resumed is not None and resumed.is_finished:
             print_line(console, f"{run.path} is already finished; report {run.report}")
@@ -138,6 +140,15 @@ def train(
             trainer, step_timer = _fit(plan, run, parts, console, keep_checkpoints, render_report)
             finish(trainer, step_timer, console, render_report)
     return run
+
+
+def _with_initial_settings(config: TrainConfig, initial: RunFolder) -> TrainConfig:
+    """Return the settings of a run that starts from `initial`, with the present location of inherited data."""
+    inherited = initial.init_from_settings(config)
+    if config.data.spec is not None:
+        return inherited
+    folder = read(RunInfo, initial.path).data.folder
+    return inherited.replace(data=find_data(initial.path, str(inherited.data.spec), folder))
 
 
 def _check_available(config: TrainConfig, device: torch.device) -> None:

@@ -73,6 +73,18 @@ def test_unset_settings_are_inherited_from_the_initial_run(finished, new_config,
     assert f"trained weights of {finished.path}, including the head" in console.file.getvalue()
 
 
+def test_relative_data_of_the_initial_run_is_found_from_another_folder(
+    settings, new_config, make_photos, tmp_path, console, monkeypatch
+):
+    make_photos(tmp_path / "photos", {"cats": 16, "dogs": 16})
+    monkeypatch.chdir(tmp_path)
+    initial = train(settings(data="folder:photos", epochs=1, out=str(tmp_path / "initial")), console)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = train(new_config(init_from=str(initial.path), epochs=1, batch_size=8), console)
+    assert run.read_config().data.spec == f"folder:{tmp_path / 'photos'}"
+
+
 def test_a_new_run_resumes_without_the_initial_run(finished, new_config, tmp_path, console, monkeypatch):
     copied = tmp_path / "other"
     shutil.copytree(finished.path, copied)

@@ -287,6 +287,12 @@ def test_fixed_piece_coefficients_remain_frozen_after_switches(mlp):
     assert {flag for name, flag in flags.items() if "piece_coeff" not in name} == {True}
 
 
+def test_unmatched_modules_to_save_are_reported(vit):
+    expected = r"modules_to_save=\['hed'\] matches no module of VisionTransformer; its top-level modules are .*'head'\]"
+    with pytest.warns(UserWarning, match=expected):
+        vit.adapted(modules_to_save=["head", "hed"])
+
+
 def test_modules_to_save_are_trained_and_saved(vit, tmp_path):
     model = vit.adapted(modules_to_save=["head"])
     assert {"head"} == {
