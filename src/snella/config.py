@@ -61,7 +61,7 @@ ImportanceMetric = Literal["sensitivity", "magnitude", "delta_magnitude", "delta
 Bias = Literal["none", "all", "snella_only"]
 
 MATCHED_KERNELS = ("mix_k", "p_linear")
-"""Kernels that `match_update` supports: a weighted sum of piece distances is a term of `ΔW`."""
+"""Kernels that `match_update` supports; their `ΔW` includes a weighted sum of piece distances."""
 
 # hints for field names of other PEFT methods
 _COUNTERPARTS = {
@@ -83,7 +83,7 @@ _COUNTERPARTS = {
     "megatron_config": "use LoraConfig for Megatron layers",
 }
 _NAME_PATTERN = re.compile(r"[\w.\-]+")
-_NO_UPDATE = "0.9 keeps a tenth of the update; to train nothing, remove the adapter (snella train --method linear)"
+_NO_UPDATE = "0.9 keeps a tenth of the update; to train only the head, use snella train --method linear"
 
 # values of each preset for fields left at None
 _PAPER: dict[str, Any] = {
@@ -118,7 +118,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class SnellaConfig(PeftConfig):
-    """Configuration of a SNELLA adapter, see `SnellaModel`.
+    """Configuration of a SNELLA adapter; see `SnellaModel`.
 
     Args:
         r: Rank of the two factors; must be a multiple of `num_pieces` if the kernel has pieces.
@@ -129,10 +129,10 @@ class SnellaConfig(PeftConfig):
         target_sparsity: Fraction of zeros in the update at the end of training, in `[0, 1)`.
         init_sparsity: Fraction of zeros in the update at the start of training, at most `target_sparsity`.
         target_modules: Modules to adapt: a list of names or suffixes, a regular expression, or `"all-linear"` (every
-            linear layer except the head, patch embedding and patch merging). `None` depends on the model: the attention
-            projections of Stable Diffusion 3, the image encoder of SAM, otherwise `"all-linear"`. If only the head has
-            linear layers (e.g. in a ResNet), `None` selects the ungrouped convolutions, except the stem (the first
-            convolution) and those named `downsample`.
+            linear layer except the head, patch embedding and patch merging). The default depends on the model: the
+            attention projections of Stable Diffusion 3, the image encoder of SAM, otherwise `"all-linear"`. If only the
+            head has linear layers (e.g. in a ResNet), the default is the ungrouped convolutions, except the stem (the
+            first convolution) and those inside modules named `downsample`.
         exclude_modules: Modules to exclude: a list of names or suffixes, or a regular expression.
         layers_to_transform: Block indices to adapt; not available if `target_modules` is a regular expression.
         layers_pattern: Names of the lists of blocks, e.g. `layers`; defaults to the first numbered list in a module
@@ -149,7 +149,7 @@ class SnellaConfig(PeftConfig):
         ensure_weight_tying: Keep the output embedding tied to the input embedding if `modules_to_save` or
             `trainable_token_indices` trains the input embedding.
         bias: Biases to train and save: `"none"`, `"all"`, or `"snella_only"` (biases of adapted layers).
-        parameters_to_save: Single parameters to train in full and save, such as `cls_token`, by name or suffix.
+        parameters_to_save: Individual parameters to train in full and save, such as `cls_token`, by name or suffix.
         scaling: Scaling factor of the update.
         update_dropout: Dropout probability on the input of the update. Above 0, the layer computes two matrix products
             instead of one in training.
@@ -193,7 +193,7 @@ class SnellaConfig(PeftConfig):
             tensors. The backward passes of these operations and of the layers that follow use the stored values.
             Outputs stay exact; gradients are computed at the rounded activations. Requires `recompute_inputs=True`. Has
             no effect unless all active adapters set it.
-        weight_gradient: Computation of the updates' gradients in linear layers: `"exact"`; `"bfloat16"`, from tokens
+        weight_gradient: How to compute the updates' gradients in linear layers: `"exact"`; `"bfloat16"`, from tokens
             rounded to bfloat16 (faster on processors with bfloat16 instructions); or `"sample:P"`, an unbiased estimate
             from a fraction `P` of the tokens, e.g. `"sample:1/2"` (see `snella.ops.sample_tokens`). Outputs
             and all other gradients stay exact. Convolutions, `impl="reference"`, updates folded into a trained base
@@ -204,8 +204,8 @@ class SnellaConfig(PeftConfig):
             5e-6. With `sigmoid` and `rbf`, `ΔW` starts near 0.5 and 1, so the initial update is large. In narrow
             layers, updates of kernels with pieces start smaller than in the paper (see
             `SnellaLayer.max_initial_ratio`). `False` draws larger factors, for tests.
-        unused_modules: Read-only; set by `save_pretrained`. Adapted modules that the model neither called nor read, and
-            that are therefore untrained. Merging the loaded adapter warns about them.
+        unused_modules: Set by `PeftModel.save_pretrained`; do not set it. Adapted modules that the model neither called
+            nor read, and that are therefore untrained. Merging the loaded adapter warns about them.
 
     Raises:
         TypeError: If a field is unknown; the message suggests the closest field or its counterpart.
@@ -343,7 +343,7 @@ class SnellaConfig(PeftConfig):
             kwargs: Download arguments, as in `PeftConfig.from_pretrained`.
 
         Raises:
-            ValueError: If the ranks do not match the saved tensors. Raised before any allocation.
+            ValueError: If the ranks do not match the saved tensors. Raised before memory for the factors is allocated.
         """
         config: SnellaConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
@@ -360,10 +360,11 @@ class SnellaConfig(PeftConfig):
             names = [name for name in tensors.keys() if name.endswith(".snella_A")]  # noqa: SIM118
             shapes = {name: list(tensors.get_slice(name).get_shape()) for name in names}
         for name, shape in shapes.items():
-            rank = config.rank_of(name.removeprefix("base_model.model.").removesuffix(".snella_A"))
+            module = name.removeprefix("base_model.model.").removesuffix(".snella_A")
+            rank = config.rank_of(module)
             if shape[-1:] != [rank]:
                 raise ValueError(
-                    f"adapter_config.json sets r={rank}, but {path} contains {name} {shape}; "
+                    f"adapter_config.json sets rank {rank} for {module}, but {path} contains {name} {shape}; "
                     "the configuration and the tensors belong to different adapters"
                 )
         return config
@@ -406,7 +407,7 @@ class SnellaConfig(PeftConfig):
         return errors
 
     def _range_errors(self) -> list[str]:
-        """List every number out of range."""
+        """List values out of range, and numbers that conflict with another field."""
         errors = []
         has_pieces = self.kernel in KERNELS and "piece_coeff" in KERNELS[self.kernel].scalars
         errors += [
@@ -426,8 +427,9 @@ class SnellaConfig(PeftConfig):
                 errors.append(f"rank_pattern[{key!r}] must be a multiple of num_pieces={pieces}, got {rank}")
         if not 0 <= self.target_sparsity < 1:
             is_percent = 1 < self.target_sparsity < 100
-            hint = f"did you mean {self.target_sparsity / 100:g}?" if is_percent else _NO_UPDATE
-            errors.append(f"target_sparsity must be in [0, 1), got {self.target_sparsity}; {hint}")
+            hint = f"; did you mean {self.target_sparsity / 100:g}?" if is_percent else ""
+            hint = f"; {_NO_UPDATE}" if self.target_sparsity == 1 else hint
+            errors.append(f"target_sparsity must be in [0, 1), got {self.target_sparsity}{hint}")
         elif not 0 <= self.init_sparsity <= self.target_sparsity:
             errors.append(
                 f"init_sparsity must be in [0, target_sparsity], got {self.init_sparsity} "
@@ -435,7 +437,7 @@ class SnellaConfig(PeftConfig):
             )
         if self.sparsify_mode == "none" and self.target_sparsity != 0:
             errors.append(
-                f"sparsify_mode='none' keeps every weight of the update; target_sparsity must be 0, got "
+                f"sparsify_mode='none' keeps every entry of the update; target_sparsity must be 0, got "
                 f"{self.target_sparsity}"
             )
         if not math.isfinite(self.scaling) or self.scaling == 0:
@@ -490,7 +492,7 @@ class SnellaConfig(PeftConfig):
         for name in ("layers_to_transform", "layers_pattern"):
             if is_expression and getattr(self, name) is not None:
                 errors.append(
-                    f"{name} requires target_modules as a list, got target_modules={self.target_modules!r} "
+                    f"{name} cannot be combined with a regular expression, got target_modules={self.target_modules!r} "
                     f"and {name}={getattr(self, name)!r}; put the block indices into the regular expression"
                 )
         if self.layers_pattern and self.layers_to_transform is None:

@@ -16,7 +16,7 @@ from snella_app.files import write_png
 from snella_app.records.predictions import StoredPrediction
 
 _OPACITY = 0.45
-_TINTS = (0.0, 0.5, 0.75)
+_TINTS = (0.0, 0.5, 0.75)  # lighter versions of the palette; then the colors repeat
 _GAP = 4
 _MAX_SIDE = 260
 ImageLoader = Callable[[int], Image.Image | None]
@@ -24,14 +24,14 @@ ImageLoader = Callable[[int], Image.Image | None]
 
 
 def mask_colors(count: int) -> np.ndarray:
-    """Return one fixed color per label, `[count, 3]` uint8; the background is black."""
+    """Return a fixed color for each label, `[count, 3]` uint8; label 0, the background, is black."""
     from matplotlib.colors import to_rgb
 
     from snella_app.report.style import COLORS, WARM  # lazy: imports matplotlib
 
     palette = np.array([to_rgb(color) for color in (WARM, *(color for color in COLORS if color != WARM))])
     labels = np.arange(max(count - 1, 0))
-    tint = np.array(_TINTS)[labels // len(palette) % len(_TINTS), None]  # a lighter tint for each palette cycle
+    tint = np.array(_TINTS)[labels // len(palette) % len(_TINTS), None]
     colors = palette[labels % len(palette)] * (1 - tint) + tint
     return (np.concatenate([np.zeros((1, 3)), colors])[:count] * 255).round().astype(np.uint8)
 
@@ -55,12 +55,12 @@ def overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
 
     Args:
         image: RGB.
-        labels: `[height, width]`, uint8; resized to the image by nearest neighbor.
+        labels: `[height, width]`, uint8; resized to the image's size with nearest-neighbor interpolation.
     """
     sized = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST))
-    is_edge = np.zeros(sized.shape, bool)  # the right or lower neighbor has another label
-    is_edge[:, :-1] |= sized[:, :-1] != sized[:, 1:]
-    is_edge[:-1] |= sized[:-1] != sized[1:]
+    padded = np.pad(sized, 1, mode="edge")
+    neighbors = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
+    is_edge = np.any([sized != neighbor for neighbor in neighbors], axis=0)
     pixels, colors = np.asarray(image.convert("RGB")).astype(float), mask_colors(256)[sized].astype(float)
     opacity = np.where(is_edge, 1.0, _OPACITY) * (sized > 0)
     mixed = pixels + opacity[..., None] * (colors - pixels)
@@ -92,15 +92,15 @@ class EmbeddedImage:
 def choose_examples(
     items: Sequence[StoredPrediction], limit: int = 24
 ) -> tuple[list[StoredPrediction], list[StoredPrediction]]:
-    """Choose up to `limit` predictions, `(wrong, right)`, half of each if possible.
+    """Choose up to `limit` predictions, `(wrong, correct)`, half of each if possible.
 
-    Wrong predictions are the most confident ones; right predictions are evenly spaced over the split.
+    Wrong predictions are the most confident ones; correct predictions are evenly spaced among all correct ones.
     """
     wrong = sorted((item for item in items if not item.is_correct), key=lambda item: -item.probability)
-    right = [item for item in items if item.is_correct]
-    n_wrong = min(len(wrong), max(limit // 2, limit - len(right)))
-    n_correct = min(len(right), limit - n_wrong)
-    return wrong[:n_wrong], [right[i * len(right) // n_correct] for i in range(n_correct)]
+    correct = [item for item in items if item.is_correct]
+    n_wrong = min(len(wrong), max(limit // 2, limit - len(correct)))
+    n_correct = min(len(correct), limit - n_wrong)
+    return wrong[:n_wrong], [correct[i * len(correct) // n_correct] for i in range(n_correct)]
 
 
 def embed_image(index: int, images: ImageLoader | None, max_side: int = 176) -> EmbeddedImage:
@@ -108,7 +108,7 @@ def embed_image(index: int, images: ImageLoader | None, max_side: int = 176) -> 
     try:
         image = None if images is None else images(index)
     except (OSError, ValueError) as error:
-        return EmbeddedImage(problem=f"cannot be read: {error}")
+        return EmbeddedImage(problem=f"image cannot be read: {error}")
     return (
         EmbeddedImage(problem="image unavailable") if image is None else EmbeddedImage(*image_data_uri(image, max_side))
     )
@@ -117,7 +117,7 @@ def embed_image(index: int, images: ImageLoader | None, max_side: int = 176) -> 
 def image_data_uri(image: Image.Image, max_side: int = 176) -> tuple[str, int, int]:
     """Return an image as a PNG data URI of at most `max_side` pixels per side, with its width and height.
 
-    Smaller images keep their size; the page enlarges them without smoothing.
+    Smaller images keep their size; the report enlarges those below 96 px without smoothing.
     """
     image = image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)

@@ -33,7 +33,7 @@ _DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
 
 
 class CheckpointError(OSError):
-    """Error for a failed write of a checkpoint or adapter (the previous one is intact), or a damaged checkpoint."""
+    """Raised if writing a checkpoint or adapter fails (the previous one is intact) or a checkpoint is damaged."""
 
 
 def require_file(checkpoint: Path, name: str) -> Path:
@@ -49,7 +49,7 @@ def require_file(checkpoint: Path, name: str) -> Path:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the complete checkpoint with the highest step in a run's `checkpoints` folder; None if there is none."""
+    """Return the published checkpoint with the highest step, without checking its files; None if there is none."""
     checkpoints = _checkpoints(folder)
     return checkpoints[0] if checkpoints else None
 
@@ -63,19 +63,19 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def checkpoint_to_resume(run: BaseRunFolder[Any], console: Console) -> Path | None:
-    """Remove incomplete and obsolete checkpoints, and return the latest intact one; None if there is none.
+    """Return the latest intact checkpoint and remove the others; None if there are no checkpoints.
 
     Raises:
-        CheckpointError: If all checkpoints are damaged; the message names a file and the remedies.
+        CheckpointError: If all checkpoints are damaged; the message states the damage of the latest and the remedies.
     """
     damages: list[str] = []
     run_id = run.id
     for checkpoint in _checkpoints(run.checkpoints):
         damage = find_damage(checkpoint, run_id)
         if not damage:
-            for skipped in damages:
-                print_line(console, f"note: skipped {skipped}")
-            remove_incomplete(run.checkpoints, checkpoint)
+            for removed in damages:
+                print_line(console, f"note: removed the damaged {removed}")
+            prune_checkpoints(run.checkpoints, checkpoint)
             print_line(console, f"resuming from {checkpoint}")
             return checkpoint
         damages.append(f"{checkpoint}: {damage}")
@@ -84,7 +84,7 @@ def checkpoint_to_resume(run: BaseRunFolder[Any], console: Console) -> Path | No
             f"the checkpoint is damaged: {damages[0]}; start over with --overwrite, or remove {run.checkpoints} and "
             "run again with --resume, which restarts from the first epoch"
         )
-    remove_incomplete(run.checkpoints)
+    prune_checkpoints(run.checkpoints)
     return None
 
 
@@ -104,25 +104,25 @@ def find_damage(checkpoint: Path, run_id: str | None) -> str:
         return f"it belongs to another run ({manifest.get('run')}; this run is {run_id})"
     missing = [name for name in files if not (checkpoint / name).is_file()]
     if missing:
-        return f"{', '.join(missing)} is missing"
+        return f"missing files: {', '.join(missing)}"
     altered = [name for name, digest in files.items() if sha256_of(checkpoint / name) != digest]
     if altered:
-        return f"{', '.join(altered)} was modified or truncated after it was written"
+        return f"files modified or truncated after writing: {', '.join(altered)}"
     unlisted = [name for name in _files_of(checkpoint) if name not in (*files, MANIFEST)]
-    return f"{', '.join(unlisted)} is not listed in {MANIFEST}; remove it" if unlisted else ""
+    return f"files not listed in {MANIFEST}: {', '.join(unlisted)}; remove them" if unlisted else ""
 
 
 def _files_of(checkpoint: Path) -> list[str]:
-    """List the files of a checkpoint, without hidden files, which are never loaded."""
+    """List the files of a checkpoint, except hidden files, which are never loaded."""
     paths = (path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
 
 
 BEST = "best"
-"""Folder next to the checkpoints for the best epoch's weights, if `finish` saves the last epoch as adapter."""
+"""Folder next to the checkpoints for the best epoch's weights, if `finish` saves the last epoch as the adapter."""
 
 
-def remove_incomplete(folder: Path, keep: Path | None = None) -> None:
+def prune_checkpoints(folder: Path, keep: Path | None = None) -> None:
     """Remove staging folders of a killed process, and all checkpoints except `keep`, or the latest if None."""
     keep = keep or latest_checkpoint(folder)
     for path in list(folder.iterdir()) if folder.is_dir() else []:
@@ -181,7 +181,7 @@ def convert_write_errors(target: Path) -> Iterator[None]:
     """Convert a failed write of a checkpoint or adapter to `CheckpointError`.
 
     Raises:
-        CheckpointError: If writing fails; the message has the free space and the intact previous folder.
+        CheckpointError: If writing fails; the message states the free space and the previous checkpoint or adapter.
     """
     try:
         yield
@@ -191,15 +191,17 @@ def convert_write_errors(target: Path) -> Iterator[None]:
         text, free_space = str(error), ""
         with contextlib.suppress(OSError):
             free_space = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free)"
-        if "No space left" in text or getattr(error, "errno", None) == errno.EDQUOT:
+        if "No space left" in text:
             text = "the disk is full"
+        elif getattr(error, "errno", None) == errno.EDQUOT:
+            text = "the disk quota is exceeded"
         elif "PytorchStreamWriter" in text or "inline_container" in text:  # torch's writer has no errno
             text = "the disk is full or the file size limit is reached"
         if _NAME.fullmatch(target.name):
-            previous = latest_checkpoint(target.parent)
+            previous = next((path for path in _checkpoints(target.parent) if path != target), None)
         else:
             previous = target if any(target.glob("*.safetensors")) else None
-        remedy = "free some space" if text.startswith("the disk is full") else "fix the cause"
+        remedy = "free some space" if text.startswith("the disk") else "fix the cause"
         intact = f"the previous one, {previous}, is intact" if previous is not None else "no earlier one exists"
         raise CheckpointError(
             f"could not write {target}: {text}{free_space}; {intact}; {remedy} and resume with --resume"
@@ -207,9 +209,9 @@ def convert_write_errors(target: Path) -> Iterator[None]:
 
 
 def is_write_failure(error: BaseException) -> bool:
-    """Return whether an exception is a failed write.
+    """Return whether an exception indicates a failed write.
 
-    torch's zip writer and safetensors raise their own exception types without an errno.
+    torch's zip writer raises RuntimeError and safetensors its own type, both without an errno.
     """
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError)
@@ -231,7 +233,8 @@ class CheckpointingTrainer(Trainer):
         **options: Options of transformers' Trainer; `model` defaults to `trained`.
 
     Attributes:
-        last_loss: Loss of the latest batch, averaged over processes.
+        last_loss: Loss of the latest micro-batch, divided by the number of accumulation steps and averaged over
+            processes.
         session_start: `time.monotonic()` at the start of this session; set it to include earlier preparation.
     """
 
@@ -291,7 +294,7 @@ class CheckpointingTrainer(Trainer):
                     self._write_state(self._staging / name)
                 finally:
                     self._staging = None
-            remove_incomplete(folder)
+            prune_checkpoints(folder)
         wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -328,9 +331,9 @@ class CheckpointingTrainer(Trainer):
 def base_training_arguments(
     checkpoints: Path, device: torch.device, *, seed: int, precision: str, **options: Any
 ) -> TrainingArguments:
-    """Return Trainer arguments shared by all runs: one device per process, without Trainer logging.
+    """Return Trainer arguments shared by all runs: one device per process, no console output.
 
-    `precision` is fp32, or bf16 or fp16 for autocast; `report_to` in `options` names trackers.
+    `precision` is fp32, or bf16 or fp16 (autocast); `report_to` in `options` names trackers.
     """
     with _accelerate_device(device):
         arguments = TrainingArguments(
@@ -353,7 +356,7 @@ def base_training_arguments(
 
 @contextmanager
 def _accelerate_device(device: torch.device) -> Iterator[None]:
-    """Select the device for Accelerate, e.g. cuda:1; it selects the CPU and per-process GPUs itself."""
+    """Select the device for Accelerate, e.g. cuda:1; Accelerate selects the CPU and per-process GPUs itself."""
     if device.type == "cpu" or process_count() > 1 or _DEVICE_VARIABLE in os.environ:
         yield
         return

@@ -35,11 +35,14 @@ Call = tuple[str, int]
 ATTENTION = "scaled_dot_product_attention"
 _STATUS = Path("/proc/self/status")
 _FEW, _MORE = 2, 3
-"""Batch sizes of the two passes. Batch size 1 is not representative: batch norm rejects it, and axes of length 1 avoid
-copies."""
-_ROWS_OF_TILE, _COLUMNS_OF_TILE = 32, 64  # of the Triton kernels, which store partial gradients per tile
+"""Batch sizes of the two passes. Batch size 1 is not representative: batch norm rejects it for 1x1 feature maps, and
+axes of length 1 avoid copies."""
+_TILE_ROWS, _TILE_COLUMNS = 32, 64  # of the Triton kernels, which store partial gradients per tile
 _EAGER_MATRICES = 14  # temporary matrices of the eager backward pass besides `ΔW`, default kernel; measured
 _CLASSES = 100
+_CHECKPOINT_OPTIONS = (
+    *("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"),
+)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _DEVICE_TYPES = ("cpu", "cuda")
 
@@ -50,11 +53,12 @@ class ModuleCall:
 
     Args:
         saved_bytes: Bytes saved by autograd so far.
-        passed: Bytes of the module's inputs and outputs; their gradients need the same amount in the backward pass.
+        io_bytes: Bytes of the module's inputs and outputs; their gradients need the same amount in the backward pass.
+            For attention, twice that, because the backward pass also decodes them.
     """
 
     saved_bytes: int
-    passed: int
+    io_bytes: int
 
 
 @dataclass
@@ -62,7 +66,7 @@ class ForwardRecord:
     """Record of one forward pass in training mode.
 
     Args:
-        saved_bytes: Bytes saved by autograd, without parameters and buffers.
+        saved_bytes: Bytes saved by autograd, excluding parameters and buffers.
         saves_images: True if the saved tensors include the input images, which a trained first layer needs.
         calls: Calls of the modules in `working_modules`, and of attention with encoded inputs, in execution order.
     """
@@ -91,23 +95,22 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     """Run one forward pass in training mode and record the memory that autograd saves.
 
     The function records sizes and releases the tensors, so it needs only the memory of a forward pass without
-    gradients. Under activation checkpointing, a segment's saved tensors exist only during its backward pass; before
-    and after it, only the segment's inputs are saved. Mode, buffers and random state of the model are restored.
+    gradients. Under activation checkpointing, a segment's saved tensors exist only during its backward pass; until
+    then, only the segment's inputs are saved. The modes and buffers of the model and the random state are restored.
     """
     record = ForwardRecord()
     model_storages = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     # a weak reference keeps the storage's identity reserved after its data is freed, so no other storage reuses it
     storages: dict[int, StorageWeakRef] = {}
     call_counts: Counter[str] = Counter()
-    recomputed = 0  # bytes saved inside finished checkpointed segments, minus the bytes of their inputs
+    recomputed = 0  # bytes saved inside finished checkpointed segments
 
     def compute_now(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         nonlocal recomputed
         for tensor in _tensors(args):
-            storage = StorageWeakRef(tensor.untyped_storage())
-            recomputed -= 0 if storage.cdata in storages else tensor.untyped_storage().nbytes()
+            pack(tensor)
         before = record.saved_bytes
-        output = function(*args)
+        output = function(*args, **{key: value for key, value in options.items() if key not in _CHECKPOINT_OPTIONS})
         recomputed += record.saved_bytes - before
         return output
 
@@ -121,10 +124,10 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
                 record.saves_images |= storage.data_ptr() == images.untyped_storage().data_ptr()
 
     def unpack(_: None) -> Tensor:
-        raise RuntimeError("record_forward does not support a backward pass, got one; run only the forward pass")
+        raise RuntimeError("the forward pass must not run a backward pass inside record_forward, got one")
 
-    def note(name: str, passed: int) -> None:
-        record.calls[name, call_counts[name]] = ModuleCall(record.saved_bytes - recomputed, passed)
+    def note(name: str, io_bytes: int) -> None:
+        record.calls[name, call_counts[name]] = ModuleCall(record.saved_bytes - recomputed, io_bytes)
         call_counts[name] += 1
 
     def note_module(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
@@ -153,7 +156,7 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
 
 
 class _AttentionRecorder(TorchFunctionMode):
-    """Mode that reports attention outside the model's graph, which the backward pass recomputes, to `note`."""
+    """Mode that calls `note` for attention on detached inputs (`compress_activations`), which is recomputed."""
 
     def __init__(self, note: Callable[[tuple[Tensor, ...], Tensor], None]) -> None:
         super().__init__()
@@ -169,14 +172,15 @@ class _AttentionRecorder(TorchFunctionMode):
 
 @contextmanager
 def preserve_state(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Restore mode and buffers of a model on exit, and the random state of the CPU and the images' device."""
+    """Restore the modes and buffers of a model on exit, and the random state of the CPU and the images' device."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     try:
         with torch.random.fork_rng([images.device] if images.is_cuda else []):
             yield
     finally:
-        model.train(was_training)
+        for module, is_training in modes.items():
+            module.training = is_training
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
 
@@ -217,8 +221,8 @@ def reset_peak_rss() -> None:
 class StepMemory:
     """Peak memory of one training step with AdamW and its components, in bytes.
 
-    `total` is less than the sum of the components, because they do not peak at the same time: gradients are allocated
-    while saved tensors are freed, and temporary tensors exist only briefly.
+    `total` is not the sum of the components: they do not peak at the same time, because gradients are allocated while
+    saved tensors are freed and temporary tensors exist only briefly, and only `total` includes unsaved input images.
 
     Args:
         weights: Parameters and buffers.
@@ -268,18 +272,18 @@ def predict_step_memory(
     gradients_from: dict[Call, int] = {}
     gradients = 0
     for call in reversed(few.calls):
-        is_first = call[0] in modules and call == last_call[call[0]]
-        gradients += _trained_bytes(modules[call[0]]) if is_first else 0
+        is_first_in_backward = call[0] in modules and call == last_call[call[0]]
+        gradients += _trained_bytes(modules[call[0]]) if is_first_in_backward else 0
         gradients_from[call] = gradients
     gradients = _trained_bytes(model)
     saved_bytes = _extrapolate(few.saved_bytes, more.saved_bytes, batch_size)
-    # AdamW needs a denominator for all parameters on a GPU, else two tensors of the largest parameter
+    # on a GPU, AdamW allocates a denominator for all parameters at once, else two tensors of the largest one's size
     largest = max((_bytes([p]) for p in model.parameters() if p.requires_grad), default=0)
     step_temporary = gradients if device_type == "cuda" else 2 * largest
     temporary, peak = step_temporary, max(saved_bytes, gradients + step_temporary)
     for call in few.calls.keys() & more.calls.keys():
         first, second = few.calls[call], more.calls[call]
-        size = _extrapolate(first.passed, second.passed, batch_size) + _matrix_temporary(
+        size = _extrapolate(first.io_bytes, second.io_bytes, batch_size) + _matrix_temporary(
             modules.get(call[0]), device_type
         )
         temporary = max(temporary, size)
@@ -311,7 +315,7 @@ def _matrix_temporary(module: nn.Module | None, device_type: str) -> int:
         float32 = entries
         if backend == "triton" or (backend == "numba" and device_type == "cuda"):
             rank = module.snella_A[name].shape[-1]
-            float32 += entries * rank // _ROWS_OF_TILE + entries * rank // _COLUMNS_OF_TILE
+            float32 += entries * rank // _TILE_ROWS + entries * rank // _TILE_COLUMNS
         elif backend != "numba":
             float32 += _EAGER_MATRICES * max(module.row_counts[name]) * module.in_features
         largest = max(largest, 4 * float32)
@@ -394,7 +398,9 @@ def memory_table(
     if estimate is not None:
         name, forecast = estimate(device, backbone, **options)
     columns = ["MiB", "weights", "gradients", "optimizer state", "saved for backward", "largest temporary", "total"]
-    notes = ["total is the peak, less than the sum because the backward pass frees saved tensors"]
+    notes = [
+        "total is the peak, not the sum: the columns peak at different times, and only total includes unsaved images"
+    ]
     if forecast is not None:
         columns.append("step, ms")
         notes += forecast.notes

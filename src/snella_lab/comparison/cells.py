@@ -13,8 +13,8 @@ from snella_lab.comparison.rows import CellRow, SearchChoice
 from snella_lab.comparison.search import Candidate, TuningResult, next_tuning_runs
 
 TEST_SEED = 0
-"""Default seed of the test split, the same in every cell. Run seeds change only the training and validation images,
-so that no run is tuned on the test images of another."""
+"""Default seed of the test split, the same in every cell. Of the splits, run seeds change only training and
+validation, so that no run is tuned on the test images of another."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Cell:
     Args:
         data: The task.
         method: The method.
-        seed: Seed of training and validation split, initialization, shuffling and augmentation.
+        seed: Seed of the train/validation split, initialization, shuffling and augmentation.
         candidate: Learning-rate factor and weight decay.
         is_final: True for a final run, the only kind that evaluates test images.
         search: Tuning results, stored in the row of a final run.
@@ -79,7 +79,7 @@ class Cell:
 
 
 def tuned_settings(defaults: TrainConfig, candidate: Candidate) -> dict[str, float]:
-    """Return `lr`, `head_lr` and `weight_decay` of a candidate, based on the settings at the method's defaults.
+    """Return `lr`, `head_lr` and `weight_decay` of a candidate, relative to the method's default settings.
 
     The factor scales `lr`. It scales `head_lr` only for methods that train nothing but the head.
     """
@@ -123,12 +123,12 @@ def units(experiment: Experiment) -> list[Unit]:
 
 
 class Plan:
-    """Finished and remaining cells of an experiment; `planned` restricts it to some of its units.
+    """Finished and remaining cells of an experiment; `planned` restricts the plan to some of its units.
 
-    `record` updates only the task and method of its row, so its cost does not grow with the number of finished cells.
+    `record` recomputes only the pair of the row's task and method, so its cost does not depend on the number of cells.
 
     Attributes:
-        done: Number of finished cells.
+        done: Number of finished cells of the plan.
         left: Number of remaining cells, excluding later grid extensions.
     """
 
@@ -167,7 +167,7 @@ class Plan:
     def ready(self) -> Iterator[Cell]:
         """Yield unfinished cells without unfinished dependencies, in the order of the experiment.
 
-        Rows recorded during the iteration may make further cells ready; the next call yields them.
+        Rows recorded during the iteration change only the pairs that it has not reached yet.
         """
         for pair in list(self._open.values()):
             yield from list(pair.ready())
@@ -202,16 +202,16 @@ class _Pair:
         self._ready: list[Cell] | None = None
 
     def record(self, row: CellRow) -> bool:
-        """Add a row, and return True if its cell is new."""
+        """Add a row, and return True if its cell is new and belongs to the plan."""
         is_new, is_final = row.cell not in self._runs, row.purpose == "final"
         error = row.error or ("failed" if row.status != "success" else None)
         candidate, search = Candidate(row.lr_factor, row.tried_weight_decay), row.search if is_final else None
         self._runs[row.cell] = _Run(row.cell, row.seed, candidate, is_final, tuning_result(row), search, error)
         self._ready = None
-        return is_new
+        return is_new and (not is_final or row.seed in self.seeds)
 
     def ready(self) -> list[Cell]:
-        """Return the next cells."""
+        """Return the unfinished cells of the next step."""
         if self._ready is None:
             self._ready = [cell for cell in self._next() if cell.name not in self._runs]
         return self._ready
@@ -248,7 +248,7 @@ class _Pair:
             return [Cell(data, method, seed, candidate, False) for candidate in choice for seed in range(grid.seeds)]
         if choice.candidate is None:
             first_error = next((run.error for run in trials if run.error), "no error was recorded")
-            error = f"all {len(choice.tried)} tuning runs failed; first error: {first_error}"
+            error = f"each of the {len(choice.tried)} candidates has a failed tuning run; first error: {first_error}"
             return [Cell(data, method, seed, Candidate(), True, blocked_by=error) for seed in self.seeds]
         search = choice.record(results, lambda candidate: tuned_settings(self._defaults, candidate))
         return [Cell(data, method, seed, choice.candidate, True, search) for seed in self.seeds]

@@ -365,7 +365,7 @@ def test_a_missing_image_is_reported_in_place(run):
         raise FileNotFoundError(f"cells/{index}.png was removed")
 
     report = page(run.finished(method="lora"), read_removed)
-    assert "cannot be read: cells/" in report.text
+    assert "image cannot be read: cells/" in report.text
     assert not [tag for tag, _ in report.tags if tag == "img"]
 
 

@@ -13,7 +13,7 @@ from snella_app.training.checkpoints import (
     find_damage,
     is_write_failure,
     latest_checkpoint,
-    remove_incomplete,
+    prune_checkpoints,
     stage_checkpoint,
 )
 
@@ -50,7 +50,7 @@ def test_a_checkpoint_of_another_run_is_rejected_or_skipped(run, tmp_path, conso
         checkpoint_to_resume(run, console)
     expected = checkpoint(run, "checkpoint-4")
     assert checkpoint_to_resume(run, console) == expected and not foreign.exists()
-    assert f"note: skipped {foreign}: it belongs to another run" in console.file.getvalue()
+    assert f"note: removed the damaged {foreign}: it belongs to another run" in console.file.getvalue()
 
 
 def test_a_checkpoint_without_a_run_id_is_rejected(run):
@@ -65,10 +65,10 @@ def test_an_unlisted_file_is_rejected_before_loading(run, tmp_path):
     (path / ".DS_Store").write_text("written by the file manager")
     assert find_damage(path, run.id) == ""
     (path / "scaler.pt").write_text("x")
-    assert find_damage(path, run.id) == "scaler.pt is not listed in manifest.json; remove it"
+    assert find_damage(path, run.id) == "files not listed in manifest.json: scaler.pt; remove them"
     (path / "scaler.pt").unlink()
     (path / "scaler.pt").symlink_to(tmp_path / "nowhere")
-    assert "scaler.pt is not listed" in find_damage(path, run.id)
+    assert "manifest.json: scaler.pt" in find_damage(path, run.id)
 
 
 def test_incomplete_and_old_checkpoints_are_ignored_and_removed(run):
@@ -77,9 +77,9 @@ def test_incomplete_and_old_checkpoints_are_ignored_and_removed(run):
     (run.checkpoints / ".staging-checkpoint-15" / "checkpoint-15").mkdir(parents=True)
     (run.checkpoints / "stray").write_text("x")
     assert latest_checkpoint(run.checkpoints) == run.checkpoints / "checkpoint-10"
-    remove_incomplete(run.checkpoints)
+    prune_checkpoints(run.checkpoints)
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["checkpoint-10", "stray"]
-    remove_incomplete(run.path / "missing")
+    prune_checkpoints(run.path / "missing")
 
 
 def test_a_checkpoint_is_published_atomically(run):
@@ -103,11 +103,20 @@ def test_a_failed_write_keeps_the_previous_checkpoint(run):
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-1"]
 
 
+def test_a_checkpoint_whose_publication_failed_is_not_the_previous_one(run, monkeypatch):
+    first = checkpoint(run, "checkpoint-1")
+    monkeypatch.setattr("snella_app.training.checkpoints.sync_folder", lambda _: (_ for _ in ()).throw(OSError("EIO")))
+    with pytest.raises(CheckpointError, match=rf"write .*checkpoint-2: EIO .*; the previous one, {first}, is intact"):
+        checkpoint(run, "checkpoint-2")
+
+
 def test_the_error_states_that_no_earlier_checkpoint_exists(run, tmp_path):
     with pytest.raises(CheckpointError, match="no earlier one exists"), stage_checkpoint(run, "checkpoint-2"):
         raise RuntimeError("PytorchStreamWriter failed writing file data/0")
     with (
-        pytest.raises(CheckpointError, match=r"adapter: .*; no earlier one exists"),
+        pytest.raises(
+            CheckpointError, match=r"adapter: the disk quota is exceeded .*; no earlier one exists; free some"
+        ),
         convert_write_errors(tmp_path / "adapter"),
     ):
         raise OSError(errno.EDQUOT, "Quota exceeded")

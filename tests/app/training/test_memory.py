@@ -133,6 +133,29 @@ def test_the_predicted_peak_with_checkpointing_matches_the_cpu_profiler(method, 
     assert models[1].training and torch.utils.checkpoint.checkpoint.__module__ == "torch.utils.checkpoint"
 
 
+def test_a_checkpointed_segment_receives_its_options_and_its_input_is_counted_once():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16)
+            self.norm.eval()
+
+        def segment(self, x, *, scale):
+            return self.last(scale * self.norm(x))
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.segment, self.first(x), scale=2.0, use_reentrant=False)
+
+    model, images = Checkpointed(), torch.randn(100, 16)
+    record = record_forward(model, images)
+    size, statistics = images.nbytes, 2 * 100 * 4
+    saved = {name: call.saved_bytes for (name, _), call in record.calls.items()}
+    # images; the segment's input, saved once; inside the segment, also the normalization's statistics and its output
+    assert saved == {"first": size, "norm": 2 * size + statistics, "last": 3 * size + statistics}
+    assert record.saved_bytes == 2 * size and record.saves_images
+    assert model.training and not model.norm.training
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_prediction_needs_less_memory_than_a_step_of_batch_size_1(method, tmp_path):
     torch.manual_seed(0)

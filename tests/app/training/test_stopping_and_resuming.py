@@ -4,6 +4,7 @@ import errno
 import importlib
 import io
 import os
+import re
 import resource
 import shutil
 import signal
@@ -276,17 +277,18 @@ def test_an_altered_checkpoint_is_reported_with_remedies(settings, console, unin
         content = (checkpoint / name).read_bytes()
         for damaged in (content[: len(content) // 2], flipped(content)):
             (checkpoint / name).write_bytes(damaged)
-            with pytest.raises(CheckpointError, match=message.format(name)):
+            with pytest.raises(CheckpointError, match=message.format(f".*{name}")):
                 resume(config)
         (checkpoint / name).unlink()
-        with pytest.raises(CheckpointError, match=message.format(rf"{name} is missing")):
+        with pytest.raises(CheckpointError, match=message.format(f"(missing files: {name}|{name} is missing)")):
             resume(config)
         (checkpoint / name).write_bytes(content)
     older = shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-4"))
     (checkpoint / "optimizer.pt").write_bytes(flipped((checkpoint / "optimizer.pt").read_bytes()))
     note = io.StringIO()
     assert checkpoint_to_resume(RunFolder(config.run.out), Console(file=note, width=400)) == older
-    assert "note: skipped" in note.getvalue() and "optimizer.pt was modified" in note.getvalue()
+    expected = "note: removed the damaged .*checkpoint-12: files modified or truncated after writing: optimizer.pt"
+    assert re.search(expected, note.getvalue())
     shutil.rmtree(older)
     assert is_bit_identical(outcome(resume(config)[0]), uninterrupted)
 

@@ -255,7 +255,7 @@ def test_failed_run_is_recorded_with_its_error_and_the_others_continue(tiny, tmp
     assert trial["status"] == "failed" and trial["error"].startswith("NonFiniteLossError: the ")
     assert final["status"] == "success" and final["search"]["lr_factor"] == 1.0
     error = rows["digits/diverging/seed-0"]["error"]
-    assert "all 2 tuning runs failed; first error: NonFiniteLossError" in error
+    assert "each of the 2 candidates has a failed tuning run; first error: NonFiniteLossError" in error
     assert "Traceback" in (tmp_path / "c/logs/digits!bias!trials!lr-x1e+33_seed-0.txt").read_text()
     text = console.file.getvalue()
     assert "FAILED digits/diverging/seed-0" in text and "--retry-failed" in text
@@ -433,7 +433,7 @@ def test_interrupted_run_resumes_bit_identically(tiny, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("snella_app.training.checkpoints.remove_incomplete", press_ctrl_c)
+        patch.setattr("snella_app.training.checkpoints.prune_checkpoints", press_ctrl_c)
         with pytest.raises(TrainingInterrupted):
             run_cell(tmp_path / "c", experiment, cell, keep_checkpoints=True)
     assert [path.name for path in cell.folder(tmp_path / "c").glob("checkpoints/*")] == ["checkpoint-2"]
@@ -453,7 +453,7 @@ def test_checkpoint_with_other_settings_is_not_resumed(tiny, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("snella_app.training.checkpoints.remove_incomplete", press_ctrl_c)
+        patch.setattr("snella_app.training.checkpoints.prune_checkpoints", press_ctrl_c)
         with pytest.raises(TrainingInterrupted):
             run_cell(tmp_path, *cells[0], keep_checkpoints=True)
     assert run_cell(tmp_path, *cells[1]).row.results.epochs == 3

@@ -39,6 +39,13 @@ def test_parts_without_a_search_partition_the_cells(tiny, count):
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+def test_the_rows_of_other_parts_are_not_counted_as_done(tiny, make_row):
+    experiment = tiny(methods=["linear"], seeds=2, grid={"lr_factors": [1.0]})
+    rows = {"digits/linear/seed-0": make_row(experiment, "digits", "linear", 0)}
+    parts = [Plan(experiment, rows, [unit]) for unit in units(experiment)]
+    assert [(part.done, part.left) for part in parts] == [(1, 0), (0, 1)]
+
+
 def test_search_stays_in_one_part(tiny, make_row):
     experiment = tiny(methods=["linear", "bias"], seeds=3)
     assert [(data.name, method.name, seeds) for data, method, seeds in units(experiment)] == [
