@@ -28,18 +28,24 @@ FROZEN = 10
 
 
 class FrozenBlocks:
-    """Cache of the outputs of the first blocks of one pre-trained transformer, by image."""
+    """Cache of the outputs of the first `count` blocks of one pre-trained transformer, by image."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = FROZEN) -> None:
+        self._count = count
         self._tokens: dict[bytes, Tensor] = {}
 
     def install(self) -> None:
         """Replace `forward_features` of timm's vision transformers."""
-        VisionTransformer.forward_features = lambda model, images, **_: self._forward(model, images)
+        VisionTransformer.forward_features = lambda model, images, **_: self.forward_features(model, images)
 
-    def _forward(self, model: VisionTransformer, images: Tensor) -> Tensor:
+    def forward_features(self, model: VisionTransformer, images: Tensor) -> Tensor:
+        """Return the normalized tokens; only the blocks after the first `count` run for a known image.
+
+        Raises:
+            ValueError: If one of the first blocks or the patch embedding is adapted.
+        """
         tokens = self._frozen_outputs(model, images)
-        for block in model.blocks[FROZEN:]:
+        for block in model.blocks[self._count :]:
             tokens = block(tokens)
         return model.norm(tokens)
 
@@ -48,9 +54,9 @@ class FrozenBlocks:
         keys = [image.numpy().tobytes() for image in images]
         missing = [row for row, key in enumerate(keys) if key not in self._tokens]
         if missing:
-            blocks = model.blocks[:FROZEN]
+            blocks = model.blocks[: self._count]
             if any(isinstance(module, BaseTunerLayer) for module in (*blocks.modules(), *model.patch_embed.modules())):
-                raise ValueError(f"methods of the twins must adapt none of the first {FROZEN} blocks")
+                raise ValueError(f"methods of the twins must not adapt the first {self._count} blocks")
             tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images[missing]))))
             for row, outputs in zip(missing, blocks(tokens), strict=True):
                 self._tokens[keys[row]] = outputs.clone()

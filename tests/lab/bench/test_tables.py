@@ -6,7 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from peft import get_peft_model
 
+from snella import SnellaConfig
 from snella_lab.bench.rows import read_rows
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import read_experiment
@@ -223,6 +227,23 @@ def test_twins_have_six_tasks_five_seeds_tuned_learning_rates_and_both_scalings(
     assert len(entries) == len({name for name, *_ in entries}) == 48, "methods in a shared folder need unique names"
     trainings = [48 * 6 * (5 + tuning_runs - 1) for tuning_runs in (4, 6)]
     assert f"{trainings[0]:,} to {trainings[1]:,} training runs" in page("docs/notes/comparisons.md")
+
+
+def test_cached_frozen_blocks_give_the_same_outputs_and_gradients():
+    from train_twins import FrozenBlocks
+
+    torch.manual_seed(0)
+    images = torch.randn(3, 3, 160, 160)
+    config = SnellaConfig(r=4, target_sparsity=0.5, init_sparsity=0.5, exclude_modules=r"blocks\.[0-3]\..*")
+    model = get_peft_model(timm.create_model("test_vit", num_classes=3), config)
+    base, cache = model.get_base_model(), FrozenBlocks(4)
+    for batch in (images[:2], images):  # the first two images are known in the second batch
+        features = [forward(batch) for forward in (base.forward_features, lambda x: cache.forward_features(base, x))]
+        torch.testing.assert_close(*features)
+        gradients = [torch.autograd.grad(y.square().sum(), base.blocks[4].mlp.fc1.snella_A["default"]) for y in features]
+        torch.testing.assert_close(*gradients)
+    with pytest.raises(ValueError, match="must not adapt the first 5 blocks"):
+        FrozenBlocks(5).forward_features(base, images)
 
 
 def test_twin_tables_of_a_tiny_run_cover_all_tables(tmp_path):
