@@ -133,8 +133,13 @@ class Kernel:
         raise NotImplementedError
 
     def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> Factors:
-        """Return the gradients of the inputs of `merge`, given `grad` = ∂L/∂ΔW, `[m, n]`."""
-        raise NotImplementedError
+        """Return the gradients of the inputs of `merge`, given `grad` = ∂L/∂ΔW, `[m, n]`; autograd by default."""
+        names = [name for name in self.scalars if getattr(scalars, name) is not None]
+        inputs = [x.detach().requires_grad_() for x in (A, B, *(getattr(scalars, name) for name in names))]
+        with torch.enable_grad():
+            merged = self.merge(inputs[0], inputs[1], scalars._replace(**dict(zip(names, inputs[2:], strict=True))))
+        gradients = torch.autograd.grad(merged, inputs, grad)
+        return Factors(*gradients[:2], **dict(zip(names, gradients[2:], strict=True)))
 
 
 class Linear(Kernel):
@@ -318,13 +323,13 @@ def merge_factors(
         ValueError: If the kernel or an option is invalid, the shapes do not match, `P` does not divide `r`, or a scalar
             of the kernel is missing.
     """
-    spec = make_kernel(kernel, num_pieces=num_pieces, softmax_dim=softmax_dim, center_softmax=center_softmax)
+    kernel_function = make_kernel(kernel, num_pieces=num_pieces, softmax_dim=softmax_dim, center_softmax=center_softmax)
     scalars = KernelScalars(piece_coeff, alpha, beta, temperature)
-    check_factors(A, B, spec, scalars)
+    check_factors(A, B, kernel_function, scalars)
     dtype = torch.promote_types(A.dtype, torch.float32)
     wide_scalars = KernelScalars(*(value if value is None else value.to(dtype) for value in scalars))
     with torch.autocast(A.device.type, enabled=False):
-        return spec.merge(A.to(dtype), B.to(dtype), wide_scalars)
+        return kernel_function.merge(A.to(dtype), B.to(dtype), wide_scalars)
 
 
 def check_factors(A: Tensor, B: Tensor, kernel: Kernel, scalars: KernelScalars) -> None:

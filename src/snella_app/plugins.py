@@ -7,11 +7,12 @@
 |---|---|---|
 | `snella.commands` | function decorated with `snella_app.cli.command.command` | `snella NAME` |
 | `snella.methods` | `snella_app.methods.Method` | `--method NAME` |
+| `snella.kernels` | subclass of `snella.kernels.Kernel` | `--method-options.kernel NAME` |
 | `snella.data` | function `() -> Collection`, or `(path) -> Collection` | `--data NAME`, or `--data NAME:PATH` |
 | `snella.backbones` | `snella_app.backbones.create.NamedBackbone` | `--backbone NAME` |
-| `snella.reports` | function `(run folder) -> report path` | reports of runs whose task is NAME |
-| `snella.choices` | function `(config, console) -> config` | `--method auto` (the entry `method`) |
-| `snella.estimates` | function like `snella_lab.bench.machines.forecast` | step times of `snella inspect` |
+| `snella.reports` | function `(run folder) -> report path` | `snella inspect RUN --report` for runs of task NAME |
+| `snella.choices` | `method`: function `(config, console) -> config` | `--method auto` |
+| `snella.estimates` | `step-time`: function like `snella_lab.bench.machines.forecast` | step times of `snella inspect` |
 """
 
 import functools

@@ -56,6 +56,28 @@ def test_a_method_and_a_data_format_of_another_package_are_trained(example):
     assert predicted.returncode == 0, predicted.stderr
 
 
+def test_a_kernel_of_another_package_is_trained_and_evaluated(tmp_path):
+    project = {"name": "kernels", "version": "1", "entry-points": {"snella.kernels": {"capped": "capped:Capped"}}}
+    source = """
+from snella.kernels import Kernel
+
+class Capped(Kernel):
+    name = "capped"
+    scalars = ("alpha", "beta")
+
+    def merge(self, A, B, scalars):
+        alpha, beta = scalars.require("alpha", "beta")
+        squared = (B[:, None] - A[None]).square().sum(-1)
+        return alpha * squared / (1 + squared) + beta
+"""
+    install(tmp_path, project, ("capped", source))
+    args = "--data digits --train-size 20 --backbone test_vit --pretrained false --img-size 32 --epochs 1 --out run"
+    process = snella(tmp_path, "train", "--method-options.kernel", "capped", *args.split())
+    assert process.returncode == 0, process.stderr
+    evaluated = snella(tmp_path, "evaluate", "run")
+    assert evaluated.returncode == 0, evaluated.stderr
+
+
 def test_a_command_of_another_package_is_listed_and_called(example):
     assert "classes" in snella(example, "--help").stdout
     assert "Dataset, as for snella train --data" in " ".join(snella(example, "classes", "--help").stdout.split())
