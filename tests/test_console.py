@@ -114,4 +114,4 @@ def test_work_continues_when_the_output_is_closed():
     stderr = process.stderr.read()
     process.stderr.close()
     assert process.wait() == 0
-    assert stderr == "snella: the output was closed ([Errno 32] Broken pipe); the run continues\ndone\n"
+    assert stderr == "snella: cannot write the output ([Errno 32] Broken pipe); the run continues\ndone\n"

@@ -53,8 +53,8 @@ def allocate(importance: Sequence[float], caps: Sequence[int], budget: int, min_
             If all unsaturated matrices have importance 0, shares are proportional to size.
         caps: Size of each matrix.
         budget: Number of entries to allocate, in `[0, sum(caps)]`.
-        min_layer_share: Minimum budget of each matrix, as a fraction of its uniform share `budget · cap / Σ caps`.
-            Without a budget, a matrix has no gradient. The paper uses 0.
+        min_layer_share: Minimum budget of each matrix, as a fraction of its uniform share `budget · cap / Σ caps`; only
+            the rest depends on importance. Without a budget, a matrix has no gradient. The paper uses 0.
 
     Returns:
         One integer per matrix, `0 ≤ b[l] ≤ caps[l]`, `Σ b == budget`.
@@ -88,7 +88,7 @@ def _fill_in_proportion(scores: list[Fraction], capacities: list[int], budget: i
     shares = [Fraction(0)] * len(capacities)
     open_matrices = {k for k, capacity in enumerate(capacities) if capacity > 0}
     remaining = Fraction(budget)
-    while remaining > 0 and open_matrices:
+    while remaining > 0:
         # if all open matrices have zero importance, allocate by size
         weights = {k: scores[k] for k in open_matrices}
         if not any(weights.values()):
@@ -113,6 +113,6 @@ def _round_to_sum(shares: list[Fraction], capacities: list[int], budget: int, sc
     # matrices with equal remainder, importance and size are interchangeable; other ties must not be broken by
     # position, or the result would depend on the order of the layers
     order = sorted(range(len(shares)), key=lambda k: (shares[k] - counts[k], scores[k], capacities[k]), reverse=True)
-    for k in [k for k in order if counts[k] < capacities[k]][:missing]:
+    for k in order[:missing]:  # all of these have a remainder, so they are below their capacity
         counts[k] += 1
     return counts

@@ -22,7 +22,7 @@ from snella.optimizer import MATCHER_ATTRIBUTE, store_in_state, unwrap
 
 _STATE_KEY = "snella_allocator"  # in the first parameter group of an optimizer's state
 _FORMAT = 2
-_HISTORY_INTERVALS = 100  # number of training intervals; the history has one entry per interval
+_HISTORY_INTERVALS = 100  # equal parts of training; the history keeps the last entry of each
 _GRADIENT_CHECK_STEPS = 5  # a zero-initialized head or drop-path can suppress the first gradients
 
 __all__ = ["BudgetAllocator", "allocate"]
@@ -33,7 +33,8 @@ class BudgetAllocator:
 
     Every optimizer step updates the importance of every matrix. Every epoch, or every N steps (`realloc_every`), the
     global budget follows the schedule and is reallocated. After the last epoch, or after the fraction `schedule_end`
-    of training, it is exactly `b_T = (1 − target_sparsity)·total_weights`.
+    of training, it is exactly `b_T = (1 − target_sparsity)·total_weights`. Creating the allocator sets the initial
+    budget, allocated by size unless the adapter already has it.
 
     Most training loops need only one call to `attach`:
 
@@ -137,8 +138,8 @@ class BudgetAllocator:
 
         The importance is updated before the optimizer changes the parameters (after, with `zero_init_ema=True`). In
         `optimizer.step(closure)` it is updated after the closure's first call. The budget changes after the step. A
-        step skipped by a gradient scaler counts when `optimizer.zero_grad()` clears the overflowed gradients.
-        `attach` works before and after `optimizer.load_state_dict`.
+        step skipped by a gradient scaler counts when `optimizer.zero_grad()` clears the overflowed gradients; if FSDP
+        shards the factors, call `advance_to`. `attach` works before and after `optimizer.load_state_dict`.
 
         Args:
             optimizer: Any optimizer, possibly wrapped by Accelerate.
@@ -212,7 +213,8 @@ class BudgetAllocator:
     def advance_to(self, step: int) -> None:
         """Count skipped steps up to `step`, so that the budget reaches its target.
 
-        Use it in loops that skip steps and clear gradients without `optimizer.zero_grad()`. `SnellaCallback` calls it.
+        Use it in loops that skip steps with FSDP, or clear gradients without `optimizer.zero_grad()`. `SnellaCallback`
+        calls it.
         """
         while self.step < step:
             self._finish_step(self.step + 1)
@@ -284,10 +286,14 @@ class BudgetAllocator:
         self._without_gradient -= self.importance.names_with_gradient() | excluded
         if self._num_gradient_checks == min(_GRADIENT_CHECK_STEPS, self.total_steps) and self._without_gradient:
             names = [matrix.name for matrix in self.matrices if matrix.name in self._without_gradient]
+            remedy = (
+                "the initial update may saturate the model; lower scaling"
+                if len(names) == len(self.matrices) and len(names) > 1
+                else "the loss does not depend on these layers; exclude them with exclude_modules"
+            )
             warnings.warn(
                 f"{len(names)} of {len(self.matrices)} adapted matrices got no gradient in the first "
-                f"{self._num_gradient_checks} steps: {listed(map(repr, names))}; the loss does not depend on these "
-                "layers; exclude them with exclude_modules",
+                f"{self._num_gradient_checks} steps: {listed(map(repr, names))}; {remedy}",
                 stacklevel=3,
             )
 
@@ -398,6 +404,7 @@ class _ZeroGradHook:
 
     def __init__(self, optimizer: Optimizer, callback: Callable[[Optimizer], None]) -> None:
         self.optimizer, self.callback, self.zero_grad = optimizer, callback, optimizer.zero_grad
+        self.previous = optimizer.__dict__.get("zero_grad")  # e.g. the hook of another allocator
         # Accelerate inspects the signature; do not copy the attributes of another hook
         functools.update_wrapper(self, optimizer.zero_grad, updated=())
         optimizer.zero_grad = self  # type: ignore[method-assign]
@@ -409,8 +416,11 @@ class _ZeroGradHook:
     def remove(self) -> None:
         """Remove the hook; inside another wrapper, it remains and only forwards calls."""
         self.callback = lambda _: None
-        if self.optimizer.__dict__.get("zero_grad") is self:
-            del self.optimizer.zero_grad
+        attributes = self.optimizer.__dict__
+        if attributes.get("zero_grad") is self:
+            del attributes["zero_grad"]
+            if self.previous is not None:
+                attributes["zero_grad"] = self.previous
 
 
 def _reject_deepspeed(optimizer: Any) -> None:

@@ -179,7 +179,7 @@ class _AdaptedLayer(torch.autograd.Function):
         ctx.call, ctx.updates, ctx.x_shape, ctx.has_bias = call, updates, x.shape, bias is not None
         ctx.lazy_versions = call.lazy and call.lazy.versions()
         needs_factor_grads = any(ctx.needs_input_grad[6:]) and any([any(update.budgets) for update in updates])
-        needs_x = needs_factor_grads or ctx.needs_input_grad[1]
+        saves_input = needs_factor_grads or ctx.needs_input_grad[1]
         saved: list[Tensor | None] = []
         ctx.saved_sizes = []
         saves_effective = call.cache_delta and ctx.needs_input_grad[0]
@@ -189,9 +189,9 @@ class _AdaptedLayer(torch.autograd.Function):
             saves_effective = saves_effective and any(matrices.budgets) and not matrices.delta
             ctx.saved_sizes.append(len(merged_tensors))
             saved += merged_tensors
-        if needs_x and call.origin is not None:
+        if saves_input and call.origin is not None:
             call.origin.add_user()
-        input_sources = () if not needs_x else (x,) if call.origin is None else input_sources
+        input_sources = () if not saves_input else (x,) if call.origin is None else input_sources
         ctx.num_input_sources = len(input_sources)
         saved_weight = effective if saves_effective else None
         ctx.save_for_backward(*input_sources, weight, saved_weight, *thresholds, *saved, *tensors)
@@ -257,9 +257,9 @@ def backward_pass(
         grad_y: ∂L/∂y.
         x: The input; `None` if ∂L/∂W is not required.
         x_shape: Shape of the input.
-        weight: As in the forward pass, like `call`.
+        weight: As in the forward pass.
         updates: As in the forward pass, with their thresholds.
-        call: Other arguments of the layer call.
+        call: As in the forward pass.
         needs: Required gradients; the others are `None`.
         saved_merged: Saved `Merged.delta` or `Merged.columns` of each update, or empty tuples.
         effective: The saved effective weight, if any.
@@ -367,8 +367,8 @@ def _base_and_out(
 ) -> tuple[Tensor, Tensor]:
     """Return the weight as a matrix, and the output buffer of the sum: a new tensor, or the memory of a lazy weight.
 
-    Backends read and write both in their dtypes, so neither needs a float32 copy. A float32 sum is written directly in
-    the dtype of the layer op.
+    Backends read and write both in their dtypes, so neither needs a float32 copy. The sum of a lazy weight, or of a
+    float32 weight without float64 factors, is rounded once, to `dtype`; any other, to the dtype of the weight.
     """
     owns_buffer = isinstance(weight, LazyWeight)
     weight = weight.materialize() if isinstance(weight, LazyWeight) else weight

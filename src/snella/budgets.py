@@ -62,8 +62,8 @@ class Budgets:
 class BudgetBuffers(BufferDict):
     """Budgets or seals of a layer by adapter; an assignment seals the budgets again.
 
-    transformers' `load_adapter` assigns the budgets and replaces the seals with uninitialized tensors. Averaging writes
-    in place, and moves replace the entries of `_buffers`.
+    transformers' `load_adapter` assigns the budgets and replaces the seals with uninitialized tensors. Averaging, which
+    writes in place, and moves between devices, which replace the entries of `_buffers`, are not assignments.
     """
 
     # does not contain the layer: a reference cycle would keep a deleted model in memory
@@ -94,7 +94,7 @@ def link_budgets(layer: SnellaLayer) -> None:
 
 def compute_seal(budget: int) -> int:
     """Return a hash of a budget that averaging does not preserve, to detect averaged budgets."""
-    return (budget + 1) * 0x9E3779B1 % 0x7FFFFFFF
+    return (budget + 1) ** 2 * 0x9E3779B1 % 0x7FFFFFFF  # the mean of squares is not the square of the mean
 
 
 def read_budgets(layer: SnellaLayer, adapter_name: str) -> tuple[int, ...]:

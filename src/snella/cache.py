@@ -43,7 +43,7 @@ def _count_step(optimizer: Optimizer, *_: Any) -> None:
 def compute_fingerprint(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, int, int], ...] | None:
     """Return the ids, addresses and versions of tensors, at least one of which changes with every recorded write.
 
-    Returns `None` for tensors created in inference mode or on the meta device, which do not track changes.
+    Returns `None` if one was created in inference mode or is on the meta device, where writes cannot be detected.
     """
     entries = []
     for tensor in tensors:
@@ -73,7 +73,7 @@ class AdapterState:
 
 
 class LayerCache:
-    """Cache of thresholds (a few bytes) and, in evaluation only, of the effective weight.
+    """Cache of thresholds (a few bytes) and, in evaluation only, of the effective weight and the factors' values.
 
     Entries are valid for one state of their inputs. Copies and pickles start empty.
     """
@@ -107,13 +107,13 @@ class LayerCache:
             self.release_effective_weight()
         self._factor_values[name] = values
 
-    def adapter(self, name: str, factors: Factors, budgets: tuple[int, ...], mode: tuple[str, bool]) -> AdapterState:
+    def adapter(self, name: str, factors: Factors, budgets: tuple[int, ...], settings: tuple[Any, ...]) -> AdapterState:
         """Return an adapter's cached state, or a new one after an optimizer step or a change of its inputs."""
         # a later backward pass cannot use tensors computed in inference mode
         fingerprint = None if torch.is_inference_mode_enabled() else compute_fingerprint(factors)
         if fingerprint is None:
             return AdapterState()
-        key = (fingerprint, optimizer_steps(), budgets, mode)
+        key = (fingerprint, optimizer_steps(), budgets, settings)
         state = self._adapters.get(name)
         if state is None or state.key != key:
             state = self._adapters[name] = AdapterState(key, factors)

@@ -58,7 +58,7 @@ def adapted_linear(
         softmax_dim: 0 or 1.
         center_softmax: If True, subtract the mean of the softmax.
         scaling: Scaling factor of `S`.
-        mode: `"soft"` (eq. 13), `"official"`, or `"none"` with a full budget (`S = ΔW`).
+        mode: `"soft"` (eq. 13), `"official"` (with `quantile_threshold`), or `"none"` with a full budget (`S = ΔW`).
         impl: `"eager"` (torch operations; a hand-written backward pass rebuilds the update), `"numba"` (Numba kernels
             on the CPU), `"triton"` (Triton kernels on a CUDA device), `"auto"` (see `choose_backend`) or `"reference"`
             (autograd).

@@ -58,8 +58,8 @@ class ImportanceTracker:
         p = mean(Ī_A ⊙ U_A) + mean(Ī_B ⊙ U_B)            one number per matrix
 
     `delta_magnitude` (W-Magnitude) applies eqs. 7 to 11 to the sparse update instead of the factors: `I = |S|`,
-    `p = mean(Ī_S ⊙ U_S)`. It stores two numbers per adapted weight. `delta_mean_magnitude` smooths the mean of `|S|`,
-    one number per matrix.
+    `p = mean(Ī_S ⊙ U_S)`. It stores two numbers per adapted weight. `delta_mean_magnitude` smooths only the mean of
+    `|S|` and stores two numbers per matrix.
 
     Args:
         matrices: The adapted matrices.
@@ -240,7 +240,7 @@ class ImportanceTracker:
         return average.reshape(-1)[start : start + value.numel()]
 
     def _smooth(self, flat: _FlatAverages, observations: Sequence[_Observation], scale: float) -> None:
-        """Update both moving averages; skip entries with non-finite values.
+        """Update both moving averages; a non-finite importance counts as equal to its average, initially 0.
 
         Half-precision gradients occasionally overflow, and a moving average never recovers from an infinite value.
         """

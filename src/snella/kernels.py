@@ -1,7 +1,7 @@
 """Kernel functions κ that merge two low-rank factors into one high-rank matrix.
 
 These classes use plain torch operations and are the reference for all faster implementations. Each kernel has a
-formula (`merge`, differentiable by autograd) and a hand-written derivative (`vjp`).
+formula (`merge`, differentiable by autograd) and, in this module, a hand-written derivative (`vjp`).
 
 Shape letters: `m` outputs, `n` inputs, `r` rank, `P` pieces.
 """

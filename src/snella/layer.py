@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -37,7 +36,7 @@ from snella.kernels import Factors
 from snella.merge import EffectiveWeight, check_weight, merge_updates, merged_weight, unmerge_updates
 from snella.ops import Conv2dOp, LayerOp, LazyWeight, LinearOp, WeightOp, orient, pad_input, parse_weight_gradient
 from snella.sparsify import SparsifyMode
-from snella.update import Update, UpdateSpec, bound_initial_update, init_factors
+from snella.update import Update, UpdateSpec, bound_initial_update, init_factors, row_slices
 
 logger = logging.getLogger(__name__)
 
@@ -270,7 +269,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return self.linear_op
 
     def _weight(self) -> Tensor | LazyWeight:
-        """Return the base weight `[m, …]` for the op: a view, or a `LazyWeight` if it is quantized."""
+        """Return the base weight `[m, …]` for the op: the tensor or its transpose, or a `LazyWeight` if quantized."""
         base = get_base(self)
         if self.quantization is not None:
             return self.quantization.source(base)
@@ -411,10 +410,9 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """Record the buffer's values as the live budgets. Call it after every write to `snella_budget`."""
         seal_budgets(self, adapter_name)
 
-    def matrix_rows(self, adapter_name: str) -> list[slice]:
+    def matrix_rows(self, adapter_name: str) -> tuple[slice, ...]:
         """Return the weight's row slice of each matrix."""
-        bounds = accumulate(self.row_counts[adapter_name], initial=0)
-        return [slice(start, stop) for start, stop in pairwise(bounds)]
+        return row_slices(self.row_counts[adapter_name])
 
     def get_update(self, adapter_name: str) -> Update:
         """Return an adapter's update."""
@@ -452,7 +450,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     # module --------------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation; free cached tensors and restore averaged budgets on a change."""
+        """Switch between training and evaluation; restore averaged budgets and, on a change, free cached tensors."""
         changes = mode != self.training
         if changes:
             self.clear_cache()
@@ -555,7 +553,7 @@ def _prepare_input(layer: SnellaLayer, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast and pad the input; under autocast, `adapted_layer` casts it, because a cast here would drop its `Mark`."""
     if not torch.is_autocast_enabled(x.device.type):
         x = layer._cast_input_dtype(x, dtype)
-    return pad_input(layer.get_base_layer(), x) if layer.pads_input else x
+    return pad_input(layer.get_base_layer(), x)
 
 
 def product_dtype(layer: SnellaLayer, x: Tensor) -> torch.dtype:

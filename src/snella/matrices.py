@@ -23,7 +23,7 @@ class AdaptedMatrix:
         name: Module name, plus the name of the part in fused layers, e.g. `"blocks.0.attn.qkv.q"`.
         module_name: Module name.
         kind: Matrix type: `name` without the block prefix and a fused layer's name, e.g. `"attn.q"` or `"mlp.fc1"`.
-        depth: Block index in the entire model, or `None` outside blocks.
+        depth: Index of the block among all blocks of the lists with an adapted layer, or `None` outside blocks.
         layer: The layer.
         adapter_name: The adapter.
         group: Index of the matrix in its layer.
@@ -66,7 +66,6 @@ class AdaptedMatrix:
         """Return this matrix's slices of two tensors with the layout of the layer's factors."""
         return A[self.group], B[self.layer.matrix_rows(self.adapter_name)[self.group]]
 
-    @torch.no_grad()
     def sparse_update(self) -> Tensor:
         """Return `S`, `[out, in]`, unscaled."""
         return self.layer.sparse_updates(self.adapter_name)[self.group]
@@ -133,7 +132,7 @@ def _strip_wrappers(name: str) -> str:
 
 
 def _number_blocks(model: nn.Module, adapted_layers: Iterable[str]) -> dict[str, int]:
-    """Number all blocks of the model, so that the indices do not depend on the targets."""
+    """Number all blocks of the lists with an adapted layer, including blocks without any."""
     patterns = {_mask_indices(block) for block in (_split_name(name)[0] for name in adapted_layers) if block}
     blocks = dict.fromkeys(_split_name(_strip_wrappers(name))[0] for name, _ in model.named_modules())
     return {block: depth for depth, block in enumerate(b for b in blocks if _mask_indices(b) in patterns)}

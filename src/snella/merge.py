@@ -58,7 +58,6 @@ def check_parameter(layer: SnellaLayer) -> None:
         )
 
 
-@torch.no_grad()
 def merged_weight(
     layer: SnellaLayer,
     weight: Tensor | LazyWeight | None,
@@ -160,25 +159,23 @@ class MergeCache:
 
 
 @torch.no_grad()
-def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: MergeCache | None = None) -> None:
+def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: MergeCache) -> None:
     """Write `W0 + scaling·S` into an existing tensor, bit-identical to `adapted_layer`.
 
     Args:
         weight: `W0`, `[m, …]`.
         update: The update.
         out: Output with the shape and dtype of `weight`, in different memory. With Numba kernels, contiguous tensors
-            and known thresholds, the call allocates no other tensor of this size.
+            and a filled cache, the call allocates no other tensor of this size.
         cache: Cache that the first call with this update fills and later calls read.
     """
-    cache = MergeCache(update.thresholds) if cache is None else cache
     update = update._replace(thresholds=cache.thresholds)
     if weight.is_contiguous() and out.is_contiguous() and update.spec.backend != "reference":
         rows = weight.shape[0]
         backend = get_backend(update.spec.backend)
-        matrices = (weight.detach().view(rows, -1), out.detach().view(rows, -1))
         merged = backend.merge(update, cache.columns)
         cache.thresholds, cache.columns = merged.thresholds, merged.columns
-        backend.add_update(update.spec, merged, *matrices)
+        backend.add_update(update.spec, merged, weight.detach().view(rows, -1), out.detach().view(rows, -1))
     else:
         total, (cache.thresholds,) = compute_effective_weight(weight, [update], weight.shape)
         out.copy_(total)
@@ -262,8 +259,8 @@ class EffectiveWeight(Tensor):
         if name == "__get__":
             is_metadata = func.__self__.__name__ not in _VALUE_ATTRIBUTES
         else:
-            is_metadata = name in _METADATA_METHODS or name in ("__set__", "__setitem__")
-        is_in_place = name.endswith("_") and not name.endswith("__")
+            is_metadata = name in _METADATA_METHODS
+        is_in_place = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
         if is_metadata or (is_in_place and not args):
             return func(*unwrap_base(args), **unwrap_base(kwargs))
         if is_in_place:

@@ -82,7 +82,6 @@ class SnellaModel(BaseTuner):
 
     prefix = "snella_"
     tuner_layer_cls = SnellaLayer
-    target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         """Return the config unchanged; `_prepare_model` resolves the targets."""
@@ -318,16 +317,16 @@ class SnellaModel(BaseTuner):
             # a float32 token in a half-precision model would promote all later activations
             token._move_adapter_to_device_of_base_layer(adapter_name)
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Add the updates to the base weights; report all requantization errors in one warning.
 
         Raises:
             NotImplementedError: If another module uses the base weight of an adapted layer, or this weight is
                 computed from other parameters (e.g. by `weight_norm`).
         """
-        self._check_merges(*args[:1], **kwargs)
+        self._check_merges(adapter_names)
         with combined_warning():
-            super().merge_adapter(*args, **kwargs)
+            super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
         """Let PEFT merge and replace all layers, then restore bare parameters and remove marks."""
@@ -400,7 +399,7 @@ class SnellaModel(BaseTuner):
             choose_layer_class(attention, name)
         outer = self.model.get_submodule(name.rpartition(".")[0])
         wrapper = self._wrap_attention(attention, name.rpartition(".")[2], outer)
-        # an adapted output projection has two names here; use the adapter's
+        # an adapted output projection has two names here; adapt it only under its name in the wrapper
         if wrapper.find_projection("out_proj") is None or isinstance(parent, AdaptedAttention):
             self._adapt_projection(peft_config, adapter_name, wrapper, "out_proj", name)
 
@@ -485,7 +484,7 @@ class SnellaModel(BaseTuner):
         renamed = {}
         for name, tensor in state_dict.items():
             owner, _, leaf = name.rpartition(".")
-            renamed[f"{module_names.get(owner, owner)}.{leaf}"] = tensor
+            renamed[f"{module_names.get(owner, owner)}.{leaf}".removeprefix(".")] = tensor
         selected = super()._get_adapter_state_dict(model, config, adapter_name, renamed, unwanted_adapter_names)
         selected = {_without_wrappers(name): tensor for name, tensor in selected.items()}
         if layers and state_dict and not any(f"{cls.prefix}A" in name for name in selected):
@@ -604,9 +603,11 @@ def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
         return
     get_input_embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)
     input_embedding = get_input_embeddings()
-    for name, module in model.named_modules():
+    input_embedding = getattr(input_embedding, "original_module", input_embedding)
+    for full_name, module in model.named_modules():
         if not isinstance(module, nn.Embedding):
             continue
+        name = full_name.removesuffix(".token_adapter.base_layer")  # of an embedding with an adapter
         if isinstance(indices, dict):
             rows = next((rows for suffix, rows in indices.items() if has_suffix(name, suffix)), [])
         else:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 MIN_TOKENS = 64
 """Minimum sample size, given enough tokens; products of fewer tokens cost little compared to merging."""
 MIN_SHARE = 2**-10
-"""Minimum fraction of the tokens; above it, numerator and denominator fit the int64 arguments of compiled graphs."""
+"""Minimum fraction of the tokens; from it on, numerator and denominator fit the int64 arguments of compiled graphs."""
 _ROUNDS = 4  # iterations to find the tokens with probability 1
 
 
@@ -247,10 +247,10 @@ def parse_weight_gradient(weight_gradient: str) -> tuple[float, bool]:
     """
     if weight_gradient in ("exact", "bfloat16"):
         return 1.0, weight_gradient == "bfloat16"
-    mode, _, fraction = str(weight_gradient).partition(":")
+    mode, _, fraction = weight_gradient.partition(":")
     try:
         share = float(Fraction(fraction)) if mode == "sample" else math.nan
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):
         share = math.nan
     if not MIN_SHARE <= share <= 1:
         raise ValueError(

@@ -50,8 +50,8 @@ def create_snella_optimizer(
         scalar_lr: Learning rate of `α`, `β`, `α_p` and the temperature.
         head_lr: Learning rate of all other trainable parameters; defaults to `lr`.
         weight_decay: Weight decay of the factors.
-        head_weight_decay: Weight decay of the other weights; defaults to `weight_decay`. Biases, norms, tokens and
-            rows of `trainable_token_indices` have no weight decay.
+        head_weight_decay: Weight decay of the other weights; defaults to `weight_decay`. Biases, norms,
+            `parameters_to_save` and `trainable_token_indices` have no weight decay.
         match_update: If True, each step of the factors changes the update by about `lr` times the size of the adapted
             weights (see `StepMatcher`). Defaults to the adapter's config.
         optimizer_kwargs: Additional arguments of `optimizer_cls`.
@@ -167,7 +167,7 @@ class StepMatcher:
         step ← step · δ / (lr·rms(α_p)·√r)     an Adam step of lr in every entry changes ΔW by about lr·rms(α_p)·√r
 
     one step changes `scaling·S` by about `lr·rms(W0)` in every layer, for every backbone and scaling, throughout
-    training. The model, the update and saved files do not change. `mean|S|` is measured every `interval` steps; the
+    training. The forward pass and the file formats do not change. `mean|S|` is measured every `interval` steps; the
     learning rate is read at each step.
 
     Args:
@@ -229,7 +229,8 @@ class StepMatcher:
             coeffs = list(islice(all_coeffs, len(weight_rms)))
             scales = []
             for size, slope, coeff in zip(weight_rms, slopes, coeffs, strict=True):
-                target_change, step_change = lr * size / scaling if scaling else 0.0, lr * coeff * math.sqrt(rank)
+                target_change = lr * size / scaling if scaling else 0.0
+                step_change = lr * coeff * math.sqrt(rank)
                 scale = 1.0  # of a zero step
                 if target_change > 0 and step_change > 0:
                     scale = 2 * target_change / (slope + math.sqrt(slope**2 + 4 * target_change)) / step_change
@@ -256,10 +257,11 @@ class StepMatcher:
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         expected = [len(layer.row_counts[name]) for layer, name in self._adapters]
-        if state["slopes"] and [len(slopes) for slopes in state["slopes"]] != expected:
+        counts = [len(slopes) for slopes in state["slopes"]]
+        if counts and counts != expected:
             raise ValueError(
-                f"the optimizer's state must have {len(expected)} adapted layers, got {len(state['slopes'])}; load it "
-                "into a model with the same target_modules"
+                f"the optimizer's state must have {sum(expected)} adapted matrices in {len(expected)} layers, got "
+                f"{sum(counts)} in {len(counts)}; load it into a model with the same target_modules and qkv_groups"
             )
         self.step, self._slopes = state["step"], [list(slopes) for slopes in state["slopes"]]
 
@@ -274,7 +276,6 @@ def _measure_weight(layer: SnellaLayer, name: str) -> list[float]:
         return torch.stack([W0[rows].float().square().mean().sqrt() for rows in layer.matrix_rows(name)]).tolist()
 
 
-@torch.no_grad()
 def _measure_slopes(layer: SnellaLayer, name: str) -> list[float]:
     """Return `c` of each matrix, see `StepMatcher`."""
     if layer.snella_config[name].sparsify_mode == "none":

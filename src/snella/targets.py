@@ -81,7 +81,7 @@ def plain_convolution_names(model: nn.Module) -> list[str]:
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules outside the head, patch embedding, patch merging and adapters."""
+    """Return the modules outside the head, patch embedding and patch merging; attentions and adapters without parts."""
     heads = _head_modules(model)
     candidates: list[tuple[str, nn.Module]] = []
     skipped_prefixes: list[str] = []
@@ -126,9 +126,9 @@ def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
     examples = ", ".join(f"{name!r} {shape} of {owner}" for name, owner, shape in list(example_by_class.values())[:3])
     return (
         f"the selected target_modules adapt {num_adapted / (num_adapted + num_excluded):.0%} of the weights of "
-        f"{type(model).__name__}, not counting embeddings and head; {len(excluded)} other weights remain frozen, e.g. "
-        f"{examples}; add convolutions to target_modules, and train bare parameters such as experts and routers in "
-        "full with parameters_to_save"
+        f"{type(model).__name__}, not counting embeddings and head; {len(excluded)} other weight tensors remain "
+        f"frozen, e.g. {examples}; add convolutions to target_modules, and train bare parameters such as experts and "
+        "routers in full with parameters_to_save"
     )
 
 
@@ -283,7 +283,7 @@ def choose_layer_class(base: nn.Module, name: str) -> type[SnellaLayer]:
     hint = next((f"; {hint}" for other, hint in _ALTERNATIVES.items() if isinstance(base, other)), "")
     raise TypeError(
         f"target_modules matches {name!r}, a {type(base).__name__}; "
-        f"SNELLA adapts torch.nn.Linear, torch.nn.Conv2d and transformers' Conv1D{hint}"
+        f"SNELLA adapts torch.nn.Linear, Conv2d and MultiheadAttention, and transformers' Conv1D{hint}"
     )
 
 

@@ -23,6 +23,11 @@ _SAMPLE_SIZE = 64  # rows or columns used to estimate the size of the initial up
 _MIN_SHRINK = 0.1  # minimum scale of the factors, so that updates of near-zero weights can grow
 
 
+def row_slices(row_counts: Sequence[int]) -> tuple[slice, ...]:
+    """Return the row slice of each of the stacked matrices."""
+    return tuple(slice(*bounds) for bounds in pairwise(accumulate(row_counts, initial=0)))
+
+
 class MatrixFactors(NamedTuple):
     """Inputs of a matrix's merge in at least float32: `A` `[n, r]`, `B` `[rows, r]`, and 0-dim or `[P]` scalars."""
 
@@ -60,8 +65,7 @@ class UpdateSpec:
             raise ValueError(f"mode must be one of {list(_MODES)}, got {self.mode!r}")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {list(BACKENDS)}, got {self.backend!r}")
-        rows = tuple(slice(*bounds) for bounds in pairwise(accumulate(self.row_counts, initial=0)))
-        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "rows", row_slices(self.row_counts))
 
     @property
     def num_rows(self) -> int:
@@ -190,7 +194,7 @@ def bound_initial_update(factors: Factors, rows: Sequence[slice], kernel: Kernel
         kernel: Kernel function that merges the factors.
         weight: `W0`, `[m, …]`.
         bound: `SnellaLayer.max_initial_ratio`. The update shrinks by a factor of at most 100, even if it still exceeds
-            the bound.
+            the bound, and not at all if `weight` is zero.
     """
     A, B = factors.A, factors.B
     max_columns, max_rows = (_SAMPLE_SIZE, None) if kernel.softmax_dim == 0 else (None, _SAMPLE_SIZE)

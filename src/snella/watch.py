@@ -160,7 +160,7 @@ class TrainingWatch:
 
 
 def _tracked_batches(model: nn.Module) -> dict[str, int]:
-    """Return `num_batches_tracked` of each batch-norm layer, by name in the adapted model."""
+    """Return `num_batches_tracked` of each batch-norm layer that is not saved, by name without PEFT's prefix."""
     counts = {
         name.removeprefix("base_model.model."): module.num_batches_tracked
         for name, module in model.named_modules()
@@ -272,7 +272,7 @@ def is_newly_initialized(weight: Tensor, bias: Tensor | None) -> bool:
 
     Args:
         weight: `[m, …]`.
-        bias: `[m]`.
+        bias: `[m]` or `None`.
     """
     tensors = [weight] if bias is None else [weight, bias]
     if any(type(t) not in (Tensor, nn.Parameter) or t.is_meta or not t.is_floating_point() for t in tensors):

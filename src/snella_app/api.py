@@ -20,10 +20,10 @@ def train(config: TrainConfig | None = None, *, console: Console | None = None, 
         snella.load(run).predict("new.jpg").label
 
     Args:
-        config: Configuration of the run.
+        config: Configuration of the run, instead of settings.
         console: Console for progress and results; standard output if None.
-        **settings: Settings of `TrainConfig` by flat name, e.g. `lr` or `data`, instead of `config`. `data` may
-            also be a torch or Hugging Face dataset, or a mapping from split names (train, val, test) to datasets.
+        **settings: Settings of `TrainConfig` by flat name, e.g. `lr`. `data` may also be a torch or Hugging Face
+            dataset, or a mapping from split names (train, val, test) to datasets.
 
     Returns:
         Run folder; with `folds`, the folder of the cross-validation.

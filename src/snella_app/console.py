@@ -38,7 +38,7 @@ class _Unpadded:
 
 
 class _PersistentStream:
-    """Stream wrapper that discards output after the reader closes the stream."""
+    """Stream wrapper that discards output after the first write error, e.g. because the reader closed the pipe."""
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
@@ -48,18 +48,18 @@ class _PersistentStream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write the text, or discard it if the output is closed."""
-        with self._until_closed():
+        """Write the text, or discard it after an error."""
+        with self._until_error():
             return self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream; no-op if the output is closed."""
-        with self._until_closed():
+        """Flush the stream; no-op after an error."""
+        with self._until_error():
             self.stream.flush()
 
     @contextlib.contextmanager
-    def _until_closed(self) -> Iterator[None]:
+    def _until_error(self) -> Iterator[None]:
         """Redirect the stream to the null device on the first error, and print a warning."""
         try:
             yield
@@ -69,7 +69,7 @@ class _PersistentStream:
                 os.dup2(null_device, self.stream.fileno())
                 os.close(null_device)
             with contextlib.suppress(OSError):
-                print(f"snella: the output was closed ({error}); the run continues", file=sys.stderr)
+                print(f"snella: cannot write the output ({error}); the run continues", file=sys.stderr)
 
 
 class _PlainConsole(Console):
@@ -80,7 +80,7 @@ class _PlainConsole(Console):
         return super().render_str(printable(text), **{**options, "markup": False, "emoji": False, "highlight": False})
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render segments with control characters escaped."""
+        """Render a renderable; control characters of a `Text` are escaped."""
         if isinstance(renderable, Text) and printable(renderable.plain) != renderable.plain:
             renderable = Text(printable(renderable.plain), renderable.style)
         return super().render(renderable, options)
@@ -91,7 +91,7 @@ def make_console(file: IO[str] | None = None, *, survives_closed_output: bool = 
 
     Args:
         file: Output stream; standard output if None.
-        survives_closed_output: Continue if the output is closed, e.g. by `| head` or by closing the terminal.
+        survives_closed_output: Continue without output if writing fails, e.g. after `| head` or closing the terminal.
     """
     stream = sys.stdout if file is None else file
     stream = cast(IO[str], _PersistentStream(stream)) if survives_closed_output else stream

@@ -50,7 +50,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Resolve the precision `auto` to bf16 on GPUs (CUDA) and CPUs with bfloat16 instructions, otherwise to fp32."""
+    """Resolve the precision `auto` to bf16 on CUDA GPUs and CPUs with bfloat16 instructions, otherwise to fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -69,7 +69,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast | nullconte
 
 
 def synchronized_time(device: torch.device) -> float:
-    """Wait for pending GPU work, then return the time in seconds."""
+    """Wait for pending CUDA work, then return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -39,7 +39,7 @@ def annotate_write_errors(path: Path) -> Iterator[None]:
 
 
 _MAX_NAME_BYTES = 200
-"""Length of a file name above which the names of its temporary files contain a hash instead; most systems allow 255."""
+"""Maximum length of a file name that its temporary files' names contain; longer names are hashed."""
 WRITE_FAILURES = {
     "No space left": errno.ENOSPC,
     "File too large": errno.EFBIG,
@@ -181,13 +181,13 @@ def check_files(folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the entry `sha256`, the digest of all other entries, to a JSON object."""
+    """Return a JSON object with the additional entry `sha256`, the digest of all other entries."""
     return {**values, SEAL: _digest(values)}
 
 
 def is_intact(values: Any) -> bool:
     """Return whether a sealed JSON object is unchanged; True for an object without a seal."""
-    return not isinstance(values, Mapping) or values.get(SEAL, _digest(values)) == _digest(values)
+    return not isinstance(values, Mapping) or SEAL not in values or values[SEAL] == _digest(values)
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -145,7 +145,7 @@ class Config:
 
         Raises:
             TypeError: If a name is unknown; suggests the closest one.
-            ValueError: If values are invalid; one message lists all errors.
+            ValueError: If values are invalid or required settings are missing; one message lists all errors.
         """
         spellings = {name: name for name in cls.settings()}
         hints = {name: suggest_setting(name, spellings) for name in settings if name not in spellings}
@@ -180,7 +180,8 @@ class Config:
                 value = coerce(setting.type, value)
             except ValueError:
                 hint = suggest_choice(setting.type, value)
-                errors.append(f"{setting.name} must be {describe_type(setting.type)}, got {short_repr(value)}{hint}")
+                problem = f"{describe_type(setting.type)}, got {short_repr(value)}{hint}"
+                errors.append(f"{setting.name} must be {'set' if value is MISSING else problem}")
                 value = setting.fresh_default()
             object.__setattr__(self, setting.path[0], value)  # only during construction
         return errors

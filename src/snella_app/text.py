@@ -37,7 +37,7 @@ def signed_text(value: float, digits: int) -> str:
 
 
 def margin_text(fraction: float) -> str:
-    """Format the half-width of a 95% confidence interval: 95% margin: ±13.4 points; empty for NaN."""
+    """Format the half-width of a 95% confidence interval: "95% margin: ±13.4 points"; empty for NaN."""
     return "" if math.isnan(fraction) else f"95% margin: ±{decimal_text(100 * fraction, 1)} points"
 
 
@@ -50,8 +50,9 @@ def decimal_text(value: float, digits: int) -> str:
 
 
 def measure_text(value: float, *, signed: bool = False) -> str:
-    """Format a number with four significant digits and a minus sign, or `signed` with a plus sign: 12.35, −0.05."""
-    return "–" if math.isnan(value) else f"{value:{'+' if signed else ''}.4g}".replace("-", _MINUS)
+    """Format a number with four significant digits: 12.35, −0.05; with `signed`, also with a plus sign: +12.35."""
+    # adding 0 removes the sign of a negative zero
+    return "–" if math.isnan(value) else f"{value + 0.0:{'+' if signed else ''}.4g}".replace("-", _MINUS)
 
 
 def seconds_text(seconds: float) -> str:

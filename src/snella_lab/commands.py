@@ -340,9 +340,12 @@ def demo(
 
 
 def _parse_list(name: str, value: str, kind: Callable[[str], Any]) -> list[Any]:
-    """Parse a comma-separated list; raise ValueError for an invalid item."""
+    """Parse a comma-separated list; raise ValueError for an invalid item or an empty list."""
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if not parts:
+        raise ValueError(f"{name} must contain at least one item, got {value!r}")
     try:
-        return [kind(part.strip()) for part in str(value).split(",") if part.strip()]
+        return [kind(part) for part in parts]
     except ValueError:
         noun = "integers" if kind is int else "numbers"
         raise ValueError(f"{name} must be {noun} separated by commas, e.g. 4,16; got {value!r}") from None

@@ -30,7 +30,7 @@ def package_info() -> dict[str, str | None]:
 
 
 def system_info() -> dict[str, Any]:
-    """Return operating system, CPU, GPU, cores and torch threads, under the keys of PEFT's method comparison."""
+    """Return operating system, CPU and GPU, with keys as in PEFT's method comparison, and cores and torch threads."""
     return {
         "system": platform.system(),
         "release": platform.release(),
@@ -43,7 +43,7 @@ def system_info() -> dict[str, Any]:
 
 
 def measurement_info() -> dict[str, Any]:
-    """Return the commit, machine and date of a measurement."""
+    """Return the commit, dirty flag, machine and date of a measurement."""
     commit, is_dirty = git_state()
     return {"commit": commit, "is_dirty": is_dirty, "system": system_info(), "created_at": timestamp()}
 

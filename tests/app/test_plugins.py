@@ -71,8 +71,9 @@ class Capped(Kernel):
         return alpha * squared / (1 + squared) + beta
 """
     install(tmp_path, project, ("capped", source))
-    args = "--data digits --train-size 20 --backbone test_vit --pretrained false --img-size 32 --epochs 1 --out run"
-    process = snella(tmp_path, "train", "--method-options.kernel", "capped", *args.split())
+    data = "--data digits --train-size 20 --val-size 20 --test-size 20 --img-size 32"
+    args = f"{data} --backbone test_vit --pretrained false --method-options.kernel capped --epochs 1 --out run"
+    process = snella(tmp_path, "train", *args.split())
     assert process.returncode == 0, process.stderr
     evaluated = snella(tmp_path, "evaluate", "run")
     assert evaluated.returncode == 0, evaluated.stderr

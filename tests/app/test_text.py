@@ -1,6 +1,6 @@
 import pytest
 
-from snella_app.text import count_text, first_line, seconds_text
+from snella_app.text import count_text, decimal_text, first_line, measure_text, seconds_text
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,7 @@ def test_numbers_that_round_up_to_the_next_unit_use_it():
     durations = {59.94: "59.9 s", 59.96: "1 min 0 s", 3_599.4: "59 min 59 s", 3_599.6: "1 h 0 min"}
     assert {count: count_text(count).replace("\xa0", " ") for count in counts} == counts
     assert {seconds: seconds_text(seconds).replace("\xa0", " ") for seconds in durations} == durations
+
+
+def test_numbers_have_no_negative_zero():
+    assert (decimal_text(-0.0, 1), measure_text(-0.0)) == ("0.0", "0")

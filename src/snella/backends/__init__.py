@@ -19,7 +19,7 @@ from snella.update import Update, UpdateSpec
 Implementation = Literal["auto", "triton", "numba", "eager", "reference"]
 _INSTALL = {
     "numba": "install it with: pip install 'snella[fast]'",
-    "triton": "it comes with torch for CUDA, or with: pip install triton",
+    "triton": "install torch for CUDA, which includes it, or: pip install triton",
 }
 
 Gradients: TypeAlias = tuple[Tensor | None, ...]
@@ -34,13 +34,13 @@ class Merged:
     """Merged matrices of an update: the result of `Backend.merge` and an argument of its other methods.
 
     Args:
-        factors: The merged factors.
+        factors: Factors and scalars of the update.
         budgets: Budget of each matrix.
         thresholds: `[G]`, infinite for a budget of 0.
         delta: `ΔW` of each matrix (`None` without a budget), or of all matrices in one tensor. `cache_delta` saves it
             for `merge` in the backward pass; if it is empty, `cache_delta` saves the effective weight.
         columns: Column statistics of all matrices, saved for `merge` in the backward pass if `delta` is not saved.
-        workspace: Scratch data of the backend, valid within one pass.
+        workspace: Data of the backend, valid until the factors change.
     """
 
     factors: Factors
@@ -62,7 +62,7 @@ class Backend(ABC):
 
     @abstractmethod
     def merge(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Merged:
-        """Merge every matrix with a nonzero budget and compute unknown thresholds.
+        """Prepare every matrix with a nonzero budget for the other methods, and compute unknown thresholds.
 
         Args:
             update: The update.
@@ -71,7 +71,7 @@ class Backend(ABC):
 
     @abstractmethod
     def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:
-        """Write `base + scaling·S` into `out`; both are contiguous `[m, n]` of any dtype, and may be one tensor."""
+        """Write `base + scaling·S` into `out`; both are contiguous, floating-point `[m, n]`, and may share memory."""
 
     @abstractmethod
     def grad_factors(self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor) -> Gradients:
@@ -80,7 +80,7 @@ class Backend(ABC):
     def add_and_grad_factors(
         self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor, base: Tensor, out: Tensor
     ) -> Gradients | None:
-        """Perform `add_update` and `grad_factors` in one pass; `None` if the backend cannot, and `out` is unchanged."""
+        """Perform `add_update` and `grad_factors` in one pass; if unsupported, return `None` and leave `out` as is."""
         return None
 
     def grad_weight(self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor, product: Product) -> Tensor:
@@ -129,7 +129,8 @@ class TorchBackend(Backend):
         matrices = zip(spec.matrices(factors), budgets, strict=True)
         delta = saved or tuple([spec.merge_matrix(matrix) if budget else None for matrix, budget in matrices])
         if thresholds is None:
-            infinite = factors.B.new_full((), torch.inf)
+            dtype = torch.promote_types(factors.A.dtype, torch.float32)
+            infinite = factors.B.new_full((), torch.inf, dtype=dtype)
             pairs = zip(delta, budgets, strict=True)
             thresholds = torch.stack(
                 [infinite if matrix is None else spec.find_threshold(matrix, budget) for matrix, budget in pairs]
@@ -180,7 +181,7 @@ def missing_reason(name: str) -> str | None:
         return f"{name} is not installed; {_INSTALL[name]}"
     try:
         get_backend(name)
-    except Exception as error:  # both raise various errors if they are incompatible with torch, LLVM or the machine
+    except Exception as error:  # importing an incompatible version, or on an unsupported machine, raises many types
         return f"{name} cannot be used: {error}"
     return None
 
@@ -207,8 +208,9 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
     Raises:
         ImportError: If `impl` is `"triton"` or `"numba"`, and the package is missing or unusable.
         NotImplementedError: If `impl` is `"triton"` or `"numba"` and does not support the updates.
-        RuntimeError: If `impl` is `"triton"` and its kernels fail the first-use check; the message names the
-            Triton kernels that compute the first wrong result, and its largest error.
+        RuntimeError: If `impl` is `"triton"` and its kernels fail the first-use check; the message contains the
+            compiler's or launcher's error, or the Triton kernels that compute the first wrong result and its largest
+            error.
         ValueError: If `impl` is unknown.
     """
     if impl not in get_args(Implementation):

@@ -34,7 +34,8 @@ class AdaptedAttention(nn.Module):
     matrices (or `q_proj`, `k_proj` and `v_proj` if keys or values have another width), and `out_proj`. In training
     mode, with gradients or in a compiled graph, the wrapper applies the projections separately, with scaled dot-product
     attention in between, and saves no merged weight. Otherwise, it calls the attention's `forward` with the effective
-    weights, including its fast path; outputs are bit-identical to the merged model's.
+    weights, including its fast path; outputs are bit-identical to the merged model's. With weights that cannot be
+    replaced for a call (FSDP1, a replaced `forward`), it always applies the projections separately.
 
     Other attributes (`num_heads`, `batch_first`, …) come from the attention. `in_proj_weight` includes the updates,
     for models that read it.
@@ -180,7 +181,7 @@ class AdaptedAttention(nn.Module):
         project = self._projection("in_proj")
         if query is key and key is value:
             return list(project(query).chunk(3, dim=-1))
-        # apply all three matrices to each distinct input and drop the unused outputs
+        # apply all three matrices to each input and drop the unused outputs; a value that is the key shares its product
         queries, projected_key = project(query).chunk(3, dim=-1)[0], project(key).chunk(3, dim=-1)
         values = projected_key[2] if value is key else project(value).chunk(3, dim=-1)[2]
         return [queries, projected_key[1], values]
@@ -202,7 +203,7 @@ class AdaptedAttention(nn.Module):
 class ProjectionWeight:
     """Linear-layer view of one projection of an attention, with its current weight and bias.
 
-    Not a module: otherwise, the attention would be its own descendant.
+    Not a module: otherwise, the state dict would contain the attention again under each projection.
 
     Args:
         attention: The attention.

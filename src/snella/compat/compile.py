@@ -22,9 +22,8 @@ from snella.update import Update, UpdateSpec
 if TYPE_CHECKING:
     from snella.layer import SnellaLayer
 
-
-_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
-"""The operators read the budgets from the device, which a CUDA graph does not allow. torch 2.9 may lack the tag."""
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+"""The operators read the budgets from the device, which a CUDA graph does not allow."""
 
 
 def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -200,8 +199,7 @@ def _decode(
 ) -> Update:
     """Decode the update."""
     factors: Any = {Factors._fields[index]: tensor.detach() for index, tensor in zip(fields, tensors, strict=True)}
-    counts = tuple([int(budget) for budget in budgets.tolist()])
-    return Update(UpdateSpec.from_ints(spec, scaling), Factors(**factors), counts, thresholds)
+    return Update(UpdateSpec.from_ints(spec, scaling), Factors(**factors), tuple(budgets.tolist()), thresholds)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -12,7 +12,6 @@ from torch import nn
 replacement_lock = threading.RLock()
 """Serializes temporary replacements of a shared module's `forward` or parameters across threads."""
 
-
 NO_DATA_PARALLEL = (
     "nn.DataParallel does not support adapted attention layers or trained parameters such as cls_token; use "
     "DistributedDataParallel (torchrun), or make a single GPU visible"
@@ -30,10 +29,11 @@ def hook_dicts(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 
 def is_hooked_in_graph(module: nn.Module, dicts: tuple[dict[int, Any], ...]) -> bool:
-    """Return `has_hooks` in a `torch.compile` graph; `dicts` are the module's `hook_dicts`, stored outside it.
+    """Return whether a module has hooks or a replaced `forward`; the equivalent of `has_hooks` in a compiled graph.
 
     `torch.compile` reuses the graph of a layer for another layer unless a guard differs. It does not guard the hooks of
-    a module (`torch._dynamo.config.skip_nnmodule_hook_guards`), but does guard `dicts`.
+    a module (`torch._dynamo.config.skip_nnmodule_hook_guards`), but does guard `dicts`, which are the module's
+    `hook_dicts` stored in another module.
     """
     is_replaced = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") or "forward" in module.__dict__
     return is_replaced or any([len(hooks) > 0 for hooks in dicts])
@@ -43,8 +43,8 @@ def call_inside_hooks(module: nn.Module, forward: Callable[..., Any], *args: Any
     """Call a module and all its hooks, with `forward` in place of its class's method.
 
     Raises:
-        NotImplementedError: If the module's `forward` was replaced by anything other than the hooks of torch,
-            accelerate and diffusers.
+        NotImplementedError: If the module's `forward` was replaced by anything other than the hooks of accelerate and
+            diffusers.
     """
     with replacement_lock:
         owner, name = _innermost_forward(module)
@@ -77,7 +77,7 @@ def _innermost_forward(module: nn.Module) -> tuple[Any, str]:
 
 @contextmanager
 def onloaded(layer: nn.Module, *, with_base: bool) -> Iterator[None]:
-    """Temporarily load tensors of a layer's children that accelerate has offloaded.
+    """Temporarily load the tensors of a layer's children that accelerate has offloaded.
 
     Unlike PEFT's `onload_layer`, this does not copy the base layer's tensors.
 

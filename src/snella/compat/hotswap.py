@@ -38,7 +38,7 @@ class AdapterValues:
     tensors: dict[str, Tensor]
     config: SnellaConfig | None = None
     caches: dict[Any, MergeCache] = field(default_factory=dict, repr=False)
-    """Thresholds and statistics of the first swap, by layer, backend, device and dtype: a few kilobytes per matrix."""
+    """Thresholds and column statistics of merges, by layer, backend, device and dtype; see `MergeCache`."""
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
@@ -95,9 +95,10 @@ def hotswap(
 
     Raises:
         FileNotFoundError: If the folder contains no adapter.
-        ValueError: If the model does not have this adapter or contains several PEFT models, the architecture, rank,
-            kernel, sparsify mode, rows per matrix or head differs, an adapter trains biases or token rows, values are
-            not finite, or budgets are invalid. The model then remains unchanged.
+        ValueError: If the new adapter belongs to another method or is corrupt; the model does not have the adapter to
+            replace or contains several PEFT models; the architecture, rank, kernel, sparsify mode, rows per matrix or
+            head differs; an adapter trains biases or token rows; values are not finite; or budgets are invalid. The
+            model then remains unchanged.
     """
     if isinstance(adapter, (str, Path)):
         adapter = AdapterValues.read(adapter)

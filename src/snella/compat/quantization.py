@@ -260,7 +260,7 @@ def _requantize(old: Any, weight: Tensor, keep_scales: bool = False) -> Any:
 
 
 class _Requantization(NamedTuple):
-    """Requantized sum of one weight `W` and update `U`."""
+    """Error of one requantization of a weight `W` plus an update `U`."""
 
     module_name: str
     quantization: str

@@ -158,8 +158,8 @@ class SparsePatch:
             flat, positions = _flat(tensors[name]), changed.indices.to(tensors[name].device)
             original = flat[positions]
             self._originals[name] = original
-            values = changed.values.to(flat.device, torch.promote_types(changed.values.dtype, torch.float32))
-            flat[positions] = (original.to(values.dtype) + values).to(flat.dtype)
+            dtype = torch.promote_types(torch.promote_types(flat.dtype, changed.values.dtype), torch.float32)
+            flat[positions] = (original.to(dtype) + changed.values.to(flat.device, dtype)).to(flat.dtype)
             _write_back(tensors[name], flat)
         for name, value in self.replaced.items():
             self._originals[name] = tensors[name].detach().clone()
@@ -168,7 +168,7 @@ class SparsePatch:
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Restore the original values of the patched entries bit for bit; other entries keep their values.
+        """Restore the changed entries and replaced tensors bit for bit; other entries keep their values.
 
         Raises:
             RuntimeError: If the patch is not applied.
@@ -197,7 +197,7 @@ class SparsePatch:
         ]
         model_name = type(model).__name__
         if errors:
-            raise ValueError(f"the update does not fit {model_name}: {listed(errors, 3, '; ')}; create the run's model")
+            raise ValueError(f"the update does not fit {model_name}: {listed(errors, 3, '; ')}; pass the run's model")
         for name, digest in self.digests.items() if check_base else ():
             if digest_of(tensors[name]) != digest:
                 raise ValueError(
@@ -323,7 +323,7 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """Return the flattened values, as a view if possible."""
+    """Return a tensor's flattened values, as a view if possible."""
     return tensor.detach().reshape(-1)
 
 

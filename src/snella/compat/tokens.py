@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from snella._utils import did_you_mean
+from snella._utils import did_you_mean, has_suffix
 from snella.compat.hooks import NO_DATA_PARALLEL
 
 
@@ -91,7 +91,7 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
             self._active_adapter = active_adapters
 
     def check_active(self, adapter_names: str | list[str]) -> None:
-        """Raise `ValueError` if more than one of `adapter_names` trains this parameter."""
+        """Raise `ValueError` if more than one of `adapter_names` has a value of this parameter."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         names_with_value = [name for name in names if name in self.snella_token]
         if len(names_with_value) > 1:
@@ -192,7 +192,7 @@ def find_tokens(model: nn.Module, names: Iterable[str], *, is_required: bool) ->
     parameter_names = [f"{prefix}{name}" for prefix, _, name in _bare_parameters(model)]
     full_names: list[str] = []
     for suffix in names:
-        matches = [name for name in parameter_names if name == suffix or name.endswith(f".{suffix}")]
+        matches = [name for name in parameter_names if has_suffix(name, suffix)]
         if is_required and not matches:
             hint = did_you_mean(
                 suffix.rpartition(".")[2], sorted({name.rpartition(".")[2] for name in parameter_names})
@@ -217,7 +217,7 @@ def attach_tokens(
 
 
 def _bare_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield the prefix, owner and name of every parameter outside adapters or in a `TokenAdapter`."""
+    """Yield the prefix, owner and name of every parameter that is outside adapters or in a `TokenAdapter`."""
     adapter_prefixes: list[str] = []
     for prefix, module in model.named_modules():
         if any(prefix.startswith(outer) for outer in adapter_prefixes):

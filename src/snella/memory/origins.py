@@ -102,9 +102,9 @@ class Origin:
                 "cannot be recomputed; change it after backward(), or set recompute_inputs=False"
             )
         num_source = len(saved) - len(self.layouts)
-        pairs = zip(saved[num_source:], self.layouts, strict=True)
-        # before decoding the other arguments, to limit the peak memory
+        # compute the source before decoding the other arguments, to limit the peak memory
         args = [] if self.source is None else [self.source.compute(saved[:num_source])]
+        pairs = zip(saved[num_source:], self.layouts, strict=True)
         args += [tensor if layout is None else decode(tensor, layout) for tensor, layout in pairs]
         inputs: list[Tensor] = []
         if self.source is None and self.is_rounded:
@@ -128,7 +128,7 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Mark:
-    """Mark of a tensor: the tensors to save instead, and the origin that recomputes it from them."""
+    """Mark of a tensor: the tensors to save instead, the origin that recomputes it from them, and their `_versions`."""
 
     saved: tuple[Tensor, ...]
     origin: Origin

@@ -100,8 +100,8 @@ def can_track(module: nn.Module, *, compress: bool) -> bool:
 def mark_outputs(model: nn.Module, *, compress: Callable[[], bool] | None = None) -> int:
     """Install hooks that mark the outputs of supported normalizations and activations; return the number of modules.
 
-    Replaces existing hooks. Marking adds one attribute to each output. Tracking adds one Python call for each call of a
-    torch function in supported blocks.
+    Replaces the hooks of an earlier call. Marking adds one attribute to each output. Tracking adds one Python call for
+    each call of a torch function in supported blocks.
 
     Args:
         model: The model.
@@ -145,8 +145,8 @@ def _is_recorded() -> bool:
 def _is_reproducible(module: nn.Module) -> bool:
     """Return whether a module's output can be recomputed.
 
-    Pre-hooks, backward hooks, hooks that run before `_mark_output`, a replaced `forward` and updates of running
-    statistics prevent it. Forward hooks that run later do not, because a changed output carries no mark.
+    Pre-hooks, backward hooks, global forward hooks, hooks that run before `_mark_output`, a replaced `forward` and
+    batch statistics prevent it. Forward hooks that run later do not, because a changed output carries no mark.
     """
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
         return False
@@ -180,7 +180,7 @@ def _detach_input(module: nn.Module, args: tuple[Any, ...], *, compress: Callabl
 
 
 def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
-    """Forward hook that marks an output that can be recomputed bit-identically."""
+    """Forward hook that marks an output that can be recomputed."""
     if not _is_recorded() or len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
         return None
     z, run = args[0], partial(_run_module, module, module.training)
@@ -285,7 +285,7 @@ def _saved_tensors_hooks() -> Any:
     return _c_autograd._top_saved_tensors_default_hooks(False)
 
 
-# marked functions: each returns `None` if it does not apply, and `_TrackingMode` then calls the original function
+# handlers of functions: each returns `None` if it does not apply, and `_TrackingMode` then calls the original function
 
 
 def _activate(

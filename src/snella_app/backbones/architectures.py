@@ -34,7 +34,7 @@ _CONVNEXT_SIZES: dict[tuple[int, tuple[int, ...]], str] = {
     (192, (3, 3, 27, 3)): "large",
     (256, (3, 3, 27, 3)): "xlarge",
 }
-_SIZES_V2: dict[tuple[int, tuple[int, ...]], str] = {
+_CONVNEXTV2_SIZES: dict[tuple[int, tuple[int, ...]], str] = {
     (96, (3, 3, 9, 3)): "tiny",
     (128, (3, 3, 27, 3)): "base",
     (192, (3, 3, 27, 3)): "large",
@@ -58,7 +58,7 @@ def infer_convnext(state: dict[str, Tensor]) -> InferredArchitecture:
         weights = (state.get(name.format(stage)) for name in _DOWNSAMPLE)
         dims.append(next((weight.shape[0] for weight in weights if weight is not None), dims[-1]))
     is_v2 = any(".grn." in key for key in state)
-    size = (_SIZES_V2 if is_v2 else _CONVNEXT_SIZES).get((dims[0], depths))
+    size = (_CONVNEXTV2_SIZES if is_v2 else _CONVNEXT_SIZES).get((dims[0], depths))
     family = "convnextv2" if is_v2 else "convnext"
     pointwise = next(
         (value for key, value in state.items() if key.endswith((".pwconv1.weight", ".mlp.fc1.weight"))), stem
@@ -116,7 +116,7 @@ def _masked_size(state: dict[str, Tensor], patch: int) -> int | None:
     for key, value in state.items():
         if key.startswith("layers.") and key.endswith(".attn_mask") and value.ndim == 3:
             stage = int(key.split(".")[1])
-            # square grids: windows per image, patches per window
+            # sides of square grids: windows per image, patches per window
             return math.isqrt(value.shape[0]) * math.isqrt(value.shape[1]) * patch * 2**stage
     return None
 
@@ -141,8 +141,9 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
     if patch is None or patch.ndim != 4 or positions is None or positions.ndim != 3:
         seen = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:4])
         raise ValueError(
-            f"cannot infer the architecture of '{source}' from its shapes: {_PATCH} or pos_embed is missing; "
-            f"it contains {seen}, …; pass its timm name as the backbone and weights={source!r}"
+            f"cannot infer the architecture of '{source}' from its shapes: {_PATCH} (4 dimensions) or "
+            f"pos_embed (3 dimensions) is missing; it contains {seen}, …; pass its timm name as the backbone and "
+            f"weights={source!r}"
         )
     if "norm_pre.weight" in state:
         raise ValueError(
@@ -173,7 +174,7 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
 
 
 def _grid_side(positions: int, registers: int) -> int | None:
-    """Return the side of the square patch grid, excluding positions of class and register tokens."""
+    """Return the side of the square patch grid without class and register tokens; None if it is not square."""
     for extra in (1, 0, 1 + registers):
         side = math.isqrt(max(positions - extra, 0))
         if side and side * side == positions - extra:

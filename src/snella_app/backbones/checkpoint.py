@@ -296,8 +296,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if dropped_parts is not None:
         _logger.info("using only the encoder of '%s'; dropped %s", path, dropped_parts)
     origin = _identify_origin(state)
-    heads_by_width = origin.num_heads if origin is not None else {}
-    num_heads = heads_by_width.get(state["pos_embed"].shape[-1]) if heads_by_width else None
+    num_heads = origin.num_heads.get(state["pos_embed"].shape[-1]) if origin is not None and origin.num_heads else None
     return Checkpoint(state, path, num_heads, origin)
 
 
@@ -315,7 +314,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
     Args:
         model: timm model from `create_model`; changed in place.
         checkpoint: Result of `read_checkpoint`.
-        name: Backbone as the user typed it, for messages.
+        name: Name of the backbone, for messages.
 
     Raises:
         ValueError: If tensors are missing, unexpected or have a different shape, or the number of heads differs.
@@ -338,7 +337,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
     for head in heads:
         weight, expected = state.get(f"{head}.weight"), reference.get(f"{head}.weight")
         if weight is not None and (expected is None or weight.shape[0] != expected.shape[0]):
-            _logger.info("dropped the head of %d classes in '%s'; new head is random", len(weight), checkpoint.source)
+            _logger.info("dropped the head of %d classes in '%s'", len(weight), checkpoint.source)
             state = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
     mismatches = state_dict_errors(
         state,
@@ -359,7 +358,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
 
 
 def _read_torch(path: Path) -> Any:
-    """Unpickle tensors and `argparse.Namespace`, which training scripts store, but nothing else."""
+    """Unpickle tensors, plain values and `argparse.Namespace`, which training scripts store, but no other types."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -409,7 +408,7 @@ def _resized_tensors(checkpoint: Checkpoint, reference: dict[str, Tensor]) -> li
 
 
 def _filtered(model: nn.Module, checkpoint: Checkpoint, misfit: str) -> dict[str, Tensor]:
-    """Apply timm's checkpoint filter of the model family."""
+    """Apply timm's checkpoint filter of the model family, if it has one."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return dict(checkpoint.state)

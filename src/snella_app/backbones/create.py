@@ -33,7 +33,7 @@ from snella_app.backbones.checkpoint import (
 )
 from snella_app.files import expand_user
 from snella_app.plugins import plugin, plugins
-from snella_app.text import first_line
+from snella_app.text import first_line, nearest
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,8 @@ def _read_folder(path: Path) -> tuple[Path, bool]:
         detail = f", only the transformers model {other}" if other else ""
         raise ValueError(f"'{config_file}' must name a timm model under 'architecture', got none{detail}")
     if not isinstance(architecture, str) or not timm.is_model(architecture):
-        nearest = difflib.get_close_matches(str(architecture), timm.list_models(), n=5, cutoff=0.5)
-        raise ValueError(
-            f"'architecture' in '{config_file}' must be a timm model, got {architecture!r}; nearest: {nearest}"
-        )
+        hint = nearest(str(architecture), timm.list_models(), most=5, cutoff=0.5)
+        raise ValueError(f"'architecture' in '{config_file}' must be a timm model, got {architecture!r}{hint}")
     weights = next((path / file for file in _WEIGHT_FILES if (path / file).is_file()), None)
     if weights is None:
         raise FileNotFoundError(f"backbone folder '{path}' must contain one of {', '.join(_WEIGHT_FILES)}")
@@ -335,7 +333,7 @@ def _size_option(name: str, img_size: int | None) -> dict[str, Any]:
 
 
 def _hub_size_option(name: str, img_size: int | None) -> dict[str, Any]:
-    """Return `_size_option` for a model on the Hub, from the configuration of its repository."""
+    """Return `_size_option`; for a `hf-hub:` name, from the configuration of the repository."""
     if img_size is None or not name.startswith(_HUB_PREFIXES):
         return _size_option(name, img_size)
     config, architecture, _ = load_model_config_from_hf(name.partition(":")[2])
@@ -347,14 +345,16 @@ def _with_input_size(model: nn.Module, name: str, img_size: int | None) -> nn.Mo
     if img_size is None:
         return model
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch is not None and img_size % patch[0]:
-        lower = img_size // patch[0] * patch[0]
-        near = [size for size in (lower, lower + patch[0]) if size > 0]
+    side = patch[0] if isinstance(patch, tuple) else patch
+    if side is not None and img_size % side:
+        lower = img_size // side * side
+        near = [size for size in (lower, lower + side) if size > 0]
         raise ValueError(
-            f"img_size must be a multiple of the patch size {patch[0]} of {name!r}, got {img_size}; "
+            f"img_size must be a multiple of the patch size {side} of {name!r}, got {img_size}; "
             f"nearest: {', '.join(map(str, near))}"
         )
-    update_config(model, input_size=(3, img_size, img_size), test_input_size=None)
+    channels = model_arguments(model).get("in_chans", 3)
+    update_config(model, input_size=(channels, img_size, img_size), test_input_size=None)
     return model
 
 
@@ -418,11 +418,10 @@ def _resolve_name(name: str) -> str:
     lower = name.lower()
     containing = [known for known in {*names} if lower in known]
     containing.sort(key=lambda known: (not known.startswith(lower), len(known), known))
-    nearest = _similar_backbones(name) or containing[:5] or difflib.get_close_matches(name, names, n=5, cutoff=0.5)
-    hint = f"nearest: {', '.join(map(repr, nearest))}" if nearest else "timm.list_models() lists all names"
-    raise ValueError(
-        f"unknown backbone {name!r}; {hint}. Also accepted: a local file or folder, {', '.join(packaged_names())}"
-    )
+    near = _similar_backbones(name) or containing[:5] or difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+    hint = f"nearest: {', '.join(map(repr, near))}" if near else "timm.list_models() lists all names"
+    accepted = ", ".join(["a local file or folder", *packaged_names()])
+    raise ValueError(f"unknown backbone {name!r}; {hint}. Also accepted: {accepted}")
 
 
 _WELL_KNOWN = (

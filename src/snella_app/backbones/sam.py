@@ -123,8 +123,8 @@ _MLP = re.compile(r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_predic
 def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
     """Load a SAM of any size with all weights.
 
-    For another image size, absolute positions are resampled bicubically and relative positions of the global blocks
-    linearly, like the model's own interpolation.
+    For another image size, absolute positions are resampled bicubically, and relative positions of the global blocks
+    linearly, as in SAM's forward pass.
 
     Args:
         path: The authors' `.pth`, a weight file in transformers' naming, or a folder written by
@@ -194,11 +194,11 @@ def _read_folder(folder: Path) -> tuple[SamConfig, dict[str, Tensor]]:
             f"SAM folder '{folder}' must contain config.json and model.safetensors; config.json is missing"
         )
     try:
-        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"'{file}' is not a readable configuration: {error}") from error
-    if kind != "sam":
-        raise ValueError(f"'{file}' must have model_type 'sam', got {kind!r}")
+    if model_type != "sam":
+        raise ValueError(f"'{file}' must have model_type 'sam', got {model_type!r}")
     try:
         loaded: Any = SamModel.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True

@@ -1,7 +1,5 @@
 """Segmentation models: a timm backbone with a light decoder."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,8 +101,8 @@ def create_segmenter(
         if weights is not None:
             raise ValueError(f"weights must be omitted for backbone {name!r}, which includes weights, got {weights!r}")
         return create_sam_segmenter(name.removeprefix(SAM_PREFIX), num_classes=num_classes, img_size=img_size)
-    options: dict[str, Any] = {"weights": weights, "pretrained": pretrained, "img_size": img_size}
-    return SegmentationModel(create_backbone(name, num_classes=0, **options), num_classes)
+    encoder = create_backbone(name, num_classes=0, weights=weights, pretrained=pretrained, img_size=img_size)
+    return SegmentationModel(encoder, num_classes)
 
 
 def _resized(x: Tensor, size: torch.Size) -> Tensor:

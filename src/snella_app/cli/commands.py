@@ -35,7 +35,7 @@ def train(config: TrainConfig) -> None:
     --data photos expects photos/CLASS/image.jpg or photos/{train,val,test}/CLASS/image.jpg. The run folder contains the
     best adapter, metrics, predictions and report.html.
     """
-    from snella import train
+    from snella_app.api import train
 
     train(config)
 
@@ -293,7 +293,7 @@ def explain(
     if not images:
         others = {"out": out, "of": of, "columns": columns, "overwrite": overwrite, "skip_corrupt": skip_corrupt}
         if given := _given(**others, neighbors=None if neighbors == 3 else neighbors):
-            raise ValueError(f"{given} requires IMAGES; without them, explain uses validation images")
+            raise ValueError(f"{given} can only be used with IMAGES; without them, explain uses validation images")
         report = explain_validation(run, by=by, batch_size=batch_size, device=device)
         print_line(console, f"report: {report}")
         return
@@ -454,10 +454,11 @@ def inspect(
     if run is not None:
         console.print(inspect_run(run))
         if (folder := RunFolder(run)).was_killed:
+            name = (read(RunInfo, run).command or "snella train").split()[1]
             print_line(
                 console,
                 f"the run stopped unexpectedly: no process is training it; resume it with "
-                f"snella train --out {folder.path} --resume",
+                f"snella {name} --out {folder.path} --resume",
             )
     if run is not None and report:
         draw = plugin("reports", read(RunInfo, run).task) or rewrite_report
@@ -512,6 +513,8 @@ def data(
     options: dict[str, Any] = {"columns": columns, "channels": channels, "white": white, "skip_corrupt": skip_corrupt}
     warnings: list[str] = []
     if split_spec(spec)[1] is not None or spec in data_names() or path.is_file():
+        if decode:
+            raise ValueError(f"--decode applies to benchmark folders, got {data!r}; leave it out")
         errors, warnings = _check_dataset(spec, task, sheet, options, overwrite=overwrite)
     else:
         defaults = {"task": "classification", "channels": 3, "skip_corrupt": False, "overwrite": False}

@@ -2,15 +2,13 @@
 
 import argparse
 from importlib.metadata import entry_points
-from typing import Literal, get_args
 
 import shtab
 
 from snella_app.cli.command import COMMANDS
 from snella_app.cli.parser import options_of, summary
 
-Shell = Literal["bash", "zsh", "fish"]
-SHELLS: tuple[str, ...] = get_args(Shell)
+SHELLS = ("bash", "zsh", "fish")
 
 _PATHS = {
     *("class_weights", "clip", "data", "dino", "emit_to", "experiment", "features", "figures", "images", "init_from"),
@@ -19,7 +17,7 @@ _PATHS = {
 """Arguments completed with file and folder names."""
 
 
-def completion_script(shell: Shell) -> str:
+def completion_script(shell: str) -> str:
     """Generate the completion script for the `snella` command.
 
     The script completes commands, options, paths and fixed choices; `--backbone` completes only registered names. It is

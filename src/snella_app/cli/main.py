@@ -37,12 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed with the process
         return 1
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+    except (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError) as error:
         return _report(error, args)
     except Exception as error:
         status = getattr(error, "exit_status", None)  # set by outcomes such as interrupted training
         if type(error).__name__ == "OutOfMemoryError":  # torch.OutOfMemoryError, without importing torch
-            advice = "use a smaller batch size, --accumulate, --grad-checkpointing or a smaller --img-size"
+            advice = "use a smaller batch size; snella train also has --accumulate, --grad-checkpointing and --img-size"
             summary = MemoryError(f"{str(error).partition('. ')[0]}; {advice}")
             return _report(summary.with_traceback(error.__traceback__), args)
         if status is None:

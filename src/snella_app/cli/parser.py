@@ -219,7 +219,7 @@ def _command_list(is_research: bool) -> str:
     return "\n".join(lines)
 
 
-def _print_completion(shell: Any) -> NoReturn:
+def _print_completion(shell: str) -> NoReturn:
     """Print the completion script for a shell and exit; imports the generator on first use."""
     from snella_app.cli.completion import SHELLS, completion_script
 
@@ -348,11 +348,11 @@ def _expand_flags(options: Sequence[Option], args: Sequence[str]) -> list[str]:
 
 def _expand_preset(command: str, options: Sequence[Option], args: Sequence[str]) -> Sequence[str]:
     """Check the configuration files, and insert the last preset of the arguments as the first file."""
-    preset = None
-    for arg, follower in zip(args, [*args[1:], ""], strict=True):
-        option, sign, value = arg.partition("=")
-        value = value if sign else follower
-        if option == "--config" and value:
+    preset: str | None = None
+    for arg, follower in zip(args, [*args[1:], None], strict=True):
+        option, sign, text = arg.partition("=")
+        value = text if sign else follower
+        if option == "--config" and value is not None:
             preset = _read_config(value, options).get("preset", preset)
         elif option == "--preset":
             preset = value

@@ -1,6 +1,7 @@
 """Sections of `TrainConfig` besides the data, and base classes of the recipes' sections."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class BaseMethodConfig(Config):
             rank is more expressive and needs more memory and time.
         target_sparsity: Fraction of the adapted weights that the final update leaves unchanged (snella, snell); 0.7
             changes 30% of them.
-        scaling: Factor on the update (snella, snell, klora, fixed-mask). Lower it if training diverges, raise it if the
+        scaling: Factor on the update (snella, snell and others). Lower it if training diverges, raise it if the
             accuracy hardly changes.
         options: More options of the method, e.g. kernel, preset, schedule, min_layer_share for snella; lora_alpha for
             lora. On the command line: --method-options.kernel rbf.
@@ -127,8 +128,7 @@ class BaseOptimConfig(Config):
     Args:
         lr: Learning rate of the factors (other methods: of all trained weights except the head). Lower it if the loss
             diverges or is NaN, raise it if the loss decreases slowly.
-        scalar_lr: Learning rate of the scalar kernel parameters (snella, snell, klora, fixed-mask); rarely needs
-            tuning.
+        scalar_lr: Learning rate of the scalar kernel parameters (snella, snell and others); rarely needs tuning.
         weight_decay: Decoupled weight decay; not applied to the scalar kernel parameters.
         max_grad_norm: Maximum norm for gradient clipping; 0 disables it.
     """
@@ -254,9 +254,9 @@ class OptimConfig(BaseOptimConfig):
         return min(images, self.epoch_images or images)
 
     def with_batch_size_for(self, images: int) -> Self:
-        """Return a copy with the default batch size for this number of training images, unless `batch_size` is set."""
-        is_set = isinstance(self.batch_size, int)
-        return self if is_set else dataclasses.replace(self, batch_size=min(DEFAULT_BATCH_SIZE, images))
+        """Return a copy with the default batch size for this number of training images if `batch_size` is None."""
+        default = min(DEFAULT_BATCH_SIZE, images)
+        return dataclasses.replace(self, batch_size=default if self.batch_size is None else self.batch_size)
 
     def optimizer_options(self) -> dict[str, Any]:
         """Return the keyword arguments of `snella_app.training.build.build_optimizer`."""
@@ -286,7 +286,7 @@ class OptimConfig(BaseOptimConfig):
             f"{{cat: 1, dog: 2.5}}, got {self.class_weights!r}"
         )
         file = expand_user(self.class_weights)
-        if not file.is_file():
+        if not os.path.isfile(file):  # Path.is_file raises if the name is too long
             raise ValueError(f"{error}, which does not exist")
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -303,7 +303,7 @@ class OptimConfig(BaseOptimConfig):
             errors.append(f"ema must be in (0, 1), got {self.ema}; leave it out to disable it")
         if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
             errors.append(f"layer_decay must be in (0, 1], got {self.layer_decay}; leave it out to disable it")
-        if self.lr is not None and self.min_lr > self.lr:
+        if self.lr is not None and self.min_lr > self.lr >= 0.0:
             errors.append(f"min_lr must be at most lr, {self.lr}, got {self.min_lr}")
         errors += errors_of(self.read_class_weights)
         if self.time_budget is not None:
@@ -338,7 +338,7 @@ class BaseRunConfig(Config):
         device: auto (cuda if available, otherwise cpu), or a torch device such as cpu, cuda, cuda:1 or mps.
         resume: Resume the run in `out` from its last checkpoint, with its stored settings.
         overwrite: Replace an existing run in the output folder.
-        progress: Show a progress bar on a terminal, or a line every 30 seconds elsewhere.
+        progress: Show a progress bar on a terminal; elsewhere, snella train prints a line every 30 seconds.
     """
 
     minimums: ClassVar = {"seed": 0}

@@ -178,7 +178,7 @@ class TrainConfig(RunSettings):
         return replace(result, method=method, optim=optim)
 
     def errors(self) -> list[str]:
-        """Check settings across sections, without data and model."""
+        """Check settings across sections; loads neither data nor model."""
         init_from = self.model.init_from
         is_started = self.run.resume or init_from is not None
         errors = [*self.missing_errors(is_started=is_started), *self.method_errors(), *self._task_errors()]

@@ -1,1 +1,1 @@
-"""Data: image folders, tables and bundled datasets, split for training."""
+"""Data: image folders, masks, tables, Hugging Face datasets and benchmarks, split for training."""

@@ -27,7 +27,7 @@ class Inspection:
     Attributes:
         name: Name of the dataset in the benchmark.
         folder: Folder of the dataset.
-        parts: Readable lists by name, e.g. `train800`.
+        parts: Images of each existing list by name, e.g. `train800`.
         classes: Class names by index.
         errors: Problems that make the data unusable.
         deviations: Deviations from the benchmark's numbers of images or classes; usable but not comparable.
@@ -57,13 +57,13 @@ class Inspection:
                 f"{len(missing)} of {len(files)} files listed in {name} do not exist in '{root}': {listed(missing)}"
             )
 
-    def check_missing(self, files: Sequence[str], layout: str) -> None:
+    def check_missing(self, missing: Sequence[str], layout: str) -> None:
         """Record missing list files."""
-        if files:
-            self.errors.append(f"missing in '{self.folder}': {', '.join(files)}; the layout is {layout}")
+        if missing:
+            self.errors.append(f"missing in '{self.folder}': {', '.join(missing)}; the layout is {layout}")
 
-    def check_classes(self, count: int) -> None:
-        """Record labels that are not below `count`, and classes without images."""
+    def check_labels(self, count: int) -> None:
+        """Record labels outside 0 … `count - 1`, and classes without images."""
         for name, part in self.parts.items():
             outside = sorted({label for label in part.labels if not 0 <= label < count})
             if outside:
@@ -85,11 +85,11 @@ class Inspection:
         """Record images shared by two splits, if both exist: the same file or identical files.
 
         Some benchmarks contain a few copies under other names (e.g. symmetric rendered shapes), so copies of up to 5%
-        of the evaluation split are reported as notes, not as errors.
+        of the second split are reported as notes, not as errors.
 
         Args:
-            first: Training split.
-            second: Evaluation split.
+            first: Training or validation split.
+            second: Validation or test split.
         """
         if first not in self.parts or second not in self.parts:
             return
@@ -114,7 +114,7 @@ class BenchmarkDataset:
         classes: Number of classes.
         sizes: Numbers of training, validation and test images.
         group: Group of a VTAB-1k task: natural, specialized or structured.
-        images: Subfolder of the image paths; empty for the dataset folder.
+        images: Subfolder that the image paths are relative to; empty for the dataset folder.
         aliases: Alternative folder names.
     """
 
@@ -159,12 +159,12 @@ class BenchmarkFamily:
         return next((member for member in self.members.values() if name in (member.name, *member.aliases)), None)
 
     def locate(self, root: Path, member: BenchmarkDataset) -> Path:
-        """Return the folder of a dataset: the first name that exists, else the main name."""
+        """Return the folder of a dataset: the first that exists under any of its names, else that of the main name."""
         folders = [root / name for name in (member.name, *member.aliases)]
         return next((folder for folder in folders if folder.is_dir()), folders[0])
 
     def is_dataset(self, folder: Path) -> bool:
-        """Return whether a folder contains a list of images."""
+        """Return whether a folder contains an image list of the benchmark."""
         return any((folder / name).is_file() for name in self.lists)
 
     def has_datasets(self, folder: Path) -> bool:
@@ -186,7 +186,8 @@ class BenchmarkFamily:
 
         Raises:
             FileNotFoundError: If the folder does not exist.
-            ValueError: If the name is not a dataset, or `read` finds errors; one message lists all.
+            ValueError: If the name is not a dataset, or `read` finds errors or, with `strict_sizes`, deviations; one
+                message lists all.
         """
         spec, requested = f"{self.prefix}:{path}", expand_user(path)
         member = self.find(requested.name)
@@ -196,9 +197,7 @@ class BenchmarkFamily:
             raise ValueError(f"{spec} must end with the name of a {self.kind}, got {requested.name!r}{hint}")
         folder = self.locate(requested.parent, member)
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{spec}: no folder '{folder}'; see the expected layout with `snella data check {requested.parent}`"
-            )
+            raise FileNotFoundError(f"{spec}: no folder '{folder}'; the layout is {self.layout}")
         inspection, is_strict = self.read(folder, member), config.strict_sizes
         problems = [*inspection.errors, *(inspection.deviations if is_strict else [])]
         if problems:
@@ -267,7 +266,7 @@ def inspect_vtab(folder: Path, task: BenchmarkDataset) -> Inspection:
     inspection.check_missing(missing, _VTAB_LAYOUT)
     if joined is not None and not missing and joined.labels != parts["train800"].labels + parts["val200"].labels:
         inspection.errors.append(f"{_JOINED}.txt must list the labels of train800.txt, then of val200.txt")
-    inspection.check_classes(task.classes)
+    inspection.check_labels(task.classes)
     train, val, test = task.sizes
     inspection.check_sizes({"train800": train, "val200": val, _JOINED: train + val, "test": test})
     for first, second in itertools.combinations(_VTAB_PARTS, 2):
@@ -283,7 +282,7 @@ def _read_list(inspection: Inspection, name: str) -> None:
         if not line.strip():
             continue
         file, _, label = line.strip().rpartition(" ")
-        if file and label.lstrip("-").isdigit():
+        if file and label.removeprefix("-").isdecimal():
             files.append(file.strip())
             labels.append(int(label))
         else:
@@ -348,8 +347,8 @@ def inspect_fgvc(folder: Path, dataset: BenchmarkDataset) -> Inspection:
     inspection.classes = _folder_names(ids, list(inspection.parts.values()))
     if len(ids) > dataset.classes:
         inspection.errors.append(f"lists must have {dataset.classes} classes, got {len(ids)}")
-    else:
-        inspection.check_classes(dataset.classes)
+    elif 0 < len(ids) < dataset.classes:
+        inspection.deviations.append(f"{dataset.classes} classes must have images, got {len(ids)}")
     inspection.check_sizes(sizes)
     for first, second in itertools.combinations(_FGVC_PARTS, 2):
         inspection.check_overlap(first, second)
@@ -370,7 +369,7 @@ def _read_object(file: Path, errors: list[str]) -> dict[str, int]:
     invalid = [
         f"{path!r}: {label!r}"
         for path, label in content.items()
-        if type(label) is not int and not (isinstance(label, str) and label.isdigit())
+        if type(label) is not int and not (isinstance(label, str) and label.isdecimal())
     ]
     if invalid:
         errors.append(

@@ -79,14 +79,14 @@ class BenchmarkCheck:
 
 
 def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[BenchmarkCheck]:
-    """Validate a benchmark folder, one of its datasets, or a folder that contains `vtab-1k` and `fgvc`.
+    """Validate a benchmark folder, one of its datasets, or a folder that directly contains benchmark folders.
 
     Args:
         folder: Folder to validate.
         decode: Also decode every image (slow); unreadable files become errors.
 
     Returns:
-        One entry per benchmark with at least one dataset.
+        One entry per benchmark folder with at least one dataset.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -103,7 +103,7 @@ def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[Benchm
     for family in _FAMILIES:
         dataset = family.find(root.resolve().name)
         if dataset is not None and family.is_dataset(root) and not _benchmarks_in(root):
-            checks.append(BenchmarkCheck(family.title, root.parent, [family.read(root, dataset)]))
+            checks.append(BenchmarkCheck(family.title, root.resolve().parent, [family.read(root, dataset)]))
     if not checks:
         checks = [_check_benchmark(family, path) for family, path in _benchmarks_in(root, *_subfolders(root))]
     if not checks:
@@ -189,7 +189,7 @@ class DataCheck:
     """Validation result of a dataset.
 
     Attributes:
-        splits: Data as split for training; unsplit if splitting fails.
+        splits: Data as split for training; only the existing splits if splitting fails.
         counts: Number of images by class (or label) and split; empty for regression and segmentation.
         ranges: Minimum, median and maximum of each regression target; empty for other tasks.
         sizes: Width and height of the smallest, median and largest image; None if images were not inspected.
@@ -209,7 +209,7 @@ class DataCheck:
     notes: list[str] = field(default_factory=list)
 
     def print_summary(self, console: Console, target: TargetKind) -> None:
-        """Print the images by class and split, sizes, formats, notes and warnings."""
+        """Print the images by class and split, sizes, formats, target ranges, notes and warnings."""
         parts = self.splits.parts
         print_line(console, self.splits.description)
         first = "label" if target == "labels" else "class" if self.counts else ""
@@ -247,6 +247,7 @@ def check_data(spec: str, config: DataConfig | None = None, *, target: TargetKin
         ValueError: If the data cannot be loaded, e.g. a column is missing.
         FileNotFoundError: If the data does not exist.
         ImportError: If a required package is not installed.
+        ConnectionError: If a dataset of the Hugging Face Hub is not cached and the Hub is unreachable.
     """
     config = config or DataConfig()
     skipping = replace(config, skip_corrupt=True)
@@ -297,7 +298,7 @@ def _label_counts(splits: DataSplits) -> dict[str, dict[str, int]]:
 
 
 def _ranges(splits: DataSplits) -> dict[str, tuple[float, float, float]]:
-    """Return minimum, median and maximum of each column over all splits."""
+    """Return minimum, median and maximum of each target over all splits."""
     targets = [target for images in splits.parts.values() for target in images.annotations.targets or []]
     values = np.array(targets, dtype=float).reshape(len(targets), -1)
     low, median, high = np.quantile(values, (0, 0.5, 1), axis=0, method="nearest").tolist()
@@ -340,7 +341,7 @@ def _suspicious_names(classes: Sequence[str]) -> list[str]:
 
 
 def contact_sheet(splits: DataSplits, *, per_class: int = 10, max_classes: int = 20) -> Image.Image:
-    """Draw the first training images of each of the first classes, one row per class."""
+    """Draw the first training images of each of the first classes (or strata), one row per class."""
     images = splits.train
     labels = sorted(set(images.labels))[:max_classes]
     rows = [(label, [p for p, other in enumerate(images.labels) if other == label]) for label in labels]

@@ -28,6 +28,7 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
 }
 """Column names by role, lower case without spaces, `_`, `-` and `.`, most likely first."""
 _ROOT, _NONE = "root", "none"
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Columns:
         """Parse `role=name,role=name`.
 
         Raises:
-            ValueError: If a role is unknown or an entry has no `=`.
+            ValueError: If a role is unknown or an entry is not `role=name`.
         """
         names: dict[str, str] = {}
         roles = (*_SYNONYMS, _ROOT)
@@ -66,7 +67,7 @@ class Columns:
         return cls(names, None if root is None else expand_user(root))
 
     def resolve(self, table: Mapping[str, Sequence[Any]], needed: Sequence[str], where: str) -> dict[str, str]:
-        """Return the column name of each role in the table.
+        """Return the column of each role: a name of the table, a path template, or label columns joined by `+`.
 
         Args:
             table: Values by column.
@@ -108,8 +109,8 @@ class Columns:
 
 def columns_in(role: str, column: str) -> list[str]:
     """Return the columns that a value of `--columns` references, e.g. both of `label=age+height`."""
-    if role == "path" and "{" in column:
-        return re.findall(r"\{([^{}]*)\}", column)
+    if role == "path" and (names := _PLACEHOLDER.findall(column)):
+        return names
     return column.split("+") if role == "label" else [column]
 
 
@@ -123,9 +124,9 @@ def _describe_column(name: str, values: Sequence[Any]) -> str:
 
 def paths_in(table: Mapping[str, Sequence[Any]], column: str) -> list[str]:
     """Return the paths from a column or template; empty strings for missing values."""
-    if "{" not in column:
+    parts = _PLACEHOLDER.split(column)
+    if len(parts) == 1:
         return [text_of(value) for value in table[column]]
-    parts = re.split(r"\{([^{}]*)\}", column)
     texts = [[text_of(value) for value in table[name]] for name in parts[1::2]]
     paths = []
     for row in zip(*texts, strict=True):
@@ -150,5 +151,5 @@ def number_of(value: Any) -> float:
 
 
 def format_value(value: Any) -> str:
-    """Format a value for an error message."""
+    """Format a value for a message; the entries of a list are joined by `|`."""
     return "|".join(map(str, value)) if isinstance(value, list | tuple) else text_of(value)

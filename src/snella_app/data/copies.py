@@ -19,15 +19,18 @@ _CHUNK, _MAX_PAIRS = 1024, 2_000_000_000
 
 
 def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> list[str]:
-    """Return warnings about images of the named splits that are copies of training images, exact or re-encoded."""
+    """Return warnings about images of the named splits that are copies of training images, also re-encoded or resized.
+
+    For images that are not files, equal and re-encoded copies are not distinguished.
+    """
     train, digest_of = parts["train"], cache(sha256_of)
     notes = []
     for name, part in ((name, parts[name]) for name in names if name in parts):
-        equal = equal_files(train, part, digest_of)
+        equal, files = equal_files(train, part, digest_of), file_paths(part)
         copies = {**find_near_copies(train, part), **equal}
         if copies:
             shown = listed(f"{train.names[b]!r} is {part.names[a]!r}" for a, b in sorted(copies.items()))
-            reencoded = len(copies) - len(equal)
+            reencoded = sum(position in files for position in copies) - len(equal)
             kind = f" ({reencoded} of them re-encoded or resized)" if reencoded else ""
             duplicate = "is also a training image" if len(copies) == 1 else "are also training images"
             notes.append(
@@ -96,7 +99,7 @@ def find_equal_images(train: ImageDataset, others: ImageDataset) -> dict[int, in
 
 def _pixel_digest(images: ImageDataset, position: int) -> bytes:
     """Return a digest of the decoded image."""
-    image: Any = images.source.load(images.rows[position])
+    image = images.source.load(images.rows[position])
     pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image)
     return hashlib.blake2b(repr((pixels.shape, str(pixels.dtype))).encode() + pixels.tobytes(), digest_size=16).digest()
 

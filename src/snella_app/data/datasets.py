@@ -117,7 +117,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
 
     def image(self, index: int) -> Image.Image:
         """Return a copy of the untransformed image as RGB; multispectral images are reduced to three channels."""
-        image: Any = self.source.load(self.rows[index])
+        image = self.source.load(self.rows[index])
         if isinstance(image, Tensor):
             return to_pil_image(first_channels(image))
         return image.copy() if image.mode == "RGB" else to_rgb(image)
@@ -180,8 +180,8 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         return dataset
 
     def _item(self, index: int) -> tuple[Any, ...]:
-        """Return the transformed image and its target; the caller seeds the generator."""
-        image: Any = self.source.load(self.rows[index])
+        """Return the image, transformed if there is a transform, and its target; the caller seeds the generator."""
+        image = self.source.load(self.rows[index])
         if self.transform is not None:
             image = self.transform(image)
         else:
@@ -248,7 +248,7 @@ class MaskDataset(ImageDataset):
         return [self.source, self.masks]
 
     def _item(self, index: int) -> tuple[Any, Any]:
-        """Transform image and labels together: `[3, height, width]` and `[height, width]`, int64."""
+        """Return image and labels, transformed together to `[3, height, width]` and `[height, width]`, int64."""
         image, labels = self.source.load(self.rows[index]), torch.from_numpy(self.mask(index))
         if self.transform is None:
             return image.copy(), labels.numpy()

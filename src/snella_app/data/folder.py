@@ -20,7 +20,7 @@ PARTS = {
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
     **{"val": "val", "validation": "val", "valid": "val", "dev": "val"},
 }
-"""Accepted split names in folders and tables."""
+"""Splits by accepted name, lower case."""
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
 _LAYOUT = "the expected layout is PATH/class/image.jpg"
 _Files = dict[str, list[Path]]
@@ -193,7 +193,7 @@ def walk_visible(folder: Path, *, root: Path | None = None) -> Iterator[Path]:
 
 
 def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Path) -> list[str]:
-    """Report all errors of the class folders in one message, and return `Collection.problems`."""
+    """Raise ValueError with all errors of the class folders, or return `Collection.problems`."""
     errors, problems = [], []
     if not files["train"]:
         errors.append(_no_classes_error(folders["train"], root))

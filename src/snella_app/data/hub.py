@@ -19,6 +19,7 @@ from snella_app.data.columns import Columns
 from snella_app.data.datasets import Collection
 from snella_app.data.folder import PARTS
 from snella_app.data.images import (
+    DECODING_ERRORS,
     PILLOW_MODES,
     ImageMetadata,
     Reading,
@@ -93,7 +94,7 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
 
     Raises:
         TypeError: If the type of the object or of its items is not supported.
-        ValueError: If `build_collection` rejects the data, or a setting does not apply to it.
+        ValueError: If `build_collection` rejects the data, a split is unknown, or a setting does not apply to the data.
     """
     name, where = "data", f"{PYTHON_PREFIX}data"
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
@@ -105,6 +106,10 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
             )
     if all(hasattr(part, "features") and hasattr(part, "column_names") for part in parts.values()):
         return _from_hf(data, where, name, config, target)
+    kinds = {PARTS.get(str(part_name).lower()) for part_name in parts}
+    if len(parts) > 1 and (None in kinds or "train" not in kinds):
+        got = ", ".join(map(repr, parts))
+        raise ValueError(f"data must map train and optionally val and test to datasets, got {got}")
     if config.columns is not None:
         raise ValueError(
             f"columns applies only to datasets with columns, e.g. of Hugging Face, got {config.columns!r} with items "
@@ -137,7 +142,7 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
 
 
 class _HubImages(CachedImages):
-    """Encoded images in columns of concatenated Hugging Face datasets."""
+    """Encoded images in a column of concatenated Hugging Face datasets."""
 
     def __init__(self, columns: Sequence[Any], name: str, reading: Reading, roots: Sequence[Path] | None) -> None:
         super().__init__(reading)
@@ -189,18 +194,21 @@ class _ObjectImages(CachedImages):
         self.items: ConcatDataset[Any] = ConcatDataset(parts)
 
     def read(self, row: int) -> Any:
-        """Return the image of an item."""
-        image = self.items[row][0]
-        if isinstance(image, Tensor | np.ndarray):
-            if image.dtype not in (np.dtype(np.uint8), torch.uint8):
-                raise ValueError(
-                    f"items must be 8-bit images (PIL or uint8), got {type(image).__name__} of {image.dtype}; "
-                    "remove the dataset's transform"
-                )
-            image = to_pil_image(image)
-        if not isinstance(image, Image.Image):
-            raise ValueError(f"items must be (image, label), got {type(image).__name__} first")
-        return to_channels(image, self.reading)
+        """Return the image of an item; raise ValueError if the dataset cannot decode it."""
+        try:
+            image = self.items[row][0]
+            if isinstance(image, Tensor | np.ndarray):
+                if image.dtype not in (np.dtype(np.uint8), torch.uint8):
+                    raise ValueError(
+                        f"items must be 8-bit images (PIL or uint8), got {type(image).__name__} of {image.dtype}; "
+                        "remove the dataset's transform"
+                    )
+                image = to_pil_image(image)
+            if not isinstance(image, Image.Image):
+                raise ValueError(f"items must be (image, label), got {type(image).__name__} first")
+            return to_channels(image, self.reading)
+        except DECODING_ERRORS as error:
+            raise ValueError(str(error) or type(error).__name__) from error
 
     def content(self, row: int) -> bytes:
         """Return the pixels."""
@@ -225,7 +233,10 @@ def _labels_of(part: Any) -> list[Any]:
 def _from_hf(
     data: Any, where: str, name: str, config: DataConfig, target: TargetKind, roots: Sequence[Path] | None = None
 ) -> Collection:
-    """Convert Hugging Face datasets to a `Collection`; `roots` restricts referenced files unless None."""
+    """Convert Hugging Face datasets to a `Collection`.
+
+    Rows may only reference files below `roots`, or below `root` of the columns; None allows all files.
+    """
     import datasets
 
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
@@ -247,7 +258,7 @@ def _from_hf(
         table[column] = [value for part in padded for value in part]  # splits may lack columns
     urls = table.pop(_URL, None)
     columns = Columns.parse(config.columns)
-    if roots is not None and columns.root is not None:
+    if columns.root is not None:
         roots = [columns.root]
     if images:
         columns = Columns({"path": images[0], **columns.names})
@@ -293,7 +304,7 @@ def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _class_names(kind: Any) -> list[str] | None:
-    """Return the class names of a column of class indices or lists of indices."""
+    """Return the class names of a column of class indices or lists of indices; None for other columns."""
     names = getattr(kind, "names", None) or getattr(getattr(kind, "feature", None), "names", None)
     return None if names is None else [str(name) for name in names]
 
@@ -320,7 +331,7 @@ def _shards(path: str) -> list[Path]:
             numbers = range(int(first), int(last) + 1)
             shards = [Path(f"{before}{number:0{len(first)}}{after}") for number in numbers]
         else:
-            shards = [Path(name) for name in sorted(glob.glob(str(folder)))]
+            shards = [Path(name) for name in sorted(glob.glob(str(folder)))] or [folder]
     missing = [str(shard) for shard in shards if not shard.is_file()]
     if missing or not shards:
         hint = similar_paths(folder) or "; write wds:FOLDER or wds:train-{000..009}.tar"

@@ -30,8 +30,8 @@ IMAGE_SUFFIXES = (
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
 """Formats that Pillow may decode, regardless of the file name; pillow-heif adds HEIF. EPS is excluded because it
 starts Ghostscript."""
-_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
-"""Limit for TIFF and array files; Pillow has its own limit for other formats."""
+_MAX_VALUES = 8 * (Image.MAX_IMAGE_PIXELS or 2**27)
+"""Maximum number of values of an array file, or a TIFF file that tifffile reads; Pillow limits the pixels of others."""
 _STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")
 """Magic bytes of common formats; TIFF and BMP are ambiguous."""
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
@@ -89,7 +89,8 @@ def read_image(path: str | Path, reading: Reading = RGB) -> Any:
     """Read and fully decode an image file, applying EXIF orientation.
 
     Args:
-        path: File in a supported format; the first page or frame is used. HEIC needs pillow-heif.
+        path: File in a supported format; for 1, 3 or 4 channels, the first page or frame is used. HEIC needs
+            pillow-heif.
         reading: Decoding options.
 
     Returns:
@@ -153,9 +154,9 @@ def metadata_of(image: Image.Image, mode: str = "", kind: str = "") -> ImageMeta
 
 
 def check_regular(file: File) -> None:
-    """Raise ValueError for paths that are not regular files, e.g. pipes, sockets and devices."""
+    """Raise ValueError for paths that are not regular files, e.g. folders, pipes, sockets and devices."""
     if isinstance(file, str | Path) and not stat.S_ISREG(os.stat(file).st_mode):
-        raise ValueError("not a regular file (a pipe, socket or device)")
+        raise ValueError("not a regular file (a folder, pipe, socket or device)")
 
 
 @contextmanager
@@ -194,7 +195,7 @@ def open_image(file: File) -> Image.Image:
 
 
 def _load_npy(file: File) -> np.ndarray:
-    """Read an array file; reject other and too large files before memory is allocated."""
+    """Read an array file; reject values that are not numeric or too many before memory is allocated."""
     array_pixels(file)
     return np.load(file, allow_pickle=False)
 
@@ -231,6 +232,7 @@ def has_heic() -> bool:
 def _start_of(file: File) -> bytes:
     """Return the first 12 bytes of a file or stream, and rewind the stream; empty for unreadable files."""
     if not isinstance(file, str | Path):
+        file.seek(0)
         start = file.read(12)
         file.seek(0)
         return start
@@ -318,8 +320,8 @@ def _check_values(shape: tuple[int, ...], dtype: Any) -> None:
     """Check that values are numeric and not too many."""
     if dtype is None or dtype.kind not in "uif":
         raise ValueError(f"values must be numeric, got {dtype}")
-    if math.prod(shape) > _MAX_PIXELS * 4:
-        raise ValueError(f"the image must have at most {_MAX_PIXELS * 4:,} values, got an array of {list(shape)}")
+    if math.prod(shape) > _MAX_VALUES:
+        raise ValueError(f"the image must have at most {_MAX_VALUES:,} values, got an array of {list(shape)}")
 
 
 def _import_tifffile() -> Any:
@@ -352,8 +354,10 @@ def is_image(path: Path) -> bool:
 
     Hidden files are excluded, e.g. the `._photo.jpg` that macOS creates next to `photo.jpg`.
     """
-    if path.name.startswith(".") or path.suffix.lower() in IMAGE_SUFFIXES:
-        return not path.name.startswith(".")
+    if path.name.startswith("."):
+        return False
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return True
     start = _start_of(path)
     is_webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
     is_avif = start[4:8] == b"ftyp" and start[8:12] in (b"avif", b"avis")

@@ -6,6 +6,7 @@
 import difflib
 import functools
 import inspect
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, cast
 
 from snella_app.console import counted
 from snella_app.data.benchmarks import FGVC, VTAB
+from snella_app.data.columns import number_of
 from snella_app.data.copies import copy_warnings
 from snella_app.data.datasets import Collection, ImageDataset, Target, joined, known_metadata
 from snella_app.data.folder import load_folder
@@ -97,7 +99,7 @@ def full_spec(spec: str) -> str:
     path = expand_user(spec)
     if split_spec(spec)[1] is not None or spec in _registered() or not spec.strip() or not os.path.exists(path):
         return spec
-    if path.is_file():
+    if not path.is_dir():
         prefix = {".csv": "csv:", ".tsv": "csv:", ".parquet": "parquet:", ".tar": "wds:"}.get(path.suffix.lower())
         return spec if prefix is None else prefix + spec
     if any((path / part / "masks").is_dir() and (path / part / "images").is_dir() for part in ("", "train")):
@@ -156,8 +158,8 @@ def load_data(
     Args:
         spec: Folder or table (see `full_spec`); one of `data_names()`, e.g. `folder:PATH` (`class/image` or
             `train|val|test/class/image`); or a dataset object (see `snella_app.data.hub.from_python`).
-        config: Columns, image format, splits and their sizes; its `spec`, `task` and augmentation do not apply.
-        seed: Seed of splits, subsampling and augmentation, in [0, 2^32).
+        config: Columns, image format, handling of broken images, splits and their sizes; other fields do not apply.
+        seed: Seed of splits, subsampling and augmentation, in [0, 2^32); `config.test_seed` is that of test images.
         target: Content of the label column: one class (`class`), any number of labels (`labels`) or numbers
             (`numbers`, with column names as `classes`). `ImageDataset.labels` contains classes, or strata for the other
             two; `ImageDataset.annotations` contains raw values, weights and groups.
@@ -203,7 +205,7 @@ def load_data(
 
 
 def with_class_order(splits: DataSplits, classes: list[str]) -> DataSplits:
-    """Return the splits with reordered class indices.
+    """Return the splits with reordered class indices; the labels of `splits` are replaced in place.
 
     Args:
         splits: Splits with one class per image.
@@ -254,7 +256,7 @@ def _data_hint(spec: str) -> str:
         near = [] if is_drive else difflib.get_close_matches(name.lower(), prefixes, n=1, cutoff=0.5)
         return f"; did you mean '{near[0]}:{rest}'?" if near else ""
     path = expand_user(spec)
-    if path.is_file():
+    if os.path.exists(path):
         return ", which is not a CSV, TSV, Parquet or tar file"
     near = difflib.get_close_matches(spec, _registered(), n=2, cutoff=0.4)
     if near:
@@ -270,15 +272,14 @@ def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collect
         values: list[Target] = [(name,) for name in collection.classes]
         note = "every image has exactly one label, its class; images with several labels need a table"
     else:
-        try:
-            values = [float(name) for name in collection.classes]
-        except ValueError:
+        numbers = [number_of(name) for name in collection.classes]
+        if not all(map(math.isfinite, numbers)):
             raise ValueError(
                 f"data must have a column of numbers for task regression, e.g. csv:FILE with --columns label=NAME, or "
                 f"class names that are numbers, got {spec} with classes "
                 f"{', '.join(map(repr, collection.classes[:3]))}"
-            ) from None
-        note = "regression targets are the class names"
+            )
+        values, note = [*numbers], "regression targets are the class names"
     for part in collection.parts.values():
         part.annotations = replace(part.annotations, targets=[values[label] for label in part.labels])
     return replace(

@@ -88,8 +88,8 @@ def collect_masks(
         skip_corrupt: Skip unreadable pairs with a note.
 
     Raises:
-        ValueError: If there are errors so far, unreadable pairs, different sizes, or labels out of range; one message
-            lists all errors.
+        ValueError: If there are errors so far, unreadable pairs, different sizes, labels out of range, a split without
+            readable pairs, or only one label.
     """
     all_pairs = [pair for split_pairs in pairs.values() for pair in split_pairs]
     checks = dict(zip(all_pairs, decode_all(_check_pair, all_pairs), strict=True))
@@ -114,7 +114,8 @@ def collect_masks(
     if mismatched:
         errors.append(f"{counted(len(mismatched), 'mask')} with a different size than the image: {listed(mismatched)}")
     labels = {label for check in good.values() for label in check.labels}
-    is_white = (class_names is None or len(class_names) == 2) and labels <= {0, 255}
+    is_binary = all(check.is_thresholded or set(check.labels) <= {0, 255} for check in good.values())
+    is_white = (class_names is None or len(class_names) == 2) and is_binary
     classes = class_names or (BINARY_CLASSES if is_white else _default_class_names(labels))
     outside = {masks[pair]: [label for label in check.labels if label >= len(classes)] for pair, check in good.items()}
     texts = [f"{mask} has {', '.join(map(str, invalid[:5]))}" for mask, invalid in outside.items() if invalid]
@@ -151,7 +152,7 @@ def collect_masks(
 
 
 def find_pairs(folder: Path, root: Path, errors: list[str]) -> list[MaskPair]:
-    """Pair the images and masks of one split by name, and append unpaired files to `errors`."""
+    """Pair the images and masks of one split by name, and append missing and duplicate files to `errors`."""
     where = "" if folder == root else f" in {folder.relative_to(root)}"
     by_kind = {kind: _files(folder / kind, root, errors) for kind in ("images", "masks")}
     images, masks = by_kind["images"], by_kind["masks"]
@@ -220,7 +221,7 @@ def _size(size: tuple[int, int]) -> str:
     return f"{size[0]}×{size[1]}"
 
 
-CLASSES = ["background", "polyp"]
+_KVASIR_CLASSES = ["background", "polyp"]
 _SPLIT_FILES = {"train": "train.txt", "test": "val.txt"}
 _TEST_FRACTION = 0.12
 
@@ -249,7 +250,7 @@ def load_kvasir(path: str, config: DataConfig, target: TargetKind) -> Collection
             "selected by SHA-256 of their names (not the official split)"
         )
     parts = {part: [pairs[name] for name in chosen if name in pairs] for part, chosen in names.items()}
-    collection = collect_masks(f"kvasir:{path}", root, parts, errors, CLASSES, config.skip_corrupt)
+    collection = collect_masks(f"kvasir:{path}", root, parts, errors, _KVASIR_CLASSES, config.skip_corrupt)
     collection.name, collection.has_parts = "kvasir", True
     collection.notes += notes
     return collection
@@ -263,7 +264,7 @@ def _official_split(root: Path, pairs: dict[str, MaskPair], errors: list[str]) -
         return None
     if len(present) < len(files):
         absent = next(file.name for file in files.values() if not file.is_file())
-        errors.append(f"{present[0].name} exists but {absent} does not; add it, or remove both to split by name")
+        errors.append(f"{present[0].name} exists but {absent} does not; add it, or remove the other to split by name")
         return {"train": list(pairs)}
     names = {part: _names(file) for part, file in files.items()}
     for part, chosen in names.items():
@@ -281,4 +282,4 @@ def _official_split(root: Path, pairs: dict[str, MaskPair], errors: list[str]) -
 def _names(file: Path) -> list[str]:
     """Read the names in a split file, without folders and suffixes."""
     lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    return list(dict.fromkeys(Path(line).stem if "." in line else Path(line).name for line in lines if line))
+    return list(dict.fromkeys(Path(line).stem for line in lines if line))

@@ -21,8 +21,8 @@ class Reading:
         channels: 3 for RGB, 1 for gray, 4 for RGBA; any other number for a TIFF (by tifffile) or `.npy` array of
             `[height, width, channels]`, `[channels, height, width]` or one page per channel.
         white: Value of 16-bit gray images and arrays mapped to white; larger values are clipped.
-        side: Minimum shorter side; larger 8-bit images without palette and transparency are downscaled by an integer
-            factor. JPEGs use the decoder's scaling, which is faster; other formats are averaged. None uses the full
+        side: Minimum shorter side; larger 8-bit images without palette and alpha channel are downscaled by an integer
+            factor. JPEGs first use the decoder's scaling, which is faster; the rest is averaged. None uses the full
             resolution.
     """
 
@@ -63,15 +63,15 @@ class DataConfig(Config):
             files. The backbone's first convolution is adapted.
         white: Value of 16-bit images that maps to white, e.g. 4095 for 12-bit cameras; defaults to 65535.
         skip_corrupt: Skip unreadable images and report their number.
-        strict_sizes: Reject benchmark data (vtab, fgvc) with a wrong number of images or classes; false only prints a
-            note.
+        strict_sizes: Reject benchmark data (vtab, fgvc) with another number of images or missing classes; false only
+            prints a note.
         sampler: Order of the training images: shuffle, or weighted, which draws with replacement so that all classes
             are equally frequent.
         augment: Data augmentation: none, flip, crop (random resized crop and flip), crop-no-flip, or imagenet (smaller
             crops, flip and color jitter). randaugment and trivialaugment add random color and geometric changes to
-            crop; 3augment adds one of grayscale, solarization and blur. auto selects flip for regression, segmentation
-            and protocol official, crop otherwise, or crop-no-flip if flips change the classes.
-        tta: Test-time augmentation: 2 averages the probabilities of an image and its flip, 1 uses only the image. auto
+            crop; 3augment adds color jitter and one of grayscale, solarization and blur. auto selects flip for
+            regression, segmentation and protocol official, crop otherwise, or crop-no-flip if flips change the classes.
+        tta: Test-time augmentation: 2 averages the predictions for an image and its flip, 1 uses only the image. auto
             selects 2 for classification if training flips images and the protocol is not official. Epochs are validated
             with one view.
         random_erasing: Probability of erasing a random rectangle of an image.
@@ -132,7 +132,7 @@ class DataConfig(Config):
         return self.tta if isinstance(self.tta, int) else 1
 
     def coerce_fields(self) -> list[str]:
-        """Convert the fields, and add the prefix to a bare path in `spec`."""
+        """Convert the fields, add the prefix to a bare path in `spec`, and return the errors."""
         errors = super().coerce_fields()
         if self.spec:
             from snella_app.data.load import full_spec
@@ -141,7 +141,7 @@ class DataConfig(Config):
         return errors
 
     def errors(self) -> list[str]:
-        """Check the fields and their combinations."""
+        """Check the fields and their combinations, and return the errors."""
         errors = super().errors()
         if self.tta not in ("auto", 1, 2):
             errors.append(f"tta must be 1, 2 or auto, got {self.tta}; snella predict --tta supports more views")
@@ -167,7 +167,7 @@ class DataConfig(Config):
         return errors
 
     def _mask_errors(self) -> list[str]:
-        """Reject settings that do not support masks."""
+        """Return the errors of settings that do not support masks."""
         errors = [] if self.channels == 3 else [f"channels must be 3 with task 'segmentation', got {self.channels}"]
         given = {name: getattr(self, name) for name in ("mixup", "cutmix", "random_erasing")}
         errors += [f"{name} does not support masks, got {value}" for name, value in given.items() if value]

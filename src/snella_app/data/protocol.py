@@ -32,13 +32,14 @@ class RunProtocol:
     warning: str = ""
 
     def selection_part(self, splits: DataSplits) -> ImageDataset | None:
-        """Return the split for epoch selection."""
+        """Return the split for epoch selection; None without selection or if the data lacks the split."""
         return {"val": splits.val, "test": splits.test, None: None}[self.selected_on]
 
     def is_measured(self, epoch: int, epochs: int) -> bool:
-        """Return whether the model is evaluated after an epoch, counted from 1.
+        """Return whether the model is evaluated for epoch selection after an epoch, counted from 1.
 
-        The authors' scripts evaluate after epoch 1, every tenth epoch after it, and each of the last ten epochs.
+        On validation, every epoch is evaluated. On test images, as in the authors' scripts, epoch 1, every tenth epoch
+        after it, and each of the last ten epochs are evaluated.
         """
         if self.selected_on != "test":
             return self.selected_on is not None
@@ -59,9 +60,9 @@ class RunProtocol:
             return -math.inf, -math.inf
         return task_score(self.with_val_prefix(row))
 
-    def best_metric(self, task_score: str) -> str:
-        """Return the name of the history entry for epoch selection; `last_epoch` without selection."""
-        return "last_epoch" if self.selected_on is None else f"{self.selected_on}_{task_score.removeprefix('val_')}"
+    def best_metric(self, monitor: str) -> str:
+        """Return the name of the history entry of the monitored metric; `last_epoch` without selection."""
+        return "last_epoch" if self.selected_on is None else f"{self.selected_on}_{monitor}"
 
     def with_split_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Replace the prefix `val_` in a row of the history with the name of the evaluated split."""

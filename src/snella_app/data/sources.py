@@ -38,8 +38,8 @@ _R = TypeVar("_R")
 class ImageSource(Protocol):
     """Picklable source of images by row."""
 
-    def load(self, row: int) -> Image.Image:
-        """Return the decoded image; callers must not modify it, since it may be shared."""
+    def load(self, row: int) -> Any:
+        """Return the decoded image, see `read_image`; callers must not modify it, since it may be shared."""
 
     def content(self, row: int) -> bytes:
         """Return the raw content of the image: file bytes or pixels."""
@@ -180,7 +180,7 @@ class JoinedSource:
     def __init__(self, first: ImageSource, second: ImageSource, boundary: int) -> None:
         self.first, self.second, self.boundary = first, second, boundary
 
-    def load(self, row: int) -> Image.Image:
+    def load(self, row: int) -> Any:
         """Return the image from the source that contains the row."""
         source, row = locate(self, row)
         return source.load(row)

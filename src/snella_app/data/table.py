@@ -322,7 +322,7 @@ def _numbers(samples: Samples) -> tuple[list[Target], dict[int, str]]:
     for row, value in enumerate(samples.labels):
         is_scalar = not isinstance(value, list | tuple)
         numbers = tuple(number_of(part) for part in ([value] if is_scalar else value))
-        if not all(map(math.isfinite, numbers)):
+        if len(numbers) != len(samples.label_columns) or not all(map(math.isfinite, numbers)):
             broken[row] = f"label {format_value(value)!r} is not a number"
         values.append(numbers[0] if is_scalar else numbers)
     if broken and len(broken) == len(values):
@@ -368,7 +368,7 @@ def _parsed_list(value: Any) -> Any:
 
 
 def _multi_hot_names(values: Sequence[Any], classes: Sequence[str] | None) -> Sequence[str] | None:
-    """Return the class names if all values are 0/1 lists of equal length, one entry per class; None otherwise."""
+    """Return the class names, or indices as names, if all values are 0/1 lists of equal length; None otherwise."""
     is_list = all(isinstance(value, list | tuple) and len(value) > 1 for value in values)
     if not is_list or len({len(value) for value in values}) != 1:
         return None

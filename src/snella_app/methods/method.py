@@ -106,8 +106,8 @@ class Method:
         suffix: Option set by a number at the end of the name: with `"r"`, `adapter-8` means `r=8`. None if names
             take no number.
         check: `options -> error messages`; checks option values without a model.
-        config: `(head, options) -> PeftConfig`, for PEFT adapters. Exceptions are reported as option errors. `options`
-            include `target_modules`.
+        config: `(head, options) -> PeftConfig`, for PEFT adapters. `options` include `target_modules`. A `TypeError` is
+            reported as an option of the wrong type.
         needs_batches: True if the method selects parameters from training data; `build_method` then requires `batches`.
         needs_validation: True if candidates are compared on validation images, which `batches` must provide.
         restore: `(model, head, options, tensors) -> model`, rebuilds a saved adapter from its tensors. Required with

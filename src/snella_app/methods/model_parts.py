@@ -51,7 +51,7 @@ def find_head(model: nn.Module, head: str | None = None) -> str:
         A module name, e.g. `"head"`, `"fc"` or `"head.fc"`.
 
     Raises:
-        ValueError: If the module does not exist, the model declares no head, or the head has no weights
+        ValueError: If the module does not exist, the model declares no head or several, or the head has no weights
             (`num_classes=0`).
     """
     modules = dict(model.named_modules())
@@ -103,6 +103,11 @@ def recorded_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+def standardizes_weight(module: nn.Module) -> bool:
+    """Return True for a convolution of timm or transformers that standardizes its weight in the forward pass."""
+    return isinstance(module, nn.Conv2d) and any(part in type(module).__name__ for part in ("StdConv", "Standardized"))
+
+
 def is_inside(name: str, module_name: str) -> bool:
     """Return whether the module or parameter `name` is `module_name` or inside it."""
     return name == module_name or name.startswith(module_name + ".")
@@ -137,8 +142,8 @@ _BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers?\d*|stages|features|h)(?:\.\d+)+$
 def find_blocks(model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
     """Return the repeated blocks of a backbone in module order: `blocks.0`, `layers.1.blocks.5`, `layer4.2`.
 
-    Blocks are the innermost numbered modules in containers named `blocks`, `layers`, `layer1`, `stages`, `features` or
-    `h`. This covers timm's ViT, Swin, ConvNeXt, EfficientNet and ResNet, and transformers' ViT.
+    Blocks are the innermost numbered modules in containers named `blocks`, `layers`, `layer`, `layer1`, `stages`,
+    `features` or `h`. This covers timm's ViT, Swin, ConvNeXt, EfficientNet and ResNet, and transformers' ViT.
 
     Args:
         model: Backbone with its head.

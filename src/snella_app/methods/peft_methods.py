@@ -22,7 +22,7 @@ from snella.optimizer import create_snella_optimizer, store_in_state, unwrap
 from snella.targets import block_number
 from snella_app.methods.defaults import SPARSE_DEFAULTS, SPARSE_RECIPES
 from snella_app.methods.method import Batches, Method, Options
-from snella_app.methods.model_parts import adaptable_layers, freeze_running_statistics, is_inside
+from snella_app.methods.model_parts import adaptable_layers, freeze_running_statistics, is_inside, standardizes_weight
 from snella_app.text import listed
 
 Targets = Callable[[nn.Module, str], list[str] | str]
@@ -81,7 +81,9 @@ def _resolve_layers(config: Any, model: nn.Module) -> None:
         known = f"indices from 0 to {indices[-1]}" if indices else "omitted for a model without numbered blocks"
         raise ValueError(f"layers_to_transform must be {known}, got {', '.join(map(str, sorted(unknown)))}")
     targets = config.target_modules
-    if not isinstance(config, SnellaConfig) and not isinstance(targets, str):
+    if not isinstance(config, SnellaConfig):
+        if isinstance(targets, str):  # PEFT would ignore the option
+            raise ValueError(f"target_modules must be a list with layers_to_transform, got {targets!r}")
         suffixes = tuple(f".{target}" for target in targets)
         config.target_modules = {
             name for name, number in numbers.items() if number in blocks and f".{name}".endswith(suffixes)
@@ -145,8 +147,18 @@ def without_harmless_warnings() -> Iterator[None]:
 
 
 def merge_adapter(model: Any) -> nn.Module:
-    """Merge the adapter of a `PeftModel` into the weights and return the backbone."""
+    """Merge the adapter of a `PeftModel` into the weights and return the backbone.
+
+    Raises:
+        ValueError: If an adapted layer standardizes its weight, which would undo the merge.
+    """
     inner: nn.Module = model.base_model.model
+    layers = [(name, m.get_base_layer()) for name, m in inner.named_modules() if isinstance(m, BaseTunerLayer)]
+    if standardized := [repr(name) for name, base in layers if standardizes_weight(base)]:
+        raise ValueError(
+            f"the adapter cannot be merged into {type(inner).__name__}: the forward pass standardizes the weights of "
+            f"{listed(standardized, 1)}; keep the adapter and load it with load_trained"
+        )
     for name, module in list(inner.named_modules()):
         # PEFT's LN tuning leaves the head wrapped; callers expect a plain layer
         if isinstance(module, ModulesToSaveWrapper):
@@ -367,7 +379,7 @@ def full_size_factors(config: PeftConfig) -> Iterator[None]:
 def orthogonality(model: nn.Module) -> Tensor:
     """Compute AdaLoRA's orthogonality penalty, a term of its training loss.
 
-    orth_reg_weight · mean over all factors of ‖P Pᵀ − I‖_F   (Qᵀ Q for the output-side factor)
+    orth_reg_weight · mean over all factors of ‖A Aᵀ − I‖_F and ‖Bᵀ B − I‖_F
     """
     tuner: AdaLoraModel = model.base_model  # type: ignore[assignment]
     adapter = tuner.trainable_adapter_name
@@ -381,7 +393,7 @@ def orthogonality(model: nn.Module) -> Tensor:
 
 
 def _adalora_config(head: str, options: Options) -> PeftConfig:
-    """Return the AdaLoRA config, W = W0 + (lora_alpha / rank) B diag(E) A; `r` is the final mean rank."""
+    """Return the AdaLoRA config, W = W0 + (lora_alpha / init_r) B diag(E) A; `r` is the final mean rank."""
     r = options.get("r", 8)
     values = {key: value for key, value in options.items() if key != "r"}
     # `RankSchedule` sets the number of steps

@@ -97,6 +97,7 @@ def build_method(
     Raises:
         ValueError: If the name, an option or a value is invalid, the number contradicts an option, the method does not
             support the model, or required data is missing.
+        TypeError: If `batches` is not callable.
     """
     options, method = check_method(name, options), find_method(name)
     if method.needs_batches and batches is None:
@@ -108,7 +109,7 @@ def build_method(
     model.requires_grad_(False)
     try:
         built = method.build(model, head, options, batches if method.needs_batches else None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
         if method.config is None:
             raise
         raise ValueError(f"method {name!r} cannot be applied to {type(model).__name__}: {error}") from error
@@ -221,7 +222,7 @@ def merge_trained(model: nn.Module) -> nn.Module:
         The backbone with plain weights.
 
     Raises:
-        ValueError: If the method cannot be merged into weights.
+        ValueError: If the method or an adapted layer does not support merging.
     """
     method, spec = method_of(model), spec_of(model)
     if method is None:

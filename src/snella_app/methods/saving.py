@@ -76,6 +76,7 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
     Raises:
         FileNotFoundError: If the folder contains no adapter, or a file of the adapter is missing.
         AdapterFileError: If a file is damaged or altered, does not fit the model, or contains non-finite values.
+        ValueError: If the method or an option is unknown.
     """
     source = Path(folder)
     if (source / CONFIG_NAME).is_file():

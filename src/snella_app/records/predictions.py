@@ -54,7 +54,7 @@ class StoredPrediction:
 
 
 MAX_PREDICTIONS = 5_000
-"""Maximum number of predictions that a run stores; more would take hundreds of megabytes."""
+"""Maximum size of a split whose predictions a run stores; more could take hundreds of megabytes."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Predictions(SplitPredictions):
 
         def scaled(item: StoredPrediction) -> StoredPrediction:
             powers = [p ** (1 / temperature) for p in item.probabilities]
-            return replace(item, probabilities=[power / sum(powers) for power in powers])
+            total = sum(powers)
+            return replace(item, probabilities=[power / total for power in powers])
 
         return self if temperature == 1.0 else replace(self, items=[scaled(item) for item in self.items])
 

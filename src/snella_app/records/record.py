@@ -162,6 +162,9 @@ def _hint(file: Path) -> str:
     """Return the remedy for an unusable file."""
     if file.name == "comparison.json":
         return f"run `snella demo --overwrite`, or delete {file.name}"
+    if file.name in ("generation.json", "language.json"):
+        return f"delete {file.name}, and evaluate the run again"
     if file.name == "run.json":
         return "copy the file again, or train again with `--overwrite`"
-    return f"resume with `snella train --resume --out {file.parent}`, or train again with `--overwrite`"
+    command = f"snella train --resume --out {file.parent}"
+    return f"resume an unfinished run with `{command}`, copy the file again, or train again with `--overwrite`"

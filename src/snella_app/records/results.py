@@ -16,12 +16,12 @@ _Z = 1.959964  # 97.5% quantile of the normal distribution
 
 
 class _Result:
-    """Base class of task scores."""
+    """Base class of task scores; `short` are the names of the main scores."""
 
     short: ClassVar[tuple[str, ...]]
 
     def values(self) -> dict[str, Any]:
-        """Return the main scores as plain values."""
+        """Return the scores in `short` by name; some may be NaN."""
         return {name: getattr(self, name) for name in self.short}
 
 
@@ -137,7 +137,7 @@ class MaskScores(_Result):
             (
                 f"{split} Dice",
                 percent_text(self.dice),
-                f"mean over images with foreground, of {count_text(self.images)} images",
+                f"mean over images with true or predicted foreground, of {count_text(self.images)} images",
             ),
             (f"{split} IoU", percent_text(self.iou), "mean over the same images"),
             (

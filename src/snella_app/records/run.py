@@ -425,7 +425,7 @@ class Allocation(Record):
     history: list[AllocationStep] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Check that every step covers exactly these matrices."""
+        """Check that the budgets of every step cover exactly these matrices, and that no others have an importance."""
         names = {matrix.name for matrix in self.matrices}
         for i, step in enumerate(self.history):
             unknown = sorted((set(step.budgets) | set(step.importance)) - names)

@@ -110,7 +110,7 @@ def group_matrices(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -
     return MatrixGrid(kinds, numbered + ([None] if None in depths else []), cells)
 
 
-def schedule_epochs(allocation: Allocation, metrics: Metrics | None, is_finished: bool) -> int | None:
+def schedule_epochs(allocation: Allocation, metrics: Metrics | None, is_finished: bool) -> float | None:
     """Return the length of the budget schedule in epochs; None if unknown.
 
     `AllocationStep.t` and `total` count epochs, or optimizer steps if `realloc_every` is a number of steps.
@@ -120,7 +120,7 @@ def schedule_epochs(allocation: Allocation, metrics: Metrics | None, is_finished
     last, epochs = allocation.history[-1], metrics.history[-1].epoch
     if last.t == epochs:
         return last.total
-    return epochs if is_finished else None
+    return epochs * last.total / last.t if is_finished and last.t else None
 
 
 def adapter_step(allocation: Allocation, metrics: Metrics | None) -> AllocationStep | None:
@@ -137,8 +137,8 @@ def adapter_step(allocation: Allocation, metrics: Metrics | None) -> AllocationS
     if best is None or best.budget is None:
         return allocation.history[-1]
     matching = [entry for entry in allocation.history if entry.budget == best.budget]
-    share = best.epoch / max(1, *rows)  # rows may contain only epoch 0
-    reached = [entry for entry in matching if entry.step <= share * allocation.history[-1].step]
+    last_epoch, last_step = max(1, *rows), allocation.history[-1].step  # rows may contain only epoch 0
+    reached = [entry for entry in matching if entry.step * last_epoch <= best.epoch * last_step]
     return (reached or matching or allocation.history)[-1]
 
 
@@ -176,7 +176,7 @@ def sparsity_map(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> 
         edgecolors=PANEL,
         linewidth=1.5,
     )
-    every = 1 if numbered else math.ceil(columns * 24 / (side * columns))
+    every = 1 if numbered else math.ceil(24 / side)
     ticks = range(0, columns, every)
     axes.set_xticks(ticks, ["–" if grid.depths[j] is None else str(grid.depths[j]) for j in ticks])
     axes.set_yticks(range(rows), names)
@@ -196,7 +196,7 @@ def linear_trend(values: Sequence[float]) -> tuple[float, float]:
 
 
 def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Figure | None:
-    """Draw a bar chart of sparsity by block and its linear trend (Figure 10); None for fewer than two blocks."""
+    """Draw a bar chart of sparsity by block, and its linear trend (as in Figure 10); None for fewer than two blocks."""
     blocks: dict[int, list[MatrixInfo]] = {}
     for matrix in matrices:
         if matrix.depth is not None:
@@ -220,7 +220,7 @@ def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> F
     return figure
 
 
-def budget_curve(allocation: Allocation, epochs: int | None) -> Figure:
+def budget_curve(allocation: Allocation, epochs: float | None) -> Figure:
     """Draw the total budget b_t and the target b_T over the epochs, as fractions of the adapted weights.
 
     Args:
@@ -239,7 +239,7 @@ def budget_curve(allocation: Allocation, epochs: int | None) -> Figure:
     return figure
 
 
-def budget_shares(allocation: Allocation, epochs: int | None, *, by_block: bool = False) -> Figure:
+def budget_shares(allocation: Allocation, epochs: float | None, *, by_block: bool = False) -> Figure:
     """Draw a stacked plot of the budget shares by matrix type, or by block; see `budget_curve` for the arguments."""
     grid = group_matrices(allocation.matrices, {matrix.name: matrix.size for matrix in allocation.matrices})
     groups: list[str | int | None] = [*(grid.depths if by_block else grid.kinds)]
@@ -271,7 +271,7 @@ def budget_shares(allocation: Allocation, epochs: int | None, *, by_block: bool 
     return figure
 
 
-def frozen_curve(allocation: Allocation, epochs: int | None) -> Figure:
+def frozen_curve(allocation: Allocation, epochs: float | None) -> Figure:
     """Draw the numbers of frozen (budget 0) and full (budget = size) matrices; arguments as for `budget_curve`."""
     figure, axes = new_figure(
         FIGURE_SIZE[0], FIGURE_SIZE[1] + 25, f"Matrices with zero and full budget (of {len(allocation.matrices)})"
@@ -295,7 +295,7 @@ def has_importance(allocation: Allocation) -> bool:
     return any(_is_drawn(value) for entry in allocation.history for value in entry.importance.values())
 
 
-def importance_curves(allocation: Allocation, epochs: int | None) -> Figure:
+def importance_curves(allocation: Allocation, epochs: float | None) -> Figure:
     """Draw the importance of each matrix (faint) and the mean of each matrix type (strong) on a log scale.
 
     Values that are not positive and finite leave gaps. Arguments as for `budget_curve`.
@@ -322,12 +322,12 @@ def importance_curves(allocation: Allocation, epochs: int | None) -> Figure:
     return figure
 
 
-def _times(allocation: Allocation, epochs: int | None) -> list[float]:
+def _times(allocation: Allocation, epochs: float | None) -> list[float]:
     """Return the time of each allocation, in epochs, or as the schedule's `t` if `epochs` is None."""
     return [entry.t if epochs is None else entry.t / entry.total * epochs for entry in allocation.history]
 
 
-def _time_axis(axes: Axes, times: list[float], epochs: int | None) -> None:
+def _time_axis(axes: Axes, times: list[float], epochs: float | None) -> None:
     """Label the x-axis in the unit of `_times`."""
     if times[0] == times[-1]:
         axes.set_xlim(times[0] - 1, times[0] + 1)

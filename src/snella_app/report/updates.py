@@ -104,10 +104,7 @@ def _lora_updates(adapter: AdapterFile) -> UpdateSource:
     locations: dict[str, tuple[str, int, int]] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for module in _modules(adapter, ".lora_A.weight"):
-        m, n = (
-            adapter.shapes[f"{_PREFIX}{module}.lora_B.weight"][0],
-            adapter.shapes[f"{_PREFIX}{module}.lora_A.weight"][1],
-        )
+        m, n = (adapter.shapes[f"{_PREFIX}{module}.lora_{part}.weight"][i] for i, part in enumerate("BA"))
         names = part_names(module, 3 if module.endswith("qkv") and m % 3 == 0 else 1, {})
         locations |= {name: (module, group, m // len(names)) for group, name in enumerate(names)}
         shapes |= {name: (m // len(names), n) for name in names}

@@ -26,7 +26,7 @@ from snella_app.runs.images import check_splits, load_run_splits
 from snella_app.runs.layer_probe import LayerProbe
 from snella_app.runs.model import load_single_run
 from snella_app.runs.predict import Predictor, check_order, table_columns
-from snella_app.text import percent_text
+from snella_app.text import percent_text, split_text
 
 HeatMap = Literal["gradcam", "rollout"]
 """Heat map method: gradient times activation for a class, or attention rollout of a ViT, which is independent of
@@ -138,6 +138,8 @@ def explain(
 def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: int = 16, device: str = "auto") -> Path:
     """Add heat maps of the most confident mistakes and of some correct predictions to the report of a run.
 
+    The images are those of `predictions.json`: validation images, or test images without a validation split.
+
     Args:
         run: Folder of a classification run with stored predictions, whose images must still exist.
         by: As for `explain`.
@@ -149,16 +151,17 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
 
     Raises:
         FileNotFoundError: If `run` is not a run folder or has no predictions, or its images no longer exist.
-        ValueError: If the run is not a classification run or has more than 5,000 validation images, its images were
+        ValueError: If the run is not a classification run or has more than 5,000 of these images, its images were
             added, removed or renamed, or the model does not support `by`.
         ImportError: If `by` is gradcam and Captum is not installed.
     """
     model = _load_classifier(run, by, batch_size, device)
     sizes = model.loaded.info.data.sizes
-    if (count := sizes.get("val") or sizes.get("test") or 0) > MAX_PREDICTIONS:
+    name = "val" if sizes.get("val") else "test"
+    if (count := sizes.get(name, 0)) > MAX_PREDICTIONS:
         raise ValueError(
-            f"{run} has {count:,} validation images, and a run stores predictions of at most {MAX_PREDICTIONS:,}; pass "
-            "images: snella explain RUN IMAGES --out FOLDER"
+            f"{run} has {count:,} {split_text(name)} images, and a run stores predictions of at most "
+            f"{MAX_PREDICTIONS:,}; pass images: snella explain RUN IMAGES --out FOLDER"
         )
     predictions = read(Predictions, run)
     split = _load_split(model, predictions.split)
@@ -280,8 +283,8 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
         `[images, height, width]`, float32 in [0, 1]; zeros if no region raises the output.
 
     Raises:
-        ValueError: If the model has neither ViT blocks nor `feature_info`, or its layer processes tokens other than the
-            patches last (`vqt` with the trained head).
+        ValueError: If the model has neither ViT blocks nor `feature_info`, or the last tokens that its layer processes
+            are not the patches (`vqt` with the trained head).
         ImportError: If Captum is not installed.
 
     Sources:

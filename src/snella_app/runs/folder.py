@@ -138,7 +138,7 @@ class BaseRunFolder(Generic[S]):
         return read_object(self.path / name)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file atomically."""
+        """Write a JSON file atomically, and update its digest in `run.json`, if it has one."""
         write_json(self.path / name, value)
         self._update_digest(name)
 
@@ -161,7 +161,7 @@ class BaseRunFolder(Generic[S]):
         write_json(self.path / "run.json", sealed(run))
 
     def finish(self) -> None:
-        """Set the status to finished, and store the digests of settings, results and adapter."""
+        """Set the status to finished, and store the digests of settings, results, adapter and selection."""
         self.update("finished", files=self._digests(*_RESULTS, "adapter", "selection"))
 
     @contextmanager
@@ -253,7 +253,8 @@ class BaseRunFolder(Generic[S]):
             Resolved settings; the stored settings for a resumed run.
 
         Raises:
-            FileExistsError: If the folder has a run and neither `resume` nor `overwrite` is set, or has other files.
+            FileExistsError: If the folder has a run and neither `resume` nor `overwrite` is set, has other files but no
+                run, or is a file.
             FileNotFoundError: If `resume` is set, but there is neither a run nor the data and backbone to start one, or
                 the folder has checkpoints but no `run.json`.
             ValueError: If `resume` is set with settings that differ from the stored ones, or the run is unfinished and
@@ -271,6 +272,8 @@ class BaseRunFolder(Generic[S]):
             raise FileExistsError(
                 f"out={self.path} contains {state}; {hint}choose another folder, or start over with --overwrite"
             )
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"out must be a folder, got the file {str(self.path)!r}; choose another name")
         if status is None and self._has_unexpected_files():
             raise FileExistsError(f"out={self.path} contains files but no run; choose a new or empty folder")
         return config.resolved()
@@ -313,14 +316,14 @@ class BaseRunFolder(Generic[S]):
 
     def _check_resumable(self, config: S, status: Status | None) -> None:
         """Check that the folder has a run to resume, or one that was killed before it wrote `run.json`."""
+        if status is None and any(self.checkpoints.glob("checkpoint-*")):
+            raise FileNotFoundError(
+                f"{self.path} has checkpoints but no run.json; restore that file, or start over with --overwrite"
+            )
         if status is None and not (self.path / "config.yaml").is_file():
             raise FileNotFoundError(
                 f"out must be the folder of a run to resume, got {self.path}, which has no run; "
                 f"give {' and '.join(config.required)} to start one"
-            )
-        if status is None and any(self.checkpoints.glob("checkpoint-*")):
-            raise FileNotFoundError(
-                f"{self.path} has checkpoints but no run.json; restore that file, or start over with --overwrite"
             )
         if status not in (None, "finished") and self.id is None:
             raise ValueError(
@@ -359,19 +362,18 @@ class BaseRunFolder(Generic[S]):
         if requested.get("data") and run.get("data", {}).get("digest"):
             stored = stored.replace(data=requested["data"])
         if differences := config.differences(stored):
-            hint = (
-                f"; to continue training a finished run with other settings, use snella train --init-from {self.path}"
-            )
+            command = f"snella train --init-from {self.path} --out NEW"
+            hint = f"; to continue training a finished run with other settings, use {command}"
             raise ValueError(
                 f"resume continues {self.path} with its stored settings, but {'; '.join(differences)}; leave them out"
-                + (f"{hint} --out NEW" if "init_from" in requested else "")
+                + (hint if "init_from" in requested else "")
             )
         return stored.replace(**{name: requested[name] for name in SESSION_FIELDS if name in requested})
 
     def _has_unexpected_files(self) -> bool:
-        """Return whether the folder contains anything other than runs and the files of an unfinished run."""
+        """Return whether the folder contains anything other than runs, the files of a run and hidden files."""
         if not self.path.is_dir():
-            return self.path.exists()
+            return False
         unexpected = (entry for entry in self.path.iterdir() if entry.name not in (*self.files, *self.folders))
         return any(not entry.name.startswith(".") and not (entry / "run.json").is_file() for entry in unexpected)
 

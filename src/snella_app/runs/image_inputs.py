@@ -47,7 +47,7 @@ def split_inputs(
     """Split inputs into single images.
 
     `images` is one image, or several: a folder, a pattern, a table of files, a batch as a 4-dim array or tensor, or an
-    iterable of any of these. The other arguments are as for `expand`.
+    iterable of images, folders, patterns and tables. The other arguments are as for `expand`.
 
     Returns:
         List of images, and True if the input was a single image.
@@ -60,9 +60,8 @@ def split_inputs(
     if isinstance(images, str | Path):
         files = expand([images], columns, run_columns, keep_missing=keep_missing)
         return list(files), files == [expand_user(images)]
-    if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
-        return list(images), False
-    if isinstance(images, bytes | Image.Image | np.ndarray | Tensor):
+    is_batch = isinstance(images, np.ndarray | Tensor) and images.ndim == 4
+    if isinstance(images, bytes | Image.Image | np.ndarray | Tensor) and not is_batch:
         return [images], True
     if not isinstance(images, Iterable):
         raise TypeError(
@@ -169,7 +168,7 @@ def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _P
         poll_s: Seconds between polls.
 
     Yields:
-        New images in name order; an empty list if there are none.
+        New images, sorted by path in each folder; an empty list if there are none.
     """
     seen = {path.resolve() for path in known}
     states: dict[Path, tuple[int, int]] = {}
@@ -184,15 +183,16 @@ def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _P
             states[path] = (state.st_size, state.st_mtime_ns)
             if previous.get(path) == states[path] and state.st_size:
                 complete.append(path)
-        seen.update(path.resolve() for path in complete)
+                seen.add(path.resolve())
         yield complete
         time.sleep(poll_s)
 
 
 def missing_path_hint(missing: Path) -> str:
     """Return a hint for a missing path: a pattern without a match, a missing folder, or a similar name."""
-    if any(char in missing.name for char in _PATTERN):
-        return f"; no file in {missing.parent} matches the pattern; fix it, or pass the folder"
+    text = missing.name if missing.parent.is_dir() else str(missing)
+    if any(char in text for char in _PATTERN):
+        return "; no image file matches the pattern; fix it, or pass the folder"
     folder = "the current folder" if missing.parent == Path() else missing.parent
     return similar_paths(missing, most=1) or f"; {folder} has no similar name"
 

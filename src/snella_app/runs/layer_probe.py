@@ -62,8 +62,7 @@ def layer_features(model: nn.Module, images: Tensor, layers: Sequence[int]) -> T
     pooled = [base.forward_head(final, pre_logits=True).flatten(1)]
     for index, (layer, entry) in enumerate(zip(layers, maps, strict=True)):
         positions, tokens = entry if has_tokens else (entry, None)
-        if positions.shape[1] != base.feature_info[layer]["num_chs"]:
-            expected = base.feature_info[layer]["num_chs"]
+        if positions.shape[1] != (expected := base.feature_info[layer]["num_chs"]):
             raise ValueError(
                 f"layer {layer} must have {expected} channels, got {positions.shape[1]}; use final_head='trained' with "
                 "methods that add tokens"
@@ -92,13 +91,8 @@ class KernelHead(nn.Module):
 
     def __init__(self, centers: Tensor, mean: Tensor, std: Tensor, weight: Tensor, intercept: Tensor) -> None:
         super().__init__()
-        tensors = {
-            "centers": centers.half().float(),
-            "mean": mean,
-            "std": std,
-            "weight": weight,
-            "intercept": intercept,
-        }
+        centers = centers.half().float()
+        tensors = {"centers": centers, "mean": mean, "std": std, "weight": weight, "intercept": intercept}
         width, outputs, images = len(mean), len(intercept), len(centers)
         shapes = {"centers": [images, width], "mean": [width], "std": [width], "weight": [outputs, images]}
         for name, tensor in tensors.items():

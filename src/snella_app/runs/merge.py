@@ -325,6 +325,7 @@ def load_merged(path: str | Path) -> nn.Module:
         The model in evaluation mode.
 
     Raises:
+        FileNotFoundError: If the file does not exist.
         ValueError: If the file was not written by `merge`.
     """
     try:
@@ -332,8 +333,8 @@ def load_merged(path: str | Path) -> nn.Module:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"path must be a file written by snella merge, got {str(path)!r}: {error}") from error
-    if "built_from" not in metadata:
-        raise ValueError(f"path must be a file written by snella merge, got {str(path)!r}, which lacks its metadata")
+    if "built_from" not in metadata or metadata.get("format") != "pt":  # a sparse file has another format
+        raise ValueError(f"path must be a file written by snella merge, got {str(path)!r}, which has other metadata")
     backbone = record_from(BackboneInfo, {**json.loads(metadata["built_from"]), "pretrained": False})
     if metadata.get("architecture", "None") != "None":  # files of pre-trained weights are not needed
         if backbone.weights is not None and not expand_user(backbone.weights).is_file():

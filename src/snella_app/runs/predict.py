@@ -98,8 +98,8 @@ class Predictor:
         """Return the predictions for one or more images.
 
         Args:
-            images: One image: a file, PIL image, array or tensor (see `snella_app.runs.image_inputs`). Or several: a
-                folder, glob pattern, table, batch, or list of these.
+            images: One image: a file, its bytes, PIL image, array or tensor (see `snella_app.runs.image_inputs`). Or
+                several: a folder, glob pattern, table or batch, or a list of images, folders, patterns and tables.
             tta: Test-time augmentation: number of views whose predictions are averaged (the image, its flip, corner
                 crops of the enlarged image and their flips); None uses the run's setting. Must be None for a
                 cross-validation.
@@ -128,7 +128,7 @@ class Predictor:
             `[images, width]`, or `[width]` for one image; float32.
 
         Raises:
-            ValueError: If the model has no head that takes one vector per image.
+            ValueError: If the model has no head that takes one vector per image, or is a cross-validation.
         """
         inputs, is_single = split_inputs(images, run_columns=self._columns)
         rows: list[np.ndarray] = []
@@ -158,7 +158,7 @@ class Predictor:
         on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
         on_features: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[Any]:
-        """Yield the predictions of single images one by one; stores the masks of only one batch.
+        """Yield the predictions of single images one by one; keeps the masks of only one batch in memory.
 
         `on_skipped` is called with each skipped image and the reason, `on_features` with the features of each image
         before its prediction is yielded. The other arguments are as for `predict`.

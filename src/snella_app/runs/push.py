@@ -22,7 +22,7 @@ _WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class PushResult:
-    """Result of `push`: URL on the Hugging Face Hub, or the written folder and the error if the Hub is unreachable."""
+    """Result of `push`: URL on the Hugging Face Hub, or written folder, with an error if the Hub is unreachable."""
 
     location: str
     error: str | None = None
@@ -69,7 +69,9 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
         return path
     is_timm = task.name == "classification" and info.backbone.architecture is not None
     merged = merge(run, path if is_timm else path / _WEIGHTS)
-    snippet = merged.snippet.replace(f"local-dir:{merged.path}", f"hf-hub:{name}").replace(f"'{path}/", "folder + '/")
+    snippet = merged.snippet.replace(repr(f"local-dir:{path}"), repr(f"hf-hub:{name}"))
+    for file in path.iterdir():
+        snippet = snippet.replace(repr(str(file)), f"folder + {'/' + file.name!r}")
     if "folder + " in snippet:  # timm downloads only its own files
         snippet = f"from huggingface_hub import snapshot_download\nfolder = snapshot_download({name!r})\n{snippet}"
     use = f"```python\n{snippet}\n```\n\nThe files contain {merged.description}."
@@ -102,7 +104,7 @@ def push(
         overwrite: Add a commit to an existing repository; earlier files stay in its history.
 
     Returns:
-        URL on the Hub, or the folder and the error if the Hub could not be reached.
+        URL on the Hub, or the written folder, with an error if the Hub could not be reached.
 
     Raises:
         FileExistsError: If the repository exists and `overwrite` is not set, or the folder is not empty.

@@ -389,7 +389,7 @@ def _checked_pixels(file: Any, limits: ServerLimits, reading: Reading) -> float:
             with open_image(file) as image:
                 pixels, got = float(image.width * image.height), f", got {image.width}×{image.height}"
         else:
-            pixels = array_pixels(io.BytesIO(file.read())) / reading.channels  # tifffile needs a named file
+            pixels = array_pixels(io.BytesIO(file.read())) / reading.channels  # tifffile cannot open a spooled file
             got = f", got {pixels / 1e6:.3g}"
     except Image.DecompressionBombError:
         raise ValueError(f"an image must have at most {limits.megapixels:g} million pixels") from None

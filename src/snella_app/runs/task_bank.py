@@ -20,6 +20,7 @@ from snella.update import Update
 from snella_app.data.images import read_image
 from snella_app.device import choose_device
 from snella_app.methods import merge_trained
+from snella_app.methods.model_parts import base_model
 from snella_app.runs.model import LoadedRun, load_single_run, make_backbone
 
 _MIB = 2**20
@@ -63,8 +64,8 @@ class TaskBank:
 
     Raises:
         FileNotFoundError: If a folder is not a run folder, or has no adapter yet.
-        ValueError: If runs have different backbones or task types, or the memory is too small for one task.
-        NotImplementedError: If the method of a run stores whole weights instead of the factors of a sparse update.
+        ValueError: If runs differ in backbone, pre-trained weights or task type, or a task needs more memory.
+        NotImplementedError: If the update of a run is not stored as SNELLA factors, e.g. for LoRA.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class TaskBank:
         self._limit = int(memory_mib * _MIB)
         self._device = choose_device(device)
         self._model: nn.Module | None = None
-        self._key: tuple[Any, ...] = ()
+        self._key: dict[str, Any] = {}
         self._tasks: dict[str, _Task] = {}
         self._cached: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._lock = Lock()
@@ -112,17 +113,19 @@ class TaskBank:
 
         Raises:
             FileNotFoundError: If `run` is not a run folder, or has no adapter yet.
-            ValueError: If the run has another backbone or task type, or its weights need more than `memory_mib`.
-            NotImplementedError: If its method stores whole weights.
+            ValueError: If the run has another backbone, pre-trained weights or task type, or needs more memory.
+            NotImplementedError: If its update is not stored as SNELLA factors.
         """
         loaded = load_single_run(run, "cpu")
         backbone = loaded.info.backbone
         seed = None if backbone.pretrained is not False else backbone.seed  # random weights depend on the seed
-        backbone_key = (backbone.name, backbone.weights, backbone.img_size, loaded.task.name, seed)
-        if self._tasks and backbone_key != self._key:
+        bank_key = {"backbone": backbone.name, "weights": backbone.weights, "img_size": backbone.img_size}
+        bank_key |= {"task": loaded.task.name, "seed": seed}
+        if self._tasks and bank_key != self._key:
+            pairs = [(name, value, self._key[name]) for name, value in bank_key.items() if value != self._key[name]]
+            different = ", ".join(f"{name} {value!r} instead of {shared!r}" for name, value, shared in pairs)
             raise ValueError(
-                f"run={run} must have the backbone of the bank, {self._key}, got {backbone_key}; "
-                "create one bank per backbone"
+                f"run={run} must have the backbone and task of the bank, got {different}; create another bank for it"
             )
         base = make_backbone(backbone, loaded.task.name) if self._model is None else self._model
         base = base.to(self._device).eval()
@@ -144,8 +147,8 @@ class TaskBank:
         max_replaced = _MAX_REPLACED * _bytes(tensors.values())
         if merged.keys() != tensors.keys() or _bytes(replaced.values()) > max_replaced:
             raise NotImplementedError(
-                f"run={run} was trained with {loaded.info.method}, which stores whole weights, but a bank needs "
-                "SNELLA factors; load this run separately"
+                f"run={run} must store its update as SNELLA factors for a bank, got method {loaded.info.method!r}; "
+                "load this run separately"
             )
         required = _bytes(update.base for update in updates.values())
         if required > self._limit:
@@ -154,7 +157,7 @@ class TaskBank:
                 f"{self._limit / _MIB:.1f}"
             )
         with self._lock:
-            self._model, self._key = base, backbone_key
+            self._model, self._key = base, bank_key
             self._cached.pop(name, None)
             probe = None if loaded.probe is None else loaded.probe.with_model(base).to(self._device).eval()
             self._tasks[name] = _Task(replace(loaded, model=base, probe=probe), updates, replaced)
@@ -270,9 +273,8 @@ class TaskBank:
 
 def _collect_updates(model: nn.Module) -> dict[str, _Update]:
     """Return the updates of an adapted model by weight name in the backbone."""
-    inner: nn.Module = getattr(getattr(model, "base_model", None), "model", model)
     updates = {}
-    for name, layer in inner.named_modules():
+    for name, layer in base_model(model).named_modules():
         if isinstance(layer, SnellaLayer):
             update = layer.get_update("default")
             factors: list[Any] = [None if tensor is None else tensor.detach() for tensor in update.factors]

@@ -50,7 +50,7 @@ def write_mask_predictions(
 ) -> Path:
     """Write each mask as `OUT/NAME.png`, a palette PNG whose indices are the labels, and `OUT/overlays/NAME.png`.
 
-    Predictions are consumed lazily. `top_k` must be None; only classification supports it.
+    Predictions are consumed lazily. `top_k` must be None; only single-label, multi-label and ordinal tasks support it.
 
     Raises:
         FileExistsError: If the folder is not empty, unless `overwrite` is set.
@@ -92,7 +92,7 @@ def _add_name(names: dict[str, Path], image: Path) -> None:
 
 
 def check_mask_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
-    """Check the output arguments of `write_mask_predictions` before prediction; raises the same errors."""
+    """Check the output arguments of `write_mask_predictions` before prediction; see `check_mask_names` for images."""
     if top_k is not None:
         raise ValueError(f"top_k must be omitted for segmentation, got {top_k}")
     if out is None:
@@ -119,7 +119,8 @@ class Prediction:
 
     Attributes:
         path: Image file, or the position `[3]` of an in-memory image.
-        ranking: All classes with probabilities, most likely first.
+        ranking: All classes with probabilities: the predicted class (the median rank for ordered classes), then the
+            others, most likely first.
         unsure_below: Probability below which the prediction is unsure; None disables it.
     """
 
@@ -129,17 +130,17 @@ class Prediction:
 
     @property
     def label(self) -> str:
-        """Most likely class."""
+        """Predicted class."""
         return self.ranking[0][0]
 
     @property
     def probability(self) -> float:
-        """Probability of the most likely class."""
+        """Probability of the predicted class."""
         return self.ranking[0][1]
 
     @property
     def probabilities(self) -> dict[str, float]:
-        """Probability of each class, most likely first."""
+        """Probability of each class, in the order of `ranking`."""
         return dict(self.ranking)
 
     @property
@@ -148,7 +149,7 @@ class Prediction:
         return self.unsure_below is not None and self.probability < self.unsure_below
 
     def text(self, top_k: int | None = None) -> str:
-        """Format the most likely classes as one line, prefixed with "unsure" if the prediction is."""
+        """Format the first classes of `ranking` as one line, prefixed with "unsure" if the prediction is."""
         ranking = ", ".join(f"{name} {p:.3f}" for name, p in self.ranking[: top_k or _SHOWN_CLASSES])
         return f"unsure: {ranking}" if self.is_unsure else ranking
 
@@ -191,7 +192,7 @@ def write_predictions(
         predictions: Predictions from `predict`.
         out: Output file. The suffix selects the format: CSV (`.csv`, `.txt` or none), `.json` (list of objects),
             `.jsonl` (one object per line) or `.parquet`.
-        top_k: Number of classes per image. None writes the most likely class, or all probabilities for multi-label.
+        top_k: Number of classes per image. None writes the predicted class, or all probabilities for multi-label.
         overwrite: Replace an existing file.
 
     Raises:
@@ -286,7 +287,7 @@ class LabelSetPrediction:
     """Multi-label prediction for one image.
 
     Attributes:
-        path: Image file.
+        path: Image file, or position as for `Prediction`.
         labels: Labels whose probability reaches their threshold, most likely first.
         probabilities: Probability by class, in the run's order.
     """

@@ -59,6 +59,7 @@ class RegressionTask(Task):
     losses: ClassVar[tuple[str, ...]] = tuple(NUMBER_LOSSES)
     monitors: ClassVar[Mapping[str, int]] = {"loss": -1, "mae": -1, "rmse": -1, "r2": 1}
     has_linear_fit: ClassVar[bool] = True
+    final_name: ClassVar[str] = "numbers"
     epoch_format: ClassVar[str] = "MAE {val_mae:.4g}  RMSE {val_rmse:.4g}  R² {val_r2:.4f}"
     val_format: ClassVar[str] = "MAE {mae:.4g} (R² {r2:.4f})"
     test_format: ClassVar[str] = val_format
@@ -115,8 +116,6 @@ class RegressionTask(Task):
         """Convert model outputs to target units, `z · std + mean`, `[batch, targets]`, float64."""
         mean, std = (torch.tensor(v, dtype=torch.float64, device=outputs.device) for v in (self.mean, self.std))
         return outputs.double() * std + mean
-
-    final_name = "numbers"
 
     def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:
         """Return predictions in target units, `[batch, targets]`, float32."""

@@ -312,6 +312,10 @@ class SegmentationTask(Task):
             masks.append(MaskPrediction(path, labels.cpu().numpy(), list(self.classes)))
         return masks
 
+    def decoding_comment(self, outputs: str) -> str:
+        """Return the comment that computes the label of each pixel, at the model's resolution."""
+        return f"# {outputs}[0].argmax(0)"
+
     build_model = staticmethod(create_segmenter)
     check_output = staticmethod(check_mask_output)
     write_predictions = staticmethod(write_mask_predictions)

@@ -68,7 +68,7 @@ class Task(ABC):
     result_format: ClassVar[str]
     """Format string of all main scores."""
     monitor_names: ClassVar[Mapping[str, str]] = {}
-    """Display names of monitored metrics that `val_format` does not show."""
+    """Display names of metrics that `final_text` adds to `val_format` if they are monitored."""
     final_name: ClassVar[str] = "probabilities"
     """Name of the `final_outputs`."""
 
@@ -155,7 +155,7 @@ class Task(ABC):
 
     def sample_weights(self, train: ImageDataset) -> list[float]:
         """Return unnormalized sampling weights of the training images for the weighted sampler."""
-        raise ValueError(f"sampler=weighted requires a task with classes, got {self.name!r}")
+        raise ValueError(f"sampler=weighted requires images with classes, got task {self.name!r}")
 
     def collate(self, items: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
         """Collate transformed items into a batch.
@@ -253,7 +253,7 @@ class Task(ABC):
     def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:
         """Convert model outputs to predictions: class probabilities, or regression values in their unit.
 
-        `temperature` is the calibrated divisor of the logits.
+        `temperature` is the calibrated divisor of the logits; regression and segmentation ignore it.
         """
 
     @abstractmethod
@@ -261,7 +261,7 @@ class Task(ABC):
         """Convert model outputs of images outside a dataset to prediction objects, one per image."""
 
     def decoding_comment(self, outputs: str) -> str:
-        """Return a Python comment that decodes `outputs`, an expression for the model's outputs `[1, outputs]`."""
+        """Return a Python comment that decodes `outputs`, an expression for the model's outputs for one image."""
         return f"# classes[{outputs}.argmax()]"
 
 

@@ -48,7 +48,7 @@ from snella_app.runs.model import make_backbone
 from snella_app.tasks import Task, create_task
 from snella_app.training.distributed import process_count
 
-FOLDER = "selection"
+SELECTION = "selection"
 """Subfolder of a run for the selected parameters and their initial values."""
 _READ_MARGIN = 4
 """Minimum shorter side when reading images, relative to the input size; crops of 1/16 of the area are not upsampled."""
@@ -179,12 +179,12 @@ def selection_data(
 def store_selection(run: Path, method: str, model: nn.Module) -> None:
     """Save the parameters that a method selected, for resuming; no-op without selection or if already stored."""
     if find_method(method).needs_batches and not has_selection(run):
-        save_trained(model, run / FOLDER)
+        save_trained(model, run / SELECTION)
 
 
 def has_selection(run: Path) -> bool:
     """Return whether a run has a complete stored selection."""
-    return (run / FOLDER / METHOD_FILE).is_file()
+    return (run / SELECTION / METHOD_FILE).is_file()
 
 
 @dataclass
@@ -297,7 +297,7 @@ def build(
     splits = dataclasses.replace(data.splits, **transformed)
     torch.manual_seed(seed)
     if resumed is not None and has_selection(resumed):
-        adapted = load_trained(resumed / FOLDER, backbone).to(device)
+        adapted = load_trained(resumed / SELECTION, backbone).to(device)
     else:
         batches = None
         if find_method(method.name).needs_batches:
@@ -373,7 +373,7 @@ def load_initial_weights(parts: RunComponents, spec: str, run: RunFolder) -> Non
 def _selection_images(
     method: str, data: LoadedData, splits: DataSplits, data_config: dict[str, Any]
 ) -> tuple[ImageDataset, ImageDataset | None]:
-    """Return training and validation images for selection; the `standard` split if the protocol has no validation."""
+    """Return training and validation images for selection; the `standard` split if validation images are missing."""
     if splits.val is not None or not find_method(method).needs_validation:
         return splits.train, splits.val
     config = dataclasses.replace(data.config, protocol="standard")

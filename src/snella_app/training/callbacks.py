@@ -253,7 +253,7 @@ class StepTimeCallback(TrainerCallback):
             self.reserved_bytes.append(torch.cuda.memory_reserved(self.device))
 
     def summary(self) -> dict[str, Any]:
-        """Return median step time (s) and GPU memory (bytes; None on a CPU), named as in PEFT's method comparison."""
+        """Return median step time (s), and GPU memory (bytes; None on a CPU) named as in PEFT's method comparison."""
         reserved = self.reserved_bytes
         return {
             "step_s": round(statistics.median(self.step_s), 6) if self.step_s else None,
@@ -352,7 +352,7 @@ class ProgressDisplay(TrainerCallback):
         self._has_warned = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Start the bar at the current step."""
+        """Restore the best score and the first loss of a resumed run, and start the bar at the current step."""
         past = [row for row in state.log_history if "budget" in row]
         self._best = max((self.trainer.selection_score(row) for row in past), default=self._best)
         self._first_loss = next((row["train_loss"] for row in past if math.isfinite(row["train_loss"])), None)

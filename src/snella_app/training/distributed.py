@@ -60,10 +60,10 @@ _UNSUPPORTED_MODES = {
 
 
 def init_process_group(device: str) -> None:
-    """Initialize the process group, with the GPU of the local rank or the CPU; no-op in a single process.
+    """Initialize the process group if there are several processes, with the GPU of the local rank or the CPU.
 
     Raises:
-        NotImplementedError: If Accelerate is configured to shard the model.
+        NotImplementedError: If Accelerate is configured for one of `_UNSUPPORTED_MODES`.
         ValueError: If `device` names a single device for several processes.
     """
     for variable, name in _UNSUPPORTED_MODES.items():

@@ -60,7 +60,7 @@ _SECONDS_PER_PRODUCT = 1e-8
 _SECONDS_PER_SQUARE = 2e-10
 """CPU seconds of both kernel fits per unit of n²·(features + n), for n images."""
 _CUDA_SPEEDUP = 10
-"""Speed of linear fits on a GPU; kernel fits use the CPU."""
+"""Speedup of linear fits by a GPU; kernel fits use the CPU."""
 Outputs = tuple[np.ndarray, np.ndarray]
 """Outputs reduced by `Task.reduce`, and labels."""
 
@@ -87,7 +87,7 @@ class LayerFit:
     Attributes:
         probe: The probe from the final fit.
         val: Reduced outputs and labels of the validation images from the first fit; None without validation images.
-        trained_val: The same for the model's own head; None if `trained_head` is None.
+        trained_val: The same for the model's own head; None if `val` or the result of `trained_head` is None.
     """
 
     probe: LayerProbe
@@ -169,7 +169,7 @@ def _measure_heads(
     batch_size: int,
     precision: str,
 ) -> list[Outputs]:
-    """Compute the reduced outputs of each head and the labels of a split; `precision` is that of the features."""
+    """Compute the reduced outputs of each head and the labels of a split; `precision` applies to the features."""
     images, device, results = original_images(images), next(parts.model.parameters()).device, []
     for start in range(0, len(images), MAX_PROBE_IMAGES):  # bounds the memory of the features
         part = images.subset(range(start, min(start + MAX_PROBE_IMAGES, len(images))))
@@ -295,7 +295,7 @@ def fit_kernel(task: Task, measured: MeasuredFeatures, outputs: int) -> KernelHe
     K is the kernel matrix of the images; their features are averaged over the views. Y is the matrix of one-hot labels.
     The weights w are the products of class and sample weights, scaled to mean 1, and π is the weighted mean of Y.
     Nearly constant features are ignored. The scale s is the one of 13 candidates with the lowest weighted cross-entropy
-    of the leave-one-out predictions `f_i = y_i − A_i / [(K + λ diag(w)⁻¹)⁻¹]_ii`.
+    of the leave-one-out predictions `s (y_i − A_i / [(K + λ diag(w)⁻¹)⁻¹]_ii)`.
 
     Source: Saunders et al., 1998 (ridge regression); Rasmussen and Williams, 2006, eq. 5.12 (leave-one-out).
     """

@@ -51,8 +51,8 @@ from snella_app.training.linear_probe import original_images, probe_rows
 from snella_app.training.memory import peak_rss_mib
 from snella_app.training.trainer import SnellaTrainer
 
-_PEFT_USE = """This folder contains an adapter in PEFT format. Run `import snella` before loading it with PEFT; the
-package registers the adapter's type."""
+_PEFT_USE = """This folder contains an adapter in PEFT format. If PEFT does not know the adapter's type,
+run `import snella` first, which registers it."""
 _PLAIN_USE = """This folder contains the trained weights, which `snella_app.methods.load_trained` loads into the
 backbone."""
 _PREDICT_USE = "With the run folder, `snella predict RUN IMAGES` runs prediction on images"
@@ -168,9 +168,8 @@ def _fit_last_epoch(trainer: SnellaTrainer, folder: Path) -> _LastEpoch | None:
     """
     plan, parts = trainer.plan, trainer.parts
     is_best = trainer.history[-1]["epoch"] == best_epoch(trainer.history, trainer.selection_score)
-    if not _fits_layers(trainer) or not fits_last_epoch(plan) or parts.splits.val is None:
-        return None
-    if is_best or trainer.has_stopped_early:
+    can_fit = _fits_layers(trainer) and fits_last_epoch(plan) and parts.splits.val is not None
+    if not can_fit or is_best or trainer.has_stopped_early:
         return None
     with trainer.average_parameters():
         fit = fit_layers(parts, _head_images(parts), plan.data, plan.optim)
@@ -283,7 +282,7 @@ def _metrics(trainer: SnellaTrainer, step_timer: StepTimeCallback) -> Metrics:
         best_epoch=best_epoch(trainer.history, trainer.selection_score),
         protocol=protocol.name,
         selected_on=protocol.selected_on,
-        best_metric=protocol.best_metric(f"val_{parts.task.monitor}"),
+        best_metric=protocol.best_metric(parts.task.monitor),
         ema=trainer.plan.optim.ema,
         train_s=round(trainer.elapsed_s, 3),
         trainable_parameters=trainable_parameters(parts.model),
@@ -330,7 +329,7 @@ def _print_results(
     if trainer.has_stopped_early and (last := trainer.history[-1]["epoch"]) < epochs:
         print_line(console, f"stopped after epoch {last} of {epochs}")
     if averaged is not None:
-        print_line(console, _averaged_text(averaged, best))
+        print_line(console, _averaged_text(averaged, best, metrics.selection))
     if head is not None:
         print_line(console, _final_head_text(head))
     average = averaged.text if averaged is not None and averaged.is_saved else None
@@ -387,10 +386,10 @@ def _only_class(scores: dict[str, Any], classes: Sequence[str]) -> str | None:
     return classes[predicted[0]] if len(predicted) == 1 and np.count_nonzero(confusion.sum(1)) > 1 else None
 
 
-def _averaged_text(averaged: AveragedEpochs, best: int) -> str:
-    """Describe the result of `--swa` or `--soup`."""
+def _averaged_text(averaged: AveragedEpochs, best: int, selection: str) -> str:
+    """Describe the result of `--swa` or `--soup`; `selection` is the split for epoch selection."""
     candidates = f"of epochs {averaged.offered[0]} to {averaged.offered[-1]}"
     if averaged.is_saved:
         return f"{averaged.kind} {candidates}: {averaged.text} is saved"
-    worse = f"is worse on the validation set than epoch {best}, which is saved"
+    worse = f"is worse on the {selection} set than epoch {best}, which is saved"
     return f"{averaged.kind} {candidates}: {averaged.text} {worse}"

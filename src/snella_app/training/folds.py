@@ -30,9 +30,9 @@ def is_cross_validation(folder: str | Path) -> bool:
 def train_folds(config: TrainConfig, console: Console | None = None, **options: Any) -> FoldResults:
     """Train one run per fold in `OUT/fold-1`, `OUT/fold-2`, …, and write a table over the folds.
 
-    Each fold holds out one K-th of the images, stratified by class, or by group if the data has groups. Each run is an
-    ordinary run (`snella evaluate OUT/fold-2`) with a separate validation split for epoch selection. If the data has a
-    test split, the folds are the validation splits, and all models are evaluated on the test split.
+    Each fold holds out about one K-th of the images, stratified by class; images of a group stay together. Each run is
+    an ordinary run (`snella evaluate OUT/fold-2`) with a separate validation split for epoch selection. If the data has
+    a test split, the folds are the validation splits, and all models are evaluated on the test split.
 
     Args:
         config: Settings as for `train`, with `folds`. With `resume`, only unfinished folds are trained.
@@ -45,7 +45,7 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
     Raises:
         FileExistsError: If the folder contains a single run or other files, or contains a cross-validation and neither
             `resume` nor `overwrite` is set.
-        FileNotFoundError: If `resume` is set, the folder has no cross-validation, and the data or backbone is missing.
+        FileNotFoundError: If `resume` is set, the folder has no cross-validation, and `data` or `backbone` is not set.
         ValueError: If `train` rejects the settings, or a resumed cross-validation has other settings.
     """
     require_single_process("a cross-validation")

@@ -34,7 +34,7 @@ from snella_app.training.checkpoints import CheckpointError, require_file
 from snella_app.training.distributed import sum_across_processes
 
 MAX_PROBE_IMAGES = 5_000
-"""Maximum number of training images for a probe; more images hardly change the fit."""
+"""Maximum number of images of a split for fitting a head; more images hardly change the fit."""
 _NORM_FILE = "feature_norm.safetensors"
 _MOMENTUM = 0.1
 _EPS = 1e-5
@@ -99,7 +99,7 @@ def _has_timm_features(model: nn.Module) -> bool:
 
 
 def cache_features(parts: RunComponents, batch_size: int) -> None:
-    """Replace all images in `parts` by their features, and train only the head."""
+    """Replace the images of all splits by their features, and set the head as the trained part."""
     parts.model.eval()
     for name, images in parts.splits.parts.items():
         (features,) = extract_features(parts, images, batch_size)
@@ -284,7 +284,7 @@ def base_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 def is_clearly_better(only_first: int, only_second: int) -> bool:
     """Return whether the first of two classifiers is clearly better (McNemar's test, two standard errors).
 
-    The first two arguments are the numbers of images that only one of the classifiers predicts correctly.
+    The arguments are the numbers of images that only the first and only the second predicts correctly.
     """
     return only_first - only_second > 2.0 * math.sqrt(only_first + only_second)
 

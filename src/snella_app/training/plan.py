@@ -1,4 +1,4 @@
-"""Plan of a run: resolution of automatic settings, the printed summary, and the record of a new run."""
+"""Plan of a run: resolution of automatic settings, the printed summary, and the record of a started run."""
 
 from __future__ import annotations
 
@@ -121,10 +121,11 @@ def resolve(
 def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
     """Resolve `final_head`, `head_init` and `head_norm`, which do not depend on the image size.
 
-    `final_head="auto"` is `layers` if the model and the task support it and there is a single process, else `trained`.
-    `head_init="auto"` is `probe` if `can_probe`, else `random`. `head_norm="auto"` is `running` for a probe-initialized
-    head, else `none`. Under the `official` protocol, `auto` is `trained` and `random`, as in the authors' scripts. A
-    run that starts from another run keeps that run's head: `head_init` and `head_norm` are unchanged.
+    `final_head="auto"` is `layers` if the model and the task support it and there is a single process without `shard`,
+    else `trained`. `head_init="auto"` is `probe` if `can_probe`, else `random`. `head_norm="auto"` is `running` for a
+    probe-initialized head, else `none`. Under the `official` protocol, `auto` is `trained` and `random`, as in the
+    authors' scripts. A run that starts from another run keeps that run's head: `head_init` and `head_norm` are
+    unchanged.
 
     Raises:
         ValueError: If `final_head` is `layers`, but the model or the task does not support it, or the run has several
@@ -135,9 +136,9 @@ def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
     if optim.final_head == "layers" or (optim.final_head == "auto" and not is_official):
         missing = None
         if not parts.task.has_linear_fit:
-            missing = f"a task with one output per image, got {parts.task.name}"
+            missing = f"a task with one output vector per image, got {parts.task.name}"
         elif process_count() > 1 or config.run.shard:
-            missing = "a single process"
+            missing = "a single process without shard"
         elif not _reads_features(parts):
             model = type(base_model(parts.model)).__name__
             missing = (
@@ -336,7 +337,7 @@ def shorten_hint(parts: RunComponents, factor: float) -> str:
 
 
 def describe_run(plan: TrainConfig, parts: RunComponents, names: Collection[str] = SPLITS) -> RunInfo:
-    """Build the record of a new run, with the contents of the splits in `names`."""
+    """Build the record of a new or resumed run, with content digests of the splits in `names`."""
     splits = parts.splits
     return RunInfo(
         status="running",

@@ -50,10 +50,14 @@ class InterruptCallback(TrainerCallback):
     immediately (no-op in distributed training). Signals are SIGINT (Ctrl-C), SIGTERM (schedulers) and SIGHUP (closed
     terminal). Ignored SIGTERM and SIGHUP, as with `nohup`, stay ignored. Handlers are installed inside the context,
     only in the main thread.
+
+    Attributes:
+        is_requested: True after the first signal.
+        has_saved: True once a checkpoint is saved after it.
     """
 
     def __init__(self) -> None:
-        self.is_requested = False
+        self.is_requested = self.has_saved = False
         self._requested_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -99,7 +103,7 @@ class InterruptCallback(TrainerCallback):
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop after the checkpoint of a complete epoch."""
         if self.is_requested:
-            control.should_training_stop = True
+            self.has_saved = control.should_training_stop = True
 
 
 def _is_epoch_end(state: TrainerState) -> bool:
@@ -190,7 +194,7 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 @contextmanager
 def record_status(run: BaseRunFolder[Any], command: str) -> Iterator[None]:
-    """Record an interruption or failure inside the context in `run.json`; `command` resumes the run.
+    """Record an interruption or failure inside the context in `run.json`; `snella COMMAND` resumes the run.
 
     Raises:
         TrainingInterrupted: If the context is interrupted; the message has the checkpoint and the command to resume.

@@ -54,9 +54,9 @@ _MAX_EPOCHS = 100
 _MEASURED_SHARE = 0.02
 """Fraction of the time budget for timing one kind of step; exceeded only for the minimum number of steps."""
 _SIZE_RATIO = 1.15
-"""The size search ends when the smallest size that does not fit is at most this factor above the largest that does."""
+"""The size search ends when the smallest size that does not fit is at most this factor times the largest that does."""
 _SMALL_SIDE, _MEASURED_SIDES = 112, 16
-"""Image size that is tried for images of any size, and the number of images whose size is read."""
+"""Image size that is tried for images of any size, and the minimum number of images whose size is read."""
 _NEVER_S = 1e12
 """Time of a step that runs out of memory."""
 _MIN_STEP_S, _CACHED_EPOCH_S = 0.01, 0.5
@@ -125,10 +125,9 @@ def fit_image_size(
     the epochs also fit, or S if there is none. To leave time for epochs, S is limited to the median shorter side of the
     images or 112 pixels, whichever is larger. The limit does not apply to runs without epochs.
 
-    Candidates are multiples of the model's patch size or reduction, from 48 pixels to the backbone's default. The
-    search stops within 15% of the largest size that fits; if no size fits, the result is the smallest. Models that
-    do not support other sizes keep their default, as do folds, runs with `init_from`, and methods that select
-    parameters.
+    Candidates are multiples of `size_step`, from 48 pixels to the backbone's default. The search stops within 15% of
+    the largest size that fits; if no size fits, the result is the smallest. Models that do not support other sizes keep
+    their default, as do folds, runs with `init_from`, and methods that select parameters.
 
     Returns:
         Image size; None for the backbone's default.
@@ -141,8 +140,6 @@ def fit_image_size(
         print_line(console, f"image size stays {default} px: {reason}")
     if reason is not None or len(sizes) == 1:
         return None
-    epochs = counted(optim.epochs, "epoch")
-    print_line(console, f"measuring step times to fit {epochs} into {budget}")
 
     def measure(size: int, with_training: bool) -> _Times:
         try:
@@ -158,15 +155,17 @@ def fit_image_size(
         return times.steps * times.step_s + (evaluation_s + times.final_s) / optim.epochs
 
     left_s = partial(_seconds_left, budget, started_at)
-    search = None
+    search, epochs = None, counted(optim.epochs, "epoch")
     has_head = can_skip_training(optim, config.data.protocol) and optim.final_head == "layers"
     trains = optim.epochs > 0 and not (has_head and find_method(config.method.name).is_head_only)
+    last_part = "the final head" if has_head else "the final evaluation"
+    print_line(console, f"measuring step times to fit {epochs if trains else last_part} into {budget}")
     try:
         if has_head or not trains:
             largest_side = max(_SMALL_SIDE, _median_side(parts.splits.train)) if trains else default
             head_sizes = [size for size in sizes if size - step < largest_side] or sizes[:1]
             search = _largest_size(head_sizes, lambda size: measure(size, with_training=False).final_s, left_s)
-            work, unit = "the final head", "it"
+            work, unit = last_part, "it"
             sizes = [size for size in sizes if 2 * size >= search.size]
         if search is None or (trains and search.fits):
             trained = _largest_size(sizes, epoch_seconds, lambda: left_s() / optim.epochs)

@@ -80,7 +80,7 @@ def train(
         Folder of the finished run.
 
     Raises:
-        FileExistsError: If the folder contains a run and neither `resume` nor `overwrite` is set.
+        FileExistsError: If the folder contains other files, or a run and neither `resume` nor `overwrite` is set.
         RunInUseError: If another process is writing to the folder.
         FileNotFoundError: If the data of a resumed run or the adapter of a finished run is missing.
         ValueError: If settings contradict each other or the data, or settings or images of a resumed run have changed.
@@ -115,7 +115,7 @@ def train(
         if config.data.channels != 3:
             channels = counted(config.data.channels, "channel")
             loaded.splits.notes.append(
-                f"the first convolution of {config.model.backbone} is adapted from 3 to {channels}"
+                f"the first convolution of {config.model.backbone} is adapted to {channels} if it has 3"
             )
         initial = None if config.model.init_from is None else RunFolder(config.model.init_from)
         source = run if stored is not None else initial
@@ -201,8 +201,8 @@ def _fit(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     is_incomplete = trainer.state.global_step < trainer.state.max_steps and not trainer.has_stopped_early
     # an interruption in the last epoch also stops the run, if its checkpoint is saved
-    is_interrupted = mean_across_processes(float(interrupt.is_requested)) > 0 and (keep_checkpoints or not optim.epochs)
-    if is_incomplete or is_interrupted:
+    is_saved = keep_checkpoints or interrupt.has_saved or not optim.epochs
+    if is_incomplete or mean_across_processes(float(interrupt.is_requested and is_saved)) > 0:
         raise KeyboardInterrupt
     return trainer, step_timer
 

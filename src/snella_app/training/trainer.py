@@ -102,7 +102,7 @@ class SnellaTrainer(CheckpointingTrainer):
         self._epoch_loss, self._epoch_steps = 0.0, 0
         self._step_loss, self._micro_step = 0.0, 0
         self._weights = [1.0]
-        self._views = 1  # of `outputs`, for `prediction_step`
+        self._views = 1  # set by `outputs` for `prediction_step`
         size = optim.images_per_epoch(len(train))
         self._sampler = epoch_sampler(train, self.task, plan.data.sampler, parts.seed, size)
         self._shards = ShardedBatches(self._sampler, optim.effective_batch_size, process_index(), process_count())
@@ -211,7 +211,8 @@ class SnellaTrainer(CheckpointingTrainer):
             if self.has_stopped_early:
                 self.control.should_training_stop = True
             if is_best:
-                shutil.rmtree(self.run_folder.checkpoints / BEST, ignore_errors=True)  # of a `finish` before a restart
+                # left by `finish` if the run was restarted from the first epoch
+                shutil.rmtree(self.run_folder.checkpoints / BEST, ignore_errors=True)
                 self.save_adapter()
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return row

@@ -247,7 +247,7 @@ def _draw_evolution(rows: Sequence[Row], metrics: Mapping[str, str], by: Layers)
     panels[0].set_ylabel("importance (log scale)")
     panels[len(labels)].set_ylabel("sparsity")
     if len(labels) > 1:  # runs may have different steps
-        names = ["first", *[""] * (len(names) - 2), "last"] if len(names) > 2 else names
+        names = ["first", *[""] * (len(names) - 2), "last"] if len(names) > 1 else names
     add_legend(figure, handles, names, columns=min(3 * len(labels), _MAX_STEPS))
     return figure
 

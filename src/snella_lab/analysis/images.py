@@ -232,7 +232,7 @@ def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
     Raises:
         FileNotFoundError: If a folder contains no images.
     """
-    files = {Path(folder): sorted(p for p in Path(folder).iterdir() if is_image(p)) for folder in map(Path, folders)}
+    files = {folder: sorted(p for p in folder.iterdir() if is_image(p)) for folder in map(Path, folders)}
     for folder, paths in files.items():
         if not paths:
             raise FileNotFoundError(f"folder {folder} contains no images")
@@ -266,8 +266,8 @@ def _class_balanced_indices(labels: Sequence[int], count: int, seed: int) -> lis
     by_class: dict[int, list[int]] = {}
     for index in order:
         by_class.setdefault(labels[index], []).append(index)
-    cycled = [items[k] for k in range(len(labels)) for _, items in sorted(by_class.items()) if k < len(items)]
-    return cycled[:count]
+    classes = [by_class[label] for label in sorted(by_class)]
+    return [items[k] for k in range(len(labels)) for items in classes if k < len(items)][:count]
 
 
 _GAP, _TITLE, _CAPTION = 12, 24, 17

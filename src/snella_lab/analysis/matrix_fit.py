@@ -101,7 +101,7 @@ def find_kernel(name: str) -> Merge:
     try:
         kernel = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import kernel {name!r}: {error}") from error
+        raise ValueError(f"cannot import kernel {name!r}: {error}; use a module on PYTHONPATH") from error
     if inspect.isclass(kernel) and issubclass(kernel, Kernel):
         return kernel().merge
     if callable(kernel):
@@ -364,11 +364,11 @@ def _read_fits(folder: Path, config: FitConfig) -> dict[str, Fit]:
         return {}
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        fits = {name: Fit(**values) for name, values in state["fits"].items()}
-    except (ValueError, TypeError, KeyError) as error:
+        settings, fits = state["settings"], {name: Fit(**values) for name, values in state["fits"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it to start again") from error
-    if state["settings"] != _settings(config):
-        raise ValueError(f"out={folder} contains fits with other settings, {state['settings']}; choose another folder")
+    if settings != _settings(config):
+        raise ValueError(f"out={folder} contains fits with other settings, {settings}; choose another folder")
     return fits
 
 

@@ -50,11 +50,12 @@ class PlotOptions(Config):
     Args:
         kind: allocation, evolution, update, overlap, features, radar, memory, samples, masks, gradcam or images.
         runs: Run folders; comparison folders (radar), image folders (images), or datasets or experiments (samples).
-        out: Output folder; created.
+        out: Output folder; created if missing.
         by: Layer granularity (allocation, evolution): block or matrix; default block.
         matrix: Matrix to plot (update, overlap), e.g. blocks.11.attn.qkv.q; defaults to the deepest query projection.
         data: Dataset (features, gradcam), as for snella train; defaults to the first run's data.
-        split: Data split (features, masks, gradcam); defaults to the test images, or to all images of --data.
+        split: Data split (features, masks, gradcam); defaults to the test images (validation if there are none), or to
+            all images of --data.
         limit: Maximum number of images in total (features; default 500) or per row (samples, masks, gradcam, images;
             default 6).
         seed: Seed for image selection and embedding (features, samples, gradcam; default 0).

@@ -35,7 +35,7 @@ class Transformer:
         patch: Values per patch, the inputs of the patch embedding; 0 for a language model.
         image: Values per input image; 0 for a language model.
         outputs: Number of classes, or vocabulary size for a language model.
-        kv_width: Output width of the key and value layers; `d` if None. Used only if `is_llama`.
+        kv_width: Output width of the key and value layers in LLaMA; `d` if None.
         is_llama: True for LLaMA's blocks: separate q, k, v, a gated MLP, no biases.
         has_layer_scale: True if both branches of a block end with a trained scale.
     """

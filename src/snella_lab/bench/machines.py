@@ -102,7 +102,7 @@ class Gpu:
 
 GPUS: dict[str, Gpu] = {
     "h100": Gpu("H100 SXM", 989.4e12, 66.9e12, 3.35e12, 450e9, 1.98e9, "NVIDIA H100 architecture whitepaper"),
-    "h200": Gpu("H200 SXM", 989.4e12, 66.9e12, 4.8e12, 450e9, 1.98e9, "NVIDIA H200 datasheet; computes as the H100"),
+    "h200": Gpu("H200 SXM", 989.4e12, 66.9e12, 4.8e12, 450e9, 1.98e9, "NVIDIA H200 datasheet; same compute as H100"),
     "a100": Gpu("A100 SXM 80 GB", 312e12, 19.5e12, 2.039e12, 300e9, 1.41e9, "NVIDIA A100 datasheet"),
     "rtx4090": Gpu(
         "RTX 4090", 165.2e12, 82.6e12, 1.008e12, 32e9, 2.52e9, "NVIDIA Ada architecture whitepaper; PCIe 4 ×16"
@@ -111,8 +111,8 @@ GPUS: dict[str, Gpu] = {
     "t4": Gpu("T4", 65e12, 8.1e12, 0.32e12, 16e9, 1.59e9, "NVIDIA T4 datasheet; float16; PCIe 3 ×16"),
     "mi300x": Gpu("MI300X", 1307.4e12, 163.4e12, 5.3e12, 448e9, 2.1e9, "AMD MI300X datasheet"),
 }
-"""Printed values attributed to the datasheets, but neither checked against them nor measured. The datasheets of H200
-and L4 state twice the product rate, with sparsity."""
+"""Values attributed to the datasheets, neither checked against them nor measured. The datasheets of H200 and L4 state
+twice the product rate, with sparsity."""
 
 EFFICIENCIES = {
     "product": (0.35, 0.5, 0.65),
@@ -242,7 +242,7 @@ class GpuForecast:
 def forecast(
     gpu: str, backbone: str, img_size: int | None = None, *, batch: int = 32, r: int = 8, dtype: str = "fp32"
 ) -> tuple[str, GpuForecast | None]:
-    """Return the product name of a GPU and the forecast for a backbone; None unless it is a plain ViT."""
+    """Return the product name of a GPU, and the forecast for a backbone (None unless it is a plain ViT)."""
     shape = shape_of_backbone(backbone, img_size)
     return GPUS[gpu].name, None if shape is None else GpuForecast(gpu, shape, batch, r, dtype)
 

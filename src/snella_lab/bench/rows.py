@@ -115,7 +115,7 @@ def _draw_lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: s
     names = sorted({row["method"] for row in rows}, key=sort_key)
     numbers = {name: number for number, name in enumerate([*_ORDER, *(name for name in names if name not in _ORDER)])}
     for name in names:
-        points = sorted((row[x], row[y]) for row in rows if row["method"] == name and y in row)
+        points = sorted((row[x], row[y]) for row in rows if row["method"] == name)
         color, marker = style_of(numbers[name])
         # dashed and on top, so that an identical line remains visible
         style: dict[str, Any] = {"linestyle": "--", "zorder": 3} if name == REFERENCE else {}

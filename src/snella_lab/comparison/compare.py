@@ -122,8 +122,7 @@ def compare(
         _train_all(root, Plan(experiment, rows), rows.values(), execution, console)
         rows, _ = collect(root)
     page = _write_reports(root, experiment, list(rows.values()), console)
-    failed = [row for row in rows.values() if row.status == "failed"]
-    failed = [row for row in failed if not row.is_diverged_trial]
+    failed = [row for row in rows.values() if row.status == "failed" and not row.is_diverged_trial]
     if failed and not execution.draw_only:
         first = min(failed, key=lambda row: (row.purpose != "final", row.cell))
         raise CellsFailedError(
@@ -248,8 +247,8 @@ CHOICE_FOLDER = "-choice"
 def choose_method(config: TrainConfig, console: Console | None = None) -> TrainConfig:
     """Replace method auto with the winner of a small comparison on validation images.
 
-    The comparison trains linear, bias, lora-8 and snella-matched at their default learning rates with two seeds, for at
-    most 5 epochs on at most 400 training images, each run in a separate process. Test images are never used. Among the
+    The comparison trains linear, bias, lora-8 and snella-matched at their default `lr` with two seeds, for at most 5
+    epochs on at most 400 training images, each run in a separate process. Test images are never used. Among the
     methods within one standard error of the best, the one with the lowest memory use wins; the fastest one wins ties
     (within 5%). The runs, including failed ones, are stored in `OUT-choice`; an interrupted selection resumes from
     them. With `resume`, a run that has started keeps its method.

@@ -160,7 +160,7 @@ def data_entry(value: Any) -> DataEntry:
     """
     entry = _entry(value, "data", "data", ("name", "group", *DATA_SETTINGS))
     settings = {key: entry[key] for key in DATA_SETTINGS if key in entry}
-    return DataEntry(entry["name"], str(entry["data"]), str(entry.get("group", entry["name"])), settings)
+    return DataEntry(entry["name"], str(entry["data"]), str(entry.get("group") or entry["name"]), settings)
 
 
 def _entry(value: Any, where: str, required: str, optional: Iterable[str]) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _entry(value: Any, where: str, required: str, optional: Iterable[str]) -> di
         raise ValueError(errors[0])
     if not value.get(required):
         raise ValueError(f"every entry of {where} must have '{required}', got {dict(value)!r}")
-    return {**value, "name": str(value.get("name", value[required]))}
+    return {**value, "name": str(value.get("name") or value[required])}
 
 
 def plain_entry(entry: MethodEntry | DataEntry) -> dict[str, Any]:

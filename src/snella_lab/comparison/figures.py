@@ -210,6 +210,6 @@ def _points(fraction: float) -> str:
 def _short(value: float) -> str:
     """Format a number with three significant digits: 768, 1.33 M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
+        if value >= 0.9995 * size:  # rounds to three digits of this unit
             return f"{value / size:.3g} {unit}"
     return f"{value:.3g}"

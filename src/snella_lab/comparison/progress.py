@@ -53,7 +53,7 @@ class ComparisonProgress:
         self._refresh()
 
     def ended(self, cell: Cell, row: CellRow, slots: int, is_local: bool = True) -> None:
-        """Print the result of a run and the remaining time, given `slots` parallel runs."""
+        """Print the result of a run and, if a run has succeeded, the remaining time with `slots` parallel runs."""
         self._add_duration(row)
         left, done = self._plan.left, self._plan.done
         if row.status == "success":
@@ -61,7 +61,8 @@ class ComparisonProgress:
             result = ", ".join(f"{part} {score:.4f}" for part, score in scores.items() if score is not None)
         else:
             result = f"FAILED, {row.error}"
-        remaining = f"; about {seconds_text(self._remaining_s() / slots)} left" if left else ""
+        has_estimate = left and self._durations
+        remaining = f"; about {seconds_text(self._remaining_s() / slots)} left" if has_estimate else ""
         others = "" if is_local else " by another process"
         origin = ", reused from the selected tuning run" if row.results and row.results.trained_as else ""
         text = f"{cell.title}: {result} ({seconds_text(row.total_time)}{others}{origin}){remaining}"

@@ -39,6 +39,7 @@ from snella_lab.comparison.summary import (
     difference_text,
     interval_text,
     outcome_text,
+    part_text,
     recommendation_text,
     score_text,
     significance_texts,
@@ -106,6 +107,7 @@ class OrderingResult:
         else:
             mean, *ends = (measure_text(value, signed=True) for value in (diff.mean, diff.low, diff.high))
             text = mean if math.isnan(diff.low) else f"{mean} [{', '.join(ends)}]"
+            text += part_text(diff, self.tasks)
         return self.claim, self.verdict, f"{text}, {counted(diff.pairs, 'pair')}", *significance_texts(diff)
 
 
@@ -235,7 +237,8 @@ def write_page(root: Path, summary: Summary) -> Path:
     times = {row.cell: row.total_time for row in rows}
     # the times of final runs include reused tuning runs
     reused_s = sum(times.get(row.results.trained_as or "", 0.0) for row in rows if row.results is not None)
-    protocol = experiment.settings.get("protocol", "standard")
+    protocol, grid = experiment.settings.get("protocol", "standard"), experiment.grid
+    tuned = ["learning rate"] * (len(set(grid.lr_factors)) > 1) + ["weight decay"] * (len(grid.weight_decays) > 0)
     context = {
         "experiment": experiment,
         "title": title,
@@ -265,7 +268,7 @@ def write_page(root: Path, summary: Summary) -> Path:
         "max_p": decimal_text(1 - LEVEL, 2),
         "min_units": MIN_UNITS,
         "machines": _machines(rows),
-        "tuned": "Learning rate and weight decay" if experiment.grid.weight_decays else "The learning rate",
+        "tuned": " and ".join(tuned),
         "trials": sum(row.purpose == "trial" for row in rows),
         "total_time": seconds_text(sum(row.total_time for row in rows) - reused_s),
         "settings": yaml.safe_dump(experiment.as_dict(), sort_keys=False, allow_unicode=True),

@@ -263,9 +263,9 @@ def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Pa
 
 
 def drop_adapters(root: Path, experiment: Experiment, cell: Cell) -> None:
-    """Delete tuning adapters of a finished cell's method, task and seed that no final run can reuse.
+    """Delete the tuning adapters of a finished cell's method, task and seed, except the best ones for reuse.
 
-    The adapters of the best tuning runs are kept until the final run is finished.
+    The adapters of the best tuning runs are kept until the final run of the seed is finished.
     """
     trials = replace(cell, is_final=False).folder(root).parent
     rows = {path.parent: read_row(path.parent) for path in trials.glob(f"*_seed-{cell.seed}/{CellRow.file}")}
@@ -330,9 +330,8 @@ def record_crash(
 ) -> CellRow | None:
     """Store and return the row of a crashed or blocked cell; None if another process has claimed it.
 
-    A row that is already stored is returned unchanged.
-
-    `ignores_lock` stores the row even if an unresponsive process holds the lock of the cell.
+    A row that is already stored is returned unchanged. `ignores_lock` stores the row even if an unresponsive process
+    holds the lock of the cell.
     """
     folder = cell.folder(root)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
@@ -412,7 +411,7 @@ def _train_cell(root: Path, experiment: Experiment, cell: Cell, is_dedicated: bo
             traceback.print_exc(file=file)
             text = " ".join(str(error).split())  # the log contains the full text
             text = text if len(text) <= _ERROR_LENGTH else text[:_ERROR_LENGTH] + " …"
-            elapsed_s = round(time.monotonic() - start, 3)
+            elapsed_s = round(time.monotonic() - start + (earlier_s or 0.0), 3)
             return CellRow(**head, status="failed", error=f"{type(error).__name__}: {text}", total_time=elapsed_s)
     earlier_s = (earlier_s or 0.0) if trial is None else trial.total_time
     total = round(time.monotonic() - start + earlier_s, 3)

@@ -117,18 +117,18 @@ def next_tuning_runs(grid: Grid, default_weight_decay: float, results: Results) 
     if not decays:
         return Choice(best, tuple(candidates), lr_on_edge, False)
     for extensions in range(grid.max_extensions + 1):
-        row = [Candidate(best.lr_factor), *(Candidate(best.lr_factor, w) for w in decays)]
-        missing = _missing(row, grid, results)
+        tried = [Candidate(best.lr_factor), *(Candidate(best.lr_factor, w) for w in decays)]
+        missing = _missing(tried, grid, results)
         if missing:
             return missing
-        best = _best(row, results) or best
+        best = _best(tried, results) or best
         largest = max([default_weight_decay, *decays])
         chosen = default_weight_decay if best.weight_decay is None else best.weight_decay
         if not 0 < largest == chosen or extensions == grid.max_extensions:
             break
         decays = [*decays, _rounded(largest * 10)]
     on_edge = 0 < largest == chosen
-    return Choice(best, (*candidates, *row[1:]), lr_on_edge, on_edge)
+    return Choice(best, (*candidates, *tried[1:]), lr_on_edge, on_edge)
 
 
 def _missing(candidates: Sequence[Candidate], grid: Grid, results: Results) -> list[Candidate]:

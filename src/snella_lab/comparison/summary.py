@@ -121,7 +121,7 @@ class Summary:
 
     @property
     def means(self) -> dict[str, Spread]:
-        """Mean of the main metric over tasks, by method; methods without results are omitted."""
+        """Mean of the main metric over tasks, by method; methods without a run on every task are omitted."""
         return {m.name: value for m in self.methods if (value := m.over_tasks[self.column]) is not None}
 
     def scores(self, metric: str) -> dict[str, list[Spread | None]]:
@@ -249,6 +249,7 @@ def outcome_text(summary: Summary) -> str:
     lead = differences.get(best)
     if lead is not None and lead.mean > 0 and len(equal) == 1:
         text += f": {size_text(lead.mean, summary.is_fraction)} above {summary.reference}"
+        text += part_text(lead, len(summary.tasks))
         if not math.isnan(lead.low):
             reason = "" if lead.direction else f"; {insignificance_text(lead)}"
             low, high = (change_text(end, summary.is_fraction) for end in (lead.low, lead.high))
@@ -276,13 +277,13 @@ def recommendation_text(summary: Summary) -> str:
     """Recommend a method: within one standard error of the best metric, then least memory, then least time.
 
     The standard error is over the seeds of the best method. Memory values within 5% are ties. The text lists methods
-    without results, and is empty if no method has results.
+    without a mean over all tasks, and is empty if no method has one.
     """
     if not summary.means:
         return ""
     text = summary.recommendation[1]
     others = [m.name for m in summary.methods if m.name not in summary.means]
-    return f"{text} No results yet: {', '.join(others)}." if others else text
+    return f"{text} No complete results yet: {', '.join(others)}." if others else text
 
 
 def recommend(

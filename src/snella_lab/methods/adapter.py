@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number, one_of
-from snella_app.methods.model_parts import is_inside
+from snella_app.methods.model_parts import is_inside, standardizes_weight
 from snella_app.methods.partial import train_head
 from snella_app.text import listed
 from snella_lab.methods.parts import attach, find_attached, mlps, remove_hooks
@@ -249,25 +249,36 @@ def _build_ssf(model: nn.Module, head: str, options: Options, batches: Batches |
 
 @torch.no_grad()
 def _merge_ssf(model: nn.Module) -> nn.Module:
-    """Merge γ and β into each layer: W <- γ W, b <- γ b + β."""
+    """Merge γ and β into each layer: W <- γ W, b <- γ b + β.
+
+    Output projections of `nn.MultiheadAttention` remain unchanged: it reads their weights, so γ and β have no effect.
+    """
     layers = list(find_attached(model, "ssf", ScaleShift))
-    without_bias = [
-        repr(name) for name, module, _ in layers if getattr(module, "weight", None) is None or module.bias is None
-    ]
-    if without_bias:
+    unsupported = [repr(name) for name, module, _ in layers if not _is_affine_with_bias(module)]
+    if unsupported:
         raise ValueError(
-            f"method 'ssf' cannot be merged into {type(model).__name__}: the shift requires a bias, got none in "
-            f"{listed(without_bias, 1)}; keep the adapter separate and load it with load_trained"
+            f"method 'ssf' cannot be merged into {type(model).__name__}: a layer must have a bias and no activation or "
+            f"weight standardization, got {listed(unsupported, 1)}; keep the adapter separate and load it with "
+            "load_trained"
         )
+    projections = [module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     for _, module, ssf in layers:
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        bias: Tensor = module.bias  # type: ignore[assignment]
-        weight.mul_(ssf.scale.view(-1, *[1] * (weight.ndim - 1)))
-        bias.mul_(ssf.scale).add_(ssf.shift)
+        if module not in projections:
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            bias: Tensor = module.bias  # type: ignore[assignment]
+            weight.mul_(ssf.scale.view(-1, *[1] * (weight.ndim - 1)))
+            bias.mul_(ssf.scale).add_(ssf.shift)
         delattr(module, "ssf")
         remove_hooks(module, apply_scale_shift)
     remove_hooks(model, warn_about_unused)
     return model
+
+
+def _is_affine_with_bias(module: nn.Module) -> bool:
+    """Return True for a layer with a bias, no activation (timm's `NormAct` layers) and no weight standardization."""
+    has_parameters = getattr(module, "weight", None) is not None and module.bias is not None
+    has_activation = not isinstance(getattr(module, "act", None), nn.Identity | None)
+    return has_parameters and not has_activation and not standardizes_weight(module)
 
 
 SSF = Method(

@@ -99,7 +99,9 @@ def search_subnet(
     generations: int,
     report: Callable[[str], None],
 ) -> Subnet:
-    """Find the subnet with the highest score by evolutionary search; ties go to the smallest one.
+    """Find the subnet with the highest score (accuracy, negative loss) by evolutionary search.
+
+    Ties go to the smallest subnet.
 
     Generation 0 contains the smallest subnet and random ones. Each of the `generations` after it adds up to
     `population` new candidates within the budget: up to half are mutations of the best ten, up to half are crossovers
@@ -139,9 +141,11 @@ def search_subnet(
             report(f"noah: no candidates left with at most {space.budget:,} parameters")
             break
         best = max(scores, key=rank)
+        accuracy, negative_loss = scores[best]
         report(
-            f"noah: generation {generation} of {generations}, {len(scores)} candidates evaluated, "
-            f"best {scores[best][0]:.4f} with {space.count(best):,} parameters"
+            f"noah: generation {generation} of {generations}, {len(scores)} candidates evaluated, best "
+            f"{f'accuracy {accuracy:.4f}' if accuracy else f'loss {-negative_loss:.4f}'} with "
+            f"{space.count(best):,} parameters"
         )
     return max(scores, key=rank)
 
@@ -283,7 +287,7 @@ def space_of(model: nn.Module, head: str, options: Options) -> SubnetSpace:
     budget = budget_of(options, model, head, vit_b_budget=0.64)
     if "budget" in options and budget < min_budget:
         raise ValueError(
-            f"budget must be at least {min_budget / 1e6:g} million parameters, the size of the smallest subnet with "
+            f"budget must be at least {min_budget / 1e6:.10g} million parameters, the size of the smallest subnet with "
             f"sizes={list(space.sizes)}, got {options['budget']}"
         )
     return replace(space, budget=max(budget, min_budget))
@@ -374,7 +378,8 @@ NOAH = Method(
 1. A supernet with the largest size of each module type in every block is trained with AdamW. Each batch trains a random
    subnet: each module type fills the first quarter, half, three quarters or all blocks, with a random size from `sizes`
    in each block. Smaller sizes share the first prompts, ranks and channels of larger ones.
-2. Evolutionary search ranks subnets of at most `budget` million parameters by the supernet's validation accuracy.
+2. Evolutionary search ranks subnets of at most `budget` million parameters by the supernet's validation accuracy, or
+   by its loss for tasks without class scores.
 3. The best subnet is reinitialized and trained like any other method; the supernet is discarded.
 
 Defaults are the paper's sizes (5, 10, 50, 100) and its budget of 0.64 on a ViT-B/16. On other models, the budget is

@@ -65,20 +65,20 @@ def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn
 
     Raises:
         ValueError: If the model has no blocks, the head takes feature maps, the blocks do not share one token sequence
-            (windows, convolutions) or lack `attn`, `mlp` or a normalization layer `norm1`, or attention uses rotary or
-            relative positions, which added tokens lack.
+            (windows, convolutions), are not in timm's format, or lack `attn`, `mlp` or a normalization layer `norm1`,
+            or attention uses rotary or relative positions, which added tokens lack.
     """
     blocks = require_blocks(method, model, head)
     has_prefix = isinstance(getattr(model, "num_prefix_tokens", None), int)
-    position_parts = ("relative_position_bias_table", "rel_pos", "rel_pos_h", "attention_biases")
+    position_parts = ("relative_position_bias_table", "rel_pos", "rel_pos_h", "attention_biases", "pos_proj")
     attentions = [getattr(block, "attn", None) for _, block in blocks]
     if not has_prefix and not isinstance(model.get_submodule(head), nn.Linear):
         reason = f"its {head!r} takes feature maps, to which tokens cannot be added"
-    elif not has_prefix or any(name.count(".") > 1 for name, _ in blocks):
-        reason = "its blocks do not share one token sequence"
+    elif not has_prefix or any(name.count(".") > 1 or hasattr(block, "local_mp") for name, block in blocks):
+        reason = "its blocks do not share one token sequence, or are not in timm's format (num_prefix_tokens, blocks.0)"
     elif any(block_width(block) is None for _, block in blocks):
         reason = "its blocks lack attn, mlp or a normalization layer norm1"
-    elif any(getattr(model, name, None) is not None for name in ("rope", "shared_rel_pos_bias")) or any(
+    elif any(getattr(model, name, None) is not None for name in ("rope", "shared_rel_pos", "rel_pos_bias")) or any(
         getattr(attention, name, None) is not None for attention in attentions for name in position_parts
     ):
         reason = "its attention uses rotary or relative positions, which added tokens lack"

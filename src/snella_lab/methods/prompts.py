@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from snella_app.methods.method import Batches, Method, Options, check_by, integer, number
+from snella_app.methods.method import Batches, Method, Options, check_by, integer, number, one_of
 from snella_app.methods.partial import train_head
 from snella_lab.methods.parts import attach, block_width, token_blocks
 
@@ -239,7 +239,7 @@ VQT = Method(
     _build,
     ("queries", "dropout", "normalize"),
     suffix="queries",
-    check=check_by({"queries": integer(), "dropout": number(0, 1)}),
+    check=check_by({"queries": integer(), "dropout": number(0, 1), "normalize": one_of(True, False)}),
     unmerged_reason="adds query tokens and widens the head",
     unsharded_reason="routes gradients around the block outputs, whose hooks gather the sharded weights",
     defaults={"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 1e-4},

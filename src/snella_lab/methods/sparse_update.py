@@ -1,7 +1,7 @@
 """Method `gps-k`, and layers with sparse updates for GPS, SPT and fixed masks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -15,7 +15,7 @@ from snella.kernels import Factors
 from snella.ops import Conv2dOp, LayerOp, LinearOp, pad_input, without_view
 from snella.update import UpdateSpec, init_factors
 from snella_app.methods.method import Batches, Method, Options, check_by, integer, number, one_of
-from snella_app.methods.model_parts import is_inside
+from snella_app.methods.model_parts import is_inside, recorded_inputs
 from snella_app.methods.partial import train_head
 from snella_lab.methods.calibration import Loss, SelectionData, loss_of, selection_data, summed_gradients
 
@@ -56,8 +56,8 @@ class _LayerWithEntries(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, op: LayerOp
     ) -> Tensor:
         ctx.op, ctx.x_shape, ctx.has_bias = op, x.shape, bias is not None
-        needs_x = ctx.needs_input_grad[1] or (ctx.needs_input_grad[3] and len(values))
-        ctx.save_for_backward(x if needs_x else None, weight, values, indices)
+        saves_x = ctx.needs_input_grad[1] or (ctx.needs_input_grad[3] and len(values))
+        ctx.save_for_backward(x if saves_x else None, weight, values, indices)
         with torch.autocast(x.device.type, enabled=False):
             effective = fold_entries(weight, values, indices).to(x.dtype)
             return without_view(op(x, effective, bias))
@@ -318,6 +318,17 @@ def can_be_sparse(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
+def require_sparse(model: nn.Module, names: Iterable[str], head: str) -> list[str]:
+    """Return the names of layers that a `SparseLayer` can wrap; raise `ValueError` if there is none."""
+    supported = [name for name in names if can_be_sparse(model.get_submodule(name))]
+    if not supported:
+        raise ValueError(
+            f"{type(model).__name__} has no Linear or Conv2d layer with the original forward pass besides its head "
+            f"{head!r}"
+        )
+    return supported
+
+
 def merge_sparse(model: nn.Module) -> nn.Module:
     """Merge every `SparseLayer` and replace it with its base layer."""
     for name, module in list(model.named_modules()):
@@ -344,15 +355,17 @@ def neuron_layers(model: nn.Module, head: str) -> list[str]:
 
     Layers with a custom forward pass remain frozen, as does the output projection of `nn.MultiheadAttention`, whose
     weight is read directly.
+
+    Raises:
+        ValueError: If there is none.
     """
     attention_names = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    return [
+    names = [
         name
         for name, module in model.named_modules()
-        if can_be_sparse(module)
-        and not is_inside(name, head)
-        and not any(is_inside(name, attention) for attention in attention_names)
+        if not is_inside(name, head) and not any(is_inside(name, attention) for attention in attention_names)
     ]
+    return require_sparse(model, names, head)
 
 
 def strongest_inputs(gradient: Tensor, k: int) -> Tensor:
@@ -399,12 +412,8 @@ def contrastive_loss(head: str, temperature: float = 0.07) -> Loss:
                 "selection_loss='contrastive' requires one class label per image, got "
                 f"labels of shape {list(labels.shape)}; use selection_loss='task'"
             )
-        features: list[Tensor] = []
-        handle = model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-        try:
+        with recorded_inputs(model.get_submodule(head)) as features:
             model(torch.cat([images, images.flip(-1)]))
-        finally:
-            handle.remove()
         return supervised_contrastive(features[0].flatten(1), torch.cat([labels, labels]), temperature)
 
     return loss
@@ -471,9 +480,9 @@ GPS = Method(
 GPS also trains layer scales and the head. Norms, tokens and position embeddings stay frozen. With `k = 1`, a ViT-B/16
 has 83,712 trained weights and as many biases.
 
-The gradient of `selection_loss` is computed before training. `contrastive`, the default for single-label
-classification, is the paper's loss; it compares the head's inputs within a batch, so the random head has no influence.
-`task`, the default for other tasks, is the training loss, which includes the head. The two views of an image are the
-image and its mirror image; the paper uses two augmented views. `calibration_batches` limits the number of batches; the
-default is one epoch.
+The gradient of `selection_loss` is computed before training. `contrastive`, the default for one class label per image,
+is the paper's loss; it compares the head's inputs within a batch, so the random head has no influence. `task`, the
+default for other tasks, is the training loss, which includes the head. The two views of an image are the image and its
+mirror image; the paper uses two augmented views. `calibration_batches` limits the number of batches; the default is one
+epoch.
 """

@@ -27,8 +27,8 @@ from snella_lab.methods.sparse_update import (
     MaskedUpdate,
     SparseEntries,
     SparseUpdate,
-    can_be_sparse,
     merge_sparse,
+    require_sparse,
     stored_indices,
 )
 
@@ -174,8 +174,8 @@ def budget_of(options: Options, model: nn.Module, head: str, vit_b_budget: float
 
 
 def matrix_layers(model: nn.Module, head: str) -> list[str]:
-    """Return the names of layers that LoRA and SNELLA adapt and `SparseUpdate` supports."""
-    return [name for name in adaptable_layers(model, head) if can_be_sparse(model.get_submodule(name))]
+    """Return the names of layers that LoRA and SNELLA adapt and `SparseUpdate` supports; raise without any."""
+    return require_sparse(model, adaptable_layers(model, head), head)
 
 
 def rows_of(model: nn.Module, name: str) -> tuple[int, ...]:
@@ -432,7 +432,8 @@ def _build_mask(model: nn.Module, head: str, options: Options, batches: Batches 
     total = sum(model.get_parameter(name).numel() for name in weights)
     if budget > total:
         raise ValueError(
-            f"budget must be at most {total / 1e6:g} million, the size of the adapted matrices, got {budget / 1e6:g}"
+            f"budget must be at most {total / 1e6:.10g} million, the size of the adapted matrices, got "
+            f"{budget / 1e6:.10g}"
         )
     sensitivities = squared_gradients(model, weights, data, loss_of(data), options.get("calibration_batches", 8))
     layer_indices, positions = rank_entries([sensitivities[name] for name in weights], budget)

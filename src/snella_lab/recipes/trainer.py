@@ -172,10 +172,10 @@ class RecipeTrainer(CheckpointingTrainer):
         model, run, device = self.trained_model, self.run_folder, self.args.device
         with convert_write_errors(run.adapter):
             save_trained(model, run.adapter)
+        matrices = matrices_of(model)
         if self.allocator is not None:
             run.write(describe_allocation(model, self.allocator))
-            print_line(self.console, f"the update {sparsity_summary(matrices_of(model))}")
-        matrices = matrices_of(model)
+            print_line(self.console, f"the update {sparsity_summary(matrices)}")
         run.write(
             GeneratorMetrics(
                 trainable_parameters=trainable_parameters(model),

@@ -60,6 +60,12 @@ def test_a_typo_error_suggests_similar_names(typo: str, nearest: str):
         create_backbone(typo, num_classes=2, pretrained=False)
 
 
+def test_a_typo_error_without_packaged_backbones_is_complete(monkeypatch):
+    monkeypatch.setattr(create, "packaged_names", list)
+    with pytest.raises(ValueError, match=r"Also accepted: a local file or folder$"):
+        create_backbone("qqqqqqqq", num_classes=2, pretrained=False)
+
+
 def test_family_names_suggest_models_with_weights():
     assert not [name for name in create._WELL_KNOWN if name not in timm.list_pretrained()]
     with pytest.raises(FileNotFoundError, match=r"similar backbones: 'vit_base_patch16_224.augreg_in21k', "):
@@ -91,7 +97,7 @@ def test_an_invalid_size_error_suggests_multiples_of_the_patch_size():
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "error"), [("xcit_nano_12_p16_224", 96, "TypeError"), ("levit_128s", 50, "RuntimeError")]
+    ("name", "size", "error"), [("nest_tiny_jx", 60, "AssertionError"), ("levit_128s", 50, "RuntimeError")]
 )
 def test_a_size_that_the_architecture_does_not_support_is_reported(name: str, size: int, error: str):
     build = partial(create_backbone, name, num_classes=2, pretrained=False, img_size=size)
@@ -99,6 +105,11 @@ def test_a_size_that_the_architecture_does_not_support_is_reported(name: str, si
         build_sized(build, name, size)
     build = partial(create_backbone, "test_convnext", num_classes=2, pretrained=False)
     assert build_sized(build, "test_convnext", 64).training
+
+
+def test_a_patch_size_that_is_an_integer_is_supported():
+    build = partial(create_backbone, "xcit_nano_12_p16_224", num_classes=2, pretrained=False, img_size=96)
+    assert build_sized(build, "xcit_nano_12_p16_224", 96).pretrained_cfg["input_size"] == (3, 96, 96)
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "missing.pth", "local-dir:nowhere", "./test_vit"])
@@ -133,6 +144,8 @@ def test_a_saved_model_with_other_channels_is_a_backbone_with_these_channels(tmp
     loaded = create_backbone(str(tmp_path), num_classes=2, channels=4)
     assert loaded.conv1[0].in_channels == 4 and loaded.num_classes == 2
     assert not {"num_classes", "img_size"} & set(model_arguments(loaded))
+    resized = create_backbone(str(tmp_path), num_classes=2, channels=4, img_size=64)
+    assert resized.pretrained_cfg["input_size"] == (4, 64, 64)
     with pytest.raises(ValueError, match=r"channels must be 4 for backbone .*, got 3"):
         create_backbone(str(tmp_path), num_classes=2)
 

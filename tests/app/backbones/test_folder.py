@@ -72,7 +72,7 @@ def test_a_folder_without_weights_is_reported(tmp_path):
         ("{", "is not readable JSON: Expecting property name"),
         ("[]", "must name a timm model under 'architecture', got none"),
         ('{"architectures": ["ViTModel"]}', r"got none, only the transformers model \['ViTModel'\]"),
-        ('{"architecture": "test_vitt"}', r"got 'test_vitt'; nearest: \['test_vit"),
+        ('{"architecture": "test_vitt"}', r"got 'test_vitt'; nearest: test_vit"),
     ],
 )
 def test_a_configuration_of_another_library_is_rejected(config, message, tmp_path):

@@ -48,6 +48,7 @@ def test_decode_checks_all_images(data, failing, tmp_path):
     (folder / "images/001.Bird_1/train_0.jpg").write_bytes(b"broken")
     assert "cannot be read" not in failing("data", "check", str(folder))
     assert "1 of 8 images cannot be read: 001.Bird_1/train_0.jpg" in failing("data", "check", str(folder), "--decode")
+    assert "--decode applies to benchmark folders, got 'digits'" in failing("data", "check", "digits", "--decode")
 
 
 def test_an_error_on_other_sizes_has_a_remedy(data, failing, tmp_path):

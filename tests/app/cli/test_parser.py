@@ -114,6 +114,9 @@ def test_options_with_another_meaning_are_not_translated(option):
 def test_a_missing_configuration_mapping_is_rejected():
     with pytest.raises(UsageError, match="--config must be an existing YAML file, got 'epochs: 3 xxx"):
         parse(["train", "--config", "epochs: 3 " + 300 * "x"])
+    for args in (["--config="], ["--config", "", "--out", "x"]):
+        with pytest.raises(UsageError, match="--config must be an existing YAML file, got ''"):
+            parse(["train", *args])
 
 
 def test_a_missing_folder_of_a_configuration_file_is_reported(tmp_path):

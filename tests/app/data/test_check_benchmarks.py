@@ -42,9 +42,11 @@ def test_a_folder_with_a_similar_name_is_reported(data):
     assert check.errors[-1].endswith("(unknown folders: 'DTD-1k', nearest: 'dtd')")
 
 
-def test_a_single_dataset_can_be_checked(data):
+def test_a_single_dataset_can_be_checked(data, monkeypatch):
     (vtab,), (fgvc,) = (check_benchmarks(data / path) for path in ("vtab-1k/kitti", "fgvc/cub"))
     assert vtab.missing == fgvc.missing == []
+    monkeypatch.chdir(data / "vtab-1k/kitti")
+    assert check_benchmarks(".")[0].folder == data / "vtab-1k"
     assert "kitti: test must have 711 images, got 4" in vtab.errors
     assert any(error.startswith("cub: 200 classes must have images, got 2") for error in fgvc.errors)
 

@@ -174,6 +174,8 @@ def test_missing_shards_and_datasets_are_reported(shards, image_folder, tmp_path
     root = shards(["x-000.tar"])
     with pytest.raises(FileNotFoundError, match=r"got wds:.*, missing: .*x-001\.tar; nearest: 'x-000\.tar'"):
         load_data(f"wds:{root}/x-{{000..001}}.tar")
+    with pytest.raises(FileNotFoundError, match=r"missing: .*y-\*\.tar"):
+        load_data(f"wds:{root}/y-*.tar")
     with pytest.raises(FileNotFoundError, match=r"data hf:.*photo cannot be read: .*; nearest: 'photos'"):
         load_data(f"hf:{tmp_path}/photo")
     with pytest.raises(ConnectionError, match=r"neither a folder nor in the cache, and the Hub could not be reached"):
@@ -227,6 +229,37 @@ def test_transformed_items_and_other_objects_are_rejected():
         load_data(3)
 
 
+@pytest.mark.parametrize("error", [OSError("image file is truncated"), SyntaxError("broken PNG file")])
+def test_a_broken_image_of_a_torch_dataset_is_an_unusable_row(error):
+    def make(number):
+        if number == 3:
+            raise error
+        return make_image(number)
+
+    images = TorchImages(range(20), make)
+    images.targets = [number % 2 for number in range(20)]
+    with pytest.raises(ValueError, match=rf"1 of 20 rows of python:data, 1 unreadable: train/000003 \({error}\)"):
+        load_data(images)
+    assert len(load_data(images, DataConfig(skip_corrupt=True)).train) == 11
+
+
+@pytest.mark.parametrize("value", [[1.0, 2.0], []])
+def test_lists_of_numbers_in_one_column_are_no_regression_targets(value):
+    rows = {"image": [make_image(i) for i in range(20)], "label": [value] + [[float(i)] for i in range(1, 20)]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Sequence(datasets.Value("float32"))})
+    with pytest.raises(ValueError, match=r"1 of 20 rows .*1 invalid label: train/000000 \(label '.*' is not a number"):
+        load_data(datasets.Dataset.from_dict(rows, features=features), target="numbers")
+
+
+def test_equal_images_of_a_dataset_are_not_called_re_encoded():
+    photos = [make_image(i) for i in range(14)]
+    parts = {"train": TorchImages(range(10), photos.__getitem__), "test": TorchImages([0, 11, 12], photos.__getitem__)}
+    assert any(
+        text.startswith("1 of 3 test images is also a training image, e.g. 'train/000000' is 'test/000000'")
+        for text in load_data(parts).warnings
+    )
+
+
 @pytest.mark.parametrize("item", [{"image": make_image(0), "label": 1}, make_image(0)])
 def test_items_that_are_not_pairs_are_rejected(item):
     with pytest.raises(TypeError, match=rf"items must be \(image, label\), got {type(item).__name__} from list"):
@@ -236,6 +269,21 @@ def test_items_that_are_not_pairs_are_rejected(item):
 def test_columns_are_rejected_for_torch_datasets():
     with pytest.raises(ValueError, match=r"columns applies only to datasets with .* got 'label=species' with"):
         load_data(TorchImages(range(20)), DataConfig(columns="label=species"))
+
+
+def test_the_root_applies_to_dataset_objects(tmp_path):
+    for index in range(20):
+        make_image(index).save(tmp_path / f"{index}.png")
+    rows = {"image": [{"bytes": None, "path": f"{index}.png"} for index in range(20)], "label": ["a", "b"] * 10}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    data = datasets.Dataset.from_dict(rows, features=features)
+    assert load_data(data, DataConfig(columns=f"root={tmp_path}")).train.image(0).size == (8, 8)
+
+
+@pytest.mark.parametrize("names", [("train", "extra"), ("val", "test")])
+def test_a_mapping_of_torch_datasets_without_known_splits_is_rejected(names):
+    with pytest.raises(ValueError, match=rf"must map train and optionally val and test to datasets, got '{names[0]}',"):
+        load_data({name: TorchImages(range(20)) for name in names})
 
 
 def test_streaming_datasets_are_rejected():

@@ -224,10 +224,11 @@ def test_pixels_of_an_uploaded_array_are_read_from_its_header():
         images.array_pixels(file)
 
 
-def test_a_pipe_is_rejected_immediately(tmp_path):
+def test_pipes_and_folders_are_rejected_immediately(tmp_path):
     os.mkfifo(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"a.png' is not a readable image: not a regular file \(a pipe, socket"):
-        read_image(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", tmp_path):
+        with pytest.raises(ValueError, match=r"' is not a readable image: not a regular file \(a folder, pipe, socket"):
+            read_image(path)
     assert "not a regular file" in broken_images([tmp_path / "a.png"])[0]
 
 
@@ -380,6 +381,8 @@ def test_heic_images_are_read_by_pillow_heif_or_rejected_with_its_name(tmp_path,
     red, green, _ = read_image(tmp_path / "x.heic").getpixel((5, 5))
     assert red > 180 and green < 60 and images.is_image(tmp_path / "x.heic")
     monkeypatch.setattr(images, "has_heic", lambda: False)
+    with pytest.raises(ValueError, match="HEIC images need pillow-heif"):
+        images.decode_image(io.BytesIO((tmp_path / "x.heic").read_bytes()), "upload")
     monkeypatch.setattr(Image, "open", _raise_unknown_format)
     with pytest.raises(ValueError, match=r"HEIC images need pillow-heif: pip install 'snella\[heic\]'"):
         read_image(tmp_path / "x.heic")

@@ -32,7 +32,7 @@ def test_without_split_files_names_define_the_split_with_a_note(folder):
 
 def test_inconsistent_split_files_are_rejected(folder):
     (folder / "train.txt").write_text("000\n001\n002\nghost\n")
-    with pytest.raises(ValueError, match=r"train.txt exists but val.txt does not"):
+    with pytest.raises(ValueError, match=r"train.txt exists but val.txt does not; add it, or remove the other"):
         load_data(f"kvasir:{folder}")
     (folder / "val.txt").write_text("002\n003\n")
     with pytest.raises(ValueError) as caught:

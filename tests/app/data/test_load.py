@@ -79,8 +79,12 @@ def test_a_bare_path_is_resolved_by_its_content(tmp_path, monkeypatch):
         assert full_spec(path) == prefixes.get(path, "") + path
     with pytest.raises(ValueError, match=r"got 'x\.jpg', which is not a CSV, TSV, Parquet or tar file"):
         load_data("x.jpg")
+    with pytest.raises(ValueError, match="got '/dev/null', which is not a CSV, TSV, Parquet or tar file"):
+        load_data("/dev/null")
     with pytest.raises(ValueError, match="got 'photo', which does not exist; nearest: 'photos'"):
         load_data("photo")
+    with pytest.raises(ValueError, match="xxx', which does not exist"):
+        load_data("x" * 300)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,16 @@ def test_masks_in_lossy_formats_are_thresholded_at_128_with_a_note(ending, tmp_p
     assert np.mean(data.train.mask(0) != exact.train.mask(0)) < 0.02
 
 
+def test_black_and_white_masks_may_have_lossy_and_lossless_formats(tmp_path):
+    root = write_pairs(tmp_path / "m", 10)
+    for file in sorted((root / "masks").iterdir())[:5]:
+        Image.open(file).save(file.with_suffix(".jpg"))
+        file.unlink()
+    data = load_data(f"masks:{root}")
+    assert data.classes == ["background", "foreground"]
+    assert all(set(np.unique(part.mask(i))) == {0, 1} for part in data.parts.values() for i in range(len(part)))
+
+
 @pytest.mark.parametrize("val", ["val", "valid"])
 def test_existing_splits_are_used(val, tmp_path):
     for part, count in (("train", 4), (val, 2), ("test", 3)):

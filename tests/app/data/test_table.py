@@ -66,6 +66,8 @@ def test_given_columns_take_precedence_and_paths_may_be_templates(write_table):
     assert {name: label for part in parts_of(data) for name, label in zip(part.names, part.labels, strict=True)} == {
         f"images/{i:02}.png": i // 10 for i in range(20)
     }
+    with pytest.raises(ValueError, match=r"no column 'images/\{id' for path"):
+        load_data(f"csv:{file}", DataConfig(columns="path=images/{id,label=kind"))
 
 
 def test_a_missing_column_error_describes_all_columns(write_table):
@@ -338,6 +340,10 @@ def test_other_data_has_no_columns_and_takes_numbers_from_class_names(write_imag
     assert load_data("digits", target="numbers").train.annotations.targets[0] in {float(n) for n in range(10)}
     photos = write_images({"cat": 6, "dog": 6})
     with pytest.raises(ValueError, match=r"data must have a column of numbers .* got .* with classes 'cat', 'dog'"):
+        load_data(f"folder:{photos}", target="numbers")
+    for old, new in (("cat", "3"), ("dog", "nan")):
+        (photos / old).rename(photos / new)
+    with pytest.raises(ValueError, match=r"data must have a column of numbers .* got .* with classes '3', 'nan'"):
         load_data(f"folder:{photos}", target="numbers")
 
 

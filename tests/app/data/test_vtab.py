@@ -97,11 +97,11 @@ def test_all_errors_are_reported_in_one_message(kitti):
     (kitti / "images/test/000003.jpg").unlink()
     (kitti / "images/test/000004.jpg").unlink()
     edit_list(kitti, "train800", lambda text: text.replace("000001.jpg 1", "000001.jpg 7"))
-    edit_list(kitti, "val200", lambda text: text + "images/val200/000000.jpg 0\nimages/val200/000009.jpg\n")
+    edit_list(kitti, "val200", lambda text: text + "images/val200/000000.jpg 0\nx.jpg --1\nx.jpg ²\n")
     with pytest.raises(ValueError) as caught:
         load_data(f"vtab:{kitti}", DataConfig(strict_sizes=False))
     for part in (
-        "val200.txt must have lines like 'images/test/000000.jpg 3', malformed lines (1): line 6 is 'images/val200",
+        "val200.txt must have lines like 'images/test/000000.jpg 3', malformed lines (2): line 6 is 'x.jpg --1', l",
         "2 of 8 files listed in test do not exist in",
         "images/test/000003.jpg, images/test/000004.jpg",
         "labels must be in 0 … 3, train800 has 7",
@@ -173,7 +173,7 @@ def test_an_unknown_task_error_suggests_similar_names(tmp_path):
 
 
 def test_a_missing_folder_error_contains_the_layout(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no folder '.*/dtd'; see the expected layout with `snella data check"):
+    with pytest.raises(FileNotFoundError, match=r"no folder '.*/dtd'; the layout is TASK/\{train800"):
         load_data(f"vtab:{tmp_path}/dtd")
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from snella_app.methods import build_method, load_trained, merge_trained, save_trained
@@ -64,3 +65,9 @@ def test_a_mask_larger_than_the_matrices_is_rejected(make_model, batches):
 def test_allocation_settings_are_not_options(make_model, batches):
     with pytest.raises(ValueError, match="no option 'target_sparsity'"):
         build_method("fixed-mask", make_model(), batches=batches, target_sparsity=0.5)
+
+
+def test_the_largest_budget_in_the_error_is_accepted(batches):
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(3072, 1113), nn.Linear(1113, 1109), nn.Linear(1109, 3))
+    with pytest.raises(ValueError, match=r"at most 4.653453 million, the size of the adapted matrices, got 4.653454$"):
+        build_method("fixed-mask", layers, head="3", batches=batches, budget=4.653454)

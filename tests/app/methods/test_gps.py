@@ -102,3 +102,10 @@ def test_an_adapter_of_another_model_is_rejected(make_model, batches, tmp_path):
 def test_options_out_of_range_are_rejected(options, message, make_model, batches):
     with pytest.raises(ValueError, match=message):
         build_method("gps", make_model(), batches=batches, **options)
+
+
+@pytest.mark.parametrize("method", ["gps", "spt-lora", "fixed-mask"])
+def test_a_model_whose_layers_all_have_a_custom_forward_is_rejected(method, make_model, batches):
+    message = "NormFreeNet has no Linear or Conv2d layer with the original forward pass besides its head 'head.fc'"
+    with pytest.raises(ValueError, match=message):
+        build_method(method, make_model("nf_resnet26"), batches=batches)

@@ -1,6 +1,7 @@
 """NOAH: supernet, search and selected subnet."""
 
 import dataclasses
+import re
 from random import Random
 
 import pytest
@@ -161,6 +162,7 @@ def test_the_default_budget_is_scaled_to_the_backbone_and_never_below_the_smalle
     ("options", "message"),
     [
         ({"budget": 0.0001, "sizes": [1]}, r"budget must be at least 0.00\d+ million .*sizes=\[1\], got 0.0001"),
+        ({"budget": 1, "sizes": [1502]}, r"budget must be at least 1.348924 million .*, got 1"),
         ({"sizes": []}, r"sizes must be a list of integers of at least 1, got \[\]"),
         ({"sizes": [0, 5]}, r"sizes must be .*, got \[0, 5\]"),
         ({"population": 1}, "population must be an integer of at least 2, got 1"),
@@ -193,3 +195,12 @@ def test_a_block_without_a_fused_qkv_layer_is_rejected(make_model, batches):
         ValueError, match=r"'noah' cannot be applied .*blocks.1.attn.qkv must be a linear layer, got Identity"
     ):
         build_method("noah", model, batches=batches)
+
+
+def test_candidates_of_a_task_without_class_scores_are_reported_by_their_loss(make_model, batches):
+    messages = []
+    data = SelectionData(
+        batches.train, batches.validation, lambda outputs, labels: outputs.square().mean() + 1, messages.append, False
+    )
+    build_method("noah", make_model(), batches=data, **QUICK)
+    assert re.search(r"best loss 1\.\d{4} with [\d,]+ parameters", messages[-1])

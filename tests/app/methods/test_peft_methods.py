@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from snella_app.methods import build_method, find_method, load_trained, save_trained
+from snella_app.methods import build_method, find_method, load_trained, merge_trained, save_trained
 
 
 def test_options_are_the_fields_of_the_peft_configuration(make_model):
@@ -71,3 +71,16 @@ def test_layers_to_transform_selects_blocks_and_rejects_missing_ones(method, mak
         build_method(method, make_model(), layers_to_transform=[1, 20])
     with pytest.raises(ValueError, match="layers_to_transform must be indices from 0 to 5, got 6"):
         build_method(method, make_model(), layers_to_transform=6)
+
+
+def test_layers_to_transform_rejects_a_regular_expression(make_model):
+    with pytest.raises(ValueError, match=r"target_modules must be a list with layers_to_transform, got '\.\*qkv'"):
+        build_method("loha-2", make_model(), layers_to_transform=[1], target_modules=".*qkv")
+
+
+def test_adapters_of_standardized_weights_cannot_be_merged(make_model):
+    model = build_method("lora-2", make_model("nf_resnet26"))
+    with pytest.raises(
+        ValueError, match=r"cannot be merged into NormFreeNet: .* 'stages.0.0.downsample.conv' and 27 m"
+    ):
+        merge_trained(model)

@@ -94,6 +94,11 @@ def test_a_model_with_nothing_to_adapt_is_rejected():
         adaptable_layers(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), "1")
 
 
+def test_layers_with_a_custom_forward_are_rejected_as_unsupported():
+    with pytest.raises(ValueError, match=r"'snella-2' cannot be applied to NormFreeNet: .*custom forward"):
+        build_method("snella-2", timm.create_model("nf_resnet26", num_classes=3))
+
+
 def test_running_statistics_are_frozen_except_in_full_fine_tuning():
     for method, updates_statistics in (("linear", False), ("lora-2", False), ("full", True)):
         torch.manual_seed(0)
@@ -185,7 +190,7 @@ def test_kernelized_lora_adds_the_dense_update(kernel):
     expected = x @ (weight + 2.0 * delta).T + layer.get_base_layer().bias
     torch.testing.assert_close(layer(x), expected)
     assert matrix.budget == matrix.size
-    with pytest.raises(ValueError, match=r"sparsify_mode='none' keeps every weight .* must be 0, got 0\.7"):
+    with pytest.raises(ValueError, match=r"sparsify_mode='none' keeps every entry .* must be 0, got 0\.7"):
         SnellaConfig(sparsify_mode="none")
 
 
@@ -205,6 +210,7 @@ def test_the_head_is_detected_or_required():
         find_head(plain)
     with pytest.raises(ValueError, match="head must name a module of the model, got 'out'"):
         find_head(plain, "out")
+    assert find_head(plain, "") == ""  # the whole model, for models without a head
     with pytest.raises(ValueError, match=r"head 'head' has no weights \(num_classes=0\)"):
         find_head(vit(num_classes=0))
 

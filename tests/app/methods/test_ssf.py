@@ -2,7 +2,7 @@ from functools import partial
 
 import pytest
 import torch
-from timm.layers import LayerNorm2d
+from timm.layers import BatchNormAct2d, LayerNorm2d, ScaledStdConv2d
 from timm.layers.norm import LayerNorm2dFp32
 from torch import nn
 from transformers.models.sam.modeling_sam import SamLayerNorm
@@ -69,7 +69,7 @@ def test_folded_weights_give_the_same_outputs(name, make_model):
     if name == "test_resnet":
         with pytest.raises(
             ValueError,
-            match=r"'ssf' cannot be merged into ResNet: the shift requires a bias, got none in 'conv1.0' and",
+            match=r"'ssf' cannot be merged into ResNet: a layer must have a bias .*, got 'conv1.0' and",
         ):
             merge_trained(model)
         return
@@ -104,3 +104,19 @@ def test_unused_operations_are_reported_once(images):
     with pytest.warns(UserWarning, match=r"has no effect on 2 layers of Beit, e.g. \['blocks.0.attn.qkv'"):
         model(images)
     model(images)
+
+
+@pytest.mark.parametrize("layer", [BatchNormAct2d(4), ScaledStdConv2d(4, 4, 1)])
+def test_layers_that_are_not_affine_cannot_be_merged(layer):
+    model = build_method("ssf", nn.Sequential(nn.Conv2d(3, 4, 1), layer, nn.Flatten(), nn.Linear(16, 2)), head="3")
+    with pytest.raises(ValueError, match="no activation or weight standardization, got '1'; keep"):
+        merge_trained(model)
+
+
+def test_a_projection_that_attention_reads_directly_is_unchanged_by_merging():
+    layers = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2))
+    model = build_method("ssf", layers, head="1", init_std=0.3).eval()
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        outputs = model(x)
+        torch.testing.assert_close(merge_trained(model)(x), outputs)

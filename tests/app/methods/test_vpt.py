@@ -100,6 +100,24 @@ def test_a_model_with_rotary_embeddings_is_rejected(make_model):
         build_method("vqt", beit)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("vit_srelpos_small_patch16_224", {}, "rotary or relative positions"),
+        ("beit_base_patch16_224", {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}, "rotary or relative"),
+        ("convit_tiny", {}, "rotary or relative positions"),
+        ("xcit_nano_12_p16_224", {}, "its blocks do not share one token sequence"),
+    ],
+)
+@pytest.mark.parametrize("method", ["vpt-deep", "vpt-shallow"])
+def test_other_position_embeddings_and_feature_map_blocks_are_rejected(method, name, options, reason):
+    import timm
+
+    sizes = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}
+    with pytest.raises(ValueError, match=f"method '{method}' cannot be applied to .*{reason}"):
+        build_method(method, timm.create_model(name, num_classes=2, **sizes, **options))
+
+
 def test_unsupported_blocks_are_rejected():
     import timm
     from torch import nn

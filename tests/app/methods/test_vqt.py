@@ -75,3 +75,8 @@ def test_features_without_an_image_are_rejected(make_model):
     model = build_method("vqt", make_model())
     with pytest.raises(RuntimeError, match="requires the summaries of a forward pass, got only features"):
         model.head(torch.zeros(1, 64))
+
+
+def test_normalize_must_be_a_truth_value(make_model):
+    with pytest.raises(ValueError, match="method 'vqt': normalize must be one of True, False, got 'no'"):
+        build_method("vqt", make_model(), normalize="no")

@@ -79,6 +79,13 @@ def test_the_base_model_has_its_hub_id(run):
     backbone = {"name": "vit_base_patch16_224.augreg_in21k", "architecture": "vit_base_patch16_224", "pretrained": True}
     run.change("run.json", backbone=run.read("run.json")["backbone"] | backbone)
     assert metadata_of(model_card(run.folder, "x"))["base_model"] == "timm/vit_base_patch16_224.augreg_in21k"
+    run.change("run.json", backbone=run.read("run.json")["backbone"] | {"name": "weights.pth"})
+    assert "base_model" not in metadata_of(model_card(run.folder, "x"))
+
+
+def test_ordered_classes_are_no_outputs(run):
+    run.finished(classes=("1 low", "2 mid", "3 high")).change("run.json", task="ordinal")
+    assert '3 classes, from lowest to highest: `["1 low", "2 mid", "3 high"]`.' in model_card(run.folder, "x")
 
 
 def test_untrusted_text_is_escaped(run):

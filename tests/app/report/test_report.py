@@ -297,6 +297,13 @@ def test_an_interrupted_run_shows_its_current_budgets(run):
     assert {"notice", "method", "sparsity", "budgets"} <= set(page(run).ids)
 
 
+def test_the_budget_curve_is_described_by_its_first_and_last_budget(run):
+    history = run.finished().read("allocation.json")["history"][2:]
+    run.change("allocation.json", history=history)
+    labels = [attrs["aria-label"] for tag, attrs in page(run).tags if tag == "svg"]
+    assert f"Total budget over time, from {history[0]['budget']:,} to {history[-1]['budget']:,}." in labels
+
+
 def test_untrusted_text_is_escaped(run):
     evil = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
     run.finished(classes=(evil, "--></svg><script>"), method="lora")

@@ -83,7 +83,7 @@ def test_damaged_json_is_reported_with_line_and_column(run):
     text = (run.folder / "allocation.json").read_text()
     run.write("allocation.json", text[: len(text) // 2])
     with pytest.raises(
-        ValueError, match=r"allocation.json is damaged: .* line 1 column \d+ .*; resume with .*--resume"
+        ValueError, match=r"allocation.json is damaged: .* line 1 column \d+ .*; resume an unfinished .*--resume"
     ):
         read(Allocation, run.folder)
     (run.folder / "run.json").write_bytes(b'{"status": "\xff"}')
@@ -178,17 +178,18 @@ def test_the_adapter_has_the_allocation_of_its_epoch(run):
     assert adapter_step(allocation, metrics).t == 4
 
 
-def test_a_constant_total_keeps_the_allocation_of_the_epoch(run):
-    run.finished(best=4)
+@pytest.mark.parametrize("best", [4, 7])  # 7 / 10 of 90 steps are less than 63 in floating point
+def test_a_constant_total_keeps_the_allocation_of_the_epoch(best, run):
+    run.finished(best=best)
     values = run.read("allocation.json")
     for entry in values["history"]:
-        entry["budget"] = 1000
+        entry.update(budget=1000, step=9 * entry["t"])
     run.write("allocation.json", values)
     metrics = run.read("metrics.json")
     for row in metrics["history"]:
         row["budget"] = 1000
     run.write("metrics.json", metrics)
-    assert adapter_step(read(Allocation, run.folder), read(Metrics, run.folder)).t == 4
+    assert adapter_step(read(Allocation, run.folder), read(Metrics, run.folder)).t == best
 
 
 def test_allocation_before_the_end_of_the_first_epoch(run):
@@ -226,6 +227,8 @@ def test_allocation_times_map_to_epochs(run):
     assert schedule_epochs(allocation, metrics, is_finished=True) == 10
     assert schedule_epochs(allocation, metrics, is_finished=False) is None
     assert schedule_epochs(allocation, None, is_finished=True) is None
+    history = [dataclasses.replace(entry, total=28) for entry in allocation.history]  # 70% of 40 steps
+    assert schedule_epochs(dataclasses.replace(allocation, history=history), metrics, is_finished=True) == 7
 
 
 def test_matrices_of_the_same_kind_and_depth_share_a_cell(run):

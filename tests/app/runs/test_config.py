@@ -13,6 +13,7 @@ from snella_app.data.options import DataConfig
 from snella_app.device import choose_device
 from snella_app.methods import METHODS
 from snella_app.methods.defaults import TRAIN_PRESETS
+from snella_app.settings import Config
 
 REQUIRED_SETTINGS = {"data": "digits", "backbone": "test_vit", "out": "runs/x"}
 
@@ -185,6 +186,16 @@ def test_paths_and_numpy_numbers_become_plain_values():
     assert [type(value) for value in (config.run.out, config.optim.epochs, config.optim.lr)] == [str, int, float]
 
 
+def test_missing_required_settings_are_reported():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Options(Config):
+        run: str
+        out: str
+
+    with pytest.raises(ValueError, match=r"^run must be set; out must be a string, got 1$"):
+        Options.from_flat(out=1)
+
+
 def test_setting_names_of_other_tools_suggest_snella_names():
     with pytest.raises(TypeError) as caught:
         TrainConfig.from_flat(**REQUIRED_SETTINGS, model="x", learning_rate=1e-3, epoks=3)
@@ -296,6 +307,8 @@ def test_class_weights_may_have_names_that_yaml_reads_as_numbers():
     assert config.optim.class_weights == {"0": 1, "1": 2.5}
     with pytest.raises(ValueError, match=r"class_weights must be numbers by name such as \{cat: 1, dog: 2"):
         TrainConfig.from_flat(**REQUIRED_SETTINGS, class_weights={"cat": "heavy"})
+    with pytest.raises(ValueError, match=r"class_weights must be balanced .*, got '\{cat: .*, which does not exist"):
+        TrainConfig.from_flat(**REQUIRED_SETTINGS, class_weights="{cat: " + 300 * "1" + ", dog}")
 
 
 def test_the_recorded_command_repeats_a_run_whose_settings_differ_from_its_preset():

@@ -105,7 +105,7 @@ def test_a_folder_with_other_files_is_rejected(tmp_path):
     with pytest.raises(FileExistsError, match="contains files but no run"):
         RunFolder(tmp_path).resolve_settings(config(tmp_path))
     file = tmp_path / "thesis.txt"
-    with pytest.raises(FileExistsError, match=r"thesis.txt contains files but no run"):
+    with pytest.raises(FileExistsError, match=r"out must be a folder, got the file .*thesis.txt'"):
         RunFolder(file).resolve_settings(config(file))
 
 
@@ -254,6 +254,9 @@ def test_checkpoints_without_run_json_are_not_removed(tmp_path):
         run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True, data="digits", backbone="test_vit"))
     with pytest.raises(FileNotFoundError, match=r"run has checkpoints but no run.json; restore that file"):
         run.resolve_settings(TrainConfig.from_flat(out=str(run.path), resume=True))
+    (run.path / "config.yaml").unlink()
+    with pytest.raises(FileNotFoundError, match=r"run has checkpoints but no run.json; restore that file"):
+        run.resolve_settings(config(run.path, resume=True))
 
 
 def test_a_full_disk_is_reported_with_the_file(tmp_path, monkeypatch):

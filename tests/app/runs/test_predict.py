@@ -97,6 +97,7 @@ def test_one_image_gives_one_prediction_and_several_a_list(model, photos):
         (3.5, TypeError, "must be one or more files, PIL images, arrays or tensors, got float 3.5"),
         ([None], TypeError, r"got NoneType as \[0\]"),
         ([], ValueError, "images must name at least one file or folder, got none"),
+        (np.zeros((0, 8, 8, 3), np.uint8), ValueError, "images must name at least one file or folder, got none"),
     ],
 )
 def test_an_invalid_input_is_reported(model, image, error, message):
@@ -267,7 +268,8 @@ def test_a_table_with_a_prefix_may_have_any_suffix(photos):
 
 
 def test_new_files_are_yielded_once_when_complete(tmp_path, photos):
-    polls = new_files([tmp_path], [], poll_s=0.0)
+    (tmp_path / "inner").mkdir()
+    polls = new_files([tmp_path, tmp_path / "inner"], [], poll_s=0.0)
     assert next(polls) == []
     content = (photos / "cats" / "000.png").read_bytes()
     (tmp_path / "a.png").write_bytes(content[:100])
@@ -277,6 +279,9 @@ def test_new_files_are_yielded_once_when_complete(tmp_path, photos):
     assert next(polls) == [tmp_path / "a.png"]
     (tmp_path / "b.txt").write_text("no image")
     assert next(polls) == [] and next(polls) == []
+    (tmp_path / "inner" / "c.png").write_bytes(content)
+    assert next(polls) == []
+    assert next(polls) == [tmp_path / "inner" / "c.png"]
 
 
 def test_watching_appends_rows_and_is_resumed(finished, photos, tmp_path, monkeypatch, capsys):

@@ -40,7 +40,7 @@ def hub(monkeypatch):
 
 
 def test_a_folder_has_the_model_that_timm_loads_and_its_card(finished, tmp_path):
-    folder = write_hub_folder(finished.path, tmp_path / "hub", "user/photos")
+    folder = write_hub_folder(finished.path, tmp_path / "the hub's", "user/photos")
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     card = (folder / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
@@ -52,8 +52,8 @@ def test_a_folder_has_the_model_that_timm_loads_and_its_card(finished, tmp_path)
         assert torch.equal(model(images), load_run(finished.path).model(images))
     temperature = json.loads((folder / "config.json").read_text())["temperature"]
     assert f"(logits / {temperature:g}).softmax(-1)" in card
-    with pytest.raises(FileExistsError, match=r"to_folder=.*hub is not empty; choose a new folder"):
-        write_hub_folder(finished.path, tmp_path / "hub", "user/photos")
+    with pytest.raises(FileExistsError, match=r"to_folder=.*hub's is not empty; choose a new folder"):
+        write_hub_folder(finished.path, folder, "user/photos")
 
 
 def test_an_adapter_is_pushed_in_peft_layout(finished, tmp_path, monkeypatch):

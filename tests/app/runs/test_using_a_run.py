@@ -192,8 +192,10 @@ def test_paths_without_images_are_reported(finished, photos, tmp_path):
         load(finished.path).predict([tmp_path / "nothing.png"])
     with pytest.raises(FileNotFoundError, match=r"no image .*00\.png; nearest: '0\d+\.png'"):
         load(finished.path).predict([photos / "cats" / "00.png"])
-    with pytest.raises(FileNotFoundError, match=r"no image .*\*\.tif; no file in .*cats matches the pattern"):
+    with pytest.raises(FileNotFoundError, match=r"no image .*\*\.tif; no image file matches the pattern"):
         load(finished.path).predict([photos / "cats" / "*.tif"])
+    with pytest.raises(FileNotFoundError, match=r"no image .*/\*/a\.png; no image file matches the pattern"):
+        load(finished.path).predict([photos / "*" / "a.png"])
     with pytest.raises(FileNotFoundError, match=r"no image .*a\.png; there is no folder .*lions"):
         load(finished.path).predict([photos / "lions" / "a.png"])
     with pytest.raises(FileNotFoundError, match=rf"folder .*{tmp_path.name} has no images; supported suffixes are"):
@@ -217,6 +219,8 @@ def test_merged_weights_are_plain_timm_weights_with_equal_outputs(finished, tmp_
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(names["model"](images), load_run(finished.path).model(images))
+    with pytest.raises(ValueError, match="path must be a file written by snella merge"):
+        load_merged(export(finished.path, "sparse", tmp_path / "sparse.safetensors").path)
 
 
 @pytest.mark.parametrize("method", ["linear", "lora-2"])

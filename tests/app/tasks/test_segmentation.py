@@ -91,6 +91,12 @@ def test_examples_are_the_worst_and_evenly_spaced_images():
     assert sorted(choose_indices(dice, 20)) == list(range(8))
 
 
+def test_the_decoding_comment_gives_the_label_of_each_pixel():
+    outputs = torch.randn(1, 3, 4, 5)
+    comment = SegmentationTask(("a", "b", "c")).decoding_comment("outputs")
+    assert torch.equal(eval(comment.removeprefix("# ")), outputs.argmax(1)[0])
+
+
 def test_masks_are_remapped_to_the_classes_of_the_run():
     assert SegmentationTask(("a", "b", "c")).remap_labels(torch.tensor([[0, 1]]), [0, 2]).tolist() == [[0, 2]]
 

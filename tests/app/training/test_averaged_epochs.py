@@ -124,13 +124,17 @@ def test_a_soup_adds_epochs_greedily_by_validation_score(settings, console, epoc
     assert metrics.averaged.scores["val_loss"] == pytest.approx(metrics.val.loss, rel=1e-5)
 
 
-def test_an_average_worse_than_the_best_epoch_is_not_saved(settings, console, monkeypatch):
+@pytest.mark.parametrize(
+    ("protocol", "split", "name"), [("standard", "val", "validation"), ("official", "test", "test")]
+)
+def test_an_average_worse_than_the_best_epoch_is_not_saved(protocol, split, name, settings, console, monkeypatch):
     monkeypatch.setattr(SnellaTrainer, "_evaluate_mean", lambda trainer, epochs: ((-1.0, -9.0), {"val_loss": 9.0}))
-    run = train(settings(epochs=2, swa=2, method="lora-2", tta=1), console)
+    run = train(settings(epochs=2, swa=2, method="lora-2", tta=1, protocol=protocol), console)
     metrics = read(Metrics, run.path)
     assert not metrics.averaged.is_saved and metrics.adapter_epoch == metrics.best_epoch
-    assert f"is worse on the validation set than epoch {metrics.best_epoch}, which is saved" in console.file.getvalue()
-    assert metrics.val.loss == pytest.approx(metrics.history[metrics.best_epoch].val_loss, rel=1e-4)
+    assert f"is worse on the {name} set than epoch {metrics.best_epoch}, which is saved" in console.file.getvalue()
+    best = next(row for row in metrics.history if row.epoch == metrics.best_epoch)
+    assert getattr(metrics, split).loss == pytest.approx(best.val_loss, rel=1e-4)
 
 
 def test_an_average_with_normalized_head_inputs_keeps_its_scores_when_saved(settings, console):

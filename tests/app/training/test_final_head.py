@@ -460,7 +460,7 @@ def test_several_processes_keep_the_trained_head(tmp_path, monkeypatch):
     settings = config(tmp_path).resolved()
     parts = build_components(settings)
     assert choose_heads(parts, settings).optim.final_head == "trained"
-    with pytest.raises(ValueError, match="final_head='layers' needs a single process; use final_head='trained'"):
+    with pytest.raises(ValueError, match="final_head='layers' needs a single process without shard; use"):
         choose_heads(parts, settings.replace(final_head="layers"))
 
 

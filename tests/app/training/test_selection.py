@@ -12,7 +12,7 @@ from snella_app.methods import build_method
 from snella_app.runs.merge import merge
 from snella_app.runs.model import load_run
 from snella_app.tasks import ClassificationTask
-from snella_app.training.build import FOLDER, LoadedData, has_selection, selection_data, store_selection
+from snella_app.training.build import SELECTION, LoadedData, has_selection, selection_data, store_selection
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
 
@@ -112,4 +112,4 @@ def test_a_resumed_run_reuses_the_selection_and_ends_bit_identical(settings, con
 def test_methods_without_selection_store_none(tmp_path):
     model = build_method("bias", timm.create_model("test_vit", num_classes=3, img_size=32))
     store_selection(tmp_path, "bias", model)
-    assert not (tmp_path / FOLDER).exists()
+    assert not (tmp_path / SELECTION).exists()

@@ -96,6 +96,9 @@ def test_inspect_reports_a_killed_run_and_its_report_stops_refreshing(tmp_path, 
     assert main(["inspect", out, "--report"]) == 0
     assert f"resume it with snella train --out {out} --resume" in capsys.readouterr().out
     assert ">stopped<" in RunFolder(out).report.read_text()
+    RunFolder(out).update("running", command="snella dreambooth --steps 3 --out here")
+    assert main(["inspect", out]) == 0
+    assert f"resume it with snella dreambooth --out {out} --resume" in capsys.readouterr().out
 
 
 def test_an_unused_folder_is_removed(tmp_path):

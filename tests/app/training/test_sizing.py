@@ -412,12 +412,14 @@ def test_the_final_head_replaces_epochs_below_half_its_size(
 
 def test_a_linear_probe_uses_the_size_of_its_final_head(settings, console, head_by_pixels):
     assert select_size(settings, console, time_budget="70s", method="linear", **_HEAD)[0] is None
-    assert select_size(settings, console, time_budget="20s", method="linear", **_HEAD)[0] == 128
+    size, text = select_size(settings, console, time_budget="20s", method="linear", **_HEAD)
+    assert size == 128 and "measuring step times to fit the final head into 20s" in text
 
 
 def test_without_epochs_the_final_evaluation_fits(settings, console, head_by_pixels):
     options = {**_HEAD, "final_head": "trained", "epochs": 0, "time_budget": "7s"}
-    assert select_size(settings, console, **options)[0] == 112  # ten steps of 0.49 s
+    size, text = select_size(settings, console, **options)
+    assert size == 112 and "112 px: the final evaluation fits into 7s" in text  # ten steps of 0.49 s
 
 
 @pytest.mark.parametrize(

@@ -156,10 +156,12 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(step, number, settings
     assert is_bit_identical(outcome(run), uninterrupted)
 
 
-def test_an_interruption_stops_a_run_with_one_step_per_epoch_and_no_checkpoints(settings, console):
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_interruption_stops_a_run_with_one_step_per_epoch_and_no_checkpoints(step, settings, console):
     config = settings(epochs=3, train_size=6, batch_size=6, final_head="trained")
-    with interrupt_before(0), pytest.raises(TrainingInterrupted, match=r"saved as .*checkpoint-1;"):
+    with interrupt_before(step - 1), pytest.raises(TrainingInterrupted, match=rf"saved as .*checkpoint-{step};"):
         train(config, console, keep_checkpoints=False)
+    assert resume(config)[0].status == "finished"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])

@@ -86,6 +86,12 @@ def test_plots_of_a_real_run_are_drawn(old_run, run):
         plot.draw().draw_without_rendering()
 
 
+def test_steps_of_several_runs_are_labeled_by_order(run, tmp_path):
+    other = write_run(tmp_path / "other", [5, 15, 0, 10, 10], [4.0, 2.0, 0.0, 1.0, 8.0])
+    for runs, labels in (([run], ["start", "step 8"]), ([run, other], ["first", "last"])):
+        assert [text.get_text() for text in evolution(runs)[0].draw().legends[0].get_texts()] == labels
+
+
 def test_run_without_budgets_is_rejected(save_run):
     run = save_run("lora")
     with pytest.raises(

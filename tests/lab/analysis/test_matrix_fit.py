@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import shutil
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from snella.kernels import KERNELS, Kernel
+from snella_app.cli.main import main
 from snella_lab.analysis import matrix_fit
 from snella_lab.analysis.matrix_fit import (
     PRESETS,
@@ -103,7 +105,7 @@ def test_custom_kernels_are_imported_by_path(name, factor):
     ("kernel", "message"),
     [
         ("mixk", "must be among linear, .* got 'mixk'"),
-        ("nowhere:f", "cannot import kernel 'nowhere:f'"),
+        ("nowhere:f", "cannot import kernel 'nowhere:f': No module .*; use a module on PYTHONPATH"),
         ("math:pi", "must be a Kernel subclass or a function of A and B, got 3.14"),
         ("torch:add", r"must return \[m, n\]"),
     ],
@@ -119,6 +121,13 @@ def test_all_out_of_range_settings_are_reported_together():
     ):
         FitConfig(size=8, ranks=(9,), r=3)
     assert (PRESETS["paper"].steps, PRESETS["paper"].lr, PRESETS["paper"].matrices) == (100_000, 1e-4, 10)
+
+
+def test_a_diverging_fit_is_a_one_line_error(tmp_path, capsys):
+    line = "fit-matrix --kernels linear --ranks 2 --size 4 --matrices 1 --r 2 --steps 4 --lr 1e30"
+    assert main([*line.split(), "--out", str(tmp_path / "fits")]) == 2
+    error = r"snella: kernel 'linear': the error is (nan|inf) at step \d; reduce lr\n"
+    assert re.fullmatch(error, capsys.readouterr().err)
 
 
 def test_an_edited_custom_kernel_is_fitted_again(tmp_path, monkeypatch):
@@ -160,5 +169,10 @@ def test_interrupted_call_resumes_with_the_missing_kernels(tmp_path, monkeypatch
     )
     with pytest.raises(ValueError, match="contains fits with other settings"):
         fit_matrices(FitConfig(size=6, ranks=(2, 4), matrices=2, r=2, steps=4), tmp_path)
+    for damaged in ('{"fits": []}', '{"fits": {}}', '{"fits": {}, "settings"'):
+        (tmp_path / "damaged.json").write_text(damaged)
+        (tmp_path / "damaged.json").replace(tmp_path / "fits.json")
+        with pytest.raises(ValueError, match=r"fits\.json is damaged: .*; delete it to start again"):
+            fit_matrices(short, tmp_path)
     for plot in resumed:
         plot.draw().draw_without_rendering()

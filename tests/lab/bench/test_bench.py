@@ -327,6 +327,8 @@ def test_command_line_accepts_comma_separated_lists(tmp_path, capsys):
     assert [row["batch"] for row in read_rows(out)] == [1, 2]
     assert main([*args[:3], "--batch", "a,b"]) != 0
     assert "--batch must be integers separated by commas, e.g. 4,16; got 'a,b'" in capsys.readouterr().err
+    assert main([*args[:3], "--batch", ","]) != 0
+    assert "--batch must contain at least one item, got ','" in capsys.readouterr().err
 
 
 def test_workload_weights_are_deterministic():

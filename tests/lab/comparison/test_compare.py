@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -17,12 +18,13 @@ from snella_app.records.run import RunInfo
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.layer_probe import LAYER_PROBE
 from snella_app.training.session import NonFiniteLossError, TrainingInterrupted
-from snella_lab.comparison.cells import Cell
+from snella_lab.comparison.cells import Cell, Plan
 from snella_lab.comparison.compare import CellsFailedError, _RunLimit, compare
 from snella_lab.comparison.executors import InThisProcess, _gpu_share
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
+from snella_lab.comparison.progress import ComparisonProgress
 from snella_lab.comparison.run_cell import Outcome, measure_forgetting, record_crash, run_cell
 from snella_lab.comparison.search import Candidate
 from snella_lab.comparison.store import append_row, cell_lock, is_locked, read_row
@@ -248,7 +250,7 @@ def test_only_a_cell_without_a_row_is_trained_again(copy, console):
 def test_failed_run_is_recorded_with_its_error_and_the_others_continue(tiny, tmp_path, console):
     diverging = {"name": "diverging", "method": "bias", "lr": 1e30}
     experiment = tiny(methods=[diverging, "bias"], grid={"lr_factors": [1.0, 1e33]}, forgetting=[])
-    with pytest.raises(CellsFailedError, match=r"2 of 6 runs failed, e.g. digits/diverging/seed-0: all 2 tuning runs"):
+    with pytest.raises(CellsFailedError, match=r"2 of 6 runs failed, e.g. digits/diverging/seed-0: each of the 2 "):
         compare(experiment, tmp_path / "c", ExecutionConfig(workers=0), console=console)
     rows = rows_of(tmp_path / "c")
     trial, final = rows["digits/bias/trials/lr-x1e+33_seed-0"], rows["digits/bias/seed-0"]
@@ -441,6 +443,25 @@ def test_interrupted_run_resumes_bit_identically(tiny, tmp_path, monkeypatch):
     assert "resuming from" in (tmp_path / "c/logs/digits!lora-2!seed-0.txt").read_text()
     assert (row.results.val, row.results.test) == (expected.results.val, expected.results.test)
     assert row.total_time >= row.results.train_time and list(rows_of(tmp_path / "c")) == [cell.name]
+
+
+def test_failed_run_counts_the_time_of_an_interrupted_attempt(tiny, tmp_path, monkeypatch):
+    experiment = tiny(methods=["linear"], grid={"lr_factors": [1.0]}, forgetting=[])
+    cell = Cell(experiment.data[0], experiment.methods[0], 0, Candidate(), True)
+    monkeypatch.setattr("snella_lab.comparison.run_cell._checkpoint_s", lambda folder, config: 100.0)
+    monkeypatch.setattr("snella_lab.comparison.run_cell.train", Mock(side_effect=ValueError("broken")))
+    row = run_cell(tmp_path, experiment, cell).row
+    assert row.status == "failed" and 100 < row.total_time < 200
+
+
+def test_remaining_time_is_not_estimated_without_a_successful_run(tiny, console, make_row):
+    experiment = tiny()
+    cell = Cell(experiment.data[0], experiment.methods[0], 0, Candidate(), False)
+    progress = ComparisonProgress(console, Plan(experiment, {}), [])
+    progress.ended(cell, make_row(experiment, "digits", "linear", 0, status="failed", error="E"), 1)
+    progress.ended(cell, make_row(experiment, "digits", "linear", 0), 1)
+    failed, finished = console.file.getvalue().strip().splitlines()
+    assert "left" not in failed and "; about " in finished
 
 
 def test_checkpoint_with_other_settings_is_not_resumed(tiny, tmp_path, monkeypatch):

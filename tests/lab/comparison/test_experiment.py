@@ -214,3 +214,9 @@ def test_labels_become_folder_names():
 def test_published_values_of_another_type_are_rejected(published, message, tiny):
     with pytest.raises(ValueError, match=message):
         tiny(published=published)
+
+
+def test_empty_name_and_group_default_to_the_data():
+    assert method_entry({"method": "lora-2", "name": None}).name == "lora-2"
+    entry = data_entry({"data": "digits", "name": None, "group": None})
+    assert (entry.name, entry.group) == ("digits", "digits")

@@ -14,6 +14,7 @@ from snella_lab.comparison.cells import Cell
 from snella_lab.comparison.experiment import Experiment, published_errors
 from snella_lab.comparison.experiment_files import bundled_experiments, read_experiment
 from snella_lab.comparison.report import (
+    OrderingResult,
     PaperComparison,
     paper_comparison,
     paper_orderings,
@@ -21,6 +22,7 @@ from snella_lab.comparison.report import (
 )
 from snella_lab.comparison.rows import CellResults, CellRow
 from snella_lab.comparison.search import Candidate, Choice, next_tuning_runs
+from snella_lab.comparison.statistics import Difference
 from snella_lab.comparison.summary import summarize
 
 PAPER = (
@@ -270,6 +272,11 @@ def test_orderings_are_tested_by_corrected_tests_of_paired_differences(experimen
     output = io.StringIO()
     print_paper(Console(file=output, width=120), summarize(experiment, rows))
     assert "orderings of the paper: Table XII" in output.getvalue() and "contradicted" in output.getvalue()
+
+
+def test_ordering_of_a_cost_states_its_number_of_tasks():
+    result = OrderingResult("a above b", "inconclusive", Difference(0.02, 0.01, 0.03, 9, 3), False, 4)
+    assert result.texts[2] == "+0.02 [+0.01, +0.03] (3 of 4 tasks), 9 pairs"
 
 
 def test_without_published_numbers_nothing_is_printed(experiments):

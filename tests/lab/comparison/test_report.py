@@ -58,8 +58,8 @@ def test_two_seeds_decide_no_difference(tiny, make_row):
     text = outcome_text(summarize(experiment, rows[:2]))
     assert text == "lora-2 has the highest test accuracy, 75.0%."
     assert outcome_text(summarize(experiment, [])) == ""
-    assert recommendation_text(summarize(experiment, rows[:2])).endswith(" No results yet: bias.")
-    assert "No results yet" not in recommendation_text(summarize(experiment, rows))
+    assert recommendation_text(summarize(experiment, rows[:2])).endswith(" No complete results yet: bias.")
+    assert "No complete results yet" not in recommendation_text(summarize(experiment, rows))
 
 
 def test_correction_counts_only_methods_with_several_units(tiny, make_row):
@@ -165,6 +165,20 @@ def test_fixed_learning_rate_is_not_described_as_tuned(tiny, make_row, tmp_path)
     experiment = tiny(train={"protocol": "official"}, grid={"lr_factors": [1.0]})
     text = write_page(tmp_path, summarize(experiment, [make_row(experiment, "digits", "linear", 0)])).read_text()
     assert "Learning rate and weight decay were fixed, not tuned. Each final run" in text
+
+
+@pytest.mark.parametrize(
+    ("factors", "decays", "sentence"),
+    [
+        ([0.3, 1.0], [], "The learning rate was tuned"),
+        ([1.0], [0.1], "The weight decay was tuned"),
+        ([0.3, 1.0], [0.1], "The learning rate and weight decay were tuned"),
+    ],
+)
+def test_only_settings_with_several_values_are_described_as_tuned(factors, decays, sentence, tiny, make_row, tmp_path):
+    experiment = tiny(grid={"lr_factors": factors, "weight_decays": decays})
+    rows = [make_row(experiment, "digits", "linear", 0, purpose="trial")]
+    assert f"{sentence} on the validation set" in write_page(tmp_path, summarize(experiment, rows)).read_text()
 
 
 def test_report_states_how_memory_was_measured(tiny, make_row, tmp_path):
@@ -282,3 +296,6 @@ def test_a_difference_on_some_tasks_is_no_overall_outcome(large, make_row):
     summary = summarize(smaller, rows)
     differences = {method.name: method.to_reference[summary.column] for method in summary.methods}
     assert differences["bias"].direction == 1 and "bias" not in outcome_text(summary)
+    assert recommendation_text(summary).endswith(" No complete results yet: bias.")
+    partial = [row for row in rows if row.experiment_name == "full" or row.task_name in tasks[:2]]
+    assert "10.0 points above lora-8 (2 of 6 tasks)" in outcome_text(summarize(smaller, partial))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from snella_lab.comparison.experiment import Experiment
-from snella_lab.comparison.figures import forest, learning_rate_curves, lr_curve, pareto, pareto_front
+from snella_lab.comparison.figures import _short, forest, learning_rate_curves, lr_curve, pareto, pareto_front
 from snella_lab.comparison.rows import CellResults, CellRow
 from snella_lab.comparison.statistics import (
     Difference,
@@ -224,6 +224,7 @@ def test_numbers_are_formatted_for_the_table(large):
     assert difference_text(Difference(-0.0123, -0.02, 0.0001, 9, 3), 3) == "−1.2 [−2.0, 0.0]"
     assert difference_text(Difference(-0.0123, -0.02, 0.0001, 9, 3), 4) == "−1.2 [−2.0, 0.0] (3 of 4 tasks)"
     assert difference_text(None, 3) == spread_text(None) == "–"
+    assert [_short(value) for value in (768, 999.7, 1.334e6, 999_700)] == ["768", "1 k", "1.33 M", "1 M"]
 
 
 def test_filled_marker_is_the_selected_learning_rate_on_ties(tiny, make_row):

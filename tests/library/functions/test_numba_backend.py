@@ -265,6 +265,14 @@ def test_a_vanishing_temperature_gives_non_finite_values_as_with_eager(temperatu
         assert all(not solution[name].isfinite().any() for name in ("y", "A", "B", "temperature")), impl
 
 
+def test_missing_scalar_raises_as_with_eager():
+    problem = make_problem("mix_k")
+    problem.tensors["alpha"] = None
+    for impl in ("eager", "numba"):
+        with pytest.raises(ValueError, match=r"requires the scalars \[.*'alpha'.*\], got None"):
+            solve(problem, impl, needed=())
+
+
 SCRIPT = """
 import hashlib, torch
 torch.set_num_threads(1)

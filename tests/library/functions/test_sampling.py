@@ -137,7 +137,7 @@ def test_weight_gradient_values_are_parsed():
     assert parse_weight_gradient("exact") == (1, False)
     assert parse_weight_gradient("bfloat16") == (1, True)
     assert parse_weight_gradient("sample:1/4") == parse_weight_gradient("sample:0.25") == (0.25, False)
-    for wrong in ("sample", "sample:0", "sample:2", "sample:1/0", "sample:nan", "half", "sample:x"):
+    for wrong in ("sample", "sample:0", "sample:2", "sample:1/0", "sample:nan", "half", "sample:x", "sample:1e400"):
         with pytest.raises(
             ValueError, match=r"weight_gradient must be 'exact', 'bfloat16' or 'sample:P'.*samples half"
         ):

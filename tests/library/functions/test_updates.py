@@ -122,6 +122,14 @@ def test_updates_with_different_dtypes_are_added_in_the_wider_dtype():
     assert torch.equal(*actual)
 
 
+@pytest.mark.parametrize("impl", ["eager", "auto"])
+def test_thresholds_of_half_precision_factors_are_float32(impl):
+    problem = make_problem(rows=ROWS, n=6, budgets=(0, 0, 0)).cast(Tensor.bfloat16)
+    arguments = [problem.tensors[name] for name in ("x", "weight", "bias")]
+    _, (thresholds,) = adapted_layer(*arguments, [problem.update(problem.tensors, impl)], LinearOp())
+    assert thresholds.dtype == torch.float32
+
+
 def test_thresholds_are_returned_and_reused():
     problem = make_problem(rows=ROWS, n=6, budgets=BUDGETS)
     update = problem.update(problem.tensors, "auto")

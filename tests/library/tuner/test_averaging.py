@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from snella import BudgetAllocator, SnellaConfig, create_snella_optimizer
+from snella.budgets import compute_seal
 from snella.matrices import adapted_matrices
 
 STEPS = 6
@@ -114,6 +115,11 @@ def test_copies_have_independent_budgets(mlp):
     assert budgets_of(other) == second.budgets | {"lin0": 7}
     snapshot.load_state_dict(model.state_dict())
     assert budgets_of(snapshot) == first.budgets
+
+
+def test_average_of_seals_is_not_the_seal_of_the_average():
+    for budget in range(2, 200, 2):
+        assert 2 * compute_seal(budget // 2) != compute_seal(0) + compute_seal(budget)
 
 
 def test_budget_with_valid_seal_is_kept(mlp):

@@ -419,6 +419,16 @@ def test_in_place_writes_change_the_base_weight(mlp):
     assert not (layer.weight == 3).all()
 
 
+def test_assigning_a_read_weight_copies_its_updates(mlp):
+    layer = layers(mlp.adapted())[0]
+    stacked = torch.zeros(2, 12, 10)
+    stacked[1] = layer.weight
+    assert torch.equal(stacked[1], layer.weight.detach())
+    with torch.no_grad():
+        layer.weight[0] = 1
+    assert (layer.base_layer.weight[0] == 1).all()
+
+
 def test_read_weight_is_cached_in_evaluation(merges):
     _, reading, x = pair()
     reading.eval()

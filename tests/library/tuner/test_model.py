@@ -161,6 +161,13 @@ def test_adapter_can_be_injected_without_wrapper(case):
     assert torch.equal(case.predict(target), case.predict(source))
 
 
+def test_root_level_bias_of_injected_adapter_keeps_its_name(mlp):
+    base = mlp.base()
+    base.bias = nn.Parameter(torch.zeros(3))
+    state = get_peft_model_state_dict(inject_adapter_in_model(mlp.config(bias="all"), base))
+    assert "bias" in state
+
+
 # one model per kind of layer ----------------------------------------------------------------------------------------
 
 

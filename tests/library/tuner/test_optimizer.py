@@ -197,7 +197,7 @@ def test_state_of_other_layers_raises(mlp):
     matcher = StepMatcher(mlp.adapted())
     optimizer = create_snella_optimizer(mlp.adapted(), lr=0.1)
     optimizer.param_groups[0]["snella_step_matcher"] = {"step": 5, "slopes": [[1.0], [1.0], [1.0]]}
-    with pytest.raises(ValueError, match="state must have 2 adapted layers, got 3"):
+    with pytest.raises(ValueError, match="state must have 2 adapted matrices in 2 layers, got 3 in 3"):
         matcher.attach(optimizer)
     assert not hasattr(optimizer, "snella_step_matcher") and "snella_step_matcher" in optimizer.param_groups[0]
 

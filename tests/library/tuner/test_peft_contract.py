@@ -284,8 +284,12 @@ def test_bias_gradient_equals_merged_layer(mlp):
 
 @pytest.mark.parametrize("rows", [[1, 99], {"embed_tokens": [99]}, [-1]])
 def test_token_indices_out_of_range_raise(rows):
-    with pytest.raises(ValueError, match=r"trainable_token_indices must be in \[0, \d+\] for '.*', got (99|-1)"):
+    message = r"trainable_token_indices must be in \[0, \d+\] for '.*embed_tokens', got (99|-1)"
+    with pytest.raises(ValueError, match=message):
         get_peft_model(llama(), large_config(trainable_token_indices=rows))
+    model = get_peft_model(llama(), large_config(trainable_token_indices=[1]))
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("second", large_config(trainable_token_indices=rows))
 
 
 def test_trainable_tokens_are_saved_and_merged(tmp_path):

@@ -109,6 +109,14 @@ def test_bitmap_starts_with_the_lowest_bit():
     assert decode_positions(kind, encoded).tolist() == [0, 7, 8, 18]
 
 
+def test_values_are_added_in_the_precision_of_a_float64_weight():
+    model = torch.nn.Linear(2, 1, dtype=torch.float64)
+    weight = model.weight.detach().clone()
+    patch = SparsePatch({"weight": Entries(torch.tensor([1]), torch.tensor([0.25]))}, shapes={"weight": [1, 2]})
+    patch.apply(model)
+    assert torch.equal(model.weight, weight + torch.tensor([0, 0.25]))
+
+
 def test_tied_tensors_are_restored():
     model = torch.nn.ModuleDict({"head": torch.nn.Linear(2, 2), "tied": torch.nn.Linear(2, 2)})
     model["tied"].weight = model["head"].weight

@@ -1,4 +1,4 @@
-"""Numba backend: multithreaded piecewise kernels on the CPU, with exact threshold selection."""
+"""Numba backend: multithreaded piecewise kernels on the CPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TASKS_PER_THREAD = 4  # balances the load between threads
 _SDDMM_DENSITY = 0.1  # below this density, compute a weight gradient only at the nonzero entries
 _TOKENS = 256  # tokens per pass over the nonzero entries
 _MODES = {"soft": forward.SOFT, "official": forward.OFFICIAL, "none": forward.NONE}
-_SUPPORTED = (torch.float32, torch.bfloat16)
+_STORED_DTYPES = (torch.float32, torch.bfloat16)  # dtypes that the kernels read and write in place
 _EMPTY = np.empty((0, 0), np.float32)
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -99,7 +99,7 @@ class NumbaBackend(Backend):
         return Merged(factors, budgets, thresholds, (), (columns,) if has_softmax else (), workspace)
 
     def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:  # noqa: D102
-        is_supported = base.dtype in _SUPPORTED and out.dtype in _SUPPORTED
+        is_supported = base.dtype in _STORED_DTYPES and out.dtype in _STORED_DTYPES
         for rows, matrix in zip(spec.rows, merged.workspace, strict=True):
             if matrix is None:
                 if out is not base:
@@ -117,7 +117,7 @@ class NumbaBackend(Backend):
     def add_and_grad_factors(  # noqa: D102
         self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor, base: Tensor, out: Tensor
     ) -> Gradients | None:
-        if base.dtype not in _SUPPORTED or out.dtype not in _SUPPORTED:
+        if base.dtype not in _STORED_DTYPES or out.dtype not in _STORED_DTYPES:
             return None
         return _gradients(spec, merged, grad_weight, (base, out))
 
@@ -198,7 +198,7 @@ def sddmm_weight_grad(matrix: _Matrix, budget: int, grad_y: Tensor, x: Tensor, o
         budget: Maximum number of nonzero entries.
         grad_y: The matrix's columns of ∂L/∂y, `[tokens, rows]`.
         x: `[tokens, n]`, dtype of `grad_y`.
-        out: Zeros, `[rows, n]`, float32.
+        out: Zeros, `[rows, n]`, float32 or float64.
     """
     packed, shape = matrix.packed, matrix.shape
     width, blocks = _blocks(shape)
@@ -265,11 +265,12 @@ def _grad_matrix(
 
 
 def pack_factors(spec: UpdateSpec, factors: Factors) -> list[PackedFactors]:
-    """Convert the factors of each matrix to contiguous arrays and Python scalars."""
+    """Convert the factors and scalars of each matrix to the inputs of the kernels."""
     kernel, (A, B, coeff, alpha, beta, temperature) = spec.kernel, factors
     has_softmax, num_matrices = isinstance(kernel, NormalizedRBF), len(spec.rows)
-    if coeff is None or (has_softmax and beta is None):
-        raise ValueError(f"kernel {kernel.name!r} requires the scalars {list(kernel.scalars)}, got None")
+    if coeff is None or (has_softmax and (alpha is None or beta is None)):
+        required = [name for name in kernel.scalars if name != "temperature"]
+        raise ValueError(f"kernel {kernel.name!r} requires the scalars {required}, got None")
     scales, shifts = [[0.0] * num_matrices if s is None else s.detach().tolist() for s in (alpha, beta)]
     # computed in torch, because Python raises an error for a zero and NumPy warns of an overflow
     inverses = [1.0] * num_matrices if temperature is None else (1 / temperature.detach().double()).float().tolist()

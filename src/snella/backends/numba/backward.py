@@ -97,8 +97,8 @@ def merge_block_and_gradient(
 
 @njit(**FASTMATH_REASSOC, inline="always")
 def row_grad_coefs(i, q, w, R, tile, B, coeff, softmax, value, exps, scale, mean, rows, coefs, sums, chunk):
-    # coefs[q, p] = ∂L/∂κ_p·coeff[p] / distance of row i; times B − tile it is the contribution to both gradients;
-    # sums[chunk] accumulates the row's contribution to the scalars' gradients
+    # coefs[q, p] = ∂L/∂κ_p·coeff[p] / distance of row i; times B − tile it is the contribution to the gradient of B,
+    # and, negated, of A; sums[chunk] accumulates the row's contribution to the scalars' gradients
     _, linear, _, _, has_softmax = softmax
     pieces = coeff.shape[0]
     from_softmax, from_value, squares = rows[0], rows[1], rows[2]
@@ -266,7 +266,8 @@ def factor_gradients(
     # G = ∂L/∂ΔW of `merge_block_and_gradient`;  means[j] = Σ_i G·softmax
     # ∂L/∂κ_p = linear·G + (α/γ)·softmax·(G − means), softmax = exps·inv_sum
     # grad_A is complete; grad_B[q] and sums[q] belong to the q-th chunk of `per_chunk` blocks:
-    # sums[q, p] = Σ ∂L/∂κ_p·distance, sums[q, P] = Σ (softmax's part of ∂L/∂κ_p)·κ_p, sums[q, P + 1] = Σ G
+    # sums[q, p] = Σ ∂L/∂κ_p·distance, sums[q, P + 1] = Σ G; with temperature also
+    # sums[q, P] = Σ (softmax's part of ∂L/∂κ_p)·κ_p
     inv_temperature, linear, alpha, _, has_softmax = softmax
     m, n = grad.shape
     pieces, K = coeff.shape[0], A.shape[1]
@@ -318,7 +319,7 @@ def factor_gradients(
 
 @compiled(FASTMATH_STRICT_ORDER)
 def list_entries(first, last, width, A, B, coeff, softmax, threshold, rows, columns, counts):
-    # positions of each block's entries above the threshold; counts[block] is their number, -1 if they exceed the space
+    # positions of each block's entries above the threshold; counts[block] is their number, -1 if they do not fit
     m, n = B.shape[0], A.shape[0]
     tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[1], width)
     for block in range(first, last):

@@ -40,7 +40,7 @@ def compiled(settings: dict[str, Any]) -> Callable[[Callable[..., None]], Callab
 
 
 def remove_stale_index(function: Callable[..., None], folder: Path) -> None:
-    """Remove Numba's cache index of `function` if any kernel file is newer.
+    """Remove Numba's cache index of `function` if any file in this folder is newer.
 
     Numba checks only the file that defines the function. It could load a function compiled with an outdated helper from
     another file and mix both versions of the helper in one process.

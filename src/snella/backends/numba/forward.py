@@ -260,7 +260,7 @@ def add_row(base, value, source_row, i, start, w, threshold, scaling, mode, resu
 
 @compiled(NO_CONTRACT)
 def add_sparse(first, last, base, value, threshold, scaling, mode, result):
-    # result = base + scaling·S on the rows first … last − 1, from an existing matrix
+    # result = base + scaling·S on the rows first … last − 1, value = ΔW
     for i in range(first, last):
         add_row(base, value, i, i, 0, value.shape[1], threshold, scaling, mode, result)
 

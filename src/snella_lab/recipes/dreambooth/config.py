@@ -31,7 +31,7 @@ class DreamBoothConfig(RunSettings):
         method: Fine-tuning method and its options.
         optim: Batches, optimizer and precision.
         run: Folder, seed and device.
-        data: Subject images: folder:PATH for PATH/*.jpg, or dreambooth:PATH for PATH/SUBJECT/*.jpg.
+        data: Subject images: folder:PATH for PATH/image.jpg, or dreambooth:PATH for PATH/SUBJECT/image.jpg.
         subject: Subject folder in dreambooth:PATH.
         pipeline: Stable Diffusion 3: a local folder in diffusers format, or a hub name.
         token: Rare token that denotes the subject in prompts.
@@ -92,7 +92,7 @@ class DreamBoothConfig(RunSettings):
     skip_corrupt: bool = False
 
     def errors(self) -> list[str]:
-        """Validate all settings that need neither data nor model."""
+        """Check settings across sections; loads neither data nor model."""
         errors = self.missing_errors(is_started=self.run.resume)
         if not self.token.strip():
             errors.append(f"token must be a word, got {self.token!r}")
@@ -127,7 +127,7 @@ class DreamBoothFolder(BaseRunFolder[DreamBoothConfig]):
     """Run folder of DreamBooth."""
 
     settings_type = DreamBoothConfig
-    files = (*BaseRunFolder.files, "images.json", "generation.json")
+    files = (*BaseRunFolder.files, "generation.json")
     folders = (*BaseRunFolder.folders, "class_images", "samples", "evaluation")
 
 
@@ -174,6 +174,7 @@ class GenerateOptions(GenerationOptions):
     """
 
     minimums: ClassVar = {**GenerationOptions.minimums, "seed": 0}
+    nonnegative: ClassVar = ("guidance",)
 
     out: str
     prompt: str | None = None

@@ -22,7 +22,7 @@ from snella_app.records.record import read
 from snella_app.records.run import RunInfo
 from snella_lab.recipes.dreambooth.config import DreamBoothFolder, EvaluateGenerationOptions
 from snella_lab.recipes.dreambooth.data import PROMPT_FILE, PromptFile, fill, load_concept, read_prompt_file
-from snella_lab.recipes.dreambooth.generate import GeneratedImage, load_generator
+from snella_lab.recipes.dreambooth.generate import GeneratedImage, load_generator, open_run
 from snella_lab.recipes.dreambooth.train import check_images
 from snella_lab.recipes.pretrained import load_pretrained
 
@@ -172,7 +172,7 @@ def evaluate_generation(options: EvaluateGenerationOptions, console: Console | N
 
     Raises:
         FileNotFoundError: If a run, prompt file or model does not exist.
-        FileExistsError: If `evaluation/` contains images generated with other settings, without `overwrite`.
+        FileExistsError: If `evaluation/` contains images from other prompts, settings or weights, without `overwrite`.
         ValueError: If prompts lack the token placeholder, the photos have changed since training, or a run belongs to
             another command.
     """
@@ -270,7 +270,7 @@ def _prompt_file(run: Path, prompts: str | Path | None) -> PromptFile:
     """Read the prompt file, by default from the run's data folder."""
     if prompts is not None:
         return read_prompt_file(prompts)
-    config = DreamBoothFolder(run).read_config()
+    config = open_run(run).read_config()
     family, _, path = str(config.data).partition(":")
     file = expand_user(path) / PROMPT_FILE
     if family != "dreambooth" or not file.is_file():

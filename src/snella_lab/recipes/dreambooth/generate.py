@@ -161,7 +161,8 @@ class ImageGenerator:
 
         Raises:
             FileExistsError: If the folder is a file, has files but no `images.json`, or, without `overwrite`, contains
-                images from other prompts, seeds or settings, or from another source.
+                images from other prompts, seeds or settings, or from another source; with `overwrite`, if another file
+                has the name of a new image.
             ValueError: If the pipeline does not support this resolution.
         """
         width = max(2, len(str(len(prompts) - 1)))
@@ -238,6 +239,19 @@ def _write(target: GeneratedImage, image: Image.Image) -> None:
     write_png(target.path, image, pnginfo=info)
 
 
+def open_run(run: str | Path) -> DreamBoothFolder:
+    """Return the folder of a DreamBooth run.
+
+    Raises:
+        FileNotFoundError: If the folder is not a run.
+        ValueError: If the run belongs to another command.
+    """
+    folder = DreamBoothFolder(run)
+    if read(RunInfo, folder.path).task != "generation":
+        raise ValueError(f"run must be a snella dreambooth run folder, got {run}, a run of another task")
+    return folder
+
+
 def load_generator(
     run: str | Path, options: GenerationOptions, console: Console | None = None, guidance: float | None = None
 ) -> tuple[ImageGenerator, DreamBoothConfig]:
@@ -254,9 +268,7 @@ def load_generator(
         ValueError: If the run belongs to another command.
         AdapterFileError: If the adapter is damaged or does not fit the pipeline.
     """
-    folder = DreamBoothFolder(run)
-    if read(RunInfo, folder.path).task != "generation":
-        raise ValueError(f"run must be a snella dreambooth run folder, got {run}, a run of another task")
+    folder = open_run(run)
     folder.check_adapter()
     config = folder.read_config()
     name = str(options.pipeline or config.pipeline)
@@ -283,7 +295,7 @@ def generate(options: GenerateOptions, console: Console | None = None) -> list[G
 
     Raises:
         FileNotFoundError: If the prompt file or run does not exist, or the run has no adapter yet.
-        FileExistsError: If `out` contains other images.
+        FileExistsError: If `out` contains other images or files.
         ValueError: If the prompt file has no valid prompts, or the run belongs to another command.
     """
     file = None if options.prompts is None else read_prompt_file(options.prompts)

@@ -148,7 +148,7 @@ def check_resolution(pipeline: StableDiffusion3Pipeline, resolution: int) -> Non
 
 
 _INDEX_FILE = "model_index.json"
-_OPTIONAL = ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")
+_OPTIONAL = ("text_encoder_3", "tokenizer_3")
 TEXT_COMPONENTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 _COMPONENTS = ("transformer", "scheduler", "vae", *TEXT_COMPONENTS)
 
@@ -158,7 +158,7 @@ def load_pipeline(name: str, precision: str = "fp32") -> StableDiffusion3Pipelin
 
     Args:
         name: Local folder in diffusers format, or hub name `owner/repo`.
-        precision: Precision of the text encoders (the third is optional): fp32 or bf16.
+        precision: Precision of the text encoders: fp32 or bf16.
 
     Raises:
         FileNotFoundError: If the folder does not exist or lacks components; the message lists them.

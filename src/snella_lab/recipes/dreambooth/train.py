@@ -290,7 +290,7 @@ def personalize(config: DreamBoothConfig, console: Console | None = None) -> Dre
         RunInUseError: If another process is writing to the folder.
         FileNotFoundError: If images, subject or pipeline do not exist.
         ValueError: If settings conflict, images are corrupt, or a resumed run's images have changed.
-        TrainingInterrupted: If training was interrupted; a checkpoint is saved.
+        TrainingInterrupted: If the user interrupts the run; the message names the last checkpoint, if any.
         NonFiniteLossError: If the loss or gradient became infinite or NaN; the last checkpoint is kept.
         CheckpointError: If the disk is full (the last checkpoint is kept), or the resumed checkpoint is damaged.
     """

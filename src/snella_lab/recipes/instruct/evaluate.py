@@ -42,8 +42,8 @@ def evaluate_language(options: EvaluateLanguageOptions, console: Console | None 
 
     Returns:
         `{"format": 1, "settings": {…}, "tasks": {name: {"accuracy", "right", "questions", "unanswered"}}, "mean": …}`,
-        also written to `RUN/language.json`. `mean` is the mean accuracy over tasks. The file keeps tasks that were
-        evaluated with the same settings on more questions, or only in an earlier call.
+        also written to `RUN/language.json`. `mean` is the mean accuracy over tasks. With the same settings, the file
+        keeps tasks that only an earlier call evaluated and, without `overwrite`, results on more questions.
 
     Raises:
         FileNotFoundError: If the run, adapter, data or model does not exist.

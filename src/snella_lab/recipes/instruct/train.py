@@ -69,7 +69,7 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
         RunInUseError: If another process is writing to the folder.
         FileNotFoundError: If data or model do not exist.
         ValueError: If the data are invalid, settings conflict, or a resumed run's data have changed.
-        TrainingInterrupted: If training was interrupted; a checkpoint is saved.
+        TrainingInterrupted: If the user interrupts the run; the message names the last checkpoint, if any.
         NonFiniteLossError: If the loss or gradient became infinite or NaN; the last checkpoint is kept.
         CheckpointError: If the disk is full (the last checkpoint is kept), or the resumed checkpoint is damaged.
     """
@@ -126,7 +126,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console, re
         *(("note", note) for note in notes),
         ("model", f"{config.model}, {weights:,} weights"),
         ("method", describe_method(config, model)),
-        ("training", f"{counted(config.epochs, 'epoch')}, {per_step} per step, on {device}"),
+        ("training", f"{counted(config.epochs, 'epoch')}, {counted(per_step, 'instruction')} per step, on {device}"),
     ]
     print_rows(console, rows)
     with record_status(run, "language"):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from snella_app.cli.main import main
 from snella_app.data.images import read_image
+from snella_app.files import sealed
 from snella_lab.recipes.dreambooth.config import (
     DreamBoothConfig,
     DreamBoothFolder,
@@ -181,9 +182,16 @@ def test_invalid_numbers_and_folders_are_rejected(tmp_path):
         evaluation("runs", "clip", "dino", images_per_prompt=-1)
     with pytest.raises(FileNotFoundError, match=r"run must be a snella dreambooth run folder or a folder of runs, got"):
         find_runs(tmp_path)
-    shutil.copy(Path(__file__).parents[3] / "old_files" / "run" / "run.json", tmp_path)
-    with pytest.raises(ValueError, match=r"must be a snella dreambooth run folder, got .*, a run of another task"):
-        generate(generation(tmp_path, tmp_path / "out"))
+    with pytest.raises(ValueError, match="guidance must be at least 0 and finite, got -1"):
+        generation("run", "out", guidance=-1)
+    for name in ("run.json", "config.yaml"):
+        shutil.copy(Path(__file__).parents[3] / "old_files" / "run" / name, tmp_path)
+    for call in (
+        lambda: generate(generation(tmp_path, tmp_path / "out")),
+        lambda: evaluate_generation(evaluation(tmp_path, "clip", "dino")),
+    ):
+        with pytest.raises(ValueError, match=r"must be a snella dreambooth run folder, got .*, a run of another task"):
+            call()
 
 
 def test_folder_without_the_expected_model_is_rejected(runs, clip_folder, dino_folder, tmp_path, monkeypatch):
@@ -202,6 +210,8 @@ def test_run_on_a_plain_folder_requires_a_prompt_file(runs, tmp_path, clip_folde
     run = shutil.copytree(runs / "toy", tmp_path / "run")
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("data: dreambooth:", "data: folder:"))
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(sealed({**info, "files": {}})))
     with pytest.raises(FileNotFoundError, match=r"prompts must be a prompt file, got none, and folder:.* has no prom"):
         evaluate_generation(evaluation(run, clip_folder, dino_folder))
 
