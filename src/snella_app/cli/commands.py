@@ -498,7 +498,7 @@ def data(
         skip_corrupt: Report unreadable images as a note instead of an error, as in training with --skip-corrupt.
         channels: Image channels, as for snella train.
         white: Value of 16-bit images that maps to white, as for snella train.
-        sheet: Write a contact sheet with the first images of each class to this PNG file.
+        sheet: Write a contact sheet with the first images of up to 20 classes to this PNG file.
         overwrite: Replace an existing --sheet file.
         decode: Decode every image of a benchmark to find damaged files; takes minutes.
     """

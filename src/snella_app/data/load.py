@@ -93,8 +93,9 @@ def full_spec(spec: str) -> str:
     """Add the prefix to a bare path: `folder:photos` for class folders, `csv:t.csv` for a table.
 
     A folder with `images` and `masks` becomes `masks:`; a folder written by Hugging Face datasets, or with
-    `metadata.csv`, becomes `hf:`. A folder without subfolders becomes `wds:` if it has tar files, and `hf:` if all
-    files are Parquet. Other text is returned unchanged. Names of registered datasets take precedence over folders.
+    `metadata.csv` in it or its subfolders, becomes `hf:`. A folder without subfolders becomes `wds:` if it has tar
+    files, and `hf:` if all files are Parquet. Other text is returned unchanged. Names of registered datasets take
+    precedence over folders.
     """
     path = expand_user(spec)
     if split_spec(spec)[1] is not None or spec in _registered() or not spec.strip() or not os.path.exists(path):
@@ -104,7 +105,8 @@ def full_spec(spec: str) -> str:
         return spec if prefix is None else prefix + spec
     if any((path / part / "masks").is_dir() and (path / part / "images").is_dir() for part in ("", "train")):
         return f"masks:{spec}"
-    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json", "metadata.csv")):
+    files = ("dataset_dict.json", "state.json", "metadata.csv")
+    if any((path / name).is_file() for name in files) or any(path.glob("*/metadata.csv")):
         return f"hf:{spec}"
     children = [child for child in path.iterdir() if not child.name.startswith(".")]
     if not any(child.is_dir() for child in children):

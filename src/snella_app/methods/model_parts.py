@@ -45,7 +45,7 @@ def find_head(model: nn.Module, head: str | None = None) -> str:
 
     Args:
         model: A classifier.
-        head: Name of the head, for models that do not declare it.
+        head: Name of the head, for models that do not declare it; empty for the whole model, if it has no head.
 
     Returns:
         A module name, e.g. `"head"`, `"fc"` or `"head.fc"`.

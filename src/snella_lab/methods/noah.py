@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snella_app.methods.method import Batches, Method, Options, check_by, integer, number
+from snella_app.methods.method import Batches, Method, Options, SelectionData, check_by, integer, number
 from snella_app.methods.partial import train_head
 from snella_lab.methods.adapter import Adapter, apply_adapter
-from snella_lab.methods.calibration import SelectionData, selection_data
+from snella_lab.methods.calibration import selection_data
 from snella_lab.methods.parts import attach, block_width, token_blocks
 from snella_lab.methods.prompts import Prompts, insert_prompts, make_prompts, remove_prompts
 from snella_lab.methods.spt import LowRank, add_low_rank, budget_of

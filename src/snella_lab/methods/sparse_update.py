@@ -14,10 +14,10 @@ from snella.config import SnellaConfig
 from snella.kernels import Factors
 from snella.ops import Conv2dOp, LayerOp, LinearOp, pad_input, without_view
 from snella.update import UpdateSpec, init_factors
-from snella_app.methods.method import Batches, Method, Options, check_by, integer, number, one_of
+from snella_app.methods.method import Batches, Method, Options, SelectionData, check_by, integer, number, one_of
 from snella_app.methods.model_parts import is_inside, recorded_inputs
 from snella_app.methods.partial import train_head
-from snella_lab.methods.calibration import Loss, SelectionData, loss_of, selection_data, summed_gradients
+from snella_lab.methods.calibration import Loss, loss_of, selection_data, summed_gradients
 
 
 def layer_with_entries(

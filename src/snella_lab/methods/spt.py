@@ -18,11 +18,11 @@ from torch.optim import AdamW, Optimizer
 from snella.config import SnellaConfig
 from snella.ops import LinearOp
 from snella.targets import count_rows
-from snella_app.methods.method import Batches, Method, Options, check_by, integer, number
+from snella_app.methods.method import Batches, Method, Options, SelectionData, check_by, integer, number
 from snella_app.methods.model_parts import adaptable_layers, is_inside
 from snella_app.methods.partial import train_head
 from snella_lab.methods.adapter import Adapter
-from snella_lab.methods.calibration import SelectionData, loss_of, rank_entries, selection_data, squared_gradients
+from snella_lab.methods.calibration import loss_of, rank_entries, selection_data, squared_gradients
 from snella_lab.methods.sparse_update import (
     MaskedUpdate,
     SparseEntries,

@@ -67,12 +67,13 @@ def test_an_unknown_specification_error_suggests_the_nearest(spec, message):
 
 def test_a_bare_path_is_resolved_by_its_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ("photos/cat", "lungs/images", "lungs/masks", "shards", "saved", "digits", "rows", "mixed/a"):
+    folders = "photos/cat lungs/images lungs/masks shards saved digits rows mixed/a named/train"
+    for folder in folders.split():
         Path(folder).mkdir(parents=True)
     files = "t.csv t.tsv t.parquet shards/0.tar saved/state.json x.jpg photos/all.tar rows/0.parquet rows/.cache"
-    for file in (*files.split(), "mixed/0.parquet", "mixed/a/0.jpg"):
+    for file in (*files.split(), "mixed/0.parquet", "mixed/a/0.jpg", "named/train/metadata.csv"):
         Path(file).write_bytes(b"")
-    prefixes = {"photos": "folder:", "lungs": "masks:", "shards": "wds:", "saved": "hf:", "rows": "hf:"}
+    prefixes = {"photos": "folder:", "lungs": "masks:", "shards": "wds:", "saved": "hf:", "rows": "hf:", "named": "hf:"}
     prefixes |= {"mixed": "folder:", "t.csv": "csv:", "t.tsv": "csv:", "t.parquet": "parquet:"}
     unchanged = ("digits", "x.jpg", "nowhere", "hf:saved", "~nosuchuser/x")
     for path in (*prefixes, *unchanged):

@@ -42,6 +42,15 @@ def test_auto_selects_numba_for_float32_piecewise_kernels_and_eager_otherwise(ke
     assert select_backend("eager", update_of(kernel))[0] == "eager"
 
 
+def test_subclasses_of_piecewise_kernels_run_as_torch_operations():
+    class Doubled(type(update_of().spec.kernel)):
+        def merge(self, A, B, scalars):
+            return 2 * super().merge(A, B, scalars)
+
+    update = update_of()
+    assert choose_backend("auto", replace(update.spec, kernel=Doubled()), update.factors.A)[0] == "eager"
+
+
 def test_updates_with_different_backends_are_added():
     first, second = make_problem("mix_k"), make_problem("linear")
     shape = first.tensors["weight"].shape

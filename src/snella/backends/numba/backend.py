@@ -70,7 +70,7 @@ class NumbaBackend(Backend):
     name = "numba"
 
     def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:  # noqa: D102
-        if not isinstance(spec.kernel, PLinear):
+        if type(spec.kernel) not in (PLinear, NormalizedRBF, MixK):  # subclasses have other formulas
             return f"supports only the piecewise kernels, got kernel={spec.kernel.name!r}"
         if A.device.type != "cpu":
             return f"runs on the CPU, got factors on {str(A.device)!r}"

@@ -203,7 +203,7 @@ class TritonBackend(Backend):
     name = "triton"
 
     def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:  # noqa: D102
-        if not isinstance(spec.kernel, PLinear):
+        if type(spec.kernel) not in (PLinear, NormalizedRBF, MixK):  # subclasses have other formulas
             return f"supports only the piecewise kernels, got kernel={spec.kernel.name!r}"
         if A.device.type != ("cpu" if is_interpreted() else "cuda"):
             return f"runs on a CUDA device, got factors on {str(A.device)!r}"
