@@ -59,7 +59,7 @@ demo: install ## fine-tune a pre-trained ViT on images of solar cells; writes ru
 compare: install ## compare four methods on two tasks; writes runs/quick/
 	$(BIN)/snella compare --experiment quick --out runs/quick --workers 2
 
-twins: install packages ## small versions of the paper's Tables VII to XII (an estimated 13 to 16 hours on two cores); writes runs/twins/
+twins: install packages ## small versions of the paper's Tables VII to XII (many hours on two cores); writes runs/twins/
 	$(BIN)/python benchmarks/train_twins.py --out runs/twins
 	$(BIN)/python benchmarks/twin_tables.py runs/twins
 

@@ -1,6 +1,6 @@
 """Markdown tables that test the paper's orderings on the twins of its Tables VII to XII.
 
-make twins                                   train the twins: 13 to 16 hours on two cores (estimated)
+make twins                                   train the twins: many hours on two cores
 python benchmarks/twin_tables.py runs/twins  print the tables from the existing rows
 """
 

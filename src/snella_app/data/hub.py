@@ -196,17 +196,7 @@ class _ObjectImages(CachedImages):
     def read(self, row: int) -> Any:
         """Return the image of an item; raise ValueError if the dataset cannot decode it."""
         try:
-            image = self.items[row][0]
-            if isinstance(image, Tensor | np.ndarray):
-                if image.dtype not in (np.dtype(np.uint8), torch.uint8):
-                    raise ValueError(
-                        f"items must be 8-bit images (PIL or uint8), got {type(image).__name__} of {image.dtype}; "
-                        "remove the dataset's transform"
-                    )
-                image = to_pil_image(image)
-            if not isinstance(image, Image.Image):
-                raise ValueError(f"items must be (image, label), got {type(image).__name__} first")
-            return to_channels(image, self.reading)
+            return to_channels(_pil_image(self.items[row][0]), self.reading)
         except DECODING_ERRORS as error:
             raise ValueError(str(error) or type(error).__name__) from error
 
@@ -214,6 +204,20 @@ class _ObjectImages(CachedImages):
         """Return the pixels."""
         image = self.read(row)
         return repr(image.size).encode() + image.tobytes()
+
+
+def _pil_image(item: Any) -> Image.Image:
+    """Convert an item's image to PIL; raise ValueError if it is no 8-bit image."""
+    if isinstance(item, Tensor | np.ndarray):
+        if item.dtype not in (np.dtype(np.uint8), torch.uint8):
+            raise ValueError(
+                f"items must be 8-bit images (PIL or uint8), got {type(item).__name__} of {item.dtype}; "
+                "remove the dataset's transform"
+            )
+        item = to_pil_image(item)
+    if not isinstance(item, Image.Image):
+        raise ValueError(f"items must be (image, label), got {type(item).__name__} first")
+    return item
 
 
 def _labels_of(part: Any) -> list[Any]:

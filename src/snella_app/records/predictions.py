@@ -54,7 +54,7 @@ class StoredPrediction:
 
 
 MAX_PREDICTIONS = 5_000
-"""Maximum size of a split whose predictions a run stores; more could take hundreds of megabytes."""
+"""Predictions are stored only for splits of at most this size; larger files could take hundreds of megabytes."""
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def explain(
 def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: int = 16, device: str = "auto") -> Path:
     """Add heat maps of the most confident mistakes and of some correct predictions to the report of a run.
 
-    The images are those of `predictions.json`: validation images, or test images without a validation split.
+    Explains images of `predictions.json`: validation images, or test images if there is no validation split.
 
     Args:
         run: Folder of a classification run with stored predictions, whose images must still exist.

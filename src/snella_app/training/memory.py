@@ -1,6 +1,7 @@
 """Prediction of the memory of a training step from two small forward passes, and peak memory of this process."""
 
 import contextlib
+import inspect
 import math
 import resource
 import sys
@@ -40,9 +41,7 @@ axes of length 1 avoid copies."""
 _TILE_ROWS, _TILE_COLUMNS = 32, 64  # of the Triton kernels, which store partial gradients per tile
 _EAGER_MATRICES = 14  # temporary matrices of the eager backward pass besides `ΔW`, default kernel; measured
 _CLASSES = 100
-_CHECKPOINT_OPTIONS = (
-    *("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"),
-)
+_CHECKPOINT_OPTIONS = {*inspect.signature(torch.utils.checkpoint.checkpoint).parameters, "preserve_rng_state"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _DEVICE_TYPES = ("cpu", "cuda")
 

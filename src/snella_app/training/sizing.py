@@ -56,7 +56,7 @@ _MEASURED_SHARE = 0.02
 _SIZE_RATIO = 1.15
 """The size search ends when the smallest size that does not fit is at most this factor times the largest that does."""
 _SMALL_SIDE, _MEASURED_SIDES = 112, 16
-"""Image size that is tried for images of any size, and the minimum number of images whose size is read."""
+"""Image size that is tried even if the images are smaller, and minimum number of images that are measured."""
 _NEVER_S = 1e12
 """Time of a step that runs out of memory."""
 _MIN_STEP_S, _CACHED_EPOCH_S = 0.01, 0.5

@@ -35,7 +35,7 @@ def test_an_overlay_draws_outlines_and_keeps_the_background():
     assert (pixels[0] == 100).all()
     color = mask_colors(2)[1].astype(float)
     assert np.allclose(pixels[10, 10], np.round(100 + 0.45 * (color - 100)), atol=1)
-    # the first and last rows and columns of the square, whose neighbors are the background
+    # the outline: the square's first and last rows and columns
     assert all(np.array_equal(pixels[position], color) for position in ((10, 4), (10, 15), (4, 10), (15, 10)))
 
 
