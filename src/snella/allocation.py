@@ -41,6 +41,18 @@ def budget_at(t: int, total: int, b0: int, bT: int, schedule: str = "cubic") -> 
     return bT + (b0 - bT) * (total - t) ** power // total**power
 
 
+def schedule_length(total: int, schedule_end: float | None) -> int:
+    """Return `T = ⌈schedule_end · total⌉`, the epoch or step at which the budget reaches its target.
+
+    The product is rounded to nine decimals first, so 0.55 of 100 is 55, although `0.55 * 100 > 55`.
+
+    Args:
+        total: Total number of epochs or steps.
+        schedule_end: Fraction in `(0, 1]`; None stands for 1.
+    """
+    return max(1, math.ceil(round((schedule_end or 1.0) * total, 9)))
+
+
 def allocate(importance: Sequence[float], caps: Sequence[int], budget: int, min_layer_share: float = 0.0) -> list[int]:
     """Allocate `budget` entries among matrices in proportion to their importance, capped at their size.
 

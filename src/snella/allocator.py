@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from snella._utils import listed
-from snella.allocation import allocate, budget_at
+from snella.allocation import allocate, budget_at, schedule_length
 from snella.importance import ImportanceTracker
 from snella.matrices import AdaptedMatrix, adapted_matrices
 from snella.optimizer import MATCHER_ATTRIBUTE, store_in_state, unwrap
@@ -308,13 +308,13 @@ class BudgetAllocator:
 
     def _allocate(self, step: int) -> None:
         """Allocate the budget after `step` steps and write it into the layers."""
-        # the schedule's time, in epochs or steps
-        schedule_end, t = self.config.schedule_end or 1.0, step
-        total = math.ceil(schedule_end * self.total_steps)
+        # time and end of the schedule, in epochs or steps
+        t, total = step, self.total_steps
         if self.config.realloc_every == "epoch":
-            total = math.ceil(schedule_end * self.total_epochs)
+            total = self.total_epochs
             t = self.total_epochs if step >= self.total_steps else step // self.steps_per_epoch
         start_budget = self.total_weights - round(self.config.init_sparsity * self.total_weights)
+        total = schedule_length(total, self.config.schedule_end)
         budget = budget_at(t, total, start_budget, self.target_budget, self.config.schedule)
         caps = [matrix.size for matrix in self.matrices]
         scores = self.importance.scores()

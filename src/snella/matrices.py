@@ -87,9 +87,11 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
     """
     if isinstance(model, BaseTuner):
         model = model.model
-    layers = {
-        _strip_wrappers(name): module for name, module in model.named_modules() if isinstance(module, SnellaLayer)
-    }
+    layers: dict[str, SnellaLayer] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SnellaLayer):
+            stripped = _strip_wrappers(name)
+            layers[name if stripped in layers else stripped] = module  # e.g. `x` and `module.x` of one model
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no SNELLA layer; wrap it with get_peft_model(model, SnellaConfig(…)) first"

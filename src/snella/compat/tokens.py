@@ -43,8 +43,8 @@ class _TokenValues(nn.ParameterDict):
 class TokenAdapter(nn.Module, BaseTunerLayer):
     """Layer for a bare parameter; holds the pre-trained value and one trained value per adapter.
 
-    The parameter moves into this module, and `owner.<name>` becomes a plain attribute with the active value. Only one
-    adapter can be active, as for modules in `modules_to_save`.
+    The parameter moves into this module, and `owner.<name>` becomes a plain attribute with the active value. Of the
+    active adapters, at most one may have a value for this parameter.
 
     Args:
         owner: Module that owns the parameter.
@@ -137,10 +137,10 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         self._link()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write an adapter's value into the parameter; `unmerge` restores it.
+        """Write an adapter's value into the parameter; `unmerge` restores the pre-trained value.
 
         Raises:
-            ValueError: If more than one adapter, including merged ones, has a value, or `safe_merge` finds a
+            ValueError: If more than one of the merged and requested adapters has a value, or `safe_merge` finds a
                 non-finite value.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.snella_token]
@@ -187,19 +187,25 @@ def find_tokens(model: nn.Module, names: Iterable[str], *, is_required: bool) ->
     """Return the full names of the parameters that match `names`, which may be suffixes.
 
     Raises:
-        ValueError: If `is_required` and a name matches no parameter.
+        ValueError: If `is_required` and a name matches no parameter, or two matches are the same parameter.
     """
-    parameter_names = [f"{prefix}{name}" for prefix, _, name in _bare_parameters(model)]
+    parameters = {f"{prefix}{name}": owner._parameters.get(name) for prefix, owner, name in _bare_parameters(model)}
     full_names: list[str] = []
     for suffix in names:
-        matches = [name for name in parameter_names if has_suffix(name, suffix)]
+        matches = [name for name in parameters if has_suffix(name, suffix)]
         if is_required and not matches:
-            hint = did_you_mean(
-                suffix.rpartition(".")[2], sorted({name.rpartition(".")[2] for name in parameter_names})
-            )
+            hint = did_you_mean(suffix.rpartition(".")[2], sorted({name.rpartition(".")[2] for name in parameters}))
             message = f"parameters_to_save={suffix!r} matches no parameter of {type(model).__name__}"
             raise ValueError(f"{message}; {hint}" if hint else message)
         full_names.extend(name for name in matches if name not in full_names)
+    first_names: dict[int, str] = {}
+    for name in full_names:
+        parameter = parameters[name]  # None for a parameter that another adapter trains already
+        if parameter is not None and (first := first_names.setdefault(id(parameter), name)) != name:
+            raise ValueError(
+                f"parameters_to_save must not match a shared parameter twice, got {first!r} and {name!r}, which are one "
+                "tensor; give each module its own parameter"
+            )
     return full_names
 
 

@@ -50,7 +50,7 @@ class Columns:
         """Parse `role=name,role=name`.
 
         Raises:
-            ValueError: If a role is unknown or an entry is not `role=name`.
+            ValueError: If a role is unknown or repeated, or an entry is not `role=name`.
         """
         names: dict[str, str] = {}
         roles = (*_SYNONYMS, _ROOT)
@@ -62,6 +62,9 @@ class Columns:
                     f"columns must be ROLE=NAME pairs like path=file,label=species with roles {', '.join(roles)}, "
                     f"got {entry!r}{hint}"
                 )
+            if role in names:
+                joined = f"; for several label columns, use label={names[role]}+{name}" if role == "label" else ""
+                raise ValueError(f"columns must name each role once, got {names[role]!r} and {name!r} for {role}{joined}")
             names[role] = name
         root = names.pop(_ROOT, None)
         return cls(names, None if root is None else expand_user(root))

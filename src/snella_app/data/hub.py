@@ -250,6 +250,8 @@ def _from_hf(
         if others:
             notes.append(f"skipped {listed([f'{part!r} with {len(parts[part])} rows' for part in others])}")
         parts = {part: rows for part, rows in parts.items() if part not in others}
+        if others and not any(PARTS[part.lower()] == "train" for part in parts):
+            parts = {}  # training on the test images would be wrong
     if not parts:
         got = f"splits {', '.join(data)}" if data else "no splits"
         raise ValueError(f"{where} must have a train split and may have val and test splits, got {got}")

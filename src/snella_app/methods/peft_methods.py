@@ -69,20 +69,22 @@ def peft_method(
 def _resolve_layers(config: Any, model: nn.Module) -> None:
     """Check `layers_to_transform`; for methods other than SNELLA, replace it with the `target_modules` in these blocks.
 
-    PEFT ignores the option for full module names, and finds no block index in names without a prefix, such as
-    `blocks.0.attn.qkv`. A block's index is the first number after `layers_pattern` or, without a pattern, the first
+    PEFT ignores the option for full module names. Without `layers_pattern`, it also finds no block index in names
+    without a prefix, such as `blocks.0.attn.qkv`. A block's index is the first number after `layers_pattern` or, without a pattern, the first
     number in its name (in Swin, the stage).
     """
     layers = config.layers_to_transform
     blocks = {layers} if isinstance(layers, int) else set(layers)
     numbers = {name: block_number(f"{name}.", config.layers_pattern) for name, _ in model.named_modules()}
     indices = sorted({number for number in numbers.values() if number is not None})
+    if config.layers_pattern and not indices:
+        raise ValueError(f"layers_pattern must name a list of blocks of the model, got {config.layers_pattern!r}")
     if unknown := blocks - set(indices):
         known = f"indices from 0 to {indices[-1]}" if indices else "omitted for a model without numbered blocks"
         raise ValueError(f"layers_to_transform must be {known}, got {', '.join(map(str, sorted(unknown)))}")
     targets = config.target_modules
     if not isinstance(config, SnellaConfig):
-        if isinstance(targets, str):  # PEFT would ignore the option
+        if targets is None or isinstance(targets, str):  # PEFT would ignore the option
             raise ValueError(f"target_modules must be a list with layers_to_transform, got {targets!r}")
         suffixes = tuple(f".{target}" for target in targets)
         config.target_modules = {
@@ -95,12 +97,14 @@ def inject(model: nn.Module, config: PeftConfig) -> PeftModel:
     """Inject a PEFT adapter into a model and freeze the model's running statistics.
 
     Raises:
-        ValueError: If PEFT cannot adapt a target module, which the message names, or changes BOFT's factor.
+        ValueError: If PEFT cannot adapt a target module, or would replace BOFT's `boft_n_butterfly_factor` with 1.
+        TypeError: As for `SnellaConfig` models.
+        NotImplementedError: As for `SnellaConfig` models.
     """
     freeze_running_statistics(model)
     invariants = torch.sparse.check_sparse_tensor_invariants
     if str(getattr(config.peft_type, "value", config.peft_type)) == "SHIRA" and not invariants.is_enabled():
-        invariants.disable()  # PEFT's indices are valid; otherwise torch warns for each sparse tensor
+        invariants.disable()  # PEFT's indices are valid; this call prevents torch's warning
     with without_harmless_warnings():
         adapted = get_peft_model(model, config)
     factor = getattr(config, "boft_n_butterfly_factor", 1)
@@ -133,7 +137,7 @@ def check_gradients(model: nn.Module, method: str) -> None:
     if unused:
         raise ValueError(
             f"{method} has no effect on {listed(unused)}, which got no gradient: the model does not call these layers, "
-            "although it may read their weights; use snella, or leave the layers out (exclude_modules)"
+            "although it may read their weights; use snella, or list other layers in target_modules"
         )
 
 
@@ -150,7 +154,8 @@ def merge_adapter(model: Any) -> nn.Module:
     """Merge the adapter of a `PeftModel` into the weights and return the backbone.
 
     Raises:
-        ValueError: If an adapted layer standardizes its weight, which would undo the merge.
+        ValueError: If an adapted layer standardizes its weight; the merged update would be standardized as well, which would
+            change the outputs.
     """
     inner: nn.Module = model.base_model.model
     layers = [(name, m.get_base_layer()) for name, m in inner.named_modules() if isinstance(m, BaseTunerLayer)]
@@ -168,7 +173,7 @@ def merge_adapter(model: Any) -> nn.Module:
 
 
 def _config_fields(config: type[PeftConfig]) -> tuple[str, ...]:
-    """Return the fields that a configuration adds to `PeftConfig`, except `modules_to_save`, the head's option."""
+    """Return the init fields that a configuration adds to `PeftConfig`, without `modules_to_save`, which is the head."""
     base = {f.name for f in dataclasses.fields(PeftConfig)} | {"modules_to_save"}
     return tuple(f.name for f in dataclasses.fields(config) if f.name not in base and f.init)
 
@@ -254,18 +259,19 @@ _LORA_OPTIONS = (
 
 
 def _lora_config(head: str, options: Options, **defaults: Any) -> PeftConfig:
-    """Return the LoRA configuration: W = W0 + (lora_alpha / r) B A, by default with `lora_alpha = r` (scaling 1).
+    """Return the LoRA configuration: W = W0 + s B A.
 
-    `use_dora` gives DoRA: W = m ⊙ (W0 + B A) / ‖W0 + B A‖ with row norms; m starts as ‖W0‖.
+    s = lora_alpha / r, or lora_alpha / √r with `use_rslora`; `lora_alpha` is r by default. `use_dora` gives DoRA:
+    W = m ⊙ (W0 + s B A) / ‖W0 + s B A‖ with row norms; m starts as ‖W0‖.
     """
     rank = options.get("r", 8)
     return LoraConfig(modules_to_save=[head], **{"r": 8, "lora_alpha": rank, **defaults, **options})
 
 
-_DECAYED: dict[str, Any] = {"weight_decay": 1e-4, "r": 8}
+_LOW_RANK_DEFAULTS: dict[str, Any] = {"weight_decay": 1e-4, "r": 8}
 _LORA_RECIPES: dict[str, dict[str, Any]] = {
     "generation": {"lr": 1e-4, "r": 8},  # learning rate of the SNELLA paper
-    "language": {"lr": 3e-4, "r": 8},  # learning rate of the benchmark
+    "language": {"lr": 3e-4, "r": 8},  # learning rate of the commonsense benchmark's LoRA script
 }
 
 LORA = peft_method(
@@ -274,7 +280,7 @@ LORA = peft_method(
     _lora_config,
     _LORA_OPTIONS,
     suffix="r",
-    defaults=_DECAYED,
+    defaults=_LOW_RANK_DEFAULTS,
     recipes=_LORA_RECIPES,
 )
 DORA = peft_method(
@@ -283,7 +289,7 @@ DORA = peft_method(
     partial(_lora_config, use_dora=True),
     tuple(option for option in _LORA_OPTIONS if option != "use_dora"),
     suffix="r",
-    defaults=_DECAYED,
+    defaults=_LOW_RANK_DEFAULTS,
     recipes=_LORA_RECIPES,
 )
 
@@ -300,8 +306,7 @@ class RankSchedule:
     """Rank schedule of AdaLoRA: calls PEFT's `update_and_allocate` after each optimizer step.
 
     Ranks stay at `init_r` for `tinit` steps, decrease cubically to `r` on average, and stay constant for the last
-    `tfinal` steps. By default, `tinit` and `tfinal` are 10% and 50% of all steps, as in most runs of the paper. The
-    allocator state is saved with the optimizer state, so that a resumed run continues exactly.
+    `tfinal` steps. If both are 0 (the default), they become 10% and 50% of all steps. The allocator state is saved with the optimizer state, so that a resumed run continues exactly.
 
     Args:
         model: Model with an AdaLoRA adapter.
@@ -317,7 +322,8 @@ class RankSchedule:
 
     def __init__(self, model: nn.Module, total_steps: int) -> None:
         if not isinstance(model, PeftModel) or not isinstance(model.base_model, AdaLoraModel):
-            raise TypeError(f"model must have an AdaLoRA adapter, got {type(model).__name__}")
+            got = model.base_model if isinstance(model, PeftModel) else model
+            raise TypeError(f"model must have an AdaLoRA adapter, got {type(got).__name__}")
         self.tuner: AdaLoraModel = model.base_model
         self.config: AdaLoraConfig = self.tuner.peft_config[self.tuner.trainable_adapter_name]  # type: ignore[assignment]
         self.step = 0
@@ -410,7 +416,7 @@ ADALORA = peft_method(
     suffix="r",
     penalty=orthogonality,
     schedule=RankSchedule,
-    defaults=_DECAYED,
+    defaults=_LOW_RANK_DEFAULTS,
 )
 
 
@@ -486,10 +492,10 @@ CATALOG: dict[str, Method] = {
         "Hadamard products of two low-rank matrices",
         "FedPara / LoHa, Hyeon-Woo et al., arXiv 2108.06098",
         peft.LoHaConfig,
-        _DECAYED,
+        _LOW_RANK_DEFAULTS,
         "r",
     ),
-    "lokr": _from_peft("Kronecker products", "LoKr, Yeh et al., arXiv 2309.14859", peft.LoKrConfig, _DECAYED, "r"),
+    "lokr": _from_peft("Kronecker products", "LoKr, Yeh et al., arXiv 2309.14859", peft.LoKrConfig, _LOW_RANK_DEFAULTS, "r"),
     "boft": _from_peft(
         "orthogonal factors in butterfly form",
         "BOFT, Liu et al., arXiv 2311.06243",

@@ -21,12 +21,12 @@ from snella_app.records.generators import AnswerScores, GeneratorMetrics, Subjec
 from snella_app.records.record import read, read_if_present
 from snella_app.records.run import Allocation, MatrixInfo, Metrics, RunInfo, reject_cross_validation, status_text
 from snella_app.report.allocation import MatrixGrid, group_matrices
-from snella_app.text import bytes_text, percent_text, plain_text, seconds_text
+from snella_app.text import bytes_text, listed, percent_text, plain_text, seconds_text
 
 _GENERATOR_TASKS = ("generation", "language")
-"""Tasks whose runs report steps and loss instead of a best epoch and accuracy."""
+"""Tasks whose runs report steps and loss instead of the best epoch."""
 _REMEDY = "copy the adapter again, or train again with `--overwrite`"
-_RESTORE = "restore it from a copy, or train again with `--overwrite`"
+_RESTORE = "restore from a copy, or train again with `--overwrite`"
 _MISSING = "missing; restore the folder `adapter` from a copy, or train again with `--overwrite`"
 _FILES = ("adapter_model.safetensors", "trainable.safetensors")
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -42,8 +42,8 @@ class AdapterFile:
         path: File.
         shapes: Tensor shapes by name.
         value_bytes: Bytes per trained value: size of the widest floating-point dtype in the file.
-        parts: Number of values by tensor type: `snella_A`, `snella_B`, the scalars, `positions` (indices of
-            individually trained entries) and `other`, e.g. the head.
+        parts: Number of values by tensor type, e.g. `snella_A`, `lora_B`, `snella_budget`, `positions` (indices of
+            individually trained entries), and `other`, such as the head.
         config: Configuration saved with the adapter.
     """
 
@@ -133,7 +133,8 @@ def inspect_run(run: str | Path) -> Group:
         run: Folder of the run, finished or not.
 
     Raises:
-        FileNotFoundError: If the folder has no `run.json`, or results of a finished run are missing.
+        FileNotFoundError: If the folder has no `run.json`, or `metrics.json` or `allocation.json` of a finished run is
+            missing.
         ValueError: If a file is damaged, the adapter belongs to another run, or the folder is a cross-validation.
     """
     folder = Path(run)
@@ -197,7 +198,7 @@ def _epoch_rows(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]
         text = f"{metrics.protocol}: the epoch was selected on the test images, so test scores are optimistic"
         rows.append(("protocol", text))
     elif metrics.protocol != "standard":
-        rows.append(("protocol", f"{metrics.protocol}: no selection"))
+        rows.append(("protocol", f"{metrics.protocol}: no epoch selection; the last epoch is saved"))
     if metrics.ema is not None:
         rows.append(("average", f"exponential moving average of the weights, decay {metrics.ema:g}"))
     return rows
@@ -221,14 +222,14 @@ def _file_rows(
 
 
 def _budget_rows(allocation: Allocation, budget: int, adapter: AdapterFile | None) -> list[tuple[str, str]]:
-    """Return rows for the total budget, its target and the size of a sparse file."""
+    """Return rows for the total budget, its target and the size of a sparse update."""
     total, value_bytes = allocation.total_weights, adapter.value_bytes if adapter else 4
     sparse, dense = bytes_text(budget * (value_bytes + _INDEX_BYTES)), bytes_text(total * value_bytes)
-    target = f"{allocation.target_budget:,} after the last allocation"
+    allocations = counted(len(allocation.history), "allocation")
     return [
         ("budget", f"{budget:,} of {total:,} adapted weights ({percent_text(budget / max(total, 1))})"),
-        ("target", f"{target}, {len(allocation.history)} allocations so far"),
-        ("as a sparse file", f"{sparse} (value and 32-bit index per weight); dense adapted matrices {dense}"),
+        ("target", f"{allocation.target_budget:,} at the end of the schedule; {allocations}"),
+        ("sparse update", f"{sparse} (value and 32-bit index per weight); dense adapted matrices {dense}"),
     ]
 
 
@@ -260,7 +261,7 @@ def _nonzeros_text(allocation: Allocation, budgets: Mapping[str, int], adapter: 
     """Compare the non-zero entries with the budgets."""
     if different := [m.name for m in allocation.matrices if m.nonzeros != budgets[m.name]]:
         count = counted(len(different), "matrix", "matrices")
-        return Text(f"Non-zero entries differ from the budget in {count}: {', '.join(different[:5])}", "red")
+        return Text(f"Non-zero entries differ from the budget in {count}: {listed(different)}", "red")
     nonzeros = sum(m.nonzeros for m in allocation.matrices)
     source = "the adapter file" if adapter is not None and "snella_budget" in adapter.parts else "allocation.json"
     return Text(f"Non-zero entries: {nonzeros:,}, equal to the budget (from {source}) in every matrix.")
@@ -278,7 +279,7 @@ def _generator_rows(folder: Path, info: RunInfo, metrics: Metrics | None) -> lis
     ]
     if metrics is not None:
         curve = read(GeneratorMetrics, folder).learning()
-        epochs = "" if curve["epochs"] is None else f" ({plain_text(curve['epochs'])} epochs)"
+        epochs = "" if curve["epochs"] is None else f" ({plain_text(curve['epochs'])} {'epoch' if curve['epochs'] == 1 else 'epochs'})"
         duration = f"{curve['steps']:,}{epochs} in {seconds_text(metrics.train_s)}"
         rows.append(("steps", duration + (f", {curve['optimizer']}" if curve["optimizer"] else "")))
         rows.append(("loss", _loss_text(curve)))

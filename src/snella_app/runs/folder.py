@@ -294,7 +294,7 @@ class BaseRunFolder(Generic[S]):
             self.check_adapter()
             if missing := [name for name in info.files or {} if not (self.path / name).is_file()]:
                 raise FileNotFoundError(
-                    f"{self.path} is finished, but lacks {', '.join(missing)}; restore it from a copy, or train again "
+                    f"{self.path} is finished, but lacks {', '.join(missing)}; restore from a copy, or train again "
                     "with `--overwrite`"
                 )
         return resolved, info

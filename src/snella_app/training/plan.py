@@ -15,6 +15,7 @@ from peft import PeftModel
 from rich.console import Console
 
 from snella import SnellaConfig
+from snella.allocation import schedule_length
 from snella_app.config.sections import SCHEDULE_END, OptimConfig
 from snella_app.config.train import TrainConfig, command_line
 from snella_app.console import counted, print_line, print_rows
@@ -318,7 +319,7 @@ def _stopping_rows(optim: OptimConfig, adapter: SnellaConfig | None) -> list[tup
     if end >= 1:
         note = "early stopping has no effect: the budget reaches its target at the last step (schedule_end 1)"
         return [("note", f"{note}; use --method-options.schedule_end {SCHEDULE_END}")]
-    reached = math.ceil(end * optim.epochs)
+    reached = schedule_length(optim.epochs, end)
     return [("stopping", f"{text}, from epoch {reached}, when the budget reaches its target (schedule_end {end:g})")]
 
 

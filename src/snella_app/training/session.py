@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shlex
 import signal
 import threading
 import time
@@ -206,7 +207,7 @@ def record_status(run: BaseRunFolder[Any], command: str) -> Iterator[None]:
         state = f"saved as {saved}" if saved else "no checkpoint was written yet"
         run.update("interrupted")
         raise TrainingInterrupted(
-            f"interrupted; {state}; resume with: snella {command} --out {run.path} --resume"
+            f"interrupted; {state}; resume with: snella {command} --out {shlex.quote(str(run.path))} --resume"
         ) from None
     except Exception as error:
         plain = _without_worker(error)

@@ -8,15 +8,18 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from snella_app.files import write_text
 from snella_app.report.style import FIGURE_SIZE, add_legend, new_figure
 from snella_lab.bench.baselines import REFERENCE
 from snella_lab.style import save_figure, style_of
 
 
 def append_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to a JSON lines file."""
+    """Append rows to a JSON lines file; a truncated last line is removed first."""
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_file() and (content := file.read_bytes()) and not content.endswith(b"\n"):
+        write_text(file, "".join(json.dumps(row) + "\n" for row in read_rows(file)))
     with file.open("a", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in rows)
 

@@ -109,19 +109,20 @@ VPT_DEEP = dataclasses.replace(VPT_SHALLOW, summary="prompt tokens before each b
 
 
 class Queries(nn.Module):
-    """Query tokens of a block, and their summary of the current forward pass.
+    """Query tokens of a block, and their summary of its tokens in the latest forward pass.
 
     z = p + ls1(proj(softmax(q(norm1(p)) Kᵀ / √d) V));   summary = z + ls2(mlp(norm2(z)))
 
-    All weights are the block's frozen ones. `K` and `V` are the block's own keys and values, detached; its tokens do
-    not attend to the queries.
+    The block supplies all weights, which stay frozen. `K` and `V` are its keys and values, detached; its tokens do not
+    attend to the queries.
 
     Args:
         tokens: Initial queries p, `[queries, width]`.
         dropout: Dropout rate of the queries.
 
     Attributes:
-        summary: Output of the queries, `[batch, queries, width]`; None before a forward pass, and after `QueryHead`.
+        summary: Output of the queries, `[batch, queries, width]`; None before a forward pass, and after
+            `QueryHead` has read it.
     """
 
     def __init__(self, tokens: Tensor, dropout: float = 0.0) -> None:
@@ -139,7 +140,7 @@ class Queries(nn.Module):
         batch, heads = len(qkv), attn.num_heads
         size = qkv.shape[-1] // 3
         key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.detach()[..., size:].chunk(2, -1))
-        tokens = self.dropout(self.tokens.expand(batch, -1, -1))
+        tokens = self.dropout(self.tokens.to(attn.qkv.weight.dtype).expand(batch, -1, -1))
         bias = None if attn.qkv.bias is None else attn.qkv.bias[:size]
         query = F.linear(block.norm1(tokens), attn.qkv.weight[:size], bias).unflatten(-1, (heads, -1)).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(attn.q_norm(query), attn.k_norm(key), value)
@@ -200,11 +201,13 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
     unsupported = [name for name, block in blocks if not _is_pre_norm_block(block)]
     if unsupported or not isinstance(old_head, nn.Linear):
         reason = (
-            f"block {unsupported[0]!r} is unsupported" if unsupported else f"its head is a {type(old_head).__name__}"
+            f"block {unsupported[0]!r} is unsupported"
+            if unsupported
+            else f"its head is of class {type(old_head).__name__}"
         )
         raise ValueError(
-            f"method 'vqt' cannot be applied to {type(model).__name__}: {reason}; it requires a linear head and blocks "
-            "with a fused attn.qkv, as in timm's VisionTransformer"
+            f"method 'vqt' cannot be applied to {type(model).__name__}: {reason}; the method requires a linear head and "
+            "blocks with a fused attn.qkv, as in timm's VisionTransformer"
         )
     train_head(model, head)
     sources = []
@@ -230,6 +233,7 @@ def _is_pre_norm_block(block: Any) -> bool:
         and isinstance(getattr(attn, "qkv", None), nn.Linear)
         and attn.qkv.out_features == 3 * attn.proj.in_features
         and getattr(attn, "gate", None) is None
+        and not hasattr(attn, "sub_norm")  # differential attention
     )
 
 

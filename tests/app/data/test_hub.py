@@ -329,6 +329,8 @@ def test_datasets_without_a_known_split_are_rejected():
     train = datasets.Dataset.from_dict({"image": [{"bytes": encoded(0), "path": None}], "label": ["a"]})
     with pytest.raises(ValueError, match=r"python:data must have a train split .* got splits labeled, unlabeled"):
         load_data(datasets.DatasetDict({"labeled": train, "unlabeled": train}))
+    with pytest.raises(ValueError, match=r"python:data must have a train split .* got splits labeled, test"):
+        load_data(datasets.DatasetDict({"labeled": train, "test": train}))
     with pytest.raises(ValueError, match=r"python:data must have a train split .* got no splits"):
         load_data({})
 

@@ -93,6 +93,8 @@ def test_a_missing_column_error_describes_all_columns(write_table):
         ),
         ("labl=species", "got 'labl=species'; nearest: label"),
         ("label", "got 'label'"),
+        ("label=a,label=b", r"got 'a' and 'b' for label; for several label columns, use label=a\+b"),
+        ("path=a,path=b", "must name each role once, got 'a' and 'b' for path$"),
         ("root=", "group, root, got 'root='"),
     ],
 )

@@ -101,5 +101,5 @@ def test_the_penalty_is_the_mean_distance_from_orthogonality(make_model):
 
 def test_the_schedule_rejects_other_adapters(make_model):
     model = build_method("lora-2", make_model())
-    with pytest.raises(TypeError, match="model must have an AdaLoRA adapter, got PeftModel"):
+    with pytest.raises(TypeError, match="model must have an AdaLoRA adapter, got LoraModel"):
         RankSchedule(model, 10)

@@ -76,6 +76,13 @@ def test_layers_to_transform_selects_blocks_and_rejects_missing_ones(method, mak
 def test_layers_to_transform_rejects_a_regular_expression(make_model):
     with pytest.raises(ValueError, match=r"target_modules must be a list with layers_to_transform, got '\.\*qkv'"):
         build_method("loha-2", make_model(), layers_to_transform=[1], target_modules=".*qkv")
+    with pytest.raises(ValueError, match="target_modules must be a list with layers_to_transform, got None"):
+        build_method("hra", make_model(), layers_to_transform=[1], target_modules=None)
+
+
+def test_an_unknown_layers_pattern_is_rejected(make_model):
+    with pytest.raises(ValueError, match="layers_pattern must name a list of blocks of the model, got 'block'"):
+        build_method("boft", make_model(), layers_to_transform=[1], layers_pattern="block")
 
 
 def test_adapters_of_standardized_weights_cannot_be_merged(make_model):

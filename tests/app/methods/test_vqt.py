@@ -71,6 +71,17 @@ def test_an_unsupported_block_is_rejected(make_model):
         build_method("vqt", model)
 
 
+def test_differential_attention_is_rejected(make_model):
+    model = make_model("vit_dlittle_patch16_reg1_gap_256", img_size=32, depth=1)
+    with pytest.raises(ValueError, match=r"block 'blocks.0' is unsupported; the method requires a linear head"):
+        build_method("vqt", model)
+
+
+def test_queries_follow_the_dtype_of_the_block(make_model, images):
+    model = build_method("vqt", make_model().bfloat16())
+    assert model(images.bfloat16()).dtype == torch.bfloat16
+
+
 def test_features_without_an_image_are_rejected(make_model):
     model = build_method("vqt", make_model())
     with pytest.raises(RuntimeError, match="requires the summaries of a forward pass, got only features"):

@@ -54,7 +54,7 @@ def test_the_tables_agree_with_the_files(run):
     for phrase in (
         f"budget {budget:,} of 21,233,664 adapted weights",
         f"adapter {bytes_text(size)}: snella_A {num_values:,}, ",
-        f"as a sparse file {bytes_text(8 * budget)} (value and 32-bit index per weight)",
+        f"sparse update {bytes_text(8 * budget)} (value and 32-bit index per weight)",
         f"dense adapted matrices {bytes_text(4 * 21_233_664)}",
     ):
         assert phrase.replace("\N{NO-BREAK SPACE}", " ") in text, phrase
@@ -143,7 +143,7 @@ def test_a_finished_run_without_results_is_rejected(run):
     digests = {"metrics.json": sha256_of(run.folder / "metrics.json")}
     run.run_json(status="finished", files=digests)
     (run.folder / "metrics.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"is finished but has no metrics\.json; restore it from a copy"):
+    with pytest.raises(FileNotFoundError, match=r"is finished but has no metrics\.json; restore from a copy"):
         inspect_run(run.folder)
 
 
@@ -154,7 +154,7 @@ def test_other_missing_files_of_a_finished_run_are_reported(run):
     assert not re.search(r"^missing\s", printed(run), re.MULTILINE)
     for name in names[:2]:
         (run.folder / name).unlink()
-    missing = "missing predictions.json, adapter/adapter_config.json; restore it from a copy, or train again"
+    missing = "missing predictions.json, adapter/adapter_config.json; restore from a copy, or train again"
     assert missing in printed_in_one_line(run)
 
 

@@ -224,6 +224,6 @@ def test_resuming_a_finished_run_names_its_missing_results(name, finished, tmp_p
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
     (run.path / name).unlink()
     with pytest.raises(
-        FileNotFoundError, match=rf"run is finished, but lacks {name}; restore it from a copy, or train"
+        FileNotFoundError, match=rf"run is finished, but lacks {name}; restore from a copy, or train"
     ):
         train(TrainConfig.from_flat(out=str(run.path), resume=True), Console(file=io.StringIO()))

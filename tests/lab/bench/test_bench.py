@@ -275,6 +275,11 @@ def test_truncated_last_line_is_skipped_and_a_damaged_line_raises(tmp_path):
     append_rows(path, [{"a": 1}, {"a": 2}])
     path.write_text(path.read_text() + '{"a": ')
     assert read_rows(path) == [{"a": 1}, {"a": 2}]
+    append_rows(path, [{"a": 3}])
+    assert read_rows(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
+    path.write_text('{"a": 1}')
+    append_rows(path, [{"a": 2}])
+    assert read_rows(path) == [{"a": 1}, {"a": 2}]
     path.write_text('{"a": \n{"a": 2}\n')
     with pytest.raises(ValueError, match=r"line 1 of .*rows.jsonl is damaged"):
         read_rows(path)

@@ -71,6 +71,12 @@ def test_names_do_not_depend_on_wrappers(mlp, wrap):
     assert [m.name for m in adapted_matrices(wrap(model))] == ["lin0", "lin1"]
 
 
+def test_submodule_named_like_a_wrapper_keeps_its_matrices():
+    model = nn.ModuleDict({"lin": nn.Linear(4, 4), "module": nn.ModuleDict({"lin": nn.Linear(4, 4)})})
+    adapted = get_peft_model(model, SnellaConfig(r=2, target_modules=["lin"]))
+    assert len({m.name for m in adapted_matrices(adapted)}) == 2
+
+
 def test_names_do_not_depend_on_compilation(mlp):
     model = mlp.adapted()
     model.base_model.model.lin0 = torch.compile(model.base_model.model.lin0, backend="eager")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snella.allocation import budget_at
+from snella.allocation import budget_at, schedule_length
 
 KINDS = ["cubic", "quadratic", "linear", "constant"]
 
@@ -64,3 +64,12 @@ def test_budget_is_monotonic_and_bounded(total, target, extra, schedule):
 def test_arguments_out_of_range_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         budget_at(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("total", "schedule_end", "length"),
+    # 0.55 * 100 and 0.07 * 100 are slightly above 55 and 7 in floating point
+    [(100, 0.55, 55), (100, 0.07, 7), (10, 0.7, 7), (10, 0.71, 8), (7, 1.0, 7), (7, None, 7), (3, 1e-12, 1)],
+)
+def test_schedule_length_rounds_up(total, schedule_end, length):
+    assert schedule_length(total, schedule_end) == length

@@ -310,6 +310,14 @@ def test_unmatched_token_error_suggests_names(vit):
         get_peft_model(base, vit.config(parameters_to_save=["xyz"]))
 
 
+def test_shared_parameters_are_rejected():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "lin": nn.Linear(3, 3)})
+    model["a"].token = model["b"].token = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match="got 'a.token' and 'b.token', which are one tensor"):
+        get_peft_model(model, SnellaConfig(r=2, target_modules=["lin"], parameters_to_save=["token"]))
+    get_peft_model(model, SnellaConfig(r=2, target_modules=["lin"], parameters_to_save=["a.token"]))
+
+
 def test_tokens_have_no_weight_decay(vit):
     groups = {g["name"]: g["params"] for g in create_snella_optimizer(trained(vit), lr=0.1).param_groups}
     assert "head" not in groups

@@ -44,7 +44,7 @@ def load_model(name: str, base: str = "fp32") -> nn.Module:
 def load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a model; see `load_pretrained` for errors.
 
-    A tokenizer without a padding token pads with its unknown token, else with its end token; padding is masked.
+    A tokenizer without a padding token pads with its unknown token, or else its EOS token; padding is masked.
     """
     tokenizer = load_pretrained(AutoTokenizer, name, "model")
     if tokenizer.pad_token_id is None:
@@ -65,10 +65,12 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
         The folder of the finished run.
 
     Raises:
-        FileExistsError: If the folder contains a run, and neither `resume` nor `overwrite` is set.
+        FileExistsError: If the folder contains a run, and neither `resume` nor `overwrite` is set, or `out` is a file or a
+            folder with other contents.
         RunInUseError: If another process is writing to the folder.
-        FileNotFoundError: If data or model do not exist.
-        ValueError: If the data are invalid, settings conflict, or a resumed run's data have changed.
+        FileNotFoundError: If the data file does not exist, or the model's folder contains no model.
+        ConnectionError: If the model is not a local folder and cannot be loaded from the Hub or its cache.
+        ValueError: If the data are invalid, settings conflict, or a resumed run's data or template has changed.
         TrainingInterrupted: If the user interrupts the run; the message names the last checkpoint, if any.
         NonFiniteLossError: If the loss or gradient became infinite or NaN; the last checkpoint is kept.
         CheckpointError: If the disk is full (the last checkpoint is kept), or the resumed checkpoint is damaged.
