@@ -203,8 +203,8 @@ def find_tokens(model: nn.Module, names: Iterable[str], *, is_required: bool) ->
         parameter = parameters[name]  # None for a parameter that another adapter trains already
         if parameter is not None and (first := first_names.setdefault(id(parameter), name)) != name:
             raise ValueError(
-                f"parameters_to_save must not match a shared parameter twice, got {first!r} and {name!r}, which are one "
-                "tensor; give each module its own parameter"
+                f"parameters_to_save must not match a shared parameter twice, got {first!r} and {name!r}, which are "
+                "one tensor; give each module its own parameter"
             )
     return full_names
 

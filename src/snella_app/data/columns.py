@@ -63,8 +63,9 @@ class Columns:
                     f"got {entry!r}{hint}"
                 )
             if role in names:
-                joined = f"; for several label columns, use label={names[role]}+{name}" if role == "label" else ""
-                raise ValueError(f"columns must name each role once, got {names[role]!r} and {name!r} for {role}{joined}")
+                hint = f"; for several label columns, use label={names[role]}+{name}" if role == "label" else ""
+                got = f"{names[role]!r} and {name!r} for {role}"
+                raise ValueError(f"columns must name each role once, got {got}{hint}")
             names[role] = name
         root = names.pop(_ROOT, None)
         return cls(names, None if root is None else expand_user(root))

@@ -70,8 +70,8 @@ def _resolve_layers(config: Any, model: nn.Module) -> None:
     """Check `layers_to_transform`; for methods other than SNELLA, replace it with the `target_modules` in these blocks.
 
     PEFT ignores the option for full module names. Without `layers_pattern`, it also finds no block index in names
-    without a prefix, such as `blocks.0.attn.qkv`. A block's index is the first number after `layers_pattern` or, without a pattern, the first
-    number in its name (in Swin, the stage).
+    without a prefix, such as `blocks.0.attn.qkv`. A block's index is the first number after `layers_pattern` or,
+    without a pattern, the first number in its name (in Swin, the stage).
     """
     layers = config.layers_to_transform
     blocks = {layers} if isinstance(layers, int) else set(layers)
@@ -154,8 +154,7 @@ def merge_adapter(model: Any) -> nn.Module:
     """Merge the adapter of a `PeftModel` into the weights and return the backbone.
 
     Raises:
-        ValueError: If an adapted layer standardizes its weight; the merged update would be standardized as well, which would
-            change the outputs.
+        ValueError: If an adapted layer standardizes its weight, because the merged update would be standardized too.
     """
     inner: nn.Module = model.base_model.model
     layers = [(name, m.get_base_layer()) for name, m in inner.named_modules() if isinstance(m, BaseTunerLayer)]
@@ -173,7 +172,7 @@ def merge_adapter(model: Any) -> nn.Module:
 
 
 def _config_fields(config: type[PeftConfig]) -> tuple[str, ...]:
-    """Return the init fields that a configuration adds to `PeftConfig`, without `modules_to_save`, which is the head."""
+    """Return the init fields that a configuration adds to `PeftConfig`, except `modules_to_save` (the head)."""
     base = {f.name for f in dataclasses.fields(PeftConfig)} | {"modules_to_save"}
     return tuple(f.name for f in dataclasses.fields(config) if f.name not in base and f.init)
 
@@ -268,7 +267,7 @@ def _lora_config(head: str, options: Options, **defaults: Any) -> PeftConfig:
     return LoraConfig(modules_to_save=[head], **{"r": 8, "lora_alpha": rank, **defaults, **options})
 
 
-_LOW_RANK_DEFAULTS: dict[str, Any] = {"weight_decay": 1e-4, "r": 8}
+_LOW_RANK: dict[str, Any] = {"weight_decay": 1e-4, "r": 8}
 _LORA_RECIPES: dict[str, dict[str, Any]] = {
     "generation": {"lr": 1e-4, "r": 8},  # learning rate of the SNELLA paper
     "language": {"lr": 3e-4, "r": 8},  # learning rate of the commonsense benchmark's LoRA script
@@ -280,7 +279,7 @@ LORA = peft_method(
     _lora_config,
     _LORA_OPTIONS,
     suffix="r",
-    defaults=_LOW_RANK_DEFAULTS,
+    defaults=_LOW_RANK,
     recipes=_LORA_RECIPES,
 )
 DORA = peft_method(
@@ -289,7 +288,7 @@ DORA = peft_method(
     partial(_lora_config, use_dora=True),
     tuple(option for option in _LORA_OPTIONS if option != "use_dora"),
     suffix="r",
-    defaults=_LOW_RANK_DEFAULTS,
+    defaults=_LOW_RANK,
     recipes=_LORA_RECIPES,
 )
 
@@ -306,7 +305,8 @@ class RankSchedule:
     """Rank schedule of AdaLoRA: calls PEFT's `update_and_allocate` after each optimizer step.
 
     Ranks stay at `init_r` for `tinit` steps, decrease cubically to `r` on average, and stay constant for the last
-    `tfinal` steps. If both are 0 (the default), they become 10% and 50% of all steps. The allocator state is saved with the optimizer state, so that a resumed run continues exactly.
+    `tfinal` steps. If both are 0 (the default), they become 10% and 50% of all steps. The allocator state is
+    saved with the optimizer state, so that a resumed run continues exactly.
 
     Args:
         model: Model with an AdaLoRA adapter.
@@ -416,7 +416,7 @@ ADALORA = peft_method(
     suffix="r",
     penalty=orthogonality,
     schedule=RankSchedule,
-    defaults=_LOW_RANK_DEFAULTS,
+    defaults=_LOW_RANK,
 )
 
 
@@ -492,10 +492,10 @@ CATALOG: dict[str, Method] = {
         "Hadamard products of two low-rank matrices",
         "FedPara / LoHa, Hyeon-Woo et al., arXiv 2108.06098",
         peft.LoHaConfig,
-        _LOW_RANK_DEFAULTS,
+        _LOW_RANK,
         "r",
     ),
-    "lokr": _from_peft("Kronecker products", "LoKr, Yeh et al., arXiv 2309.14859", peft.LoKrConfig, _LOW_RANK_DEFAULTS, "r"),
+    "lokr": _from_peft("Kronecker products", "LoKr, Yeh et al., arXiv 2309.14859", peft.LoKrConfig, _LOW_RANK, "r"),
     "boft": _from_peft(
         "orthogonal factors in butterfly form",
         "BOFT, Liu et al., arXiv 2311.06243",

@@ -279,7 +279,8 @@ def _generator_rows(folder: Path, info: RunInfo, metrics: Metrics | None) -> lis
     ]
     if metrics is not None:
         curve = read(GeneratorMetrics, folder).learning()
-        epochs = "" if curve["epochs"] is None else f" ({plain_text(curve['epochs'])} {'epoch' if curve['epochs'] == 1 else 'epochs'})"
+        epochs = "" if curve["epochs"] is None else f" ({plain_text(curve['epochs'])} epochs)"
+        epochs = epochs.replace(" (1 epochs)", " (1 epoch)")
         duration = f"{curve['steps']:,}{epochs} in {seconds_text(metrics.train_s)}"
         rows.append(("steps", duration + (f", {curve['optimizer']}" if curve["optimizer"] else "")))
         rows.append(("loss", _loss_text(curve)))

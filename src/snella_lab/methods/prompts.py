@@ -206,8 +206,8 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
             else f"its head is of class {type(old_head).__name__}"
         )
         raise ValueError(
-            f"method 'vqt' cannot be applied to {type(model).__name__}: {reason}; the method requires a linear head and "
-            "blocks with a fused attn.qkv, as in timm's VisionTransformer"
+            f"method 'vqt' cannot be applied to {type(model).__name__}: {reason}; the method requires a linear head "
+            "and blocks with a fused attn.qkv, as in timm's VisionTransformer"
         )
     train_head(model, head)
     sources = []

@@ -223,7 +223,5 @@ def test_every_command_reads_a_run_on_a_read_only_file_system(finished, photos, 
 def test_resuming_a_finished_run_names_its_missing_results(name, finished, tmp_path):
     run = RunFolder(shutil.copytree(finished.path, tmp_path / "run"))
     (run.path / name).unlink()
-    with pytest.raises(
-        FileNotFoundError, match=rf"run is finished, but lacks {name}; restore from a copy, or train"
-    ):
+    with pytest.raises(FileNotFoundError, match=rf"run is finished, but lacks {name}; restore from a copy, or train"):
         train(TrainConfig.from_flat(out=str(run.path), resume=True), Console(file=io.StringIO()))

@@ -65,8 +65,8 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
         The folder of the finished run.
 
     Raises:
-        FileExistsError: If the folder contains a run, and neither `resume` nor `overwrite` is set, or `out` is a file or a
-            folder with other contents.
+        FileExistsError: If the folder contains a run, and neither `resume` nor `overwrite` is set; if it has other
+            contents; or if `out` is a file.
         RunInUseError: If another process is writing to the folder.
         FileNotFoundError: If the data file does not exist, or the model's folder contains no model.
         ConnectionError: If the model is not a local folder and cannot be loaded from the Hub or its cache.
