@@ -257,15 +257,6 @@ def _accuracies(epochs: int, options: str = "") -> dict[str, dict[str, float]]:
     return accuracies
 
 
-def test_methods_table_in_the_notes_matches_the_measurements():
-    notes, accuracies = _notes(), _accuracies(8)
-    assert len(accuracies) == 5
-    for method, by_folder in accuracies.items():
-        values = [by_folder[folder] for folder in sorted(by_folder)]
-        cells = " | ".join(decimal_text(100 * value, 1) for value in [*values, fmean(values)])
-        assert re.search(rf"^\| `{method}[^|]*\| {re.escape(cells)} \|", notes, re.MULTILINE), (method, cells)
-
-
 def test_table_of_ten_epochs_in_the_notes_matches_the_measurements():
     notes, readme = _notes(), (_FOLDER.parents[1] / "README.md").read_text()
     table, accuracies = _module("table"), _accuracies(10)
