@@ -73,6 +73,7 @@ NAMES = {
     "a\x1b]0;title\x07\x1b[2Jb": r"a\x1b]0;title\x07\x1b[2Jb",
     "caf\udce9": r"caf\udce9",
     "photo\u202egnp.exe": r"photo\u202egnp.exe",
+    "a\u200e\u200f\u061c": r"a\u200e\u200f\u061c",
     "naïve 猫 👩‍🚀.png": "naïve 猫 👩‍🚀.png",
 }
 

@@ -35,7 +35,9 @@ PRODUCTS: dict[str, tuple[str, str, str]] = {
     "autogluon": ("autogluon", "autogluon_multimodal.py", "default"),
     "lightly": ("lightly", "lightly_classification.py", "default"),
     "transformers": ("main", "transformers_trainer.py", "default"),
+    "transformers-fixed-epochs": ("main", "transformers_trainer.py", "fixed-epochs"),
     "timm": ("main", "timm_finetune.py", "default"),
+    "timm-fixed-epochs": ("main", "timm_finetune.py", "fixed-epochs"),
     "sklearn": ("main", "frozen_features.py", "logistic"),
     "sklearn-knn": ("main", "frozen_features.py", "knn"),
 }

@@ -43,5 +43,5 @@ def cache_folder() -> Path:
 def nvidia_driver() -> str:
     """Return the version line of the NVIDIA driver, or an empty string."""
     with suppress(OSError):
-        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0].strip()
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").partition("\n")[0].strip()
     return ""

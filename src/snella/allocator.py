@@ -97,7 +97,7 @@ class BudgetAllocator:
         self.history: list[dict[str, Any]] = []
         self._has_checked_optimizer = False
         self._has_updated_importance = self._has_stepped = False  # in this step; since the last zero_grad
-        self._is_stepping = False
+        self._is_attached = self._is_stepping = False
         self._num_gradient_checks = 0  # steps checked for missing gradients
         self._without_gradient = {matrix.name for matrix in self.matrices}
         self.has_exact_steps = False  # True if a trainer provides the exact step count
@@ -149,7 +149,8 @@ class BudgetAllocator:
 
         Raises:
             RuntimeError: If the allocator is already attached.
-            ValueError: If the optimizer contains none of the adapter's factors.
+            ValueError: If the optimizer contains none of the adapter's factors, or has loaded an allocator state that
+                does not match (see `load_state_dict`).
             NotImplementedError: If the optimizer is DeepSpeed's, which hides the gradients.
         """
         if self._handles:
@@ -181,9 +182,11 @@ class BudgetAllocator:
         return self
 
     def _set_attached(self, is_attached: bool) -> None:
-        """Tell the adapters' watches whether an allocator sets the budgets."""
-        for watch in self._watches:
-            watch.is_attached = is_attached
+        """Tell the adapters' watches whether this allocator sets the budgets."""
+        if is_attached != self._is_attached:
+            self._is_attached = is_attached
+            for watch in self._watches:
+                watch.num_allocators += 1 if is_attached else -1
 
     def _is_optimized_by(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer updates any of the adapter's factors."""
@@ -370,7 +373,7 @@ class BudgetAllocator:
         """Restore budgets, averages and history from a `state_dict`.
 
         Raises:
-            ValueError: If the format or matrices of the state do not match.
+            ValueError: If the format, matrices, rank or importance metric of the state do not match.
         """
         if state.get("format") != _FORMAT:
             raise ValueError(f"the allocator's state must have format {_FORMAT}, got {state.get('format')!r}")

@@ -13,7 +13,7 @@ longer matches its seal, so the layer restores the live budgets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -95,6 +95,12 @@ def link_budgets(layer: SnellaLayer) -> None:
 def compute_seal(budget: int) -> int:
     """Return a hash of a budget that averaging does not preserve, to detect averaged budgets."""
     return (budget + 1) ** 2 * 0x9E3779B1 % 0x7FFFFFFF  # the mean of squares is not the square of the mean
+
+
+def are_valid_budgets(layer: SnellaLayer, adapter_name: str, budgets: Sequence[int]) -> bool:
+    """Return whether there is one budget per matrix, each between 0 and the matrix's size."""
+    sizes = [rows * layer.in_features for rows in layer.row_counts[adapter_name]]
+    return len(budgets) == len(sizes) and all(0 <= budget <= size for budget, size in zip(budgets, sizes, strict=True))
 
 
 def read_budgets(layer: SnellaLayer, adapter_name: str) -> tuple[int, ...]:

@@ -89,7 +89,7 @@ class LayerCache:
 
     def release_effective_weight(self) -> None:
         """Free the effective weight, so that training does not hold a second copy of the model."""
-        self._effective: tuple[tuple[Any, ...], Sequence[Tensor], Tensor] | None = None
+        self._effective: tuple[tuple[Any, ...], int, Sequence[Tensor], Tensor] | None = None
 
     def check_written(self, name: str, factors: Sequence[Tensor]) -> None:
         """Invalidate entries if an adapter's factors moved, or changed without a version change, e.g. through `.data`.
@@ -126,10 +126,12 @@ class LayerCache:
             return compute()
         key = (*fingerprint, optimizer_steps(), settings)
         effective = self._effective  # replicas of `nn.DataParallel` share this cache
-        if effective is None or effective[0] != key:
+        # a caller that reads `layer.weight` may write into a view of the returned tensor
+        if effective is None or effective[:2] != (key, effective[3]._version):
             with torch.inference_mode(False), torch.no_grad():
-                effective = self._effective = (key, tensors, compute())
-        return effective[2]
+                value = compute()
+                effective = self._effective = (key, value._version, tensors, value)
+        return effective[3]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerCache:
         return LayerCache()

@@ -16,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from snella._utils import did_you_mean, has_suffix, longest_suffix
 from snella.allocation import Schedule
@@ -128,12 +128,12 @@ class SnellaConfig(PeftConfig):
             every rank in `rank_pattern`.
         target_sparsity: Fraction of zeros in the update at the end of training, in `[0, 1)`.
         init_sparsity: Fraction of zeros in the update at the start of training, at most `target_sparsity`.
-        target_modules: Modules to adapt: a list of names or suffixes, a regular expression, or `"all-linear"` (every
-            linear layer except the head, patch embedding and patch merging). The default depends on the model: the
-            attention projections of Stable Diffusion 3, the image encoder of SAM, otherwise `"all-linear"`. If only the
-            head has linear layers (e.g. in a ResNet), the default is the ungrouped convolutions, except the stem (the
-            first convolution) and those inside modules named `downsample`.
-        exclude_modules: Modules to exclude: a list of names or suffixes, or a regular expression.
+        target_modules: Modules to adapt: a list of names or suffixes, a regular expression for full names, or
+            `"all-linear"` (every linear layer except the head, patch embedding and patch merging). The default depends
+            on the model: the attention projections of Stable Diffusion 3, the image encoder of SAM, otherwise
+            `"all-linear"`. If only the head has linear layers (e.g. in a ResNet), the default is the ungrouped
+            convolutions, except the stem (the first convolution) and those inside modules named `downsample`.
+        exclude_modules: Modules to exclude: a list of names or suffixes, or a regular expression for full names.
         layers_to_transform: Block indices to adapt; not available if `target_modules` is a regular expression.
         layers_pattern: Names of the lists of blocks, e.g. `layers`; defaults to the first numbered list in a module
             name. Requires `layers_to_transform`.
@@ -343,7 +343,8 @@ class SnellaConfig(PeftConfig):
             kwargs: Download arguments, as in `PeftConfig.from_pretrained`.
 
         Raises:
-            ValueError: If the ranks do not match the saved tensors. Raised before memory for the factors is allocated.
+            ValueError: If a field is invalid, the tensor file is damaged, or the ranks do not match the saved tensors.
+                Raised before memory for the factors is allocated.
         """
         config: SnellaConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
@@ -356,9 +357,12 @@ class SnellaConfig(PeftConfig):
                 )
         if not path.is_file():
             return config
-        with safe_open(path, framework="pt") as tensors:
-            names = [name for name in tensors.keys() if name.endswith(".snella_A")]  # noqa: SIM118
-            shapes = {name: list(tensors.get_slice(name).get_shape()) for name in names}
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                names = [name for name in tensors.keys() if name.endswith(".snella_A")]  # noqa: SIM118
+                shapes = {name: list(tensors.get_slice(name).get_shape()) for name in names}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}; save the adapter again") from None
         for name, shape in shapes.items():
             module = name.removeprefix("base_model.model.").removesuffix(".snella_A")
             rank = config.rank_of(module)
@@ -501,7 +505,12 @@ class SnellaConfig(PeftConfig):
 
 
 def read_config(folder: str | Path) -> PeftConfig:
-    """Read the configuration of an adapter of any method, without its tensors."""
+    """Read the configuration of an adapter of any method, without its tensors.
+
+    Raises:
+        KeyError: If the method is not registered with PEFT.
+        ValueError: If the file is corrupt.
+    """
     settings = PeftConfig.from_json_file(str(Path(folder, CONFIG_NAME)))
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(settings.get("peft_type"), PeftConfig)
     config: PeftConfig = config_class.from_peft_type(**config_class.check_kwargs(**settings))

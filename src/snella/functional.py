@@ -8,7 +8,7 @@ from torch import Tensor
 
 from snella.autograd import adapted_layer
 from snella.backends import choose_backend
-from snella.kernels import Factors, make_kernel
+from snella.kernels import Factors, KernelScalars, check_factors, make_kernel
 from snella.ops import LinearOp
 from snella.sparsify import SparsifyMode
 from snella.update import Update, UpdateSpec
@@ -72,9 +72,12 @@ def adapted_linear(
             option is invalid.
         ImportError, NotImplementedError, RuntimeError: If `impl` is not available; see `choose_backend`.
     """
-    scalars = [value if value is None else value[None] for value in (piece_coeff, alpha, beta, temperature)]
-    factors, budgets = Factors(A[None], B, *scalars), (budget,)
     kernel_function = make_kernel(kernel, num_pieces=num_pieces, softmax_dim=softmax_dim, center_softmax=center_softmax)
+    scalars = KernelScalars(piece_coeff, alpha, beta, temperature)
+    check_factors(A, B, kernel_function, scalars)
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be [m, n], got {list(weight.shape)}")
+    factors, budgets = Factors(A[None], B, *(value if value is None else value[None] for value in scalars)), (budget,)
     spec = UpdateSpec(kernel_function, (B.shape[0],), mode, scaling)
     spec.check(factors, budgets, weight.shape)
     spec = replace(spec, backend=choose_backend(impl, spec, factors.A)[0])

@@ -92,6 +92,10 @@ class ImportanceTracker:
 
         Args:
             gradient_scale: Scale of the gradients, from a gradient scaler.
+
+        Raises:
+            NotImplementedError: If FSDP shards the factors and the metric is computed from the updates, or FSDP1 shards
+                them with `HYBRID_SHARD`.
         """
         if self.metric in _UPDATE_METRICS:
             observations = self._observe_updates()
@@ -257,6 +261,17 @@ class ImportanceTracker:
         flat.averages.lerp_(value, 1 - self.beta1)
         flat.uncertainties.lerp_(value.sub_(flat.averages).abs_(), 1 - self.beta2)
 
+    def _shapes(self) -> dict[str, torch.Size]:
+        """Return the full shape of every average."""
+        if self.metric in _UPDATE_METRICS:
+            is_mean = self.metric == "delta_mean_magnitude"
+            return {f"{matrix.name}/S": torch.Size(() if is_mean else matrix.shape) for matrix in self.matrices}
+        return {
+            f"{matrix.name}/{letter}": shape
+            for matrix in self.matrices
+            for letter, shape in zip("AB", _factor_layout(matrix)[1], strict=True)
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a dict of tensors; with sharded factors, call it in every process."""
         if self._ranges:
@@ -274,7 +289,19 @@ class ImportanceTracker:
         return {key: part.view(self._ranges[key].shape) for key, part in zip(averages, full.split(sizes), strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the averages of the same matrices."""
+        """Restore the averages of the same matrices.
+
+        Raises:
+            ValueError: If the shapes of the averages do not match, because the rank or the metric differs.
+        """
+        shapes = self._shapes()
+        for key, value in state["averages"].items():
+            if value.shape != shapes.get(key):
+                needed = list(shapes[key]) if key in shapes else "none"
+                raise ValueError(
+                    f"the allocator's state has averages of shape {list(value.shape)} for {key!r}, the model needs "
+                    f"{needed}; load it into a model with the same layers, rank and importance metric"
+                )
         devices = {matrix.name: _factor_parameters(matrix)[0].device for matrix in self.matrices}
         self._ranges, self._flat = {}, {}
         self._averages, self._uncertainties = (

@@ -19,6 +19,7 @@ from snella.backends import choose_backend
 from snella.budgets import (
     BudgetBuffers,
     Budgets,
+    are_valid_budgets,
     buffers_off_meta,
     link_budgets,
     read_budgets,
@@ -306,7 +307,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             adapter_names: Adapters to merge; defaults to the active ones.
 
         Raises:
-            ValueError: If `safe_merge` finds non-finite values.
+            ValueError: If `safe_merge` finds non-finite values, or the merged adapters have different values of `impl`.
             NotImplementedError: If the base weight is on the meta device, has 8 bits without quantization, or is
                 computed from other parameters (e.g. by `weight_norm`).
         """
@@ -389,8 +390,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             ValueError: If there is not one budget per matrix, or a budget is not between 0 and the matrix's size.
         """
         values = tuple(map(int, budgets))
-        sizes = [rows * self.in_features for rows in self.row_counts[adapter_name]]
-        if len(values) != len(sizes) or not all(0 <= value <= size for value, size in zip(values, sizes, strict=True)):
+        if not are_valid_budgets(self, adapter_name, values):
+            sizes = [rows * self.in_features for rows in self.row_counts[adapter_name]]
             raise ValueError(
                 f"budgets of {self.module_name!r} must be one number per matrix, from 0 to {sizes}, got {list(values)}"
             )
@@ -427,7 +428,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return f"{name}.weight"
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set an adapter's scaling to `scale` times the configured one; other adapters do not change."""
+        """Set an adapter's scaling to `scale` times the configured one; a merged weight does not change."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.snella_config[adapter].scaling
             update_specs(self)

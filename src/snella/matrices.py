@@ -23,7 +23,8 @@ class AdaptedMatrix:
         name: Module name, plus the name of the part in fused layers, e.g. `"blocks.0.attn.qkv.q"`.
         module_name: Module name.
         kind: Matrix type: `name` without the block prefix and a fused layer's name, e.g. `"attn.q"` or `"mlp.fc1"`.
-        depth: Index of the block among all blocks of the lists with an adapted layer, or `None` outside blocks.
+        depth: Index of the block among all blocks of the lists with an adapted layer, or `None` outside blocks. Blocks
+            without submodules, e.g. `nn.Identity`, do not count.
         layer: The layer.
         adapter_name: The adapter.
         group: Index of the matrix in its layer.

@@ -86,7 +86,7 @@ def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> 
     `SnellaLayer.merge`.
 
     Raises:
-        ValueError: If `safe_merge` finds non-finite values.
+        ValueError: If `safe_merge` finds non-finite values, or the merged adapters have different values of `impl`.
         NotImplementedError: If the base weight is on the meta device, has 8 bits without quantization, or is computed
             from other parameters.
     """
@@ -214,6 +214,7 @@ class EffectiveWeight(Tensor):
     """Lazy `W0 + Σ scaling·S`, the value of `layer.weight`; the first operation that reads it merges the updates.
 
     Shape, dtype, device and `data` come from the base weight, and in-place operations write into the base weight.
+    In-place operations on a view, e.g. `weight[0].zero_()`, do not change the layer.
     """
 
     _base_weight: Tensor

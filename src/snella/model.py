@@ -11,14 +11,14 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from snella._utils import has_suffix, listed
-from snella.budgets import buffers_off_meta
+from snella.budgets import are_valid_budgets, buffers_off_meta
 from snella.compat.attention import (
     AdaptedAttention,
     Projection,
@@ -71,13 +71,17 @@ class SnellaModel(BaseTuner):
         low_cpu_mem_usage: Create the factors on the meta device; loading fills them.
 
     Raises:
-        ValueError: If no module matches `target_modules` or a key of `rank_pattern` or `qkv_groups`, if the factors are
-            far larger than the weights, if `qkv_groups` does not fit a fused layer, or if `parameters_to_save` or
-            `trainable_token_indices` names a missing parameter or row.
+        ValueError: If no module matches `target_modules` or a key of `rank_pattern` or `qkv_groups`, if matching an
+            expression takes too long, if the factors are far larger than the weights, if `qkv_groups` does not fit a
+            fused layer, if `parameters_to_save` names a missing parameter or one inside an adapted layer, or if
+            `trainable_token_indices` names a missing embedding or row.
         TypeError: If a targeted module is neither linear nor a 2D convolution, or `config` is not a `SnellaConfig`.
-        NotImplementedError: If a targeted module has an unsupported quantized weight, a custom `forward`, an adapter of
-            another method or a shared weight, or is the output projection of a root-level attention.
-        RuntimeError: If a targeted bitsandbytes module is not quantized yet.
+        NotImplementedError: If a targeted module has an unsupported quantized weight or padding, a custom `forward`, an
+            adapter of another method or a shared weight, or is the output projection of a root-level attention; if
+            `impl` does not support the updates; or if `ensure_weight_tying=True` and a target is tied.
+        ImportError: If `impl` is `"triton"` or `"numba"`, and the package is missing or unusable.
+        RuntimeError: If a targeted bitsandbytes module is not quantized yet, or `impl` is `"triton"` and its kernels
+            fail the first-use check.
     """
 
     prefix = "snella_"
@@ -135,7 +139,9 @@ class SnellaModel(BaseTuner):
         names = all_linear_names(model) or (plain_convolution_names(model) if is_default else [])
         if not names:
             convolutions = plain_convolution_names(model)
-            message = f"target_modules='all-linear' matches no linear layer in {type(model).__name__} besides its head"
+            layers = "linear layer and no inner convolution" if is_default else "linear layer"
+            value = None if is_default else targets
+            message = f"target_modules={value!r} matches no {layers} in {type(model).__name__} besides its head"
             if convolutions:
                 message += f"; target_modules=None adapts its convolutions, e.g. {convolutions[0]!r}"
             raise ValueError(message)
@@ -475,10 +481,16 @@ class SnellaModel(BaseTuner):
         and torch's checkpoint wrapper also insert modules inside these names, but not into the keys of `state_dict`.
 
         Raises:
-            ValueError: If `state_dict` has entries, but no factor of the adapter. An empty `state_dict` is allowed,
-                because FSDP gathers the weights on one rank only.
+            ValueError: If no layer has the adapter, or `state_dict` has entries, but no factor of the adapter. An empty
+                `state_dict` is allowed, because FSDP gathers the weights on one rank only.
         """
         layers = _adapted_layers(model, [adapter_name])
+        if not layers:
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
+            raise ValueError(
+                f"{type(base).__name__} has no layer with adapter {adapter_name!r}; save the adapter before "
+                "merge_and_unload() or unload()"
+            )
         names = (name.removeprefix("_fsdp_wrapped_module.") for name, _ in model.named_modules())
         module_names = {_without_wrappers(name): name for name in names}
         renamed = {}
@@ -487,7 +499,7 @@ class SnellaModel(BaseTuner):
             renamed[f"{module_names.get(owner, owner)}.{leaf}".removeprefix(".")] = tensor
         selected = super()._get_adapter_state_dict(model, config, adapter_name, renamed, unwanted_adapter_names)
         selected = {_without_wrappers(name): tensor for name, tensor in selected.items()}
-        if layers and state_dict and not any(f"{cls.prefix}A" in name for name in selected):
+        if state_dict and not any(f"{cls.prefix}A" in name for name in selected):
             raise ValueError(
                 f"state_dict must contain the factors of adapter {adapter_name!r}, got {len(state_dict)} entries "
                 f"without any, e.g. {next(iter(state_dict))!r}; pass the full state dict of the unwrapped model"
@@ -551,6 +563,18 @@ class SnellaModel(BaseTuner):
                 f"the adapter contains non-finite values: {listed(nonfinite, 3)}; its training "
                 "diverged or its file is corrupt; load an earlier checkpoint"
             )
+        invalid = []
+        for name, module in model.named_modules():
+            if isinstance(module, SnellaLayer) and adapter_name in module.snella_A:
+                budgets = remapped[f"{name}.snella_budget.{adapter_name}"].tolist()
+                if not are_valid_budgets(module, adapter_name, budgets):
+                    rows = list(module.row_counts[adapter_name])
+                    invalid.append(f"{name} has budgets {budgets} for matrices of {rows} x {module.in_features}")
+        if invalid:
+            raise ValueError(
+                f"the adapter contains invalid budgets: {listed(invalid, 3, '; ')}; its file is corrupt; load an "
+                "earlier checkpoint"
+            )
         return remapped
 
 
@@ -581,7 +605,8 @@ def _without_wrappers(name: str) -> str:
 def _warn_of_unmatched(config: SnellaConfig, model: nn.Module) -> None:
     """Warn of names in `modules_to_save` that match no module."""
     names = [name for name, _ in model.named_modules()]
-    expected = [name for name in config.modules_to_save or [] if name not in _HEADS_ADDED_BY_PEFT]
+    added = _HEADS_ADDED_BY_PEFT if config.task_type else ()
+    expected = [name for name in config.modules_to_save or [] if name not in added]
     if unmatched := [end for end in expected if not any(name.endswith(end) for name in names)]:
         warnings.warn(
             f"modules_to_save={unmatched} matches no module of {type(model).__name__}; "
@@ -597,22 +622,31 @@ def _adapted_layers(model: nn.Module, adapter_names: list[str]) -> list[SnellaLa
 
 
 def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
-    """Reject row indices outside an embedding."""
+    """Reject names that match no module, and row indices outside a weight."""
     indices = peft_config.trainable_token_indices
     if not indices:
         return
-    get_input_embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)
-    input_embedding = get_input_embeddings()
-    input_embedding = getattr(input_embedding, "original_module", input_embedding)
-    for full_name, module in model.named_modules():
-        if not isinstance(module, nn.Embedding):
+    named_modules = model.named_modules(remove_duplicate=False)
+    # the suffix of an embedding with an adapter
+    modules = {name.removesuffix(".token_adapter.base_layer"): module for name, module in named_modules}
+    if not isinstance(indices, dict):
+        get_input_embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)
+        input_embedding = get_input_embeddings()
+        input_embedding = getattr(input_embedding, "original_module", input_embedding)
+        default = "embed_tokens"  # as in PEFT
+        indices = {next((name for name, module in modules.items() if module is input_embedding), default): indices}
+    # PEFT matches the ends of names
+    if unmatched := [end for end in indices if not any(name.endswith(end) for name in modules)]:
+        embeddings = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
+        raise ValueError(
+            f"trainable_token_indices requires a module {unmatched[0]!r}, which {type(model).__name__} lacks; map the "
+            f"names of its embeddings, {embeddings}, to rows"
+        )
+    for name, module in modules.items():
+        if not isinstance(module, (nn.Embedding, nn.Linear)):
             continue
-        name = full_name.removesuffix(".token_adapter.base_layer")  # of an embedding with an adapter
-        if isinstance(indices, dict):
-            rows = next((rows for suffix, rows in indices.items() if has_suffix(name, suffix)), [])
-        else:
-            rows = indices if module is input_embedding else []
-        count = module.num_embeddings
+        rows = next((rows for end, rows in indices.items() if name.endswith(end)), [])
+        count = module.num_embeddings if isinstance(module, nn.Embedding) else module.out_features
         if out_of_range := [row for row in rows if not 0 <= row < count]:
             raise ValueError(f"trainable_token_indices must be in [0, {count - 1}] for {name!r}, got {out_of_range[0]}")
 

@@ -90,8 +90,8 @@ def quantile_threshold(delta: Tensor, sparsity: float) -> Tensor:
 
         t = quantile(|delta|, sparsity)
 
-    Equals `torch.quantile`, but has no limit on the number of entries and always computes the position of the quantile
-    in double precision.
+    Equals `torch.quantile` for entries without NaN, but has no limit on the number of entries and always computes the
+    position of the quantile in double precision.
 
     Args:
         delta: Matrix of any shape, floating point.
@@ -101,10 +101,12 @@ def quantile_threshold(delta: Tensor, sparsity: float) -> Tensor:
         0-dim, dtype and device of `delta`, detached.
 
     Raises:
-        ValueError: If `sparsity` is out of range.
+        ValueError: If `sparsity` is out of range or `delta` is empty.
     """
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must be in [0, 1], got {sparsity}")
+    if not delta.numel():
+        raise ValueError(f"delta must have at least one entry, got {list(delta.shape)}")
     position = sparsity * (delta.numel() - 1)
     lower = int(position)
     upper = min(lower + 1, delta.numel() - 1)

@@ -209,7 +209,7 @@ def count_rows(
     if sum(counts) != out_features:
         raise ValueError(
             f"qkv_groups={qkv_groups!r} splits {name!r} into rows {counts}, but it has {out_features} rows; "
-            f"use a number that divides {out_features} or a list that sums to it"
+            f"use a number that divides {out_features}, or map it to a list of rows with this sum"
         )
     return tuple(counts)
 
@@ -240,7 +240,12 @@ def unmatched_message(targets: Iterable[str] | str, model: nn.Module) -> str:
     message = f"no module matches target_modules={patterns if not isinstance(targets, str) else targets!r}"
     if example_by_pattern:
         message += f"; this model has e.g. {', '.join(map(repr, list(example_by_pattern.values())[:4]))}"
-    return message + (f"; did you mean {', '.join(map(repr, dict.fromkeys(close_matches)))}?" if close_matches else "")
+    suggestions = list(dict.fromkeys(close_matches))
+    if isinstance(targets, str):
+        message += "; a string is a regular expression for full names"
+    if suggestions:
+        message += f"; did you mean {suggestions if isinstance(targets, str) else ', '.join(map(repr, suggestions))}?"
+    return message
 
 
 _ADAPTABLE = (nn.Linear, Conv1D, nn.Conv2d)

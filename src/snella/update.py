@@ -191,10 +191,10 @@ def bound_initial_update(factors: Factors, rows: Sequence[slice], kernel: Kernel
     Args:
         factors: Factors initialized by `init_factors`.
         rows: Row slice of each matrix.
-        kernel: Kernel function that merges the factors.
+        kernel: Piecewise kernel function that merges the factors.
         weight: `W0`, `[m, …]`.
-        bound: `SnellaLayer.max_initial_ratio`. The update shrinks by a factor of at most 100, even if it still exceeds
-            the bound, and not at all if `weight` is zero.
+        bound: `SnellaLayer.max_initial_ratio`. Factors and `α` shrink by a factor of at most 10, even if the update
+            still exceeds the bound, and not at all if the matrix in `weight` is zero.
     """
     A, B = factors.A, factors.B
     max_columns, max_rows = (_SAMPLE_SIZE, None) if kernel.softmax_dim == 0 else (None, _SAMPLE_SIZE)

@@ -39,12 +39,18 @@ class TrainingWatch:
     """
 
     def __init__(self) -> None:
-        self.is_attached = False
+        self.num_allocators = 0
+        """Attached allocators."""
         self.steps: tuple[int, int, int] | None = None
         """Completed optimizer steps, total steps, and steps per epoch; `None` if unknown or counted by a trainer."""
         self._steps_without_allocator = 0
         self._batch_counts: dict[str, int] = {}
         self._warned: set[str] = set()
+
+    @property
+    def is_attached(self) -> bool:
+        """True if an allocator sets the budgets."""
+        return self.num_allocators > 0
 
     def start(
         self,

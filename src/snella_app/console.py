@@ -14,7 +14,7 @@ from rich.text import Text
 
 _T = TypeVar("_T")
 _UNLIMITED_WIDTH = 10_000
-_BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 class _Unpadded:

@@ -74,9 +74,23 @@ def expand_user(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError for unknown users
 
 
-def check_new(name: str, path: str | Path, *, overwrite: bool) -> None:
-    """Raise FileExistsError if the output `path` exists and `overwrite` is not set; `name` is its argument."""
-    if Path(path).exists() and not overwrite:
+def check_new(name: str, path: str | Path, *, overwrite: bool, is_folder: bool = False) -> None:
+    """Check that an output can be written.
+
+    Args:
+        name: Argument that names the output.
+        path: Output file or folder.
+        overwrite: Accept an existing output of the same kind.
+        is_folder: True if the output is a folder.
+
+    Raises:
+        FileExistsError: If `path` exists and `overwrite` is not set, or a file would replace a folder or the reverse.
+    """
+    path = Path(path)
+    if path.exists() and path.is_dir() != is_folder:
+        old, new = ("folder", "file") if path.is_dir() else ("file", "folder")
+        raise FileExistsError(f"{name}={path} is a {old}, which cannot be replaced by a {new}; choose another name")
+    if path.exists() and not overwrite:
         raise FileExistsError(
             f"{name}={path} exists; choose another name, or replace it with --overwrite (overwrite=True)"
         )

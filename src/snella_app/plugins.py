@@ -5,7 +5,7 @@
 
 | group | object | adds |
 |---|---|---|
-| `snella.commands` | function decorated with `snella_app.cli.command.command` | `snella NAME` |
+| `snella.commands` | function decorated with `snella_app.cli.command.command` | `snella FUNCTION-NAME` |
 | `snella.methods` | `snella_app.methods.Method` | `--method NAME` |
 | `snella.kernels` | subclass of `snella.kernels.Kernel` | `--method-options.kernel NAME` |
 | `snella.data` | function `() -> Collection`, or `(path) -> Collection` | `--data NAME`, or `--data NAME:PATH` |

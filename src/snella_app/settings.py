@@ -151,7 +151,7 @@ class Config:
         hints = {name: suggest_setting(name, spellings) for name in settings if name not in spellings}
         if hints:
             unknown = ", ".join(f"{name!r}{hint and f' ({hint})'}" for name, hint in hints.items())
-            raise TypeError(f"{cls.__name__} has no setting {unknown}; see help({cls.__name__})")
+            raise TypeError(f"{cls.__name__} has no setting {unknown}; {cls.__name__}.settings() lists all")
         config, errors = cls._collect(settings)
         if errors:
             raise ValueError("; ".join(errors))
@@ -169,7 +169,8 @@ class Config:
         """Convert each value to its annotated type, and return the errors.
 
         Invalid values are reset to their defaults, so that later checks can run and all errors are reported together.
-        Paths are converted to strings, tuples to lists and NumPy numbers to Python numbers. Sections are skipped.
+        Paths are converted to strings, tuples to lists and NumPy numbers to Python numbers, also inside dictionaries.
+        Sections are skipped.
         """
         errors = []
         for setting in type(self).settings().values():
@@ -271,14 +272,20 @@ def coerce(kind: Any, value: Any) -> Any:
     Raises:
         ValueError: If the value does not match the annotation.
     """
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    elif isinstance(value, tuple):
-        value = list(value)
-    elif isinstance(value, Number) and hasattr(value, "item"):
-        value = value.item()
+    value = _plain(value)
     result = type_adapter(kind).validate_python(value, strict=True)
     return value if type(value) is int and isinstance(result, float) else result  # keeps `1` in settings files
+
+
+def _plain(value: Any) -> Any:
+    """Convert paths, tuples and NumPy numbers, also inside lists and dictionaries, to values for YAML."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
 
 
 @cache

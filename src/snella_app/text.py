@@ -70,7 +70,7 @@ def seconds_text(seconds: float) -> str:
 def bytes_text(size: float) -> str:
     """Format a size in bytes: 512 B, 3.1 MiB."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= scale:
+        if size >= scale - scale / 2048:  # 1023.5 of the smaller unit
             return f"{_three_digits(size / scale)}{_SPACE}{unit}"
     return f"{size:.0f}{_SPACE}B"
 

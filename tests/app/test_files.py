@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from snella_app.files import _machine, write_bytes
+from snella_app.files import _machine, check_new, write_bytes
 
 
 def test_concurrent_writers_of_one_file_do_not_disturb_each_other(tmp_path):
@@ -61,3 +61,14 @@ def test_temporary_file_is_removed_after_an_error(tmp_path):
     with pytest.raises(OSError, match="folder"):
         write_bytes(tmp_path / "folder", b"x")
     assert [item.name for item in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_does_not_replace_a_folder_or_the_reverse(overwrite, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match=r"out=.* is a folder, which cannot be replaced by a file; choose"):
+        check_new("out", tmp_path, overwrite=overwrite)
+    with pytest.raises(FileExistsError, match=r"file is a file, which cannot be replaced by a folder; choose"):
+        check_new("out", tmp_path / "file", overwrite=overwrite, is_folder=True)
+    check_new("out", tmp_path, overwrite=True, is_folder=True)
+    check_new("out", tmp_path / "file", overwrite=True)

@@ -33,6 +33,8 @@ from metrics import score
 
 ARCHITECTURES = {"dinov2s": "vit_small_patch14_dinov2", "efficientnet": "tf_efficientnet_lite0"}
 PARTS = ("train", "val", "test")
+FIXED = "fixed-epochs"  # variant without a time budget
+FIXED_EPOCHS = 10  # the default of `snella train`
 MARGIN = 0.03  # fraction of the budget reserved when choosing the number of epochs
 
 Pairs = list[tuple[Path, int]]
@@ -120,7 +122,9 @@ def outputs(
 
 
 def fitting_epochs(job: Job, epoch_s: float, before_s: float = 0.0, max_epochs: int = 100) -> int:
-    """Return the number of epochs that fit the remaining budget, at least 1."""
+    """Return the number of epochs that fit the remaining budget, at least 1; `FIXED_EPOCHS` for the variant `FIXED`."""
+    if job.variant == FIXED:
+        return FIXED_EPOCHS
     return int(min(max((job.left_s() - before_s) / epoch_s, 1), max_epochs))
 
 

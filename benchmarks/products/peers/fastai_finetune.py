@@ -30,8 +30,6 @@ from fastai.vision.all import (
 )
 from torch import nn
 
-_FIXED = "fixed-epochs"
-
 
 def fit(job: common.Job) -> common.Fitted:
     """Fine-tune for the number of epochs that fits the budget, or for ten."""
@@ -39,7 +37,7 @@ def fit(job: common.Job) -> common.Fitted:
     files = [path for part in ("train", "val") for path, _ in job.parts[part]]
     train_images, val_images = len(job.parts["train"]), len(job.parts["val"])
     val_indices = list(range(train_images, len(files)))
-    if job.variant in ("all", _FIXED):
+    if job.variant in ("all", common.FIXED):
         train_images = len(files)
     batch_size = min(64, train_images)
     block = DataBlock(
@@ -61,8 +59,8 @@ def fit(job: common.Job) -> common.Fitted:
     apply_init(head, nn.init.kaiming_normal_)
     model = nn.Sequential(body, head)
 
-    details = {"epochs": 10}
-    if job.variant != _FIXED:
+    details = {"epochs": common.FIXED_EPOCHS}
+    if job.variant != common.FIXED:
         train, val = train_images // batch_size, -(-val_images // batch_size)
         details = budgeted_epochs(job, model, data.train, train, val)
     set_seed(job.seed)
@@ -103,4 +101,4 @@ def budgeted_epochs(job: common.Job, model: nn.Module, batches: Iterable[tuple],
 
 
 if __name__ == "__main__":
-    common.main("fastai", fit, ("fastai",), ("default", "bn", "all", _FIXED))
+    common.main("fastai", fit, ("fastai",), ("default", "bn", "all", common.FIXED))

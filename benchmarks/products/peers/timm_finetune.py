@@ -2,7 +2,8 @@
 
 --opt adamw --lr 2e-4 --batch-size 64 --weight-decay 0.05 --layer-decay 0.75 --sched cosine --warmup-epochs 1
 --aa rand-m9-mstd0.5 --reprob 0.25 --smoothing 0.1 --drop-path 0.1. As in `train.py`, the epoch with the best accuracy
-on val is selected. The epoch time is estimated from up to five steps and one validation pass.
+on val is selected. The epoch time is estimated from up to five steps and one validation pass; `--variant fixed-epochs`
+trains for ten epochs.
 """
 
 import copy
@@ -81,4 +82,4 @@ def fit(job: common.Job) -> common.Fitted:
 
 
 if __name__ == "__main__":
-    common.main("timm", fit, ("timm",), ("default",))
+    common.main("timm", fit, ("timm",), ("default", common.FIXED))

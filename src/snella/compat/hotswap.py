@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snella._utils import listed
+from snella.budgets import are_valid_budgets
 from snella.compat.tokens import TokenAdapter
 from snella.config import SnellaConfig, read_config
 from snella.layer import SnellaLayer
@@ -57,7 +58,10 @@ class AdapterValues:
             raise FileNotFoundError(
                 f"{folder} must contain an adapter, i.e. {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}"
             )
-        config = read_config(path)
+        try:
+            config = read_config(path)
+        except KeyError as error:  # not registered with PEFT
+            raise ValueError(f"{folder} must contain a SNELLA adapter, got peft_type={error}") from None
         if not isinstance(config, SnellaConfig):
             raise ValueError(
                 f"{folder} must contain a SNELLA adapter, got {type(config).__name__}; use PEFT's hotswap_adapter for "
@@ -112,12 +116,12 @@ def hotswap(
     errors = _differences(config, adapter.config, current, values)
     if adapter.config is not None and adapter.config.qkv_groups != config.qkv_groups:
         errors += _other_rows(model, layers, adapter_name, adapter.config.qkv_groups)
+    remedy = "load it as another adapter with load_adapter"
     if not errors and not adapter.caches:
         errors = _invalid_values(layers, adapter_name, values)
+        remedy = "save the adapter again or load an earlier checkpoint"
     if errors:
-        raise ValueError(
-            f"the adapter cannot be swapped in: {listed(errors, 3, '; ')}; load it as another adapter with load_adapter"
-        )
+        raise ValueError(f"the adapter cannot be swapped in: {listed(errors, 3, '; ')}; {remedy}")
     for name, tensor in current.items():
         tensor.copy_(values[name])
     for layer in layers.values():
@@ -215,7 +219,7 @@ def _invalid_values(layers: Mapping[str, SnellaLayer], adapter_name: str, values
     for name, layer in layers.items():
         rows = layer.row_counts[adapter_name]
         budgets = values[f"{name}.snella_budget"].tolist()
-        if not all(0 <= budget <= count * layer.in_features for budget, count in zip(budgets, rows, strict=True)):
+        if not are_valid_budgets(layer, adapter_name, budgets):
             errors.append(f"{name} has budgets {budgets} for matrices of {list(rows)} x {layer.in_features}")
     return errors
 

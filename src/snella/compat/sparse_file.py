@@ -180,7 +180,7 @@ class SparsePatch:
         for name, original in reversed(self._originals.items()):
             if name in self.entries:
                 flat = _flat(tensors[name])
-                flat[self.entries[name].indices.to(flat.device)] = original.to(flat.device)
+                flat[self.entries[name].indices.to(flat.device)] = original.to(flat)  # the model may have been cast
                 _write_back(tensors[name], flat)
             else:
                 tensors[name].copy_(original)
@@ -264,7 +264,7 @@ def encode_positions(indices: Tensor, size: int) -> tuple[str, Tensor]:
     positions = indices.cpu()
     if len(positions) > 1 and not bool((positions.diff() > 0).all()):
         raise ValueError("positions must be ascending and unique")
-    candidates = {"int32": positions.int()}
+    candidates = {"int32": positions.int()} if size <= 1 << 31 else {}
     if -(-size // 8) < 4 * len(positions):
         mask = np.zeros(size, np.bool_)
         mask[positions.numpy()] = True

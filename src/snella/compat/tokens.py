@@ -194,8 +194,9 @@ def find_tokens(model: nn.Module, names: Iterable[str], *, is_required: bool) ->
     for suffix in names:
         matches = [name for name in parameters if has_suffix(name, suffix)]
         if is_required and not matches:
-            hint = did_you_mean(suffix.rpartition(".")[2], sorted({name.rpartition(".")[2] for name in parameters}))
-            message = f"parameters_to_save={suffix!r} matches no parameter of {type(model).__name__}"
+            leaf = suffix.rpartition(".")[2]
+            hint = did_you_mean(leaf, sorted({name.rpartition(".")[2] for name in parameters} - {leaf}))
+            message = f"parameters_to_save={suffix!r} matches no parameter of {type(model).__name__} outside adapters"
             raise ValueError(f"{message}; {hint}" if hint else message)
         full_names.extend(name for name in matches if name not in full_names)
     first_names: dict[int, str] = {}

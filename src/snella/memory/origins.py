@@ -99,7 +99,7 @@ class Origin:
         if self._module_state() != self._state:
             raise RuntimeError(
                 f"{self._module} was changed between a forward pass and its backward pass, so its output "
-                "cannot be recomputed; change it after backward(), or set recompute_inputs=False"
+                "cannot be recomputed; change it after backward()"
             )
         num_source = len(saved) - len(self.layouts)
         # compute the source before decoding the other arguments, to limit the peak memory
@@ -165,9 +165,9 @@ def _versions(x: Tensor, saved: tuple[Tensor, ...]) -> tuple[int, ...]:
 def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
     """Return the tensors to save instead of a marked tensor, and its origin; `()` and `None` for unmarked tensors.
 
-    Views of a marked tensor, marked tensors after an in-place write, and all tensors without gradients enabled count
-    as unmarked. Outputs of a module whose parameters have changed, e.g. after FSDP frees them, also count as unmarked,
-    because the backward pass cannot recompute them.
+    Untracked views of a marked tensor, marked tensors after an in-place write, and all tensors without gradients
+    enabled count as unmarked. Outputs of a module whose parameters have changed, e.g. after FSDP frees them, also count
+    as unmarked, because the backward pass cannot recompute them.
     """
     mark = Mark.on(x) if torch.is_grad_enabled() else None
     return ((), None) if mark is None or not mark.origin.is_current() else (mark.detached(), mark.origin)
@@ -292,7 +292,7 @@ class Layout:
 def encode(z: Tensor, *, by_row: bool = False) -> tuple[Tensor, Layout]:
     """Quantize a tensor to int8 in groups of entries that are adjacent in memory.
 
-        q_i = round(z_i / s),   s = max |z| / 127 over its group of 64;   |s·q_i − z_i| ≤ s/2
+        q_i = round(z_i / s),   s = max |z| / 127 over its group of 64;   |s·q_i − z_i| ≤ s/2 for s ≥ 2⁻¹²⁶
 
     Args:
         z: Floating-point tensor of any shape.
@@ -322,7 +322,7 @@ def encode(z: Tensor, *, by_row: bool = False) -> tuple[Tensor, Layout]:
 
 
 def decode(encoded: Tensor, layout: Layout) -> Tensor:
-    """Decode the result of `encode` to the original shape, dtype and memory order."""
+    """Decode the result of `encode` to the original shape and memory order; rounds to the original dtype."""
     codes, scales = _parts(encoded, layout.group)
     rows = codes.float().mul_(scales).to(layout.dtype).view(-1, layout.row + -layout.row % layout.group)
     return rows[:, : layout.row].reshape(layout.shape).permute(layout.axes)

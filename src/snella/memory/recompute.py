@@ -6,7 +6,8 @@ between the module and the layer: views and permutations (image windows), produc
 small tensor (modulations).
 
 With compression, the backward passes of the module and the layer use the module's input in int8, and attention saves
-only its queries, keys and values, in int8. Outputs stay exact; gradients are computed at the rounded inputs.
+only its mask and, in int8, its queries, keys and values. Outputs stay exact; gradients are computed at the rounded
+inputs.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ _TRACKED_DIFFUSERS = ("TransformerBlock", "GELU", "GEGLU", "SwiGLU", "AdaLayerNo
 def can_recompute(module: nn.Module) -> bool:
     """Return whether a module's output can be recomputed instead of saved. Matches exact types of known classes.
 
-    Supports GELU variants, SiLU, Mish, Hardswish, layer, group and RMS normalization, and batch normalization in
-    evaluation mode (checked at run time), as implemented in torch, timm and transformers.
+    Supports torch's GELU, SiLU, Mish, Hardswish, and layer, RMS, group and batch normalization (in evaluation mode,
+    checked at run time); timm's GELUs and layer, RMS, group and simple normalizations; transformers' RMS
+    normalizations and most of its GELU, SiLU and Mish activations.
     """
     cls = type(module)
     name, package = cls.__qualname__, cls.__module__
@@ -106,8 +108,8 @@ def mark_outputs(model: nn.Module, *, compress: Callable[[], bool] | None = None
     Args:
         model: The model.
         compress: Called in each forward pass; returns whether these modules and attention save their inputs in int8
-            (see `snella.memory.origins.encode`). Modules with trainable parameters, and all modules under
-            `torch.compile`, save exact inputs. `None` disables compression.
+            (see `snella.memory.origins.encode`). Modules with trainable parameters, other pre-hooks or backward hooks,
+            and all modules under `torch.compile`, save exact inputs. `None` disables compression.
     """
     unmark_outputs(model)
     count = 0
@@ -145,8 +147,8 @@ def _is_recorded() -> bool:
 def _is_reproducible(module: nn.Module) -> bool:
     """Return whether a module's output can be recomputed.
 
-    Pre-hooks, backward hooks, global forward hooks, hooks that run before `_mark_output`, a replaced `forward` and
-    batch statistics prevent it. Forward hooks that run later do not, because a changed output carries no mark.
+    Pre-hooks, backward hooks, global hooks, hooks that run before `_mark_output`, a replaced `forward` and batch
+    statistics prevent it. Forward hooks that run later do not, because a changed output carries no mark.
     """
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
         return False
@@ -157,6 +159,8 @@ def _is_reproducible(module: nn.Module) -> bool:
         and not module._backward_pre_hooks
         and not torch_module._global_forward_hooks
         and not torch_module._global_forward_pre_hooks
+        and not torch_module._global_backward_hooks
+        and not torch_module._global_backward_pre_hooks
         and "forward" not in module.__dict__
     )
 

@@ -9,6 +9,7 @@ import timm
 from torch import Tensor
 
 from snella_app.backbones.checkpoint import Checkpoint
+from snella_app.text import first_line
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class InferredArchitecture:
 _STEM = ("downsample_layers.0.0.weight", "stem.0.weight")
 _DOWNSAMPLE = ("downsample_layers.{}.1.weight", "stages.{}.downsample.1.weight")
 _BLOCK = re.compile(r"stages\.(\d+)\.(?:blocks\.)?(\d+)\.(?:dwconv|conv_dw)\.weight$")
+_CONVNEXT_STAGES = 4
 _CONVNEXT_SIZES: dict[tuple[int, tuple[int, ...]], str] = {
     (96, (3, 3, 9, 3)): "tiny",
     (96, (3, 3, 27, 3)): "small",
@@ -64,7 +66,7 @@ def infer_convnext(state: dict[str, Tensor]) -> InferredArchitecture:
         (value for key, value in state.items() if key.endswith((".pwconv1.weight", ".mlp.fc1.weight"))), stem
     )
     is_convolution = "stem.0.weight" in state and pointwise.ndim == 4
-    if size is not None and dims == [dims[0] * 2**stage for stage in range(4)] and not is_convolution:
+    if size is not None and dims == [dims[0] * 2**stage for stage in range(_CONVNEXT_STAGES)] and not is_convolution:
         return InferredArchitecture(f"{family}_{size}", None)
     options: dict[str, Any] = {"depths": depths, "dims": tuple(dims), "patch_size": stem.shape[-1]}
     if is_convolution:
@@ -190,11 +192,17 @@ def infer_architecture(checkpoint: Checkpoint, *, source: str) -> InferredArchit
         source: File as the user typed it, for messages.
 
     Raises:
-        ValueError: If the architecture is not supported, or timm has no name for the ViT.
+        ValueError: If the architecture is not supported, tensors are missing, or timm has no name for the ViT.
     """
     state = checkpoint.state
-    if _FIRST_TABLE in state and _PATCH in state:
-        return infer_swin(state)
-    if any(name in state for name in _STEM) and any(map(_BLOCK.match, state)):
-        return infer_convnext(state)
-    return infer_vit(state, source=source, num_heads=checkpoint.num_heads)
+    try:
+        if _FIRST_TABLE in state and _PATCH in state and state[_PATCH].ndim == 4:
+            return infer_swin(state)
+        if any(name in state for name in _STEM) and len(_stage_depths(state, _BLOCK)) == _CONVNEXT_STAGES:
+            return infer_convnext(state)
+        return infer_vit(state, source=source, num_heads=checkpoint.num_heads)
+    except LookupError as error:
+        raise ValueError(
+            f"cannot infer the architecture of '{source}' from its shapes: a tensor is missing or has too few "
+            f"dimensions ({first_line(error)}); pass its timm name as the backbone and weights={source!r}"
+        ) from error

@@ -172,7 +172,7 @@ def _identify_origin(state: dict[str, Tensor]) -> Origin | None:
     positions = state.get("pos_embed")
     if positions is None or positions.ndim != 3 or positions.shape[-1] % 4:
         return None
-    grid = math.isqrt(positions.shape[1] - 1)
+    grid = math.isqrt(max(positions.shape[1] - 1, 0))
     if grid < 2 or grid * grid + 1 != positions.shape[1] or positions[0, 0].any():
         return None
     # MAE and MoCo v3 use fixed sines of the patch's column and row, in this or the other order

@@ -135,9 +135,10 @@ def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
         Model in evaluation mode.
 
     Raises:
-        FileNotFoundError: If the file or folder does not exist.
-        ValueError: If the weights are not a SAM, tensors are missing or unexpected, or `image_size` is not a multiple
-            of the patch size.
+        FileNotFoundError: If the file, the folder or its `config.json` does not exist.
+        OSError: If the folder contains no weights.
+        ValueError: If the weights are not a SAM or damaged, tensors are missing, unexpected or have a different shape,
+            or `image_size` is not a multiple of the patch size.
     """
     location = expand_user(path)
     if location.is_dir():
@@ -221,7 +222,7 @@ def _resized(config: SamConfig, state: dict[str, Tensor], image_size: int) -> tu
     vision: Any = config.vision_config
     patch, before = vision.patch_size, vision.image_size // vision.patch_size
     if image_size < patch or image_size % patch:
-        raise ValueError(f"image_size must be a multiple of SAM's patch size {patch}, got {image_size}")
+        raise ValueError(f"the image size of SAM must be a multiple of its patch size {patch}, got {image_size}")
     grid = image_size // patch
     if grid == before:
         return config, state
@@ -317,8 +318,9 @@ def create_sam_segmenter(path: str, *, num_classes: int, img_size: int | None = 
 
     Raises:
         NotImplementedError: If `num_classes` is not 2.
-        FileNotFoundError: If the file or folder does not exist.
-        ValueError: If the weights are not a SAM or `img_size` is not a multiple of the patch size.
+        FileNotFoundError: If the file, the folder or its `config.json` does not exist.
+        OSError: If the folder contains no weights.
+        ValueError: If the weights are not a complete SAM, or `img_size` is not a multiple of the patch size.
     """
     if num_classes != 2:
         raise NotImplementedError(

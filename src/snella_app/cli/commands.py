@@ -1,5 +1,6 @@
 """Commands for runs and data. `parser` derives options and help from signatures and docstrings."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -387,7 +388,8 @@ def push(
     pushed = push(run, name, to_folder=to_folder, adapter=adapter, private=private, overwrite=overwrite)
     console = make_console()
     if pushed.error is not None:
-        print_line(console, f"note: cannot reach the hub ({pushed.error}); later: hf upload {name} {pushed.location}")
+        upload = shlex.join(["hf", "upload", name, pushed.location, *(["--private"] if private else [])])
+        print_line(console, f"note: cannot reach the hub ({pushed.error}); later: {upload}")
     print_line(console, pushed.location)
 
 
@@ -518,8 +520,10 @@ def data(
         errors, warnings = _check_dataset(spec, task, sheet, options, overwrite=overwrite)
     else:
         defaults = {"task": "classification", "channels": 3, "skip_corrupt": False, "overwrite": False}
+        is_benchmark = path.is_dir() and any(path.iterdir())
         given = {**options, "task": task, "sheet": sheet, "overwrite": overwrite}
-        if conflicts := _given(**{key: value for key, value in given.items() if value != defaults.get(key)}):
+        conflicts = _given(**{key: value for key, value in given.items() if value != defaults.get(key)})
+        if is_benchmark and conflicts:
             raise ValueError(f"{data!r} is checked as a benchmark; leave out {conflicts}")
         checks = check_benchmarks(data, decode=decode)
         for check in checks:

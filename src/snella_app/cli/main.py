@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0, 1 for a comparison with failed runs, failed checks of `doctor` or a closed output pipe, 2 for an
-        error, 130 after Ctrl-C.
+        error, 130 after Ctrl-C, or another signal that stops training.
     """
     args = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides DDP notes; read when torch is imported

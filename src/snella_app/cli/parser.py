@@ -112,15 +112,17 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """Parse a command line.
 
     Args:
-        arguments: Command line without the program name; `--debug` is ignored.
+        arguments: Command line without the program name; `--debug` is ignored. Arguments after `--` are positional.
 
     Returns:
         Name of the command, and its settings.
 
     Raises:
         UsageError: If a command or option is unknown, or a value is missing or malformed.
+        SystemExit: After printing the help, version, configuration or completion script.
     """
-    args = [_with_dashes(arg) for arg in arguments if arg != "--debug"]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    args, operands = [_with_dashes(arg) for arg in arguments[:end] if arg != "--debug"], arguments[end:]
     if args[:1] == ["help"]:
         args = [*args[1:2], "--help"]
     option, _, shell = "".join(args[:1]).partition("=")
@@ -137,7 +139,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         _check_options(name, options, args)
         args = _expand_flags(options, _expand_preset(name, options, args))
     try:
-        values = _build_parser(name).parse_args(args)
+        values = _build_parser(name).parse_args([*args, *operands])
     except argparse.ArgumentError as error:
         raise UsageError(_rewrite_error(str(error), str(name), options, args)) from None
     settings = values[values.command].as_dict()
@@ -324,7 +326,7 @@ def _check_options(command: str, options: Sequence[Option], args: Sequence[str])
     spellings = {option.name: option.typed for option in options} | {name: _dashed(name) for name in _GLOBAL_OPTIONS}
     for arg in args:
         option = re.split(r"[.=]", arg)[0]
-        if arg.startswith("--") and arg != "--" and option not in spellings.values():
+        if arg.startswith("--") and option not in spellings.values():
             hint = suggest_setting(option[2:], spellings)
             raise UsageError(
                 f"snella {command} has no option {option}{hint and f'; {hint}'}; see snella {command} --help"
@@ -376,8 +378,9 @@ def _read_config(path: str, options: Sequence[Option]) -> dict[str, Any]:
             RecursionError: "nested too deeply",
             TypeError: "names of settings must be strings",
             UnicodeDecodeError: "must be a UTF-8 text file",
-            ValueError: "a setting must not contain itself",
         }
+        if str(error) == "Circular reference detected":
+            reasons[ValueError] = "a setting must not contain itself"
         reason = getattr(error, "problem", None) or reasons.get(type(error), error)
         raise UsageError(f"--config {path}{line}: {reason}; write settings as 'epochs: 20'") from None
     if not isinstance(content, dict):
@@ -398,13 +401,14 @@ def as_flags(message: str, command: str | None = None) -> str:
 
     Args:
         message: One line with settings such as `name=value` or `name must be ...`.
-        command: Command that raised the error; its positional arguments are unchanged. None for any command.
+        command: Command that raised the error; at the start of a clause, only its options are replaced. None for the
+            options of all commands.
     """
     options = [option for command in COMMANDS.values() for option in options_of(command.function)]
     command_options = options if command not in COMMANDS else options_of(COMMANDS[str(command)].function)
     positional = {option.name for option in command_options if option.is_positional}
     dashed = {option.name: _dashed(option.name) for option in options if option.name not in positional}
-    names = "|".join(sorted(dashed))
+    names = "|".join(sorted({option.name for option in command_options} - positional)) or "(?!)"
     flags = "|".join(sorted({option.name for option in options if _without_none(option.type) is bool}))
     message = re.sub(rf" \((?:{flags})=(?:True|False)\)| \(test_fraction=0\)", "", message)  # repeats the option
     message = re.sub(rf"(?<![-\w.])({flags})=True\b", lambda m: dashed[m[1]], message)

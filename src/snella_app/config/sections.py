@@ -1,5 +1,6 @@
 """Sections of `TrainConfig` besides the data, and base classes of the recipes' sections."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -11,7 +12,7 @@ import yaml
 
 from snella_app.files import expand_user
 from snella_app.methods.defaults import DEFAULT_METHOD, PRESET_METHODS
-from snella_app.settings import Config, errors_of
+from snella_app.settings import Config, coerce, errors_of
 from snella_app.text import first_line
 
 AUTO_METHOD = "auto"
@@ -113,12 +114,19 @@ class MethodConfig(BaseMethodConfig):
 
     preset: Literal["paper", "official"] | None = None
 
+    def preset_errors(self) -> list[str]:
+        """Check that the method accepts the preset; `errors` reports an unknown method."""
+        from snella_app.methods import METHODS
+
+        family = re.sub(r"-\d+$", "", self.name)
+        if self.preset is None or family in PRESET_METHODS or family not in (AUTO_METHOD, *METHODS):
+            return []
+        methods = " and ".join(PRESET_METHODS)
+        return [f"preset applies to {methods}, got {self.preset!r} with method {self.name!r}; leave it out"]
+
     def errors(self) -> list[str]:
         """Check the method and its options; `TrainConfig` checks the settings given with method `auto`."""
-        if self.preset is not None and re.sub(r"-\d+$", "", self.name) not in PRESET_METHODS:
-            methods = " and ".join(PRESET_METHODS)
-            return [f"preset applies to {methods}, got {self.preset!r} with method {self.name!r}; leave it out"]
-        return [] if self.name == AUTO_METHOD else super().errors()
+        return self.preset_errors() or ([] if self.name == AUTO_METHOD else super().errors())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +162,8 @@ class OptimConfig(BaseOptimConfig):
             half the largest size at which the final head alone fits.
         early_stopping: Stop after N epochs without improvement. With budgets (snella, snell), training continues at
             least until the target sparsity is reached, by default after 70% of the epochs.
-        batch_size: Batch size; defaults to 32, or to all training images if there are fewer. auto selects the largest
-            power of two up to 256 per process that fits into memory and leaves at least 10 steps per epoch.
+        batch_size: Batch size; defaults to 32, or to all images of an epoch if there are fewer. auto selects the
+            largest power of two up to 256 per process that fits into memory and leaves at least 10 steps per epoch.
         accumulate: Gradient accumulation: number of batches per optimizer step.
         head_lr: Learning rate of the classifier head.
         head_init: Initialization of the classifier head: random, or probe, a linear probe on the model's features
@@ -165,8 +173,8 @@ class OptimConfig(BaseOptimConfig):
         final_head: Head used for predictions: trained, or layers, a head on features of several layers, fitted to the
             training and validation images after training. It is a kernel head for classification by cross-entropy if it
             is fitted to 32 to 6,000 images, else linear. auto selects layers for timm models, unless it is worse on
-            validation (single-label classification: clearly worse), the protocol is official, or training uses several
-            processes.
+            validation (single-label classification: clearly worse), the method does not support it (vpt-shallow, vqt),
+            the protocol is official, or training uses several processes.
         layer_decay: Layer-wise learning rate decay, e.g. 0.75: learning rate of a block relative to the next block.
         warmup_ratio: Fraction of the steps for linear learning rate warm-up, followed by cosine decay.
         min_lr: Final value of `lr` after cosine decay; the other learning rates decay by the same factor.
@@ -287,14 +295,15 @@ class OptimConfig(BaseOptimConfig):
         )
         file = expand_user(self.class_weights)
         if not os.path.isfile(file):  # Path.is_file raises if the name is too long
-            raise ValueError(f"{error}, which does not exist")
+            raise ValueError(f"{error}, which {'is a folder' if os.path.isdir(file) else 'does not exist'}")
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as cause:
             raise ValueError(f"{error}: {first_line(cause)}") from cause
-        if not isinstance(values, dict) or not all(type(value) in (int, float) for value in values.values()):
-            raise ValueError(f"{error}, which does not map class names to numbers")
-        return {str(name): float(value) for name, value in values.items()}
+        if isinstance(values, dict):
+            with contextlib.suppress(ValueError):
+                return coerce(dict[str, float], {str(name): value for name, value in values.items()})
+        raise ValueError(f"{error}, which does not map class names to numbers")
 
     def errors(self) -> list[str]:
         """Check the fields and their combinations."""
@@ -380,8 +389,9 @@ class RunConfig(BaseRunConfig):
 
     @property
     def trackers(self) -> list[str]:
-        """Names listed in `track`."""
-        return [name.strip() for name in (self.track or "").split(",") if name.strip()]
+        """Names listed in `track`, without duplicates."""
+        names = (name.strip() for name in (self.track or "").split(","))
+        return list(dict.fromkeys(name for name in names if name))
 
     def errors(self) -> list[str]:
         """Check the fields, and that all trackers are known."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -74,7 +75,7 @@ class RunSettings(Config):
             if current[name] is None and name not in self.method.options
         }
         number = parse_method(self.method.name)[1]
-        if method.suffix == "r" and number is not None:
+        if method.suffix == "r" and number is not None and "r" not in self.method.options:
             values["r"] = number
         if method.is_head_only and current["lr"] is not None and current.get("head_lr", 0) is None:
             values["head_lr"] = current["lr"]  # the only learning rate that applies
@@ -116,7 +117,7 @@ class TrainConfig(RunSettings):
         TrainConfig.from_flat(data="photos", backbone="test_vit", out="run")
 
     Options, configuration files and `snella.train` use flat names, which `from_flat`, `flat` and `replace` map to
-    sections. In `from_flat`, a `preset` fills in settings of several sections.
+    sections. A `preset` fills in settings of several sections, so only `from_flat` accepts it.
 
     Args:
         data: Images, labels, splits and augmentation.
@@ -139,17 +140,28 @@ class TrainConfig(RunSettings):
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        """Validate the fields, and reject a preset that `from_flat` has not filled in."""
+        super().__post_init__()
+        preset = self.method.preset
+        if preset is not None and "preset" not in self.method.options:
+            raise ValueError(
+                f"preset must be given to TrainConfig.from_flat, which fills in several sections, got "
+                f"MethodConfig(preset={preset!r}); use TrainConfig.from_flat(preset={preset!r}, ...)"
+            )
+
     @classmethod
     def from_flat(cls, **settings: Any) -> Self:
         """Create a configuration from flat names; see `Config.from_flat`.
 
         A `preset` supplies missing settings, and its method options are merged with the given ones.
         """
-        name, options = settings.get("preset"), settings.get("method_options")
-        preset = TRAIN_PRESETS.get(name, {}) if isinstance(name, str) else {}
-        settings = {**preset, **settings}
-        if preset and isinstance(options, Mapping | None):  # `coerce_fields` reports other types
-            settings["method_options"] = {**preset["method_options"], **(options or {})}
+        preset, options = settings.get("preset"), settings.get("method_options")
+        defaults = TRAIN_PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        if defaults and isinstance(options, Mapping | None):  # `coerce_fields` reports other types
+            options = options or {}
+            missing = {name: value for name, value in defaults.items() if name not in options}
+            settings = {**missing, **settings, "method_options": {**defaults["method_options"], **options}}
         return super().from_flat(**settings)
 
     def resolved(self) -> Self:
@@ -159,11 +171,12 @@ class TrainConfig(RunSettings):
         reaches its target before training can stop; a preset in `method_options` keeps its own value.
 
         Raises:
-            ValueError: If the method is `auto`, or the weight file does not exist.
+            ValueError: If the method is `auto`, the file of `weights` or `class_weights` is missing or invalid, or
+                `min_lr` exceeds the method's default `lr`.
         """
         from snella_app.methods import find_method
 
-        if (weights := self.model.weights) is not None and not expand_user(weights).is_file():
+        if (weights := self.model.weights) is not None and not os.path.isfile(expand_user(weights)):
             raise ValueError(f"weights must be an existing file, got {weights!r}")
         if self.method.name == AUTO_METHOD:
             raise ValueError(
@@ -192,10 +205,10 @@ class TrainConfig(RunSettings):
 
     def method_errors(self) -> list[str]:
         """Check the method; method 'auto' accepts no method-specific settings."""
+        if self.method.preset_errors():
+            return []  # reported by the section; the preset also sets `scalar_lr`
         if self.method.name != AUTO_METHOD:
             return super().method_errors()
-        if self.method.preset is not None:
-            return []  # reported by the section
         names = (*OPTION_SETTINGS, "lr", "scalar_lr", "head_lr", "weight_decay", "method_options", "folds", "fold")
         values = self.flat()
         given = [f"{name} {value}" for name in names if (value := values[name]) not in (None, {})]

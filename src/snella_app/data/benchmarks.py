@@ -276,7 +276,7 @@ def inspect_vtab(folder: Path, task: BenchmarkDataset) -> Inspection:
 
 def _read_list(inspection: Inspection, name: str) -> None:
     """Read the lines `images/SPLIT/NAME LABEL` of a list; record malformed lines."""
-    content = (inspection.folder / f"{name}.txt").read_text(encoding="utf-8", errors="replace")
+    content = (inspection.folder / f"{name}.txt").read_text(encoding="utf-8-sig", errors="replace")
     files, labels, malformed = [], [], []
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():

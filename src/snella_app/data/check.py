@@ -90,9 +90,11 @@ def check_benchmarks(folder: str | Path, *, decode: bool = False) -> list[Benchm
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If the folder contains no benchmark data.
+        ValueError: If `folder` is a file or contains no benchmark data.
     """
     root = expand_user(folder)
+    if root.is_file():
+        raise ValueError(f"data must be a dataset or benchmark folder, got the file {str(folder)!r}")
     layouts = "; ".join(f"{family.title} as {family.layout}" for family in _FAMILIES)
     if not root.is_dir():
         raise FileNotFoundError(
@@ -224,8 +226,11 @@ class DataCheck:
         table.add_row("images" if target == "labels" else "all", *(f"{size:,}" for size in sizes), f"{sum(sizes):,}")
         console.print(table)
         rows = [("note", note) for note in self.notes] + [("warning", warning) for warning in self.warnings]
-        for name, (low, median, high) in self.ranges.items():
-            rows.insert(0, ("numbers", f"{name} from {low:g} to {high:g}, median {median:g}"))
+        numbers = [
+            ("numbers", f"{name} from {low:g} to {high:g}, median {median:g}")
+            for name, (low, median, high) in self.ranges.items()
+        ]
+        rows = [*numbers, *rows]
         if self.sizes is not None:
             names = ("smallest", "median", "largest")
             sizes_text = ", ".join(f"{name} {w}×{h}" for name, (w, h) in zip(names, self.sizes, strict=True))

@@ -73,6 +73,8 @@ class Columns:
     def resolve(self, table: Mapping[str, Sequence[Any]], needed: Sequence[str], where: str) -> dict[str, str]:
         """Return the column of each role: a name of the table, a path template, or label columns joined by `+`.
 
+        Roles without a column in `names` get the first matching column that has no other role in `names`.
+
         Args:
             table: Values by column.
             needed: Required roles.
@@ -85,15 +87,19 @@ class Columns:
         by_plain_name = {re.sub(r"[\s_\-.]", "", name.lower().rpartition(".")[2]): name for name in reversed(names)}
         by_plain_name |= {re.sub(r"[\s_\-.]", "", name.lower()): name for name in reversed(names)}
         roles: dict[str, str] = {}
-        used: set[str] = set()
+        assigned = {
+            name
+            for role, column in self.names.items()
+            for name in ([column] if role == "path" else columns_in(role, column))
+        }
         errors: list[str] = []
         for role, words in _SYNONYMS.items():
             column = self.names.get(role)
             if column is None:
-                column = next((by_plain_name[word] for word in words if word in by_plain_name), None)
-                if column is not None and column not in used:
+                matches = (by_plain_name[word] for word in words if word in by_plain_name)
+                column = next((match for match in matches if match not in assigned), None)
+                if column is not None:
                     roles[role] = column
-                    used.add(column)
                 elif role in needed:
                     errors.append(f"no {role} column ({role} or a similar name); set it with --columns {role}=NAME")
             elif column != _NONE:
@@ -102,7 +108,6 @@ class Columns:
                     errors.append(f"no column {name!r} for {role}" + nearest(name, table, form=" (nearest: '{}')"))
                 if not unknown:
                     roles[role] = column
-                    used |= {column} if role == "path" else set(columns_in(role, column))
             elif role in needed:
                 errors.append(f"columns must name a column for {role}, got {role}={_NONE}")
         if errors:

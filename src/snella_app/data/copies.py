@@ -112,7 +112,7 @@ def find_near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int
     is empty.
 
     Returns:
-        Position of the most similar training image by position in `others`.
+        Position of the matching training image with the smallest difference by position in `others`.
     """
     known = [
         {p: metadata.thumbnail for p, metadata in known_metadata(images).items() if metadata.thumbnail.std() > _FLAT}
@@ -127,8 +127,10 @@ def find_near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int
     matches = {}
     for start in range(0, len(unit[1]), _CHUNK):
         correlations = unit[1][start : start + _CHUNK] @ unit[0].T
-        for offset, nearest in enumerate(correlations.argmax(1)):
-            distance = np.sqrt(((raw[1][start + offset] - raw[0][nearest]) ** 2).mean())
-            if correlations[offset, nearest] >= _MIN_CORRELATION and distance <= _MAX_DISTANCE:
-                matches[int(positions[1][start + offset])] = int(positions[0][nearest])
+        for offset, is_similar in enumerate(correlations >= _MIN_CORRELATION):
+            similar = np.flatnonzero(is_similar)
+            if len(similar):
+                distances = np.sqrt(((raw[1][start + offset] - raw[0][similar]) ** 2).mean(1))
+                if distances.min() <= _MAX_DISTANCE:
+                    matches[int(positions[1][start + offset])] = int(positions[0][similar[distances.argmin()]])
     return matches

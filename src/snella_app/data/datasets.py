@@ -157,7 +157,8 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         if self._encode is not None:
             if self.annotations.targets is None:
                 raise RuntimeError(
-                    "encoding targets requires a label column, got images with classes only; load a table"
+                    "encoding targets requires raw labels, got images with classes only; pass target='labels' or "
+                    "'numbers' to load_data"
                 )
             target = self._encode(self.annotations.targets[index])
         if not self._is_weighted or self.annotations.weights is None:

@@ -21,7 +21,9 @@ PARTS = {
     **{"val": "val", "validation": "val", "valid": "val", "dev": "val"},
 }
 """Splits by accepted name, lower case."""
-_TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
+_TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
+_METADATA = "metadata.jsonl"
+"""Name of the only JSON table that Hugging Face datasets reads in an image folder."""
 _LAYOUT = "the expected layout is PATH/class/image.jpg"
 _Files = dict[str, list[Path]]
 
@@ -94,9 +96,9 @@ def existing_folder(
             f"data must name a folder after '{family}:', got '{family}:'; write {family}:PATH, e.g. {family}:photos"
         )
     root = expand_user(path)
-    if root.is_dir():
+    if os.path.isdir(root):  # False for a path that is too long
         return root.resolve()
-    if root.exists():
+    if os.path.exists(root):
         raise ValueError(f"{family}:{path} must be a folder {content}, got a file")
     parent = next(folder for folder in root.absolute().parents if folder.is_dir())
     missing = root.absolute().relative_to(parent).parts[0]
@@ -241,7 +243,8 @@ def _no_classes_error(folder: Path, root: Path) -> str:
 
 def _table_hint(*folders: Path) -> str:
     """Return a hint for a label table next to the images; empty without one."""
-    table = next((child for folder in folders for child in sorted(folder.iterdir()) if child.suffix in _TABLES), None)
+    files = (child for folder in folders for child in sorted(folder.iterdir()))
+    table = next((file for file in files if file.suffix in _TABLES or file.name == _METADATA), None)
     if table is None:
         return ""
     if table.suffix == ".xlsx":

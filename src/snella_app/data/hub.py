@@ -46,7 +46,11 @@ def load_hf(path: str, config: DataConfig, target: TargetKind) -> Collection:
     Parquet files, or a Hub name `owner/name` or `owner/name:configuration`.
 
     Raises:
+        FileNotFoundError: If the dataset does not exist.
         ConnectionError: If the Hub is unreachable and the dataset is not cached.
+        ValueError: If the path is empty, the data cannot be read, there is no train split, a column does not contain
+            what its role requires, or `build_collection` rejects the data.
+        ImportError: If a required package is not installed.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -87,14 +91,16 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
 
     Args:
         data: `datasets.Dataset` or `DatasetDict`; map-style torch dataset of (image, label) items without transform,
-            e.g. from torchvision; or a mapping from train, val and test to these. Class indices refer to `classes` of
-            their own dataset, if it has this attribute.
+            e.g. from torchvision; or a mapping from train, val and test to these. One class index per image refers to
+            `classes` of its own dataset, if it has this attribute; multi-hot vectors refer to `classes` of the first.
         config: Image format and `skip_corrupt`, and column roles of Hugging Face datasets.
         target: Content of the label column.
 
     Raises:
         TypeError: If the type of the object or of its items is not supported.
-        ValueError: If `build_collection` rejects the data, a split is unknown, or a setting does not apply to the data.
+        ValueError: If `build_collection` rejects the data, a split is unknown, a class index is out of range, or a
+            setting does not apply to the data.
+        ImportError: If a required package is not installed.
     """
     name, where = "data", f"{PYTHON_PREFIX}data"
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
@@ -119,7 +125,12 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
         counts = ", ".join(map(str, PILLOW_MODES))
         raise ValueError(f"channels must be one of {counts} for a torch dataset, got {config.channels}")
     source = _ObjectImages(list(parts.values()), config.reading)
-    labels = [label for part in parts.values() for label in _labels_of(part)]
+    labels: list[Any] = []
+    broken: dict[int, str] = {}
+    for part in parts.values():
+        part_labels, reasons = _labels_of(part)
+        broken |= {len(labels) + row: reason for row, reason in reasons.items()}
+        labels += part_labels
     rows = [(part_name, row) for part_name, part in parts.items() for row in range(len(part))]
     names = [f"{part_name}/{row:06}" for part_name, row in rows]
     by_part: dict[str, list[str]] = {}
@@ -128,16 +139,19 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
         by_part[part_name] = [] if known is None else list(map(str, known))
     first = next(iter(by_part.values()))
     classes = first if first and target == "labels" else None  # names of multi-hot vectors
-    if first and target == "class" and all(isinstance(label, int) for label in labels):
+    usable = [row for row in range(len(labels)) if row not in broken]
+    if first and target != "numbers" and all(isinstance(labels[row], int) for row in usable):
         classes = first
-        class_names = [by_part[part_name] or first for part_name, _ in rows]  # indices of the dataset's own classes
-        for image, label, known in zip(names, labels, class_names, strict=True):
-            if not 0 <= label < len(known):
-                raise ValueError(f"label of {image} must be a class index below {len(known)}, got {label}")
-        labels = [known[label] for label, known in zip(labels, class_names, strict=True)]
+        for row in usable:
+            known = by_part[rows[row][0]] or first  # indices of the dataset's own classes
+            if not 0 <= labels[row] < len(known):
+                raise ValueError(
+                    f"label of {names[row]} must be a class index from 0 to {len(known) - 1}, got {labels[row]}"
+                )
+            labels[row] = known[labels[row]]
     table = {"label": labels, "split": [part_name for part_name, _ in rows]}
     roles = {role: role for role in table if role == "label" or len(parts) > 1}
-    samples = Samples(name, where, source, names, table, roles, classes)
+    samples = Samples(name, where, source, names, table, roles, classes, broken)
     return build_collection(samples, config, target)
 
 
@@ -220,18 +234,24 @@ def _pil_image(item: Any) -> Image.Image:
     return item
 
 
-def _labels_of(part: Any) -> list[Any]:
-    """Return the labels of a torch dataset, from its label list or its items."""
+def _labels_of(part: Any) -> tuple[list[Any], dict[int, str]]:
+    """Return the labels of a torch dataset, from its label list or its items, and the reason by unreadable item."""
+    broken: dict[int, str] = {}
     lists: Iterator[Any] = (getattr(part, name, None) for name in ("targets", "labels", "_labels"))
     values = next((values for values in lists if hasattr(values, "__len__") and len(values) == len(part)), None)
     if values is None or getattr(part, "target_transform", None) is not None:
-        try:
-            values = [part[row][1] for row in range(len(part))]
-        except (TypeError, LookupError) as error:
-            raise TypeError(
-                f"items must be (image, label), got {type(part[0]).__name__} from {type(part).__name__}"
-            ) from error
-    return [value.tolist() if hasattr(value, "tolist") else value for value in values]
+        values = []
+        for row in range(len(part)):
+            try:
+                values.append(part[row][1])
+            except (TypeError, LookupError) as error:
+                raise TypeError(
+                    f"items must be (image, label), got {type(part[row]).__name__} from {type(part).__name__}"
+                ) from error
+            except DECODING_ERRORS as error:
+                values.append(None)
+                broken[row] = str(error) or type(error).__name__
+    return [value.tolist() if hasattr(value, "tolist") else value for value in values], broken
 
 
 def _from_hf(

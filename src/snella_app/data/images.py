@@ -116,7 +116,8 @@ def decode_image(file: File, name: str, reading: Reading = RGB) -> Any:
                 image.draft(None, (image.width // factor, image.height // factor))
             image.load()
             ImageOps.exif_transpose(image, in_place=True)  # in place avoids a copy of upright images
-            factor = _reduction(image, reading) if image.mode in _REDUCIBLE else 1
+            is_reducible = image.mode in _REDUCIBLE and "transparency" not in image.info
+            factor = _reduction(image, reading) if is_reducible else 1
             return to_channels(image.reduce(factor) if factor > 1 else image, reading)
 
 
@@ -182,7 +183,9 @@ def open_image(file: File) -> Image.Image:
 
     Raises:
         UnidentifiedImageError: If the format is not supported.
-        ValueError: If an array is not uint8 with 1, 3 or 4 channels.
+        ValueError: If an array is damaged or not uint8 with 1, 3 or 4 channels.
+        Image.DecompressionBombError: If the image has too many pixels.
+        OSError, SyntaxError: If the file cannot be read or its header is damaged.
     """
     if _start_of(file).startswith(_NUMPY_START):
         return _array_image(file)
@@ -279,17 +282,20 @@ def array_pixels(file: File) -> int:
     """Return the number of values in a TIFF or array file from its header; a stream is rewound.
 
     Raises:
-        ValueError: If the file is neither, not numeric or too large.
+        ValueError: If the file is neither, damaged, not numeric or too large.
         ImportError: If tifffile is required but not installed.
     """
-    if _start_of(file).startswith(_NUMPY_START):
-        with nullcontext(file) if not isinstance(file, str | Path) else Path(file).open("rb") as stream:
-            is_first = np.lib.format.read_magic(stream) == (1, 0)
-            read_header = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read_header(stream)
-    else:
-        with _open_tiff(file) as tiff:
-            shape, dtype = _shape_and_dtype(tiff)
+    try:
+        if _start_of(file).startswith(_NUMPY_START):
+            with nullcontext(file) if not isinstance(file, str | Path) else Path(file).open("rb") as stream:
+                is_first = np.lib.format.read_magic(stream) == (1, 0)
+                read_header = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read_header(stream)
+        else:
+            with _open_tiff(file) as tiff:
+                shape, dtype = _shape_and_dtype(tiff)
+    except DECODING_ERRORS as error:
+        raise ValueError(str(error) or type(error).__name__) from error
     if not isinstance(file, str | Path):
         file.seek(0)
     _check_values(shape, dtype)
@@ -383,10 +389,6 @@ def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        colors = image.convert("RGBA")
-        background = Image.new("RGBA", colors.size, "white")
-        return Image.alpha_composite(background, colors).convert("RGB")
     if image.mode.startswith("I"):
         values = np.asarray(image)
         is_deep = values.max(initial=0) > 255 or image.mode != "I"
@@ -394,7 +396,13 @@ def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:
             eight_bit = values >> 8 if is_deep else values
         else:
             eight_bit = (values.astype(np.float32) * (255 / white)).round() if is_deep else values
+        if "transparency" in image.info:
+            eight_bit = np.where(values == image.info["transparency"], 255, eight_bit)
         return Image.fromarray(np.clip(eight_bit, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        colors = image.convert("RGBA")
+        background = Image.new("RGBA", colors.size, "white")
+        return Image.alpha_composite(background, colors).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point values are not supported; save the image with 8 or 16 bits")
     return image.convert("RGB")

@@ -48,7 +48,8 @@ _READERS: dict[str, Callable[[str, DataConfig, TargetKind], Collection]] = {
     "fgvc:": FGVC.load,
 }
 """Readers by prefix; each takes the text after the colon, the settings and the target. Errors: FileNotFoundError for
-missing data, ValueError for unusable data with all problems in one message, ImportError for a missing package."""
+missing data, ValueError for unusable data with all problems in one message, ImportError for a missing package, and
+ConnectionError for an unreachable Hub."""
 _TABLES = {"csv:": "FILE", "parquet:": "FILE", "hf:": "NAME", "wds:": "SHARDS"}
 """Prefixes of data with columns, and the placeholder of the text after the colon."""
 _BENCHMARKS = {"vtab:": VTAB, "fgvc:": FGVC}
@@ -147,7 +148,7 @@ def data_folder(spec: str) -> Path | None:
 def load_data(
     spec: Any, config: DataConfig | None = None, *, seed: int = 0, target: TargetKind = "class", divide: bool = True
 ) -> DataSplits:
-    """Load data and create stratified, seeded splits. Images of a group stay in one split.
+    """Load data and create stratified, seeded splits, which keep the images of a group together.
 
     Existing splits are preserved. A test split is created only for data without splits, a validation split if it is
     missing and the protocol is `standard`. Fractions refer to all images to be split. Splits are then subsampled to
@@ -354,7 +355,9 @@ def _strata(splits: DataSplits, images: ImageDataset, minimum: int) -> tuple[Seq
 
 def _subsample(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int]) -> None:
     """Subsample the splits to their sizes, and set the seed of the augmentation."""
-    reasons = {"val": f"protocol={config.protocol} has no val split", "test": f"{splits.name!r} has no test split"}
+    reasons = {name: f"{splits.name!r} has no {name} split" for name in ("val", "test")}
+    if config.protocol != "standard":
+        reasons["val"] = f"protocol={config.protocol} has no val split"
     for name, size in config.sizes.items():
         images = splits.parts.get(name)
         if images is None and size is not None:

@@ -122,7 +122,7 @@ def collect_masks(
     if texts and not is_white:
         reason = f"labels must be 0, 1, 2 … without gaps, or 0 and 255; list absent classes in {_CLASS_FILE}"
         if class_names:
-            reason = f"{_CLASS_FILE} lists {len(classes)} classes"
+            reason = f"the classes are {listed(classes)}"
         errors.append(
             f"{counted(len(texts), 'mask')} with labels out of range 0 to {len(classes) - 1} ({reason}): "
             f"{listed(texts)}"
@@ -200,12 +200,21 @@ def _class_names(root: Path) -> list[str] | None:
     file = root / _CLASS_FILE
     if not file.is_file():
         return None
-    names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = _lines(file)
     if len(names) < 2 or len(set(names)) < len(names) or len(names) > _MAX_LABELS:
         raise ValueError(
             f"{file} must list 2 to {_MAX_LABELS} different classes, one per line, background first, got {names}"
         )
     return names
+
+
+def _lines(file: Path) -> list[str]:
+    """Return the nonempty lines of a UTF-8 file without surrounding spaces."""
+    try:
+        content = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{file}' must be a text file in UTF-8: {error}; save it as UTF-8") from error
+    return [line.strip() for line in content.splitlines() if line.strip()]
 
 
 def _default_class_names(labels: set[int]) -> list[str]:
@@ -281,5 +290,4 @@ def _official_split(root: Path, pairs: dict[str, MaskPair], errors: list[str]) -
 
 def _names(file: Path) -> list[str]:
     """Read the names in a split file, without folders and suffixes."""
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    return list(dict.fromkeys(Path(line).stem for line in lines if line))
+    return list(dict.fromkeys(Path(line).stem for line in _lines(file)))

@@ -21,7 +21,7 @@ class Reading:
         channels: 3 for RGB, 1 for gray, 4 for RGBA; any other number for a TIFF (by tifffile) or `.npy` array of
             `[height, width, channels]`, `[channels, height, width]` or one page per channel.
         white: Value of 16-bit gray images and arrays mapped to white; larger values are clipped.
-        side: Minimum shorter side; larger 8-bit images without palette and alpha channel are downscaled by an integer
+        side: Minimum shorter side; larger 8-bit images without palette and transparency are downscaled by an integer
             factor. JPEGs first use the decoder's scaling, which is faster; the rest is averaged. None uses the full
             resolution.
     """
@@ -44,7 +44,7 @@ class DataConfig(Config):
         task: classification (one class per image), multilabel (any number of labels), ordinal (ordered classes),
             regression (numbers) or segmentation (one class per pixel; needs data with masks).
         columns: Columns of a table, e.g. path=file,label=species,split=part,weight=w,group=patient; others are
-            detected by name. Images of a group stay in the same split.
+            detected by name. New splits keep groups together.
         class_order: Class names from lowest to highest, e.g. small,medium,large (ordinal); not needed if the names
             begin with numbers.
         train_size: Number of training images, stratified by class; all by default.

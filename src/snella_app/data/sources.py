@@ -99,6 +99,7 @@ class CachedImages:
 
         Raises:
             ValueError: If the file is missing or broken.
+            ImportError: If tifffile is required but not installed.
         """
         if (cached := self._cached.get(row)) is not None:
             return cached
@@ -217,7 +218,7 @@ def broken_rows(source: CachedImages, rows: Sequence[int]) -> dict[int, str]:
         try:
             source.metadata[row] = source.inspect(row)
         except ValueError as error:
-            return str(error).partition("image: ")[2] or str(error)
+            return str(error).partition(" is not a readable image: ")[2] or str(error)
         return None
 
     return {row: text for row, text in zip(rows, decode_all(reason, rows), strict=True) if text is not None}

@@ -7,6 +7,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from snella_app.text import listed
+
 _MAX_FOLDS = 20
 
 
@@ -33,12 +35,12 @@ def stratified_split(
     few = [f"{name!r} has {count}" for name, count in zip(classes, counts, strict=True) if 0 < count <= reserve]
     if few:
         needed = (
-            f"every class needs at least {reserve + 1} images to create a '{part}' split; {', '.join(few)}"
+            f"every class needs at least {reserve + 1} images to create a '{part}' split; {listed(few)}"
             if len(classes) > 1
             else f"creating a '{part}' split requires at least {reserve + 1} images, got {len(labels)}"
         )
         raise ValueError(
-            f"{needed}. Add images, or provide the splits as folders"
+            f"{needed}. Add images, or provide the splits as folders or a split column"
             + (", or disable the test split with --test-fraction 0 (test_fraction=0)" if part == "test" else "")
         )
     total = max(round(fraction * len(labels)), int((counts > 0).sum()))
@@ -137,7 +139,7 @@ def fold_split(
         counts = np.bincount(labels, minlength=len(classes))
         few = [f"{name!r} has {count}" for name, count in zip(classes, counts, strict=True) if 0 < count < folds]
         if few:
-            raise ValueError(f"folds must be at most the number of images of each class, got {folds}; {', '.join(few)}")
+            raise ValueError(f"folds must be at most the number of images of each class, got {folds}; {listed(few)}")
     elif (most := min(len(set(groups)), max(Counter(labels).values()))) < folds:
         raise ValueError(
             f"folds must be at most {most}, the number of groups or of images in the largest class, got {folds}"

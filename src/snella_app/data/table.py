@@ -68,6 +68,11 @@ class Samples:
         columns = [self.table[name] for name in self.label_columns]
         return list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
 
+    @property
+    def has_columns(self) -> bool:
+        """True if `--columns` applies; False for torch datasets."""
+        return "path" in self.roles
+
     def column(self, role: str) -> Sequence[Any] | None:
         """Return the raw values of a role; None without a column."""
         return self.table[self.roles[role]] if role in self.roles else None
@@ -108,8 +113,9 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
         target: Content of the label column.
 
     Raises:
-        ValueError: If rows are unusable, splits are unknown, there are no training images or none of a class, all
-            training weights are 0, or labels do not match `target`.
+        ValueError: If rows are unusable without `skip_corrupt`, splits are unknown, there are no training images or
+            none of a class, all training weights are 0, or labels do not match `target`.
+        ImportError: If tifffile is required but not installed.
     """
     parts = _parts(samples)
     values, broken = _targets(samples, target)
@@ -122,7 +128,7 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
     usable = [row for row in range(len(samples.names)) if row not in broken]
     broken |= broken_rows(samples.source, usable)
     notes = list(samples.notes)
-    if "path" in samples.roles:
+    if samples.has_columns:
         notes.append(f"columns: {', '.join(f'{role} {column!r}' for role, column in samples.roles.items())}")
     if broken:
         if not config.skip_corrupt:
@@ -140,6 +146,9 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
     problems: list[str] = []
     if target == "class":
         problems = _check_classes(classes, indices, rows, parts, samples)
+    elif not classes:
+        columns = " and ".join(map(repr, samples.label_columns))
+        problems = [f"{samples.where}: at least one label is required, got none in column {columns}"]
     groups = (
         None if raw_groups is None else [text_of(value) or f"(row {row + 1})" for row, value in enumerate(raw_groups)]
     )
@@ -184,17 +193,19 @@ def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:
         kind: csv or parquet.
 
     Raises:
-        FileNotFoundError: If the file does not exist; the message suggests similar names.
+        FileNotFoundError: If the file does not exist or is not a regular file; the message suggests similar names.
         ValueError: If the file is not a table, is empty, or has duplicate columns or rows of unequal length.
         ImportError: If pyarrow is required but not installed.
     """
     file = expand_user(path)
-    if not path.strip() or not file.is_file():
+    if not path.strip() or not os.path.isfile(file):  # False for a path that is too long
         hint = (
             similar_paths(file, cutoff=0.4, suffixes=TABLE_SUFFIXES)
             or f"; write {kind}:FILE, e.g. {kind}:photos/labels.{kind}"
         )
-        got = "is a folder" if path.strip() and file.is_dir() else "does not exist"
+        got = "does not exist"
+        if path.strip() and os.path.exists(file):
+            got = "is a folder" if file.is_dir() else "is not a regular file"
         raise FileNotFoundError(f"data must name a table, got {kind}:{path}, which {got}{hint}")
     file = file.absolute()
     table = _read_parquet(file) if kind == "parquet" else _read_csv(file)
@@ -224,8 +235,9 @@ def table_paths(path: str | Path, columns: Columns, kind: str | None = None) -> 
 
     Raises:
         FileNotFoundError: If the table does not exist.
-        ValueError: If the path column is missing, or a Parquet file lists an image outside its folder or
-            `columns.root`.
+        ValueError: If `read_table` rejects the table, the path column is missing, or a Parquet file lists an image
+            outside its folder or `columns.root`.
+        ImportError: If pyarrow is required but not installed.
     """
     kind = kind or ("parquet" if Path(path).suffix.lower() == ".parquet" else "csv")
     table, _ = read_table(str(path), kind)
@@ -242,7 +254,7 @@ def _read_csv(file: Path) -> dict[str, list[Any]]:
     """Read the columns of a CSV file as strings."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            head = lines.readline()
+            head = next((line for line in lines if line.strip("\r\n")), "")
             lines.seek(0)
             delimiter = max("\t;,", key=head.count)
             rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
@@ -298,7 +310,7 @@ def _targets(samples: Samples, target: TargetKind) -> tuple[list[Target], dict[i
     if target == "numbers":
         return _numbers(samples)
     if target == "labels":
-        return list(_label_lists(samples)), {}
+        return _label_lists(samples)
     if len(samples.label_columns) > 1:
         raise ValueError(
             f"{samples.where}: columns must name one label column for classification, got "
@@ -323,7 +335,7 @@ def _numbers(samples: Samples) -> tuple[list[Target], dict[int, str]]:
         is_scalar = not isinstance(value, list | tuple)
         numbers = tuple(number_of(part) for part in ([value] if is_scalar else value))
         if len(numbers) != len(samples.label_columns) or not all(map(math.isfinite, numbers)):
-            broken[row] = f"label {format_value(value)!r} is not a number"
+            broken[row] = f"label {format_value(value)!r} is not a finite number"
         values.append(numbers[0] if is_scalar else numbers)
     if broken and len(broken) == len(values):
         names = " and ".join(map(repr, samples.label_columns))
@@ -335,28 +347,49 @@ def _numbers(samples: Samples) -> tuple[list[Target], dict[int, str]]:
     return values, broken
 
 
-def _label_lists(samples: Samples) -> Iterable[tuple[str, ...]]:
-    """Yield the labels of each row, from a list, text with separators, or several 0/1 columns."""
+def _label_lists(samples: Samples) -> tuple[list[Target], dict[int, str]]:
+    """Return the labels of each row, from a list, a class name, text with separators, or several 0/1 columns.
+
+    Also return the reason by unusable row.
+    """
     if len(samples.label_columns) > 1:
-        for row, value in enumerate(samples.labels):
-            texts = [text_of(part).lower() for part in value]
-            invalid = [text for text in texts if text not in (*_TRUE, *_FALSE)]
-            if invalid:
-                raise ValueError(
-                    f"{samples.where}: multiple label columns must contain only 0 and 1, "
-                    f"got {invalid[0]!r} in row {row + 1}"
-                )
-            yield tuple(name for name, text in zip(samples.label_columns, texts, strict=True) if text in _TRUE)
-        return
+        return _binary_columns(samples)
     values = list(map(_parsed_list, samples.labels))
-    if (names := _multi_hot_names(values, samples.classes)) is not None:
-        yield from (tuple(name for name, is_set in zip(names, value, strict=True) if is_set) for value in values)
-        return
-    texts = [value for value in values if isinstance(value, str)]
+    # a row without a value has no labels
+    values = [value if isinstance(value, list | tuple) or text_of(value) else () for value in values]
+    vectors = [value for value in values if not isinstance(value, list | tuple) or value]
+    if (names := _multi_hot_names(vectors, samples.classes)) is not None:
+        return [tuple(names[index] for index, is_set in enumerate(value) if is_set) for value in values], {}
+    classes = samples.classes or ()
+    texts = [value for value in values if isinstance(value, str) and value not in classes]
     separator = next((s for s in _SEPARATORS if any(s in text for text in texts)), _SEPARATORS[0])
+    labels: list[Target] = []
     for value in values:
-        items = value if isinstance(value, list | tuple) else text_of(value).split(separator)
-        yield tuple(dict.fromkeys(filter(None, map(text_of, items))))
+        is_list = isinstance(value, list | tuple)
+        items = value if is_list else [value] if value in classes else text_of(value).split(separator)
+        labels.append(tuple(dict.fromkeys(filter(None, map(text_of, items)))))
+    return labels, {}
+
+
+def _binary_columns(samples: Samples) -> tuple[list[Target], dict[int, str]]:
+    """Return the names of the label columns that are 1 in each row, and the reason by unusable row."""
+    labels: list[Target] = []
+    broken: dict[int, str] = {}
+    first = ""
+    for row, value in enumerate(samples.labels):
+        texts = list(map(text_of, value))
+        invalid = next((text for text in texts if text.lower() not in (*_TRUE, *_FALSE)), None)
+        if invalid is not None:
+            broken[row], first = f"label {invalid!r} is not 0 or 1", first or invalid
+        labels.append(
+            tuple(name for name, text in zip(samples.label_columns, texts, strict=True) if text.lower() in _TRUE)
+        )
+    if broken and len(broken) == len(labels):
+        raise ValueError(
+            f"{samples.where}: multiple label columns must contain only 0 and 1, got {first!r} in row 1 and no valid "
+            "row"
+        )
+    return labels, broken
 
 
 def _parsed_list(value: Any) -> Any:
@@ -445,18 +478,22 @@ def _check_classes(
     present = sorted({indices[row] for row in rows})
     if len(present) > max(len(rows) / 2, _FEW_CLASSES):
         examples = ", ".join(repr(classes[index]) for index in present[:3])
+        remedy = "for numbers, set --task regression"
+        if samples.has_columns:
+            remedy = "select another column with --columns label=NAME"
         problems.append(
             f"{samples.where}: column {samples.label_columns[0]!r} must contain classes, got {len(present)} different "
-            f"values in {len(rows)} rows, e.g. {examples}; select another column with "
-            "--columns label=NAME"
+            f"values in {len(rows)} rows, e.g. {examples}; {remedy}"
         )
     train_classes = {indices[row] for row in rows if parts[row] == "train"}
     counts = Counter(classes[indices[row]] for row in rows if indices[row] not in train_classes)
     if counts and train_classes:
         named = listed([f"{name!r} ({count} in other splits)" for name, count in sorted(counts.items())])
+        remedy = "add training images or remove these classes"
+        if samples.has_columns:
+            remedy = "add training images, remove their rows, or create new splits with --columns split=none"
         raise ValueError(
-            f"{samples.where}: {len(counts)} of {len(classes)} classes have no training image: {named}; add training "
-            "images, remove their rows, or create new splits with --columns split=none"
+            f"{samples.where}: {len(counts)} of {len(classes)} classes have no training image: {named}; {remedy}"
         )
     return problems
 

@@ -51,13 +51,13 @@ def find_head(model: nn.Module, head: str | None = None) -> str:
         A module name, e.g. `"head"`, `"fc"` or `"head.fc"`.
 
     Raises:
-        ValueError: If the module does not exist, the model declares no head or several, or the head has no weights
-            (`num_classes=0`).
+        ValueError: If the module does not exist, the model declares no head or several, or the module has no weights,
+            e.g. with `num_classes=0`.
     """
     modules = dict(model.named_modules())
     name = _declared_head(model, modules) if head is None else head
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     if name is None or name not in modules:
-        linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
         problem = (
             f"{type(model).__name__} does not declare its classifier head; pass head=..."
             if head is None
@@ -65,9 +65,12 @@ def find_head(model: nn.Module, head: str | None = None) -> str:
         )
         raise ValueError(f"{problem}; the model's last linear layers are {linears[-3:]}")
     if not any(True for _ in modules[name].parameters()):
+        if getattr(model, "num_classes", None) == 0:
+            raise ValueError(
+                f"the head {name!r} has no weights (num_classes=0); create the model with num_classes of at least 1"
+            )
         raise ValueError(
-            f"the head {name!r} has no weights (num_classes={getattr(model, 'num_classes', None)}); "
-            "create the model with num_classes of at least 1"
+            f"head must name a module with weights, got {name!r}; the model's last linear layers are {linears[-3:]}"
         )
     return name
 

@@ -71,7 +71,7 @@ def _suggest_spelling(name: str) -> str:
     plain = name.lower().replace("_", "-")
     family = plain.rstrip("0123456789")
     digits, family = plain.removeprefix(family), family.rstrip("-")
-    if family not in METHODS or (digits and METHODS[family].suffix is None):
+    if family not in METHODS or (digits and (METHODS[family].suffix is None or int(digits) < 1)):
         return ""
     return f"; did you mean {family + (digits and '-' + digits)!r}?"
 
@@ -97,7 +97,7 @@ def build_method(
     Raises:
         ValueError: If the name, an option or a value is invalid, the number contradicts an option, the method does not
             support the model, or required data is missing.
-        TypeError: If `batches` is not callable.
+        TypeError: If the method requires `batches` and they are not callable.
     """
     options, method = check_method(name, options), find_method(name)
     if method.needs_batches and batches is None:
@@ -107,8 +107,14 @@ def build_method(
         )
     head = find_head(model, head)
     model.requires_grad_(False)
+    return _build(name, model, head, options, batches if method.needs_batches else None)
+
+
+def _build(name: str, model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
+    """Apply a method with checked options to a frozen model; errors of PEFT name the method and the model."""
+    method = find_method(name)
     try:
-        built = method.build(model, head, options, batches if method.needs_batches else None)
+        built = method.build(model, head, options, batches)
     except (ValueError, TypeError, NotImplementedError) as error:
         if method.config is None:
             raise
@@ -130,7 +136,7 @@ def restore_method(
     head = find_head(model, head)
     model.requires_grad_(False)
     if method.restore is None:
-        return with_spec(method.build(model, head, options, None), name, options, head)
+        return _build(name, model, head, options, None)
     try:
         restored = method.restore(model, head, options, tensors)
     except (AttributeError, ValueError, TypeError, KeyError, IndexError) as error:
@@ -222,7 +228,7 @@ def merge_trained(model: nn.Module) -> nn.Module:
         The backbone with plain weights.
 
     Raises:
-        ValueError: If the method or an adapted layer does not support merging.
+        ValueError: If no method was applied, or the method or an adapted layer does not support merging.
     """
     method, spec = method_of(model), spec_of(model)
     if method is None:

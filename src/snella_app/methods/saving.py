@@ -76,7 +76,7 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
     Raises:
         FileNotFoundError: If the folder contains no adapter, or a file of the adapter is missing.
         AdapterFileError: If a file is damaged or altered, does not fit the model, or contains non-finite values.
-        ValueError: If the method or an option is unknown.
+        ValueError: If the method or an option is unknown, or the method cannot be applied to the backbone.
     """
     source = Path(folder)
     if (source / CONFIG_NAME).is_file():
@@ -100,8 +100,9 @@ def load_trained_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: If the folder contains no tensors.
-        AdapterFileError: If the file is damaged, altered, does not fit the model, or contains non-finite values. The
+        AdapterFileError: If a file is damaged or altered, or the tensors do not fit the model or are not finite. The
             model is left unchanged.
+        ValueError: If no method was applied to the model.
     """
     targets, file = _trained_tensors(model)
     path = Path(folder) / file
@@ -120,22 +121,27 @@ def _read_method(folder: Path) -> dict[str, Any]:
     info = _read_settings(folder / METHOD_FILE)
     if missing := {"method", "options", "head"} - info.keys():
         raise AdapterFileError(f"{folder / METHOD_FILE} is damaged: {min(missing)!r} is missing; {REMEDY}")
+    for key, kind in (("method", str), ("options", dict), ("head", str)):
+        if not isinstance(info[key], kind):
+            problem = f"{key!r} must be a {kind.__name__}, got {info[key]!r:.60}"
+            raise AdapterFileError(f"{folder / METHOD_FILE} is damaged: {problem}; {REMEDY}")
     return info
 
 
 def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
     """Inject the adapter in `folder` into `backbone` without loading values."""
     _read_settings(folder / CONFIG_NAME)
+    _read_metadata(folder / SAFETENSORS_WEIGHTS_NAME)  # rejects altered settings before they are used
     with without_harmless_warnings():
         config = read_config(folder)
     config.inference_mode = False
     model = inject(backbone, config)
+    name = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    spec = MethodSpec(name, family=name if name in METHODS else "")
     if (folder / METHOD_FILE).is_file():
         info = _read_method(folder)
-        spec = MethodSpec(info["method"], info["options"], info["head"], parse_method(info["method"])[0])
-    else:
-        name = str(getattr(config.peft_type, "value", config.peft_type)).lower()
-        spec = MethodSpec(name, family=name if name in METHODS else "")
+        family = spec.family if info["method"] == name else parse_method(info["method"])[0]
+        spec = MethodSpec(info["method"], info["options"], info["head"], family)
     model.snella_method = spec  # type: ignore[assignment]
     return model
 
@@ -196,21 +202,28 @@ def _check_fits(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tenso
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a file, and verify the digests in its metadata."""
+    metadata = _read_metadata(path)
+    tensors = load_file(path)
+    if _TENSORS_DIGEST not in metadata:
+        _logger.warning("note: %s has no SHA-256 digest; its integrity cannot be checked", path)
+    elif metadata[_TENSORS_DIGEST] != tensors_digest(tensors):
+        raise AdapterFileError(
+            f"{path} is damaged: its values were altered after it was written (SHA-256 differs); {REMEDY}"
+        )
+    return tensors
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata of a tensor file, and verify the settings file if the metadata contain digests."""
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file {path}; {REMEDY}")
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(path)
+            metadata: dict[str, str] = file.metadata() or {}
     except SafetensorError as error:
         raise AdapterFileError(f"{path} is damaged: {error} ({path.stat().st_size} bytes); {REMEDY}") from None
     if _TENSORS_DIGEST not in metadata:
-        _logger.warning("note: %s has no SHA-256 digest; its integrity cannot be checked", path)
-        return tensors
-    if metadata[_TENSORS_DIGEST] != tensors_digest(tensors):
-        raise AdapterFileError(
-            f"{path} is damaged: its values were altered after it was written (SHA-256 differs); {REMEDY}"
-        )
+        return metadata
     settings = _settings_file(path.parent)
     if not settings.is_file():
         raise AdapterFileError(f"{path} has no settings file {settings.name}; {REMEDY}")
@@ -218,7 +231,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise AdapterFileError(
             f"{settings} is damaged: it was altered after the adapter was saved (SHA-256 differs); {REMEDY}"
         )
-    return tensors
+    return metadata
 
 
 def _settings_file(folder: Path) -> Path:

@@ -166,5 +166,4 @@ def _hint(file: Path) -> str:
         return f"delete {file.name}, and evaluate the run again"
     if file.name == "run.json":
         return "copy the file again, or train again with `--overwrite`"
-    command = f"snella train --resume --out {file.parent}"
-    return f"resume an unfinished run with `{command}`, copy the file again, or train again with `--overwrite`"
+    return "resume an unfinished run with `--resume`, copy the file again, or train again with `--overwrite`"

@@ -87,12 +87,13 @@ def model_card(
 
 
 def _base_model(info: RunInfo) -> str | None:
-    """Return the Hub ID of timm's weights, e.g. `timm/resnet18.a1_in1k`; None for other weights."""
-    from timm.models import is_model_pretrained
+    """Return the Hub ID of timm's weights, e.g. `timm/resnet18.a1_in1k`; None for weights outside the Hub."""
+    from timm.models import get_pretrained_cfg, is_model_pretrained
 
     backbone = info.backbone
     is_from_timm = backbone.pretrained and not backbone.weights and is_model_pretrained(backbone.name)
-    return f"timm/{backbone.name}" if is_from_timm and "." in backbone.name else None
+    config = get_pretrained_cfg(backbone.name) if is_from_timm and "." in backbone.name else None
+    return None if config is None else config.hf_hub_id
 
 
 def _results(info: RunInfo, metrics: Metrics | None, tag: str | None) -> list[Any] | None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from snella_app.data.images import open_image
+from snella_app.data.images import DECODING_ERRORS, open_image
 from snella_app.files import write_bytes
 from snella_app.methods.defaults import PROBE_METHOD
 from snella_app.records.generators import MethodResult, MethodResults
@@ -47,6 +47,7 @@ from snella_app.text import (
     bytes_text,
     count_text,
     decimal_text,
+    first_line,
     margin_text,
     measure_text,
     percent_text,
@@ -225,7 +226,7 @@ def verdict_text(info: RunInfo, metrics: Metrics) -> str:
 def update_section(
     adapter: AdapterFile | None, allocation: Allocation | None, budgets: Mapping[str, int] | None = None
 ) -> dict[str, Any] | None:
-    """Return the update of the deepest query projection with a budget; None for adapters without updates."""
+    """Return the update of the deepest query projection with a budget; None if `adapter_updates` returns none."""
     infos = {} if allocation is None else {matrix.name: matrix for matrix in allocation.matrices}
     source = None if adapter is None else adapter_updates(adapter, infos)
     if source is None or not source[0]:
@@ -336,8 +337,12 @@ def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions) -> 
     for item in sorted(predictions.items, key=lambda item: (item.is_correct, -item.probability)):
         path = folder / "heat_maps" / f"{item.index}.png"
         if path.is_file():
-            with open_image(path) as image:
-                picture, by = EmbeddedImage(*image_data_uri(image, _MAX_SIDE)), image.info.get("by", "gradcam")
+            try:
+                with open_image(path) as image:
+                    picture, by = EmbeddedImage(*image_data_uri(image, _MAX_SIDE)), image.info.get("by", "gradcam")
+            except DECODING_ERRORS as error:
+                reason = first_line(error)
+                raise ValueError(f"{path} is damaged: {reason}; delete it, or run `snella explain` again") from error
             names = {"predicted": info.classes[item.predicted], "label": info.classes[item.label]}
             entries.append({"item": item, "picture": picture, "by": by, **names})
     return entries

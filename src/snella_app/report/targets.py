@@ -124,15 +124,18 @@ def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> F
 
 def label_set_verdict(scores: LabelSetScores, split: str) -> str:
     """Return the result in words, compared with a random ranking."""
-    shares = [row.support / scores.images for row in scores.per_class if row.support]
-    chance = sum(shares) / max(len(shares), 1)
+    present = [row for row in scores.per_class if row.support]
+    if not present:
+        return f"No label occurs on the {scores.images:,} {split} images, so the average precision is undefined."
+    shares = [row.support / scores.images for row in present]
+    chance = sum(shares) / len(shares)
     text = (
         f"The mean average precision over {len(shares)} labels is {percent_text(scores.map)} on {scores.images:,} "
         f"{split} images; a random ranking scores {percent_text(chance)}, the mean frequency of the labels."
     )
-    worst = min((row for row in scores.per_class if row.support), key=lambda row: row.average_precision, default=None)
-    if worst is None or len(shares) < 2:
+    if len(present) < 2:
         return text
+    worst = min(present, key=lambda row: row.average_precision)
     return f"{text} The lowest average precision is {percent_text(worst.average_precision)}, for {worst.name!r}."
 
 
@@ -167,7 +170,7 @@ def label_cards(
         return Card(item.name, not wrong[row], predicted_text, true_text, embed_image(item.index, images))
 
     wrong = (predicted != truth.astype(bool)).any(1).tolist()
-    note = f"of {len(losses)} images, worst first; {sum(wrong)} of them are predicted with a wrong or missing label"
+    note = f"of {len(losses)} images, worst first; {sum(wrong)} of all images have a wrong or missing predicted label"
     return _groups(losses, card, note)
 
 

@@ -34,7 +34,10 @@ UpdateSource = tuple[dict[str, tuple[int, int]], Callable[[str], Tensor]]
 
 
 def adapter_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateSource | None:
-    """Return the updates of a SNELLA or LoRA adapter file, `infos` by matrix name; None for other methods."""
+    """Return the updates of a SNELLA or LoRA adapter file, `infos` by matrix name; None for other adapters.
+
+    Other adapters include DoRA, LoRA with different ranks or scalings per layer, and LoRA of convolutions.
+    """
     if any(key.endswith(".snella_A") for key in adapter.shapes):
         return _snella_updates(adapter, infos)
     return _lora_updates(adapter) if _is_plain_lora(adapter) else None

@@ -42,7 +42,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     T = argmin_T mean_i( -Σ_c q[i, c] log softmax(logits / T)[i, c] ),  q = (1 - ε) onehot + ε / classes
 
     with `ε = 1 / (images + 2)`. As in Platt scaling, the smoothing prevents infinite confidence if all predictions are
-    correct. The loss is convex in `1 / T`, so the minimum is unique.
+    correct. The loss is convex in `1 / T`, so every local minimum is a global one.
 
     Args:
         logits: `[images, classes]`, floating point; log probabilities work too.

@@ -53,7 +53,8 @@ def rewrite_report(run: str | Path, console: Console | None = None) -> Path:
 
     Raises:
         FileNotFoundError: If `run` is not a run folder.
-        ValueError: If the run has an unsupported task, such as a personalized generator.
+        ValueError: If a file of the run is damaged, or the run has an unsupported task, such as a personalized
+            generator.
     """
     folder = RunFolder(run)
     info = read(RunInfo, folder.path)
@@ -100,12 +101,14 @@ def evaluate(
         `accuracy`, `balanced_accuracy`, `macro_f1` and `confusion` for classification.
 
     Raises:
-        FileNotFoundError: If `run` is not a run folder, or the data does not exist.
-        ValueError: If the data has an unknown class, the split does not exist, or files of the run's data were added,
+        FileNotFoundError: As for `load_run`, or if the data does not exist.
+        ValueError: As for `load_run`, or if `batch_size` is less than 1, the data does not fit the task or has an
+            unknown class, the split does not exist, an image cannot be read, or files of the run's data were added,
             removed or replaced.
+        TypeError: If `data` is neither a specification nor a dataset object.
+        ImportError: If the data needs a package that is not installed.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    _check_batch_size(batch_size)
     loaded = run if isinstance(run, LoadedRun) else load_run(run, device)
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
     with show_reading(console):
@@ -121,6 +124,12 @@ def evaluate(
         "classes": loaded.classes,
         **scores,
     }
+
+
+def _check_batch_size(batch_size: int) -> None:
+    """Raise ValueError if the batch size is less than 1."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
 def _training_note(
@@ -184,10 +193,11 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
         The calibration stored in `run.json`.
 
     Raises:
-        FileNotFoundError: If `run` is not a run folder, or its images no longer exist.
+        FileNotFoundError: If `run` is not a run folder, or its adapter or images no longer exist.
         ValueError: If the run is not a finished classification run, is a cross-validation, has no validation images,
-            has a final head fitted to them, or its images have changed.
+            has a final head fitted to them, or its images have changed; or if `batch_size` is less than 1.
     """
+    _check_batch_size(batch_size)
     folder = RunFolder(run)
     loaded = load_single_run(folder, device)
     if not loaded.task.has_one_class or not loaded.info.is_finished:

@@ -1,5 +1,6 @@
 """Heat maps of predictions, and nearest training images."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ _HEAT_OPACITY = (0.15, 0.65)
 _NUM_EXAMPLES = 12
 _MAX_CANDIDATES = 2_000
 _MAX_SIDE = 320
+_MAX_STEM_BYTES = 240  # file names have at most 255 bytes
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def explain(
 ) -> ExplainResult:
     """Write a heat map of each image, `OUT/0001-NAME.png`, and an HTML page of all heat maps, `OUT/index.html`.
 
+    Names longer than 240 bytes are cut.
+
     Args:
         run: Folder of a classification run.
         images: As for `snella_app.runs.image_inputs.expand`.
@@ -81,8 +85,9 @@ def explain(
     Raises:
         FileExistsError: If `out` is a file, or a folder that is not empty and `overwrite` is not set.
         FileNotFoundError: If the run or an image does not exist; suggests similar names.
-        ValueError: If the run is not a classification run, has no class `of`, `of` is combined with rollout, the model
-            does not support `by`, or an image cannot be read.
+        ValueError: If the run is not a classification run or is a cross-validation, has no class `of`, `of` is combined
+            with rollout, the model does not support `by`, an image cannot be read, `batch_size` is less than 1, or
+            `neighbors` is negative.
         ImportError: If `by` is gradcam and Captum is not installed.
     """
     folder = Path(out)
@@ -118,7 +123,8 @@ def explain(
     with create_folder(folder):
         entries: list[dict[str, Any]] = []
         for prediction, target, (image, heat) in zip(predictions, targets, overlays, strict=True):
-            name = f"{len(entries) + 1:04}-{prediction.path.stem}.png"
+            stem = os.fsdecode(os.fsencode(prediction.path.stem)[:_MAX_STEM_BYTES])
+            name = f"{len(entries) + 1:04}-{stem}.png"
             _write_heat_map(folder / name, heat, by)
             entries.append(
                 {
@@ -151,8 +157,9 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
 
     Raises:
         FileNotFoundError: If `run` is not a run folder or has no predictions, or its images no longer exist.
-        ValueError: If the run is not a classification run or has more than 5,000 of these images, its images were
-            added, removed or renamed, or the model does not support `by`.
+        ValueError: If the run is not a classification run, is a cross-validation or has more than 5,000 of these
+            images, its images were added, removed or renamed, the model does not support `by`, or `batch_size` is less
+            than 1.
         ImportError: If `by` is gradcam and Captum is not installed.
     """
     model = _load_classifier(run, by, batch_size, device)

@@ -107,8 +107,8 @@ def export(
 ) -> ExportResult:
     """Export the best model of a run to another format.
 
-    ONNX, TorchScript and `torch.export` files return the outputs of `predict`: class probabilities with the temperature
-    of the run, or regression values in their original units.
+    ONNX, TorchScript and `torch.export` files return the outputs of `predict` unless `logits` is set: e.g. class
+    probabilities with the temperature of the run, or regression values in their original units.
 
     The export is written to a temporary path and renamed after verification, which is atomic for files. For ONNX,
     TorchScript and `torch.export`, outputs on real images must differ from torch's by at most 1e-4 times the largest
@@ -135,19 +135,17 @@ def export(
         FileNotFoundError: If `run` is not a run folder, or its adapter is missing.
         ImportError: If a required package is missing; names the extra.
         ValueError: If the format is unknown, an option does not apply to it, it does not support the task or method,
-            outputs differ, or the run is a cross-validation.
+            outputs differ, an image cannot be read, `out` has no name, or the run is a cross-validation.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     export_format = FORMATS[format]
     _check_options(format, {"opset": opset, "rank": rank, "values": values, "images": images, "logits": logits})
     path = sibling_path(run, export_format.suffix) if out is None else Path(out)
-    check_new("out", path, overwrite=overwrite)
-    if path.exists() and path.is_dir() != export_format.is_folder:
-        raise FileExistsError(
-            f"out={path} is a {'folder' if path.is_dir() else 'file'}, which {format} cannot replace; choose another "
-            "name"
-        )
+    if path.name in ("", ".."):
+        default = sibling_path(run, export_format.suffix).name
+        raise ValueError(f"out must end with a name, got {str(path)!r}; use e.g. {default!r}")
+    check_new("out", path, overwrite=overwrite, is_folder=export_format.is_folder)
     for package in export_format.packages:
         try:
             importlib.import_module(package)

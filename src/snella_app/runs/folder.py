@@ -207,12 +207,15 @@ class BaseRunFolder(Generic[S]):
         """Read the configuration of the run.
 
         Raises:
-            FileNotFoundError: If this is not a run folder.
+            FileNotFoundError: If the folder has no `config.yaml`.
             ValueError: If the file is damaged, was altered, or has invalid settings.
         """
         path = self.path / "config.yaml"
         if not path.is_file():
-            raise FileNotFoundError(f"no file {path}: this is not a run folder")
+            state = "this is not a run folder"
+            if (self.path / "run.json").is_file():
+                state = "deleted; restore the file, or train again with `--overwrite`"
+            raise FileNotFoundError(f"no file {path}: {state}")
         stored_digest = self._stored_digest()
         try:
             stored = self._stored_settings()

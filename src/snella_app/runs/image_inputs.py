@@ -54,8 +54,8 @@ def split_inputs(
 
     Raises:
         FileNotFoundError: If a file does not exist (suggests similar names), or a folder has no images.
-        ValueError: If there are no images.
-        TypeError: If an input is not an image.
+        ValueError: If there are no images, or a table has no column of paths.
+        TypeError: If `images` is neither an image nor an iterable.
     """
     if isinstance(images, str | Path):
         files = expand([images], columns, run_columns, keep_missing=keep_missing)
@@ -86,15 +86,15 @@ def expand(
     """Expand file, folder, pattern and table arguments into image files.
 
     Args:
-        images: Files; folders, searched recursively except hidden folders; patterns such as `photos/**/*.jpg`; tables
-            (CSV, TSV, Parquet; `csv:FILE`, `parquet:FILE`) with a column of paths; `-` for standard input with one path
-            per line.
+        images: Files; folders, searched recursively except hidden files and folders; patterns such as
+            `photos/**/*.jpg`; tables (CSV, TSV, Parquet; `csv:FILE`, `parquet:FILE`) with a column of paths; `-` for
+            standard input with one image file per line.
         columns: Path column of a table, `path=file`. If None, its usual names are tried, then `run_columns`.
         run_columns: Columns of the run's table.
         keep_missing: Keep missing files listed in a table or on standard input, to be skipped like corrupt files.
 
     Raises:
-        FileNotFoundError: If a path does not exist (suggests similar names), or a folder has no images.
+        FileNotFoundError: If a path does not exist (suggests similar names), or a folder or pattern has no images.
         ValueError: If `images` is empty, or a table has no column of paths.
     """
     paths: list[Path] = []
@@ -104,7 +104,7 @@ def expand(
         table = rest if prefix in ("csv:", "parquet:") else None
         image = expand_user(table or entry)
         if str(entry) == "-":
-            paths += check_listed(Path(line) for line in sys.stdin.read().splitlines() if line.strip())
+            paths += check_listed(Path(line) for line in _input_lines() if line.strip())
         elif table or (image.suffix.lower() in TABLE_SUFFIXES and image.is_file()):
             kind = prefix.rstrip(":") if table else None
             paths += check_listed(_paths_in_table(image, kind, columns, run_columns))
@@ -159,8 +159,8 @@ def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
 def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _POLL_S) -> Iterator[list[Path]]:
     """Watch folders for new images indefinitely.
 
-    Folders are polled, which also works on network drives. A file is complete once its size and modification time are
-    unchanged between two polls.
+    Folders are polled, which also works on network drives. A nonempty file is complete once its size and modification
+    time are unchanged between two polls.
 
     Args:
         folders: Folders to watch, recursively.
@@ -188,13 +188,20 @@ def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _P
         time.sleep(poll_s)
 
 
-def missing_path_hint(missing: Path) -> str:
+def missing_path_hint(missing: Path, *, may_be_pattern: bool = True) -> str:
     """Return a hint for a missing path: a pattern without a match, a missing folder, or a similar name."""
     text = missing.name if missing.parent.is_dir() else str(missing)
-    if any(char in text for char in _PATTERN):
+    if may_be_pattern and any(char in text for char in _PATTERN):
         return "; no image file matches the pattern; fix it, or pass the folder"
     folder = "the current folder" if missing.parent == Path() else missing.parent
     return similar_paths(missing, most=1) or f"; {folder} has no similar name"
+
+
+def _input_lines() -> list[str]:
+    """Return the lines of standard input; undecodable bytes become surrogates, as in file names."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return sys.stdin.read().split("\n")  # `splitlines` also splits at characters that names can contain
 
 
 def _images_in(folder: Path) -> list[Path]:

@@ -51,7 +51,7 @@ def is_same_split(data: DataInfo, splits: DataSplits) -> bool:
 
 
 def changed_splits(data: DataInfo, splits: DataSplits, names: Collection[str]) -> list[str]:
-    """Return the splits with images that changed since the run, by SHA-256."""
+    """Return the splits whose images changed since the run, by SHA-256; ignores splits without a stored digest."""
     digests = content_digests(splits, set(names) & set(data.contents))
     return [name for name, digest in digests.items() if digest != data.contents[name]]
 
@@ -102,7 +102,8 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
     kind = "file" if folder.suffix in TABLE_SUFFIXES else "folder"
     locations = spec if absolute in (None, path) else f"{spec} (then {absolute})"
     raise FileNotFoundError(
-        f"the data of {run} must exist at {locations}; no such {kind}; pass its new location with --data {prefix}NEW"
+        f"the data of {run} must exist at {locations}; no such {kind}; pass its new location with --data {prefix}NEW "
+        "to snella evaluate or snella train --resume, or move it back"
     )
 
 
@@ -128,7 +129,9 @@ def load_run_splits(run: RunFolder, data: DataInfo, **changes: Any) -> DataSplit
     """Load the splits of a run; `changes` replace fields of its `DataConfig`.
 
     Raises:
-        FileNotFoundError: If the data no longer exists.
+        FileNotFoundError: If the data no longer exists, or the run has no `config.yaml`.
+        ValueError: If the data cannot be split as by the run, or `config.yaml` is damaged or was altered.
+        ImportError: If the data needs a package that is not installed.
     """
     config = run.read_config()
     spec = find_data(run.path, str(config.data.spec), data.folder)

@@ -87,6 +87,9 @@ class KernelHead(nn.Module):
         std: `[width]`; infinite for features to ignore.
         weight: a, `[outputs, images]`.
         intercept: b, `[outputs]`.
+
+    Raises:
+        ValueError: If the shape of a tensor does not match the others.
     """
 
     def __init__(self, centers: Tensor, mean: Tensor, std: Tensor, weight: Tensor, intercept: Tensor) -> None:

@@ -45,9 +45,9 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
 
     A folder is written in timm's format: `timm.create_model("local-dir:OUT", pretrained=True)` loads the model,
     `create_transform(**resolve_model_data_config(model))` preprocesses images as in evaluation, and
-    `model.pretrained_cfg["label_names"]` has the classes. This supports all tasks except segmentation. The weights
-    do not include thresholds or the mean and standard deviation of regression targets; the last comment of the loading
-    snippet explains the outputs.
+    `model.pretrained_cfg["label_names"]` has the classes. This supports timm backbones and all tasks except
+    segmentation. The weights do not include thresholds or the mean and standard deviation of regression targets; the
+    last comment of the loading snippet explains the outputs.
 
     If `out` is a `.safetensors` file, it contains the state dict. Its metadata contains the architecture, class names
     and data configuration, which the loading snippet uses. For segmentation, the parameter names follow
@@ -144,7 +144,7 @@ def _check_out(path: Path, *, overwrite: bool) -> None:
         check_folder_files(path, (_CONFIG, _WEIGHTS, LAYER_PROBE))
         if not any(path.iterdir()):
             return
-    check_new("out", path, overwrite=overwrite)
+    check_new("out", path, overwrite=overwrite, is_folder=not is_file)
     if is_file:
         check_new("out", _final_head_file(path), overwrite=overwrite)
 
@@ -326,8 +326,13 @@ def load_merged(path: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file was not written by `merge`.
+        ValueError: If the file was not written by `merge`, or is a folder.
     """
+    if Path(path).is_dir():
+        raise ValueError(
+            f"path must be a file written by snella merge, got the folder {str(path)!r}; timm loads folders: "
+            f"timm.create_model({f'local-dir:{path}'!r}, pretrained=True)"
+        )
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

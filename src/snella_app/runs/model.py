@@ -84,7 +84,8 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
 
     Raises:
         FileNotFoundError: If `run` is not a run folder, has no finished epoch, or lacks its adapter or a fold.
-        ValueError: If `run.json` is damaged, or the run has an unsupported task, such as a personalized generator.
+        ValueError: If a file of the run is damaged, the run has an unsupported task, such as a personalized generator,
+            or the device is not available.
         AdapterFileError: If the adapter is damaged or does not fit the model.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)

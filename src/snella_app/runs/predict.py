@@ -117,8 +117,8 @@ class Predictor:
             TypeError: If an input is not an image.
         """
         inputs, is_single = split_inputs(images, columns, self._columns, keep_missing=skip_corrupt)
-        skip_corrupt = skip_corrupt and not is_single
-        predictions = list(self.iter_predictions(inputs, tta=tta, unsure=unsure, skip_corrupt=skip_corrupt))
+        can_skip = None if is_single else skip_corrupt
+        predictions = list(self.iter_predictions(inputs, tta=tta, unsure=unsure, skip_corrupt=can_skip))
         return predictions[0] if is_single else predictions
 
     def features(self, images: Any) -> np.ndarray:
@@ -128,11 +128,14 @@ class Predictor:
             `[images, width]`, or `[width]` for one image; float32.
 
         Raises:
-            ValueError: If the model has no head that takes one vector per image, or is a cross-validation.
+            FileNotFoundError: As for `predict`.
+            ValueError: If the model has no head that takes one vector per image or is a cross-validation, or an image
+                cannot be read.
+            TypeError: As for `predict`.
         """
         inputs, is_single = split_inputs(images, run_columns=self._columns)
         rows: list[np.ndarray] = []
-        list(self.iter_predictions(inputs, on_features=rows.append))
+        list(self.iter_predictions(inputs, skip_corrupt=None, on_features=rows.append))
         return rows[0] if is_single else np.stack(rows)
 
     def preprocess(self, images: Sequence[ImageInput]) -> Tensor:
@@ -154,14 +157,15 @@ class Predictor:
         *,
         tta: int | None = None,
         unsure: Unsure = None,
-        skip_corrupt: bool = False,
+        skip_corrupt: bool | None = False,
         on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
         on_features: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[Any]:
         """Yield the predictions of single images one by one; keeps the masks of only one batch in memory.
 
         `on_skipped` is called with each skipped image and the reason, `on_features` with the features of each image
-        before its prediction is yielded. The other arguments are as for `predict`.
+        before its prediction is yielded. `skip_corrupt=None` rejects corrupt images like False, without suggesting
+        `skip_corrupt` in the error. The other arguments are as for `predict`.
         """
         threshold = self.resolve_threshold(tta, unsure)
         for paths, originals, tensors in self._batches(images, skip_corrupt, on_skipped):
@@ -172,7 +176,7 @@ class Predictor:
                 yield prediction if threshold is None else dataclasses.replace(prediction, unsure_below=threshold)
 
     def resolve_threshold(self, tta: int | None, unsure: Unsure) -> float | None:
-        """Validate `tta` and `unsure`, and return the threshold for unsure predictions, if any."""
+        """Return the threshold for unsure predictions, if any; raise ValueError for an invalid `tta` or `unsure`."""
         if tta is not None and not 1 <= tta <= MAX_VIEWS:
             raise ValueError(f"tta must be between 1 and {MAX_VIEWS} views, got {tta}")
         if tta is not None and isinstance(self.loaded.model, Ensemble):
@@ -193,7 +197,7 @@ class Predictor:
         return unsure
 
     def _batches(
-        self, images: Iterable[ImageInput], skip_corrupt: bool, on_skipped: Callable[[Path, str], None]
+        self, images: Iterable[ImageInput], skip_corrupt: bool | None, on_skipped: Callable[[Path, str], None]
     ) -> Iterator[tuple[list[Path], list[Image.Image], Tensor]]:
         """Yield batches of file names, images and model inputs."""
 
@@ -201,11 +205,12 @@ class Predictor:
             name = _name(*entry)
             try:
                 image = read_input(entry[1], str(name), self.loaded.reading)
-                _check_shape(image, name)
+                check_shape(image, name)
             except ValueError as error:
                 if skip_corrupt:
                     return name, str(error).partition("image: ")[2] or str(error)
-                raise ValueError(f"{error}; remove it, or pass --skip-corrupt (skip_corrupt=True)") from error
+                hint = "" if skip_corrupt is None else ", or pass --skip-corrupt (skip_corrupt=True)"
+                raise ValueError(f"{error}; remove it{hint}") from error
             return name, image, self.loaded.transform(image)
 
         entries = iter(enumerate(images))
@@ -251,9 +256,8 @@ def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int =
         batch_size: Batch size.
 
     Raises:
-        FileNotFoundError: If `run` is not a run folder (suggests similar names), or has no finished epoch.
-        ValueError: If `run` is a file, a file of the run is damaged, the run has an unsupported task, such as a
-            personalized generator, or `batch_size` is less than 1.
+        FileNotFoundError: As for `load_run`; suggests similar names.
+        ValueError: As for `load_run`, or if `run` is a file or `batch_size` is less than 1.
     """
     folder = run.path if isinstance(run, RunFolder) else Path(run)
     check_order(folder)
@@ -265,7 +269,7 @@ def table_columns(run: str | Path) -> str | None:
     return RunFolder(run).read_config().data.columns if (Path(run) / "config.yaml").is_file() else None
 
 
-def _check_shape(image: Any, name: Path) -> None:
+def check_shape(image: Any, name: Path) -> None:
     """Raise ValueError for a very elongated image; resizing its shorter side would need gigabytes."""
     width, height = image.size if isinstance(image, Image.Image) else (image.shape[-1], image.shape[-2])
     if max(width, height) > _MAX_ASPECT * min(width, height):
@@ -294,7 +298,7 @@ def check_order(run: Path, images: Sequence[str | Path] = ()) -> None:
             "before the images"
         )
     if not run.is_dir():
-        raise FileNotFoundError(f"no run {run}{missing_path_hint(run)}")
+        raise FileNotFoundError(f"no run {run}{missing_path_hint(run, may_be_pattern=False)}")
 
 
 def _name(index: int, image: ImageInput) -> Path:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from snella_app.console import counted, make_console, print_line, track_progress
 from snella_app.data.load import split_spec
-from snella_app.files import annotate_write_errors, check_new, create_folder, write_bytes
+from snella_app.files import annotate_write_errors, check_new, create_folder, expand_user, write_bytes
 from snella_app.runs.image_inputs import expand, new_files
 from snella_app.runs.model import unfinished_note
 from snella_app.runs.predict import check_order, load, run_task_class, table_columns
@@ -43,10 +43,11 @@ def predict_to_files(
 ) -> None:
     """Run prediction on images, and print or write the results; arguments as for `snella predict`.
 
-    With `watch`, images that cannot be read are always skipped, and images listed in `out` are not processed again.
+    With `watch`, images that cannot be read are always skipped, and images listed in `out` are not processed again
+    unless `overwrite` is set.
 
     Raises:
-        FileExistsError: If an output exists.
+        FileExistsError: If an output exists and may not be replaced.
         FileNotFoundError: If the run or an image does not exist; suggests similar names.
         ValueError: If settings are invalid, an image cannot be read, or an image is passed before the run.
         ImportError: If predictions or features are written as Parquet without pyarrow.
@@ -57,7 +58,7 @@ def predict_to_files(
         raise ValueError("features must be left out with watch, which never ends")
     if features is not None:
         _check_features(features, overwrite=overwrite)
-    folders = [Path(image) for image in images if Path(image).is_dir()]
+    folders = [path for path in map(expand_user, images) if path.is_dir()]
     is_folder = task.head is not None  # masks
     suffix = "" if out is None or is_folder or Path(out).is_dir() else Path(out).suffix.lower()
     is_appended = watch and suffix in (".csv", ".jsonl")
@@ -67,7 +68,7 @@ def predict_to_files(
         raise ValueError(f"watch needs a folder among the images, got {', '.join(images)}")
     task.check_output(out, top_k, overwrite=overwrite or is_appended)
     check_order(Path(run), images)
-    listed_images = [image for image in images if not watch or Path(image) not in folders]
+    listed_images = [image for image in images if not watch or expand_user(image) not in folders]
     files: list[Path] = []
     if listed_images or not watch:
         files = expand(listed_images, columns, table_columns(run), keep_missing=skip_corrupt)
@@ -150,7 +151,7 @@ def write_features(
 
     Raises:
         FileExistsError: If the file exists and `overwrite` is not set.
-        ValueError: If the suffix is not supported.
+        ValueError: If the suffix is not supported, or the vectors differ in width.
         ImportError: If the file is Parquet and pyarrow is not installed.
     """
     _check_features(str(out), overwrite=overwrite)

@@ -38,14 +38,15 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
         adapter: Write the PEFT adapter instead of the merged model.
 
     Raises:
-        FileExistsError: If the folder is not empty.
+        FileExistsError: If the folder is not empty, or is a file.
         FileNotFoundError: If `run` is not a run folder or has no adapter.
         ValueError: If the run is damaged, is a cross-validation, has an unsupported task, or has no PEFT adapter (with
-            `adapter`).
+            `adapter`), or its method cannot be merged.
     """
     path = Path(folder)
-    if path.exists() and (not path.is_dir() or next(path.iterdir(), None) is not None):
-        raise FileExistsError(f"to_folder={path} is not empty; choose a new folder")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        state = "not empty" if path.is_dir() else "a file"
+        raise FileExistsError(f"to_folder={path} is {state}; choose a new folder")
     reject_cross_validation(Path(run))
     info = read(RunInfo, run)
     task = get_task(info)
@@ -107,9 +108,12 @@ def push(
         URL on the Hub, or the written folder, with an error if the Hub could not be reached.
 
     Raises:
-        FileExistsError: If the repository exists and `overwrite` is not set, or the folder is not empty.
+        FileExistsError: If the repository exists and `overwrite` is not set, or the folder is not empty;
+            also if the Hub cannot be reached and `RUN-hub` exists.
         PermissionError: If you are not logged in, or lack write permission.
+        FileNotFoundError: As for `write_hub_folder`.
         ValueError: If `name` is not a valid repository name, or as for `write_hub_folder`.
+        HfHubHTTPError: If a request fails for another reason.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled

@@ -60,7 +60,7 @@ class ServerLimits:
             request counts as a quarter of a pixel.
 
     Raises:
-        ValueError: If a limit is not positive, or `total_megapixels` is less than `megapixels`.
+        ValueError: If a limit is not positive and finite, or `total_megapixels` is less than `megapixels`.
     """
 
     files: int = 32
@@ -278,7 +278,7 @@ def serve(
     hosts: Sequence[str] = (),
     console: Console | None = None,
 ) -> None:
-    """Serve predictions over HTTP until Ctrl-C.
+    """Serve predictions over HTTP until Ctrl-C or SIGTERM.
 
     Args:
         run: Run folder.
@@ -294,8 +294,8 @@ def serve(
 
     Raises:
         ImportError: If FastAPI, uvicorn or python-multipart is not installed.
-        FileNotFoundError: If `run` is not a run folder.
-        ValueError: If `port` is out of range, or `tta` or `unsure` does not apply to the run.
+        FileNotFoundError: As for `snella.load`.
+        ValueError: As for `snella.load`, or if `port` is out of range, or `tta` or `unsure` does not apply to the run.
         OSError: If the address is in use or unavailable.
     """
     try:

@@ -22,6 +22,7 @@ from snella_app.device import choose_device
 from snella_app.methods import merge_trained
 from snella_app.methods.model_parts import base_model
 from snella_app.runs.model import LoadedRun, load_single_run, make_backbone
+from snella_app.runs.predict import check_shape
 
 _MIB = 2**20
 _MAX_REPLACED = 0.25  # maximum fraction of a backbone that a task may replace: heads, tokens, norms
@@ -54,7 +55,8 @@ class TaskBank:
 
     The bank stores the backbone once, the factors and head of each task (a few MiB), and the effective weights
     `W0 + scaling·S` of the most recently used tasks, up to `memory_mib`. A cached task needs no merge. Any other task
-    needs one merge, which reuses the memory of the least recently used task. Images of a batch are grouped by task.
+    needs one merge; if the memory is full, the merge reuses that of the least recently used task. Images of a batch are
+    grouped by task.
     The outputs of each group are bit-identical to the outputs of the loaded run for this group.
 
     Args:
@@ -64,16 +66,18 @@ class TaskBank:
 
     Raises:
         FileNotFoundError: If a folder is not a run folder, or has no adapter yet.
-        ValueError: If runs differ in backbone, pre-trained weights or task type, or a task needs more memory.
-        NotImplementedError: If the update of a run is not stored as SNELLA factors, e.g. for LoRA.
+        ValueError: If runs differ in backbone, pre-trained weights or task type, a task needs more memory, a run is a
+            cross-validation or damaged, `memory_mib` is not positive, or the device is not available.
+        NotImplementedError: If a run changes the architecture, or more than a quarter of the backbone without SNELLA
+            factors, e.g. with LoRA.
     """
 
     def __init__(
         self, runs: Mapping[str, str | Path] | None = None, *, memory_mib: float = 1024.0, device: str = "auto"
     ) -> None:
-        if memory_mib <= 0:
+        if not memory_mib > 0:  # also for NaN
             raise ValueError(f"memory_mib must be greater than 0, got {memory_mib}")
-        self._limit = int(memory_mib * _MIB)
+        self._limit = memory_mib * _MIB
         self._device = choose_device(device)
         self._model: nn.Module | None = None
         self._key: dict[str, Any] = {}
@@ -113,8 +117,10 @@ class TaskBank:
 
         Raises:
             FileNotFoundError: If `run` is not a run folder, or has no adapter yet.
-            ValueError: If the run has another backbone, pre-trained weights or task type, or needs more memory.
-            NotImplementedError: If its update is not stored as SNELLA factors.
+            ValueError: If the run has another backbone, pre-trained weights or task type, needs more memory, is a
+                cross-validation or is damaged.
+            NotImplementedError: If the run changes the architecture, or more than a quarter of the backbone without
+                SNELLA factors.
         """
         loaded = load_single_run(run, "cpu")
         backbone = loaded.info.backbone
@@ -202,7 +208,7 @@ class TaskBank:
             Predictions as returned by `Predictor.predict` with the run of each task, in input order.
 
         Raises:
-            ValueError: As for `__call__`, or if an image cannot be read.
+            ValueError: As for `__call__`, or if an image cannot be read or `batch_size` is less than 1.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -213,6 +219,8 @@ class TaskBank:
                 part = indices[start : start + batch_size]
                 paths = [Path(images[index]) for index in part]
                 read = [read_image(path, loaded.reading) for path in paths]
+                for image, path in zip(read, paths, strict=True):
+                    check_shape(image, path)
                 batch = torch.stack([loaded.transform(image) for image in read])
                 outputs = loaded.task.outputs(partial(self._run, name), batch, loaded.info.tta)
                 outputs = outputs / loaded.info.temperature

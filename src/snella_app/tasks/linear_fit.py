@@ -12,6 +12,8 @@ INVERSE_PENALTY = 0.1
 _MAX_ITERATIONS = 200
 _TOLERANCE = 1e-5
 """Convergence tolerance on the largest gradient entry."""
+_CONSTANT_LOGIT = 4.0
+"""Magnitude of the logit if all labels are equal: a probability of 98 or 2%."""
 _HISTORY, _MIN_HISTORY, _HISTORY_BYTES = 100, 10, 2**30
 """Steps that L-BFGS remembers: at most 100, at least 10, otherwise as many as fit into 1 GiB."""
 
@@ -100,20 +102,23 @@ def fit_probe(
 
 
 def fit_binary_probe(
-    features: np.ndarray, positives: np.ndarray, weights: np.ndarray | None = None, constant: float = 0.0
+    features: np.ndarray, positives: np.ndarray, weights: np.ndarray | None = None
 ) -> tuple[Tensor, Tensor]:
     """Fit a binary logistic regression with `fit_probe` and its default penalty.
+
+    If all labels are equal, the weights are zero and the bias is ±4; without images, it is 0.
 
     Args:
         features: `[images, width]`.
         positives: True for positive images, `[images]`.
         weights: Sample weights.
-        constant: Bias if all labels are equal; the weights are then zero.
 
     Returns:
         Weight, `[width]`, and bias, 0-dim, of the logit of the positive class, float64.
     """
-    if len(set(positives.tolist())) < 2:
+    values = set(positives.tolist())
+    if len(values) < 2:
+        constant = _CONSTANT_LOGIT * sum(1 if value else -1 for value in values)
         return torch.zeros(features.shape[1], dtype=torch.float64), torch.tensor(constant, dtype=torch.float64)
     weight, bias = fit_probe(features, positives.astype(int), 2, weights=weights)
     return weight[1] - weight[0], bias[1] - bias[0]

@@ -128,6 +128,9 @@ class MultiLabelTask(Task):
         """Return the task with the weights of positive labels.
 
         balanced: w_c = (n - n_c) / n_c, which balances positives and negatives.
+
+        Raises:
+            ValueError: If `class_weights` is invalid.
         """
         counts = self._counts(train)
         balanced = (len(train) - counts) / np.maximum(counts, 1)
@@ -252,8 +255,7 @@ class MultiLabelTask(Task):
             sample_weights = np.ones(len(labels)) if weights is None else weights
             if self.positive_weights is not None:
                 sample_weights = sample_weights * np.where(positives, self.positive_weights[c], 1.0)
-            constant = 4.0 if positives[0] else -4.0  # a probability of 98 or 2%
-            fits.append(fit_binary_probe(features, positives, sample_weights, constant))
+            fits.append(fit_binary_probe(features, positives, sample_weights))
         weight, bias = zip(*fits, strict=True)
         return torch.stack(weight), torch.stack(bias)
 

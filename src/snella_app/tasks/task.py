@@ -154,7 +154,11 @@ class Task(ABC):
         return outputs[0] if tta == 1 else self.average_outputs(outputs)
 
     def sample_weights(self, train: ImageDataset) -> list[float]:
-        """Return unnormalized sampling weights of the training images for the weighted sampler."""
+        """Return unnormalized sampling weights of the training images for the weighted sampler.
+
+        Raises:
+            ValueError: If the task has no classes per image.
+        """
         raise ValueError(f"sampler=weighted requires images with classes, got task {self.name!r}")
 
     def collate(self, items: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
@@ -185,7 +189,7 @@ class Task(ABC):
         """Compute scores on a dataset, including `loss`, as plain values.
 
         Raises:
-            ValueError: If there are no images.
+            ValueError: If there are no images, or `reduced` and `labels` differ in length.
         """
 
     def sample_outputs(self, reduced: ArrayLike) -> Tensor:
@@ -211,6 +215,9 @@ class Task(ABC):
 
         Returns:
             Weight `[outputs, width]` and bias `[outputs]`, float64.
+
+        Raises:
+            ValueError: If `has_linear_fit` is False.
         """
         raise ValueError(f"a linear probe requires a task with one output vector per image, got {self.name!r}")
 
@@ -235,8 +242,12 @@ class Task(ABC):
         return {f"val_{name}": scores[name] for name in self.monitors if name != "loss"}
 
     def selection_score(self, row: Mapping[str, Any]) -> tuple[float, float]:
-        """Return the score for epoch selection: the monitored metric; a lower validation loss breaks ties."""
-        return self.monitors[self.monitor] * row[f"val_{self.monitor}"], -row["val_loss"]
+        """Return the score for epoch selection: the monitored metric; a lower validation loss breaks ties.
+
+        NaN, e.g. R² of constant targets, is the lowest score.
+        """
+        score = self.monitors[self.monitor] * row[f"val_{self.monitor}"]
+        return -math.inf if math.isnan(score) else score, -row["val_loss"]
 
     def final_text(self, val: Mapping[str, Any], test: Mapping[str, Any] | None) -> str:
         """Format the final validation scores and, if present, the test scores."""
@@ -307,7 +318,7 @@ def resolve_class_weights(
     """Return the weight of each class; `balanced` are the weights for the setting `balanced`.
 
     Raises:
-        ValueError: If a name is not a class, a class has no weight, or a weight is negative or not finite.
+        ValueError: If a name is not a class, a class has no weight, a weight is negative or not finite, or all are 0.
     """
     if setting is None or setting == "none":
         return None
@@ -321,6 +332,8 @@ def resolve_class_weights(
     invalid = [f"{name!r}: {weight}" for name, weight in weights.items() if not 0 <= weight < float("inf")]
     if invalid:
         errors.append(f"weights must be at least 0 and finite, got {', '.join(invalid)}")
+    if weights and not any(weights.values()):
+        errors.append(f"at least one weight must be above 0, got 0 for all {len(weights)}")
     if errors:
         raise ValueError(
             f"class_weights must have one weight per class ({', '.join(map(repr, classes))}): {'; '.join(errors)}"

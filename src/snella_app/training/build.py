@@ -46,6 +46,7 @@ from snella_app.runs.folder import RunFolder
 from snella_app.runs.images import encode_targets, is_same_split, load_splits
 from snella_app.runs.model import make_backbone
 from snella_app.tasks import Task, create_task
+from snella_app.text import listed
 from snella_app.training.distributed import process_count
 
 SELECTION = "selection"
@@ -224,6 +225,8 @@ def load(
     Raises:
         ValueError: If the batch size exceeds the number of training images or is below the number of processes, or data
             and task do not fit together.
+
+    Other errors as for `snella_app.data.load.load_data`.
     """
     started_at = time.monotonic()
     with show_reading(console if run.progress else None):
@@ -237,15 +240,10 @@ def load(
         )
     task = task.fitted(splits.train)
     splits = encode_targets(splits, task)
-    if optim.batch_size is None and len(splits.train) < DEFAULT_BATCH_SIZE:
-        splits.notes.append(
-            f"batch size reduced from {DEFAULT_BATCH_SIZE} to {len(splits.train)}, the number of training images"
-        )
-    elif isinstance(optim.batch_size, int) and len(splits.train) < optim.batch_size:
+    if isinstance(optim.batch_size, int) and len(splits.train) < optim.batch_size:
         raise ValueError(
             f"batch_size must be at most the number of training images, {len(splits.train)} in {config.spec}, "
-            f"got {optim.batch_size}; "
-            f"pass --batch-size {len(splits.train)} or less, or add images"
+            f"got {optim.batch_size}; pass --batch-size {len(splits.train)} or less, or add images"
         )
     return LoadedData(config, run.seed, splits, task, started_at, source, optim.effective_batch_size, run.progress)
 
@@ -266,6 +264,8 @@ def build(
     Raises:
         ValueError: If data, model and method do not fit together.
         AdapterFileError: If the stored selection is damaged.
+
+    Other errors as for `snella_app.backbones.create.create_backbone`.
     """
     config, task, seed = data.config, data.task, data.seed
     info = BackboneInfo(
@@ -321,7 +321,7 @@ def set_drop_path(model: nn.Module, head: str, rate: float) -> None:
     num_replaced = 0
     for number, (_, block) in enumerate(blocks):
         for name in ("drop_path", "drop_path1", "drop_path2"):
-            if isinstance(getattr(block, name, None), nn.Identity | DropPath):
+            if isinstance(getattr(block, name, ""), nn.Identity | DropPath | None):  # None in timm's ResNet
                 setattr(block, name, DropPath(rate * number / max(len(blocks) - 1, 1)))
                 num_replaced += 1
     if not num_replaced:
@@ -358,10 +358,12 @@ def load_initial_weights(parts: RunComponents, spec: str, run: RunFolder) -> Non
         AdapterFileError: If its adapter is damaged or has different shapes.
     """
     info = read(RunInfo, run.path)
-    classes = list(parts.splits.classes)
-    if list(info.classes) != classes:
+    expected, classes = list(info.classes), list(parts.splits.classes)
+    if expected != classes:
+        different = listed(map(repr, sorted({*expected} ^ {*classes}))) or "their order"
         raise ValueError(
-            f"data must have the classes of init_from={run.path}, {list(info.classes)[:6]}, got {classes[:6]} in {spec}"
+            f"data must have the classes of init_from={run.path}, {expected[:6]}, got {classes[:6]} in {spec}; the "
+            f"{len(expected)} and {len(classes)} classes differ in {different}"
         )
     load_trained_into(parts.model, run.adapter)
     if not is_same_split(info.data, parts.splits):

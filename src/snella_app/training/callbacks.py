@@ -153,8 +153,8 @@ class EpochSnapshots:
 
     def save(self, checkpoint: Path) -> None:
         """Write the values to a checkpoint folder."""
-        tensors = {f"{epoch}/{name}": value for epoch in self.epochs for name, value in self._values[epoch].items()}
-        save_file(tensors, checkpoint / _SNAPSHOTS_FILE)
+        values = ((f"{epoch}/{name}", value) for epoch in self.epochs for name, value in self._values[epoch].items())
+        save_file({name: value.contiguous() for name, value in values}, checkpoint / _SNAPSHOTS_FILE)
 
     def load(self, checkpoint: Path) -> None:
         """Load the values from a checkpoint.
@@ -394,7 +394,7 @@ class ProgressDisplay(TrainerCallback):
             step = f"step {state.global_step}/{state.max_steps}"
             print_line(self.console, f"{step}  loss {self.trainer.last_loss:.4f}{self._throughput()}{remaining}")
         if self._bar is not None:
-            epoch = f"epoch {int(min(state.epoch, state.num_train_epochs - 1e-6)) + 1}/{state.num_train_epochs}"
+            epoch = f"epoch {math.ceil(state.epoch)}/{state.num_train_epochs}"
             shown = f"loss {self.trainer.last_loss:.3f}{self._budget()}{self._throughput()}"
             self._bar.update(self._bar_task, completed=state.global_step, description=epoch, shown=shown)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -30,6 +31,10 @@ MANIFEST = "manifest.json"
 """Last file written to a checkpoint: the run's id and the SHA-256 digests of all other files."""
 _PROGRESS_FILE = "progress.json"
 _DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
+_READ_ERRORS = (
+    *(SafetensorError, pickle.UnpicklingError),
+    *(EOFError, LookupError, RuntimeError, TypeError, ValueError, OSError),
+)
 
 
 class CheckpointError(OSError):
@@ -127,19 +132,19 @@ def prune_checkpoints(folder: Path, keep: Path | None = None) -> None:
     keep = keep or latest_checkpoint(folder)
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         if path != keep and (_NAME.fullmatch(path.name) or path.name.startswith(".staging-")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextmanager
 def convert_read_errors(checkpoint: str | Path | None) -> Iterator[None]:
-    """Convert errors inside the context to `CheckpointError`.
+    """Convert read errors inside the context to `CheckpointError`.
 
     Raises:
         CheckpointError: If the checkpoint cannot be loaded, e.g. because a pickle would execute code.
     """
     try:
         yield
-    except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, ValueError, OSError) as error:
+    except _READ_ERRORS as error:
         if isinstance(error, CheckpointError | torch.OutOfMemoryError):
             raise
         reason = " ".join(str(error).split())

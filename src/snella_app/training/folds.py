@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from snella_app.report.report import write_page
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.images import check_splits, find_data, load_splits
 from snella_app.training.distributed import require_single_process
-from snella_app.training.session import TrainingInterrupted, lock_run
+from snella_app.training.session import TrainingInterrupted, lock_run, resume_text
 from snella_app.training.train import train
 
 
@@ -43,16 +44,19 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
         The content of `OUT/folds.json`; `folds.md` and `folds.html` present it as tables.
 
     Raises:
-        FileExistsError: If the folder contains a single run or other files, or contains a cross-validation and neither
-            `resume` nor `overwrite` is set.
+        FileExistsError: If the folder is a file, contains a single run or other files, or contains a cross-validation
+            and neither `resume` nor `overwrite` is set.
         FileNotFoundError: If `resume` is set, the folder has no cross-validation, and `data` or `backbone` is not set.
-        ValueError: If `train` rejects the settings, or a resumed cross-validation has other settings.
+        ValueError: If a resumed cross-validation has other settings or images.
+        NotImplementedError: If the world size is larger than 1.
+
+    Other errors as for `train`.
     """
     require_single_process("a cross-validation")
     console = console or make_console(survives_closed_output=True)
     folder = RunFolder(str(config.run.out))
     config = _prepare_config(config, folder)
-    count = int(config.data.folds or 0)
+    count, has_dataset = int(config.data.folds or 0), options.get("data") is not None
     stored, results = read(FoldResults, folder.path), FoldResults(count)
     page = folder.path / "folds.html"
     is_changed = not page.is_file()  # a finished cross-validation may be on a read-only disk
@@ -65,8 +69,8 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
             try:
                 train(_fold_config(config, fold, run), console, **options)
             except TrainingInterrupted as error:
-                text = str(error).replace(f"--out {run.path} ", f"--out {folder.path} ")
-                raise TrainingInterrupted(text) from None
+                resume = partial(resume_text, "train", has_dataset=has_dataset)
+                raise TrainingInterrupted(str(error).replace(resume(run.path), resume(folder.path))) from None
         metrics = read(Metrics, run.path)
         held_out = read(RunInfo, run.path).data.fold_part or "test"
         chosen = metrics.test if held_out == "test" else metrics.val
@@ -132,6 +136,8 @@ def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
             )
         requested = config.flat()
         return stored_config.replace(**{name: requested[name] for name in SESSION_FIELDS})
+    if folder.path.exists() and not folder.path.is_dir():
+        raise FileExistsError(f"out must be a folder, got the file {str(folder.path)!r}; choose another name")
     if folder.status is not None:
         raise FileExistsError(f"out={folder.path} contains a single run; choose another folder for folds")
     if stored is not None and not config.run.overwrite:

@@ -388,5 +388,8 @@ class FeatureNorm(TrainerCallback):
         for name, statistic in (("mean", self.mean), ("var", self.var)):
             shape = list(stored[name].shape) if name in stored else None
             if shape != list(statistic.shape):
-                raise CheckpointError(f"{path} must contain {name!r} of shape {list(statistic.shape)}, got {shape}")
+                raise CheckpointError(
+                    f"{path} must contain {name!r} of shape {list(statistic.shape)}, got {shape}; start over with "
+                    "--overwrite"
+                )
             statistic.copy_(stored[name])

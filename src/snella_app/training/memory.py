@@ -346,8 +346,10 @@ def predict_for_methods(
     and activations; PEFT keeps adapters in float32.
 
     Raises:
-        ValueError: If a number is below 1, or `dtype` or the backbone is unknown. Everything except the backbone is
-            checked before a model is built.
+        ValueError: If a number is below 1, `dtype` or the backbone is unknown, or the backbone does not support
+            `img_size` or `r`. Numbers and `dtype` are checked before a model is built.
+
+    Other errors as for `create_backbone`.
     """
     errors = [
         f"{name} must be at least 1, got {value}"
@@ -381,11 +383,18 @@ def memory_table(
 
     Args:
         backbone: As for `create_backbone`.
-        device: `cpu`, `cuda` or the name of a GPU, which adds a column with step times; this machine's device if None.
+        device: `cpu`, `cuda` or a GPU of `snella_lab.bench.machines.GPUS`, which adds a column with step times for
+            plain ViTs; this machine's device if None.
         batch: As for `predict_for_methods`.
         img_size: As for `predict_for_methods`.
         r: As for `predict_for_methods`.
         dtype: As for `predict_for_methods`.
+
+    Raises:
+        ValueError: As for `predict_for_methods`.
+        KeyError: If `device` is not in `GPUS`.
+
+    Other errors as for `create_backbone`.
     """
     device = device or choose_device("auto").type
     device_type = device if device in _DEVICE_TYPES else "cuda"

@@ -15,8 +15,8 @@ from peft import PeftModel
 from rich.console import Console
 
 from snella import SnellaConfig
-from snella.allocation import schedule_length
-from snella_app.config.sections import SCHEDULE_END, OptimConfig
+from snella.allocation import budget_at, schedule_length
+from snella_app.config.sections import DEFAULT_BATCH_SIZE, SCHEDULE_END, OptimConfig
 from snella_app.config.train import TrainConfig, command_line
 from snella_app.console import counted, print_line, print_rows
 from snella_app.data.options import DataConfig
@@ -71,8 +71,8 @@ def resolve(
         The plan (settings without automatic fields) and the components, rebuilt if the image size changed.
 
     Raises:
-        ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images, or the
-            model or the task does not support the requested final head.
+        ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images; also as
+            for `choose_heads`.
     """
     device, protocol = choose_device(config.run.device), config.data.protocol
     config = config.replace(precision=broadcast_from_main(lambda: choose_precision(config.optim.precision, device)))
@@ -88,7 +88,11 @@ def resolve(
         if size is not None:
             parts, config = at_size(size), config.replace(img_size=size)
     config = config.replace(batch_size=broadcast_from_main(lambda: fit_batch_size(parts, config.optim, console)))
-    optim = config.optim.with_batch_size_for(config.optim.images_per_epoch(len(parts.splits.train)))
+    most = config.optim.images_per_epoch(len(parts.splits.train))
+    optim = config.optim.with_batch_size_for(most)
+    if config.optim.batch_size is None and most < DEFAULT_BATCH_SIZE:
+        limit = "training images" if most == len(parts.splits.train) else "images per epoch"
+        parts.splits.notes.append(f"batch size reduced from {DEFAULT_BATCH_SIZE} to {most}, the number of {limit}")
     plan = choose_heads(parts, dataclasses.replace(config, optim=optim))
     chosen = broadcast_from_main(lambda: choose_augmentation(parts, plan.data, plan.optim))
     if plan.data.augment == "auto":
@@ -107,8 +111,8 @@ def resolve(
         if plan.optim.epochs:
             print_line(
                 console,
-                f"no epochs: {plan.method.name} does not train the backbone, so epochs would not change the final "
-                "head; use --final-head trained to train the head",
+                f"no epochs: {plan.method.name} does not train the backbone, so epochs would not change the head on "
+                "several layers; use --final-head trained to train the head",
             )
         plan = plan.replace(epochs=0)
     elif plan.optim.time_budget is not None and plan.optim.epochs:
@@ -262,8 +266,11 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
     if optim.epochs:
         mixers = {"mixup": plan.data.mixup, "cutmix": plan.data.cutmix, "random erasing": plan.data.random_erasing}
         rows.append(("augment", ", ".join([plan.data.augment, *(name for name, value in mixers.items() if value)])))
-    if adapter is not None:
+    is_reduced = False
+    if adapter is not None and optim.epochs:
         start, end = (adapted - round(value * adapted) for value in (adapter.init_sparsity, adapter.target_sparsity))
+        start = budget_at(0, 1, start, end, adapter.schedule)
+        is_reduced = start > end
         at_end = f"{adapter.target_sparsity:.0%} sparse at the end"
         rows.append(("budget", f"{start:,} → {end:,} weights ({at_end}), {adapter.schedule} schedule"))
 
@@ -274,7 +281,7 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
     if count > 1:
         where += f", by {count} processes" + (" with sharded frozen weights" if plan.run.shard else "")
     rows.append(("training", f"{counted(optim.epochs, 'epoch')} of {steps}, {images} each, {where}"))
-    rows += _stopping_rows(optim, adapter)
+    rows += _stopping_rows(optim, adapter if is_reduced else None)
     memory, free = predicted_memory(parts, optim.precision, -(-batch // count)) / 2**20, free_memory(device) / 2**20
     memory -= sharding_savings(model, count) / 2**20 if plan.run.shard else 0
     estimate = "estimate for weights, gradients, optimizer, batch"
@@ -309,7 +316,7 @@ def _cost_warnings(plan: TrainConfig, parts: RunComponents, memory: float, free:
 
 
 def _stopping_rows(optim: OptimConfig, adapter: SnellaConfig | None) -> list[tuple[str, str]]:
-    """Describe early stopping and its relation to the sparsity schedule; `adapter` is None without budgets."""
+    """Describe early stopping and its relation to the schedule of `adapter`; None if the budget is constant."""
     if optim.early_stopping is None:
         return []
     text = f"after {counted(optim.early_stopping, 'epoch')} without improvement"

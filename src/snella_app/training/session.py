@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shlex
 import signal
 import threading
@@ -124,6 +125,7 @@ def lock_run(run: BaseRunFolder[Any], *, is_shared: bool = False) -> Iterator[No
         RunInUseError: If a running process holds the lock; the message has its process id.
         ValueError: If the folder's path has characters that are not printable.
         NotImplementedError: If the world size is larger than 1 without `is_shared`.
+        OSError: If the folder or the lock file cannot be created, unless the run is finished.
     """
     if not is_shared:
         require_single_process("training")
@@ -193,12 +195,24 @@ def _close_inherited() -> None:
 os.register_at_fork(after_in_child=_close_inherited)
 
 
+def resume_text(command: str, folder: Path, *, has_dataset: bool = False) -> str:
+    """Return the call of `snella COMMAND` that resumes a run; of `snella.train` for a dataset object."""
+    if has_dataset:
+        return f"snella.train(data=..., out={str(folder)!r}, resume=True)"
+    return f"snella {command} --out {shlex.quote(str(folder))} --resume"
+
+
 @contextmanager
-def record_status(run: BaseRunFolder[Any], command: str) -> Iterator[None]:
-    """Record an interruption or failure inside the context in `run.json`; `snella COMMAND` resumes the run.
+def record_status(run: BaseRunFolder[Any], command: str, *, has_dataset: bool = False) -> Iterator[None]:
+    """Record an interruption or failure inside the context in `run.json`.
+
+    Args:
+        run: Folder of the run.
+        command: Command that resumes the run, as in `snella COMMAND`.
+        has_dataset: True if the data is a dataset object, which a command cannot load.
 
     Raises:
-        TrainingInterrupted: If the context is interrupted; the message has the checkpoint and the command to resume.
+        TrainingInterrupted: If the context is interrupted; the message has the checkpoint and the call to resume.
     """
     try:
         yield
@@ -206,9 +220,8 @@ def record_status(run: BaseRunFolder[Any], command: str) -> Iterator[None]:
         saved = latest_checkpoint(run.checkpoints)
         state = f"saved as {saved}" if saved else "no checkpoint was written yet"
         run.update("interrupted")
-        raise TrainingInterrupted(
-            f"interrupted; {state}; resume with: snella {command} --out {shlex.quote(str(run.path))} --resume"
-        ) from None
+        resume = resume_text(command, run.path, has_dataset=has_dataset)
+        raise TrainingInterrupted(f"interrupted; {state}; resume with: {resume}") from None
     except Exception as error:
         plain = _without_worker(error)
         try:
@@ -225,5 +238,6 @@ def _without_worker(error: Exception) -> Exception:
     text = str(error)
     if "DataLoader worker process" not in text or "Original Traceback" not in text:
         return error
-    last = text.strip().splitlines()[-1]
-    return type(error)(last.removeprefix(f"{type(error).__name__}: "))
+    name = type(error).__name__
+    *traceback, message = re.split(rf"^(?:[\w.]+\.)?{name}: ", text.strip(), flags=re.MULTILINE)
+    return type(error)(message if traceback else name)

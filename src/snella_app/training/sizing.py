@@ -61,6 +61,8 @@ _NEVER_S = 1e12
 """Time of a step that runs out of memory."""
 _MIN_STEP_S, _CACHED_EPOCH_S = 0.01, 0.5
 """Seconds of a step on cached features (the minimum for all steps), and of an epoch's evaluation and checkpoint."""
+_OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")
+"""Parts of torch's out-of-memory messages for GPUs and CPUs."""
 _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
 """Errors of models that do not support an image size."""
 
@@ -480,7 +482,8 @@ def _runs_out_of_memory(parts: RunComponents, precision: str, batch: int) -> boo
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error is an out-of-memory error of the GPU or the machine; if so, free cached GPU memory."""
-    is_oom = isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
+    has_sign = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+    is_oom = has_sign or isinstance(error, torch.OutOfMemoryError)
     if is_oom and torch.cuda.is_available():
         torch.cuda.empty_cache()
     return is_oom

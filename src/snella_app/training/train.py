@@ -80,12 +80,19 @@ def train(
         Folder of the finished run.
 
     Raises:
-        FileExistsError: If the folder contains other files, or a run and neither `resume` nor `overwrite` is set.
+        FileExistsError: If the folder is a file, contains other files, or contains a run and neither `resume` nor
+            `overwrite` is set.
         RunInUseError: If another process is writing to the folder.
-        FileNotFoundError: If the data of a resumed run or the adapter of a finished run is missing.
+        FileNotFoundError: If files of the data or the backbone, the run to resume, or the adapter or results of a
+            finished run are missing.
         ValueError: If settings contradict each other or the data, or settings or images of a resumed run have changed.
-        ImportError: If a package of `track` is missing.
-        TrainingInterrupted: After the first SIGINT (Ctrl-C), SIGTERM or SIGHUP; a checkpoint is saved first.
+        TypeError: If `data` is not a supported dataset.
+        ImportError: If a package of the data, the backbone or `track` is missing.
+        ConnectionError: If the Hugging Face Hub is needed and unreachable.
+        NotImplementedError: If Accelerate is configured for FSDP or another mode besides DDP, or the backbone does not
+            support `channels` or its weight file.
+        TrainingInterrupted: After the first SIGINT (Ctrl-C), SIGTERM or SIGHUP during training; a checkpoint is saved
+            first.
         NonFiniteLossError: If the loss or gradient is infinite or NaN; the last checkpoint remains valid.
         CheckpointError: If the disk is full (the last checkpoint remains valid), or the checkpoint of a resumed run is
             damaged.
@@ -136,7 +143,7 @@ def train(
             log_summary(console, plan, parts)
         if not evaluate_test:
             parts.splits.test = None
-        with main_process_only(record_status(run, "train")):
+        with main_process_only(record_status(run, "train", has_dataset=data is not None)):
             trainer, step_timer = _fit(plan, run, parts, console, keep_checkpoints, render_report)
             finish(trainer, step_timer, console, render_report)
     return run
@@ -158,8 +165,8 @@ def _check_available(config: TrainConfig, device: torch.device) -> None:
     for name in config.run.trackers:
         try:
             INTEGRATION_TO_CALLBACK[name]()
-        except (ImportError, RuntimeError) as error:
-            raise ImportError(f"track={name} requires a missing package; pip install {name}: {error}") from error
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise ImportError(f"track={name} is not available: {error}") from error
 
 
 def _fit(

@@ -11,12 +11,13 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from snella_app.backbones.create import create_backbone
+from snella_app.backbones.create import build_sized, create_backbone
 from snella_app.config.sections import AUTO_METHOD
 from snella_app.config.train import TrainConfig
 from snella_app.console import counted, make_console, print_line
@@ -79,6 +80,7 @@ def compare(
         FileNotFoundError: If `experiment` is None and `out` contains no comparison.
         ImportError: If `ray` is set and Ray is not installed.
         ConnectionError: If `ray` is set and the cluster at `RAY_ADDRESS` is unreachable.
+        NotImplementedError: If `torchrun` or `accelerate` started several processes.
         TimeoutError: If `retry_failed` is set and another process is writing the results file.
         ValueError: If settings conflict with each other, the stored experiment or the data.
         CellsFailedError: If a final run failed, or a tuning run failed for a reason other than a diverged loss. Raised
@@ -152,7 +154,7 @@ def validate_inputs(experiment: Experiment, console: Console, checks_device: boo
     With `checks_device=False`, the device may exist only on the cluster's machines.
 
     Raises:
-        ValueError: If data, device or backbone are missing or invalid; the message lists all errors.
+        ValueError: If data, device or backbone are missing, invalid or not supported; the message lists all errors.
     """
     errors = []
     for data in experiment.data:
@@ -167,17 +169,14 @@ def validate_inputs(experiment: Experiment, console: Console, checks_device: boo
         except (OSError, ValueError, ImportError) as error:
             errors.append(f"forgetting: {error}")
     config = experiment.config(PROBE, experiment.data[0])
+    model = config.model
+    options: dict[str, Any] = {"weights": model.weights, "pretrained": model.pretrained, "img_size": model.img_size}
+    build = partial(create_backbone, experiment.backbone, num_classes=2, **options)
     try:
         if checks_device:
             choose_device(config.run.device)
-        create_backbone(
-            experiment.backbone,
-            num_classes=2,
-            weights=config.model.weights,
-            pretrained=config.model.pretrained,
-            img_size=config.model.img_size,
-        )
-    except (OSError, ValueError, ImportError) as error:
+        build_sized(build, experiment.backbone, model.img_size)
+    except (OSError, ValueError, ImportError, NotImplementedError) as error:
         errors.append(str(error))
     if errors:
         raise ValueError("; ".join(dict.fromkeys(errors)))
@@ -259,6 +258,9 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
 
     Raises:
         FileExistsError: If `out` contains a run or other files, or `OUT-choice` contains files but no selection.
+        FileNotFoundError: If the data do not exist.
+        ImportError: If a package for the data is not installed.
+        NotImplementedError: If `torchrun` or `accelerate` started several processes.
         ValueError: If data or settings are invalid, or `OUT-choice` contains a selection with other settings.
         CellsFailedError: If every method failed, or another process is training one of the runs.
         TrainingInterrupted: On Ctrl-C or SIGTERM; finished runs remain stored.

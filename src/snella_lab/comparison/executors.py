@@ -160,7 +160,7 @@ class InProcesses:
         outcome: Outcome | None
         try:
             outcome = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # OSError: killed while sending the outcome
             outcome = None
         process.join()
         connection.close()
@@ -183,7 +183,7 @@ def _work(connection: Connection, job: Job, cell: Cell) -> None:
 def _crash_reason(exit_code: int | None) -> str:
     """Return the reason why a process exited without a result."""
     if exit_code is not None and exit_code < 0:
-        name = signal.Signals(-exit_code).name
+        name = next((known.name for known in signal.Signals if known == -exit_code), f"signal {-exit_code}")
         hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
         return f"the process was killed by {name}{hint}"
     return f"the process exited with status {exit_code} without a result"

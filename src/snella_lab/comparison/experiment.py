@@ -13,6 +13,7 @@ from snella_app.config.train import TrainConfig
 from snella_app.files import write_text
 from snella_app.methods import find_method, parse_method
 from snella_app.methods.defaults import PROBE_METHOD, REFERENCE_METHOD
+from snella_app.records.record import plain
 from snella_app.text import nearest
 from snella_lab.comparison.rows import NUMBERS
 
@@ -32,10 +33,10 @@ def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups:
     Returns:
         Error messages, empty if valid.
     """
-    if not published:
-        return []
     if not isinstance(published, Mapping):
         return [f"published must be a mapping, got {published!r:.200}"]
+    if not published:
+        return []
     values, claims = published.get("values", {}), published.get("orderings", [])
     has_known_keys = set(published) <= {"source", "values", "orderings"} and len(published) > 1
     if not (has_known_keys and published.get("source") and isinstance(values, Mapping) and isinstance(claims, list)):
@@ -241,7 +242,8 @@ def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any],
 
 
 _DESCRIPTIONS = ("name", "about", "command", "cost", "expected")
-_MUTABLE = ("methods", "data", "seeds", *_DESCRIPTIONS, "reference", "published")
+_ENTRIES = ("methods", "data")
+_MUTABLE = (*_ENTRIES, "seeds", *_DESCRIPTIONS, "reference", "published")
 """Fields that may differ from the stored experiment; existing entries of `methods` and `data` must stay the same."""
 FILE = "experiment.yaml"
 
@@ -318,7 +320,7 @@ class Experiment:
             hint = nearest(self.reference, names, most=2, cutoff=0.4, form=" (nearest: {})")
             errors.append(f"reference must be one of the methods {', '.join(names)}, got {self.reference!r}{hint}")
         task = self.settings.get("task", "classification")
-        if task not in MEASURES:
+        if task not in list(MEASURES):  # a list: YAML values may be unhashable
             errors.append(f"task must be one of {', '.join(MEASURES)} in a comparison, got {task!r}")
         errors += unknown_keys("train", self.settings, SHARED_SETTINGS) or self._cell_errors()
         errors += published_errors(self.published, [d.name for d in self.data], [d.group for d in self.data])
@@ -372,23 +374,23 @@ class Experiment:
         return replace(self, forgetting=(*(entry.data for entry in tasks if has_classes), "digits"))
 
     def as_dict(self) -> dict[str, Any]:
-        """Convert to plain values, in the format of an experiment file."""
+        """Convert to plain values, in the format of an experiment file; tuples become lists."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["methods"] = [plain_entry(entry) for entry in self.methods]
         values["data"] = [plain_entry(entry) for entry in self.data]
-        values["grid"] = {**dataclasses.asdict(self.grid), **{k: list(getattr(self.grid, k)) for k in _GRID_AXES}}
-        values["train"] = dict(values.pop("settings"))
-        values["forgetting"] = None if self.forgetting is None else list(self.forgetting)
-        values["published"] = dict(self.published)
-        return values
+        values["grid"] = dataclasses.asdict(self.grid)
+        values["train"] = values.pop("settings")
+        converted: dict[str, Any] = plain(values)
+        return converted
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Experiment":
-        """Create an experiment from plain values.
+        """Create an experiment from plain values; None selects the default.
 
         Raises:
-            ValueError: If a key is unknown or missing, or a value is out of range.
+            ValueError: If a key is unknown or missing, or a value is invalid.
         """
+        values = {key: value for key, value in values.items() if value is not None}
         grid, train = values.get("grid") or {}, values.get("train") or {}
         for key, value in (("grid", grid), ("train", train)):
             if not isinstance(value, Mapping):
@@ -406,6 +408,7 @@ class Experiment:
         numbers = {key: _numbers(f"grid.{key}", grid[key]) for key in _GRID_AXES if key in grid}
         forgetting = values.get("forgetting")
         parsed = {
+            **{key: str(values[key]) for key in (*_DESCRIPTIONS, "reference") if key in values},
             "methods": tuple(method_entry(value) for value in as_list(values["methods"])),
             "data": tuple(data_entry(value) for value in as_list(values["data"])),
             "grid": Grid(**{**grid, **numbers}),
@@ -438,7 +441,7 @@ class Experiment:
                 errors += [f"{key}.{k} is {old.get(k)!r}, got {new.get(k)!r}" for k in changed]
             else:
                 errors.append(f"{key} is {old!r}, got {new!r}")
-        for kind in ("methods", "data"):
+        for kind in _ENTRIES:
             entries = {entry["name"]: entry for entry in stored_values[kind]}
             changed = [e["name"] for e in new_values[kind] if entries.get(e["name"], e) != e]
             errors += [f"{kind} entry {name!r} has different settings" for name in changed]
@@ -470,6 +473,7 @@ class Experiment:
             )
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum
         ]
+        errors += [f"{kind} must have at least one entry, got none" for kind in _ENTRIES if not getattr(self, kind)]
         if "auto" in (self.settings.get("batch_size"), *(entry.settings.get("batch_size") for entry in self.data)):
             errors.append("batch_size must be an integer, the same for all methods on a task, got 'auto'")
         if not grid.lr_factors or not all(0 < f < float("inf") for f in grid.lr_factors):

@@ -45,11 +45,11 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
         path = bundled[name]
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: invalid UTF-8 or date
         raise ValueError(f"experiment {path} must be a YAML text file: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"experiment {path} must contain settings such as 'seeds: 3', got {type(values).__name__}")
-    values.setdefault("name", path.stem)
+    values["name"] = values.get("name") or path.stem
     try:
         return Experiment.from_dict(merged(values, changes or {}))
     except (ValueError, TypeError) as error:

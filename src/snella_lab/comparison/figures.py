@@ -1,4 +1,4 @@
-"""Comparison figures: accuracy versus cost, accuracy versus learning rate, and paired differences."""
+"""Comparison figures: score versus cost, score versus learning rate, and paired differences."""
 
 import math
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ from snella_lab.comparison.summary import Summary, part_text
 from snella_lab.style import style_of
 
 SHOWN_RANGE = 0.3
-"""Maximum plotted range below the best accuracy, as a fraction."""
+"""Maximum plotted range below the best validation score."""
 
 
 def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) -> Figure | None:
-    """Plot mean accuracy versus a cost, with the Pareto front.
+    """Plot the mean of the main metric versus a cost, with the Pareto front.
 
     Args:
         summary: Results of the comparison.
@@ -40,7 +40,7 @@ def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) ->
         is_log: True for a logarithmic cost axis.
 
     Returns:
-        The figure, or None if fewer than two methods have both values.
+        The figure, or None if fewer than two methods have both values (for a logarithmic axis, a positive cost).
     """
     points = []
     for number, method in enumerate(summary.methods):
@@ -81,11 +81,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def learning_rate_curves(summary: Summary, tasks: Sequence[str], title: str) -> Figure | None:
-    """Plot validation accuracy versus learning rate, one line per method, averaged over `tasks`.
+    """Plot the main metric on validation versus learning rate, one line per method, averaged over `tasks`.
 
     Learning rates are relative to each method's default, so that all methods share an axis. A filled marker shows the
-    selected learning rate; for several tasks, it shows the best one. Crosses at the bottom mark failed runs. Returns
-    None if no method tried several learning rates.
+    selected learning rate; for several tasks, it shows the best one. Crosses at the bottom mark learning rates
+    with a failed run. Returns None if no method has tried several learning rates on all `tasks`.
     """
     curves = [(number, m.name, _mean_curve(summary, m.name, tasks)) for number, m in enumerate(summary.methods)]
     curves = [curve for curve in curves if len(curve[2]) > 1]
@@ -138,7 +138,7 @@ def _mean_curve(summary: Summary, method: str, tasks: Sequence[str]) -> list[tup
 
 
 def lr_curve(trials: Rows) -> list[tuple[float, float | None]]:
-    """Return mean validation accuracy by learning-rate factor at the default weight decay; None if a run failed.
+    """Return the mean validation score by learning-rate factor at the default weight decay; None if a run failed.
 
     `trials` are the tuning runs of one method on one task.
     """

@@ -15,9 +15,10 @@ class ExecutionConfig(Config):
     Args:
         workers: Number of parallel runs, one process each; 0 runs everything in the current process. With ray, 0 and 1
             use the whole cluster.
-        threads: Threads per worker; defaults to an equal share of the CPUs, or to 1 with ray or emit.
+        threads: Threads per worker; defaults to an equal share of the CPUs, or to 1 with ray or emit. Ignored with
+            workers 0.
         ray: Run on Ray, on the cluster at RAY_ADDRESS or on this machine.
-        gpus: GPUs per run on Ray, e.g. 0.25; defaults to an equal share of the cluster's GPUs.
+        gpus: GPUs per run on Ray, e.g. 0.25; defaults to an equal share of the cluster's GPUs, at most 1.
         run_limit: Maximum minutes per run; a longer or hanging run is stopped and counts as failed. Default: no limit.
         emit: Write job scripts for a scheduler (slurm) instead of training.
         emit_to: Folder of the job scripts; default OUT/slurm.
@@ -54,7 +55,7 @@ class ExecutionConfig(Config):
         errors = []
         if workers < 0 or (threads is not None and threads < 1):
             errors.append(f"workers must be at least 0 and threads at least 1, got {workers} and {threads}")
-        if gpus is not None and (not self.ray or gpus < 0 or (gpus > 1 and gpus != int(gpus))):
+        if gpus is not None and not (self.ray and (0 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0))):  # rejects nan, inf
             errors.append(f"gpus must be in [0, 1] or an integer, and requires ray, got {gpus:g} and ray={self.ray}")
         if limit is not None and (not limit > 0 or not (self.ray or workers)):
             errors.append(f"run_limit must be positive and requires ray or workers, got {limit:g} and {workers=}")

@@ -76,6 +76,7 @@ def count_differences(model: nn.Module, other: nn.Module, head: str) -> int:
 
 
 _FOLDS, _PROBE_BATCH = 5, 32
+_MAX_NAME_BYTES = 200
 
 
 def measure_forgetting(run: Path, data: str, images: int, cache: Path, device: str = "auto") -> dict[str, Any]:
@@ -97,7 +98,10 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, device: s
     digest = hashlib.sha256(hashed.encode()).hexdigest()[:8]
     name = "_".join(str(part) for part in (backbone.name, backbone.img_size, data, images, digest))
     seed = f"_{backbone.seed}" if backbone.pretrained is False else ""
-    path = cache / ("".join(c if c.isalnum() or c in "._-" else "-" for c in name + seed) + ".json")
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in name + seed)
+    if len(name.encode()) > _MAX_NAME_BYTES:
+        name = hashlib.sha256(name.encode()).hexdigest()
+    path = cache / f"{name}.json"
     if path.is_file():
         frozen = float(json.loads(path.read_text())["accuracy"])
     else:
@@ -147,7 +151,10 @@ def probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np
     """Return a stratified sample of at most `images` training and validation images, with labels.
 
     Raises:
-        ValueError: If the sample has only one image of a class, or `images` is less than the number of classes.
+        FileNotFoundError: If the data do not exist.
+        ImportError: If a package for the data is not installed.
+        ValueError: If the data are invalid, the sample has only one image of a class, or `images` is less than the
+            number of classes.
     """
     splits = load_data(data)
     parts = [splits.train] if splits.val is None else [splits.train, splits.val]
@@ -308,7 +315,7 @@ def run_cell(
 
     Raises:
         TrainingInterrupted: On Ctrl-C or SIGTERM during training; the lock of the cell is released.
-        OSError: If the row cannot be written.
+        OSError: If the log or the row cannot be written.
     """
     folder = cell.folder(root)
     row = read_row(folder)

@@ -157,7 +157,10 @@ def _extension(factors: Sequence[float], best: float) -> float | None:
     if len(factors) < 2 or best not in (factors[0], factors[-1]):
         return None
     first, second, *more = factors if best == factors[0] else factors[::-1]
-    return _rounded(first * second / more[0] if more else first * first / second)
+    extension = first * second / more[0] if more else first * first / second
+    rounded = _rounded(extension)
+    is_beyond = rounded > first if extension > first else rounded < first
+    return rounded if is_beyond else extension  # rounding may return to the grid if its steps are small
 
 
 def _rounded(value: float) -> float:

@@ -87,7 +87,7 @@ def final_rows(rows: Rows) -> list[CellRow]:
 class FinalRuns:
     """Finished final runs by method, task and seed.
 
-    A run without the requested metric raises a ValueError.
+    A run without the requested metric raises a ValueError, except in `average`.
 
     Args:
         rows: Rows of a comparison; only those of finished final runs count.

@@ -116,7 +116,7 @@ class Summary:
 
     @property
     def has_groups(self) -> bool:
-        """True if the mean over groups differs from the mean over tasks."""
+        """True if there are several groups and at least one has several tasks."""
         return 1 < len(self.groups) < len(self.tasks)
 
     @property
@@ -297,14 +297,15 @@ def recommend(
     best = max(means, key=lambda name: means[name].mean)
     top = means[best]
     error = 0.0 if math.isnan(top.std) else top.std / math.sqrt(top.count)
+    error_text = "only one seed; standard error unknown" if math.isnan(top.std) else size_text(error, is_fraction)
     near = [name for name, value in means.items() if value.mean >= top.mean - error]
     if len(near) == 1:
-        reason = "only one seed; standard error unknown" if math.isnan(top.std) else size_text(error, is_fraction)
-        return best, f"Recommended: {best}. No other method is within one standard error of its {measure} ({reason})."
+        reason = f"No other method is within one standard error of its {measure} ({error_text})"
+        return best, f"Recommended: {best}. {reason}."
     chosen, reason = _cheapest(near, costs)
     texts = cost_texts(costs[chosen])
     return chosen, (
-        f"Recommended: {chosen}. {len(near)} methods are within one standard error ({size_text(error, is_fraction)}) "
+        f"Recommended: {chosen}. {len(near)} methods are within one standard error ({error_text}) "
         f"of the best {measure}, {score_text(top.mean, is_fraction)} for {best}; {reason} "
         f"(memory {texts['memory']}, time {texts['time']})."
     )

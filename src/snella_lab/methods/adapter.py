@@ -211,7 +211,10 @@ def warn_about_unused(module: nn.Module, inputs: tuple[Any, ...], output: Any) -
 
 
 def _channels(module: nn.Module) -> tuple[int, int] | None:
-    """Return the number of output channels and the channel dimension of a layer; None for other modules."""
+    """Return the number of output channels and the channel dimension of a layer; None for other modules.
+
+    Supports linear layers, 2D convolutions, batch and group normalizations, and layer normalizations over one axis.
+    """
     if isinstance(module, nn.Linear):
         return module.out_features, -1
     if isinstance(module, nn.Conv2d):
@@ -220,7 +223,7 @@ def _channels(module: nn.Module) -> tuple[int, int] | None:
         return module.num_features, 1
     if isinstance(module, nn.GroupNorm):
         return module.num_channels, 1
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
         # timm's LayerNorm2d and LayerNorm2dFp32, and transformers' channels-first norms take feature maps
         takes_maps = "2d" in type(module).__name__ or getattr(module, "data_format", None) == "channels_first"
         return module.normalized_shape[-1], 1 if takes_maps else -1
@@ -228,7 +231,7 @@ def _channels(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _build_ssf(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Attach a `ScaleShift` to each `Linear`, `Conv2d`, and batch, group or layer normalization outside the head."""
+    """Attach a `ScaleShift` to each `Linear`, `Conv2d`, and normalization outside the head; see `_channels`."""
     layers = [
         (module, shape)
         for name, module in model.named_modules()
@@ -253,15 +256,17 @@ def _merge_ssf(model: nn.Module) -> nn.Module:
 
     Output projections of `nn.MultiheadAttention` remain unchanged: it reads their weights, so γ and β have no effect.
     """
+    projections = [module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     layers = list(find_attached(model, "ssf", ScaleShift))
-    unsupported = [repr(name) for name, module, _ in layers if not _is_affine_with_bias(module)]
+    unsupported = [
+        repr(name) for name, module, _ in layers if module not in projections and not _is_affine_with_bias(module)
+    ]
     if unsupported:
         raise ValueError(
             f"method 'ssf' cannot be merged into {type(model).__name__}: a layer must have a bias and no activation or "
             f"weight standardization, got {listed(unsupported, 1)}; keep the adapter separate and load it with "
             "load_trained"
         )
-    projections = [module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     for _, module, ssf in layers:
         if module not in projections:
             weight: Tensor = module.weight  # type: ignore[assignment]

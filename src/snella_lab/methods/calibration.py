@@ -29,13 +29,13 @@ def squared_gradients(
         names: Names of the parameters.
         batches: Callable that returns a new iterable over the training batches.
         loss: Loss function.
-        limit: Maximum number of batches; None uses all.
+        limit: Maximum number of batches, at least 1; None uses all.
 
     Returns:
         float32 tensors on the parameters' devices, with their shapes.
 
     Raises:
-        ValueError: If `batches` is empty, a loss is not finite, or a name is not a parameter.
+        ValueError: If `batches` is empty, a loss is not finite, a gradient is NaN, or a name is not a parameter.
     """
     return _accumulate(model, names, batches, loss, limit, lambda total, grad: total.addcmul_(grad, grad))
 
@@ -53,7 +53,7 @@ def rank_entries(values: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
     The result is deterministic; ties are ordered by tensor, then by position.
 
     Args:
-        values: Floating-point tensors of any shape.
+        values: Floating-point tensors of any shape without NaN.
         count: Number of entries.
 
     Returns:
@@ -114,6 +114,9 @@ def _accumulate(
                 handle.remove()
     if not num_batches:
         raise ValueError("batches() must yield at least one batch of images and labels, got none")
+    invalid = [name for name in names if selected[parameters[name]].isnan().any()]
+    if invalid:
+        raise ValueError(f"gradients must be numbers, got NaN in {invalid[:3]}; check the model's weights and the loss")
     return {name: selected[parameters[name]] for name in names}
 
 
@@ -122,8 +125,11 @@ def _calibration_mode(model: nn.Module, selected: Collection[Tensor]) -> Iterato
     """Enter evaluation mode with gradients for the selected parameters only; restore the state on exit."""
     modes = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    grads = {parameter: parameter.grad for parameter in selected}
     try:
         model.eval()
+        for parameter in selected:
+            parameter.grad = None  # otherwise, the first batch would add to an earlier gradient
         for parameter in requires_grad:
             parameter.requires_grad_(parameter in selected)
         yield
@@ -132,6 +138,8 @@ def _calibration_mode(model: nn.Module, selected: Collection[Tensor]) -> Iterato
             module.training = training
         for parameter, is_trainable in requires_grad.items():
             parameter.requires_grad_(is_trainable)
+        for parameter, grad in grads.items():
+            parameter.grad = grad
 
 
 def selection_data(batches: Batches | None) -> SelectionData:

@@ -348,7 +348,7 @@ def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str
 def _list_of_sizes(sizes: Any) -> str | None:
     """Return the requirement for `sizes` if it is violated, else None."""
     is_list = isinstance(sizes, list | tuple) and len(sizes) > 0
-    is_valid = is_list and all(isinstance(size, int) and size >= 1 for size in sizes)
+    is_valid = is_list and all(integer()(size) is None for size in sizes)
     return None if is_valid else "a list of integers of at least 1"
 
 

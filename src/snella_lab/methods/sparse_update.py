@@ -169,7 +169,7 @@ class SparseLayer(nn.Module, ABC):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """Merge the entries into the base layer and return it; outputs are bit-identical."""
+        """Merge the entries into the base layer and return it; with a contiguous weight, outputs are bit-identical."""
         self.base_layer.weight.copy_(self.weight)
         return self.base_layer
 
@@ -319,7 +319,15 @@ def can_be_sparse(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
 
 
 def require_sparse(model: nn.Module, names: Iterable[str], head: str) -> list[str]:
-    """Return the names of layers that a `SparseLayer` can wrap; raise `ValueError` if there is none."""
+    """Return the names of layers that a `SparseLayer` can wrap.
+
+    Raises:
+        ValueError: If there is none, or the model already has a `SparseLayer`.
+    """
+    if any(isinstance(module, SparseLayer) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} already has sparse layers; apply a method only once, to a fresh backbone"
+        )
     supported = [name for name in names if can_be_sparse(model.get_submodule(name))]
     if not supported:
         raise ValueError(
@@ -357,7 +365,7 @@ def neuron_layers(model: nn.Module, head: str) -> list[str]:
     weight is read directly.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: See `require_sparse`.
     """
     attention_names = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
     names = [
@@ -473,7 +481,7 @@ GPS = Method(
     merge=merge_sparse,
 )
 """GPS trains the bias and the `k` inputs with the largest gradient of every neuron. A neuron is a row of a `Linear` or
-`Conv2d` weight. The mask of the trained inputs is
+`Conv2d` weight; `neuron_layers` documents the exceptions. The mask of the trained inputs is
 
     M[i, j] = 1 if |Σ_batches ∂loss/∂W[i, j]| is among the k largest of row i.
 

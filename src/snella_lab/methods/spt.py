@@ -174,7 +174,7 @@ def budget_of(options: Options, model: nn.Module, head: str, vit_b_budget: float
 
 
 def matrix_layers(model: nn.Module, head: str) -> list[str]:
-    """Return the names of layers that LoRA and SNELLA adapt and `SparseUpdate` supports; raise without any."""
+    """Return the names of layers that LoRA and SNELLA adapt and `SparseUpdate` supports; see `require_sparse`."""
     return require_sparse(model, adaptable_layers(model, head), head)
 
 
@@ -189,7 +189,8 @@ def select(model: nn.Module, head: str, options: Options, data: SelectionData, s
     """Select exactly `budget_of(...)` backbone parameters by sensitivity.
 
     Raises:
-        ValueError: If the budget exceeds the model's maximum, or does not exceed the class token's size.
+        ValueError: If the model has no layer to adapt or already has sparse layers, the budget exceeds the model's
+            maximum or does not exceed the class token's size, or `squared_gradients` rejects the data.
     """
     layers = matrix_layers(model, head)
     whole_names = [name for name, _ in model.named_parameters() if name == "cls_token"]

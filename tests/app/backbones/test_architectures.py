@@ -74,3 +74,26 @@ def test_a_size_without_a_timm_name_error_contains_the_inferred_sizes():
 def test_an_unknown_network_error_lists_its_tensors():
     with pytest.raises(ValueError, match=re.escape("it contains conv1.0.weight [")):
         infer_vit(shapes_of("test_resnet"), source="w.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "missing", "error"),
+    [
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 32}, "layers.0.blocks.0.mlp.fc1.weight", "mlp.fc1.weight"),
+        ("convnext_tiny", {"dims": (8, 16, 32, 64)}, "stages.0.", "patch_embed.proj.weight .* is missing"),
+    ],
+)
+def test_files_with_missing_tensors_are_rejected(name: str, options, missing: str, error: str, tmp_path):
+    state = timm.create_model(name, num_classes=2, depths=(1, 1, 1, 1), **options).state_dict()
+    file = tmp_path / "w.pth"
+    torch.save({key: value for key, value in state.items() if not key.startswith(missing)}, file)
+    with pytest.raises(ValueError, match=rf"cannot infer the architecture of '.*w.pth' .*{error}.* weights='.*w.pth'"):
+        create_backbone(str(file), num_classes=2)
+
+
+@pytest.mark.parametrize("change", [{"pos_embed": torch.zeros(1, 0, 192)}, {"reg_token": torch.zeros(3)}])
+def test_files_with_tensors_of_another_shape_are_rejected(change, tmp_path):
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=2, img_size=32).state_dict()
+    torch.save(state | change, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"cannot infer the architecture of '.*w\.pth' from its shapes: "):
+        create_backbone(str(tmp_path / "w.pth"), num_classes=2)

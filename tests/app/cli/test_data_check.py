@@ -57,3 +57,14 @@ def test_an_error_on_other_sizes_has_a_remedy(data, failing, tmp_path):
         "--out", str(tmp_path / "run"),
     )  # fmt: skip
     assert "test must have 32,768 images, got 4" in error and error.endswith("pass --strict-sizes false\n")
+
+
+@pytest.mark.parametrize("option", ["--sheet=x.png", "--task=regression", "--skip-corrupt"])
+def test_missing_data_is_reported_before_options_of_datasets(option, failing, tmp_path):
+    assert "nowhere', which does not exist" in failing("data", "check", str(tmp_path / "nowhere"), option)
+    assert "(it is empty); use class folders" in failing("data", "check", str(tmp_path), option)
+
+
+def test_options_of_datasets_do_not_apply_to_benchmarks(data, failing):
+    error = failing("data", "check", str(data / "vtab-1k"), "--skip-corrupt")
+    assert "is checked as a benchmark; leave out --skip-corrupt" in error

@@ -163,3 +163,18 @@ def test_the_command_line_names_a_missing_extra():
     process = subprocess.run([sys.executable, "-c", HIDDEN], capture_output=True, text=True, check=True)
     assert process.stderr == "snella: the command line needs docstring_parser: pip install 'snella[app]'\n"
     assert process.stdout == "snella.load needs timm: pip install 'snella[app]'\n2\n"
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"), [("out: 2024-02-30", "day is out of range"), ("seed: " + "9" * 5000, "4300")]
+)
+def test_an_unreadable_value_in_a_configuration_file_has_its_own_reason(setting, reason, tmp_path):
+    (tmp_path / "c.yaml").write_text(setting)
+    with pytest.raises(UsageError, match=rf"c\.yaml: .*{reason}.*; write settings as"):
+        parse(["train", "--config", str(tmp_path / "c.yaml")])
+
+
+def test_arguments_after_two_dashes_are_not_options():
+    images = ["--my_cat.jpg", "--watch", "-dog.jpg"]
+    settings = parse(["predict", "run", "--top_k", "2", "--", *images])[1]
+    assert (settings["images"], settings["top_k"], settings["watch"]) == (images, 2, False)

@@ -24,3 +24,9 @@ from snella_app.cli.parser import as_flags
 )
 def test_hints_use_command_line_syntax(message, typed):
     assert as_flags(message) == typed
+
+
+def test_options_of_other_commands_are_not_named():
+    message = "data must contain the images of runs/photos; batch_size must be at least 1, got 0"
+    assert as_flags(message, "explain") == message.replace("batch_size", "--batch-size")
+    assert as_flags(message, "evaluate") == f"--{message}".replace("batch_size", "--batch-size")

@@ -118,10 +118,9 @@ def test_the_command_prints_results_writes_a_sheet_and_fails_on_errors(photos, c
     assert main(["data", "check", str(photos)]) == 0
     assert "photos: 23 images in 3 classes" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
-    assert main(["data", "check", str(tmp_path / "empty"), "--columns", "label=x", "--skip-corrupt"]) == 2
-    assert "empty' is checked as a benchmark; leave out --columns label=x, --skip-corrupt\n" in capsys.readouterr().err
-    assert main(["data", "check", str(tmp_path / "empty")]) == 2
-    assert "contains no dataset" in capsys.readouterr().err
+    for options in ([], ["--columns", "label=x", "--skip-corrupt"]):
+        assert main(["data", "check", str(tmp_path / "empty"), *options]) == 2
+        assert "contains no dataset" in capsys.readouterr().err
 
 
 def test_data_without_files_is_described(capsys):
@@ -161,3 +160,12 @@ def test_the_range_of_numbers_is_reported(photos, tmp_path, capsys):
     printed = capsys.readouterr().out
     last = len(names) - 1
     assert f"age from 0 to {last}, median " in printed and f"height from 0 to {2.5 * last:g}, median" in printed
+
+
+def test_ranges_are_printed_in_the_order_of_the_targets(photos, tmp_path, capsys):
+    rows = [f"{file},{index},{-index}" for index, file in enumerate(sorted(photos.glob("*/*.png")))]
+    (tmp_path / "t.csv").write_text("\n".join(["path,age,depth", *rows]))
+    options = ["--columns", "label=age+depth", "--task", "regression"]
+    assert main(["data", "check", f"csv:{tmp_path / 't.csv'}", *options]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("age from 0") < shown.index("depth from -")

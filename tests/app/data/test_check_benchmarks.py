@@ -75,3 +75,9 @@ def test_a_missing_folder_is_reported(tmp_path):
         match=r"data must be an existing dataset or benchmark folder, got '.*nowhere', which does not exist; benchmark",
     ):
         check_benchmarks(tmp_path / "nowhere")
+
+
+def test_a_file_is_rejected_as_a_folder(tmp_path):
+    (tmp_path / "x.csv").write_text("")
+    with pytest.raises(ValueError, match=r"data must be a dataset or benchmark folder, got the file '.*x\.csv'$"):
+        check_benchmarks(tmp_path / "x.csv")

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from snella_app.data.datasets import ImageDataset, MaskDataset, joined
+from snella_app.data.load import load_data
 from snella_app.data.sources import ArrayImages, ArrayMasks
 from snella_app.data.transforms import build_transform
 
@@ -163,3 +164,9 @@ def test_full_shared_memory_is_a_one_line_error(monkeypatch):
         OSError, match=r"cannot allocate eight bytes in shared memory: .*No space left .*free space in /dev/shm"
     ):
         noise()
+
+
+def test_encoding_needs_raw_labels():
+    with pytest.raises(RuntimeError, match=r"got images with classes only; pass target='labels' or 'numbers' to load_"):
+        load_data("digits").train.with_targets(str)[0]
+    assert load_data("digits", target="numbers").train.with_targets(str)[0][1] in set(map(str, map(float, range(10))))

@@ -264,3 +264,19 @@ def test_a_class_only_in_training_is_noted(write_images):
     data = load(write_images({"train/a": 4, "train/b": 4, "val/a": 2}))
     (note,) = data.notes
     assert note.startswith("class 'b' has no validation images; add validation images, ") and data.warnings == [note]
+
+
+@pytest.mark.parametrize(("name", "hint"), [("labels.jsonl", ""), ("metadata.jsonl", "pass --data hf:")])
+def test_only_metadata_files_are_recommended_as_hugging_face_datasets(name, hint, write_images):
+    root = write_images({"images": 8})
+    (root / name).write_text("{}")
+    with pytest.raises(ValueError, match="at least two classes are required") as caught:
+        load_data(f"folder:{root}")
+    assert hint in str(caught.value) and (name in str(caught.value)) == bool(hint)
+
+
+def test_a_name_that_is_too_long_is_reported():
+    with pytest.raises(
+        FileNotFoundError, match=r"folder:x*: no folder 'x*' in '.*'; '.*' has no folder with a similar"
+    ):
+        load_data(f"folder:{'x' * 300}")

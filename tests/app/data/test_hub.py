@@ -247,7 +247,9 @@ def test_a_broken_image_of_a_torch_dataset_is_an_unusable_row(error):
 def test_lists_of_numbers_in_one_column_are_no_regression_targets(value):
     rows = {"image": [make_image(i) for i in range(20)], "label": [value] + [[float(i)] for i in range(1, 20)]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Sequence(datasets.Value("float32"))})
-    with pytest.raises(ValueError, match=r"1 of 20 rows .*1 invalid label: train/000000 \(label '.*' is not a number"):
+    with pytest.raises(
+        ValueError, match=r"1 of 20 rows .*1 invalid label: train/000000 \(label '.*' is not a finite number"
+    ):
         load_data(datasets.Dataset.from_dict(rows, features=features), target="numbers")
 
 
@@ -307,7 +309,7 @@ def test_each_torch_dataset_maps_its_indices_to_its_own_class_names():
     with pytest.raises(ValueError, match=r"python:data: classes .* must be bird, cat, dog, got 'fox' in val/000000"):
         load_data({"train": train, "val": val})
     train.targets[4] = 3
-    with pytest.raises(ValueError, match=r"label of train/000004 must be a class index below 3, got 3"):
+    with pytest.raises(ValueError, match=r"label of train/000004 must be a class index from 0 to 2, got 3"):
         load_data({"train": train})
 
 
@@ -406,3 +408,46 @@ def test_a_target_transform_takes_precedence_over_the_list_of_targets():
     images.target_transform = lambda label: label % 2
     data = load_data(images)
     assert data.classes == ["cat", "dog"]
+
+
+def test_a_broken_item_without_a_list_of_targets_is_an_unusable_row():
+    def make(number):
+        if number == 3:
+            raise OSError("image file is truncated")
+        return make_image(number)
+
+    items = torch.utils.data.Subset(TorchImages(range(20), make), range(20))
+    with pytest.raises(ValueError, match=r"1 of 20 rows of .*, 1 unreadable: train/000003 \(image file is truncated"):
+        load_data(items)
+    assert len(load_data(items, DataConfig(skip_corrupt=True)).train) == 11
+    images = TorchImages(range(20), make)
+    assert load_data(images, DataConfig(skip_corrupt=True)).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("names", [("cat", "dog"), ("cat, Felis", "dog")])
+def test_the_single_class_of_an_image_is_its_label(names):
+    images = TorchImages(range(20))
+    images.classes = names
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
+    rows = {"image": [make_image(i) for i in range(20)], "label": [i % 2 for i in range(20)]}
+    for data in (images, datasets.Dataset.from_dict(rows, features=features)):
+        splits = load_data(data, target="labels")
+        assert splits.classes == list(names) and set(splits.train.annotations.targets) == {(name,) for name in names}
+
+
+def test_remedies_for_torch_datasets_name_no_columns():
+    train, test = TorchImages([0] * 6), TorchImages(range(6))
+    train.classes = test.classes = ("cat", "dog")
+    with pytest.raises(ValueError, match=r"'dog' \(3 in other splits\); add training images or remove these classes$"):
+        load_data({"train": train, "test": test})
+    many = TorchImages(range(30))
+    many.classes, many.targets = None, [index / 7 for index in range(30)]
+    with pytest.raises(ValueError, match=r"got 30 different values .*; for numbers, set --task regression$"):
+        load_data(many)
+
+
+def test_a_negative_class_index_is_rejected():
+    images = TorchImages(range(20))
+    images.targets = [-1] * 20
+    with pytest.raises(ValueError, match=r"label of train/000000 must be a class index from 0 to 1, got -1"):
+        load_data(images)

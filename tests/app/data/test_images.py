@@ -1,4 +1,5 @@
 import ast
+import contextlib
 import io
 import os
 from pathlib import Path
@@ -13,7 +14,15 @@ import snella
 from snella_app.data import images
 from snella_app.data.copies import find_near_copies
 from snella_app.data.datasets import ImageDataset, joined, read_at_side
-from snella_app.data.images import IMAGE_SUFFIXES, Reading, inspect_image, read_image, read_label_map, to_rgb
+from snella_app.data.images import (
+    IMAGE_SUFFIXES,
+    Reading,
+    array_pixels,
+    inspect_image,
+    read_image,
+    read_label_map,
+    to_rgb,
+)
 from snella_app.data.load import load_data
 from snella_app.data.options import DataConfig
 from snella_app.data.sources import FileImages, broken_images, broken_rows
@@ -452,3 +461,45 @@ def test_copies_and_pages_are_noted(tmp_path):
         and note.endswith("is 'test/a/again.jpg'; test results are optimistic; remove the copies from one split")
         for note in notes
     ), notes
+
+
+def test_sixteen_bit_gray_with_a_transparent_value_keeps_the_other_values(tmp_path):
+    values = np.array([[0, 30000], [40000, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.png", transparency=30000)
+    assert np.asarray(read_image(tmp_path / "x.png", Reading(1))).tolist() == [[0, 255], [156, 255]]
+    values //= 16
+    Image.fromarray(values).save(tmp_path / "x.png", transparency=int(values[0, 1]))
+    assert np.asarray(read_image(tmp_path / "x.png", Reading(1, white=4095))).tolist() == [[0, 255], [156, 255]]
+
+
+def test_a_transparent_color_does_not_bleed_into_a_smaller_image(tmp_path):
+    colors = np.zeros((64, 64, 3), np.uint8)
+    colors[:, 1::2] = (255, 0, 255)
+    Image.fromarray(colors).save(tmp_path / "x.png", transparency=(255, 0, 255))
+    image = read_image(tmp_path / "x.png", Reading(side=16))
+    assert {color for _, color in image.getcolors()} <= {(0, 0, 0), (255, 255, 255)}
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".tif"])
+def test_the_header_of_a_damaged_array_is_a_value_error(suffix, tmp_path):
+    if suffix == ".npy":
+        np.save(tmp_path / "x.npy", np.zeros((6, 8, 8), np.uint8))
+    else:
+        tifffile.imwrite(tmp_path / "x.tif", np.zeros((6, 8, 8), np.uint8), photometric="minisblack")
+    content = (tmp_path / f"x{suffix}").read_bytes()
+    for position in range(6, 200):
+        damaged = io.BytesIO(content[:position] + b"(" + content[position + 1 :])
+        with contextlib.suppress(ValueError, MemoryError):
+            assert array_pixels(damaged) >= 0
+
+
+def test_a_copy_is_found_although_a_brighter_image_is_more_similar_in_shape(tmp_path):
+    rng = np.random.default_rng(1)
+    values = rng.integers(60, 200, (16, 16))
+    noisy = values + rng.normal(0, 2, (16, 16))
+    for name, pixels in (("noisy", noisy), ("dark", values * 0.7), ("test", values)):
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{name}.png")
+    source = FileImages([tmp_path / f"{name}.png" for name in ("dark", "noisy", "test")])
+    broken_rows(source, range(3))
+    train = ImageDataset(source, [0, 1], [0, 0], ["dark", "noisy"])
+    assert find_near_copies(train, ImageDataset(source, [2], [0], ["test"])) == {0: 1}

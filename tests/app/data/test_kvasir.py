@@ -47,3 +47,17 @@ def test_a_test_copy_under_another_name_is_detected_by_its_pixels(folder):
     (folder / "val.txt").write_text("\n".join(f"{index:03}" for index in range(20, 25)))
     notes = load_data(f"kvasir:{folder}").notes
     assert any("1 of 5 test images is also a training image" in note and "images/000.png" in note for note in notes)
+
+
+def test_masks_with_more_labels_name_the_classes(folder):
+    shutil.rmtree(folder)
+    write_pairs(folder, 25, classes=4)
+    with pytest.raises(ValueError, match=r"labels out of range 0 to 1 \(the classes are background, polyp\).*2, 3"):
+        load_data(f"kvasir:{folder}")
+
+
+def test_split_files_may_start_with_a_byte_order_mark(folder):
+    names = [f"{index:03}" for index in range(25)]
+    (folder / "train.txt").write_text("\n".join(names[:20]), encoding="utf-8-sig")
+    (folder / "val.txt").write_text("\n".join(names[20:]), encoding="utf-8-sig")
+    assert len(load_data(f"kvasir:{folder}").test) == 5

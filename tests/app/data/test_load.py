@@ -115,3 +115,10 @@ def test_several_invalid_numbers_are_reported_together():
 def test_an_unknown_user_in_a_path_is_an_error_message(prefix):
     with pytest.raises((ValueError, OSError), match="~nobody-here/photos"):  # the Hub may be unreachable
         load_data(f"{prefix}~nobody-here/photos")
+
+
+def test_the_size_of_a_split_that_the_data_lacks_is_rejected():
+    with pytest.raises(ValueError, match=r"val_size must be omitted because 'digits' has no val split, got 5"):
+        load_data("digits", DataConfig(val_size=5), divide=False)
+    with pytest.raises(ValueError, match=r"val_size must be omitted because protocol=final has no val split, got 5"):
+        load_data("digits", DataConfig(val_size=5, protocol="final"))

@@ -153,7 +153,7 @@ def test_data_check_counts_unreadable_pairs(skip_corrupt, tmp_path):
 def test_labels_beyond_the_named_classes_are_rejected(tmp_path):
     root = write_pairs(tmp_path / "m", 8, classes=4)
     (root / "classes.txt").write_text("sky\nsea\n")
-    with pytest.raises(ValueError, match=r"labels out of range 0 to 1 \(classes.txt lists 2 classes\).*2, 3"):
+    with pytest.raises(ValueError, match=r"labels out of range 0 to 1 \(the classes are \w+, \w+\).*2, 3"):
         load_data(f"masks:{root}")
     (root / "classes.txt").write_text("sky\nsky\n")
     with pytest.raises(ValueError, match=r"must list 2 to 256 different classes.*got \['sky', 'sky'\]"):
@@ -210,3 +210,17 @@ def test_two_folders_of_one_split_are_rejected_and_splits_without_training_noted
     write_pairs(tmp_path / "n" / "test", 3)
     notes = load_data(f"masks:{tmp_path / 'n'}").notes
     assert any(note.startswith("skipped 'test': split folders are used only with 'train/images'") for note in notes)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_class_names_may_start_with_a_byte_order_mark(encoding, tmp_path):
+    root = write_pairs(tmp_path / "m", 10)
+    (root / "classes.txt").write_text("background\nzellkörper\n", encoding=encoding)
+    assert load_data(f"masks:{root}").classes == ["background", "zellkörper"]
+
+
+def test_class_names_in_another_encoding_are_rejected(tmp_path):
+    root = write_pairs(tmp_path / "m", 10)
+    (root / "classes.txt").write_text("background\nzellkörper\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"classes\.txt' must be a text file in UTF-8: .* byte 0xf6 "):
+        load_data(f"masks:{root}")

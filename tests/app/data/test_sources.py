@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from snella_app.data.sources import FileImages
+from snella_app.data.sources import FileImages, broken_images
 
 
 @pytest.fixture
@@ -44,3 +44,9 @@ def test_a_deleted_file_is_reported(paths):
     paths[2].unlink()
     with pytest.raises(ValueError, match=r"2\.png' is not a readable image: no such file"):
         source.load(2)
+
+
+def test_the_reason_of_a_broken_file_does_not_contain_its_name(tmp_path):
+    file = tmp_path / "image: 1.png"
+    file.write_bytes(b"text")
+    assert broken_images([file]) == {0: "unknown image format"}

@@ -129,3 +129,12 @@ def test_small_strata_are_merged_with_each_other_or_with_the_largest():
 def test_a_class_without_images_does_not_prevent_a_split():
     rest, selected = stratified_split([0, 0, 0, 2, 2, 2], 0.3, seed=0, classes=CLASSES)
     assert len(rest) == 4 and len(selected) == 2
+
+
+def test_five_of_many_small_classes_are_listed():
+    with pytest.raises(
+        ValueError, match=r"'c4' has 1 and 15 more\. Add images, or provide the splits as folders or a split"
+    ):
+        stratified_split(list(range(20)), 0.2, seed=0, classes=[f"c{index}" for index in range(20)])
+    with pytest.raises(ValueError, match=r"got 5; 'c0' has 1, .*, 'c4' has 1 and 15 more$"):
+        fold_split(list(range(20)), None, 5, 1, seed=0, classes=[f"c{index}" for index in range(20)])

@@ -251,7 +251,7 @@ def test_numbers_are_split_by_ranges(write_table):
     assert both.classes == ["age", "depth"]
     assert both.val.annotations.targets == [(int(name[7:9]) / 4, -int(name[7:9])) for name in both.val.names]
     rows[7] = ("images/07.png", "old", "1")
-    with pytest.raises(ValueError, match=r"images/07.png \(label 'old' is not a number\)"):
+    with pytest.raises(ValueError, match=r"images/07.png \(label 'old' is not a finite number\)"):
         load_data(
             f"csv:{write_table(rows, ('file', 'age', 'depth'))}", DataConfig(columns="label=age"), target="numbers"
         )
@@ -449,3 +449,59 @@ def test_rare_strata_are_merged_within_the_images_that_are_split(write_table):
     numbers = [(f"images/{i:02}.png", str(i), "train" if i < 30 else "test") for i in range(40)]
     data = load_data(f"csv:{write_table(numbers, ('file', 'label', 'split'))}", target="numbers")
     assert (len(data.train), len(data.val), len(data.test)) == (24, 6, 10)
+
+
+def test_a_column_assigned_to_a_role_has_no_other_role(write_table):
+    rows = [(f"images/{i:02}.png", f"site {i // 4}", "ab"[i % 2]) for i in range(40)]
+    file = write_table(rows, ("file", "category", "species"))
+    data = load_data(f"csv:{file}", DataConfig(columns="group=category"))
+    assert data.classes == ["a", "b"] and data.train.annotations.groups[0].startswith("site ")
+
+
+def test_empty_lines_before_the_header_are_ignored(write_table):
+    file = write_table(rows_of(20))
+    file.write_text(f"\n\n{file.read_text()}")
+    assert load_data(f"csv:{file}", DataConfig(columns="label=species")).classes == ["cat", "dog"]
+
+
+def test_rows_that_are_not_0_or_1_are_unusable(write_table):
+    rows = [(f"images/{i:02}.png", str(i % 2), "1") for i in range(40)]
+    rows[3] = ("images/03.png", "1", "NA")
+    columns = "label=a+b"
+    file = write_table(rows, ("file", "a", "b"))
+    with pytest.raises(ValueError, match=r"1 of 40 rows .*, 1 invalid label: images/03.png \(label 'NA' is not 0 or 1"):
+        load_data(f"csv:{file}", DataConfig(columns=columns), target="labels")
+    data = load_data(f"csv:{file}", DataConfig(columns=columns, skip_corrupt=True), target="labels")
+    assert sum(map(len, parts_of(data))) == 39
+    file = write_table([(name, "1.5", "2") for name, _, _ in rows], ("file", "a", "b"))
+    with pytest.raises(ValueError, match=r"must contain only 0 and 1, got '1.5' in row 1 and no valid row"):
+        load_data(f"csv:{file}", DataConfig(columns=columns, skip_corrupt=True), target="labels")
+
+
+def test_an_image_without_a_multi_hot_vector_has_no_label(write_table):
+    rows = [(f"images/{i:02}.png", str([1, i % 2]) if i else "") for i in range(40)]
+    data = load_data(f"csv:{write_table(rows, ('file', 'tags'))}", target="labels")
+    targets = [target for part in parts_of(data) for target in part.annotations.targets]
+    assert data.classes == ["0", "1"] and Counter(targets) == {("0",): 19, ("0", "1"): 20, (): 1}
+
+
+def test_infinite_numbers_are_unusable(write_table):
+    rows = [(f"images/{i:02}.png", "inf" if i == 5 else str(i)) for i in range(20)]
+    with pytest.raises(ValueError, match=r"images/05.png \(label 'inf' is not a finite number\)"):
+        load_data(f"csv:{write_table(rows, ('file', 'y'))}", target="numbers")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("/dev/null", "got csv:/dev/null, which is not a regular file"), ("x" * 300, "xxx, which does not exist")],
+)
+def test_a_path_that_is_no_file_is_reported(path, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        load_data(f"csv:{path}")
+
+
+def test_images_without_any_label_cannot_be_used_for_training(write_table):
+    file = write_table([(f"images/{i:02}.png", "") for i in range(20)], ("file", "tags"))
+    with pytest.raises(ValueError, match=r"photos.csv: at least one label is required, got none in column 'tags'$"):
+        load_data(f"csv:{file}", target="labels")
+    assert len(load_data(f"csv:{file}", target="labels", divide=False).train) == 20

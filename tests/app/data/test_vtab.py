@@ -201,3 +201,10 @@ def test_a_copy_in_a_held_out_fold_is_noted_once(tmp_path):
         assert len(notes) == is_separated
         separated += is_separated
     assert 0 < separated < 4
+
+
+def test_a_list_may_start_with_a_byte_order_mark(kitti):
+    for file in kitti.glob("*.txt"):
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+    data = load_data(f"vtab:{kitti}", DataConfig(strict_sizes=False))
+    assert data.train.names[0] == "images/train800/000000.jpg"

@@ -57,6 +57,15 @@ def test_the_model_is_unchanged():
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
+def test_existing_gradients_have_no_influence_and_are_restored():
+    model = layer()
+    existing = [torch.full_like(parameter, 5.0) for parameter in model.parameters()]
+    model.weight.grad, model.bias.grad = existing
+    assert summed_gradients(model, ["weight"], batches, total)["weight"].tolist() == [[-2.0, 3.0]]
+    assert model.weight.grad is existing[0] and model.weight.grad.tolist() == [[5.0, 5.0]]
+    assert model.bias.grad is existing[1]
+
+
 def test_only_one_weight_gradient_exists_at_a_time():
     model = nn.Sequential(layer(), nn.Linear(1, 1))
     later_is_gone = []
@@ -73,6 +82,11 @@ def test_an_unknown_parameter_is_rejected():
 def test_a_non_finite_loss_is_reported_with_its_batch():
     with pytest.raises(ValueError, match="the loss must be finite, got inf in batch 2"):
         squared_gradients(layer(), ["weight"], batches, lambda m, x, _: m(x).sum() + (torch.inf if x[0, 0] < 0 else 0))
+
+
+def test_a_gradient_that_is_not_a_number_is_rejected():
+    with pytest.raises(ValueError, match=r"gradients must be numbers, got NaN in \['weight'\]"):
+        squared_gradients(layer(), ["weight", "bias"], batches, lambda m, x, _: (0 * x * m.weight).sqrt().sum())
 
 
 def test_zero_batches_are_rejected():

@@ -105,6 +105,13 @@ def test_options_out_of_range_are_rejected(options, message, make_model, batches
 
 
 @pytest.mark.parametrize("method", ["gps", "spt-lora", "fixed-mask"])
+def test_a_model_with_sparse_layers_is_rejected(method, make_model, batches):
+    model = build_method("gps", make_model(), batches=batches)
+    with pytest.raises(ValueError, match="VisionTransformer already has sparse layers; apply a method only once, to a"):
+        build_method(method, model, batches=batches)
+
+
+@pytest.mark.parametrize("method", ["gps", "spt-lora", "fixed-mask"])
 def test_a_model_whose_layers_all_have_a_custom_forward_is_rejected(method, make_model, batches):
     message = "NormFreeNet has no Linear or Conv2d layer with the original forward pass besides its head 'head.fc'"
     with pytest.raises(ValueError, match=message):

@@ -165,6 +165,7 @@ def test_the_default_budget_is_scaled_to_the_backbone_and_never_below_the_smalle
         ({"budget": 1, "sizes": [1502]}, r"budget must be at least 1.348924 million .*, got 1"),
         ({"sizes": []}, r"sizes must be a list of integers of at least 1, got \[\]"),
         ({"sizes": [0, 5]}, r"sizes must be .*, got \[0, 5\]"),
+        ({"sizes": [True]}, r"sizes must be .*, got \[True\]"),
         ({"population": 1}, "population must be an integer of at least 2, got 1"),
     ],
 )

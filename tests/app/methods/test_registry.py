@@ -5,7 +5,7 @@ from torch import nn
 
 from snella import SnellaConfig
 from snella.matrices import adapted_matrices
-from snella_app.methods import METHODS, build_method, check_method, find_method, parse_method, spec_of
+from snella_app.methods import METHODS, build_method, check_method, find_method, parse_method, restore_method, spec_of
 from snella_app.methods.model_parts import adaptable_layers, find_head
 from snella_app.methods.peft_methods import check_gradients
 
@@ -39,7 +39,7 @@ def test_adapters_of_weights_that_the_model_reads_are_rejected(method):
     model = timm.create_model("beit_base_patch16_224", num_classes=3, img_size=32, depth=1, embed_dim=32, num_heads=2)
     model = build_method(method, model)
     model(torch.randn(2, 3, 32, 32)).sum().backward()
-    with pytest.raises(ValueError, match=r"has no effect on '?.*attn\.qkv.*leave the layers out \(exclude_modules\)"):
+    with pytest.raises(ValueError, match=r"has no effect on '?.*attn\.qkv.*list other layers in target_modules"):
         check_gradients(model, method)
 
 
@@ -113,6 +113,16 @@ def test_a_typo_error_suggests_the_nearest_names():
         build_method("snela", vit())
     with pytest.raises(ValueError, match=r"one of linear, bias, .*, lora-N, .*, got 'vpt-deap-5'; nearest: vpt-deep"):
         parse_method("vpt-deap-5")
+    with pytest.raises(ValueError, match="got 'lora8'; did you mean 'lora-8'"):
+        parse_method("lora8")
+    with pytest.raises(ValueError, match=r"got 'lora0'; nearest: lora, klora"):
+        parse_method("lora0")
+
+
+def test_a_restored_method_that_does_not_fit_has_the_error_of_a_built_one():
+    for apply in (build_method, lambda name, model, **options: restore_method(name, model, {}, **options)):
+        with pytest.raises(ValueError, match="method 'lora-2' cannot be applied to VisionTransformer: No modules were"):
+            apply("lora-2", vit(), target_modules=["none"])
 
 
 def test_an_unsupported_rank_is_rejected():
@@ -213,6 +223,8 @@ def test_the_head_is_detected_or_required():
     assert find_head(plain, "") == ""  # the whole model, for models without a head
     with pytest.raises(ValueError, match=r"head 'head' has no weights \(num_classes=0\)"):
         find_head(vit(num_classes=0))
+    with pytest.raises(ValueError, match=r"must name a module with weights, got 'norm_pre'; .* layers are .*'head'\]"):
+        find_head(vit(), "norm_pre")
 
 
 def test_timm_models_without_a_configured_head_use_get_classifier():

@@ -3,10 +3,18 @@ import json
 import pytest
 import timm
 import torch
-from peft import PeftModel
+from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from snella_app.methods import AdapterFileError, build_method, load_trained, load_trained_into, save_trained, spec_of
+from snella_app.methods import (
+    AdapterFileError,
+    MethodSpec,
+    build_method,
+    load_trained,
+    load_trained_into,
+    save_trained,
+    spec_of,
+)
 
 
 def backbone(name="test_vit", num_classes=3):
@@ -205,6 +213,39 @@ def test_damaged_settings_are_reported_with_a_remedy(method, name, content, reas
     (tmp_path / name).write_text(content)
     with pytest.raises(AdapterFileError, match=rf"{name} is damaged: .*{reason}.*; copy the adapter again, or train"):
         load_trained(tmp_path, backbone())
+
+
+@pytest.mark.parametrize("change", [{"peft_type": None}, {"peft_type": "NOPE"}, {"r": "x"}])
+def test_altered_settings_are_reported_before_the_adapter_is_built(change, tmp_path):
+    save_trained(trained("lora-2"), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(AdapterFileError, match=r"adapter_config\.json is damaged: it was altered after the adapter"):
+        load_trained(tmp_path, backbone())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": 5}, "'method' must be a str, got 5"),
+        ({"options": None}, "'options' must be a dict, got None"),
+        ({"head": ["head"]}, r"'head' must be a str, got \['head'\]"),
+    ],
+)
+def test_method_json_with_values_of_another_type_is_reported_as_damage(change, message, tmp_path):
+    save_trained(trained("lora-2"), tmp_path)
+    path = tmp_path / "method.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(AdapterFileError, match=rf"method\.json is damaged: {message}; copy the adapter again"):
+        load_trained(tmp_path, backbone())
+
+
+def test_an_adapter_of_another_method_can_be_saved_again(tmp_path):
+    config = IA3Config(target_modules=["qkv", "fc2"], feedforward_modules=["fc2"])
+    get_peft_model(backbone(), config).save_pretrained(str(tmp_path / "a"))
+    model = load_trained(tmp_path / "a", backbone())
+    save_trained(model, tmp_path / "b")
+    assert spec_of(load_trained(tmp_path / "b", backbone())) == spec_of(model) == MethodSpec("ia3")
 
 
 def test_method_json_rebuilds_the_model(tmp_path):

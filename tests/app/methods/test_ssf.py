@@ -91,6 +91,15 @@ def test_batch_and_group_normalization_fold_too():
         torch.testing.assert_close(merge_trained(model)(x), outputs)
 
 
+def test_layer_norms_over_several_axes_remain_unchanged():
+    layers = nn.Sequential(nn.Conv2d(4, 4, 1), nn.LayerNorm([4, 4, 4]), nn.Flatten(), nn.Linear(64, 2))
+    model = build_method("ssf", layers, head="3", init_std=0.3).eval()
+    x = torch.randn(2, 4, 4, 4)
+    with torch.no_grad():
+        outputs = model(x)
+        torch.testing.assert_close(merge_trained(model)(x), outputs)
+
+
 def test_a_model_without_supported_operations_is_rejected():
     with pytest.raises(ValueError, match=r"'ssf' cannot be applied to Sequential: .* got none outside the head '1'"):
         build_method("ssf", nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), head="1")
@@ -113,8 +122,10 @@ def test_layers_that_are_not_affine_cannot_be_merged(layer):
         merge_trained(model)
 
 
-def test_a_projection_that_attention_reads_directly_is_unchanged_by_merging():
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_projection_that_attention_reads_directly_is_unchanged_by_merging(bias):
     layers = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2))
+    layers[0].self_attn = nn.MultiheadAttention(8, 2, batch_first=True, bias=bias)
     model = build_method("ssf", layers, head="1", init_std=0.3).eval()
     x = torch.randn(2, 5, 8)
     with torch.no_grad():

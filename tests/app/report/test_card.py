@@ -79,6 +79,13 @@ def test_the_base_model_has_its_hub_id(run):
     backbone = {"name": "vit_base_patch16_224.augreg_in21k", "architecture": "vit_base_patch16_224", "pretrained": True}
     run.change("run.json", backbone=run.read("run.json")["backbone"] | backbone)
     assert metadata_of(model_card(run.folder, "x"))["base_model"] == "timm/vit_base_patch16_224.augreg_in21k"
+    for name, expected in (
+        ("vit_base_patch16_clip_quickgelu_224.openai", "timm/vit_base_patch16_clip_224.openai"),
+        ("vitamin_small_224.datacomp1b_clip", "jienengchen/ViTamin-S"),
+        ("gcvit_tiny.in1k", None),  # timm loads these weights from GitHub
+    ):
+        run.change("run.json", backbone=run.read("run.json")["backbone"] | {"name": name})
+        assert metadata_of(model_card(run.folder, "x")).get("base_model") == expected
     run.change("run.json", backbone=run.read("run.json")["backbone"] | {"name": "weights.pth"})
     assert "base_model" not in metadata_of(model_card(run.folder, "x"))
 

@@ -254,3 +254,6 @@ def test_heat_maps_without_a_method_are_those_of_the_default(run):
     Image.new("RGB", (8, 8)).save(run.folder / "heat_maps" / f"{index}.png")
     (entry,) = heat_maps_section(run.folder, read(RunInfo, run.folder), read(Predictions, run.folder))
     assert entry["by"] == "gradcam"
+    (run.folder / "heat_maps" / f"{index}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=rf"heat_maps/{index}\.png is damaged: .*; delete it, or run `snella explain`"):
+        heat_maps_section(run.folder, read(RunInfo, run.folder), read(Predictions, run.folder))

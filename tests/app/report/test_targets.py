@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from snella_app.records.record import read, write
-from snella_app.records.results import scores_from
+from snella_app.records.results import LabelScores, LabelSetScores, scores_from
 from snella_app.records.run import BackboneInfo, DataInfo, EpochRow, Metrics, RunInfo
 from snella_app.report.report import write_report
-from snella_app.report.targets import label_cards, number_cards
+from snella_app.report.targets import label_cards, label_set_verdict, number_cards
 from snella_app.tasks import create_task
 from snella_app.text import percent_text
 from tests.browser import CLIPPED_OR_OVERLAPPING_TEXT, MIN_FONT_SIZE
@@ -114,6 +114,12 @@ def test_the_multilabel_page_has_all_scores(runs):
     assert 'id="confusion"' not in page
     table = page.partition('aria-label="Table of labels"')[2].partition("</section>")[0]
     assert "scroll sideways" in table  # the last columns are off a phone's screen
+
+
+def test_a_split_without_any_label_has_no_average_precision():
+    scores = LabelSetScores(float("nan"), 0.0, images=20, per_class=[LabelScores("sand"), LabelScores("sea")])
+    expected = "No label occurs on the 20 test images, so the average precision is undefined."
+    assert label_set_verdict(scores, "test") == expected
 
 
 def test_the_regression_page_compares_with_the_baseline(runs):

@@ -185,3 +185,8 @@ def test_temperature_can_be_applied_to_stored_probabilities():
     (changed,) = Predictions(items=items).with_temperature(2.0).items
     assert changed.probabilities == pytest.approx([0.75, 0.25])
     assert Predictions(items=items).with_temperature(1.0).items == items
+
+
+def test_a_batch_size_below_one_is_rejected(finished):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        calibrate_run(finished.path, batch_size=0)

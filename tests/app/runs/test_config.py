@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from snella_app.config.sections import MethodConfig, ModelConfig, OptimConfig, RunConfig
 from snella_app.config.train import TrainConfig, command_line
@@ -84,6 +85,8 @@ def test_the_rank_in_the_name_wins_over_the_default_and_options_over_both():
     config = TrainConfig.from_flat(**REQUIRED_SETTINGS, method_options={"scaling": 2.0, "kernel": "rbf"}).resolved()
     assert config.method.scaling is None
     assert config.method.all_options() == {"r": 8, "target_sparsity": 0.7, "scaling": 2.0, "kernel": "rbf"}
+    config = TrainConfig.from_flat(**REQUIRED_SETTINGS, method="lora-4", method_options={"r": 4}).resolved()
+    assert config.method.r is None and config.method.all_options() == {"r": 4}
 
 
 def test_differences_compare_only_explicit_settings():
@@ -106,6 +109,8 @@ def test_a_preset_sets_missing_settings_and_is_stored():
     assert config.method.options == {"preset": "paper", "kernel": "rbf"}
     assert config.resolved().method.scaling == 1.0 and config.resolved().method.target_sparsity == 0.7
     assert config.replace(scaling=2.0).method.scaling == 2.0
+    config = TrainConfig.from_flat(**REQUIRED_SETTINGS, preset="paper", method_options={"scaling": 3.0})
+    assert config.method.all_options() == {"preset": "paper", "scaling": 3.0}, "an option wins like its setting"
     assert TrainConfig.from_flat(**config.stored()).stored() == config.stored()
 
 
@@ -115,11 +120,22 @@ def test_the_official_preset_adds_only_the_differences_of_the_authors_code():
     assert official["method_options"] == {"preset": "official"}
 
 
+def test_a_preset_in_a_section_is_rejected():
+    config = TrainConfig.from_flat(**REQUIRED_SETTINGS, preset="paper")
+    assert dataclasses.replace(config, optim=OptimConfig(lr=0.1)).method == config.method
+    with pytest.raises(
+        ValueError, match=r"preset must be given to TrainConfig.from_flat, .* got .*preset='paper'\); use"
+    ):
+        dataclasses.replace(config, method=MethodConfig(preset="paper"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"preset": "papr"}, "preset must be one of paper, official, got 'papr'"),
-        ({"preset": "paper", "method": "lora-8"}, "preset applies to snella and snell, got 'paper' with method 'lora"),
+        ({"preset": "paper", "method": "lora-8"}, "^preset applies to snella and snell, got 'paper' with method 'lora"),
+        ({"preset": "paper", "method": "snela"}, "^method must be one of .*, got 'snela'; nearest: snella"),
+        ({"preset": "paper", "method_options": [1]}, r"method_options must be settings such as .*, got \[1\]"),
         ({"preset": "paper", "method": "auto"}, "preset applies to snella and snell, got 'paper' with method 'auto'"),
         ({"preset": "official", "method": "snella-matched-8"}, "got 'official' with method 'snella-matched-8'; leave"),
     ],
@@ -184,6 +200,9 @@ def test_paths_and_numpy_numbers_become_plain_values():
     )
     assert (config.run.out, config.optim.epochs, config.optim.lr) == ("runs/x", 3, 0.5)
     assert [type(value) for value in (config.run.out, config.optim.epochs, config.optim.lr)] == [str, int, float]
+    options = {"r": np.int64(4), "target_sparsity": np.float64(0.5)}
+    stored = TrainConfig.from_flat(**REQUIRED_SETTINGS, method_options=options).stored()
+    assert yaml.safe_load(yaml.safe_dump(stored))["method_options"] == {"r": 4, "target_sparsity": 0.5}
 
 
 def test_missing_required_settings_are_reported():
@@ -201,7 +220,7 @@ def test_setting_names_of_other_tools_suggest_snella_names():
         TrainConfig.from_flat(**REQUIRED_SETTINGS, model="x", learning_rate=1e-3, epoks=3)
     assert str(caught.value) == (
         "TrainConfig has no setting 'model' (use backbone), 'learning_rate' (use lr), 'epoks' "
-        "(nearest: epochs, workers); see help(TrainConfig)"
+        "(nearest: epochs, workers); TrainConfig.settings() lists all"
     )
 
 
@@ -292,7 +311,7 @@ def test_a_tilde_in_weight_files_is_the_home_folder(tmp_path, monkeypatch):
     files = {"weights": "~/weights.pth", "class_weights": "~/classes.yaml"}
     config = TrainConfig.from_flat(data="photos", backbone="test_vit", out="run", **files)
     assert config.optim.read_class_weights() == {"cat": 1.0, "dog": 2.5}
-    for name in ("~", "~no-such-user/weights.pth"):
+    for name in ("~", "~no-such-user/weights.pth", 300 * "w"):
         with pytest.raises(ValueError, match=f"weights must be an existing file, got '{name}'"):
             config.replace(weights=name).resolved()
 
@@ -309,6 +328,27 @@ def test_class_weights_may_have_names_that_yaml_reads_as_numbers():
         TrainConfig.from_flat(**REQUIRED_SETTINGS, class_weights={"cat": "heavy"})
     with pytest.raises(ValueError, match=r"class_weights must be balanced .*, got '\{cat: .*, which does not exist"):
         TrainConfig.from_flat(**REQUIRED_SETTINGS, class_weights="{cat: " + 300 * "1" + ", dog}")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "is a folder"),
+        ("[[cat, 1]]", "does not map class names to numbers"),
+        ("{cat: true}", "does not map class names to numbers"),
+        (f"{{cat: 1{400 * '0'}}}", "does not map class names to numbers"),
+    ],
+)
+def test_a_file_without_class_weights_is_rejected(text, problem, tmp_path):
+    path = tmp_path if text is None else tmp_path / "weights.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=rf"class_weights must be balanced .*, got '{path}', which {problem}"):
+        TrainConfig.from_flat(**REQUIRED_SETTINGS, class_weights=str(path))
+
+
+def test_a_tracker_listed_twice_is_used_once():
+    assert RunConfig(track="wandb, tensorboard,wandb").trackers == ["wandb", "tensorboard"]
 
 
 def test_the_recorded_command_repeats_a_run_whose_settings_differ_from_its_preset():

@@ -100,8 +100,9 @@ class Noise(torch.utils.data.Dataset):
 
 def test_a_run_on_a_python_object_trains_and_resumes(fast, console):
     config = fast(data="python:noise", epochs=2, head_init="random")
-    with interrupt_before(1), pytest.raises(TrainingInterrupted, match="checkpoint-2"):
+    with interrupt_before(1), pytest.raises(TrainingInterrupted, match="checkpoint-2") as caught:
         train(config, console, data=Noise())
+    assert str(caught.value).endswith(f"; resume with: snella.train(data=..., out={config.run.out!r}, resume=True)")
     with pytest.raises(ValueError, match="data python:noise is a Python object; pass it to train or evaluate"):
         train(config.replace(resume=True), console)
     run = train(config.replace(resume=True), console, data=Noise())

@@ -124,3 +124,9 @@ def test_a_cross_validation_is_rejected(finished, photos, tmp_path):
         explain(tmp_path, [photos / "cats" / "000.png"], tmp_path / "out")
     with pytest.raises(ValueError, match=r"features need one model, got a cross-validation; .* e\.g\. .*fold-1"):
         load(tmp_path).features(photos / "cats" / "000.png")
+
+
+def test_the_longest_image_name_is_shortened(finished, photos, tmp_path):
+    image = shutil.copy(photos / "cats" / "000.png", tmp_path / f"{'ñ' * 125}.png")
+    explain(finished.path, image, tmp_path / "out", by="rollout", neighbors=0)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"0001-{'ñ' * 120}.png", "index.html"]

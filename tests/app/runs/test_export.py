@@ -343,8 +343,10 @@ def test_nothing_is_overwritten_silently(finished, tmp_path):
     (path / "mine.txt").write_text("notes")
     with pytest.raises(FileExistsError, match=r"other files, e\.g\. 'mine\.txt'"):
         export(finished.path, "timm", path, overwrite=True)
-    with pytest.raises(FileExistsError, match="is a folder, which sparse cannot replace"):
-        export(finished.path, "sparse", path, overwrite=True)
+    with pytest.raises(FileExistsError, match="is a folder, which cannot be replaced by a file"):
+        export(finished.path, "sparse", path)
+    with pytest.raises(ValueError, match=r"out must end with a name, got '\.'; use e\.g\. 'run-timm'"):
+        export(finished.path, "timm", ".", overwrite=True)
     assert (path / "mine.txt").read_text() == "notes" and sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 

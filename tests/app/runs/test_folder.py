@@ -125,6 +125,9 @@ def test_a_folder_without_a_run_is_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config.yaml: this is not a run folder"):
         RunFolder(tmp_path).read_config()
     run = create_run(tmp_path / "run", "running")
+    (run.path / "config.yaml").unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError, match=r"config.yaml: deleted; restore the file, or train again"):
+        run.read_config()
     with pytest.raises(FileNotFoundError, match=r"metrics.json: not written yet"):
         run.read_json("metrics.json")
 

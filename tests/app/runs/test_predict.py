@@ -4,10 +4,13 @@ import dataclasses
 import io
 import json
 import math
+import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +28,7 @@ from snella_app.runs import RunFolder
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.image_inputs import expand, new_files
 from snella_app.runs.layer_probe import LayerProbe, linear_head, probed_layers
-from snella_app.runs.predict import Predictor, _check_shape, _head, load
+from snella_app.runs.predict import Predictor, _head, check_shape, load
 from snella_app.runs.prediction_files import predict_to_files, write_features
 from snella_app.tasks import RegressionTask
 from snella_app.tasks.task import MAX_VIEWS
@@ -254,7 +257,7 @@ def test_a_very_elongated_image_is_skipped_like_a_corrupt_one(finished, photos, 
     images = [tmp_path / "line.png", photos / "cats" / "000.png"]
     assert [prediction.path for prediction in model.predict(images, skip_corrupt=True)] == images[1:]
     with pytest.raises(ValueError, match="at most 200, got 10000×1"):
-        _check_shape(torch.zeros(5, 1, 10_000), Path("array.npy"))
+        check_shape(torch.zeros(5, 1, 10_000), Path("array.npy"))
 
 
 def test_a_table_with_a_prefix_may_have_any_suffix(photos):
@@ -487,3 +490,36 @@ def test_settings_that_never_apply_are_rejected_before_prediction(finished):
     regression = dataclasses.replace(model.loaded, task=RegressionTask(("age",)))
     with pytest.raises(ValueError, match=r"unsure needs a task with one class per image, got 0\.5"):
         Predictor(regression).resolve_threshold(None, 0.5)
+
+
+def test_names_on_standard_input_may_have_any_character(photos, tmp_path):
+    names = ["a\u2028b.png", "c\x0cd.png", "caf\udce9.png"]
+    for name in names:
+        shutil.copy(photos / "cats" / "000.png", tmp_path / name)
+    code = "from snella_app.runs.image_inputs import expand; print(ascii([path.name for path in expand(['-'])]))"
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    lines = b"".join(os.fsencode(tmp_path / name) + b"\n" for name in names)
+    listed = subprocess.run([sys.executable, "-c", code], input=lines, env=environment, capture_output=True, check=True)
+    assert listed.stdout.decode().strip() == ascii(names)
+
+
+def test_a_single_corrupt_image_has_no_remedy_that_does_not_apply(finished, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    model = load(finished.path)
+    for call in (model.features, model.predict, partial(model.predict, skip_corrupt=True)):
+        with pytest.raises(ValueError, match=r"unknown image format; remove it$"):
+            call(tmp_path / "bad.png")
+    with pytest.raises(ValueError, match=r"remove it, or pass --skip-corrupt \(skip_corrupt=True\)$"):
+        model.predict([tmp_path / "bad.png"])
+
+
+def test_a_pattern_is_not_suggested_for_a_run(photos, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no run .*runs\*; .* has no similar name"):
+        predict_to_files(str(tmp_path / "runs*"), [str(photos)])
+
+
+def test_a_watched_folder_may_start_with_a_tilde(finished, tmp_path, monkeypatch):
+    (tmp_path / "inbox").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="tta must be"):
+        predict_to_files(str(finished.path), ["~/inbox"], watch=True, tta=99)

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 
 import snella
+from snella_app.cli.main import main
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.push import PushResult, push, write_hub_folder
 
@@ -132,3 +133,16 @@ def test_the_card_of_a_run_without_timm_folder_names_the_files_of_the_repository
     assert str(tmp_path / "hub") not in card
     for name in ("model.safetensors", "model.layer_probe.safetensors"):
         assert name in card and (tmp_path / "hub" / name).is_file()
+
+
+def test_the_command_for_a_later_upload_keeps_the_repository_private(finished, monkeypatch, tmp_path, capsys):
+    run = shutil.copytree(finished.path, tmp_path / "my run")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["push", str(run), "user/photos", "--private"]) == 0
+    assert f"later: hf upload user/photos '{run}-hub' --private\n" in capsys.readouterr().out
+
+
+def test_a_file_is_no_folder_for_a_repository(finished, tmp_path):
+    (tmp_path / "hub").touch()
+    with pytest.raises(FileExistsError, match=r"to_folder=.*hub is a file; choose a new folder"):
+        write_hub_folder(finished.path, tmp_path / "hub", "user/photos")

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from snella import TaskBank
 from snella_app.config.train import TrainConfig
@@ -138,3 +139,18 @@ def test_unsupported_runs_are_rejected(folders, tiny_run, make_photos, tmp_path,
     # a head of another size changes the random weights
     with pytest.raises(ValueError, match=r"weights that differ from the bank's in 'blocks\.0\.attn\.qkv\.weight';"):
         TaskBank({"two": tmp_path / "two", "three": tmp_path / "three"}, device="cpu")
+
+
+def test_memory_can_be_unlimited_but_not_undefined(folders, images):
+    bank = TaskBank(folders, memory_mib=float("inf"), device="cpu")
+    bank(images, MIXED)
+    assert len(bank.cached_tasks) == 3
+    for memory in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match=f"memory_mib must be greater than 0, got {memory}"):
+            TaskBank(folders, memory_mib=memory)
+
+
+def test_a_very_elongated_image_is_rejected_as_by_each_run(folders, tmp_path):
+    Image.new("RGB", (3000, 2)).save(tmp_path / "line.png")
+    with pytest.raises(ValueError, match="at most 200, got 3000×2"):
+        TaskBank({"animals": folders["animals"]}, device="cpu").predict([tmp_path / "line.png"], ["animals"])

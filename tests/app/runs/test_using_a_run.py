@@ -256,6 +256,8 @@ def test_a_merged_file_needs_no_file_of_the_backbone(task, settings, console, no
     (tmp_path / "no.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="path must be a file written by snella merge"):
         load_merged(tmp_path / "no.safetensors")
+    with pytest.raises(ValueError, match=r"written by snella merge, got the folder '.*'; timm loads folders"):
+        load_merged(tmp_path)
 
 
 def timm_predictions(model, transform, classes, paths, views=1):

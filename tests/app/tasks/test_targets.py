@@ -1,5 +1,7 @@
 """Multilabel, ordinal and regression tasks: data statistics and metrics."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -225,3 +227,26 @@ def test_averaged_ordinal_outputs_are_finite_for_many_ranks():
     mean = task.average_outputs([logits, logits])
     assert mean.isfinite().all()
     torch.testing.assert_close(task.probabilities(mean), task.probabilities(logits), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("present", [(0, 2, 3), (0, 1), (1, 2), (2, 3)])
+def test_a_linear_head_predicts_no_rank_without_images(present):
+    task = OrdinalTask(("a", "b", "c", "d"))
+    labels = np.repeat(present, 30)
+    features = np.eye(4)[labels] * 3 + np.random.default_rng(0).normal(0, 0.1, (len(labels), 4))
+    weight, bias = task.fit_linear(features, labels, 3)
+    scores = task.metrics(torch.from_numpy(features) @ weight.T + bias, labels)
+    assert scores["accuracy"] == 1.0
+
+
+def test_an_undefined_metric_ranks_epochs_by_their_loss():
+    task = RegressionTask(("age",), monitor="r2")
+    rows = [{"val_r2": math.nan, "val_loss": loss} for loss in (2.0, 1.0, 3.0)]
+    assert max(rows, key=task.selection_score) == rows[1]
+
+
+def test_class_weights_of_zero_are_rejected():
+    with pytest.raises(
+        ValueError, match=r"class_weights must .*: at least one weight must be above 0, got 0 for all 2"
+    ):
+        resolve_class_weights({"a": 0, "b": 0.0}, ("a", "b"), (1, 1))

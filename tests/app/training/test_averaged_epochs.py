@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -49,14 +51,14 @@ def test_running_statistics_that_training_updates_are_averaged():
     assert not updated_statistics(model)
 
 
-def test_a_checkpoint_restores_the_epochs_and_rejects_another_model(tmp_path):
-    layer = nn.Linear(3, 2)
+@pytest.mark.parametrize("layer", [nn.Linear(3, 2), nn.Conv2d(3, 2, 2).to(memory_format=torch.channels_last)])
+def test_a_checkpoint_restores_the_epochs_and_rejects_another_model(layer, tmp_path):
     epoch_ends = EpochSnapshots(layer, 3)
     epoch_ends.add(4)
     epoch_ends.save(tmp_path)
-    other = EpochSnapshots(nn.Linear(3, 2), 3)
+    other = EpochSnapshots(deepcopy(layer), 3)
     other.load(tmp_path)
-    assert other.epochs == [4] and torch.equal(other._values[4]["bias"], layer.bias)
+    assert other.epochs == [4] and torch.equal(other._values[4]["weight"], layer.weight)
     with pytest.raises(CheckpointError, match=r"got a difference in bias; start over"):
         EpochSnapshots(nn.Linear(3, 2, bias=False), 3).load(tmp_path)
     with pytest.raises(CheckpointError, match=r"epoch_ends\.safetensors is missing"):

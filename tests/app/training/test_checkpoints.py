@@ -3,12 +3,14 @@ import json
 
 import pytest
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from snella_app.files import sealed
 from snella_app.runs import RunFolder
 from snella_app.training.checkpoints import (
     CheckpointError,
     checkpoint_to_resume,
+    convert_read_errors,
     convert_write_errors,
     find_damage,
     is_write_failure,
@@ -76,10 +78,12 @@ def test_incomplete_and_old_checkpoints_are_ignored_and_removed(run):
     checkpoint(run, "checkpoint-10")
     (run.checkpoints / ".staging-checkpoint-15" / "checkpoint-15").mkdir(parents=True)
     (run.checkpoints / "stray").write_text("x")
+    (run.checkpoints / "checkpoint-2").symlink_to(run.path)
     assert latest_checkpoint(run.checkpoints) == run.checkpoints / "checkpoint-10"
     prune_checkpoints(run.checkpoints)
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["checkpoint-10", "stray"]
     prune_checkpoints(run.path / "missing")
+    assert run.status == "running", "a link is removed without its folder"
 
 
 def test_a_checkpoint_is_published_atomically(run):
@@ -120,6 +124,13 @@ def test_the_error_states_that_no_earlier_checkpoint_exists(run, tmp_path):
         convert_write_errors(tmp_path / "adapter"),
     ):
         raise OSError(errno.EDQUOT, "Quota exceeded")
+
+
+def test_an_unreadable_safetensors_file_is_a_damaged_checkpoint(tmp_path):
+    (tmp_path / "ema.safetensors").write_bytes(b"x")
+    message = f"the checkpoint {tmp_path} cannot be read: SafetensorError: .*; start over with --overwrite, or remove"
+    with pytest.raises(CheckpointError, match=message), convert_read_errors(tmp_path):
+        load_file(tmp_path / "ema.safetensors")
 
 
 def test_other_errors_pass_through(run, tmp_path):

@@ -135,8 +135,8 @@ def test_an_interrupted_cross_validation_is_resumed(fast, console, tmp_path, mon
 
 
 def test_an_interrupted_fold_is_resumed_with_the_cross_validation(fast, console, tmp_path):
-    with interrupt_before(0), pytest.raises(TrainingInterrupted, match=rf"--out {tmp_path}/run --resume"):
-        train_folds(fast(), console)
+    with interrupt_before(0), pytest.raises(TrainingInterrupted, match=rf"--out '{tmp_path}/my run' --resume"):
+        train_folds(fast(out=str(tmp_path / "my run")), console)
 
 
 def test_a_finished_cross_validation_is_read_from_a_read_only_disk(
@@ -150,6 +150,12 @@ def test_a_finished_cross_validation_is_read_from_a_read_only_disk(
     (tmp_path / "run" / "folds.html").unlink()
     train_folds(fast(resume=True, data=None, backbone=None), console)
     assert (tmp_path / "run" / "folds.html").is_file()
+
+
+def test_an_output_file_is_rejected(fast, console, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(FileExistsError, match=f"out must be a folder, got the file '{tmp_path}/run'; choose another"):
+        train_folds(fast(), console)
 
 
 def test_overwriting_spares_the_folds_of_a_running_process(finished_folds, fast, console, tmp_path):

@@ -133,6 +133,9 @@ def test_settings_that_contradict_the_initial_run_are_rejected(finished, new_con
     others = make_photos(tmp_path / "others", {"cats": 16, "dogs": 16})
     with pytest.raises(ValueError, match=r"the classes of init_from=.*, \['cats', 'dogs', 'owls'\], got \['cats', 'do"):
         train(new_config(data=f"folder:{others}"))
+    (others / "owl").symlink_to(others / "dogs")
+    with pytest.raises(ValueError, match=r"the 3 and 3 classes differ in 'owl', 'owls'$"):
+        train(new_config(data=f"folder:{others}"))
     with pytest.raises(ValueError, match="out must differ from init_from"):
         new_config(out=str(finished.path))
     with pytest.raises(ValueError, match="head_init must not be probe with init_from"):

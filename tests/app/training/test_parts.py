@@ -113,6 +113,10 @@ def test_the_bar_is_shown_on_a_terminal_and_removed():
     display.on_step_end(None, state, TrainerControl())
     display._bar.refresh()
     assert "epoch 1/2" in output.getvalue() and "loss 0.125" in output.getvalue() and "1/10" in output.getvalue()
+    state.epoch, state.global_step = 1.0, 5  # the last step of the epoch
+    display.on_step_end(None, state, TrainerControl())
+    display._bar.refresh()
+    assert "5/10" in output.getvalue() and "epoch 2/2" not in output.getvalue()
     display.on_epoch_end(None, state, TrainerControl())
     display._bar.refresh()
     assert "evaluating on val images" in output.getvalue()

@@ -18,7 +18,7 @@ from rich.console import Console
 from snella_app.cli.main import main
 from snella_app.config.train import TrainConfig
 from snella_app.runs import RunFolder
-from snella_app.training.session import InterruptCallback, RunInUseError, lock_run
+from snella_app.training.session import InterruptCallback, RunInUseError, lock_run, record_status
 from snella_app.training.train import train
 
 HOLDER = """
@@ -99,6 +99,25 @@ def test_inspect_reports_a_killed_run_and_its_report_stops_refreshing(tmp_path, 
     RunFolder(out).update("running", command="snella dreambooth --steps 3 --out here")
     assert main(["inspect", out]) == 0
     assert f"resume it with snella dreambooth --out {out} --resume" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "lines", "message"),
+    [
+        (ValueError, "ValueError: not an image; remove it\nor skip it", "not an image; remove it\nor skip it"),
+        (RunInUseError, "snella_app.training.session.RunInUseError: locked", "locked"),
+        (ValueError, "KeyError: 'x'\n\nDuring handling\n\nTraceback:\nValueError: wrong", "wrong"),
+        (ValueError, "ValueError", "ValueError"),
+    ],
+)
+def test_an_error_of_a_data_loader_worker_is_stored_without_its_traceback(error, lines, message, tmp_path):
+    run = RunFolder(tmp_path)
+    text = (
+        f"Caught {error.__name__} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  at\n"
+    )
+    with pytest.raises(error) as caught, record_status(run, "train"):
+        raise error(f"{text}{lines}\n")
+    assert str(caught.value) == run.read_json("run.json")["error"] == message
 
 
 def test_an_unused_folder_is_removed(tmp_path):

@@ -74,6 +74,24 @@ def test_an_out_of_memory_step_halves_the_batch_size(many_images, settings, cons
         fit_batch_size(parts, config.optim, console)
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
+            True,
+        ),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (torch.OutOfMemoryError("CUDA"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("required rank 4 tensor to use channels_last memory format"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_only_failed_allocations_are_out_of_memory_errors(error, expected):
+    assert sizing.is_out_of_memory(error) == expected
+
+
 def test_a_trial_step_restores_the_model(settings):
     config = settings(method="full", method_options={}).resolved()
     parts = build_components(config)

@@ -256,12 +256,21 @@ def test_a_batch_size_above_the_number_of_images_is_rejected_with_both_numbers(s
     assert not RunFolder(settings().run.out).path.exists()
 
 
-def test_the_default_batch_size_is_reduced_to_the_training_images(settings, console, no_report):
-    run = train(settings(batch_size=None, epochs=1, train_size=9), console)
-    assert run.read_config().optim.batch_size == 9
+@pytest.mark.parametrize(
+    ("changes", "size", "images"),
+    [
+        ({"train_size": 9}, 9, "the number of training images"),
+        ({"epoch_images": 5}, 5, "the number of images per epoch"),
+    ],
+)
+def test_the_default_batch_size_is_reduced_to_the_images_of_an_epoch(
+    changes, size, images, settings, console, no_report
+):
+    run = train(settings(batch_size=None, epochs=1, **changes), console)
+    assert run.read_config().optim.batch_size == size
     text = console.file.getvalue()
-    assert "batch size reduced from 32 to 9, the number of training images" in text
-    assert "1 epoch of 1 step, 9 images each" in text
+    assert text.count("batch size reduced") == 1 and f"batch size reduced from 32 to {size}, {images}\n" in text
+    assert f"1 epoch of 1 step, {size} images each" in text
 
 
 @pytest.mark.parametrize(("best", "is_reported"), [(0, True), (1, True), (3, False)])

@@ -86,6 +86,15 @@ def test_a_preset_keeps_its_schedule_and_the_log_notes_that_early_stopping_has_n
     assert "early stopping has no effect: the budget reaches its target at the last step" in console.file.getvalue()
 
 
+@pytest.mark.parametrize("options", [{"schedule": "constant"}, {"preset": "paper", "init_sparsity": 0.7}])
+def test_early_stopping_of_a_constant_budget_does_not_wait_for_a_target(options, settings, console):
+    run = train(settings(**{**NO_UPDATES, "method_options": options}, epochs=4, early_stopping=1), console)
+    assert history_of(run)[-1]["epoch"] < 3
+    text, target = console.file.getvalue(), run.read_json("allocation.json")["target_budget"]
+    assert "stopping  after 1 epoch without improvement\n" in text and "early stopping has no effect" not in text
+    assert f"{target:,} → {target:,} weights" in text
+
+
 def test_a_run_killed_after_early_stopping_is_not_trained_further(settings, console, monkeypatch):
     values = {**NO_UPDATES, "method": "linear", "epochs": 9, "early_stopping": 1, "augment": "none"}
     values.pop("scalar_lr")
@@ -164,6 +173,9 @@ def test_drop_path_applies_to_every_backbone_and_method(settings):
     rates = [m.drop_prob for m in parts.model.modules() if isinstance(m, DropPath)]
     blocks = len(rates) // 2
     assert rates == [pytest.approx(0.4 * (k // 2) / (blocks - 1)) for k in range(2 * blocks)] and max(rates) == 0.4
+    resnet = timm.create_model("test_resnet", num_classes=2)
+    set_drop_path(resnet, "fc", 0.3)
+    assert [round(m.drop_prob, 2) for m in resnet.modules() if isinstance(m, DropPath)] == [0.0, 0.1, 0.2, 0.3]
     with pytest.raises(ValueError, match="drop_path needs a backbone with droppable residual branches"):
         set_drop_path(nn.Sequential(nn.Linear(2, 2)), "0", 0.1)
 
@@ -307,13 +319,14 @@ def test_a_tracker_error_is_one_line_and_environment_variables_are_restored(sett
         raise RefusedError
 
 
-def test_a_missing_tracker_package_is_reported_before_loading(settings, console, monkeypatch):
+@pytest.mark.parametrize("error", [ImportError, RuntimeError, ValueError])
+def test_a_missing_tracker_package_is_reported_before_loading(error, settings, console, monkeypatch):
     def missing():
-        raise RuntimeError("WandbCallback requires wandb to be installed. Run `pip install wandb`.")
+        raise error("WandbCallback requires wandb to be installed. Run `pip install wandb`.")
 
     monkeypatch.setitem(sys.modules["snella_app.training.train"].INTEGRATION_TO_CALLBACK, "wandb", missing)
     with pytest.raises(
-        ImportError, match="track=wandb requires a missing package; pip install wandb: WandbCallback requires"
+        ImportError, match=r"^track=wandb is not available: WandbCallback requires wandb to be .*Run `pip"
     ):
         train(settings(track="wandb"), console)
     assert not os.path.exists(settings().run.out)

@@ -3,12 +3,14 @@
 import io
 import json
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
+from snella._utils import nvidia_driver
 from snella.backends import TorchBackend, choose_backend
 from snella.kernels import KernelScalars, make_kernel
 from snella.ops import has_bfloat16_instructions
@@ -166,6 +168,14 @@ def test_driver_and_bfloat16_products_of_a_gpu_are_described(monkeypatch):
     machine = describe_machine({})
     assert machine["driver"] == "NVRM version: 570.1"
     assert machine["gpu"] == [f"Tesla T4, {bytes_text(16 * 2**30)}, compute capability 7.5, bfloat16 products: no"]
+
+
+@pytest.mark.parametrize(
+    ("text", "version"), [("", ""), ("NVRM version: 570.1 \nGCC version: 12\n", "NVRM version: 570.1")]
+)
+def test_driver_version_is_the_first_line_of_its_file(text, version, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: text)
+    assert nvidia_driver.__wrapped__() == version
 
 
 def test_results_are_written(tmp_path):

@@ -2,15 +2,21 @@
 
 import contextlib
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import signal
+import struct
 import time
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from snella_app.records.record import read
 from snella_app.records.record import write as write_record
@@ -20,7 +26,7 @@ from snella_app.runs.layer_probe import LAYER_PROBE
 from snella_app.training.session import NonFiniteLossError, TrainingInterrupted
 from snella_lab.comparison.cells import Cell, Plan
 from snella_lab.comparison.compare import CellsFailedError, _RunLimit, compare
-from snella_lab.comparison.executors import InThisProcess, _gpu_share
+from snella_lab.comparison.executors import InProcesses, InThisProcess, _crash_reason, _gpu_share
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
@@ -303,6 +309,17 @@ def test_frozen_features_are_cached_by_preprocessing(copy):
     assert first.is_file() and len(list(cache.iterdir())) == 2
 
 
+def test_frozen_features_of_data_with_a_long_path_are_cached(copy, tmp_path):
+    folder = tmp_path / ("a" * 120) / ("b" * 120)
+    for name, color in (("dark", 0), ("light", 255)):
+        (folder / name).mkdir(parents=True)
+        for index in range(5):
+            Image.new("RGB", (8, 8), (color, 40 * index, color)).save(folder / name / f"{index}.png")
+    cache = tmp_path / "frozen"
+    measure_forgetting(copy / "cells/digits/lora-2/seed-0", f"folder:{folder}", 60, cache, "cpu")
+    assert len(list(cache.glob("*.json"))) == 1
+
+
 @pytest.mark.parametrize(
     ("part", "hint"),
     [
@@ -339,6 +356,7 @@ def test_all_missing_parts_are_reported_together_before_training(tiny, tmp_path,
         ({"train": {"batch_size": 41}}, "batch_size must be at most 40, the number of training images, got 41"),
         ({"train": {"test_size": None, "test_fraction": 0.0}}, "data 'digits' must have a validation and a test split"),
         ({"train": {"device": "cuda"}}, "got 'cuda'"),
+        ({"backbone": "levit_128s", "train": {"img_size": 100}}, "img_size must be a size that backbone 'levit_128s'"),
     ],
 )
 def test_settings_that_do_not_fit_the_data_are_rejected_before_training(
@@ -350,6 +368,13 @@ def test_settings_that_do_not_fit_the_data_are_rejected_before_training(
         pytest.skip("tests the error without a GPU")
     with pytest.raises(ValueError, match=message):
         compare(tiny(**changes), tmp_path / "c", ExecutionConfig(workers=0), console=console)
+
+
+def test_weights_of_an_unsupported_kind_are_reported_with_the_other_errors(tiny, tmp_path, console, no_training):
+    np.savez(tmp_path / "hybrid.npz", **{"conv_root/kernel": np.zeros(1)})
+    experiment = tiny(data=["digits", "elvp"], train={"weights": str(tmp_path / "hybrid.npz")})
+    with pytest.raises(ValueError, match=r"'elvp'.*; weights .* plain ViTs, got a ResNet-ViT hybrid"):
+        compare(experiment, tmp_path / "c", ExecutionConfig(workers=0), console=console)
 
 
 @pytest.mark.parametrize("changes", [{"train": {"epochs": 2}}, {"methods": ["bias"]}])
@@ -519,6 +544,20 @@ def test_gpu_share_fits_an_integer_number_of_cells_per_gpu(gpus, slots, expected
     share = _gpu_share(gpus, slots, SimpleNamespace(settings={}))
     assert share == expected
     assert not share or slots is None or int(1 / share) * gpus >= slots
+
+
+def test_cell_of_a_process_killed_while_it_sends_its_outcome_is_reported(tmp_path):
+    executor, cell = InProcesses(tmp_path, None, 1, 1), SimpleNamespace(name="digits/linear/seed-0")
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    os.write(sending.fileno(), struct.pack("!i", 100) + b"part")
+    sending.close()
+    executor._running[receiving] = cell, SimpleNamespace(join=lambda: None, exitcode=-signal.SIGKILL)
+    (outcome,) = executor.wait(10)
+    assert outcome.row is None and outcome.error.startswith("the process was killed by SIGKILL")
+
+
+def test_signals_without_a_name_are_reported_by_number():
+    assert _crash_reason(-40) == "the process was killed by signal 40"
 
 
 def test_run_limit_excludes_the_time_of_an_earlier_attempt(tiny, tmp_path, make_row, monkeypatch):

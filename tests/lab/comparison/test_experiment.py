@@ -89,6 +89,10 @@ def test_forgetting_is_never_measured_on_the_task_itself(tiny):
         ({"train": {"seed": 3}}, "train has unknown settings: 'seed'"),
         ({"sedes": 3}, r"the experiment has unknown settings: 'sedes' \(nearest: seeds"),
         ({"backbone": ""}, "backbone is required, e.g. backbone: NAME"),
+        ({"methods": ","}, "methods must have at least one entry, got none"),
+        ({"data": ","}, "data must have at least one entry, got none"),
+        ({"reference": 5}, "reference must be one of the methods linear, lora-2, got '5'"),
+        ({"train": {"task": ["ordinal"]}}, r"task must be one of .* in a comparison, got \['ordinal'\]"),
     ],
 )
 def test_invalid_settings_are_rejected(changes, message, tiny):
@@ -98,6 +102,27 @@ def test_invalid_settings_are_rejected(changes, message, tiny):
 
 def test_empty_options_of_a_method_are_the_defaults(tiny):
     assert tiny(methods=[{"method": "linear", "options": None}]).methods == tiny(methods=["linear"]).methods
+
+
+@pytest.mark.parametrize("key", ["name", "about", "seeds", "reference", "forgetting_images", "published"])
+def test_empty_entries_are_the_defaults(key, tiny, tmp_path):
+    experiment = tiny(**{key: None})
+    assert experiment == Experiment.from_dict({k: v for k, v in tiny().as_dict().items() if k != key})
+    experiment.write(tmp_path)
+    (tmp_path / "named.yaml").write_text((tmp_path / "experiment.yaml").read_text() + f"{key}:\n")
+    assert read_experiment(str(tmp_path / "named.yaml")).name == ("named" if key == "name" else experiment.name)
+
+
+def test_a_number_as_the_name_of_an_experiment_becomes_text(tiny):
+    experiment = tiny(name=2024, about=5)
+    assert (experiment.name, experiment.about) == ("2024", "5")
+
+
+def test_tuples_in_settings_equal_the_stored_lists(tiny, tmp_path):
+    entry = {"method": "lora-2", "options": {"target_modules": ("qkv", "proj")}}
+    experiment = tiny(methods=[entry], reference=None)
+    experiment.write(tmp_path)
+    assert experiment.merged_with(read_experiment(str(tmp_path / "experiment.yaml")), tmp_path).name == experiment.name
 
 
 def test_several_errors_are_reported_together(tiny):
@@ -114,6 +139,7 @@ def test_section_that_is_not_a_mapping_is_rejected(key):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("about: 2024-13-45\n", r"experiment .*e\.yaml must be a YAML text file: month must be in 1"),
         ("methods: [\n", r"experiment .*e\.yaml must be a YAML text file: "),
         ("- 1\n", r"experiment .*e\.yaml must contain settings such as 'seeds: 3', got list"),
         ("seeds: 2\n", r"experiment .*e\.yaml: methods is required"),
@@ -207,6 +233,7 @@ def test_labels_become_folder_names():
     [
         ("Table 1", "published must be a mapping, got 'Table 1'"),
         (["a"], r"published must be a mapping, got \['a'\]"),
+        ([], r"published must be a mapping, got \[\]"),
         ({"source": "a", "orderings": None}, "published must contain 'source', .* a list 'orderings' or both"),
         ({"source": "a", "orderings": 5}, "published must contain 'source', .* got .*'orderings': 5"),
     ],

@@ -279,6 +279,9 @@ def test_recommendation_is_the_cheapest_method_within_one_standard_error(tiny, m
     assert recommendation_text(summarize(experiment, one_seed)).startswith(
         "Recommended: lora-2. No other method is within one standard error of its accuracy (only one seed; "
     )
+    tied = [make_row(experiment, "digits", m, 0, test_accuracy=0.5, test_balanced_accuracy=0.5) for m in values]
+    unknown = "3 methods are within one standard error (only one seed; standard error unknown) of the best accuracy"
+    assert unknown in recommendation_text(summarize(experiment, tied))
     assert recommendation_text(summarize(experiment, [])) == ""
 
 

@@ -157,3 +157,10 @@ def test_evaluated_learning_rate_is_fixed_for_all_seeds(tiny, make_row):
 def test_grid_of_two_points_grows_by_its_ratio():
     _, order = run(Grid((1, 4), (), 1), lambda c: c.lr_factor)
     assert [c.lr_factor for c in order] == [1, 4, 16]
+
+
+@pytest.mark.parametrize(("sign", "extension"), [(1, 1.02 * 1.01 / 1.0), (-1, 0.99)])
+def test_a_fine_grid_is_extended_beyond_its_edge(sign, extension):
+    grid = Grid(lr_factors=(1.0, 1.01, 1.02), weight_decays=(), max_extensions=1)
+    results = {Candidate(factor): [TuningResult(sign * factor, 1.0)] for factor in grid.lr_factors}
+    assert next_tuning_runs(grid, 0.0, results) == [Candidate(extension)]

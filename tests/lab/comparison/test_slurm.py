@@ -122,6 +122,10 @@ def test_invalid_part_is_rejected(text):
             {"run_limit": 5.0, "workers": 0},
             "run_limit must be positive and requires ray or workers, got 5 and workers=0",
         ),
+        *(
+            ({"gpus": gpus, "ray": True}, rf"gpus must be in \[0, 1\] or an integer, .* got {gpus:g} and ray=True")
+            for gpus in (float("inf"), float("nan"), -1.0, 1.5)
+        ),
         ({"gpus": 0.5}, r"gpus must be in \[0, 1\] or an integer, and requires ray, got 0.5 and ray=False"),
     ],
 )

@@ -1,5 +1,6 @@
 """`eager` against the reference over kernels, dtypes, shapes and budgets."""
 
+import re
 from dataclasses import replace
 from itertools import chain, combinations
 
@@ -289,6 +290,22 @@ def test_mismatched_weight_shape_raises():
     problem.tensors["weight"] = torch.ones(5, 7)
     with pytest.raises(ValueError, match=r"same size, got \[7, 5\] and \[5, 7\]"):
         call(problem)
+
+
+@pytest.mark.parametrize("shape", [(35,), (7, 5, 1), (7, 1, 5, 1)])
+def test_weight_that_is_not_a_matrix_raises(shape):
+    problem = make_problem()
+    problem.tensors["weight"] = torch.ones(shape)
+    with pytest.raises(ValueError, match=rf"weight must be \[m, n\], got {re.escape(str(list(shape)))}"):
+        call(problem)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("A", [1, 5, 4]), ("A", [5]), ("B", [])])
+def test_factors_that_are_not_matrices_raise_with_their_shapes(name, shape):
+    tensors = {"A": torch.ones(5, 4), "B": torch.ones(7, 4), name: torch.ones(shape)}
+    shapes = re.escape(f"{list(tensors['A'].shape)} and {list(tensors['B'].shape)}")
+    with pytest.raises(ValueError, match=rf"A and B must be \[n, r\] and \[m, r\] with equal r, got {shapes}"):
+        adapted_linear(torch.ones(3, 5), torch.ones(7, 5), None, **tensors, budget=3, kernel="linear")
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager", "numba"])

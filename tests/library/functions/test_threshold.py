@@ -75,6 +75,11 @@ def test_sparsity_out_of_range_raises(sparsity):
         quantile_threshold(torch.ones(3, 5), sparsity)
 
 
+def test_quantile_of_an_empty_matrix_raises():
+    with pytest.raises(ValueError, match=r"delta must have at least one entry, got \[0, 5\]"):
+        quantile_threshold(torch.ones(0, 5), 0.5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_selection_by_kthvalue_equals_selection_by_partition(dtype):
     delta = torch.randn(31, 17, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -240,6 +240,16 @@ def test_detached_allocator_is_not_updated(mlp):
     assert allocator.step == 3
 
 
+def test_detaching_one_of_two_allocators_does_not_warn(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    first = make_allocator(model).attach(optimizer)
+    second = make_allocator(model).attach(optimizer)
+    first.detach()
+    train(mlp, model, optimizer, last=3)
+    assert (first.step, second.step) == (0, 3)
+
+
 # resuming -----------------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +378,17 @@ def test_state_of_another_model_raises_with_a_name(mlp):
     state = make_allocator(mlp.adapted(target_modules=["lin1"])).state_dict()
     with pytest.raises(ValueError, match=r"state and this model have different matrices, e\.g\. \['lin0'\]"):
         make_allocator(mlp.adapted()).load_state_dict(state)
+
+
+@pytest.mark.parametrize("changes", [{"r": 2}, {"importance": "delta_magnitude"}], ids=str)
+def test_state_with_another_rank_or_metric_raises_without_changes(mlp, changes):
+    allocator = make_allocator(mlp.adapted(r=4))
+    allocator.importance.update()
+    allocator.advance_to(1)
+    state, other = allocator.state_dict(), make_allocator(mlp.adapted(**{"r": 4, **changes}))
+    with pytest.raises(ValueError, match=r"averages of shape \[10, 4\] for 'lin0/A', the model needs"):
+        other.load_state_dict(state)
+    assert other.step == 0
 
 
 # wrapped optimizers -------------------------------------------------------------------------------------------------

@@ -419,6 +419,16 @@ def test_in_place_writes_change_the_base_weight(mlp):
     assert not (layer.weight == 3).all()
 
 
+def test_writes_into_views_of_a_read_weight_do_not_reach_the_cached_weight(mlp):
+    model = mlp.adapted().eval()
+    layer = layers(model)[0]
+    with torch.no_grad():
+        expected = layer.weight.clone()
+        layer.weight[0].zero_()
+        layer.weight.detach().mul_(2)
+        assert torch.equal(layer.weight.clone(), expected)
+
+
 def test_assigning_a_read_weight_copies_its_updates(mlp):
     layer = layers(mlp.adapted())[0]
     stacked = torch.zeros(2, 12, 10)

@@ -267,6 +267,14 @@ def test_rank_mismatch_raises_before_allocation(mlp, tmp_path):
         PeftModel.from_pretrained(mlp.base(), tmp_path)
 
 
+def test_damaged_tensors_raise_with_the_path(mlp, tmp_path):
+    mlp.adapted().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged: .*; save the adapter again"):
+        PeftModel.from_pretrained(mlp.base(), tmp_path)
+
+
 def test_excessive_rank_raises(mlp):
     with pytest.raises(ValueError, match=r"r=1000000000000 creates [\d,]+ factor entries for 216 adapted weights"):
         get_peft_model(mlp.base(), SnellaConfig(r=1_000_000_000_000))

@@ -181,13 +181,19 @@ def test_mismatched_adapter_raises_without_changes(folders, tmp_path):
         hotswap(model, tmp_path / "rank")
     values = AdapterValues.read(folders["two"])
     values.tensors["base_model.model.head.weight"][0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"head\.weight is not finite"):
+    with pytest.raises(ValueError, match=r"head\.weight is not finite; save the adapter again or load an earlier"):
         hotswap(model, values)
     with pytest.raises(ValueError, match="has no SNELLA adapter 'other'"):
         hotswap(model, folders["two"], "other")
     get_peft_model(backbone(), LoraConfig(target_modules=["qkv"])).save_pretrained(tmp_path / "lora")
     with pytest.raises(ValueError, match="must contain a SNELLA adapter, got LoraConfig"):
         hotswap(model, tmp_path / "lora")
+    config = tmp_path / "lora" / "adapter_config.json"
+    stored = config.read_text()
+    for peft_type, shown in (('"OTHER"', "'OTHER'"), ("null", "None")):
+        config.write_text(stored.replace('"LORA"', peft_type))
+        with pytest.raises(ValueError, match=f"lora must contain a SNELLA adapter, got peft_type={shown}"):
+            hotswap(model, tmp_path / "lora")
     with pytest.raises(FileNotFoundError, match="nowhere must contain an adapter"):
         hotswap(model, tmp_path / "nowhere")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -300,6 +300,12 @@ def test_unmatched_modules_to_save_are_reported(vit):
         vit.adapted(modules_to_save=["head", "hed"])
 
 
+def test_unmatched_heads_of_peft_are_reported_unless_the_task_type_adds_them(vit):
+    with pytest.warns(UserWarning, match=r"modules_to_save=\['classifier'\] matches no module of VisionTransformer"):
+        vit.adapted(modules_to_save=["classifier"])
+    SnellaModel(vit.base(), vit.config(modules_to_save=["classifier"], task_type="SEQ_CLS"), "default")
+
+
 def test_modules_to_save_are_trained_and_saved(vit, tmp_path):
     model = vit.adapted(modules_to_save=["head"])
     assert {"head"} == {
@@ -383,6 +389,15 @@ def test_nonfinite_adapter_raises_with_tensor_name(mlp, value):
         set_peft_model_state_dict(mlp.adapted(r=4), state)
 
 
+@pytest.mark.parametrize("budget", [-1, 121])
+def test_adapter_with_a_budget_out_of_range_raises_with_layer_name(mlp, budget):
+    state = get_peft_model_state_dict(mlp.adapted())
+    state["base_model.model.lin0.snella_budget"][0] = budget
+    message = rf"invalid budgets: base_model\.model\.lin0 has budgets \[{budget}\] for matrices of \[12\] x 10"
+    with pytest.raises(ValueError, match=message):
+        set_peft_model_state_dict(mlp.adapted(), state)
+
+
 @pytest.mark.parametrize("is_second", [False, True], ids=["first", "second"])
 def test_failed_injection_leaves_model_unchanged(is_second):
     torch.manual_seed(0)
@@ -414,6 +429,13 @@ def test_state_dict_without_factors_is_rejected(mlp, tmp_path):
     assert not (tmp_path / "flat" / "adapter_model.safetensors").exists()
     model.save_pretrained(tmp_path / "full", state_dict=model.state_dict())
     model.save_pretrained(tmp_path / "rank_1", state_dict={}, is_main_process=False)
+
+
+def test_saving_after_merge_and_unload_raises(mlp, tmp_path):
+    model = mlp.adapted()
+    model.merge_and_unload()
+    with pytest.raises(ValueError, match="MLP has no layer with adapter 'default'; save the adapter before"):
+        model.save_pretrained(tmp_path)
 
 
 def test_adapter_of_a_wrapped_layer_is_saved_completely(mlp, tmp_path):

@@ -282,14 +282,24 @@ def test_bias_gradient_equals_merged_layer(mlp):
     torch.testing.assert_close(grad, plain.lin0.bias.grad)
 
 
-@pytest.mark.parametrize("rows", [[1, 99], {"embed_tokens": [99]}, [-1]])
+@pytest.mark.parametrize("rows", [[1, 99], {"embed_tokens": [99]}, [-1], {"tokens": [-1]}, {"lm_head": [99]}])
 def test_token_indices_out_of_range_raise(rows):
-    message = r"trainable_token_indices must be in \[0, \d+\] for '.*embed_tokens', got (99|-1)"
+    message = r"trainable_token_indices must be in \[0, \d+\] for '.*(embed_tokens|lm_head)', got (99|-1)"
     with pytest.raises(ValueError, match=message):
         get_peft_model(llama(), large_config(trainable_token_indices=rows))
     model = get_peft_model(llama(), large_config(trainable_token_indices=[1]))
     with pytest.raises(ValueError, match=message):
         model.add_adapter("second", large_config(trainable_token_indices=rows))
+
+
+def test_token_indices_of_a_missing_embedding_raise():
+    message = r"requires a module 'words', which LlamaForCausalLM lacks; map .* embeddings, \['model\.embed_tokens'\]"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(llama(), large_config(trainable_token_indices={"words": [1]}))
+    model = nn.ModuleDict({"words": nn.Embedding(4, 8), "first": nn.Linear(8, 8)})
+    message = r"requires a module 'embed_tokens', which ModuleDict lacks; map .* embeddings, \['words'\], to rows"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, large_config(target_modules=["first"], trainable_token_indices=[1]))
 
 
 def test_trainable_tokens_are_saved_and_merged(tmp_path):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from peft import get_peft_model, inject_adapter_in_model
 from timm import layers as timm_layers
 from torch import nn
+from torch.nn.modules.module import register_module_full_backward_hook, register_module_full_backward_pre_hook
 from torch.utils.checkpoint import checkpoint
 from transformers import DeiTConfig, DeiTForImageClassification, LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
@@ -213,7 +214,7 @@ def test_module_change_before_backward_raises(compress):
     loss = model(torch.randn(BATCH)).square().sum()
     with torch.no_grad():
         model.base_model.model[1].weight.mul_(2)
-    with pytest.raises(RuntimeError, match=r"LayerNorm.*was changed between .* or set recompute_inputs=False"):
+    with pytest.raises(RuntimeError, match=r"LayerNorm.*was changed between .*; change it after backward\(\)$"):
         loss.backward()
 
 
@@ -506,6 +507,25 @@ def test_modules_with_backward_hooks_save_exact_inputs(register):
         norm = adapted_model.base_model.model[1]
         getattr(norm, register)(lambda module, *grads: shapes.append([tuple(grad.shape) for (grad,) in grads]))
     assert_same_bits(step(model, x)[0], step(exact, x)[0])
+    assert shapes[0] == shapes[1] and set(shapes[0]) == {BATCH}
+
+
+@pytest.mark.parametrize(
+    "register", [register_module_full_backward_hook, register_module_full_backward_pre_hook], ids=["post", "pre"]
+)
+def test_modules_save_exact_inputs_with_global_backward_hooks(register):
+    x, shapes = torch.randn(BATCH, requires_grad=True), []
+
+    def record(module, *grads):
+        if isinstance(module, nn.LayerNorm):
+            shapes.append([None if grad is None else tuple(grad.shape) for (grad,) in grads])
+
+    model, exact = adapted(nn.LayerNorm(WIDTH), compress_activations=True), adapted(nn.LayerNorm(WIDTH))
+    handle = register(record)
+    try:
+        assert_same_bits(step(model, x)[0], step(exact, x)[0])
+    finally:
+        handle.remove()
     assert shapes[0] == shapes[1] and set(shapes[0]) == {BATCH}
 
 

@@ -109,6 +109,21 @@ def test_bitmap_starts_with_the_lowest_bit():
     assert decode_positions(kind, encoded).tolist() == [0, 7, 8, 18]
 
 
+def test_large_positions_do_not_overflow():
+    positions = torch.tensor([2**31 + 5])
+    assert torch.equal(decode_positions(*encode_positions(positions, 2**32)), positions)
+
+
+def test_patch_is_removed_from_a_model_cast_after_apply():
+    model = torch.nn.Linear(2, 1)
+    expected = model.weight.detach().bfloat16()
+    patch = SparsePatch({"weight": Entries(torch.tensor([1]), torch.tensor([0.25]))}, shapes={"weight": [1, 2]})
+    patch.apply(model)
+    model.bfloat16()
+    patch.remove()
+    assert torch.equal(model.weight, expected)
+
+
 def test_values_are_added_in_the_precision_of_a_float64_weight():
     model = torch.nn.Linear(2, 1, dtype=torch.float64)
     weight = model.weight.detach().clone()

@@ -67,8 +67,10 @@ def test_all_linear_is_the_same_for_a_second_adapter(case):
 
 
 def test_all_linear_without_linear_layers_raises(cases):
-    with pytest.raises(ValueError, match="target_modules='all-linear' matches no linear layer in Sequential"):
+    with pytest.raises(ValueError, match=r"target_modules=None matches no linear layer and no inner .* in Sequential"):
         get_peft_model(nn.Sequential(nn.Conv2d(1, 1, 1)), SnellaConfig())
+    with pytest.raises(ValueError, match="target_modules='All-Linear' matches no linear layer in Sequential"):
+        get_peft_model(nn.Sequential(nn.Conv2d(1, 1, 1)), SnellaConfig(target_modules="All-Linear"))
 
 
 def test_exclude_modules_matches_suffixes_and_expressions(vit):
@@ -188,6 +190,8 @@ def test_unmatched_targets_error_suggests_names(vit):
 
 
 def test_unmatched_expression_is_quoted(vit):
+    with pytest.raises(ValueError, match=r"='qkv'; .*; a string is a regular expression .* did you mean \['qkv'.*\]\?"):
+        get_peft_model(vit.base(), vit.config(target_modules="qkv"))
     with pytest.raises(ValueError, match=r"no module matches target_modules='encoder\.\*'; this model has e\.g\."):
         get_peft_model(vit.base(), SnellaConfig(target_modules="encoder.*"))
 
@@ -272,7 +276,7 @@ def test_longest_suffix_in_mapping_wins(vit):
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        (5, r"qkv_groups=5 splits 'attn\.qkv_proj' into rows \[6, 6, 6, 6, 6\], but it has 32 rows"),
+        (5, r"qkv_groups=5 splits 'attn\.qkv_proj' into rows \[6, 6, 6, 6, 6\], .* or map it to a list of rows"),
         ({"qkv_proj": [16, 8]}, r"into rows \[16, 8\], but it has 32 rows; use a number that divides 32"),
         ({"qkv_proj": 33}, r"into rows \[0(, 0)*\], but it has 32 rows"),
     ],

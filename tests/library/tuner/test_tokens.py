@@ -302,12 +302,15 @@ def test_unmatched_token_error_suggests_names(vit):
     base = vit.base()
     with pytest.raises(
         ValueError,
-        match="parameters_to_save='clstoken' matches no parameter of VisionTransformer; did you mean 'cls_token'",
+        match="'clstoken' matches no parameter of VisionTransformer outside adapters; did you mean 'cls_token'",
     ):
         get_peft_model(base, vit.config(parameters_to_save=["clstoken"]))
     assert not token_adapters(base)
-    with pytest.raises(ValueError, match=r"parameters_to_save='xyz' matches no parameter of VisionTransformer$"):
+    with pytest.raises(ValueError, match=r"'xyz' matches no parameter of VisionTransformer outside adapters$"):
         get_peft_model(base, vit.config(parameters_to_save=["xyz"]))
+    adapted = vit.adapted()
+    with pytest.raises(ValueError, match=r"fc1\.bias' matches no parameter of VisionTransformer outside adapters$"):
+        adapted.add_adapter("second", vit.config(parameters_to_save=["fc1.bias"]))
 
 
 def test_shared_parameters_are_rejected():

@@ -64,7 +64,7 @@ class NumbaBackend(Backend):
 
     Only the threshold selection writes a merged matrix. With a known threshold, the backend computes the effective
     weight and the gradients from the factors block by block. With `cache_delta`, autograd saves the effective weight
-    instead of `ΔW`. The backward pass always reuses the softmax statistics, three numbers per column.
+    instead of `ΔW`. For the factors' gradients, autograd also saves the softmax statistics, three numbers per column.
     """
 
     name = "numba"
