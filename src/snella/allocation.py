@@ -48,7 +48,7 @@ def schedule_length(total: int, schedule_end: float | None) -> int:
 
     Args:
         total: Total number of epochs or steps.
-        schedule_end: Fraction in `(0, 1]`; None stands for 1.
+        schedule_end: Fraction in `(0, 1]`; None means 1.
     """
     return max(1, math.ceil(round((schedule_end or 1.0) * total, 9)))
 

@@ -97,7 +97,7 @@ class BudgetAllocator:
         self.history: list[dict[str, Any]] = []
         self._has_checked_optimizer = False
         self._has_updated_importance = self._has_stepped = False  # in this step; since the last zero_grad
-        self._is_attached = self._is_stepping = False
+        self._is_stepping = False
         self._num_gradient_checks = 0  # steps checked for missing gradients
         self._without_gradient = {matrix.name for matrix in self.matrices}
         self.has_exact_steps = False  # True if a trainer provides the exact step count
@@ -183,10 +183,8 @@ class BudgetAllocator:
 
     def _set_attached(self, is_attached: bool) -> None:
         """Tell the adapters' watches whether this allocator sets the budgets."""
-        if is_attached != self._is_attached:
-            self._is_attached = is_attached
-            for watch in self._watches:
-                watch.num_allocators += 1 if is_attached else -1
+        for watch in self._watches:
+            (watch.allocators.add if is_attached else watch.allocators.discard)(id(self))
 
     def _is_optimized_by(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer updates any of the adapter's factors."""

@@ -97,10 +97,12 @@ def compute_seal(budget: int) -> int:
     return (budget + 1) ** 2 * 0x9E3779B1 % 0x7FFFFFFF  # the mean of squares is not the square of the mean
 
 
-def are_valid_budgets(layer: SnellaLayer, adapter_name: str, budgets: Sequence[int]) -> bool:
-    """Return whether there is one budget per matrix, each between 0 and the matrix's size."""
+def budget_error(layer: SnellaLayer, adapter_name: str, budgets: Sequence[int]) -> str | None:
+    """Return the requirement that budgets violate, without their name; None if they are valid."""
     sizes = [rows * layer.in_features for rows in layer.row_counts[adapter_name]]
-    return len(budgets) == len(sizes) and all(0 <= budget <= size for budget, size in zip(budgets, sizes, strict=True))
+    if len(budgets) == len(sizes) and all(0 <= budget <= size for budget, size in zip(budgets, sizes, strict=True)):
+        return None
+    return f"must be one number per matrix, from 0 to {sizes}, got {list(budgets)}"
 
 
 def read_budgets(layer: SnellaLayer, adapter_name: str) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from snella.backends import choose_backend
 from snella.budgets import (
     BudgetBuffers,
     Budgets,
-    are_valid_budgets,
+    budget_error,
     buffers_off_meta,
     link_budgets,
     read_budgets,
@@ -390,11 +390,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             ValueError: If there is not one budget per matrix, or a budget is not between 0 and the matrix's size.
         """
         values = tuple(map(int, budgets))
-        if not are_valid_budgets(self, adapter_name, values):
-            sizes = [rows * self.in_features for rows in self.row_counts[adapter_name]]
-            raise ValueError(
-                f"budgets of {self.module_name!r} must be one number per matrix, from 0 to {sizes}, got {list(values)}"
-            )
+        if (error := budget_error(self, adapter_name, values)) is not None:
+            raise ValueError(f"budgets of {self.module_name!r} {error}")
         write_budgets(self, adapter_name, values)
         self.clear_cache()
 

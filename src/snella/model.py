@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from snella._utils import has_suffix, listed
-from snella.budgets import are_valid_budgets, buffers_off_meta
+from snella.budgets import budget_error, buffers_off_meta
 from snella.compat.attention import (
     AdaptedAttention,
     Projection,
@@ -567,9 +567,8 @@ class SnellaModel(BaseTuner):
         for name, module in model.named_modules():
             if isinstance(module, SnellaLayer) and adapter_name in module.snella_A:
                 budgets = remapped[f"{name}.snella_budget.{adapter_name}"].tolist()
-                if not are_valid_budgets(module, adapter_name, budgets):
-                    rows = list(module.row_counts[adapter_name])
-                    invalid.append(f"{name} has budgets {budgets} for matrices of {rows} x {module.in_features}")
+                if (error := budget_error(module, adapter_name, budgets)) is not None:
+                    invalid.append(f"budgets of {name!r} {error}")
         if invalid:
             raise ValueError(
                 f"the adapter contains invalid budgets: {listed(invalid, 3, '; ')}; its file is corrupt; load an "

@@ -39,8 +39,8 @@ class TrainingWatch:
     """
 
     def __init__(self) -> None:
-        self.num_allocators = 0
-        """Attached allocators."""
+        self.allocators: set[int] = set()
+        """`id` of each attached allocator."""
         self.steps: tuple[int, int, int] | None = None
         """Completed optimizer steps, total steps, and steps per epoch; `None` if unknown or counted by a trainer."""
         self._steps_without_allocator = 0
@@ -50,7 +50,7 @@ class TrainingWatch:
     @property
     def is_attached(self) -> bool:
         """True if an allocator sets the budgets."""
-        return self.num_allocators > 0
+        return bool(self.allocators)
 
     def start(
         self,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snella._utils import listed
-from snella.budgets import are_valid_budgets
+from snella.budgets import budget_error
 from snella.compat.tokens import TokenAdapter
 from snella.config import SnellaConfig, read_config
 from snella.layer import SnellaLayer
@@ -217,10 +217,8 @@ def _invalid_values(layers: Mapping[str, SnellaLayer], adapter_name: str, values
     """Return the tensors that are not finite, and the layers with invalid budgets."""
     errors = [f"{name} is not finite" for name, tensor in values.items() if not tensor.isfinite().all()]
     for name, layer in layers.items():
-        rows = layer.row_counts[adapter_name]
-        budgets = values[f"{name}.snella_budget"].tolist()
-        if not are_valid_budgets(layer, adapter_name, budgets):
-            errors.append(f"{name} has budgets {budgets} for matrices of {list(rows)} x {layer.in_features}")
+        if (error := budget_error(layer, adapter_name, values[f"{name}.snella_budget"].tolist())) is not None:
+            errors.append(f"budgets of {name!r} {error}")
     return errors
 
 

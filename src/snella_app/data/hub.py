@@ -92,7 +92,7 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
     Args:
         data: `datasets.Dataset` or `DatasetDict`; map-style torch dataset of (image, label) items without transform,
             e.g. from torchvision; or a mapping from train, val and test to these. One class index per image refers to
-            `classes` of its own dataset, if it has this attribute; multi-hot vectors refer to `classes` of the first.
+            `classes` of its own dataset, if it has this attribute; multi-hot vectors to those of the first.
         config: Image format and `skip_corrupt`, and column roles of Hugging Face datasets.
         target: Content of the label column.
 
@@ -264,15 +264,14 @@ def _from_hf(
     import datasets
 
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
-    notes = []
+    notes, others = [], []
     if len(parts) > 1:
         others = [part for part in parts if part.lower() not in PARTS]
         if others:
             notes.append(f"skipped {listed([f'{part!r} with {len(parts[part])} rows' for part in others])}")
         parts = {part: rows for part, rows in parts.items() if part not in others}
-        if others and not any(PARTS[part.lower()] == "train" for part in parts):
-            parts = {}  # training on the test images would be wrong
-    if not parts:
+    # beside unknown splits, a single known one must be the training split
+    if not parts or (others and "train" not in {PARTS[part.lower()] for part in parts}):
         got = f"splits {', '.join(data)}" if data else "no splits"
         raise ValueError(f"{where} must have a train split and may have val and test splits, got {got}")
     first = next(iter(parts.values()))

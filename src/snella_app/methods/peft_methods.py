@@ -98,8 +98,7 @@ def inject(model: nn.Module, config: PeftConfig) -> PeftModel:
 
     Raises:
         ValueError: If PEFT cannot adapt a target module, or would replace BOFT's `boft_n_butterfly_factor` with 1.
-        TypeError: As for `SnellaConfig` models.
-        NotImplementedError: As for `SnellaConfig` models.
+        TypeError, NotImplementedError: If `SnellaModel` does not support a target module.
     """
     freeze_running_statistics(model)
     invariants = torch.sparse.check_sparse_tensor_invariants

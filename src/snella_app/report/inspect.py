@@ -24,7 +24,7 @@ from snella_app.report.allocation import MatrixGrid, group_matrices
 from snella_app.text import bytes_text, listed, percent_text, plain_text, seconds_text
 
 _GENERATOR_TASKS = ("generation", "language")
-"""Tasks whose runs report steps and loss instead of the best epoch."""
+"""Tasks whose runs have steps and losses instead of a best epoch."""
 _REMEDY = "copy the adapter again, or train again with `--overwrite`"
 _RESTORE = "restore from a copy, or train again with `--overwrite`"
 _MISSING = "missing; restore the folder `adapter` from a copy, or train again with `--overwrite`"
@@ -279,8 +279,8 @@ def _generator_rows(folder: Path, info: RunInfo, metrics: Metrics | None) -> lis
     ]
     if metrics is not None:
         curve = read(GeneratorMetrics, folder).learning()
-        epochs = "" if curve["epochs"] is None else f" ({plain_text(curve['epochs'])} epochs)"
-        epochs = epochs.replace(" (1 epochs)", " (1 epoch)")
+        noun = "epoch" if curve["epochs"] == 1 else "epochs"
+        epochs = "" if curve["epochs"] is None else f" ({plain_text(curve['epochs'])} {noun})"
         duration = f"{curve['steps']:,}{epochs} in {seconds_text(metrics.train_s)}"
         rows.append(("steps", duration + (f", {curve['optimizer']}" if curve["optimizer"] else "")))
         rows.append(("loss", _loss_text(curve)))

@@ -56,8 +56,7 @@ class TaskBank:
     The bank stores the backbone once, the factors and head of each task (a few MiB), and the effective weights
     `W0 + scaling·S` of the most recently used tasks, up to `memory_mib`. A cached task needs no merge. Any other task
     needs one merge; if the memory is full, the merge reuses that of the least recently used task. Images of a batch are
-    grouped by task.
-    The outputs of each group are bit-identical to the outputs of the loaded run for this group.
+    grouped by task. The outputs of each group are bit-identical to the outputs of the loaded run for this group.
 
     Args:
         runs: Run folders, by task name.

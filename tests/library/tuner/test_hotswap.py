@@ -250,7 +250,7 @@ def test_adapters_with_other_rows_per_matrix_or_invalid_budgets_are_rejected(tmp
     values = get_peft_model_state_dict(fused(3, 1))
     hotswap(model, values)
     budgets = next(name for name in values if name.endswith("snella_budget"))
-    with pytest.raises(ValueError, match=r"qkv has budgets \[65, 8, 8\] for matrices of \[8, 8, 8\] x 8"):
+    with pytest.raises(ValueError, match=r"qkv' must be .* from 0 to \[64, 64, 64\], got \[65, 8, 8\]"):
         hotswap(model, {**values, budgets: torch.tensor([65, 8, 8])})
 
 
