@@ -2,9 +2,9 @@
 
 python benchmarks/train_twins.py [--out runs/twins] [--tables 7 8 9 10 11 12] [--seeds 5] [--processes 2]
 
-Every method of the twins adapts only the last two of twelve blocks, so the outputs of the other blocks are computed
-once for each image in each process. The results equal those of `snella compare --experiment twin-tableN` up to
-rounding; the recorded times and memory are not comparable. Finished runs are skipped; a larger --seeds adds runs.
+Every method of the twins adapts only the last two of twelve blocks, so each process computes the outputs of the other
+blocks once per image. The results equal those of `snella compare --experiment twin-tableN` up to rounding. Recorded
+times and memory are not comparable. Finished runs are skipped; a larger --seeds adds runs.
 """
 
 import argparse

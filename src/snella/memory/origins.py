@@ -165,9 +165,9 @@ def _versions(x: Tensor, saved: tuple[Tensor, ...]) -> tuple[int, ...]:
 def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
     """Return the tensors to save instead of a marked tensor, and its origin; `()` and `None` for unmarked tensors.
 
-    Untracked views of a marked tensor, marked tensors after an in-place write, and all tensors without gradients
-    enabled count as unmarked. Outputs of a module whose parameters have changed, e.g. after FSDP frees them, also count
-    as unmarked, because the backward pass cannot recompute them.
+    Untracked views of a marked tensor and marked tensors after an in-place write count as unmarked. So do outputs of a
+    module whose parameters have changed (e.g. because FSDP has freed them), since the backward pass cannot recompute
+    them, and all tensors if gradients are disabled.
     """
     mark = Mark.on(x) if torch.is_grad_enabled() else None
     return ((), None) if mark is None or not mark.origin.is_current() else (mark.detached(), mark.origin)

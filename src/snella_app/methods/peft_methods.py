@@ -269,7 +269,7 @@ def _lora_config(head: str, options: Options, **defaults: Any) -> PeftConfig:
 _LOW_RANK: dict[str, Any] = {"weight_decay": 1e-4, "r": 8}
 _LORA_RECIPES: dict[str, dict[str, Any]] = {
     "generation": {"lr": 1e-4, "r": 8},  # learning rate of the SNELLA paper
-    "language": {"lr": 3e-4, "r": 8},  # learning rate of the commonsense benchmark's LoRA script
+    "language": {"lr": 3e-4, "r": 8},  # learning rate of LLM-Adapters' LoRA examples
 }
 
 LORA = peft_method(
