@@ -278,10 +278,10 @@ def test_tables_of_ten_epochs_in_the_notes_match_the_measurements():
             if group == methods:
                 assert re.search(rf"^\| `{method}`.*\| {cells[-1]} \|", readme, re.MULTILINE)
             if gap is not None and group == recipes:
-                shown = (
-                    f"{100 * gap.mean:.1f} points [{decimal_text(100 * gap.low, 1)}, {decimal_text(100 * gap.high, 1)}]"
-                )
-                assert shown in " ".join(notes.split())
+                mean, low, high = (f"{100 * value:.1f}" for value in (gap.mean, gap.low, gap.high))
+                assert f"{mean} points [{low}, {high}]" in " ".join(notes.split())
+                assert f"{mean} points" in readme and f"{low} to {high})" in " ".join(readme.split())
+                assert method == "linear" or f"p = {gap.p:.4f}" in notes
     (final,) = _accuracies(10, "--protocol final").values()
     changes = [points_text(final[f] - accuracies["snella"][f]) for f in sorted(final)]
     assert f"{', '.join(changes[:-1])} and {changes[-1]} points" in " ".join(notes.split())
