@@ -508,11 +508,13 @@ def read_config(folder: str | Path) -> PeftConfig:
     """Read the configuration of an adapter of any method, without its tensors.
 
     Raises:
-        KeyError: If the method is not registered with PEFT.
-        ValueError: If the file is corrupt.
+        ValueError: If the file is corrupt, or the method is not registered with PEFT.
     """
-    settings = PeftConfig.from_json_file(str(Path(folder, CONFIG_NAME)))
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(settings.get("peft_type"), PeftConfig)
+    path = Path(folder, CONFIG_NAME)
+    settings = PeftConfig.from_json_file(str(path))
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type := settings.get("peft_type"))
+    if config_class is None:
+        raise ValueError(f"peft_type in {path} must be a method of PEFT, got {peft_type!r}")
     config: PeftConfig = config_class.from_peft_type(**config_class.check_kwargs(**settings))
     return config
 

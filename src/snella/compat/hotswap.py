@@ -58,10 +58,7 @@ class AdapterValues:
             raise FileNotFoundError(
                 f"{folder} must contain an adapter, i.e. {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}"
             )
-        try:
-            config = read_config(path)
-        except KeyError as error:  # not registered with PEFT
-            raise ValueError(f"{folder} must contain a SNELLA adapter, got peft_type={error}") from None
+        config = read_config(path)
         if not isinstance(config, SnellaConfig):
             raise ValueError(
                 f"{folder} must contain a SNELLA adapter, got {type(config).__name__}; use PEFT's hotswap_adapter for "
