@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 from torchvision.transforms.functional import to_pil_image
 
+from snella_app.data.collection import Samples, build_collection
 from snella_app.data.columns import Columns
 from snella_app.data.datasets import Collection
 from snella_app.data.folder import PARTS
@@ -30,7 +31,7 @@ from snella_app.data.images import (
 )
 from snella_app.data.options import DataConfig, TargetKind
 from snella_app.data.sources import CachedImages
-from snella_app.data.table import Samples, build_collection, outside_reason
+from snella_app.data.table import outside_reason
 from snella_app.files import expand_user
 from snella_app.text import first_line, listed, similar_paths
 

@@ -1,0 +1,408 @@
+"""Conversion of rows, i.e. images with the values of named columns, to a `Collection`."""
+
+import ast
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from snella_app.console import counted
+from snella_app.data.columns import columns_in, format_value, number_of, text_of
+from snella_app.data.datasets import Annotations, Collection, ImageDataset, Target
+from snella_app.data.folder import PARTS
+from snella_app.data.options import DataConfig, TargetKind
+from snella_app.data.sources import CachedImages, broken_rows
+from snella_app.text import listed
+
+_SEPARATORS = ("|", ";", ",")
+_TRUE, _FALSE = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no", "", "-1")
+_BINS = 10
+_FEW_CLASSES = 20
+_MIN_IN_STRATUM = 3
+_MAX_WEIGHT = 1e9  # Adam squares gradients, which scale with the weights, in float32
+
+
+@dataclass
+class Samples:
+    """Raw rows of a table, before conversion to a `Collection`.
+
+    Attributes:
+        name: Short name of the data.
+        where: Data as the user typed it, for messages.
+        source: Images, one per row.
+        names: Name of each image.
+        table: Values by column.
+        roles: Column name by role, see `Columns.resolve`; `label` is required.
+        classes: Class names by index, if the data defines them.
+        broken: Reason by unusable row.
+        notes: Notes for the user.
+    """
+
+    name: str
+    where: str
+    source: CachedImages
+    names: list[str]
+    table: Mapping[str, Sequence[Any]]
+    roles: Mapping[str, str]
+    classes: list[str] | None = None
+    broken: dict[int, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def label_columns(self) -> list[str]:
+        """Names of the label columns."""
+        return columns_in("label", self.roles["label"])
+
+    @property
+    def labels(self) -> list[Any]:
+        """Raw values of the label column; tuples for several columns."""
+        columns = [self.table[name] for name in self.label_columns]
+        return list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
+
+    @property
+    def has_columns(self) -> bool:
+        """True if `--columns` applies; False for torch datasets."""
+        return "path" in self.roles
+
+    def column(self, role: str) -> Sequence[Any] | None:
+        """Return the raw values of a role; None without a column."""
+        return self.table[self.roles[role]] if role in self.roles else None
+
+
+def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -> Collection:
+    """Convert rows to images with labels, weights and groups in their splits.
+
+    Labels become class indices (`class`) or strata for splitting: the rarest label of an image (`labels`), or one of
+    up to ten ranges of the first number (`numbers`). `ImageDataset.annotations` contains the raw labels.
+
+    Args:
+        samples: Raw rows.
+        config: Only `skip_corrupt` applies.
+        target: Content of the label column.
+
+    Raises:
+        ValueError: If rows are unusable without `skip_corrupt`, splits are unknown, there are no training images or
+            none of a class, all training weights are 0, or labels do not match `target`.
+        ImportError: If tifffile is required but not installed.
+    """
+    parts = _parts(samples)
+    values, broken = _targets(samples, target)
+    raw_weights, raw_groups = samples.column("weight"), samples.column("group")
+    weights = None if raw_weights is None else [number_of(value) for value in raw_weights]
+    for row, value in enumerate(raw_weights or []):
+        if not 0 <= number_of(value) <= _MAX_WEIGHT:
+            broken[row] = f"weight {value!r} is not in [0, {_MAX_WEIGHT:g}]"
+    broken |= samples.broken
+    usable = [row for row in range(len(samples.names)) if row not in broken]
+    broken |= broken_rows(samples.source, usable)
+    notes = list(samples.notes)
+    if samples.has_columns:
+        notes.append(f"columns: {', '.join(f'{role} {column!r}' for role, column in samples.roles.items())}")
+    if broken:
+        if not config.skip_corrupt:
+            raise ValueError(
+                f"{_broken_text(broken, samples)}. Fix or remove them, or skip them with --skip-corrupt "
+                "(skip_corrupt=True)"
+            )
+        notes.append(f"skipped {_broken_text(broken, samples)}")
+    rows = [row for row in usable if row not in broken]
+    rows = _drop_duplicates(rows, samples, parts, values, notes)
+    if not rows:
+        reason = f"all are unusable: {_broken_text(broken, samples)}" if broken else f"got {len(samples.names)} rows"
+        raise ValueError(f"{samples.where} has no images to train on, {reason}")
+    indices, classes, strata = _labels(rows, samples, values, target)
+    problems: list[str] = []
+    if target == "class":
+        problems = _check_classes(classes, indices, rows, parts, samples)
+    elif not classes:
+        columns = " and ".join(map(repr, samples.label_columns))
+        problems = [f"{samples.where}: at least one label is required, got none in column {columns}"]
+    groups = (
+        None if raw_groups is None else [text_of(value) or f"(row {row + 1})" for row, value in enumerate(raw_groups)]
+    )
+    annotations = Annotations(values, weights, groups).subset(rows)
+    labels, names = [indices[row] for row in rows], [samples.names[row] for row in rows]
+    images = ImageDataset(samples.source, rows, labels, names, annotations)
+    splits: dict[str, ImageDataset] = {}
+    for part in ("train", "val", "test"):
+        positions = [position for position, row in enumerate(rows) if parts[row] == part]
+        if positions:
+            splits[part] = images.subset(positions)
+    if "train" not in splits:
+        raise ValueError(
+            f"{samples.where} has no training images, got splits {listed(sorted(set(parts)))}; "
+            "--columns split=none creates new splits"
+        )
+    train = splits["train"]
+    if train.annotations.weights is not None and not any(train.annotations.weights):
+        raise ValueError(
+            f"{samples.where}: at least one training image must have a weight above 0, got 0 for all {len(train)}; "
+            "--columns weight=none ignores the column"
+        )
+    return Collection(
+        samples.name,
+        classes,
+        train,
+        splits.get("val"),
+        splits.get("test"),
+        has_parts="split" in samples.roles,
+        notes=notes,
+        strata=strata,
+        broken={samples.names[row] or f"row {row + 1}": broken[row] for row in sorted(broken)},
+        problems=problems,
+    )
+
+
+def _parts(samples: Samples) -> list[str]:
+    """Return the split of each row; `train` for data without splits."""
+    splits = samples.column("split")
+    if splits is None:
+        return ["train"] * len(samples.names)
+    texts = [text_of(value) for value in splits]
+    unknown = Counter(text for text in texts if text.lower() not in PARTS)
+    if unknown:
+        named = listed([f"{text!r} ({counted(count, 'row')})" for text, count in unknown.most_common()])
+        raise ValueError(
+            f"{samples.where}: values of the split column must be {', '.join(sorted(PARTS))}, got {named}; "
+            "--columns split=none creates new splits"
+        )
+    return [PARTS[text.lower()] for text in texts]
+
+
+def _targets(samples: Samples, target: TargetKind) -> tuple[list[Target], dict[int, str]]:
+    """Return the target of each row, and the reason by unusable row."""
+    if target == "numbers":
+        return _numbers(samples)
+    if target == "labels":
+        return _label_lists(samples)
+    if len(samples.label_columns) > 1:
+        raise ValueError(
+            f"{samples.where}: columns must name one label column for classification, got "
+            f"{'+'.join(samples.label_columns)}"
+        )
+    row = next((row for row, value in enumerate(samples.labels) if isinstance(value, list | tuple)), None)
+    if row is not None:
+        raise ValueError(
+            f"{samples.where}: column {samples.label_columns[0]!r} must contain one class per image, got the list "
+            f"{format_value(samples.labels[row])!r} in row {row + 1}; use --task multilabel for several labels per "
+            "image"
+        )
+    texts = [text_of(value) for value in samples.labels]
+    return list(texts), {row: "no label" for row, text in enumerate(texts) if not text}
+
+
+def _numbers(samples: Samples) -> tuple[list[Target], dict[int, str]]:
+    """Return the number of each row (a tuple for several columns), and the reason by unusable row."""
+    values: list[Target] = []
+    broken = {}
+    for row, value in enumerate(samples.labels):
+        is_scalar = not isinstance(value, list | tuple)
+        numbers = tuple(number_of(part) for part in ([value] if is_scalar else value))
+        if len(numbers) != len(samples.label_columns) or not all(map(math.isfinite, numbers)):
+            broken[row] = f"label {format_value(value)!r} is not a finite number"
+        values.append(numbers[0] if is_scalar else numbers)
+    if broken and len(broken) == len(values):
+        names = " and ".join(map(repr, samples.label_columns))
+        raise ValueError(
+            f"{samples.where}: column {names} must contain numbers for task regression, got "
+            f"{format_value(samples.labels[0])!r} in row 1 and no number in any "
+            f"of {len(values)} rows; select another column with --columns label=NAME, or remove --task regression"
+        )
+    return values, broken
+
+
+def _label_lists(samples: Samples) -> tuple[list[Target], dict[int, str]]:
+    """Return the labels of each row, from a list, a class name, text with separators, or several 0/1 columns.
+
+    Also return the reason by unusable row.
+    """
+    if len(samples.label_columns) > 1:
+        return _binary_columns(samples)
+    values = list(map(_parsed_list, samples.labels))
+    # a row without a value has no labels
+    values = [value if isinstance(value, list | tuple) or text_of(value) else () for value in values]
+    vectors = [value for value in values if not isinstance(value, list | tuple) or value]
+    if (names := _multi_hot_names(vectors, samples.classes)) is not None:
+        return [tuple(names[index] for index, is_set in enumerate(value) if is_set) for value in values], {}
+    classes = samples.classes or ()
+    texts = [value for value in values if isinstance(value, str) and value not in classes]
+    separator = next((s for s in _SEPARATORS if any(s in text for text in texts)), _SEPARATORS[0])
+    labels: list[Target] = []
+    for value in values:
+        is_list = isinstance(value, list | tuple)
+        items = value if is_list else [value] if value in classes else text_of(value).split(separator)
+        labels.append(tuple(dict.fromkeys(filter(None, map(text_of, items)))))
+    return labels, {}
+
+
+def _binary_columns(samples: Samples) -> tuple[list[Target], dict[int, str]]:
+    """Return the names of the label columns that are 1 in each row, and the reason by unusable row."""
+    labels: list[Target] = []
+    broken: dict[int, str] = {}
+    first = ""
+    for row, value in enumerate(samples.labels):
+        texts = list(map(text_of, value))
+        invalid = next((text for text in texts if text.lower() not in (*_TRUE, *_FALSE)), None)
+        if invalid is not None:
+            broken[row], first = f"label {invalid!r} is not 0 or 1", first or invalid
+        labels.append(
+            tuple(name for name, text in zip(samples.label_columns, texts, strict=True) if text.lower() in _TRUE)
+        )
+    if broken and len(broken) == len(labels):
+        raise ValueError(
+            f"{samples.where}: multiple label columns must contain only 0 and 1, got {first!r} in row 1 and no valid "
+            "row"
+        )
+    return labels, broken
+
+
+def _parsed_list(value: Any) -> Any:
+    """Parse a list in Python's notation, as pandas writes it to CSV; return other values unchanged."""
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return ast.literal_eval(value)
+    return value
+
+
+def _multi_hot_names(values: Sequence[Any], classes: Sequence[str] | None) -> Sequence[str] | None:
+    """Return the class names, or indices as names, if all values are 0/1 lists of equal length; None otherwise."""
+    is_list = all(isinstance(value, list | tuple) and len(value) > 1 for value in values)
+    if not is_list or len({len(value) for value in values}) != 1:
+        return None
+    if not all(isinstance(entry, int | float) and entry in (0, 1) for value in values for entry in value):
+        return None
+    count = len(values[0])
+    return classes if classes is not None and len(classes) == count else [str(index) for index in range(count)]
+
+
+def _labels(
+    rows: Sequence[int], samples: Samples, values: Sequence[Any], target: TargetKind
+) -> tuple[dict[int, int], list[str], list[str] | None]:
+    """Return the class or stratum of each row, the class names, and stratum names if they differ."""
+    if target == "numbers":
+        first = np.array([values[row] if isinstance(values[row], float) else values[row][0] for row in rows])
+        bins = max(1, min(_BINS, len(rows) // _BINS))
+        edges = np.unique(np.quantile(first, np.linspace(0, 1, bins + 1)[1:-1])) if bins > 1 else np.array([])
+        in_range = np.bincount(np.digitize(first, edges), minlength=len(edges) + 1)
+        while len(edges) and in_range.min() < _MIN_IN_STRATUM:  # merge small ranges caused by ties
+            edges = np.delete(edges, max(int(in_range.argmin()) - 1, 0))
+            in_range = np.bincount(np.digitize(first, edges), minlength=len(edges) + 1)
+        strata = np.digitize(first, edges)
+        return dict(zip(rows, strata.tolist(), strict=True)), samples.label_columns, _ranges(edges)
+    if target == "labels":
+        counts = Counter(label for row in rows for label in values[row])
+        classes = samples.classes or []
+        if not set(counts) <= set(classes):
+            classes = _sort_names(counts)
+        rarest = {row: min(values[row], key=lambda name: (counts[name], name), default="none") for row in rows}
+        sizes = Counter(rarest.values())
+        names = [name for name in _sort_names(sizes) if sizes[name] >= _MIN_IN_STRATUM]
+        few = sum(size for name, size in sizes.items() if name not in names)
+        has_others = few >= _MIN_IN_STRATUM or not names
+        rest = len(names) if has_others else names.index(max(names, key=sizes.__getitem__))
+        strata_names = [*names, "others"] if has_others and few else names
+        return (
+            {row: names.index(name) if name in names else rest for row, name in rarest.items()},
+            classes,
+            strata_names,
+        )
+    known = samples.classes or _sort_names({values[row] for row in rows})
+    index = {name: number for number, name in enumerate(known)}
+    if (row := next((row for row in rows if values[row] not in index), None)) is not None:
+        raise ValueError(
+            f"{samples.where}: classes of all splits must be {listed(known)}, got {values[row]!r} in "
+            f"{samples.names[row]}"
+        )
+    return {row: index[values[row]] for row in rows}, known, None
+
+
+def _ranges(edges: np.ndarray) -> list[str]:
+    """Name the ranges between edges: `lowest to 1`, `1 to highest`."""
+    texts = [f"{edge:g}" for edge in edges]
+    return [f"{low} to {high}" for low, high in zip(["lowest", *texts], [*texts, "highest"], strict=True)]
+
+
+def _sort_names(names: Iterable[str]) -> list[str]:
+    """Sort class names numerically if all are numbers, else alphabetically."""
+    unique = set(names)
+    is_numeric = not any(math.isnan(number_of(name)) for name in unique)
+    return sorted(unique, key=lambda name: (number_of(name) if is_numeric else 0.0, name))
+
+
+def _check_classes(
+    classes: Sequence[str], indices: Mapping[int, int], rows: Sequence[int], parts: Sequence[str], samples: Samples
+) -> list[str]:
+    """Reject classes without training images, and return `Collection.problems`."""
+    problems = []
+    if len(classes) < 2:
+        problems.append(
+            f"{samples.where}: at least two classes are required, column {samples.label_columns[0]!r} has one: "
+            f"{classes[0]!r}"
+        )
+    present = sorted({indices[row] for row in rows})
+    if len(present) > max(len(rows) / 2, _FEW_CLASSES):
+        examples = ", ".join(repr(classes[index]) for index in present[:3])
+        remedy = "for numbers, set --task regression"
+        if samples.has_columns:
+            remedy = "select another column with --columns label=NAME"
+        problems.append(
+            f"{samples.where}: column {samples.label_columns[0]!r} must contain classes, got {len(present)} different "
+            f"values in {len(rows)} rows, e.g. {examples}; {remedy}"
+        )
+    train_classes = {indices[row] for row in rows if parts[row] == "train"}
+    counts = Counter(classes[indices[row]] for row in rows if indices[row] not in train_classes)
+    if counts and train_classes:
+        named = listed([f"{name!r} ({count} in other splits)" for name, count in sorted(counts.items())])
+        remedy = "add training images or remove these classes"
+        if samples.has_columns:
+            remedy = "add training images, remove their rows, or create new splits with --columns split=none"
+        raise ValueError(
+            f"{samples.where}: {len(counts)} of {len(classes)} classes have no training image: {named}; {remedy}"
+        )
+    return problems
+
+
+def _drop_duplicates(
+    rows: list[int], samples: Samples, parts: Sequence[str], values: Sequence[Any], notes: list[str]
+) -> list[int]:
+    """Drop rows that repeat an image and its label within a split; add notes about repeated and contradicting rows."""
+    kept: dict[tuple[str, str], list[int]] = {}
+    unique, repeated, contradicting = [], 0, []
+    for row in rows:
+        earlier = kept.setdefault((samples.names[row], parts[row]), [])
+        if any(values[other] == values[row] for other in earlier):
+            repeated += 1
+            continue
+        if earlier:
+            texts = ", ".join(format_value(values[other]) for other in (earlier[0], row))
+            contradicting.append(f"{samples.names[row]} ({texts})")
+        earlier.append(row)
+        unique.append(row)
+    if repeated:
+        notes.append(f"skipped {counted(repeated, 'repeated row')}")
+    if contradicting:
+        notes.append(
+            f"{counted(len(contradicting), 'row')} with a different label than an earlier row: {listed(contradicting)}"
+        )
+    return unique
+
+
+_KINDS = {
+    **{reason: reason for reason in ("no path", "no such file", "no label")},
+    **{"weight": "invalid weight", "label": "invalid label"},
+}
+"""Category of a row's error by reason or first word."""
+
+
+def _broken_text(broken: Mapping[int, str], samples: Samples) -> str:
+    """Summarize unusable rows with count, reasons and examples."""
+    kinds = Counter(
+        _KINDS.get(reason, _KINDS.get(reason.partition(" ")[0], "unreadable")) for reason in broken.values()
+    )
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0])))
+    named = listed([f"{samples.names[row] or f'row {row + 1}'} ({broken[row]})" for row in sorted(broken)])
+    return f"{len(broken)} of {len(samples.names)} rows of {samples.where}, {counts}: {named}"
