@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from snella.matrices import AdaptedMatrix
+from snella.ops import widest_dtype
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -131,13 +132,15 @@ class ImportanceTracker:
                 if key not in self._averages:
                     continue
                 product, entries = self._averages[key] * self._uncertainties[key], self._ranges.get(key)
+                dtype = widest_dtype(product.device.type)
                 if entries is None:
-                    parts.append(product.mean(dtype=torch.float64))
+                    parts.append(product.mean(dtype=dtype))
                 else:
-                    parts.append(product.sum(dtype=torch.float64) / (entries.shape.numel() * entries.copies))
-            scores.append(torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64))
+                    parts.append(product.sum(dtype=dtype) / (entries.shape.numel() * entries.copies))
+            scores.append(torch.stack(parts).sum() if parts else torch.zeros(()))
         # on one device, so that one transfer reads them all
-        values = torch.stack([score.to(scores[0].device) for score in scores])
+        device = scores[0].device
+        values = torch.stack([score.to(device, widest_dtype(device.type)) for score in scores])
         distributed = torch.distributed
         if self._ranges:
             values = _all_reduce(values, distributed.ReduceOp.SUM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 from collections.abc import Callable, Sequence
@@ -302,6 +303,16 @@ def sample_tokens(grad_y: Tensor, x: Tensor, share: float) -> tuple[Tensor, Tens
     indices = torch.searchsorted(cumulative, points, right=True).clamp(max=tokens - 1)
     # divide in float32: 1/π can overflow float16 even if the quotient does not
     return (grad_y[indices] / probs[indices, None]).to(grad_y.dtype), x[indices]
+
+
+@functools.cache
+def widest_dtype(device_type: str) -> torch.dtype:
+    """Return float64, or float32 on devices without float64, such as Apple's GPUs (`mps`)."""
+    try:
+        torch.empty((), dtype=torch.float64, device=device_type)
+    except TypeError:
+        return torch.float32
+    return torch.float64
 
 
 def has_bfloat16_instructions() -> bool:

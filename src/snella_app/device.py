@@ -4,7 +4,9 @@ import time
 from contextlib import nullcontext
 
 import torch
+from torch import Tensor
 
+from snella.ops import has_bfloat16_instructions, widest_dtype
 from snella_app.text import first_line
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,8 +59,6 @@ def choose_precision(name: str, device: torch.device) -> str:
         with torch.cuda.device(device):
             is_supported = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        from snella.ops import has_bfloat16_instructions
-
         is_supported = device.type == "cpu" and has_bfloat16_instructions()
     return "bf16" if is_supported else "fp32"
 
@@ -66,6 +66,11 @@ def choose_precision(name: str, device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext[None]:
     """Return the autocast context of a precision; a no-op context for fp32."""
     return torch.autocast(device.type, _HALF[precision]) if precision in _HALF else nullcontext()
+
+
+def move_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor to a device; float64 becomes float32 on devices without float64, such as `mps`."""
+    return tensor.to(device, widest_dtype(device.type) if tensor.dtype == torch.float64 else tensor.dtype)
 
 
 def synchronized_time(device: torch.device) -> float:

@@ -17,7 +17,7 @@ import torch
 from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend
 from torch import Tensor, nn
 
-from snella.ops import LazyWeight
+from snella.ops import LazyWeight, widest_dtype
 
 
 class Quantization(ABC):
@@ -283,9 +283,8 @@ def report_requantization(module_name: str, quantization: str, before: Tensor, t
         target: `W + U`.
         after: `Q(W + U)`, the stored weight.
     """
-    error, update = (
-        float(torch.linalg.vector_norm(a.float() - target.float(), dtype=torch.float64)) for a in (after, before)
-    )
+    dtype = widest_dtype(target.device.type)
+    error, update = (float(torch.linalg.vector_norm(a.float() - target.float(), dtype=dtype)) for a in (after, before))
     requantization = _Requantization(module_name, quantization, error, update)
     pending = _collected.get()
     if pending is None:

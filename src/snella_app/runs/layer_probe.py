@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snella.compat.sparse_file import tensors_bytes
+from snella.ops import widest_dtype
 from snella_app.files import write_bytes
 from snella_app.methods.model_parts import base_model
 
@@ -122,8 +123,8 @@ class KernelHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return the outputs of a batch."""
         kernel = gaussian_kernel(clipped((features - self.mean) / self.std), self.centers)
-        # large terms of both signs cancel, so exported graphs would differ in float32; MPS has no float64
-        precise = kernel.dtype if kernel.device.type == "mps" else torch.float64
+        # large terms of both signs cancel, so exported graphs would differ in float32
+        precise = widest_dtype(kernel.device.type)
         return (kernel.to(precise) @ self.weight.T.to(precise)).to(kernel.dtype) + self.intercept
 
 

@@ -280,7 +280,7 @@ class MultiLabelTask(Task):
     ) -> list[LabelSetPrediction]:
         """Return the labels that reach their thresholds, and all class probabilities."""
         predictions = []
-        for path, row in zip(paths, self.probabilities(outputs).double().cpu().tolist(), strict=True):
+        for path, row in zip(paths, self.probabilities(outputs).cpu().double().tolist(), strict=True):
             probabilities = dict(zip(self.classes, row, strict=True))
             ranking = sorted(zip(self.classes, row, self.thresholds, strict=True), key=lambda entry: -entry[1])
             labels = [name for name, p, threshold in ranking if p >= threshold]

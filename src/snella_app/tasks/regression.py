@@ -14,6 +14,7 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
+from snella.ops import widest_dtype
 from snella_app.console import make_table
 from snella_app.data.datasets import ImageDataset
 from snella_app.records.predictions import NumberPredictions, StoredNumberPrediction
@@ -108,14 +109,19 @@ class RegressionTask(Task):
         return weighted_mean(NUMBER_LOSSES[self.loss_name](outputs, targets, reduction="none").mean(-1), weights)
 
     def standardized(self, values: Tensor) -> Tensor:
-        """Standardize targets, `(y - mean) / std`, `[batch, targets]`, float64."""
-        mean, std = (torch.tensor(v, dtype=torch.float64, device=values.device) for v in (self.mean, self.std))
-        return (values.double() - mean) / std
+        """Standardize targets, `(y - mean) / std`, `[batch, targets]`, `widest_dtype`."""
+        mean, std = self._statistics(values.device)
+        return (values.to(mean.dtype) - mean) / std
 
     def numbers(self, outputs: Tensor) -> Tensor:
-        """Convert model outputs to target units, `z · std + mean`, `[batch, targets]`, float64."""
-        mean, std = (torch.tensor(v, dtype=torch.float64, device=outputs.device) for v in (self.mean, self.std))
-        return outputs.double() * std + mean
+        """Convert model outputs to target units, `z · std + mean`, `[batch, targets]`, `widest_dtype`."""
+        mean, std = self._statistics(outputs.device)
+        return outputs.to(mean.dtype) * std + mean
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the targets, each `[targets]`, `widest_dtype`."""
+        dtype = widest_dtype(device.type)
+        return torch.tensor(self.mean, dtype=dtype, device=device), torch.tensor(self.std, dtype=dtype, device=device)
 
     def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:
         """Return predictions in target units, `[batch, targets]`, float32."""

@@ -14,6 +14,7 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
 
+from snella.ops import widest_dtype
 from snella_app.backbones.segmenter import DECODER, create_segmenter
 from snella_app.console import make_table
 from snella_app.data.datasets import ImageDataset, MaskDataset
@@ -234,10 +235,10 @@ class SegmentationTask(Task):
         return weighted_mean(self._losses(outputs, labels, self.label_smoothing), weights)
 
     def reduce(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return pixel counts and loss of each image, `[batch, classes² + 1]`, float64; and zeros."""
+        """Return pixel counts and loss of each image, `[batch, classes² + 1]`, `widest_dtype`; and zeros."""
         counts = pixel_counts(outputs.argmax(1), labels, len(self.classes)).flatten(1)
-        losses = self._losses(outputs, labels, 0.0)
-        return torch.cat([counts.double(), losses[:, None].double()], 1), labels.new_zeros(len(labels))
+        losses, dtype = self._losses(outputs, labels, 0.0), widest_dtype(outputs.device.type)
+        return torch.cat([counts.to(dtype), losses[:, None].to(dtype)], 1), labels.new_zeros(len(labels))
 
     def metrics(self, reduced: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """Compute the scores of `pooled_scores`, and the loss without label smoothing, from the rows of `reduce`."""

@@ -16,7 +16,7 @@ from snella_app.data.datasets import ImageDataset
 from snella_app.data.options import DataConfig
 from snella_app.data.protocol import get_protocol
 from snella_app.data.transforms import build_transform
-from snella_app.device import autocast
+from snella_app.device import autocast, move_to
 from snella_app.methods import find_method
 from snella_app.methods.model_parts import base_model
 from snella_app.runs.layer_probe import (
@@ -279,7 +279,7 @@ def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int) -> nn.Linea
     count = len(measured.views)
     mean, std = features.mean(0), features.std(0, correction=0) + _EPS
     inputs = (features - mean) / std
-    labels = torch.cat([measured.labels] * count).to(inputs.device)
+    labels = move_to(torch.cat([measured.labels] * count), inputs.device)
     weights = None if measured.weights is None else torch.cat([measured.weights] * count).to(inputs.device)
     penalty = 1 / (2 * _INVERSE_PENALTY * len(inputs))
     weight, bias = fit_head(inputs, outputs, lambda logits: task.loss(logits, labels, weights), penalty, _ITERATIONS)

@@ -26,7 +26,7 @@ from snella_app.config.train import TrainConfig
 from snella_app.console import counted, print_line
 from snella_app.data.datasets import ImageDataset
 from snella_app.data.protocol import get_protocol
-from snella_app.device import autocast, synchronized_time
+from snella_app.device import autocast, move_to, synchronized_time
 from snella_app.methods import find_method
 from snella_app.methods.registry import matrices_of
 from snella_app.text import first_line, seconds_text
@@ -387,7 +387,7 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
 def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:
     """Run a forward and a backward pass with memory for the optimizer states allocated; restore the model's state."""
     model, device = parts.model, next(parts.model.parameters()).device
-    images, labels = batch["images"].to(device), batch["labels"].to(device)
+    images, labels = batch["images"].to(device), move_to(batch["labels"], device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     moments = [torch.zeros_like(parameter) for parameter in trained for _ in range(2)]
     try:

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from torchvision.transforms import v2
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from snella import BudgetAllocator, SnellaCallback
+from snella.ops import widest_dtype
 from snella_app.config.train import TrainConfig
 from snella_app.data.datasets import ImageDataset
 from snella_app.data.protocol import get_protocol
@@ -25,6 +27,7 @@ from snella_app.methods import method_of, save_trained
 from snella_app.methods.peft_methods import check_gradients
 from snella_app.records.run import AveragedEpochs
 from snella_app.runs.folder import RunFolder
+from snella_app.tasks.task import Task
 from snella_app.text import split_text
 from snella_app.training.build import RunComponents, build_optimizer, epoch_sampler, mix_seed
 from snella_app.training.callbacks import EpochCallback, EpochSnapshots, WeightAverage
@@ -112,7 +115,7 @@ class SnellaTrainer(CheckpointingTrainer):
             run,
             model=model if parts.trained_part is None else parts.trained_part,
             args=training_arguments(plan, run.checkpoints, keep_checkpoints),
-            data_collator=self.task.collate,
+            data_collator=partial(_collate, self.task, widest_dtype(choose_device(plan.run.device).type)),
             train_dataset=train,
             eval_dataset=train if val is None else val,  # `evaluate` selects the data itself
             callbacks=[
@@ -440,6 +443,12 @@ class SnellaTrainer(CheckpointingTrainer):
             f"{saved} in {self.run_folder.path}; "
             f"start a new run with a lower {named} or a larger --warmup-ratio"
         )
+
+
+def _collate(task: Task, widest: torch.dtype, items: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
+    """Collate a batch for a device; float64 labels get its widest data type."""
+    batch = task.collate(items)
+    return batch | {"labels": batch["labels"].to(widest)} if batch["labels"].dtype == torch.float64 else batch
 
 
 def training_arguments(plan: TrainConfig, checkpoints: Path, keep_checkpoints: bool = True) -> TrainingArguments:

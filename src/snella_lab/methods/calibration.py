@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from snella_app.device import move_to
 from snella_app.methods.method import Batches, SelectionData
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -101,7 +102,7 @@ def _accumulate(
         try:
             num_batches = 0
             for images, labels in islice(batches(), limit):
-                value = loss(model, images.to(device), labels.to(device))
+                value = loss(model, images.to(device), move_to(labels, device))
                 if not math.isfinite(value.item()):
                     raise ValueError(
                         f"the loss must be finite, got {value.item()} in batch {num_batches + 1}; check the images "

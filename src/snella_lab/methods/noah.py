@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from snella_app.device import move_to
 from snella_app.methods.method import Batches, Method, Options, SelectionData, check_by, integer, number
 from snella_app.methods.partial import train_head
 from snella_lab.methods.adapter import Adapter, apply_adapter
@@ -210,7 +211,7 @@ def train_supernet(
         total, steps = 0.0, 0
         for images, labels in data():
             activate(supernet, space.sample(rng))
-            loss = data.loss(supernet(images.to(device)), labels.to(device))
+            loss = data.loss(supernet(images.to(device)), move_to(labels, device))
             if not math.isfinite(loss.item()):
                 raise ValueError(
                     f"the loss of NOAH's supernet is {loss.item()} in epoch {epoch + 1}; reduce supernet_lr, now {lr:g}"
@@ -240,7 +241,7 @@ def accuracy_of(supernet: nn.Module, subnet: Subnet, data: SelectionData) -> tup
     correct = num_images = 0
     loss = 0.0
     for images, labels in data.validation() if data.validation is not None else ():
-        outputs, labels = supernet(images.to(device)), labels.to(device)
+        outputs, labels = supernet(images.to(device)), move_to(labels, device)
         correct += int((outputs.argmax(dim=1) == labels).sum()) if data.has_class_scores else 0
         loss += float(data.loss(outputs, labels)) * len(images)
         num_images += len(images)

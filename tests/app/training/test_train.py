@@ -233,7 +233,7 @@ def test_bf16_training_is_evaluated_in_float32(final_head, settings, console, no
 
 @pytest.mark.parametrize("is_supported", [True, False])
 def test_precision_follows_the_hardware(is_supported, settings, console, no_report, monkeypatch):
-    monkeypatch.setattr("snella.ops.has_bfloat16_instructions", lambda: is_supported)
+    monkeypatch.setattr("snella_app.device.has_bfloat16_instructions", lambda: is_supported)
     seen = []
     method = SnellaTrainer.compute_loss
 

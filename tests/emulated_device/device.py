@@ -1,0 +1,48 @@
+"""A device that runs on the CPU but rejects what an accelerator rejects: CPU tensors and float64.
+
+`build(folder)` compiles the device; `register(library)` adds it to torch as `emulated`, once per process.
+"""
+
+import subprocess
+import types
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
+
+NAME = "emulated"
+
+
+def build(folder: Path) -> Path:
+    """Compile the device with g++ and return the shared library."""
+    library = folder / "emulated_device.so"
+    command = ["g++", "-shared", "-fPIC", "-std=c++20", "-O0", *(f"-I{path}" for path in include_paths())]
+    command += [str(Path(__file__).with_name("emulated_device.cpp")), "-o", str(library)]
+    subprocess.run([*command, f"-L{TORCH_LIB_PATH}", "-ltorch_cpu", "-lc10"], check=True)
+    return library
+
+
+def register(library: str | Path) -> None:
+    """Add the device to torch under `NAME`."""
+    torch.ops.load_library(library)
+    torch.utils.rename_privateuse1_backend(NAME)
+    module = types.ModuleType(f"torch.{NAME}")
+    functions = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "_is_in_bad_fork": lambda: False,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "manual_seed": lambda seed: None,
+        "manual_seed_all": lambda seed: None,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "get_amp_supported_dtype": lambda: [torch.bfloat16, torch.float16],
+    }
+    for name, function in functions.items():
+        setattr(module, name, function)
+    torch._register_device_module(NAME, module)
+    torch.utils.generate_methods_for_privateuse1_backend()
