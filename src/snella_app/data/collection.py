@@ -55,7 +55,7 @@ class Samples:
     @property
     def label_columns(self) -> list[str]:
         """Names of the label columns."""
-        return columns_in("label", self.roles["label"])
+        return columns_in("label", self.roles["label"], self.table)
 
     @property
     def labels(self) -> list[Any]:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class Columns:
         assigned = {
             name
             for role, column in self.names.items()
-            for name in ([column] if role == "path" else columns_in(role, column))
+            for name in ([column] if role == "path" else columns_in(role, column, table))
         }
         errors: list[str] = []
         for role, words in _SYNONYMS.items():
@@ -103,7 +103,7 @@ class Columns:
                 elif role in needed:
                     errors.append(f"no {role} column ({role} or a similar name); set it with --columns {role}=NAME")
             elif column != _NONE:
-                unknown = [name for name in columns_in(role, column) if name not in table]
+                unknown = [name for name in columns_in(role, column, table) if name not in table]
                 for name in unknown:
                     errors.append(f"no column {name!r} for {role}" + nearest(name, table, form=" (nearest: '{}')"))
                 if not unknown:
@@ -116,11 +116,14 @@ class Columns:
         return roles
 
 
-def columns_in(role: str, column: str) -> list[str]:
-    """Return the columns that a value of `--columns` references, e.g. both of `label=age+height`."""
+def columns_in(role: str, column: str, table: Container[str]) -> list[str]:
+    """Return the columns that a value of `--columns` references, e.g. both of `label=age+height`.
+
+    A column of the table with the whole value as its name, e.g. `age+height`, is one column.
+    """
     if role == "path" and (names := _PLACEHOLDER.findall(column)):
         return names
-    return column.split("+") if role == "label" else [column]
+    return column.split("+") if role == "label" and column not in table else [column]
 
 
 def _describe_column(name: str, values: Sequence[Any]) -> str:

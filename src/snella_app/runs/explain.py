@@ -360,7 +360,8 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
             "gradcam"
         )
     first = base.num_prefix_tokens
-    pooled = rolled[0][:, :1] if base.global_pool == "token" else rolled[0][:, first:]
+    class_tokens = 1 if getattr(base, "dist_token", None) is None else 2  # distilled models average two heads
+    pooled = rolled[0][:, :class_tokens] if base.global_pool == "token" else rolled[0][:, first:]
     grid = pooled.mean(1)[:, first:].reshape(-1, rows, columns)
     return _resized_heat(grid - grid.amin((1, 2), keepdim=True), images)
 

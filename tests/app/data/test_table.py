@@ -417,6 +417,12 @@ def test_a_column_of_a_joined_label_has_no_other_role(write_table):
     assert data.classes == ["age", "weight"] and data.train.annotations.weights is None
 
 
+def test_a_column_name_may_contain_a_plus(write_table):
+    rows = [(f"images/{i:02}.png", "cat" if i % 2 else "dog") for i in range(40)]
+    file = write_table(rows, ("file", "kind+breed"))
+    assert load_data(f"csv:{file}", DataConfig(columns="label=kind+breed")).classes == ["cat", "dog"]
+
+
 def test_two_exclusive_classes_may_be_multi_hot_vectors(write_table):
     rows = [(f"images/{i:02}.png", str([i % 2, 1 - i % 2])) for i in range(40)]
     data = load_data(f"csv:{write_table(rows, ('file', 'tags'))}", target="labels")

@@ -120,6 +120,20 @@ def test_rollout_is_the_product_of_attentions_with_residuals(method, pool):
     assert not any(block.attn.attn_drop._forward_pre_hooks for block in base.blocks)
 
 
+def test_rollout_of_a_distilled_model_includes_both_tokens():
+    torch.manual_seed(0)
+    options = {"img_size": SIZE, "embed_dim": 24, "depth": 1, "num_classes": 3}
+    model = timm.create_model("deit_tiny_distilled_patch16_224", **options).eval()
+    images, rolled = torch.randn(1, 3, SIZE, SIZE), []
+    attention = model.blocks[0].attn
+    attention.attn_drop.register_forward_pre_hook(lambda module, args: rolled.append(args[0].mean(1)))
+    heat = attention_rollout(model, images)
+    grid = rolled[0][0, :2].mean(0)[2:].reshape(4, 4)
+    grid = (grid - grid.min()) / (grid.max() - grid.min())
+    expected = nn.functional.interpolate(grid[None, None], (SIZE, SIZE), mode="bilinear", align_corners=False)
+    assert np.allclose(heat[0], expected[0, 0].detach(), atol=1e-4)
+
+
 def test_unsupported_models_have_no_rollout():
     with pytest.raises(ValueError, match="attention rollout needs a timm ViT, got ConvNeXt; use gradcam"):
         attention_rollout(timm.create_model("test_convnext", num_classes=2), torch.zeros(1, 3, SIZE, SIZE))
