@@ -220,6 +220,21 @@ def test_a_torch_dataset_is_split_and_existing_splits_are_used():
     assert data.test.labels == [1, 0] and data.test.image(0).tobytes() == make_image(15).tobytes()
 
 
+@pytest.mark.parametrize("as_list", [False, True])
+def test_labels_may_have_shape_n_1(as_list):
+    class Columns(TorchImages):
+        def __getitem__(self, row):
+            return self.make(self.numbers[row]), np.array([self.numbers[row] % 2])
+
+    data = Columns(range(20))
+    if as_list:
+        data.labels = np.array([[number % 2] for number in data.numbers])
+    plain = load_data(TorchImages(range(20)))
+    assert all_items(load_data(data)) == all_items(plain) and plain.classes == ["cat", "dog"]
+    ages = load_data(data, target="numbers")
+    assert set(ages.train.annotations.targets) == {0.0, 1.0}
+
+
 def test_transformed_items_and_other_objects_are_rejected():
     with pytest.raises(ValueError, match=r"must be 8-bit images .* got Tensor of torch\.float32; remove"):
         load_data(TorchImages(range(20), lambda i: torch.zeros(3, 8, 8)))
