@@ -22,7 +22,7 @@ from snella_app.data.copies import copy_warnings
 from snella_app.data.datasets import Collection, ImageDataset, Target, joined, known_metadata
 from snella_app.data.folder import load_folder
 from snella_app.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
-from snella_app.data.images import RGB
+from snella_app.data.images import RGB, is_image
 from snella_app.data.masks import load_kvasir, load_masks
 from snella_app.data.options import DataConfig, TargetKind
 from snella_app.data.splits import fold_split, grouped_split, merge_strata, stratified_sample, stratified_split
@@ -95,8 +95,9 @@ def full_spec(spec: str) -> str:
 
     A folder with `images` and `masks` becomes `masks:`; a folder written by Hugging Face datasets, or with
     `metadata.csv` in it or its subfolders, becomes `hf:`. A folder without subfolders becomes `wds:` if it has tar
-    files, and `hf:` if all files are Parquet. Other text is returned unchanged. Names of registered datasets take
-    precedence over folders.
+    files. A folder with Parquet files in it or in its only subfolder `data`, and without images, becomes `hf:`, like a
+    downloaded repository of the Hub. Other text is returned unchanged. Names of registered datasets take precedence
+    over folders.
     """
     path = expand_user(spec)
     if split_spec(spec)[1] is not None or spec in _registered() or not spec.strip() or not os.path.exists(path):
@@ -110,12 +111,12 @@ def full_spec(spec: str) -> str:
     if any((path / name).is_file() for name in files) or any(path.glob("*/metadata.csv")):
         return f"hf:{spec}"
     children = [child for child in path.iterdir() if not child.name.startswith(".")]
-    if not any(child.is_dir() for child in children):
-        suffixes = {child.suffix for child in children}
-        if ".tar" in suffixes:
-            return f"wds:{spec}"
-        if suffixes == {".parquet"}:
-            return f"hf:{spec}"
+    folders = {child.name for child in children if child.is_dir()}
+    if not folders and any(child.suffix == ".tar" for child in children):
+        return f"wds:{spec}"
+    has_parquet = any(path.glob("*.parquet")) or any(path.glob("data/*.parquet"))
+    if folders <= {"data"} and has_parquet and not any(map(is_image, children)):
+        return f"hf:{spec}"
     return f"{_FOLDER}{spec}"
 
 
