@@ -13,7 +13,7 @@ from pathlib import Path
 from documents import markdown_table, put_between
 from interval_calibration import ROWS as CALIBRATION_ROWS
 from interval_calibration import table as calibration_table
-from twin_tables import read_cells
+from twin_tables import COMMITTED, finished_tables, read_cells, twin_tables
 
 from snella_lab.bench.rows import read_rows
 from snella_lab.comparison.experiment import Experiment
@@ -41,7 +41,8 @@ PAGE = TWINS_PAGE = ROOT / "docs" / "notes" / "comparisons.md"
 FIGURES = ROOT / "docs" / "images" / "suite"
 TWINS_FIGURES = ROOT / "docs" / "images" / "twins"
 BEGIN, END = "<!-- rows of benchmarks/bundled-suite begin -->", "<!-- rows end -->"
-TWINS_BEGIN = "<!-- rows of benchmarks/twins begin -->"
+TWINS_BEGIN = "<!-- rows of benchmarks/twins/results.jsonl begin -->"
+COMPLETE_BEGIN = "<!-- rows of benchmarks/twins/complete.jsonl.xz begin -->"
 PAIRS_BEGIN, PAIRS_END = "<!-- leads in benchmarks/bundled-suite begin -->", "<!-- leads end -->"
 DEFAULTS_BEGIN, DEFAULTS_END = "<!-- defaults in benchmarks/untuned begin -->", "<!-- defaults end -->"
 CALIBRATION_BEGIN, CALIBRATION_END = "<!-- rows of benchmarks/interval_calibration.jsonl begin -->", "<!-- rows end -->"
@@ -131,7 +132,12 @@ def defaults_table(experiment: Experiment, rows: Rows, untuned: Rows) -> str:
 def update_twins(page: Path = TWINS_PAGE) -> bool:
     """Write the twins' orderings into the page; return True if it changed."""
     claims = [result.texts[:3] for result in paper_orderings(*read_suite(TWINS))]
-    return put_between(page, TWINS_BEGIN, END, markdown_table(ORDERING_HEADINGS[:3], claims, left=1))
+    complete = read_cells(COMMITTED)
+    changed = [
+        put_between(page, COMPLETE_BEGIN, END, twin_tables(complete, finished_tables(complete))),
+        put_between(page, TWINS_BEGIN, END, markdown_table(ORDERING_HEADINGS[:3], claims, left=1)),
+    ]
+    return any(changed)
 
 
 def draw_twins(folder: Path = TWINS_FIGURES) -> list[Path]:

@@ -1,6 +1,6 @@
 """Train the twins of the paper's Tables VII to XII, with the outputs of the frozen blocks cached.
 
-python benchmarks/train_twins.py [--out runs/twins] [--tables 7 8 9 10 11 12] [--seeds 5] [--processes 2]
+python benchmarks/train_twins.py [--out runs/twins] [--tables 7 8 9 10 11 12] [--seeds 5] [--processes 2] [--continue]
 
 Every method of the twins adapts only the last two of twelve blocks, so each process computes the outputs of the other
 blocks once per image. The results equal those of `snella compare --experiment twin-tableN` up to rounding. Recorded
@@ -17,7 +17,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from twin_tables import TABLES
+from twin_tables import TABLES, restore
 
 from snella_lab.comparison.compare import compare
 from snella_lab.comparison.experiment_files import read_experiment
@@ -78,7 +78,11 @@ def main() -> None:
     parser.add_argument("--tables", type=int, nargs="+", default=list(TABLES.values()))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--continue", action="store_true", dest="continues", help="start from the committed rows")
     args = parser.parse_args()
+    if args.continues and not args.out.exists():
+        restore(args.out)
+        read_experiment(f"twin-table{args.tables[0]}", {"seeds": args.seeds}).write(args.out)
     if args.processes == 1:
         train(args.out, args.tables, args.seeds)
         return
