@@ -1,6 +1,6 @@
 """Train the twins of the paper's Tables VII to XII, with the outputs of the frozen blocks cached.
 
-python benchmarks/train_twins.py [--out runs/twins] [--tables 7 8 9 10 11 12] [--seeds 5] [--processes 2] [--continue]
+python benchmarks/train_twins.py [--out runs/twins] [--tables 7 8 9 10 11 12] [--seeds 5] [--processes 2] [--restore]
 
 Every method of the twins adapts only the last two of twelve blocks, so each process computes the outputs of the other
 blocks once per image. The results equal those of `snella compare --experiment twin-tableN` up to rounding. Recorded
@@ -78,10 +78,13 @@ def main() -> None:
     parser.add_argument("--tables", type=int, nargs="+", default=list(TABLES.values()))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--continue", action="store_true", dest="continues", help="start from the committed rows")
+    parser.add_argument("--restore", action="store_true", help="start from the committed rows in a new folder")
     args = parser.parse_args()
-    if args.continues and not args.out.exists():
+    if args.restore:
+        if args.out.exists():
+            raise SystemExit(f"--out must not exist with --restore, got {args.out}; omit --restore to resume it")
         restore(args.out)
+        # other tables are added when they are trained
         read_experiment(f"twin-table{args.tables[0]}", {"seeds": args.seeds}).write(args.out)
     if args.processes == 1:
         train(args.out, args.tables, args.seeds)

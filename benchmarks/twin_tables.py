@@ -3,7 +3,7 @@
 make twins                                          train the twins: many hours on two cores
 python benchmarks/twin_tables.py runs/twins         print the tables from the existing rows
 python benchmarks/twin_tables.py --save runs/twins  also write the rows to benchmarks/twins/complete.jsonl.xz
-python benchmarks/train_twins.py --continue         add the runs that are missing in that file
+python benchmarks/train_twins.py --restore          train only the runs that are missing in that file
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ COMMITTED = Path(__file__).with_name("twins") / "complete.jsonl.xz"
 TABLES = {"VII": 7, "VIII": 8, "IX": 9, "X": 10, "XI": 11, "XII": 12}
 
 
-def twin_tables(rows: Rows, numbers: Iterable[str] = TABLES) -> str:
+def twin_tables(rows: Rows, tables: Iterable[str] = TABLES) -> str:
     """Format claims and accuracies for each table of the paper; Holm's correction is per table.
 
     Args:
         rows: Rows of the twin experiments.
-        numbers: Roman numerals of the tables.
+        tables: Roman numerals of the tables.
     """
     parts = []
-    for number in numbers:
-        experiment = read_experiment(f"twin-table{TABLES[number]}")
+    for table in tables:
+        experiment = read_experiment(f"twin-table{TABLES[table]}")
         claims = [result.texts for result in paper_orderings(experiment, rows)]
-        parts.append(f"**Table {number}**\n\n{markdown_table(ORDERING_HEADINGS, claims, left=1)}")
+        parts.append(f"**Table {table}**\n\n{markdown_table(ORDERING_HEADINGS, claims, left=1)}")
         if accuracies := _accuracies(experiment, rows):
             parts.append(accuracies)
     return "\n\n".join(parts)
@@ -60,13 +60,13 @@ def _accuracies(experiment: Experiment, rows: Rows) -> str:
 
 
 def finished_tables(rows: Rows) -> list[str]:
-    """Return the Roman numerals of the tables of which all claims have been run on all tasks."""
-    names = []
-    for number in TABLES:
-        results = paper_orderings(read_experiment(f"twin-table{TABLES[number]}"), rows)
+    """Return the Roman numerals of the tables with results for every claim on every task."""
+    finished = []
+    for table, number in TABLES.items():
+        results = paper_orderings(read_experiment(f"twin-table{number}"), rows)
         if all(result.difference is not None and result.difference.tasks == result.tasks for result in results):
-            names.append(number)
-    return names
+            finished.append(table)
+    return finished
 
 
 def read_cells(file: Path) -> list[CellRow]:

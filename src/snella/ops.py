@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import platform
 from collections.abc import Callable, Sequence
@@ -19,6 +18,8 @@ MIN_TOKENS = 64
 """Minimum sample size, given enough tokens; products of fewer tokens cost little compared to merging."""
 MIN_SHARE = 2**-10
 """Minimum fraction of the tokens; from it on, numerator and denominator fit the int64 arguments of compiled graphs."""
+WITHOUT_FLOAT64 = {"mps"}
+"""Device types that reject float64 tensors."""
 _ROUNDS = 4  # iterations to find the tokens with probability 1
 
 
@@ -305,14 +306,9 @@ def sample_tokens(grad_y: Tensor, x: Tensor, share: float) -> tuple[Tensor, Tens
     return (grad_y[indices] / probs[indices, None]).to(grad_y.dtype), x[indices]
 
 
-@functools.cache
 def widest_dtype(device_type: str) -> torch.dtype:
-    """Return float64, or float32 on devices without float64, such as Apple's GPUs (`mps`)."""
-    try:
-        torch.empty((), dtype=torch.float64, device=device_type)
-    except TypeError:
-        return torch.float32
-    return torch.float64
+    """Return float64, or float32 on device types in `WITHOUT_FLOAT64`."""
+    return torch.float32 if device_type in WITHOUT_FLOAT64 else torch.float64
 
 
 def has_bfloat16_instructions() -> bool:

@@ -69,7 +69,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast | nullconte
 
 
 def move_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor to a device; float64 becomes float32 on devices without float64, such as `mps`."""
+    """Move a tensor to a device; cast float64 to float32 if the device has no float64."""
     return tensor.to(device, widest_dtype(device.type) if tensor.dtype == torch.float64 else tensor.dtype)
 
 

@@ -1,7 +1,7 @@
 // Device "emulated": runs on the CPU under another device type, and rejects what an accelerator rejects.
 //
-// Like CUDA and MPS, its operations reject CPU tensors other than scalars and indices. Like MPS, it has no float64. Not
-// supported: sparse and quantized tensors, streams, pinned memory.
+// Like CUDA and MPS, operations reject CPU tensors, except 0-dim and empty ones and indices. Like MPS, the device has no
+// float64. Not supported: sparse and quantized tensors, streams, pinned memory.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -153,11 +153,11 @@ struct Argument {
 void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const auto& arguments = schema.arguments();
-  const bool accepts_cpu_indices = schema.name() == "aten::index" || schema.name().find("index_put") != std::string::npos;
   std::vector<Argument> converted;
   const auto first = stack->size() - arguments.size();
   for (size_t i = 0; i < arguments.size(); ++i) {
     auto& value = (*stack)[first + i];
+    const bool are_indices = value.isOptionalTensorList();
     const bool is_written = arguments[i].alias_info() && arguments[i].alias_info()->isWrite();
     value = map_tensors(value, [&](const Tensor& tensor) {
       if (!tensor.defined()) return tensor;
@@ -167,7 +167,7 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
         return converted.back().cpu;
       }
       TORCH_CHECK(
-          tensor.dim() == 0 || tensor.numel() == 0 || accepts_cpu_indices,
+          tensor.dim() == 0 || tensor.numel() == 0 || are_indices,
           "Expected all tensors to be on the same device, but ", schema.name(), " got shape ", tensor.sizes(), " on ",
           tensor.device());
       return tensor;
@@ -195,7 +195,7 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     });
 }
 
-// ---- operations with kernels of their own ----
+// ---- registered operations ----
 
 using Dtype = std::optional<at::ScalarType>;
 using Layout = std::optional<at::Layout>;

@@ -1,4 +1,4 @@
-"""Training and prediction on an accelerator without float64, such as `mps`, which the CPU emulates."""
+"""Training and prediction on an emulated accelerator without float64, such as `mps`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from .device import NAME, build
@@ -23,7 +24,10 @@ BACKBONE = ["--backbone", "vit_tiny_patch16_224", "--pretrained", "false", "--im
 def library(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed; on Debian: apt install g++")
-    return build(tmp_path_factory.mktemp("emulated_device"))
+    folder = tmp_path_factory.getbasetemp().parent / "emulated_device"  # shared by the processes of pytest-xdist
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        return next(folder.glob("*.so"), None) or build(folder)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def work(library):
             [sys.executable, worker, str(library), *arguments],
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=200,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert process.returncode == 0, process.stdout + process.stderr
@@ -47,12 +51,12 @@ def work(library):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Images with masks, and a table with a class, a number and two tags for each image."""
+    """Images with masks, and a table with a class, two numbers and two tags for each image."""
     folder = tmp_path_factory.mktemp("data")
     rng, rows = np.random.default_rng(0), []
     for part in ("images", "masks"):
         (folder / part).mkdir()
-    for number in range(40):
+    for number in range(50):
         pixels = rng.integers(0, 150, (32, 32, 3), dtype=np.uint8)
         pixels[8:20, 8:20, number % 2] += 100
         mask = np.zeros((32, 32), np.uint8)
@@ -60,29 +64,14 @@ def data(tmp_path_factory):
         Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
         Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
         kind = ("red", "green")[number % 2]
-        rows.append([f"images/{number}.png", kind, 20.5 + number, f"{kind}|square"])
+        rows.append([f"images/{number}.png", kind, 20.5 + number, 1.7e9 + number, f"{kind}|square"])
     with (folder / "table.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["path", "kind", "age", "tags"], *rows])
+        csv.writer(file).writerows([["path", "kind", "age", "time", "tags"], *rows])
     return folder
 
 
-@pytest.fixture(scope="module")
-def train_and_use(work, data, tmp_path_factory):
-    """Return a function that trains, evaluates and predicts on the device, and returns the run folder."""
-
-    def run(*options):
-        out = str(tmp_path_factory.mktemp("runs") / "run")
-        fixed = [*BACKBONE, "--epochs", "1", "--batch-size", "8", "--device", NAME, "--out", out]
-        image = str(data / "images" / "0.png")
-        commands = [
-            ["train", *options, *fixed],
-            ["evaluate", out, "--device", NAME],
-            ["predict", out, image, "--device", NAME],
-        ]
-        work("commands", json.dumps(commands))
-        return Path(out)
-
-    return run
+def test_device_rejects_cpu_tensors_and_float64(work):
+    work("checks")
 
 
 def test_training_is_close_to_the_cpu(work):
@@ -93,21 +82,30 @@ def test_training_is_close_to_the_cpu(work):
 
 
 @pytest.mark.parametrize(
-    ("task", "column"), [("classification", "kind"), ("regression", "age"), ("multilabel", "tags")]
+    ("task", "column", "expected"),
+    [
+        ("classification", "kind", "kernel head"),
+        ("regression", "age", "linear head"),
+        ("multilabel", "tags", "linear head"),
+        ("segmentation", None, "Dice"),
+    ],
 )
-def test_tasks_run(task, column, data, train_and_use):
-    table = ["--data", f"csv:{data / 'table.csv'}", "--columns", f"label={column}", "--task", task]
-    run = train_and_use(*table, "--method", "snella-2")
-    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+def test_tasks_train_evaluate_and_predict(task, column, expected, data, work, tmp_path):
+    source = [f"masks:{data}"] if column is None else [f"csv:{data / 'table.csv'}", "--columns", f"label={column}"]
+    run, out = str(tmp_path / "run"), tmp_path / ("masks" if column is None else "predictions.json")
+    options = ["--task", task, "--method", "snella-2", "--epochs", "1", "--batch-size", "8"]
+    options += [] if column is None else ["--head-init", "probe", "--final-head", "layers"]
+    commands = [
+        ["train", "--data", *source, *BACKBONE, *options, "--device", NAME, "--out", run],
+        ["evaluate", run, "--device", NAME],
+        ["predict", run, str(data / "images" / "0.png"), "--device", NAME, "--out", str(out)],
+    ]
+    output = work("commands", json.dumps(commands))
+    assert f"on {NAME}:0" in output and expected in output and out.exists()
 
 
-def test_segmentation_runs(data, work, tmp_path):
-    out = str(tmp_path / "run")
-    fixed = [*BACKBONE, "--epochs", "1", "--batch-size", "8", "--device", NAME, "--out", out]
-    train = ["train", "--data", f"masks:{data}", "--task", "segmentation", "--method", "snella-2", *fixed]
-    work("commands", json.dumps([train, ["evaluate", out, "--device", NAME]]))
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
-
-
-def test_device_rejects_cpu_tensors_and_float64(work):
-    work("checks")
+def test_targets_that_need_float64_are_rejected(data, work, tmp_path):
+    source = [f"csv:{data / 'table.csv'}", "--columns", "label=time", "--task", "regression"]
+    command = ["train", "--data", *source, *BACKBONE, "--device", NAME, "--out", str(tmp_path / "run")]
+    with pytest.raises(AssertionError, match="has no float64, which target 'time' with mean"):
+        work("commands", json.dumps([command]))

@@ -15,16 +15,22 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn.functional import cross_entropy
 
 from snella import BudgetAllocator, SnellaConfig
+from snella.ops import WITHOUT_FLOAT64, widest_dtype
 from snella_app.cli.main import main
+from snella_app.device import move_to
 
 
 def check_rejections() -> None:
     """Check that the device rejects what CUDA and MPS reject."""
     values = torch.ones(2, 3, device=NAME)
-    assert (values * torch.tensor(2.0)).sum().item() == 12  # accepts scalars
+    assert (values * torch.tensor(2.0)).sum().item() == 12  # 0-dim CPU tensors are accepted
+    assert values[torch.tensor([0])].shape == (1, 3)  # and indices
+    assert widest_dtype(NAME) == move_to(torch.ones(2).double(), torch.device(NAME)).dtype == torch.float32
+    assert widest_dtype("cpu") == move_to(torch.ones(2).double(), torch.device("cpu")).dtype == torch.float64
     for error, function in (
         (RuntimeError, lambda: values + torch.ones(3)),
         (RuntimeError, lambda: values @ torch.ones(3, 2)),
+        (RuntimeError, lambda: values.index_put_((torch.tensor([0]),), torch.ones(1, 3))),
         (TypeError, lambda: values.double()),
         (TypeError, lambda: values.sum(dtype=torch.float64)),
         (TypeError, lambda: torch.ones(2, dtype=torch.float64, device=NAME)),
@@ -62,6 +68,7 @@ def train(device: str) -> dict[str, object]:
 
 if __name__ == "__main__":
     register(sys.argv[1])
+    WITHOUT_FLOAT64.add(NAME)
     torch.set_num_threads(1)
     if sys.argv[2] == "checks":
         check_rejections()

@@ -119,7 +119,7 @@ class Columns:
 def columns_in(role: str, column: str, table: Container[str]) -> list[str]:
     """Return the columns that a value of `--columns` references, e.g. both of `label=age+height`.
 
-    A column of the table with the whole value as its name, e.g. `age+height`, is one column.
+    If the table has a column named `age+height`, the value references that column.
     """
     if role == "path" and (names := _PLACEHOLDER.findall(column)):
         return names

@@ -132,8 +132,8 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
         part_labels, reasons = _labels_of(part)
         broken |= {len(labels) + row: reason for row, reason in reasons.items()}
         labels += part_labels
-    if target != "labels" and all(_is_single_number(labels[row]) for row in range(len(labels)) if row not in broken):
-        labels = [label if label is None else label[0] for label in labels]  # shape [images, 1], as in MedMNIST
+    if target != "labels":  # labels of shape [images, 1], as in MedMNIST
+        labels = [label[0] if isinstance(label, list) and len(label) == 1 else label for label in labels]
     rows = [(part_name, row) for part_name, part in parts.items() for row in range(len(part))]
     names = [f"{part_name}/{row:06}" for part_name, row in rows]
     by_part: dict[str, list[str]] = {}
@@ -235,11 +235,6 @@ def _pil_image(item: Any) -> Image.Image:
     if not isinstance(item, Image.Image):
         raise ValueError(f"items must be (image, label), got {type(item).__name__} first")
     return item
-
-
-def _is_single_number(label: Any) -> bool:
-    """Return whether a label is a list of one number."""
-    return isinstance(label, list) and len(label) == 1 and isinstance(label[0], int | float)
 
 
 def _labels_of(part: Any) -> tuple[list[Any], dict[int, str]]:

@@ -95,9 +95,9 @@ def full_spec(spec: str) -> str:
 
     A folder with `images` and `masks` becomes `masks:`; a folder written by Hugging Face datasets, or with
     `metadata.csv` in it or its subfolders, becomes `hf:`. A folder without subfolders becomes `wds:` if it has tar
-    files. A folder with Parquet files in it or in its only subfolder `data`, and without images, becomes `hf:`, like a
-    downloaded repository of the Hub. Other text is returned unchanged. Names of registered datasets take precedence
-    over folders.
+    files. A folder with Parquet files and without images becomes `hf:` if it has no subfolder except `data`, like a
+    downloaded repository of the Hub; both folders are searched. Other text is returned unchanged. Names of registered
+    datasets take precedence over folders.
     """
     path = expand_user(spec)
     if split_spec(spec)[1] is not None or spec in _registered() or not spec.strip() or not os.path.exists(path):
@@ -114,9 +114,10 @@ def full_spec(spec: str) -> str:
     folders = {child.name for child in children if child.is_dir()}
     if not folders and any(child.suffix == ".tar" for child in children):
         return f"wds:{spec}"
-    has_parquet = any(path.glob("*.parquet")) or any(path.glob("data/*.parquet"))
-    if folders <= {"data"} and has_parquet and not any(map(is_image, children)):
-        return f"hf:{spec}"
+    if folders <= {"data"}:
+        contents = [*children, *(child for child in path.glob("data/**/*") if not child.name.startswith("."))]
+        if any(child.suffix == ".parquet" for child in contents) and not any(map(is_image, contents)):
+            return f"hf:{spec}"
     return f"{_FOLDER}{spec}"
 
 

@@ -360,7 +360,9 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
             "gradcam"
         )
     first = base.num_prefix_tokens
-    class_tokens = 1 if getattr(base, "dist_token", None) is None else 2  # distilled models average two heads
+    class_tokens = (
+        1 if getattr(base, "dist_token", None) is None else 2
+    )  # distilled models average the heads of both tokens
     pooled = rolled[0][:, :class_tokens] if base.global_pool == "token" else rolled[0][:, first:]
     grid = pooled.mean(1)[:, first:].reshape(-1, rows, columns)
     return _resized_heat(grid - grid.amin((1, 2), keepdim=True), images)

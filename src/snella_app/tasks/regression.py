@@ -26,6 +26,8 @@ NUMBER_LOSSES: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "l1": F.l1
 """Regression losses of standardized targets by value of `--loss`. Huber is quadratic for errors up to one standard
 deviation."""
 _RIDGE_PENALTY = 5.0
+_MAX_FLOAT32_RATIO = 1e4
+"""Ratio of mean and standard deviation at which float32 rounds targets by about 1e-3 standard deviations."""
 """Weight of `‖w‖²` relative to the summed squared errors, for features with mean variance 1."""
 
 
@@ -109,18 +111,28 @@ class RegressionTask(Task):
         return weighted_mean(NUMBER_LOSSES[self.loss_name](outputs, targets, reduction="none").mean(-1), weights)
 
     def standardized(self, values: Tensor) -> Tensor:
-        """Standardize targets, `(y - mean) / std`, `[batch, targets]`, `widest_dtype`."""
+        """Standardize targets, `(y - mean) / std`, `[batch, targets]`, in float64 if the device has it."""
         mean, std = self._statistics(values.device)
         return (values.to(mean.dtype) - mean) / std
 
     def numbers(self, outputs: Tensor) -> Tensor:
-        """Convert model outputs to target units, `z · std + mean`, `[batch, targets]`, `widest_dtype`."""
+        """Convert outputs to target units, `z · std + mean`, `[batch, targets]`, in float64 if the device has it."""
         mean, std = self._statistics(outputs.device)
         return outputs.to(mean.dtype) * std + mean
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of the targets, each `[targets]`, `widest_dtype`."""
+        """Return mean and standard deviation of the targets, each `[targets]`, of dtype `widest_dtype(device.type)`.
+
+        Raises:
+            ValueError: If the device has no float64 and a mean is too large for float32.
+        """
         dtype = widest_dtype(device.type)
+        for name, mean, std in zip(self.names, self.mean, self.std, strict=True):
+            if dtype == torch.float32 and abs(mean) > _MAX_FLOAT32_RATIO * std:
+                raise ValueError(
+                    f"device {device.type} has no float64, which target {name!r} with mean {mean:g} and standard "
+                    f"deviation {std:g} requires; subtract a constant from the labels, or use --device cpu"
+                )
         return torch.tensor(self.mean, dtype=dtype, device=device), torch.tensor(self.std, dtype=dtype, device=device)
 
     def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:

@@ -235,14 +235,17 @@ class SegmentationTask(Task):
         return weighted_mean(self._losses(outputs, labels, self.label_smoothing), weights)
 
     def reduce(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return pixel counts and loss of each image, `[batch, classes² + 1]`, `widest_dtype`; and zeros."""
+        """Return pixel counts and loss of each image, `[batch, classes² + 1]`, and zeros.
+
+        The counts are float64, or float32 on devices without float64.
+        """
         counts = pixel_counts(outputs.argmax(1), labels, len(self.classes)).flatten(1)
         losses, dtype = self._losses(outputs, labels, 0.0), widest_dtype(outputs.device.type)
         return torch.cat([counts.to(dtype), losses[:, None].to(dtype)], 1), labels.new_zeros(len(labels))
 
     def metrics(self, reduced: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """Compute the scores of `pooled_scores`, and the loss without label smoothing, from the rows of `reduce`."""
-        rows = paired(reduced, labels)[0].numpy()
+        rows = paired(reduced, labels)[0].double().numpy()
         return {**pooled_scores(self._counts(rows), list(self.classes)), "loss": float(rows[:, -1].mean())}
 
     def sample_outputs(self, reduced: ArrayLike) -> Tensor:

@@ -281,6 +281,8 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
     if count > 1:
         where += f", by {count} processes" + (" with sharded frozen weights" if plan.run.shard else "")
     rows.append(("training", f"{counted(optim.epochs, 'epoch')} of {steps}, {images} each, {where}"))
+    if plan.run.device == "auto" and device.type == "cpu" and torch.backends.mps.is_available():
+        rows.append(("note", "--device mps trains on the GPU of this machine"))
     rows += _stopping_rows(optim, adapter if is_reduced else None)
     memory, free = predicted_memory(parts, optim.precision, -(-batch // count)) / 2**20, free_memory(device) / 2**20
     memory -= sharding_savings(model, count) / 2**20 if plan.run.shard else 0

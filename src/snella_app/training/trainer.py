@@ -446,7 +446,7 @@ class SnellaTrainer(CheckpointingTrainer):
 
 
 def _collate(task: Task, widest: torch.dtype, items: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
-    """Collate a batch for a device; float64 labels get its widest data type."""
+    """Collate a batch; cast float64 labels to `widest`."""
     batch = task.collate(items)
     return batch | {"labels": batch["labels"].to(widest)} if batch["labels"].dtype == torch.float64 else batch
 

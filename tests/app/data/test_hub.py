@@ -221,18 +221,20 @@ def test_a_torch_dataset_is_split_and_existing_splits_are_used():
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_labels_may_have_shape_n_1(as_list):
-    class Columns(TorchImages):
+def test_labels_of_shape_images_by_one_are_unwrapped(as_list):
+    class ColumnLabels(TorchImages):
         def __getitem__(self, row):
             return self.make(self.numbers[row]), np.array([self.numbers[row] % 2])
 
-    data = Columns(range(20))
+    data = ColumnLabels(range(20))
     if as_list:
         data.labels = np.array([[number % 2] for number in data.numbers])
     plain = load_data(TorchImages(range(20)))
     assert all_items(load_data(data)) == all_items(plain) and plain.classes == ["cat", "dog"]
-    ages = load_data(data, target="numbers")
-    assert set(ages.train.annotations.targets) == {0.0, 1.0}
+    parts = load_data({"train": data, "val": TorchImages(range(20, 24)), "test": TorchImages(range(24, 28))})
+    assert parts.classes == ["cat", "dog"] and len(parts.val) == 4
+    numbers = load_data(data, target="numbers").train
+    assert numbers.annotations.targets == [int(name[6:]) % 2 for name in numbers.names]
 
 
 def test_transformed_items_and_other_objects_are_rejected():

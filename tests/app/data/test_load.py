@@ -67,16 +67,16 @@ def test_an_unknown_specification_error_suggests_the_nearest(spec, message):
 
 def test_a_bare_path_is_resolved_by_its_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = "photos/cat lungs/images lungs/masks shards saved digits rows mixed/a named/train hub/data flat"
+    folders = "photos/cat lungs/images lungs/masks shards saved digits rows mixed/a named/train hub/data/train flat nested/data/cat"
     for folder in folders.split():
         Path(folder).mkdir(parents=True)
     files = "t.csv t.tsv t.parquet shards/0.tar saved/state.json x.jpg photos/all.tar rows/0.parquet rows/.cache"
-    files += " mixed/0.parquet mixed/a/0.jpg named/train/metadata.csv hub/README.md hub/data/train-0.parquet"
-    files += " rows/README.md flat/0.jpg flat/labels.parquet"
+    files += " mixed/0.parquet mixed/a/0.jpg named/train/metadata.csv hub/README.md hub/data/train/0.parquet"
+    files += " rows/README.md flat/0.jpg flat/labels.parquet nested/data/cat/0.jpg nested/i.parquet"
     for file in files.split():
         Path(file).write_bytes(b"")
     prefixes = {"photos": "folder:", "lungs": "masks:", "shards": "wds:", "saved": "hf:", "rows": "hf:", "named": "hf:"}
-    prefixes |= {"hub": "hf:", "flat": "folder:"}
+    prefixes |= {"hub": "hf:", "flat": "folder:", "nested": "folder:"}
     prefixes |= {"mixed": "folder:", "t.csv": "csv:", "t.tsv": "csv:", "t.parquet": "parquet:"}
     unchanged = ("digits", "x.jpg", "nowhere", "hf:saved", "~nosuchuser/x")
     for path in (*prefixes, *unchanged):

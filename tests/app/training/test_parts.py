@@ -205,6 +205,20 @@ def test_memory_and_time_warnings_are_printed_before_training(monkeypatch):
     assert "the model's default of 448×448 px takes about 4 times as long on a CPU as 224×224 px" in text
 
 
+@pytest.mark.parametrize(
+    ("device", "is_available", "is_suggested"), [("auto", True, True), ("auto", False, False), ("cpu", True, False)]
+)
+def test_an_unused_gpu_of_apple_is_suggested(device, is_available, is_suggested, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: is_available)
+    model = build_method("linear", timm.create_model("test_vit", num_classes=10, img_size=32))
+    parts = RunComponents(
+        load_data("digits"), model, ClassificationTask(tuple("0123456789")), {}, {"input_size": [3, 32, 32]}
+    )
+    output = io.StringIO()
+    log_summary(Console(file=output, width=300), config("linear", device=device), parts)
+    assert ("--device mps trains on the GPU of this machine" in output.getvalue()) == is_suggested
+
+
 def test_the_memory_warning_suggests_compression_for_snella(monkeypatch):
     monkeypatch.setattr("snella_app.training.plan.free_memory", lambda device: 2**20)
     parts = RunComponents(
