@@ -67,7 +67,8 @@ def test_an_unknown_specification_error_suggests_the_nearest(spec, message):
 
 def test_a_bare_path_is_resolved_by_its_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = "photos/cat lungs/images lungs/masks shards saved digits rows mixed/a named/train hub/data/train flat nested/data/cat"
+    folders = "photos/cat lungs/images lungs/masks shards saved digits rows mixed/a named/train hub/data/train flat"
+    folders += " nested/data/cat"
     for folder in folders.split():
         Path(folder).mkdir(parents=True)
     files = "t.csv t.tsv t.parquet shards/0.tar saved/state.json x.jpg photos/all.tar rows/0.parquet rows/.cache"
