@@ -3,6 +3,7 @@
 `build(folder)` compiles the device; `register(library)` adds it to torch as `emulated`, once per process.
 """
 
+import hashlib
 import subprocess
 import types
 from pathlib import Path
@@ -14,11 +15,15 @@ NAME = "emulated"
 
 
 def build(folder: Path) -> Path:
-    """Compile the device with g++ and return the shared library."""
-    library = folder / "emulated_device.so"
-    command = ["g++", "-shared", "-fPIC", "-std=c++20", "-O0", *(f"-I{path}" for path in include_paths())]
-    command += [str(Path(__file__).with_name("emulated_device.cpp")), "-o", str(library)]
-    subprocess.run([*command, f"-L{TORCH_LIB_PATH}", "-ltorch_cpu", "-lc10"], check=True)
+    """Compile the device with g++ and return the shared library; one of the same source and torch is reused."""
+    source = Path(__file__).with_name("emulated_device.cpp")
+    digest = hashlib.sha256(source.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    library, unfinished = folder / f"{digest}.so", folder / f"{digest}.tmp"
+    if not library.exists():
+        command = ["g++", "-shared", "-fPIC", "-std=c++20", "-O0", *(f"-I{path}" for path in include_paths())]
+        command += [str(source), "-o", str(unfinished), f"-L{TORCH_LIB_PATH}", "-ltorch_cpu", "-lc10"]
+        subprocess.run(command, check=True)
+        unfinished.rename(library)
     return library
 
 

@@ -237,8 +237,9 @@ const Tensor& resize_(const Tensor& tensor, IntArrayRef size, Format format) {
 Tensor convolution(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
     IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups) {
-  TORCH_CHECK(x.device() == weight.device() && (!bias || bias->device() == x.device()), "different devices");
-  auto cpu_bias = bias ? OptionalTensor(to_cpu(*bias)) : bias;
+  const bool has_bias = bias && bias->defined();
+  TORCH_CHECK(x.device() == weight.device() && (!has_bias || bias->device() == x.device()), "different devices");
+  const auto cpu_bias = has_bias ? OptionalTensor(to_cpu(*bias)) : std::nullopt;
   return to_emulated(at::convolution(
       to_cpu(x), to_cpu(weight), cpu_bias, stride, padding, dilation, transposed, output_padding, groups));
 }

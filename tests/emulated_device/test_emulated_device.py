@@ -24,10 +24,10 @@ BACKBONE = ["--backbone", "vit_tiny_patch16_224", "--pretrained", "false", "--im
 def library(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed; on Debian: apt install g++")
-    folder = tmp_path_factory.getbasetemp().parent / "emulated_device"  # shared by the processes of pytest-xdist
+    folder = tmp_path_factory.getbasetemp().parent / "emulated_device"  # shared by the test processes
     folder.mkdir(exist_ok=True)
     with FileLock(folder / "lock"):
-        return next(folder.glob("*.so"), None) or build(folder)
+        return build(folder)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ def check_rejections() -> None:
     values = torch.ones(2, 3, device=NAME)
     assert (values * torch.tensor(2.0)).sum().item() == 12  # 0-dim CPU tensors are accepted
     assert values[torch.tensor([0])].shape == (1, 3)  # and indices
+    assert torch.conv2d(values[None, None], values[None, None]).item() == 6  # without a bias
     assert widest_dtype(NAME) == move_to(torch.ones(2).double(), torch.device(NAME)).dtype == torch.float32
     assert widest_dtype("cpu") == move_to(torch.ones(2).double(), torch.device("cpu")).dtype == torch.float64
     for error, function in (
