@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import lzma
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -80,21 +79,16 @@ def read_cells(file: Path) -> list[CellRow]:
         raise FileNotFoundError(
             f"{file.parent} contains no {file.name}; run `snella compare --out {file.parent}` or `make twins`"
         )
-    if file.suffix == ".xz":
-        with tempfile.TemporaryDirectory() as folder:
-            return read_cells(restore(Path(folder), file))
     rows, notes = read_lines(file)
     if notes:
         raise ValueError(f"{'; '.join(notes)}; run `snella compare --out {file.parent}` to complete the rows")
     return list(rows.values())
 
 
-def restore(folder: Path, file: Path = COMMITTED) -> Path:
-    """Write compressed rows to a comparison's folder, and return their path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = folder / ROWS_FILE
-    write_bytes(rows, lzma.decompress(file.read_bytes()))
-    return rows
+def restore(folder: Path) -> None:
+    """Write the committed rows to a new folder of a comparison."""
+    folder.mkdir(parents=True)
+    write_bytes(folder / ROWS_FILE, lzma.decompress(COMMITTED.read_bytes()))
 
 
 if __name__ == "__main__":

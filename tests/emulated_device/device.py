@@ -1,4 +1,4 @@
-"""A device that runs on the CPU but rejects what an accelerator rejects: CPU tensors and float64.
+"""A device of torch that computes on the CPU, but rejects CPU tensors and float64 like an accelerator.
 
 `build(folder)` compiles the device; `register(library)` adds it to torch as `emulated`, once per process.
 """
@@ -15,7 +15,7 @@ NAME = "emulated"
 
 
 def build(folder: Path) -> Path:
-    """Compile the device with g++ and return the shared library; one of the same source and torch is reused."""
+    """Return the shared library; compile it with g++ unless `folder` has one of the same source and torch version."""
     source = Path(__file__).with_name("emulated_device.cpp")
     digest = hashlib.sha256(source.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
     library, unfinished = folder / f"{digest}.so", folder / f"{digest}.tmp"
@@ -47,7 +47,6 @@ def register(library: str | Path) -> None:
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "get_amp_supported_dtype": lambda: [torch.bfloat16, torch.float16],
     }
-    for name, function in functions.items():
-        setattr(module, name, function)
+    vars(module).update(functions)
     torch._register_device_module(NAME, module)
     torch.utils.generate_methods_for_privateuse1_backend()

@@ -1,6 +1,6 @@
-// Device "emulated": runs on the CPU under another device type, and rejects what an accelerator rejects.
+// The device "emulated" computes on the CPU under a device type of its own.
 //
-// Like CUDA and MPS, operations reject CPU tensors, except 0-dim and empty ones and indices. Like MPS, the device has no
+// Like on CUDA and MPS, operations reject CPU tensors, except 0-dim and empty ones and indices. Like MPS, the device has no
 // float64. Not supported: sparse and quantized tensors, streams, pinned memory.
 
 #include <ATen/ATen.h>

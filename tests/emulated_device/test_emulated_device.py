@@ -92,16 +92,24 @@ def test_training_is_close_to_the_cpu(work):
 )
 def test_tasks_train_evaluate_and_predict(task, column, expected, data, work, tmp_path):
     source = [f"masks:{data}"] if column is None else [f"csv:{data / 'table.csv'}", "--columns", f"label={column}"]
-    run, out = str(tmp_path / "run"), tmp_path / ("masks" if column is None else "predictions.json")
+    run, suffix, image = str(tmp_path / "run"), "" if column is None else ".json", str(data / "images" / "0.png")
+    outs = {device: tmp_path / f"{device}{suffix}" for device in (NAME, "cpu")}
     options = ["--task", task, "--method", "snella-2", "--epochs", "1", "--batch-size", "8"]
     options += [] if column is None else ["--head-init", "probe", "--final-head", "layers"]
     commands = [
         ["train", "--data", *source, *BACKBONE, *options, "--device", NAME, "--out", run],
         ["evaluate", run, "--device", NAME],
-        ["predict", run, str(data / "images" / "0.png"), "--device", NAME, "--out", str(out)],
+        *(["predict", run, image, "--device", device, "--out", str(out)] for device, out in outs.items()),
     ]
     output = work("commands", json.dumps(commands))
-    assert f"on {NAME}:0" in output and expected in output and out.exists()
+    assert f"on {NAME}:0" in output and expected in output
+    on_device, on_cpu = outs.values()
+    if column is None:
+        pixels = [np.asarray(Image.open(next(out.glob("*.png")))) for out in (on_device, on_cpu)]
+        assert (pixels[0] == pixels[1]).mean() > 0.99
+    else:
+        close = json.loads(on_cpu.read_text(), parse_float=lambda text: pytest.approx(float(text), rel=1e-3, abs=1e-3))
+        assert json.loads(on_device.read_text()) == close
 
 
 def test_targets_that_need_float64_are_rejected(data, work, tmp_path):

@@ -92,8 +92,8 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
 
     Args:
         data: `datasets.Dataset` or `DatasetDict`; map-style torch dataset of (image, label) items without transform,
-            e.g. from torchvision; or a mapping from train, val and test to these. One class index per image refers to
-            `classes` of its own dataset, if it has this attribute; multi-hot vectors to those of the first.
+            e.g. from torchvision; or a mapping from train, val and test to these. If a torch dataset has an
+            attribute `classes`, its class indices refer to it; multi-hot vectors refer to `classes` of the first.
         config: Image format and `skip_corrupt`, and column roles of Hugging Face datasets.
         target: Content of the label column.
 

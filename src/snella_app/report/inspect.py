@@ -24,7 +24,7 @@ from snella_app.report.allocation import MatrixGrid, group_matrices
 from snella_app.text import bytes_text, listed, percent_text, plain_text, seconds_text
 
 _GENERATOR_TASKS = ("generation", "language")
-"""Tasks whose runs have steps and losses instead of a best epoch."""
+"""Tasks for which a table shows steps and losses instead of the best epoch."""
 _REMEDY = "copy the adapter again, or train again with `--overwrite`"
 _RESTORE = "restore from a copy, or train again with `--overwrite`"
 _MISSING = "missing; restore the folder `adapter` from a copy, or train again with `--overwrite`"

@@ -360,9 +360,8 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
             "gradcam"
         )
     first = base.num_prefix_tokens
-    class_tokens = (
-        1 if getattr(base, "dist_token", None) is None else 2
-    )  # distilled models average the heads of both tokens
+    # distilled models average the outputs of the class token and the distillation token
+    class_tokens = 1 if getattr(base, "dist_token", None) is None else 2
     pooled = rolled[0][:, :class_tokens] if base.global_pool == "token" else rolled[0][:, first:]
     grid = pooled.mean(1)[:, first:].reshape(-1, rows, columns)
     return _resized_heat(grid - grid.amin((1, 2), keepdim=True), images)

@@ -51,7 +51,7 @@ def is_same_split(data: DataInfo, splits: DataSplits) -> bool:
 
 
 def changed_splits(data: DataInfo, splits: DataSplits, names: Collection[str]) -> list[str]:
-    """Return the splits whose images have another SHA-256 digest than in the run, among those with a stored digest."""
+    """Return the splits whose images differ from those of the run; splits without a stored digest are skipped."""
     digests = content_digests(splits, set(names) & set(data.contents))
     return [name for name, digest in digests.items() if digest != data.contents[name]]
 

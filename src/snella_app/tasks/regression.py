@@ -26,9 +26,9 @@ NUMBER_LOSSES: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "l1": F.l1
 """Regression losses of standardized targets by value of `--loss`. Huber is quadratic for errors up to one standard
 deviation."""
 _RIDGE_PENALTY = 5.0
-_MAX_FLOAT32_RATIO = 1e4
-"""Ratio of mean and standard deviation at which float32 rounds targets by about 1e-3 standard deviations."""
 """Weight of `‖w‖²` relative to the summed squared errors, for features with mean variance 1."""
+_MAX_FLOAT32_RATIO = 1e4
+"""Ratio of mean to standard deviation above which float32 rounds targets by more than about 1e-3 deviations."""
 
 
 @dataclass(frozen=True)

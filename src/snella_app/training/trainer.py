@@ -110,12 +110,13 @@ class SnellaTrainer(CheckpointingTrainer):
         self._sampler = epoch_sampler(train, self.task, plan.data.sampler, parts.seed, size)
         self._shards = ShardedBatches(self._sampler, optim.effective_batch_size, process_index(), process_count())
         self._is_sharded = is_sharded(model) and parts.trained_part is None
+        args = training_arguments(plan, run.checkpoints, keep_checkpoints)
         super().__init__(
             model,
             run,
             model=model if parts.trained_part is None else parts.trained_part,
-            args=training_arguments(plan, run.checkpoints, keep_checkpoints),
-            data_collator=partial(_collate, self.task, widest_dtype(choose_device(plan.run.device).type)),
+            args=args,
+            data_collator=partial(_collate, self.task, widest_dtype(args.device.type)),
             train_dataset=train,
             eval_dataset=train if val is None else val,  # `evaluate` selects the data itself
             callbacks=[
@@ -446,7 +447,7 @@ class SnellaTrainer(CheckpointingTrainer):
 
 
 def _collate(task: Task, widest: torch.dtype, items: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
-    """Collate a batch; cast float64 labels to `widest`."""
+    """Collate a batch; cast float64 labels to `widest`, because Accelerate moves them without a cast."""
     batch = task.collate(items)
     return batch | {"labels": batch["labels"].to(widest)} if batch["labels"].dtype == torch.float64 else batch
 

@@ -12,13 +12,14 @@ cells.
 
 import io
 import json
+import lzma
 import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from filelock import FileLock, Timeout
 
@@ -105,7 +106,7 @@ def read_row(folder: Path) -> CellRow | None:
 
 
 def read_lines(path: Path) -> tuple[dict[str, CellRow], list[str]]:
-    """Read the last valid row of each cell from a results file; also return notes about invalid lines."""
+    """Read the last valid row of each cell from a results file, plain or `.xz`; also return notes on invalid lines."""
     with _open(path) as file:
         lines, notes = _read_lines(file, path)
     return {name: line.row for name, line in lines.items()}, notes
@@ -121,8 +122,10 @@ class _Line:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open a results file for reading; a missing file is empty."""
-    return path.open("rb") if path.is_file() else io.BytesIO()
+    """Open a results file for reading, plain or `.xz`; a missing file is empty."""
+    if not path.is_file():
+        return io.BytesIO()
+    return cast(BinaryIO, lzma.open(path)) if path.suffix == ".xz" else path.open("rb")
 
 
 def _read_lines(file: BinaryIO, path: Path, is_brief: bool = False) -> tuple[dict[str, _Line], list[str]]:
