@@ -1,4 +1,4 @@
-"""Ablation of the final head: test accuracy of each variant on a frozen backbone, or of the last two after training.
+"""Ablation of the final head: test accuracy of each variant on a frozen backbone, or of the last three after training.
 
 python benchmarks/final_head.py --folders-root ROOT          appends to final_head.jsonl
 python benchmarks/final_head.py --runs RUN ...               the same, for the adapters of finished runs
@@ -21,7 +21,7 @@ from snella_app.methods import load_trained_into
 from snella_app.runs.folder import RunFolder
 from snella_app.tasks import Task
 from snella_app.training.build import build, load
-from snella_app.training.final_head import MeasuredFeatures, fit_kernel, fit_linear, measure_features
+from snella_app.training.final_head import MeasuredFeatures, fit_kernel, fit_linear, fit_mixed, measure_features
 from snella_app.training.linear_probe import base_and_head
 from snella_lab.bench.rows import append_rows
 from snella_lab.provenance import conditions
@@ -99,13 +99,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROWS)
     args = parser.parse_args()
     names = ("last layer", "and validation images", "and flips", "and averaged flips", "and three more layers",
-             "and a Gaussian kernel")  # fmt: skip
+             "and a Gaussian kernel", "and a mixture with the linear head")  # fmt: skip
     for run in args.runs:
         folder = RunFolder(run)
         config = folder.read_config().replace(device="cpu")
         parts, task, _ = features_of(config, folder.adapter)
         options = {"num_features": None, "with_val": True, "with_flips": config.data.views == 2, "average": True}
-        heads = dict(zip(names[-2:], (fit_linear, fit_kernel), strict=True))
+        heads = dict(zip(names[-3:], (fit_linear, fit_kernel, fit_mixed), strict=True))
         accuracies = {name: accuracy(parts, task, **options, fit=fit) for name, fit in heads.items()}
         print(run.name, *(f"{100 * value:.1f}" for value in accuracies.values()), flush=True)
         about = {"folder": Path(config.data.spec).name, "pixels": config.model.img_size}
@@ -120,7 +120,8 @@ def main() -> None:
         parts, task, width = features_of(config_of(args.folders_root / folder, args.pixels, args.precision))
         heads = [(width, False, False, False, fit_linear), (width, True, False, False, fit_linear),
                  (width, True, True, False, fit_linear), (width, True, True, True, fit_linear),
-                 (None, True, True, True, fit_linear), (None, True, True, True, fit_kernel)]  # fmt: skip
+                 (None, True, True, True, fit_linear), (None, True, True, True, fit_kernel),
+                 (None, True, True, True, fit_mixed)]  # fmt: skip
         accuracies = [
             accuracy(parts, task, num_features=num_features, with_val=val, with_flips=flips, average=average, fit=fit)
             for num_features, val, flips, average, fit in heads

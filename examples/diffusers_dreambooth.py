@@ -1,6 +1,6 @@
 """Minimal DreamBooth: fine-tune a Stable Diffusion 3 transformer on one photograph with diffusers.
 
-A small random transformer, pixels and random tensors replace the real transformer, VAE latents and prompt embeddings.
+A small random transformer replaces the real one, pixels replace VAE latents, and random tensors replace embeddings.
 `snella dreambooth` trains a real pipeline.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 
@@ -26,6 +27,18 @@ def test_registering_twice_changes_nothing():
     register()
     assert [dict(table) for table in tables] == before
     assert getattr(save_and_load, _KEY_FUNCTION) is function
+
+
+def test_a_function_wrapped_by_another_library_is_still_wrapped(monkeypatch):
+    plain = getattr(save_and_load, _KEY_FUNCTION).__wrapped__
+
+    @functools.wraps(plain)
+    def wrapped(*args):
+        return plain(*args)
+
+    monkeypatch.setattr(save_and_load, _KEY_FUNCTION, wrapped)
+    register()
+    assert getattr(save_and_load, _KEY_FUNCTION).__wrapped__ is wrapped
 
 
 def test_peft_still_has_the_wrapped_key_function():

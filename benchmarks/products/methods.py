@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from folders import DEVELOPMENT, HELD_OUT
+from folders import DEVELOPMENT, FOLDERS
 from metrics import score
 
 from snella_app.cli.main import main as snella
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--folders-root", type=Path, help="output of folders.py")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--folders", nargs="+", choices=[*DEVELOPMENT, *HELD_OUT], default=list(DEVELOPMENT))
+    parser.add_argument("--folders", nargs="+", choices=sorted(FOLDERS), default=list(DEVELOPMENT))
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--pixels", type=int, default=70)

@@ -15,7 +15,7 @@ from itertools import product as combinations
 from pathlib import Path
 
 from environments import interpreter, make
-from folders import DEVELOPMENT, HELD_OUT
+from folders import DEVELOPMENT, FOLDERS
 
 from snella_lab.bench.rows import append_rows, read_rows
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--folders-root", type=Path, required=True, help="output of folders.py")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--products", nargs="+", choices=list(PRODUCTS), default=list(PRODUCTS))
-    parser.add_argument("--folders", nargs="+", choices=[*DEVELOPMENT, *HELD_OUT], default=list(DEVELOPMENT))
+    parser.add_argument("--folders", nargs="+", choices=sorted(FOLDERS), default=list(DEVELOPMENT))
     parser.add_argument("--minutes", nargs="+", type=float, default=[1.0, 3.0, 10.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--pixels", type=int, default=70)

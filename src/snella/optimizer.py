@@ -1,10 +1,10 @@
-"""Optimizers with one learning rate per parameter group, and steps scaled to the size of the weights."""
+"""Parameter groups for SNELLA models, and optimizer steps scaled to the size of the base weights."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import islice
 from typing import Any, Self
 
@@ -22,7 +22,7 @@ from snella.layer import SnellaLayer
 __all__ = ["StepMatcher", "create_snella_optimizer"]
 
 MATCHER_ATTRIBUTE = "snella_step_matcher"
-"""Attribute of an optimizer that contains its `StepMatcher`; also the key of its state in the first group."""
+"""Optimizer attribute that holds the `StepMatcher`; also the key of the matcher's state in the first group."""
 
 
 def create_snella_optimizer(
@@ -41,7 +41,7 @@ def create_snella_optimizer(
 
     The kernels' scalars need a smaller learning rate and no weight decay. `β` shifts every entry of `ΔW`, and an
     adaptive optimizer changes it by about one learning rate per step. At the factors' learning rate, `β` soon exceeds
-    the kernel's spread, and a coefficient `α_p` = ±0.1 changes sign.
+    the standard deviation of `ΔW`, and the coefficients `α_p`, initially ±0.1, change sign.
 
     Args:
         model: Any model. Trainable parameters outside SNELLA, e.g. of the head, form separate groups.
@@ -53,7 +53,7 @@ def create_snella_optimizer(
         head_weight_decay: Weight decay of the other weights; defaults to `weight_decay`. Biases, norms,
             `parameters_to_save` and `trainable_token_indices` have no weight decay.
         match_update: If True, each step of the factors changes the update by about `lr` times the size of the adapted
-            weights (see `StepMatcher`). Defaults to the adapter's config.
+            weights (see `StepMatcher`). Defaults to each adapter's config.
         optimizer_kwargs: Additional arguments of `optimizer_cls`.
 
     Returns:
@@ -100,10 +100,10 @@ def create_snella_optimizer(
             stacklevel=2,
         )
     optimizer = optimizer_cls(groups, **optimizer_kwargs)
-    if match_update is None:
-        match_update = any(layer.snella_config[name].match_update for layer, name in _trained_adapters(model))
-    if match_update:
-        StepMatcher(model).attach(optimizer)
+    adapters = _trained_adapters(model)
+    matched = {name for layer, name in adapters if layer.snella_config[name].match_update}
+    if match_update or (match_update is None and matched):
+        StepMatcher(model, adapter_names=None if match_update else matched).attach(optimizer)
     return optimizer
 
 
@@ -136,7 +136,7 @@ def store_in_state(
     """Include a state in an optimizer's state dict, as entry `key` of the first parameter group.
 
     `optimizer.state_dict` calls `save`, and `optimizer.load_state_dict` calls `load` if the entry exists. If the state
-    dict has already been loaded, `load` is called now. Returns the handles of the hooks.
+    dict has already been loaded, `load` is called immediately. Returns the handles of the hooks.
     """
 
     def save_into(_: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -162,17 +162,18 @@ class StepMatcher:
     depends on `scaling`, the matrix's shape and the size of its weights. With
 
         τ = lr·rms(W0)/|scaling|               the target change of S per step
-        c = 2·√mean|S|                         about rms(∂S/∂ΔW); 1 where S = ΔW
+        c = 2·√mean|S|                         about rms(dS/dΔW), with the derivative of the factor; 1 where S = ΔW
         δ = 2τ / (c + √(c² + 4τ))              solves c·δ + δ² = τ: the linear and the quadratic term
         step ← step · δ / (lr·rms(α_p)·√r)     an Adam step of lr in every entry changes ΔW by about lr·rms(α_p)·√r
 
     one step changes `scaling·S` by about `lr·rms(W0)` in every layer, for every backbone and scaling, throughout
-    training. The forward pass and the file formats do not change. `mean|S|` is measured every `interval` steps; the
-    learning rate is read at each step.
+    training. If `W0` or the step is zero, the step is not scaled. The forward pass and the file formats do not change.
+    `mean|S|` is measured every `interval` steps; the learning rate is read at each step.
 
     Args:
         model: Model with SNELLA layers.
         interval: Steps between measurements of `mean|S|`. One measurement costs about one merge of every matrix.
+        adapter_names: Adapters to scale; defaults to all trainable ones.
 
     Attributes:
         scales: Scale factors of the last step, one per matrix, by layer and adapter name.
@@ -182,18 +183,19 @@ class StepMatcher:
         NotImplementedError: If FSDP shards the factors.
     """
 
-    def __init__(self, model: nn.Module, interval: int = 5) -> None:
+    def __init__(self, model: nn.Module, interval: int = 5, *, adapter_names: Collection[str] | None = None) -> None:
         if interval < 1:
             raise ValueError(f"interval must be at least 1, got {interval}")
         self.interval = interval
-        self._adapters = _trained_adapters(model)
+        trained = _trained_adapters(model)
+        self._adapters = [pair for pair in trained if adapter_names is None or pair[1] in adapter_names]
         if not self._adapters:
             raise ValueError(
                 f"match_update requires a model with trainable SNELLA factors, got {type(model).__name__} without any"
             )
         if any(is_sharded(layer.snella_A[name]) for layer, name in self._adapters):
             raise NotImplementedError(
-                "match_update requires complete factors between passes, got factors sharded by FSDP; set "
+                "match_update requires unsharded factors during the optimizer step, got factors sharded by FSDP; set "
                 "match_update=False, train with DDP, or pass the factors to fully_shard as ignored_params"
             )
         for layer, name in self._adapters:
@@ -221,17 +223,17 @@ class StepMatcher:
         # read at each step, because accelerate's `prepare` replaces the groups
         lr_by_parameter = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         coeffs_by_adapter = [layer.snella_piece_coeff[name].detach().float() for layer, name in self._adapters]
-        sizes = [coeffs.square().mean(1).sqrt() for coeffs in coeffs_by_adapter]
-        all_coeffs = iter(torch.cat([size.to(sizes[0].device) for size in sizes]).tolist())  # one synchronization
-        for (layer, name), weight_rms, slopes in zip(self._adapters, self._weight_rms, self._slopes, strict=True):
+        coeff_rms = [coeffs.square().mean(1).sqrt() for coeffs in coeffs_by_adapter]
+        all_coeff_rms = iter(torch.cat([rms.to(coeff_rms[0].device) for rms in coeff_rms]).tolist())  # one sync
+        for (layer, name), weights_rms, slopes in zip(self._adapters, self._weight_rms, self._slopes, strict=True):
             lr, scaling = lr_by_parameter.get(id(layer.snella_A[name]), 0.0), abs(layer.scaling[name])
             rank = layer.snella_config[name].rank_of(layer.module_name)
-            coeffs = list(islice(all_coeffs, len(weight_rms)))
+            coeffs = list(islice(all_coeff_rms, len(weights_rms)))
             scales = []
-            for size, slope, coeff in zip(weight_rms, slopes, coeffs, strict=True):
-                target_change = lr * size / scaling if scaling else 0.0
+            for weight_rms, slope, coeff in zip(weights_rms, slopes, coeffs, strict=True):
+                target_change = lr * weight_rms / scaling if scaling else 0.0
                 step_change = lr * coeff * math.sqrt(rank)
-                scale = 1.0  # of a zero step
+                scale = 1.0
                 if target_change > 0 and step_change > 0:
                     scale = 2 * target_change / (slope + math.sqrt(slope**2 + 4 * target_change)) / step_change
                 scales.append(scale)
@@ -260,8 +262,8 @@ class StepMatcher:
         counts = [len(slopes) for slopes in state["slopes"]]
         if counts and counts != expected:
             raise ValueError(
-                f"the optimizer's state must have {sum(expected)} adapted matrices in {len(expected)} layers, got "
-                f"{sum(counts)} in {len(counts)}; load it into a model with the same target_modules and qkv_groups"
+                f"the optimizer's state must have {expected} adapted matrices per layer, got {counts}; load it into a "
+                "model with the same target_modules and qkv_groups"
             )
         self.step, self._slopes = state["step"], [list(slopes) for slopes in state["slopes"]]
 

@@ -84,7 +84,7 @@ def test_training_is_close_to_the_cpu(work):
 @pytest.mark.parametrize(
     ("task", "column", "expected"),
     [
-        ("classification", "kind", "kernel head"),
+        ("classification", "kind", "kernel and linear head"),
         ("regression", "age", "linear head"),
         ("multilabel", "tags", "linear head"),
         ("segmentation", None, "Dice"),

@@ -3,12 +3,13 @@
 PEFT's `register_peft_method` rejects names outside its enum, so `register` adds the string `"SNELLA"` to the mapping
 tables as a key. A test fails once PEFT adds an enum member of this name.
 
-`register` also wraps two functions of PEFT that have no extension point. They treat all other parameters as before.
+`register` also wraps two PEFT functions that have no extension point. Parameters outside SNELLA are handled as before.
 
 - `_peft_key_to_original_key` maps a parameter to its original name, for `get_base_model_state_dict` and
-  `set_base_model_state_dict`. The wrapper supports attentions with several adapted projections.
-- `PeftModel._update_offload` builds accelerate's offload index. The wrapper supports parameter names that end in the
-  adapter's name.
+  `set_base_model_state_dict`. The wrapper removes the `base_layer` of an `AdaptedAttention`, which PEFT does not
+  recognize as a tuner layer.
+- `PeftModel._update_offload` updates accelerate's offload index. The wrapper renames its keys to SNELLA's parameter
+  names, which end with the adapter name.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from snella.model import SnellaModel
 
 _KEY_FUNCTION = "_peft_key_to_original_key"
 _OFFLOAD_METHOD = "_update_offload"
+_MARK = "_is_snella_wrapper"
 
 
 def register() -> None:
@@ -38,33 +40,36 @@ def register() -> None:
     )
     for table, value in tables:
         table[PEFT_TYPE] = value
-    original_key = getattr(save_and_load, _KEY_FUNCTION, None)
-    if original_key is not None and not hasattr(original_key, "__wrapped__"):
-        setattr(save_and_load, _KEY_FUNCTION, _with_attentions(original_key))
-    update_offload = getattr(PeftModel, _OFFLOAD_METHOD, None)
-    if update_offload is not None and not hasattr(update_offload, "__wrapped__"):
-        setattr(PeftModel, _OFFLOAD_METHOD, _with_parameters(update_offload))
+    for owner, name, wrap in (
+        (save_and_load, _KEY_FUNCTION, _strip_attention_infix),
+        (PeftModel, _OFFLOAD_METHOD, _rename_offloaded_parameters),
+    ):
+        function = getattr(owner, name, None)
+        if function is not None and not hasattr(function, _MARK):
+            wrapper = wrap(function)
+            setattr(wrapper, _MARK, True)
+            setattr(owner, name, wrapper)
 
 
-def _with_attentions(original_key: Any) -> Any:
+def _strip_attention_infix(original_key: Any) -> Any:
     """Wrap PEFT's mapping from keys to original names to support adapted attentions."""
 
     @functools.wraps(original_key)
-    def with_attentions(model: Any, peft_key: str) -> str:
+    def strip_attention_infix(model: Any, peft_key: str) -> str:
         wrapper, _, parameter = peft_key.rpartition(".base_layer.")
         with suppress(AttributeError):
             if isinstance(model.base_model.model.get_submodule(wrapper), AdaptedAttention):
                 return f"{original_key(model, wrapper)}.{parameter}"
         return str(original_key(model, peft_key))
 
-    return with_attentions
+    return strip_attention_infix
 
 
-def _with_parameters(update_offload: Any) -> Any:
+def _rename_offloaded_parameters(update_offload: Any) -> Any:
     """Wrap `PeftModel._update_offload` to use SNELLA's parameter names in accelerate's offload index."""
 
     @functools.wraps(update_offload)
-    def with_parameters(self: PeftModel, offload_index: Any, adapters_weights: Any) -> Any:
+    def rename_offloaded_parameters(self: PeftModel, offload_index: Any, adapters_weights: Any) -> Any:
         result = update_offload(self, offload_index, adapters_weights)
         for key in list(offload_index or ()):
             module, _, parameter = key.rpartition(".")
@@ -73,7 +78,7 @@ def _with_parameters(update_offload: Any) -> Any:
                 offload_index[f"{module}.{parameter}.{adapter_name}"] = offload_index.pop(key)
         return result
 
-    return with_parameters
+    return rename_offloaded_parameters
 
 
 register()

@@ -91,7 +91,7 @@ def evaluate(
         for part in calibration.reliability:
             error = f"expected calibration error {part.ece_before:.4f} before, {part.ece:.4f} after"
             print_line(console, f"{part.split}, {counted(part.count, 'image')}: {error}")
-        print_line(console, calibration.verdict)
+        print_line(console, calibration.summary)
         return
     if out is not None:
         check_new("out", out, overwrite=overwrite)

@@ -171,10 +171,10 @@ class OptimConfig(BaseOptimConfig):
         head_norm: Normalization of the head's inputs during training: running (running mean and variance) or none. The
             saved head is a plain linear layer. auto selects running if the head starts from a probe.
         final_head: Head used for predictions: trained, or layers, a head on features of several layers, fitted to the
-            training and validation images after training. It is a kernel head for classification by cross-entropy if it
-            is fitted to 32 to 6,000 images, else linear. auto selects layers for timm models, unless it is worse on
-            validation (single-label classification: clearly worse), the method does not support it (vpt-shallow, vqt),
-            the protocol is official, or training uses several processes.
+            training and validation images after training. It is a linear head, averaged with a kernel head for
+            classification by cross-entropy with 32 to 6,000 images. auto selects layers for timm models, unless it is
+            worse on validation (single-label classification: clearly worse), the method does not support it
+            (vpt-shallow, vqt), the protocol is official, or training uses several processes.
         layer_decay: Layer-wise learning rate decay, e.g. 0.75: learning rate of a block relative to the next block.
         warmup_ratio: Fraction of the steps for linear learning rate warm-up, followed by cosine decay.
         min_lr: Final value of `lr` after cosine decay; the other learning rates decay by the same factor.

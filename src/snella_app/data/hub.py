@@ -2,6 +2,7 @@
 
 import glob
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,8 +50,8 @@ def load_hf(path: str, config: DataConfig, target: TargetKind) -> Collection:
     Raises:
         FileNotFoundError: If the dataset does not exist.
         ConnectionError: If the Hub is unreachable and the dataset is not cached.
-        ValueError: If the path is empty, the data cannot be read, there is no train split, a column does not contain
-            what its role requires, or `build_collection` rejects the data.
+        ValueError: If the path is empty, the data cannot be read, there are several splits but no train split, a column
+            does not contain what its role requires, or `build_collection` rejects the data.
         ImportError: If a required package is not installed.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -74,14 +75,17 @@ def load_wds(path: str, config: DataConfig, target: TargetKind) -> Collection:
     """Load the images of WebDataset shards: a folder, a pattern (`train-*.tar`) or a range (`train-{000..009}.tar`).
 
     Files of a sample share the name before the first dot: `0001.jpg`, and `0001.cls`, `0001.txt` or `0001.json` with
-    the label. Entries are columns, e.g. `label=json.species`. The prefix `train`, `val` or `test` of a shard's name
-    selects its split. Images are named by key, prefixed with the shard's name if the shards of a split repeat a key.
+    the label. File extensions and JSON keys become columns, e.g. `label=json.species`. A shard whose name starts with
+    `train`, `val`, `test` or a synonym belongs to that split, all others to `train`. Images are named by key, prefixed
+    with the shard's path if the shards of a split repeat a key.
     """
+    if not path.strip():
+        raise ValueError("data must name shards after 'wds:', got 'wds:'; write wds:FOLDER or wds:train-{000..009}.tar")
     shards = _shards(path)
     by_part: dict[str, list[str]] = {}
     for shard in shards:
         first_word = re.split("[^a-z]", shard.name.lower(), maxsplit=1)[0]
-        by_part.setdefault(PARTS.get(first_word, "train"), []).append(str(shard))
+        by_part.setdefault(PARTS.get(first_word, "train"), []).append(glob.escape(str(shard)))
     with _datasets_library(f"wds:{path}", shards[0]) as library:
         data = library.load_dataset("webdataset", data_files=by_part)
     return _from_hf(data, f"wds:{path}", shards[0].parent.name, config, target, [shards[0].parent])
@@ -92,15 +96,16 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
 
     Args:
         data: `datasets.Dataset` or `DatasetDict`; map-style torch dataset of (image, label) items without transform,
-            e.g. from torchvision; or a mapping from train, val and test to these. If a torch dataset has an
-            attribute `classes`, its class indices refer to it; multi-hot vectors refer to `classes` of the first.
-        config: Image format and `skip_corrupt`, and column roles of Hugging Face datasets.
+            e.g. from torchvision; or a mapping from split names to these; a single split is treated as data without
+            splits. Class indices refer to the dataset's attribute `classes`, if it has one, and multi-hot vectors to
+            that of the first split that has one.
+        config: Only `channels`, `white`, `skip_corrupt` and, for Hugging Face datasets, `columns` apply.
         target: Content of the label column.
 
     Raises:
-        TypeError: If the type of the object or of its items is not supported.
-        ValueError: If `build_collection` rejects the data, a split is unknown, a class index is out of range, or a
-            setting does not apply to the data.
+        TypeError: If `data` is not a map-style dataset, or its items are not pairs.
+        ValueError: If `build_collection` rejects the data, an image has an unsupported type, a split is unknown, a
+            class index is out of range, or a setting does not apply to the data.
         ImportError: If a required package is not installed.
     """
     name, where = "data", f"{PYTHON_PREFIX}data"
@@ -109,7 +114,7 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
         if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
             raise TypeError(
                 f"data must be a specification like folder:photos, or map-style datasets of (image, label) items, "
-                f"got {type(part).__name__} for {part_name}"
+                f"got {type(part).__name__}{f' for {part_name}' if isinstance(data, Mapping) else ''}"
             )
     if all(hasattr(part, "features") and hasattr(part, "column_names") for part in parts.values()):
         return _from_hf(data, where, name, config, target)
@@ -119,8 +124,8 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
         raise ValueError(f"data must map train and optionally val and test to datasets, got {got}")
     if config.columns is not None:
         raise ValueError(
-            f"columns applies only to datasets with columns, e.g. of Hugging Face, got {config.columns!r} with items "
-            "(image, label)"
+            "columns applies only to datasets with columns, e.g. Hugging Face datasets, got "
+            f"columns={config.columns!r} for (image, label) items"
         )
     if config.channels not in PILLOW_MODES:
         counts = ", ".join(map(str, PILLOW_MODES))
@@ -136,22 +141,22 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
         labels = [label[0] if isinstance(label, list) and len(label) == 1 else label for label in labels]
     rows = [(part_name, row) for part_name, part in parts.items() for row in range(len(part))]
     names = [f"{part_name}/{row:06}" for part_name, row in rows]
-    by_part: dict[str, list[str]] = {}
+    classes_by_part: dict[str, list[str]] = {}
     for part_name, part in parts.items():
-        known = getattr(part, "classes", None)
-        by_part[part_name] = [] if known is None else list(map(str, known))
-    first = next(iter(by_part.values()))
-    classes = first if first and target == "labels" else None  # names of multi-hot vectors
+        part_classes = getattr(part, "classes", None)
+        classes_by_part[part_name] = [] if part_classes is None else list(map(str, part_classes))
+    first_classes = next(filter(None, classes_by_part.values()), [])
+    classes = first_classes if first_classes and target == "labels" else None  # the positions in multi-hot vectors
     usable = [row for row in range(len(labels)) if row not in broken]
-    if first and target != "numbers" and all(isinstance(labels[row], int) for row in usable):
-        classes = first
+    if first_classes and target != "numbers" and all(isinstance(labels[row], int) for row in usable):
+        classes = first_classes
         for row in usable:
-            known = by_part[rows[row][0]] or first  # indices of the dataset's own classes
-            if not 0 <= labels[row] < len(known):
+            part_classes = classes_by_part[rows[row][0]] or first_classes
+            if not 0 <= labels[row] < len(part_classes):
                 raise ValueError(
-                    f"label of {names[row]} must be a class index from 0 to {len(known) - 1}, got {labels[row]}"
+                    f"label of {names[row]} must be a class index from 0 to {len(part_classes) - 1}, got {labels[row]}"
                 )
-            labels[row] = known[labels[row]]
+            labels[row] = part_classes[labels[row]]
     table = {"label": labels, "split": [part_name for part_name, _ in rows]}
     roles = {role: role for role in table if role == "label" or len(parts) > 1}
     samples = Samples(name, where, source, names, table, roles, classes, broken)
@@ -161,10 +166,10 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
 class _HubImages(CachedImages):
     """Encoded images in a column of concatenated Hugging Face datasets."""
 
-    def __init__(self, columns: Sequence[Any], name: str, reading: Reading, roots: Sequence[Path] | None) -> None:
+    def __init__(self, parts: Sequence[Any], column: str, reading: Reading, roots: Sequence[Path] | None) -> None:
         super().__init__(reading)
-        self.columns: ConcatDataset[Any] = ConcatDataset(columns)
-        self.name, self.roots = name, roots
+        self.rows: ConcatDataset[Any] = ConcatDataset(parts)
+        self.column, self.roots = column, roots
 
     def read(self, row: int) -> Any:
         """Decode one image."""
@@ -176,12 +181,12 @@ class _HubImages(CachedImages):
 
     def _file(self, row: int) -> tuple[io.BytesIO, str]:
         """Return the encoded image and its name."""
-        item = self.columns[row][self.name]
-        return io.BytesIO(self._bytes(item)), str(item["path"] or f"row {row}")
+        item = self.rows[row][self.column]
+        return io.BytesIO(self._bytes(item)), str(item["path"] or f"row {row + 1}")
 
     def content(self, row: int) -> bytes:
         """Return the encoded image."""
-        return self._bytes(self.columns[row][self.name])
+        return self._bytes(self.rows[row][self.column])
 
     def _bytes(self, item: Any) -> bytes:
         """Return the bytes of an image from the column or the file it references."""
@@ -224,21 +229,23 @@ class _ObjectImages(CachedImages):
 
 
 def _pil_image(item: Any) -> Image.Image:
-    """Convert an item's image to PIL; raise ValueError if it is no 8-bit image."""
+    """Convert an item's image to PIL; raise ValueError if it is neither a PIL image nor a uint8 array or tensor."""
     if isinstance(item, Tensor | np.ndarray):
         if item.dtype not in (np.dtype(np.uint8), torch.uint8):
             raise ValueError(
-                f"items must be 8-bit images (PIL or uint8), got {type(item).__name__} of {item.dtype}; "
-                "remove the dataset's transform"
+                f"images must be PIL images or uint8, got {type(item).__name__} of {item.dtype}; remove the dataset's "
+                "transform"
             )
         item = to_pil_image(item)
     if not isinstance(item, Image.Image):
-        raise ValueError(f"items must be (image, label), got {type(item).__name__} first")
+        raise ValueError(
+            f"the first element of an item must be an image, got {type(item).__name__}; return (image, label)"
+        )
     return item
 
 
 def _labels_of(part: Any) -> tuple[list[Any], dict[int, str]]:
-    """Return the labels of a torch dataset, from its label list or its items, and the reason by unreadable item."""
+    """Return the labels of a torch dataset, from its label list or its items, and the errors of unreadable items."""
     broken: dict[int, str] = {}
     lists: Iterator[Any] = (getattr(part, name, None) for name in ("targets", "labels", "_labels"))
     values = next((values for values in lists if hasattr(values, "__len__") and len(values) == len(part)), None)
@@ -246,14 +253,17 @@ def _labels_of(part: Any) -> tuple[list[Any], dict[int, str]]:
         values = []
         for row in range(len(part)):
             try:
-                values.append(part[row][1])
-            except (TypeError, LookupError) as error:
-                raise TypeError(
-                    f"items must be (image, label), got {type(part[row]).__name__} from {type(part).__name__}"
-                ) from error
+                item = part[row]
             except DECODING_ERRORS as error:
                 values.append(None)
                 broken[row] = str(error) or type(error).__name__
+                continue
+            try:
+                values.append(item[1])
+            except (TypeError, LookupError) as error:
+                raise TypeError(
+                    f"items must be (image, label), got {type(item).__name__} from {type(part).__name__}"
+                ) from error
     return [value.tolist() if hasattr(value, "tolist") else value for value in values], broken
 
 
@@ -262,7 +272,8 @@ def _from_hf(
 ) -> Collection:
     """Convert Hugging Face datasets to a `Collection`.
 
-    Rows may only reference files below `roots`, or below `root` of the columns; None allows all files.
+    Rows may only reference files below `roots`, or below the columns' `root`, which replaces them; None allows all
+    files.
     """
     import datasets
 
@@ -273,10 +284,10 @@ def _from_hf(
         if others:
             notes.append(f"skipped {listed([f'{part!r} with {len(parts[part])} rows' for part in others])}")
         parts = {part: rows for part, rows in parts.items() if part not in others}
-    # beside unknown splits, a single known one must be the training split
+    # if unknown splits are skipped, a training split must remain
     if not parts or (others and "train" not in {PARTS[part.lower()] for part in parts}):
         got = f"splits {', '.join(data)}" if data else "no splits"
-        raise ValueError(f"{where} must have a train split and may have val and test splits, got {got}")
+        raise ValueError(f"{where} must have a train split if it has several splits, got {got}")
     first = next(iter(parts.values()))
     images = [column for column, kind in first.features.items() if isinstance(kind, datasets.Image)]
     values, counts = [_values(rows, images) for rows in parts.values()], [len(rows) for rows in parts.values()]
@@ -295,15 +306,17 @@ def _from_hf(
         first_value = table.get(roles["path"], [])[:1]
         raise ValueError(f"{where}: column {roles['path']!r} must contain images, got {first_value}")
     part_names = [part for part, rows in parts.items() for _ in range(len(rows))]
-    is_joined = columns.names.get("split") is not None  # a column, or `none`, replaces the dataset's splits
-    if len(parts) > 1 and not is_joined:
+    replaces_splits = columns.names.get("split") is not None  # by a column or `none`
+    if len(parts) > 1 and not replaces_splits:
         table["split"], roles["split"] = part_names, "split"
     encoded = [rows.select_columns([roles["path"]]) for rows in parts.values()]
     encoded = [rows.cast_column(roles["path"], datasets.Image(decode=False)) for rows in encoded]
     names = table.get(_KEY) or [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
-    keys = names if is_joined else list(zip(part_names, names, strict=True))
+    keys = names if replaces_splits else list(zip(part_names, names, strict=True))
     if urls is not None and len(set(keys)) < len(names):  # shards may repeat keys
-        names = [f"{Path(url).stem}/{name}" for url, name in zip(urls, names, strict=True)]
+        stems = {url: str(Path(url).with_suffix("")) for url in urls}
+        common = os.path.commonpath([str(Path(stem).parent) for stem in stems.values()])
+        names = [f"{Path(stems[url]).relative_to(common)}/{name}" for url, name in zip(urls, names, strict=True)]
     source = _HubImages(encoded, roles["path"], config.reading, roots)
     samples = Samples(name, where, source, names, table, roles, notes=notes)
     if target != "numbers" and len(samples.label_columns) == 1:
@@ -312,7 +325,7 @@ def _from_hf(
 
 
 def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:
-    """Return all columns except images, with class names for indices and mappings flattened to `json.label`."""
+    """Return all columns except images, with names for class indices, and mappings as columns like `json.label`."""
     table: dict[str, list[Any]] = {}
     try:
         columns = rows.remove_columns(list(images)).to_dict()
@@ -360,22 +373,22 @@ def _shards(path: str) -> list[Path]:
             shards = [Path(f"{before}{number:0{len(first)}}{after}") for number in numbers]
         else:
             shards = [Path(name) for name in sorted(glob.glob(str(folder)))] or [folder]
+    if not shards:
+        raise FileNotFoundError(f"data must contain tar files, got none in '{folder}'")
     missing = [str(shard) for shard in shards if not shard.is_file()]
-    if missing or not shards:
+    if missing:
         hint = similar_paths(folder) or "; write wds:FOLDER or wds:train-{000..009}.tar"
-        raise FileNotFoundError(
-            f"data must name existing tar files, got wds:{path}, missing: {listed(missing) or 'all'}{hint}"
-        )
+        raise FileNotFoundError(f"data must name existing tar files, got wds:{path}, missing: {listed(missing)}{hint}")
     return [shard.absolute() for shard in shards]
 
 
 @contextmanager
 def _datasets_library(where: str, place: Path) -> Iterator[Any]:
-    """Yield the package `datasets` without progress bars and warnings; convert its errors to one line."""
+    """Yield the `datasets` package, with progress bars and warnings disabled; convert its errors to one line."""
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"data {where} needs the package datasets; pip install 'snella[data]'") from error
+        raise ImportError(f"data {where} requires the datasets package; pip install 'snella[data]'") from error
     has_bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()

@@ -58,9 +58,10 @@ class DataInfo:
         spec: Value of `--data`.
         seed: Seed of the splits.
         sizes: Number of items by split.
-        digest: SHA-256 of classes, file names, labels and splits; for generators, of the training files.
-        contents: SHA-256 of the images by split that the run read, or of a language run's `template`; empty for image
-            generators.
+        digest: SHA-256 of classes, image names, labels, sample weights, groups and splits; for generators, of the
+            training files.
+        contents: SHA-256 of the images and masks in each split that the run read; for language runs, of the template,
+            under `template`; empty for image generators.
         folder: Absolute path; None for data without a folder.
         fold_part: Split that is a fold of a cross-validation.
         white: Value of 16-bit images mapped to white, if given.
@@ -122,14 +123,18 @@ class Reliability:
     bins_before: list[ReliabilityBin]
 
 
+_LARGE_ERROR = 0.05
+"""Expected calibration error above which probabilities are called unreliable."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Temperature scaling of a classifier, fitted on validation images, and its effect.
 
     Attributes:
         temperature: Divisor of the logits; above 1 for an overconfident model.
-        threshold: Lowest probability at which the validation error rate is at most half the overall error rate; None if
-            there is no such threshold or no error.
+        threshold: Lowest confidence such that validation images at or above it have at most half the overall error
+            rate; None if there is no such threshold or no error.
         coverage: Fraction of validation images whose probability reaches the threshold.
         accuracy: Accuracy on these images.
         reliability: Calibration on validation and, if present, test images.
@@ -142,19 +147,19 @@ class Calibration:
     reliability: list[Reliability] = field(default_factory=list)
 
     @property
-    def verdict(self) -> str:
-        """Effect of the temperature in words, on the test images if present; empty without `reliability`."""
-        if not self.reliability:
+    def summary(self) -> str:
+        """Effect of the temperature on the test or else the validation images; empty if it is unknown."""
+        if not self.reliability or math.isnan(self.reliability[-1].ece):
             return ""
         last = self.reliability[-1]
         images = f"{last.count} {split_text(last.split)} images"
         change = f"expected calibration error {100 * last.ece_before:.1f}% without it, {100 * last.ece:.1f}% with it"
         if last.ece < last.ece_before:
             return f"Temperature scaling reduced the calibration error on the {images}: {change}."
-        return (
-            f"Temperature scaling did not reduce the calibration error on the {images}: {change}. Do not rely on the "
-            "probabilities; more validation images may help."
+        advice = (
+            " Do not rely on the probabilities; more validation images may help." if last.ece > _LARGE_ERROR else ""
         )
+        return f"Temperature scaling did not reduce the calibration error on the {images}: {change}.{advice}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +167,9 @@ class RunInfo(Record):
     """Record of a run: `run.json`.
 
     `files` contains the digests of a finished run's other files, or of an unfinished run's adapter. `calibration` is
-    set for classifiers with validation images. `id` is a random ID from the start of the run, also stored in its
-    checkpoints. `settings` is the digest of the settings in `config.yaml`. `final_head` is `layers` if predictions come
-    from a head on several layers, fitted after training.
+    set for classifiers with validation images. `id` is a random ID, generated when the run starts and also stored in
+    its checkpoints. `settings` is the digest of the settings in `config.yaml`. `final_head` is `layers` if predictions
+    come from a head on several layers, fitted after training.
     """
 
     file: ClassVar[str] = "run.json"
@@ -279,9 +284,9 @@ class FinalHead:
         metric: Name of the validation metric; None without validation images.
         val: Validation score of the head fitted to the training images.
         val_trained: Validation score of the trained head.
-        kind: Linear or kernel head.
+        kind: Linear head, or mixture of a kernel head and a linear head.
         replaced_epoch: Best epoch of the trained head if the last epoch is saved instead, because this head was fitted
-            to its features; None if the best epoch is saved.
+            to the last epoch's features; None if the best epoch is saved.
     """
 
     layers: list[int]
@@ -289,13 +294,14 @@ class FinalHead:
     metric: str | None = None
     val: Float = math.nan
     val_trained: Float = math.nan
-    kind: Literal["linear", "kernel"] = field(default="linear", metadata=OPTIONAL)
+    kind: Literal["linear", "mixed"] = field(default="linear", metadata=OPTIONAL)
     replaced_epoch: int | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def name(self) -> str:
         """Human-readable name, with layers counted from 1."""
-        return f"{self.kind} head on layers {', '.join(str(layer + 1) for layer in self.layers)}"
+        kind = "kernel and linear" if self.kind == "mixed" else self.kind
+        return f"{kind} head on layers {', '.join(str(layer + 1) for layer in self.layers)}"
 
     @property
     def comparison(self) -> str:
@@ -362,7 +368,7 @@ class Metrics(Record):
 
     @property
     def selection(self) -> str:
-        """Human-readable name of the split used for epoch selection."""
+        """Human-readable name of the split used for epoch selection; `validation` if no split was used."""
         return "test" if self.selected_on == "test" else "validation"
 
     @classmethod
@@ -403,7 +409,10 @@ class MatrixInfo:
 
 @dataclass(frozen=True)
 class AllocationStep:
-    """Allocation at time `t` of `total`: total `budget`, and budget and importance by matrix name."""
+    """Allocation after optimizer step `step`, at time `t` of a schedule of `total` epochs or steps.
+
+    `budget` is the overall budget, `budgets` and `importance` are by matrix name.
+    """
 
     step: int
     t: int
@@ -425,15 +434,16 @@ class Allocation(Record):
     history: list[AllocationStep] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Check that the budgets of every step cover exactly these matrices, and that no others have an importance."""
+        """Check that every step has a budget for each matrix, and no budget or importance for other names."""
         names = {matrix.name for matrix in self.matrices}
         for i, step in enumerate(self.history):
             unknown = sorted((set(step.budgets) | set(step.importance)) - names)
-            if unknown or names - set(step.budgets):
-                raise ValueError(
-                    f"history[{i}] does not match 'matrices': unknown {unknown[:3]}, "
-                    f"without budget {sorted(names - set(step.budgets))[:3]}"
-                )
+            missing = sorted(names - set(step.budgets))
+            faults = [
+                f"{text} {found[:3]}" for text, found in (("unknown", unknown), ("no budget for", missing)) if found
+            ]
+            if faults:
+                raise ValueError(f"history[{i}] does not match 'matrices': {', '.join(faults)}")
 
 
 @dataclass(frozen=True)

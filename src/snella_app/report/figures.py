@@ -294,7 +294,7 @@ def calibration_section(info: RunInfo, predictions: Predictions) -> dict[str, An
         )
     return {
         "temperature": f"{calibration.temperature:.3g}",
-        "verdict": calibration.verdict,
+        "summary": calibration.summary,
         "tendency": "overconfident" if calibration.temperature > 1 else "underconfident",
         "rows": [{"split": split_text(r.split), "values": r} for r in calibration.reliability],
         "threshold": calibration.threshold,

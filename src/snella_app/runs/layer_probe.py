@@ -128,6 +128,65 @@ class KernelHead(nn.Module):
         return (kernel.to(precise) @ self.weight.T.to(precise)).to(kernel.dtype) + self.intercept
 
 
+class MixedHead(nn.Module):
+    """Mixture of a kernel head and a linear head: `[batch, width]` → `[batch, outputs]`.
+
+        f(x) = log((1 − share) softmax(kernel(x)) + share softmax(linear(x)))
+
+    Args:
+        kernel: Kernel head.
+        linear: Linear head.
+        share: Weight of the linear head's probabilities, 0-dim, in (0, 1).
+
+    Raises:
+        ValueError: If the heads have different widths or numbers of outputs.
+    """
+
+    def __init__(self, kernel: KernelHead, linear: nn.Linear, share: Tensor) -> None:
+        super().__init__()
+        shapes = [(head.out_features, head.in_features) for head in (kernel, linear)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"linear must have shape {shapes[0]}, got {shapes[1]}")
+        self.kernel, self.linear = kernel, linear
+        self.register_buffer("share", share)
+
+    share: Tensor
+
+    @property
+    def in_features(self) -> int:
+        """Width of the features."""
+        return self.kernel.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs."""
+        return self.kernel.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of the linear head."""
+        return self.linear.weight
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the log-probabilities of a batch."""
+        kernel = self.kernel(features).log_softmax(-1) + (1 - self.share).log()
+        linear = self.linear(features).log_softmax(-1) + self.share.log()
+        return torch.stack((kernel, linear)).logsumexp(0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors to save, with the centers in float16."""
+        linear = {f"linear.{name}": tensor for name, tensor in _linear_tensors(self.linear).items()}
+        return {**self.kernel.state_dict(), "centers": self.kernel.centers.half(), **linear, "share": self.share}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "MixedHead":
+        """Create the head from the result of `tensors`."""
+        prefix = "linear."
+        linear = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        kernel = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix) and name != "share"}
+        return cls(KernelHead(**kernel), linear_head(**linear), tensors["share"])
+
+
 def clipped(x: Tensor) -> Tensor:
     """Limit standardized features to ±10."""
     return x.clamp(-10.0, 10.0)
@@ -153,6 +212,11 @@ def linear_head(weight: Tensor, intercept: Tensor) -> nn.Linear:
     return linear
 
 
+def _linear_tensors(head: nn.Linear) -> dict[str, Tensor]:
+    """Return the arguments of `linear_head` for a linear head."""
+    return {"weight": head.weight.detach().float(), "intercept": head.bias.detach().float()}
+
+
 class LayerProbe(nn.Module):
     """Model with a head on `layer_features`: `[batch, channels, height, width]` → `[batch, outputs]`.
 
@@ -162,10 +226,10 @@ class LayerProbe(nn.Module):
     Args:
         model: As for `probed_layers`; its head is not used.
         layers: As for `layer_features`.
-        head: Linear layer or kernel head.
+        head: Head on these features.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], head: nn.Linear | KernelHead) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[int], head: nn.Linear | MixedHead) -> None:
         super().__init__()
         self.model, self.layers, self.head = model, list(layers), head
 
@@ -190,10 +254,7 @@ class LayerProbe(nn.Module):
     def save(self, path: Path) -> None:
         """Write the probe to a file."""
         metadata = {"layers": json.dumps(self.layers)}
-        if isinstance(self.head, nn.Linear):
-            tensors = {"weight": self.head.weight.detach().float(), "intercept": self.head.bias.detach().float()}
-        else:
-            tensors = {**self.head.state_dict(), "centers": self.head.centers.half()}
+        tensors = self.head.tensors() if isinstance(self.head, MixedHead) else _linear_tensors(self.head)
         write_bytes(path, tensors_bytes({n: t.cpu().contiguous() for n, t in tensors.items()}, metadata))
 
 
@@ -217,7 +278,7 @@ def read_layer_probe(adapter: Path, model: nn.Module) -> LayerProbe | None:
         base: Any = base_model(model)
         if not isinstance(layers, list) or not set(layers) <= set(range(len(base.feature_info))):
             raise ValueError(f"layers are {layers}")
-        head = KernelHead(**tensors) if "centers" in tensors else linear_head(**tensors)
+        head = MixedHead.from_tensors(tensors) if "share" in tensors else linear_head(**tensors)
         return LayerProbe(model, layers, head)
     except (OSError, SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}; copy it again, or train again with `--overwrite`") from error

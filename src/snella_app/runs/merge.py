@@ -18,7 +18,7 @@ from snella_app.files import check_new, create_folder, expand_user, write_bytes,
 from snella_app.methods import merge_trained
 from snella_app.records.record import plain, record_from
 from snella_app.records.run import BackboneInfo, RunInfo
-from snella_app.runs.layer_probe import LAYER_PROBE, KernelHead, LayerProbe
+from snella_app.runs.layer_probe import LAYER_PROBE, LayerProbe, MixedHead
 from snella_app.runs.model import LoadedRun, configured_image_size, load_single_run, make_backbone
 
 _SUFFIX = ".safetensors"
@@ -282,13 +282,16 @@ def _final_head_code(probe: LayerProbe, path: Path) -> str:
         if probe.has_tokens
         else "    pooled += [grid.mean((2, 3)) for grid in maps]\n"
     )
-    kernel, outputs = "", "features @ head['weight'].T + head['intercept']"
-    if isinstance(probe.head, KernelHead):
-        outputs = "(kernel.cpu().double() @ head['weight'].double().T).float() + head['intercept']"
-        kernel = (
+    mixture, outputs = "", "features @ head['weight'].T + head['intercept']"
+    if isinstance(probe.head, MixedHead):
+        outputs = "((1 - share).log() + first.log_softmax(-1)).logaddexp(share.log() + second.log_softmax(-1))"
+        mixture = (
             "    x = ((features - head['mean']) / head['std']).clamp(-10, 10)\n"
             "    distances = torch.cdist(x, head['centers'].float())\n"
-            "    kernel = (-distances.square() / (2 * features.shape[1])).exp()\n"
+            "    kernel = (-distances.square() / (2 * features.shape[1])).exp().cpu().double()\n"
+            "    first = (kernel @ head['weight'].double().T).float() + head['intercept']\n"
+            "    second = features @ head['linear.weight'].T + head['linear.intercept']\n"
+            "    share = head['share']\n"
         )
     return (
         f"import torch; from safetensors.torch import load_file\nhead = load_file({str(path)!r})\n"
@@ -296,7 +299,7 @@ def _final_head_code(probe: LayerProbe, path: Path) -> str:
         f"    final, maps = model.forward_intermediates(images, {arguments})\n"
         "    pooled = [model.forward_head(final, pre_logits=True).flatten(1)]\n"
         f"{pooled}    features = torch.cat(pooled, 1)\n"
-        f"{kernel}    return {outputs}"
+        f"{mixture}    return {outputs}"
     )
 
 

@@ -22,6 +22,7 @@ from snella_app.methods.model_parts import base_model
 from snella_app.runs.layer_probe import (
     KernelHead,
     LayerProbe,
+    MixedHead,
     clipped,
     gaussian_kernel,
     layer_features,
@@ -50,13 +51,16 @@ _RIDGE = 0.05
 """Penalty λ of the kernel head."""
 _SCALES = [2 ** (power / 2) for power in range(13)]
 """Candidate scales s of the kernel head's outputs, 1 to 64."""
-_ITERATIONS = 100
+_ITERATIONS, _MIXED_ITERATIONS = 100, 30
+"""Maximum number of L-BFGS iterations of a linear head on its own and in a mixture."""
+_LINEAR_SHARE = 0.3
+"""Weight of the linear head's probabilities in a mixture."""
 _EPS = 1e-6
 _MIN_STD = 1e-3
-"""Standard deviation, relative to the median, below which the kernel head ignores a feature."""
+"""Standard deviation, relative to the median, below which heads ignore a feature."""
 _CHUNK = 1_024
 _SECONDS_PER_PRODUCT = 1e-8
-"""CPU seconds of both linear fits per image view, feature and output; a fit takes about a hundred steps."""
+"""CPU seconds of both linear fits of `_ITERATIONS` per image view, feature and output."""
 _SECONDS_PER_SQUARE = 2e-10
 """CPU seconds of both kernel fits per unit of n²·(features + n), for n images."""
 _CUDA_SPEEDUP = 10
@@ -128,8 +132,8 @@ def fit_layers(parts: RunComponents, train: ImageDataset, data: DataConfig, opti
     features are computed under autocast with the training precision, which is faster in bfloat16; the returned probe
     computes in the precision of its inputs.
 
-    The head is a kernel head for tasks with `has_kernel_fit` and between `MIN_CENTERS` and `MAX_CENTERS` images, else a
-    linear head.
+    The head is a mixture of a kernel head and a linear head for tasks with `has_kernel_fit` and between `MIN_CENTERS`
+    and `MAX_CENTERS` images, else a linear head.
     """
     task, outputs = parts.task, parts.task.count_outputs(parts.splits.classes)
     views, batch_size, layers = data.views, optim.effective_batch_size, probed_layers(parts.model)
@@ -140,7 +144,7 @@ def fit_layers(parts: RunComponents, train: ImageDataset, data: DataConfig, opti
 
     val = None if parts.splits.val is None else original_images(parts.splits.val)
     rows = [] if val is None else sampled_rows(parts, len(val)).tolist()
-    fit = fit_kernel if uses_kernel(task, len(train) + len(rows)) else fit_linear
+    fit = fit_mixed if uses_kernel(task, len(train) + len(rows)) else fit_linear
     measured = measure(train, parts.initial_layer_features)
     probe = LayerProbe(parts.model, layers, fit(task, measured, outputs))
     if val is None:
@@ -202,7 +206,7 @@ def trained_head(parts: RunComponents) -> Callable[[Tensor], Tensor] | None:
 
 
 def uses_kernel(task: Task, images: int) -> bool:
-    """Return whether the head on several layers is a kernel head, for the number of training and validation images."""
+    """Return whether the head on several layers has a kernel, for the number of training and validation images."""
     return task.has_kernel_fit and MIN_CENTERS <= images <= MAX_CENTERS
 
 
@@ -247,11 +251,12 @@ def layer_fit_seconds(parts: RunComponents, images: int, views: int) -> float:
     base: Any = base_model(parts.model)
     channels = [int(entry["num_chs"]) for entry in base.feature_info]
     width = 2 * sum(channels[layer] for layer in probed_layers(parts.model))
-    if uses_kernel(parts.task, images):
-        return _SECONDS_PER_SQUARE * images**2 * (width + images) + 1.0
     speedup = _CUDA_SPEEDUP if next(parts.model.parameters()).is_cuda else 1
     products = images * views * width * parts.task.count_outputs(parts.splits.classes)
-    return _SECONDS_PER_PRODUCT * products / speedup + 1.0
+    linear = _SECONDS_PER_PRODUCT * products / speedup
+    if uses_kernel(parts.task, images):
+        return _SECONDS_PER_SQUARE * images**2 * (width + images) + linear * _MIXED_ITERATIONS / _ITERATIONS + 1.0
+    return linear + 1.0
 
 
 def fits_last_epoch(plan: TrainConfig) -> bool:
@@ -265,24 +270,30 @@ def fits_last_epoch(plan: TrainConfig) -> bool:
     return is_selected and not is_averaged and not find_method(plan.method.name).is_head_only
 
 
-def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int) -> nn.Linear:
+def fit_mixed(task: Task, measured: MeasuredFeatures, outputs: int) -> MixedHead:
+    """Fit a kernel head and, with fewer iterations, a linear head; the linear head has a weight of 0.3."""
+    linear = fit_linear(task, measured, outputs, _MIXED_ITERATIONS)
+    return MixedHead(fit_kernel(task, measured, outputs), linear, torch.tensor(_LINEAR_SHARE).to(linear.weight))
+
+
+def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int, max_iterations: int = _ITERATIONS) -> nn.Linear:
     """Fit a linear head to the task's loss with an L2 penalty by L-BFGS.
 
         min_{W,b}  mean_i loss(W x̂_i + b, y_i) + ‖W‖² / (2 C n),   x̂ = (x − mean) / std,   C = 0.01
 
-    The `n` samples are all views of all images.
+    The `n` samples are all views of all images. Nearly constant features are ignored.
 
     Returns:
         Head for unnormalized features, float32.
     """
     features = torch.cat(measured.views)
     count = len(measured.views)
-    mean, std = features.mean(0), features.std(0, correction=0) + _EPS
+    mean, std = _statistics(features)
     inputs = (features - mean) / std
     labels = move_to(torch.cat([measured.labels] * count), inputs.device)
     weights = None if measured.weights is None else torch.cat([measured.weights] * count).to(inputs.device)
     penalty = 1 / (2 * _INVERSE_PENALTY * len(inputs))
-    weight, bias = fit_head(inputs, outputs, lambda logits: task.loss(logits, labels, weights), penalty, _ITERATIONS)
+    weight, bias = fit_head(inputs, outputs, lambda logits: task.loss(logits, labels, weights), penalty, max_iterations)
     weight = weight / std
     return linear_head(weight, bias - weight @ mean)
 
@@ -342,10 +353,15 @@ def leave_one_out_classes(views: Sequence[Tensor], labels: Tensor, outputs: int)
     return (targets[rows] - torch.linalg.solve(blocks, coefficients[rows])).mean(1).argmax(-1)
 
 
+def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return means and standard deviations of features; infinite standard deviations for nearly constant ones."""
+    std = features.std(0, correction=0)
+    return features.mean(0), std.where(std > _MIN_STD * std.median() + _EPS, math.inf)
+
+
 def _standardized(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return standardized features in half precision (nearly constant ones are 0), their means and deviations."""
-    mean, std = features.mean(0), features.std(0, correction=0)
-    std = std.where(std > _MIN_STD * std.median() + _EPS, math.inf)
+    mean, std = _statistics(features)
     return clipped((features - mean) / std).half(), mean, std
 
 

@@ -33,7 +33,7 @@ from snella_app.report.card import model_card
 from snella_app.report.report import write_report
 from snella_app.runs.calibrate import calibrate
 from snella_app.runs.folder import CARD
-from snella_app.runs.layer_probe import LAYER_PROBE, KernelHead, LayerProbe
+from snella_app.runs.layer_probe import LAYER_PROBE, LayerProbe, MixedHead
 from snella_app.tasks import Task
 from snella_app.training.build import RunComponents
 from snella_app.training.callbacks import StepTimeCallback
@@ -222,7 +222,7 @@ def _select_final_head(
     """
     parts, run = trainer.parts, trainer.run_folder
     task, probe, val = parts.task, fit.probe, fit.val
-    kind: Literal["linear", "kernel"] = "kernel" if isinstance(probe.head, KernelHead) else "linear"
+    kind: Literal["linear", "mixed"] = "mixed" if isinstance(probe.head, MixedHead) else "linear"
     record = FinalHead(probe.layers, True, kind=kind)
     if val is not None:
         is_saved = not is_clearly_worse(task, val, outputs["val"])

@@ -238,7 +238,7 @@ def test_labels_of_shape_images_by_one_are_unwrapped(as_list):
 
 
 def test_transformed_items_and_other_objects_are_rejected():
-    with pytest.raises(ValueError, match=r"must be 8-bit images .* got Tensor of torch\.float32; remove"):
+    with pytest.raises(ValueError, match=r"images must be PIL images or uint8, got Tensor of torch\.float32; remove"):
         load_data(TorchImages(range(20), lambda i: torch.zeros(3, 8, 8)))
     pixels = load_data(TorchImages(range(20), lambda i: torch.full((3, 8, 8), i, dtype=torch.uint8)))
     assert pixels.train.image(0).getpixel((0, 0)) == (int(pixels.train.names[0][6:]),) * 3
@@ -286,7 +286,7 @@ def test_items_that_are_not_pairs_are_rejected(item):
 
 
 def test_columns_are_rejected_for_torch_datasets():
-    with pytest.raises(ValueError, match=r"columns applies only to datasets with .* got 'label=species' with"):
+    with pytest.raises(ValueError, match=r"columns applies only to datasets with .* got columns='label=species' for"):
         load_data(TorchImages(range(20)), DataConfig(columns="label=species"))
 
 
@@ -362,6 +362,41 @@ def test_shards_may_repeat_the_keys_of_other_shards(shards):
     data = load_data(f"wds:{root}")
     assert sum(map(len, data.parts.values())) == 20 and not any("skipped" in note for note in data.notes)
     assert {name.partition("/")[0] for name in data.train.names} == {"x-000", "y-000"}
+
+
+def test_shards_of_different_folders_may_have_the_same_name(shards):
+    root = shards(["part.tar"])
+    for folder in ("a[1]", "b"):
+        (root / folder).mkdir()
+        shutil.copy(root / "part.tar", root / folder / "part.tar")
+    data = load_data(f"wds:{root}/*/part.tar")
+    assert sum(map(len, data.parts.values())) == 20 and not any("skipped" in note for note in data.notes)
+    assert {name.rpartition("/")[0] for name in data.train.names} == {"a[1]/part", "b/part"}
+
+
+@pytest.mark.parametrize(("spec", "error"), [("wds:", "must name shards after 'wds:'"), ("wds:{}", "got none in '")])
+def test_shards_must_exist(spec, error, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=error):
+        load_data(spec.format(tmp_path))
+
+
+def test_class_names_may_come_from_any_split():
+    parts = {"train": TorchImages(range(20)), "test": TorchImages(range(8))}
+    parts["train"].classes = None
+    assert load_data(parts).classes == ["cat", "dog"]
+
+
+def test_an_item_that_cannot_be_decoded_is_reported_or_skipped():
+    class Broken(TorchImages):
+        def __getitem__(self, index):
+            if index == 3:
+                raise IndexError("truncated block")
+            return super().__getitem__(index)
+
+    with pytest.raises(ValueError, match="truncated block"):
+        load_data(Broken(range(20)))
+    data = load_data(Broken(range(20)), DataConfig(skip_corrupt=True))
+    assert sum(map(len, data.parts.values())) == 19
 
 
 def test_columns_replace_the_splits_of_a_dataset():

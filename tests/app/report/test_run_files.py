@@ -148,7 +148,7 @@ def test_an_allocation_that_names_other_matrices_is_rejected(run):
     values["history"][3]["budgets"]["blocks.12.mlp.fc1"] = values["history"][3]["budgets"].pop("blocks.0.mlp.fc1")
     run.write("allocation.json", values)
     with pytest.raises(
-        ValueError, match=r"history\[3\] .*unknown \['blocks.12.mlp.fc1'\], without .*'blocks.0.mlp.fc1'"
+        ValueError, match=r"history\[3\] .*unknown \['blocks.12.mlp.fc1'\], no budget for \['blocks.0.mlp.fc1'\]"
     ):
         read(Allocation, run.folder)
 

@@ -117,12 +117,12 @@ def test_a_temperature_that_worsens_the_test_split_is_reported():
     wrong[:12] = 1 - wrong[:12]
     calibration = calibrate({"val": (confident, wrong), "test": (confident, labels)})
     assert calibration.temperature > 1 and calibration.reliability[1].ece >= calibration.reliability[1].ece_before
-    assert calibration.verdict.startswith(
+    assert calibration.summary.startswith(
         "Temperature scaling did not reduce the calibration error on the 80 test images: expected calibration error "
         "1.8% without it, "
     )
     good = calibrate({"val": (confident, wrong), "test": (confident, wrong)})
-    assert good.verdict.startswith(
+    assert good.summary.startswith(
         "Temperature scaling reduced the calibration error on the 80 test images: expected calibration error 13.2%"
     )
 
@@ -159,9 +159,9 @@ def test_calibrating_a_run_reproduces_the_temperature_of_training(finished, tmp_
     assert [r.split for r in info.calibration.reliability] == ["val", "test"]
     assert info.calibration.reliability[1].ece == pytest.approx(stored.reliability[1].ece, abs=1e-3)
     printed = capsys.readouterr().out
-    assert f"stored temperature {info.temperature:.4g}" in printed and info.calibration.verdict in printed
+    assert f"stored temperature {info.temperature:.4g}" in printed and info.calibration.summary in printed
     page = run.report.read_text()
-    assert 'id="calibration"' in page and info.calibration.verdict in page
+    assert 'id="calibration"' in page and info.calibration.summary in page
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_the_documents_show_what_the_presets_change():
     page = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
     paper, official = TRAIN_PRESETS["paper"], TRAIN_PRESETS["official"]
     default = TrainConfig.from_flat(**REQUIRED_SETTINGS).resolved().flat()
-    lines = ["| option | default | paper | official |", "|---|---|---|---|"]
+    lines = ["| option | default | `--preset paper` | `--preset official` |", "|---|---|---|---|"]
     for name in (name for name in paper if name != "method_options"):
         cells = [default[name], paper[name], official[name]]
         shown = [cell if isinstance(cell, str) else _plain(cell) for cell in cells]

@@ -1,4 +1,4 @@
-"""The final head: a linear or kernel head on features of several layers, fitted after training."""
+"""The final head on features of several layers, fitted after training."""
 
 import io
 
@@ -25,6 +25,7 @@ from snella_app.runs.layer_probe import (
     LAYER_PROBE,
     KernelHead,
     LayerProbe,
+    MixedHead,
     gaussian_kernel,
     layer_features,
     linear_head,
@@ -42,6 +43,7 @@ from snella_app.training.final_head import (
     fit_kernel,
     fit_layers,
     fit_linear,
+    fit_mixed,
     is_clearly_worse,
     measure_features,
     measure_layers,
@@ -128,7 +130,7 @@ def test_the_fit_matches_scikit_learn_on_standardized_features(classes):
     )
 
 
-@pytest.mark.parametrize("fit", [fit_linear, fit_kernel])
+@pytest.mark.parametrize("fit", [fit_linear, fit_kernel, fit_mixed])
 def test_sample_weights_affect_the_fit(fit):
     views = [torch.tensor([[0.0], [1.0], [0.0], [1.0]])]
     labels, weights = torch.tensor([0, 1, 1, 0]), torch.tensor([9.0, 9.0, 1.0, 1.0])
@@ -183,12 +185,12 @@ def test_the_kernel_head_predicts_the_training_classes_of_separated_clusters():
     assert (head.in_features, head.out_features) == (2, 3)
 
 
-def test_features_that_are_constant_in_training_do_not_change_the_kernel_head():
+def test_features_that_are_constant_in_training_do_not_change_the_head():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(2).repeat(20)
     features = torch.randn(40, 6, generator=generator) + 3 * labels[:, None]
     dead = torch.cat([features, torch.zeros(40, 2), 1e-5 * torch.randn(40, 1, generator=generator)], 1)
-    head = fit_kernel(create_task("classification", ["a", "b"]), MeasuredFeatures([dead], labels, None), 2)
+    head = fit_mixed(create_task("classification", ["a", "b"]), MeasuredFeatures([dead], labels, None), 2)
     changed = dead.clone()
     changed[:, 6:] = 0.3
     torch.testing.assert_close(head(changed), head(dead))
@@ -207,10 +209,25 @@ def test_very_unequal_weights_can_be_fitted():
     assert head(features)[:2].argmax(1).tolist() == [1, 1] and head(features).isfinite().all()
 
 
+def test_a_mixed_head_averages_the_probabilities_of_its_heads():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(3).repeat(20)
+    features = torch.randn(60, 6, generator=generator) + labels[:, None]
+    head = fit_mixed(create_task("classification", list("abc")), MeasuredFeatures([features], labels, None), 3)
+    expected = 0.7 * head.kernel(features).softmax(1) + 0.3 * head.linear(features).softmax(1)
+    torch.testing.assert_close(head(features).exp(), expected)
+    assert (head.in_features, head.out_features) == (6, 3)
+    far = head(1e8 * features)
+    assert far.isfinite().all() and far.argmax(1).equal(head.linear(1e8 * features).argmax(1))
+
+
 def test_heads_of_wrong_shape_are_rejected():
     width, images = torch.ones(4), torch.zeros(6, 4)
     with pytest.raises(ValueError, match=r"weight must have shape \[3, 6\], got \[3, 5\]"):
         KernelHead(images, width, width, torch.zeros(3, 5), torch.zeros(3))
+    kernel = KernelHead(images, width, width, torch.zeros(3, 6), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"linear must have shape \(3, 4\), got \(2, 4\)"):
+        MixedHead(kernel, linear_head(torch.zeros(2, 4), torch.zeros(2)), torch.tensor(0.3))
 
 
 @pytest.mark.parametrize(
@@ -229,8 +246,8 @@ def test_a_weighted_sampler_also_balances_the_final_head(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
         final_head,
-        "fit_kernel",
-        lambda task, measured, outputs: seen.append(measured) or fit_kernel(task, measured, outputs),
+        "fit_mixed",
+        lambda task, measured, outputs: seen.append(measured) or fit_mixed(task, measured, outputs),
     )
     train(config(tmp_path, sampler="weighted", epochs=0), QUIET)
     for measured in seen:
@@ -254,8 +271,8 @@ def test_a_run_fits_and_saves_the_final_head(precision, finished, tmp_path):
     assert metrics["val"]["accuracy"] == pytest.approx(head["val"])
     assert head["val_trained"] == pytest.approx(max(row["val_accuracy"] for row in metrics["history"]))
     assert f"adapter/{LAYER_PROBE}" in run.read_json("run.json")["files"]
-    assert head["kind"] == "kernel"
-    assert "kernel head on layers 3, 4, 5, 6 is the final head: validation accuracy" in log
+    assert head["kind"] == "mixed"
+    assert "kernel and linear head on layers 3, 4, 5, 6 is the final head: validation accuracy" in log
     assert run.read_config().optim.final_head == "layers"
 
 
@@ -344,12 +361,12 @@ def test_task_banks_and_exported_graphs_use_the_final_head(finished, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torchscript"])
-def test_graphs_of_a_kernel_head_fitted_to_noise_match_torch(kind, finished, tmp_path, monkeypatch):
+def test_graphs_of_a_mixed_head_fitted_to_noise_match_torch(kind, finished, tmp_path, monkeypatch):
     run, _ = finished
     loaded = load_run(run)
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(2000, 8 * 64, generator=generator), torch.arange(2000) % 10
-    noise = fit_kernel(loaded.task, MeasuredFeatures([features], labels, None), 10)
+    noise = fit_mixed(loaded.task, MeasuredFeatures([features], labels, None), 10)
     Image.new("RGB", (32, 32), (10, 200, 90)).save(tmp_path / "a.png")
     monkeypatch.setattr(
         "snella_app.runs.model.read_layer_probe", lambda _, model: LayerProbe(model, [2, 3, 4, 5], noise)
@@ -371,7 +388,7 @@ def test_a_merged_model_has_the_trained_head(finished, tmp_path):
 def test_the_snippet_for_a_merged_model_gives_the_outputs_of_the_final_head(loss, tmp_path):
     run = train(config(tmp_path / "run", loss=loss), QUIET)
     assert run.read_json("metrics.json")["final_head"].get("kind", "linear") == (
-        "kernel" if loss == "cross-entropy" else "linear"
+        "mixed" if loss == "cross-entropy" else "linear"
     )
     names = {}
     exec(merge(run.path, tmp_path / "merged").snippet, names)
@@ -484,7 +501,7 @@ def test_large_splits_are_measured_in_parts_and_sampled_for_the_fit(finished, tm
     fit = fit_layers(parts, train, stored.data, stored.optim)
     probe, (outputs, labels) = fit.probe, fit.val
     assert len(outputs) == count and labels.tolist() == list(val.labels)
-    assert len(probe.head.centers) == 40 + 12
+    assert len(probe.head.kernel.centers) == 40 + 12
     whole = _outputs(parts.task, measure_features(parts, val, 1, 8), probe.head)
     in_parts = measure_layers(parts, probe, val, 1, 8)
     assert np.allclose(whole[0], in_parts[0], atol=1e-5) and np.array_equal(whole[1], in_parts[1])
@@ -557,7 +574,7 @@ def test_other_tasks_support_a_final_head(task, tmp_path):
 def test_a_clearly_worse_final_head_is_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(
         final_head,
-        "fit_kernel",
+        "fit_mixed",
         lambda task, measured, outputs: linear_head(torch.zeros(outputs, 8 * 64), torch.zeros(outputs)),
     )
     console = Console(file=io.StringIO(), width=250)

@@ -79,7 +79,7 @@ def test_the_initial_model_is_saved_if_no_epoch_is_better(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("final_head", "head"), [("trained", "linear probe"), ("layers", r"kernel head on layers \d.*")]
+    ("final_head", "head"), [("trained", "linear probe"), ("layers", r"kernel and linear head on layers \d.*")]
 )
 def test_a_run_without_epochs_names_the_saved_head(final_head, head, tmp_path):
     console = Console(file=io.StringIO(), width=200)

@@ -141,7 +141,7 @@ def test_a_summary_is_printed_before_training(finished):
 
 def test_a_default_run_predicts_with_a_head_on_several_layers(finished_default):
     assert load_run(finished_default.path).probe is not None
-    assert finished_default.read_json("metrics.json")["final_head"]["kind"] == "kernel"
+    assert finished_default.read_json("metrics.json")["final_head"]["kind"] == "mixed"
 
 
 def test_a_run_on_a_terminal_shows_its_progress(settings, no_report, monkeypatch):

@@ -197,7 +197,7 @@ def test_state_of_other_layers_raises(mlp):
     matcher = StepMatcher(mlp.adapted())
     optimizer = create_snella_optimizer(mlp.adapted(), lr=0.1)
     optimizer.param_groups[0]["snella_step_matcher"] = {"step": 5, "slopes": [[1.0], [1.0], [1.0]]}
-    with pytest.raises(ValueError, match="state must have 2 adapted matrices in 2 layers, got 3 in 3"):
+    with pytest.raises(ValueError, match=r"state must have \[1, 1\] adapted matrices per layer, got \[1, 1, 1\]"):
         matcher.attach(optimizer)
     assert not hasattr(optimizer, "snella_step_matcher") and "snella_step_matcher" in optimizer.param_groups[0]
 
@@ -210,6 +210,17 @@ def test_config_enables_step_matching(mlp):
     assert hooks(create_snella_optimizer(mlp.adapted(preset="matched"), lr=0.1)) == plain + 1
     assert hooks(create_snella_optimizer(mlp.adapted(), lr=0.1, match_update=True)) == plain + 1
     assert hooks(create_snella_optimizer(mlp.adapted(preset="matched"), lr=0.1, match_update=False)) == plain
+
+
+def test_only_adapters_with_match_update_are_matched(mlp):
+    model = mlp.adapted(preset="matched")
+    model.add_adapter("plain", mlp.config(kernel="rbf"))
+    model.base_model.set_adapter(["default", "plain"])
+    optimizer = create_snella_optimizer(model, lr=0.1)
+    take_step(model, optimizer)
+    assert {name for _, name in optimizer.snella_step_matcher.scales} == {"default"}
+    with pytest.raises(ValueError, match="match_update requires a kernel in"):
+        create_snella_optimizer(model, lr=0.1, match_update=True)
 
 
 def test_step_matching_raises_for_other_kernels(mlp):
@@ -247,7 +258,7 @@ def test_matching_gathers_sharded_weights_and_rejects_sharded_factors(mlp):
         fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.requires_grad})
         assert StepMatcher(model)._weight_rms == expected
         sharded = fully_shard(mlp.adapted(match_update=True, target_sparsity=0.0), mesh=mesh)
-        with pytest.raises(NotImplementedError, match=r"requires complete factors.*sharded by FSDP"):
+        with pytest.raises(NotImplementedError, match=r"requires unsharded factors.*sharded by FSDP"):
             create_snella_optimizer(sharded, lr=0.1)
     finally:
         torch.distributed.destroy_process_group()

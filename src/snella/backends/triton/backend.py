@@ -1,4 +1,4 @@
-"""Triton backend: sync-free piecewise kernels on a CUDA device, with one launch for all matrices of a weight."""
+"""Triton backend: sync-free piecewise kernels on a CUDA device, where each launch covers all matrices of a weight."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from snella.kernels import Factors, MixK, NormalizedRBF, PLinear
 from snella.sparsify import KEEP_ALL
 from snella.update import Update, UpdateSpec
 
-# fixed instead of autotuned, because they determine the order of sums and therefore the bits of results
+# not autotuned: block sizes determine the order of sums, and results must be bit-reproducible
 TILE = {"BLOCK_M": 32, "BLOCK_N": 64}
 _TILES_PER_HISTOGRAM = 4
 STATISTICS = {"ALONG": 64, "ACROSS": 16}
 ADD_BLOCK = 4096
 COUNT_BLOCK = 4096
-_MAX_COUNT_PROGRAMS = 256  # each program adds its counts to the histogram of the matrix once
+_MAX_COUNT_PROGRAMS = 256  # bounds the atomic additions to a histogram
 SUM_BLOCK = 512
 _MODES = {"soft": forward.SOFT.value, "official": forward.OFFICIAL.value, "none": forward.NONE.value}
 _LAUNCHES: dict[str, tuple[tuple[int, int | None], ...]] = {
@@ -34,7 +34,7 @@ _LAUNCHES: dict[str, tuple[tuple[int, int | None], ...]] = {
 }
 """Warps and registers per thread for ranks up to 8, higher ranks, and pieces of more than 8 columns; see the README."""
 
-_MAX_ENTRIES = 1 << 30  # positions within a matrix are int32
+_MAX_ENTRIES = 1 << 30  # positions within a matrix, rounded up to whole blocks, are int32
 _MIN_CAPABILITY = (7, 0)
 
 
@@ -206,7 +206,8 @@ class TritonBackend(Backend):
         if type(spec.kernel) not in (PLinear, NormalizedRBF, MixK):  # subclasses have other formulas
             return f"supports only the piecewise kernels, got kernel={spec.kernel.name!r}"
         if A.device.type != ("cpu" if is_interpreted() else "cuda"):
-            return f"runs on a CUDA device, got factors on {str(A.device)!r}"
+            place = "the CPU under TRITON_INTERPRET=1" if is_interpreted() else "a CUDA device"
+            return f"runs on {place}, got factors on {str(A.device)!r}"
         if torch.promote_types(A.dtype, torch.float32) != torch.float32:
             return f"computes in float32, got factors in {A.dtype}"
         largest = max(spec.row_counts) * A.shape[1]
@@ -215,7 +216,8 @@ class TritonBackend(Backend):
         if A.device.type == "cuda":
             capability = torch.cuda.get_device_capability(A.device)
             if capability < _MIN_CAPABILITY:
-                return f"requires compute capability {_MIN_CAPABILITY}, got {capability} on {str(A.device)!r}"
+                needed, got = (f"{major}.{minor}" for major, minor in (_MIN_CAPABILITY, capability))
+                return f"requires compute capability {needed}, got {got} on {str(A.device)!r}"
         return None
 
     def merge(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Merged:  # noqa: D102
