@@ -48,7 +48,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import `SnellaCallback`, which loads the Trainer's modules, or a name of the optional application on access."""
+    """Import on access: `SnellaCallback`, which loads the Trainer's modules, or a name of the optional application."""
     if name == "SnellaCallback":
         return importlib.import_module("snella.callback").SnellaCallback
     if name not in _APPLICATION_NAMES:

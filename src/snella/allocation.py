@@ -22,7 +22,7 @@ def budget_at(t: int, total: int, b0: int, bT: int, schedule: str = "cubic") -> 
     Args:
         t: Epoch or step, in the unit of `total`. After `total` the budget stays at `bT`.
         total: `T`, total number of epochs or steps.
-        b0: Budget at `t = 0`.
+        b0: Budget at `t = 0`; unused by `"constant"`.
         bT: Budget at `t = T`.
         schedule: One of `Schedule`.
 
@@ -91,7 +91,7 @@ def allocate(importance: Sequence[float], caps: Sequence[int], budget: int, min_
     scores = [Fraction(value) if is_finite and value > 0 else Fraction(0) for value in importance]
     capacities = [cap - minimum for cap, minimum in zip(caps, minimums, strict=True)]
     shares = _fill_in_proportion(scores, capacities, budget - sum(minimums))
-    rounded = _round_to_sum(shares, capacities, budget - sum(minimums), scores)
+    rounded = _round_to_sum(shares, caps, budget - sum(minimums), scores)
     return [minimum + extra for minimum, extra in zip(minimums, rounded, strict=True)]
 
 
@@ -118,13 +118,13 @@ def _fill_in_proportion(scores: list[Fraction], capacities: list[int], budget: i
     return shares
 
 
-def _round_to_sum(shares: list[Fraction], capacities: list[int], budget: int, scores: list[Fraction]) -> list[int]:
+def _round_to_sum(shares: list[Fraction], caps: Sequence[int], budget: int, scores: list[Fraction]) -> list[int]:
     """Round shares down, then assign the rest by largest remainder; break ties by importance, then by size."""
     counts = [int(share) for share in shares]
     missing = budget - sum(counts)
     # matrices with equal remainder, importance and size are interchangeable; other ties must not be broken by
     # position, or the result would depend on the order of the layers
-    order = sorted(range(len(shares)), key=lambda k: (shares[k] - counts[k], scores[k], capacities[k]), reverse=True)
+    order = sorted(range(len(shares)), key=lambda k: (shares[k] - counts[k], scores[k], caps[k]), reverse=True)
     for k in order[:missing]:  # all of these have a remainder, so they are below their capacity
         counts[k] += 1
     return counts

@@ -34,7 +34,7 @@ class BudgetAllocator:
     Every optimizer step updates the importance of every matrix. Every epoch, or every N steps (`realloc_every`), the
     global budget follows the schedule and is reallocated. After the last epoch, or after the fraction `schedule_end`
     of training, it is exactly `b_T = (1 − target_sparsity)·total_weights`. Creating the allocator sets the initial
-    budget, allocated by size unless the adapter already has it.
+    budget, allocated by size unless the adapter's budgets already sum to it.
 
     Most training loops need only one call to `attach`:
 
@@ -54,9 +54,9 @@ class BudgetAllocator:
         adapter_name: Adapter to train; defaults to the first active one.
 
     Attributes:
-        history: One entry per allocation: `step`, `t` and `total` (the schedule's time), `budget`, and `budgets` and
-            `importance` per matrix. The first entry is the initial allocation. With frequent allocations, only the
-            last entry of each epoch and of each hundredth of training is kept, to limit checkpoint size.
+        history: One entry per allocation: `step`, `t` and `total` (time and end of the schedule), `budget`, and per
+            matrix `budgets` and `importance`. The first entry is the initial allocation. With frequent allocations,
+            only the last entry of each epoch and of each hundredth of training is kept, to limit checkpoint size.
 
     Raises:
         ValueError: If the model does not have this adapter, or an epoch or step count is below 1.
@@ -123,7 +123,7 @@ class BudgetAllocator:
 
     @property
     def frozen(self) -> list[str]:
-        """Names of matrices with budget 0; they have no gradient, so their importance decays towards 0."""
+        """Names of matrices with budget 0; they have no gradient, so their sensitivity decays to 0."""
         return [matrix.name for matrix in self.matrices if matrix.is_frozen]
 
     @property
@@ -139,7 +139,7 @@ class BudgetAllocator:
         The importance is updated before the optimizer changes the parameters (after, with `zero_init_ema=True`). In
         `optimizer.step(closure)` it is updated after the closure's first call. The budget changes after the step. A
         step skipped by a gradient scaler counts when `optimizer.zero_grad()` clears the overflowed gradients; if FSDP
-        shards the factors, call `advance_to`. `attach` works before and after `optimizer.load_state_dict`.
+        shards the factors, call `advance_to` instead. `attach` works before and after `optimizer.load_state_dict`.
 
         Args:
             optimizer: Any optimizer, possibly wrapped by Accelerate.
@@ -214,8 +214,8 @@ class BudgetAllocator:
     def advance_to(self, step: int) -> None:
         """Count skipped steps up to `step`, so that the budget reaches its target.
 
-        Use it in loops that skip steps with FSDP, or clear gradients without `optimizer.zero_grad()`. `SnellaCallback`
-        calls it.
+        Use it in loops that skip steps under FSDP or that clear gradients without `optimizer.zero_grad()`.
+        `SnellaCallback` calls it.
         """
         while self.step < step:
             self._finish_step(self.step + 1)

@@ -1,7 +1,7 @@
 """The adapted layer as an autograd function; its backward pass rebuilds the update instead of saving it.
 
-The backward pass needs the input, the base weight, the factors and scalars, and one threshold per matrix. Both passes
-materialize a `LazyWeight`. `DERIVATION.md` derives the gradients.
+The backward pass needs the input, the base weight, the factors and scalars, and one threshold per matrix. A base weight
+that is a `LazyWeight` is materialized in both passes. `DERIVATION.md` derives the gradients.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RecomputeCache:
     def take(
         self, weight: Tensor | None, dtype: torch.dtype, num_updates: int
     ) -> tuple[Tensor | None, list[Merged] | None]:
-        """Return the cached effective weight and merged matrices, or `None` if they do not fit; clear the cache."""
+        """Return the cached effective weight and merged matrices, or `(None, None)` if unusable; clear the cache."""
         entry, self._entry = self._entry, None
         if entry is None:
             return None, None
@@ -72,7 +72,7 @@ class LayerCall:
         cache_delta: If True, save `ΔW`, or the effective weight, for the backward pass.
         lazy: The weight, if it is a `LazyWeight`.
         recompute: Recompute cache, or `None`.
-        origin: Recomputation of the input, if the backward pass recomputes it instead of saving it.
+        origin: Recomputation of the input, if the input is recomputed in the backward pass instead of saved.
     """
 
     op: LayerOp
@@ -113,8 +113,8 @@ def adapted_layer(
 
     Args:
         x: Input of the layer.
-        weight: Base weight `W0`, `[m, …]`; `None` applies only the updates. Both passes materialize a `LazyWeight`,
-            and the op then computes in the dtype of `x`.
+        weight: Base weight `W0`, `[m, …]`; `None` applies only the updates. A `LazyWeight` is materialized in both
+            passes, and the op computes in the dtype of `x`.
         bias: `[m]` or `None`.
         updates: Updates of this weight, each `[m, n]` with `n` the product of the weight's other axes. If one has
             `backend="reference"` (differentiated by autograd), all must have it.
@@ -158,7 +158,7 @@ def adapted_layer(
 
 
 class _AdaptedLayer(torch.autograd.Function):
-    """Autograd function of `adapted_layer`; differentiates input, weight, bias and the updates' factors.
+    """Autograd function of `adapted_layer`, differentiable in input, weight, bias and the updates' factors.
 
     With `call.origin`, `input_sources` is saved instead of `x`, and the backward pass recomputes `x` from it.
     """
@@ -388,7 +388,7 @@ def _grad_weight(
     call: LayerCall,
     needs: RequiredGrads,
 ) -> Tensor:
-    """Return ∂L/∂W `[m, …]`; for a frozen linear weight, perhaps an estimate or only entries where `S` is nonzero."""
+    """Return ∂L/∂W `[m, …]`; for a frozen linear weight, it may be estimated, or zero where `S` is zero."""
     if needs.weight or not isinstance(call.op, LinearOp):
         return call.op.grad_weight(grad_y, x, call.weight_shape)
     flat_y, flat_x = call.op.gradient_tokens(grad_y, x)
@@ -458,8 +458,8 @@ def add_by_autograd(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Compute `W0 + Σ scaling·S`, differentiable by autograd with respect to all inputs; the reference implementation.
 
-    The sum is computed in the wider of the two dtypes and rounded once to the dtype of `weight`; a `LazyWeight` is
-    materialized in at least float32.
+    The sum is computed in the widest dtype of `weight` and the updates and rounded once to the dtype of `weight`; a
+    `LazyWeight` is materialized in at least float32.
 
     Args:
         weight: Base weight, `[m, …]`, or `None` for the sum of the updates.

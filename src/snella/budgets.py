@@ -43,7 +43,7 @@ class Budgets:
 
     Attributes:
         live: Most recently set budgets by adapter, shared by all copies of the layer.
-        records: Budgets of the buffers by adapter. Copies and pickles start without records.
+        records: Budgets read from the buffers, by adapter. Copies and pickles start without records.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ def compute_seal(budget: int) -> int:
 
 
 def budget_error(layer: SnellaLayer, adapter_name: str, budgets: Sequence[int]) -> str | None:
-    """Return the requirement that budgets violate, without their name; None if they are valid."""
+    """Return the end of an error message about invalid budgets, or `None` if they are valid."""
     sizes = [rows * layer.in_features for rows in layer.row_counts[adapter_name]]
     if len(budgets) == len(sizes) and all(0 <= budget <= size for budget, size in zip(budgets, sizes, strict=True)):
         return None

@@ -41,9 +41,9 @@ def _count_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 def compute_fingerprint(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, int, int], ...] | None:
-    """Return the ids, addresses and versions of tensors, at least one of which changes with every recorded write.
+    """Return the ids, addresses and versions of tensors; every recorded write changes at least one of these values.
 
-    Returns `None` if one was created in inference mode or is on the meta device, where writes cannot be detected.
+    Returns `None` if a tensor was created in inference mode or is on the meta device: its writes are not recorded.
     """
     entries = []
     for tensor in tensors:

@@ -12,7 +12,7 @@ from transformers.trainer_utils import has_length
 
 from snella.allocator import BudgetAllocator
 
-_EPOCHS_WITHOUT_LENGTH = 20  # number of reallocations if the loader has no length
+_EPOCHS_WITHOUT_LENGTH = 20  # maximum number of reallocations if the loader has no length
 
 
 class SnellaCallback(TrainerCallback):
@@ -45,7 +45,10 @@ class SnellaCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if model is None or optimizer is None:
-            raise RuntimeError("SnellaCallback needs the Trainer's model and optimizer, got None")
+            raise RuntimeError(
+                f"SnellaCallback requires the Trainer's model and optimizer, got {type(model).__name__} and "
+                f"{type(optimizer).__name__}; pass it to Trainer(callbacks=[…])"
+            )
         if self.allocator is not None:
             self.allocator.detach()  # an interrupted run left it attached
         epochs = max(math.ceil(state.num_train_epochs), 1)

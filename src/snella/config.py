@@ -384,7 +384,7 @@ class SnellaConfig(PeftConfig):
         return kwargs
 
     def _choice_errors(self) -> list[str]:
-        """List the fields with an invalid choice, and the closest choice."""
+        """List the fields with an invalid choice, with the closest valid one, and choices that conflict."""
         choices = {
             "preset": get_args(Preset),
             "kernel": tuple(KERNELS),

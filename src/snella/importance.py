@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
@@ -108,7 +109,8 @@ class ImportanceTracker:
             by_device.setdefault(observation.value.device, {})[key] = observation
         self._flat = {device: self._flat_averages_on(device, values) for device, values in by_device.items()}
         for device, values in by_device.items():
-            self._smooth(self._flat[device], list(values.values()), 1 / gradient_scale)
+            scale = 1 / gradient_scale if gradient_scale else math.inf  # a scaler halves its scale down to 0
+            self._smooth(self._flat[device], list(values.values()), scale)
 
     @torch.no_grad()
     def names_with_gradient(self) -> set[str]:
@@ -203,7 +205,7 @@ class ImportanceTracker:
         if self.has_sharded_factors():
             raise NotImplementedError(
                 f"importance={self.metric!r} requires complete factors between passes, got factors sharded by FSDP; "
-                "set importance='sensitivity', or train with DDP"
+                "set importance='sensitivity' or 'magnitude', or train with DDP"
             )
         merged: dict[int, list[Tensor]] = {}
         observations = {}
@@ -277,9 +279,9 @@ class ImportanceTracker:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a dict of tensors; with sharded factors, call it in every process."""
-        if self._ranges:
-            return {"averages": self._gather(self._averages), "uncertainties": self._gather(self._uncertainties)}
-        return {"averages": dict(self._averages), "uncertainties": dict(self._uncertainties)}
+        collect = self._gather if self._ranges else dict
+        averages, uncertainties = collect(self._averages), collect(self._uncertainties)
+        return {"metric": self.metric, "averages": averages, "uncertainties": uncertainties}
 
     def _gather(self, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gather the averages' entries from all processes."""
@@ -297,6 +299,11 @@ class ImportanceTracker:
         Raises:
             ValueError: If the shapes of the averages do not match, because the rank or the metric differs.
         """
+        if (metric := state.get("metric", self.metric)) != self.metric:
+            raise ValueError(
+                f"the allocator's state has averages of importance={metric!r}, the model needs {self.metric!r}; load "
+                "it into a model with the same importance metric"
+            )
         shapes = self._shapes()
         for key, value in state["averages"].items():
             if value.shape != shapes.get(key):

@@ -3,7 +3,7 @@
 These classes use plain torch operations and are the reference for all faster implementations. Each kernel has a
 formula (`merge`, differentiable by autograd) and, in this module, a hand-written derivative (`vjp`).
 
-Shape letters: `m` outputs, `n` inputs, `r` rank, `P` pieces.
+Shape letters: `G` stacked matrices, `m` outputs, `n` inputs, `r` rank, `P` pieces.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class KernelScalars(NamedTuple):
 class Factors(NamedTuple):
     """Differentiable tensors of an update, or their gradients.
 
-    Gradients of one matrix (`Kernel.vjp`) have no leading `G`, and `None` for inputs that the kernel does not use.
+    Gradients of one matrix (`Kernel.vjp`) have no leading `G` and are `None` for inputs that the kernel does not use.
 
     Args:
         A: Input-side factors, `[G, n, r]`.
@@ -133,7 +133,7 @@ class Kernel:
         raise NotImplementedError
 
     def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> Factors:
-        """Return the gradients of the inputs of `merge`, given `grad` = ∂L/∂ΔW, `[m, n]`; autograd by default."""
+        """Return the gradients of the inputs of `merge`, given `grad` = ∂L/∂ΔW, `[m, n]`; the default uses autograd."""
         names = [name for name in self.scalars if getattr(scalars, name) is not None]
         inputs = [x.detach().requires_grad_() for x in (A, B, *(getattr(scalars, name) for name in names))]
         with torch.enable_grad():
@@ -241,7 +241,7 @@ class NormalizedRBF(PLinear):
         value = torch.einsum("p,pmn->mn", coeff, distances)
         probs = torch.softmax(value if scalars.temperature is None else value / scalars.temperature, self.softmax_dim)
         weighted = grad * probs
-        # ∂L/∂(κ/γ) of the softmax; a constant shift of the softmax changes only the gradient of α
+        # ∂L/∂(κ/γ) of the softmax; centering the softmax changes only the gradient of α
         grad_logits = alpha * (weighted - probs * weighted.sum(self.softmax_dim, keepdim=True))
         grad_alpha, grad_temperature = weighted.sum(), None
         if self.center_softmax:

@@ -35,7 +35,17 @@ from snella.compat.quantization import Quantization, find_quantization
 from snella.config import SnellaConfig
 from snella.kernels import Factors
 from snella.merge import EffectiveWeight, check_weight, merge_updates, merged_weight, unmerge_updates
-from snella.ops import Conv2dOp, LayerOp, LazyWeight, LinearOp, WeightOp, orient, pad_input, parse_weight_gradient
+from snella.ops import (
+    Conv2dOp,
+    LayerOp,
+    LazyWeight,
+    LinearOp,
+    WeightOp,
+    check_floating_point,
+    orient,
+    pad_input,
+    parse_weight_gradient,
+)
 from snella.sparsify import SparsifyMode
 from snella.update import Update, UpdateSpec, bound_initial_update, init_factors, row_slices
 
@@ -47,8 +57,8 @@ class UpdatePlan(NamedTuple):
 
     Args:
         names: Adapters whose updates are folded into the weight.
-        updates: Updates of these adapters with cached thresholds. In a compiled graph, `budgets` is empty, because the
-            graph reads the buffer.
+        updates: Updates of these adapters with cached thresholds. In a compiled graph, their `budgets` are empty,
+            because the graph reads the buffer.
         states: Cached states that store the thresholds; empty in a compiled graph.
         branches: Adapters with dropout or drop-path on their update, which cannot be folded.
         cache_delta: True if a folded adapter sets `cache_delta`.
@@ -112,10 +122,10 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         y = op(x, W0 + Σ scaling·S) + bias
 
     The updates are folded into the base weight, so the layer runs one op. In training, an update with dropout on its
-    input or drop-path on its output is a separate branch. A weight `[m, …]` consists of `G` stacked matrices (3 in a
-    fused qkv layer). Every adapter has `snella_A` `[G, n, r]`, `snella_B` `[m, r]`, the kernel's scalars `[G]` or
-    `[G, P]`, and `snella_budget` `[G]`. The budgets are saved with the adapter, so a reloaded adapter has exactly the
-    same weights. `snella.budgets` protects them from model averaging.
+    input or drop-path on its output is a separate branch. A weight `[m, …]`, as a matrix `[m, n]`, consists of `G`
+    stacked matrices (3 in a fused qkv layer). An adapter of rank `r` has `snella_A` `[G, n, r]`, `snella_B` `[m, r]`,
+    the kernel's scalars `[G]` or `[G, P]`, and `snella_budget` `[G]`. The budgets are saved with the adapter, so a
+    reloaded adapter has exactly the same weights. `snella.budgets` protects the budgets from model averaging.
     """
 
     adapter_layer_names = tuple(f"snella_{name}" for name in Factors._fields)
@@ -509,7 +519,7 @@ class Conv2d(SnellaLayer):
 
     @property
     def pads_input(self) -> bool:
-        """True if the convolution's padding mode is not `zeros`, the only mode that its op supports."""
+        """True unless the padding mode is `zeros`, the only mode that the op supports."""
         return cast(nn.Conv2d, self.get_base_layer()).padding_mode != "zeros"
 
     def _op(self) -> Conv2dOp:
@@ -549,6 +559,7 @@ def needs_gradients(layer: SnellaLayer, names: list[str]) -> bool:
 
 def _prepare_input(layer: SnellaLayer, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast and pad the input; under autocast, `adapted_layer` casts it, because a cast here would drop its `Mark`."""
+    check_floating_point(x, layer.module_name)
     if not torch.is_autocast_enabled(x.device.type):
         x = layer._cast_input_dtype(x, dtype)
     return pad_input(layer.get_base_layer(), x)
@@ -598,7 +609,7 @@ def _apply_cached(
 ) -> Tensor:
     """Apply the layer op with the cached effective weight.
 
-    To save memory, the effective weight of a quantized base is recomputed in each pass and released, unless an adapter
+    To save memory, the effective weight of a quantized layer is recomputed in each pass and released, unless an adapter
     sets `cache_delta`.
     """
     is_autocast = torch.is_autocast_enabled(x.device.type)
@@ -615,7 +626,7 @@ def _apply_cached(
 def _apply_differentiable(
     layer: SnellaLayer, x: Tensor, weight: Tensor | LazyWeight, bias: Tensor | None, names: list[str]
 ) -> Tensor:
-    """Apply base layer and updates in one differentiable op; in training, regularized updates are branches."""
+    """Apply the base layer and updates in one differentiable op; in training, regularized updates are branches."""
     layer._cache.release_effective_weight()
     plan, op = layer._plan_updates(names, with_branches=True), layer._op()
     y = plan.apply(x, weight, bias, op, weight.shape)
@@ -651,7 +662,7 @@ def reject_tracing(module_name: str) -> None:
 
 
 def _multiply_read(layer: SnellaLayer, x: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Return `F.linear` of an input and the read weight in training or with gradients, otherwise `None`."""
+    """Return `F.linear` of `x` and the effective weight in training or with gradients, otherwise `None`."""
     names = layer._names_in_use()
     if not names or not (layer.training or needs_gradients(layer, names)):
         return None

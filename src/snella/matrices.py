@@ -81,7 +81,7 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
 
     Args:
         model: A model with SNELLA layers, wrapped by PEFT or not.
-        adapter_name: The adapter; defaults to the first active one.
+        adapter_name: The adapter; defaults to the first active one, or `"default"` if none is active.
 
     Raises:
         ValueError: If the model has no SNELLA layer, or none with this adapter.
@@ -135,7 +135,7 @@ def _strip_wrappers(name: str) -> str:
 
 
 def _number_blocks(model: nn.Module, adapted_layers: Iterable[str]) -> dict[str, int]:
-    """Number all blocks of the lists with an adapted layer, including blocks without any."""
+    """Number all blocks of the lists with an adapted layer, including blocks without one."""
     patterns = {_mask_indices(block) for block in (_split_name(name)[0] for name in adapted_layers) if block}
     blocks = dict.fromkeys(_split_name(_strip_wrappers(name))[0] for name, _ in model.named_modules())
     return {block: depth for depth, block in enumerate(b for b in blocks if _mask_indices(b) in patterns)}

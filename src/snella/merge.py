@@ -49,7 +49,7 @@ def check_weight(layer: SnellaLayer, weight: Tensor | LazyWeight) -> None:
 
 
 def check_parameter(layer: SnellaLayer) -> None:
-    """Raise NotImplementedError if the base weight is computed from other parameters, e.g. by `weight_norm`."""
+    """Raise `NotImplementedError` if the base weight is computed from other parameters, e.g. by `weight_norm`."""
     weight = layer.get_base_layer().weight
     if layer.quantization is None and not isinstance(weight, nn.Parameter):
         raise NotImplementedError(
@@ -95,8 +95,11 @@ def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> 
     check_parameter(layer)
     merged = merged_weight(layer, original, [*layer.merged_adapters, *names])
     if safe_merge and not torch.isfinite(merged).all():
-        broken = ", ".join(names)
-        raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
+        broken = ", ".join([*layer.merged_adapters, *names])
+        subject = (
+            f"adapter {broken} seems" if len(layer.merged_adapters) + len(names) == 1 else f"adapters {broken} seem"
+        )
+        raise ValueError(f"NaNs detected in the merged weights. The {subject} to be broken")
     if isinstance(original, LazyWeight):
         _write_quantized(layer, merged, original)
     else:
@@ -123,8 +126,8 @@ def unmerge_updates(layer: SnellaLayer) -> None:
 def refresh(layer: SnellaLayer, adapter_name: str, cache: MergeCache) -> None:
     """Make in-place changes to an adapter's values take effect, even if it is merged.
 
-    Rewrites a merged weight from the copy that `merge` stored. Rounding errors do not accumulate, and the weight stays
-    the same tensor, which compiled graphs require.
+    Rewrites a merged weight from the copy that `merge` stored. Rounding errors do not accumulate, and a dense weight
+    stays the same tensor, which compiled graphs require.
 
     Args:
         layer: Layer with this adapter.
@@ -160,7 +163,7 @@ class MergeCache:
 
 @torch.no_grad()
 def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: MergeCache) -> None:
-    """Write `W0 + scaling·S` into an existing tensor, bit-identical to `adapted_layer`.
+    """Write `W0 + scaling·S` into an existing tensor, bit-identical to the effective weight of `adapted_layer`.
 
     Args:
         weight: `W0`, `[m, …]`.
@@ -184,7 +187,11 @@ def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: M
 def _original_weight(layer: SnellaLayer) -> Tensor | LazyWeight:
     """Return the unmerged base weight: a copy if it is dense, because merging overwrites dense weights in place."""
     if layer._unmerged_quantized is not None:
-        return layer._unmerged_quantized[0]
+        stored = layer._unmerged_quantized[0]
+        device = cast(Tensor, layer.get_base_layer().weight).device  # the layer may have moved since the first merge
+        if stored.tensors[0].device == device:
+            return stored
+        return LazyWeight(stored.shape, stored.tensors, lambda: stored.materialize().to(device))
     if layer._unmerged_weight is not None:
         return layer._unmerged_weight
     weight = layer._weight()
@@ -211,7 +218,7 @@ def _write_quantized(layer: SnellaLayer, merged: Tensor, original: LazyWeight) -
 
 
 class EffectiveWeight(Tensor):
-    """Lazy `W0 + Σ scaling·S`, the value of `layer.weight`; the first operation that reads it merges the updates.
+    """Lazy `W0 + Σ scaling·S`, the value of `layer.weight`; computed by the first operation that reads it.
 
     Shape, dtype, device and `data` come from the base weight, and in-place operations write into the base weight.
     In-place operations on a view, e.g. `weight[0].zero_()`, do not change the layer.

@@ -76,8 +76,8 @@ class SnellaModel(BaseTuner):
             fused layer, if `parameters_to_save` names a missing parameter or one inside an adapted layer, or if
             `trainable_token_indices` names a missing embedding or row.
         TypeError: If a targeted module is neither linear nor a 2D convolution, or `config` is not a `SnellaConfig`.
-        NotImplementedError: If a targeted module has an unsupported quantized weight or padding, a custom `forward`, an
-            adapter of another method or a shared weight, or is the output projection of a root-level attention; if
+        NotImplementedError: If a targeted module has an unsupported quantized weight or padding, a shared weight, a
+            custom `forward` or an adapter of another method, or is the output projection of a root-level attention; if
             `impl` does not support the updates; or if `ensure_weight_tying=True` and a target is tied.
         ImportError: If `impl` is `"triton"` or `"numba"`, and the package is missing or unusable.
         RuntimeError: If a targeted bitsandbytes module is not quantized yet, or `impl` is `"triton"` and its kernels
@@ -151,7 +151,7 @@ class SnellaModel(BaseTuner):
         return set(names)
 
     def _check_ranks(self, peft_config: SnellaConfig, model: nn.Module) -> None:
-        """Before allocation, reject unmatched keys of patterns and factors far larger than the weights."""
+        """Before allocation, reject unmatched pattern keys, and factors that are far larger than the weights."""
         names, weights, factors = [], 0, 0
         for name, module in model.named_modules():
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -327,6 +327,7 @@ class SnellaModel(BaseTuner):
         """Add the updates to the base weights; report all requantization errors in one warning.
 
         Raises:
+            ValueError: See `SnellaLayer.merge` and `TokenAdapter.merge`.
             NotImplementedError: If another module uses the base weight of an adapted layer, or this weight is
                 computed from other parameters (e.g. by `weight_norm`).
         """
@@ -477,7 +478,7 @@ class SnellaModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Select the entries like PEFT and run the checks of `TrainingWatch.on_saving`.
 
-        PEFT looks up entries by module name, without the leading module that FSDP1 adds around a whole model. FSDP1
+        PEFT looks up entries by module name and removes only the leading `_fsdp_wrapped_module` from this name. FSDP1
         and torch's checkpoint wrapper also insert modules inside these names, but not into the keys of `state_dict`.
 
         Raises:
@@ -578,7 +579,7 @@ class SnellaModel(BaseTuner):
 
 
 def _update_marks(model: nn.Module) -> None:
-    """Mark the outputs from which adapted layers recompute their inputs, unless an adapter disables this."""
+    """Mark the outputs that adapted layers recompute instead of saving, unless an adapter disables this."""
     layers = [module for module in model.modules() if isinstance(module, SnellaLayer)]
     configs = [layer.snella_config[name] for layer in layers for name in layer.snella_A]
     if not configs or not all(config.recompute_inputs for config in configs):
@@ -602,7 +603,7 @@ def _without_wrappers(name: str) -> str:
 
 
 def _warn_of_unmatched(config: SnellaConfig, model: nn.Module) -> None:
-    """Warn of names in `modules_to_save` that match no module."""
+    """Warn about names in `modules_to_save` that match no module."""
     names = [name for name, _ in model.named_modules()]
     added = _HEADS_ADDED_BY_PEFT if config.task_type else ()
     expected = [name for name in config.modules_to_save or [] if name not in added]
@@ -621,12 +622,12 @@ def _adapted_layers(model: nn.Module, adapter_names: list[str]) -> list[SnellaLa
 
 
 def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
-    """Reject names that match no module, and row indices outside a weight."""
+    """Reject names in `trainable_token_indices` that match no module, and rows outside a weight."""
     indices = peft_config.trainable_token_indices
     if not indices:
         return
     named_modules = model.named_modules(remove_duplicate=False)
-    # the suffix of an embedding with an adapter
+    # an embedding with an adapter has this suffix
     modules = {name.removesuffix(".token_adapter.base_layer"): module for name, module in named_modules}
     if not isinstance(indices, dict):
         get_input_embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)

@@ -1,9 +1,10 @@
-"""Ops of adapted layers, weights and inputs of their base layers, and estimated weight gradients."""
+"""Ops of adapted layers; weights and inputs of base layers; estimated weight gradients."""
 
 from __future__ import annotations
 
 import math
 import platform
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,9 +18,9 @@ from transformers.pytorch_utils import Conv1D
 MIN_TOKENS = 64
 """Minimum sample size, given enough tokens; products of fewer tokens cost little compared to merging."""
 MIN_SHARE = 2**-10
-"""Minimum fraction of the tokens; from it on, numerator and denominator fit the int64 arguments of compiled graphs."""
+"""Minimum fraction of the tokens; the integer ratios of larger floats fit the int64 arguments of compiled graphs."""
 WITHOUT_FLOAT64 = {"mps"}
-"""Device types that reject float64 tensors."""
+"""Device types that reject float64 tensors; some `xpu` devices also do."""
 _ROUNDS = 4  # iterations to find the tokens with probability 1
 
 
@@ -197,7 +198,7 @@ def orient(base: Any, weight: Tensor) -> Tensor:
 
 
 def pad_input(base: nn.Module, x: Tensor) -> Tensor:
-    """Pad the input of a convolution whose padding mode is not `zeros`, the only mode of its op."""
+    """Pad the input of a convolution unless its padding mode is `zeros`, the only mode that its op supports."""
     if not isinstance(base, nn.Conv2d) or base.padding_mode == "zeros":
         return x
     return F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
@@ -251,7 +252,12 @@ def parse_weight_gradient(weight_gradient: str) -> tuple[float, bool]:
         return 1.0, weight_gradient == "bfloat16"
     mode, _, fraction = weight_gradient.partition(":")
     try:
-        share = float(Fraction(fraction)) if mode == "sample" else math.nan
+        # a large exponent would take minutes
+        is_number = (
+            re.fullmatch(r"(\d{1,20}\.?\d{0,20}|\.\d{1,20})(e[+-]?\d{1,2})?(/\d{1,20})?", fraction, re.ASCII)
+            is not None
+        )
+        share = float(Fraction(fraction)) if mode == "sample" and is_number else math.nan
     except (ValueError, ArithmeticError):
         share = math.nan
     if not MIN_SHARE <= share <= 1:
@@ -306,9 +312,18 @@ def sample_tokens(grad_y: Tensor, x: Tensor, share: float) -> tuple[Tensor, Tens
     return (grad_y[indices] / probs[indices, None]).to(grad_y.dtype), x[indices]
 
 
+def check_floating_point(x: Tensor, layer_name: str) -> None:
+    """Raise TypeError for the input of a layer with integers, as `nn.Linear` does; outputs would be rounded to them."""
+    if not x.is_floating_point():
+        raise TypeError(f"the input of {layer_name!r} must be floating-point, got {x.dtype}; convert it first")
+
+
 def widest_dtype(device_type: str) -> torch.dtype:
-    """Return float64, or float32 on device types in `WITHOUT_FLOAT64`."""
-    return torch.float32 if device_type in WITHOUT_FLOAT64 else torch.float64
+    """Return float64, or float32 on devices without it."""
+    has_float64 = device_type not in WITHOUT_FLOAT64
+    if device_type == "xpu":
+        has_float64 = torch.xpu.get_device_properties().has_fp64
+    return torch.float64 if has_float64 else torch.float32
 
 
 def has_bfloat16_instructions() -> bool:

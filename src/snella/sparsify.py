@@ -69,7 +69,7 @@ def keep_threshold(delta: Tensor, budget: int) -> Tensor:
 
     Args:
         delta: Matrix of any shape, floating point.
-        budget: Number of nonzero entries, in `[0, delta.numel()]`.
+        budget: Maximum number of nonzero entries, in `[0, delta.numel()]`.
 
     Returns:
         0-dim, dtype and device of `delta`, detached.

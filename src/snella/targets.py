@@ -1,4 +1,4 @@
-"""Selection of the modules to adapt, split of fused layers into matrices, and heads."""
+"""Target modules, matrices of fused layers, and heads of a model."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def default_targets(model: nn.Module) -> str | list[str]:
 def all_linear_names(model: nn.Module) -> list[str]:
     """Return the names of all linear layers to adapt.
 
-    Includes linear layers, transformers' `Conv1D`, and `nn.MultiheadAttention` with its output projection, with or
-    without adapters. Excludes the head, patch embedding, patch merging and modules inside adapters.
+    Includes linear layers, transformers' `Conv1D`, and `nn.MultiheadAttention` and its output projection, adapted or
+    not. Excludes the head, patch embedding, patch merging and modules inside adapters.
     """
     names = []
     for name, module in _candidates(model):
@@ -81,7 +81,7 @@ def plain_convolution_names(model: nn.Module) -> list[str]:
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules outside the head, patch embedding and patch merging; attentions and adapters without parts."""
+    """Return the modules outside the head, patch embedding and patch merging; none inside attentions or adapters."""
     heads = _head_modules(model)
     candidates: list[tuple[str, nn.Module]] = []
     skipped_prefixes: list[str] = []
@@ -196,7 +196,7 @@ def count_rows(
         qkv_groups: See `SnellaConfig`.
 
     Raises:
-        ValueError: If the number of groups does not divide the rows, or the row counts do not sum to them.
+        ValueError: If the number of groups does not divide `out_features`, or the row counts do not sum to it.
     """
     suffix = name.rpartition(".")[2]
     groups: int | list[int] = 1

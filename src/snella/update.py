@@ -109,13 +109,15 @@ class UpdateSpec:
         return keep_threshold(delta, budget)
 
     def check(self, factors: Factors, budgets: Sequence[int], weight_shape: torch.Size | None = None) -> None:
-        """Raise `ValueError` unless the spec matches the tensors, budgets and weight shape `[m, n…]`."""
+        """Raise `ValueError` unless the spec matches the tensors, budgets and weight shape `[m, …]`."""
         A, B = factors.A, factors.B
         if A.ndim != 3 or A.shape[0] != len(self.row_counts) or self.num_rows != B.shape[0]:
             raise ValueError(
                 f"A must be [{len(self.row_counts)}, n, r] and B [{self.num_rows}, r] for matrices of "
                 f"{list(self.row_counts)} rows, got {list(A.shape)} and {list(B.shape)}"
             )
+        if len(budgets) != len(self.row_counts):
+            raise ValueError(f"budgets must be one per matrix ({len(self.row_counts)}), got {list(budgets)}")
         for budget, rows in zip(budgets, self.row_counts, strict=True):
             size = rows * A.shape[1]
             if not 0 <= budget <= size:

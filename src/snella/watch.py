@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from snella.config import SnellaConfig
     from snella.layer import SnellaLayer
 
-_STEPS_WITHOUT_ALLOCATOR = 2  # a single step may only compute gradients
+_STEPS_WITHOUT_ALLOCATOR = 2  # a script with a single step may only need its gradients
 _MIN_ENTRIES = 256  # minimum for the statistical tests of new heads
 _SIGMAS = 5.0  # tolerance of one comparison, in standard deviations
 
@@ -177,7 +177,7 @@ def _tracked_batches(model: nn.Module) -> dict[str, int]:
 
 
 def _budget_and_target(layers: Sequence[SnellaLayer], adapter_name: str) -> tuple[int, int]:
-    """Return an adapter's current and final number of entries, equal if its sparsity is constant."""
+    """Return an adapter's current and target number of entries; they are equal if its sparsity is constant."""
     budget = sum(sum(layer.budgets(adapter_name)) for layer in layers)
     config = layers[0].snella_config[adapter_name]
     size = sum(layer.out_features * layer.in_features for layer in layers)

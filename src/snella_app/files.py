@@ -39,7 +39,7 @@ def annotate_write_errors(path: Path) -> Iterator[None]:
 
 
 _MAX_NAME_BYTES = 200
-"""Maximum length of a file name that its temporary files' names contain; longer names are hashed."""
+"""Longest file name repeated in the names of its temporary files; longer names are hashed."""
 WRITE_FAILURES = {
     "No space left": errno.ENOSPC,
     "File too large": errno.EFBIG,

@@ -12,7 +12,7 @@
 | `snella.backbones` | `snella_app.backbones.create.NamedBackbone` | `--backbone NAME` |
 | `snella.reports` | function `(run folder) -> report path` | `snella inspect RUN --report` for runs of task NAME |
 | `snella.choices` | `method`: function `(config, console) -> config` | `--method auto` |
-| `snella.estimates` | `step-time`: function like `snella_lab.bench.machines.forecast` | times of `snella inspect` |
+| `snella.estimates` | `step-time`: function like `snella_lab.bench.machines.forecast` | times in `snella inspect` |
 """
 
 import functools

@@ -80,7 +80,7 @@ class Setting:
         path: Attribute path to the value, e.g. `("optim", "lr")` or `("method", "name")`.
         type: Type annotation.
         default: Default value; `MISSING` if required.
-        owner: Class that declares the field; its docstring, or a base class's docstring, describes the setting.
+        owner: Class that has or inherits the field; its docstring, or a base class's docstring, describes the setting.
     """
 
     name: str
@@ -290,7 +290,7 @@ def _plain(value: Any) -> Any:
 
 @cache
 def type_adapter(kind: Any) -> TypeAdapter[Any]:
-    """Build pydantic's validator of an annotation, which takes a few milliseconds."""
+    """Build pydantic's validator for an annotation; cached, since it takes a few milliseconds."""
     return TypeAdapter(kind)
 
 

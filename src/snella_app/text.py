@@ -117,7 +117,7 @@ def similar_paths(
 ) -> str:
     """Suggest visible files and folders with a name similar to a missing path: "; nearest: 'a.csv', 'b.csv'".
 
-    Empty if there are none or the path exists; reports the parent folder if it is missing. Names end with one of
+    Empty if there are none or the path exists; reports the parent folder if it is missing. Suggestions end with one of
     `suffixes`.
     """
     if os.path.exists(path):  # unlike Path.exists, False for a name that is too long

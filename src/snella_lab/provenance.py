@@ -60,15 +60,17 @@ def conditions(device: str, packages: Iterable[str] = _BENCHMARK_PACKAGES) -> di
         "device": device_name(device),
         "versions": {name: number for name in packages if (number := _version(name)) is not None},
         "commit": (commit or "")[:7],
-        "dirty": bool(is_dirty),
+        "dirty": commit is not None and is_dirty is not False,
         "date": timestamp(),
     }
 
 
 def device_name(device: str) -> str:
-    """Return the device name for a benchmark row; CPU names start with "cpu"."""
+    """Return the device name for a benchmark row; CPU names start with `cpu`."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
+    if torch.device(device).type != "cpu":
+        return str(torch.device(device))
     return f"cpu, {torch.get_num_threads()} threads, {processor_name()}"
 
 

@@ -9,11 +9,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 from PIL import Image
+
+from snella.ops import widest_dtype
 
 from .device import NAME, build
 
@@ -117,3 +121,10 @@ def test_targets_that_need_float64_are_rejected(data, work, tmp_path):
     command = ["train", "--data", *source, *BACKBONE, "--device", NAME, "--out", str(tmp_path / "run")]
     with pytest.raises(AssertionError, match="has no float64, which target 'time' with mean"):
         work("commands", json.dumps([command]))
+
+
+@pytest.mark.parametrize(("has_fp64", "dtype"), [(True, torch.float64), (False, torch.float32)])
+def test_some_xpu_devices_have_no_float64(has_fp64, dtype, monkeypatch):
+    properties = SimpleNamespace(has_fp64=has_fp64)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda *_: properties)
+    assert widest_dtype("xpu") == dtype

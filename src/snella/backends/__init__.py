@@ -71,7 +71,7 @@ class Backend(ABC):
 
     @abstractmethod
     def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:
-        """Write `base + scaling·S` into `out`; both are contiguous, floating-point `[m, n]`, and may share memory."""
+        """Write `base + scaling·S` into `out`: contiguous, floating-point `[m, n]` tensors that may share memory."""
 
     @abstractmethod
     def grad_factors(self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor) -> Gradients:

@@ -32,9 +32,9 @@ class AdaptedAttention(nn.Module):
 
     The parameters remain in the attention. Each adapted projection is a child of the wrapper: `in_proj` with its three
     matrices (or `q_proj`, `k_proj` and `v_proj` if keys or values have another width), and `out_proj`. In training
-    mode, with gradients or in a compiled graph, the wrapper applies the projections separately, with scaled dot-product
-    attention in between, and saves no merged weight. Otherwise, it calls the attention's `forward` with the effective
-    weights, including its fast path; outputs are bit-identical to the merged model's. With weights that cannot be
+    mode, if gradients are required, or in a compiled graph, the wrapper applies the projections separately, with scaled
+    dot-product attention in between, and saves no merged weight. Otherwise, it calls the attention's `forward` with the
+    effective weights, including its fast path; outputs are bit-identical to the merged model's. If weights cannot be
     replaced for a call (FSDP1, a replaced `forward`), it always applies the projections separately.
 
     Other attributes (`num_heads`, `batch_first`, …) come from the attention. `in_proj_weight` includes the updates,

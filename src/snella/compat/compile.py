@@ -1,7 +1,7 @@
 """Adapted layer in a `torch.compile` graph: custom operators for its forward and backward pass.
 
 A graph cannot detect changes between calls, so nothing is cached. The first update is folded into the base weight; the
-others are added to the output. The operator calls the functions of `autograd` with the backend of the update's spec;
+others are added to the output. The operators call the functions of `autograd` with the backend of the update's spec;
 the compiler traces only shapes. Budgets are a tensor, so a reallocation does not trigger recompilation.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from snella.autograd import LayerCall, RequiredGrads, backward_pass, forward_pass
 from snella.compat.hooks import is_hooked_in_graph
 from snella.kernels import Factors
-from snella.ops import LayerOp, LinearOp, layer_op_from_ints, pad_input
+from snella.ops import LayerOp, LinearOp, check_floating_point, layer_op_from_ints, pad_input
 from snella.update import Update, UpdateSpec
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -
     base = layer._modules.get("base_layer")
     if base is not None and is_hooked_in_graph(base, layer._base_hook_dicts):
         return _forward_outside_graphs(layer, x, *args, **kwargs)
+    check_floating_point(x, layer.module_name)
     _set_applied(layer)
     weight, bias, dtype, op = cast(Tensor, layer._weight()), layer.bias, x.dtype, layer._op()
     shape = weight.shape

@@ -80,11 +80,11 @@ def hotswap(
         compiled = torch.compile(model)
         hotswap(compiled, "runs/cells")           # reads a few megabytes, merges once, does not recompile
 
-    Writes all values in place, including heads in `modules_to_save`, tokens and budgets. No tensor of the model is
-    added or replaced, so memory does not grow and compiled models do not recompile. For a merged adapter, the swap
-    recomputes each weight from its pre-trained values, and `unmerge_adapter` still restores them bit for bit. Outputs
-    are bit-identical to the outputs of a model loaded with the new adapter. With the adapter's config, the swap also
-    sets its `scaling`, which undoes `set_scale`. No forward pass may run during the swap.
+    Writes all values in place, including heads in `modules_to_save`, tokens and budgets. Except for merged quantized
+    weights, no parameter is replaced, so memory does not grow and compiled models do not recompile. For a merged
+    adapter, the swap recomputes each weight from its pre-trained values, and `unmerge_adapter` still restores them bit
+    for bit. Outputs are bit-identical to the outputs of a model loaded with the new adapter. Given the new adapter's
+    config, the swap also sets `scaling` and undoes `set_scale`. No forward pass may run during the swap.
 
     Args:
         model: A model with a SNELLA adapter, merged or not, compiled or not, or any model that contains one.
@@ -182,7 +182,7 @@ def _differences(
     for name in ("bias", "trainable_token_indices"):  # outside the adapter's layers
         values_of_both = [getattr(settings, name) for settings in (config, other) if settings is not None]
         if trained := [value for value in values_of_both if value not in ("none", None)]:
-            errors.append(f"{name}={trained[0]!r} cannot be swapped")
+            errors.append(f"{name}={trained[0]!r} trains parameters outside the adapter's layers")
     errors += [f"{name} is missing" for name in current if name not in values]
     errors += [f"{name} does not exist in the model" for name in values if name not in current]
     errors += [

@@ -1,4 +1,4 @@
-"""Sparse weight files: reversible patches of a plain model with the positions and values of changed weights."""
+"""Sparse weight files: reversible patches of a plain model that store the positions and values of changed weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DIGEST_LENGTH = 16  # hex digits; detects a wrong base model, not forgery
 
 @dataclass(frozen=True)
 class Entries:
-    """Changes of selected entries of one parameter.
+    """Changes to selected entries of one parameter.
 
         W[indices[k]] += values[k]
 
@@ -77,7 +77,7 @@ class SparsePatch:
             values: Type of the values of `entries`; bf16 rounds them. Replaced tensors keep their dtype.
 
         Raises:
-            ValueError: If the type is unknown.
+            ValueError: If the type is unknown, or positions are not ascending and unique.
         """
         if values not in _DTYPES:
             raise ValueError(f"values must be one of {list(get_args(ValueDtype))}, got {values!r}")
@@ -110,6 +110,8 @@ class SparsePatch:
             raise ValueError(f"{path} contains no sparse update; create one with snella export RUN --format sparse")
         digest, actual = metadata.pop(_DIGEST, None), tensors_digest(tensors, metadata)
         metadata.pop("format")
+        if digest is None:
+            raise ValueError(f"{path} is damaged: its metadata has no {_DIGEST}; export it again")
         if digest != actual:
             raise ValueError(f"{path} is damaged: its SHA-256 is {actual}, expected {digest}; export it again")
         try:
@@ -148,7 +150,7 @@ class SparsePatch:
 
         Raises:
             RuntimeError: If the patch is already applied.
-            ValueError: If a parameter of the model is missing, or has another shape or other weights.
+            ValueError: If a tensor of the patch is missing in the model, or has another shape or other values.
         """
         if self._model is not None:
             raise RuntimeError("the patch is already applied; call remove() first")
@@ -282,7 +284,7 @@ def decode_positions(kind: str, encoded: Tensor) -> Tensor:
     if kind == "bitmap":
         return torch.from_numpy(np.flatnonzero(np.unpackbits(content, bitorder="little")))
     ends = np.flatnonzero(content < 128)
-    starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
+    starts = np.concatenate([[0], ends + 1])[: len(ends)].astype(np.int64)
     gaps = np.zeros(len(ends), np.int64)
     for byte_index in range(5):
         inside = starts + byte_index <= ends

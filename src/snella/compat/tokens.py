@@ -43,8 +43,8 @@ class _TokenValues(nn.ParameterDict):
 class TokenAdapter(nn.Module, BaseTunerLayer):
     """Layer for a bare parameter; holds the pre-trained value and one trained value per adapter.
 
-    The parameter moves into this module, and `owner.<name>` becomes a plain attribute with the active value. Of the
-    active adapters, at most one may have a value for this parameter.
+    The parameter moves into this module, and `owner.<name>` becomes a plain attribute with the active value. At most
+    one active adapter may have a value for this parameter.
 
     Args:
         owner: Module that owns the parameter.

@@ -31,7 +31,7 @@ class Origin:
         function: Computes the tensor.
         device_type: Device type of the tensor.
         module: Module whose parameters and buffers `function` reads. Recomputation raises an error if they change.
-        source: Origin of the function's first argument.
+        source: Origin of the function's first argument; `None` if this argument is saved.
         layouts: Layout of each saved argument; `None` for exact tensors.
     """
 
@@ -128,7 +128,7 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Mark:
-    """Mark of a tensor: the tensors to save instead, the origin that recomputes it from them, and their `_versions`."""
+    """Mark of a tensor: the tensors to save instead, the origin that recomputes it from them, and the `_versions`."""
 
     saved: tuple[Tensor, ...]
     origin: Origin
@@ -179,7 +179,7 @@ def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
 def reject_double_backward(hint: str) -> None:
     """Raise `RuntimeError` with a hint in a backward pass with `create_graph=True`.
 
-    torch's `once_differentiable` raises an error only if a gradient passes through, and silently drops other gradients.
+    torch's `once_differentiable` raises an error only for gradients through the function and silently drops others.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(f"create_graph=True is not supported: this backward pass is not differentiable; {hint}")
@@ -209,7 +209,7 @@ def save_rounded(
 
 
 class _RoundedInputs(torch.autograd.Function):
-    """Function output; the backward pass reruns the function on decoded inputs."""
+    """Output of a function; the backward pass reruns the function on decoded inputs."""
 
     @staticmethod
     def forward(ctx: Any, origin: Origin, saved: tuple[Tensor, ...], output: list[Tensor], *inputs: Tensor) -> Tensor:

@@ -68,9 +68,9 @@ _TRACKED_DIFFUSERS = ("TransformerBlock", "GELU", "GEGLU", "SwiGLU", "AdaLayerNo
 def can_recompute(module: nn.Module) -> bool:
     """Return whether a module's output can be recomputed instead of saved. Matches exact types of known classes.
 
-    Supports torch's GELU, SiLU, Mish, Hardswish, and layer, RMS, group and batch normalization (in evaluation mode,
-    checked at run time); timm's GELUs and layer, RMS, group and simple normalizations; transformers' RMS
-    normalizations and most of its GELU, SiLU and Mish activations.
+    Supports torch's GELU, SiLU, Mish, Hardswish, layer, RMS and group normalization, and batch normalization in
+    evaluation mode (checked at run time); timm's GELUs and layer, RMS, group and simple normalizations; transformers'
+    RMS normalizations and most of its GELU, SiLU and Mish activations.
     """
     cls = type(module)
     name, package = cls.__qualname__, cls.__module__
@@ -298,7 +298,7 @@ def _activate(
     """Return the marked output of an activation."""
     z, *rest = args
     if type(z) is not Tensor or not z.requires_grad or z.is_inference() or True in (*rest, *kwargs.values()):
-        return None  # `inplace` is True
+        return None  # only `inplace` can be True
 
     def run(z: Tensor) -> Tensor:
         return function(z, *rest, **kwargs)

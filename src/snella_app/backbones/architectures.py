@@ -129,7 +129,7 @@ _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
 def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = None) -> InferredArchitecture:
-    """Infer timm's ViT name from width, depth, patch size, layer scale and register tokens.
+    """Infer the timm name of a ViT from width, depth, patch size, layer scale and register tokens.
 
     Args:
         state: State dict in timm's or DINOv2's naming.
@@ -185,7 +185,7 @@ def _grid_side(positions: int, registers: int) -> int | None:
 
 
 def infer_architecture(checkpoint: Checkpoint, *, source: str) -> InferredArchitecture:
-    """Infer timm's ViT, Swin or ConvNeXt from parameter names and shapes, in timm's or the authors' naming.
+    """Infer the timm model of a ViT, Swin or ConvNeXt from parameter names (timm's or the authors') and shapes.
 
     Args:
         checkpoint: Result of `read_checkpoint`.

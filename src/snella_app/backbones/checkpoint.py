@@ -175,7 +175,7 @@ def _identify_origin(state: dict[str, Tensor]) -> Origin | None:
     grid = math.isqrt(max(positions.shape[1] - 1, 0))
     if grid < 2 or grid * grid + 1 != positions.shape[1] or positions[0, 0].any():
         return None
-    # MAE and MoCo v3 use fixed sines of the patch's column and row, in this or the other order
+    # fixed sines of the patch's column, then row (MAE), or of its row, then column (MoCo v3)
     patches = positions[0, 1:].detach().float().cpu()
     row, column = _sines(grid, patches.shape[1])
     for origin, expected in ((_MAE, torch.cat([column, row], 1)), (_MOCO, torch.cat([row, column], 1))):
@@ -317,7 +317,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
         name: Name of the backbone, for messages.
 
     Raises:
-        ValueError: If tensors are missing, unexpected or have a different shape, or the number of heads differs.
+        ValueError: If tensors are missing, unexpected or of another shape, or the number of attention heads differs.
     """
     reference = model.state_dict()
     cfg: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
@@ -380,7 +380,8 @@ def _open_nested(content: Any, path: Path) -> dict[str, Tensor]:
     is_named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)} if is_named else {}
     if not tensors:
-        seen = f"a dictionary with {listed(map(str, content))}" if isinstance(content, dict) else type(content).__name__
+        keys = listed(map(str, content)) or "no entries" if isinstance(content, dict) else ""
+        seen = f"a dictionary with {keys}" if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"weights '{path}' must contain a dictionary of tensors, got {seen}")
     return tensors
 

@@ -199,10 +199,10 @@ def create_backbone(
             shapes.
         num_classes: Number of outputs; 0 removes the head.
         weights: Weight file (`.pth`, `.pth.tar`, `.pt`, `.bin`, `.safetensors`, Google's `.npz`) for the architecture
-            `name`; replaces the Hub regardless of `pretrained`. For known publishers (Google, MAE, MoCo v3, Microsoft's
-            Swin, Facebook's ConvNeXt), images use the publisher's normalization.
+            `name`, loaded regardless of `pretrained` and without the Hub. For known publishers (Google, MAE,
+            MoCo v3, Microsoft's Swin, Facebook's ConvNeXt), images use the publisher's normalization.
         pretrained: False uses random weights. It needs no package, and the Hub only for `hf-hub:` names.
-        img_size: Input resolution in pixels; None uses the resolution of the weights.
+        img_size: Input resolution in pixels; None uses the resolution of the weights, or of `name` with `weights`.
         channels: Number of image channels. Values other than 3 adapt the first convolution as in timm: kernels are
             summed for one channel, else repeated and scaled by 3 / channels. Mean and standard deviation are averaged
             or repeated.

@@ -36,15 +36,18 @@ def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
         ValueError: If required tensors are missing or shapes are inconsistent.
     """
 
-    def shape(name: str) -> list[int]:
+    def shape(name: str, ndim: int | None = None) -> list[int]:
         if name not in state:
             raise ValueError(f"'{source}' is not a complete SAM: {name} missing")
-        return list(state[name].shape)
+        sizes = list(state[name].shape)
+        if ndim not in (None, len(sizes)):
+            raise ValueError(f"'{source}' is not a SAM: {name} must have {ndim} dimensions, got {sizes}")
+        return sizes
 
-    _, grid, _, width = shape(_VISION + "pos_embed")
+    _, grid, _, width = shape(_VISION + "pos_embed", 4)
     patch = shape(_VISION + "patch_embed.projection.weight")[-1]
-    head_width = shape(_VISION + "layers.0.attn.rel_pos_h")[1]
-    hidden = shape(_DECODER + "iou_token.weight")[1]
+    head_width = shape(_VISION + "layers.0.attn.rel_pos_h", 2)[1]
+    hidden = shape(_DECODER + "iou_token.weight", 2)[1]
     if width % head_width or hidden % _DECODER_HEADS:
         raise ValueError(
             f"'{source}' is not a SAM: width {width} must be a multiple of the head dimension {head_width}, and the "
@@ -222,7 +225,7 @@ def _resized(config: SamConfig, state: dict[str, Tensor], image_size: int) -> tu
     vision: Any = config.vision_config
     patch, before = vision.patch_size, vision.image_size // vision.patch_size
     if image_size < patch or image_size % patch:
-        raise ValueError(f"the image size of SAM must be a multiple of its patch size {patch}, got {image_size}")
+        raise ValueError(f"img_size must be a multiple of SAM's patch size {patch}, got {image_size}")
     grid = image_size // patch
     if grid == before:
         return config, state
@@ -324,8 +327,8 @@ def create_sam_segmenter(path: str, *, num_classes: int, img_size: int | None = 
     """
     if num_classes != 2:
         raise NotImplementedError(
-            f"num_classes must be 2 for backbone {SAM_PREFIX}{path}, got {num_classes}; use a timm ViT as the backbone "
-            "for more classes"
+            f"num_classes must be 2 for backbone {SAM_PREFIX}{path}, got {num_classes}; use a timm ViT as the "
+            "backbone for other numbers of classes"
         )
     sam = load_sam(Path(path), image_size=img_size)
     return SamSegmenter(sam, next(iter(sam.vision_encoder.patch_embed.image_size)))

@@ -1,4 +1,4 @@
-"""`Command`, the command registry, and helpers of commands."""
+"""`Command`, the command registry, and helpers for commands."""
 
 import contextlib
 from collections.abc import Callable
@@ -16,8 +16,8 @@ class Command:
     """Command of the `snella` program.
 
     Attributes:
-        function: Function to call. Positional-only parameters become positional arguments, others options. If the only
-            parameter is a `Config`, its settings become the arguments. The docstring is the help.
+        function: Function to call. Positional-only parameters become positional arguments, others become options. If
+            the only parameter is a `Config`, its settings become the arguments. The docstring is the help.
         library: Module to import before the call, while Ctrl-C exits immediately.
         is_recorded: If True, store the settings in the run folder as `commands/NAME.yaml`.
         is_research: If True, list the command under research commands.

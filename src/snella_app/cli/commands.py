@@ -545,16 +545,18 @@ def _check_dataset(
     from snella_app.data.options import DataConfig
     from snella_app.data.sources import show_reading
     from snella_app.files import check_new, create_folder, write_png
+    from snella_app.settings import errors_of
     from snella_app.tasks import task_class
 
     if sheet is not None:
         if (file := Path(sheet)).suffix.lower() != ".png":
             raise ValueError(f"sheet must be a PNG file, got {sheet!r}; write {str(file.with_suffix('.png'))!r}")
         check_new("sheet", sheet, overwrite=overwrite)
-    target, console = task_class(task).target, make_console()
+    kind, console = task_class(task), make_console()
     with show_reading(make_console(sys.stderr)):
-        check = check_data(spec, DataConfig(**options), target=target)
-    check.print_summary(console, target)
+        check = check_data(spec, DataConfig(**options), target=kind.target)
+    check.errors += errors_of(kind.check_data, kind, check.splits.train, spec)
+    check.print_summary(console, kind.target)
     if sheet is not None:
         with create_folder(Path(sheet).parent):
             write_png(Path(sheet), contact_sheet(check.splits))

@@ -24,8 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program name; `sys.argv[1:]` if None.
 
     Returns:
-        Exit status: 0, 1 for a comparison with failed runs, failed checks of `doctor` or a closed output pipe, 2 for an
-        error, 130 after Ctrl-C, or another signal that stops training.
+        Exit status: 0 on success, 1 if runs of a comparison failed or the output pipe was closed, 2 after an error, 130
+        after Ctrl-C or another signal that stops training.
+
+    Raises:
+        SystemExit: With status 0 after `--help` and similar options, 1 if checks of `doctor` failed.
     """
     args = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides DDP notes; read when torch is imported

@@ -288,7 +288,7 @@ def _add(group: Any, option: Option, method_default: str) -> None:
 
 
 def _rewrite_error(message: str, command: str, options: Sequence[Option], args: Sequence[str]) -> str:
-    """Rewrite a jsonargparse error as "--option must be X, got Y"; other messages pass unchanged."""
+    """Rewrite common jsonargparse errors, e.g. as "--option must be X, got Y"; other messages pass unchanged."""
     known = {option.name: option for option in options}
     # Parser key "top_k": ... value: many
     wrong = re.match(r'Parser key "(?:[\w-]+\.)?(\w+)".*value: ([^\n]*)', message, re.DOTALL)
@@ -349,7 +349,7 @@ def _expand_flags(options: Sequence[Option], args: Sequence[str]) -> list[str]:
 
 
 def _expand_preset(command: str, options: Sequence[Option], args: Sequence[str]) -> Sequence[str]:
-    """Check the configuration files, and insert the last preset of the arguments as the first file."""
+    """Check the configuration files, and insert the settings of the last preset as the first `--config`."""
     preset: str | None = None
     for arg, follower in zip(args, [*args[1:], None], strict=True):
         option, sign, text = arg.partition("=")
@@ -391,8 +391,10 @@ def _read_config(path: str, options: Sequence[Option]) -> dict[str, Any]:
         unknown = ", ".join(f"{str(key)!r}{hint and f' ({hint})'}" for key, hint in hints.items())
         raise UsageError(f"--config {path} has unknown settings: {unknown}")
     for option in options:
-        if option.is_list and not isinstance(content.get(option.name, []), list):
-            raise UsageError(f"{option.typed} must be {describe_type(option.type)}, got {content[option.name]!r}")
+        value = content.get(option.name, [])
+        is_default = value is None and option.default is None  # as written by --print-config
+        if option.is_list and not isinstance(value, list) and not is_default:
+            raise UsageError(f"{option.typed} must be {describe_type(option.type)}, got {value!r}")
     return content
 
 
@@ -430,7 +432,7 @@ def _missing_options(match: re.Match[str]) -> str:
 
 
 def _with_dashes(arg: str) -> str:
-    """Replace underscores with dashes in an option's name, but not in its value and dotted suffix."""
+    """Replace underscores with dashes in an option's name, but not in its value or dotted suffix."""
     end = re.search(r"[.=]|$", arg)
     size = end.start() if end and arg.startswith("--") else 0
     return arg[:size].replace("_", "-") + arg[size:]

@@ -69,10 +69,11 @@ class RunSettings(Config):
         from snella_app.methods import find_method, parse_method
 
         method, current = find_method(self.method.name), self.flat()
+        defaults = method.defaults_of(self.purpose) or {}
         values = {
             name: value
-            for name, value in (method.defaults_of(self.purpose) or {}).items()
-            if current[name] is None and name not in self.method.options
+            for name, value in defaults.items()
+            if name in current and current[name] is None and name not in self.method.options
         }
         number = parse_method(self.method.name)[1]
         if method.suffix == "r" and number is not None and "r" not in self.method.options:
@@ -171,8 +172,8 @@ class TrainConfig(RunSettings):
         reaches its target before training can stop; a preset in `method_options` keeps its own value.
 
         Raises:
-            ValueError: If the method is `auto`, the file of `weights` or `class_weights` is missing or invalid, or
-                `min_lr` exceeds the method's default `lr`.
+            ValueError: If the method is `auto`, the `weights` file is missing, the `class_weights` file is missing or
+                invalid, or `min_lr` exceeds the method's default `lr`.
         """
         from snella_app.methods import find_method
 
@@ -279,7 +280,7 @@ class TrainConfig(RunSettings):
 def command_line(settings: RunSettings, default: RunSettings, command: str) -> str:
     """Return the command line of `command`, without `UNSTORED_FIELDS` and settings that are None or as in `default`.
 
-    Settings with another value in the preset of `settings` are included, also those as in `default`.
+    Settings that differ from the preset of `settings` are included even if they are as in `default`.
     """
     args, defaults, values = ["snella", command], default.flat(), settings.flat()
     preset = TRAIN_PRESETS.get(str(values.get("preset")), {})

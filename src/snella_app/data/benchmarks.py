@@ -159,7 +159,7 @@ class BenchmarkFamily:
         return next((member for member in self.members.values() if name in (member.name, *member.aliases)), None)
 
     def locate(self, root: Path, member: BenchmarkDataset) -> Path:
-        """Return the folder of a dataset: the first that exists under any of its names, else that of the main name."""
+        """Return the first existing folder among a dataset's names; if none exists, the folder of the main name."""
         folders = [root / name for name in (member.name, *member.aliases)]
         return next((folder for folder in folders if folder.is_dir()), folders[0])
 
@@ -182,7 +182,7 @@ class BenchmarkFamily:
         Args:
             path: Dataset folder, under any of its names.
             config: Only `strict_sizes` applies.
-            target: Does not apply.
+            target: Ignored.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
@@ -324,7 +324,7 @@ FGVC_DATASETS: dict[str, BenchmarkDataset] = {
 def inspect_fgvc(folder: Path, dataset: BenchmarkDataset) -> Inspection:
     """Read and check the lists of one dataset in its folder.
 
-    Class indices follow from the IDs of all lists, because a list without a class would shift later indices.
+    Class IDs are indexed over all lists, because a list that lacks a class would shift later indices.
     Without `train.json`, `trainval.json` is used and `val.json` is ignored.
     """
     inspection = Inspection(dataset.name, folder)

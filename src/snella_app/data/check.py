@@ -15,6 +15,7 @@ from rich.table import Table
 
 from snella_app.console import counted, make_table, print_line, print_rows
 from snella_app.data.benchmarks import FGVC, VTAB, BenchmarkFamily, Inspection
+from snella_app.data.collection import unordered
 from snella_app.data.copies import find_duplicates
 from snella_app.data.datasets import MaskDataset, file_paths, known_metadata
 from snella_app.data.load import DataSplits, load_data
@@ -305,6 +306,8 @@ def _label_counts(splits: DataSplits) -> dict[str, dict[str, int]]:
 def _ranges(splits: DataSplits) -> dict[str, tuple[float, float, float]]:
     """Return minimum, median and maximum of each target over all splits."""
     targets = [target for images in splits.parts.values() for target in images.annotations.targets or []]
+    if not targets:  # images with masks
+        return {}
     values = np.array(targets, dtype=float).reshape(len(targets), -1)
     low, median, high = np.quantile(values, (0, 0.5, 1), axis=0, method="nearest").tolist()
     return dict(zip(splits.classes, zip(low, median, high, strict=True), strict=True))
@@ -316,7 +319,7 @@ def _duplicate_warnings(splits: DataSplits) -> list[str]:
     for part, images in splits.parts.items():
         groups = find_duplicates(images)
         values = images.annotations.targets or images.labels
-        contradicting = [group for group in groups if len({values[position] for position in group}) > 1]
+        contradicting = [group for group in groups if len({unordered(values[position]) for position in group}) > 1]
         texts = (
             ("image appears", "images appear", "more than once", "remove the copies"),
             ("image has", "images have", "several labels", "keep the correct one"),

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class Samples:
         table: Values by column.
         roles: Column name by role, see `Columns.resolve`; `label` is required.
         classes: Class names by index, if the data defines them.
-        broken: Reason by unusable row.
+        broken: Reason for each unusable row.
         notes: Notes for the user.
     """
 
@@ -85,8 +86,8 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
         target: Content of the label column.
 
     Raises:
-        ValueError: If rows are unusable without `skip_corrupt`, splits are unknown, there are no training images or
-            none of a class, all training weights are 0, or labels do not match `target`.
+        ValueError: If rows are unusable without `skip_corrupt`, splits are unknown, there are no training images in
+            total or for a class, all training weights are 0, or labels do not match `target`.
         ImportError: If tifffile is required but not installed.
     """
     parts = _parts(samples)
@@ -152,9 +153,21 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
         has_parts="split" in samples.roles,
         notes=notes,
         strata=strata,
-        broken={samples.names[row] or f"row {row + 1}": broken[row] for row in sorted(broken)},
+        broken=_by_unique_name(samples.names, broken),
         problems=problems,
     )
+
+
+def unordered(target: Target) -> Any:
+    """Return a set for a tuple of labels, whose order has no meaning; other targets unchanged."""
+    return frozenset(target) if isinstance(target, tuple) and all(isinstance(t, str) for t in target) else target
+
+
+def _by_unique_name(names: Sequence[str], broken: Mapping[int, str]) -> dict[str, str]:
+    """Return the reasons of unusable rows by image name; rows without a name or with a repeated one state the row."""
+    counts = Counter(names[row] for row in broken)
+    texts = {row: names[row] if counts[names[row]] == 1 else f"{names[row]} in row {row + 1}" for row in broken}
+    return {texts[row] if names[row] else f"row {row + 1}": broken[row] for row in sorted(broken)}
 
 
 def _parts(samples: Samples) -> list[str]:
@@ -174,7 +187,7 @@ def _parts(samples: Samples) -> list[str]:
 
 
 def _targets(samples: Samples, target: TargetKind) -> tuple[list[Target], dict[int, str]]:
-    """Return the target of each row, and the reason by unusable row."""
+    """Return the target of each row, and the reason for each unusable row."""
     if target == "numbers":
         return _numbers(samples)
     if target == "labels":
@@ -196,7 +209,7 @@ def _targets(samples: Samples, target: TargetKind) -> tuple[list[Target], dict[i
 
 
 def _numbers(samples: Samples) -> tuple[list[Target], dict[int, str]]:
-    """Return the number of each row (a tuple for several columns), and the reason by unusable row."""
+    """Return the number of each row (a tuple for several columns), and the reason for each unusable row."""
     values: list[Target] = []
     broken = {}
     for row, value in enumerate(samples.labels):
@@ -218,7 +231,7 @@ def _numbers(samples: Samples) -> tuple[list[Target], dict[int, str]]:
 def _label_lists(samples: Samples) -> tuple[list[Target], dict[int, str]]:
     """Return the labels of each row, from a list, a class name, text with separators, or several 0/1 columns.
 
-    Also return the reason by unusable row.
+    Also return the reason for each unusable row.
     """
     if len(samples.label_columns) > 1:
         return _binary_columns(samples)
@@ -240,7 +253,7 @@ def _label_lists(samples: Samples) -> tuple[list[Target], dict[int, str]]:
 
 
 def _binary_columns(samples: Samples) -> tuple[list[Target], dict[int, str]]:
-    """Return the names of the label columns that are 1 in each row, and the reason by unusable row."""
+    """Return the names of the label columns that are 1 in each row, and the reason for each unusable row."""
     labels: list[Target] = []
     broken: dict[int, str] = {}
     first = ""
@@ -261,10 +274,12 @@ def _binary_columns(samples: Samples) -> tuple[list[Target], dict[int, str]]:
 
 
 def _parsed_list(value: Any) -> Any:
-    """Parse a list in Python's notation, as pandas writes it to CSV; return other values unchanged."""
+    """Parse a list or NumPy array, as pandas writes it to CSV; return other values unchanged."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        # NumPy separates entries by spaces; Python would join adjacent strings
+        text = re.sub(r"(?<=['\"\d.])\s+(?=['\"\d-])", ", ", value) if "," not in value else value
         with contextlib.suppress(ValueError, SyntaxError):
-            return ast.literal_eval(value)
+            return ast.literal_eval(text)
     return value
 
 
@@ -374,7 +389,7 @@ def _drop_duplicates(
     unique, repeated, contradicting = [], 0, []
     for row in rows:
         earlier = kept.setdefault((samples.names[row], parts[row]), [])
-        if any(values[other] == values[row] for other in earlier):
+        if any(unordered(values[other]) == unordered(values[row]) for other in earlier):
             repeated += 1
             continue
         if earlier:

@@ -71,7 +71,7 @@ class Columns:
         return cls(names, None if root is None else expand_user(root))
 
     def resolve(self, table: Mapping[str, Sequence[Any]], needed: Sequence[str], where: str) -> dict[str, str]:
-        """Return the column of each role: a name of the table, a path template, or label columns joined by `+`.
+        """Return the column of each role: a column name, a path template, or label columns joined by `+`.
 
         Roles without a column in `names` get the first matching column that has no other role in `names`.
 
@@ -119,11 +119,18 @@ class Columns:
 def columns_in(role: str, column: str, table: Container[str]) -> list[str]:
     """Return the columns that a value of `--columns` references, e.g. both of `label=age+height`.
 
-    If the table has a column named `age+height`, the value references that column.
+    Names in the table may contain `+`; the longest match counts.
     """
     if role == "path" and (names := _PLACEHOLDER.findall(column)):
         return names
-    return column.split("+") if role == "label" and column not in table else [column]
+    if role != "label":
+        return [column]
+    parts, columns = column.split("+"), []
+    while parts:
+        size = next((size for size in range(len(parts), 0, -1) if "+".join(parts[:size]) in table), 1)
+        columns.append("+".join(parts[:size]))
+        parts = parts[size:]
+    return columns
 
 
 def _describe_column(name: str, values: Sequence[Any]) -> str:
@@ -135,9 +142,15 @@ def _describe_column(name: str, values: Sequence[Any]) -> str:
 
 
 def paths_in(table: Mapping[str, Sequence[Any]], column: str) -> list[str]:
-    """Return the paths from a column or template; empty strings for missing values."""
+    """Return the paths from a column or template; empty strings for missing values.
+
+    Raises:
+        ValueError: If the column contains images instead of paths.
+    """
     parts = _PLACEHOLDER.split(column)
     if len(parts) == 1:
+        if any(isinstance(value, Mapping | bytes) for value in table[column]):
+            raise ValueError(f"column {column!r} must contain paths, got images; load them with hf:FOLDER")
         return [text_of(value) for value in table[column]]
     texts = [[text_of(value) for value in table[name]] for name in parts[1::2]]
     paths = []

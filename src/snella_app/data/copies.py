@@ -19,7 +19,7 @@ _CHUNK, _MAX_PAIRS = 1024, 2_000_000_000
 
 
 def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> list[str]:
-    """Return warnings about images of the named splits that are copies of training images, also re-encoded or resized.
+    """Return warnings about images in the named splits that copy training images, even if re-encoded or resized.
 
     For images that are not files, equal and re-encoded copies are not distinguished.
     """
@@ -112,7 +112,7 @@ def find_near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int
     is empty.
 
     Returns:
-        Position of the matching training image with the smallest difference by position in `others`.
+        Position of the most similar matching training image by position in `others`.
     """
     known = [
         {p: metadata.thumbnail for p, metadata in known_metadata(images).items() if metadata.thumbnail.std() > _FLAT}

@@ -123,7 +123,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         return image.copy() if image.mode == "RGB" else to_rgb(image)
 
     def content_digest(self) -> str:
-        """Return the SHA-256 of the raw content (file bytes or pixels) of all images in order."""
+        """Return the SHA-256 of the raw content (file bytes or pixels) of all images, and their masks, in order."""
         total = hashlib.sha256()
         for row in self.rows:
             for source in self._sources():

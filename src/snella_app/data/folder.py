@@ -177,7 +177,7 @@ def _class_files(folder: Path, others: Counter[str]) -> _Files:
 def walk_visible(folder: Path, *, root: Path | None = None) -> Iterator[Path]:
     """Iterate over all visible files below a folder, sorted by name.
 
-    With `root`, the folder of the dataset, links to folders outside it are followed, each target once.
+    With `root` (the folder of the dataset), links to folders outside it are followed, each target once.
     """
     top, visited = None if root is None else os.path.realpath(root), set()
     for current, folders, names in os.walk(folder, followlinks=root is not None):

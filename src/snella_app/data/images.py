@@ -31,7 +31,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
 """Formats that Pillow may decode, regardless of the file name; pillow-heif adds HEIF. EPS is excluded because it
 starts Ghostscript."""
 _MAX_VALUES = 8 * (Image.MAX_IMAGE_PIXELS or 2**27)
-"""Maximum number of values of an array file, or a TIFF file that tifffile reads; Pillow limits the pixels of others."""
+"""Maximum number of values in an array file or a TIFF file read by tifffile; Pillow limits other images."""
 _STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")
 """Magic bytes of common formats; TIFF and BMP are ambiguous."""
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
@@ -40,7 +40,7 @@ _NUMPY_START = b"\x93NUMPY"
 _REDUCIBLE = ("L", "RGB", "CMYK", "YCbCr")
 """Pillow modes with values that can be averaged."""
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Modes of 8-bit images by number of channels; images with other numbers are arrays."""
+"""Modes of 8-bit images by number of channels; images with another number of channels are arrays."""
 _THUMBNAIL_SIDE = 16
 _DRAFT = (256, 256)
 DECODING_ERRORS = (
@@ -95,7 +95,7 @@ def read_image(path: str | Path, reading: Reading = RGB) -> Any:
 
     Returns:
         A PIL image for 1, 3 or 4 channels. Otherwise a `tv_tensors.Image`, `[channels, height, width]`: uint8, or
-        float32 as a fraction of white for 16-bit values.
+        float32 in [0, 1] with 16-bit values as fractions of white.
 
     Raises:
         ValueError: If the file is not an image, is truncated, has unsupported values or another number of channels.
@@ -166,7 +166,8 @@ def _image_errors(name: str, file: File) -> Iterator[None]:
     try:
         yield
     except DECODING_ERRORS as error:
-        if isinstance(file, str | Path) and Path(file).is_file() and not Path(file).stat().st_size:
+        # False for a name that is too long, unlike Path.is_file
+        if isinstance(file, str | Path) and os.path.isfile(file) and not os.path.getsize(file):
             reason = "the file is empty"
         elif isinstance(error, FileNotFoundError):
             reason = "no such file"
@@ -179,7 +180,7 @@ def _image_errors(name: str, file: File) -> Iterator[None]:
 
 
 def open_image(file: File) -> Image.Image:
-    """Open an image with Pillow, restricted to `FORMATS`, HEIC with pillow-heif, or a NumPy array of 8-bit values.
+    """Open an image with Pillow (only `FORMATS`), HEIC with pillow-heif, or an 8-bit NumPy array file.
 
     Raises:
         UnidentifiedImageError: If the format is not supported.
@@ -198,7 +199,7 @@ def open_image(file: File) -> Image.Image:
 
 
 def _load_npy(file: File) -> np.ndarray:
-    """Read an array file; reject values that are not numeric or too many before memory is allocated."""
+    """Read an array file; reject non-numeric or too many values before memory is allocated."""
     array_pixels(file)
     return np.load(file, allow_pickle=False)
 
@@ -304,7 +305,7 @@ def array_pixels(file: File) -> int:
 
 @contextmanager
 def _open_tiff(file: File) -> Iterator[Any]:
-    """Open a TIFF file with tifffile; errors of damaged files become ValueError."""
+    """Open a TIFF file with tifffile; errors other than `DECODING_ERRORS` become ValueError."""
     tifffile = _import_tifffile()
     try:
         with tifffile.TiffFile(file) as tiff:

@@ -164,7 +164,7 @@ def load_data(
         spec: Folder or table (see `full_spec`); one of `data_names()`, e.g. `folder:PATH` (`class/image` or
             `train|val|test/class/image`); or a dataset object (see `snella_app.data.hub.from_python`).
         config: Columns, image format, handling of broken images, splits and their sizes; other fields do not apply.
-        seed: Seed of splits, subsampling and augmentation, in [0, 2^32); `config.test_seed` is that of test images.
+        seed: Seed of splits, subsampling and augmentation, in [0, 2^32); test images use `config.test_seed` if set.
         target: Content of the label column: one class (`class`), any number of labels (`labels`) or numbers
             (`numbers`, with column names as `classes`). `ImageDataset.labels` contains classes, or strata for the other
             two; `ImageDataset.annotations` contains raw values, weights and groups.

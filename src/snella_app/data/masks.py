@@ -88,8 +88,8 @@ def collect_masks(
         skip_corrupt: Skip unreadable pairs with a note.
 
     Raises:
-        ValueError: If there are errors so far, unreadable pairs, different sizes, labels out of range, a split without
-            readable pairs, or only one label.
+        ValueError: If there are errors so far, unreadable pairs without `skip_corrupt`, different sizes, labels out of
+            range, a split without readable pairs, or only one label.
     """
     all_pairs = [pair for split_pairs in pairs.values() for pair in split_pairs]
     checks = dict(zip(all_pairs, decode_all(_check_pair, all_pairs), strict=True))

@@ -125,13 +125,13 @@ class CachedImages:
         raise NotImplementedError
 
     def at_side(self, side: int | None) -> Self:
-        """Return a copy with another `Reading.side` and an empty cache."""
+        """Return a copy with another `Reading.side`, without cached images and metadata."""
         source = copy(self)
         source.reading, source._cached, source.cached_bytes = replace(self.reading, side=side), {}, 0
         return source
 
     def __getstate__(self) -> dict[str, Any]:
-        """Exclude cached images and metadata from pickling."""
+        """Exclude cached images and metadata from pickling and copying."""
         return {**self.__dict__, "_cached": {}, "cached_bytes": 0, "metadata": {}}
 
 

@@ -49,7 +49,7 @@ def stratified_split(
 
 
 def merge_strata(labels: Sequence[int], names: Sequence[str], minimum: int) -> tuple[list[int], list[str]]:
-    """Merge strata with fewer than `minimum` images with each other, or with the largest stratum if they are too few.
+    """Merge strata with fewer than `minimum` images; if still too small together, merge them into the largest one.
 
     Returns:
         New labels, and the names of the new strata.
@@ -130,8 +130,8 @@ def fold_split(
     Arguments and return value as for `stratified_split`.
 
     Raises:
-        ValueError: If there are fewer groups than folds, or fewer images than folds in every class or, without groups,
-            in any class.
+        ValueError: If there are fewer groups than folds, or a class (with groups: every class) has fewer images than
+            folds.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # lazy: slow import
 

@@ -26,7 +26,10 @@ def load_table(path: str, config: DataConfig, target: TargetKind, *, kind: str) 
     table, file = read_table(path, kind)
     where, columns = f"{kind}:{path}", Columns.parse(config.columns)
     roles = columns.resolve(table, ("path", "label"), where)
-    names = paths_in(table, roles["path"])
+    try:
+        names = paths_in(table, roles["path"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     root = columns.root or file.parent
     source = FileImages([root / name for name in names], config.reading)
     samples = Samples(file.stem, where, source, names, table, roles)
@@ -45,8 +48,8 @@ def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:
     """Read the columns of a table; return them and the resolved file.
 
     Args:
-        path: Path as typed. CSV values are strings, separated by tabs, `;` or `,`.
-        kind: csv or parquet.
+        path: Path as typed.
+        kind: csv (strings separated by tabs, `;` or `,`) or parquet.
 
     Raises:
         FileNotFoundError: If the file does not exist or is not a regular file; the message suggests similar names.
@@ -85,7 +88,7 @@ def table_paths(path: str | Path, columns: Columns, kind: str | None = None) -> 
     """Return the image files listed in a table, in order.
 
     Args:
-        path: CSV or Parquet file; a relative path returns relative image paths.
+        path: CSV or Parquet file; a relative path gives relative image paths.
         columns: Column roles.
         kind: csv or parquet; by suffix if None.
 

@@ -24,7 +24,7 @@ SPARSE_DEFAULTS: dict[str, Any] = {
     "target_sparsity": 0.7,
     "scaling": 10.0,
 }
-"""`Method.defaults` of SNELLA and its variants."""
+"""`Method.defaults` of `snella`, `snella-matched` and `snell`."""
 _SCRIPTS: dict[str, Any] = {
     "scaling": 1.0,
     "lr": 1e-3,

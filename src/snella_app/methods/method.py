@@ -89,7 +89,7 @@ class SelectionData:
 
 
 _TRAIN_DEFAULTS = {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0}
-"""Settings of `snella train` that are missing in `Method.defaults`."""
+"""Defaults of `snella train` for settings missing in `Method.defaults`."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Method:
         unmerged_reason: Reason why `merge` is None, a verb phrase: "adds prompt tokens, which are not weights".
         defaults: Default settings of `snella train` for AdamW with warm-up and cosine decay: `lr` for added or changed
             parameters (1e-3 if missing), `scalar_lr` for scalar kernel parameters, `head_lr` (1e-3), `weight_decay` for
-            matrices (0), and options of the method.
+            matrices (0), and the options `r`, `target_sparsity` and `scaling`.
         recipes: Defaults of other run types, by `RunSettings.purpose`; a missing purpose is an error.
         optimizer: `(model, class, *, lr, head_lr, weight_decay, scalar_lr) -> optimizer`, for methods with special
             parameter groups; receives `scalar_lr` only if it is set. None uses `lr`, `head_lr` for the head, and no

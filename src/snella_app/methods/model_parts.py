@@ -22,7 +22,7 @@ def freeze_running_statistics(model: nn.Module) -> None:
 
 
 def updated_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Return the running statistics that training updates, by name: those without `freeze_running_statistics`."""
+    """Return by name the running statistics that training updates, i.e. not frozen by `freeze_running_statistics`."""
     return {
         f"{name}.{part}": module.get_buffer(part)
         for name, module in model.named_modules()

@@ -263,7 +263,7 @@ def _lora_config(head: str, options: Options, **defaults: Any) -> PeftConfig:
     W = m ⊙ (W0 + s B A) / ‖W0 + s B A‖ with row norms; m starts as ‖W0‖.
     """
     rank = options.get("r", 8)
-    return LoraConfig(modules_to_save=[head], **{"r": 8, "lora_alpha": rank, **defaults, **options})
+    return LoraConfig(modules_to_save=[head] if head else None, **{"r": 8, "lora_alpha": rank, **defaults, **options})
 
 
 _LOW_RANK: dict[str, Any] = {"weight_decay": 1e-4, "r": 8}
@@ -304,8 +304,8 @@ class RankSchedule:
     """Rank schedule of AdaLoRA: calls PEFT's `update_and_allocate` after each optimizer step.
 
     Ranks stay at `init_r` for `tinit` steps, decrease cubically to `r` on average, and stay constant for the last
-    `tfinal` steps. If both are 0 (the default), they become 10% and 50% of all steps. The allocator state is
-    saved with the optimizer state, so that a resumed run continues exactly.
+    `tfinal` steps. If `tinit` and `tfinal` are 0 (the default), they become 10% and 50% of all steps. The allocator
+    state is saved with the optimizer state, so that a resumed run continues exactly.
 
     Args:
         model: Model with an AdaLoRA adapter.
@@ -404,7 +404,7 @@ def _adalora_config(head: str, options: Options) -> PeftConfig:
     # `RankSchedule` sets the number of steps
     total_step = options.get("tinit", 0) + options.get("tfinal", 0) + 1
     defaults = {"init_r": max(r + 1, round(1.5 * r)), "lora_alpha": r, "total_step": total_step}
-    return AdaLoraConfig(modules_to_save=[head], target_r=r, **{**defaults, **values})
+    return AdaLoraConfig(modules_to_save=[head] if head else None, target_r=r, **{**defaults, **values})
 
 
 ADALORA = peft_method(
@@ -432,7 +432,7 @@ def _from_peft(
 
     def config(head: str, options: Options) -> PeftConfig:
         with without_harmless_warnings():
-            return kind(modules_to_save=[head], **{**config_defaults, **options})  # type: ignore[call-arg]
+            return kind(modules_to_save=[head] if head else None, **{**config_defaults, **options})  # type: ignore[call-arg]
 
     source = f"{source}; PEFT's implementation"
     return peft_method(summary, source, config, _config_fields(kind), suffix=suffix, targets=targets, defaults=defaults)

@@ -11,7 +11,17 @@ from snella.matrices import AdaptedMatrix, adapted_matrices
 from snella_app.methods.method import Batches, Method, MethodSpec, Options
 from snella_app.methods.model_parts import AdapterFileError, find_head
 from snella_app.methods.partial import BIAS, FULL, LINEAR, MLP, PARTIAL
-from snella_app.methods.peft_methods import ADALORA, CATALOG, DORA, KLORA, LORA, SNELL, SNELLA, SNELLA_MATCHED
+from snella_app.methods.peft_methods import (
+    ADALORA,
+    CATALOG,
+    DORA,
+    KLORA,
+    LORA,
+    SNELL,
+    SNELLA,
+    SNELLA_MATCHED,
+    merge_adapter,
+)
 from snella_app.plugins import plugins
 from snella_app.text import nearest
 
@@ -86,7 +96,7 @@ def build_method(
             block.
         model: Classifier without adapters; changed in place.
         head: Name of its head module; not needed for timm models.
-        batches: Callable that returns a new iterator over pairs of images and labels, for methods that select
+        batches: Callable that returns a new iterator over batches of images and labels, for methods that select
             parameters from training data. Other methods ignore it.
         **options: Options listed in `Method.options`: fields of SnellaConfig for `snella`, some fields of
             LoraConfig for `lora`.
@@ -103,7 +113,7 @@ def build_method(
     if method.needs_batches and batches is None:
         raise ValueError(
             f"method {name!r} selects parameters from training data, got batches=None; "
-            "pass batches=..., a callable that returns pairs of images and labels"
+            "pass batches=..., a callable that returns an iterator over batches of images and labels"
         )
     head = find_head(model, head)
     model.requires_grad_(False)
@@ -232,7 +242,7 @@ def merge_trained(model: nn.Module) -> nn.Module:
     """
     method, spec = method_of(model), spec_of(model)
     if method is None:
-        return model.merge_and_unload()  # type: ignore[operator]
+        return merge_adapter(model)
     if method.merge is None:
         raise ValueError(
             f"method {spec.name!r} cannot be merged into the weights of the backbone: it {method.unmerged_reason}; "

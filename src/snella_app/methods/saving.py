@@ -77,6 +77,7 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
         FileNotFoundError: If the folder contains no adapter, or a file of the adapter is missing.
         AdapterFileError: If a file is damaged or altered, does not fit the model, or contains non-finite values.
         ValueError: If the method or an option is unknown, or the method cannot be applied to the backbone.
+        TypeError, NotImplementedError: As for `inject`.
     """
     source = Path(folder)
     if (source / CONFIG_NAME).is_file():
@@ -177,7 +178,7 @@ def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], str]:
 
 
 def _check_fits(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
-    """Check names and shapes, and that values are finite where the model's are; masks of the model have `-inf`."""
+    """Check names and shapes, and that values are finite where the model's are; mask buffers contain `-inf`."""
     common = [name for name in targets if name in tensors]
     shapes = {name: (list(tensors[name].shape), list(targets[name].shape)) for name in common}
     different = [
@@ -190,7 +191,9 @@ def _check_fits(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tenso
     errors += [f"the file lacks {listed(map(repr, sorted(missing)), _SHOWN)}"] if missing else []
     errors += [f"the model lacks {listed(map(repr, sorted(extra)), _SHOWN)}"] if extra else []
     if errors:
-        raise AdapterFileError(f"{path} belongs to another model: {'; '.join(errors)}")
+        raise AdapterFileError(
+            f"{path} belongs to another model: {'; '.join(errors)}; load it into the architecture it was trained on"
+        )
     for name, value in tensors.items():
         invalid = ~torch.isfinite(value)
         if invalid.any() and (invalid & torch.isfinite(targets[name].detach().cpu())).any():
@@ -214,7 +217,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata of a tensor file, and verify the settings file if the metadata contain digests."""
+    """Read the metadata of a tensor file, and verify the settings file if the metadata contains digests."""
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file {path}; {REMEDY}")
     try:

@@ -276,7 +276,7 @@ _SCORES_BY_ENTRY: dict[str, type[Any]] = {
 
 
 def scores_from(values: Any) -> SplitScores:
-    """Build the scores record from the values that `Task.metrics` or `evaluate` returned; raises as `record_from`."""
+    """Build the scores record from the values that `Task.metrics` or `evaluate` returned; raises like `record_from`."""
     entries = values if isinstance(values, Mapping) else {}
     kind = next((kind for entry, kind in _SCORES_BY_ENTRY.items() if entry in entries), Scores)
     return record_from(kind, values)

@@ -439,11 +439,11 @@ class Allocation(Record):
         for i, step in enumerate(self.history):
             unknown = sorted((set(step.budgets) | set(step.importance)) - names)
             missing = sorted(names - set(step.budgets))
-            faults = [
+            errors = [
                 f"{text} {found[:3]}" for text, found in (("unknown", unknown), ("no budget for", missing)) if found
             ]
-            if faults:
-                raise ValueError(f"history[{i}] does not match 'matrices': {', '.join(faults)}")
+            if errors:
+                raise ValueError(f"history[{i}] does not match 'matrices': {', '.join(errors)}")
 
 
 @dataclass(frozen=True)

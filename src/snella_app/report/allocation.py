@@ -43,7 +43,7 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 class Cell:
     """Totals of the matrices with the same type and block index.
 
-    A cell contains several matrices if the backbone restarts block indices in each stage.
+    A cell contains several matrices if a block has several of the same type.
 
     Attributes:
         size: Number of weights.
@@ -196,7 +196,7 @@ def linear_trend(values: Sequence[float]) -> tuple[float, float]:
 
 
 def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Figure | None:
-    """Draw a bar chart of sparsity by block, and its linear trend (as in Figure 10); None for fewer than two blocks."""
+    """Draw a bar chart of sparsity by block with its trend (Figure 10 of the paper); None for fewer than two blocks."""
     blocks: dict[int, list[MatrixInfo]] = {}
     for matrix in matrices:
         if matrix.depth is not None:
@@ -265,7 +265,7 @@ def budget_shares(allocation: Allocation, epochs: float | None, *, by_block: boo
     percent_axis(axes)
     _time_axis(axes, times, epochs)
     names = ["–" if group is None else shortened(str(group), 16) for group in groups]
-    if len(groups) > 16:  # colors are ordered by block, so label only the ends
+    if by_block and len(groups) > 16:  # colors are ordered by block, so label only the ends
         handles, names = [handles[0], handles[-1]], [names[0], names[-1]]
     add_legend(figure, handles, names, columns=8 if by_block else 3)
     return figure

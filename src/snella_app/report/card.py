@@ -56,11 +56,13 @@ def model_card(
     from huggingface_hub import ModelCardData
 
     info, metrics = read(RunInfo, run), read_if_present(Metrics, run)
-    head = None if has_final_head or metrics is None else metrics.final_head
     results, note = _results_table(metrics), ""
-    if head is not None and head.is_saved:
+    head = None if metrics is None or has_final_head else metrics.final_head
+    if metrics is not None and head is not None and head.is_saved:
         note = f"These are the results in snella, with the {head.name}. The code above uses the trained head"
-        note += f", whose validation {head.metric} is {head.val_trained:.4f}." if head.metric else "."
+        if head.metric is not None and not metrics.replaces_best_epoch:  # the stored score is that of the best epoch
+            note += f", whose validation {head.metric.replace('_', ' ')} is {head.val_trained:.4f}"
+        note += "."
     title = name or f"{info.method} on {info.data.spec}"
     tag = _TAGS.get(info.task)
     data = ModelCardData(
@@ -160,7 +162,8 @@ def _data(info: RunInfo) -> list[tuple[str, str]]:
 
 def _training(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
     """Return method, trainable parameters, epoch, time, saved final head, command and versions."""
-    rows = [("Method", f"{_code(info.method)}, {_escape(plain_text(info.method_options))}")]
+    options = _escape(plain_text(info.method_options))
+    rows = [("Method", ", ".join(filter(None, (_code(info.method), options))))]
     if metrics is not None:
         time = "" if math.isnan(metrics.train_s) else seconds_text(metrics.train_s)
         rows += [("Trainable parameters", f"{metrics.trainable_parameters:,}"), ("Epoch", metrics.saved_epochs)]

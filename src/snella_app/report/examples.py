@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from snella_app.data.images import open_image
+from snella_app.data.images import DECODING_ERRORS, open_image
 from snella_app.files import write_png
 from snella_app.records.predictions import StoredPrediction
 
@@ -92,7 +92,7 @@ class EmbeddedImage:
 def choose_examples(
     items: Sequence[StoredPrediction], limit: int = 24
 ) -> tuple[list[StoredPrediction], list[StoredPrediction]]:
-    """Choose up to `limit` predictions, `(wrong, correct)`, half of each if possible.
+    """Choose up to `limit` predictions, `(wrong, correct)`, half wrong and half correct if possible.
 
     Wrong predictions are the most confident ones; correct predictions are evenly spaced among all correct ones.
     """
@@ -107,7 +107,7 @@ def embed_image(index: int, images: ImageLoader | None, max_side: int = 176) -> 
     """Load an image by its index and encode it; read errors are stored in `problem`."""
     try:
         image = None if images is None else images(index)
-    except (OSError, ValueError) as error:
+    except DECODING_ERRORS as error:
         return EmbeddedImage(problem=f"image cannot be read: {error}")
     return (
         EmbeddedImage(problem="image unavailable") if image is None else EmbeddedImage(*image_data_uri(image, max_side))

@@ -169,7 +169,7 @@ def cost_bars(rows: Sequence[MethodResult]) -> Figure:
 
 
 def _curves(metrics: Metrics, title: str, lines: Sequence[tuple[str, str, str]]) -> Figure:
-    """Draw lines `(label, field of EpochRow, color)` over the epochs, and mark the saved epoch if one is saved."""
+    """Draw lines `(label, field of EpochRow, color)` over the epochs; mark the saved epoch unless it is an average."""
     figure, axes = new_figure(*FIGURE_SIZE, title)
     epochs = [row.epoch for row in metrics.history]
     handles, labels = [], [label for label, _, _ in lines]
@@ -212,7 +212,8 @@ def curves_section(metrics: Metrics) -> list[Markup]:
     fields = {name: curves.lines[0][1] for name, curves in _SCORE_CURVES.items()}
     measured = [n for n, f in fields.items() if any(not math.isnan(getattr(row, f)) for row in metrics.history)]
     name = measured[0] if measured else "accuracy"
-    if name == "error" and isinstance(metrics.val, RegressionScores) and len(metrics.val.per_target) > 1:
+    _, scores = metrics.measured
+    if name == "error" and isinstance(scores, RegressionScores) and len(scores.per_target) > 1:
         name = "r2"  # targets have different units
     value, curves = getattr(last, fields[name]), _SCORE_CURVES[name]
     text = percent_text(value) if curves.is_share else measure_text(value)

@@ -133,8 +133,7 @@ def inspect_run(run: str | Path) -> Group:
         run: Folder of the run, finished or not.
 
     Raises:
-        FileNotFoundError: If the folder has no `run.json`, or `metrics.json` or `allocation.json` of a finished run is
-            missing.
+        FileNotFoundError: If `run.json`, or a finished run's `metrics.json` or `allocation.json`, is missing.
         ValueError: If a file is damaged, the adapter belongs to another run, or the folder is a cross-validation.
     """
     folder = Path(run)
@@ -149,7 +148,9 @@ def inspect_run(run: str | Path) -> Group:
     rows = [("run", str(folder)), ("status", status_text(info.status))]
     if info.error:
         rows.append(("error", info.error))
-    rows += [("method", info.method), ("options", plain_text(info.method_options))]
+    rows.append(("method", info.method))
+    if info.method_options:
+        rows.append(("options", plain_text(info.method_options)))
     rows += _generator_rows(folder, info, metrics) if info.task in _GENERATOR_TASKS else _epoch_rows(info, metrics)
     rows += _file_rows(folder, info, metrics, adapter)
     parts: list[Table | Text] = []

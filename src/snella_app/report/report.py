@@ -197,7 +197,7 @@ def _most_frequent(scores: Scores) -> tuple[int, float]:
 
 
 def verdict_text(info: RunInfo, metrics: Metrics) -> str:
-    """Return the result in words, compared with a baseline; empty for segmentation."""
+    """Describe the result, compared with a baseline; empty for segmentation."""
     split, scores = metrics.measured
     if isinstance(scores, LabelSetScores):
         return targets.label_set_verdict(scores, split)
@@ -226,7 +226,7 @@ def verdict_text(info: RunInfo, metrics: Metrics) -> str:
 def update_section(
     adapter: AdapterFile | None, allocation: Allocation | None, budgets: Mapping[str, int] | None = None
 ) -> dict[str, Any] | None:
-    """Return the update of the deepest query projection with a budget; None if `adapter_updates` returns none."""
+    """Return the update of the deepest query projection with a budget; None if `adapter_updates` finds no update."""
     infos = {} if allocation is None else {matrix.name: matrix for matrix in allocation.matrices}
     source = None if adapter is None else adapter_updates(adapter, infos)
     if source is None or not source[0]:
@@ -408,7 +408,7 @@ def write_report(
 
     Args:
         run: Run folder.
-        images: Returns an image of the split in `predictions.json` by index, e.g. the validation set's `image`.
+        images: Returns an image of the split in `predictions.json` by index, e.g. the method `image` of its dataset.
         metrics: Current metrics of an unfinished run, which has no `metrics.json` yet.
         allocation: Current allocation of an unfinished run, which has no `allocation.json` yet.
         state: Overrides the recorded status `running`: `stopped` if the process was killed, `finished` once the final

@@ -123,7 +123,7 @@ def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> F
 
 
 def label_set_verdict(scores: LabelSetScores, split: str) -> str:
-    """Return the result in words, compared with a random ranking."""
+    """Describe the result, compared with a random ranking."""
     present = [row for row in scores.per_class if row.support]
     if not present:
         return f"No label occurs on the {scores.images:,} {split} images, so the average precision is undefined."
@@ -196,7 +196,7 @@ def number_cards(
 
 
 def labels_section(folder: Path, info: RunInfo, metrics: Metrics, images: ImageLoader | None) -> dict[str, Any] | None:
-    """Return the table of labels (test split if present), and curves and images of the predicted split."""
+    """Return the table of labels (test split if present), and curves and images of the split in `predictions.json`."""
     split, scores = metrics.measured
     if not isinstance(scores, LabelSetScores):
         return None

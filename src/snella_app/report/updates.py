@@ -34,9 +34,10 @@ UpdateSource = tuple[dict[str, tuple[int, int]], Callable[[str], Tensor]]
 
 
 def adapter_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateSource | None:
-    """Return the updates of a SNELLA or LoRA adapter file, `infos` by matrix name; None for other adapters.
+    """Return the updates of a SNELLA or LoRA adapter file; None for other adapters.
 
-    Other adapters include DoRA, LoRA with different ranks or scalings per layer, and LoRA of convolutions.
+    Other adapters include DoRA, LoRA with different ranks or scalings per layer, and LoRA of convolutions. `infos` are
+    by matrix name.
     """
     if any(key.endswith(".snella_A") for key in adapter.shapes):
         return _snella_updates(adapter, infos)
@@ -101,7 +102,7 @@ def _is_plain_lora(adapter: AdapterFile) -> bool:
 
 
 def _lora_updates(adapter: AdapterFile) -> UpdateSource:
-    """Return updates `scaling · B A`, with fused layers split into the same matrices as in SNELLA."""
+    """Return updates `scaling · B A`, with fused qkv layers split into q, k and v."""
     rank = adapter.config["r"]
     scaling = adapter.config.get("lora_alpha", _LORA_ALPHA) / (rank**0.5 if adapter.config.get("use_rslora") else rank)
     locations: dict[str, tuple[str, int, int]] = {}

@@ -37,7 +37,7 @@ def calibrate(measured: Mapping[str, tuple[Tensor, Tensor]]) -> Calibration | No
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Fit the temperature that minimizes the cross entropy, in [0.05, 20].
+    """Fit the temperature in [0.05, 20] that minimizes the cross entropy.
 
     T = argmin_T mean_i( -Σ_c q[i, c] log softmax(logits / T)[i, c] ),  q = (1 - ε) onehot + ε / classes
 

@@ -93,7 +93,7 @@ def evaluate(
         batch_size: Batch size.
         columns: Columns of a table, as for training; None uses the columns of the run.
         skip_corrupt: Skip images that cannot be read.
-        device: Device of a run folder: auto, or a torch device such as cpu, cuda:1 or mps.
+        device: Device if `run` is a folder: auto, or a torch device such as cpu, cuda:1 or mps.
         console: Console for progress bars; no progress if None.
 
     Returns:

@@ -170,6 +170,10 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
             f"{run} has {count:,} {split_text(name)} images, and a run stores predictions of at most "
             f"{MAX_PREDICTIONS:,}; pass images: snella explain RUN IMAGES --out FOLDER"
         )
+    if count == 0:
+        raise ValueError(
+            f"{run} has neither validation nor test images; pass images: snella explain RUN IMAGES --out FOLDER"
+        )
     predictions = read(Predictions, run)
     split = _load_split(model, predictions.split)
     wrong, right = choose_examples(predictions.items, _NUM_EXAMPLES)
@@ -277,9 +281,9 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
     M[i, j] = max(0, Σ_c ∂y/∂A[c, i, j] · A[c, i, j])
 
     Unlike Grad-CAM, HiResCAM does not average gradients over the grid; averaging can highlight irrelevant regions.
-    `A` is the last feature map of a convolutional network or a Swin. For a ViT, it is the tokens that enter the last
-    attention, since a class-token head ignores patch tokens after it. For a `LayerProbe`, it is the output of the first
-    of its layers, on which all others depend. Each map is scaled to a maximum of 1.
+    `A` is the last feature map of a convolutional network or a Swin Transformer. For a ViT, it is the input of the
+    last attention, since a class-token head ignores patch tokens after it. For a `LayerProbe`, it is the output of the
+    first of its layers, on which all others depend. Each map is scaled to a maximum of 1.
 
     Args:
         model: Model from `build_method` or `load_trained` in evaluation mode, a `LayerProbe`, or a plain timm model.
@@ -290,8 +294,8 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
         `[images, height, width]`, float32 in [0, 1]; zeros if no region raises the output.
 
     Raises:
-        ValueError: If the model has neither ViT blocks nor `feature_info`, or the last tokens that its layer processes
-            are not the patches (`vqt` with the trained head).
+        ValueError: If the model has neither ViT blocks nor `feature_info`, or the last call of the layer has fewer
+            tokens than patches (`vqt` with the trained head).
         ImportError: If Captum is not installed.
 
     Sources:
@@ -318,7 +322,7 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
     The map is the mean of R over the rows that the head pools, restricted to the patch columns.
 
     Args:
-        model: timm ViT in evaluation mode, plain or from `build_method` or `load_trained`.
+        model: As for `heat_maps`, but with a timm ViT.
         images: As for `heat_maps`.
 
     Returns:

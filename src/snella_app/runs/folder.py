@@ -22,7 +22,7 @@ from snella_app.records.run import Allocation, FoldResults, RunInfo, Status, sta
 
 
 def adapter_digest(folder: Path) -> str:
-    """Return 16 hex digits that identify the weights in `RUN/adapter`: a SHA-256 of its safetensors files' digests."""
+    """Return the first 16 hex digits of the SHA-256 of the digests of an adapter folder's safetensors files."""
     total = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         total.update(bytes.fromhex(sha256_of(path)))

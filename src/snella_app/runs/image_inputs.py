@@ -96,6 +96,7 @@ def expand(
     Raises:
         FileNotFoundError: If a path does not exist (suggests similar names), or a folder or pattern has no images.
         ValueError: If `images` is empty, or a table has no column of paths.
+        ImportError: If pyarrow is required but not installed.
     """
     paths: list[Path] = []
     check_listed = list if keep_missing else _require_all
@@ -129,7 +130,7 @@ def expand(
 
 
 def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
-    """Read one image upright, like `read_image`: as 8-bit RGB, grayscale or RGBA, or an array for other channel counts.
+    """Read one image upright, like `read_image`: as 8-bit RGB, gray or RGBA, or a tensor for other channel counts.
 
     Args:
         image: See `ImageInput`.
@@ -153,7 +154,7 @@ def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
     if isinstance(image, np.ndarray | Tensor):
         return _from_array(image, name, reading.channels)
     pil_text = "PIL images, " if reading.channels in PILLOW_MODES else ""
-    raise TypeError(f"images must be files, {pil_text}arrays or tensors, got {type(image).__name__} as {name}")
+    raise TypeError(f"images must be files, bytes, {pil_text}arrays or tensors, got {type(image).__name__} as {name}")
 
 
 def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _POLL_S) -> Iterator[list[Path]]:
@@ -250,9 +251,10 @@ def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
     num_channels = values.shape[2] if values.ndim == 3 else 1
     if values.ndim not in (2, 3) or num_channels not in allowed or 0 in values.shape:
         counts = f"{', '.join(map(str, allowed[:-1]))} or {allowed[-1]}" if len(allowed) > 1 else str(channels)
+        gray = "[height, width] or " if 1 in allowed else ""
         raise ValueError(
-            f"an image must have the shape [height, width] or [height, width, {counts}] as an array, [height, width] "
-            f"or [{counts}, height, width] as a tensor, got {shape} as {name}"
+            f"an image must have the shape {gray}[height, width, {counts}] as an array, {gray}[{counts}, height, "
+            f"width] as a tensor, got {shape} as {name}"
         )
     if values.dtype.kind == "f":
         low, high = float(values.min()), float(values.max())

@@ -51,16 +51,16 @@ def is_same_split(data: DataInfo, splits: DataSplits) -> bool:
 
 
 def changed_splits(data: DataInfo, splits: DataSplits, names: Collection[str]) -> list[str]:
-    """Return the splits whose images differ from those of the run; splits without a stored digest are skipped."""
+    """Return the splits whose images differ from the run's; splits without a stored digest are skipped."""
     digests = content_digests(splits, set(names) & set(data.contents))
     return [name for name, digest in digests.items() if digest != data.contents[name]]
 
 
 def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collection[str] = SPLITS) -> None:
-    """Check that the splits of a run have not changed since training, nor the images of the splits in `names`.
+    """Check that the splits of a run, and the images of the splits in `names`, have not changed since training.
 
     Raises:
-        ValueError: If the images differ; the message has both sizes and a remedy.
+        ValueError: If the splits or images differ; the message has a remedy.
     """
     if not is_same_split(data, splits):
         stored_sizes, current_sizes = _sizes_text(data.sizes), _sizes_text(split_sizes(splits))
@@ -130,7 +130,7 @@ def load_run_splits(run: RunFolder, data: DataInfo, **changes: Any) -> DataSplit
 
     Raises:
         FileNotFoundError: If the data no longer exists, or the run has no `config.yaml`.
-        ValueError: If the data cannot be split as by the run, or `config.yaml` is damaged or was altered.
+        ValueError: If the data cannot be split as in training, or `config.yaml` is damaged or was altered.
         ImportError: If the data needs a package that is not installed.
     """
     config = run.read_config()

@@ -51,10 +51,10 @@ def layer_features(model: nn.Module, images: Tensor, layers: Sequence[int]) -> T
 
     Returns:
         `[batch, width]`: the pooled features z of the model, then for each layer the mean over positions and, except
-        for the last layer, the class token if there is one.
+        for the last layer, the first prefix token, such as the class token, if there is one.
 
     Raises:
-        ValueError: If a layer has additional tokens, such as prompts.
+        ValueError, RuntimeError: If a layer has additional tokens, such as prompts.
     """
     base: Any = base_model(model)
     has_tokens = getattr(base, "num_prefix_tokens", 0) > 0

@@ -27,12 +27,12 @@ _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _INHERITED_ENTRIES = ("first_conv", "classifier", "license", "pool_size")
 """Entries of a backbone's `pretrained_cfg` that also apply to the fine-tuned model."""
 _USE = "use"
-"""Entry of a merged model that explains its outputs, `Task.decoding_comment`."""
+"""Entry of the metadata or `config.json` that explains the outputs: `Task.decoding_comment`."""
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """Result of a merge or an export: its path, description of the content, notes, and Python code that loads it."""
+    """Result of a merge or an export: path, description of the content, notes, and Python code that loads the file."""
 
     path: Path
     description: str
@@ -54,7 +54,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
     `snella_app.backbones.segmenter.create_segmenter`: `encoder.…` (names of the backbone, without a head) and
     `decoder.…`; `load_merged` loads the model.
 
-    The outputs match the adapted model. With SNELLA, they are bit-identical, since its layers compute with the
+    The outputs match the adapted model's. With SNELLA, they are bit-identical, since its layers compute with the
     effective weight. The temperature is not merged; it is stored in the metadata or in `config.json`. A final head on
     several layers is written to `layer_probe.safetensors` in the folder, or `NAME.layer_probe.safetensors` next to the
     file.
@@ -70,7 +70,8 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
         PIL image to the model input, and `classes`.
 
     Raises:
-        FileExistsError: If the output exists and `overwrite` is not set, or the folder has other files.
+        FileExistsError: If the output exists and `overwrite` is not set, a file would replace a folder or the reverse,
+            or the folder has other files.
         FileNotFoundError: If `run` is not a run folder, or its adapter is missing.
         ValueError: If `out` has an unsupported suffix, or is a folder and timm cannot build the model (segmentation,
             backbones outside timm); or if the method cannot be merged, or `run` is a cross-validation.
@@ -79,6 +80,8 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
     _check_out(path, overwrite=overwrite)
     loaded = load_single_run(run, device="cpu")
     notes = prediction_notes(loaded.info)
+    if (temperature := loaded.info.trained_head_temperature) != 1.0:
+        notes.append(f"predict divides the outputs by the temperature {temperature:g}, which is stored with the model")
     if path.suffix != _SUFFIX:
         write_timm_folder(loaded, path)
         return ExportResult(path, "a model in timm's format", notes, _folder_snippet(loaded, path))
@@ -133,8 +136,11 @@ def _check_out(path: Path, *, overwrite: bool) -> None:
     """Reject unsupported suffixes, and existing files and folders that must not be replaced."""
     is_file = path.suffix == _SUFFIX
     if path.exists() and path.is_dir() == is_file:
-        kind = "folder" if path.is_dir() else "file"
-        raise FileExistsError(f"out={path} is a {kind}, which merge cannot replace; choose another name")
+        kinds = ("folder", "file") if is_file else ("file", "folder")
+        raise FileExistsError(
+            f"out={path} is a {kinds[0]}, but merge writes a {kinds[1]} if out {'ends' if is_file else 'does not end'} "
+            f"with {_SUFFIX}; choose another name"
+        )
     if not is_file and not path.is_dir() and path.suffix.lower() in (_SUFFIX, *_OTHER_SUFFIXES):
         raise ValueError(
             f"out must end with {_SUFFIX}, or be a folder for a model in timm's format, got {str(path)!r}; "
@@ -142,7 +148,7 @@ def _check_out(path: Path, *, overwrite: bool) -> None:
         )
     if path.is_dir():
         check_folder_files(path, (_CONFIG, _WEIGHTS, LAYER_PROBE))
-        if not any(path.iterdir()):
+        if not any(not file.name.startswith(".") for file in path.iterdir()):
             return
     check_new("out", path, overwrite=overwrite, is_folder=not is_file)
     if is_file:
@@ -150,12 +156,13 @@ def _check_out(path: Path, *, overwrite: bool) -> None:
 
 
 def check_folder_files(folder: Path, written: Collection[str]) -> None:
-    """Reject an output folder that contains files not named in `written`.
+    """Reject an output folder that contains files not named in `written`, except hidden ones.
 
     Raises:
         FileExistsError: If there are other files.
     """
-    unexpected = sorted(file.name for file in folder.iterdir() if file.name not in written)
+    visible = (file.name for file in folder.iterdir() if not file.name.startswith("."))
+    unexpected = sorted(name for name in visible if name not in written)
     if unexpected:
         raise FileExistsError(f"out={folder} is a folder with other files, e.g. {unexpected[0]!r}; choose a new folder")
 
@@ -304,12 +311,12 @@ def _final_head_code(probe: LayerProbe, path: Path) -> str:
 
 
 def prediction_notes(info: RunInfo) -> list[str]:
-    """Return notes on differences between `predict` and the merged model; empty if outputs are equal."""
+    """Return notes on differences between `predict` and the merged model, except the trained head's temperature."""
     notes = []
     if info.final_head == "layers":
         notes.append(
-            "predict uses the final head on several layers; this model has the trained head, whose validation results "
-            "are in metrics.json (final_head); onnx, torchscript and torch-export contain the final head"
+            "predict uses the final head on several layers; this model has the trained head; onnx, torchscript and "
+            "torch-export contain the final head"
         )
         if info.temperature != 1.0:
             notes.append(f"predict divides the outputs of the final head by the temperature {info.temperature:g}")
@@ -347,8 +354,10 @@ def load_merged(path: str | Path) -> nn.Module:
     if metadata.get("architecture", "None") != "None":  # files of pre-trained weights are not needed
         if backbone.weights is not None and not expand_user(backbone.weights).is_file():
             backbone = replace(backbone, weights=None)
-        if Path(backbone.name).suffix in WEIGHT_SUFFIXES and not expand_user(backbone.name).is_file():
-            backbone = replace(backbone, name=metadata["architecture"])
+        path_like = Path(backbone.name).suffix in WEIGHT_SUFFIXES or Path(backbone.name).is_absolute()
+        if path_like and not expand_user(backbone.name).exists():
+            size = json.loads(metadata["img_size"])
+            backbone = replace(backbone, name=metadata["architecture"], img_size=backbone.img_size or size)
     model = make_backbone(backbone, metadata["task"])
     model.load_state_dict(load_file(path))
     return model.eval()

@@ -111,7 +111,8 @@ def load_single_run(run: str | Path | RunFolder, device: str = "auto") -> Loaded
     reject_cross_validation(folder.path)
     info = read(RunInfo, folder.path)
     try:
-        return _load_model(folder, info, choose_device(device))
+        with torch.random.fork_rng(devices=[]):  # initial weights must not change the caller's random numbers
+            return _load_model(folder, info, choose_device(device))
     except (NotImplementedError, MemoryError, torch.OutOfMemoryError):
         raise
     except _LIBRARY_ERRORS as error:
@@ -218,12 +219,13 @@ def get_task_name(info: RunInfo) -> str:
 
 def make_backbone(backbone: BackboneInfo, task: str = "classification") -> nn.Module:
     """Create the initial model of a run; new parameters are initialized from the seed of the run."""
-    torch.manual_seed(backbone.seed or 0)
-    return task_class(task).build_model(
-        backbone.name,
-        num_classes=backbone.num_classes,
-        weights=backbone.weights,
-        pretrained=backbone.pretrained is not False,
-        img_size=backbone.img_size,
-        **({} if backbone.channels == 3 else {"channels": backbone.channels}),  # segmenters support only 3
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(backbone.seed or 0)
+        return task_class(task).build_model(
+            backbone.name,
+            num_classes=backbone.num_classes,
+            weights=backbone.weights,
+            pretrained=backbone.pretrained is not False,
+            img_size=backbone.img_size,
+            **({} if backbone.channels == 3 else {"channels": backbone.channels}),  # segmenters support only 3
+        )

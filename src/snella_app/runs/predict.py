@@ -208,7 +208,7 @@ class Predictor:
                 check_shape(image, name)
             except ValueError as error:
                 if skip_corrupt:
-                    return name, str(error).partition("image: ")[2] or str(error)
+                    return name, str(error).partition(" is not a readable image: ")[2] or str(error)
                 hint = "" if skip_corrupt is None else ", or pass --skip-corrupt (skip_corrupt=True)"
                 raise ValueError(f"{error}; remove it{hint}") from error
             return name, image, self.loaded.transform(image)
@@ -317,4 +317,6 @@ def _head(loaded: LoadedRun) -> tuple[nn.Module, int | None]:
     trained = base_model(loaded.model).get_submodule(spec_of(loaded.model).head)
     if loaded.probe is None:
         return trained, None
-    return loaded.probe.head, next((m.in_features for m in trained.modules() if isinstance(m, nn.Linear)), None)
+    layers = [module for module in trained.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    widths = [layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels for layer in layers]
+    return loaded.probe.head, next(iter(widths), None)

@@ -44,6 +44,8 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
             `adapter`), or its method cannot be merged.
     """
     path = Path(folder)
+    if path.suffix == ".safetensors":
+        raise ValueError(f"to_folder must be a folder, got {str(path)!r}; leave out the suffix")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         state = "not empty" if path.is_dir() else "a file"
         raise FileExistsError(f"to_folder={path} is {state}; choose a new folder")
@@ -121,6 +123,8 @@ def push(
 
     try:
         validate_repo_id(name)
+        if "/" not in name:
+            raise HFValidationError("the user or organization is missing")
     except HFValidationError as error:
         raise ValueError(
             f"name must be a repository name on the Hugging Face Hub such as user/photos, got {name!r}: {error}"

@@ -403,7 +403,7 @@ def _checked_pixels(file: Any, limits: ServerLimits, reading: Reading) -> float:
 
 
 def _index(path: Path) -> int:
-    """Return the index of an image without a file, `[3]`."""
+    """Return the index in the name of an in-memory image: 3 for `[3]`."""
     return int(str(path)[1:-1])
 
 

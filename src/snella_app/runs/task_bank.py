@@ -65,8 +65,8 @@ class TaskBank:
 
     Raises:
         FileNotFoundError: If a folder is not a run folder, or has no adapter yet.
-        ValueError: If runs differ in backbone, pre-trained weights or task type, a task needs more memory, a run is a
-            cross-validation or damaged, `memory_mib` is not positive, or the device is not available.
+        ValueError: If runs differ in backbone, pre-trained weights or task type, a task exceeds `memory_mib`, a run is
+            a cross-validation or damaged, `memory_mib` is not positive, or the device is not available.
         NotImplementedError: If a run changes the architecture, or more than a quarter of the backbone without SNELLA
             factors, e.g. with LoRA.
     """
@@ -116,7 +116,7 @@ class TaskBank:
 
         Raises:
             FileNotFoundError: If `run` is not a run folder, or has no adapter yet.
-            ValueError: If the run has another backbone, pre-trained weights or task type, needs more memory, is a
+            ValueError: If the run has another backbone, pre-trained weights or task type, exceeds `memory_mib`, is a
                 cross-validation or is damaged.
             NotImplementedError: If the run changes the architecture, or more than a quarter of the backbone without
                 SNELLA factors.
@@ -184,7 +184,7 @@ class TaskBank:
             tasks: Task name of each image.
 
         Returns:
-            Outputs of each image in input order, `[classes]` of its task.
+            Outputs of each image in input order: `[outputs]`, or `[classes, H, W]` for masks.
 
         Raises:
             ValueError: If a task is unknown, or the number of tasks differs from the number of images.

@@ -1,5 +1,6 @@
 """Classification and ordinal classification."""
 
+import csv
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -235,7 +236,7 @@ def class_scores(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> 
 
 
 def rank_order(classes: Sequence[str], order: str | None) -> list[str]:
-    """Sort classes from lowest to highest: as listed in `order`, separated by commas, or by their leading numbers.
+    """Sort classes from lowest to highest: in the comma-separated `order`, or by their leading numbers.
 
     Raises:
         ValueError: If `order` does not list each class once, or is None and names do not begin with distinct numbers.
@@ -249,10 +250,10 @@ def rank_order(classes: Sequence[str], order: str | None) -> list[str]:
                 f"{','.join(classes)}, got none; it is optional if all names begin with distinct numbers"
             )
         return [name for _, name in sorted(zip(numbers, classes, strict=True))]
-    names = [name.strip() for name in order.split(",")]
+    names = [name.strip() for name in next(csv.reader([order], skipinitialspace=True), [])]
     errors = [unknown_class(name, classes) for name in names if name not in classes]
     missing = [repr(name) for name in classes if name not in names]
-    errors += [f"{', '.join(missing)} missing"] if missing else []
+    errors += [f"no {', '.join(missing)}"] if missing else []
     errors += ["duplicate class"] if len(set(names)) < len(names) else []
     if errors:
         raise ValueError(f"class_order must list each class once, got {order!r}: {'; '.join(errors)}")

@@ -289,7 +289,7 @@ class MultiLabelTask(Task):
 
     def decoding_comment(self, outputs: str) -> str:
         """Return the comment that applies the thresholds."""
-        shown = [round(threshold, 4) for threshold in self.thresholds]
+        shown = [float(f"{threshold:.7g}") for threshold in self.thresholds]
         return f"# [name for name, p, t in zip(classes, {outputs}.sigmoid()[0], {shown}) if p >= t]"
 
     def _targets(self, dataset: ImageDataset) -> list[list[int]]:

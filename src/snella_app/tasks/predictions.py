@@ -48,7 +48,7 @@ class MaskPrediction:
 def write_mask_predictions(
     predictions: Iterable[MaskPrediction], out: str | Path, top_k: int | None = None, *, overwrite: bool = False
 ) -> Path:
-    """Write each mask as `OUT/NAME.png`, a palette PNG whose indices are the labels, and `OUT/overlays/NAME.png`.
+    """Write each mask as a palette PNG of labels, `OUT/NAME.png`, and an overlay on its image, `OUT/overlays/NAME.png`.
 
     Predictions are consumed lazily. `top_k` must be None; only single-label, multi-label and ordinal tasks support it.
 
@@ -211,7 +211,7 @@ def write_predictions(
 def table_bytes(
     predictions: "Iterable[Prediction | LabelSetPrediction | NumberPrediction]", suffix: str, top_k: int | None = None
 ) -> bytes:
-    """Return the content of the file that `write_predictions` writes, in the format of its suffix."""
+    """Return the content of the file that `write_predictions` writes, in the format for `suffix`."""
     rows = [{"image": str(prediction.path), **prediction.row(top_k)} for prediction in predictions]
     if suffix == ".parquet":
         return _parquet(rows)

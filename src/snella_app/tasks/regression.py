@@ -124,7 +124,7 @@ class RegressionTask(Task):
         """Return mean and standard deviation of the targets, each `[targets]`, of dtype `widest_dtype(device.type)`.
 
         Raises:
-            ValueError: If the device has no float64 and a mean is too large for float32.
+            ValueError: If the device has no float64 and a mean exceeds `_MAX_FLOAT32_RATIO` standard deviations.
         """
         dtype = widest_dtype(device.type)
         for name, mean, std in zip(self.names, self.mean, self.std, strict=True):

@@ -158,7 +158,7 @@ _SCORES = ("dice", "iou", "dice_pooled", "iou_pooled", "pixel_accuracy")
 
 
 def resized_labels(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the class with the highest bilinearly resized score of each pixel, `[height, width]`, uint8.
+    """Return the class with the highest bilinearly resized score at each pixel, `[height, width]`, uint8.
 
     Classes are resized in groups, because the resized scores of all classes may take gigabytes.
 
@@ -278,7 +278,7 @@ class SegmentationTask(Task):
             write_mask(labels, folder / _mask_file(index))
 
     def report_images(self, dataset: Any, folder: Path) -> ImageLoader:
-        """Return panels of image, true mask and predicted mask for images with a stored mask."""
+        """Return a loader of panels (image, true mask, predicted mask) for images with a stored mask."""
 
         def load_panels(index: int) -> Image.Image | None:
             path = folder / _mask_file(index)

@@ -70,7 +70,7 @@ class Task(ABC):
     monitor_names: ClassVar[Mapping[str, str]] = {}
     """Display names of metrics that `final_text` adds to `val_format` if they are monitored."""
     final_name: ClassVar[str] = "probabilities"
-    """Name of the `final_outputs`."""
+    """Name of the values of `final_outputs`."""
 
     monitor: str
 
@@ -272,7 +272,7 @@ class Task(ABC):
         """Convert model outputs of images outside a dataset to prediction objects, one per image."""
 
     def decoding_comment(self, outputs: str) -> str:
-        """Return a Python comment that decodes `outputs`, an expression for the model's outputs for one image."""
+        """Return a Python comment with code that decodes `outputs`, an expression for the outputs for one image."""
         return f"# classes[{outputs}.argmax()]"
 
 

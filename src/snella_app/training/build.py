@@ -326,7 +326,7 @@ def set_drop_path(model: nn.Module, head: str, rate: float) -> None:
                 num_replaced += 1
     if not num_replaced:
         raise ValueError(
-            f"drop_path needs a backbone with droppable residual branches, got {type(model).__name__}; leave it out"
+            f"drop_path needs a backbone with stochastic depth (drop path), got {type(model).__name__}; leave it out"
         )
 
 
@@ -351,7 +351,7 @@ def checkpoint_gradients(model: nn.Module) -> None:
 
 
 def load_initial_weights(parts: RunComponents, spec: str, run: RunFolder) -> None:
-    """Load the trained weights of another run into the model of a new run; note different splits.
+    """Load the trained weights of another run into the model of a new run; add a note if the splits differ.
 
     Raises:
         ValueError: If the other run was trained on different classes.
@@ -395,7 +395,7 @@ def resolve_data_config(model: nn.Module, img_size: int | None) -> dict[str, Any
 
 
 def read_side(data_config: Mapping[str, Any], images: ImageDataset) -> int | None:
-    """Return the minimum shorter side of the images when read, for crops; None for images with masks."""
+    """Return the minimum shorter side at which images are read, large enough for crops; None for images with masks."""
     return None if isinstance(images, MaskDataset) else _READ_MARGIN * int(data_config["input_size"][-1])
 
 
@@ -408,7 +408,7 @@ def build_optimizer(
     scalar_lr: float | None = None,
     layer_decay: float | None = None,
 ) -> Optimizer:
-    """Build AdamW for all trainable parameters, with weight decay only on matrices and optional layer-wise decay.
+    """Build AdamW for all trainable parameters; weight decay only on matrices, optional layer-wise learning rate decay.
 
     A method with `Method.optimizer` builds its own parameter groups.
 

@@ -128,7 +128,7 @@ BEST = "best"
 
 
 def prune_checkpoints(folder: Path, keep: Path | None = None) -> None:
-    """Remove staging folders of a killed process, and all checkpoints except `keep`, or the latest if None."""
+    """Remove staging folders of a killed process, and all checkpoints except `keep` (the latest if None)."""
     keep = keep or latest_checkpoint(folder)
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         if path != keep and (_NAME.fullmatch(path.name) or path.name.startswith(".staging-")):

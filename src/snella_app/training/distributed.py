@@ -19,7 +19,7 @@ from snella_app.methods.model_parts import base_model, find_blocks
 
 _T = TypeVar("_T")
 _GATHERED_BLOCKS = 2
-"""Number of blocks with gathered weights at a time: the running block and the prefetched one."""
+"""Number of blocks whose weights are gathered at the same time: the running block and the prefetched one."""
 
 
 def process_count() -> int:
@@ -60,7 +60,7 @@ _UNSUPPORTED_MODES = {
 
 
 def init_process_group(device: str) -> None:
-    """Initialize the process group if there are several processes, with the GPU of the local rank or the CPU.
+    """If there are several processes, initialize the process group on the GPU of the local rank or on the CPU.
 
     Raises:
         NotImplementedError: If Accelerate is configured for one of `_UNSUPPORTED_MODES`.
@@ -157,10 +157,10 @@ def main_process_only(context: contextlib.AbstractContextManager[Any]) -> Iterat
 class ShardedBatches(Sampler[list[int]]):
     """Batch sampler that splits each global batch into consecutive parts, one per process.
 
-    If a small last batch leaves a process without images, it receives the first image with weight 0.
+    If a small last batch leaves a process without images, the process receives the batch's first image with weight 0.
 
     Args:
-        sampler: Indices of all images, identical in all processes.
+        sampler: Image indices of an epoch, identical in all processes.
         batch_size: Global batch size.
         rank: Rank of this process.
         count: Number of processes.
@@ -265,7 +265,7 @@ def _broadcast(flat: Tensor) -> None:
 
 
 def _apply_flattened(operation: Callable[[Tensor], None], tensors: list[Tensor]) -> None:
-    """Apply an in-place operation to one vector per dtype, which contains all tensors of the dtype."""
+    """Apply an in-place operation to tensors, concatenated into one vector per dtype."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)

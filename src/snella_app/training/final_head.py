@@ -60,7 +60,7 @@ _MIN_STD = 1e-3
 """Standard deviation, relative to the median, below which heads ignore a feature."""
 _CHUNK = 1_024
 _SECONDS_PER_PRODUCT = 1e-8
-"""CPU seconds of both linear fits of `_ITERATIONS` per image view, feature and output."""
+"""CPU seconds of both linear fits of `fit_layers` with `_ITERATIONS`, per view of an image, feature and output."""
 _SECONDS_PER_SQUARE = 2e-10
 """CPU seconds of both kernel fits per unit of n²·(features + n), for n images."""
 _CUDA_SPEEDUP = 10
@@ -161,7 +161,7 @@ def fit_layers(parts: RunComponents, train: ImageDataset, data: DataConfig, opti
 
 
 def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: int, batch_size: int) -> Outputs:
-    """Compute a probe's reduced outputs and the labels of a split in float32; see `measure_features`."""
+    """Compute a probe's reduced outputs on a split, in float32, and the labels; see `measure_features`."""
     return _measure_heads(parts, [probe.head], images, views, batch_size, "fp32")[0]
 
 
@@ -206,7 +206,7 @@ def trained_head(parts: RunComponents) -> Callable[[Tensor], Tensor] | None:
 
 
 def uses_kernel(task: Task, images: int) -> bool:
-    """Return whether the head on several layers has a kernel, for the number of training and validation images."""
+    """Return whether the final head includes a kernel head; `images` counts training and validation images."""
     return task.has_kernel_fit and MIN_CENTERS <= images <= MAX_CENTERS
 
 
@@ -218,9 +218,9 @@ def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any])
 
         Σ d_i > 3 √(Σ d_i²)
 
-    d_i is the difference of image i: 1, 0 or −1 for accuracy (McNemar's test), divided by the number of images of its
-    class for `monitor` balanced_accuracy and macro_f1, or the difference of the losses. Other tasks compare the
-    monitored metric.
+    d_i is the lead of the trained head on image i: 1, 0 or −1 for accuracy (McNemar's test), divided by the number of
+    images of its class for `monitor` balanced_accuracy and macro_f1, or the difference of the losses. Other tasks
+    compare the monitored metric.
     """
     if task.has_one_class:
         labels = torch.as_tensor(np.asarray(trained[1]))
@@ -262,7 +262,7 @@ def layer_fit_seconds(parts: RunComponents, images: int, views: int) -> float:
 def fits_last_epoch(plan: TrainConfig) -> bool:
     """Return whether a run with a head on several layers fits it to the last epoch instead of the best one.
 
-    False with averages of epochs, a frozen backbone, or without selection on validation images.
+    False for averages of epochs, a frozen backbone, or no selection on validation images.
     """
     optim = plan.optim
     is_averaged = optim.swa or optim.soup
@@ -360,7 +360,7 @@ def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _standardized(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return standardized features in half precision (nearly constant ones are 0), their means and deviations."""
+    """Return standardized float16 features (nearly constant ones are 0), their means and standard deviations."""
     mean, std = _statistics(features)
     return clipped((features - mean) / std).half(), mean, std
 

@@ -136,7 +136,7 @@ def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Consol
     )
     run.write(metrics)
     write_text(run.adapter / CARD, _adapter_card(run.path, parts.model))
-    # written before the status, so that resuming a run killed here completes it
+    # written before the status, so that resuming completes a run killed here
     report = write_report(run.path, report_images, state="finished") if render_report else None
     run.finish()
     shutil.rmtree(best, ignore_errors=True)
@@ -153,7 +153,7 @@ def _adapter_card(run: Path, model: nn.Module) -> str:
 
 @dataclasses.dataclass
 class _LastEpoch:
-    """The last epoch's weights in a folder, and its head on several layers."""
+    """Folder with the last epoch's weights, and the fit of its head on several layers."""
 
     folder: Path
     fit: LayerFit
@@ -163,8 +163,8 @@ def _fit_last_epoch(trainer: SnellaTrainer, folder: Path) -> _LastEpoch | None:
     """Fit a head on several layers of the last epoch, and write the epoch's weights or `ema` average to a folder.
 
     Returns:
-        None if `_fits_layers` or `fits_last_epoch` is False, or the last epoch is the best one; also without validation
-        images or after early stopping.
+        The folder and the fit; None if `_fits_layers` or `fits_last_epoch` is False, the last epoch is the best one,
+        there are no validation images, or training stopped early.
     """
     plan, parts = trainer.plan, trainer.parts
     is_best = trainer.history[-1]["epoch"] == best_epoch(trainer.history, trainer.selection_score)
@@ -375,7 +375,7 @@ def _final_head_text(head: FinalHead) -> str:
     if head.metric is None:
         return f"{head.name} is the final head, fitted to the training images"
     if not head.is_saved:
-        return f"{head.name} is worse: {head.comparison}, which is the final head"
+        return f"{head.name} is worse: {head.comparison}; the trained head is the final head"
     return f"{head.name} is the final head: {head.comparison}; refitted on training and validation images"
 
 

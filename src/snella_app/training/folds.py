@@ -31,7 +31,7 @@ def is_cross_validation(folder: str | Path) -> bool:
 def train_folds(config: TrainConfig, console: Console | None = None, **options: Any) -> FoldResults:
     """Train one run per fold in `OUT/fold-1`, `OUT/fold-2`, …, and write a table over the folds.
 
-    Each fold holds out about one K-th of the images, stratified by class; images of a group stay together. Each run is
+    Each of K folds holds out about 1/K of the images, stratified by class; images of a group stay together. A fold is
     an ordinary run (`snella evaluate OUT/fold-2`) with a separate validation split for epoch selection. If the data has
     a test split, the folds are the validation splits, and all models are evaluated on the test split.
 
@@ -145,7 +145,9 @@ def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
             f"out={folder.path} contains a cross-validation of {stored.folds} folds; continue it with --resume, choose "
             "another folder, or start over with --overwrite"
         )
-    if stored is None and folder.path.is_dir() and any(folder.path.iterdir()):
+    # config.yaml alone: the process was killed before it wrote the results
+    names = [path.name for path in folder.path.iterdir()] if folder.path.is_dir() else []
+    if stored is None and any(name != "config.yaml" and not name.startswith(".") for name in names):
         raise FileExistsError(
             f"out={folder.path} contains files but no cross-validation; choose an empty or a new folder"
         )
@@ -160,6 +162,8 @@ def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
                 locks.enter_context(lock_run(run))
             for run in runs:
                 run._clear()
+        for name in ("folds.md", "folds.html"):
+            (folder.path / name).unlink(missing_ok=True)
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_config(config)
     folder.write(FoldResults(int(config.data.folds or 0)))

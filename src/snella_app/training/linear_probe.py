@@ -72,7 +72,7 @@ class FeatureDataset(Dataset[tuple[Any, ...]]):
 
 
 def original_images(images: ImageDataset | FeatureDataset) -> ImageDataset:
-    """Return the original images of a `FeatureDataset`; image datasets are unchanged."""
+    """Return the original images of a `FeatureDataset`, or an image dataset unchanged."""
     return images.images if isinstance(images, FeatureDataset) else images
 
 
@@ -150,7 +150,7 @@ def encoded_targets(task: Task, images: ImageDataset | FeatureDataset, rows: Ite
 
 
 def balancing_weights(images: ImageDataset, task: Task, sampler: str) -> NDArray[np.float64] | None:
-    """Return weights with mean 1 that balance images like `DataConfig.sampler`; None for equal weights."""
+    """Return weights with mean 1 that balance the classes like the weighted sampler; None for other samplers."""
     if sampler != "weighted":
         return None
     weights = np.asarray(task.sample_weights(images))
@@ -163,7 +163,7 @@ def probe_rows(parts: RunComponents) -> NDArray[np.int64]:
 
 
 def sampled_rows(parts: RunComponents, count: int) -> NDArray[np.int64]:
-    """Return `range(count)`, or a sorted random sample of `MAX_PROBE_IMAGES` of it, which depends on the seed."""
+    """Return all indices below `count`, or a sorted random sample of `MAX_PROBE_IMAGES`, seeded by the run's seed."""
     if count <= MAX_PROBE_IMAGES:
         return np.arange(count)
     return np.sort(np.random.default_rng(parts.seed).choice(count, MAX_PROBE_IMAGES, replace=False))
@@ -245,7 +245,7 @@ def init_head_from_probe(parts: RunComponents, optim: OptimConfig, sampler: str 
 
     A random head sends random gradients through the backbone in the first steps; a fitted head does not (Kumar et al.,
     2022, arXiv 2202.10054). The fit uses at most 5,000 training images without augmentation. Features are divided by
-    their root mean variance. The L2 penalty is `1/(2·0.1)·‖w‖² = 5 ‖w‖²`, added to the sum of the images' losses.
+    the root of their mean variance. The L2 penalty `1/(2·0.1)·‖w‖² = 5 ‖w‖²` is added to the sum of the images' losses.
     Features from `cache_features` are reused.
 
     Raises:
@@ -284,7 +284,7 @@ def base_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 def is_clearly_better(only_first: int, only_second: int) -> bool:
     """Return whether the first of two classifiers is clearly better (McNemar's test, two standard errors).
 
-    The arguments are the numbers of images that only the first and only the second predicts correctly.
+    Each argument is the number of images that only this classifier predicts correctly.
     """
     return only_first - only_second > 2.0 * math.sqrt(only_first + only_second)
 
@@ -310,7 +310,7 @@ class FeatureNorm(TrainerCallback):
     processes. `folded` provides the same function as a plain linear layer of `z`.
 
     Args:
-        head: Linear layer, `[classes, width]`; its weights are converted to `ẑ` with unchanged outputs.
+        head: Linear layer, `[classes, width]`; its parameters are rescaled for `ẑ`, with unchanged outputs.
         features: Features before training, `[images, width]`, for the initial statistics.
     """
 

@@ -39,7 +39,7 @@ _FEW, _MORE = 2, 3
 """Batch sizes of the two passes. Batch size 1 is not representative: batch norm rejects it for 1x1 feature maps, and
 axes of length 1 avoid copies."""
 _TILE_ROWS, _TILE_COLUMNS = 32, 64  # of the Triton kernels, which store partial gradients per tile
-_EAGER_MATRICES = 14  # temporary matrices of the eager backward pass besides `ΔW`, default kernel; measured
+_EAGER_MATRICES = 14  # temporary matrices of the eager backward pass besides `ΔW`, measured with the default kernel
 _CLASSES = 100
 _CHECKPOINT_OPTIONS = {*inspect.signature(torch.utils.checkpoint.checkpoint).parameters, "preserve_rng_state"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -155,7 +155,7 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
 
 
 class _AttentionRecorder(TorchFunctionMode):
-    """Mode that calls `note` for attention on detached inputs (`compress_activations`), which is recomputed."""
+    """Mode that calls `note` for attention that is recomputed; its inputs are detached (`compress_activations`)."""
 
     def __init__(self, note: Callable[[tuple[Tensor, ...], Tensor], None]) -> None:
         super().__init__()
@@ -220,8 +220,8 @@ def reset_peak_rss() -> None:
 class StepMemory:
     """Peak memory of one training step with AdamW and its components, in bytes.
 
-    `total` is not the sum of the components: they do not peak at the same time, because gradients are allocated while
-    saved tensors are freed and temporary tensors exist only briefly, and only `total` includes unsaved input images.
+    `total` is not the sum of the components. They peak at different times: gradients are allocated while saved tensors
+    are freed, and temporary tensors exist only briefly. Only `total` includes input images that are not saved.
 
     Args:
         weights: Parameters and buffers.
@@ -250,9 +250,10 @@ def predict_step_memory(
         at the optimizer step:             gradients + temporary(AdamW)
         total = weights + optimizer_state + images (unless saved) + maximum of these
 
-    `saved_until` and the activation part of `temporary` are linear in the batch size. The line is fitted to forward
-    passes with 2 and 3 images, which need no more memory than passes without gradients. The prediction excludes
-    libraries, allocator rounding and workspaces; workspaces are significant for fully trained convolutions on the CPU.
+    `saved_until(i)` is the number of bytes saved up to module i. It is linear in the batch size, as is the activation
+    part of `temporary`; the lines are fitted to forward passes with 2 and 3 images, which need no more memory than
+    passes without gradients. The prediction excludes libraries, allocator rounding, and workspaces, which are
+    significant for fully trained convolutions on the CPU.
 
     Args:
         model: Model from `build_method`, on any device.
@@ -346,8 +347,8 @@ def predict_for_methods(
     and activations; PEFT keeps adapters in float32.
 
     Raises:
-        ValueError: If a number is below 1, `dtype` or the backbone is unknown, or the backbone does not support
-            `img_size` or `r`. Numbers and `dtype` are checked before a model is built.
+        ValueError: If a number is below 1, `dtype` or the backbone is unknown, the backbone does not support
+            `img_size`, or a method does not support `r`. Numbers and `dtype` are checked before a model is built.
 
     Other errors as for `create_backbone`.
     """
@@ -399,12 +400,12 @@ def memory_table(
     device = device or choose_device("auto").type
     device_type = device if device in _DEVICE_TYPES else "cuda"
     options: dict[str, Any] = {"batch": batch, "img_size": img_size, "r": r, "dtype": dtype}
-    predictions = predict_for_methods(backbone, **options, device_type=device_type)
-    rows = list(track_progress(predictions, "predicting", len(MEMORY_METHODS), make_console()))
     name, forecast = device, None
     estimate = None if device in _DEVICE_TYPES else plugin("estimates", "step-time")
-    if estimate is not None:
+    if estimate is not None:  # first, since it checks the name of the device
         name, forecast = estimate(device, backbone, **options)
+    predictions = predict_for_methods(backbone, **options, device_type=device_type)
+    rows = list(track_progress(predictions, "predicting", len(MEMORY_METHODS), make_console()))
     columns = ["MiB", "weights", "gradients", "optimizer state", "saved for backward", "largest temporary", "total"]
     notes = [
         "total is the peak, not the sum: the columns peak at different times, and only total includes unsaved images"

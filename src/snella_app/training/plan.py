@@ -318,7 +318,7 @@ def _cost_warnings(plan: TrainConfig, parts: RunComponents, memory: float, free:
 
 
 def _stopping_rows(optim: OptimConfig, adapter: SnellaConfig | None) -> list[tuple[str, str]]:
-    """Describe early stopping and its relation to the schedule of `adapter`; None if the budget is constant."""
+    """Describe early stopping and its relation to the schedule; `adapter` is None if the budget is constant."""
     if optim.early_stopping is None:
         return []
     text = f"after {counted(optim.early_stopping, 'epoch')} without improvement"

@@ -55,7 +55,7 @@ class InterruptCallback(TrainerCallback):
 
     Attributes:
         is_requested: True after the first signal.
-        has_saved: True once a checkpoint is saved after it.
+        has_saved: True once a checkpoint has been saved after the first signal.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class InterruptCallback(TrainerCallback):
             os.write(2, f"\nsnella: finishing this step and saving, then stopping{repeat}\n".encode())
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop midway through an epoch; the end of an epoch saves anyway."""
+        """After a signal, save and stop midway through an epoch; `on_epoch_end` handles its last step."""
         if mean_across_processes(float(self.is_requested)) > 0:
             self.is_requested = True  # also if another process received the signal
         if self.is_requested and not _is_epoch_end(state):
@@ -96,7 +96,7 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Skip the evaluation and the second checkpoint of an unfinished epoch; save a complete one."""
+        """Skip the evaluation and the second checkpoint of an unfinished epoch; after a signal, save a complete one."""
         if not _is_epoch_end(state):
             control.should_log = control.should_evaluate = control.should_save = False
         elif self.is_requested:
@@ -125,7 +125,7 @@ def lock_run(run: BaseRunFolder[Any], *, is_shared: bool = False) -> Iterator[No
         RunInUseError: If a running process holds the lock; the message has its process id.
         ValueError: If the folder's path has characters that are not printable.
         NotImplementedError: If the world size is larger than 1 without `is_shared`.
-        OSError: If the folder or the lock file cannot be created, unless the run is finished.
+        OSError: If the folder or the lock file cannot be created (except for a finished run), or the lock is a link.
     """
     if not is_shared:
         require_single_process("training")
@@ -196,7 +196,7 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 
 def resume_text(command: str, folder: Path, *, has_dataset: bool = False) -> str:
-    """Return the call of `snella COMMAND` that resumes a run; of `snella.train` for a dataset object."""
+    """Return the `snella COMMAND` call that resumes a run, or the `snella.train` call for a dataset object."""
     if has_dataset:
         return f"snella.train(data=..., out={str(folder)!r}, resume=True)"
     return f"snella {command} --out {shlex.quote(str(folder))} --resume"
@@ -219,9 +219,13 @@ def record_status(run: BaseRunFolder[Any], command: str, *, has_dataset: bool = 
     except KeyboardInterrupt:
         saved = latest_checkpoint(run.checkpoints)
         state = f"saved as {saved}" if saved else "no checkpoint was written yet"
-        run.update("interrupted")
         resume = resume_text(command, run.path, has_dataset=has_dataset)
-        raise TrainingInterrupted(f"interrupted; {state}; resume with: {resume}") from None
+        interrupted = TrainingInterrupted(f"interrupted; {state}; resume with: {resume}")
+        try:
+            run.update("interrupted")
+        except OSError as second:
+            interrupted.add_note(f"the status in {run.path} could not be updated: {second}")
+        raise interrupted from None
     except Exception as error:
         plain = _without_worker(error)
         try:
@@ -240,4 +244,7 @@ def _without_worker(error: Exception) -> Exception:
         return error
     name = type(error).__name__
     *traceback, message = re.split(rf"^(?:[\w.]+\.)?{name}: ", text.strip(), flags=re.MULTILINE)
-    return type(error)(message if traceback else name)
+    if traceback:
+        return type(error)(message)
+    # without a message, the text ends with the name; torch replaces errors that need several arguments
+    return type(error)(name) if text.rstrip().splitlines()[-1].rpartition(".")[2] == name else error

@@ -6,6 +6,8 @@ import dataclasses
 import io
 import itertools
 import math
+import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -100,16 +102,22 @@ def predicted_memory(parts: RunComponents, precision: str, batch_size: int) -> i
         return predict_step_memory(parts.model, (channels, height, width), batch_size).total
 
 
+_CGROUP = "/sys/fs/cgroup"
+
+
 def free_memory(device: torch.device) -> int:
-    """Return the free bytes of a GPU, or of the machine or its container."""
+    """Return the free bytes of a GPU, or this process's share of those of the machine or its container."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # memory of earlier trial steps is free
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
-    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    limit, used, details = (Path(_CGROUP, name) for name in ("memory.max", "memory.current", "memory.stat"))
     with contextlib.suppress(OSError, ValueError):  # missing files, or the value "max"
-        free = min(free, max(int(limit.read_text()) - int(used.read_text()), 0))
-    return free
+        # the kernel frees cached files on demand
+        cached = re.findall(r"^(?:active|inactive)_file (\d+)$", details.read_text(), re.MULTILINE)
+        in_use = int(used.read_text()) - sum(map(int, cached))
+        free = min(free, max(int(limit.read_text()) - in_use, 0))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def fit_image_size(
@@ -237,7 +245,7 @@ def _largest_size(
         index = max(bisect.bisect_right(sizes, largest) - 1, fits + 1)
         if index >= too_large or too_large < len(sizes):
             index = (fits + too_large) // 2
-    # the search itself takes time, so a size that fitted may not fit at its end
+    # the search itself takes time, so a size that fit earlier may no longer fit
     measured = sorted(seconds)
     pixels, times = [size**2 for size in measured], [seconds[size] for size in measured]
     estimates = {size: float(np.interp(size**2, pixels, times)) for size in sizes[: max(fits, 0) + 1]}
@@ -247,7 +255,7 @@ def _largest_size(
 
 
 def _median_side(images: ImageDataset) -> float:
-    """Return the median shorter side of some images, in pixels."""
+    """Return the median shorter side of evenly spaced images, in pixels."""
     indices = range(0, len(images), max(1, len(images) // _MEASURED_SIDES))
     return statistics.median(min(images.image(index).size) for index in indices)
 
@@ -355,7 +363,7 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     views = 2 if data.tta == "auto" else data.views
 
     def evaluation_seconds(optim: OptimConfig) -> tuple[float, float]:
-        """Return the times of a batch that is read once and evaluated for one view, and for all views."""
+        """Return the time to read a batch and evaluate one view, and the time to read it and evaluate all views."""
         once_s = _step_seconds(parts, optim, last, per_batch, _trial_evaluation)
         return once_s, once_s + (views - 1) * max(once_s - read_s, 0.0)
 

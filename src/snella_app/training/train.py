@@ -85,7 +85,8 @@ def train(
         RunInUseError: If another process is writing to the folder.
         FileNotFoundError: If files of the data or the backbone, the run to resume, or the adapter or results of a
             finished run are missing.
-        ValueError: If settings contradict each other or the data, or settings or images of a resumed run have changed.
+        ValueError: If settings contradict each other or the data, the device is not available, or settings or images of
+            a resumed run have changed.
         TypeError: If `data` is not a supported dataset.
         ImportError: If a package of the data, the backbone or `track` is missing.
         ConnectionError: If the Hugging Face Hub is needed and unreachable.
@@ -150,7 +151,7 @@ def train(
 
 
 def _with_initial_settings(config: TrainConfig, initial: RunFolder) -> TrainConfig:
-    """Return the settings of a run that starts from `initial`, with the present location of inherited data."""
+    """Return the settings of a run that starts from `initial`, with the current location of inherited data."""
     inherited = initial.init_from_settings(config)
     if config.data.spec is not None:
         return inherited
@@ -216,7 +217,7 @@ def _fit(
 
 @contextmanager
 def _tracking(trackers: Sequence[str], run: RunFolder) -> Iterator[None]:
-    """Redirect trackers to the run folder, unless environment variables are set; suppress output, convert errors."""
+    """Direct trackers to the run folder unless their environment variables are set; suppress output, convert errors."""
     if not trackers:
         yield
         return

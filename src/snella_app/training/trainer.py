@@ -69,10 +69,10 @@ class SnellaTrainer(CheckpointingTrainer):
     Differences from `CheckpointingTrainer`:
     - Epochs are evaluated without test-time augmentation, which takes a forward pass per view.
     - Random numbers (dropout, drop path) depend only on `(seed, step, rank, micro-batch)` and the data order only on
-      `(seed, epoch)`, so a resumed run repeats them.
+      `(seed, epoch)`, so a resumed run reproduces both.
     - The adapter of the best epoch (see `RunProtocol.selection_score`) is saved immediately.
     - Checkpoints include the weight average, the stored weights of the last epochs, and the feature statistics.
-    - `last_loss` is the loss of the step so far, over its micro-batches.
+    - `last_loss` is the loss of the step so far, summed over its micro-batches.
 
     Args:
         parts: Model, task, training images and the protocol's selection split; without a selection split, the last
@@ -222,14 +222,14 @@ class SnellaTrainer(CheckpointingTrainer):
         return row
 
     def average_parameters(self) -> AbstractContextManager[None]:
-        """Use the weights' average in the model inside the context, if `ema` is set."""
+        """Use the averaged weights in the model inside the context, if `ema` is set."""
         return nullcontext() if self.average is None else self.average.average_parameters()
 
     def average_epochs(self) -> AveragedEpochs | None:
         """Average the trained weights of the last epochs and save the average unless the best epoch is better.
 
-        `swa` averages all of them. `soup` starts with the best of them and adds others in order of their score, if the
-        mean does not get worse on the selection split. Both use the budgets of the last step.
+        `swa` averages all of them. `soup` starts with the best of them and adds each of the others, in order of their
+        score, unless the mean gets worse on the selection split. Both use the budgets of the last step.
 
         Returns:
             Record of the average; None if the settings disable averaging or no epoch is stored.
@@ -375,7 +375,7 @@ class SnellaTrainer(CheckpointingTrainer):
             super()._move_model_to_device(model, device)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the training data loader; with several processes, this process's part of each batch."""
+        """Return the training data loader; with several processes, it yields this process's part of each batch."""
         if self._shards.count == 1:
             return super().get_train_dataloader()
         return DataLoader(
@@ -453,7 +453,7 @@ def _collate(task: Task, widest: torch.dtype, items: Sequence[tuple[Any, ...]]) 
 
 
 def training_arguments(plan: TrainConfig, checkpoints: Path, keep_checkpoints: bool = True) -> TrainingArguments:
-    """Return Trainer arguments: evaluation and, if kept, a checkpoint per epoch; warmup and cosine decay."""
+    """Return Trainer arguments: evaluation and, if kept, a checkpoint in each epoch; warmup and cosine decay."""
     optim = plan.optim
     return base_training_arguments(
         checkpoints,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from sklearn.cluster import KMeans
 from sklearn.manifold import TSNE
 from sklearn.metrics import f1_score, normalized_mutual_info_score
 from sklearn.preprocessing import normalize
-from torch import nn
+from torch import Tensor, nn
 
 from snella_app.data.datasets import ImageDataset
 from snella_app.data.images import is_image, read_image
@@ -53,7 +54,8 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
         seed: Seed of the selection.
 
     Raises:
-        ValueError: If data cannot be loaded.
+        FileNotFoundError: If data or an experiment does not exist.
+        ValueError: If data or an experiment is invalid.
     """
     datasets: list[tuple[DataEntry, DataConfig]] = []
     for source in map(str, sources):
@@ -90,7 +92,7 @@ def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, 
     score of each run, averaged over foreground classes.
 
     Raises:
-        FileNotFoundError: If a folder contains no run with an adapter.
+        FileNotFoundError: If a folder contains no run with an adapter, or the data no longer exists.
         ValueError: If a run's task is not segmentation.
     """
     labels = run_labels(runs)
@@ -153,8 +155,8 @@ def gradcam(
 
     The first run's transform crops the shown images; each model uses its run's transform.
     `snella_app.runs.explain.heat_maps` computes the maps of ViT, Swin, ConvNeXt and other timm models, with the head
-    that predicts: the final head, if the run has one. The pre-trained model combines the first run's pre-trained
-    backbone with its head. The table contains the fraction of each map's sum in the central ninth. See `PlotOptions`
+    that predicts: the final head, if the run has one. The pre-trained model combines the pre-trained backbone and the
+    head of the first run. The table contains the fraction of each map's sum in the central ninth. See `PlotOptions`
     for the arguments.
 
     Raises:
@@ -169,17 +171,19 @@ def gradcam(
     splits, items = _items(first, data, split)
     chosen = _class_balanced_indices([part.labels[index] for part, index in items], limit, seed)
     selected = [items[index] for index in chosen]
-    images = [part.image(index) for part, index in selected]
     classes = [splits.classes[part.labels[index]] for part, index in selected]
-    inputs = [_model_input_image(first, image) for image in images]
+    inputs = [_model_input_image(first, tensor) for tensor in _inputs(first, selected)]
     grid: list[list[Image.Image]] = [inputs]
     rows: list[Row] = []
     networks = [_pretrained_with_head(first), *(loaded.network for loaded in models)]
     for label, loaded, model in zip([PRETRAINED, *labels], [first, *models], networks, strict=True):
         if missing := sorted(set(classes) - set(loaded.classes)):
-            raise ValueError(f"runs must have the classes of the first run, got {label} without {', '.join(missing)}")
+            raise ValueError(
+                f"data must have only classes of all runs, got {', '.join(missing)}, which {label} lacks; pass other "
+                "runs or --data"
+            )
         numbers = torch.tensor([loaded.classes.index(name) for name in classes])
-        batch = torch.stack([loaded.transform(image) for image in images]).to(loaded.device)
+        batch = _inputs(loaded, selected).to(loaded.device)
         maps = heat_maps(model.to(loaded.device), batch, numbers)
         grid.append([overlay_heat(image, heat) for image, heat in zip(inputs, maps, strict=True)])
         rows += [
@@ -207,9 +211,14 @@ def _pretrained_with_head(loaded: LoadedRun) -> nn.Module:
     return model.eval()
 
 
-def _model_input_image(loaded: LoadedRun, image: Image.Image) -> Image.Image:
-    """Return the unnormalized output of the run's transform, as the background of a heat map."""
-    shown = Predictor(loaded).to_pil_image(loaded.transform(image))
+def _inputs(loaded: LoadedRun, selected: Sequence[tuple[ImageDataset, int]]) -> Tensor:
+    """Return the images with the run's transform and number of channels, `[images, channels, height, width]`."""
+    return torch.stack([part.with_transform(loaded.transform)[index][0] for part, index in selected])
+
+
+def _model_input_image(loaded: LoadedRun, image: Tensor) -> Image.Image:
+    """Return an unnormalized model input, as the background of a heat map."""
+    shown = Predictor(loaded).to_pil_image(image)
     return shown.resize((_CELL_SIZE, _CELL_SIZE), Image.Resampling.BICUBIC)
 
 
@@ -225,8 +234,8 @@ def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
 
     Args:
         folders: Image folders, e.g. from `snella generate`, which names files by prompt and seed. The plot shows the
-            file names that most folders share. A folder without them, e.g. of the subject's photos, shows its first
-            images.
+            images whose file names occur in the most folders. A folder without them, e.g. of the subject's photos,
+            shows its first images.
         limit: Images per folder.
 
     Raises:
@@ -267,7 +276,9 @@ def _class_balanced_indices(labels: Sequence[int], count: int, seed: int) -> lis
     for index in order:
         by_class.setdefault(labels[index], []).append(index)
     classes = [by_class[label] for label in sorted(by_class)]
-    return [items[k] for k in range(len(labels)) for items in classes if k < len(items)][:count]
+    longest = max(map(len, classes), default=0)
+    cycled = (items[k] for k in range(longest) for items in classes if k < len(items))
+    return list(islice(cycled, count))
 
 
 _GAP, _TITLE, _CAPTION = 12, 24, 17
@@ -376,15 +387,18 @@ def cluster_nmi(values: NDArray[np.float32], classes: NDArray[np.int64], seed: i
     return float(normalized_mutual_info_score(classes, clusters))
 
 
+_MAX_LEGEND = 24
+"""Maximum number of classes in a legend."""
+
+
 def _draw_features(rows: Sequence[Row], scores: Sequence[Row]) -> Figure:
     """Draw one panel per model, with a color and marker for each class."""
     columns = min(len(scores), 3)
     lines = -(-len(scores) // columns)
     classes = sorted({row["class"] for row in rows})
     titles = [f"{shortened(row['run'], 20)}: NMI {row['nmi']:.2f}" for row in scores]
-    figure, panels = new_panels(
-        280 * columns, 275 * lines + 20 * -(-len(classes) // (2 * columns)) + 20, titles, columns
-    )
+    legend = 20 * -(-len(classes) // (2 * columns)) if len(classes) <= _MAX_LEGEND else 0
+    figure, panels = new_panels(280 * columns, 275 * lines + legend + 20, titles, columns)
     for axes, score in zip(panels, scores, strict=True):
         for number, name in enumerate(classes):
             color, marker = style_of(number)
@@ -394,7 +408,7 @@ def _draw_features(rows: Sequence[Row], scores: Sequence[Row]) -> Figure:
         axes.grid(False)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(visible=True, color=MUTED)
-    if len(classes) <= 24:
+    if len(classes) <= _MAX_LEGEND:
         handles = [
             Line2D([], [], linestyle="none", marker=style_of(number)[1], color=style_of(number)[0], markersize=5)
             for number in range(len(classes))

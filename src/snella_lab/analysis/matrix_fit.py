@@ -71,7 +71,7 @@ class FitConfig:
         if self.r < 2 or self.r % 2:
             errors.append(f"r must be a multiple of 2, the number of pieces of a factor row, got {self.r}")
         if not self.ranks or not all(1 <= rank <= self.size for rank in self.ranks):
-            errors.append(f"ranks must be in [1, size={self.size}], got {list(self.ranks)}")
+            errors.append(f"ranks must be one or more integers in [1, size={self.size}], got {list(self.ranks)}")
         if not 0 < self.density <= 1:
             errors.append(f"density must be in (0, 1], got {self.density}")
         if not self.lr > 0:
@@ -110,7 +110,7 @@ def find_kernel(name: str) -> Merge:
 
 
 def _module_digest(name: str) -> str | None:
-    """Return the SHA-256 of the module file of a custom kernel; None for kernels of snella and of compiled modules."""
+    """Return the SHA-256 of the module file of a custom kernel; None for built-in kernels, or without a file."""
     if name in KERNELS:
         return None
     path = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
@@ -145,7 +145,9 @@ def random_matrices(size: int, rank: int, count: int, density: float, generator:
             continue
         rejected += 1
         if rejected >= _MAX_REJECTED:
-            raise ValueError(f"density is too low for rank {rank}: {density:g} gives matrices of lower rank; raise it")
+            raise ValueError(
+                f"density must be higher for rank {rank}, got {density:g}, which gives matrices of lower rank"
+            )
     return torch.stack(matrices)
 
 

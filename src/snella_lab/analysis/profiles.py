@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from snella_app.report.style import DASHED, GRID, INK, MUTED, add_legend, new_figure, shortened
-from snella_app.runs.model import load_run
+from snella_app.runs.model import load_single_run
 from snella_app.text import decimal_text
 from snella_lab.analysis.plot import Plot, Row, grouped, run_labels
 from snella_lab.comparison.experiment import FILE as EXPERIMENT_FILE
@@ -36,8 +36,8 @@ _PHASES = ("forward", "backward", "optimizer")
 def radar(folders: Sequence[str | Path]) -> list[Plot]:
     """Plot the scores of methods by task group in a radar chart, one axis per group and comparison (Figure 2).
 
-    A score is the mean of the comparison's metric. Each axis has its own scale, with the highest mean at the rim. The
-    table contains the unscaled scores.
+    A score is the mean of the comparison's main metric over the tasks of a group. Each axis has its own scale, with the
+    highest mean at the rim. The table contains the unscaled scores.
 
     Args:
         folders: Folders written by `snella compare`; only methods with results on all tasks of all folders are drawn.
@@ -106,7 +106,7 @@ def memory(runs: Sequence[str | Path], *, steps: int = 2, batch_size: int | None
     peaks: list[Row] = []
     size = batch_size
     for label, run in zip(run_labels(runs), runs, strict=True):
-        loaded = load_run(run, device="cpu")
+        loaded = load_single_run(run, device="cpu")
         size = size or loaded.folder.read_config().optim.effective_batch_size
         channels, height, width = loaded.info.data_config["input_size"]
         images = torch.randn(size, channels, height, width, generator=torch.Generator().manual_seed(0))

@@ -143,7 +143,7 @@ def rank_row(update: Tensor, values: Tensor | None = None) -> dict[str, Any]:
 def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plot]:
     """Plot each run's update of one matrix (Figure 12a), with singular values and effective ranks.
 
-    The runs use SNELLA or LoRA on any task, or other weight-changing methods on image tasks. Without `matrix`, the
+    Runs must use SNELLA or LoRA on any task, or another weight-changing method on an image task. Without `matrix`, the
     deepest query projection is drawn.
 
     Returns:
@@ -184,8 +184,8 @@ def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plo
 def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plot]:
     """Plot the overlap between the updates of several tasks, by layer and by weight (Figures 12b, 12c, section 4.5).
 
-    Chance levels are computed for the same updates with randomly permuted entries. The runs have the same backbone. The
-    weight plots show `matrix`, by default the deepest query projection.
+    Chance levels are computed for the same updates with randomly permuted entries. All runs must use the same backbone.
+    The weight plots show `matrix`, by default the deepest query projection.
 
     Returns:
         Three plots. `overlap`: mean cosine similarity over pairs of tasks that change the layer, one row per layer.
@@ -198,10 +198,13 @@ def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Pl
         ValueError: If there are fewer than two runs, the runs share no matrix, or a method changes no weights.
     """
     if len(runs) < 2:
-        raise ValueError(f"overlap requires at least 2 runs, got {len(runs)}")
+        raise ValueError(f"runs must contain at least 2 runs for overlap, got {len(runs)}; add runs")
     run_updates = [read_updates(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
     name = choose_matrix(run_updates, matrix)
     layers = _layers(run_updates)
+    if not any(name in names for names in layers.values()):
+        shapes = ", ".join(str(list(run.shapes[name])) for run in run_updates)
+        raise ValueError(f"runs must have the same backbone, got the shapes {shapes} of {name!r}")
     rows: list[Row] = []
     counts, expected = np.zeros(len(runs) + 1), np.zeros(len(runs) + 1)
     for position, (layer, names) in enumerate(layers.items()):
@@ -247,7 +250,7 @@ class _Similarity:
         self._intersections += support @ support.T
 
     def row(self) -> dict[str, Any]:
-        """Return similarities of all pairs of nonzero updates, their chance level, and Jaccard index of supports."""
+        """Return the cosine's mean and range over pairs of nonzero updates, its chance level, and the Jaccard index."""
         norms = self._products.diagonal().sqrt()
         pairs = [(i, j) for i, j in combinations(range(len(norms)), 2) if norms[i] and norms[j]]
         if not pairs:

@@ -25,13 +25,13 @@ from snella.sparsify import quantile_threshold, sparsify
 from snella_app.methods.registry import build_method
 
 REFERENCE = "lora"
-"""Method that ratios are relative to."""
+"""Baseline of the ratios."""
 
 _QUANTILE_LIMIT = 2**24  # maximum number of entries in torch.quantile
 
 
 class UnfusedLayer(nn.Module):
-    """Unfused reference: separate products for base layer and update, with activation checkpointing of the merge.
+    """Unfused reference: separate products for base layer and update, with activation checkpointing of the update.
 
         y = x W0ᵀ + bias + scaling·x Sᵀ,   S = sparsify(ΔW, quantile(|ΔW|, sparsity))
 
@@ -202,7 +202,7 @@ Builder = Callable[[nn.Module, Workload], nn.Module]
 
 
 def _frozen(model: nn.Module, workload: Workload) -> nn.Module:
-    """Train only head and class token, to measure both passes without adapters."""
+    """Train only the head and the class token, to measure both passes without adapters."""
     model.requires_grad_(False)
     token = [model.cls_token] if isinstance(getattr(model, "cls_token", None), nn.Parameter) else []
     for parameter in (*token, *cast(Any, model).get_classifier().parameters()):

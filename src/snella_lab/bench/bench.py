@@ -72,7 +72,7 @@ class BenchConfig:
             raise ValueError("; ".join(errors))
 
     def settings(self) -> list[tuple[Workload, int]]:
-        """Return every workload with its batch size."""
+        """Return each workload with each batch size."""
         axes = (self.backbones, self.r, self.sparsity, self.dtype, self.batch)
         return [
             (Workload(backbone, r, sparsity, _DTYPES[dtype], self.device), batch)
@@ -119,7 +119,7 @@ class Runner:
             BudgetAllocator(self.model, total_epochs=100, steps_per_epoch=100).attach(self.optimizer)
 
     def step(self, images: Tensor, labels: Tensor) -> StepTime:
-        """Run and time forward pass, backward pass and optimizer."""
+        """Run one training step, and time it and its two passes."""
         start = synchronized_time(self.device)
         loss = nn.functional.cross_entropy(self.model(images), labels)
         forward = synchronized_time(self.device)
@@ -145,7 +145,8 @@ def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
     """Measure the peak memory of two training steps, in MiB.
 
     On a GPU, `peak_gpu_mib` is the peak of the allocator. On a CPU, `peak_rss_mib` is the peak resident set size of a
-    new process after model and optimizer exist, including libraries and thread pools; `peak_step_mib` is its growth.
+    new process after model and optimizer exist, including libraries and thread pools; `peak_step_mib` is its growth
+    during the steps.
     """
     if torch.device(workload.device).type == "cuda":
         gc.collect()  # models of earlier measurements are in reference cycles
@@ -209,8 +210,8 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str,
     """Time training steps of all methods on the same images, return the rows, and append them to `config.out`.
 
     After two warm-up steps, every round takes one step of each method, in random order. A method is skipped if its
-    gradients are not finite, its op differs from the reference, or it does not fit into GPU memory. With
-    `rounds=0`, only saved tensors and parameters are counted.
+    gradients are not finite, its op is unavailable or differs from the reference, or it does not fit into GPU memory.
+    With `rounds=0`, only saved tensors and parameters are counted.
 
     Raises:
         ValueError: If the device is not available.
@@ -243,7 +244,7 @@ def _check_device(device: str) -> None:
 
 
 def _time(config: BenchConfig, workload: Workload, batch: int, console: Console) -> list[dict[str, Any]]:
-    """Time the steps of one setting, interleaved, and count its tensors; frees all models."""
+    """Time interleaved steps of all methods in one setting, and count saved tensors and parameters."""
     images, labels = random_batch(workload, batch)
     runners: dict[str, Runner] = {}
     op_errors: dict[str, str | None] = {}
@@ -273,15 +274,21 @@ def _time(config: BenchConfig, workload: Workload, batch: int, console: Console)
 
 def _prepare(name: str, workload: Workload, images: Tensor, labels: Tensor) -> Runner | str:
     """Build a method and take its warm-up steps, or return why it cannot be timed."""
+    runner: Runner | None = None
     try:
         runner = Runner(name, workload)
         if not runner.has_finite_gradients(images, labels):
             return "its gradients are not finite"
         for _ in range(_WARM_UP):
             runner.step(images, labels)
+        return runner
     except torch.OutOfMemoryError as error:
-        return first_line(error)
-    return runner
+        reason = first_line(error)
+    runner = None
+    gc.collect()  # models and optimizers are in reference cycles
+    if torch.device(workload.device).type == "cuda":
+        torch.cuda.empty_cache()
+    return reason
 
 
 def _implementation(name: str) -> str | None:

@@ -166,12 +166,12 @@ TRITON = Kernels(operations=905, per_rank=35, merged_bytes=35, weight_accesses=6
 """Operations are the instructions that the compiled kernels execute per entry for `mix_k`
 (`benchmarks/triton_resources.jsonl`, compute capability 9.0): a constant at rank 8, and a slope per rank up to 32.
 Bytes are the reads and writes of each launch, with the `3r/8` bytes of partial sums evaluated at r = 8. One program per
-16 columns computes softmax statistics, 64 rows a step."""
+16 columns computes softmax statistics, 64 rows per step."""
 SDDMM = (0.54, 2.6)
 """Time of a sparse weight gradient (SDDMM) relative to the dense product: intercept and slope over the density.
 
 The line is fitted to measurements of a 3072×768 matrix in `benchmarks/results.jsonl`, at densities from 1 to 10%. Its
-error there is at most 9%. At 768×768 it is 19 to 37% too low, with a median of 28%.
+error there is at most 9%. At 768×768, the line is 19 to 37% too low, with a median of 28%.
 """
 
 
@@ -236,7 +236,7 @@ class StepCount:
         return state + max(self.saved + self.temporary, trained)
 
     def communicated(self, devices: int, strategy: Strategy) -> float:
-        """Bytes that one device sends in a step: ring all-reduce, all-gather and reduce-scatter.
+        """Bytes that one of p devices sends in a step: ring all-reduce, all-gather and reduce-scatter.
 
         ddp    2·(p − 1)/p · gradients
         fsdp2  2·(p − 1)/p · base weights (gathered in both passes)

@@ -112,7 +112,10 @@ def diagnose(
         remedy = (
             "" if any(check.impl == "eager" for check in diagnosis.wrong) else "set --method-options.impl eager, and "
         )
-        print_line(console, f"wrong: {names}; {remedy}attach the --out file to a bug report")
+        report = (
+            f"attach {out} to a bug report" if out is not None else "attach the file written by --out to a bug report"
+        )
+        print_line(console, f"wrong: {names}; {remedy}{report}")
     else:
         print_line(console, "all available backends are correct")
     return diagnosis
@@ -126,8 +129,8 @@ def time_merges(steps: list[dict[str, Any]], device: str) -> list[dict[str, Any]
         device: Device of the tensors.
 
     Returns:
-        A row per shape and dtype of `steps`: median milliseconds of all calls but the first, and the share of the
-        SNELLA step that the forward pass spends on the ViT-B's matrices of this size (`None` without a SNELLA row).
+        A row per shape and dtype of `steps`: median milliseconds of all calls but the first, and the fraction of the
+        SNELLA step spent merging the ViT-B matrices of this shape in the forward pass (`None` without a SNELLA row).
     """
     rows = []
     for name in dict.fromkeys(row["dtype"] for row in steps):

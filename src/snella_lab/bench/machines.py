@@ -9,7 +9,7 @@ DDP reduces gradients during the backward pass, and FSDP2 gathers a block while 
 overlap, a step would take the sum of computation and communication, at most twice the maximum.
 
 `benchmarks/cost_model.py` fits the product, vector and memory rates of CPUs to measured steps. Rates of GPUs are
-datasheet values.
+datasheet values times assumed efficiencies.
 """
 
 from __future__ import annotations

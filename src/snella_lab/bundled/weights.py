@@ -44,8 +44,8 @@ def convert_dinov2_onnx(path: Path) -> dict[str, Tensor]:
     """Extract the backbone from an ONNX graph as a state dict of timm's `vit_small_patch14_dinov2`, without a head.
 
     Biases, norms and layer scales have names. Linear weights are anonymous and transposed; each is named after the
-    bias of the `Add` that follows its `MatMul`. The position embeddings of class token and patches are constants of a
-    `Concat` and a `Reshape`.
+    bias of the `Add` that follows its `MatMul`. The position embeddings of class token and patches are constant inputs
+    of a `Concat` and a `Reshape`.
 
     Args:
         path: An `.onnx` file.
@@ -110,7 +110,7 @@ def _linear_weights(graph: Any, arrays: dict[str, Any]) -> dict[str, str]:
 
 
 def _position_constant(graph: Any, arrays: dict[str, Any], op_type: str) -> str:
-    """Return the name of the `[1, n, width]` constant that is the first input of a node of the embeddings."""
+    """Return the name of the `[1, n, width]` constant that is the first input of an embedding node of this type."""
     inputs = [node.input[0] for node in graph.node if node.op_type == op_type and "embeddings" in node.name]
     return next(name for name in inputs if name in arrays and len(arrays[name].dims) == 3)
 

@@ -13,8 +13,8 @@ from snella_lab.comparison.rows import CellRow, SearchChoice
 from snella_lab.comparison.search import Candidate, TuningResult, next_tuning_runs
 
 TEST_SEED = 0
-"""Default seed of the test split, the same in every cell. Of the splits, run seeds change only training and
-validation, so that no run is tuned on the test images of another."""
+"""Default seed of the test split, the same in every cell. Run seeds change only the training and validation splits, so
+that no run is tuned on the test images of another."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Cell:
 
 
 def tuned_settings(defaults: TrainConfig, candidate: Candidate) -> dict[str, float]:
-    """Return `lr`, `head_lr` and `weight_decay` of a candidate, relative to the method's default settings.
+    """Return `lr`, `head_lr` and `weight_decay` of a candidate, given the method's default settings.
 
     The factor scales `lr`. It scales `head_lr` only for methods that train nothing but the head.
     """
@@ -167,7 +167,7 @@ class Plan:
     def ready(self) -> Iterator[Cell]:
         """Yield unfinished cells without unfinished dependencies, in the order of the experiment.
 
-        Rows recorded during the iteration change only the pairs that it has not reached yet.
+        Rows recorded during the iteration affect only pairs that it has not reached yet.
         """
         for pair in list(self._open.values()):
             yield from list(pair.ready())

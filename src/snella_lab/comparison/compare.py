@@ -73,7 +73,7 @@ def compare(
         console: Output console; stdout if None.
 
     Returns:
-        Path of the report; the folder with `part`; the submission script with `emit`.
+        Path of the report; with `part`, of the folder; with `emit`, of the submission script.
 
     Raises:
         FileExistsError: If `out` contains other files, or `emit_to` contains other scripts.
@@ -82,7 +82,7 @@ def compare(
         ConnectionError: If `ray` is set and the cluster at `RAY_ADDRESS` is unreachable.
         NotImplementedError: If `torchrun` or `accelerate` started several processes.
         TimeoutError: If `retry_failed` is set and another process is writing the results file.
-        ValueError: If settings conflict with each other, the stored experiment or the data.
+        ValueError: If settings conflict with each other, the stored experiment, the data or the Ray cluster.
         CellsFailedError: If a final run failed, or a tuning run failed for a reason other than a diverged loss. Raised
             after the report is written; never with `draw_only`, `part` or `emit`.
         TrainingInterrupted: On Ctrl-C or SIGTERM; finished runs remain stored.
@@ -167,7 +167,7 @@ def validate_inputs(experiment: Experiment, console: Console, checks_device: boo
         try:
             probe_images(str(name), experiment.forgetting_images)
         except (OSError, ValueError, ImportError) as error:
-            errors.append(f"forgetting: {error}")
+            errors.append(str(error) if str(error).startswith("forgetting") else f"forgetting: {error}")
     config = experiment.config(PROBE, experiment.data[0])
     model = config.model
     options: dict[str, Any] = {"weights": model.weights, "pretrained": model.pretrained, "img_size": model.img_size}
@@ -189,12 +189,15 @@ def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> No
     splits, batch_size = load_splits(config.data, config.run.seed), config.optim.batch_size
     task = create_task(config.data.task, splits.classes, **config.optim.task_options())
     task.check_data(splits.train, data.data)
-    if splits.test is None or (splits.val is None and config.data.protocol == "standard"):
-        raise ValueError(f"data {data.data!r} must have a validation and a test split, got {splits.description}")
-    if isinstance(batch_size, int) and len(splits.train) < batch_size:
-        raise ValueError(
-            f"batch_size must be at most {len(splits.train)}, the number of training images, got {batch_size}"
-        )
+    needs_val = config.data.protocol == "standard"
+    if splits.test is None or (splits.val is None and needs_val):
+        needed = "a validation and a test split" if needs_val else "a test split"
+        raise ValueError(f"data {data.data!r} must have {needed}, got {splits.description}")
+    count = len(splits.train)
+    if config.data.protocol == "final" and experiment.has_search:  # tuning runs do not train on validation images
+        count = len(load_splits(replace(config.data, protocol="standard"), config.run.seed).train)
+    if isinstance(batch_size, int) and count < batch_size:
+        raise ValueError(f"batch_size must be at most {count}, the number of training images, got {batch_size}")
     print_line(console, f"data: {splits.description}")
     for note in splits.notes:
         print_line(console, f"note: {note}")
@@ -329,7 +332,7 @@ def _choice_experiment(config: TrainConfig) -> Experiment:
     if len(splits.train) > _CHOICE_IMAGES:
         settings["train_size"] = _CHOICE_IMAGES
     if isinstance(config.optim.batch_size, int):
-        settings["batch_size"] = min(config.optim.batch_size, _CHOICE_IMAGES)
+        settings["batch_size"] = min(config.optim.batch_size, _CHOICE_IMAGES, len(splits.train))
     data = DataEntry("data", str(config.data.spec), "data")
     methods = tuple(MethodEntry(name, name) for name in CHOICE_METHODS)
     grid = Grid(lr_factors=(1.0,), weight_decays=(), max_extensions=0, seeds=_CHOICE_SEEDS)
@@ -339,7 +342,7 @@ def _choice_experiment(config: TrainConfig) -> Experiment:
 
 
 def _trained_row(root: Path, experiment: Experiment, cell: Cell) -> CellRow:
-    """Return the row of a cell, trained in a separate process if missing."""
+    """Return the row of a cell; if it is missing, train the cell in a separate process."""
     if (row := read_row(cell.folder(root))) is not None:
         return row
     executor = _executor(root, experiment, ExecutionConfig())
@@ -367,7 +370,7 @@ def _executor(root: Path, experiment: Experiment, execution: ExecutionConfig) ->
     if execution.ray:
         return OnRay(root, experiment, workers if workers > 1 else None, threads or 1, execution.gpus)
     if workers == 0:
-        return InThisProcess(root, experiment)
+        return InThisProcess(root, experiment, keep_checkpoints=execution.part is not None)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = threads or max(1, cores // workers)
     return InProcesses(root, experiment, workers, threads, keep_checkpoints=execution.part is not None)

@@ -59,7 +59,7 @@ class Executor(Protocol):
     def wait(self, timeout_s: float) -> list[Outcome]:
         """Wait until a cell ends or the timeout expires, and return the outcomes.
 
-        An outcome without row and error means that the cell must be started again.
+        An outcome without row and error means that the cell must be started again or another process has claimed it.
         """
 
     def stop(self, cell: Cell) -> None:
@@ -77,13 +77,14 @@ class InThisProcess:
 
     slots = 1
 
-    def __init__(self, root: Path, experiment: Experiment) -> None:
-        self._root, self._experiment = root, experiment
+    def __init__(self, root: Path, experiment: Experiment, keep_checkpoints: bool = False) -> None:
+        self._root, self._experiment, self._keep_checkpoints = root, experiment, keep_checkpoints
         self._finished: list[Outcome] = []
 
     def start(self, cell: Cell) -> None:
         """Train a cell and block until it is finished."""
-        self._finished.append(run_cell(self._root, self._experiment, cell))
+        outcome = run_cell(self._root, self._experiment, cell, keep_checkpoints=self._keep_checkpoints)
+        self._finished.append(outcome)
 
     def wait(self, timeout_s: float) -> list[Outcome]:
         """Return the outcomes of the cells trained since the last call."""
@@ -193,8 +194,8 @@ class OnRay:
     """Parallel execution on Ray, with one task and one worker process per cell.
 
     Connects to the cluster at `RAY_ADDRESS`, or starts a local one. The comparison's folder must have the same path on
-    all machines. At most `MAX_RESTARTS` times, a cell that loses its worker or machine ends without row and error, and
-    resumes from its last checkpoint when it is started again.
+    all machines. A cell that loses its worker or machine ends without row and error, at most `MAX_RESTARTS` times. When
+    started again, it resumes from its last checkpoint.
 
     Args:
         root: Folder of the comparison; made absolute.

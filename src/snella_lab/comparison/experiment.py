@@ -1,6 +1,7 @@
 """Experiment of a comparison: methods, data, shared settings and tuning grid."""
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -138,6 +139,10 @@ class DataEntry:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+_MAX_NAME = 100
+"""Maximum length of the folder name of a method or task, so that locks and temporary files fit 255 bytes."""
+
+
 def method_entry(value: Any) -> MethodEntry:
     """Parse a method: a name, or a mapping with `method` and optional `name`, `options` and settings.
 
@@ -185,8 +190,12 @@ def plain_entry(entry: MethodEntry | DataEntry) -> dict[str, Any]:
 
 
 def folder_name(label: str) -> str:
-    """Convert a label to a folder name."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "_", label).strip("._") or "_"
+    """Convert a label to a folder name of at most `_MAX_NAME` characters; longer ones end with a digest."""
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "_", label).strip("._") or "_"
+    if len(name) <= _MAX_NAME:
+        return name
+    digest = hashlib.sha256(label.encode()).hexdigest()[:16]
+    return f"{name[: _MAX_NAME - len(digest) - 1]}-{digest}"
 
 
 def entry_errors(kind: str, entries: Iterable[MethodEntry | DataEntry]) -> list[str]:
@@ -324,8 +333,7 @@ class Experiment:
             errors.append(f"task must be one of {', '.join(MEASURES)} in a comparison, got {task!r}")
         errors += unknown_keys("train", self.settings, SHARED_SETTINGS) or self._cell_errors()
         errors += published_errors(self.published, [d.name for d in self.data], [d.group for d in self.data])
-        has_search = len(set(self.grid.lr_factors)) > 1 or len(self.grid.weight_decays) > 0
-        if self.settings.get("protocol") == "official" and has_search:
+        if self.settings.get("protocol") == "official" and self.has_search:
             errors.append(
                 "grid.lr_factors must be one number and grid.weight_decays must be [] with protocol 'official', which "
                 "has no validation set for tuning, got "
@@ -333,6 +341,11 @@ class Experiment:
             )
         if errors:
             raise ValueError("; ".join(dict.fromkeys(errors)))
+
+    @property
+    def has_search(self) -> bool:
+        """True if methods are tuned."""
+        return len(set(self.grid.lr_factors)) > 1 or len(self.grid.weight_decays) > 0
 
     @property
     def measures(self) -> dict[str, str]:
@@ -424,8 +437,8 @@ class Experiment:
     def merged_with(self, stored: "Experiment", folder: Path) -> "Experiment":
         """Merge with the experiment stored in `folder`.
 
-        The result has the methods and tasks of both, the larger number of seeds, merged published numbers, and the
-        name and descriptions of this experiment.
+        The result has the methods and tasks of both, the larger number of seeds, merged published numbers, the name and
+        descriptions of this experiment, and its reference if set.
 
         Raises:
             ValueError: If the experiments differ in a setting that affects finished cells.
@@ -448,7 +461,7 @@ class Experiment:
         if errors:
             raise ValueError(
                 f"{folder} contains a comparison with different settings: {'; '.join(errors)}; results are not "
-                "comparable; choose another folder, or use the stored settings"
+                f"comparable; choose another folder, use the stored settings, or delete {folder}"
             )
         return replace(
             self,
@@ -480,6 +493,9 @@ class Experiment:
             errors.append(f"grid.lr_factors must be positive numbers, got {list(grid.lr_factors)}")
         if not all(0 <= w < float("inf") for w in grid.weight_decays):
             errors.append(f"grid.weight_decays must be at least 0, got {list(grid.weight_decays)}")
+        for name, values in (("lr_factors", grid.lr_factors), ("weight_decays", grid.weight_decays)):
+            if len({f"{value:g}" for value in values}) < len(set(values)):  # as in `Candidate.label`
+                errors.append(f"grid.{name} must differ within six digits, got {list(values)}")
         return errors
 
     def _cell_errors(self) -> list[str]:

@@ -86,7 +86,7 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _published_on(tasks: Collection[str], published: Any) -> Any:
-    """Return the published numbers and orderings of single tasks; means and groups refer to the original tasks."""
+    """Return the published results of `tasks`, without means and groups, which refer to the original tasks."""
     if not isinstance(published, Mapping):
         return published
     values, orderings = published.get("values"), published.get("orderings")

@@ -53,8 +53,10 @@ class ExecutionConfig(Config):
         """Return errors for out-of-range and conflicting settings."""
         workers, threads, gpus, limit = self.workers, self.threads, self.gpus, self.run_limit
         errors = []
-        if workers < 0 or (threads is not None and threads < 1):
-            errors.append(f"workers must be at least 0 and threads at least 1, got {workers} and {threads}")
+        if workers < 0:
+            errors.append(f"workers must be at least 0, got {workers}")
+        if threads is not None and threads < 1:
+            errors.append(f"threads must be at least 1, got {threads}")
         if gpus is not None and not (self.ray and (0 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0))):  # rejects nan, inf
             errors.append(f"gpus must be in [0, 1] or an integer, and requires ray, got {gpus:g} and ray={self.ray}")
         if limit is not None and (not limit > 0 or not (self.ray or workers)):
@@ -105,7 +107,7 @@ class CompareOptions(Config):
         *("epochs", "batch_size", "img_size", "train_size", "val_size", "test_size", "augment", "head_init", "ema"),
         *("columns", "channels", "skip_corrupt", "weights", "pretrained", "device", "precision"),
     )
-    """Settings of `TrainConfig` that are also options of compare; not `workers`, the number of parallel runs."""
+    """Settings of `TrainConfig` that are also options of compare, where `workers` is the number of parallel runs."""
 
     out: str
     experiment: str | None = None

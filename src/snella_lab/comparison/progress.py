@@ -94,7 +94,7 @@ class ComparisonProgress:
                 self._durations[key] = total + row.total_time, count + 1
 
     def _remaining_s(self) -> float:
-        """Estimate the total time of the remaining runs from the mean of the same task and method, task, or all runs.
+        """Estimate the total time of the remaining runs from the mean over their task and method, else task, else all.
 
         The estimate visits all pairs, so it is updated at most once per second.
         """

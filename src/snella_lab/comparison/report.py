@@ -296,7 +296,7 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
     """Return headings and lines of one metric, with the best value of each column marked."""
     scores = summary.scores(metric)
     headings = [*(heading for heading in scores if heading not in summary.tasks), *summary.tasks]
-    means = max(len(headings) - len(summary.tasks), 1)  # columns before the difference; for a single task, its score
+    means = max(len(headings) - len(summary.tasks), 1)  # columns left of the difference: means, or the only task
     best = {heading: max((value.mean for value in scores[heading] if value), default=None) for heading in headings}
     lines, is_fraction = [], metric in FRACTIONS
     for number, method in enumerate(summary.methods):
@@ -386,7 +386,7 @@ def _selected_hyperparameters(summary: Summary) -> list[dict[str, Any]]:
 
 
 def _machines(rows: Rows) -> list[dict[str, Any]]:
-    """Group the rows by machine and package versions; return their number and dates."""
+    """Group the rows by machine and package versions; return each group with its number of rows and dates."""
     machines: dict[str, dict[str, Any]] = {}
     for row in rows:
         packages = {key.removesuffix("-version"): value for key, value in row.package_info.items() if value}

@@ -32,7 +32,7 @@ class SearchChoice:
 
     Attributes:
         lr_factor: Best multiplier of the method's default learning rate.
-        lr_on_edge: True if it is the smallest or largest candidate.
+        lr_on_edge: True if it is the smallest or largest of several candidates.
         weight_decay_on_edge: True if the best weight decay is the largest of several candidates.
         trials: Tried candidates; empty without a search.
     """
@@ -54,7 +54,7 @@ class CellResults:
         file_size: Size of the adapter in bytes.
         train_time: Training time in seconds; `step_time` is the median step time.
         accelerator_memory_max: Peak reserved GPU memory in bytes.
-        val: Validation scores by name; columns such as `val_accuracy` in the file. `test` only for final runs.
+        val: Validation scores by name; columns such as `val_accuracy` in the file. `test` likewise, for final runs.
         split: SHA-256 of the classes, and of the names and labels in each split.
         changed_weights: Number of changed backbone values, for final runs of methods that can be merged.
         peak_rss_mib: Peak memory of the process, if the run had a separate process.

@@ -82,7 +82,7 @@ _MAX_NAME_BYTES = 200
 def measure_forgetting(run: Path, data: str, images: int, cache: Path, device: str = "auto") -> dict[str, Any]:
     """Compare the linear-probe accuracy of adapted and frozen features on at most `images` images of other data.
 
-    The accuracy of frozen features is cached in `cache`, which all runs of a backbone share, by preprocessing.
+    The accuracy of frozen features is cached in the folder `cache` by backbone, data and preprocessing.
 
     Returns:
         The `CellResults` fields `forgetting` (a fraction, negative if the adapted features are better),
@@ -237,7 +237,7 @@ def read_results(folder: Path) -> CellResults:
 
 
 def _scores(scores: SplitScores | None) -> dict[str, float | None]:
-    """Return the scores of one split by name; None for metrics of other tasks."""
+    """Return the scores of one split by name; `accuracy`, `balanced_accuracy` and `loss` are None if not measured."""
     task_metrics = [name for measures in MEASURES.values() for name in measures if hasattr(scores, name)]
     names = dict.fromkeys(("accuracy", "balanced_accuracy", "loss", *task_metrics))
     return {name: getattr(scores, name, None) for name in names}
@@ -353,7 +353,7 @@ def record_crash(
 
 
 def _checkpoint_s(folder: Path, config: TrainConfig) -> float | None:
-    """Return the seconds trained before an intact checkpoint of the same settings and versions; None without one."""
+    """Return the seconds trained before an intact checkpoint with the same settings and versions; None without one."""
     run = RunFolder(folder)
     checkpoint = latest_checkpoint(run.checkpoints)
     try:

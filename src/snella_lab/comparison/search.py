@@ -63,7 +63,7 @@ class Choice:
     Args:
         candidate: The best candidate; None if every candidate has a failed tuning run.
         tried: All candidates: the learning rates, then the weight decays.
-        lr_on_edge: True if the best learning rate is the smallest or largest one tried.
+        lr_on_edge: True if the best learning rate is the smallest or largest of several tried.
         weight_decay_on_edge: True if the best weight decay is the largest one tried; 0 is not an edge.
     """
 

@@ -103,19 +103,19 @@ class FinalRuns:
         return list(self._rows.get((method, task), {}).values())
 
     def scores(self, method: str, task: str, metric: str) -> dict[int, float]:
-        """Return a metric of a method on one task by seed."""
+        """Return a method's scores on one task, by seed."""
         return {row.seed: _value(row, metric) for row in self.rows(method, task)}
 
     def spread(self, method: str, task: str, metric: str) -> Spread | None:
-        """Return mean and standard deviation of a method on one task over seeds; None without runs."""
+        """Return mean and standard deviation over seeds of a method's scores on one task; None without runs."""
         scores = self.scores(method, task, metric)
         return _spread(list(scores.values())) if scores else None
 
     def mean(self, method: str, groups: Sequence[Sequence[str]], metric: str) -> Spread | None:
         """Return the mean over groups of the mean over each group's tasks, with its standard deviation over seeds.
 
-        Only seeds with a run on every task count; None without one. Groups of one task give the mean over tasks; groups
-        of several tasks give the mean reported for VTAB.
+        Uses only seeds with a run on every task; None if there are none. Groups of one task give the mean over tasks;
+        groups of several tasks give the mean reported for VTAB.
         """
         scores = {task: self.scores(method, task, metric) for group in groups for task in group}
         seeds = set.intersection(*map(set, scores.values())) if scores else set()
@@ -148,7 +148,7 @@ def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
 
     mean ± t(0.975, n - 1) · s / sqrt(n)
 
-    over n task means, or over the n differences of a single task.
+    The n values are task means, or the differences of a single task; s is their standard deviation.
 
     Args:
         pairs: Differences by task, one per seed; at least one task with one seed.
@@ -174,7 +174,7 @@ def with_holm(differences: Mapping[Key, Difference | None]) -> dict[Key, Differe
     The k-th smallest of m p-values becomes max over i <= k of (m - i + 1) · p_i, at most 1.
 
     Args:
-        differences: Differences by any key. None and single units, which have no p-value, remain unchanged.
+        differences: Differences by any key. None and differences without a p-value (single units) remain unchanged.
 
     Returns:
         The same keys in the same order.

@@ -217,7 +217,7 @@ def read_part(root: Path, pairs: Iterable[tuple[DataEntry, MethodEntry]]) -> dic
 def drop_failed(root: Path) -> list[str]:
     """Remove the rows of failed cells, so that the cells are trained again; return their names.
 
-    Tuning runs of a task and method with a finished final run are not repeated; only diverged ones keep their rows.
+    If a method has a finished final run on a task, its tuning runs are not repeated, and diverged ones keep their rows.
 
     Raises:
         TimeoutError: If another process is writing the results file.

@@ -27,7 +27,7 @@ COSTS = (
     *("training_mib", "peak_rss_mib", "accelerator_memory_max", "forgetting"),
 )
 FRACTIONS = {f"test_{metric}" for measures in MEASURES.values() for metric in measures} - {"test_kappa", "test_r2"}
-"""Row columns formatted in percent; kappa and R² are decimals, because they can be negative."""
+"""Row columns formatted as percentages; kappa and R² are decimals, because they can be negative."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class MethodSummary:
         over_groups: Mean over groups, by metric.
         to_reference: Paired difference from the reference over all tasks, by metric, with Holm's correction over the
             methods; None for the reference and without common runs.
-        to_reference_on: Paired difference by task for the main metric, without a correction.
+        to_reference_on: Paired difference by task for the main metric, without correction.
         costs: Mean over tasks of each column in `COSTS`; None if not measured.
     """
 
@@ -60,7 +60,7 @@ class Summary:
 
     Args:
         experiment: The experiment.
-        rows: All rows of the comparison, including those of methods and tasks outside the experiment.
+        rows: All rows of the comparison, including methods and tasks outside the experiment.
         runs: Finished final runs of the experiment.
         methods: Results of each method, in the order of the experiment.
         tasks: Tasks with finished final runs, in the order of the experiment.
@@ -111,7 +111,7 @@ class Summary:
 
     @property
     def is_fraction(self) -> bool:
-        """True if the main metric is formatted in percent."""
+        """True if the main metric is formatted as a percentage."""
         return self.column in FRACTIONS
 
     @property
@@ -198,7 +198,7 @@ def spread_text(value: Spread | None, is_fraction: bool = True) -> str:
 
 
 def change_text(value: float, is_fraction: bool) -> str:
-    """Format a difference with its sign: +2.9 points of a fraction, else +0.029."""
+    """Format a difference with its sign: +2.9 (percentage points) for a fraction, else +0.029."""
     return points_text(value) if is_fraction else signed_text(value, 3)
 
 
@@ -208,7 +208,7 @@ def size_text(value: float, is_fraction: bool) -> str:
 
 
 def difference_text(value: Difference | None, tasks: int, is_fraction: bool = True) -> str:
-    """Format a difference and its interval: −0.8 [−1.9, +0.2] in points of a fraction, else −0.008 [−0.019, +0.002].
+    """Format a difference and its interval: −0.8 [−1.9, +0.2] in points for a fraction, else −0.008 [−0.019, +0.002].
 
     Append the number of tasks if it differs from `tasks`.
     """
@@ -255,7 +255,7 @@ def outcome_text(summary: Summary) -> str:
             low, high = (change_text(end, summary.is_fraction) for end in (lead.low, lead.high))
             text += f" ({percent_text(LEVEL, 0)} interval {low} to {high}{reason})"
     complete = {name: d for name, d in differences.items() if d.tasks == len(summary.tasks)}
-    above = [name for name, d in complete.items() if d.direction > 0 and name != best]
+    above = [name for name, d in complete.items() if d.direction > 0 and name not in equal]
     below = [name for name, d in complete.items() if d.direction < 0]
     parts = [
         f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} significantly {side} {summary.reference}"
@@ -274,10 +274,10 @@ def insignificance_text(value: Difference) -> str:
 
 
 def recommendation_text(summary: Summary) -> str:
-    """Recommend a method: within one standard error of the best metric, then least memory, then least time.
+    """Recommend the method with the least memory, then time, among all within one standard error of the best.
 
-    The standard error is over the seeds of the best method. Memory values within 5% are ties. The text lists methods
-    without a mean over all tasks, and is empty if no method has one.
+    The standard error is over the seeds of the best method. Memory within 5% of the minimum is a tie. The text lists
+    methods without a mean over all tasks, and is empty if no method has one.
     """
     if not summary.means:
         return ""
@@ -291,7 +291,7 @@ def recommend(
 ) -> tuple[str, str]:
     """Return the recommended method and the reason as a sentence; see `recommendation_text`.
 
-    `means` are over seeds, formatted in percent if `is_fraction`; `costs` contain `accelerator_memory_max`,
+    `means` contain scores, formatted as percentages if `is_fraction`; `costs` contain `accelerator_memory_max`,
     `training_mib` and `train_time`.
     """
     best = max(means, key=lambda name: means[name].mean)
@@ -299,6 +299,9 @@ def recommend(
     error = 0.0 if math.isnan(top.std) else top.std / math.sqrt(top.count)
     error_text = "only one seed; standard error unknown" if math.isnan(top.std) else size_text(error, is_fraction)
     near = [name for name, value in means.items() if value.mean >= top.mean - error]
+    if len(near) == 1 and math.isnan(top.std):
+        reason = f"No other method has the same {measure}; with only one seed, the standard error is unknown"
+        return best, f"Recommended: {best}. {reason}."
     if len(near) == 1:
         reason = f"No other method is within one standard error of its {measure} ({error_text})"
         return best, f"Recommended: {best}. {reason}."
@@ -312,7 +315,7 @@ def recommend(
 
 
 def _cheapest(names: Sequence[str], costs: Mapping[str, Mapping[str, float | None]]) -> tuple[str, str]:
-    """Return the method with the least memory, or the fastest within 5% of it, and the reason."""
+    """Return the fastest method within 5% of the least memory, and the reason."""
 
     def memory(name: str) -> float:
         peak = costs[name]["accelerator_memory_max"]
@@ -328,9 +331,10 @@ def _cheapest(names: Sequence[str], costs: Mapping[str, Mapping[str, float | Non
     chosen = min(small, key=time)
     if len(small) == 1:
         return chosen, f"{chosen} needs the least memory"
+    fastest = "" if math.isinf(time(chosen)) else f"{chosen} needs the least time"
     if math.isinf(min_memory):
-        return chosen, f"memory was not measured, and {chosen} needs the least time"
-    return chosen, f"{chosen} needs the least memory (within 5%) and the least time"
+        return chosen, f"memory was not measured{fastest and f', and {fastest}'}"
+    return chosen, f"{chosen} needs the least memory (within 5%){fastest and ' and the least time'}"
 
 
 def part_text(value: Difference, tasks: int) -> str:
@@ -364,7 +368,7 @@ def caption(summary: Summary) -> str:
 
 
 def unit_text(summary: Summary, unit: str) -> str:
-    """Return the unit of the fractions among the metrics: " in percent", " (accuracy in percent)" or no text."""
+    """Return the unit of fractional metrics: " in percent", " (accuracy in percent)" or an empty string."""
     fractions = [title for metric, title in summary.metrics.items() if metric in FRACTIONS]
     if len(fractions) == len(summary.metrics):
         return f" in {unit}"

@@ -1,6 +1,7 @@
 """Methods `adapter-r`, `mosa-r` and `ssf`: small trainable modules after frozen layers."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -198,7 +199,7 @@ def apply_scale_shift(module: nn.Module, inputs: tuple[Any, ...], output: Tensor
 
 
 def warn_about_unused(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of the model: warn about layers whose `ssf` was not called in the first training forward pass."""
+    """Forward hook of the model: after the first training pass, warn about layers whose `ssf` was never called."""
     if module.training and not getattr(module, "ssf_was_checked", False):
         module.ssf_was_checked = True  # type: ignore[assignment]
         unused = [name for name, _, ssf in find_attached(module, "ssf", ScaleShift) if not ssf.was_used]
@@ -254,7 +255,7 @@ def _build_ssf(model: nn.Module, head: str, options: Options, batches: Batches |
 def _merge_ssf(model: nn.Module) -> nn.Module:
     """Merge γ and β into each layer: W <- γ W, b <- γ b + β.
 
-    Output projections of `nn.MultiheadAttention` remain unchanged: it reads their weights, so γ and β have no effect.
+    Output projections of `nn.MultiheadAttention`, which reads their weights, remain unchanged: γ and β have no effect.
     """
     projections = [module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     layers = list(find_attached(model, "ssf", ScaleShift))
@@ -266,6 +267,16 @@ def _merge_ssf(model: nn.Module) -> nn.Module:
             f"method 'ssf' cannot be merged into {type(model).__name__}: a layer must have a bias and no activation or "
             f"weight standardization, got {listed(unsupported, 1)}; keep the adapter separate and load it with "
             "load_trained"
+        )
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    if shared := [
+        repr(name)
+        for name, module, _ in layers
+        if module not in projections and max(owners[id(module.weight)], owners[id(module.bias)]) > 1
+    ]:
+        raise ValueError(
+            f"method 'ssf' cannot be merged into {type(model).__name__}: several layers share the weight or bias of "
+            f"{listed(shared, 1)}; keep the adapter separate and load it with load_trained"
         )
     for _, module, ssf in layers:
         if module not in projections:

@@ -26,14 +26,14 @@ def squared_gradients(
     on that weight.
 
     Args:
-        model: Model; runs in evaluation mode and is restored afterwards.
+        model: Model; runs in evaluation mode, and its state is restored afterwards.
         names: Names of the parameters.
         batches: Callable that returns a new iterable over the training batches.
         loss: Loss function.
         limit: Maximum number of batches, at least 1; None uses all.
 
     Returns:
-        float32 tensors on the parameters' devices, with their shapes.
+        float32 tensors by name, with the shapes and devices of the parameters.
 
     Raises:
         ValueError: If `batches` is empty, a loss is not finite, a gradient is NaN, or a name is not a parameter.
@@ -144,7 +144,7 @@ def _calibration_mode(model: nn.Module, selected: Collection[Tensor]) -> Iterato
 
 
 def selection_data(batches: Batches | None) -> SelectionData:
-    """Convert the `batches` argument of a method's `build`; raise `TypeError` if it is not callable."""
+    """Return the `batches` of a method's `build` as `SelectionData`; raise `TypeError` if they are not callable."""
     if isinstance(batches, SelectionData):
         return batches
     if not callable(batches):

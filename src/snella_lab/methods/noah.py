@@ -72,7 +72,7 @@ class SubnetSpace:
         return Subnet(*(self._padded([rng.choice(self.sizes) for _ in range(depth)]) for depth in depths))
 
     def mutate(self, subnet: Subnet, rng: Random) -> Subnet:
-        """Resample some sizes and sometimes the depth of a module type."""
+        """Resample some sizes, and sometimes the depth, of each module type."""
         mutated = []
         for sizes in subnet:
             depth = sum(size > 0 for size in sizes)
@@ -104,7 +104,7 @@ def search_subnet(
 
     Ties go to the smallest subnet.
 
-    Generation 0 contains the smallest subnet and random ones. Each of the `generations` after it adds up to
+    Generation 0 contains the smallest subnet and random ones. Each of the `generations` that follow adds up to
     `population` new candidates within the budget: up to half are mutations of the best ten, up to half are crossovers
     of them, and the rest are random. The search ends early if it finds no new candidate. No candidate is evaluated
     twice. `report` receives a progress line per generation.
@@ -197,7 +197,7 @@ def train_supernet(
     The budget of the search space is ignored.
 
     Returns:
-        Random number generator for the search, seeded from torch.
+        Random number generator for the search, seeded by torch's global generator.
 
     Raises:
         ValueError: If `data` is empty, or a loss is not finite.
@@ -377,15 +377,15 @@ NOAH = Method(
 """NOAH has three steps:
 
 1. A supernet with the largest size of each module type in every block is trained with AdamW. Each batch trains a random
-   subnet: each module type fills the first quarter, half, three quarters or all blocks, with a random size from `sizes`
+   subnet: each module type fills the first 25%, 50%, 75% or 100% of the blocks, with a random size from `sizes`
    in each block. Smaller sizes share the first prompts, ranks and channels of larger ones.
 2. Evolutionary search ranks subnets of at most `budget` million parameters by the supernet's validation accuracy, or
    by its loss for tasks without class scores.
 3. The best subnet is reinitialized and trained like any other method; the supernet is discarded.
 
 Defaults are the paper's sizes (5, 10, 50, 100) and its budget of 0.64 on a ViT-B/16. On other models, the budget is
-proportional to the adapted weights, but at least the size of the smallest subnet. The default search effort is smaller
-than the paper's `supernet_epochs=500, population=50, generations=20`. The paper initializes adapters randomly; here
-they start as the identity. Parameters per block of width d: p·d for prompts, 4·d·r for the low-rank update of a fused
-qkv, 2·d·a + a + d for the adapter.
+proportional to the number of adapted weights, but at least the size of the smallest subnet. The default search effort
+is smaller than the paper's `supernet_epochs=500, population=50, generations=20`. The paper initializes adapters
+randomly; here they start as the identity. Parameters per block of width d: p·d for prompts, 4·d·r for the low-rank
+update of a fused qkv, 2·d·a + a + d for the adapter.
 """

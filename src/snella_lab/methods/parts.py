@@ -53,7 +53,7 @@ def find_attached(model: nn.Module, name: str, kind: type[nn.Module]) -> Iterato
 def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
     """Remove the forward hooks and forward pre-hooks with the given functions.
 
-    Hooks of a copied model cannot be removed by the original's `RemovableHandle`.
+    Works on a copied model, unlike the `RemovableHandle` of the original.
     """
     for table in (module._forward_hooks, module._forward_pre_hooks):
         for key in [key for key, hook in table.items() if hook in hooks]:
@@ -64,9 +64,9 @@ def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn
     """Return the blocks of a plain vision transformer, which map tokens `[batch, tokens, width]` to tokens.
 
     Raises:
-        ValueError: If the model has no blocks, the head takes feature maps, the blocks do not share one token sequence
-            (windows, convolutions), are not in timm's format, or lack `attn`, `mlp` or a normalization layer `norm1`,
-            or attention uses rotary or relative positions, which added tokens lack.
+        ValueError: If the model has no blocks; the head takes feature maps; the blocks do not share one token sequence
+            (windows, convolutions) or are not in timm's format; a block lacks `attn`, `mlp` or a normalization layer
+            `norm1`; or attention uses rotary or relative positions, which added tokens lack.
     """
     blocks = require_blocks(method, model, head)
     has_prefix = isinstance(getattr(model, "num_prefix_tokens", None), int)

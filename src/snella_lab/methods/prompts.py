@@ -113,8 +113,8 @@ class Queries(nn.Module):
 
     z = p + ls1(proj(softmax(q(norm1(p)) Kᵀ / √d) V));   summary = z + ls2(mlp(norm2(z)))
 
-    The block supplies all weights, which stay frozen. `K` and `V` are its keys and values, detached; its tokens do not
-    attend to the queries.
+    The block supplies all weights, which stay frozen. `K` and `V` are its keys and values with head width d, detached;
+    its tokens do not attend to the queries.
 
     Args:
         tokens: Initial queries p, `[queries, width]`.

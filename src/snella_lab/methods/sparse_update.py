@@ -359,10 +359,10 @@ _RULES = {
 
 
 def neuron_layers(model: nn.Module, head: str) -> list[str]:
-    """Return the layers that GPS adapts: every `Linear` and `Conv2d` except the head, including the patch embedding.
+    """Return the names of the layers that GPS adapts: every `Linear` and `Conv2d` except the head.
 
-    Layers with a custom forward pass remain frozen, as does the output projection of `nn.MultiheadAttention`, whose
-    weight is read directly.
+    Includes the patch embedding. Layers with a custom forward pass remain frozen, as does the output projection of
+    `nn.MultiheadAttention`, whose weight is read directly.
 
     Raises:
         ValueError: See `require_sparse`.
@@ -393,7 +393,7 @@ def strongest_inputs(gradient: Tensor, k: int) -> Tensor:
 
 
 def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
-    """Compute the supervised contrastive loss of features `[n, width]` and labels `[n]`, which needs no head.
+    """Compute the supervised contrastive loss of features `[n, width]` with labels `[n]`; no head is needed.
 
     loss = mean_i( -1/|P(i)| Σ_{p in P(i)} log( exp(z_i·z_p/τ) / Σ_{a≠i} exp(z_i·z_a/τ) ) ),   z = features/‖features‖
 
@@ -480,8 +480,8 @@ GPS = Method(
     restore=_restore,
     merge=merge_sparse,
 )
-"""GPS trains the bias and the `k` inputs with the largest gradient of every neuron. A neuron is a row of a `Linear` or
-`Conv2d` weight; `neuron_layers` documents the exceptions. The mask of the trained inputs is
+"""GPS trains the bias of every neuron and its `k` weights with the largest gradients. A neuron is a row of a `Linear`
+or `Conv2d` weight; `neuron_layers` documents the exceptions. The mask of the trained weights is
 
     M[i, j] = 1 if |Σ_batches ∂loss/∂W[i, j]| is among the k largest of row i.
 
@@ -489,8 +489,8 @@ GPS also trains layer scales and the head. Norms, tokens and position embeddings
 has 83,712 trained weights and as many biases.
 
 The gradient of `selection_loss` is computed before training. `contrastive`, the default for one class label per image,
-is the paper's loss; it compares the head's inputs within a batch, so the random head has no influence. `task`, the
-default for other tasks, is the training loss, which includes the head. The two views of an image are the image and its
-mirror image; the paper uses two augmented views. `calibration_batches` limits the number of batches; the default is one
+is the paper's loss; it compares the head's inputs within a batch, so the random head has no influence. Its two views of
+an image are the image and its mirror image; the paper uses two augmented views. `task`, the default for other tasks, is
+the training loss, which includes the head. `calibration_batches` limits the number of batches; the default is one
 epoch.
 """

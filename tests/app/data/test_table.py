@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snella_app.data.columns import Columns
+from snella_app.data.columns import Columns, columns_in
 from snella_app.data.load import load_data
 from snella_app.data.options import DataConfig
 from snella_app.data.table import table_paths
@@ -423,6 +423,21 @@ def test_a_column_name_may_contain_a_plus(write_table):
     assert load_data(f"csv:{file}", DataConfig(columns="label=kind+breed")).classes == ["cat", "dog"]
 
 
+@pytest.mark.parametrize(
+    ("value", "columns"),
+    [
+        ("c+a+b", ["c", "a+b"]),
+        ("a+b+c", ["a+b", "c"]),
+        ("a+b", ["a+b"]),
+        ("a+c", ["a", "c"]),
+        ("c+d", ["c", "d"]),
+    ],
+)
+def test_the_longest_matching_column_names_are_used(value, columns):
+    assert columns_in("label", value, ["a", "a+b", "c"]) == columns
+    assert columns_in("group", value, ["a", "a+b", "c"]) == [value]
+
+
 def test_two_exclusive_classes_may_be_multi_hot_vectors(write_table):
     rows = [(f"images/{i:02}.png", str([i % 2, 1 - i % 2])) for i in range(40)]
     data = load_data(f"csv:{write_table(rows, ('file', 'tags'))}", target="labels")
@@ -511,3 +526,39 @@ def test_images_without_any_label_cannot_be_used_for_training(write_table):
     with pytest.raises(ValueError, match=r"photos.csv: at least one label is required, got none in column 'tags'$"):
         load_data(f"csv:{file}", target="labels")
     assert len(load_data(f"csv:{file}", target="labels", divide=False).train) == 20
+
+
+@pytest.mark.parametrize("separator", [" ", ", ", "\n "])
+def test_lists_as_numpy_prints_them_are_parsed(separator, write_table):
+    rows = [(f"images/{i:02}.png", f"['sea'{separator}'{'sand' if i % 2 else 'dune'}']") for i in range(40)]
+    data = load_data(f"csv:{write_table(rows, ('file', 'tags'))}", target="labels")
+    assert set(data.train.annotations.targets) == {("sea", "sand"), ("sea", "dune")}
+    rows = [(f"images/{i:02}.png", f"[{i % 2}{separator}{1 - i % 2}]") for i in range(40)]
+    data = load_data(f"csv:{write_table(rows, ('file', 'tags'))}", target="labels")
+    assert set(data.train.annotations.targets) == {("0",), ("1",)}
+
+
+def test_the_order_of_labels_has_no_meaning(write_table):
+    rows = [(f"images/{i:02}.png", "sea|sand" if i % 2 else "dune") for i in range(40)]
+    repeated = [("images/01.png", "sand|sea")]
+    data = load_data(f"csv:{write_table([*rows, *repeated], ('file', 'tags'))}", target="labels")
+    assert any("skipped 1 repeated row" in note for note in data.notes)
+    assert not any("different label" in note for note in [*data.notes, *data.warnings])
+
+
+def test_images_in_a_parquet_file_need_another_prefix(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    images = [{"bytes": b"\x89PNG" * 1000, "path": None}] * 20
+    parquet.write_table(pa.table({"image": images, "label": ["a", "b"] * 10}), tmp_path / "x.parquet")
+    with pytest.raises(
+        ValueError, match="column 'image' must contain paths, got images; load them with hf:FOLDER"
+    ) as e:
+        load_data(f"parquet:{tmp_path}/x.parquet")
+    assert len(str(e.value)) < 300
+
+
+def test_unusable_rows_with_one_name_are_counted(write_table):
+    file = write_table([*rows_of(20), ("images/gone.png", "cat", "p0"), ("images/gone.png", "dog", "p1")])
+    assert len(load_data(f"csv:{file}", DataConfig(skip_corrupt=True)).broken) == 2

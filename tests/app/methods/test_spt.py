@@ -8,7 +8,7 @@ from torch import nn
 
 from snella_app.methods import build_method, spec_of
 from snella_lab.methods.adapter import Adapter
-from snella_lab.methods.spt import LowRank, OutputAdapter, SptLayer, budget_of, spend_budget
+from snella_lab.methods.spt import LowRank, OutputAdapter, SptLayer, budget_of, matrix_layers, spend_budget
 
 VALUES = [torch.tensor([9.0, 8.0, 1.0, 7.0]), torch.tensor([6.0, 0.0]), torch.tensor([5.0, 4.0, 3.0])]
 
@@ -121,3 +121,25 @@ def test_the_same_seed_gives_the_same_model(make_model, batches):
     first, second = build(), build()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_modules_act_in_the_fused_function_of_encoder_layers():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    layer.linear1 = SptLayer(layer.linear1, torch.tensor([], dtype=torch.int64), [16], {0: LowRank(16, 8, 2)})
+    with torch.no_grad():
+        for parameter in layer.linear1.structured.parameters():
+            parameter.normal_()
+        x = torch.randn(2, 5, 8)
+        fused = layer(x)
+    with torch.enable_grad():
+        torch.testing.assert_close(fused, layer(x).detach())
+
+
+def test_output_projections_of_torch_attentions_are_not_selected():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.mlp, self.head = nn.MultiheadAttention(8, 2), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    assert "attention.out_proj" not in matrix_layers(Model(), "head")

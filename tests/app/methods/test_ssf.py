@@ -80,6 +80,15 @@ def test_folded_weights_give_the_same_outputs(name, make_model):
         torch.testing.assert_close(merged(images), outputs, atol=1e-4, rtol=1e-4)
 
 
+def test_layers_that_share_a_weight_are_not_merged():
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    layers.num_classes = 2
+    layers[1].weight = layers[0].weight
+    model = build_method("ssf", layers, head="2")
+    with pytest.raises(ValueError, match="several layers share the weight or bias of '0' and 1 more"):
+        merge_trained(model)
+
+
 def test_batch_and_group_normalization_fold_too():
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 2))

@@ -108,3 +108,17 @@ def test_untrusted_text_is_escaped(run):
     names = re.search(r"in this order: `(\[.*?\])`\.", body)
     assert json.loads(names[1]) == [evil, "sound"]
     assert "<" not in names[1] and "`" not in names[1]
+
+
+def test_the_score_of_another_epoch_is_no_claim_about_the_exported_head(run):
+    head = {"layers": [1, 2], "is_saved": True, "metric": "balanced_accuracy", "val": 0.9, "val_trained": 0.8125}
+    run.finished().change("metrics.json", final_head=head)
+    text = "The code above uses the trained head"
+    assert f"{text}, whose validation balanced accuracy is 0.8125." in model_card(run.folder, "x", has_final_head=False)
+    run.change("metrics.json", final_head=head | {"replaced_epoch": 9}, best_epoch=10)
+    assert f"{text}." in model_card(run.folder, "x", has_final_head=False)
+
+
+def test_a_method_without_options_has_no_comma(run):
+    run.finished().change("run.json", method="linear", method_options={})
+    assert "Method: `linear`\n" in model_card(run.folder, "x").replace("** ", " ").replace("**", "")

@@ -146,3 +146,14 @@ def test_a_file_is_no_folder_for_a_repository(finished, tmp_path):
     (tmp_path / "hub").touch()
     with pytest.raises(FileExistsError, match=r"to_folder=.*hub is a file; choose a new folder"):
         write_hub_folder(finished.path, tmp_path / "hub", "user/photos")
+
+
+def test_a_repository_name_needs_a_namespace(finished, hub):
+    with pytest.raises(ValueError, match="user/photos, got 'photos': the user or organization is missing"):
+        push(finished.path, "photos")
+    assert not hub.calls
+
+
+def test_the_folder_of_a_repository_has_no_suffix(finished, tmp_path):
+    with pytest.raises(ValueError, match=r"to_folder must be a folder, got '.*photos\.safetensors'"):
+        write_hub_folder(finished.path, tmp_path / "photos.safetensors", "user/photos")

@@ -469,6 +469,44 @@ def test_merge_replaces_neither_a_file_by_a_folder_nor_a_folder_by_a_file(finish
     (tmp_path / "model").write_text("kept")
     (tmp_path / "model.safetensors").mkdir()
     for name, kind in (("model", "file"), ("model.safetensors", "folder")):
-        with pytest.raises(FileExistsError, match=f"out=.*{name} is a {kind}, which merge cannot replace; choose"):
+        with pytest.raises(FileExistsError, match=f"out=.*{name} is a {kind}, but merge writes a .*; choose"):
             merge(finished.path, tmp_path / name, overwrite=True)
     assert (tmp_path / "model").read_text() == "kept"
+
+
+def test_a_merged_file_of_a_moved_backbone_file_keeps_its_size(settings, console, no_report, tmp_path):
+    backbone = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0, depth=2)
+    save_file(backbone.state_dict(), tmp_path / "vit.safetensors")
+    run = train(
+        settings(
+            backbone=str(tmp_path / "vit.safetensors"), method="linear", epochs=1, img_size=None, pretrained=False
+        ),
+        console,
+    )
+    path = merge(run.path, tmp_path / "model.safetensors").path
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = load_run(run.path).model(images)
+        (tmp_path / "vit.safetensors").rename(tmp_path / "moved.safetensors")
+        torch.testing.assert_close(load_merged(path)(images), expected)
+
+
+def test_loading_a_run_keeps_the_random_numbers(finished):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    load_run(finished.path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_merged_model_names_the_temperature(finished, tmp_path):
+    temperature = load_run(finished.path).info.temperature
+    notes = merge(finished.path, tmp_path / "model").notes
+    assert any(f"predict divides the outputs by the temperature {temperature:g}" in note for note in notes)
+
+
+def test_hidden_files_do_not_prevent_merging(finished, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / ".model.safetensors.x.tmp").touch()
+    merge(finished.path, tmp_path / "model")
+    merge(finished.path, tmp_path / "model", overwrite=True)

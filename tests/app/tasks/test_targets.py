@@ -133,7 +133,7 @@ def test_class_order_follows_numbers_or_is_required():
     assert rank_order(["high", "low", "mid"], "low, mid,high") == ["low", "mid", "high"]
     with pytest.raises(ValueError, match=r"class_order must list the classes .* e.g. high,low,mid, got none"):
         rank_order(["high", "low", "mid"], None)
-    with pytest.raises(ValueError, match=r"got 'low,mid,hihg': no class 'hihg' \(nearest: 'high'\); 'high' missing"):
+    with pytest.raises(ValueError, match=r"got 'low,mid,hihg': no class 'hihg' \(nearest: 'high'\); no 'high'"):
         rank_order(["high", "low", "mid"], "low,mid,hihg")
 
 
@@ -250,3 +250,8 @@ def test_class_weights_of_zero_are_rejected():
         ValueError, match=r"class_weights must .*: at least one weight must be above 0, got 0 for all 2"
     ):
         resolve_class_weights({"a": 0, "b": 0.0}, ("a", "b"), (1, 1))
+
+
+def test_names_with_a_comma_can_be_quoted_in_an_order():
+    classes = ["none, mild", "severe"]
+    assert rank_order(classes, '"none, mild", severe') == classes

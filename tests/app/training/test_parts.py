@@ -293,3 +293,13 @@ def test_unknown_public_names_are_rejected():
     with pytest.raises(AttributeError, match=r"module 'snella_app\.runs' has no attribute 'tarin'"):
         _ = snella_app.runs.tarin
     assert all(getattr(snella_app.runs, name) is not None for name in snella_app.runs.__all__)
+
+
+def test_cached_files_and_other_processes_count_for_free_memory(tmp_path, monkeypatch):
+    for name, text in {"max": "1000", "current": "900", "stat": "anon 1\ninactive_file 300\nactive_file 100\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr("snella_app.training.sizing._CGROUP", tmp_path)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert free_memory(torch.device("cpu")) == 500
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_memory(torch.device("cpu")) == 250

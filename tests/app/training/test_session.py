@@ -18,7 +18,7 @@ from rich.console import Console
 from snella_app.cli.main import main
 from snella_app.config.train import TrainConfig
 from snella_app.runs import RunFolder
-from snella_app.training.session import InterruptCallback, RunInUseError, lock_run, record_status
+from snella_app.training.session import InterruptCallback, RunInUseError, TrainingInterrupted, lock_run, record_status
 from snella_app.training.train import train
 
 HOLDER = """
@@ -244,3 +244,23 @@ def test_resuming_a_finished_run_names_its_missing_results(name, finished, tmp_p
     (run.path / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"run is finished, but lacks {name}; restore from a copy, or train"):
         train(TrainConfig.from_flat(out=str(run.path), resume=True), Console(file=io.StringIO()))
+
+
+def test_an_error_that_torch_replaces_is_kept(tmp_path):
+    text = (
+        "Caught UnicodeDecodeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  at\n"
+        "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff\n"
+    )
+    with pytest.raises(RuntimeError, match="codec can't decode byte 0xff"), record_status(RunFolder(tmp_path), "train"):
+        raise RuntimeError(text)
+
+
+def test_an_interruption_is_reported_if_the_status_cannot_be_written(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    run = RunFolder(tmp_path)
+    monkeypatch.setattr(run, "update", full)
+    with pytest.raises(TrainingInterrupted, match="resume with") as caught, record_status(run, "train"):
+        raise KeyboardInterrupt
+    assert "no space left on device" in caught.value.__notes__[0]

@@ -176,7 +176,7 @@ def test_drop_path_applies_to_every_backbone_and_method(settings):
     resnet = timm.create_model("test_resnet", num_classes=2)
     set_drop_path(resnet, "fc", 0.3)
     assert [round(m.drop_prob, 2) for m in resnet.modules() if isinstance(m, DropPath)] == [0.0, 0.1, 0.2, 0.3]
-    with pytest.raises(ValueError, match="drop_path needs a backbone with droppable residual branches"):
+    with pytest.raises(ValueError, match="drop_path needs a backbone with stochastic depth"):
         set_drop_path(nn.Sequential(nn.Linear(2, 2)), "0", 0.1)
 
 

@@ -127,3 +127,10 @@ def test_center_fraction_of_a_constant_map_is_one_ninth():
     corner = np.zeros((6, 6))
     corner[0, 0] = 1
     assert center_fraction(corner) == 0
+
+
+def test_indices_cycle_through_the_classes():
+    labels = [0] * 1000 + [1] * 2
+    chosen = _class_balanced_indices(labels, 6, 0)
+    assert [labels[index] for index in chosen] == [0, 1, 0, 1, 0, 0]
+    assert sorted(_class_balanced_indices(labels, 2000, 0)) == list(range(1002))

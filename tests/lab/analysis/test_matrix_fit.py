@@ -50,7 +50,9 @@ def test_random_matrices_have_the_given_rank_and_unit_variance(rank, density):
 
 
 def test_a_density_that_is_too_low_for_the_rank_is_rejected():
-    with pytest.raises(ValueError, match=r"density is too low for rank 12: 0\.02 gives matrices of lower rank"):
+    with pytest.raises(
+        ValueError, match=r"density must be higher for rank 12, got 0\.02, which gives matrices of lower rank"
+    ):
         random_matrices(24, 12, 1, 0.02, torch.Generator().manual_seed(0))
 
 
@@ -117,7 +119,8 @@ def test_invalid_kernel_is_rejected(kernel, message):
 
 def test_all_out_of_range_settings_are_reported_together():
     with pytest.raises(
-        ValueError, match=r"r must be a multiple of 2.*got 3; ranks must be in \[1, size=8\], got \[9\]"
+        ValueError,
+        match=r"r must be a multiple of 2.*got 3; ranks must be one or more integers in \[1, size=8\], got \[9\]",
     ):
         FitConfig(size=8, ranks=(9,), r=3)
     assert (PRESETS["paper"].steps, PRESETS["paper"].lr, PRESETS["paper"].matrices) == (100_000, 1e-4, 10)

@@ -166,7 +166,7 @@ def test_report_shows_a_matrix_with_a_budget(save_run):
 
 def test_overlap_requires_two_runs(save_run):
     run = save_run("a")
-    with pytest.raises(ValueError, match="overlap requires at least 2 runs, got 1"):
+    with pytest.raises(ValueError, match="runs must contain at least 2 runs for overlap, got 1; add runs"):
         overlap([run])
     with pytest.raises(
         ValueError, match=r"matrix must be one that all runs change, e\.g\. 'blocks.0.*got 'blocks.9.q'"

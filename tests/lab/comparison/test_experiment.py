@@ -75,6 +75,10 @@ def test_forgetting_is_never_measured_on_the_task_itself(tiny):
         ({"data": [{"data": "digits", "size": 3}]}, r"data entry 'digits' has unknown settings: 'size' \(nearest"),
         ({"data": ["a/b", "a_b"]}, r"data must .* got 'a/b' and 'a_b' \(both use the folder 'a_b'\)"),
         ({"reference": "lora-8"}, r"reference must be one of the methods linear, lora-2, got 'lora-8' \(nearest: lo"),
+        (
+            {"grid": {"lr_factors": [0.3333333, 0.33333334]}},
+            r"grid.lr_factors must differ within six digits, got \[0.3333333, 0.33333334\]",
+        ),
         ({"seeds": 0}, "seeds must be an integer of at least 1, got 0"),
         ({"seeds": "3"}, "seeds must be an integer of at least 1, got '3'"),
         ({"forgetting_images": 2}, "forgetting_images must be an integer of at least 10, got 2"),
@@ -247,3 +251,9 @@ def test_empty_name_and_group_default_to_the_data():
     assert method_entry({"method": "lora-2", "name": None}).name == "lora-2"
     entry = data_entry({"data": "digits", "name": None, "group": None})
     assert (entry.name, entry.group) == ("digits", "digits")
+
+
+def test_long_labels_have_short_folder_names():
+    names = [folder_name(f"csv:{'a' * 300}{end}") for end in "bc"]
+    assert all(len(name) == 100 for name in names) and names[0] != names[1]
+    assert folder_name(f"csv:{'a' * 90}") == f"csv_{'a' * 90}"

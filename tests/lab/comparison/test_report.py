@@ -277,7 +277,7 @@ def test_recommendation_is_the_cheapest_method_within_one_standard_error(tiny, m
     )
     one_seed = [row for row in rows(costs) if row.seed == 0]
     assert recommendation_text(summarize(experiment, one_seed)).startswith(
-        "Recommended: lora-2. No other method is within one standard error of its accuracy (only one seed; "
+        "Recommended: lora-2. No other method has the same accuracy; with only one seed, the standard error is unknown."
     )
     tied = [make_row(experiment, "digits", m, 0, test_accuracy=0.5, test_balanced_accuracy=0.5) for m in values]
     unknown = "3 methods are within one standard error (only one seed; standard error unknown) of the best accuracy"
@@ -302,3 +302,14 @@ def test_a_difference_on_some_tasks_is_no_overall_outcome(large, make_row):
     assert recommendation_text(summary).endswith(" No complete results yet: bias.")
     partial = [row for row in rows if row.experiment_name == "full" or row.task_name in tasks[:2]]
     assert "10.0 points above lora-8 (2 of 6 tasks)" in outcome_text(summarize(smaller, partial))
+
+
+def test_tied_leaders_are_not_among_the_others(tiny, make_row):
+    experiment = tiny(methods=["lora-2", "bias", "linear"], seeds=6)
+    rows = [
+        make_row(experiment, "digits", method, seed, test_accuracy=accuracy)
+        for method, accuracy in (("lora-2", 0.7), ("bias", 0.9), ("linear", 0.9))
+        for seed in range(6)
+    ]
+    text = outcome_text(summarize(experiment, rows))
+    assert text.startswith("bias, linear have the highest test accuracy, 90.0%") and "Among the others" not in text

@@ -186,10 +186,12 @@ def test_unknown_product_is_rejected_before_creating_environments(name, reason, 
 
 
 _HELD_OUT, _DEVELOPMENT = ("furniture", "nebulae", "letters", "silhouettes"), ("stamps", "units", "textures", "emoji")
+_FRESH = ("drums", "worlds", "icons")
 
 
 @pytest.mark.parametrize(
-    ("order", "minutes"), [(_HELD_OUT, 1), (_HELD_OUT, 3), (_HELD_OUT, 10), (_DEVELOPMENT, 3), (_DEVELOPMENT, 10)]
+    ("order", "minutes"),
+    [(_HELD_OUT, 1), (_HELD_OUT, 3), (_HELD_OUT, 10), (_DEVELOPMENT, 3), (_DEVELOPMENT, 10), (_FRESH, 10)],
 )
 def test_current_recipe_in_the_notes_matches_the_measurements(order, minutes):
     notes, same = _notes(), _current_rows(order, minutes)
@@ -216,6 +218,17 @@ def test_differences_over_all_folders_in_the_notes_match_the_measurements(minute
         for key in ("nll", "ece")
     ]
     assert f"| {minutes} | {text}, p = {gap.p:.3f} | {above} of 8 | {' | '.join(cells)} |\n" in _notes()
+
+
+def test_means_over_fresh_and_held_out_folders_in_the_notes_match_the_measurements():
+    notes, rows = " ".join(_notes().split()), _current_rows((*_FRESH, *_HELD_OUT), 10)
+    gap, text = _difference(rows)
+    assert f"`snella train` is {text.lstrip('+')} better in ten minutes".replace(" [", " points [") in notes
+    assert f"(p = {gap.p:.2f}), on six of seven folders" in notes
+    fresh = {name: [row for row in rows if row["product"] == name and row["folder"] in _FRESH] for name in _NAMES}
+    for key, noun in (("nll", "negative log-likelihood is"), ("ece", "calibration error")):
+        ours, theirs = (fmean(row[key] for row in fresh[name]) for name in ("snella", "fastai-all"))
+        assert f"{noun} {ours:.2f} (" in notes and f"{theirs:.2f})" in notes
 
 
 def test_head_tables_in_the_notes_match_the_measurements():

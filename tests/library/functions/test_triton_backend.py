@@ -79,7 +79,7 @@ def test_unsupported_update_raises_with_impl_triton(options, message):
 def test_factors_on_another_device_raise():
     update = update_of()
     factors_on_meta = update._replace(factors=update.factors._replace(A=update.factors.A.to("meta")))
-    with pytest.raises(NotImplementedError, match="impl='triton' runs on .*, got factors on 'meta'"):
+    with pytest.raises(NotImplementedError, match=r"impl='triton' runs on .*, got factors on 'meta'"):
         select_backend("triton", factors_on_meta)
 
 
@@ -91,7 +91,7 @@ def test_intel_gpus_use_torch_operations():
     backend, reason = select_backend("auto", on_xpu)
     assert backend == "eager"
     assert reason == (missing_reason("numba") or "numba runs on the CPU, got factors on 'xpu'")
-    with pytest.raises(NotImplementedError, match="impl='triton' runs on .*, got factors on 'xpu'"):
+    with pytest.raises(NotImplementedError, match=r"impl='triton' runs on .*, got factors on 'xpu'"):
         select_backend("triton", on_xpu)
 
 

@@ -31,13 +31,13 @@ def test_sum_is_exact_and_caps_hold(problem, min_layer_share):
     assert all(isinstance(share, int) and 0 <= share <= cap for share, cap in zip(shares, caps, strict=True))
 
 
-@given(problems(), st.randoms())
-def test_allocation_does_not_depend_on_order(problem, random):
+@given(problems(), st.sampled_from([0.0, 0.3, 1.0]), st.randoms())
+def test_allocation_does_not_depend_on_order(problem, min_layer_share, random):
     scores, caps, budget = problem
-    shares = allocate(scores, caps, budget)
+    shares = allocate(scores, caps, budget, min_layer_share)
     order = list(range(len(caps)))
     random.shuffle(order)
-    shuffled = allocate([scores[k] for k in order], [caps[k] for k in order], budget)
+    shuffled = allocate([scores[k] for k in order], [caps[k] for k in order], budget, min_layer_share)
 
     is_usable = all(math.isfinite(score) for score in scores)
 
@@ -140,3 +140,7 @@ def test_budget_0_gives_0_everywhere():
 def test_arguments_out_of_range_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         allocate(*arguments)
+
+
+def test_ties_of_equal_remaining_sizes_are_broken_by_size():
+    assert allocate([0, 0], [1, 2], 2, 1.0) == allocate([0, 0], [2, 1], 2, 1.0)[::-1]

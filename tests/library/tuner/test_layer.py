@@ -284,6 +284,13 @@ def test_merging_a_string_raises(mlp):
         mlp.adapted().merge_adapter("default")
 
 
+def test_integers_are_rejected_as_by_linear_layers(kind):
+    model = kind.adapted()
+    layer = layers(model)[0]
+    with pytest.raises(TypeError, match=r"the input of '.*' must be floating-point, got torch.int64; convert it first"):
+        layer(torch.ones(2, *([layer.in_features] if layer.weight.ndim == 2 else [3, 8, 8]), dtype=torch.int64))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_safe_merge_rejects_nonfinite_adapter_without_changes(kind, value):
     model = kind.adapted()

@@ -63,8 +63,8 @@ class NumbaBackend(Backend):
     """Backend for the kernels `mix_k`, `normalized_rbf` and `p_linear` in float32 on the CPU.
 
     Only the threshold selection writes a merged matrix. With a known threshold, the backend computes the effective
-    weight and the gradients from the factors block by block. With `cache_delta`, autograd saves the effective weight
-    instead of `ΔW`. For the factors' gradients, autograd also saves the softmax statistics, three numbers per column.
+    weight and the gradients directly from the factors. With `cache_delta`, autograd saves the effective weight instead
+    of `ΔW`. For the factors' gradients, autograd also saves the softmax statistics, three numbers per column.
     """
 
     name = "numba"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,16 @@ def compiled(settings: dict[str, Any]) -> Callable[[Callable[..., None]], Callab
 
 
 def remove_stale_index(function: Callable[..., None], folder: Path) -> None:
-    """Remove Numba's cache index of `function` if any file in this folder is newer.
+    """Remove Numba's cache index of `function` from `folder` if any source file of the kernels is newer.
 
     Numba checks only the file that defines the function. It could load a function compiled with an outdated helper from
     another file and mix both versions of the helper in one process.
     """
     newest = max(file.stat().st_mtime for file in Path(__file__).parent.glob("*.py"))
     for index in folder.glob(f"{Path(function.__code__.co_filename).stem}.{function.__name__}-*.nbi"):
-        if index.stat().st_mtime < newest:
-            index.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # removed by another process
+            if index.stat().st_mtime < newest:
+                index.unlink()
 
 
 @intrinsic

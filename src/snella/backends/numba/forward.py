@@ -1,10 +1,10 @@
 """Numba kernels of the forward pass: merge, select and add.
 
-A matrix is split into blocks of columns, so that the softmax over a block's columns completes while the block is in
-cache. Only passes that select the threshold write `ΔW`. With known column statistics, single rows can be merged
-contiguously in memory (`merge_row`). Every function works on the blocks (or rows) `first … last − 1` without the GIL,
-so that several threads can share a matrix. Results do not depend on how blocks are distributed over threads, and values
-are bit-identical in every pass: `merge_block` and `merge_row` perform the same operations in the same order.
+A matrix is split into blocks of columns, so that the softmax of each column completes while its block is in the cache.
+Only passes that select the threshold write `ΔW`. With known column statistics, single rows can be merged
+contiguously in memory (`merge_row`). Every `compiled` function works on the blocks (or rows) `first … last − 1` without
+the GIL, so that several threads can share a matrix. Results do not depend on how blocks are distributed over threads,
+and values are bit-identical in every pass: `merge_block` and `merge_row` perform the same operations in the same order.
 
 Shape letters: `m` outputs, `n` inputs, `P` pieces of width `R`, `K = P·R`, `w` columns of a block. A block's
 part of `A` `[n, K]` is copied to `tile` `[K, w]`, so that the innermost loop is contiguous.

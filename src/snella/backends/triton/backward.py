@@ -1,9 +1,9 @@
 # mypy: ignore-errors
 """Triton kernels of the backward pass, from `∂L/∂W` to the factors and scalars.
 
-The kernels recompute distances and softmax from the factors. Each program writes the
-partial sums of its tile; they are added in a fixed order afterwards, without atomic float additions. Shape letters as
-in `forward`; `q` tiles of rows, `s` tiles of columns.
+The kernels recompute distances and softmax from the factors. Each program writes the partial sums of its tile; they are
+added in a fixed order afterwards, without atomic float additions. Shape letters as in `forward`; `q` tiles of rows, `s`
+tiles of columns. In formulas, `G` is `∂L/∂ΔW` and `Z` the softmax, as in `DERIVATION.md`.
 """
 
 import triton
@@ -63,7 +63,7 @@ def softmax_weighted_sums(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write `Σ_axis G ⊙ Z` of each tile: `partial` `[q, G·n]` for `AXIS` 0, `[s, m]` for 1; `num_sums`: last size."""
+    """Write `Σ_axis G ⊙ Z` of each tile: `partial` `[q, num_sums = G·n]` for `AXIS` 0, `[s, num_sums = m]` for 1."""
     group = tl.program_id(2)
     start = tl.load(layout + group * LAYOUT_FIELDS)
     active = tl.load(layout + group * LAYOUT_FIELDS + 2)

@@ -190,7 +190,7 @@ def merge(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write `ΔW` `[m, n]`; with `COUNT`, also add the leading bits of `|ΔW|` to the histogram `[G, HIGH_BINS]`."""
+    """Write `ΔW` `[m, n]`; with `COUNT`, also count the leading bits of `|ΔW|` in `counts` `[G, HIGH_BINS]`."""
     group = tl.program_id(2)
     start = tl.load(layout + group * LAYOUT_FIELDS)
     active = tl.load(layout + group * LAYOUT_FIELDS + 2)
@@ -295,7 +295,7 @@ def find_bin(counts, rank, BINS: tl.constexpr):
 
 @triton.jit
 def leading_bits(layout, high, middle, state, group, target, TARGETS: tl.constexpr, LEVEL: tl.constexpr):
-    """Return the leading bits of the target entry after `LEVEL` histograms, and its rank among those with them."""
+    """Return the target entry's leading bits after `LEVEL` histograms, and its rank among entries with these bits."""
     if LEVEL == 1:
         rank = tl.load(layout + group * LAYOUT_FIELDS + 3 + target)
         prefix, rank = find_bin(high + group * HIGH_BINS, rank, HIGH_BINS)

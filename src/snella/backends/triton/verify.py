@@ -151,7 +151,7 @@ def _cast(factors: Factors, target: torch.dtype | torch.device) -> Factors:
 
 
 def _unambiguous_budget(delta: Tensor) -> int:
-    """Return a budget of 20 to 40% with the widest gap at its threshold, so that rounding changes no selection."""
+    """Return the budget (20 to 40% of the entries) with the widest gap at its threshold; rounding cannot close it."""
     magnitudes = delta.abs().flatten().sort(descending=True).values
     first, last = int(0.2 * len(magnitudes)), int(0.4 * len(magnitudes))
     gaps = magnitudes[first:last] - magnitudes[first + 1 : last + 1]
@@ -189,16 +189,16 @@ def _load_results() -> dict[str, str | None]:
     """Load the results from disk; empty if the file is missing or corrupt."""
     try:
         saved = json.loads(_cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home directory
         return {}
     return saved if isinstance(saved, dict) else {}
 
 
 def _save_results(results: dict[str, str | None]) -> None:
     """Save the results atomically; without a writable folder, every process repeats the check."""
-    file = _cache_file()
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):
+        file = _cache_file()
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
         os.replace(temporary, file)

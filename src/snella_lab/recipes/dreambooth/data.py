@@ -67,7 +67,7 @@ def read_prompt_file(path: str | Path) -> PromptFile:
     if not file.is_file():
         raise FileNotFoundError(f"prompts must be an existing text file, got '{path}'")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts must be a UTF-8 text file, got '{path}': {error}") from None
     text = text.replace("{token}", "{0}").replace("{class}", "{1}")
@@ -159,8 +159,8 @@ def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = 
 
     Raises:
         FileNotFoundError: If the folder or subject does not exist; the message suggests similar names.
-        ValueError: If `spec` is invalid, `subject` is missing or not allowed, or the folder has no images or corrupt
-            ones; the message lists them.
+        ValueError: If `spec` is invalid, `subject` is missing or not allowed, the folder has no images, or images are
+            corrupt (with `skip_corrupt`, all of them); the message lists corrupt images.
     """
     family, colon, path = spec.partition(":")
     if not colon or family not in ("folder", "dreambooth"):

@@ -173,7 +173,8 @@ def evaluate_generation(options: EvaluateGenerationOptions, console: Console | N
     Raises:
         FileNotFoundError: If a run, prompt file or model does not exist.
         FileExistsError: If `evaluation/` contains images from other prompts, settings or weights, without `overwrite`.
-        ValueError: If prompts lack the token placeholder, the photos have changed since training, or a run belongs to
+        ConnectionError: If a model is not a local folder and cannot be loaded from the hub or its cache.
+        ValueError: If prompts lack the token placeholder, the images have changed since training, or a run belongs to
             another command.
     """
     console, device = console or make_console(), choose_device(options.device)
@@ -268,9 +269,10 @@ def find_runs(folder: str | Path) -> list[Path]:
 
 def _prompt_file(run: Path, prompts: str | Path | None) -> PromptFile:
     """Read the prompt file, by default from the run's data folder."""
+    folder = open_run(run)  # raises for runs of other commands
     if prompts is not None:
         return read_prompt_file(prompts)
-    config = open_run(run).read_config()
+    config = folder.read_config()
     family, _, path = str(config.data).partition(":")
     file = expand_user(path) / PROMPT_FILE
     if family != "dreambooth" or not file.is_file():

@@ -151,7 +151,7 @@ class ImageGenerator:
     def generate(
         self, folder: Path, prompts: Sequence[str], seeds: Sequence[int], *, overwrite: bool = False
     ) -> list[GeneratedImage]:
-        """Generate an image for each prompt and seed, skipping those from an interrupted call.
+        """Generate an image for each prompt and seed; skip images that an earlier call generated.
 
         Args:
             folder: Output folder for `NUMBER-SEED.png`, numbered by prompt, and `images.json`; created if missing.
@@ -197,7 +197,7 @@ class ImageGenerator:
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of the generated images in a folder; None if it contains none."""
+    """Return the manifest of a folder with generated images; None without a valid manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -266,6 +266,7 @@ def load_generator(
     Raises:
         FileNotFoundError: If the folder is not a run, the run has no adapter yet, or the pipeline does not exist.
         ValueError: If the run belongs to another command.
+        ConnectionError: If the pipeline is neither local nor cached, and the hub is unreachable.
         AdapterFileError: If the adapter is damaged or does not fit the pipeline.
     """
     folder = open_run(run)

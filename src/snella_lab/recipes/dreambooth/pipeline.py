@@ -108,7 +108,7 @@ def encode_images(
 
     Args:
         pipeline: Pipeline with the autoencoder.
-        images: RGB images of any size; resized by the shorter side and center-cropped to a square.
+        images: RGB images of any size; scaled to fill a square and center-cropped.
         device: Device of the autoencoder.
         resolution: Side of the square in pixels.
         flip: Append a mirrored copy of every image.
@@ -214,7 +214,7 @@ def _check_folder(folder: Path) -> list[str]:
             f"pipeline folder '{folder}' must contain a StableDiffusion3Pipeline, got {kind}; snella dreambooth "
             "supports Stable Diffusion 3 only"
         )
-    absent = [part for part in _COMPONENTS if part not in components or components[part][0] is None]
+    absent = [part for part in _COMPONENTS if not (components.get(part) or [None])[0]]
     errors = [f"{part} is missing from {_INDEX_FILE}" for part in absent if part not in _OPTIONAL]
     for part in _COMPONENTS:
         if part not in absent:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from snella_app.data.images import open_image
+from snella_app.data.images import DECODING_ERRORS, open_image
 from snella_app.records.generators import GeneratorMetrics, LossRow
 from snella_app.records.record import read, read_if_present
 from snella_app.records.run import Allocation, Metrics, RunInfo
@@ -111,7 +111,7 @@ def _image_entries(paths: Iterable[Path]) -> list[dict[str, Any]]:
         try:
             with open_image(path) as image:
                 item["uri"], item["width"], item["height"] = image_data_uri(image, _MAX_SIDE)
-        except OSError as error:
+        except DECODING_ERRORS as error:
             item["problem"] = f"cannot be read: {error}"
         items.append(item)
     return items

@@ -43,7 +43,7 @@ _LOGIT_MEAN, _LOGIT_STD, _MODE_SCALE = 0.0, 1.0, 1.29
 
 
 class FlowMatching(nn.Module):
-    """Rectified-flow loss of a transformer on the straight path from images to noise.
+    """Rectified-flow loss of a transformer on the straight path from images z to noise ε.
 
     z_σ = (1 − σ) z + σ ε,      loss = w(σ) · mean |v(z_σ, σ) − (ε − z)|²
 
@@ -54,7 +54,7 @@ class FlowMatching(nn.Module):
         transformer: Velocity model.
         scheduler: The pipeline's scheduler. It is recreated from its configuration, because sampling modifies it.
         weighting: Timestep sampling and loss weighting. `logit_normal` and `mode` sample timesteps non-uniformly.
-            `sigma_sqrt` and `cosmap` sample uniformly and weight the loss. `uniform` does neither.
+            `sigma_sqrt` and `cosmap` sample uniformly and weight the loss. `uniform` samples uniformly, unweighted.
         precondition: Compute the loss on images instead of velocities.
 
     Source: Esser et al., arXiv 2403.03206, section 3, with the defaults of diffusers' DreamBooth training.
@@ -69,7 +69,7 @@ class FlowMatching(nn.Module):
         self.transformer, self.weighting, self.precondition = transformer, weighting, precondition
 
     def sample_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """Sample `count` relative positions, in [0, 1), in the list of timesteps."""
+        """Sample `count` relative positions, in [0, 1], in the list of timesteps."""
         return compute_density_for_timestep_sampling(
             self.weighting, count, _LOGIT_MEAN, _LOGIT_STD, _MODE_SCALE, generator=generator
         )
@@ -80,7 +80,7 @@ class FlowMatching(nn.Module):
         Args:
             images: Latents, `[n, c, h, w]`.
             noise: Noise, `[n, c, h, w]`.
-            times: Relative positions in the list of timesteps, `[n]`, in [0, 1).
+            times: Relative positions in the list of timesteps, `[n]`, in [0, 1].
             prompt: Prompt shared by all images.
         """
         device = images.device
@@ -286,9 +286,11 @@ def personalize(config: DreamBoothConfig, console: Console | None = None) -> Dre
         The folder of the finished run.
 
     Raises:
-        FileExistsError: If the folder contains a run, and neither `resume` nor `overwrite` is set.
+        FileExistsError: If the folder contains a run, and neither `resume` nor `overwrite` is set; if it has other
+            contents; or if `out` is a file.
         RunInUseError: If another process is writing to the folder.
         FileNotFoundError: If images, subject or pipeline do not exist.
+        ConnectionError: If the pipeline is neither local nor cached, and the hub is unreachable.
         ValueError: If settings conflict, images are corrupt, or a resumed run's images have changed.
         TrainingInterrupted: If the user interrupts the run; the message names the last checkpoint, if any.
         NonFiniteLossError: If the loss or gradient became infinite or NaN; the last checkpoint is kept.
@@ -357,10 +359,10 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
             adapted = replace(generator, source=adapter_source(run, str(config.pipeline)))
             adapted.generate(run.path / "samples", [str(config.prompt)], seeds, overwrite=True)
         run.finish()
-        report = write_generation_report(run.path)
-        losses = f"{trainer.loss_before:.5f} before, {loss_after:.5f} after {config.steps} steps"
-        print_line(console, f"loss on fixed noise: {losses}")
-        print_line(console, f"adapter {run.adapter}, report {report}")
+    report = write_generation_report(run.path)
+    losses = f"{trainer.loss_before:.5f} before, {loss_after:.5f} after {config.steps} steps"
+    print_line(console, f"loss on fixed noise: {losses}")
+    print_line(console, f"adapter {run.adapter}, report {report}")
 
 
 def _print_summary(trainer: DreamBoothTrainer, concept: Concept) -> None:

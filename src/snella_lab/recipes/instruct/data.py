@@ -75,7 +75,7 @@ def read_instructions(path: str | Path, choices: tuple[str, ...] | None = None) 
     if not file.is_file():
         raise FileNotFoundError(f"data must be a JSON file of instructions, got '{path}'{similar_paths(file)}")
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"'{file}' is not readable JSON: {error}") from None
     if not isinstance(entries, list) or not entries:
@@ -147,7 +147,7 @@ class Template:
     def __init__(self, path: str | Path | None = None) -> None:
         self.plain, self.with_input = _PLAIN, _WITH_INPUT
         if path is not None:
-            text = expand_user(path).read_text(encoding="utf-8")
+            text = expand_user(path).read_text(encoding="utf-8-sig")
             if "{instruction}" not in text:
                 raise ValueError(f"template '{path}' must contain {{instruction}}, got none")
             has_input = "{input}" in text

@@ -43,11 +43,12 @@ def evaluate_language(options: EvaluateLanguageOptions, console: Console | None 
     Returns:
         `{"format": 1, "settings": {…}, "tasks": {name: {"accuracy", "right", "questions", "unanswered"}}, "mean": …}`,
         also written to `RUN/language.json`. `mean` is the mean accuracy over tasks. With the same settings, the file
-        keeps tasks that only an earlier call evaluated and, without `overwrite`, results on more questions.
+        keeps tasks from earlier calls and, without `overwrite`, earlier results on more questions.
 
     Raises:
         FileNotFoundError: If the run, adapter, data or model does not exist.
-        FileExistsError: If the run has stored answers, and the questions or the generation settings have changed.
+        FileExistsError: If the run has answers to other questions or with other settings, without `overwrite`.
+        ConnectionError: If the model is not a local folder and cannot be loaded from the hub or its cache.
         ValueError: If the data are invalid, the template has changed, or the run belongs to another command.
         RunInUseError: If another process trains or evaluates the run.
     """

@@ -69,7 +69,7 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
             contents; or if `out` is a file.
         RunInUseError: If another process is writing to the folder.
         FileNotFoundError: If the data file does not exist, or the model's folder contains no model.
-        ConnectionError: If the model is not a local folder and cannot be loaded from the Hub or its cache.
+        ConnectionError: If the model is not a local folder and cannot be loaded from the hub or its cache.
         ValueError: If the data are invalid, settings conflict, or a resumed run's data or template has changed.
         TrainingInterrupted: If the user interrupts the run; the message names the last checkpoint, if any.
         NonFiniteLossError: If the loss or gradient became infinite or NaN; the last checkpoint is kept.

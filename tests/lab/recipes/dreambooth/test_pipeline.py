@@ -94,3 +94,11 @@ def test_unsupported_resolution_suggests_a_supported_one(pipeline_folder):
         check_resolution(pipeline, 18)
     with pytest.raises(ValueError, match="got 64; use 32"):
         encode_images(pipeline, [], torch.device("cpu"), 64)
+
+
+@pytest.mark.parametrize("value", [None, []])
+def test_an_empty_component_is_missing(value, copy):
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, "vae": value}))
+    with pytest.raises(FileNotFoundError, match=r"vae is missing from model_index\.json"):
+        load_pipeline(str(copy))

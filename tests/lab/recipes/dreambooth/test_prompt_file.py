@@ -78,3 +78,8 @@ def test_missing_or_binary_file_is_rejected(tmp_path):
     (tmp_path / "picture.txt").write_bytes(b"\xff\xfe\x00a")
     with pytest.raises(ValueError, match=r"must be a UTF-8 text file, got '.*picture.txt'"):
         read_prompt_file(tmp_path / "picture.txt")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "p.txt").write_text("# mine\na {token} {class}\n", encoding="utf-8-sig")
+    assert read_prompt_file(tmp_path / "p.txt").objects == ["a {0} {1}"]

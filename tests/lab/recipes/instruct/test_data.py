@@ -63,3 +63,8 @@ def test_missing_path_suggests_existing_ones(tmp_path):
     write(tmp_path / "BoolQ" / "test.json", [ENTRY])
     with pytest.raises(FileNotFoundError, match=r"one of boolq/test.json, piqa/test.json, .*, got folders: BoolQ"):
         read_benchmark(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps([ENTRY]), encoding="utf-8-sig")
+    assert len(read_instructions(tmp_path / "data.json")) == 1
