@@ -475,7 +475,7 @@ def test_merge_replaces_neither_a_file_by_a_folder_nor_a_folder_by_a_file(finish
 
 
 def test_a_merged_file_of_a_moved_backbone_file_keeps_its_size(settings, console, no_report, tmp_path):
-    backbone = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0, depth=2)
+    backbone = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0)
     save_file(backbone.state_dict(), tmp_path / "vit.safetensors")
     run = train(
         settings(
