@@ -10,6 +10,7 @@ import pytest
 
 from snella_app.text import decimal_text, points_text
 from snella_lab.bench.rows import append_rows, read_rows
+from snella_lab.comparison.statistics import difference_of
 
 _FOLDER = Path(__file__).parents[3] / "benchmarks" / "products"
 
@@ -234,20 +235,32 @@ def test_means_over_fresh_and_held_out_folders_in_the_notes_match_the_measuremen
 def test_head_tables_in_the_notes_match_the_measurements():
     folders, notes = _module("folders"), _notes()
     rows = read_rows(_FOLDER.parent / "final_head.jsonl")
-    frozen = {row["folder"]: list(row["accuracy"].values()) for row in rows if len(row["accuracy"]) == 6}
+    frozen = {row["folder"]: list(row["accuracy"].values()) for row in rows if len(row["accuracy"]) == 7}
     means = [
         [fmean(frozen[folder][part] for folder in group) for group in (folders.DEVELOPMENT, folders.HELD_OUT)]
-        for part in range(6)
+        for part in range(7)
     ]
     table = notes.partition("| head | development | held-out |")[2].partition("\n\n")[0]
     shown = [line.split(" | ")[1:] for line in table.splitlines()[2:]]
     assert shown == [[f"{100 * development:.1f}", f"{100 * held_out:.1f} |"] for development, held_out in means]
-    trained = {row["folder"]: row for row in rows if "method" in row}
-    runs = [trained[folder] for folder in ("textures", "stamps", "units", "emoji")]
-    assert " | ".join(f"{row['folder']} ({row['epochs']})" for row in runs) in notes
-    for part, name in enumerate(("linear", "kernel")):
-        cells = [f"{100 * list(row['accuracy'].values())[part]:.1f}" for row in runs]
-        assert f"| {name} head on four layers | {' | '.join(cells)} |" in notes
+    gaps = [accuracies[6] - accuracies[5] for accuracies in frozen.values()]
+    assert f"{_gap_text(gaps)} (Student's t over twelve folders, p = 0.003) and at least" in " ".join(notes.split())
+    assert min(gaps) >= 0
+    trained = {row["folder"]: list(row["accuracy"].values()) for row in rows if row.get("method") == "snella"}
+    order = ("emoji", "furniture", "nebulae", "stamps", "textures", "units")
+    for part, name in enumerate(("linear head", "kernel head", "mixture")):
+        values = [trained[folder][part] for folder in order]
+        cells = [f"{100 * value:.1f}" for value in (*values, fmean(values))]
+        assert f"| {name} on four layers | {' | '.join(cells)} |" in notes
+    gaps = [trained[folder][2] - trained[folder][1] for folder in order]
+    assert f"{_gap_text(gaps)}:" in " ".join(notes.split())
+
+
+def _gap_text(gaps: list[float]) -> str:
+    """Return the text of a mean difference from the kernel head with its interval, in points."""
+    gap = difference_of([[value] for value in gaps])
+    low, high = (decimal_text(100 * end, 1) for end in (gap.low, gap.high))
+    return f"{100 * gap.mean:.1f} points better than the kernel head alone [{low}, {high}]"
 
 
 def test_step_times_in_the_notes_match_the_measurements():
