@@ -291,10 +291,10 @@ def disable_fast_path(model: nn.Module) -> None:
         if isinstance(layer, nn.TransformerEncoderLayer):
             for part in layer.modules():
                 if isinstance(part, SnellaLayer) and not part._forward_pre_hooks:
-                    part.register_forward_pre_hook(_no_op_hook)
+                    part.register_forward_pre_hook(no_op_hook)
 
 
-def _no_op_hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+def no_op_hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """No-op hook that disables the fast path."""
 
 

@@ -159,7 +159,7 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
 
 
 def unordered(target: Target) -> Any:
-    """Return a set for a tuple of labels, whose order has no meaning; other targets unchanged."""
+    """Return a tuple of labels as a set, because their order is irrelevant; return other targets unchanged."""
     return frozenset(target) if isinstance(target, tuple) and all(isinstance(t, str) for t in target) else target
 
 
@@ -277,7 +277,8 @@ def _parsed_list(value: Any) -> Any:
     """Parse a list or NumPy array, as pandas writes it to CSV; return other values unchanged."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         # NumPy separates entries by spaces; Python would join adjacent strings
-        text = re.sub(r"(?<=['\"\d.])\s+(?=['\"\d-])", ", ", value) if "," not in value else value
+        gap = r"(?<=['\"])\s+(?=['\"])" if "'" in value or '"' in value else r"(?<=[\d.])\s+(?=[\d-])"
+        text = re.sub(gap, ", ", value) if "," not in value else value
         with contextlib.suppress(ValueError, SyntaxError):
             return ast.literal_eval(text)
     return value

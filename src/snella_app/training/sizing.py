@@ -106,7 +106,7 @@ _CGROUP = "/sys/fs/cgroup"
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the free bytes of a GPU, or this process's share of those of the machine or its container."""
+    """Return the free bytes of a GPU, or this process's share of the free bytes of the machine or container."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # memory of earlier trial steps is free
         return int(torch.cuda.mem_get_info(device)[0])

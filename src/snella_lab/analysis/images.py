@@ -234,8 +234,8 @@ def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
 
     Args:
         folders: Image folders, e.g. from `snella generate`, which names files by prompt and seed. The plot shows the
-            images whose file names occur in the most folders. A folder without them, e.g. of the subject's photos,
-            shows its first images.
+            images whose file names occur in the most folders. Folders without them, e.g. with photos of the
+            subject, show their first images.
         limit: Images per folder.
 
     Raises:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import AdamW, Optimizer
 
+from snella.compat.attention import no_op_hook
 from snella.config import SnellaConfig
 from snella.ops import LinearOp
 from snella.targets import count_rows
@@ -69,7 +70,7 @@ class SptLayer(SparseUpdate):
         self.structured = nn.ModuleDict({str(group): module for group, module in structured.items()})
         self.structured.to(self.base_layer.weight.device)
         if structured:  # a hook disables the fused function of nn.TransformerEncoderLayer, which ignores the modules
-            self.register_forward_pre_hook(_no_op_hook)
+            self.register_forward_pre_hook(no_op_hook)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer with its sparse entries and structured modules."""
@@ -173,10 +174,6 @@ def budget_of(options: Options, model: nn.Module, head: str, vit_b_budget: float
         return round(options["budget"] * 1e6)
     weights = sum(model.get_parameter(f"{name}.weight").numel() for name in matrix_layers(model, head))
     return max(1, round(vit_b_budget * 1e6 * weights / _VIT_B_WEIGHTS))
-
-
-def _no_op_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook that does nothing."""
 
 
 def matrix_layers(model: nn.Module, head: str) -> list[str]:

@@ -538,6 +538,12 @@ def test_lists_as_numpy_prints_them_are_parsed(separator, write_table):
     assert set(data.train.annotations.targets) == {("0",), ("1",)}
 
 
+def test_numbers_in_a_quoted_label_are_kept(write_table):
+    rows = [(f"images/{i:02}.png", f"['route {i % 2} 2']") for i in range(40)]
+    data = load_data(f"csv:{write_table(rows, ('file', 'tags'))}", target="labels")
+    assert data.classes == ["route 0 2", "route 1 2"]
+
+
 def test_the_order_of_labels_has_no_meaning(write_table):
     rows = [(f"images/{i:02}.png", "sea|sand" if i % 2 else "dune") for i in range(40)]
     repeated = [("images/01.png", "sand|sea")]
