@@ -85,7 +85,9 @@ class BudgetAllocator:
         self.config = first_matrix.layer.snella_config[self.adapter_name]
         configs = (matrix.layer.snella_config[self.adapter_name] for matrix in self.matrices)
         self._watches = {config.watch for config in configs}  # one per PEFT model
-        self.total_epochs, self.steps_per_epoch, self.total_steps = total_epochs, steps_per_epoch, total_steps
+        self.total_epochs = total_epochs
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = total_steps
         self.importance = ImportanceTracker(
             self.matrices,
             metric=self.config.importance,
@@ -234,7 +236,8 @@ class BudgetAllocator:
         self._is_stepping = True
         if self.config.zero_init_ema:
             return None
-        is_positional, closure = len(args) > 1, kwargs.get("closure", args[1] if len(args) > 1 else None)
+        is_positional = len(args) > 1
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._update_importance_once(optimizer)
             return None
@@ -260,14 +263,16 @@ class BudgetAllocator:
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._update_importance_once(optimizer, has_stepped=True)
-        self._has_stepped, self._is_stepping = True, False
+        self._has_stepped = True
+        self._is_stepping = False
         self._finish_step(self.step + 1)
 
     def _before_zero_grad(self, optimizer: Optimizer) -> None:
         """Count a skipped step if gradients overflowed and no step has run since the last call."""
         if self._is_stepping:  # called by the closure
             return
-        has_stepped, self._has_stepped = self._has_stepped, False
+        has_stepped = self._has_stepped
+        self._has_stepped = False
         if has_stepped or self.importance.has_sharded_factors():
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -310,7 +315,8 @@ class BudgetAllocator:
     def _allocate(self, step: int) -> None:
         """Allocate the budget after `step` steps and write it into the layers."""
         # time and end of the schedule, in epochs or steps
-        t, total = step, self.total_steps
+        t = step
+        total = self.total_steps
         if self.config.realloc_every == "epoch":
             total = self.total_epochs
             t = self.total_epochs if step >= self.total_steps else step // self.steps_per_epoch
@@ -404,7 +410,9 @@ class _ZeroGradHook:
     """Hook that runs before `optimizer.zero_grad()`; torch has no API for it."""
 
     def __init__(self, optimizer: Optimizer, callback: Callable[[Optimizer], None]) -> None:
-        self.optimizer, self.callback, self.zero_grad = optimizer, callback, optimizer.zero_grad
+        self.optimizer = optimizer
+        self.callback = callback
+        self.zero_grad = optimizer.zero_grad
         self.previous = optimizer.__dict__.get("zero_grad")  # e.g. the hook of another allocator
         # Accelerate inspects the signature; do not copy the attributes of another hook
         functools.update_wrapper(self, optimizer.zero_grad, updated=())

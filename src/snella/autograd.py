@@ -50,7 +50,8 @@ class RecomputeCache:
         self, weight: Tensor | None, dtype: torch.dtype, num_updates: int
     ) -> tuple[Tensor | None, list[Merged] | None]:
         """Return the cached effective weight and merged matrices, or `(None, None)` if unusable; clear the cache."""
-        entry, self._entry = self._entry, None
+        entry = self._entry
+        self._entry = None
         if entry is None:
             return None, None
         effective, merged, source, version = entry
@@ -176,7 +177,10 @@ class _AdaptedLayer(torch.autograd.Function):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         y, merged, effective = forward_pass(x, weight, bias, updates, call)
         thresholds = tuple([matrices.thresholds for matrices in merged])
-        ctx.call, ctx.updates, ctx.x_shape, ctx.has_bias = call, updates, x.shape, bias is not None
+        ctx.call = call
+        ctx.updates = updates
+        ctx.x_shape = x.shape
+        ctx.has_bias = bias is not None
         ctx.lazy_versions = call.lazy and call.lazy.versions()
         needs_factor_grads = any(ctx.needs_input_grad[6:]) and any([any(update.budgets) for update in updates])
         saves_input = needs_factor_grads or ctx.needs_input_grad[1]
@@ -201,7 +205,8 @@ class _AdaptedLayer(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
         reject_double_backward("use impl='reference' with a kernel without distances")
         saved = ctx.saved_tensors
-        input_sources, (weight, effective, *rest) = saved[: ctx.num_input_sources], saved[ctx.num_input_sources :]
+        input_sources = saved[: ctx.num_input_sources]
+        weight, effective, *rest = saved[ctx.num_input_sources :]
         call: LayerCall = ctx.call
         if call.lazy is not None:
             call.lazy.check_unchanged(ctx.lazy_versions)
@@ -410,7 +415,8 @@ def _weight_and_gradients(
     """Return the effective weight, and the factors' gradients if the backend computes both in one pass."""
     if len(updates) != 1 or weight is None or grad_weight is None or not any(needs.factors):
         return add_updates(weight, updates, merged, shape, dtype), None
-    spec, backend = updates[0].spec, get_backend(updates[0].spec.backend)
+    spec = updates[0].spec
+    backend = get_backend(updates[0].spec.backend)
     base, out = _base_and_out(weight, updates[0].factors.A.dtype, shape, dtype)
     matrix = out.view(shape[0], -1)
     grads = backend.add_and_grad_factors(spec, merged[0], grad_weight.reshape(shape[0], -1), base, matrix)
@@ -476,7 +482,8 @@ def add_by_autograd(
         base = base.to(torch.promote_types(base.dtype, torch.float32))
     else:
         base = weight
-    total, all_thresholds = base, []
+    total = base
+    all_thresholds = []
     for update in updates:
         matrices, thresholds = sparsify_update(update)
         delta = update.spec.scaling * torch.cat(matrices)

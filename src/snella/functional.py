@@ -77,7 +77,8 @@ def adapted_linear(
     check_factors(A, B, kernel_function, scalars)
     if weight.ndim != 2:
         raise ValueError(f"weight must be [m, n], got {list(weight.shape)}")
-    factors, budgets = Factors(A[None], B, *(value if value is None else value[None] for value in scalars)), (budget,)
+    factors = Factors(A[None], B, *(value if value is None else value[None] for value in scalars))
+    budgets = (budget,)
     spec = UpdateSpec(kernel_function, (B.shape[0],), mode, scaling)
     spec.check(factors, budgets, weight.shape)
     spec = replace(spec, backend=choose_backend(impl, spec, factors.A)[0])

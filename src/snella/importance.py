@@ -81,7 +81,10 @@ class ImportanceTracker:
         zero_init_ema: bool = False,
     ) -> None:
         self.matrices = list(matrices)
-        self.metric, self.beta1, self.beta2, self.zero_init_ema = metric, beta1, beta2, zero_init_ema
+        self.metric = metric
+        self.beta1 = beta1
+        self.beta2 = beta2
+        self.zero_init_ema = zero_init_ema
         self._averages: dict[str, Tensor] = {}
         self._uncertainties: dict[str, Tensor] = {}
         self._flat: dict[torch.device, _FlatAverages] = {}
@@ -133,7 +136,8 @@ class ImportanceTracker:
             for key in (f"{matrix.name}/{letter}" for letter in "ABS"):
                 if key not in self._averages:
                     continue
-                product, entries = self._averages[key] * self._uncertainties[key], self._ranges.get(key)
+                product = self._averages[key] * self._uncertainties[key]
+                entries = self._ranges.get(key)
                 dtype = widest_dtype(product.device.type)
                 if entries is None:
                     parts.append(product.mean(dtype=dtype))
@@ -162,7 +166,8 @@ class ImportanceTracker:
             return self._observe_shards(with_gradient=with_gradient)
         observations = {}
         for matrix in self.matrices:
-            factors, (grad_A, grad_B) = matrix.factors, (factor.grad for factor in _factor_parameters(matrix))
+            factors = matrix.factors
+            grad_A, grad_B = (factor.grad for factor in _factor_parameters(matrix))
             if not with_gradient:
                 gradients: tuple[Tensor | None, ...] = (None, None)
             elif grad_A is None or grad_B is None:
@@ -313,7 +318,8 @@ class ImportanceTracker:
                     f"{needed}; load it into a model with the same layers, rank and importance metric"
                 )
         devices = {matrix.name: _factor_parameters(matrix)[0].device for matrix in self.matrices}
-        self._ranges, self._flat = {}, {}
+        self._ranges = {}
+        self._flat = {}
         self._averages, self._uncertainties = (
             {key: value.clone().to(devices[key.rpartition("/")[0]]) for key, value in part.items()}
             for part in (state["averages"], state["uncertainties"])
@@ -373,11 +379,13 @@ def _local_shard(factor: Tensor, start: int) -> _Shard:
     from torch.distributed.tensor import Shard
 
     world_size = torch.distributed.get_world_size()
-    value, gradient = factor.detach(), factor.grad
+    value = factor.detach()
+    gradient = factor.grad
     if not is_dtensor(value):
         copies = 1 if is_sharded(factor) else world_size
         return _Shard(value.reshape(-1), None if gradient is None else gradient.reshape(-1), start, copies)
-    mesh, rows = value.device_mesh, value.shape[0]
+    mesh = value.device_mesh
+    rows = value.shape[0]
     sharded = [dim for dim, placement in enumerate(value.placements) if not placement.is_replicate()]
     placement = value.placements[sharded[0]] if len(sharded) == 1 else None
     if type(placement) is not Shard or placement.dim != 0:  # e.g. with tensor parallelism

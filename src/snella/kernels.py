@@ -243,7 +243,8 @@ class NormalizedRBF(PLinear):
         weighted = grad * probs
         # ∂L/∂(κ/γ) of the softmax; centering the softmax changes only the gradient of α
         grad_logits = alpha * (weighted - probs * weighted.sum(self.softmax_dim, keepdim=True))
-        grad_alpha, grad_temperature = weighted.sum(), None
+        grad_alpha = weighted.sum()
+        grad_temperature = None
         if self.center_softmax:
             grad_alpha = grad_alpha - grad.sum() / probs.shape[self.softmax_dim]
         if scalars.temperature is not None:

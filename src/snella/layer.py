@@ -242,7 +242,12 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         """
         if not (self.training or in_graph):
             check_written(self, names)
-        folded, branches, updates, states, impls, cache_delta = [], [], [], [], {}, False
+        folded = []
+        branches = []
+        updates = []
+        states = []
+        impls = {}
+        cache_delta = False
         for name in names:
             config = self.snella_config[name]
             may_branch = with_branches and self.training and (config.update_dropout or config.update_drop_path)
@@ -298,7 +303,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         base: Any = self.get_base_layer()
         base_tensors: tuple[Tensor, ...] = (base.weight,)
         if isinstance(weight, LazyWeight):
-            base_tensors, settings = weight.tensors, (*settings, dtype)
+            base_tensors = weight.tensors
+            settings = (*settings, dtype)
         return self._cache.weight(
             (*base_tensors, *adapter_tensors(self, names)),
             settings,
@@ -628,7 +634,8 @@ def _apply_differentiable(
 ) -> Tensor:
     """Apply the base layer and updates in one differentiable op; in training, regularized updates are branches."""
     layer._cache.release_effective_weight()
-    plan, op = layer._plan_updates(names, with_branches=True), layer._op()
+    plan = layer._plan_updates(names, with_branches=True)
+    op = layer._op()
     y = plan.apply(x, weight, bias, op, weight.shape)
     if plan.branches:
 
@@ -754,7 +761,8 @@ def update_specs(layer: SnellaLayer) -> None:
 
 def _init_parameters(layer: SnellaLayer, adapter_name: str) -> None:
     """Initialize an adapter; `max_initial_ratio` bounds its initial update."""
-    factors, rows = get_factors(layer, adapter_name), layer.matrix_rows(adapter_name)
+    factors = get_factors(layer, adapter_name)
+    rows = layer.matrix_rows(adapter_name)
     config = layer.snella_config[adapter_name]
     if factors.A.is_meta:
         return

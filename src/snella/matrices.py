@@ -116,7 +116,8 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
         for group, part in enumerate(parts):
             matrix_name, kind = name, inner_name
             if count > 1:
-                matrix_name, kind = f"{name}.{part}", f"{inner_name.rpartition('.')[0]}.{part}".lstrip(".")
+                matrix_name = f"{name}.{part}"
+                kind = f"{inner_name.rpartition('.')[0]}.{part}".lstrip(".")
             matrices.append(AdaptedMatrix(matrix_name, name, kind, depths.get(block), layer, adapter_name, group))
     return matrices
 

@@ -137,7 +137,8 @@ def refresh(layer: SnellaLayer, adapter_name: str, cache: MergeCache) -> None:
     layer.clear_cache()
     if adapter_name not in layer.merged_adapters:
         return
-    names, original = list(layer.merged_adapters), layer._unmerged_weight
+    names = list(layer.merged_adapters)
+    original = layer._unmerged_weight
     if original is None or len(names) > 1:
         layer.unmerge()
         layer.merge(adapter_names=names)
@@ -177,7 +178,8 @@ def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: M
         rows = weight.shape[0]
         backend = get_backend(update.spec.backend)
         merged = backend.merge(update, cache.columns)
-        cache.thresholds, cache.columns = merged.thresholds, merged.columns
+        cache.thresholds = merged.thresholds
+        cache.columns = merged.columns
         backend.add_update(update.spec, merged, weight.detach().view(rows, -1), out.detach().view(rows, -1))
     else:
         total, (cache.thresholds,) = compute_effective_weight(weight, [update], weight.shape)
@@ -206,7 +208,8 @@ def _write(layer: SnellaLayer, weight: Tensor) -> None:
 
 def _write_quantized(layer: SnellaLayer, merged: Tensor, original: LazyWeight) -> None:
     """Store a merged weight in the quantized base layer and report the requantization error."""
-    base, quantization = layer.get_base_layer(), cast(Quantization, layer.quantization)
+    base = layer.get_base_layer()
+    quantization = cast(Quantization, layer.quantization)
     if layer._unmerged_quantized is None:
         layer._unmerged_quantized = (original, quantization.snapshot(base))
     quantization.write(base, merged)
@@ -244,7 +247,10 @@ class EffectiveWeight(Tensor):
                 pass, or returns `None` if `compute` does not save it either. `None` if the layer is not linear.
         """
         weight = base.detach().as_subclass(EffectiveWeight)
-        weight._base_weight, weight._compute, weight._multiply, weight._effective = base, compute, multiply, None
+        weight._base_weight = base
+        weight._compute = compute
+        weight._multiply = multiply
+        weight._effective = None
         return weight
 
     def value(self) -> Tensor:

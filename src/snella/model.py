@@ -152,7 +152,9 @@ class SnellaModel(BaseTuner):
 
     def _check_ranks(self, peft_config: SnellaConfig, model: nn.Module) -> None:
         """Before allocation, reject unmatched pattern keys, and factors that are far larger than the weights."""
-        names, weights, factors = [], 0, 0
+        names = []
+        weights = 0
+        factors = 0
         for name, module in model.named_modules():
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             if name.endswith(".base_layer") or not self._check_target_module_exists(peft_config, name):

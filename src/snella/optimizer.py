@@ -226,7 +226,8 @@ class StepMatcher:
         coeff_rms = [coeffs.square().mean(1).sqrt() for coeffs in coeffs_by_adapter]
         all_coeff_rms = iter(torch.cat([rms.to(coeff_rms[0].device) for rms in coeff_rms]).tolist())  # one sync
         for (layer, name), weights_rms, slopes in zip(self._adapters, self._weight_rms, self._slopes, strict=True):
-            lr, scaling = lr_by_parameter.get(id(layer.snella_A[name]), 0.0), abs(layer.scaling[name])
+            lr = lr_by_parameter.get(id(layer.snella_A[name]), 0.0)
+            scaling = abs(layer.scaling[name])
             rank = layer.snella_config[name].rank_of(layer.module_name)
             coeffs = list(islice(all_coeff_rms, len(weights_rms)))
             scales = []
@@ -246,7 +247,8 @@ class StepMatcher:
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         for (layer, name), (A_before, B_before) in zip(self._adapters, self._previous_factors, strict=True):
-            A, B = layer.snella_A[name], layer.snella_B[name]
+            A = layer.snella_A[name]
+            B = layer.snella_B[name]
             # computed on the CPU and copied asynchronously, because `repeat_interleave` on a GPU would synchronize
             scales = torch.tensor(self.scales[layer, name], dtype=A.dtype)
             by_row = scales.repeat_interleave(torch.tensor(layer.row_counts[name]))

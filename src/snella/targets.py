@@ -105,7 +105,8 @@ def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
     The model has no adapters yet. Its head, patch embedding and embeddings do not count.
     """
     adapted = set(names)
-    num_adapted, excluded = 0, {}
+    num_adapted = 0
+    excluded = {}
     for name, module in _candidates(model):
         if name in adapted and isinstance(module, (nn.Linear, Conv1D, nn.Conv2d)):
             rows, columns = matrix_shape(module)
@@ -349,7 +350,8 @@ def _head_modules(model: nn.Module) -> set[nn.Module]:
 
 def head_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the linear and convolutional layers of a model's classifiers and predictors, outside adapters."""
-    heads, layers = _head_modules(model), {}
+    heads = _head_modules(model)
+    layers = {}
     adapter_prefixes: list[str] = []
     for name, module in model.named_modules():
         parts = name.split(".")

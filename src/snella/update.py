@@ -110,7 +110,8 @@ class UpdateSpec:
 
     def check(self, factors: Factors, budgets: Sequence[int], weight_shape: torch.Size | None = None) -> None:
         """Raise `ValueError` unless the spec matches the tensors, budgets and weight shape `[m, …]`."""
-        A, B = factors.A, factors.B
+        A = factors.A
+        B = factors.B
         if A.ndim != 3 or A.shape[0] != len(self.row_counts) or self.num_rows != B.shape[0]:
             raise ValueError(
                 f"A must be [{len(self.row_counts)}, n, r] and B [{self.num_rows}, r] for matrices of "
@@ -165,7 +166,8 @@ def init_factors(factors: Factors, rows: Sequence[slice], num_pieces: int, *, is
         num_pieces: `P`.
         is_larger: If True, draw factors from `U(±1)` instead.
     """
-    A, B = factors.A, factors.B
+    A = factors.A
+    B = factors.B
     width = max(A.shape[-1] // num_pieces, 1)
     for group, matrix_rows in enumerate(rows):
         for factor, fan in (
@@ -198,7 +200,8 @@ def bound_initial_update(factors: Factors, rows: Sequence[slice], kernel: Kernel
         bound: `SnellaLayer.max_initial_ratio`. Factors and `α` shrink by a factor of at most 10, even if the update
             still exceeds the bound, and not at all if the matrix in `weight` is zero.
     """
-    A, B = factors.A, factors.B
+    A = factors.A
+    B = factors.B
     max_columns, max_rows = (_SAMPLE_SIZE, None) if kernel.softmax_dim == 0 else (None, _SAMPLE_SIZE)
     for group, matrix_rows in enumerate(rows):
         scalars = KernelScalars(*(value if value is None else value[group] for value in factors[2:]))

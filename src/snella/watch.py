@@ -208,10 +208,12 @@ def warn_about_unused_merges(layers: Sequence[SnellaLayer], configs: Sequence[Sn
         layers: Layers with the merged adapters.
         configs: Configurations of these adapters.
     """
-    unapplied, when = [layer.module_name for layer in layers if not layer.is_applied], "so far"
+    unapplied = [layer.module_name for layer in layers if not layer.is_applied]
+    when = "so far"
     if len(unapplied) == len(layers):
         saved_unused = {name for config in configs for name in getattr(config, "unused_modules", None) or ()}
-        unapplied, when = [name for name in unapplied if name in saved_unused], "in training"
+        unapplied = [name for name in unapplied if name in saved_unused]
+        when = "in training"
     if 0 < len(unapplied) < len(layers):
         warnings.warn(
             f"the model has not used the updates of {len(unapplied)} of {len(layers)} merged modules {when}: "
@@ -298,7 +300,8 @@ def is_newly_initialized(weight: Tensor, bias: Tensor | None) -> bool:
 
 def _is_default_init(rows: Tensor, bias: Tensor | None, eps: float) -> bool:
     """Return whether a layer has the default initialization of `nn.Linear` and `nn.Conv2d`."""
-    bound, count = 1 / math.sqrt(rows.shape[1]), rows.numel()
+    bound = 1 / math.sqrt(rows.shape[1])
+    count = rows.numel()
     largest, square = float(rows.abs().max()), float(rows.square().mean())
     is_bounded = largest <= bound * (1 + eps) and (bias is None or float(bias.abs().max()) <= bound * (1 + eps))
     reaches_bound = largest >= bound * (1 - 7 / count)

@@ -48,7 +48,8 @@ def train(config: TrainConfig | None = None, *, console: Console | None = None, 
         if choose_method is None:
             raise ValueError("method=auto requires the package snella_lab, which compares methods; choose a method")
         config = choose_method(config, console)
-    out, data = str(config.run.out), config.data
+    out = str(config.run.out)
+    data = config.data
     if (data.folds and data.fold is None) or (config.run.resume and is_cross_validation(out)):
         train_folds(config, console, **options)
         return RunFolder(out)

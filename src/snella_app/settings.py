@@ -204,7 +204,8 @@ class Config:
     @classmethod
     def _collect(cls, settings: Mapping[str, Any]) -> tuple[Self, list[str]]:
         """Create a configuration without raising; return it and its errors."""
-        config, errors = object.__new__(cls), []
+        config = object.__new__(cls)
+        errors = []
         for name, section in _sections(cls).items():  # type: ignore[arg-type]
             value, section_errors = section._collect(settings)
             object.__setattr__(config, name, value)

@@ -98,7 +98,8 @@ def fit_matrix(
     with console.status("") as status:
         plots = fit_matrices(config, out, lambda name, step: status.update(f"{name}: step {step} of {config.steps}"))
     paths = write_plots(plots, out, overwrite=overwrite)
-    errors, shapes = plots[1].rows, plots[0].tables["definiteness"]
+    errors = plots[1].rows
+    shapes = plots[0].tables["definiteness"]
     columns = ("kernel", *(f"rank {rank}" for rank in config.ranks), "smallest eigenvalue")
     cells = []
     for kernel, shape in zip(config.kernels, shapes, strict=True):

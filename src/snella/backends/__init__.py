@@ -228,7 +228,8 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
     if reason is None and name == "triton" and is_on_gpu(A):
         from snella.backends.triton import verify
 
-        error, reason = RuntimeError, verify.failed_check(spec, A)
+        error = RuntimeError
+        reason = verify.failed_check(spec, A)
     if reason is None:
         return name, f"Triton kernels on {str(A.device)!r}" if name == "triton" else "Numba kernels on the CPU"
     if impl == name:

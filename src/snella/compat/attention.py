@@ -158,8 +158,10 @@ class AdaptedAttention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         """Apply input projections, attention and output projection as separate ops."""
-        base, is_batched = self.base_layer, query.dim() == 3
-        is_self, is_shared = query is key and key is value, key is value
+        base = self.base_layer
+        is_batched = query.dim() == 3
+        is_self = query is key and key is value
+        is_shared = key is value
 
         def batch_first(x: Tensor) -> Tensor:
             return x[None] if not is_batched else x if base.batch_first else x.transpose(0, 1)
@@ -182,7 +184,8 @@ class AdaptedAttention(nn.Module):
         if query is key and key is value:
             return list(project(query).chunk(3, dim=-1))
         # apply all three matrices to each input and drop the unused outputs; a value that is the key shares its product
-        queries, projected_key = project(query).chunk(3, dim=-1)[0], project(key).chunk(3, dim=-1)
+        queries = project(query).chunk(3, dim=-1)[0]
+        projected_key = project(key).chunk(3, dim=-1)
         values = projected_key[2] if value is key else project(value).chunk(3, dim=-1)[2]
         return [queries, projected_key[1], values]
 
@@ -232,7 +235,8 @@ class ProjectionWeight:
         bias = self.attention.in_proj_bias
         if bias is None or self.name not in _SEPARATE_INPUTS:
             return bias
-        width, index = self.attention.embed_dim, _SEPARATE_INPUTS.index(self.name)
+        width = self.attention.embed_dim
+        index = _SEPARATE_INPUTS.index(self.name)
         return bias[index * width : (index + 1) * width]
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -40,7 +40,10 @@ def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -
         return _forward_outside_graphs(layer, x, *args, **kwargs)
     check_floating_point(x, layer.module_name)
     _set_applied(layer)
-    weight, bias, dtype, op = cast(Tensor, layer._weight()), layer.bias, x.dtype, layer._op()
+    weight = cast(Tensor, layer._weight())
+    bias = layer.bias
+    dtype = x.dtype
+    op = layer._op()
     shape = weight.shape
 
     def apply(x: Tensor, name: str, update: Update, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -70,14 +73,16 @@ def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -
 def weight_in_graph(layer: SnellaLayer, names: list[str]) -> Tensor:
     """Return `W0 + Σ scaling·S`, `[m, …]`, as a product with the identity, which the compiler removes if unused."""
     _set_applied(layer)
-    weight, op = cast(Tensor, layer._weight()), LinearOp()
+    weight = cast(Tensor, layer._weight())
+    op = LinearOp()
     matrix = weight.reshape(weight.shape[0], -1)
     plan = layer._plan_updates(names, in_graph=True)
     with torch.autocast(weight.device.type, enabled=False):
         identity = torch.eye(matrix.shape[1], dtype=weight.dtype, device=weight.device)
         total: Tensor | None = None
         for name, update in zip(plan.names, plan.updates, strict=True):
-            base, budgets = matrix if total is None else None, layer.snella_budget[name]
+            base = matrix if total is None else None
+            budgets = layer.snella_budget[name]
             y = adapted_layer_in_graph(identity, base, None, update.spec, update.factors, budgets, op, matrix.shape)
             total = y if total is None else total + y.to(total.dtype)
     return cast(Tensor, total).T.reshape(weight.shape)
@@ -137,7 +142,8 @@ def _adapted_layer(
     layer: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Return `y` and the thresholds `[G]`; `tensors` are the factors with the indices `fields`."""
-    update, call = _decode(tensors, budgets, fields, spec, scaling), _decode_call(layer)
+    update = _decode(tensors, budgets, fields, spec, scaling)
+    call = _decode_call(layer)
     y, (merged,), _ = forward_pass(x, weight, bias, [update], call)
     return y, merged.thresholds
 
@@ -145,7 +151,8 @@ def _adapted_layer(
 @_adapted_layer.register_fake
 def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     _, _, tensors, budgets, *_, layer = args
-    call, dtype = _decode_call(layer), torch.promote_types(tensors[0].dtype, torch.float32)
+    call = _decode_call(layer)
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return call.op(x, x.new_empty(call.weight_shape), None), tensors[0].new_empty(budgets.shape[0], dtype=dtype)
 
 
@@ -164,7 +171,8 @@ def _backward(
     layer: Sequence[int],
 ) -> list[Tensor]:
     """Return the required gradients in the order x, weight, bias, tensors."""
-    update, call = _decode(tensors, budgets, fields, spec, scaling, thresholds), _decode_call(layer)
+    update = _decode(tensors, budgets, fields, spec, scaling, thresholds)
+    call = _decode_call(layer)
     needs_x, needs_weight, needs_bias, *needs_tensors = required
     flags = dict(zip(fields, needs_tensors, strict=True))
     needs_factors = tuple([flags.get(index, False) for index in range(len(update.factors))])

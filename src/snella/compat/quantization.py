@@ -61,7 +61,8 @@ def find_quantization(base: Any, name: str) -> Quantization | None:
         NotImplementedError: If the quantization format is not supported.
         RuntimeError: If a bitsandbytes layer is not quantized yet.
     """
-    weight, kind = getattr(base, "weight", None), type(base).__name__
+    weight = getattr(base, "weight", None)
+    kind = type(base).__name__
     bitsandbytes_classes = [cls.__name__ for cls in type(base).__mro__ if cls.__module__.startswith("bitsandbytes.")]
     packed = next((packed for packed in ("qweight", "W_q") if hasattr(base, packed)), None)
     if bitsandbytes_classes:
@@ -102,7 +103,8 @@ class Bitsandbytes4bit(Quantization):
     def source(self, base: Any) -> LazyWeight:  # noqa: D102
         import bitsandbytes.functional
 
-        weight, state = base.weight, _state(base)
+        weight = base.weight
+        state = _state(base)
         if getattr(state, "packing_format_for_cpu", False):
             # undo the CPU layout, which supports only matrix products, as bitsandbytes does before saving
             weight.data, state = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
@@ -114,7 +116,9 @@ class Bitsandbytes4bit(Quantization):
         return LazyWeight(torch.Size(state.shape), (weight, state.absmax), dequantize)
 
     def write(self, base: Any, weight: Tensor) -> None:  # noqa: D102
-        old, attributes, state = base.weight, dict(base.weight.__dict__), _state(base)
+        old = base.weight
+        attributes = dict(base.weight.__dict__)
+        state = _state(base)
         Bnb4bitBackend().set_base_weight(_peft_layer(base), weight.to(state.dtype))
         # PEFT marks the old parameter as unquantized
         old.__dict__.update(attributes)
@@ -219,7 +223,8 @@ class TorchaoWeight(Quantization):
         return LazyWeight(weight.shape, tensors, weight.dequantize)
 
     def write(self, base: Any, weight: Tensor) -> None:  # noqa: D102
-        old, target = base.weight, weight.contiguous()
+        old = base.weight
+        target = weight.contiguous()
         cast_target = target.to(old.dtype)
         # new scales suit large updates; the old scales preserve all entries that a small update does not change
         quantized = min(

@@ -108,7 +108,8 @@ class SparsePatch:
             raise ValueError(f"{path} is damaged: {error}; export it again") from None
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} contains no sparse update; create one with snella export RUN --format sparse")
-        digest, actual = metadata.pop(_DIGEST, None), tensors_digest(tensors, metadata)
+        digest = metadata.pop(_DIGEST, None)
+        actual = tensors_digest(tensors, metadata)
         metadata.pop("format")
         if digest is None:
             raise ValueError(f"{path} is damaged: its metadata has no {_DIGEST}; export it again")
@@ -125,7 +126,8 @@ class SparsePatch:
         shapes, digests = json.loads(metadata.pop("shapes")), json.loads(metadata.pop("digests"))
         entries = {}
         for key in [key for key in tensors if key.endswith(f":{_VALUES}")]:
-            name, values = key.removesuffix(f":{_VALUES}"), tensors.pop(key)
+            name = key.removesuffix(f":{_VALUES}")
+            values = tensors.pop(key)
             kinds = [kind for kind in _ENCODINGS if f"{name}:{kind}" in tensors]
             if len(kinds) != 1:
                 raise ValueError(f"{name!r} has positions in {len(kinds)} encodings, expected one of {_ENCODINGS}")
@@ -157,7 +159,8 @@ class SparsePatch:
         tensors = _named_tensors(model)
         self._check(model, tensors, check_base)
         for name, changed in self.entries.items():
-            flat, positions = _flat(tensors[name]), changed.indices.to(tensors[name].device)
+            flat = _flat(tensors[name])
+            positions = changed.indices.to(tensors[name].device)
             original = flat[positions]
             self._originals[name] = original
             dtype = torch.promote_types(torch.promote_types(flat.dtype, changed.values.dtype), torch.float32)
@@ -186,7 +189,8 @@ class SparsePatch:
                 _write_back(tensors[name], flat)
             else:
                 tensors[name].copy_(original)
-        self._model, self._originals = None, {}
+        self._model = None
+        self._originals = {}
 
     def _check(self, model: nn.Module, tensors: Mapping[str, Tensor], check_base: bool) -> None:
         """Raise `ValueError` if a model does not match the patch."""

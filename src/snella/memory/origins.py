@@ -44,7 +44,9 @@ class Origin:
         source: Origin | None = None,
         layouts: Sequence[Layout | None] = (None,),
     ) -> None:
-        self.function, self.source, self.layouts = function, source, layouts
+        self.function = function
+        self.source = source
+        self.layouts = layouts
         self.is_rounded: bool = bool(source and source.is_rounded) or any(layout is not None for layout in layouts)
         self._module = module
         self._state = self._module_state()
@@ -80,7 +82,8 @@ class Origin:
         Raises:
             RuntimeError: If a module has changed since the forward pass.
         """
-        output, self._output = self._output, None
+        output = self._output
+        self._output = None
         if output is None:
             output, self._graph = self._run(saved)
         self._users -= 1
@@ -90,7 +93,8 @@ class Origin:
 
     def grad_inputs(self, saved: Sequence[Tensor], grad_output: Tensor) -> Iterator[Tensor]:
         """Return the gradients of the encoded arguments, at their decoded values; reuses the graph of `compute`."""
-        graph, self._graph = self._graph, None
+        graph = self._graph
+        self._graph = None
         inputs, edge = graph or self._run(saved)[1]
         return iter(torch.autograd.grad(edge, inputs, grad_output))
 
@@ -203,7 +207,8 @@ def save_rounded(
         by_row: See `encode`.
     """
     pairs = [encode(z, by_row=by_row) if z.requires_grad else (z.detach(), None) for z in inputs]
-    saved, layouts = tuple([pair[0] for pair in pairs]), [pair[1] for pair in pairs]
+    saved = tuple([pair[0] for pair in pairs])
+    layouts = [pair[1] for pair in pairs]
     origin = Origin(function, output.device.type, module=module, layouts=layouts)
     return Mark.put(cast(Tensor, _RoundedInputs.apply(origin, saved, [output], *inputs)), saved, origin)
 
@@ -236,7 +241,8 @@ def multiply(first: Tensor, mark: Mark, second: Tensor, product: Callable[[Tenso
         second: Second factor, of the same shape or broadcast to it.
         product: Computes the product; the order of the factors determines the memory layout.
     """
-    layout, saved_second = None, second.detach()
+    layout = None
+    saved_second = second.detach()
     if mark.origin.is_rounded and second.requires_grad and second.shape == first.shape:
         saved_second, layout = encode(second)
     saved = (*mark.detached(), saved_second)
@@ -253,7 +259,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, first: Tensor, second: Tensor, origin: Origin, saved: tuple[Tensor, ...]) -> Tensor:
-        ctx.source, (ctx.layout,), ctx.second_shape = origin.source, origin.layouts, second.shape
+        ctx.source = origin.source
+        (ctx.layout,) = origin.layouts
+        ctx.second_shape = second.shape
         ctx.source.add_user()
         ctx.save_for_backward(*saved)
         return origin.function(first, second)
@@ -305,7 +313,8 @@ def encode(z: Tensor, *, by_row: bool = False) -> tuple[Tensor, Layout]:
     """
     order = sorted(range(z.ndim), key=z.stride, reverse=True)
     z_in_memory_order = z.detach().permute(order)
-    row, group = max(z.numel(), 1), GROUP
+    row = max(z.numel(), 1)
+    group = GROUP
     if by_row and order[-1:] == [z.ndim - 1] and z.shape[-1] > 0:
         row = z.shape[-1]
         group = -(-row // -(-row // GROUP))

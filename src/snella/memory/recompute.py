@@ -187,7 +187,8 @@ def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tenso
     """Forward hook that marks an output that can be recomputed."""
     if not _is_recorded() or len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
         return None
-    z, run = args[0], partial(_run_module, module, module.training)
+    z = args[0]
+    run = partial(_run_module, module, module.training)
     source: Tensor | None = getattr(z, _SOURCE_ATTRIBUTE, None)
     if source is not None:
         return save_rounded([source], output, run, module, by_row=type(module).__name__.endswith(_ROW_NORMS))
@@ -200,7 +201,8 @@ def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tenso
 
 def _run_module(module: nn.Module, is_training: bool, z: Tensor) -> Tensor:
     """Run a module in the mode of its forward pass."""
-    mode, module.training = module.training, is_training
+    mode = module.training
+    module.training = is_training
     try:
         output: Tensor = type(module).forward(module, z)
         return output
@@ -254,12 +256,15 @@ class _TrackingMode(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, compress: bool, caller: FrameType, outer: _TrackingMode | None) -> None:
         super().__init__()
-        self.module, self.compress, self.outer = module, compress, outer
+        self.module = module
+        self.compress = compress
+        self.outer = outer
         self._caller, self._hooks = caller, _saved_tensors_hooks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function and mark its output if possible."""
-        kwargs, output = kwargs or {}, None
+        kwargs = kwargs or {}
+        output = None
         handler = None if torch.compiler.is_compiling() else _HANDLERS.get(func)
         if handler is not None and args and torch.is_grad_enabled() and self is _active_mode():
             output = handler(func, args, kwargs, self.compress)

@@ -139,7 +139,8 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
     Raises:
         ValueError: If the weights are not a ViT, are a CLIP image tower, or timm has no name for the ViT.
     """
-    patch, positions = state.get(_PATCH), state.get("pos_embed")
+    patch = state.get(_PATCH)
+    positions = state.get("pos_embed")
     if patch is None or patch.ndim != 4 or positions is None or positions.ndim != 3:
         seen = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:4])
         raise ValueError(
@@ -153,7 +154,8 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
             "image tower, whose activation is not visible in the shapes; pass its timm name as the backbone, e.g. "
             f"vit_base_patch16_clip_224 or vit_base_patch16_clip_quickgelu_224, and weights={source!r}"
         )
-    width, patch_size = patch.shape[0], patch.shape[-1]
+    width = patch.shape[0]
+    patch_size = patch.shape[-1]
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     registers = next((state[key].shape[1] for key in ("reg_token", "register_tokens") if key in state), 0)
     is_scaled = "blocks.0.ls1.gamma" in state

@@ -98,8 +98,12 @@ def _google_sizes(shapes: _Shapes, path: Path) -> dict[str, Any]:
 
 def _check_google_shapes(shapes: _Shapes, sizes: dict[str, Any], path: Path) -> None:
     """Check that all arrays are present and consistent; timm would broadcast a wrong shape silently."""
-    width, heads, patch, classes = sizes["embed_dim"], sizes["num_heads"], sizes["patch_size"], sizes["num_classes"]
-    per_head, hidden = width // heads, round(sizes["mlp_ratio"] * width)
+    width = sizes["embed_dim"]
+    heads = sizes["num_heads"]
+    patch = sizes["patch_size"]
+    classes = sizes["num_classes"]
+    per_head = width // heads
+    hidden = round(sizes["mlp_ratio"] * width)
     attention = "MultiHeadDotProductAttention_1"
     block: _Shapes = {
         **{f"{attention}/{part}/kernel": (width, heads, per_head) for part in ("query", "key", "value")},
@@ -249,7 +253,8 @@ _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".pth.tar")
 WEIGHT_SUFFIXES = (*_TORCH_SUFFIXES, ".safetensors", ".npz")
 _NESTED_KEYS = ("state_dict", "model", "model_state_dict")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
-_TABLE, _PATCH = "relative_position_bias_table", "patch_embed.proj.weight"
+_TABLE = "relative_position_bias_table"
+_PATCH = "patch_embed.proj.weight"
 
 
 @dataclass(frozen=True)
@@ -397,7 +402,8 @@ def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _resized_tensors(checkpoint: Checkpoint, reference: dict[str, Tensor]) -> list[str]:
     """Return mismatches that timm's checkpoint filter hides, because it resizes patch embeddings and Swin's tables."""
-    patch, other = checkpoint.state.get(_PATCH), reference.get(_PATCH)
+    patch = checkpoint.state.get(_PATCH)
+    other = reference.get(_PATCH)
     if patch is not None and other is not None and patch.ndim == other.ndim == 4 and patch.shape != other.shape:
         return state_dict_errors({_PATCH: patch}, {_PATCH: other})
     file, expected = (

@@ -220,7 +220,8 @@ def create_backbone(
     if img_size is not None and img_size < 1:
         raise ValueError(f"img_size must be at least 1 pixel, got {img_size}")
     options: dict[str, Any] = {"num_classes": num_classes}
-    packaged, is_on_hub = plugin("backbones", name), name.startswith(_HUB_PREFIXES)
+    packaged = plugin("backbones", name)
+    is_on_hub = name.startswith(_HUB_PREFIXES)
     path = None if packaged is not None or is_on_hub else _as_path(name)
     if weights is not None and (packaged is not None or is_on_hub or path is not None):
         raise ValueError(
@@ -236,7 +237,8 @@ def create_backbone(
     elif path is not None:
         model = _from_path(path, name, options, pretrained, img_size)
     elif weights is not None:
-        timm_name, checkpoint = _resolve_name(name), read_checkpoint(expand_user(weights))
+        timm_name = _resolve_name(name)
+        checkpoint = read_checkpoint(expand_user(weights))
         # a fine-tuned MAE model has a norm after pooling
         has_norm_after = "fc_norm.weight" in checkpoint.state and "norm.weight" not in checkpoint.state
         is_vit = is_model_in_modules(timm_name.partition(".")[0], ["vision_transformer"])
@@ -267,7 +269,8 @@ def build_sized(build: Callable[[], nn.Module], name: str, img_size: int | None)
         return build()
     try:
         model = build()
-        encoder, was_training = getattr(model, "encoder", model), model.training
+        encoder = getattr(model, "encoder", model)
+        was_training = model.training
         if type(encoder).__module__.startswith("timm.") and not isinstance(encoder, _ANY_SIZE):
             with torch.no_grad():
                 model.eval()(torch.zeros(1, *resolve_model_data_config(model)["input_size"]))

@@ -19,7 +19,9 @@ from snella_app.files import expand_user
 from snella_app.text import first_line, listed
 
 _DECODER_HEADS = 8  # not visible in the shapes; identical in every published SAM
-_VISION, _PROMPT, _DECODER = "vision_encoder.", "prompt_encoder.", "mask_decoder."
+_VISION = "vision_encoder."
+_PROMPT = "prompt_encoder."
+_DECODER = "mask_decoder."
 
 
 def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
@@ -185,7 +187,8 @@ def _renamed(name: str, depths: dict[str, int]) -> str:
     match = _MLP.match(name)
     if match is None:
         return name
-    layer, last = int(match[2]), depths[match[1]] - 1
+    layer = int(match[2])
+    last = depths[match[1]] - 1
     part = "proj_in" if layer == 0 else "proj_out" if layer == last else f"layers.{layer - 1}"
     return f"{match[1]}.{part}.{name[match.end() :]}"
 
@@ -211,7 +214,8 @@ def _read_folder(folder: Path) -> tuple[SamConfig, dict[str, Tensor]]:
         raise
     except Exception as error:  # damaged files raise errors of safetensors, torch and huggingface_hub
         raise ValueError(f"SAM folder '{folder}' cannot be read: {first_line(error)}") from error
-    model, info = cast(SamModel, loaded[0]), loaded[1]
+    model = cast(SamModel, loaded[0])
+    info = loaded[1]
     problems = format_mismatches(
         *(sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched"))
     )
@@ -223,7 +227,8 @@ def _read_folder(folder: Path) -> tuple[SamConfig, dict[str, Tensor]]:
 def _resized(config: SamConfig, state: dict[str, Tensor], image_size: int) -> tuple[SamConfig, dict[str, Tensor]]:
     """Adapt configuration and weights to another image size."""
     vision: Any = config.vision_config
-    patch, before = vision.patch_size, vision.image_size // vision.patch_size
+    patch = vision.patch_size
+    before = vision.image_size // vision.patch_size
     if image_size < patch or image_size % patch:
         raise ValueError(f"img_size must be a multiple of SAM's patch size {patch}, got {image_size}")
     grid = image_size // patch

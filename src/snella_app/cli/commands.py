@@ -184,7 +184,8 @@ def merge(run: str, /, *, out: str, overwrite: bool = False) -> None:
     from snella_app.console import make_console, print_line
     from snella_app.runs.merge import merge
 
-    merged, console = merge(run, out, overwrite=overwrite), make_console()
+    merged = merge(run, out, overwrite=overwrite)
+    console = make_console()
     print_line(console, _export_text(merged))
     for note in merged.notes:
         print_line(console, f"# {note}")  # a Python comment, so that the output can be pasted
@@ -351,7 +352,8 @@ def serve(
     from snella_app.runs.serve import ServerLimits, serve
 
     limits = ServerLimits(max_files, max_mib, max_megapixels, max_total_megapixels)
-    threshold, names = parse_unsure(unsure), [name.strip() for name in (hosts or "").split(",") if name.strip()]
+    threshold = parse_unsure(unsure)
+    names = [name.strip() for name in (hosts or "").split(",") if name.strip()]
     options = {"tta": tta, "unsure": threshold, "batch_size": batch_size, "device": device, "hosts": names}
     serve(run, host=host, port=port, limits=limits, **options)
 
@@ -552,7 +554,8 @@ def _check_dataset(
         if (file := Path(sheet)).suffix.lower() != ".png":
             raise ValueError(f"sheet must be a PNG file, got {sheet!r}; write {str(file.with_suffix('.png'))!r}")
         check_new("sheet", sheet, overwrite=overwrite)
-    kind, console = task_class(task), make_console()
+    kind = task_class(task)
+    console = make_console()
     with show_reading(make_console(sys.stderr)):
         check = check_data(spec, DataConfig(**options), target=kind.target)
     check.errors += errors_of(kind.check_data, kind, check.splits.train, spec)

@@ -43,7 +43,8 @@ def completion_script(shell: str) -> str:
                 subparser.add_argument(option.typed, action="store_true", help=option.help.replace("%", "%%"))
                 continue
             nargs = "*" if option.is_positional and option.is_list else None
-            spelling, text = option.name if option.is_positional else option.typed, option.help.replace("%", "%%")
+            spelling = option.name if option.is_positional else option.typed
+            text = option.help.replace("%", "%%")
             argument = subparser.add_argument(spelling, choices=values or None, nargs=nargs, help=text)
             if option.name in _PATHS and not values:
                 argument.complete = shtab.FILE  # type: ignore[attr-defined]

@@ -122,7 +122,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         SystemExit: After printing the help, version, configuration or completion script.
     """
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    args, operands = [_with_dashes(arg) for arg in arguments[:end] if arg != "--debug"], arguments[end:]
+    args = [_with_dashes(arg) for arg in arguments[:end] if arg != "--debug"]
+    operands = arguments[end:]
     if args[:1] == ["help"]:
         args = [*args[1:2], "--help"]
     option, _, shell = "".join(args[:1]).partition("=")
@@ -271,7 +272,8 @@ def _set_help(parser: ArgumentParser) -> None:
 
 def _add(group: Any, option: Option, method_default: str) -> None:
     """Add one argument to a parser or a group; `method_default` describes the default of the method, if any."""
-    text, default = option.help.replace("%", "%%"), option.default
+    text = option.help.replace("%", "%%")
+    default = option.default
     if default is MISSING:
         text += "" if option.is_positional else " (required)"
     elif default not in (None, {}):
@@ -294,7 +296,8 @@ def _rewrite_error(message: str, command: str, options: Sequence[Option], args: 
     wrong = re.match(r'Parser key "(?:[\w-]+\.)?(\w+)".*value: ([^\n]*)', message, re.DOTALL)
     if wrong and wrong[1] in known:
         option = known[wrong[1]]
-        got, hint = wrong[2] or "nothing", suggest_choice(option.type, wrong[2])
+        got = wrong[2] or "nothing"
+        hint = suggest_choice(option.type, wrong[2])
         return f"{option.typed} must be {describe_type(option.type)}, got {got}{hint}"
     _, is_missing, names = message.partition("are required: ")
     missing = [name.removeprefix(f"{command}.") for name in names.split(", ")]

@@ -68,7 +68,8 @@ class RunSettings(Config):
         """Return a copy with the method's defaults in place of None, and the rank from the method's name (`lora-8`)."""
         from snella_app.methods import find_method, parse_method
 
-        method, current = find_method(self.method.name), self.flat()
+        method = find_method(self.method.name)
+        current = self.flat()
         defaults = method.defaults_of(self.purpose) or {}
         values = {
             name: value
@@ -222,8 +223,11 @@ class TrainConfig(RunSettings):
         """Check settings that depend on the task."""
         from snella_app.tasks import TASKS, task_class
 
-        name, optim, values = self.data.task, self.optim, self.flat()
-        task, tasks = task_class(name), TASKS.values()
+        name = self.data.task
+        optim = self.optim
+        values = self.flat()
+        task = task_class(name)
+        tasks = TASKS.values()
         errors: list[str] = []
         for setting in dict.fromkeys(setting for other in tasks for setting in other.settings):
             if setting not in task.settings and values[setting] != self.settings()[setting].default:
@@ -282,7 +286,9 @@ def command_line(settings: RunSettings, default: RunSettings, command: str) -> s
 
     Settings that differ from the preset of `settings` are included even if they are as in `default`.
     """
-    args, defaults, values = ["snella", command], default.flat(), settings.flat()
+    args = ["snella", command]
+    defaults = default.flat()
+    values = settings.flat()
     preset = TRAIN_PRESETS.get(str(values.get("preset")), {})
     for name, value in values.items():
         is_default = value == defaults[name] and value == preset.get(name, value)

@@ -189,7 +189,8 @@ class BenchmarkFamily:
             ValueError: If the name is not a dataset, or `read` finds errors or, with `strict_sizes`, deviations; one
                 message lists all.
         """
-        spec, requested = f"{self.prefix}:{path}", expand_user(path)
+        spec = f"{self.prefix}:{path}"
+        requested = expand_user(path)
         member = self.find(requested.name)
         if member is None:
             names = f"; {self.kind}s are {', '.join(self.members)}"
@@ -198,7 +199,8 @@ class BenchmarkFamily:
         folder = self.locate(requested.parent, member)
         if not folder.is_dir():
             raise FileNotFoundError(f"{spec}: no folder '{folder}'; the layout is {self.layout}")
-        inspection, is_strict = self.read(folder, member), config.strict_sizes
+        inspection = self.read(folder, member)
+        is_strict = config.strict_sizes
         problems = [*inspection.errors, *(inspection.deviations if is_strict else [])]
         if problems:
             remedy = "; to use it anyway, pass strict_sizes=False" if is_strict and not inspection.errors else ""
@@ -277,7 +279,9 @@ def inspect_vtab(folder: Path, task: BenchmarkDataset) -> Inspection:
 def _read_list(inspection: Inspection, name: str) -> None:
     """Read the lines `images/SPLIT/NAME LABEL` of a list; record malformed lines."""
     content = (inspection.folder / f"{name}.txt").read_text(encoding="utf-8-sig", errors="replace")
-    files, labels, malformed = [], [], []
+    files = []
+    labels = []
+    malformed = []
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue

@@ -179,8 +179,11 @@ _GENERIC = (
 )
 _COPY = re.compile(r"(\bcopy\b|\(\d+\)$|- kopie$)", re.IGNORECASE)
 _BETWEEN_LETTERS = re.compile(r"(?<=[^\W\d_])[\s_-]+(?=[^\W\d_])")
-_TILE, _GAP, _HEADING = 96, 4, 20
-_BACKGROUND, _INK = (255, 255, 255), (30, 30, 30)
+_TILE = 96
+_GAP = 4
+_HEADING = 20
+_BACKGROUND = (255, 255, 255)
+_INK = (30, 30, 30)
 
 
 NO_LABEL = "(none)"
@@ -355,7 +358,8 @@ def contact_sheet(splits: DataSplits, *, per_class: int = 10, max_classes: int =
     rows = [(label, [p for p, other in enumerate(images.labels) if other == label]) for label in labels]
     width = per_class * (_TILE + _GAP) + _GAP
     sheet = Image.new("RGB", (width, len(rows) * (_TILE + _HEADING + _GAP) + _GAP), _BACKGROUND)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(13)
     for number, (label, positions) in enumerate(rows):
         top = _GAP + number * (_TILE + _HEADING + _GAP)
         draw.text((_GAP, top + 2), f"{splits.label_names[label]} ({len(positions)})", _INK, font)

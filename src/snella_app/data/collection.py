@@ -20,7 +20,8 @@ from snella_app.data.sources import CachedImages, broken_rows
 from snella_app.text import listed
 
 _SEPARATORS = ("|", ";", ",")
-_TRUE, _FALSE = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no", "", "-1")
+_TRUE = ("1", "1.0", "true", "yes")
+_FALSE = ("0", "0.0", "false", "no", "", "-1")
 _BINS = 10
 _FEW_CLASSES = 20
 _MIN_IN_STRATUM = 3
@@ -126,7 +127,8 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
         None if raw_groups is None else [text_of(value) or f"(row {row + 1})" for row, value in enumerate(raw_groups)]
     )
     annotations = Annotations(values, weights, groups).subset(rows)
-    labels, names = [indices[row] for row in rows], [samples.names[row] for row in rows]
+    labels = [indices[row] for row in rows]
+    names = [samples.names[row] for row in rows]
     images = ImageDataset(samples.source, rows, labels, names, annotations)
     splits: dict[str, ImageDataset] = {}
     for part in ("train", "val", "test"):
@@ -261,7 +263,8 @@ def _binary_columns(samples: Samples) -> tuple[list[Target], dict[int, str]]:
         texts = list(map(text_of, value))
         invalid = next((text for text in texts if text.lower() not in (*_TRUE, *_FALSE)), None)
         if invalid is not None:
-            broken[row], first = f"label {invalid!r} is not 0 or 1", first or invalid
+            broken[row] = f"label {invalid!r} is not 0 or 1"
+            first = first or invalid
         labels.append(
             tuple(name for name, text in zip(samples.label_columns, texts, strict=True) if text.lower() in _TRUE)
         )
@@ -387,7 +390,9 @@ def _drop_duplicates(
 ) -> list[int]:
     """Drop rows that repeat an image and its label within a split; add notes about repeated and contradicting rows."""
     kept: dict[tuple[str, str], list[int]] = {}
-    unique, repeated, contradicting = [], 0, []
+    unique = []
+    repeated = 0
+    contradicting = []
     for row in rows:
         earlier = kept.setdefault((samples.names[row], parts[row]), [])
         if any(unordered(values[other]) == unordered(values[row]) for other in earlier):

@@ -27,7 +27,8 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
     ),
 }
 """Column names by role, lower case without spaces, `_`, `-` and `.`, most likely first."""
-_ROOT, _NONE = "root", "none"
+_ROOT = "root"
+_NONE = "none"
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
@@ -125,7 +126,8 @@ def columns_in(role: str, column: str, table: Container[str]) -> list[str]:
         return names
     if role != "label":
         return [column]
-    parts, columns = column.split("+"), []
+    parts = column.split("+")
+    columns = []
     while parts:
         size = next((size for size in range(len(parts), 0, -1) if "+".join(parts[:size]) in table), 1)
         columns.append("+".join(parts[:size]))

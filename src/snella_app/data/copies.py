@@ -13,9 +13,11 @@ from snella_app.data.datasets import ImageDataset, file_paths, known_metadata
 from snella_app.files import sha256_of
 from snella_app.text import listed
 
-_MIN_CORRELATION, _MAX_DISTANCE = 0.995, 3.0
+_MIN_CORRELATION = 0.995
+_MAX_DISTANCE = 3.0
 _FLAT = 2.0
-_CHUNK, _MAX_PAIRS = 1024, 2_000_000_000
+_CHUNK = 1024
+_MAX_PAIRS = 2_000_000_000
 
 
 def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> list[str]:
@@ -23,10 +25,12 @@ def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> li
 
     For images that are not files, equal and re-encoded copies are not distinguished.
     """
-    train, digest_of = parts["train"], cache(sha256_of)
+    train = parts["train"]
+    digest_of = cache(sha256_of)
     notes = []
     for name, part in ((name, parts[name]) for name in names if name in parts):
-        equal, files = equal_files(train, part, digest_of), file_paths(part)
+        equal = equal_files(train, part, digest_of)
+        files = file_paths(part)
         copies = {**find_near_copies(train, part), **equal}
         if copies:
             shown = listed(f"{train.names[b]!r} is {part.names[a]!r}" for a, b in sorted(copies.items()))

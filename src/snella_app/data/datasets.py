@@ -148,7 +148,8 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
             is_weighted: Append the sample weight to each item, if the data has weights.
         """
         dataset = self._copy()
-        dataset._encode, dataset._is_weighted = encode, is_weighted and self.annotations.weights is not None
+        dataset._encode = encode
+        dataset._is_weighted = is_weighted and self.annotations.weights is not None
         return dataset
 
     def target_and_weight(self, index: int) -> tuple[Any, ...]:
@@ -250,7 +251,8 @@ class MaskDataset(ImageDataset):
 
     def _item(self, index: int) -> tuple[Any, Any]:
         """Return image and labels, transformed together to `[3, height, width]` and `[height, width]`, int64."""
-        image, labels = self.source.load(self.rows[index]), torch.from_numpy(self.mask(index))
+        image = self.source.load(self.rows[index])
+        labels = torch.from_numpy(self.mask(index))
         if self.transform is None:
             return image.copy(), labels.numpy()
         transformed, mask = self.transform(image, tv_tensors.Mask(labels))

@@ -179,7 +179,8 @@ def walk_visible(folder: Path, *, root: Path | None = None) -> Iterator[Path]:
 
     With `root` (the folder of the dataset), links to folders outside it are followed, each target once.
     """
-    top, visited = None if root is None else os.path.realpath(root), set()
+    top = None if root is None else os.path.realpath(root)
+    visited = set()
     for current, folders, names in os.walk(folder, followlinks=root is not None):
         inside = sorted(name for name in folders if not name.startswith("."))
         folders.clear()

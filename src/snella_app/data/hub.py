@@ -38,7 +38,8 @@ from snella_app.text import first_line, listed, similar_paths
 
 PYTHON_PREFIX = "python:"
 _IMAGE = "<image>"
-_KEY, _URL = "__key__", "__url__"
+_KEY = "__key__"
+_URL = "__url__"
 
 
 def load_hf(path: str, config: DataConfig, target: TargetKind) -> Collection:
@@ -108,7 +109,8 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
             class index is out of range, or a setting does not apply to the data.
         ImportError: If a required package is not installed.
     """
-    name, where = "data", f"{PYTHON_PREFIX}data"
+    name = "data"
+    where = f"{PYTHON_PREFIX}data"
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
     for part_name, part in parts.items():
         if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
@@ -169,7 +171,8 @@ class _HubImages(CachedImages):
     def __init__(self, parts: Sequence[Any], column: str, reading: Reading, roots: Sequence[Path] | None) -> None:
         super().__init__(reading)
         self.rows: ConcatDataset[Any] = ConcatDataset(parts)
-        self.column, self.roots = column, roots
+        self.column = column
+        self.roots = roots
 
     def read(self, row: int) -> Any:
         """Decode one image."""
@@ -290,7 +293,8 @@ def _from_hf(
         raise ValueError(f"{where} must have a train split if it has several splits, got {got}")
     first = next(iter(parts.values()))
     images = [column for column, kind in first.features.items() if isinstance(kind, datasets.Image)]
-    values, counts = [_values(rows, images) for rows in parts.values()], [len(rows) for rows in parts.values()]
+    values = [_values(rows, images) for rows in parts.values()]
+    counts = [len(rows) for rows in parts.values()]
     table: dict[str, list[Any]] = {column: [_IMAGE] * sum(counts) for column in images}
     for column in dict.fromkeys(column for part in values for column in part):
         padded = (part.get(column, [None] * count) for part, count in zip(values, counts, strict=True))
@@ -308,7 +312,8 @@ def _from_hf(
     part_names = [part for part, rows in parts.items() for _ in range(len(rows))]
     replaces_splits = columns.names.get("split") is not None  # by a column or `none`
     if len(parts) > 1 and not replaces_splits:
-        table["split"], roles["split"] = part_names, "split"
+        table["split"] = part_names
+        roles["split"] = "split"
     encoded = [rows.select_columns([roles["path"]]) for rows in parts.values()]
     encoded = [rows.cast_column(roles["path"], datasets.Image(decode=False)) for rows in encoded]
     names = table.get(_KEY) or [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
@@ -389,7 +394,8 @@ def _datasets_library(where: str, place: Path) -> Iterator[Any]:
         import datasets
     except ImportError as error:
         raise ImportError(f"data {where} requires the datasets package; pip install 'snella[data]'") from error
-    has_bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    has_bars = not datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:

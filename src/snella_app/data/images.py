@@ -137,7 +137,9 @@ def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageMetadat
             metadata = metadata_of(to_pil_image(first_channels(array)), kind, "array")
             return replace(metadata, brightest=float(array.max()) if values.dtype == np.uint16 else None)
         with open_image(file) as image:
-            size, mode, kind = image.size, image.mode, image.format or ""
+            size = image.size
+            mode = image.mode
+            kind = image.format or ""
             has_pages = kind != "MPO" and bool(getattr(image, "is_animated", False))
             image.draft(None, _DRAFT)
             image.load()

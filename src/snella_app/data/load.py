@@ -284,7 +284,8 @@ def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collect
                 f"class names that are numbers, got {spec} with classes "
                 f"{', '.join(map(repr, collection.classes[:3]))}"
             )
-        values, note = [*numbers], "regression targets are the class names"
+        values = [*numbers]
+        note = "regression targets are the class names"
     for part in collection.parts.values():
         part.annotations = replace(part.annotations, targets=[values[label] for label in part.labels])
     return replace(
@@ -301,12 +302,16 @@ def _hold_out(splits: DataSplits, folds: int, fold: int, seed: int) -> None:
     groups = images.annotations.groups
     labels, classes = _strata(splits, images, folds if groups is None else 1)
     rest, selected = fold_split(labels, groups, folds, fold, seed=seed, classes=classes)
-    splits.train, splits.val, splits.has_parts = images.subset(rest), None, True
+    splits.train = images.subset(rest)
+    splits.val = None
+    splits.has_parts = True
     if splits.test is None:
-        splits.test, splits.fold_part = images.subset(selected), "test"
+        splits.test = images.subset(selected)
+        splits.fold_part = "test"
         splits.notes.append(f"fold {fold} of {folds} is the test split")
     else:
-        splits.val, splits.fold_part = images.subset(selected), "val"
+        splits.val = images.subset(selected)
+        splits.fold_part = "val"
         splits.notes.append(f"fold {fold} of {folds} is the validation split; the test split comes from the data")
 
 

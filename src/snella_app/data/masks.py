@@ -260,7 +260,8 @@ def load_kvasir(path: str, config: DataConfig, target: TargetKind) -> Collection
         )
     parts = {part: [pairs[name] for name in chosen if name in pairs] for part, chosen in names.items()}
     collection = collect_masks(f"kvasir:{path}", root, parts, errors, _KVASIR_CLASSES, config.skip_corrupt)
-    collection.name, collection.has_parts = "kvasir", True
+    collection.name = "kvasir"
+    collection.has_parts = True
     collection.notes += notes
     return collection
 

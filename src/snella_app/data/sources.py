@@ -127,7 +127,9 @@ class CachedImages:
     def at_side(self, side: int | None) -> Self:
         """Return a copy with another `Reading.side`, without cached images and metadata."""
         source = copy(self)
-        source.reading, source._cached, source.cached_bytes = replace(self.reading, side=side), {}, 0
+        source.reading = replace(self.reading, side=side)
+        source._cached = {}
+        source.cached_bytes = 0
         return source
 
     def __getstate__(self) -> dict[str, Any]:
@@ -179,7 +181,9 @@ class JoinedSource:
     """Concatenation of two sources at a row boundary."""
 
     def __init__(self, first: ImageSource, second: ImageSource, boundary: int) -> None:
-        self.first, self.second, self.boundary = first, second, boundary
+        self.first = first
+        self.second = second
+        self.boundary = boundary
 
     def load(self, row: int) -> Any:
         """Return the image from the source that contains the row."""

@@ -24,7 +24,8 @@ def load_table(path: str, config: DataConfig, target: TargetKind, *, kind: str) 
     Paths are relative to the table's folder or `root=FOLDER`.
     """
     table, file = read_table(path, kind)
-    where, columns = f"{kind}:{path}", Columns.parse(config.columns)
+    where = f"{kind}:{path}"
+    columns = Columns.parse(config.columns)
     roles = columns.resolve(table, ("path", "label"), where)
     try:
         names = paths_in(table, roles["path"])

@@ -17,8 +17,10 @@ _CROP_SCALES = {
     "imagenet": (0.08, 1.0),
     **dict.fromkeys(("crop", "crop-no-flip", "randaugment", "trivialaugment", "3augment"), (0.5, 1.0)),
 }
-_COLOR_JITTER, _COLOR_JITTER_3AUGMENT = 0.4, 0.3
-_BLUR_KERNEL, _BLUR_SIGMAS = 9, (0.1, 2.0)
+_COLOR_JITTER = 0.4
+_COLOR_JITTER_3AUGMENT = 0.3
+_BLUR_KERNEL = 9
+_BLUR_SIGMAS = (0.1, 2.0)
 
 
 def build_transform(
@@ -56,7 +58,8 @@ def build_transform(
     if augment not in get_args(Augment):
         raise ValueError(f"augment must be one of {', '.join(get_args(Augment))}, got {augment!r}")
     if not train:
-        augment, random_erasing = "none", 0.0
+        augment = "none"
+        random_erasing = 0.0
     missing = [key for key in ("input_size", "mean", "std") if key not in data_config]
     if missing:
         raise ValueError(
@@ -65,7 +68,8 @@ def build_transform(
     *_, size, width = data_config["input_size"]
     if size != width:
         raise NotImplementedError(f"input_size must be square, got {[size, width]}; set the backbone's img_size")
-    modes, name = [mode.value for mode in InterpolationMode], data_config.get("interpolation", "bicubic")
+    modes = [mode.value for mode in InterpolationMode]
+    name = data_config.get("interpolation", "bicubic")
     if name not in modes:
         raise ValueError(f"interpolation must be one of {', '.join(modes)}, got {name!r}")
     interpolation = InterpolationMode(name)

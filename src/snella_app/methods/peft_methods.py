@@ -293,7 +293,8 @@ DORA = peft_method(
 
 
 _STATE_KEY = "adalora_ranks"
-_WARMUP_SHARE, _FINAL_SHARE = 0.1, 0.5
+_WARMUP_SHARE = 0.1
+_FINAL_SHARE = 0.5
 _ADALORA_OPTIONS = (
     *("r", "init_r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"),
     *("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"),
@@ -374,7 +375,8 @@ def full_size_factors(config: PeftConfig) -> Iterator[None]:
     if not isinstance(config, AdaLoraConfig):
         yield
         return
-    pattern, config.rank_pattern = config.rank_pattern, None
+    pattern = config.rank_pattern
+    config.rank_pattern = None
     try:
         yield
     finally:

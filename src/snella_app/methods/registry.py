@@ -80,7 +80,8 @@ def _suggest_spelling(name: str) -> str:
     """Return "; did you mean 'lora-8'?" for a spelling such as `lora8` or `LoRA_8`; empty for no match."""
     plain = name.lower().replace("_", "-")
     family = plain.rstrip("0123456789")
-    digits, family = plain.removeprefix(family), family.rstrip("-")
+    digits = plain.removeprefix(family)
+    family = family.rstrip("-")
     if family not in METHODS or (digits and (METHODS[family].suffix is None or int(digits) < 1)):
         return ""
     return f"; did you mean {family + (digits and '-' + digits)!r}?"
@@ -109,7 +110,8 @@ def build_method(
             support the model, or required data is missing.
         TypeError: If the method requires `batches` and they are not callable.
     """
-    options, method = check_method(name, options), find_method(name)
+    options = check_method(name, options)
+    method = find_method(name)
     if method.needs_batches and batches is None:
         raise ValueError(
             f"method {name!r} selects parameters from training data, got batches=None; "
@@ -142,7 +144,8 @@ def restore_method(
     Raises:
         AdapterFileError: If the tensors do not fit the model.
     """
-    options, method = check_method(name, options), find_method(name)
+    options = check_method(name, options)
+    method = find_method(name)
     head = find_head(model, head)
     model.requires_grad_(False)
     if method.restore is None:

@@ -27,7 +27,8 @@ METHOD_FILE = "method.json"
 TENSOR_FILE = "trainable.safetensors"
 REMEDY = "copy the adapter again, or train again with `--overwrite`"
 """Remedy in errors about damaged or incomplete adapters."""
-_TENSORS_DIGEST, _SETTINGS_DIGEST = "sha256", "settings_sha256"
+_TENSORS_DIGEST = "sha256"
+_SETTINGS_DIGEST = "settings_sha256"
 _SHOWN = 3
 
 _logger = logging.getLogger(__name__)

@@ -53,7 +53,8 @@ class GeneratorMetrics(Record):
             `steps`, `epochs`, `first` and `last` loss, loss on `held_out` entries, loss on fixed noise and timesteps
             before and after training (`fixed_before`, `fixed_after`), and the `optimizer`.
         """
-        rows, fixed = self.loss_history, self.fixed_loss or FixedLoss()
+        rows = self.loss_history
+        fixed = self.fixed_loss or FixedLoss()
         losses = [row.loss for row in rows if row.loss is not None]
         held_out = [row.eval_loss for row in rows if row.eval_loss is not None]
         return {

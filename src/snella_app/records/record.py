@@ -114,7 +114,8 @@ def read_object(file: Path) -> dict[str, Any]:
         state = "this is not a run folder" if file.parent.is_dir() else "no such folder"
         hint = "pass the folder that `snella train --out` wrote"
         if (file.parent / "run.json").is_file():
-            state, hint = "not written yet, or deleted", _hint(file)
+            state = "not written yet, or deleted"
+            hint = _hint(file)
         raise FileNotFoundError(f"no file {file}: {state}; {hint}")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

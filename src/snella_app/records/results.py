@@ -252,7 +252,8 @@ class RegressionScores(_Result):
 
     def rows(self, split: str) -> list[tuple[str, str, str]]:
         """Return label, value and note of each score."""
-        r2, images = decimal_text(self.r2, 3), f"{count_text(self.images)} images"
+        r2 = decimal_text(self.r2, 3)
+        images = f"{count_text(self.images)} images"
         if len(self.per_target) > 1:
             explained = f"fraction of variance explained, mean over {len(self.per_target)} targets, {images}"
             errors = [

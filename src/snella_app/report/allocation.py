@@ -117,7 +117,8 @@ def schedule_epochs(allocation: Allocation, metrics: Metrics | None, is_finished
     """
     if not allocation.history or metrics is None or not metrics.history:
         return None
-    last, epochs = allocation.history[-1], metrics.history[-1].epoch
+    last = allocation.history[-1]
+    epochs = metrics.history[-1].epoch
     if last.t == epochs:
         return last.total
     return epochs * last.total / last.t if is_finished and last.t else None
@@ -137,7 +138,9 @@ def adapter_step(allocation: Allocation, metrics: Metrics | None) -> AllocationS
     if best is None or best.budget is None:
         return allocation.history[-1]
     matching = [entry for entry in allocation.history if entry.budget == best.budget]
-    last_epoch, last_step = max(1, *rows), allocation.history[-1].step  # rows may contain only epoch 0
+    # rows may contain only epoch 0
+    last_epoch = max(1, *rows)
+    last_step = allocation.history[-1].step
     reached = [entry for entry in matching if entry.step * last_epoch <= best.epoch * last_step]
     return (reached or matching or allocation.history)[-1]
 
@@ -228,7 +231,8 @@ def budget_curve(allocation: Allocation, epochs: float | None) -> Figure:
         epochs: Length of the schedule in epochs; None shows the allocator's time `t` (epochs or optimizer steps).
     """
     figure, axes = new_figure(*FIGURE_SIZE, "Total budget")
-    times, total = _times(allocation, epochs), allocation.total_weights
+    times = _times(allocation, epochs)
+    total = allocation.total_weights
     handles = plot_line(axes, times, [entry.budget / total for entry in allocation.history], ACCENT)
     handles.append(axes.axhline(allocation.target_budget / total, color=WARM, linewidth=1.4, linestyle=DASHED))
     axes.set_ylim(0, 1.05)
@@ -258,7 +262,8 @@ def budget_shares(allocation: Allocation, epochs: float | None, *, by_block: boo
         depth_scale = accent_map()
         colors = [to_hex(depth_scale(0.12 + 0.88 * i / max(len(groups) - 1, 1)), True) for i in range(len(groups))]
     if len(times) == 1:
-        times, shares = [times[0], times[0] + 1], np.repeat(shares, 2, axis=1)
+        times = [times[0], times[0] + 1]
+        shares = np.repeat(shares, 2, axis=1)
     handles = axes.stackplot(times, shares, colors=colors, edgecolor=PANEL, linewidth=0.8)
     axes.grid(False)
     axes.set(xlim=(times[0], times[-1]), ylim=(0, 1))

@@ -56,7 +56,8 @@ def model_card(
     from huggingface_hub import ModelCardData
 
     info, metrics = read(RunInfo, run), read_if_present(Metrics, run)
-    results, note = _results_table(metrics), ""
+    results = _results_table(metrics)
+    note = ""
     head = None if metrics is None or has_final_head else metrics.final_head
     if metrics is not None and head is not None and head.is_saved:
         note = f"These are the results in snella, with the {head.name}. The code above uses the trained head"
@@ -182,7 +183,8 @@ def _escape(text: str) -> str:
 def _code(text: str) -> str:
     """Return untrusted text as a code span, fenced by more backticks than its longest run of backticks."""
     longest_run = max(map(len, re.findall("`+", text)), default=0)
-    fence, space = "`" * (longest_run + 1), " " if longest_run else ""
+    fence = "`" * (longest_run + 1)
+    space = " " if longest_run else ""
     return f"{fence}{space}{' '.join(text.split())}{space}{fence}"
 
 

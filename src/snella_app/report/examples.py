@@ -61,7 +61,8 @@ def overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
     padded = np.pad(sized, 1, mode="edge")
     neighbors = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
     is_edge = np.any([sized != neighbor for neighbor in neighbors], axis=0)
-    pixels, colors = np.asarray(image.convert("RGB")).astype(float), mask_colors(256)[sized].astype(float)
+    pixels = np.asarray(image.convert("RGB")).astype(float)
+    colors = mask_colors(256)[sized].astype(float)
     opacity = np.where(is_edge, 1.0, _OPACITY) * (sized > 0)
     mixed = pixels + opacity[..., None] * (colors - pixels)
     return Image.fromarray(mixed.round().astype(np.uint8))

@@ -43,7 +43,8 @@ from snella_app.text import count_text, measure_text, percent_text, split_text
 
 MAX_NUMBERED_CLASSES = 50
 """Maximum number of classes for which a confusion matrix shows counts."""
-_MAX_CURVES, _MAX_CONFUSED = 6, 5
+_MAX_CURVES = 6
+_MAX_CONFUSED = 5
 _SQUARE = (FIGURE_SIZE[1], FIGURE_SIZE[1])
 
 
@@ -172,7 +173,8 @@ def _curves(metrics: Metrics, title: str, lines: Sequence[tuple[str, str, str]])
     """Draw lines `(label, field of EpochRow, color)` over the epochs; mark the saved epoch unless it is an average."""
     figure, axes = new_figure(*FIGURE_SIZE, title)
     epochs = [row.epoch for row in metrics.history]
-    handles, labels = [], [label for label, _, _ in lines]
+    handles = []
+    labels = [label for label, _, _ in lines]
     for _, field, color in lines:
         measured = [row for row in metrics.history if not math.isnan(getattr(row, field))]
         handles += plot_line(axes, [row.epoch for row in measured], [getattr(row, field) for row in measured], color)
@@ -215,7 +217,8 @@ def curves_section(metrics: Metrics) -> list[Markup]:
     _, scores = metrics.measured
     if name == "error" and isinstance(scores, RegressionScores) and len(scores.per_target) > 1:
         name = "r2"  # targets have different units
-    value, curves = getattr(last, fields[name]), _SCORE_CURVES[name]
+    value = getattr(last, fields[name])
+    curves = _SCORE_CURVES[name]
     text = percent_text(value) if curves.is_share else measure_text(value)
     label = f"{metrics.selection.capitalize()} {curves.description}"
     description = f"{label} by epoch; last epoch {last.epoch}: {text}."
@@ -266,7 +269,8 @@ def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
     """Return image count, recall and precision by class, lowest recall first."""
     rows: list[dict[str, Any]] = []
     for i, name in enumerate(info.classes):
-        images, predicted = sum(scores.confusion[i]), sum(row[i] for row in scores.confusion)
+        images = sum(scores.confusion[i])
+        predicted = sum(row[i] for row in scores.confusion)
         recall, precision = (scores.confusion[i][i] / n if n else math.nan for n in (images, predicted))
         rows.append({"name": name, "images": images, "recall": recall, "precision": precision})
     return sorted(rows, key=lambda row: (math.isnan(row["recall"]), row["recall"]))

@@ -224,8 +224,10 @@ def _file_rows(
 
 def _budget_rows(allocation: Allocation, budget: int, adapter: AdapterFile | None) -> list[tuple[str, str]]:
     """Return rows for the total budget, its target and the size of a sparse update."""
-    total, value_bytes = allocation.total_weights, adapter.value_bytes if adapter else 4
-    sparse, dense = bytes_text(budget * (value_bytes + _INDEX_BYTES)), bytes_text(total * value_bytes)
+    total = allocation.total_weights
+    value_bytes = adapter.value_bytes if adapter else 4
+    sparse = bytes_text(budget * (value_bytes + _INDEX_BYTES))
+    dense = bytes_text(total * value_bytes)
     allocations = counted(len(allocation.history), "allocation")
     return [
         ("budget", f"{budget:,} of {total:,} adapted weights ({percent_text(budget / max(total, 1))})"),

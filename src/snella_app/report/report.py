@@ -56,7 +56,8 @@ from snella_app.text import (
 )
 
 _MAX_SIDE = 800
-_CONFUSED_IN_GROUP, _SHOWN_GROUPS = 3, 30
+_CONFUSED_IN_GROUP = 3
+_SHOWN_GROUPS = 30
 _PREDICTION_FIELDS = {
     "multilabel": "prediction.labels, prediction.probabilities",
     "regression": "prediction.values",
@@ -89,7 +90,8 @@ def results_section(metrics: Metrics, marks: Sequence[tuple[str, float]]) -> dic
     scale: dict[str, Any] | None = None
     scores = metrics.measured[1]
     if isinstance(scores, Scores) and not isinstance(scores, OrdinalScores) and scores.images:
-        low, high = max(scores.accuracy - scores.margin, 0.0), min(scores.accuracy + scores.margin, 1.0)
+        low = max(scores.accuracy - scores.margin, 0.0)
+        high = min(scores.accuracy + scores.margin, 1.0)
         scale = {"value": scores.accuracy, "low": low, "high": high, "marks": marks}
     adapter = [
         "" if metrics.best_epoch is None else _saved_epoch(metrics),
@@ -108,7 +110,8 @@ def method_facts(metrics: Metrics, allocation: Allocation | None, budgets: Mappi
     """Return trainable parameters, budget, final head and peak memory."""
     facts = [_count_fact("trainable parameters", metrics.trainable_parameters)]
     if allocation is not None:
-        total_budget, total = sum(budgets.values()), allocation.total_weights
+        total_budget = sum(budgets.values())
+        total = allocation.total_weights
         frozen = sum(budget == 0 for budget in budgets.values())
         share = percent_text(total_budget / max(total, 1))
         note = f"of {count_text(total)} adapted weights ({share}), {len(budgets)} matrices, {frozen} frozen"
@@ -135,7 +138,8 @@ def _saved_epoch(metrics: Metrics) -> str:
     """Return the epoch of the saved adapter and its selection."""
     total = f" of {metrics.history[-1].epoch}" if metrics.history else ""
     if (averaged := metrics.averaged) is not None and averaged.is_saved:
-        epochs, kind = ", ".join(map(str, averaged.epochs)), "SWA over" if averaged.kind == "swa" else "greedy soup of"
+        epochs = ", ".join(map(str, averaged.epochs))
+        kind = "SWA over" if averaged.kind == "swa" else "greedy soup of"
         return f"averaged epochs {epochs} ({kind} epochs {averaged.offered[0]} to {averaged.offered[-1]}{total})"
     average = "" if metrics.ema is None else f"; average of the weights, decay {metrics.ema:g}"
     if metrics.selected_on is None:
@@ -205,7 +209,8 @@ def verdict_text(info: RunInfo, metrics: Metrics) -> str:
         return targets.regression_verdict(scores, split)
     if not isinstance(scores, Scores) or not scores.images:
         return ""
-    correct, total = sum(row[i] for i, row in enumerate(scores.confusion)), scores.images
+    correct = sum(row[i] for i, row in enumerate(scores.confusion))
+    total = scores.images
     majority, baseline = _most_frequent(scores)
     text = (
         f"{correct:,} of {total:,} {split} images are classified correctly. Always predicting "
@@ -214,7 +219,8 @@ def verdict_text(info: RunInfo, metrics: Metrics) -> str:
     if correct / total - baseline > scores.margin:
         return f"{text}."
     recalls = [row[i] / sum(row) for i, row in enumerate(scores.confusion) if sum(row)]
-    balanced, chance = sum(recalls) / len(recalls), 1 / len(recalls)
+    balanced = sum(recalls) / len(recalls)
+    chance = 1 / len(recalls)
     if balanced - chance > scores.balanced_margin:
         return (
             f"{text}, but its balanced accuracy, which weights all classes equally, is {percent_text(chance)}; "
@@ -339,7 +345,8 @@ def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions) -> 
         if path.is_file():
             try:
                 with open_image(path) as image:
-                    picture, by = EmbeddedImage(*image_data_uri(image, _MAX_SIDE)), image.info.get("by", "gradcam")
+                    picture = EmbeddedImage(*image_data_uri(image, _MAX_SIDE))
+                    by = image.info.get("by", "gradcam")
             except DECODING_ERRORS as error:
                 reason = first_line(error)
                 raise ValueError(f"{path} is damaged: {reason}; delete it, or run `snella explain` again") from error
@@ -350,7 +357,8 @@ def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions) -> 
 
 def _count_fact(label: str, count: int) -> Fact:
     """Return an abbreviated count; if it is rounded, the note gives the exact value."""
-    exact, short = f"{count:,}", count_text(count)
+    exact = f"{count:,}"
+    short = count_text(count)
     return label, short, exact if exact != short else ""
 
 
@@ -373,9 +381,14 @@ def uses(folder: Path, task: str, method: str) -> list[Use]:
     """
     from snella_app.methods.registry import can_merge  # lazy: imports the methods of other packages
 
-    run, masks, merged, out = shlex.quote(str(folder)), "", "a folder that timm loads without snella", "model"
+    run = shlex.quote(str(folder))
+    masks = ""
+    merged = "a folder that timm loads without snella"
+    out = "model"
     if task == "segmentation":
-        masks, merged, out = " --out masks", "the whole model in one file", "model.safetensors"
+        masks = " --out masks"
+        merged = "the whole model in one file"
+        out = "model.safetensors"
     fields = _PREDICTION_FIELDS.get(task, "prediction.label, prediction.probability")
     python = (
         f"import snella\n\nmodel = snella.load({str(folder)!r})\n"

@@ -26,8 +26,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-INK, MUTED, GRID, PANEL = "#1c2531", "#566172", "#dbe0e8", "#fefefd"
-ACCENT, WARM = "#2f6fdd", "#d2680c"
+INK = "#1c2531"
+MUTED = "#566172"
+GRID = "#dbe0e8"
+PANEL = "#fefefd"
+ACCENT = "#2f6fdd"
+WARM = "#d2680c"
 COLORS = (ACCENT, WARM, "#1d9367", "#c8446a", "#8a5cd0", "#148fa8", "#9a8410", "#7b6a5c")
 """Line colors with a contrast of at least 3:1 against the light and the dark panel."""
 

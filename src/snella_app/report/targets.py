@@ -205,7 +205,8 @@ def labels_section(folder: Path, info: RunInfo, metrics: Metrics, images: ImageL
     section: dict[str, Any] = {"split": split, "count": scores.images, "rows": rows}
     if predictions is None or not predictions.items:
         return {**section, "figures": [], "figure_split": "", "groups": []}
-    figures, split_name = [], predictions.split_name
+    figures = []
+    split_name = predictions.split_name
     split_scores = metrics.test if predictions.split == "test" else metrics.val
     if isinstance(split_scores, LabelSetScores):
         figure = precision_recall_curves(predictions, info.classes, split_scores)
@@ -224,7 +225,8 @@ def numbers_section(folder: Path, info: RunInfo, metrics: Metrics, images: Image
     section: dict[str, Any] = {"split": split, "count": scores.images, "rows": scores.per_target}
     if predictions is None or not predictions.items:
         return {**section, "figures": [], "figure_split": "", "groups": []}
-    figures, split_name = [], predictions.split_name
+    figures = []
+    split_name = predictions.split_name
     for target, name in enumerate(info.classes):
         scatter, boxes = true_and_predicted(predictions, target, name), residual_ranges(predictions, target, name)
         points = min(len(predictions.items), _MAX_POINTS)

@@ -154,7 +154,8 @@ def draw_updates(updates: Mapping[str, Tensor], name: str) -> Figure:
         limit = float(np.quantile(np.abs(drawn)[drawn != 0], 0.99)) if drawn.any() else 1.0
         rows, inputs = value.shape
         axes.grid(False)
-        cmap, extent = signed_map(), (0, inputs, rows, 0)
+        cmap = signed_map()
+        extent = (0, inputs, rows, 0)
         axes.imshow(drawn, cmap=cmap, vmin=-limit, vmax=limit, extent=extent, interpolation="none", aspect="equal")
         density = percent_text(float(value.count_nonzero()) / value.numel())
         axes.set_xlabel(f"{density} changed, max {value.abs().max():.2g}")

@@ -12,7 +12,8 @@ from snella_app.records.run import Calibration, Reliability, ReliabilityBin
 
 MAX_BINS = 15
 _MIN_BIN_SIZE = 12  # minimum images per bin; keeps the standard error of its accuracy below 15 points
-_MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.05, 20.0
+_MIN_TEMPERATURE = 0.05
+_MAX_TEMPERATURE = 20.0
 _TINY = 1e-38  # probabilities are float32
 
 
@@ -116,7 +117,8 @@ def unsure_threshold(confidence: Tensor, is_correct: Tensor) -> tuple[float | No
         halves the error rate, or there are no errors: None, 1, and the accuracy of all images.
     """
     order = confidence.argsort(descending=True, stable=True)
-    sorted_confidence, wrong = confidence[order], (~is_correct[order]).double()
+    sorted_confidence = confidence[order]
+    wrong = (~is_correct[order]).double()
     error_rates = wrong.cumsum(0) / torch.arange(1, len(wrong) + 1)
     is_tie_end = torch.cat([sorted_confidence[1:] < sorted_confidence[:-1], torch.ones(1, dtype=torch.bool)])
     candidates = ((error_rates <= error_rates[-1] / 2) & is_tie_end).nonzero()  # `is_tie_end` keeps ties together

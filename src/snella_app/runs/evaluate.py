@@ -167,7 +167,8 @@ def _training_note(
             exact |= {position: train.names[other] for position, other in find_equal_images(train, part).items()}
             near |= {position: train.names[other] for position, other in find_near_copies(train, part).items()}
         duplicates = {**near, **exact}
-        count, reencoded = count + len(duplicates), reencoded + len(duplicates) - len(exact)
+        count = count + len(duplicates)
+        reencoded = reencoded + len(duplicates) - len(exact)
         example = example or next((f"{part.names[p]!r} is {name!r}" for p, name in sorted(duplicates.items())), "")
     if not count:
         return None
@@ -260,7 +261,8 @@ def _load_splits(
     loaded: LoadedRun, data: Any, split: Split, skip_corrupt: bool, columns: str | None
 ) -> tuple[DataSplits, bool]:
     """Load the splits of the run or of other data; the second value is True for data of the run."""
-    config, stored = loaded.folder.read_config(), loaded.info.data
+    config = loaded.folder.read_config()
+    stored = loaded.info.data
     changes: dict[str, Any] = {
         "skip_corrupt": skip_corrupt or config.data.skip_corrupt,
         "columns": config.data.columns if columns is None else columns,
@@ -339,7 +341,8 @@ def _run_model(
         raise ValueError(
             f"the run was not trained on the classes {unknown} of the data; its classes are {loaded.classes}"
         )
-    task, numbers = loaded.task, [loaded.classes.index(name) for name in classes]
+    task = loaded.task
+    numbers = [loaded.classes.index(name) for name in classes]
 
     def collate(items: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
         return task.collate([(image, task.remap_labels(label, numbers)) for image, label, *_ in items])

@@ -219,7 +219,8 @@ def _load_classifier(run: str | Path, by: str, batch_size: int, device: str) -> 
 
 def _load_split(model: Predictor, name: str) -> ImageDataset:
     """Load a split of the run's data, decoded as for the model, and check that the splits are the same."""
-    folder, data = model.loaded.folder, model.loaded.info.data
+    folder = model.loaded.folder
+    data = model.loaded.info.data
     splits = load_run_splits(folder, data)
     check_splits(folder.path, data, splits, ())
     (part,) = read_at_side([splits.parts[name]], model.loaded.reading.side)
@@ -244,7 +245,8 @@ def _neighbors(
 
     def describe(index: int, cosine: float) -> dict[str, Any]:
         image = EmbeddedImage(*image_data_uri(train.image(index), _MAX_SIDE))
-        label, name = model.classes[train.labels[index]], train.names[index]
+        label = model.classes[train.labels[index]]
+        name = train.names[index]
         return {"image": image, "label": label, "name": name, "cosine": f"{cosine:.2f}"}
 
     neighbors = nearest_images(np.stack(rows), np.stack(others), count)
@@ -255,7 +257,8 @@ def _overlays(
     model: Predictor, images: Sequence[ImageInput], classes: Sequence[str], by: HeatMap
 ) -> Iterator[tuple[Image.Image, Image.Image]]:
     """Yield each preprocessed image, without and with its heat map for a class."""
-    network, targets = model.loaded.network, [model.classes.index(name) for name in classes]
+    network = model.loaded.network
+    targets = [model.classes.index(name) for name in classes]
     for start in range(0, len(images), model.batch_size):
         part = slice(start, start + model.batch_size)
         tensors = model.preprocess(images[part]).to(model.device)

@@ -211,7 +211,8 @@ def _remove(path: Path) -> None:
 
 def _logits_notes(info: RunInfo, location: str) -> list[str]:
     """Explain how to compute the probabilities of `predict` from exported logits."""
-    notes, temperature = prediction_notes(info), info.trained_head_temperature
+    notes = prediction_notes(info)
+    temperature = info.trained_head_temperature
     if temperature == 1.0:
         return notes
     command = "predict --tta 1" if info.tta == 2 else "predict"
@@ -224,7 +225,9 @@ class _FinalOutputs(nn.Module):
 
     def __init__(self, model: nn.Module, loaded: LoadedRun) -> None:
         super().__init__()
-        self.model, self.task, self.temperature = model, loaded.task, loaded.info.temperature
+        self.model = model
+        self.task = loaded.task
+        self.temperature = loaded.info.temperature
         self.tta = loaded.info.tta
 
     def forward(self, images: Tensor) -> Tensor:
@@ -249,7 +252,8 @@ def _write_graph(
         try:
             graph = export_graph(model, example, metadata, output, options.opset)
         except Exception as error:  # only the first line; the rest is the exporter's log
-            reason, hint = first_line(error)[:300], "; leave out opset" if options.opset else ""
+            reason = first_line(error)[:300]
+            hint = "; leave out opset" if options.opset else ""
             raise ValueError(f"torch cannot export this model: {reason}{hint}") from error
         note = compare_outputs(graph, model, options.images)
     path.write_bytes(graph.content)
@@ -328,7 +332,9 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[
     card_code = code.format("PATH_OR_NAME", "the backbone above, with the same number of classes")
     _write_card(loaded, path, f"```python\n{card_code}\n```", "peft", [])
     lora_model = PeftModel.from_pretrained(make_backbone(backbone, loaded.task.name), str(path)).eval()
-    layers, lost, total = _tuner_layers(model), 0.0, 0.0
+    layers = _tuner_layers(model)
+    lost = 0.0
+    total = 0.0
     with torch.no_grad():
         got = lora_model(options.images)
         for name, layer in _tuner_layers(lora_model).items():

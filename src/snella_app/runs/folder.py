@@ -263,7 +263,8 @@ class BaseRunFolder(Generic[S]):
             ValueError: If `resume` is set with settings that differ from the stored ones, or the run is unfinished and
                 from an early version; also if `run.json` or `config.yaml` is damaged or was altered.
         """
-        status, requested = self.status, config.flat()
+        status = self.status
+        requested = config.flat()
         can_start = all(requested[name] for name in config.required) and not any(self.checkpoints.glob("checkpoint-*"))
         if config.run.resume and (status is not None or not can_start):
             self._check_resumable(config, status)
@@ -271,7 +272,8 @@ class BaseRunFolder(Generic[S]):
         if status is not None and not config.run.overwrite:
             state, hint = "a finished run", ""
             if status != "finished":
-                state, hint = f"an unfinished run ({status_text(status)})", "resume it with --resume, "
+                state = f"an unfinished run ({status_text(status)})"
+                hint = "resume it with --resume, "
             raise FileExistsError(
                 f"out={self.path} contains {state}; {hint}choose another folder, or start over with --overwrite"
             )
@@ -412,7 +414,8 @@ class RunFolder(BaseRunFolder[TrainConfig]):
             state = "which has no run" if info is None else f"which is {status_text(info.status)}"
             raise ValueError(f"init_from must be the folder of a finished run, got {self.path}, {state}")
         self.check_adapter()
-        stored, requested = self.read_config().flat(), config.flat()
+        stored = self.read_config().flat()
+        requested = config.flat()
         settings = TrainConfig.settings()
         if different := [
             f"{name} is {stored[name]!r} there and {requested[name]!r} here"

@@ -129,7 +129,8 @@ def compare_outputs(graph: Graph, model: nn.Module, images: Tensor) -> str:
     worst = 0.0
     with torch.inference_mode():
         for count in sorted({1, min(2, len(images)), len(images)}):
-            expected, got = model(images[:count]).float(), graph.run(images[:count].clone()).float()
+            expected = model(images[:count]).float()
+            got = graph.run(images[:count].clone()).float()
             is_comparable = got.shape == expected.shape and bool(got.isfinite().all())
             error = float((got - expected).abs().max() / expected.abs().max()) if is_comparable else math.inf
             if not error <= OUTPUT_BOUND:
@@ -165,7 +166,8 @@ def preparation_code(loaded: LoadedRun) -> list[str] | None:
     the images are grayscale or RGB and `white` is not set.
     """
     config = loaded.info.data_config
-    channels, size = int(config["input_size"][0]), int(config["input_size"][-1])
+    channels = int(config["input_size"][0])
+    size = int(config["input_size"][-1])
     mode = {1: "L", 3: "RGB"}.get(channels)
     if mode is None or loaded.info.data.white is not None:
         return None

@@ -174,7 +174,8 @@ def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _P
     seen = {path.resolve() for path in known}
     states: dict[Path, tuple[int, int]] = {}
     while True:
-        complete, previous = [], states
+        complete = []
+        previous = states
         states = {}
         for path in (path for folder in folders for path in _images_in(folder) if path.resolve() not in seen):
             try:

@@ -63,7 +63,8 @@ def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collectio
         ValueError: If the splits or images differ; the message has a remedy.
     """
     if not is_same_split(data, splits):
-        stored_sizes, current_sizes = _sizes_text(data.sizes), _sizes_text(split_sizes(splits))
+        stored_sizes = _sizes_text(data.sizes)
+        current_sizes = _sizes_text(split_sizes(splits))
         files = "the same number of other files" if stored_sizes == current_sizes else current_sizes
         raise ValueError(
             f"data must contain the images of {run}, {stored_sizes} in {data.folder or data.spec}, got {files}: "
@@ -90,7 +91,8 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
         FileNotFoundError: If neither folder exists.
     """
     prefix, path = split_spec(spec)
-    folder, is_pattern = data_folder(spec), False
+    folder = data_folder(spec)
+    is_pattern = False
     if absolute and path is not None:
         is_pattern = prefix == "wds:" and Path(path).name != Path(absolute).name
         if prefix == "hf:" or (prefix == "wds:" and not is_pattern):

@@ -97,7 +97,9 @@ class KernelHead(nn.Module):
         super().__init__()
         centers = centers.half().float()
         tensors = {"centers": centers, "mean": mean, "std": std, "weight": weight, "intercept": intercept}
-        width, outputs, images = len(mean), len(intercept), len(centers)
+        width = len(mean)
+        outputs = len(intercept)
+        images = len(centers)
         shapes = {"centers": [images, width], "mean": [width], "std": [width], "weight": [outputs, images]}
         for name, tensor in tensors.items():
             if list(tensor.shape) != shapes.get(name, [outputs]):
@@ -147,7 +149,8 @@ class MixedHead(nn.Module):
         shapes = [(head.out_features, head.in_features) for head in (kernel, linear)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"linear must have shape {shapes[0]}, got {shapes[1]}")
-        self.kernel, self.linear = kernel, linear
+        self.kernel = kernel
+        self.linear = linear
         self.register_buffer("share", share)
 
     share: Tensor

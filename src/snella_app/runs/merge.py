@@ -23,7 +23,8 @@ from snella_app.runs.model import LoadedRun, configured_image_size, load_single_
 
 _SUFFIX = ".safetensors"
 _OTHER_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".npz", ".onnx", ".h5", ".pkl", ".tar", ".gz", ".zip")
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
 _INHERITED_ENTRIES = ("first_conv", "classifier", "license", "pool_size")
 """Entries of a backbone's `pretrained_cfg` that also apply to the fine-tuned model."""
 _USE = "use"

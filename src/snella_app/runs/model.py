@@ -191,7 +191,8 @@ class Ensemble(nn.Module):
     def __init__(self, runs: Sequence[LoadedRun], task: Task) -> None:
         super().__init__()
         self.models = nn.ModuleList(run.network for run in runs)
-        self.runs, self.task = list(runs), task
+        self.runs = list(runs)
+        self.task = task
 
     def forward(self, images: Tensor) -> Tensor:
         """Average the models' outputs, each with its temperature and test-time augmentation."""

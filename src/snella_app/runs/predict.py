@@ -234,7 +234,9 @@ class Predictor:
             if wants_features:
                 head, width = _head(self.loaded)
                 head_inputs = hooks.enter_context(recorded_inputs(head))
-            task, network, views = self.loaded.task, self.loaded.network, tta or self.loaded.info.tta
+            task = self.loaded.task
+            network = self.loaded.network
+            views = tta or self.loaded.info.tta
             batch = images.to(self.device)
             if views == self.loaded.info.tta:  # the temperature was fitted to averaged outputs
                 averaged = task.outputs(network, batch, views) / self.temperature

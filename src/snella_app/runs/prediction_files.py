@@ -52,7 +52,8 @@ def predict_to_files(
         ValueError: If settings are invalid, an image cannot be read, or an image is passed before the run.
         ImportError: If predictions or features are written as Parquet without pyarrow.
     """
-    console, task = make_console(), run_task_class(run)
+    console = make_console()
+    task = run_task_class(run)
     threshold = parse_unsure(unsure)
     if features is not None and watch:
         raise ValueError("features must be left out with watch, which never ends")
@@ -155,7 +156,9 @@ def write_features(
         ImportError: If the file is Parquet and pyarrow is not installed.
     """
     _check_features(str(out), overwrite=overwrite)
-    path, image_names, content = Path(out), [str(name) for name in names], io.BytesIO()
+    path = Path(out)
+    image_names = [str(name) for name in names]
+    content = io.BytesIO()
     table = np.stack(features) if features else np.zeros((0, 0), np.float32)
     if path.suffix == ".npz":
         np.savez(content, images=np.array(image_names, dtype=str), features=table)

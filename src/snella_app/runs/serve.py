@@ -204,7 +204,8 @@ def create_app(
         response.headers.update(_NOSNIFF)
         response.headers["Content-Security-Policy"] = _DOCS_POLICY if request.url.path in _DOCS else policy
         client = request.client.host if request.client else "-"
-        route, duration_ms = f"{request.method} {request.url.path}", 1000 * (time.monotonic() - start)
+        route = f"{request.method} {request.url.path}"
+        duration_ms = 1000 * (time.monotonic() - start)
         log(f"{time.strftime('%H:%M:%S')} {client} {route} {response.status_code} {duration_ms:.0f} ms")
         return response
 
@@ -383,11 +384,13 @@ def _checked_pixels(file: Any, limits: ServerLimits, reading: Reading) -> float:
     file.seek(0)
     if size > limits.mib * 2**20:
         raise ValueError(f"a file must have at most {limits.mib:g} MiB")
-    pixels, got = 0.0, ""
+    pixels = 0.0
+    got = ""
     try:
         if reading.channels in PILLOW_MODES:
             with open_image(file) as image:
-                pixels, got = float(image.width * image.height), f", got {image.width}×{image.height}"
+                pixels = float(image.width * image.height)
+                got = f", got {image.width}×{image.height}"
         else:
             pixels = array_pixels(io.BytesIO(file.read())) / reading.channels  # tifffile cannot open a spooled file
             got = f", got {pixels / 1e6:.3g}"

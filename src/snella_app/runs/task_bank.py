@@ -162,7 +162,8 @@ class TaskBank:
                 f"{self._limit / _MIB:.1f}"
             )
         with self._lock:
-            self._model, self._key = base, bank_key
+            self._model = base
+            self._key = bank_key
             self._cached.pop(name, None)
             probe = None if loaded.probe is None else loaded.probe.with_model(base).to(self._device).eval()
             self._tasks[name] = _Task(replace(loaded, model=base, probe=probe), updates, replaced)
@@ -268,7 +269,8 @@ class TaskBank:
             _, free = self._cached.popitem(last=False)
         weights = {}
         for key, entry in task.updates.items():
-            base, out = entry.base, free[key] if key in free else torch.empty_like(entry.base)
+            base = entry.base
+            out = free[key] if key in free else torch.empty_like(entry.base)
             weights[key] = out
             if entry.is_transposed:
                 base, out = base.T, out.T

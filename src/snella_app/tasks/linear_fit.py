@@ -14,8 +14,12 @@ _TOLERANCE = 1e-5
 """Convergence tolerance on the largest gradient entry."""
 _CONSTANT_LOGIT = 4.0
 """Magnitude of the logit if all labels are equal: a probability of 98 or 2%."""
-_HISTORY, _MIN_HISTORY, _HISTORY_BYTES = 100, 10, 2**30
-"""Steps that L-BFGS remembers: at most 100, at least 10, otherwise as many as fit into 1 GiB."""
+_HISTORY_BYTES = 2**30
+"""Memory for the history of L-BFGS: as many steps as fit, within the following limits."""
+_HISTORY = 100
+"""Maximum number of steps in the history."""
+_MIN_HISTORY = 10
+"""Minimum number of steps in the history, even if they need more memory."""
 
 
 def fit_head(
@@ -84,7 +88,8 @@ def fit_probe(
     """
     scale = feature_scale(features)
     present, numbers = np.unique(labels, return_inverse=True)
-    inputs, targets = torch.from_numpy(features / scale).float(), torch.from_numpy(numbers)
+    inputs = torch.from_numpy(features / scale).float()
+    targets = torch.from_numpy(numbers)
     sample_weights = None if weights is None else torch.from_numpy(weights).float()
     count = len(inputs)
     penalty = 1 / (2 * inverse_penalty * count)
@@ -96,7 +101,8 @@ def fit_probe(
         return (losses if sample_weights is None else losses * sample_weights).sum() / count
 
     weight, bias = fit_head(inputs, len(present), loss, penalty, _MAX_ITERATIONS)
-    full_weight, full_bias = torch.zeros(classes, features.shape[1], dtype=torch.float64), torch.zeros(classes).double()
+    full_weight = torch.zeros(classes, features.shape[1], dtype=torch.float64)
+    full_bias = torch.zeros(classes).double()
     full_weight[present], full_bias[present] = weight.double() / scale, bias.double()
     return full_weight, full_bias
 

@@ -57,7 +57,8 @@ def best_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> list[float]
     thresholds = []
     for scores, labels in zip(probabilities.T, truth.T, strict=True):
         order = np.argsort(-scores, kind="stable")
-        ranked, hits = scores[order], labels[order].cumsum()
+        ranked = scores[order]
+        hits = labels[order].cumsum()
         if len(hits) == 0 or hits[-1] == 0:
             thresholds.append(_THRESHOLD)
             continue
@@ -162,7 +163,8 @@ class MultiLabelTask(Task):
 
         `logits` and `labels` are `[batch, classes]`, labels in [0, 1]. `weights` are sample weights, `[batch]`.
         """
-        logits, positive = full_precision(logits), None
+        logits = full_precision(logits)
+        positive = None
         targets = labels.to(logits) * (1 - self.label_smoothing) + self.label_smoothing / 2
         if self.positive_weights is not None:
             positive = torch.tensor(self.positive_weights, device=logits.device).to(logits)
@@ -201,9 +203,11 @@ class MultiLabelTask(Task):
         probabilities = self.probabilities(scores).double().numpy()
         predicted = (probabilities >= np.asarray(self.thresholds)).astype(int)
         support = truth.sum(0)
-        hits, predicted_counts = (truth * predicted).sum(0), predicted.sum(0)
+        hits = (truth * predicted).sum(0)
+        predicted_counts = predicted.sum(0)
         with np.errstate(invalid="ignore"):
-            precision, recall = np.nan_to_num(hits / predicted_counts), hits / support
+            precision = np.nan_to_num(hits / predicted_counts)
+            recall = hits / support
             f1 = 2 * hits / (predicted_counts + support)
         ap = [
             float(average_precision_score(truth[:, c], probabilities[:, c])) if support[c] else None

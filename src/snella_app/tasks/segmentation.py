@@ -29,7 +29,8 @@ def pixel_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
     Both masks are `[batch, height, width]`, int64.
     """
-    batch, size = len(labels), num_classes**2
+    batch = len(labels)
+    size = num_classes**2
     cells = labels * num_classes + predicted + size * torch.arange(batch, device=labels.device)[:, None, None]
     return torch.bincount(cells.reshape(-1), minlength=batch * size).reshape(batch, num_classes, num_classes)
 
@@ -145,7 +146,8 @@ def overlap_losses(scores: Tensor, labels: Tensor, kind: MaskLoss) -> Tensor:
         return scores.new_zeros(len(scores))
     p = scores.softmax(1)[:, 1:].flatten(2)  # [batch, classes - 1, pixels]
     t = F.one_hot(labels.flatten(1), scores.shape[1])[..., 1:].transpose(1, 2).to(p.dtype)
-    intersection, sums = (p * t).sum(-1), p.sum(-1) + t.sum(-1)
+    intersection = (p * t).sum(-1)
+    sums = p.sum(-1) + t.sum(-1)
     overlap = (
         (2 * intersection + _SMOOTHING) / (sums + _SMOOTHING)
         if kind == "dice"
@@ -240,7 +242,8 @@ class SegmentationTask(Task):
         The counts are float64, or float32 on devices without float64.
         """
         counts = pixel_counts(outputs.argmax(1), labels, len(self.classes)).flatten(1)
-        losses, dtype = self._losses(outputs, labels, 0.0), widest_dtype(outputs.device.type)
+        losses = self._losses(outputs, labels, 0.0)
+        dtype = widest_dtype(outputs.device.type)
         return torch.cat([counts.to(dtype), losses[:, None].to(dtype)], 1), labels.new_zeros(len(labels))
 
     def metrics(self, reduced: ArrayLike, labels: ArrayLike) -> dict[str, Any]:

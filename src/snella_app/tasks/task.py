@@ -296,7 +296,8 @@ def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
 
 def paired(outputs: ArrayLike, labels: ArrayLike) -> tuple[Tensor, np.ndarray]:
     """Return outputs as a tensor and labels as an array; raise ValueError if their lengths differ or are 0."""
-    scores, truth = torch.as_tensor(np.asarray(outputs)), np.asarray(labels)
+    scores = torch.as_tensor(np.asarray(outputs))
+    truth = np.asarray(labels)
     if len(truth) == 0 or len(scores) != len(truth):
         raise ValueError(
             f"outputs and labels must have the same length of at least 1, got {len(scores)} and {len(truth)}"

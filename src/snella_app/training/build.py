@@ -107,7 +107,8 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(self, length: int, seed: int, weights: Sequence[float] | None = None, size: int | None = None) -> None:
-        self.length, self.size = length, length if size is None else size
+        self.length = length
+        self.size = length if size is None else size
         self.seed = seed
         self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
         self.epoch = 0
@@ -120,8 +121,10 @@ class EpochSampler(Sampler[int]):
         if self.weights is not None:
             generator = self._generator(self.epoch)
             return iter(torch.multinomial(self.weights, self.size, replacement=True, generator=generator).tolist())
-        start, stop = self.epoch * self.size, (self.epoch + 1) * self.size
-        first, end = start // self.length, -(-stop // self.length)
+        start = self.epoch * self.size
+        stop = (self.epoch + 1) * self.size
+        first = start // self.length
+        end = -(-stop // self.length)
         orders = [torch.randperm(self.length, generator=self._generator(number)) for number in range(first, end)]
         return iter(torch.cat(orders)[start - first * self.length : stop - first * self.length].tolist())
 
@@ -147,7 +150,9 @@ def selection_data(
     Pass `k` over the training images uses the order and augmentation of epoch `k` of a run without `epoch_images`.
     Validation images keep their order. `console` shows the progress.
     """
-    passes, task, seed = count(), data.task, data.seed
+    passes = count()
+    task = data.task
+    seed = data.seed
 
     def batches(images: ImageDataset, order: EpochSampler | None) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
@@ -163,7 +168,8 @@ def selection_data(
         yield from ((batch["images"], batch["labels"]) for batch in steps)
 
     def train_pass() -> Iterator[tuple[Tensor, Tensor]]:
-        epoch, images = next(passes), train.with_transform(train.transform)
+        epoch = next(passes)
+        images = train.with_transform(train.transform)
         order = epoch_sampler(images, task, data.config.sampler, seed)
         images.set_epoch(epoch)
         order.set_epoch(epoch)
@@ -267,7 +273,9 @@ def build(
 
     Other errors as for `snella_app.backbones.create.create_backbone`.
     """
-    config, task, seed = data.config, data.task, data.seed
+    config = data.config
+    task = data.task
+    seed = data.seed
     info = BackboneInfo(
         name=str(model.backbone),
         weights=model.weights,
@@ -358,7 +366,8 @@ def load_initial_weights(parts: RunComponents, spec: str, run: RunFolder) -> Non
         AdapterFileError: If its adapter is damaged or has different shapes.
     """
     info = read(RunInfo, run.path)
-    expected, classes = list(info.classes), list(parts.splits.classes)
+    expected = list(info.classes)
+    classes = list(parts.splits.classes)
     if expected != classes:
         different = listed(map(repr, sorted({*expected} ^ {*classes}))) or "their order"
         raise ValueError(

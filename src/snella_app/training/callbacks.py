@@ -30,10 +30,12 @@ from snella_app.training.checkpoints import CheckpointError, require_file
 if TYPE_CHECKING:
     from snella_app.training.trainer import SnellaTrainer
 
-_FILE, _SNAPSHOTS_FILE = "ema.safetensors", "epoch_ends.safetensors"
-_ESTIMATE_STEPS, _ESTIMATE_S = 4, 20.0
-"""The remaining time is estimated after this many steps, or after two steps and this many seconds, since the first step
-compiles."""
+_FILE = "ema.safetensors"
+_SNAPSHOTS_FILE = "epoch_ends.safetensors"
+_ESTIMATE_STEPS = 4
+"""Number of steps after which the remaining time is estimated."""
+_ESTIMATE_S = 20.0
+"""Seconds after which two steps suffice. One step does not, because the first step compiles."""
 _LONG_S = 300.0
 """Remaining time above which the display suggests how to shorten the run."""
 _LINE_S = 30.0
@@ -276,7 +278,8 @@ class TrackingCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: "SnellaTrainer", matrices: Sequence[AdaptedMatrix]) -> None:
-        self.trainer, self.matrices = trainer, matrices
+        self.trainer = trainer
+        self.matrices = matrices
         self._logged_at = (0, time.perf_counter())
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -339,7 +342,9 @@ class ProgressDisplay(TrainerCallback):
     """
 
     def __init__(self, console: Console, trainer: "SnellaTrainer", shorten: Callable[[float], str]) -> None:
-        self.console, self.trainer, self.shorten = console, trainer, shorten
+        self.console = console
+        self.trainer = trainer
+        self.shorten = shorten
         self.show_bar = trainer.plan.run.progress and console.is_terminal
         self.show_lines = trainer.plan.run.progress and not console.is_terminal
         self._bar: Progress | None = None
@@ -378,7 +383,9 @@ class ProgressDisplay(TrainerCallback):
             return
         now = time.monotonic()
         self._step_ends.append(now)
-        steps, steps_left, step_s = len(self._step_ends) - 1, state.max_steps - state.global_step, self._step_s()
+        steps = len(self._step_ends) - 1
+        steps_left = state.max_steps - state.global_step
+        step_s = self._step_s()
         left_s = step_s * steps_left
         is_long = steps > 1 and now - self._step_ends[0] >= _ESTIMATE_S
         if not self._has_estimated and (steps >= _ESTIMATE_STEPS or is_long):
@@ -408,9 +415,11 @@ class ProgressDisplay(TrainerCallback):
         """Print the results of the epoch, and warn once if the training loss is well above the first epoch's."""
         if not state.is_world_process_zero:
             return
-        score, protocol = self.trainer.selection_score(metrics), self.trainer.protocol
+        score = self.trainer.selection_score(metrics)
+        protocol = self.trainer.protocol
         self._best, is_best = max(self._best, score), score >= self._best
-        part, shown = protocol.selected_on, ""
+        part = protocol.selected_on
+        shown = ""
         if part is not None and f"{part}_loss" in metrics:
             text = self.trainer.task.epoch_format.format_map(protocol.with_val_prefix(metrics))
             shown = f"  {part} loss {metrics[f'{part}_loss']:.4f}  {text}"

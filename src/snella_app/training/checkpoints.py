@@ -193,7 +193,8 @@ def convert_write_errors(target: Path) -> Iterator[None]:
     except Exception as error:
         if not is_write_failure(error):
             raise
-        text, free_space = str(error), ""
+        text = str(error)
+        free_space = ""
         with contextlib.suppress(OSError):
             free_space = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free)"
         if "No space left" in text:
@@ -291,7 +292,8 @@ class CheckpointingTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint atomically in the main process, then remove older ones."""
-        folder, name = self.run_folder.checkpoints, f"checkpoint-{self.state.global_step}"
+        folder = self.run_folder.checkpoints
+        name = f"checkpoint-{self.state.global_step}"
         if is_main() and not (folder / name).is_dir():
             with stage_checkpoint(self.run_folder, name) as self._staging:
                 try:

@@ -123,7 +123,8 @@ def broadcast_from_main(make: Callable[[], _T]) -> _T:
         try:
             shared = [make(), None]
         except Exception as caught:
-            error, shared = caught, [None, getattr(caught, "exit_status", 2)]
+            error = caught
+            shared = [None, getattr(caught, "exit_status", 2)]
     dist.broadcast_object_list(shared, src=0)
     if error is not None:
         raise error
@@ -167,7 +168,10 @@ class ShardedBatches(Sampler[list[int]]):
     """
 
     def __init__(self, sampler: Sampler[int], batch_size: int, rank: int, count: int) -> None:
-        self.sampler, self.batch_size, self.rank, self.count = sampler, batch_size, rank, count
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.rank = rank
+        self.count = count
 
     def __iter__(self) -> Iterator[list[int]]:
         indices = list(self.sampler)

@@ -43,19 +43,24 @@ from snella_app.training.linear_probe import (
     sampled_rows,
 )
 
-MIN_CENTERS, MAX_CENTERS = 32, 6_000
-"""Range of the number n of images for a kernel head; its size grows with n, the time of its fit with n² to n³."""
+MIN_CENTERS = 32
+"""Smallest number of images for a kernel head."""
+MAX_CENTERS = 6_000
+"""Largest number n of images for a kernel head. Its size grows with n, and its fitting time with n² to n³."""
 _INVERSE_PENALTY = 0.01
 """Weight C of the summed loss relative to `‖W‖²/2`, for standardized features."""
 _RIDGE = 0.05
 """Penalty λ of the kernel head."""
 _SCALES = [2 ** (power / 2) for power in range(13)]
 """Candidate scales s of the kernel head's outputs, 1 to 64."""
-_ITERATIONS, _MIXED_ITERATIONS = 100, 30
-"""Maximum number of L-BFGS iterations of a linear head on its own and in a mixture."""
+_ITERATIONS = 100
+"""Maximum number of L-BFGS iterations of a linear head that is used without a kernel head."""
+_MIXED_ITERATIONS = 30
+"""Maximum number of L-BFGS iterations of the linear head in a mixture."""
 _LINEAR_SHARE = 0.3
 """Weight of the linear head's probabilities in a mixture."""
 _EPS = 1e-6
+"""Lower bound of probabilities before a logarithm, of image weights and of standard deviations."""
 _MIN_STD = 1e-3
 """Standard deviation, relative to the median, below which heads ignore a feature."""
 _CHUNK = 1_024
@@ -114,10 +119,12 @@ def measure_features(
     """
     plain = original_images(images).with_transform(build_transform(parts.data_config, train=False, augment="none"))
     known = [] if first_view is None else [first_view]
-    flips, layers = (False, True)[len(known) : views], probed_layers(parts.model)
+    flips = (False, True)[len(known) : views]
+    layers = probed_layers(parts.model)
     measured = extract_features(parts, plain, batch_size, layers=layers, flips=flips) if flips else []
     batch = encoded_targets(parts.task, plain, range(len(plain)))
-    weights, balance = batch.get("weights"), balancing_weights(plain, parts.task, sampler)
+    weights = batch.get("weights")
+    balance = balancing_weights(plain, parts.task, sampler)
     if balance is not None:
         factors = torch.from_numpy(balance).float()
         weights = factors if weights is None else factors * weights
@@ -135,8 +142,11 @@ def fit_layers(parts: RunComponents, train: ImageDataset, data: DataConfig, opti
     The head is a mixture of a kernel head and a linear head for tasks with `has_kernel_fit` and between `MIN_CENTERS`
     and `MAX_CENTERS` images, else a linear head.
     """
-    task, outputs = parts.task, parts.task.count_outputs(parts.splits.classes)
-    views, batch_size, layers = data.views, optim.effective_batch_size, probed_layers(parts.model)
+    task = parts.task
+    outputs = parts.task.count_outputs(parts.splits.classes)
+    views = data.views
+    batch_size = optim.effective_batch_size
+    layers = probed_layers(parts.model)
 
     def measure(images: ImageDataset, known: Tensor | None = None) -> MeasuredFeatures:
         with autocast(next(parts.model.parameters()).device, optim.precision):
@@ -174,7 +184,9 @@ def _measure_heads(
     precision: str,
 ) -> list[Outputs]:
     """Compute the reduced outputs of each head and the labels of a split; `precision` applies to the features."""
-    images, device, results = original_images(images), next(parts.model.parameters()).device, []
+    images = original_images(images)
+    device = next(parts.model.parameters()).device
+    results = []
     for start in range(0, len(images), MAX_PROBE_IMAGES):  # bounds the memory of the features
         part = images.subset(range(start, min(start + MAX_PROBE_IMAGES, len(images))))
         with autocast(device, precision):
@@ -190,14 +202,16 @@ def trained_head(parts: RunComponents) -> Callable[[Tensor], Tensor] | None:
 
     None if the head is not a linear layer, or if the model applies more than this head, e.g. auxiliary heads.
     """
-    model, (_, head) = parts.model, base_and_head(parts.model)
+    model = parts.model
+    _, head = base_and_head(parts.model)
     if not isinstance(head, nn.Linear):
         return None
 
     def outputs(features: Tensor) -> Tensor:
         return head(features[:, : head.in_features])
 
-    image, was_training = random_image(parts), model.training
+    image = random_image(parts)
+    was_training = model.training
     model.eval()
     features = layer_features(model, image, probed_layers(model))
     is_equal = torch.allclose(outputs(features.float()), model(image).float(), atol=1e-3, rtol=1e-3)

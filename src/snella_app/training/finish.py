@@ -67,8 +67,10 @@ class LiveReport(TrainerCallback):
     """
 
     def __init__(self, trainer: SnellaTrainer, step_timer: StepTimeCallback) -> None:
-        self.trainer, self.step_timer = trainer, step_timer
-        self._written_at, self._pause = time.monotonic(), _REPORT_INTERVAL_S
+        self.trainer = trainer
+        self.step_timer = step_timer
+        self._written_at = time.monotonic()
+        self._pause = _REPORT_INTERVAL_S
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
         """Write the report of the completed epochs."""
@@ -88,7 +90,9 @@ class LiveReport(TrainerCallback):
 
 def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Console, render_report: bool = True) -> None:
     """Average epochs if requested, fit the final head, evaluate the saved model, and write and print the results."""
-    train_s, run, parts = trainer.elapsed_s, trainer.run_folder, trainer.parts
+    train_s = trainer.elapsed_s
+    run = trainer.run_folder
+    parts = trainer.parts
     if is_main():
         (run.adapter / LAYER_PROBE).unlink(missing_ok=True)  # left by an interrupted `finish`
         run.update("running", final_head="trained")
@@ -190,7 +194,8 @@ def _head_images(parts: RunComponents) -> ImageDataset:
 def _measure(trainer: SnellaTrainer, last: _LastEpoch | None) -> tuple[dict[str, Outputs], FinalHead | None]:
     """Compute the outputs of the final head on validation and test images, and the record of a fitted head."""
     parts, plan = trainer.parts, trainer.plan
-    splits, views = parts.splits, plan.data.views
+    splits = parts.splits
+    views = plan.data.views
     outputs: dict[str, Outputs] = {}
     fit = probe = final_head = None
     if last is not None:
@@ -221,7 +226,9 @@ def _select_final_head(
     With `last`, also save the last epoch instead of the best one, which was selected with the trained head.
     """
     parts, run = trainer.parts, trainer.run_folder
-    task, probe, val = parts.task, fit.probe, fit.val
+    task = parts.task
+    probe = fit.probe
+    val = fit.val
     kind: Literal["linear", "mixed"] = "mixed" if isinstance(probe.head, MixedHead) else "linear"
     record = FinalHead(probe.layers, True, kind=kind)
     if val is not None:
@@ -277,7 +284,9 @@ def _write_task_state(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> di
 
 def _metrics(trainer: SnellaTrainer, step_timer: StepTimeCallback) -> Metrics:
     """Build the metrics record of the completed epochs."""
-    parts, protocol, matrices = trainer.parts, trainer.protocol, matrices_of(trainer.parts.model)
+    parts = trainer.parts
+    protocol = trainer.protocol
+    matrices = matrices_of(trainer.parts.model)
     return Metrics(
         best_epoch=best_epoch(trainer.history, trainer.selection_score),
         protocol=protocol.name,
@@ -324,8 +333,12 @@ def _print_results(
     console: Console, trainer: SnellaTrainer, metrics: Metrics, scores: dict[str, dict[str, Any] | None]
 ) -> None:
     """Print the selected epoch, its results and the sparsity of the adapter."""
-    parts, protocol, epochs = trainer.parts, trainer.protocol, trainer.plan.optim.epochs
-    best, averaged, head = cast(int, metrics.best_epoch), metrics.averaged, metrics.final_head
+    parts = trainer.parts
+    protocol = trainer.protocol
+    epochs = trainer.plan.optim.epochs
+    best = cast(int, metrics.best_epoch)
+    averaged = metrics.averaged
+    head = metrics.final_head
     if trainer.has_stopped_early and (last := trainer.history[-1]["epoch"]) < epochs:
         print_line(console, f"stopped after epoch {last} of {epochs}")
     if averaged is not None:

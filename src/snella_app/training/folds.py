@@ -56,8 +56,10 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
     console = console or make_console(survives_closed_output=True)
     folder = RunFolder(str(config.run.out))
     config = _prepare_config(config, folder)
-    count, has_dataset = int(config.data.folds or 0), options.get("data") is not None
-    stored, results = read(FoldResults, folder.path), FoldResults(count)
+    count = int(config.data.folds or 0)
+    has_dataset = options.get("data") is not None
+    stored = read(FoldResults, folder.path)
+    results = FoldResults(count)
     page = folder.path / "folds.html"
     is_changed = not page.is_file()  # a finished cross-validation may be on a read-only disk
     runs = [RunFolder(folder.path / f"fold-{fold}") for fold in range(1, count + 1)]
@@ -172,7 +174,9 @@ def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 
 def _cells(results: FoldResults) -> tuple[list[str], list[list[str]]]:
     """Build the columns and rows of the table; the last row has means and sample standard deviations."""
-    columns, rows, last = ["fold"], [[str(row.fold)] for row in results.rows], ["mean ± standard deviation"]
+    columns = ["fold"]
+    rows = [[str(row.fold)] for row in results.rows]
+    last = ["mean ± standard deviation"]
     held_out, test = [row.scores for row in results.rows], [row.test for row in results.rows]
     for part, scores in ((results.held_out, held_out), ("test", test)):
         for name in (name for name in scores[0] if all(name in row for row in scores)):

@@ -49,8 +49,11 @@ class FeatureDataset(Dataset[tuple[Any, ...]]):
     """
 
     def __init__(self, images: ImageDataset, features: Tensor) -> None:
-        self.images, self.features = images, features
-        self.names, self.labels, self.annotations = images.names, images.labels, images.annotations
+        self.images = images
+        self.features = features
+        self.names = images.names
+        self.labels = images.labels
+        self.annotations = images.annotations
 
     def __len__(self) -> int:
         return len(self.images)
@@ -129,7 +132,8 @@ def extract_features(
         One tensor per view, `[images, width]`, float32; on the CPU without `layers`, else on the model's device.
     """
     base: Any = base_model(parts.model)
-    device, was_training = next(parts.model.parameters()).device, parts.model.training
+    device = next(parts.model.parameters()).device
+    was_training = parts.model.training
     parts.model.eval()
     features: list[list[Tensor]] = [[] for _ in flips]
     for batch, *_ in DataLoader(images, batch_size=batch_size, num_workers=parts.workers):
@@ -175,13 +179,15 @@ def probe_features(parts: RunComponents, optim: OptimConfig) -> Tensor:
     If the final head uses several layers, this also caches the features of these layers.
     """
     if parts.probe_features is None:
-        train, rows = parts.splits.train, probe_rows(parts)
+        train = parts.splits.train
+        rows = probe_rows(parts)
         if isinstance(train, FeatureDataset):
             parts.probe_features = train.features[torch.from_numpy(rows)]
             return parts.probe_features
         has_layers = optim.final_head == "layers"
         layers = probed_layers(parts.model) if has_layers else None
-        images, batch_size = probe_images(parts, rows), optim.effective_batch_size
+        images = probe_images(parts, rows)
+        batch_size = optim.effective_batch_size
         with autocast(next(parts.model.parameters()).device, optim.precision):
             (features,) = extract_features(parts, images, batch_size, layers=layers)
         if has_layers:

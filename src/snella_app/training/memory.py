@@ -35,10 +35,15 @@ Call = tuple[str, int]
 """Module name, or `ATTENTION`, and call index within the forward pass."""
 ATTENTION = "scaled_dot_product_attention"
 _STATUS = Path("/proc/self/status")
-_FEW, _MORE = 2, 3
-"""Batch sizes of the two passes. Batch size 1 is not representative: batch norm rejects it for 1x1 feature maps, and
-axes of length 1 avoid copies."""
-_TILE_ROWS, _TILE_COLUMNS = 32, 64  # of the Triton kernels, which store partial gradients per tile
+_SMALL_BATCH = 2
+"""Batch size of the first pass. A single image is not representative: batch norm rejects it for 1x1 feature maps, and
+operations on axes of length 1 return views where larger batches need copies."""
+_LARGE_BATCH = 3
+"""Batch size of the second pass."""
+_TILE_ROWS = 32
+"""Height of the tiles for which the Triton kernels store partial gradients."""
+_TILE_COLUMNS = 64
+"""Width of these tiles."""
 _EAGER_MATRICES = 14  # temporary matrices of the eager backward pass besides `ΔW`, measured with the default kernel
 _CLASSES = 100
 _CHECKPOINT_OPTIONS = {*inspect.signature(torch.utils.checkpoint.checkpoint).parameters, "preserve_rng_state"}
@@ -263,10 +268,12 @@ def predict_step_memory(
             if None.
     """
     first_parameter = next(model.parameters())
-    device, device_type = first_parameter.device, device_type or first_parameter.device.type
+    device = first_parameter.device
+    device_type = device_type or first_parameter.device.type
     with torch.random.fork_rng([device] if first_parameter.is_cuda else []):
-        images = torch.randn(_MORE, *image_shape, device=device, dtype=first_parameter.dtype)
-    few, more = record_forward(model, images[:_FEW].clone()), record_forward(model, images)
+        images = torch.randn(_LARGE_BATCH, *image_shape, device=device, dtype=first_parameter.dtype)
+    few = record_forward(model, images[:_SMALL_BATCH].clone())
+    more = record_forward(model, images)
     modules = working_modules(model)
     last_call = {name: (name, number) for name, number in few.calls}
     gradients_from: dict[Call, int] = {}
@@ -280,7 +287,8 @@ def predict_step_memory(
     # on a GPU, AdamW allocates a denominator for all parameters at once, else two tensors of the largest one's size
     largest = max((_bytes([p]) for p in model.parameters() if p.requires_grad), default=0)
     step_temporary = gradients if device_type == "cuda" else 2 * largest
-    temporary, peak = step_temporary, max(saved_bytes, gradients + step_temporary)
+    temporary = step_temporary
+    peak = max(saved_bytes, gradients + step_temporary)
     for call in few.calls.keys() & more.calls.keys():
         first, second = few.calls[call], more.calls[call]
         size = _extrapolate(first.io_bytes, second.io_bytes, batch_size) + _matrix_temporary(
@@ -296,8 +304,8 @@ def predict_step_memory(
 
 def _extrapolate(few: int, more: int, batch_size: int) -> int:
     """Extrapolate linearly from the two passes to `batch_size`."""
-    per_image = max(more - few, 0) // (_MORE - _FEW)
-    return max(few - _FEW * per_image, 0) + batch_size * per_image
+    per_image = max(more - few, 0) // (_LARGE_BATCH - _SMALL_BATCH)
+    return max(few - _SMALL_BATCH * per_image, 0) + batch_size * per_image
 
 
 def _matrix_temporary(module: nn.Module | None, device_type: str) -> int:
@@ -306,7 +314,8 @@ def _matrix_temporary(module: nn.Module | None, device_type: str) -> int:
     # forward pass, to find its threshold; Triton kernels and torch operations merge it in both passes
     if not isinstance(module, SnellaLayer) or module.merged or module.disable_adapters:
         return 0
-    entries, weight = module.out_features * module.in_features, cast(Tensor, module.get_base_layer().weight)
+    entries = module.out_features * module.in_features
+    weight = cast(Tensor, module.get_base_layer().weight)
     largest = 0
     for name in module.active_adapters:
         if name not in module.snella_A:
@@ -400,7 +409,8 @@ def memory_table(
     device = device or choose_device("auto").type
     device_type = device if device in _DEVICE_TYPES else "cuda"
     options: dict[str, Any] = {"batch": batch, "img_size": img_size, "r": r, "dtype": dtype}
-    name, forecast = device, None
+    name = device
+    forecast = None
     estimate = None if device in _DEVICE_TYPES else plugin("estimates", "step-time")
     if estimate is not None:  # first, since it checks the name of the device
         name, forecast = estimate(device, backbone, **options)

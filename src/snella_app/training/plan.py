@@ -74,7 +74,8 @@ def resolve(
         ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images; also as
             for `choose_heads`.
     """
-    device, protocol = choose_device(config.run.device), config.data.protocol
+    device = choose_device(config.run.device)
+    protocol = config.data.protocol
     config = config.replace(precision=broadcast_from_main(lambda: choose_precision(config.optim.precision, device)))
     if config.optim.time_budget is not None:
         config = config.replace(epoch_images=None)  # `fit_epochs` sets it
@@ -86,7 +87,8 @@ def resolve(
         sized = choose_heads(parts, config)
         size = broadcast_from_main(lambda: fit_image_size(parts, sized, at_size, console, data.started_at))
         if size is not None:
-            parts, config = at_size(size), config.replace(img_size=size)
+            parts = at_size(size)
+            config = config.replace(img_size=size)
     config = config.replace(batch_size=broadcast_from_main(lambda: fit_batch_size(parts, config.optim, console)))
     most = config.optim.images_per_epoch(len(parts.splits.train))
     optim = config.optim.with_batch_size_for(most)
@@ -136,7 +138,8 @@ def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
         ValueError: If `final_head` is `layers`, but the model or the task does not support it, or the run has several
             processes or `shard`.
     """
-    optim, is_official = config.optim, config.data.protocol == "official"
+    optim = config.optim
+    is_official = config.data.protocol == "official"
     final_head: Literal["trained", "layers"] = "trained"
     if optim.final_head == "layers" or (optim.final_head == "auto" and not is_official):
         missing = None
@@ -170,7 +173,8 @@ def _reads_features(parts: RunComponents) -> bool:
     layers = probed_layers(parts.model)
     if not layers:
         return False
-    model, image = parts.model, random_image(parts)
+    model = parts.model
+    image = random_image(parts)
     was_training = model.training
     model.eval()
     _, head = base_and_head(model)
@@ -223,7 +227,8 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
     images = probe_images(parts, rows[order])
     with autocast(next(parts.model.parameters()).device, optim.precision):
         (flipped,) = extract_features(parts, images, optim.effective_batch_size, flips=[True])
-    labels, classes = torch.tensor(parts.splits.train.labels)[rows[order]], len(parts.splits.classes)
+    labels = torch.tensor(parts.splits.train.labels)[rows[order]]
+    classes = len(parts.splits.classes)
     without, with_flips = (
         leave_one_out_classes(views, labels, classes) == labels for views in ([plain], [plain, flipped])
     )
@@ -232,10 +237,14 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
 
 def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> None:
     """Print data, model, method, budgets, steps, estimated memory and warnings."""
-    splits, model, optim = parts.splits, parts.model, plan.optim
-    protocol, matrices = get_protocol(plan.data.protocol), matrices_of(model)
+    splits = parts.splits
+    model = parts.model
+    optim = plan.optim
+    protocol = get_protocol(plan.data.protocol)
+    matrices = matrices_of(model)
     adapter = cast(SnellaConfig, cast(PeftModel, model).peft_config["default"]) if matrices else None
-    trained, adapted = trainable_parameters(model), sum(m.size for m in matrices)
+    trained = trainable_parameters(model)
+    adapted = sum(m.size for m in matrices)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     _, height, width = parts.data_config["input_size"]
 
@@ -274,7 +283,9 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
         at_end = f"{adapter.target_sparsity:.0%} sparse at the end"
         rows.append(("budget", f"{start:,} → {end:,} weights ({at_end}), {adapter.schedule} schedule"))
 
-    device, count, batch = next(model.parameters()).device, process_count(), optim.effective_batch_size
+    device = next(model.parameters()).device
+    count = process_count()
+    batch = optim.effective_batch_size
     steps = counted(optim.steps_per_epoch(len(splits.train)), "step")
     images = f"{optim.accumulate} × {counted(batch, 'image')}" if optim.accumulate > 1 else counted(batch, "image")
     where = f"on {device}" + ("" if optim.precision == "fp32" else f" in {optim.precision}")
@@ -284,7 +295,8 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
     if plan.run.device == "auto" and device.type == "cpu" and torch.backends.mps.is_available():
         rows.append(("note", "--device mps trains on the GPU of this machine"))
     rows += _stopping_rows(optim, adapter if is_reduced else None)
-    memory, free = predicted_memory(parts, optim.precision, -(-batch // count)) / 2**20, free_memory(device) / 2**20
+    memory = predicted_memory(parts, optim.precision, -(-batch // count)) / 2**20
+    free = free_memory(device) / 2**20
     memory -= sharding_savings(model, count) / 2**20 if plan.run.shard else 0
     estimate = "estimate for weights, gradients, optimizer, batch"
     rows.append(("memory", f"about {memory:,.0f} MiB of {free:,.0f} MiB free ({estimate})"))
@@ -338,7 +350,8 @@ def shorten_hint(parts: RunComponents, factor: float) -> str:
     The hint assumes that step time is proportional to the number of pixels. This holds for convolutions and
     underestimates the savings in attention.
     """
-    side, patch = int(parts.data_config["input_size"][-1]), size_step(parts.model)
+    side = int(parts.data_config["input_size"][-1])
+    patch = size_step(parts.model)
     shorter = int(side / math.sqrt(factor)) // patch * patch
     if shorter < max(MIN_SIZE, patch):
         return "; to shorten it, reduce --train-size or --epochs, or use a smaller --backbone"

@@ -46,23 +46,35 @@ from snella_app.training.memory import predict_step_memory, preserve_state
 
 MIN_SIZE = 48
 """Smallest image size that is tried or suggested, in pixels."""
-_MAX_BATCH, _MIN_STEPS = 256, 10
+_MAX_BATCH = 256
+"""Largest batch size that `--batch-size auto` tries."""
+_MIN_STEPS = 10
+"""Smallest number of steps per epoch that `--batch-size auto` allows."""
 _MEMORY_SHARE = 0.8
 """Maximum predicted step memory as a fraction of free memory; the prediction excludes libraries and workspaces."""
-_TIMED_STEPS, _MIN_TIMED = 4, 3
-_RESERVED_SHARE, _RESERVED_S = 0.05, 4.0
-"""Fraction and seconds of the time budget for optimizer updates, checkpoints and reports; together at most a tenth."""
+_TIMED_STEPS = 4
+"""Number of steps that are timed, the first of which warms up."""
+_MIN_TIMED = 3
+"""Smallest number of timed steps, even if they exceed `_MEASURED_SHARE`."""
+_RESERVED_SHARE = 0.05
+"""Fraction of the time budget reserved for optimizer updates, checkpoints and reports."""
+_RESERVED_S = 4.0
+"""Seconds reserved in addition. Both together take at most a tenth of the budget."""
 _MAX_EPOCHS = 100
 _MEASURED_SHARE = 0.02
 """Fraction of the time budget for timing one kind of step; exceeded only for the minimum number of steps."""
 _SIZE_RATIO = 1.15
 """The size search ends when the smallest size that does not fit is at most this factor times the largest that does."""
-_SMALL_SIDE, _MEASURED_SIDES = 112, 16
-"""Image size that is tried even if the images are smaller, and minimum number of images that are measured."""
+_SMALL_SIDE = 112
+"""Image size that is tried even if the images are smaller."""
+_MEASURED_SIDES = 16
+"""Number of images whose size is read."""
 _NEVER_S = 1e12
 """Time of a step that runs out of memory."""
-_MIN_STEP_S, _CACHED_EPOCH_S = 0.01, 0.5
-"""Seconds of a step on cached features (the minimum for all steps), and of an epoch's evaluation and checkpoint."""
+_MIN_STEP_S = 0.01
+"""Seconds of a step on cached features, and lower bound for any step."""
+_CACHED_EPOCH_S = 0.5
+"""Seconds of the evaluation and checkpoint of an epoch on cached features."""
 _OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 """Parts of torch's out-of-memory messages for GPUs and CPUs."""
 _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
@@ -142,8 +154,10 @@ def fit_image_size(
     Returns:
         Image size; None for the backbone's default.
     """
-    optim, budget = config.optim, str(config.optim.time_budget)
-    default, step = int(parts.data_config["input_size"][-1]), size_step(parts.model)
+    optim = config.optim
+    budget = str(config.optim.time_budget)
+    default = int(parts.data_config["input_size"][-1])
+    step = size_step(parts.model)
     sizes = [*range(-(-MIN_SIZE // step) * step, default, step), default]
     reason = _reason_to_keep_size(config)
     if reason is not None:
@@ -165,7 +179,8 @@ def fit_image_size(
         return times.steps * times.step_s + (evaluation_s + times.final_s) / optim.epochs
 
     left_s = partial(_seconds_left, budget, started_at)
-    search, epochs = None, counted(optim.epochs, "epoch")
+    search = None
+    epochs = counted(optim.epochs, "epoch")
     has_head = can_skip_training(optim, config.data.protocol) and optim.final_head == "layers"
     trains = optim.epochs > 0 and not (has_head and find_method(config.method.name).is_head_only)
     last_part = "the final head" if has_head else "the final evaluation"
@@ -175,12 +190,15 @@ def fit_image_size(
             largest_side = max(_SMALL_SIDE, _median_side(parts.splits.train)) if trains else default
             head_sizes = [size for size in sizes if size - step < largest_side] or sizes[:1]
             search = _largest_size(head_sizes, lambda size: measure(size, with_training=False).final_s, left_s)
-            work, unit = last_part, "it"
+            work = last_part
+            unit = "it"
             sizes = [size for size in sizes if 2 * size >= search.size]
         if search is None or (trains and search.fits):
             trained = _largest_size(sizes, epoch_seconds, lambda: left_s() / optim.epochs)
             if search is None or trained.fits:
-                search, work, unit = trained, epochs, "one epoch"
+                search = trained
+                work = epochs
+                unit = "one epoch"
     except _SizeError as error:
         print_line(console, f"image size stays {default} px: {config.model.backbone} does not support {error}")
         return None
@@ -233,7 +251,9 @@ def _largest_size(
     # starts at the smallest size, since a step at the largest may exceed the budget; the next size is the largest that
     # would fit if time were proportional to the number of pixels
     seconds: dict[int, float] = {}
-    fits, too_large, index = -1, len(sizes), 0
+    fits = -1
+    too_large = len(sizes)
+    index = 0
     while fits + 1 < too_large and not (
         0 <= fits < too_large < len(sizes) and sizes[too_large] <= _SIZE_RATIO * sizes[fits]
     ):
@@ -247,7 +267,8 @@ def _largest_size(
             index = (fits + too_large) // 2
     # the search itself takes time, so a size that fit earlier may no longer fit
     measured = sorted(seconds)
-    pixels, times = [size**2 for size in measured], [seconds[size] for size in measured]
+    pixels = [size**2 for size in measured]
+    times = [seconds[size] for size in measured]
     estimates = {size: float(np.interp(size**2, pixels, times)) for size in sizes[: max(fits, 0) + 1]}
     allowed = allowed_s()
     size = max((size for size, needed in estimates.items() if needed <= allowed), default=sizes[0])
@@ -283,7 +304,9 @@ def fit_epochs(
     Returns:
         `epochs` and `epoch_images`; None for all images.
     """
-    optim, images, times = config.optim, len(parts.splits.train), _measure_times(parts, config)
+    optim = config.optim
+    images = len(parts.splits.train)
+    times = _measure_times(parts, config)
     left_s = _seconds_left(str(optim.time_budget), started_at) - times.final_s
 
     def steps_in_time(epochs: int) -> int:
@@ -349,10 +372,12 @@ class _Times:
 
 def _measure_times(parts: RunComponents, config: TrainConfig, with_training: bool = True) -> _Times:
     """Estimate times from a few steps; without training, `step_s` is `_MIN_STEP_S`."""
-    data, batch_size = config.data, fit_batch_size(parts, config.optim, Console(file=io.StringIO()))
+    data = config.data
+    batch_size = fit_batch_size(parts, config.optim, Console(file=io.StringIO()))
     optim = dataclasses.replace(config.optim, batch_size=batch_size)
     per_batch = max(optim.effective_batch_size // process_count(), 1)
-    train_s, is_cached = 0.0, can_cache_features(data, parts.model)
+    train_s = 0.0
+    is_cached = can_cache_features(data, parts.model)
     if with_training and not is_cached:
         with _reduced_budgets(parts.model):
             train_s = _step_seconds(parts, optim, parts.splits.train, per_batch, _trial_step)
@@ -394,8 +419,10 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
 
 def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:
     """Run a forward and a backward pass with memory for the optimizer states allocated; restore the model's state."""
-    model, device = parts.model, next(parts.model.parameters()).device
-    images, labels = batch["images"].to(device), move_to(batch["labels"], device)
+    model = parts.model
+    device = next(parts.model.parameters()).device
+    images = batch["images"].to(device)
+    labels = move_to(batch["labels"], device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     moments = [torch.zeros_like(parameter) for parameter in trained for _ in range(2)]
     try:

@@ -179,7 +179,9 @@ def _fit(
     render_report: bool,
 ) -> tuple[SnellaTrainer, StepTimeCallback]:
     """Initialize the head and train from the last checkpoint, if any; raise KeyboardInterrupt after an interruption."""
-    start, optim, trackers = time.monotonic(), plan.optim, plan.run.trackers
+    start = time.monotonic()
+    optim = plan.optim
+    trackers = plan.run.trackers
     matrices, method = matrices_of(parts.model), method_of(parts.model)
     step_timer = StepTimeCallback(next(parts.model.parameters()).device)
     with InterruptCallback() as interrupt, _tracking(trackers, run):

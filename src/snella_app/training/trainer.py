@@ -93,8 +93,12 @@ class SnellaTrainer(CheckpointingTrainer):
         feature_norm: FeatureNorm | None = None,
         keep_checkpoints: bool = True,
     ) -> None:
-        model, train, optim = parts.model, parts.splits.train, plan.optim
-        self.parts, self.plan, self.task = parts, plan, parts.task
+        model = parts.model
+        train = parts.splits.train
+        optim = plan.optim
+        self.parts = parts
+        self.plan = plan
+        self.task = parts.task
         self.protocol = get_protocol(plan.data.protocol)
         self.validation_set = val = self.protocol.selection_part(parts.splits)
         self.feature_norm = feature_norm
@@ -102,8 +106,10 @@ class SnellaTrainer(CheckpointingTrainer):
         self.average = None if optim.ema is None else WeightAverage(model, optim.ema, statistics)
         self.snapshots = EpochSnapshots(model, count, statistics) if (count := optim.swa or optim.soup) else None
         self._stored_parts = [part for part in (self.average, self.snapshots, feature_norm) if part is not None]
-        self._epoch_loss, self._epoch_steps = 0.0, 0
-        self._step_loss, self._micro_step = 0.0, 0
+        self._epoch_loss = 0.0
+        self._epoch_steps = 0
+        self._step_loss = 0.0
+        self._micro_step = 0
         self._weights = [1.0]
         self._views = 1  # set by `outputs` for `prediction_step`
         size = optim.images_per_epoch(len(train))
@@ -151,7 +157,8 @@ class SnellaTrainer(CheckpointingTrainer):
         Only evaluated epochs within the target budget count, so a run does not stop before it reaches the target
         sparsity.
         """
-        patience, allocator = self.plan.optim.early_stopping, self.allocator
+        patience = self.plan.optim.early_stopping
+        allocator = self.allocator
         if patience is None:
             return False
         rows = [
@@ -206,7 +213,8 @@ class SnellaTrainer(CheckpointingTrainer):
                 and not allocator.has_reached_target
             ):
                 row["is_denser"] = True  # only epochs that reached the target budget can be the best
-            self._epoch_loss, self._epoch_steps = 0.0, 0
+            self._epoch_loss = 0.0
+            self._epoch_steps = 0
             score = self.selection_score(row)
             is_best = all(self.selection_score(past) <= score for past in self.history)
             self.log(row)
@@ -245,7 +253,8 @@ class SnellaTrainer(CheckpointingTrainer):
         if candidates is None or not candidates.epochs:
             return None
         rows = {row["epoch"]: self.selection_score(row) for row in self.history}
-        chosen, others = candidates.epochs, []
+        chosen = candidates.epochs
+        others = []
         if self.plan.optim.soup is not None:
             best, *others = sorted(candidates.epochs, key=lambda epoch: (rows[epoch], epoch), reverse=True)
             chosen = [best]
@@ -254,7 +263,9 @@ class SnellaTrainer(CheckpointingTrainer):
             larger = sorted([*chosen, epoch])
             larger_score, larger_scores = self._evaluate_mean(larger)
             if larger_score >= score:
-                chosen, score, scores = larger, larger_score, larger_scores
+                chosen = larger
+                score = larger_score
+                scores = larger_scores
         is_saved = score >= max(rows.values())
         if is_saved:
             with candidates.average_parameters(chosen):
@@ -312,7 +323,8 @@ class SnellaTrainer(CheckpointingTrainer):
         weights = inputs.get("weights")
         loss = self.task.loss(logits, inputs["labels"], weights)
         if "share" in inputs:
-            share, other_weights = inputs["share"], None if weights is None else weights.roll(1, 0)
+            share = inputs["share"]
+            other_weights = None if weights is None else weights.roll(1, 0)
             loss = share * loss + (1 - share) * self.task.loss(logits, inputs["other_labels"], other_weights)
         penalty = None if (method := method_of(self.trained_model)) is None else method.penalty
         if penalty is not None and model.training:
@@ -351,8 +363,10 @@ class SnellaTrainer(CheckpointingTrainer):
         The Trainer divides the loss by the number of batches, and DDP divides gradients by the number of processes.
         """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, *others)
-        self._micro_step, self._step_loss = 0, 0.0
-        shards, count = self._shards, len(batches)
+        self._micro_step = 0
+        self._step_loss = 0.0
+        shards = self._shards
+        count = len(batches)
         per_epoch = self.plan.optim.steps_per_epoch(len(self._sampler))
         first = self.state.global_step % per_epoch * self.plan.optim.accumulate
         images = min(len(self._sampler), (first + count) * shards.batch_size) - first * shards.batch_size
@@ -419,7 +433,8 @@ class SnellaTrainer(CheckpointingTrainer):
     def _read_state(self, checkpoint: Path) -> dict[str, Any]:
         """Load the state written by `_write_state`."""
         values = super()._read_state(checkpoint)
-        self._epoch_loss, self._epoch_steps = values["loss_sum"], values["steps"]
+        self._epoch_loss = values["loss_sum"]
+        self._epoch_steps = values["steps"]
         for part in self._stored_parts:
             part.load(checkpoint)
         return values
@@ -436,7 +451,8 @@ class SnellaTrainer(CheckpointingTrainer):
             saved = "the best adapter is saved"
         else:
             saved = f"the state after epoch {done} and the best adapter are saved"
-        optim, scaling = self.plan.optim, self.plan.method.scaling
+        optim = self.plan.optim
+        scaling = self.plan.method.scaling
         options = {"lr": optim.lr, "scalar-lr": optim.scalar_lr, "head-lr": optim.head_lr, "scaling": scaling}
         named = ", ".join(f"--{name} (now {value:g})" for name, value in options.items() if value is not None)
         return NonFiniteLossError(

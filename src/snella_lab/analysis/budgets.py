@@ -125,7 +125,8 @@ def layer_sparsities(run: BudgetedRun, budgets: Mapping[str, int], by: Layers) -
     """Return weights, budget and sparsity of each layer, given the budget of each matrix."""
     rows = []
     for position, (layer, matrices) in enumerate(run.layers(by).items()):
-        weights, budget = sum(m.size for m in matrices), sum(budgets[m.name] for m in matrices)
+        weights = sum(m.size for m in matrices)
+        budget = sum(budgets[m.name] for m in matrices)
         row = {"run": run.label, "layer": layer, "position": position, "weights": weights, "budget": budget}
         rows.append({**row, "sparsity": 1 - budget / weights})
     return rows
@@ -174,7 +175,8 @@ def _layer_rows(run: BudgetedRun, step: AllocationStep, by: Layers) -> list[Row]
 def budget_rows(run: BudgetedRun) -> list[Row]:
     """Return the total budget after each allocation, and the scheduled budget `b_t` (eq. 12)."""
     total_weights, target = run.allocation.total_weights, run.allocation.target_budget
-    first, schedule = run.allocation.history[0].budget, str(run.settings.get("schedule", "cubic"))
+    first = run.allocation.history[0].budget
+    schedule = str(run.settings.get("schedule", "cubic"))
     return [
         {
             "run": run.label,
@@ -226,7 +228,8 @@ def _draw_evolution(rows: Sequence[Row], metrics: Mapping[str, str], by: Layers)
         steps = sorted({row["step"] for row in run_rows})
         if len(steps) > _MAX_STEPS:
             steps = [steps[index] for index in np.linspace(0, len(steps) - 1, _MAX_STEPS).round().astype(int)]
-        top, bottom = panels[column], panels[column + len(labels)]
+        top = panels[column]
+        bottom = panels[column + len(labels)]
         for number, step in enumerate(steps):
             step_rows = [row for row in run_rows if row["step"] == step]
             color = to_hex(accent_map()(0.18 + 0.82 * number / max(len(steps) - 1, 1)), keep_alpha=True)
@@ -259,8 +262,11 @@ def _draw_budgets(rows: Sequence[Row], runs: Sequence[BudgetedRun]) -> Figure:
     for number, run in enumerate(runs):
         run_rows = [row for row in rows if row["run"] == run.label]
         color, marker = style_of(number)
-        total_weights, target, first = run.allocation.total_weights, run.allocation.target_budget, run_rows[0]["budget"]
-        schedule, last = str(run.settings.get("schedule", "cubic")), run_rows[-1]
+        total_weights = run.allocation.total_weights
+        target = run.allocation.target_budget
+        first = run_rows[0]["budget"]
+        schedule = str(run.settings.get("schedule", "cubic"))
+        last = run_rows[-1]
         grid = np.linspace(0, last["total"], 201)
         scale = last["step"] / last["t"] if last["t"] else 1.0
         curve = [budget_at(int(1000 * t), 1000 * last["total"], first, target, schedule) / total_weights for t in grid]

@@ -281,8 +281,12 @@ def _class_balanced_indices(labels: Sequence[int], count: int, seed: int) -> lis
     return list(islice(cycled, count))
 
 
-_GAP, _TITLE, _CAPTION = 12, 24, 17
-"""Cell gap and heights of row title and image caption, in pixels."""
+_GAP = 12
+"""Gap between cells, in pixels."""
+_TITLE = 24
+"""Height of a row's title, in pixels."""
+_CAPTION = 17
+"""Height of an image's caption, in pixels."""
 
 
 def _draw_grid(

@@ -194,7 +194,8 @@ def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = 
     targets = torch.cat(
         [random_matrices(config.size, rank, config.matrices, config.density, generator) for rank in config.ranks]
     )
-    count, size = len(targets), config.size
+    count = len(targets)
+    size = config.size
     scale = config.r**-0.25
     A, B = (scale * torch.randn(count, size, config.r, generator=generator) for _ in range(2))
     scalars = [torch.tensor([0.1, -0.1]).repeat(count, 1), torch.ones(count), torch.zeros(count)]
@@ -211,7 +212,9 @@ def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = 
     recorded = set(
         np.linspace(0, config.steps - 1, min(_MAX_RECORDED_STEPS, config.steps)).round().astype(int).tolist()
     )
-    steps, gradients, errors = [], [], []
+    steps = []
+    gradients = []
+    errors = []
     for step in range(config.steps):
         optimizer.zero_grad()
         losses = (batched(*parameters) - targets).square().mean((1, 2))
@@ -366,7 +369,8 @@ def _read_fits(folder: Path, config: FitConfig) -> dict[str, Fit]:
         return {}
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        settings, fits = state["settings"], {name: Fit(**values) for name, values in state["fits"].items()}
+        settings = state["settings"]
+        fits = {name: Fit(**values) for name, values in state["fits"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it to start again") from error
     if settings != _settings(config):
@@ -392,7 +396,8 @@ def _plot_kernels(
     axes: Axes, rows: Sequence[Row], x: str, y: str, markers: tuple[int, int] = (0, 1)
 ) -> tuple[list[Line2D], list[str]]:
     """Draw one line per kernel; `markers` contains marker offset and interval. Return the lines and kernels."""
-    lines, kernels = [], grouped(rows, "kernel")
+    lines = []
+    kernels = grouped(rows, "kernel")
     for number, points in enumerate(kernels.values()):
         color, marker = style_of(number)
         lines += axes.plot(

@@ -120,7 +120,8 @@ def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = Fal
     from snella_lab.style import write_figure
 
     folder = Path(out)
-    tables, figures = {}, []
+    tables = {}
+    figures = []
     for plot in plots:
         tables[folder / f"{plot.name}.csv"] = plot.rows
         tables |= {folder / f"{plot.name}-{name}.csv": rows for name, rows in plot.tables.items()}

@@ -152,7 +152,8 @@ class LiveTensors(TorchDispatchMode):
     def _track(self, tensor: Tensor) -> None:
         """Count a storage until it is freed."""
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
+        size = storage.nbytes()
         if key in self._seen or not size:
             return
         self._seen.add(key)
@@ -251,7 +252,8 @@ def _draw_radar(rows: Sequence[Row], fractions: Mapping[str, bool]) -> Figure:
 def _draw_memory(rows: Sequence[Row]) -> Figure:
     """Draw one line per run, with ticks for the phases of each step."""
     figure, axes = new_figure(640, 380, f"Live tensors during training, batch size {rows[0]['batch_size']}")
-    handles, runs = [], grouped(rows, "run")
+    handles = []
+    runs = grouped(rows, "run")
     for number, points in enumerate(runs.values()):
         positions, sizes = [row["position"] for row in points], [row["mib"] for row in points]
         handles += axes.plot(positions, sizes, color=style_of(number)[0], linewidth=1.8)

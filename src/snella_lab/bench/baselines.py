@@ -57,7 +57,8 @@ class UnfusedLayer(nn.Module):
         groups = []
         for matrix, budget in zip(spec.matrices(factors), budgets, strict=True):
             delta = spec.merge_matrix(matrix)
-            sparsity, magnitudes = 1 - budget / delta.numel(), delta.detach().abs().flatten()
+            sparsity = 1 - budget / delta.numel()
+            magnitudes = delta.detach().abs().flatten()
             is_small = delta.numel() <= _QUANTILE_LIMIT
             # torch.quantile as in the authors' code; quantile_threshold is faster
             threshold = torch.quantile(magnitudes, sparsity) if is_small else quantile_threshold(delta, sparsity)

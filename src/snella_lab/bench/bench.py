@@ -192,7 +192,8 @@ def _send_peak(sender: Any, threads: int, function: Callable[..., float], *args:
 
 def _run(name: str, workload: Workload, batch: int) -> float:
     """Run the steps, and return the memory before the first one."""
-    runner, (images, labels) = Runner(name, workload), random_batch(workload, batch)
+    runner = Runner(name, workload)
+    images, labels = random_batch(workload, batch)
     reset_peak_rss()  # selecting weights, e.g. by GPS, may need more memory than a step
     if images.is_cuda:
         torch.cuda.reset_peak_memory_stats(images.device)
@@ -258,7 +259,8 @@ def _time(config: BenchConfig, workload: Workload, batch: int, console: Console)
         else:
             print_line(console, f"skipped {name}: {prepared}")
     times: dict[str, list[StepTime]] = {name: [] for name in runners}
-    order, shuffle = list(runners), random.Random(0)
+    order = list(runners)
+    shuffle = random.Random(0)
     for _ in track(range(config.rounds), f"{workload.backbone}, batch {batch}", console=console, transient=True):
         shuffle.shuffle(order)
         for name in order:

@@ -14,7 +14,8 @@ Precision = Literal["float32", "autocast", "bfloat16"]
 """`autocast`: bfloat16 activations over float32 weights; `bfloat16`: autocast with frozen weights in bfloat16."""
 Strategy = Literal["ddp", "fsdp2"]
 
-_FLOAT32, _HALF = 4, 2
+_FLOAT32 = 4
+_HALF = 2
 _SIZES: dict[Precision, tuple[int, int, int]] = {"float32": (4, 4, 4), "autocast": (2, 4, 4), "bfloat16": (2, 2, 2)}
 """Bytes of an activation, of a frozen weight and of an entry of the residual stream."""
 _INT8 = 17 / 16  # bytes per entry: one float32 scale for 64 entries
@@ -55,7 +56,9 @@ class Transformer:
     @property
     def layers(self) -> list[tuple[int, int, int]]:
         """Adapted layers of one block: `(m, n, matrices)`; a fused qkv holds three matrices."""
-        d, h, kv = self.width, self.hidden, self.kv_width or self.width
+        d = self.width
+        h = self.hidden
+        kv = self.kv_width or self.width
         if self.is_llama:
             return [(d, d, 1), (kv, d, 1), (kv, d, 1), (d, d, 1), (h, d, 1), (h, d, 1), (d, h, 1)]
         return [(3 * d, d, 3), (d, d, 1), (h, d, 1), (d, h, 1)]
@@ -242,7 +245,8 @@ class StepCount:
         fsdp2  2·(p − 1)/p · base weights (gathered in both passes)
                + (p − 1)/p · gradients (reduce-scatter) for full fine-tuning, else 2·(p − 1)/p · gradients (all-reduce)
         """
-        share, gradients = (devices - 1) / devices, _FLOAT32 * self.trainable
+        share = (devices - 1) / devices
+        gradients = _FLOAT32 * self.trainable
         if strategy == "ddp":
             return 2 * share * gradients
         return share * (2 * self.base_weights + (1 if self.is_full else 2) * gradients)
@@ -294,7 +298,8 @@ def count_step(
             Repeated merging and repeated adapter products are not counted.
     """
     options = METHODS[method]
-    tokens, (activation, weight, _) = model.tokens * batch, _SIZES[precision]
+    tokens = model.tokens * batch
+    activation, weight, _ = _SIZES[precision]
     adapters, trainable = count_adapters(model, method, r), count_trainable(model, method, r)
     is_full = options.family == "full"
     base_weight = _FLOAT32 if is_full else weight
@@ -352,7 +357,9 @@ class _Cost:
 
 def _frozen_block(model: Transformer, tokens: int, precision: Precision) -> _Cost:
     """Count the work of one block of the frozen model."""
-    d, h, (activation, weight, _) = model.width, model.hidden, _SIZES[precision]
+    d = model.width
+    h = model.hidden
+    activation, weight, _ = _SIZES[precision]
     scores = model.heads * model.tokens
     # output and input gradient; attention has two products forward and five backward
     products = 2 * 2 * tokens * model.entries + 14 * tokens * model.tokens * d
@@ -371,7 +378,9 @@ def _frozen_block(model: Transformer, tokens: int, precision: Precision) -> _Cos
 def _method_cost(model: Transformer, options: Method, tokens: int, activation: int, r: int) -> _Cost:
     """Count the cost that a method adds to a frozen block, excluding merging and the weight gradient."""
     inputs, outputs = sum(n for _, n, _ in model.layers), sum(m for m, _, _ in model.layers)
-    d, h, layers = model.width, model.hidden, len(model.layers)
+    d = model.width
+    h = model.hidden
+    layers = len(model.layers)
     extra = _Cost()
     if options.recompute:
         extra = _Cost(vector=30 * tokens * h, moved=activation * tokens * (4 * d + 2 * h), launches=3)
@@ -442,9 +451,12 @@ def _saved_bytes(
 
 def _saved_by_block(model: Transformer, options: Method, tokens: int, r: int, precision: Precision) -> float:
     """Count the bytes that one block saves."""
-    d, h, kv = model.width, model.hidden, model.kv_width or model.width
+    d = model.width
+    h = model.hidden
+    kv = model.kv_width or model.width
     activation, _, stream = _SIZES[precision]
-    attention, gates = d + 2 * kv, 1 + model.is_llama
+    attention = d + 2 * kv
+    gates = 1 + model.is_llama
     # inputs of two normalizations, q, k and v, the output of attention, and the input of the activation (and the gate)
     per_token: float = 2 * d * stream + (attention + d + gates * h) * activation
     if options.compress:  # in 8 bits, without the output of attention

@@ -97,7 +97,8 @@ def diagnose(
         merges = make_table(("merge", "backend", "dtype", "milliseconds", "share of a snella step"), ())
         for row in diagnosis.merges:
             share = "–" if row["share"] is None else f"{row['share']:.1%} ({row['matrices']} matrices)"
-            size, milliseconds = "{}×{}".format(*row["shape"]), f"{row['milliseconds']:.2f}"
+            size = "{}×{}".format(*row["shape"])
+            milliseconds = f"{row['milliseconds']:.2f}"
             merges.add_row(size, row["backend"], row["dtype"], milliseconds, share)
         console.print(merges)
     if out is not None:

@@ -145,7 +145,8 @@ def gpu_rates(
 
 def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int | None:
     """Return the tokens of the smallest batch that meets a monotonic condition; None above a million tokens."""
-    low, high = 0, _MAX_TOKENS // model.tokens
+    low = 0
+    high = _MAX_TOKENS // model.tokens
     if not is_reached(high):
         return None
     while high - low > 1:
@@ -187,7 +188,8 @@ class GpuForecast:
 
     def ratio(self, method: str) -> tuple[float, float, float]:
         """Return the lowest, expected and highest step time relative to LoRA."""
-        step, lora = self.count(method), self.count("lora")
+        step = self.count(method)
+        lora = self.count("lora")
         return self._range(lambda rates: rates.seconds(step) / rates.seconds(lora))
 
     def _range(self, value: Callable[[Rates], float]) -> tuple[float, float, float]:
@@ -214,7 +216,9 @@ class GpuForecast:
     @property
     def notes(self) -> list[str]:
         """Ratio of SNELLA to LoRA, share of merging and crossing, as lines of text."""
-        (low, expected, high), crossing, tokens = self.ratio("snella"), self.crossing, self.shape.tokens
+        low, expected, high = self.ratio("snella")
+        crossing = self.crossing
+        tokens = self.shape.tokens
         if crossing is None:
             faster = "LoRA is faster up to a million tokens per step"
         elif crossing == tokens:

@@ -21,7 +21,8 @@ SHAPES = (((1,), 1), ((96,), 80), ((17,), 33), ((40, 40, 40), 64), ((768,), 192)
 KERNELS = ("mix_k", "p_linear")
 """Kernels that are checked with every shape; `check_cases` yields `normalized_rbf` with two."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_SAMPLES, _TOKENS = 8, 6
+_SAMPLES = 8
+_TOKENS = 6
 _SCALARS = ("piece_coeff", "alpha", "beta", "temperature")
 
 
@@ -90,7 +91,9 @@ def check_backend(impl: str, device: str, dtype: str = "fp32", *, sparsity: floa
 
     `dtype` is the dtype of input, weight and gradient: `fp32` or `bf16`.
     """
-    worst, where, cases = 0.0, "", 0
+    worst = 0.0
+    where = ""
+    cases = 0
     for case in check_cases():
         try:
             ratios = _ratios(case, impl, device, DTYPES[dtype], sparsity)
@@ -101,7 +104,8 @@ def check_backend(impl: str, device: str, dtype: str = "fp32", *, sparsity: floa
         cases += 1
         name, ratio = max(ratios.items(), key=lambda item: item[1])
         if ratio >= worst:
-            worst, where = ratio, f"{case} {name}"
+            worst = ratio
+            where = f"{case} {name}"
     return BackendCheck(device, impl, dtype, cases, round(worst, 3), where)
 
 
@@ -120,7 +124,9 @@ def op_error(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | Non
 
 def _ratios(case: CheckCase, impl: str, device: str, dtype: torch.dtype, sparsity: float) -> dict[str, float]:
     """Return a backend's ratios of error to tolerance, for the output and each gradient; NaN becomes infinity."""
-    exact, reference, actual = [], [], []
+    exact = []
+    reference = []
+    actual = []
     for seed in range(_SAMPLES):
         tensors = _tensors(case, seed, device, dtype)
         float64 = {name: tensor.double() for name, tensor in tensors.items()}
@@ -146,7 +152,9 @@ def _tensors(case: CheckCase, seed: int, device: str, dtype: torch.dtype) -> dic
     def uniform(*shape: int) -> Tensor:
         return 2 * torch.rand(*shape, generator=generator) - 1
 
-    kernel, groups, m = make_kernel(case.kernel), len(case.rows), sum(case.rows)
+    kernel = make_kernel(case.kernel)
+    groups = len(case.rows)
+    m = sum(case.rows)
     scalars = {
         "piece_coeff": (0.75 + uniform(groups, kernel.num_pieces) / 4) * (-1.0) ** torch.arange(kernel.num_pieces),
         "alpha": 1 + uniform(groups) / 4,

@@ -129,7 +129,10 @@ def _missing_package(data: str, path: Path, package: str, variable: str) -> str:
 
 
 _FOLDER = "/usr/share/mricron/templates"  # installed by the Debian package
-_HEAD, _BRAIN, _ATLAS, _ATLAS_NAMES = "ch2.nii.gz", "ch2bet.nii.gz", "aal.nii.gz", "aal.nii.txt"
+_HEAD = "ch2.nii.gz"
+_BRAIN = "ch2bet.nii.gz"
+_ATLAS = "aal.nii.gz"
+_ATLAS_NAMES = "aal.nii.txt"
 REGIONS: dict[str, tuple[str, ...]] = {
     "frontal": ("Precentral", "Frontal", "Rolandic", "Supp_Motor", "Olfactory", "Rectus", "Paracentral"),
     "parietal": ("Postcentral", "Parietal", "SupraMarginal", "Angular", "Precuneus"),
@@ -145,8 +148,11 @@ REGIONS: dict[str, tuple[str, ...]] = {
 
 _CYCLE = (("train", 18), (None, 3), ("val", 5), (None, 3), ("test", 7), (None, 3))
 """Repeating slabs from bottom to top: split and thickness in slices of 1 mm. Slabs without a split are gaps."""
-_FIRST_SLICE, _LAST_SLICE = 5, 154
-_PATCH_SIZE, _GRID_STEP, _SLICE_STEP = 64, 10, 3
+_FIRST_SLICE = 5
+_LAST_SLICE = 154
+_PATCH_SIZE = 64
+_GRID_STEP = 10
+_SLICE_STEP = 3
 _SLAB_NOTE = (
     "{}: all slices come from one head and neighboring slices are similar, so the splits are slabs of 18, 5 and 7 mm "
     "with gaps of 3 mm; results may not generalize to other heads"
@@ -178,11 +184,14 @@ def load_mri_regions() -> Collection:
     Centers are on a 10 mm grid in every third slice of a split, where the surrounding 3×3 pixels belong to one group.
     """
     root = _root("mri-regions")
-    head, groups = _volume(root / _HEAD), _groups(root)
+    head = _volume(root / _HEAD)
+    groups = _groups(root)
     half = _PATCH_SIZE // 2
     parts = {}
     for part, heights in _slabs().items():
-        patches, numbers, names = [], [], []
+        patches = []
+        numbers = []
+        names = []
         for z in heights[::_SLICE_STEP]:
             image = np.pad(_upright(head, z), half)
             labels = _upright(groups, z)

@@ -83,7 +83,8 @@ def tuned_settings(defaults: TrainConfig, candidate: Candidate) -> dict[str, flo
 
     The factor scales `lr`. It scales `head_lr` only for methods that train nothing but the head.
     """
-    optim, is_head_only = defaults.optim, find_method(defaults.method.name).is_head_only
+    optim = defaults.optim
+    is_head_only = find_method(defaults.method.name).is_head_only
     lr, decay = optim.lr or 0.0, optim.weight_decay or 0.0
     head_lr = lr if optim.head_lr is None else optim.head_lr
     return {
@@ -194,7 +195,9 @@ class _Pair:
     """Finished and remaining cells of one method on one task, with the seeds of its final runs."""
 
     def __init__(self, experiment: Experiment, data: DataEntry, method: MethodEntry) -> None:
-        self._experiment, self._data, self._method = experiment, data, method
+        self._experiment = experiment
+        self._data = data
+        self._method = method
         self.seeds: tuple[int, ...] = ()
         self._defaults = experiment.config(method, data)
         self._default_decay = self._defaults.optim.weight_decay or 0.0
@@ -203,9 +206,11 @@ class _Pair:
 
     def record(self, row: CellRow) -> bool:
         """Add a row, and return True if its cell is new and belongs to the plan."""
-        is_new, is_final = row.cell not in self._runs, row.purpose == "final"
+        is_new = row.cell not in self._runs
+        is_final = row.purpose == "final"
         error = row.error or ("failed" if row.status != "success" else None)
-        candidate, search = Candidate(row.lr_factor, row.tried_weight_decay), row.search if is_final else None
+        candidate = Candidate(row.lr_factor, row.tried_weight_decay)
+        search = row.search if is_final else None
         self._runs[row.cell] = _Run(row.cell, row.seed, candidate, is_final, tuning_result(row), search, error)
         self._ready = None
         return is_new and (not is_final or row.seed in self.seeds)
@@ -221,7 +226,8 @@ class _Pair:
         ready = self.ready()
         if not ready or ready[0].is_final:
             return len(ready)
-        finals, grid = len(self.seeds), self._experiment.grid
+        finals = len(self.seeds)
+        grid = self._experiment.grid
         if ready[0].candidate.weight_decay is not None:
             return len(ready) + finals
         decays = {decay for decay in grid.weight_decays if decay != self._default_decay}
@@ -233,7 +239,9 @@ class _Pair:
         Once a final run is evaluated on the test images, its hyperparameters apply to all seeds of the pair, even if
         tuning runs are repeated later.
         """
-        data, method, grid = self._data, self._method, self._experiment.grid
+        data = self._data
+        method = self._method
+        grid = self._experiment.grid
         evaluated = [run for run in self._runs.values() if run.is_final and run.error is None]
         if evaluated:
             first = min(evaluated, key=lambda run: run.seed)

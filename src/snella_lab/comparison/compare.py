@@ -88,7 +88,8 @@ def compare(
         TrainingInterrupted: On Ctrl-C or SIGTERM; finished runs remain stored.
     """
     require_single_process("a comparison")
-    execution, root = execution or ExecutionConfig(), Path(out)
+    execution = execution or ExecutionConfig()
+    root = Path(out)
     console = console or make_console(survives_closed_output=True)
     if execution.ray:
         import_ray()
@@ -97,7 +98,8 @@ def compare(
             f"part trains the experiment stored in out={str(out)!r} and cannot be combined with an experiment or "
             "retry_failed; start the comparison with emit, then train its parts"
         )
-    requested, experiment = experiment, _resolve_experiment(experiment, root)
+    requested = experiment
+    experiment = _resolve_experiment(experiment, root)
     part = execution.part_and_count
     if part is not None:
         planned = units(experiment)[part[0] :: part[1]]
@@ -186,7 +188,8 @@ def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> No
     """Validate the splits of one task."""
     cell = Cell(data, PROBE, 0, Candidate(), True)
     config = cell.config(experiment, "-")
-    splits, batch_size = load_splits(config.data, config.run.seed), config.optim.batch_size
+    splits = load_splits(config.data, config.run.seed)
+    batch_size = config.optim.batch_size
     task = create_task(config.data.task, splits.classes, **config.optim.task_options())
     task.check_data(splits.train, data.data)
     needs_val = config.data.protocol == "standard"
@@ -241,7 +244,9 @@ def _print_additional_entries(requested: Experiment, merged: Experiment, console
         print_line(console, f"note: the folder's experiment also contains {'; '.join(extra)}")
 
 
-_CHOICE_SEEDS, _CHOICE_EPOCHS, _CHOICE_IMAGES = 2, 5, 400
+_CHOICE_SEEDS = 2
+_CHOICE_EPOCHS = 5
+_CHOICE_IMAGES = 400
 CHOICE_FOLDER = "-choice"
 """Folder suffix of a run's method selection."""
 
@@ -288,7 +293,9 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     ]
     print_line(console, f"selecting a method: {counted(len(cells), 'short run')} in {root}")
     rows = [_trained_row(root, experiment, cell) for cell in cells]
-    means, costs, is_fraction = {}, {}, f"test_{experiment.metric}" in FRACTIONS
+    means = {}
+    costs = {}
+    is_fraction = f"test_{experiment.metric}" in FRACTIONS
     for method in experiment.methods:
         method_rows = [row for row in rows if row.experiment_name == method.name]
         values = [value for row in method_rows if row.status == "success" and (value := row.score("val")) is not None]
@@ -418,14 +425,17 @@ class _RunLimit:
     """Time limit of each run, starting when its worker locks the cell."""
 
     def __init__(self, root: Path, executor: Executor, limit_s: float) -> None:
-        self._root, self._executor, self._limit_s = root, executor, limit_s
+        self._root = root
+        self._executor = executor
+        self._limit_s = limit_s
         self._started: dict[str, float] = {}
 
     def stop_overdue(self, running: Iterable[Cell], ended: Iterable[Outcome]) -> list[Outcome]:
         """Stop unfinished runs that exceed the limit and return their outcomes, with an error."""
         if math.isinf(self._limit_s):
             return []
-        overdue, now = [], time.monotonic()
+        overdue = []
+        now = time.monotonic()
         names = {outcome.cell.name for outcome in ended}
         for name in names:
             self._started.pop(name, None)  # a retry gets the full time

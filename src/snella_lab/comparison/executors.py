@@ -78,7 +78,9 @@ class InThisProcess:
     slots = 1
 
     def __init__(self, root: Path, experiment: Experiment, keep_checkpoints: bool = False) -> None:
-        self._root, self._experiment, self._keep_checkpoints = root, experiment, keep_checkpoints
+        self._root = root
+        self._experiment = experiment
+        self._keep_checkpoints = keep_checkpoints
         self._finished: list[Outcome] = []
 
     def start(self, cell: Cell) -> None:
@@ -90,7 +92,8 @@ class InThisProcess:
         """Return the outcomes of the cells trained since the last call."""
         if not self._finished:
             time.sleep(timeout_s)
-        finished, self._finished = self._finished, []
+        finished = self._finished
+        self._finished = []
         return finished
 
     def stop(self, cell: Cell) -> None:
@@ -218,7 +221,8 @@ class OnRay:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             _connect(ray, None if slots is None else slots * threads)
-        self._slots, self._threads = slots, threads
+        self._slots = slots
+        self._threads = threads
         self._gpus = gpus
         if gpus is None:
             self._gpus = _gpu_share(sum(node.get("GPU", 0.0) for node in self._nodes()), slots, experiment)
@@ -229,7 +233,8 @@ class OnRay:
         self._task = ray.remote(**options)(Job.run)
         self._running: dict[Any, Cell] = {}
         self._restarts: dict[str, int] = {}
-        self._counted_at, self._count = -math.inf, 0
+        self._counted_at = -math.inf
+        self._count = 0
         if not self.slots:
             machines = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in self._nodes())
             self.close()
@@ -298,7 +303,8 @@ class OnRay:
         by_cpu = int(node.get("CPU", 0.0) // self._threads)
         if not self._gpus:
             return by_cpu
-        gpus, tolerance = node.get("GPU", 0.0), 1e-6
+        gpus = node.get("GPU", 0.0)
+        tolerance = 1e-6
         by_gpu = int(gpus) * int(1 / self._gpus + tolerance) if self._gpus <= 1 else int(gpus // self._gpus)
         return min(by_cpu, by_gpu)
 

@@ -18,7 +18,8 @@ from snella_app.records.record import plain
 from snella_app.text import nearest
 from snella_lab.comparison.rows import NUMBERS
 
-OVER_TASKS, OVER_GROUPS = "mean over tasks", "mean over groups"
+OVER_TASKS = "mean over tasks"
+OVER_GROUPS = "mean over groups"
 
 
 def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups: Iterable[str]) -> list[str]:
@@ -38,14 +39,16 @@ def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups:
         return [f"published must be a mapping, got {published!r:.200}"]
     if not published:
         return []
-    values, claims = published.get("values", {}), published.get("orderings", [])
+    values = published.get("values", {})
+    claims = published.get("orderings", [])
     has_known_keys = set(published) <= {"source", "values", "orderings"} and len(published) > 1
     if not (has_known_keys and published.get("source") and isinstance(values, Mapping) and isinstance(claims, list)):
         return [
             "published must contain 'source', a mapping 'values' or a list 'orderings' or both, and no other keys, got "
             f"{dict(published)!r:.200}"
         ]
-    labels, errors = list(tasks), []
+    labels = list(tasks)
+    errors = []
     metrics = sorted({*NUMBERS, *(f"{split}_{name}" for split in ("val", "test") for name in _SCORES)})
     for claim in claims:
         known = {"higher", "lower", "task", "metric"}
@@ -445,7 +448,8 @@ class Experiment:
         """
         stored = stored.with_probes()
         forgetting = stored.forgetting if self.forgetting is None else self.forgetting
-        new_values, stored_values = replace(self, forgetting=forgetting).as_dict(), stored.as_dict()
+        new_values = replace(self, forgetting=forgetting).as_dict()
+        stored_values = stored.as_dict()
         errors = []
         for key in [key for key in new_values if key not in _MUTABLE and new_values[key] != stored_values[key]]:
             new, old = new_values[key], stored_values[key]

@@ -40,7 +40,8 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
     if not path.is_file():
         bundled = bundled_experiments()
         if name not in bundled:
-            hint, names = nearest(name, bundled, most=2, cutoff=0.4), ", ".join(bundled) or "none"
+            hint = nearest(name, bundled, most=2, cutoff=0.4)
+            names = ", ".join(bundled) or "none"
             raise FileNotFoundError(f"experiment must be a YAML file or one of {names}, got {name!r}{hint}")
         path = bundled[name]
     try:

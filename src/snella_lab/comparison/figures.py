@@ -44,7 +44,8 @@ def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) ->
     """
     points = []
     for number, method in enumerate(summary.methods):
-        accuracy, value = method.over_tasks[summary.column], method.costs[cost]
+        accuracy = method.over_tasks[summary.column]
+        value = method.costs[cost]
         if accuracy is not None and value is not None and (value > 0 or not is_log):
             points.append((value, accuracy.mean, accuracy.std, number, method.name))
     if len(points) < 2:

@@ -51,7 +51,10 @@ class ExecutionConfig(Config):
 
     def errors(self) -> list[str]:
         """Return errors for out-of-range and conflicting settings."""
-        workers, threads, gpus, limit = self.workers, self.threads, self.gpus, self.run_limit
+        workers = self.workers
+        threads = self.threads
+        gpus = self.gpus
+        limit = self.run_limit
         errors = []
         if workers < 0:
             errors.append(f"workers must be at least 0, got {workers}")

@@ -20,7 +20,8 @@ class ComparisonProgress:
     """
 
     def __init__(self, console: Console, plan: Plan, rows: Iterable[CellRow]) -> None:
-        self._console, self._plan = console, plan
+        self._console = console
+        self._plan = plan
         self._is_waiting = False
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True
@@ -28,7 +29,8 @@ class ComparisonProgress:
         self._task = self._bar.add_task("", total=1)
         self._running: list[str] = []
         self._durations: dict[tuple[str, ...], tuple[float, int]] = {}
-        self._estimated_at, self._estimate_s = -math.inf, 0.0
+        self._estimated_at = -math.inf
+        self._estimate_s = 0.0
         for row in rows:
             self._add_duration(row)
 
@@ -99,7 +101,8 @@ class ComparisonProgress:
         The estimate visits all pairs, so it is updated at most once per second.
         """
         if time.monotonic() - self._estimated_at > 1:
-            self._estimated_at, self._estimate_s = time.monotonic(), 0.0
+            self._estimated_at = time.monotonic()
+            self._estimate_s = 0.0
             for task, method, left in self._plan.remaining():
                 keys = ((task, method), (task,), ())
                 total, count = next((self._durations[key] for key in keys if key in self._durations), (0.0, 1))

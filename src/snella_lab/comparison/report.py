@@ -119,7 +119,9 @@ def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
     names = [method.name for method in experiment.methods]
     claims: list[tuple[str, Difference | None, bool, int]] = []
     for claim in experiment.published.get("orderings", []):
-        higher, lower, metric = claim["higher"], claim["lower"], claim.get("metric", experiment.published_metric)
+        higher = claim["higher"]
+        lower = claim["lower"]
+        metric = claim.get("metric", experiment.published_metric)
         if higher not in names or lower not in names:
             continue
         tasks = [claim["task"]] if claim.get("task") else [entry.name for entry in experiment.data]
@@ -206,7 +208,8 @@ def _markdown_line(cells: list[str]) -> str:
 
 def _provenance(summary: Summary) -> str:
     """Format command, machines, dates and commits as a sentence."""
-    finals, command = final_rows(summary.rows), summary.experiment.command
+    finals = final_rows(summary.rows)
+    command = summary.experiment.command
     dates = sorted({row.created_at[:10] for row in finals})
     machines = sorted({str(row.system_info.get("processor") or row.system_info.get("machine")) for row in finals})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
@@ -237,7 +240,8 @@ def write_page(root: Path, summary: Summary) -> Path:
     times = {row.cell: row.total_time for row in rows}
     # the times of final runs include reused tuning runs
     reused_s = sum(times.get(row.results.trained_as or "", 0.0) for row in rows if row.results is not None)
-    protocol, grid = experiment.settings.get("protocol", "standard"), experiment.grid
+    protocol = experiment.settings.get("protocol", "standard")
+    grid = experiment.grid
     tuned = ["learning rate"] * (len(set(grid.lr_factors)) > 1) + ["weight decay"] * (len(grid.weight_decays) > 0)
     context = {
         "experiment": experiment,
@@ -298,7 +302,8 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
     headings = [*(heading for heading in scores if heading not in summary.tasks), *summary.tasks]
     means = max(len(headings) - len(summary.tasks), 1)  # columns left of the difference: means, or the only task
     best = {heading: max((value.mean for value in scores[heading] if value), default=None) for heading in headings}
-    lines, is_fraction = [], metric in FRACTIONS
+    lines = []
+    is_fraction = metric in FRACTIONS
     for number, method in enumerate(summary.methods):
         cells = []
         for heading in headings:
@@ -306,7 +311,8 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
             text = spread_text(value, is_fraction)
             cells.append({"text": text, "is_best": value is not None and value.mean == best[heading]})
         difference = method.to_reference[metric]
-        text, tests = difference_text(difference, len(summary.tasks), is_fraction), significance_texts(difference)
+        text = difference_text(difference, len(summary.tasks), is_fraction)
+        tests = significance_texts(difference)
         lines.append({"name": method.name, "cells": cells, "difference": text, "tests": tests})
     is_main = metric == summary.column
     return {"title": title, "headings": headings, "means": means, "lines": lines, "is_main": is_main}

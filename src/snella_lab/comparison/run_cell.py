@@ -75,7 +75,8 @@ def count_differences(model: nn.Module, other: nn.Module, head: str) -> int:
     )
 
 
-_FOLDS, _PROBE_BATCH = 5, 32
+_FOLDS = 5
+_PROBE_BATCH = 32
 _MAX_NAME_BYTES = 200
 
 
@@ -207,7 +208,9 @@ def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str,
 
 def read_results(folder: Path) -> CellResults:
     """Read the results of a finished run."""
-    metrics, data, run = read(Metrics, folder), read(RunInfo, folder).data, RunFolder(folder)
+    metrics = read(Metrics, folder)
+    data = read(RunInfo, folder).data
+    run = RunFolder(folder)
     peft_config = run.adapter / "adapter_config.json"  # missing for methods outside PEFT
     best = next(row for row in metrics.history if row.epoch == metrics.adapter_epoch)
     epochs = sum(row.epoch > 0 for row in metrics.history)
@@ -368,9 +371,11 @@ def _checkpoint_s(folder: Path, config: TrainConfig) -> float | None:
 
 def _train_cell(root: Path, experiment: Experiment, cell: Cell, is_dedicated: bool, keep_checkpoints: bool) -> CellRow:
     """Train and evaluate a cell, and return a row with its results or error."""
-    start, before_mib = time.monotonic(), psutil.Process().memory_info().rss / 2**20
+    start = time.monotonic()
+    before_mib = psutil.Process().memory_info().rss / 2**20
     created_at = timestamp()
-    folder, log = cell.folder(root), root / LOGS / (cell.name.replace("/", "!") + ".txt")
+    folder = cell.folder(root)
+    log = root / LOGS / (cell.name.replace("/", "!") + ".txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     config = cell.config(experiment, folder)
     earlier_s = _checkpoint_s(folder, config)
@@ -408,7 +413,9 @@ def _train_cell(root: Path, experiment: Experiment, cell: Cell, is_dedicated: bo
                 results = replace(results, changed_weights=count_changed_weights(folder))
                 # the probe's data are read in RGB
                 if config.data.channels == 3 and (probe := experiment.probe_data(cell.data)) is not None:
-                    images, cache, device = experiment.forgetting_images, root / "frozen", config.run.device
+                    images = experiment.forgetting_images
+                    cache = root / "frozen"
+                    device = config.run.device
                     forgetting = measure_forgetting(folder, probe, images, cache, device)
                     results = replace(results, **forgetting)
             shutil.rmtree(RunFolder(folder).checkpoints, ignore_errors=True)

@@ -74,7 +74,8 @@ def write_slurm_scripts(root: Path, experiment: Experiment, execution: Execution
     (scripts / "logs").mkdir(parents=True, exist_ok=True)
     logs = str(scripts / "logs").replace("%", "%%")
     count = min(len(units(experiment)), MAX_PARTS)
-    workers, threads = execution.workers, execution.threads or 1
+    workers = execution.workers
+    threads = execution.threads or 1
     options = f" --workers {workers} --threads {threads}"
     options += "" if execution.run_limit is None else f" --run-limit {execution.run_limit:g}"
     values = {

@@ -154,9 +154,11 @@ def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
         pairs: Differences by task, one per seed; at least one task with one seed.
     """
     values = [statistics.fmean(seeds) for seeds in pairs] if len(pairs) > 1 else list(pairs[0])
-    count, tasks = sum(map(len, pairs)), len(pairs)
+    count = sum(map(len, pairs))
+    tasks = len(pairs)
     mean = statistics.fmean(values)
-    above, below = sum(value > _TOLERANCE for value in values), sum(value < -_TOLERANCE for value in values)
+    above = sum(value > _TOLERANCE for value in values)
+    below = sum(value < -_TOLERANCE for value in values)
     if len(values) == 1:
         return Difference(mean, math.nan, math.nan, count, tasks, math.nan, above, below)
     if statistics.stdev(values) / math.sqrt(len(values)) <= _TOLERANCE:  # equal differences

@@ -177,7 +177,8 @@ def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
             elif error is not None:
                 notes.append(f"{copy} {error} and was skipped")
             elif row is not None and columns is not None:
-                rows[name], restored[name] = replace(row, train_config={}), columns
+                rows[name] = replace(row, train_config={})
+                restored[name] = columns
         if notes and restored:
             notes.append(f"{len(restored)} rows restored from cell folders")
         line_count = path.read_bytes().count(b"\n") if path.is_file() else 0

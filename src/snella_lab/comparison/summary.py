@@ -141,10 +141,12 @@ class Summary:
 
 def summarize(experiment: Experiment, rows: Rows) -> Summary:
     """Compute the results of all methods; rows of methods and tasks outside the experiment are ignored."""
-    names, task_names = [m.name for m in experiment.methods], {d.name for d in experiment.data}
+    names = [m.name for m in experiment.methods]
+    task_names = {d.name for d in experiment.data}
     known = [row for row in rows if row.experiment_name in names and row.task_name in task_names]
     finals = final_rows(known)
-    runs, seen = FinalRuns(finals), {row.task_name for row in finals}
+    runs = FinalRuns(finals)
+    seen = {row.task_name for row in finals}
     tasks = [entry.name for entry in experiment.data if entry.name in seen]
     groups: dict[str, list[str]] = {}
     for entry in experiment.data:

@@ -208,7 +208,8 @@ def train_supernet(
     supernet.train()
     for epoch in range(epochs):
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
-        total, steps = 0.0, 0
+        total = 0.0
+        steps = 0
         for images, labels in data():
             activate(supernet, space.sample(rng))
             loss = data.loss(supernet(images.to(device)), move_to(labels, device))
@@ -219,7 +220,8 @@ def train_supernet(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total, steps = total + loss.item(), steps + 1
+            total = total + loss.item()
+            steps = steps + 1
         if not steps:
             raise ValueError("batches() must yield at least one batch of images and labels, got none")
         data.report(f"noah: supernet epoch {epoch + 1} of {epochs}, loss {total / steps:.4f}")
@@ -241,7 +243,8 @@ def accuracy_of(supernet: nn.Module, subnet: Subnet, data: SelectionData) -> tup
     correct = num_images = 0
     loss = 0.0
     for images, labels in data.validation() if data.validation is not None else ():
-        outputs, labels = supernet(images.to(device)), move_to(labels, device)
+        outputs = supernet(images.to(device))
+        labels = move_to(labels, device)
         correct += int((outputs.argmax(dim=1) == labels).sum()) if data.has_class_scores else 0
         loss += float(data.loss(outputs, labels)) * len(images)
         num_images += len(images)
@@ -296,7 +299,8 @@ def space_of(model: nn.Module, head: str, options: Options) -> SubnetSpace:
 
 def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
     """Train a supernet on a copy of the model, search its subnets, and apply the best one."""
-    data, space = selection_data(batches), space_of(model, head, options)
+    data = selection_data(batches)
+    space = space_of(model, head, options)
     if data.validation is None:
         raise ValueError(
             "method 'noah' requires validation images for its search, got none; "

@@ -88,7 +88,8 @@ def _shallow(model: nn.Module, head: str, options: Options, batches: Batches | N
     """Attach prompts to the first block; they are removed after the last block."""
     blocks = token_blocks("vpt-shallow", model, head)
     train_head(model, head)
-    first, last = blocks[0][1], blocks[-1][1]
+    first = blocks[0][1]
+    last = blocks[-1][1]
     prompts = make_prompts(model, first, options.get("prompts", 10), options.get("dropout", 0.0))
     attach(first, "prompts", prompts, before=insert_prompts)
     last.register_forward_hook(prompts.remove_after)
@@ -137,7 +138,8 @@ class Queries(nn.Module):
         Returns `[batch, queries, width]`. `qkv` is the output of `attn.qkv`, `[batch, tokens, 3 · width]`.
         """
         attn = block.attn
-        batch, heads = len(qkv), attn.num_heads
+        batch = len(qkv)
+        heads = attn.num_heads
         size = qkv.shape[-1] // 3
         key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.detach()[..., size:].chunk(2, -1))
         tokens = self.dropout(self.tokens.to(attn.qkv.weight.dtype).expand(batch, -1, -1))

@@ -55,7 +55,9 @@ class _LayerWithEntries(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, op: LayerOp
     ) -> Tensor:
-        ctx.op, ctx.x_shape, ctx.has_bias = op, x.shape, bias is not None
+        ctx.op = op
+        ctx.x_shape = x.shape
+        ctx.has_bias = bias is not None
         saves_x = ctx.needs_input_grad[1] or (ctx.needs_input_grad[3] and len(values))
         ctx.save_for_backward(x if saves_x else None, weight, values, indices)
         with torch.autocast(x.device.type, enabled=False):
@@ -163,7 +165,8 @@ class SparseLayer(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer with the trained entries added to its weight."""
-        base, x = self.base_layer, self.prepare_input(x)
+        base = self.base_layer
+        x = self.prepare_input(x)
         bias = None if base.bias is None else base.bias.to(x.dtype)
         return layer_with_entries(x, base.weight, bias, self.entries(), self.indices, self.layer_op)
 
@@ -210,7 +213,9 @@ class MaskedUpdate(SparseLayer):
     ) -> None:
         super().__init__(base_layer, indices)
         self.spec = UpdateSpec(config.make_kernel(), row_counts, scaling=config.scaling)
-        weight, matrices, r = self.base_layer.weight, len(row_counts), config.rank_of(name)
+        weight = self.base_layer.weight
+        matrices = len(row_counts)
+        r = config.rank_of(name)
         shapes: dict[str, tuple[int, ...]] = {"A": (matrices, weight[0].numel(), r), "B": (len(weight), r)}
         for scalar in self.spec.kernel.scalars:
             if scalar != "temperature" or config.learn_temperature:
@@ -272,7 +277,8 @@ class _MergedEntries(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         indices, *tensors = ctx.saved_tensors
-        spec, factors = ctx.spec, Factors(*tensors)
+        spec = ctx.spec
+        factors = Factors(*tensors)
         grads = zero_gradients(factors)
         matrices = zip(spec.matrices(factors), spec.rows, _positions(spec, factors.A.shape[1], indices), strict=True)
         with torch.autocast(grad.device.type, enabled=False):
@@ -429,7 +435,8 @@ def contrastive_loss(head: str, temperature: float = 0.07) -> Loss:
 
 def _selection_loss(data: SelectionData, head: str, options: Options) -> Loss:
     """Return the selection loss; by default, contrastive for one class label per image, else the task's loss."""
-    name, task = options.get("selection_loss"), loss_of(data)
+    name = options.get("selection_loss")
+    task = loss_of(data)
     contrastive = contrastive_loss(head, options.get("temperature", 0.07))
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -441,7 +448,8 @@ def _selection_loss(data: SelectionData, head: str, options: Options) -> Loss:
 
 def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
     """Compute gradients, select each neuron's inputs, and wrap the layers."""
-    data, names = selection_data(batches), neuron_layers(model, head)
+    data = selection_data(batches)
+    names = neuron_layers(model, head)
     loss = _selection_loss(data, head, options)
     weights = [f"{name}.weight" for name in names]
     gradients = summed_gradients(model, weights, data, loss, options.get("calibration_batches"))

@@ -77,7 +77,8 @@ class SptLayer(SparseUpdate):
         y = super().forward(x)
         if not self.structured:
             return y
-        prepared, dim = self.prepare_input(x), self.channel_dim
+        prepared = self.prepare_input(x)
+        dim = self.channel_dim
         parts = list(y.split(self.row_counts, dim=dim))
         for key, module in self.structured.items():
             parts[int(key)] = module(self, prepared, parts[int(key)])
@@ -142,7 +143,8 @@ def spend_budget(
     total = sum(tensor.numel() for tensor in values)
     is_structured = [False] * len(values)
     selected: list[list[int]] = [[] for _ in values]
-    remaining, seen = budget - spent, 0
+    remaining = budget - spent
+    seen = 0
     ranked = min(total, 4 * budget)
     while remaining and seen < total:
         groups_by_rank, positions = rank_entries(values, ranked)
@@ -152,7 +154,8 @@ def spend_budget(
                 continue
             cost = costs[group] - len(selected[group])
             if len(selected[group]) + 1 >= thresholds[group] and cost <= remaining:
-                is_structured[group], selected[group] = True, []
+                is_structured[group] = True
+                selected[group] = []
                 remaining -= cost
             else:
                 selected[group].append(position)
@@ -219,9 +222,13 @@ def select(model: nn.Module, head: str, options: Options, data: SelectionData, s
     ]
     names = [*(f"{name}.weight" for name in layers), *vector_names]
     sensitivities = squared_gradients(model, names, data, loss_of(data), options.get("calibration_batches", 8))
-    r, alpha, beta = options.get("r", 8), options.get("alpha", 10), options.get("beta", 5)
+    r = options.get("r", 8)
+    alpha = options.get("alpha", 10)
+    beta = options.get("beta", 5)
     groups: list[tuple[str, int, int]] = []
-    values, costs, thresholds = [], [], []
+    values = []
+    costs = []
+    thresholds = []
     for name in layers:
         sensitivity = sensitivities.pop(f"{name}.weight")
         matrix = sensitivity.view(len(sensitivity), -1)
@@ -269,7 +276,8 @@ def apply_selection(model: nn.Module, head: str, selection: SptSelection, r: int
         part = SparseEntries(module.get_parameter(parameter), indices)
         parametrize.register_parametrization(module, parameter, part)
     for name in layers:
-        rows, weight = rows_of(model, name), model.get_parameter(f"{name}.weight")
+        rows = rows_of(model, name)
+        weight = model.get_parameter(f"{name}.weight")
         indices = selection.entries.get(f"{name}.weight", torch.empty(0, dtype=torch.int64))
         modules = {group: structure(rows[group], weight[0].numel(), r) for group in selection.structured.get(name, ())}
         model.set_submodule(name, SptLayer(model.get_submodule(name), indices, rows, modules))
@@ -438,7 +446,8 @@ def _check_mask(options: Options) -> list[str]:
 
 def _build_mask(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
     """Rank the weights of all matrices by sensitivity, and apply the factors at the most sensitive ones."""
-    data, layers = selection_data(batches), matrix_layers(model, head)
+    data = selection_data(batches)
+    layers = matrix_layers(model, head)
     budget = budget_of(options, model, head)
     weights = [f"{name}.weight" for name in layers]
     total = sum(model.get_parameter(name).numel() for name in weights)

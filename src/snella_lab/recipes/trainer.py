@@ -52,7 +52,8 @@ def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn
     Raises:
         ValueError: If the method, an option or a value is invalid, or the method needs a classifier head.
     """
-    options, found = check_method(method, options), find_method(method)
+    options = check_method(method, options)
+    found = find_method(method)
     if found is FULL:
         return with_spec(model.requires_grad_(True), method, options, head="")
     if found.config is None:
@@ -138,10 +139,13 @@ class RecipeTrainer(CheckpointingTrainer):
         allocation: SnellaCallback | None,
         **options: Any,
     ) -> None:
-        self.config, self.console, self.allocation = config, console, allocation
+        self.config = config
+        self.console = console
+        self.allocation = allocation
         self.interrupt = InterruptCallback()
         self.progress = ProgressCallback(self)
-        optim, device = config.optim, next(trained.parameters()).device
+        optim = config.optim
+        device = next(trained.parameters()).device
         optimizer, self.optimizer_name = build_low_bit_optimizer(
             trained,
             optim.optimizer,
@@ -174,7 +178,9 @@ class RecipeTrainer(CheckpointingTrainer):
 
     def save_results(self, **measured: Any) -> None:
         """Save the adapter, `metrics.json` with the `measured` fields, and, with budgets, `allocation.json`."""
-        model, run, device = self.trained_model, self.run_folder, self.args.device
+        model = self.trained_model
+        run = self.run_folder
+        device = self.args.device
         with convert_write_errors(run.adapter):
             save_trained(model, run.adapter)
         matrices = matrices_of(model)
@@ -196,7 +202,8 @@ class RecipeTrainer(CheckpointingTrainer):
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
         """Return the error for a non-finite loss or gradient."""
-        optim, scaling = self.config.optim, self.config.method.scaling
+        optim = self.config.optim
+        scaling = self.config.method.scaling
         options = {"lr": optim.lr, "scalar-lr": optim.scalar_lr, "scaling": scaling}
         suggestions = ", ".join(f"--{option} (now {rate:g})" for option, rate in options.items() if rate)
         checkpoint = latest_checkpoint(self.run_folder.checkpoints)
@@ -249,7 +256,8 @@ class ProgressCallback(TrainerCallback):
             text += f"  loss {sum(self._losses) / len(self._losses):.5f}{self._held_out}"
         if (allocator := self.trainer.allocator) is not None:
             text += f"  budget {sum(allocator.budgets.values()) / allocator.total_weights:.1%}"
-        self._losses, self._held_out = [], ""
+        self._losses = []
+        self._held_out = ""
         print_line(self.trainer.console, text)
 
 

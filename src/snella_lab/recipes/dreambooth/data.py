@@ -174,11 +174,13 @@ def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = 
                 f"subject is only valid with dreambooth:PATH, got {subject!r} with {spec!r}; omit it, "
                 f"or use dreambooth:{path}"
             )
-        folder, classes = existing_folder(path, "folder", "with the images of one subject"), {}
+        folder = existing_folder(path, "folder", "with the images of one subject")
+        classes = {}
     else:
         content = "with one folder of images per subject, as in the DreamBooth dataset"
         root = existing_folder(path, "dreambooth", content)
-        folder, prompts = _subject_folder(root, subject), root / PROMPT_FILE
+        folder = _subject_folder(root, subject)
+        prompts = root / PROMPT_FILE
         classes = read_prompt_file(prompts).classes if prompts.is_file() else {}
     files = sorted(child for child in folder.iterdir() if child.is_file() and not child.name.startswith("."))
     paths = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]

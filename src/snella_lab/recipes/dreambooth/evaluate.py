@@ -177,7 +177,8 @@ def evaluate_generation(options: EvaluateGenerationOptions, console: Console | N
         ValueError: If prompts lack the token placeholder, the images have changed since training, or a run belongs to
             another command.
     """
-    console, device = console or make_console(), choose_device(options.device)
+    console = console or make_console()
+    device = choose_device(options.device)
     prompt_files = {folder: _prompt_file(folder, options.prompts) for folder in find_runs(options.run)}
     embedders = ClipEmbedder(options.clip, device), DinoEmbedder(options.dino, device)
     rows: list[dict[str, Any]] = []

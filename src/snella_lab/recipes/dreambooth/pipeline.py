@@ -119,7 +119,9 @@ def encode_images(
     check_resolution(pipeline, resolution)
     all_images = list(images)
     all_images += [ImageOps.mirror(image) for image in all_images] if flip else []
-    vae, means, deviations = pipeline.vae, [], []
+    vae = pipeline.vae
+    means = []
+    deviations = []
     with offload_models(vae, device=device):
         for image in all_images:
             pixels = pipeline.image_processor.preprocess(image, resolution, resolution, resize_mode="crop")

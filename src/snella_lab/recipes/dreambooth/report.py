@@ -53,7 +53,8 @@ def write_generation_report(run: str | Path) -> Path:
         ("training time", seconds_text(metrics.train_s), trained.optimizer),
     ]
     if allocation is not None and budgets:
-        changed, total = sum(budgets.values()), max(allocation.total_weights, 1)
+        changed = sum(budgets.values())
+        total = max(allocation.total_weights, 1)
         frozen = sum(budget == 0 for budget in budgets.values())
         note = f"of {count_text(total)} adapted weights ({percent_text(changed / total)}), {frozen} matrices frozen"
         numbers.insert(2, ("budget", count_text(changed), note))

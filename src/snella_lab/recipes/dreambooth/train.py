@@ -39,7 +39,9 @@ from snella_lab.recipes.dreambooth.pipeline import (
 from snella_lab.recipes.dreambooth.report import write_generation_report
 from snella_lab.recipes.trainer import RecipeTrainer, adapt_headless, describe_method, describe_run
 
-_LOGIT_MEAN, _LOGIT_STD, _MODE_SCALE = 0.0, 1.0, 1.29
+_LOGIT_MEAN = 0.0
+_LOGIT_STD = 1.0
+_MODE_SCALE = 1.29
 
 
 class FlowMatching(nn.Module):
@@ -65,8 +67,11 @@ class FlowMatching(nn.Module):
     ) -> None:
         super().__init__()
         copy = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-        self.sigmas, self.times = copy.sigmas[: len(copy.timesteps)], copy.timesteps
-        self.transformer, self.weighting, self.precondition = transformer, weighting, precondition
+        self.sigmas = copy.sigmas[: len(copy.timesteps)]
+        self.times = copy.timesteps
+        self.transformer = transformer
+        self.weighting = weighting
+        self.precondition = precondition
 
     def sample_times(self, count: int, generator: torch.Generator) -> Tensor:
         """Sample `count` relative positions, in [0, 1], in the list of timesteps."""
@@ -99,7 +104,9 @@ class FlowMatching(nn.Module):
         return (compute_loss_weighting_for_sd3(self.weighting, sigmas) * error.square()).mean(dim=(1, 2, 3))
 
 
-_GLOBAL, _NOISE, _FIXED = 1, 2, 3
+_GLOBAL = 1
+_NOISE = 2
+_FIXED = 3
 _FIXED_TIMES = 8
 
 
@@ -156,7 +163,8 @@ class DreamBoothTrainer(RecipeTrainer):
         classes: TrainingSet | None = None,
     ) -> None:
         self.objective: FlowMatching = objective
-        self.subject, self.classes = subject, classes
+        self.subject = subject
+        self.classes = classes
         self.loss_before = math.nan
         model, optim = objective.transformer, config.optim
         steps_per_epoch = math.ceil(len(subject.images) / (optim.batch_size * optim.accumulation))
@@ -214,7 +222,8 @@ class DreamBoothTrainer(RecipeTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the loss of micro-batch `inputs["index"]`, plus the weighted prior-preservation loss."""
-        index, accumulation = inputs["index"], self.args.gradient_accumulation_steps
+        index = inputs["index"]
+        accumulation = self.args.gradient_accumulation_steps
         step, number = divmod(index, accumulation)
         torch.manual_seed(mix_seed(self.args.seed, _GLOBAL, step, number))
         generator = torch.Generator().manual_seed(mix_seed(self.args.seed, _NOISE, step, number))
@@ -240,8 +249,10 @@ class DreamBoothTrainer(RecipeTrainer):
         self, model: nn.Module, training_set: TrainingSet, index: int, generator: torch.Generator
     ) -> Tensor:
         """Compute the mean loss of micro-batch `index`; the images are reshuffled each epoch."""
-        count, total = self.config.optim.batch_size, len(training_set.images)
-        order, indices = EpochSampler(total, self.args.seed), []
+        count = self.config.optim.batch_size
+        total = len(training_set.images)
+        order = EpochSampler(total, self.args.seed)
+        indices = []
         for position in range(index * count, (index + 1) * count):
             order.set_epoch(position // total)
             indices.append(list(order)[position % total])
@@ -386,7 +397,8 @@ def _print_summary(trainer: DreamBoothTrainer, concept: Concept) -> None:
 def check_images(run: DreamBoothFolder, stored: DataInfo, concept: Concept) -> None:
     """Raise a ValueError if the images of a run have changed since it was started."""
     if stored.digest not in (None, concept.digest()):
-        expected, actual = stored.sizes.get("train"), len(concept.paths)
+        expected = stored.sizes.get("train")
+        actual = len(concept.paths)
         raise ValueError(
             f"data must contain the {expected} images that {run.path} was started with, got {actual} images in "
             f"{concept.paths[0].parent} with different content; restore them, or start a new run"

@@ -145,7 +145,8 @@ class Template:
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self.plain, self.with_input = _PLAIN, _WITH_INPUT
+        self.plain = _PLAIN
+        self.with_input = _WITH_INPUT
         if path is not None:
             text = expand_user(path).read_text(encoding="utf-8-sig")
             if "{instruction}" not in text:

@@ -122,11 +122,13 @@ class _AnswerGenerator:
 
     def __init__(self, run: LanguageFolder, options: EvaluateLanguageOptions) -> None:
         config = run.read_config()
-        name, device = str(options.model or config.model), choose_device(options.device)
+        name = str(options.model or config.model)
+        device = choose_device(options.device)
         self.tokenizer = load_tokenizer(name)
         self.template = Template(config.template)
         self.model: nn.Module = load_trained(run.adapter, load_model(name, config.base)).to(device).eval()
-        self.device, self.options = device, options
+        self.device = device
+        self.options = options
 
     @torch.no_grad()
     def __call__(self, entries: Sequence[Instruction]) -> list[str]:

@@ -88,7 +88,8 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
 
 def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console, resumed: RunInfo | None) -> None:
     """Train a new or resumed run."""
-    data, device = expand_user(str(config.data)), choose_device(config.run.device)
+    data = expand_user(str(config.data))
+    device = choose_device(config.run.device)
     tokenizer = load_tokenizer(str(config.model))
     train, val, notes = _encode_data(config, tokenizer)
     digest = sha256_of(data)
