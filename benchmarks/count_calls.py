@@ -1,7 +1,8 @@
 """Readability metrics: calls in a forward pass, functions of a training run, sizes of classes and packages.
 
 Counts the Python calls in a forward pass of an adapted `nn.Linear` (SNELLA and PEFT's LoRA), the functions of a
-training run that are called before its first step or receive its configuration, and the lines of each package.
+training run that are called before its first step or receive its configuration, and the lines and dense statements of
+each package, with those of PEFT for comparison.
 
 python benchmarks/count_calls.py
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from unittest import mock
 
+import peft
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
@@ -33,6 +35,8 @@ from snella_app.training.train import train
 from snella_app.training.trainer import SnellaTrainer
 
 PACKAGE = str(Path(snella.__file__).parent)
+NESTABLE = (ast.IfExp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+"""Conditional expressions and comprehensions."""
 KERNELS = str(Path(PACKAGE, "backends", "numba", "forward.py"))
 PROJECT = str(Path(PACKAGE).parent)
 
@@ -124,17 +128,64 @@ def functions_before_first_step(config: TrainConfig) -> dict[str, set[str]]:
 
 @dataclass
 class Size:
-    """Size of a root package; `code` excludes blank lines, comments and docstrings."""
+    """Size of a package.
+
+    Attributes:
+        modules: Number of modules.
+        lines: Number of lines.
+        code: Number of lines without blank lines, comments, and docstrings.
+        dense: Number of dense statements, see `is_dense`.
+        largest_class: Class with the most methods, and their number.
+        longest_signature: Function with the most parameters, and their number.
+    """
 
     modules: int = 0
     lines: int = 0
     code: int = 0
+    dense: int = 0
     largest_class: tuple[str, int] = ("", 0)
     longest_signature: tuple[str, int] = ("", 0)
 
 
+def expressions_of(statement: ast.AST) -> list[ast.AST]:
+    """Return the expressions of a statement, without the statements in its body."""
+    if isinstance(statement, ast.If | ast.While):
+        return [statement.test]
+    if isinstance(statement, ast.For):
+        return [statement.iter]
+    if isinstance(statement, ast.With):
+        return list(statement.items)
+    if isinstance(statement, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Return | ast.Expr | ast.Raise):
+        return [statement]
+    return []
+
+
+def is_dense(statement: ast.AST) -> bool:
+    """Return whether a statement says too much at once.
+
+    A dense statement meets one of these conditions:
+
+    - It nests a comprehension or conditional expression in another one and has more than 18 syntax nodes.
+    - It combines two of them in more than 24 nodes, or at least three.
+    - It has more than 24 nodes per line.
+    """
+    nodes = nested = nestable = 0
+    for expression in expressions_of(statement):
+        for node in ast.walk(expression):
+            if isinstance(node, ast.expr | ast.stmt | ast.comprehension | ast.withitem):
+                nodes += 1
+            if isinstance(node, NESTABLE):
+                nestable += 1
+                nested += any(isinstance(inner, NESTABLE) for inner in ast.walk(node) if inner is not node)
+    if not nodes:
+        return False
+    is_simple = not isinstance(statement, ast.If | ast.While | ast.For | ast.With)
+    lines = statement.end_lineno - statement.lineno + 1 if is_simple else 1
+    return nestable >= 3 or (nested > 0 and nodes > 18) or (nestable == 2 and nodes > 24) or nodes / lines > 24
+
+
 def size_of(root: Path) -> Size:
-    """Count the lines, classes and signatures below a folder."""
+    """Count the lines, classes, signatures, and dense statements below a folder."""
     size = Size()
     for path in sorted(root.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
@@ -154,6 +205,7 @@ def size_of(root: Path) -> Size:
                 names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
                 count = sum(name not in ("self", "cls") for name in names)
                 size.longest_signature = max(size.longest_signature, (node.name, count), key=lambda pair: pair[1])
+            size.dense += is_dense(node)
         size.modules += 1
         size.lines += len(lines)
         size.code += sum(
@@ -219,10 +271,12 @@ def main() -> None:
     )
     for file, functions in sorted(receivers.items()):
         print(f"  {Path(file).relative_to(PROJECT)}: {', '.join(sorted(functions))}")
-    for root in ("snella", "snella_app", "snella_lab"):
-        size = size_of(Path(PROJECT, root))
+    roots = [Path(PROJECT, name) for name in ("snella", "snella_app", "snella_lab")]
+    for root in (*roots, Path(peft.__file__).parent):
+        size = size_of(root)
         print(
-            f"{root}: {size.modules} modules, {size.lines:,} lines, {size.code:,} of code; largest class "
+            f"{root.name}: {size.modules} modules, {size.lines:,} lines, {size.code:,} of code; "
+            f"{1e3 * size.dense / size.lines:.1f} dense statements per 1,000 lines; largest class "
             f"{size.largest_class[0]} with {size.largest_class[1]} methods; longest signature "
             f"{size.longest_signature[0]} with {size.longest_signature[1]} parameters"
         )

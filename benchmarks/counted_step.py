@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from snella.layer import SnellaLayer
 from snella.memory.origins import origin_of
-from snella_app.training.memory import working_modules
+from snella_app.training.memory import measured_modules
 
 _MOMENTS = 2  # AdamW
 _FLOAT32 = 4
@@ -146,7 +146,7 @@ class _SavedTensors:
         """Register hooks on a model."""
         handles = [
             module.register_forward_hook(self._after_module, with_kwargs=True)
-            for module in working_modules(model).values()
+            for module in measured_modules(model).values()
         ]
         handles += [
             module.register_forward_pre_hook(self._before_adapted)

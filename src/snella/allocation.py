@@ -122,9 +122,10 @@ def _round_to_sum(shares: list[Fraction], caps: Sequence[int], budget: int, scor
     """Round shares down, then assign the rest by largest remainder; break ties by importance, then by size."""
     counts = [int(share) for share in shares]
     missing = budget - sum(counts)
+    remainders = [share - count for share, count in zip(shares, counts, strict=True)]
     # matrices with equal remainder, importance and size are interchangeable; other ties must not be broken by
     # position, or the result would depend on the order of the layers
-    order = sorted(range(len(shares)), key=lambda k: (shares[k] - counts[k], scores[k], caps[k]), reverse=True)
+    order = sorted(range(len(shares)), key=lambda k: (remainders[k], scores[k], caps[k]), reverse=True)
     for k in order[:missing]:  # all of these have a remainder, so they are below their capacity
         counts[k] += 1
     return counts

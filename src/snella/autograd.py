@@ -338,12 +338,14 @@ def add_updates(
         updates: Updates of this weight.
         merged: Merged matrices of each update.
         shape: Shape of the result.
-        dtype: Dtype of the layer op, to which the result is rounded. `None` uses the dtype of `weight`, or without a
-            weight the dtype of the merged updates.
+        dtype: Dtype of the layer op, to which the result is rounded. If `None`, the result has the dtype of `weight`,
+            or without a weight the dtype of the merged updates.
     """
     if weight is not None and len(updates) == 1:
+        spec = updates[0].spec
         matrix, out = _base_and_out(weight, updates[0].factors.A.dtype, shape, dtype)
-        get_backend(updates[0].spec.backend).add_update(updates[0].spec, merged[0], matrix, out.view(shape[0], -1))
+        out_matrix = out.view(shape[0], -1)
+        get_backend(spec.backend).add_update(spec, merged[0], matrix, out_matrix)
         return out if dtype is None else out.to(dtype)
     owns_buffer = isinstance(weight, LazyWeight)
     base = weight.materialize() if isinstance(weight, LazyWeight) else weight

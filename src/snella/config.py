@@ -322,7 +322,10 @@ class SnellaConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict, with sets as sorted lists so that saved files are reproducible."""
         settings: dict[str, Any] = super().to_dict()
-        return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+        for name, value in settings.items():
+            if isinstance(value, set):
+                settings[name] = sorted(value)
+        return settings
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` and add loading instructions to the model card next to it."""
@@ -466,7 +469,12 @@ class SnellaConfig(PeftConfig):
             errors.append(f"realloc_every must be 'epoch' or a positive number of steps, got {interval!r}")
         groups = self.qkv_groups
         values: Any = groups.values() if isinstance(groups, dict) else [groups]
-        counts = [count for value in values for count in ([value] if isinstance(value, (int, str)) else value)]
+        counts: list[Any] = []
+        for value in values:
+            if isinstance(value, (int, str)):
+                counts.append(value)
+            else:
+                counts.extend(value)
         if groups != "auto" and any(isinstance(count, str) or count < 1 for count in counts):
             errors.append(
                 "qkv_groups must be 'auto', a positive integer, or a mapping to positive integers or lists of them, "
@@ -527,7 +535,10 @@ def _has_type(value: Any, annotation: Any) -> bool:
     if origin in (list, set):
         return isinstance(value, (list, tuple, set, range)) and all(_has_type(item, args[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(_has_type(k, args[0]) and _has_type(value[k], args[1]) for k in value)
+        if not isinstance(value, dict):
+            return False
+        key_type, value_type = args
+        return all(_has_type(key, key_type) and _has_type(item, value_type) for key, item in value.items())
     if annotation is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool))

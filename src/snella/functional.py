@@ -77,7 +77,8 @@ def adapted_linear(
     check_factors(A, B, kernel_function, scalars)
     if weight.ndim != 2:
         raise ValueError(f"weight must be [m, n], got {list(weight.shape)}")
-    factors = Factors(A[None], B, *(value if value is None else value[None] for value in scalars))
+    stacked_scalars = [scalar if scalar is None else scalar[None] for scalar in scalars]
+    factors = Factors(A[None], B, *stacked_scalars)
     budgets = (budget,)
     spec = UpdateSpec(kernel_function, (B.shape[0],), mode, scaling)
     spec.check(factors, budgets, weight.shape)

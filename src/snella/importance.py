@@ -273,14 +273,17 @@ class ImportanceTracker:
 
     def _shapes(self) -> dict[str, torch.Size]:
         """Return the full shape of every average."""
-        if self.metric in _UPDATE_METRICS:
-            is_mean = self.metric == "delta_mean_magnitude"
-            return {f"{matrix.name}/S": torch.Size(() if is_mean else matrix.shape) for matrix in self.matrices}
-        return {
-            f"{matrix.name}/{letter}": shape
-            for matrix in self.matrices
-            for letter, shape in zip("AB", _factor_layout(matrix)[1], strict=True)
-        }
+        shapes: dict[str, torch.Size] = {}
+        for matrix in self.matrices:
+            if self.metric == "delta_mean_magnitude":
+                shapes[f"{matrix.name}/S"] = torch.Size(())
+            elif self.metric in _UPDATE_METRICS:
+                shapes[f"{matrix.name}/S"] = torch.Size(matrix.shape)
+            else:
+                _, factor_shapes = _factor_layout(matrix)
+                for letter, shape in zip("AB", factor_shapes, strict=True):
+                    shapes[f"{matrix.name}/{letter}"] = shape
+        return shapes
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a dict of tensors; with sharded factors, call it in every process."""
@@ -318,12 +321,17 @@ class ImportanceTracker:
                     f"{needed}; load it into a model with the same layers, rank and importance metric"
                 )
         devices = {matrix.name: _factor_parameters(matrix)[0].device for matrix in self.matrices}
+
+        def restored(averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            copies: dict[str, Tensor] = {}
+            for key, value in averages.items():
+                matrix_name = key.rpartition("/")[0]
+                copies[key] = value.clone().to(devices[matrix_name])
+            return copies
+
         self._ranges = {}
         self._flat = {}
-        self._averages, self._uncertainties = (
-            {key: value.clone().to(devices[key.rpartition("/")[0]]) for key, value in part.items()}
-            for part in (state["averages"], state["uncertainties"])
-        )
+        self._averages, self._uncertainties = restored(state["averages"]), restored(state["uncertainties"])
 
 
 def _factor_parameters(matrix: AdaptedMatrix) -> tuple[Tensor, Tensor]:
@@ -350,8 +358,10 @@ def _factor_layout(matrix: AdaptedMatrix) -> tuple[tuple[int, int], tuple[torch.
     layer = matrix.layer
     rank = layer.snella_config[matrix.adapter_name].rank_of(layer.module_name)
     rows, columns = matrix.shape
-    before = sum(layer.row_counts[matrix.adapter_name][: matrix.group])
-    return (matrix.group * columns * rank, before * rank), (torch.Size((columns, rank)), torch.Size((rows, rank)))
+    rows_before = sum(layer.row_counts[matrix.adapter_name][: matrix.group])
+    positions = (matrix.group * columns * rank, rows_before * rank)
+    shapes = (torch.Size((columns, rank)), torch.Size((rows, rank)))
+    return positions, shapes
 
 
 class _Shard(NamedTuple):

@@ -135,9 +135,11 @@ class Kernel:
     def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> Factors:
         """Return the gradients of the inputs of `merge`, given `grad` = ∂L/∂ΔW, `[m, n]`; the default uses autograd."""
         names = [name for name in self.scalars if getattr(scalars, name) is not None]
-        inputs = [x.detach().requires_grad_() for x in (A, B, *(getattr(scalars, name) for name in names))]
+        scalar_values = [getattr(scalars, name) for name in names]
+        inputs = [value.detach().requires_grad_() for value in (A, B, *scalar_values)]
+        scalar_inputs = dict(zip(names, inputs[2:], strict=True))
         with torch.enable_grad():
-            merged = self.merge(inputs[0], inputs[1], scalars._replace(**dict(zip(names, inputs[2:], strict=True))))
+            merged = self.merge(inputs[0], inputs[1], scalars._replace(**scalar_inputs))
         gradients = torch.autograd.grad(merged, inputs, grad)
         return Factors(*gradients[:2], **dict(zip(names, gradients[2:], strict=True)))
 

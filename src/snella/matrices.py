@@ -137,15 +137,24 @@ def _strip_wrappers(name: str) -> str:
 
 def _number_blocks(model: nn.Module, adapted_layers: Iterable[str]) -> dict[str, int]:
     """Number all blocks of the lists with an adapted layer, including blocks without one."""
-    patterns = {_mask_indices(block) for block in (_split_name(name)[0] for name in adapted_layers) if block}
+    adapted_blocks = [_split_name(name)[0] for name in adapted_layers]
+    patterns = {_mask_indices(block) for block in adapted_blocks if block}
     blocks = dict.fromkeys(_split_name(_strip_wrappers(name))[0] for name, _ in model.named_modules())
-    return {block: depth for depth, block in enumerate(b for b in blocks if _mask_indices(b) in patterns)}
+    counted_blocks = [block for block in blocks if _mask_indices(block) in patterns]
+    return {block: depth for depth, block in enumerate(counted_blocks)}
 
 
 def _mask_indices(name: str) -> str:
     """Replace the block indices in a name with `#`."""
-    numbered = ((part, _NUMBERED.fullmatch(part)) for part in name.split("."))
-    return ".".join(f"{match[1] or ''}#" if match else part for part, match in numbered)
+    masked: list[str] = []
+    for part in name.split("."):
+        match = _NUMBERED.fullmatch(part)
+        if match is None:
+            masked.append(part)
+        else:
+            prefix = match[1] or ""
+            masked.append(f"{prefix}#")
+    return ".".join(masked)
 
 
 def _split_name(name: str) -> tuple[str, str]:

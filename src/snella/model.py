@@ -201,7 +201,11 @@ class SnellaModel(BaseTuner):
         name = next(name for name, module in self.model.named_modules() if module is embedding)
         tied = set(tied_weight_keys)
         peft_config.modules_to_tie = tied  # type: ignore[attr-defined]
-        others = [m for m in peft_config.modules_to_save or [] if not any(has_suffix(key, m) for key in tied)]
+        others: list[str] = []
+        for module_name in peft_config.modules_to_save or []:
+            is_tied = any(has_suffix(key, module_name) for key in tied)
+            if not is_tied:
+                others.append(module_name)
         peft_config.modules_to_save = list(dict.fromkeys([*others, name]))
 
     def _add_targets_to_tie(self, peft_config: SnellaConfig, tied_weight_keys: list[str]) -> None:

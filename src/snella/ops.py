@@ -67,7 +67,8 @@ class LinearOp:
 
     def gradient_tokens(self, grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return ∂L/∂y `[k, m]` and `x` `[k, n]`, whose product is the exact or estimated gradient of an update."""
-        grad_y, x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+        grad_y = grad_y.reshape(-1, grad_y.shape[-1])
+        x = x.reshape(-1, x.shape[-1])
         return (grad_y, x) if self.token_share == 1 else sample_tokens(grad_y, x, self.token_share)
 
     def product(self, grad_y: Tensor, x: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ class Conv2dOp:
     def _backward(self, grad_y: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> list[Tensor]:
         """Return the gradients from `aten::convolution_backward`; add a batch axis to unbatched input."""
         is_batched = x.ndim == 4
-        grads = torch.ops.aten.convolution_backward(
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad_y if is_batched else grad_y[None],
             x if is_batched else x[None],
             weight,
@@ -129,7 +130,9 @@ class Conv2dOp:
             self.groups,
             mask,
         )
-        return [grad if grad is None or is_batched or k == 1 else grad[0] for k, grad in enumerate(grads)]
+        if not is_batched and grad_x is not None:
+            grad_x = grad_x[0]
+        return [grad_x, grad_weight, grad_bias]
 
     def padding_sizes(self, weight_shape: torch.Size) -> tuple[int, ...]:
         """Return the padding in pixels, resolving `"same"` and `"valid"`.
@@ -174,7 +177,7 @@ def layer_op_from_ints(ints: Sequence[int]) -> LayerOp:
     """Decode an op from the result of `LinearOp.to_ints` or `Conv2dOp.to_ints`."""
     if len(ints) <= 3:
         return LinearOp(ints[0] / ints[1], bool(ints[2])) if ints else LinearOp()
-    return Conv2dOp(tuple(ints[:2]), tuple(ints[2:4]), tuple(ints[4:6]), ints[6])
+    return Conv2dOp(stride=tuple(ints[:2]), padding=tuple(ints[2:4]), dilation=tuple(ints[4:6]), groups=ints[6])
 
 
 def without_view(y: Tensor) -> Tensor:

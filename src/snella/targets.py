@@ -124,7 +124,8 @@ def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
     example_by_class: dict[str, tuple[str, str, list[int]]] = {}
     for name, (owner, weight) in sorted(excluded.items(), key=lambda item: -item[1][1].numel()):
         example_by_class.setdefault(owner, (name, owner, list(weight.shape)))
-    examples = ", ".join(f"{name!r} {shape} of {owner}" for name, owner, shape in list(example_by_class.values())[:3])
+    largest = list(example_by_class.values())[:3]
+    examples = ", ".join(f"{name!r} {shape} of {owner}" for name, owner, shape in largest)
     return (
         f"the selected target_modules adapt {num_adapted / (num_adapted + num_excluded):.0%} of the weights of "
         f"{type(model).__name__}, not counting embeddings and head; {len(excluded)} other weight tensors remain "

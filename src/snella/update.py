@@ -90,8 +90,8 @@ class UpdateSpec:
         A, B, *scalars = factors
         dtype = torch.promote_types(A.dtype, torch.float32)
         for group, rows in enumerate(self.rows):
-            matrix_scalars = KernelScalars(*[value if value is None else value[group].to(dtype) for value in scalars])
-            yield MatrixFactors(A[group].to(dtype), B[rows].to(dtype), matrix_scalars)
+            matrix_scalars = [value if value is None else value[group].to(dtype) for value in scalars]
+            yield MatrixFactors(A[group].to(dtype), B[rows].to(dtype), KernelScalars(*matrix_scalars))
 
     def merge_matrix(self, factors: MatrixFactors) -> Tensor:
         """Return a matrix's `ΔW`, `[rows, n]`, computed without autocast."""
@@ -170,11 +170,10 @@ def init_factors(factors: Factors, rows: Sequence[slice], num_pieces: int, *, is
     B = factors.B
     width = max(A.shape[-1] // num_pieces, 1)
     for group, matrix_rows in enumerate(rows):
-        for factor, fan in (
-            (A[group], A.shape[1] * width),
-            (B[matrix_rows], (matrix_rows.stop - matrix_rows.start) * width),
-        ):
-            factor.uniform_(-1, 1).mul_(1.0 if is_larger else fan**-0.5)
+        num_rows = matrix_rows.stop - matrix_rows.start
+        for factor, size in ((A[group], A.shape[1]), (B[matrix_rows], num_rows)):
+            bound = 1.0 if is_larger else (size * width) ** -0.5
+            factor.uniform_(-1, 1).mul_(bound)
     for name, value in _INITIAL_SCALARS.items():
         scalar: Tensor | None = getattr(factors, name)
         if scalar is not None:
@@ -204,8 +203,8 @@ def bound_initial_update(factors: Factors, rows: Sequence[slice], kernel: Kernel
     B = factors.B
     max_columns, max_rows = (_SAMPLE_SIZE, None) if kernel.softmax_dim == 0 else (None, _SAMPLE_SIZE)
     for group, matrix_rows in enumerate(rows):
-        scalars = KernelScalars(*(value if value is None else value[group] for value in factors[2:]))
-        delta = kernel.merge(A[group][:max_columns], B[matrix_rows][:max_rows], scalars)
+        scalars = [value if value is None else value[group] for value in factors[2:]]
+        delta = kernel.merge(A[group][:max_columns], B[matrix_rows][:max_rows], KernelScalars(*scalars))
         weight_rms = weight[matrix_rows].float().square().mean().sqrt()
         initial_ratio = float(
             A.shape[1] ** 0.5 * delta.square().square().mean().sqrt().to(weight_rms.device) / weight_rms

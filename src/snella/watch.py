@@ -83,7 +83,10 @@ class TrainingWatch:
                 return True
             factors = (layer.snella_A[adapter_name] for layer in layers)
             trained = {id(factor) for factor in factors if factor.requires_grad}
-            groups = [group for group in optimizer.param_groups if any(id(p) in trained for p in group["params"])]
+            groups: list[dict[str, Any]] = []
+            for group in optimizer.param_groups:
+                if any(id(parameter) in trained for parameter in group["params"]):
+                    groups.append(group)
             # torch.distributed.checkpoint creates an optimizer's state with a step at learning rate 0
             if all(group.get("lr") == 0 for group in groups):
                 return False
@@ -240,11 +243,10 @@ class _NewHeads:
     """Frozen, newly initialized layers among a model's heads, with a record of the layers that are called."""
 
     def __init__(self, heads: dict[str, nn.Linear | nn.Conv2d]) -> None:
-        self._layers = {
-            name: layer
-            for name, layer in heads.items()
-            if not any(p.requires_grad for p in layer.parameters()) and is_newly_initialized(layer.weight, layer.bias)
-        }
+        self._layers: dict[str, nn.Linear | nn.Conv2d] = {}
+        for name, layer in heads.items():
+            if _is_frozen(layer) and is_newly_initialized(layer.weight, layer.bias):
+                self._layers[name] = layer
         self._called: set[str] = set()
         self._handles = [
             layer.register_forward_hook(partial(_record_call, self._called, name))
@@ -255,8 +257,12 @@ class _NewHeads:
         """Stop recording and return the names of the called layers that are still frozen."""
         for handle in self._handles:
             handle.remove()
-        called = {name: layer for name, layer in self._layers.items() if name in self._called}
-        return [name for name, layer in called.items() if not any(p.requires_grad for p in layer.parameters())]
+        return [name for name, layer in self._layers.items() if name in self._called and _is_frozen(layer)]
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    """Return whether no parameter of a layer requires a gradient."""
+    return not any(parameter.requires_grad for parameter in layer.parameters())
 
 
 def _record_call(called: set[str], name: str, *_: Any) -> None:
@@ -302,10 +308,16 @@ def _is_default_init(rows: Tensor, bias: Tensor | None, eps: float) -> bool:
     """Return whether a layer has the default initialization of `nn.Linear` and `nn.Conv2d`."""
     bound = 1 / math.sqrt(rows.shape[1])
     count = rows.numel()
-    largest, square = float(rows.abs().max()), float(rows.square().mean())
-    is_bounded = largest <= bound * (1 + eps) and (bias is None or float(bias.abs().max()) <= bound * (1 + eps))
+    largest = float(rows.abs().max())
+    mean_square = float(rows.square().mean())
+    rounded_bound = bound * (1 + eps)
+    is_bounded = largest <= rounded_bound
+    if is_bounded and bias is not None:
+        is_bounded = float(bias.abs().max()) <= rounded_bound
     reaches_bound = largest >= bound * (1 - 7 / count)
-    return is_bounded and reaches_bound and abs(3 * square / bound**2 - 1) < _SIGMAS * math.sqrt(0.8 / count)
+    # U(±bound) has the variance bound² / 3
+    has_uniform_variance = abs(3 * mean_square / bound**2 - 1) < _SIGMAS * math.sqrt(0.8 / count)
+    return is_bounded and reaches_bound and has_uniform_variance
 
 
 def _is_noise(rows: Tensor) -> bool:

@@ -109,7 +109,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         OSError: If the disk is full or not writable; the old file is unchanged.
     """
-    temporary = path.with_name(f".{_short_name(path)}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    name = _short_name(path)
+    process = f"{_machine()}-{os.getpid()}"
+    temporary = path.with_name(f".{name}.{process}-{secrets.token_hex(4)}.tmp")
     with annotate_write_errors(path):
         _remove_leftovers(path)
         try:

@@ -17,7 +17,12 @@ def count_text(count: int) -> str:
     """Format a count: 768, 12,345, 1.33 M, 84.9 M."""
     if count < 100_000:
         return f"{count:,}"
-    unit, size = ("G", 10**9) if count >= 999_500_000 else ("M", 10**6) if count >= 999_500 else ("k", 10**3)
+    if count >= 999_500_000:
+        unit, size = "G", 10**9
+    elif count >= 999_500:
+        unit, size = "M", 10**6
+    else:
+        unit, size = "k", 10**3
     return f"{_three_digits(count / size)}{_SPACE}{unit}"
 
 
@@ -51,9 +56,12 @@ def decimal_text(value: float, digits: int) -> str:
 
 
 def measure_text(value: float, *, signed: bool = False) -> str:
-    """Format a number with four significant digits: 12.35, −0.05; with `signed`, also with a plus sign: +12.35."""
+    """Format a number with four significant digits: 12.35, −0.05. If `signed`, add a plus sign: +12.35."""
+    if math.isnan(value):
+        return "–"
+    sign = "+" if signed else ""
     # adding 0 removes the sign of a negative zero
-    return "–" if math.isnan(value) else f"{value + 0.0:{'+' if signed else ''}.4g}".replace("-", _MINUS)
+    return f"{value + 0.0:{sign}.4g}".replace("-", _MINUS)
 
 
 def seconds_text(seconds: float) -> str:
@@ -141,4 +149,8 @@ def split_text(split: str) -> str:
 
 def _three_digits(value: float) -> str:
     """Format a number with three significant digits and no exponent."""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+    if value >= 99.95:
+        return f"{value:.0f}"
+    if value >= 9.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}"

@@ -193,9 +193,13 @@ def evaluate_generation(options: EvaluateGenerationOptions) -> None:
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     result = evaluate_generation(options)
     names = list(result["mean"])
-    cells = ((row["subject"], row["method"], *(f"{row[name]:.4f}" for name in names)) for row in result["runs"])
+    columns = [name.replace("_", " ") for name in names]
+    cells: list[tuple[str, ...]] = []
+    for row in result["runs"]:
+        scores = [f"{row[name]:.4f}" for name in names]
+        cells.append((row["subject"], row["method"], *scores))
     title = "alignment: cosine similarity of CLIP embeddings; Vendi score: DINOv2 embeddings"
-    table = make_table(("subject", "method", *(name.replace("_", " ") for name in names)), cells, title=title, left=2)
+    table = make_table(("subject", "method", *columns), cells, title=title, left=2)
     if len(result["runs"]) > 1:
         table.add_section()
         table.add_row("mean", "", *(f"{result['mean'][name]:.4f}" for name in names))
@@ -305,8 +309,10 @@ def evaluate_language(options: EvaluateLanguageOptions) -> None:
 
     result = evaluate_language(options)
     counts = ("right", "questions", "unanswered")
-    rows = result["tasks"].items()
-    cells = ((task, f"{row['accuracy']:.4f}", *(str(row[name]) for name in counts)) for task, row in rows)
+    cells: list[tuple[str, ...]] = []
+    for task, row in result["tasks"].items():
+        row_counts = [str(row[name]) for name in counts]
+        cells.append((task, f"{row['accuracy']:.4f}", *row_counts))
     table = make_table(("task", "accuracy", *counts), cells)
     table.add_section()
     table.add_row("mean of tasks", f"{result['mean']:.4f}", "", "", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -58,6 +59,10 @@ def darken(figure: Figure) -> None:
             if isinstance(value, str) and value in ("none", "auto"):
                 continue
             colors = to_rgba_array(value)
-            changed = [(*inks.get(tuple(color[:3].tolist()), color[:3]), color[3]) for color in colors]
+            changed: list[Any] = []
+            for color in colors:
+                rgb, alpha = color[:3], color[3]
+                new_rgb = inks.get(tuple(rgb.tolist()), rgb)
+                changed.append((*new_rgb, alpha))
             if len(colors) and not np.array_equal(colors, changed):
                 getattr(artist, f"set_{name}")(changed if len(changed) > 1 else to_rgba(changed[0]))

@@ -126,15 +126,18 @@ class TorchBackend(Backend):
 
     def merge(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Merged:  # noqa: D102
         spec, factors, budgets, thresholds = update
-        matrices = zip(spec.matrices(factors), budgets, strict=True)
-        delta = saved or tuple([spec.merge_matrix(matrix) if budget else None for matrix, budget in matrices])
+        delta = saved
+        if not delta:
+            matrices = zip(spec.matrices(factors), budgets, strict=True)
+            delta = tuple([spec.merge_matrix(matrix) if budget else None for matrix, budget in matrices])
         if thresholds is None:
             dtype = torch.promote_types(factors.A.dtype, torch.float32)
             infinite = factors.B.new_full((), torch.inf, dtype=dtype)
-            pairs = zip(delta, budgets, strict=True)
-            thresholds = torch.stack(
-                [infinite if matrix is None else spec.find_threshold(matrix, budget) for matrix, budget in pairs]
-            )
+            matrix_thresholds = [
+                infinite if matrix is None else spec.find_threshold(matrix, budget)
+                for matrix, budget in zip(delta, budgets, strict=True)
+            ]
+            thresholds = torch.stack(matrix_thresholds)
         return Merged(factors, budgets, thresholds, delta)
 
     def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:  # noqa: D102

@@ -355,7 +355,10 @@ def _combine_masks(
     masks = []
     if attn_mask is not None:
         mask = _additive(attn_mask, dtype)
-        masks.append(mask[None, None] if mask.dim() == 2 else mask.view(batch, heads, *mask.shape[1:]))
+        if mask.dim() == 2:  # shared by all samples and heads
+            masks.append(mask[None, None])
+        else:
+            masks.append(mask.view(batch, heads, *mask.shape[1:]))
     if key_padding_mask is not None:
         masks.append(_additive(key_padding_mask, dtype).view(batch, 1, 1, -1))
     return sum(masks[1:], start=masks[0]) if masks else None

@@ -313,7 +313,9 @@ def combined_warning() -> Iterator[None]:
 
 def _warn(merges: list[_Requantization]) -> None:
     """Warn about the total requantization error and the worst layer."""
-    total = _relative(sum(x.error**2 for x in merges) ** 0.5, sum(x.update**2 for x in merges) ** 0.5)
+    total_error = sum(merge.error**2 for merge in merges) ** 0.5
+    total_update = sum(merge.update**2 for merge in merges) ** 0.5
+    total = _relative(total_error, total_update)
     worst = max(merges, key=lambda merge: _relative(merge.error, merge.update))
     formats = " and ".join(sorted({merge.quantization for merge in merges}))
     warnings.warn(

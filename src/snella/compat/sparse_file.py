@@ -135,7 +135,7 @@ class SparsePatch:
             if len(indices) != len(values):
                 raise ValueError(f"{name!r} has {len(indices)} positions and {len(values)} values")
             size = math.prod(shapes[name])
-            if len(indices) and not (int(indices[0]) >= 0 and int(indices[-1]) < size and (indices.diff() > 0).all()):
+            if not _are_ascending(indices, size):
                 raise ValueError(f"{name!r} must have ascending positions in [0, {size - 1}]")
             entries[name] = Entries(indices, values)
         return cls(entries, tensors, shapes, digests, metadata)
@@ -294,6 +294,14 @@ def decode_positions(kind: str, encoded: Tensor) -> Tensor:
         inside = starts + byte_index <= ends
         gaps[inside] |= (content[starts[inside] + byte_index].astype(np.int64) & 127) << 7 * byte_index
     return torch.from_numpy(np.cumsum(gaps + 1) - 1)
+
+
+def _are_ascending(positions: Tensor, size: int) -> bool:
+    """Return whether positions ascend strictly and lie in `[0, size)`."""
+    if len(positions) == 0:
+        return True
+    is_within = int(positions[0]) >= 0 and int(positions[-1]) < size
+    return is_within and bool((positions.diff() > 0).all())
 
 
 def _encode_gaps(positions: np.ndarray) -> np.ndarray:

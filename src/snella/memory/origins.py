@@ -226,7 +226,8 @@ class _RoundedInputs(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         reject_double_backward("set compress_activations=False")
         grads = ctx.origin.grad_inputs(ctx.saved_tensors, grad_output)
-        return None, None, None, *[next(grads) if is_needed else None for is_needed in ctx.needs_input_grad[3:]]
+        input_grads = [next(grads) if is_needed else None for is_needed in ctx.needs_input_grad[3:]]
+        return None, None, None, *input_grads
 
 
 def multiply(first: Tensor, mark: Mark, second: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -331,9 +332,10 @@ def encode(z: Tensor, *, by_row: bool = False) -> tuple[Tensor, Layout]:
 
 
 def decode(encoded: Tensor, layout: Layout) -> Tensor:
-    """Decode the result of `encode` to the original shape and memory order; rounds to the original dtype."""
+    """Decode the result of `encode` to the original shape and memory order, rounded to the original dtype."""
     codes, scales = _parts(encoded, layout.group)
-    rows = codes.float().mul_(scales).to(layout.dtype).view(-1, layout.row + -layout.row % layout.group)
+    padding = -layout.row % layout.group
+    rows = codes.float().mul_(scales).to(layout.dtype).view(-1, layout.row + padding)
     return rows[:, : layout.row].reshape(layout.shape).permute(layout.axes)
 
 

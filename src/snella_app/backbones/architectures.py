@@ -45,10 +45,14 @@ _CONVNEXTV2_SIZES: dict[tuple[int, tuple[int, ...]], str] = {
 
 def _stage_depths(state: dict[str, Tensor], pattern: re.Pattern[str]) -> tuple[int, ...]:
     """Return the number of blocks of each stage, parsed from parameter names."""
-    blocks: dict[int, int] = {}
-    for match in filter(None, map(pattern.match, state)):
-        blocks[int(match[1])] = max(blocks.get(int(match[1]), 0), int(match[2]) + 1)
-    return tuple(blocks[stage] for stage in sorted(blocks))
+    depths: dict[int, int] = {}
+    for key in state:
+        match = pattern.match(key)
+        if match is None:
+            continue
+        stage, block = int(match[1]), int(match[2])
+        depths[stage] = max(depths.get(stage, 0), block + 1)
+    return tuple(depths[stage] for stage in sorted(depths))
 
 
 def infer_convnext(state: dict[str, Tensor]) -> InferredArchitecture:
@@ -94,7 +98,11 @@ def infer_swin(state: dict[str, Tensor]) -> InferredArchitecture:
     follows from the window size, since the last stage of every published model has exactly one window.
     """
     width, _, patch, _ = state[_PATCH].shape
-    heads = {int(match[1]): state[match[0]].shape[1] for match in filter(None, map(_TABLE.match, state))}
+    heads: dict[int, int] = {}
+    for key, tensor in state.items():
+        match = _TABLE.match(key)
+        if match is not None:
+            heads[int(match[1])] = tensor.shape[1]
     depths = _stage_depths(state, _TABLE)
     window = (math.isqrt(state[_FIRST_TABLE].shape[0]) + 1) // 2
     img_size = _masked_size(state, patch) or window * patch * 2 ** (len(depths) - 1)
@@ -114,7 +122,7 @@ def infer_swin(state: dict[str, Tensor]) -> InferredArchitecture:
 
 
 def _masked_size(state: dict[str, Tensor], patch: int) -> int | None:
-    """Return the input size from the first shifted-window mask; None without masks."""
+    """Return the input size from the first shifted-window mask, or None if the file has no masks."""
     for key, value in state.items():
         if key.startswith("layers.") and key.endswith(".attn_mask") and value.ndim == 3:
             stage = int(key.split(".")[1])
@@ -142,7 +150,8 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
     patch = state.get(_PATCH)
     positions = state.get("pos_embed")
     if patch is None or patch.ndim != 4 or positions is None or positions.ndim != 3:
-        seen = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:4])
+        first_tensors = list(state.items())[:4]
+        seen = ", ".join(f"{key} {list(value.shape)}" for key, value in first_tensors)
         raise ValueError(
             f"cannot infer the architecture of '{source}' from its shapes: {_PATCH} (4 dimensions) or "
             f"pos_embed (3 dimensions) is missing; it contains {seen}, …; pass its timm name as the backbone and "

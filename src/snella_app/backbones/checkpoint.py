@@ -82,7 +82,9 @@ def _google_sizes(shapes: _Shapes, path: Path) -> dict[str, Any]:
         raise ValueError(f"weights '{path}' are not a ViT in Google's layout: {', '.join(missing)} missing")
     patch, positions, query, hidden = (shapes[key] for key in required)
     grid = math.isqrt(positions[1] - 1) if len(positions) == 3 else 0
-    if len(patch) != 4 or len(query) != 3 or len(hidden) != 2 or not grid or grid * grid + 1 != positions[1]:
+    has_dimensions = len(patch) == 4 and len(query) == 3 and len(hidden) == 2
+    is_square = grid > 0 and grid * grid + 1 == positions[1]
+    if not has_dimensions or not is_square:
         actual = ", ".join(f"{key} {list(shapes[key])}" for key in required)
         raise ValueError(f"weights '{path}' are not a ViT in Google's layout with a class token: {actual}")
     return {
@@ -127,11 +129,12 @@ def _check_google_shapes(shapes: _Shapes, sizes: dict[str, Any], path: Path) -> 
     }
     for index in range(sizes["depth"]):
         expected |= {f"Transformer/encoderblock_{index}/{key}": shape for key, shape in block.items()}
-    errors = [
-        f"{key}: file {list(shapes[key]) if key in shapes else 'lacks it'}, expected {list(shape)}"
-        for key, shape in expected.items()
-        if shapes.get(key) != shape
-    ]
+    errors: list[str] = []
+    for key, shape in expected.items():
+        if shapes.get(key) == shape:
+            continue
+        actual = str(list(shapes[key])) if key in shapes else "lacks it"
+        errors.append(f"{key}: file {actual}, expected {list(shape)}")
     extra = [key for key in shapes if key not in expected]
     errors += [f"{key}: file {list(shapes[key])}, not part of a ViT" for key in extra if key not in _REPRESENTATION]
     if errors:
@@ -382,22 +385,38 @@ def _open_nested(content: Any, path: Path) -> dict[str, Tensor]:
         if key is None:
             break
         content = content[key]
-    is_named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)} if is_named else {}
+    tensors: dict[str, Tensor] = {}
+    if isinstance(content, dict) and all(isinstance(key, str) for key in content):
+        tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        keys = listed(map(str, content)) or "no entries" if isinstance(content, dict) else ""
-        seen = f"a dictionary with {keys}" if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"weights '{path}' must contain a dictionary of tensors, got {seen}")
+        actual = type(content).__name__
+        if isinstance(content, dict):
+            keys = listed(map(str, content)) or "no entries"
+            actual = f"a dictionary with {keys}"
+        raise ValueError(f"weights '{path}' must contain a dictionary of tensors, got {actual}")
     return tensors
 
 
 def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Remove the name prefixes of DDP, `torch.compile` and Lightning."""
-    while True:
-        prefix = next((prefix for prefix in _WRAPPERS if all(key.startswith(prefix) for key in state)), None)
-        if prefix is None:
-            return state
+    prefix = _wrapper_prefix(state)
+    while prefix is not None:
         state = {key.removeprefix(prefix): value for key, value in state.items()}
+        prefix = _wrapper_prefix(state)
+    return state
+
+
+def _wrapper_prefix(state: dict[str, Tensor]) -> str | None:
+    """Return the first wrapper prefix that all names share, if any."""
+    for prefix in _WRAPPERS:
+        if all(key.startswith(prefix) for key in state):
+            return prefix
+    return None
+
+
+def _first_table_rows(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the first row of each relative position table."""
+    return {key: value[:1] for key, value in state.items() if key.endswith(_TABLE)}
 
 
 def _resized_tensors(checkpoint: Checkpoint, reference: dict[str, Tensor]) -> list[str]:
@@ -406,11 +425,9 @@ def _resized_tensors(checkpoint: Checkpoint, reference: dict[str, Tensor]) -> li
     other = reference.get(_PATCH)
     if patch is not None and other is not None and patch.ndim == other.ndim == 4 and patch.shape != other.shape:
         return state_dict_errors({_PATCH: patch}, {_PATCH: other})
-    file, expected = (
-        # compare one row: the number of rows may differ, the number of heads may not
-        {key: value[:1] for key, value in part.items() if key.endswith(_TABLE)}
-        for part in (checkpoint.state, reference)
-    )
+    # compare one row: the number of rows may differ, the number of heads may not
+    file = _first_table_rows(checkpoint.state)
+    expected = _first_table_rows(reference)
     return state_dict_errors(file, expected, optional_prefixes=tuple(expected)) if expected else []
 
 

@@ -369,8 +369,8 @@ def _with_channels(model: nn.Module, name: str, channels: int) -> nn.Module:
     if own_channels != 3:
         raise ValueError(f"channels must be {own_channels} for backbone {name!r}, got {channels}")
     config = dict(model.pretrained_cfg)  # type: ignore[arg-type]
-    first = config.get("first_conv") or ()
-    places = (first,) if isinstance(first, str) else tuple(first)
+    first_conv = config.get("first_conv") or ()
+    places = (first_conv,) if isinstance(first_conv, str) else tuple(first_conv)
     convolutions = [model.get_submodule(place) for place in places]
     if not convolutions or not all(isinstance(c, nn.Conv2d) and c.in_channels == 3 for c in convolutions):
         raise NotImplementedError(
@@ -381,7 +381,9 @@ def _with_channels(model: nn.Module, name: str, channels: int) -> nn.Module:
         convolution.in_channels = channels
     for key in ("mean", "std"):
         values = config[key]
-        repeated = (sum(values) / 3,) if channels == 1 else tuple(values[k % 3] for k in range(channels))
+        repeated = tuple(values[k % 3] for k in range(channels))
+        if channels == 1:
+            repeated = (sum(values) / 3,)
         update_config(model, **{key: repeated})
     update_config(model, input_size=(channels, *config["input_size"][1:]))
     return _store_arguments(model, {"in_chans": channels})

@@ -57,9 +57,11 @@ def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
         )
     depth = _count(state, _VISION + "layers.")
     lengths = [shape(f"{_VISION}layers.{k}.attn.rel_pos_h")[0] for k in range(depth)]
-    windows = {(length + 1) // 2 for length in lengths if length != 2 * grid - 1}
+    global_length = 2 * grid - 1
+    windows = {(length + 1) // 2 for length in lengths if length != global_length}
     if len(windows) > 1:
         raise ValueError(f"'{source}' is not a SAM: blocks must share one window size, got {sorted(windows)} patches")
+    global_blocks = [k for k, length in enumerate(lengths) if length == global_length]
     vision = SamVisionConfig(
         hidden_size=width,
         output_channels=shape(_VISION + "neck.conv1.weight")[0],
@@ -69,7 +71,7 @@ def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
         patch_size=patch,
         qkv_bias=f"{_VISION}layers.0.attn.qkv.bias" in state,
         window_size=windows.pop() if windows else grid,
-        global_attn_indexes=[k for k, length in enumerate(lengths) if length == 2 * grid - 1],
+        global_attn_indexes=global_blocks,
         num_pos_feats=hidden // 2,
         mlp_dim=shape(_VISION + "layers.0.mlp.lin1.weight")[0],
     )

@@ -17,8 +17,13 @@ ExportName = Literal["sparse", "onnx", "torchscript", "torch-export", "lora", "t
 
 def _given(**options: Any) -> str:
     """Format the options that are neither None nor False: `--batch 4, --skip-corrupt`."""
-    given = {f"--{key.replace('_', '-')}": v for key, v in options.items() if v is not None and v is not False}
-    return ", ".join(option if value is True else f"{option} {value}" for option, value in given.items())
+    given: list[str] = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        given.append(option if value is True else f"{option} {value}")
+    return ", ".join(given)
 
 
 @command("snella_app.api")

@@ -67,10 +67,13 @@ class Option:
 
     @property
     def values(self) -> list[str]:
-        """Fixed choices, as typed; empty if there are none."""
+        """Fixed choices as typed, or an empty list if any value is possible."""
         kind = _without_none(self.type)
-        values = get_args(kind) if get_origin(kind) is Literal else ("true", "false") if kind is bool else ()
-        return [str(value) for value in values]
+        if kind is bool:
+            return ["true", "false"]
+        if get_origin(kind) is Literal:
+            return [str(value) for value in get_args(kind)]
+        return []
 
     @property
     def choices(self) -> str:
@@ -96,16 +99,12 @@ def options_of(function: Callable[..., None]) -> list[Option]:
         settings = config.command_options().values()
         return [Option(s.name, s.type, s.fresh_default(), _text_of(s), s.name in config.positional) for s in settings]
     helps, hints = _texts(function), _hints(function)
-    return [
-        Option(
-            name,
-            hints[name],
-            MISSING if parameter.default is parameter.empty else parameter.default,
-            helps[name],
-            parameter.kind is parameter.POSITIONAL_ONLY,
-        )
-        for name, parameter in inspect.signature(function).parameters.items()
-    ]
+    options: list[Option] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        default = MISSING if parameter.default is parameter.empty else parameter.default
+        is_positional = parameter.kind is parameter.POSITIONAL_ONLY
+        options.append(Option(name, hints[name], default, helps[name], is_positional))
+    return options
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -214,11 +213,14 @@ def _command_list(is_research: bool) -> str:
     """List everyday or research commands, one line each."""
     width = max(map(len, COMMANDS)) + 2
     columns = max(shutil.get_terminal_size().columns - 4 - width, 30)
-    lines = []
+    indent = " " * (width + 2)
+    lines: list[str] = []
     for name, command in COMMANDS.items():
-        if command.is_research == is_research:
-            first, *rest = textwrap.wrap(summary(command), columns)
-            lines += [f"  {name:<{width}}{first}", *(" " * (width + 2) + line for line in rest)]
+        if command.is_research != is_research:
+            continue
+        first_line, *other_lines = textwrap.wrap(summary(command), columns)
+        lines.append(f"  {name:<{width}}{first_line}")
+        lines += [indent + line for line in other_lines]
     return "\n".join(lines)
 
 
@@ -235,12 +237,18 @@ def _print_completion(shell: str) -> NoReturn:
 def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     """Build the parser of one command."""
     options = options_of(function)
-    required = [f"{o.name.upper()} ..." if o.is_list else o.name.upper() for o in options if o.is_positional]
-    required = [f"[{arg}]" if o.default is not MISSING else arg for o, arg in zip(options, required, strict=False)]
-    required += [f"{o.typed} {o.choices}" for o in options if not o.is_positional and o.default is MISSING]
+    operands: list[str] = []
+    required_options: list[str] = []
+    for option in options:
+        is_required = option.default is MISSING
+        if option.is_positional:
+            operand = f"{option.typed} ..." if option.is_list else option.typed
+            operands.append(operand if is_required else f"[{operand}]")
+        elif is_required:
+            required_options.append(f"{option.typed} {option.choices}")
     parser = ArgumentParser(
         exit_on_error=False,
-        usage=" ".join(["snella", name, *required, "[options]"]),
+        usage=" ".join(["snella", name, *operands, *required_options, "[options]"]),
         description=inspect.cleandoc(function.__doc__ or "").partition("\nArgs:")[0].rstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         print_config="--print-config",
@@ -254,12 +262,15 @@ def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     purpose = getattr(owner, "purpose", None)
     method_defaults = {} if purpose is None else shown_defaults(purpose)
     method = {option.name: option.default for option in options}.get("method", "")
-    first: Any = parser.add_argument_group("basic options") if basic else parser
-    rest: Any = parser.add_argument_group("advanced options (keep the defaults for a first run)") if basic else parser
+    basic_group: Any = parser
+    advanced_group: Any = parser
+    if basic:
+        basic_group = parser.add_argument_group("basic options")
+        advanced_group = parser.add_argument_group("advanced options (keep the defaults for a first run)")
     for option in options:
         method_default = method_defaults.get(option.name)
         text = "" if method_default is None else f" (default with {method}: {method_default})"
-        _add(first if option.name in basic else rest, option, text)
+        _add(basic_group if option.name in basic else advanced_group, option, text)
     return parser
 
 
@@ -282,7 +293,11 @@ def _add(group: Any, option: Option, method_default: str) -> None:
         text += method_default
     if option.is_positional:
         is_needed = default is MISSING
-        kind, nargs = (str, "+" if is_needed else "*") if option.is_list else (option.type, None if is_needed else "?")
+        kind: Any = option.type
+        nargs = None if is_needed else "?"
+        if option.is_list:
+            kind = str
+            nargs = "+" if is_needed else "*"
         group.add_argument(option.name, type=kind, nargs=nargs, metavar=option.choices, help=text)
         return
     requirement: dict[str, Any] = {"required": True} if default is MISSING else {"default": default}
@@ -311,7 +326,7 @@ def _rewrite_error(message: str, command: str, options: Sequence[Option], args: 
         return f"snella {command} needs {' and '.join(known[n].typed for n in missing)}; see snella {command} --help"
     _, is_unknown, unknown = message.partition("unrecognized arguments: ")
     if is_unknown:
-        before = next((args[i].removesuffix("=true") for i, arg in enumerate(args[1:]) if arg == unknown), "")
+        before = next((previous for previous, arg in pairwise(args) if arg == unknown), "").removesuffix("=true")
         if before in [option.typed for option in options if option.type is bool]:
             hint = "; put the images before the options" if "images" in known else ""
             if before == "--resume":
@@ -342,13 +357,12 @@ def _expand_flags(options: Sequence[Option], args: Sequence[str]) -> list[str]:
     # `bool | None` consumes the next argument, so that an invalid value is an error
     optional_flags = {option.typed for option in options if _without_none(option.type) is bool} - flags
     followers = [*args[1:], ""]
-    return [
-        f"{arg}=true"
-        if (arg in flags and follower.lower() not in _BOOLEANS)
-        or (arg in optional_flags and (not follower or follower.startswith("-")))
-        else arg
-        for arg, follower in zip(args, followers, strict=True)
-    ]
+    expanded: list[str] = []
+    for arg, follower in zip(args, followers, strict=True):
+        is_bare_flag = arg in flags and follower.lower() not in _BOOLEANS
+        is_bare_optional = arg in optional_flags and (not follower or follower.startswith("-"))
+        expanded.append(f"{arg}=true" if is_bare_flag or is_bare_optional else arg)
+    return expanded
 
 
 def _expand_preset(command: str, options: Sequence[Option], args: Sequence[str]) -> Sequence[str]:
@@ -391,8 +405,11 @@ def _read_config(path: str, options: Sequence[Option]) -> dict[str, Any]:
     spellings = {option.name: option.name for option in options}
     hints = {key: suggest_setting(str(key), spellings) for key in content if key not in spellings}
     if hints:
-        unknown = ", ".join(f"{str(key)!r}{hint and f' ({hint})'}" for key, hint in hints.items())
-        raise UsageError(f"--config {path} has unknown settings: {unknown}")
+        unknown: list[str] = []
+        for key, hint in hints.items():
+            suggestion = f" ({hint})" if hint else ""
+            unknown.append(f"{str(key)!r}{suggestion}")
+        raise UsageError(f"--config {path} has unknown settings: {', '.join(unknown)}")
     for option in options:
         value = content.get(option.name, [])
         is_default = value is None and option.default is None  # as written by --print-config

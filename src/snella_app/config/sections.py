@@ -331,7 +331,10 @@ def budget_seconds(text: str) -> float:
         ValueError: If `text` is not a positive duration.
     """
     match = re.fullmatch(_TIME, text.strip())
-    seconds = sum(float(n or 0) * unit for n, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
+    seconds = 0.0
+    if match is not None:
+        pairs = zip(match.groups(), (3600, 60, 1), strict=True)
+        seconds = sum(float(number or 0) * unit for number, unit in pairs)
     if seconds <= 0:
         raise ValueError(f"time_budget must be a duration such as 30m, 1h30m or 90s, got {text!r}")
     return seconds

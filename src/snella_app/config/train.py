@@ -298,8 +298,8 @@ def command_line(settings: RunSettings, default: RunSettings, command: str) -> s
         if name == "class_weights" and isinstance(value, dict):
             args += [option, json.dumps(value, ensure_ascii=False)]  # class names may contain any character
         elif isinstance(value, dict):
-            texts = {key: "null" if inner is None else str(inner) for key, inner in value.items()}
-            args += [arg for key, text in texts.items() for arg in (f"{option}.{key}", text)]
+            for key, inner in value.items():
+                args += [f"{option}.{key}", "null" if inner is None else str(inner)]
         else:
             args += [option, str(value).lower() if isinstance(value, bool) else str(value)]
     return shlex.join(args)

@@ -99,7 +99,8 @@ class Inspection:
             names = listed(path.name for path in common)
             self.errors.append(f"{counted(len(common), 'image')} in both {first} and {second}: {names}")
             return
-        copies = [f"{other.names[a]} = {train.names[b]}" for a, b in equal_files(train, other, self.digest_of).items()]
+        originals = equal_files(train, other, self.digest_of)
+        copies = [f"{other.names[copy]} = {train.names[original]}" for copy, original in originals.items()]
         if copies:
             records = self.errors if len(copies) > _MAX_COPIES * len(other) else self.notes
             records.append(f"{len(copies)} of {len(other)} images of {second} with copies in {first}: {listed(copies)}")

@@ -70,7 +70,10 @@ class BenchmarkCheck:
         table = make_table(("dataset", *parts, "classes", ""), (), title=f"{self.title} in {self.folder}")
         table.columns[-1].justify = "left"
         for dataset in self.inspections:
-            sizes = [f"{len(dataset.parts[name]):,}" if name in dataset.parts else "–" for name in parts]
+            sizes: list[str] = []
+            for name in parts:
+                images = dataset.parts.get(name)
+                sizes.append("–" if images is None else f"{len(images):,}")
             num_errors = len(dataset.errors) + len(dataset.deviations)
             state = counted(num_errors, "error") if num_errors else "; note: ".join(("OK", *dataset.notes))
             table.add_row(dataset.name, *sizes, str(len(dataset.classes)), state)
@@ -218,28 +221,30 @@ class DataCheck:
         """Print the images by class and split, sizes, formats, target ranges, notes and warnings."""
         parts = self.splits.parts
         print_line(console, self.splits.description)
-        first = "label" if target == "labels" else "class" if self.counts else ""
-        cells = (
-            (name, *(f"{counts[part]:,}" for part in parts), f"{sum(counts.values()):,}")
-            for name, counts in self.counts.items()
-        )
-        table = make_table((first, *parts, "all"), cells)
+        heading = "class" if self.counts else ""
+        if target == "labels":
+            heading = "label"
+        cells: list[list[str]] = []
+        for name, counts in self.counts.items():
+            numbers = [*(counts[part] for part in parts), sum(counts.values())]
+            cells.append([name, *(f"{number:,}" for number in numbers)])
+        table = make_table((heading, *parts, "all"), cells)
         if self.counts:
             table.add_section()
         sizes = [len(images) for images in parts.values()]
-        table.add_row("images" if target == "labels" else "all", *(f"{size:,}" for size in sizes), f"{sum(sizes):,}")
+        total_name = "images" if target == "labels" else "all"
+        table.add_row(total_name, *(f"{size:,}" for size in (*sizes, sum(sizes))))
         console.print(table)
-        rows = [("note", note) for note in self.notes] + [("warning", warning) for warning in self.warnings]
-        numbers = [
-            ("numbers", f"{name} from {low:g} to {high:g}, median {median:g}")
-            for name, (low, median, high) in self.ranges.items()
-        ]
-        rows = [*numbers, *rows]
+        rows: list[tuple[str, str]] = []
         if self.sizes is not None:
-            names = ("smallest", "median", "largest")
-            sizes_text = ", ".join(f"{name} {w}×{h}" for name, (w, h) in zip(names, self.sizes, strict=True))
+            named_sizes = zip(("smallest", "median", "largest"), self.sizes, strict=True)
+            sizes_text = ", ".join(f"{name} {width}×{height}" for name, (width, height) in named_sizes)
             kinds = ", ".join(f"{kind} ({count:,})" for kind, count in self.kinds.items())
-            rows = [("sizes", f"{sizes_text} px"), ("formats", kinds), *rows]
+            rows += [("sizes", f"{sizes_text} px"), ("formats", kinds)]
+        for name, (low, median, high) in self.ranges.items():
+            rows.append(("numbers", f"{name} from {low:g} to {high:g}, median {median:g}"))
+        rows += [("note", note) for note in self.notes]
+        rows += [("warning", warning) for warning in self.warnings]
         if rows:
             print_rows(console, rows)
 
@@ -278,10 +283,9 @@ def check_data(spec: str, config: DataConfig | None = None, *, target: TargetKin
         else:
             check.errors.append(f"{images}: {named}; skip with --skip-corrupt")
     if not isinstance(splits.train, MaskDataset) and target == "class":
-        by_part = {part: Counter(images.labels) for part, images in splits.parts.items()}
-        check.counts = {
-            name: {part: counts[label] for part, counts in by_part.items()} for label, name in enumerate(splits.classes)
-        }
+        counters = {part: Counter(images.labels) for part, images in splits.parts.items()}
+        for label, name in enumerate(splits.classes):
+            check.counts[name] = {part: counts[label] for part, counts in counters.items()}
         check.warnings += _suspicious_names(splits.classes)
     elif target == "labels":
         check.counts = _label_counts(splits)
@@ -302,7 +306,9 @@ def _label_counts(splits: DataSplits) -> dict[str, dict[str, int]]:
     for part, images in splits.parts.items():
         for target in images.annotations.targets or []:
             counters[part].update(cast(tuple[str, ...], target) or (NO_LABEL,))
-    names = [*splits.classes, *([NO_LABEL] if any(counts[NO_LABEL] for counts in counters.values()) else [])]
+    names = list(splits.classes)
+    if any(counts[NO_LABEL] for counts in counters.values()):
+        names.append(NO_LABEL)
     return {name: {part: counts[name] for part, counts in counters.items()} for name in names}
 
 
@@ -322,16 +328,24 @@ def _duplicate_warnings(splits: DataSplits) -> list[str]:
     for part, images in splits.parts.items():
         groups = find_duplicates(images)
         values = images.annotations.targets or images.labels
-        contradicting = [group for group in groups if len({unordered(values[position]) for position in group}) > 1]
+        contradicting: list[list[int]] = []
+        for group in groups:
+            labels = {unordered(values[position]) for position in group}
+            if len(labels) > 1:
+                contradicting.append(group)
         texts = (
             ("image appears", "images appear", "more than once", "remove the copies"),
             ("image has", "images have", "several labels", "keep the correct one"),
         )
         for (singular, plural, text, remedy), chosen in zip(texts, (groups, contradicting), strict=True):
-            if chosen:
-                named = listed([" = ".join(images.names[position] for position in group[:3]) for group in chosen])
-                count = f"{len(chosen)} {singular if len(chosen) == 1 else plural}"
-                notes.append(f"{part}: {count} {text}: {named}; {remedy}")
+            if not chosen:
+                continue
+            copies: list[str] = []
+            for group in chosen:
+                names = [images.names[position] for position in group[:3]]
+                copies.append(" = ".join(names))
+            count = f"{len(chosen)} {singular if len(chosen) == 1 else plural}"
+            notes.append(f"{part}: {count} {text}: {listed(copies)}; {remedy}")
     return notes
 
 
@@ -355,12 +369,16 @@ def contact_sheet(splits: DataSplits, *, per_class: int = 10, max_classes: int =
     """Draw the first training images of each of the first classes (or strata), one row per class."""
     images = splits.train
     labels = sorted(set(images.labels))[:max_classes]
-    rows = [(label, [p for p, other in enumerate(images.labels) if other == label]) for label in labels]
+    rows: dict[int, list[int]] = {label: [] for label in labels}
+    for position, label in enumerate(images.labels):
+        if label in rows:
+            rows[label].append(position)
     width = per_class * (_TILE + _GAP) + _GAP
-    sheet = Image.new("RGB", (width, len(rows) * (_TILE + _HEADING + _GAP) + _GAP), _BACKGROUND)
+    height = len(rows) * (_TILE + _HEADING + _GAP) + _GAP
+    sheet = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(13)
-    for number, (label, positions) in enumerate(rows):
+    for number, (label, positions) in enumerate(rows.items()):
         top = _GAP + number * (_TILE + _HEADING + _GAP)
         draw.text((_GAP, top + 2), f"{splits.label_names[label]} ({len(positions)})", _INK, font)
         for place, position in enumerate(positions[:per_class]):

@@ -103,7 +103,8 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
     broken |= broken_rows(samples.source, usable)
     notes = list(samples.notes)
     if samples.has_columns:
-        notes.append(f"columns: {', '.join(f'{role} {column!r}' for role, column in samples.roles.items())}")
+        roles = ", ".join(f"{role} {column!r}" for role, column in samples.roles.items())
+        notes.append(f"columns: {roles}")
     if broken:
         if not config.skip_corrupt:
             raise ValueError(
@@ -123,9 +124,9 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
     elif not classes:
         columns = " and ".join(map(repr, samples.label_columns))
         problems = [f"{samples.where}: at least one label is required, got none in column {columns}"]
-    groups = (
-        None if raw_groups is None else [text_of(value) or f"(row {row + 1})" for row, value in enumerate(raw_groups)]
-    )
+    groups: list[str] | None = None
+    if raw_groups is not None:
+        groups = [text_of(value) or f"(row {row + 1})" for row, value in enumerate(raw_groups)]
     annotations = Annotations(values, weights, groups).subset(rows)
     labels = [indices[row] for row in rows]
     names = [samples.names[row] for row in rows]
@@ -162,14 +163,25 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
 
 def unordered(target: Target) -> Any:
     """Return a tuple of labels as a set, because their order is irrelevant; return other targets unchanged."""
-    return frozenset(target) if isinstance(target, tuple) and all(isinstance(t, str) for t in target) else target
+    if isinstance(target, tuple) and all(isinstance(label, str) for label in target):
+        return frozenset(target)
+    return target
 
 
 def _by_unique_name(names: Sequence[str], broken: Mapping[int, str]) -> dict[str, str]:
-    """Return the reasons of unusable rows by image name; rows without a name or with a repeated one state the row."""
+    """Return the reason of each unusable row by image name; an empty or repeated name is made unique by the row."""
     counts = Counter(names[row] for row in broken)
-    texts = {row: names[row] if counts[names[row]] == 1 else f"{names[row]} in row {row + 1}" for row in broken}
-    return {texts[row] if names[row] else f"row {row + 1}": broken[row] for row in sorted(broken)}
+    reasons: dict[str, str] = {}
+    for row in sorted(broken):
+        name = names[row]
+        if not name:
+            key = f"row {row + 1}"
+        elif counts[name] > 1:
+            key = f"{name} in row {row + 1}"
+        else:
+            key = name
+        reasons[key] = broken[row]
+    return reasons
 
 
 def _parts(samples: Samples) -> list[str]:
@@ -237,20 +249,32 @@ def _label_lists(samples: Samples) -> tuple[list[Target], dict[int, str]]:
     """
     if len(samples.label_columns) > 1:
         return _binary_columns(samples)
-    values = list(map(_parsed_list, samples.labels))
-    # a row without a value has no labels
-    values = [value if isinstance(value, list | tuple) or text_of(value) else () for value in values]
+    values: list[Any] = []
+    for raw_value in samples.labels:
+        value = _parsed_list(raw_value)
+        is_missing = not isinstance(value, list | tuple) and not text_of(value)
+        values.append(() if is_missing else value)  # a row without a value has no labels
     vectors = [value for value in values if not isinstance(value, list | tuple) or value]
-    if (names := _multi_hot_names(vectors, samples.classes)) is not None:
-        return [tuple(names[index] for index, is_set in enumerate(value) if is_set) for value in values], {}
+    names = _multi_hot_names(vectors, samples.classes)
+    labels: list[Target] = []
+    if names is not None:
+        for value in values:
+            labels.append(tuple(names[index] for index, is_set in enumerate(value) if is_set))
+        return labels, {}
     classes = samples.classes or ()
     texts = [value for value in values if isinstance(value, str) and value not in classes]
-    separator = next((s for s in _SEPARATORS if any(s in text for text in texts)), _SEPARATORS[0])
-    labels: list[Target] = []
+    used_separators = (separator for separator in _SEPARATORS if any(separator in text for text in texts))
+    separator = next(used_separators, _SEPARATORS[0])
     for value in values:
-        is_list = isinstance(value, list | tuple)
-        items = value if is_list else [value] if value in classes else text_of(value).split(separator)
-        labels.append(tuple(dict.fromkeys(filter(None, map(text_of, items)))))
+        items: Sequence[Any]
+        if isinstance(value, list | tuple):
+            items = value
+        elif value in classes:
+            items = [value]
+        else:
+            items = text_of(value).split(separator)
+        unique_names = dict.fromkeys(filter(None, map(text_of, items)))
+        labels.append(tuple(unique_names))
     return labels, {}
 
 
@@ -288,29 +312,41 @@ def _parsed_list(value: Any) -> Any:
 
 
 def _multi_hot_names(values: Sequence[Any], classes: Sequence[str] | None) -> Sequence[str] | None:
-    """Return the class names, or indices as names, if all values are 0/1 lists of equal length; None otherwise."""
+    """Return the class names, or indices as names, if all values are 0/1 lists of equal length, otherwise None."""
     is_list = all(isinstance(value, list | tuple) and len(value) > 1 for value in values)
     if not is_list or len({len(value) for value in values}) != 1:
         return None
     if not all(isinstance(entry, int | float) and entry in (0, 1) for value in values for entry in value):
         return None
     count = len(values[0])
-    return classes if classes is not None and len(classes) == count else [str(index) for index in range(count)]
+    if classes is not None and len(classes) == count:
+        return classes
+    return [str(index) for index in range(count)]
 
 
 def _labels(
     rows: Sequence[int], samples: Samples, values: Sequence[Any], target: TargetKind
 ) -> tuple[dict[int, int], list[str], list[str] | None]:
-    """Return the class or stratum of each row, the class names, and stratum names if they differ."""
+    """Return the index of each row's class or stratum, the class names, and the stratum names.
+
+    The stratum names are None if the classes are the strata.
+    """
     if target == "numbers":
-        first = np.array([values[row] if isinstance(values[row], float) else values[row][0] for row in rows])
+        first_numbers: list[float] = []
+        for row in rows:
+            value = values[row]
+            first_numbers.append(value if isinstance(value, float) else value[0])
+        numbers = np.array(first_numbers)
         bins = max(1, min(_BINS, len(rows) // _BINS))
-        edges = np.unique(np.quantile(first, np.linspace(0, 1, bins + 1)[1:-1])) if bins > 1 else np.array([])
-        in_range = np.bincount(np.digitize(first, edges), minlength=len(edges) + 1)
+        edges: np.ndarray = np.array([])
+        if bins > 1:
+            fractions = np.linspace(0, 1, bins + 1)[1:-1]
+            edges = np.unique(np.quantile(numbers, fractions))
+        in_range = np.bincount(np.digitize(numbers, edges), minlength=len(edges) + 1)
         while len(edges) and in_range.min() < _MIN_IN_STRATUM:  # merge small ranges caused by ties
             edges = np.delete(edges, max(int(in_range.argmin()) - 1, 0))
-            in_range = np.bincount(np.digitize(first, edges), minlength=len(edges) + 1)
-        strata = np.digitize(first, edges)
+            in_range = np.bincount(np.digitize(numbers, edges), minlength=len(edges) + 1)
+        strata = np.digitize(numbers, edges)
         return dict(zip(rows, strata.tolist(), strict=True)), samples.label_columns, _ranges(edges)
     if target == "labels":
         counts = Counter(label for row in rows for label in values[row])
@@ -320,21 +356,22 @@ def _labels(
         rarest = {row: min(values[row], key=lambda name: (counts[name], name), default="none") for row in rows}
         sizes = Counter(rarest.values())
         names = [name for name in _sort_names(sizes) if sizes[name] >= _MIN_IN_STRATUM]
-        few = sum(size for name, size in sizes.items() if name not in names)
-        has_others = few >= _MIN_IN_STRATUM or not names
-        rest = len(names) if has_others else names.index(max(names, key=sizes.__getitem__))
-        strata_names = [*names, "others"] if has_others and few else names
-        return (
-            {row: names.index(name) if name in names else rest for row, name in rarest.items()},
-            classes,
-            strata_names,
-        )
+        others_size = sum(size for name, size in sizes.items() if name not in names)
+        has_others = others_size >= _MIN_IN_STRATUM or not names
+        others_index = len(names)
+        if not has_others:  # too few rows for a stratum join the largest one
+            others_index = names.index(max(names, key=sizes.__getitem__))
+        strata_names = [*names, "others"] if has_others and others_size else names
+        stratum_indices = {name: number for number, name in enumerate(names)}
+        strata_of_rows = {row: stratum_indices.get(name, others_index) for row, name in rarest.items()}
+        return strata_of_rows, classes, strata_names
     known = samples.classes or _sort_names({values[row] for row in rows})
     index = {name: number for number, name in enumerate(known)}
-    if (row := next((row for row in rows if values[row] not in index), None)) is not None:
+    unknown_row = next((row for row in rows if values[row] not in index), None)
+    if unknown_row is not None:
         raise ValueError(
-            f"{samples.where}: classes of all splits must be {listed(known)}, got {values[row]!r} in "
-            f"{samples.names[row]}"
+            f"{samples.where}: classes of all splits must be {listed(known)}, got {values[unknown_row]!r} in "
+            f"{samples.names[unknown_row]}"
         )
     return {row: index[values[row]] for row in rows}, known, None
 
@@ -424,6 +461,10 @@ def _broken_text(broken: Mapping[int, str], samples: Samples) -> str:
     kinds = Counter(
         _KINDS.get(reason, _KINDS.get(reason.partition(" ")[0], "unreadable")) for reason in broken.values()
     )
-    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0])))
-    named = listed([f"{samples.names[row] or f'row {row + 1}'} ({broken[row]})" for row in sorted(broken)])
-    return f"{len(broken)} of {len(samples.names)} rows of {samples.where}, {counts}: {named}"
+    most_frequent_first = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    counts = ", ".join(f"{count} {kind}" for kind, count in most_frequent_first)
+    examples: list[str] = []
+    for row in sorted(broken):
+        name = samples.names[row] or f"row {row + 1}"
+        examples.append(f"{name} ({broken[row]})")
+    return f"{len(broken)} of {len(samples.names)} rows of {samples.where}, {counts}: {listed(examples)}"

@@ -88,11 +88,12 @@ class Columns:
         by_plain_name = {re.sub(r"[\s_\-.]", "", name.lower().rpartition(".")[2]): name for name in reversed(names)}
         by_plain_name |= {re.sub(r"[\s_\-.]", "", name.lower()): name for name in reversed(names)}
         roles: dict[str, str] = {}
-        assigned = {
-            name
-            for role, column in self.names.items()
-            for name in ([column] if role == "path" else columns_in(role, column, table))
-        }
+        assigned: set[str] = set()
+        for role, named_column in self.names.items():
+            if role == "path":
+                assigned.add(named_column)
+            else:
+                assigned.update(columns_in(role, named_column, table))
         errors: list[str] = []
         for role, words in _SYNONYMS.items():
             column = self.names.get(role)
@@ -129,7 +130,9 @@ def columns_in(role: str, column: str, table: Container[str]) -> list[str]:
     parts = column.split("+")
     columns = []
     while parts:
-        size = next((size for size in range(len(parts), 0, -1) if "+".join(parts[:size]) in table), 1)
+        size = len(parts)
+        while size > 1 and "+".join(parts[:size]) not in table:
+            size -= 1
         columns.append("+".join(parts[:size]))
         parts = parts[size:]
     return columns
@@ -138,13 +141,15 @@ def columns_in(role: str, column: str, table: Container[str]) -> list[str]:
 def _describe_column(name: str, values: Sequence[Any]) -> str:
     """Describe a column: name and three examples."""
     examples = dict.fromkeys(format_value(value) for value in values if value is not None and value != "")
-    texts = [repr(text) for text in list(examples)[:3]]
-    shown = ", ".join(f"{text[:40]}…" if len(text) > 40 else text for text in texts)
-    return f"{name!r} ({shown})" if shown else repr(name)
+    shown: list[str] = []
+    for example in list(examples)[:3]:
+        text = repr(example)
+        shown.append(f"{text[:40]}…" if len(text) > 40 else text)
+    return f"{name!r} ({', '.join(shown)})" if shown else repr(name)
 
 
 def paths_in(table: Mapping[str, Sequence[Any]], column: str) -> list[str]:
-    """Return the paths from a column or template; empty strings for missing values.
+    """Return the paths from a column or template, with empty strings for missing values.
 
     Raises:
         ValueError: If the column contains images instead of paths.
@@ -154,11 +159,17 @@ def paths_in(table: Mapping[str, Sequence[Any]], column: str) -> list[str]:
         if any(isinstance(value, Mapping | bytes) for value in table[column]):
             raise ValueError(f"column {column!r} must contain paths, got images; load them with hf:FOLDER")
         return [text_of(value) for value in table[column]]
-    texts = [[text_of(value) for value in table[name]] for name in parts[1::2]]
-    paths = []
-    for row in zip(*texts, strict=True):
-        pieces = [piece for pair in zip(parts[::2], (*row, ""), strict=True) for piece in pair]
-        paths.append("".join(pieces) if all(row) else "")
+    literals, names = parts[::2], parts[1::2]
+    texts_by_column = [list(map(text_of, table[name])) for name in names]
+    paths: list[str] = []
+    for texts in zip(*texts_by_column, strict=True):
+        if not all(texts):
+            paths.append("")
+            continue
+        path = literals[0]
+        for text, literal in zip(texts, literals[1:], strict=True):
+            path += text + literal
+        paths.append(path)
     return paths
 
 

@@ -33,19 +33,21 @@ def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> li
         files = file_paths(part)
         copies = {**find_near_copies(train, part), **equal}
         if copies:
-            shown = listed(f"{train.names[b]!r} is {part.names[a]!r}" for a, b in sorted(copies.items()))
+            examples: list[str] = []
+            for position, train_position in sorted(copies.items()):
+                examples.append(f"{train.names[train_position]!r} is {part.names[position]!r}")
             reencoded = sum(position in files for position in copies) - len(equal)
             kind = f" ({reencoded} of them re-encoded or resized)" if reencoded else ""
             duplicate = "is also a training image" if len(copies) == 1 else "are also training images"
             notes.append(
-                f"{len(copies)} of {len(part)} {name} images {duplicate}{kind}, e.g. {shown}; "
+                f"{len(copies)} of {len(part)} {name} images {duplicate}{kind}, e.g. {listed(examples)}; "
                 f"{name} results are optimistic; remove the copies from one split"
             )
     return notes
 
 
 def equal_files(train: ImageDataset, others: ImageDataset, digest_of: Callable[[Path], str]) -> dict[int, int]:
-    """Find files that are byte-identical to a training image; hashes only files of a size found in both datasets.
+    """Find files that are byte-identical to a training image; hash only files of a size found in both datasets.
 
     Args:
         train: Training images.
@@ -56,17 +58,20 @@ def equal_files(train: ImageDataset, others: ImageDataset, digest_of: Callable[[
         Position of the training image by position in `others`.
     """
     paths = [file_paths(images) for images in (train, others)]
-    sizes = [{p: path.stat().st_size for p, path in group.items() if path.is_file()} for group in paths]
+    sizes: list[dict[int, int]] = []
+    for group in paths:
+        sizes.append({position: path.stat().st_size for position, path in group.items() if path.is_file()})
     return _match(sizes, lambda dataset, position: digest_of(paths[dataset][position]))
 
 
 def _match(keys: Sequence[Mapping[int, Any]], digest: Callable[[int, int], Any]) -> dict[int, int]:
-    """Match positions of two datasets with equal keys and digests; computes digests only for keys found in both."""
+    """Match positions of two datasets with equal keys and digests; compute digests only for keys found in both."""
     shared = set(keys[0].values()) & set(keys[1].values())
-    train, others = (
-        {position: digest(dataset, position) for position, key in group.items() if key in shared}
-        for dataset, group in enumerate(keys)
-    )
+    digests: list[dict[int, Any]] = []
+    for dataset, group in enumerate(keys):
+        positions = [position for position, key in group.items() if key in shared]
+        digests.append({position: digest(dataset, position) for position in positions})
+    train, others = digests
     train_positions = {value: position for position, value in train.items()}
     return {position: train_positions[value] for position, value in others.items() if value in train_positions}
 
@@ -92,10 +97,10 @@ def find_equal_images(train: ImageDataset, others: ImageDataset) -> dict[int, in
     Returns:
         Position of the training image by position in `others`.
     """
-    keys: list[dict[int, Any]] = [
-        {position: (entry.size, entry.thumbnail.tobytes()) for position, entry in known_metadata(images).items()}
-        for images in (train, others)
-    ]
+    keys: list[dict[int, Any]] = []
+    for images in (train, others):
+        inspected = known_metadata(images)
+        keys.append({position: (entry.size, entry.thumbnail.tobytes()) for position, entry in inspected.items()})
     if len(keys[0]) < len(train) or len(keys[1]) < len(others):  # not inspected: compare all images
         keys = [dict.fromkeys(range(len(images))) for images in (train, others)]
     return _match(keys, lambda dataset, position: _pixel_digest((train, others)[dataset], position))
@@ -118,14 +123,15 @@ def find_near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int
     Returns:
         Position of the most similar matching training image by position in `others`.
     """
-    known = [
-        {p: metadata.thumbnail for p, metadata in known_metadata(images).items() if metadata.thumbnail.std() > _FLAT}
-        for images in (train, others)
-    ]
+    known: list[dict[int, np.ndarray]] = []
+    for images in (train, others):
+        thumbnails = {position: metadata.thumbnail for position, metadata in known_metadata(images).items()}
+        known.append({position: pixels for position, pixels in thumbnails.items() if pixels.std() > _FLAT})
     if not all(known) or len(known[0]) * len(known[1]) > _MAX_PAIRS:
         return {}
     positions = [np.array(list(thumbnails)) for thumbnails in known]
-    raw = [np.stack(list(thumbnails.values())).reshape(len(thumbnails), -1).astype(np.float32) for thumbnails in known]
+    stacked = [np.stack(list(thumbnails.values())) for thumbnails in known]
+    raw = [values.reshape(len(values), -1).astype(np.float32) for values in stacked]
     centered = [values - values.mean(1, keepdims=True) for values in raw]
     unit = [values / np.linalg.norm(values, axis=1, keepdims=True) for values in centered]
     matches = {}

@@ -40,7 +40,10 @@ class Annotations:
 
     def subset(self, positions: Sequence[int]) -> "Annotations":
         """Return the annotations at these positions."""
-        return Annotations(**{name: [column[p] for p in positions] for name, column in self.plain().items()})
+        selected: dict[str, Any] = {}
+        for name, column in self.plain().items():
+            selected[name] = [column[position] for position in positions]
+        return Annotations(**selected)
 
     def joined(self, other: "Annotations") -> "Annotations":
         """Concatenate two annotations; drop columns missing from either."""

@@ -48,20 +48,19 @@ def load_folder(path: str, config: DataConfig, target: TargetKind) -> Collection
     broken = {names[file]: reason for file, reason in reasons.items()}
     if broken:
         notes.append(broken_note(broken, len(paths), path, config.skip_corrupt))
-        files = {
-            part: {name: [file for file in members if file not in reasons] for name, members in by_class.items()}
-            for part, by_class in files.items()
-        }
+        for by_class in files.values():
+            for name, members in by_class.items():
+                by_class[name] = [file for file in members if file not in reasons]
         problems = _check_classes(files, folders, root)
     classes = list(files["train"])
     numbers = {name: number for number, name in enumerate(classes)}
     rows = {file: row for row, file in enumerate(paths)}
     parts: dict[str, Any] = {}
     for part, by_class in files.items():
-        labeled = {file: numbers[name] for name, members in by_class.items() for file in members}
-        parts[part] = ImageDataset(
-            source, [rows[file] for file in labeled], list(labeled.values()), [names[file] for file in labeled]
-        )
+        labels = {file: numbers[name] for name, members in by_class.items() for file in members}
+        part_rows = [rows[file] for file in labels]
+        part_names = [names[file] for file in labels]
+        parts[part] = ImageDataset(source, part_rows, list(labels.values()), part_names)
     has_parts = folders["train"] != root
     return Collection(root.name, classes, **parts, has_parts=has_parts, notes=notes, broken=broken, problems=problems)
 
@@ -143,12 +142,13 @@ def _skipped_notes(root: Path, folders: dict[str, Path], others: Counter[str]) -
                 f"skipped {counted(len(unassigned), 'image')}{where} outside class folders, e.g. {unassigned[0]!r}"
             )
     if folders["train"] != root:
-        images = {
-            child.name: sum(is_image(file) for file in walk_visible(child))
-            for child in _subfolders(root)
-            if child not in folders.values()
-        }
-        named = [f"{name!r} with {counted(count, 'image')}" for name, count in images.items() if count]
+        named: list[str] = []
+        for child in _subfolders(root):
+            if child in folders.values():
+                continue
+            count = sum(is_image(file) for file in walk_visible(child))
+            if count:
+                named.append(f"{child.name!r} with {counted(count, 'image')}")
         if named:
             notes.append(
                 f"skipped {listed(named)}: not a split with class folders; split names are {', '.join(sorted(PARTS))}"
@@ -202,12 +202,12 @@ def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Pat
         errors.append(_no_classes_error(folders["train"], root))
     elif len(files["train"]) == 1:
         only = next(iter(files["train"]))
-        inside = [child.name for child in _subfolders(folders["train"] / only)]
-        hint = (
-            f"its subfolders {listed([repr(name) for name in inside])} may be the classes: pass the path of {only!r}"
-            if len(inside) > 1
-            else f"{_LAYOUT}, one folder per class{_table_hint(folders['train'], folders['train'] / only)}"
-        )
+        only_folder = folders["train"] / only
+        inside = [repr(child.name) for child in _subfolders(only_folder)]
+        if len(inside) > 1:
+            hint = f"its subfolders {listed(inside)} may be the classes: pass the path of {only!r}"
+        else:
+            hint = f"{_LAYOUT}, one folder per class{_table_hint(folders['train'], only_folder)}"
         problems.append(f"at least two classes are required, got one: {only!r}; {hint}")
     for part, classes in files.items():
         empty = [str((folders[part] / name).relative_to(root)) for name, paths in classes.items() if not paths]

@@ -139,8 +139,10 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
         part_labels, reasons = _labels_of(part)
         broken |= {len(labels) + row: reason for row, reason in reasons.items()}
         labels += part_labels
-    if target != "labels":  # labels of shape [images, 1], as in MedMNIST
-        labels = [label[0] if isinstance(label, list) and len(label) == 1 else label for label in labels]
+    if target != "labels":  # MedMNIST's labels have the shape [images, 1]
+        for row, label in enumerate(labels):
+            if isinstance(label, list) and len(label) == 1:
+                labels[row] = label[0]
     rows = [(part_name, row) for part_name, part in parts.items() for row in range(len(part))]
     names = [f"{part_name}/{row:06}" for part_name, row in rows]
     classes_by_part: dict[str, list[str]] = {}
@@ -291,8 +293,8 @@ def _from_hf(
     if not parts or (others and "train" not in {PARTS[part.lower()] for part in parts}):
         got = f"splits {', '.join(data)}" if data else "no splits"
         raise ValueError(f"{where} must have a train split if it has several splits, got {got}")
-    first = next(iter(parts.values()))
-    images = [column for column, kind in first.features.items() if isinstance(kind, datasets.Image)]
+    first_part = next(iter(parts.values()))
+    images = [column for column, kind in first_part.features.items() if isinstance(kind, datasets.Image)]
     values = [_values(rows, images) for rows in parts.values()]
     counts = [len(rows) for rows in parts.values()]
     table: dict[str, list[Any]] = {column: [_IMAGE] * sum(counts) for column in images}
@@ -316,16 +318,19 @@ def _from_hf(
         roles["split"] = "split"
     encoded = [rows.select_columns([roles["path"]]) for rows in parts.values()]
     encoded = [rows.cast_column(roles["path"], datasets.Image(decode=False)) for rows in encoded]
-    names = table.get(_KEY) or [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
+    names = table.get(_KEY, [])
+    if not names:
+        names = [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
     keys = names if replaces_splits else list(zip(part_names, names, strict=True))
     if urls is not None and len(set(keys)) < len(names):  # shards may repeat keys
-        stems = {url: str(Path(url).with_suffix("")) for url in urls}
-        common = os.path.commonpath([str(Path(stem).parent) for stem in stems.values()])
-        names = [f"{Path(stems[url]).relative_to(common)}/{name}" for url, name in zip(urls, names, strict=True)]
+        stems = {url: Path(url).with_suffix("") for url in urls}
+        common = os.path.commonpath([str(stem.parent) for stem in stems.values()])
+        shards = {url: stem.relative_to(common) for url, stem in stems.items()}
+        names = [f"{shards[url]}/{name}" for url, name in zip(urls, names, strict=True)]
     source = _HubImages(encoded, roles["path"], config.reading, roots)
     samples = Samples(name, where, source, names, table, roles, notes=notes)
     if target != "numbers" and len(samples.label_columns) == 1:
-        samples.classes = _class_names(first.features.get(samples.label_columns[0]))
+        samples.classes = _class_names(first_part.features.get(samples.label_columns[0]))
     return build_collection(samples, config, target)
 
 
@@ -340,10 +345,11 @@ def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:
         names = _class_names(rows.features[column])
         if names:
             values = [_index_to_name(value, names, column, row) for row, value in enumerate(values, 1)]
-        first = next((value for value in values if value is not None), None)
-        if isinstance(first, dict):
-            for key in first:
-                table[f"{column}.{key}"] = [None if value is None else value.get(key) for value in values]
+        example = next((value for value in values if value is not None), None)
+        if isinstance(example, dict):
+            mappings: list[Any] = [{} if value is None else value for value in values]
+            for key in example:
+                table[f"{column}.{key}"] = [mapping.get(key) for mapping in mappings]
         else:
             table[column] = [value.decode(errors="replace") if isinstance(value, bytes) else value for value in values]
     return table

@@ -84,10 +84,10 @@ def _registered() -> dict[str, Callable[..., Collection]]:
 
 def data_names() -> list[str]:
     """Return the accepted forms of a data specification."""
-    return [
-        *(f"{prefix}{_TABLES.get(prefix, 'PATH')}" for prefix in _READERS),
-        *(f"{name}PATH" if name.endswith(":") else name for name in _registered()),
-    ]
+    names = [f"{prefix}{_TABLES.get(prefix, 'PATH')}" for prefix in _READERS]
+    for name in _registered():
+        names.append(f"{name}PATH" if name.endswith(":") else name)
+    return names
 
 
 def full_spec(spec: str) -> str:
@@ -396,10 +396,14 @@ def _missing_class_warnings(splits: DataSplits, target: TargetKind) -> list[str]
         else:
             present = {name for labels in images.annotations.targets or [] for name in cast(tuple[str, ...], labels)}
         absent = [repr(name) for name in names if name not in present]
-        if absent:
-            subject = f"{noun} {absent[0]} has" if len(absent) == 1 else f"{len(absent)} {plural} have"
-            named = "" if len(absent) == 1 else f": {listed(absent)}"
-            notes.append(f"{subject} no {split_text(part)} images{named}; {remedies[part]}")
+        if not absent:
+            continue
+        missing = f"no {split_text(part)} images"
+        if len(absent) == 1:
+            problem = f"{noun} {absent[0]} has {missing}"
+        else:
+            problem = f"{len(absent)} {plural} have {missing}: {listed(absent)}"
+        notes.append(f"{problem}; {remedies[part]}")
     return notes
 
 

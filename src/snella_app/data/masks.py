@@ -56,9 +56,9 @@ def load_masks(path: str, config: DataConfig, target: TargetKind) -> Collection:
         if (other := named.setdefault(PARTS[folder.name.lower()], folder)) is not folder:
             raise ValueError(f"folder '{root}' has two splits of the same kind: {other.name!r} and {folder.name!r}")
     has_parts = "train" in named and (named["train"] / "images").is_dir()
-    folders = (
-        {part: named[part] for part in ("train", "val", "test") if part in named} if has_parts else {"train": root}
-    )
+    folders = {"train": root}
+    if has_parts:
+        folders = {part: named[part] for part in ("train", "val", "test") if part in named}
     errors: list[str] = []
     pairs = {part: find_pairs(folder, root, errors) for part, folder in folders.items()}
     collection = collect_masks(f"masks:{path}", root, pairs, errors, _class_names(root), config.skip_corrupt)
@@ -117,17 +117,22 @@ def collect_masks(
     is_binary = all(check.is_thresholded or set(check.labels) <= {0, 255} for check in good.values())
     is_white = (class_names is None or len(class_names) == 2) and is_binary
     classes = class_names or (BINARY_CLASSES if is_white else _default_class_names(labels))
-    outside = {masks[pair]: [label for label in check.labels if label >= len(classes)] for pair, check in good.items()}
-    texts = [f"{mask} has {', '.join(map(str, invalid[:5]))}" for mask, invalid in outside.items() if invalid]
-    if texts and not is_white:
+    out_of_range: list[str] = []
+    for pair, check in good.items():
+        invalid = [str(label) for label in check.labels if label >= len(classes)]
+        if invalid:
+            out_of_range.append(f"{masks[pair]} has {', '.join(invalid[:5])}")
+    if out_of_range and not is_white:
         reason = f"labels must be 0, 1, 2 … without gaps, or 0 and 255; list absent classes in {_CLASS_FILE}"
         if class_names:
             reason = f"the classes are {listed(classes)}"
         errors.append(
-            f"{counted(len(texts), 'mask')} with labels out of range 0 to {len(classes) - 1} ({reason}): "
-            f"{listed(texts)}"
+            f"{counted(len(out_of_range), 'mask')} with labels out of range 0 to {len(classes) - 1} ({reason}): "
+            f"{listed(out_of_range)}"
         )
-    readable = {part: [pair for pair in split_pairs if pair in good] for part, split_pairs in pairs.items()}
+    readable: dict[str, list[MaskPair]] = {}
+    for part, split_pairs in pairs.items():
+        readable[part] = [pair for pair in split_pairs if pair in good]
     empty = [part for part, split_pairs in readable.items() if not split_pairs]
     if not errors:
         errors += [f"no readable pair of image and mask in the split '{part}'" for part in empty]
@@ -222,7 +227,9 @@ def _default_class_names(labels: set[int]) -> list[str]:
     last = 0
     while last + 1 in labels and last + 1 < _MAX_LABELS:
         last += 1
-    return BINARY_CLASSES if last <= 1 else ["background", *(f"class {label}" for label in range(1, last + 1))]
+    if last <= 1:
+        return BINARY_CLASSES
+    return ["background", *(f"class {label}" for label in range(1, last + 1))]
 
 
 def _size(size: tuple[int, int]) -> str:
@@ -258,7 +265,9 @@ def load_kvasir(path: str, config: DataConfig, target: TargetKind) -> Collection
             f"kvasir: no {' or '.join(_SPLIT_FILES.values())} in the folder; {len(names['test'])} test images are "
             "selected by SHA-256 of their names (not the official split)"
         )
-    parts = {part: [pairs[name] for name in chosen if name in pairs] for part, chosen in names.items()}
+    parts: dict[str, list[MaskPair]] = {}
+    for part, chosen in names.items():
+        parts[part] = [pairs[name] for name in chosen if name in pairs]
     collection = collect_masks(f"kvasir:{path}", root, parts, errors, _KVASIR_CLASSES, config.skip_corrupt)
     collection.name = "kvasir"
     collection.has_parts = True
@@ -267,7 +276,7 @@ def load_kvasir(path: str, config: DataConfig, target: TargetKind) -> Collection
 
 
 def _official_split(root: Path, pairs: dict[str, MaskPair], errors: list[str]) -> dict[str, list[str]] | None:
-    """Return training and test names from the split files; None if neither exists."""
+    """Return training and test names from the split files, or None if neither file exists."""
     files = {part: root / name for part, name in _SPLIT_FILES.items()}
     present = [file for file in files.values() if file.is_file()]
     if not present:
@@ -285,7 +294,8 @@ def _official_split(root: Path, pairs: dict[str, MaskPair], errors: list[str]) -
             )
     shared = sorted(set(names["train"]) & set(names["test"]))
     if shared:
-        errors.append(f"{counted(len(shared), 'name')} in both {' and '.join(_SPLIT_FILES.values())}: {listed(shared)}")
+        split_files = " and ".join(_SPLIT_FILES.values())
+        errors.append(f"{counted(len(shared), 'name')} in both {split_files}: {listed(shared)}")
     return names
 
 

@@ -114,9 +114,9 @@ def _read_csv(file: Path) -> dict[str, list[Any]]:
     """Read the columns of a CSV file as strings."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            head = next((line for line in lines if line.strip("\r\n")), "")
+            header = next((line for line in lines if line.strip("\r\n")), "")
             lines.seek(0)
-            delimiter = max("\t;,", key=head.count)
+            delimiter = max("\t;,", key=header.count)
             rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"'{file}' must be a CSV file in UTF-8: {error}; save it as CSV (UTF-8)") from error
@@ -133,7 +133,10 @@ def _read_csv(file: Path) -> dict[str, list[Any]]:
             f"'{file}' must have {len(names)} values per line, one for each of {listed(names)}, but "
             f"{listed(invalid)}; quote values that contain {delimiter!r}"
         )
-    return {name: [row[index].strip() for row in rows] for index, name in enumerate(names)}
+    columns: dict[str, list[Any]] = {}
+    for index, name in enumerate(names):
+        columns[name] = [row[index].strip() for row in rows]
+    return columns
 
 
 def _read_parquet(file: Path) -> dict[str, list[Any]]:

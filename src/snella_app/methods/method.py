@@ -25,7 +25,9 @@ def integer(minimum: int = 1) -> Rule:
 
 def number(low: float = 0.0, high: float = float("inf")) -> Rule:
     """Require a finite number in `[low, high)`."""
-    requirement = f"a finite number of at least {low:g}" if high == float("inf") else f"a number in [{low:g}, {high:g})"
+    requirement = f"a number in [{low:g}, {high:g})"
+    if high == float("inf"):
+        requirement = f"a finite number of at least {low:g}"
 
     def rule(value: Any) -> str | None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -36,7 +38,12 @@ def number(low: float = 0.0, high: float = float("inf")) -> Rule:
 
 def one_of(*choices: Any) -> Rule:
     """Require one of the choices."""
-    return lambda value: None if value in choices else "one of " + ", ".join(repr(choice) for choice in choices)
+    requirement = "one of " + ", ".join(repr(choice) for choice in choices)
+
+    def rule(value: Any) -> str | None:
+        return None if value in choices else requirement
+
+    return rule
 
 
 def check_by(rules: Mapping[str, Rule]) -> Callable[[Mapping[str, Any]], list[str]]:

@@ -157,12 +157,13 @@ def find_blocks(model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
         for name, module in model.named_modules()
         if _BLOCK.search(name) and not is_inside(name, head) and not isinstance(module, nn.Sequential | nn.ModuleList)
     ]
-    return [
-        (name, module)
-        for name, module in candidates
-        if not any(is_inside(other, name) and other != name for other, _ in candidates)
-        and any(True for _ in module.parameters())
-    ]
+    blocks: list[tuple[str, nn.Module]] = []
+    for name, module in candidates:
+        contains_other = any(is_inside(other, name) and other != name for other, _ in candidates)
+        has_parameters = any(True for _ in module.parameters())
+        if has_parameters and not contains_other:
+            blocks.append((name, module))
+    return blocks
 
 
 def require_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:

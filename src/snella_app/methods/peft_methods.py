@@ -122,22 +122,26 @@ def check_gradients(model: nn.Module, method: str) -> None:
     """
     if not isinstance(model, PeftModel) or isinstance(model.peft_config["default"], SnellaConfig):
         return
-    unused = [
-        name.removeprefix("base_model.model.")
-        for name, layer in model.named_modules()
-        if isinstance(layer, BaseTunerLayer)
-        and any(
-            p.requires_grad and p.grad is None
-            for attribute in layer.adapter_layer_names
-            if isinstance(values := getattr(layer, attribute, None), nn.Module)
-            for p in values.parameters()
-        )
-    ]
+    unused: list[str] = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and _lacks_gradient(layer):
+            unused.append(name.removeprefix("base_model.model."))
     if unused:
         raise ValueError(
             f"{method} has no effect on {listed(unused)}, which got no gradient: the model does not call these layers, "
             "although it may read their weights; use snella, or list other layers in target_modules"
         )
+
+
+def _lacks_gradient(layer: BaseTunerLayer) -> bool:
+    """Return whether a trainable adapter parameter of the layer has no gradient."""
+    for attribute in layer.adapter_layer_names:
+        module = getattr(layer, attribute, None)
+        if not isinstance(module, nn.Module):
+            continue
+        if any(parameter.requires_grad and parameter.grad is None for parameter in module.parameters()):
+            return True
+    return False
 
 
 @contextmanager

@@ -55,11 +55,13 @@ class GeneratorMetrics(Record):
         """
         rows = self.loss_history
         fixed = self.fixed_loss or FixedLoss()
+        steps = [row.step for row in rows]
+        epochs = [row.epoch for row in rows if row.epoch is not None]
         losses = [row.loss for row in rows if row.loss is not None]
         held_out = [row.eval_loss for row in rows if row.eval_loss is not None]
         return {
-            "steps": max((row.step for row in rows), default=0),
-            "epochs": max((row.epoch for row in rows if row.epoch is not None), default=None),
+            "steps": max(steps, default=0),
+            "epochs": max(epochs, default=None),
             "first": losses[0] if losses else None,
             "last": losses[-1] if losses else None,
             "held_out": held_out[-1] if held_out else None,

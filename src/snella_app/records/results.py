@@ -69,11 +69,14 @@ class Scores(_Result):
 
         z / K sqrt(Σ_c p_c (1 - p_c) / (n_c + 2)),   p_c = (correct_c + 1) / (n_c + 2), over the K classes present
         """
-        rows = [(row[i], sum(row)) for i, row in enumerate(self.confusion) if sum(row)]
-        if not rows:
+        present = [(row[i], sum(row)) for i, row in enumerate(self.confusion) if sum(row)]
+        if not present:
             return math.nan
-        smoothed = [((correct + 1) / (size + 2), size + 2) for correct, size in rows]
-        return _Z / len(rows) * math.sqrt(sum(share * (1 - share) / size for share, size in smoothed))
+        variances: list[float] = []
+        for correct, size in present:
+            share = (correct + 1) / (size + 2)
+            variances.append(share * (1 - share) / (size + 2))
+        return _Z / len(present) * math.sqrt(sum(variances))
 
     def text(self) -> str:
         """Format the main scores as one line."""

@@ -377,10 +377,10 @@ class Metrics(Record):
         history = values.get("history")
         if values.get("selected_on") != "test" or not isinstance(history, list):
             return values
-        return {
-            **values,
-            "history": [renamed(row, "test_", "val_") if isinstance(row, Mapping) else row for row in history],
-        }
+        rows: list[Any] = []
+        for row in history:
+            rows.append(renamed(row, "test_", "val_") if isinstance(row, Mapping) else row)
+        return {**values, "history": rows}
 
     def encoded(self, values: dict[str, Any]) -> dict[str, Any]:
         """Rename `val_…` in the history to `test_…`."""
@@ -391,7 +391,11 @@ class Metrics(Record):
 
 def renamed(row: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
     """Replace the prefix `old` with `new` in the names of a row."""
-    return {new + key.removeprefix(old) if key.startswith(old) else key: value for key, value in row.items()}
+    values: dict[str, Any] = {}
+    for key, value in row.items():
+        name = new + key.removeprefix(old) if key.startswith(old) else key
+        values[name] = value
+    return values
 
 
 @dataclass(frozen=True)

@@ -95,15 +95,15 @@ def group_matrices(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -
     groups: dict[tuple[str, int | None], list[MatrixInfo]] = {}
     for matrix in matrices:
         groups.setdefault((matrix.kind, matrix.depth), []).append(matrix)
-    cells = {
-        key: Cell(
+    cells: dict[tuple[str, int | None], Cell] = {}
+    for key, group in groups.items():
+        group_budgets = [budgets[matrix.name] for matrix in group]
+        cells[key] = Cell(
             size=sum(matrix.size for matrix in group),
-            budget=sum(budgets[matrix.name] for matrix in group),
-            frozen=sum(budgets[matrix.name] == 0 for matrix in group),
+            budget=sum(group_budgets),
+            frozen=group_budgets.count(0),
             count=len(group),
         )
-        for key, group in groups.items()
-    }
     depths = {depth for _, depth in groups}
     numbered: list[int | None] = list(sorted(depth for depth in depths if depth is not None))
     kinds = list(dict.fromkeys(kind for kind, _ in groups))
@@ -181,13 +181,18 @@ def sparsity_map(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> 
     )
     every = 1 if numbered else math.ceil(24 / side)
     ticks = range(0, columns, every)
-    axes.set_xticks(ticks, ["–" if grid.depths[j] is None else str(grid.depths[j]) for j in ticks])
+    axes.set_xticks(ticks, [_group_name(grid.depths[j]) for j in ticks])
     axes.set_yticks(range(rows), names)
     axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), xlabel="block")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     scale_bar(figure, axes, "sparsity  (× = frozen, budget 0)", {0.0: "100%", 0.5: "50%", 1.0: "0%"})
     return figure
+
+
+def _group_name(group: str | int | None) -> str:
+    """Return the label of a matrix type or block index, or a dash for matrices outside the blocks (None)."""
+    return "–" if group is None else str(group)
 
 
 def linear_trend(values: Sequence[float]) -> tuple[float, float]:
@@ -199,7 +204,10 @@ def linear_trend(values: Sequence[float]) -> tuple[float, float]:
 
 
 def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Figure | None:
-    """Draw a bar chart of sparsity by block with its trend (Figure 10 of the paper); None for fewer than two blocks."""
+    """Draw a bar chart of sparsity by block with the trend over the blocks (Figure 10 of the paper).
+
+    Returns None for fewer than two blocks.
+    """
     blocks: dict[int, list[MatrixInfo]] = {}
     for matrix in matrices:
         if matrix.depth is not None:
@@ -207,7 +215,11 @@ def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> F
     if len(blocks) < 2:
         return None
     depths = sorted(blocks)
-    sparsities = [1 - sum(budgets[m.name] for m in blocks[d]) / sum(m.size for m in blocks[d]) for d in depths]
+    sparsities: list[float] = []
+    for depth in depths:
+        budget = sum(budgets[matrix.name] for matrix in blocks[depth])
+        size = sum(matrix.size for matrix in blocks[depth])
+        sparsities.append(1 - budget / size)
     slope, intercept = linear_trend(sparsities)
     figure, axes = new_figure(*FIGURE_SIZE, "Sparsity by block")
     bars = axes.bar(range(len(depths)), sparsities, width=0.8, color=ACCENT)
@@ -260,7 +272,9 @@ def budget_shares(allocation: Allocation, epochs: float | None, *, by_block: boo
     colors = [COLORS[i % len(COLORS)] for i in range(len(groups))]
     if by_block:
         depth_scale = accent_map()
-        colors = [to_hex(depth_scale(0.12 + 0.88 * i / max(len(groups) - 1, 1)), True) for i in range(len(groups))]
+        last = max(len(groups) - 1, 1)
+        positions = [0.12 + 0.88 * i / last for i in range(len(groups))]
+        colors = [to_hex(depth_scale(position), True) for position in positions]
     if len(times) == 1:
         times = [times[0], times[0] + 1]
         shares = np.repeat(shares, 2, axis=1)
@@ -269,7 +283,7 @@ def budget_shares(allocation: Allocation, epochs: float | None, *, by_block: boo
     axes.set(xlim=(times[0], times[-1]), ylim=(0, 1))
     percent_axis(axes)
     _time_axis(axes, times, epochs)
-    names = ["–" if group is None else shortened(str(group), 16) for group in groups]
+    names = [shortened(_group_name(group), 16) for group in groups]
     if by_block and len(groups) > 16:  # colors are ordered by block, so label only the ends
         handles, names = [handles[0], handles[-1]], [names[0], names[-1]]
     add_legend(figure, handles, names, columns=8 if by_block else 3)
@@ -283,9 +297,11 @@ def frozen_curve(allocation: Allocation, epochs: float | None) -> Figure:
     )
     times = _times(allocation, epochs)
     sizes = {matrix.name: matrix.size for matrix in allocation.matrices}
-    budgets = [entry.budgets.items() for entry in allocation.history]
-    frozen = [sum(budget == 0 for _, budget in step) for step in budgets]
-    full = [sum(budget == sizes[name] for name, budget in step) for step in budgets]
+    frozen: list[int] = []
+    full: list[int] = []
+    for entry in allocation.history:
+        frozen.append(sum(budget == 0 for budget in entry.budgets.values()))
+        full.append(sum(budget == sizes[name] for name, budget in entry.budgets.items()))
     handles = [*plot_line(axes, times, frozen, WARM), *plot_line(axes, times, full, ACCENT)]
     axes.set_ylim(0, 1.05 * len(allocation.matrices))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -308,11 +324,14 @@ def importance_curves(allocation: Allocation, epochs: float | None) -> Figure:
     figure, axes = new_figure(760, 400, "Importance")
     times = _times(allocation, epochs)
     handles, labels = [], []
-    kinds: dict[str, list[list[float]]] = {}
+    lines_by_kind: dict[str, list[list[float]]] = {}
     for matrix in allocation.matrices:
-        values = [entry.importance.get(matrix.name, math.nan) for entry in allocation.history]
-        kinds.setdefault(matrix.kind, []).append([value if _is_drawn(value) else math.nan for value in values])
-    for i, (kind, lines) in enumerate(kinds.items()):
+        line: list[float] = []
+        for entry in allocation.history:
+            value = entry.importance.get(matrix.name, math.nan)
+            line.append(value if _is_drawn(value) else math.nan)
+        lines_by_kind.setdefault(matrix.kind, []).append(line)
+    for i, (kind, lines) in enumerate(lines_by_kind.items()):
         color = COLORS[i % len(COLORS)]
         axes.plot(times, np.asarray(lines).T, color=color, linewidth=0.8, alpha=0.3)
         counts = np.isfinite(lines).sum(axis=0)
@@ -329,7 +348,9 @@ def importance_curves(allocation: Allocation, epochs: float | None) -> Figure:
 
 def _times(allocation: Allocation, epochs: float | None) -> list[float]:
     """Return the time of each allocation, in epochs, or as the schedule's `t` if `epochs` is None."""
-    return [entry.t if epochs is None else entry.t / entry.total * epochs for entry in allocation.history]
+    if epochs is None:
+        return [entry.t for entry in allocation.history]
+    return [entry.t / entry.total * epochs for entry in allocation.history]
 
 
 def _time_axis(axes: Axes, times: list[float], epochs: float | None) -> None:

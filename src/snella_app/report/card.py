@@ -40,7 +40,7 @@ def model_card(
     Args:
         run: Run folder.
         use: Instructions for loading and using the model, Markdown.
-        name: Name of the model; None combines method and data.
+        name: Name of the model. If None, method and data are combined.
         library: Library that loads the model: timm, peft, transformers or snella.
         tags: Tags in addition to the task and `snella`.
         has_final_head: False if `use` loads only the trained head. The metadata then omits the results of a final head
@@ -74,16 +74,19 @@ def model_card(
         model_name=title,
         eval_results=None if note else _results(info, metrics, tag),
     )
+    if results and note:
+        results += f"\n\n{note}"
+    closed_set = _CLOSED_SET if info.task in ("classification", "ordinal") else ""
     sections = [
         f"---\n{data.to_yaml().strip()}\n{_LICENSE}\n---",
         f"# {_escape(title)}",
         _summary(info),
         f"## How to use\n\n{use.strip()}",
-        f"{results}\n\n{note}" if results and note else results,
+        results,
         _fact_list("Data", _data(info)),
         _fact_list("Training", _training(info, metrics)),
         "## Limitations\n\nThe results hold for images similar to the training images; evaluate the model before using "
-        f"it on other images.{_CLOSED_SET if info.task in ('classification', 'ordinal') else ''}",
+        f"it on other images.{closed_set}",
         "## License\n\nFill in here and as `license:` in the metadata.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"

@@ -29,7 +29,8 @@ def mask_colors(count: int) -> np.ndarray:
 
     from snella_app.report.style import COLORS, WARM  # lazy: imports matplotlib
 
-    palette = np.array([to_rgb(color) for color in (WARM, *(color for color in COLORS if color != WARM))])
+    warm_first = [WARM, *(color for color in COLORS if color != WARM)]
+    palette = np.array([to_rgb(color) for color in warm_first])
     labels = np.arange(max(count - 1, 0))
     tint = np.array(_TINTS)[labels // len(palette) % len(_TINTS), None]
     colors = palette[labels % len(palette)] * (1 - tint) + tint
@@ -55,12 +56,13 @@ def overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
 
     Args:
         image: RGB.
-        labels: `[height, width]`, uint8; resized to the image's size with nearest-neighbor interpolation.
+        labels: `[height, width]`, uint8. They are resized to the image's size with nearest-neighbor interpolation.
     """
     sized = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST))
     padded = np.pad(sized, 1, mode="edge")
-    neighbors = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
-    is_edge = np.any([sized != neighbor for neighbor in neighbors], axis=0)
+    above, below = padded[:-2, 1:-1], padded[2:, 1:-1]
+    left, right = padded[1:-1, :-2], padded[1:-1, 2:]
+    is_edge = np.any([sized != neighbor for neighbor in (above, below, left, right)], axis=0)
     pixels = np.asarray(image.convert("RGB")).astype(float)
     colors = mask_colors(256)[sized].astype(float)
     opacity = np.where(is_edge, 1.0, _OPACITY) * (sized > 0)
@@ -74,9 +76,11 @@ def overlay_panels(image: Image.Image, masks: Sequence[np.ndarray]) -> Image.Ima
     size = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
     shown = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     panels = [shown, *(overlay(shown, mask) for mask in masks)]
-    canvas = Image.new("RGBA", (len(panels) * (size[0] + _GAP) - _GAP, size[1]), (0, 0, 0, 0))
+    width, height = size
+    step = width + _GAP
+    canvas = Image.new("RGBA", (len(panels) * step - _GAP, height), (0, 0, 0, 0))
     for column, panel in enumerate(panels):
-        canvas.paste(panel, (column * (size[0] + _GAP), 0))
+        canvas.paste(panel, (column * step, 0))
     return canvas
 
 

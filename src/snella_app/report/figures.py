@@ -110,11 +110,18 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str])
     rows = counts.sum(axis=1, keepdims=True)
     share = counts / np.maximum(rows, 1)
     names = [shortened(name) for name in classes]
-    label = 7.5 * max(map(len, names))
-    side = max(14 + 8 * len(str(counts.max())), 28 if n > 12 else 44) if n <= MAX_NUMBERED_CLASSES else 560 / n
-    if n <= 3:  # horizontal tick labels
-        side = max(side, label + 12, 200 / n)
-    figure, axes = new_figure(110 + side * n + label, 130 + side * n + (label if n > 3 else 20))
+    label_width = 7.5 * max(map(len, names))
+    if n > MAX_NUMBERED_CLASSES:
+        side = 560 / n
+    else:
+        count_width = 14 + 8 * len(str(counts.max()))
+        min_side = 28 if n > 12 else 44
+        side = max(count_width, min_side)
+    is_rotated = n > 3  # tick labels of the columns
+    if not is_rotated:
+        side = max(side, label_width + 12, 200 / n)
+    label_height = label_width if is_rotated else 20
+    figure, axes = new_figure(110 + side * n + label_width, 130 + side * n + label_height)
     axes.grid(False)
     if n <= MAX_NUMBERED_CLASSES:
         edges = np.arange(n + 1) - 0.5
@@ -128,7 +135,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str])
         every = math.ceil(n * 15 / 560)
     axes.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5), xlabel="predicted class", ylabel="true class")
     ticks = range(0, n, every)
-    axes.set_xticks(ticks, [names[i] for i in ticks], rotation=90 if n > 3 else 0)
+    axes.set_xticks(ticks, [names[i] for i in ticks], rotation=90 if is_rotated else 0)
     axes.set_yticks(ticks, [names[i] for i in ticks])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(n > MAX_NUMBERED_CLASSES)
@@ -139,15 +146,14 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str])
 def comparison_bars(rows: Sequence[MethodResult]) -> Figure:
     """Draw accuracy and balanced accuracy of several methods."""
     figure, axes = _bar_axes(rows, "Accuracy")
-    for offset, color, value in (
-        (-0.2, ACCENT, [row.accuracy for row in rows]),
-        (0.2, COLORS[2], [row.balanced_accuracy for row in rows]),
-    ):
+    accuracies = [row.accuracy for row in rows]
+    balanced_accuracies = [row.balanced_accuracy for row in rows]
+    for offset, color, values in ((-0.2, ACCENT, accuracies), (0.2, COLORS[2], balanced_accuracies)):
         positions = np.arange(len(rows)) + offset
-        axes.barh(positions, np.nan_to_num(value), height=0.36, color=color)
-        for position, number in zip(positions, value, strict=True):
-            text = "not measured" if math.isnan(number) else percent_text(number)
-            axes.text(np.nan_to_num(number) + 0.01, position, text, va="center", color=INK, fontsize=11)
+        axes.barh(positions, np.nan_to_num(values), height=0.36, color=color)
+        for position, value in zip(positions, values, strict=True):
+            text = "not measured" if math.isnan(value) else percent_text(value)
+            axes.text(np.nan_to_num(value) + 0.01, position, text, va="center", color=INK, fontsize=11)
     axes.set_xlim(0, 1.19)
     axes.set_xticks(np.linspace(0, 1, 5), [f"{p}%" for p in (0, 25, 50, 75, 100)])
     add_legend(figure, axes.containers, ["accuracy", "balanced accuracy"])  # type: ignore[arg-type]
@@ -212,7 +218,7 @@ def curves_section(metrics: Metrics) -> list[Markup]:
     if metrics.selected_on is None:
         return svgs
     fields = {name: curves.lines[0][1] for name, curves in _SCORE_CURVES.items()}
-    measured = [n for n, f in fields.items() if any(not math.isnan(getattr(row, f)) for row in metrics.history)]
+    measured = [name for name, field in fields.items() if _is_measured(metrics, field)]
     name = measured[0] if measured else "accuracy"
     _, scores = metrics.measured
     if name == "error" and isinstance(scores, RegressionScores) and len(scores.per_target) > 1:
@@ -223,6 +229,11 @@ def curves_section(metrics: Metrics) -> list[Markup]:
     label = f"{metrics.selection.capitalize()} {curves.description}"
     description = f"{label} by epoch; last epoch {last.epoch}: {text}."
     return [*svgs, inline_svg(score_curves(metrics, name), f"curve-{name}", description)]
+
+
+def _is_measured(metrics: Metrics, field: str) -> bool:
+    """Return whether any epoch has a value for this field of EpochRow."""
+    return any(not math.isnan(getattr(row, field)) for row in metrics.history)
 
 
 def comparison_section(rows: Sequence[MethodResult]) -> dict[str, Any] | None:
@@ -271,7 +282,9 @@ def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
     for i, name in enumerate(info.classes):
         images = sum(scores.confusion[i])
         predicted = sum(row[i] for row in scores.confusion)
-        recall, precision = (scores.confusion[i][i] / n if n else math.nan for n in (images, predicted))
+        correct = scores.confusion[i][i]
+        recall = correct / images if images else math.nan
+        precision = correct / predicted if predicted else math.nan
         rows.append({"name": name, "images": images, "recall": recall, "precision": precision})
     return sorted(rows, key=lambda row: (math.isnan(row["recall"]), row["recall"]))
 
@@ -297,11 +310,13 @@ def calibration_section(info: RunInfo, predictions: Predictions) -> dict[str, An
                 "Accuracy among the images with the highest probabilities, against coverage.",
             )
         )
+    tendency = "overconfident" if calibration.temperature > 1 else "underconfident"
+    rows = [{"split": split_text(reliability.split), "values": reliability} for reliability in calibration.reliability]
     return {
         "temperature": f"{calibration.temperature:.3g}",
         "summary": calibration.summary,
-        "tendency": "overconfident" if calibration.temperature > 1 else "underconfident",
-        "rows": [{"split": split_text(r.split), "values": r} for r in calibration.reliability],
+        "tendency": tendency,
+        "rows": rows,
         "threshold": calibration.threshold,
         "coverage": calibration.coverage,
         "accuracy": calibration.accuracy,
@@ -416,8 +431,10 @@ def precision_recall_curves(
     present = sorted(set(labels.tolist()))
     precisions = {c: float(metrics.average_precision_score(labels == c, scores[:, c])) for c in present}
     drawn = sorted(sorted(present, key=precisions.__getitem__)[:_MAX_CURVES])
-    columns = 2 if max(len(shortened(classes[c])) for c in drawn) < 12 else 1
-    height = FIGURE_SIZE[1] + 18 * max(0, -(-len(drawn) // columns) - 1)
+    longest_name = max(len(shortened(classes[c])) for c in drawn)
+    columns = 2 if longest_name < 12 else 1
+    legend_rows = math.ceil(len(drawn) / columns)
+    height = FIGURE_SIZE[1] + 18 * max(0, legend_rows - 1)
     figure, axes = new_figure(_SQUARE[0], height, "Precision and recall")
     handles = []
     for color, c in zip(COLORS, drawn, strict=False):

@@ -276,20 +276,22 @@ def _generator_rows(folder: Path, info: RunInfo, metrics: Metrics | None) -> lis
     is_image_generator = info.task == "generation"
     size = f", {backbone.img_size}×{backbone.img_size} px" if backbone.img_size else ""
     n_held_out = data.sizes.get("val") or 0
-    rows = [
-        ("pipeline" if is_image_generator else "model", backbone.name + size),
-        ("data", f"{data.spec}, {data.description}" + (f", {n_held_out} held out" if n_held_out else "")),
-    ]
+    held_out = f", {n_held_out} held out" if n_held_out else ""
+    kind = "pipeline" if is_image_generator else "model"
+    rows = [(kind, backbone.name + size), ("data", f"{data.spec}, {data.description}{held_out}")]
     if metrics is not None:
         curve = read(GeneratorMetrics, folder).learning()
         noun = "epoch" if curve["epochs"] == 1 else "epochs"
         epochs = "" if curve["epochs"] is None else f" ({plain_text(curve['epochs'])} {noun})"
         duration = f"{curve['steps']:,}{epochs} in {seconds_text(metrics.train_s)}"
-        rows.append(("steps", duration + (f", {curve['optimizer']}" if curve["optimizer"] else "")))
+        if curve["optimizer"]:
+            duration += f", {curve['optimizer']}"
+        rows.append(("steps", duration))
         rows.append(("loss", _loss_text(curve)))
     if is_image_generator and (fidelity := read_if_present(SubjectFidelity, folder)) is not None:
-        scores = dataclasses.asdict(fidelity)
-        rows.append(("scores", ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())))
+        values = dataclasses.asdict(fidelity)
+        named_values = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items()]
+        rows.append(("scores", ", ".join(named_values)))
     if not is_image_generator and (answers := read_if_present(AnswerScores, folder)) is not None:
         each = ", ".join(f"{name} {percent_text(scores.accuracy)}" for name, scores in answers.tasks.items())
         rows.append(("accuracy", f"{percent_text(answers.mean)}, the mean of {each}"))

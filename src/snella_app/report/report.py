@@ -93,16 +93,18 @@ def results_section(metrics: Metrics, marks: Sequence[tuple[str, float]]) -> dic
         low = max(scores.accuracy - scores.margin, 0.0)
         high = min(scores.accuracy + scores.margin, 1.0)
         scale = {"value": scores.accuracy, "low": low, "high": high, "marks": marks}
-    adapter = [
-        "" if metrics.best_epoch is None else _saved_epoch(metrics),
-        "" if math.isnan(metrics.train_s) else f"trained in {seconds_text(metrics.train_s)}",
-        f"adapter file {bytes_text(metrics.adapter_bytes)}" if metrics.adapter_bytes else "",
-    ]
+    adapter: list[str] = []
+    if metrics.best_epoch is not None:
+        adapter.append(_saved_epoch(metrics))
+    if not math.isnan(metrics.train_s):
+        adapter.append(f"trained in {seconds_text(metrics.train_s)}")
+    if metrics.adapter_bytes:
+        adapter.append(f"adapter file {bytes_text(metrics.adapter_bytes)}")
     return {
         "hero": facts[0] if facts else None,
         "scale": scale,
         "others": facts[1:],
-        "adapter": " · ".join(filter(None, adapter)),
+        "adapter": " · ".join(adapter),
     }
 
 
@@ -275,28 +277,36 @@ def allocation_section(
             "importance-curves",
             f"Importance of {len(allocation.matrices)} matrices over time (log scale), with means by type.",
         )
+    matrix_map = inline_svg(
+        sparsity_map(allocation.matrices, budgets),
+        "sparsity-map",
+        f"Sparsity of each matrix by block and type; {grid.frozen_count} of {len(allocation.matrices)} are frozen. "
+        "Values are in the table of matrices.",
+    )
+    trend_svg = None
+    if trend is not None:
+        trend_svg = inline_svg(trend, "block-trend", "Sparsity of each block with its linear trend.")
+    importance_by_name = {} if step is None else step.importance
+    rows: list[dict[str, Any]] = []
+    for matrix in allocation.matrices:
+        budget = budgets[matrix.name]
+        rows.append(
+            {
+                "matrix": matrix,
+                "budget": budget,
+                "sparsity": 1 - budget / max(matrix.size, 1),
+                "importance": importance_by_name.get(matrix.name, math.nan),
+            }
+        )
     return {
-        "map": inline_svg(
-            sparsity_map(allocation.matrices, budgets),
-            "sparsity-map",
-            f"Sparsity of each matrix by block and type; {grid.frozen_count} of {len(allocation.matrices)} are frozen. "
-            "Values are in the table of matrices.",
-        ),
-        "trend": trend and inline_svg(trend, "block-trend", "Sparsity of each block with its linear trend."),
+        "map": matrix_map,
+        "trend": trend_svg,
         "budget": sum(budgets.values()),
         "total": allocation.total_weights,
         "frozen": [matrix.name for matrix in allocation.matrices if budgets[matrix.name] == 0],
         "evolution": evolution,
         "importance": importance,
-        "rows": [
-            {
-                "matrix": matrix,
-                "budget": budgets[matrix.name],
-                "sparsity": 1 - budgets[matrix.name] / max(matrix.size, 1),
-                "importance": math.nan if step is None else step.importance.get(matrix.name, math.nan),
-            }
-            for matrix in allocation.matrices
-        ],
+        "rows": rows,
     }
 
 
@@ -459,10 +469,11 @@ def write_report(
             "labels": targets.labels_section(folder, info, metrics, images),
             "numbers": targets.numbers_section(folder, info, metrics, images),
         }
+    is_stopped = state == "stopped" and info.status == "running"
     context = {
         **results,
         "run": info,
-        "state": "stopped" if state == "stopped" and info.status == "running" else info.status,
+        "state": "stopped" if is_stopped else info.status,
         "written": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "folder": str(folder),
         "quoted": shlex.quote(str(folder)),

@@ -136,8 +136,11 @@ def accent_map() -> ListedColormap:
 
 def signed_map() -> ListedColormap:
     """Return the color map from negative (orange) through zero (transparent) to positive (blue)."""
-    shades = np.linspace(-1, 1, 257)
-    colors = [(*to_rgb(ACCENT if shade > 0 else WARM), float(abs(shade)) ** 0.7) for shade in shades]
+    colors: list[tuple[float, float, float, float]] = []
+    for shade in np.linspace(-1, 1, 257):
+        red, green, blue = to_rgb(ACCENT if shade > 0 else WARM)
+        opacity = float(abs(shade)) ** 0.7
+        colors.append((red, green, blue, opacity))
     return ListedColormap(colors, name="signed")
 
 
@@ -167,8 +170,11 @@ def text_on(share: float) -> str:
 
 def shortened(text: str, length: int = 18) -> str:
     """Shorten a label in the middle to `length` characters; replace line breaks and unprintable characters."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
-    text = text if len(text) <= length else text[: length - length // 3 - 1] + "…" + text[-(length // 3) :]
+    text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    if len(text) > length:
+        end_length = length // 3
+        text = text[: length - end_length - 1] + "…" + text[-end_length:]
     return text.replace("$", r"\$")  # Matplotlib parses $...$ as math
 
 
@@ -179,7 +185,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
 
     Args:
         figure: Figure to convert.
-        name: Prefix of all ids, unique on the page; letters, digits and hyphens.
+        name: Prefix of all ids, unique on the page. Consists of letters, digits and hyphens.
         description: Alternative text.
     """
     out = io.StringIO()
@@ -189,15 +195,22 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    used = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
-    svg = re.sub(r' id="([^"]+)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", svg)
+    referenced_ids = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
+
+    def with_prefix(attribute: re.Match[str]) -> str:
+        """Return the id attribute with the prefix, or no attribute if nothing refers to the id."""
+        if attribute[1] not in referenced_ids:
+            return ""
+        return f' id="{name}-{attribute[1]}"'
+
+    svg = re.sub(r' id="([^"]+)"', with_prefix, svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
     svg = re.sub(r"""font-family: [^;"]+""", "font-family: var(--font)", svg)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
     width, height = (figure.get_size_inches() * 72).round().astype(int).tolist()
-    head = (
+    opening_tag = (
         f'<svg class="figure" role="img" aria-label="{html.escape(description)}" viewBox="0 0 {width} {height}" '
         f'style="--w: {width}px" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
-    return Markup(re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1))
+    return Markup(re.sub(r"<svg[^>]*>", lambda _: opening_tag, svg, count=1))

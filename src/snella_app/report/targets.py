@@ -83,10 +83,13 @@ def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[
 def true_and_predicted(predictions: NumberPredictions, target: int, name: str) -> Figure:
     """Draw predicted against true values of a target for at most 2,000 images, with the identity line."""
     truth, predicted = _number_arrays(predictions)
-    chosen = np.unique(np.linspace(0, len(truth) - 1, min(len(truth), _MAX_POINTS)).round().astype(int))
+    count = min(len(truth), _MAX_POINTS)
+    positions = np.linspace(0, len(truth) - 1, count)
+    chosen = np.unique(positions.round().astype(int))
     x, y = truth[chosen, target], predicted[chosen, target]
     figure, axes = new_figure(*FIGURE_SIZE, f"{shortened(name, 30)}: predicted and true")
-    low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
+    low = float(min(x.min(), y.min()))
+    high = float(max(x.max(), y.max()))
     margin = 0.04 * (high - low) or 1.0
     ends = (low - margin, high + margin)
     axes.plot(ends, ends, color=MUTED, linewidth=1.2, linestyle=DASHED, zorder=1)
@@ -115,7 +118,10 @@ def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> F
             line.set(color=ACCENT, linewidth=1.2)
     for line in drawn["medians"]:
         line.set(color=INK, linewidth=1.8)
-    names = [f"{truth[bins == b].min():.3g}\nto {truth[bins == b].max():.3g}" for b in present]
+    names: list[str] = []
+    for b in present:
+        in_range = truth[bins == b]
+        names.append(f"{in_range.min():.3g}\nto {in_range.max():.3g}")
     axes.set_xticks(range(1, len(present) + 1), names)
     axes.grid(False, axis="x")
     axes.set(xlabel="true value", ylabel="predicted − true")
@@ -164,9 +170,13 @@ def label_cards(
     def card(row: int) -> Card:
         item = predictions.items[row]
         shares = [percent_text(probability) for probability in item.probabilities]
-        marked = [f"{classes[c]} {shares[c]}" for c in np.flatnonzero(predicted[row]).tolist()]
-        true = [classes[c] if predicted[row, c] else f"{classes[c]} ({shares[c]})" for c in item.labels]
-        predicted_text, true_text = (", ".join(labels) or "no label" for labels in (marked, true))
+        predicted_labels = [f"{classes[c]} {shares[c]}" for c in np.flatnonzero(predicted[row]).tolist()]
+        true_labels: list[str] = []
+        for c in item.labels:
+            is_missed = not predicted[row, c]
+            true_labels.append(f"{classes[c]} ({shares[c]})" if is_missed else classes[c])
+        predicted_text = ", ".join(predicted_labels) or "no label"
+        true_text = ", ".join(true_labels) or "no label"
         return Card(item.name, not wrong[row], predicted_text, true_text, embed_image(item.index, images))
 
     wrong = (predicted != truth.astype(bool)).any(1).tolist()
@@ -179,14 +189,17 @@ def number_cards(
 ) -> list[dict[str, Any]]:
     """Return cards for the images with the largest standardized errors, and for an evenly spaced sample of the rest."""
     truth, predicted = _number_arrays(predictions)
-    errors = (np.abs(predicted - truth) / np.where(np.ptp(truth, 0) > 0, truth.std(0), 1.0)).mean(1)
+    is_varying = np.ptp(truth, 0) > 0
+    scales = np.where(is_varying, truth.std(0), 1.0)
+    errors = (np.abs(predicted - truth) / scales).mean(1)
     is_single = len(names) == 1
 
     def text(values: Sequence[float]) -> str:
-        return ", ".join(
-            measure_text(value) if is_single else f"{n} {measure_text(value)}"
-            for n, value in zip(names, values, strict=True)
-        )
+        parts: list[str] = []
+        for name, value in zip(names, values, strict=True):
+            number = measure_text(value)
+            parts.append(number if is_single else f"{name} {number}")
+        return ", ".join(parts)
 
     def card(row: int) -> Card:
         item = predictions.items[row]
@@ -256,14 +269,16 @@ def masks_section(folder: Path, info: RunInfo, images: ImageLoader | None) -> di
     shown = [item for item in predictions.items if item.mask]
     shown.sort(key=lambda item: (math.isnan(item.dice), item.dice))
     colors = (mask_colors(len(info.classes)) / 255)[1:]
+    legend = [{"name": name, "color": to_hex(color)} for name, color in zip(info.classes[1:], colors, strict=True)]
+    items: list[dict[str, Any]] = []
+    for item in shown:
+        picture = embed_image(item.index, images, _MAX_SIDE)
+        items.append({"name": item.name, "dice": item.dice, "iou": item.iou, "picture": picture})
     return {
         "split": predictions.split_name,
         "note": f"{len(shown)} of {len(predictions.items)} images: the worst, then a sample of the rest.",
-        "legend": [{"name": name, "color": to_hex(c)} for name, c in zip(info.classes[1:], colors, strict=True)],
-        "items": [
-            {"name": i.name, "dice": i.dice, "iou": i.iou, "picture": embed_image(i.index, images, _MAX_SIDE)}
-            for i in shown
-        ],
+        "legend": legend,
+        "items": items,
     }
 
 
@@ -271,14 +286,13 @@ def _groups(errors: np.ndarray, card: Any, note: str) -> list[dict[str, Any]]:
     """Return cards for the worst images, and for an evenly spaced sample of the rest."""
     order = np.argsort(-errors, kind="stable").tolist()
     worst, rest = order[:_SHOWN], order[_SHOWN:]
-    others = [rest[i * len(rest) // _SHOWN] for i in range(_SHOWN)] if len(rest) > _SHOWN else rest
+    others = rest
+    if len(rest) > _SHOWN:
+        others = [rest[i * len(rest) // _SHOWN] for i in range(_SHOWN)]
+    others_note = f"{len(others)} of the remaining images, evenly spaced from worst to best"
     return [
         {"title": "Worst", "note": f"{len(worst)} {note}", "cards": [card(row) for row in worst]},
-        {
-            "title": "Others",
-            "note": f"{len(others)} of the remaining images, evenly spaced from worst to best",
-            "cards": [card(row) for row in others],
-        },
+        {"title": "Others", "note": others_note, "cards": [card(row) for row in others]},
     ]
 
 
@@ -293,5 +307,6 @@ def _label_arrays(predictions: LabelSetPredictions, classes: int) -> tuple[np.nd
 
 def _number_arrays(predictions: NumberPredictions) -> tuple[np.ndarray, np.ndarray]:
     """Return true and predicted values, `[images, targets]` each."""
-    truth, predicted = ([getattr(item, name) for item in predictions.items] for name in ("values", "predicted"))
+    truth = [item.values for item in predictions.items]
+    predicted = [item.predicted for item in predictions.items]
     return np.asarray(truth), np.asarray(predicted)

@@ -60,9 +60,13 @@ def _snella_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> Up
         groups, n, _ = adapter.shapes[f"{_PREFIX}{module}.snella_A"]
         m = adapter.shapes[f"{_PREFIX}{module}.snella_B"][0]
         names = part_names(module, groups, infos)
-        rows[module] = tuple(infos[name].shape[0] if name in infos else m // groups for name in names)
-        locations |= {name: (module, group) for group, name in enumerate(names)}
-        shapes |= {name: (count, n) for name, count in zip(names, rows[module], strict=True)}
+        row_counts: list[int] = []
+        for group, name in enumerate(names):
+            count = infos[name].shape[0] if name in infos else m // groups
+            row_counts.append(count)
+            locations[name] = (module, group)
+            shapes[name] = (count, n)
+        rows[module] = tuple(row_counts)
     kernel = config.make_kernel()
     merged: dict[str, list[Tensor]] = {}
 
@@ -92,26 +96,30 @@ def _is_plain_lora(adapter: AdapterFile) -> bool:
     """Return whether every update is `scaling · B A` of two matrices in the file."""
     keys = [key for key in adapter.shapes if ".lora_" in key]
     settings = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
-    return (
-        bool(keys)
-        and adapter.config.get("peft_type") == "LORA"
-        and all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in keys)
-        and all(len(adapter.shapes[key]) == 2 for key in keys)
-        and not any(adapter.config.get(name) for name in settings)
-    )
+    if not keys or adapter.config.get("peft_type") != "LORA":
+        return False
+    for key in keys:
+        is_factor = key.endswith((".lora_A.weight", ".lora_B.weight"))
+        if not is_factor or len(adapter.shapes[key]) != 2:
+            return False
+    return not any(adapter.config.get(name) for name in settings)
 
 
 def _lora_updates(adapter: AdapterFile) -> UpdateSource:
     """Return updates `scaling · B A`, with fused qkv layers split into q, k and v."""
     rank = adapter.config["r"]
-    scaling = adapter.config.get("lora_alpha", _LORA_ALPHA) / (rank**0.5 if adapter.config.get("use_rslora") else rank)
+    divisor = rank**0.5 if adapter.config.get("use_rslora") else rank
+    scaling = adapter.config.get("lora_alpha", _LORA_ALPHA) / divisor
     locations: dict[str, tuple[str, int, int]] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for module in _modules(adapter, ".lora_A.weight"):
-        m, n = (adapter.shapes[f"{_PREFIX}{module}.lora_{part}.weight"][i] for i, part in enumerate("BA"))
-        names = part_names(module, 3 if module.endswith("qkv") and m % 3 == 0 else 1, {})
-        locations |= {name: (module, group, m // len(names)) for group, name in enumerate(names)}
-        shapes |= {name: (m // len(names), n) for name in names}
+        m = adapter.shapes[f"{_PREFIX}{module}.lora_B.weight"][0]
+        n = adapter.shapes[f"{_PREFIX}{module}.lora_A.weight"][1]
+        is_fused = module.endswith("qkv") and m % 3 == 0
+        names = part_names(module, 3 if is_fused else 1, {})
+        part_rows = m // len(names)
+        locations |= {name: (module, group, part_rows) for group, name in enumerate(names)}
+        shapes |= {name: (part_rows, n) for name in names}
 
     def compute(name: str) -> Tensor:
         module, group, rows = locations[name]
@@ -129,13 +137,16 @@ def part_names(module: str, groups: int, infos: Mapping[str, MatrixInfo]) -> lis
     known = [name for name in infos if name.rpartition(".")[0] == module]
     if len(known) == groups:
         return known
-    return [f"{module}.{part}" for part in ("qkv" if groups == 3 else map(str, range(groups)))]
+    parts = list("qkv") if groups == 3 else [str(index) for index in range(groups)]
+    return [f"{module}.{part}" for part in parts]
 
 
 def _downsample(values: Tensor, side: int = MAX_CELLS) -> np.ndarray:
     """Downsample a matrix to at most `side` cells per side; each cell holds its entry of largest magnitude."""
     rows, columns = (max(1, -(-size // side)) for size in values.shape)
-    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % columns, 0, -values.shape[0] % rows))
+    missing_rows = -values.shape[0] % rows
+    missing_columns = -values.shape[1] % columns
+    padded = torch.nn.functional.pad(values, (0, missing_columns, 0, missing_rows))
     blocks = padded.unfold(0, rows, rows).unfold(1, columns, columns).flatten(2)
     indices = blocks.abs().argmax(-1, keepdim=True)
     return blocks.gather(-1, indices)[..., 0].numpy()

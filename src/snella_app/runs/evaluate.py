@@ -169,7 +169,9 @@ def _training_note(
         duplicates = {**near, **exact}
         count = count + len(duplicates)
         reencoded = reencoded + len(duplicates) - len(exact)
-        example = example or next((f"{part.names[p]!r} is {name!r}" for p, name in sorted(duplicates.items())), "")
+        if duplicates and not example:
+            position = min(duplicates)
+            example = f"{part.names[position]!r} is {duplicates[position]!r}"
     if not count:
         return None
     kind = f" ({reencoded} of them re-encoded or resized)" if reencoded else ""

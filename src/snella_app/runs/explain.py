@@ -84,7 +84,7 @@ def explain(
 
     Raises:
         FileExistsError: If `out` is a file, or a folder that is not empty and `overwrite` is not set.
-        FileNotFoundError: If the run or an image does not exist; suggests similar names.
+        FileNotFoundError: If the run or an image does not exist. The message suggests similar names.
         ValueError: If the run is not a classification run or is a cross-validation, has no class `of`, `of` is combined
             with rollout, the model does not support `by`, an image cannot be read, `batch_size` is less than 1, or
             `neighbors` is negative.
@@ -126,11 +126,13 @@ def explain(
             stem = os.fsdecode(os.fsencode(prediction.path.stem)[:_MAX_STEM_BYTES])
             name = f"{len(entries) + 1:04}-{stem}.png"
             _write_heat_map(folder / name, heat, by)
+            likely_classes = [f"{label} {percent_text(p)}" for label, p in prediction.ranking[:3]]
+            subject = f"for {target}" if by == "gradcam" else "of attention, independent of the class"
             entries.append(
                 {
                     "name": str(prediction.path),
-                    "text": ", ".join(f"{c} {percent_text(p)}" for c, p in prediction.ranking[:3]),
-                    "target": f"for {target}" if by == "gradcam" else "of attention, independent of the class",
+                    "text": ", ".join(likely_classes),
+                    "target": subject,
                     "image": EmbeddedImage(*image_data_uri(image, _MAX_SIDE)),
                     "heat": EmbeddedImage(*image_data_uri(heat, _MAX_SIDE)),
                     "neighbors": neighbors_by_image[len(entries)],
@@ -203,7 +205,10 @@ def nearest_images(features: np.ndarray, others: np.ndarray, count: int) -> list
     """
     cosines = cosine_similarity(features, others)
     order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
-    return [[(int(column), float(cosines[row, column])) for column in nearest] for row, nearest in enumerate(order)]
+    neighbors: list[list[tuple[int, float]]] = []
+    for row_cosines, nearest in zip(cosines, order, strict=True):
+        neighbors.append([(int(column), float(row_cosines[column])) for column in nearest])
+    return neighbors
 
 
 def _load_classifier(run: str | Path, by: str, batch_size: int, device: str) -> Predictor:

@@ -417,11 +417,12 @@ class RunFolder(BaseRunFolder[TrainConfig]):
         stored = self.read_config().flat()
         requested = config.flat()
         settings = TrainConfig.settings()
-        if different := [
-            f"{name} is {stored[name]!r} there and {requested[name]!r} here"
-            for name in _INHERITED
-            if requested[name] != settings[name].default and requested[name] != stored[name]
-        ]:
+        different: list[str] = []
+        for name in _INHERITED:
+            is_requested = requested[name] != settings[name].default
+            if is_requested and requested[name] != stored[name]:
+                different.append(f"{name} is {stored[name]!r} there and {requested[name]!r} here")
+        if different:
             raise ValueError(
                 f"init_from={self.path} requires the settings of that run, but {'; '.join(different)}; leave them out"
             )

@@ -178,7 +178,8 @@ def preparation_code(loaded: LoadedRun) -> list[str] | None:
         if config.get("crop_mode") == "squash"
         else f"[int({scaled} * side / min(image.size)) for side in image.size]"
     )
-    mean, std = ([round(float(value), 6) for value in config[name]] for name in ("mean", "std"))
+    mean = [round(float(value), 6) for value in config["mean"]]
+    std = [round(float(value), 6) for value in config["std"]]
     return [
         "def transform(image):",
         "    image = ImageOps.exif_transpose(image)",

@@ -231,11 +231,12 @@ def _require_all(paths: Iterable[Path]) -> list[Path]:
     missing = [path for path in all_paths if not path.exists()]
     if not missing:
         return all_paths
-    first_missing = f"no image {missing[0]}{missing_path_hint(missing[0])}"
-    summary = f"{len(missing):,} of {len(all_paths):,} images are missing: {listed([str(path) for path in missing])}"
+    problem = f"no image {missing[0]}{missing_path_hint(missing[0])}"
+    if len(missing) > 1:
+        names = listed([str(path) for path in missing])
+        problem = f"{len(missing):,} of {len(all_paths):,} images are missing: {names}"
     raise FileNotFoundError(
-        f"{first_missing if len(missing) == 1 else summary}; fix the list, or skip missing and corrupt images with "
-        "--skip-corrupt (skip_corrupt=True)"
+        f"{problem}; fix the list, or skip missing and corrupt images with --skip-corrupt (skip_corrupt=True)"
     )
 
 
@@ -251,7 +252,10 @@ def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
     allowed = tuple(PILLOW_MODES) if channels in PILLOW_MODES else (channels,)
     num_channels = values.shape[2] if values.ndim == 3 else 1
     if values.ndim not in (2, 3) or num_channels not in allowed or 0 in values.shape:
-        counts = f"{', '.join(map(str, allowed[:-1]))} or {allowed[-1]}" if len(allowed) > 1 else str(channels)
+        counts = str(channels)
+        if len(allowed) > 1:
+            all_but_last = ", ".join(map(str, allowed[:-1]))
+            counts = f"{all_but_last} or {allowed[-1]}"
         gray = "[height, width] or " if 1 in allowed else ""
         raise ValueError(
             f"an image must have the shape {gray}[height, width, {counts}] as an array, {gray}[{counts}, height, "

@@ -19,9 +19,12 @@ SPLITS = ("train", "val", "test")
 
 
 def splits_digest(splits: DataSplits) -> str:
-    """Return the SHA-256 of classes, and names, labels and annotations by split; independent of the folder's path."""
+    """Return the SHA-256 of classes, and names, labels and annotations by split, but not of the folder's path."""
     parts = splits.parts
-    names_and_labels = {name: [parts[name].names, parts[name].labels] if name in parts else None for name in SPLITS}
+    names_and_labels: dict[str, Any] = dict.fromkeys(SPLITS)
+    for name in SPLITS:
+        if name in parts:
+            names_and_labels[name] = [parts[name].names, parts[name].labels]
     content: list[Any] = [splits.classes, names_and_labels]
     annotations = {name: part.annotations.plain() for name, part in parts.items()}
     if any(annotations.values()):

@@ -1,8 +1,7 @@
-"""Loading the best model of a run."""
+"""Load the best model of a run, and create its task and its initial model."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +26,25 @@ _OTHER_COMMANDS = {
     "language": "snella evaluate-language uses it",
 }
 _LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
-"""Errors that torch, timm and PEFT raise for invalid values."""
+"""Errors that torch, timm and PEFT raise if the configuration and the weights of a run do not match."""
 
 
 @dataclass(frozen=True)
 class LoadedRun:
     """Best model of a run, with its transform, classes and task.
 
-    For a cross-validation, `folder`, `transform`, `classes` and `info` come from the first fold; `info` has no
-    calibration and no test-time augmentation.
+    For a cross-validation run, `model` is an ensemble of the folds. The other attributes come from the first fold, and
+    `info` has no calibration and no test-time augmentation, because each fold's model applies its own.
 
     Attributes:
         folder: Run folder.
         model: Backbone with trained parameters and head, or an `Ensemble`.
-        transform: Preprocessing of images.
+        transform: Image preprocessing.
         classes: Class names in the order of the outputs.
         task: Task of the run.
         info: Content of `run.json`.
-        probe: Model with the final head on several layers, if the run has one.
+        probe: `model` with the final head, which reads the features of several layers. None if the run kept the
+            trained head.
     """
 
     folder: RunFolder
@@ -62,7 +62,7 @@ class LoadedRun:
 
     @property
     def reading(self) -> Reading:
-        """Image format of the model."""
+        """How images are read: channels, white level and size."""
         data = self.info.data
         return Reading(self.info.backbone.channels, data.white or FULL_WHITE, data.read_side)
 
@@ -73,20 +73,20 @@ class LoadedRun:
 
 
 def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
-    """Load the best model of a run, or all models of a cross-validation as an ensemble.
+    """Load the best model of a run, or the models of a cross-validation run as an ensemble.
 
     Args:
-        run: Folder of the run or the cross-validation.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
+        run: Folder of the run.
+        device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"` or `"mps"`.
 
     Returns:
         Model in evaluation mode with its transform, class names and record.
 
     Raises:
-        FileNotFoundError: If `run` is not a run folder, has no finished epoch, or lacks its adapter or a fold.
-        ValueError: If a file of the run is damaged, the run has an unsupported task, such as a personalized generator,
-            or the device is not available.
-        AdapterFileError: If the adapter is damaged or does not fit the model.
+        FileNotFoundError: If `run` is not a run folder, no epoch has finished, or the adapter or a fold is missing.
+        ValueError: If a file of the run is damaged, if the run has an unsupported task, such as image generation, or if
+            the device is not available.
+        AdapterFileError: If the adapter is damaged or does not match the model.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
     results = read_if_present(FoldResults, folder.path)
@@ -101,19 +101,24 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
     first = loaded[0]
     task = first.task.for_ensemble([fold.task for fold in loaded])
     model = Ensemble(loaded, task).eval()
-    info = dataclasses.replace(first.info, calibration=None, tta=1)  # each model applies its own
+    info = replace(first.info, calibration=None, tta=1)  # each model applies its own
     return LoadedRun(first.folder, model, first.transform, first.classes, task, info)
 
 
 def load_single_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
-    """Load the best model of a run like `load_run`, but reject a cross-validation."""
+    """Load the best model of a run.
+
+    Raises:
+        ValueError: If `run` is a cross-validation run.
+        Exception: Errors of `load_run`.
+    """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
     reject_cross_validation(folder.path)
     info = read(RunInfo, folder.path)
     try:
-        with torch.random.fork_rng(devices=[]):  # initial weights must not change the caller's random numbers
+        with torch.random.fork_rng(devices=[]):  # initializing weights must not advance the caller's generators
             return _load_model(folder, info, choose_device(device))
-    except (NotImplementedError, MemoryError, torch.OutOfMemoryError):
+    except (NotImplementedError, torch.OutOfMemoryError):  # subclasses of RuntimeError that do not indicate damage
         raise
     except _LIBRARY_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -124,7 +129,7 @@ def load_single_run(run: str | Path | RunFolder, device: str = "auto") -> Loaded
 
 
 def _load_model(folder: RunFolder, info: RunInfo, device: torch.device) -> LoadedRun:
-    """Load the model of a run, and check that it fits the classes and the transform."""
+    """Load the model of a run, and check that it matches the classes and the transform."""
     task = get_task(info)
     num_outputs = info.backbone.num_classes
     if num_outputs not in (None, task.count_outputs(info.classes)):
@@ -154,9 +159,9 @@ def _load_model(folder: RunFolder, info: RunInfo, device: torch.device) -> Loade
 
 
 def configured_image_size(model: nn.Module, *, is_strict: bool = False) -> int | None:
-    """Return the image size that a model is configured for; None if it accepts any size.
+    """Return the side of the square images that a model is configured for, or None if it configures no size.
 
-    `is_strict` also returns None for models that accept other sizes.
+    If `is_strict`, also return None if the model accepts other sizes.
     """
     patches: Any = getattr(getattr(model, "encoder", model), "patch_embed", None)
     size = getattr(patches, "img_size", None)
@@ -195,7 +200,7 @@ class Ensemble(nn.Module):
         self.task = task
 
     def forward(self, images: Tensor) -> Tensor:
-        """Average the models' outputs, each with its temperature and test-time augmentation."""
+        """Apply each model's test-time augmentation and temperature, and average the outputs."""
         outputs = [run.task.outputs(run.network, images, run.info.tta) / run.info.temperature for run in self.runs]
         return self.task.average_outputs(outputs, [run.task for run in self.runs])
 
@@ -204,14 +209,18 @@ def get_task(info: RunInfo) -> Task:
     """Return the task of a run.
 
     Raises:
-        ValueError: If the run has an unsupported task, such as a personalized generator; the message names the
-            commands of the task.
+        ValueError: If the run has an unsupported task, such as image generation. The message lists the commands that
+            support the task.
     """
     return create_task(get_task_name(info), info.classes, **(info.task_state or {}))
 
 
 def get_task_name(info: RunInfo) -> str:
-    """Return the name of a run's task; raises like `get_task`."""
+    """Return the name of a run's task.
+
+    Raises:
+        ValueError: If the task is unsupported, as for `get_task`.
+    """
     if info.task not in TASKS:
         hint = _OTHER_COMMANDS.get(info.task, "another version of snella wrote it")
         raise ValueError(f"run must have task {' or '.join(TASKS)}, got a {info.task!r} run; {hint}")
@@ -219,7 +228,11 @@ def get_task_name(info: RunInfo) -> str:
 
 
 def make_backbone(backbone: BackboneInfo, task: str = "classification") -> nn.Module:
-    """Create the initial model of a run; new parameters are initialized from the seed of the run."""
+    """Create the model of a run as it was before training.
+
+    New parameters are initialized from the run's seed. A run without a recorded value for `pretrained` used pre-trained
+    weights.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(backbone.seed or 0)
         return task_class(task).build_model(

@@ -144,11 +144,15 @@ class Predictor:
         return torch.stack([self.loaded.transform(image) for image in decoded])
 
     def to_pil_image(self, preprocessed: Tensor) -> Image.Image:
-        """Undo the normalization of an image and return it in RGB; gray unless it has 3 or 4 channels."""
+        """Undo the normalization of an image and return it in RGB; images without 3 or 4 channels become gray."""
         config = self.loaded.info.data_config
         mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
         pixels = (preprocessed.cpu() * std + mean).clamp(0, 1)
-        pixels = pixels[:3] if len(pixels) in (3, 4) else pixels.mean(0, keepdim=True).expand(3, -1, -1)
+        if len(pixels) in (3, 4):
+            pixels = pixels[:3]
+        else:
+            gray = pixels.mean(0, keepdim=True)
+            pixels = gray.expand(3, -1, -1)
         return Image.fromarray((pixels * 255).round().to(torch.uint8).movedim(0, -1).numpy())
 
     def iter_predictions(

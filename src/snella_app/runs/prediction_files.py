@@ -247,7 +247,10 @@ def _images_in_rows(path: Path) -> list[Path]:
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         is_csv = path.suffix.lower() == ".csv"
         try:
-            rows = csv.DictReader(file) if is_csv else [json.loads(line) for line in file if line.strip()]
+            if is_csv:
+                rows: Iterable[Any] = csv.DictReader(file)
+            else:
+                rows = [json.loads(line) for line in file if line.strip()]
             return [Path(row["image"]) for row in rows if row.get("image")]
         except (ValueError, AttributeError, TypeError, csv.Error) as error:
             raise ValueError(f"out={path} has rows that are not predictions: {error}; choose another file") from error

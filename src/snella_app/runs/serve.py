@@ -235,10 +235,12 @@ def create_app(
         """Run prediction on images, each a file in the form field `files`."""
         if len(files) > limits.files:
             return JSONResponse({"error": f"a request must have at most {limits.files} files, got {len(files)}"}, 413)
-        entries: list[dict[str, Any]] = [{"name": utf8_text(file.filename or f"[{i}]")} for i, file in enumerate(files)]
+        entries: list[dict[str, Any]] = []
         usable: list[int] = []
         pixels = 0.0
         for index, file in enumerate(files):
+            name = file.filename or f"[{index}]"
+            entries.append({"name": utf8_text(name)})
             try:
                 pixels += _checked_pixels(file.file, limits, model.loaded.reading)
                 usable.append(index)
@@ -415,10 +417,12 @@ def _prediction_json(model: Predictor, prediction: Any) -> dict[str, Any]:
     text = utf8_text(prediction.text())
     if not isinstance(prediction, Prediction):
         return {"text": text}
-    return {
+    content: dict[str, Any] = {
         "text": text,
         "label": utf8_text(prediction.label),
         "probability": round(prediction.probability, 6),
-        **({} if prediction.unsure_below is None else {"unsure": prediction.is_unsure}),
-        "probabilities": {utf8_text(name): round(p, 6) for name, p in prediction.ranking},
     }
+    if prediction.unsure_below is not None:
+        content["unsure"] = prediction.is_unsure
+    content["probabilities"] = {utf8_text(name): round(p, 6) for name, p in prediction.ranking}
+    return content

@@ -41,5 +41,9 @@ def create_task(name: str, classes: Sequence[str], **settings: Any) -> Task:
     """
     task: type[Any] = task_class(name)
     settings["loss_name"] = settings.get("loss") if task.losses else None
-    arguments = {f.name: settings[f.name] for f in fields(task) if settings.get(f.name) is not None}
-    return task(tuple(classes), **{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()})
+    arguments: dict[str, Any] = {}
+    for field in fields(task):
+        value = settings.get(field.name)
+        if value is not None:
+            arguments[field.name] = tuple(value) if isinstance(value, list) else value
+    return task(tuple(classes), **arguments)

@@ -187,10 +187,10 @@ class ClassificationTask(Task):
         """Return label, probabilities and group of each image."""
         groups: Sequence[str | None] = dataset.annotations.groups or [None] * len(dataset)
         rows = zip(dataset.names, dataset.labels, sample_outputs.tolist(), groups, strict=True)
-        items = [
-            StoredPrediction(index, name, int(label), [round(p, 6) for p in row], group=group)
-            for index, (name, label, row, group) in enumerate(rows)
-        ]
+        items: list[StoredPrediction] = []
+        for index, (name, label, row, group) in enumerate(rows):
+            probabilities = [round(p, 6) for p in row]
+            items.append(StoredPrediction(index, name, int(label), probabilities, group=group))
         return Predictions(split, items=items)
 
     def fit_linear(
@@ -354,8 +354,9 @@ class OrdinalTask(ClassificationTask):
         """Return CORN logits of the mean class probabilities."""
         mean = torch.stack([self.probabilities(logits) for logits in outputs]).mean(0)
         from_rank = mean.flip(-1).cumsum(-1).flip(-1).clamp(max=1.0)  # P(y ≥ k)
-        # both are 0 for ranks far above the predicted one
-        return (from_rank[:, 1:] / from_rank[:, :-1].clamp(min=torch.finfo(mean.dtype).tiny)).logit(eps=1e-7)
+        tiny = torch.finfo(mean.dtype).tiny  # avoids 0 / 0 for ranks far above the predicted one
+        conditional = from_rank[:, 1:] / from_rank[:, :-1].clamp(min=tiny)
+        return conditional.logit(eps=1e-7)
 
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """Compute rank errors, quadratic weighted kappa, and classification metrics.

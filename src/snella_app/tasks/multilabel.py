@@ -209,22 +209,17 @@ class MultiLabelTask(Task):
             precision = np.nan_to_num(hits / predicted_counts)
             recall = hits / support
             f1 = 2 * hits / (predicted_counts + support)
-        ap = [
-            float(average_precision_score(truth[:, c], probabilities[:, c])) if support[c] else None
-            for c in range(len(self.classes))
-        ]
+        ap: list[float | None] = [None] * len(self.classes)
+        for c in range(len(self.classes)):
+            if support[c]:
+                ap[c] = float(average_precision_score(truth[:, c], probabilities[:, c]))
         present = support > 0
         scores = full_precision(scores)
         losses = F.binary_cross_entropy_with_logits(scores, torch.as_tensor(truth).to(scores), reduction="none")
         total = int(predicted_counts.sum() + support.sum())
-        return {
-            "map": _mean([value for value in ap if value is not None]),
-            "macro_f1": _mean(f1[present].tolist()),
-            "micro_f1": 2 * int(hits.sum()) / total if total else 1.0,
-            "subset_accuracy": float((truth == predicted).all(1).mean()),
-            "images": len(truth),
-            "loss": float(losses.mean(-1).mean()),
-            "per_class": [
+        per_class: list[dict[str, Any]] = []
+        for c, name in enumerate(self.classes):
+            per_class.append(
                 {
                     "name": name,
                     "support": int(support[c]),
@@ -234,8 +229,15 @@ class MultiLabelTask(Task):
                     "recall": float(recall[c]) if present[c] else None,
                     "threshold": float(self.thresholds[c]),
                 }
-                for c, name in enumerate(self.classes)
-            ],
+            )
+        return {
+            "map": _mean([value for value in ap if value is not None]),
+            "macro_f1": _mean(f1[present].tolist()),
+            "micro_f1": 2 * int(hits.sum()) / total if total else 1.0,
+            "subset_accuracy": float((truth == predicted).all(1).mean()),
+            "images": len(truth),
+            "loss": float(losses.mean(-1).mean()),
+            "per_class": per_class,
         }
 
     def predictions(
@@ -243,10 +245,10 @@ class MultiLabelTask(Task):
     ) -> LabelSetPredictions:
         """Return labels and probabilities of each image, and the thresholds."""
         rows = zip(dataset.names, self._targets(dataset), sample_outputs.tolist(), strict=True)
-        items = [
-            StoredLabelSetPrediction(number, name, labels, [round(p, 6) for p in row])
-            for number, (name, labels, row) in enumerate(rows)
-        ]
+        items: list[StoredLabelSetPrediction] = []
+        for index, (name, labels, row) in enumerate(rows):
+            probabilities = [round(p, 6) for p in row]
+            items.append(StoredLabelSetPrediction(index, name, labels, probabilities))
         return LabelSetPredictions(split, thresholds=list(self.thresholds), items=items)
 
     def fit_linear(
@@ -272,10 +274,10 @@ class MultiLabelTask(Task):
     def result_table(self, scores: Mapping[str, Any]) -> Table:
         """Return average precision, F1, precision, recall and threshold of each class."""
         keys = ("average_precision", "f1", "precision", "recall", "threshold")
-        rows = [
-            [row["name"], f"{row['support']:,}", *("–" if row[key] is None else f"{row[key]:.4f}" for key in keys)]
-            for row in scores["per_class"]
-        ]
+        rows: list[list[str]] = []
+        for row in scores["per_class"]:
+            values = ["–" if row[key] is None else f"{row[key]:.4f}" for key in keys]
+            rows.append([row["name"], f"{row['support']:,}", *values])
         columns = ["class", "images", "AP", "F1", "precision", "recall", "threshold"]
         return make_table(columns, rows, title="classes")
 

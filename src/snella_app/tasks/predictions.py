@@ -150,8 +150,9 @@ class Prediction:
 
     def text(self, top_k: int | None = None) -> str:
         """Format the first classes of `ranking` as one line, prefixed with "unsure" if the prediction is."""
-        ranking = ", ".join(f"{name} {p:.3f}" for name, p in self.ranking[: top_k or _SHOWN_CLASSES])
-        return f"unsure: {ranking}" if self.is_unsure else ranking
+        shown = self.ranking[: top_k or _SHOWN_CLASSES]
+        text = ", ".join(f"{name} {p:.3f}" for name, p in shown)
+        return f"unsure: {text}" if self.is_unsure else text
 
     def row(self, top_k: int | None = None) -> Row:
         """Return `label`, `probability`, `unsure` (with a threshold), and the remaining top-k classes."""
@@ -252,7 +253,10 @@ def _parquet(rows: Sequence[Row]) -> bytes:
         return utf8_text(value) if isinstance(value, str) else value
 
     content = io.BytesIO()
-    table = [{utf8_text(name): clean(value) for name, value in row.items()} for row in plain(rows)]
+    table: list[Row] = []
+    for row in plain(rows):
+        clean_row = {utf8_text(name): clean(value) for name, value in row.items()}
+        table.append(clean_row)
     parquet.write_table(pyarrow.Table.from_pylist(table), content)
     return content.getvalue()
 

@@ -170,24 +170,25 @@ class RegressionTask(Task):
             r2[is_varying] = r2_score(truth[:, is_varying], predicted[:, is_varying], **by_target)
         squares = (scores.double() - self.standardized(torch.as_tensor(truth))).square()
         median_errors, mean_errors = truth - np.asarray(self.median), truth - np.asarray(self.mean)
+        per_target = [
+            {
+                "name": name,
+                "mae": float(mae[t]),
+                "rmse": float(rmse[t]),
+                "r2": float(r2[t]),
+                "mean": float(truth[:, t].mean()),
+                "baseline_mae": float(np.abs(median_errors[:, t]).mean()),
+                "baseline_rmse": float(np.sqrt((mean_errors[:, t] ** 2).mean())),
+            }
+            for t, name in enumerate(self.names)
+        ]
         return {
             "mae": float(mae.mean()),
             "rmse": float(rmse.mean()),
             "r2": float(r2[is_varying].mean()) if is_varying.any() else float("nan"),
             "images": len(truth),
             "loss": float(squares.mean(-1).mean()),
-            "per_target": [
-                {
-                    "name": name,
-                    "mae": float(mae[t]),
-                    "rmse": float(rmse[t]),
-                    "r2": float(r2[t]),
-                    "mean": float(truth[:, t].mean()),
-                    "baseline_mae": float(np.abs(median_errors[:, t]).mean()),
-                    "baseline_rmse": float(np.sqrt((mean_errors[:, t] ** 2).mean())),
-                }
-                for t, name in enumerate(self.names)
-            ],
+            "per_target": per_target,
         }
 
     def sample_outputs(self, reduced: ArrayLike) -> Tensor:
@@ -197,10 +198,10 @@ class RegressionTask(Task):
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> NumberPredictions:
         """Return true and predicted values of each image."""
         rows = zip(dataset.names, self._values(dataset).tolist(), sample_outputs.tolist(), strict=True)
-        items = [
-            StoredNumberPrediction(index, name, values, [float(f"{p:.7g}") for p in predicted])
-            for index, (name, values, predicted) in enumerate(rows)
-        ]
+        items: list[StoredNumberPrediction] = []
+        for index, (name, values, predicted) in enumerate(rows):
+            rounded = [float(f"{number:.7g}") for number in predicted]
+            items.append(StoredNumberPrediction(index, name, values, rounded))
         return NumberPredictions(split, items=items)
 
     def fit_linear(
@@ -230,7 +231,10 @@ class RegressionTask(Task):
     def result_table(self, scores: Mapping[str, Any]) -> Table:
         """Return errors of each target and of the baselines (training median or mean)."""
         keys = ("mae", "rmse", "r2", "baseline_mae", "baseline_rmse")
-        rows = [[row["name"], *(f"{row[key]:.4g}" for key in keys)] for row in scores["per_target"]]
+        rows: list[list[str]] = []
+        for row in scores["per_target"]:
+            values = [f"{row[key]:.4g}" for key in keys]
+            rows.append([row["name"], *values])
         columns = ["target", "MAE", "RMSE", "R²", "baseline MAE", "baseline RMSE"]
         return make_table(columns, rows, title="targets")
 
@@ -252,10 +256,12 @@ class RegressionTask(Task):
 
     def decoding_comment(self, outputs: str) -> str:
         """Return the comment that converts outputs to target units."""
-        mean, std = ([float(f"{value:.7g}") for value in values] for values in (self.mean, self.std))
+        mean = [float(f"{value:.7g}") for value in self.mean]
+        std = [float(f"{value:.7g}") for value in self.std]
         return f"# {outputs}[0] * torch.tensor({std}) + torch.tensor({mean})"
 
     def _values(self, dataset: ImageDataset) -> np.ndarray:
         """Return the targets of each image, `[images, targets]`."""
         targets: Sequence[Any] = dataset.annotations.targets or []
-        return np.asarray([target if isinstance(target, tuple | list) else (target,) for target in targets], float)
+        rows = [target if isinstance(target, tuple | list) else (target,) for target in targets]
+        return np.asarray(rows, float)

@@ -75,6 +75,19 @@ def pooled_scores(counts: np.ndarray, classes: list[str]) -> dict[str, Any]:
     foreground_only = total.copy()
     foreground_only[0] = 0
     gps_dice, gps_iou = image_scores(foreground_only[None])
+    per_class: list[dict[str, Any]] = []
+    for label, name in enumerate(classes):
+        is_foreground = label > 0
+        per_class.append(
+            {
+                "name": name,
+                "pixels": int(total[label].sum()),
+                "dice": _nanmean(dice[:, label], None) if is_foreground else None,
+                "iou": _nanmean(iou[:, label], None) if is_foreground else None,
+                "dice_pooled": _nanmean(pooled_dice[:, label], None),
+                "iou_pooled": _nanmean(pooled_iou[:, label], None),
+            }
+        )
     return {
         "dice": _nanmean(np.asarray(foreground_means(dice)), 1.0),
         "iou": _nanmean(np.asarray(foreground_means(iou)), 1.0),
@@ -85,17 +98,7 @@ def pooled_scores(counts: np.ndarray, classes: list[str]) -> dict[str, Any]:
         "iou_gps_foreground_only": _nanmean(gps_iou[0, 1:], 1.0),
         "pixel_accuracy": float(np.trace(total) / total.sum()),
         "images": len(counts),
-        "per_class": [
-            {
-                "name": name,
-                "pixels": int(total[label].sum()),
-                "dice": _nanmean(dice[:, label], None) if label else None,
-                "iou": _nanmean(iou[:, label], None) if label else None,
-                "dice_pooled": _nanmean(pooled_dice[:, label], None),
-                "iou_pooled": _nanmean(pooled_iou[:, label], None),
-            }
-            for label, name in enumerate(classes)
-        ],
+        "per_class": per_class,
         "confusion": total.astype(int).tolist(),
     }
 
@@ -145,14 +148,14 @@ def overlap_losses(scores: Tensor, labels: Tensor, kind: MaskLoss) -> Tensor:
     if kind == "none":
         return scores.new_zeros(len(scores))
     p = scores.softmax(1)[:, 1:].flatten(2)  # [batch, classes - 1, pixels]
-    t = F.one_hot(labels.flatten(1), scores.shape[1])[..., 1:].transpose(1, 2).to(p.dtype)
+    t = F.one_hot(labels.flatten(1), scores.shape[1])  # [batch, pixels, classes]
+    t = t[..., 1:].transpose(1, 2).to(p.dtype)
     intersection = (p * t).sum(-1)
     sums = p.sum(-1) + t.sum(-1)
-    overlap = (
-        (2 * intersection + _SMOOTHING) / (sums + _SMOOTHING)
-        if kind == "dice"
-        else (intersection + _SMOOTHING) / (sums - intersection + _SMOOTHING)
-    )
+    if kind == "dice":
+        overlap = (2 * intersection + _SMOOTHING) / (sums + _SMOOTHING)
+    else:
+        overlap = (intersection + _SMOOTHING) / (sums - intersection + _SMOOTHING)
     return (1 - overlap).mean(-1)
 
 
@@ -244,7 +247,8 @@ class SegmentationTask(Task):
         counts = pixel_counts(outputs.argmax(1), labels, len(self.classes)).flatten(1)
         losses = self._losses(outputs, labels, 0.0)
         dtype = widest_dtype(outputs.device.type)
-        return torch.cat([counts.to(dtype), losses[:, None].to(dtype)], 1), labels.new_zeros(len(labels))
+        rows = torch.cat([counts.to(dtype), losses[:, None].to(dtype)], 1)
+        return rows, labels.new_zeros(len(labels))
 
     def metrics(self, reduced: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """Compute the scores of `pooled_scores`, and the loss without label smoothing, from the rows of `reduce`."""
@@ -258,11 +262,11 @@ class SegmentationTask(Task):
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> MaskPredictions:
         """Return Dice and IoU of each image, averaged over foreground classes, and the stored mask if any."""
         dice, iou = map(foreground_means, image_scores(self._counts(sample_outputs.numpy())))
-        files = [_mask_file(index) for index in range(len(dataset.names))]
-        items = [
-            StoredMaskPrediction(index, name, dice[index], iou[index], file if (folder / file).is_file() else None)
-            for index, (name, file) in enumerate(zip(dataset.names, files, strict=True))
-        ]
+        items: list[StoredMaskPrediction] = []
+        for index, name in enumerate(dataset.names):
+            file = _mask_file(index)
+            mask = file if (folder / file).is_file() else None
+            items.append(StoredMaskPrediction(index, name, dice[index], iou[index], mask))
         return MaskPredictions(split, items=items)
 
     @torch.inference_mode()
@@ -299,10 +303,10 @@ class SegmentationTask(Task):
         """Return Dice and IoU of each class."""
         columns = ["class", "pixels", "Dice by image", "IoU by image", "Dice pooled", "IoU pooled"]
         keys = ("dice", "iou", "dice_pooled", "iou_pooled")
-        rows = [
-            [row["name"], f"{row['pixels']:,}", *("–" if row[key] is None else f"{row[key]:.4f}" for key in keys)]
-            for row in scores["per_class"]
-        ]
+        rows: list[list[str]] = []
+        for row in scores["per_class"]:
+            values = ["–" if row[key] is None else f"{row[key]:.4f}" for key in keys]
+            rows.append([row["name"], f"{row['pixels']:,}", *values])
         return make_table(columns, rows, title="classes")
 
     def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:

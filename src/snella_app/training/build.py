@@ -298,10 +298,10 @@ def build(
     transform = build_transform(data_config, train=False, augment="none")
     parts = data.splits.parts
     sized = read_at_side(list(parts.values()), read_side(data_config, data.splits.train))
-    transformed: dict[str, Any] = {
-        name: part.with_transform(train_transform if name == "train" else transform)
-        for name, part in zip(parts, sized, strict=True)
-    }
+    transformed: dict[str, Any] = {}
+    for name, part in zip(parts, sized, strict=True):
+        part_transform = train_transform if name == "train" else transform
+        transformed[name] = part.with_transform(part_transform)
     splits = dataclasses.replace(data.splits, **transformed)
     torch.manual_seed(seed)
     if resumed is not None and has_selection(resumed):
@@ -400,7 +400,10 @@ def resolve_data_config(model: nn.Module, img_size: int | None) -> dict[str, Any
     config = dict(timm.data.resolve_model_data_config(model))
     if img_size is not None:
         config["input_size"] = (config["input_size"][0], img_size, img_size)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+    plain_config: dict[str, Any] = {}
+    for key, value in config.items():
+        plain_config[key] = list(value) if isinstance(value, tuple) else value
+    return plain_config
 
 
 def read_side(data_config: Mapping[str, Any], images: ImageDataset) -> int | None:
@@ -454,10 +457,12 @@ def _parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay:
             groups.setdefault((is_inside(name, head), parameter.ndim > 1), []).append(parameter)
     if not groups:
         raise ValueError(f"method {spec_of(model).name!r} has no trainable parameters in {type(model).__name__}")
-    return [
-        {"params": params, "lr": head_lr if in_head else lr, "weight_decay": weight_decay if is_matrix else 0.0}
-        for (in_head, is_matrix), params in sorted(groups.items(), key=lambda item: item[0])
-    ]
+    optimizer_groups: list[dict[str, Any]] = []
+    for (in_head, is_matrix), parameters in sorted(groups.items(), key=lambda item: item[0]):
+        group_lr = head_lr if in_head else lr
+        group_decay = weight_decay if is_matrix else 0.0
+        optimizer_groups.append({"params": parameters, "lr": group_lr, "weight_decay": group_decay})
+    return optimizer_groups
 
 
 def _decay_rates(optimizer: Optimizer, model: nn.Module, decay: float) -> None:

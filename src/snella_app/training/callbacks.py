@@ -155,8 +155,11 @@ class EpochSnapshots:
 
     def save(self, checkpoint: Path) -> None:
         """Write the values to a checkpoint folder."""
-        values = ((f"{epoch}/{name}", value) for epoch in self.epochs for name, value in self._values[epoch].items())
-        save_file({name: value.contiguous() for name, value in values}, checkpoint / _SNAPSHOTS_FILE)
+        values: dict[str, torch.Tensor] = {}
+        for epoch in self.epochs:
+            for name, value in self._values[epoch].items():
+                values[f"{epoch}/{name}"] = value.contiguous()
+        save_file(values, checkpoint / _SNAPSHOTS_FILE)
 
     def load(self, checkpoint: Path) -> None:
         """Load the values from a checkpoint.
@@ -255,13 +258,23 @@ class StepTimeCallback(TrainerCallback):
             self.reserved_bytes.append(torch.cuda.memory_reserved(self.device))
 
     def summary(self) -> dict[str, Any]:
-        """Return median step time (s), and GPU memory (bytes; None on a CPU) named as in PEFT's method comparison."""
-        reserved = self.reserved_bytes
+        """Return the median step time in seconds, and GPU memory in bytes, named as in PEFT's method comparison.
+
+        On a CPU, the memory is None.
+        """
+        step_s = round(statistics.median(self.step_s), 6) if self.step_s else None
+        memory_max: int | None = None
+        memory_mean: int | None = None
+        memory_99th: int | None = None
+        if self.reserved_bytes:
+            memory_max = torch.cuda.max_memory_reserved(self.device)
+            memory_mean = int(np.mean(self.reserved_bytes))
+            memory_99th = int(np.percentile(self.reserved_bytes, 99))
         return {
-            "step_s": round(statistics.median(self.step_s), 6) if self.step_s else None,
-            "accelerator_memory_max": torch.cuda.max_memory_reserved(self.device) if reserved else None,
-            "accelerator_memory_reserved_avg": int(np.mean(reserved)) if reserved else None,
-            "accelerator_memory_reserved_99th": int(np.percentile(reserved, 99)) if reserved else None,
+            "step_s": step_s,
+            "accelerator_memory_max": memory_max,
+            "accelerator_memory_reserved_avg": memory_mean,
+            "accelerator_memory_reserved_99th": memory_99th,
         }
 
 

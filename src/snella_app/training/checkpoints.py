@@ -119,8 +119,15 @@ def find_damage(checkpoint: Path, run_id: str | None) -> str:
 
 def _files_of(checkpoint: Path) -> list[str]:
     """List the files of a checkpoint, except hidden files, which are never loaded."""
-    paths = (path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+    names: list[str] = []
+    for path in checkpoint.rglob("*"):
+        if not path.is_symlink() and path.is_dir():
+            continue
+        relative = path.relative_to(checkpoint)
+        is_hidden = any(part.startswith(".") for part in relative.parts)
+        if not is_hidden:
+            names.append(relative.as_posix())
+    return sorted(names)
 
 
 BEST = "best"

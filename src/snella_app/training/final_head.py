@@ -192,8 +192,12 @@ def _measure_heads(
         with autocast(device, precision):
             measured = measure_features(parts, part, views, batch_size)
         results.append([_outputs(parts.task, measured, head) for head in heads])
-    by_head = zip(*results, strict=True)
-    return [(np.concatenate([r for r, _ in outputs]), np.concatenate([y for _, y in outputs])) for outputs in by_head]
+    outputs_by_head: list[Outputs] = []
+    for head_outputs in zip(*results, strict=True):
+        reduced = np.concatenate([part_reduced for part_reduced, _ in head_outputs])
+        labels = np.concatenate([part_labels for _, part_labels in head_outputs])
+        outputs_by_head.append((reduced, labels))
+    return outputs_by_head
 
 
 @torch.no_grad()
@@ -393,18 +397,23 @@ def _kernel_ridge(centers: Tensor, targets: Tensor, weights: Tensor) -> tuple[Te
 @torch.no_grad()
 def _outputs(task: Task, measured: MeasuredFeatures, head: Callable[[Tensor], Tensor]) -> Outputs:
     """Compute reduced outputs, averaged over the views, and labels."""
-    outputs = [torch.cat([head(chunk) for chunk in view.split(_CHUNK)]) for view in measured.views]
+    outputs = [_apply_in_chunks(head, view) for view in measured.views]
     averaged = outputs[0] if len(outputs) == 1 else task.average_outputs(outputs)
     reduced, labels = task.reduce(averaged, measured.labels)
     return reduced.cpu().numpy(), labels.cpu().numpy()
+
+
+def _apply_in_chunks(head: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    """Apply a head to chunks of the features, to bound the memory of intermediate values."""
+    return torch.cat([head(chunk) for chunk in features.split(_CHUNK)])
 
 
 def _concatenate(first: MeasuredFeatures, second: MeasuredFeatures) -> MeasuredFeatures:
     """Concatenate two splits; missing sample weights become 1."""
     weights = None
     if first.weights is not None or second.weights is not None:
-        weights = torch.cat(
-            [torch.ones(len(part.labels)) if part.weights is None else part.weights for part in (first, second)]
-        )
+        first_weights = torch.ones(len(first.labels)) if first.weights is None else first.weights
+        second_weights = torch.ones(len(second.labels)) if second.weights is None else second.weights
+        weights = torch.cat([first_weights, second_weights])
     views = [torch.cat(pair) for pair in zip(first.views, second.views, strict=True)]
     return MeasuredFeatures(views, torch.cat([first.labels, second.labels]), weights)

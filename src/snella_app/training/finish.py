@@ -130,13 +130,15 @@ def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Consol
     metrics = _metrics(trainer, step_timer)
     if final_head is not None and final_head.replaced_epoch is not None:
         metrics = dataclasses.replace(metrics, best_epoch=trainer.history[-1]["epoch"])
+    val_scores = None if scores["val"] is None else scores_from(scores["val"])
+    test_scores = None if scores["test"] is None else scores_from(scores["test"])
     metrics = dataclasses.replace(
         metrics,
         train_s=round(train_s, 3),
         averaged=averaged,
         final_head=final_head,
-        val=None if scores["val"] is None else scores_from(scores["val"]),
-        test=None if scores["test"] is None else scores_from(scores["test"]),
+        val=val_scores,
+        test=test_scores,
     )
     run.write(metrics)
     write_text(run.adapter / CARD, _adapter_card(run.path, parts.model))
@@ -268,16 +270,17 @@ def _write_task_state(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> di
     run, parts = trainer.run_folder, trainer.parts
     if "val" in outputs:
         parts.task = parts.task.calibrated(*outputs["val"])
-    scores = {name: parts.task.metrics(*outputs[name]) if name in outputs else None for name in ("val", "test")}
+    scores: dict[str, dict[str, Any] | None] = {}
+    for split in ("val", "test"):
+        scores[split] = parts.task.metrics(*outputs[split]) if split in outputs else None
     if state := parts.task.state():
         run.update("running", task_state=state)
     if parts.task.has_one_class:
-        calibration = calibrate(
-            {
-                name: (parts.task.sample_outputs(reduced), torch.from_numpy(labels))
-                for name, (reduced, labels) in outputs.items()
-            }
-        )
+        measured = {
+            name: (parts.task.sample_outputs(reduced), torch.from_numpy(labels))
+            for name, (reduced, labels) in outputs.items()
+        }
+        calibration = calibrate(measured)
         run.update("running", calibration=None if calibration is None else plain(calibration))
     return scores
 
@@ -286,7 +289,9 @@ def _metrics(trainer: SnellaTrainer, step_timer: StepTimeCallback) -> Metrics:
     """Build the metrics record of the completed epochs."""
     parts = trainer.parts
     protocol = trainer.protocol
-    matrices = matrices_of(trainer.parts.model)
+    matrices = matrices_of(parts.model)
+    adapted_weights = sum(m.size for m in matrices) if matrices else None
+    history = [EpochRow(**protocol.with_val_prefix(row)) for row in trainer.history]
     return Metrics(
         best_epoch=best_epoch(trainer.history, trainer.selection_score),
         protocol=protocol.name,
@@ -295,11 +300,11 @@ def _metrics(trainer: SnellaTrainer, step_timer: StepTimeCallback) -> Metrics:
         ema=trainer.plan.optim.ema,
         train_s=round(trainer.elapsed_s, 3),
         trainable_parameters=trainable_parameters(parts.model),
-        adapted_weights=sum(m.size for m in matrices) if matrices else None,
+        adapted_weights=adapted_weights,
         adapter_bytes=folder_bytes(trainer.run_folder.adapter),
         peak_rss_mib=peak_rss_mib(),
         **step_timer.summary(),
-        history=[EpochRow(**protocol.with_val_prefix(row)) for row in trainer.history],
+        history=history,
     )
 
 
@@ -318,14 +323,15 @@ def folder_bytes(folder: Path) -> int:
 
 def describe_allocation(model: nn.Module, allocator: BudgetAllocator) -> Allocation:
     """Build the allocation record: matrices with the model's current budgets, and budget history."""
+    matrices = [
+        MatrixInfo(m.name, m.kind, m.depth, tuple(m.shape), m.size, m.budget, m.nonzeros()) for m in matrices_of(model)
+    ]
+    history = [AllocationStep(**entry) for entry in allocator.history]
     return Allocation(
         total_weights=allocator.total_weights,
         target_budget=allocator.target_budget,
-        matrices=[
-            MatrixInfo(m.name, m.kind, m.depth, tuple(m.shape), m.size, m.budget, m.nonzeros())
-            for m in matrices_of(model)
-        ],
-        history=[AllocationStep(**entry) for entry in allocator.history],
+        matrices=matrices,
+        history=history,
     )
 
 

@@ -19,7 +19,7 @@ from snella_app.report.report import write_page
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.images import check_splits, find_data, load_splits
 from snella_app.training.distributed import require_single_process
-from snella_app.training.session import TrainingInterrupted, lock_run, resume_text
+from snella_app.training.session import TrainingInterrupted, lock_run, resume_command
 from snella_app.training.train import train
 
 
@@ -71,7 +71,7 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
             try:
                 train(_fold_config(config, fold, run), console, **options)
             except TrainingInterrupted as error:
-                resume = partial(resume_text, "train", has_dataset=has_dataset)
+                resume = partial(resume_command, "train", has_dataset=has_dataset)
                 raise TrainingInterrupted(str(error).replace(resume(run.path), resume(folder.path))) from None
         metrics = read(Metrics, run.path)
         held_out = read(RunInfo, run.path).data.fold_part or "test"

@@ -344,8 +344,10 @@ class FeatureNorm(TrainerCallback):
         features = inputs[0]
         if head.training and torch.is_grad_enabled():
             z = features.detach().float()
-            self._sums.append(torch.cat([z.new_tensor([len(z)]), z.sum(0), z.square().sum(0)]))
-        return (((features.float() - self.mean) / self._std).to(features.dtype), *inputs[1:])
+            count = z.new_tensor([len(z)])
+            self._sums.append(torch.cat([count, z.sum(0), z.square().sum(0)]))
+        standardized = (features.float() - self.mean) / self._std
+        return (standardized.to(features.dtype), *inputs[1:])
 
     def discard_batch(self) -> None:
         """Exclude the last batch from the statistics, because its loss has weight 0."""

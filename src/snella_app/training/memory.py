@@ -1,13 +1,12 @@
-"""Prediction of the memory of a training step from two small forward passes, and peak memory of this process."""
+"""Predict the memory of a training step from two small forward passes, and measure the peak memory of this process."""
 
-import contextlib
 import inspect
 import math
 import resource
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,8 +30,8 @@ from snella_app.methods import build_method
 from snella_app.methods.defaults import MEMORY_METHODS
 from snella_app.plugins import plugin
 
-Call = tuple[str, int]
-"""Module name, or `ATTENTION`, and call index within the forward pass."""
+CallKey = tuple[str, int]
+"""Module name or `ATTENTION`, and the index of the call among those of this name in a forward pass."""
 ATTENTION = "scaled_dot_product_attention"
 _STATUS = Path("/proc/self/status")
 _SMALL_BATCH = 2
@@ -47,18 +46,19 @@ _TILE_COLUMNS = 64
 _EAGER_MATRICES = 14  # temporary matrices of the eager backward pass besides `ΔW`, measured with the default kernel
 _CLASSES = 100
 _CHECKPOINT_OPTIONS = {*inspect.signature(torch.utils.checkpoint.checkpoint).parameters, "preserve_rng_state"}
+"""Keyword arguments that `checkpoint` consumes instead of passing them to the function."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _DEVICE_TYPES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """Memory after the call of one module.
+    """Memory at the end of one call of a module or of attention.
 
-    Args:
-        saved_bytes: Bytes saved by autograd so far.
-        io_bytes: Bytes of the module's inputs and outputs; their gradients need the same amount in the backward pass.
-            For attention, twice that, because the backward pass also decodes them.
+    Attributes:
+        saved_bytes: Bytes that autograd has saved for the backward pass so far.
+        io_bytes: Bytes of the inputs and outputs. Their gradients need the same amount in the backward pass. Attention
+            with compressed inputs counts twice, because the backward pass also restores these inputs and its output.
     """
 
     saved_bytes: int
@@ -69,38 +69,42 @@ class ModuleCall:
 class ForwardRecord:
     """Record of one forward pass in training mode.
 
-    Args:
-        saved_bytes: Bytes saved by autograd, excluding parameters and buffers.
-        saves_images: True if the saved tensors include the input images, which a trained first layer needs.
-        calls: Calls of the modules in `working_modules`, and of attention with encoded inputs, in execution order.
+    Attributes:
+        saved_bytes: Bytes of the tensors that autograd saves for the backward pass, excluding parameters and buffers.
+        saves_images: True if these tensors include the input images, as they do if the first layer is trained.
+        calls: Calls of the modules in `measured_modules`, and of attention with compressed inputs
+            (`compress_activations`), in execution order.
     """
 
     saved_bytes: int = 0
     saves_images: bool = False
-    calls: dict[Call, ModuleCall] = field(default_factory=dict)
+    calls: dict[CallKey, ModuleCall] = field(default_factory=dict)
 
 
-def working_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return adapted layers and all other leaf modules by name."""
+def measured_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the adapted layers, without the modules inside them, and all other leaf modules by name."""
     modules: dict[str, nn.Module] = {}
-    adapted: list[str] = []
+    last_adapted: str | None = None
     for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in adapted[-1:]):
+        if last_adapted is not None and name.startswith(f"{last_adapted}."):
             continue
         is_adapted = isinstance(module, BaseTunerLayer)
         if is_adapted:
-            adapted.append(name)
+            last_adapted = name
         if is_adapted or next(module.children(), None) is None:
             modules[name] = module
     return modules
 
 
 def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
-    """Run one forward pass in training mode and record the memory that autograd saves.
+    """Run one forward pass in training mode and record the size of the tensors that autograd saves.
 
     The function records sizes and releases the tensors, so it needs only the memory of a forward pass without
     gradients. Under activation checkpointing, a segment's saved tensors exist only during its backward pass; until
     then, only the segment's inputs are saved. The modes and buffers of the model and the random state are restored.
+
+    During the call, `torch.utils.checkpoint.checkpoint` is replaced globally. Models that imported it by name bypass
+    the replacement, and their segments count as if they were not checkpointed.
     """
     record = ForwardRecord()
     model_storages = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
@@ -109,7 +113,8 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     call_counts: Counter[str] = Counter()
     recomputed = 0  # bytes saved inside finished checkpointed segments
 
-    def compute_now(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def run_without_checkpoint(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Run a checkpointed segment at once, and count its inputs as saved and its other tensors as recomputed."""
         nonlocal recomputed
         for tensor in _tensors(args):
             pack(tensor)
@@ -119,6 +124,7 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
         return output
 
     def pack(tensor: Tensor) -> None:
+        """Count the storages of a saved tensor that are neither the model's nor counted already."""
         parts = [tensor._indices(), tensor._values()] if tensor.layout == torch.sparse_coo else [tensor]
         for storage in (part.untyped_storage() for part in parts):
             reference = StorageWeakRef(storage)
@@ -128,26 +134,28 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
                 record.saves_images |= storage.data_ptr() == images.untyped_storage().data_ptr()
 
     def unpack(_: None) -> Tensor:
-        raise RuntimeError("the forward pass must not run a backward pass inside record_forward, got one")
+        raise RuntimeError("record_forward does not support a backward pass inside the forward pass")
 
-    def note(name: str, io_bytes: int) -> None:
+    def record_call(name: str, io_bytes: int) -> None:
+        """Record the memory at the end of a call."""
         record.calls[name, call_counts[name]] = ModuleCall(record.saved_bytes - recomputed, io_bytes)
         call_counts[name] += 1
 
-    def note_module(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
+    def record_module(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
+        # in-place modules return their input, which counts once
         tensors = {tensor.data_ptr(): tensor for tensor in (*_tensors(inputs), *_tensors(output))}
-        note(name, _bytes(tensors.values()))
+        record_call(name, _total_bytes(tensors.values()))
 
-    def note_attention(inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        # decoding recreates the inputs and the output in the backward pass, in addition to the gradients
-        note(ATTENTION, 2 * _bytes([*inputs, output]))
+    def record_attention(inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # the backward pass restores the compressed inputs and the output, in addition to their gradients
+        record_call(ATTENTION, 2 * _total_bytes([*inputs, output]))
 
-    modules = working_modules(model)
-    handles = [module.register_forward_hook(partial(note_module, name)) for name, module in modules.items()]
+    modules = measured_modules(model)
+    handles = [module.register_forward_hook(partial(record_module, name)) for name, module in modules.items()]
     checkpoint = torch.utils.checkpoint.checkpoint
     try:
-        torch.utils.checkpoint.checkpoint = compute_now
-        attention_recorder = _AttentionRecorder(note_attention)
+        torch.utils.checkpoint.checkpoint = run_without_checkpoint
+        attention_recorder = _AttentionRecorder(record_attention)
         with preserve_state(model, images), torch.autograd.graph.saved_tensors_hooks(pack, unpack), attention_recorder:
             model.train()
             model(images)
@@ -160,23 +168,26 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
 
 
 class _AttentionRecorder(TorchFunctionMode):
-    """Mode that calls `note` for attention that is recomputed; its inputs are detached (`compress_activations`)."""
+    """Mode that calls `record` for each attention that `compress_activations` recomputes in the backward pass.
 
-    def __init__(self, note: Callable[[tuple[Tensor, ...], Tensor], None]) -> None:
+    Its inputs are detached and require gradients, unlike those of other attention.
+    """
+
+    def __init__(self, record: Callable[[tuple[Tensor, ...], Tensor], None]) -> None:
         super().__init__()
-        self.note = note
+        self.record = record
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function and note attention."""
+        """Call the function, and record recomputed attention."""
         output = func(*args, **(kwargs or {}))
         if func is nn.functional.scaled_dot_product_attention and args and args[0].is_leaf and args[0].requires_grad:
-            self.note(args[:3], output)
+            self.record(args[:3], output)
         return output
 
 
 @contextmanager
 def preserve_state(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Restore the modes and buffers of a model on exit, and the random state of the CPU and the images' device."""
+    """Restore the modes and buffers of a model on exit, and the random state of the CPU and, if used, of the GPU."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     modes = {module: module.training for module in model.modules()}
     try:
@@ -216,25 +227,25 @@ def peak_rss_mib() -> float:
 
 
 def reset_peak_rss() -> None:
-    """Reset `peak_rss_mib` to the current memory, if the system supports it."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+    """Reset the peak that `peak_rss_mib` reports to the current memory, if the system supports it."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # 5 resets VmHWM, see proc(5)
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Peak memory of one training step with AdamW and its components, in bytes.
+    """Peak memory of one training step with AdamW, and the components of this peak, in bytes.
 
     `total` is not the sum of the components. They peak at different times: gradients are allocated while saved tensors
-    are freed, and temporary tensors exist only briefly. Only `total` includes input images that are not saved.
+    are freed, and temporary tensors exist only briefly. Only `total` includes input images that autograd does not save.
 
-    Args:
+    Attributes:
         weights: Parameters and buffers.
         gradients: Gradients of the trainable parameters.
         optimizer_state: AdamW's two moments.
         saved_bytes: Tensors saved for the backward pass.
-        temporary: Largest set of temporary tensors of one module or the optimizer: activation gradients, effective
-            weight, `ΔW`, and gradients of effective weights.
+        temporary: Temporary tensors of the module, or of the optimizer step, that needs the most. In a module, these
+            are gradients of activations, the effective weight and its gradient, and `ΔW`.
         total: Peak memory.
     """
 
@@ -251,67 +262,78 @@ def predict_step_memory(
 ) -> StepMemory:
     """Predict the peak memory of one training step: forward, backward and AdamW.
 
+        at the end of the forward pass:    saved_bytes
         at module i of the backward pass:  saved_until(i) + gradients(i, i+1, …) + temporary(i)
         at the optimizer step:             gradients + temporary(AdamW)
         total = weights + optimizer_state + images (unless saved) + maximum of these
 
-    `saved_until(i)` is the number of bytes saved up to module i. It is linear in the batch size, as is the activation
-    part of `temporary`; the lines are fitted to forward passes with 2 and 3 images, which need no more memory than
-    passes without gradients. The prediction excludes libraries, allocator rounding, and workspaces, which are
-    significant for fully trained convolutions on the CPU.
+    `saved_until(i)` is the number of bytes saved up to module i. It is linear in the batch size, as are the gradients
+    of activations, so both are extrapolated from forward passes with 2 and 3 images. These passes need no more memory
+    than passes without gradients.
+
+    The prediction excludes the memory of libraries, rounding by the allocator, and workspaces of convolutions. The
+    latter matter if all weights of a convolutional network are trained on the CPU.
 
     Args:
         model: Model from `build_method`, on any device.
         image_shape: `(channels, height, width)`.
         batch_size: Batch size.
-        device_type: Device type of the training, `"cpu"` or `"cuda"`, which determines temporary tensors; the model's
-            if None.
+        device_type: `"cpu"` or `"cuda"`, the type of device to predict for. Defaults to the device of `model`.
     """
     first_parameter = next(model.parameters())
     device = first_parameter.device
     device_type = device_type or first_parameter.device.type
     with torch.random.fork_rng([device] if first_parameter.is_cuda else []):
         images = torch.randn(_LARGE_BATCH, *image_shape, device=device, dtype=first_parameter.dtype)
-    few = record_forward(model, images[:_SMALL_BATCH].clone())
-    more = record_forward(model, images)
-    modules = working_modules(model)
-    last_call = {name: (name, number) for name, number in few.calls}
-    gradients_from: dict[Call, int] = {}
-    gradients = 0
-    for call in reversed(few.calls):
-        is_first_in_backward = call[0] in modules and call == last_call[call[0]]
-        gradients += _trained_bytes(modules[call[0]]) if is_first_in_backward else 0
-        gradients_from[call] = gradients
+    small = record_forward(model, images[:_SMALL_BATCH].clone())
+    large = record_forward(model, images)
+    modules = measured_modules(model)
+    # the backward pass reaches the last call of a module first, and allocates the gradients of its parameters there
+    last_call = {name: (name, number) for name, number in small.calls}
+    gradients_from: dict[CallKey, int] = {}
+    allocated = 0
+    for call in reversed(small.calls):
+        module = modules.get(call[0])
+        if module is not None and call == last_call[call[0]]:
+            allocated += _trained_bytes(module)
+        gradients_from[call] = allocated
     gradients = _trained_bytes(model)
-    saved_bytes = _extrapolate(few.saved_bytes, more.saved_bytes, batch_size)
-    # on a GPU, AdamW allocates a denominator for all parameters at once, else two tensors of the largest one's size
-    largest = max((_bytes([p]) for p in model.parameters() if p.requires_grad), default=0)
-    step_temporary = gradients if device_type == "cuda" else 2 * largest
-    temporary = step_temporary
-    peak = max(saved_bytes, gradients + step_temporary)
-    for call in few.calls.keys() & more.calls.keys():
-        first, second = few.calls[call], more.calls[call]
-        size = _extrapolate(first.io_bytes, second.io_bytes, batch_size) + _matrix_temporary(
-            modules.get(call[0]), device_type
-        )
-        temporary = max(temporary, size)
-        peak = max(peak, _extrapolate(first.saved_bytes, second.saved_bytes, batch_size) + gradients_from[call] + size)
-    if not few.saves_images:
+    saved_bytes = _extrapolate(small.saved_bytes, large.saved_bytes, batch_size)
+    # AdamW allocates denominators for all parameters at once on a GPU, and two tensors for one parameter on the CPU
+    largest_parameter = max((_total_bytes([p]) for p in model.parameters() if p.requires_grad), default=0)
+    optimizer_temporary = gradients if device_type == "cuda" else 2 * largest_parameter
+    temporary = optimizer_temporary
+    peak = max(saved_bytes, gradients + optimizer_temporary)
+    # a call may occur in only one of the passes, for example if the model drops blocks at random
+    for call in small.calls.keys() & large.calls.keys():
+        small_call = small.calls[call]
+        large_call = large.calls[call]
+        saved_until = _extrapolate(small_call.saved_bytes, large_call.saved_bytes, batch_size)
+        activation_gradients = _extrapolate(small_call.io_bytes, large_call.io_bytes, batch_size)
+        module_temporary = activation_gradients + _matrix_temporary(modules.get(call[0]), device_type)
+        temporary = max(temporary, module_temporary)
+        peak = max(peak, saved_until + gradients_from[call] + module_temporary)
+    if not small.saves_images:
         peak += batch_size * math.prod(image_shape) * first_parameter.element_size()
-    weights = _bytes([*model.parameters(), *model.buffers()])
-    return StepMemory(weights, gradients, 2 * gradients, saved_bytes, temporary, weights + 2 * gradients + peak)
+    weights = _total_bytes([*model.parameters(), *model.buffers()])
+    optimizer_state = 2 * gradients
+    total = weights + optimizer_state + peak
+    return StepMemory(weights, gradients, optimizer_state, saved_bytes, temporary, total)
 
 
-def _extrapolate(few: int, more: int, batch_size: int) -> int:
+def _extrapolate(small: int, large: int, batch_size: int) -> int:
     """Extrapolate linearly from the two passes to `batch_size`."""
-    per_image = max(more - few, 0) // (_LARGE_BATCH - _SMALL_BATCH)
-    return max(few - _SMALL_BATCH * per_image, 0) + batch_size * per_image
+    per_image = max(large - small, 0) // (_LARGE_BATCH - _SMALL_BATCH)
+    return max(small - _SMALL_BATCH * per_image, 0) + batch_size * per_image
 
 
 def _matrix_temporary(module: nn.Module | None, device_type: str) -> int:
-    """Return the bytes of temporary weight-sized tensors of an adapted layer, the maximum over both passes."""
-    # in the backward pass the weight gradient replaces the effective weight; Numba kernels materialize `ΔW` only in the
-    # forward pass, to find its threshold; Triton kernels and torch operations merge it in both passes
+    """Return the bytes of the temporary weight-sized tensors of an adapted layer.
+
+    The forward pass holds the effective weight. In the backward pass, the gradient of the weight takes its place. Numba
+    kernels materialize `ΔW` only in the forward pass, to find its threshold. Triton kernels and torch operations
+    materialize it in both passes.
+    """
     if not isinstance(module, SnellaLayer) or module.merged or module.disable_adapters:
         return 0
     entries = module.out_features * module.in_features
@@ -321,23 +343,23 @@ def _matrix_temporary(module: nn.Module | None, device_type: str) -> int:
         if name not in module.snella_A:
             continue
         backend = module.backend_name(name)
-        float32 = entries
+        num_float32 = entries
         if backend == "triton" or (backend == "numba" and device_type == "cuda"):
             rank = module.snella_A[name].shape[-1]
-            float32 += entries * rank // _TILE_ROWS + entries * rank // _TILE_COLUMNS
+            num_float32 += entries * rank // _TILE_ROWS + entries * rank // _TILE_COLUMNS
         elif backend != "numba":
-            float32 += _EAGER_MATRICES * max(module.row_counts[name]) * module.in_features
-        largest = max(largest, 4 * float32)
+            num_float32 += _EAGER_MATRICES * max(module.row_counts[name]) * module.in_features
+        largest = max(largest, 4 * num_float32)
     return largest + entries * weight.element_size() if largest else 0
 
 
 def _trained_bytes(module: nn.Module) -> int:
-    """Return the bytes of the trainable parameters."""
-    return _bytes(p for p in module.parameters() if p.requires_grad)
+    """Return the size of the trainable parameters in bytes."""
+    return _total_bytes(p for p in module.parameters() if p.requires_grad)
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the total bytes of tensors."""
+def _total_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the total size of tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -350,16 +372,26 @@ def predict_for_methods(
     dtype: str = "fp32",
     device_type: str = "cpu",
 ) -> Iterator[tuple[str, tuple[int, int, int], StepMemory]]:
-    """Predict the memory of each method; yields method, `(channels, height, width)` and memory.
+    """Predict the memory of each method in `MEMORY_METHODS`.
 
-    Models are built one at a time on the CPU, with random weights and a head of 100 classes. `dtype` applies to weights
-    and activations; PEFT keeps adapters in float32.
+    Models are built one at a time on the CPU, with random weights and a head of 100 classes.
+
+    Args:
+        backbone: As for `create_backbone`.
+        batch: Batch size.
+        img_size: Image size in pixels. Defaults to the size of the backbone.
+        r: Rank of the adapters.
+        dtype: `"fp32"` or `"bf16"`, for weights and activations. PEFT keeps adapters in float32.
+        device_type: `"cpu"` or `"cuda"`, the type of device to predict for.
+
+    Yields:
+        Method, `(channels, height, width)` and memory.
 
     Raises:
         ValueError: If a number is below 1, `dtype` or the backbone is unknown, the backbone does not support
-            `img_size`, or a method does not support `r`. Numbers and `dtype` are checked before a model is built.
-
-    Other errors as for `create_backbone`.
+            `img_size`, or a method does not support `r`. This function is a generator, so errors occur in the first
+            iteration. Numbers and `dtype` are checked before a model is built.
+        Exception: Errors of `create_backbone`.
     """
     errors = [
         f"{name} must be at least 1, got {value}"
@@ -393,18 +425,17 @@ def memory_table(
 
     Args:
         backbone: As for `create_backbone`.
-        device: `cpu`, `cuda` or a GPU of `snella_lab.bench.machines.GPUS`, which adds a column with step times for
-            plain ViTs; this machine's device if None.
-        batch: As for `predict_for_methods`.
-        img_size: As for `predict_for_methods`.
-        r: As for `predict_for_methods`.
-        dtype: As for `predict_for_methods`.
+        device: `"cpu"`, `"cuda"`, or the name of a GPU in `snella_lab.bench.machines.GPUS`. The latter adds a column
+            with step times for plain ViTs. Defaults to the device of this machine.
+        batch: Batch size.
+        img_size: Image size in pixels. Defaults to the size of the backbone.
+        r: Rank of the adapters.
+        dtype: `"fp32"` or `"bf16"`, for weights and activations.
 
     Raises:
         ValueError: As for `predict_for_methods`.
-        KeyError: If `device` is not in `GPUS`.
-
-    Other errors as for `create_backbone`.
+        KeyError: If `device` is none of these names.
+        Exception: Errors of `create_backbone`.
     """
     device = device or choose_device("auto").type
     device_type = device if device in _DEVICE_TYPES else "cuda"
@@ -418,21 +449,23 @@ def memory_table(
     rows = list(track_progress(predictions, "predicting", len(MEMORY_METHODS), make_console()))
     columns = ["MiB", "weights", "gradients", "optimizer state", "saved for backward", "largest temporary", "total"]
     notes = [
-        "total is the peak, not the sum: the columns peak at different times, and only total includes unsaved images"
+        "total is the peak, not the sum: the columns peak at different times, and only total includes input images "
+        "that are not saved for the backward pass"
     ]
     if forecast is not None:
         columns.append("step, ms")
         notes += forecast.notes
     elif estimate is not None:
-        notes.append(f"step times are predicted for plain ViTs only, got {backbone}")
-    height, width = rows[0][1][1:]
+        notes.append(f"step times are available only for plain ViTs, not for {backbone}")
+    _, (_, height, width), _ = rows[0]
     images = f"{counted(batch, 'image')} of {height}×{width} px"
     title = f"Training step of {backbone}: {images}, {dtype}, AdamW, on {name}"
     table = make_table(columns, (), title=title)
     for method, _, memory in rows:
         cells = [f"{part / 2**20:,.1f}" for part in astuple(memory)]
         if forecast is not None:
-            low, expected, high = forecast.seconds(method.partition("-")[0])
+            kind = method.partition("-")[0]  # "lora" in "lora-8"
+            low, expected, high = forecast.seconds(kind)
             cells.append(f"{1e3 * expected:,.1f} ({1e3 * low:,.1f}–{1e3 * high:,.1f})")
         table.add_row(method, *cells)
     return Group(table, Text("\n".join(notes)))

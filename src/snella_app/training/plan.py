@@ -264,7 +264,8 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
         rows.append(("average", f"mean of the trained weights of the last {optim.swa} epochs (swa)"))
     if optim.soup is not None:
         rows.append(("average", f"greedy soup of the last {optim.soup} epochs"))
-    rows.append(("backbone", f"{plan.model.backbone}, {frozen or trained:,} weights, images of {height}×{width} px"))
+    backbone_weights = frozen or trained  # full fine-tuning freezes no weights
+    rows.append(("backbone", f"{plan.model.backbone}, {backbone_weights:,} weights, images of {height}×{width} px"))
     matrices_text = f"; {len(matrices)} matrices, {adapted:,} adapted weights" if matrices else ""
     rows.append(("method", f"{plan.method.name}, {trained:,} trainable parameters{matrices_text}"))
     if plan.model.init_from is not None:

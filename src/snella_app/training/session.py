@@ -1,8 +1,7 @@
-"""Session of a run: lock, interrupts and final status."""
+"""Locking, graceful interruption and status of a training run (POSIX only)."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -12,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,16 +22,17 @@ from snella_app.runs.folder import BaseRunFolder
 from snella_app.training.checkpoints import latest_checkpoint
 from snella_app.training.distributed import mean_across_processes, process_count, require_single_process
 
-_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
-_REPEAT_S = 1.0  # a parent process may forward a signal that this process has already received
-_HELD: set[int] = set()
+_UNWRITABLE_ERRNOS = (errno.EROFS, errno.EACCES, errno.EPERM)
+_MIN_REPEAT_S = 1.0
+"""Seconds within which a second signal is ignored: a parent process may forward a signal that has already arrived."""
+_HELD_LOCKS: set[int] = set()
 """File descriptors of the locks that this process holds."""
 
 
 class TrainingInterrupted(Exception):
     """Raised when the user stops training; the message names the last checkpoint, if any."""
 
-    exit_status = 130
+    exit_status = 130  # 128 + SIGINT, as shells report it
 
 
 class NonFiniteLossError(Exception):
@@ -48,18 +48,20 @@ class RunInUseError(OSError):
 class InterruptCallback(TrainerCallback):
     """Callback and context manager for graceful interruption.
 
-    The first signal finishes the step, saves a checkpoint and stops; another one, at least a second later, stops
-    immediately (no-op in distributed training). Signals are SIGINT (Ctrl-C), SIGTERM (schedulers) and SIGHUP (closed
-    terminal). Ignored SIGTERM and SIGHUP, as with `nohup`, stay ignored. Handlers are installed inside the context,
+    On the first signal, training finishes the current step, saves a checkpoint and stops. A second signal, at least
+    one second later, stops it immediately, except in distributed training.
+
+    The signals are SIGINT (Ctrl-C), SIGTERM (sent by schedulers) and SIGHUP (closed terminal). SIGTERM and SIGHUP stay
+    ignored if they already were, for example under `nohup`. Handlers are installed while the context is active, and
     only in the main thread.
 
     Attributes:
-        is_requested: True after the first signal.
-        has_saved: True once a checkpoint has been saved after the first signal.
+        stop_requested: True after the first signal.
+        checkpoint_saved: True once a checkpoint has been saved after the first signal.
     """
 
     def __init__(self) -> None:
-        self.is_requested = self.has_saved = False
+        self.stop_requested = self.checkpoint_saved = False
         self._requested_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -72,62 +74,70 @@ class InterruptCallback(TrainerCallback):
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if handler is not None:  # a handler installed by C code cannot be restored
+                signal.signal(number, handler)
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Set the flag on the first signal; raise KeyboardInterrupt on the second, in a single process."""
-        if self.is_requested:
+        """Request a stop on the first signal; in a single process, raise KeyboardInterrupt on a later one."""
+        if self.stop_requested:
             # torchrun forwards a signal that each process has already received
-            if process_count() > 1 or time.monotonic() - self._requested_at < _REPEAT_S:
+            if process_count() > 1 or time.monotonic() - self._requested_at < _MIN_REPEAT_S:
                 return
             raise KeyboardInterrupt
-        self.is_requested, self._requested_at = True, time.monotonic()
+        self._requested_at = time.monotonic()  # first, because another signal may arrive in between
+        self.stop_requested = True
         repeat = "" if process_count() > 1 else "; repeat to stop immediately"
-        with contextlib.suppress(OSError):  # closed terminal; signal handlers must not use buffered streams
+        with suppress(OSError):  # the terminal may be closed
+            # buffered streams are not safe in signal handlers
             os.write(2, f"\nsnella: finishing this step and saving, then stopping{repeat}\n".encode())
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """After a signal, save and stop midway through an epoch; `on_epoch_end` handles its last step."""
-        if mean_across_processes(float(self.is_requested)) > 0:
-            self.is_requested = True  # also if another process received the signal
-        if self.is_requested and not _is_epoch_end(state):
+        """After a signal, save and stop, unless this is the last step of an epoch, which `on_epoch_end` handles."""
+        if mean_across_processes(float(self.stop_requested)) > 0:  # any process received a signal
+            self.stop_requested = True
+        if self.stop_requested and not _is_epoch_end(state):
             control.should_save = True
             control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Skip the evaluation and the second checkpoint of an unfinished epoch; after a signal, save a complete one."""
+        """Save a complete epoch after a signal.
+
+        If training stopped midway through the epoch, `on_step_end` has saved already, so the epoch is neither evaluated
+        nor saved again.
+        """
         if not _is_epoch_end(state):
             control.should_log = control.should_evaluate = control.should_save = False
-        elif self.is_requested:
-            control.should_save = True  # also without a checkpoint per epoch
+        elif self.stop_requested:
+            control.should_save = True  # even if checkpoints are not saved every epoch
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop after the checkpoint of a complete epoch."""
-        if self.is_requested:
-            self.has_saved = control.should_training_stop = True
+        """Stop once a checkpoint has been saved after a signal."""
+        if self.stop_requested:
+            self.checkpoint_saved = control.should_training_stop = True
 
 
 def _is_epoch_end(state: TrainerState) -> bool:
-    """Return whether the step is the last one of an epoch."""
+    """Return whether the step is the last one of an epoch; all epochs have the same number of steps."""
     steps_per_epoch = state.max_steps // state.num_train_epochs
     return state.global_step % steps_per_epoch == 0
 
 
 @contextmanager
-def lock_run(run: BaseRunFolder[Any], *, is_shared: bool = False) -> Iterator[None]:
+def lock_run(run: BaseRunFolder[Any], *, allow_distributed: bool = False) -> Iterator[None]:
     """Lock a run folder against writes by other processes.
 
-    The lock is a kernel file lock, which is released whenever the process ends. Folders created for the lock are
-    removed if they stay empty. `is_shared` allows distributed training, where only the main process locks.
+    The lock is an `flock`, which the kernel releases when the process exits, even after a crash. Folders created for
+    the lock are removed if they stay empty. With `allow_distributed`, the world size may be larger than 1. Then only
+    the main process should take the lock.
 
     Raises:
-        RunInUseError: If a running process holds the lock; the message has its process id.
-        ValueError: If the folder's path has characters that are not printable.
-        NotImplementedError: If the world size is larger than 1 without `is_shared`.
+        RunInUseError: If a running process holds the lock; the message includes its process ID.
+        ValueError: If the folder's path contains nonprintable characters.
+        NotImplementedError: If the world size is larger than 1 without `allow_distributed`.
         OSError: If the folder or the lock file cannot be created (except for a finished run), or the lock is a link.
     """
-    if not is_shared:
+    if not allow_distributed:
         require_single_process("training")
     if not str(run.path).isprintable():
         raise ValueError(f"out must contain only printable characters, got {str(run.path)!r}; choose another folder")
@@ -139,20 +149,20 @@ def lock_run(run: BaseRunFolder[Any], *, is_shared: bool = False) -> Iterator[No
     try:
         descriptor = _lock(run.lock, run.path)
     except OSError as error:
-        if error.errno not in _UNWRITABLE or run.status != "finished":
+        if error.errno not in _UNWRITABLE_ERRNOS or run.status != "finished":
             raise
         descriptor = None
     if descriptor is None:
         yield  # a finished run on a read-only disk needs no lock
         return
-    _HELD.add(descriptor)
+    _HELD_LOCKS.add(descriptor)
     try:
         yield
     finally:
         run.lock.unlink(missing_ok=True)
-        _HELD.discard(descriptor)
+        _HELD_LOCKS.discard(descriptor)
         os.close(descriptor)
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             for folder in created:
                 folder.rmdir()
 
@@ -172,31 +182,35 @@ def _lock(path: Path, run: Path) -> int:
             owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
             os.close(descriptor)
             raise RunInUseError(
-                f"{run} is locked by running process {owner or '(unknown id)'}; wait for it, end it, or choose "
-                "another folder"
+                f"{run} is locked by running process {owner or '(unknown ID)'}; wait for it to finish, stop it, or "
+                "choose another folder"
             ) from None
         except BaseException:
             os.close(descriptor)
             raise
+        # the previous owner may have removed the file after it was opened here; such a lock protects nothing
         if os.fstat(descriptor).st_nlink:
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
             return descriptor
-        os.close(descriptor)  # the previous owner removed the file after it was opened here
+        os.close(descriptor)
 
 
 def _close_inherited() -> None:
-    """Close inherited locks in forked processes, e.g. data loader workers, which may outlive the owner."""
-    for descriptor in _HELD:
+    """Close inherited locks in forked processes, such as data loader workers.
+
+    These may outlive the owner of the lock and would keep the run locked.
+    """
+    for descriptor in _HELD_LOCKS:
         os.close(descriptor)
-    _HELD.clear()
+    _HELD_LOCKS.clear()
 
 
 os.register_at_fork(after_in_child=_close_inherited)
 
 
-def resume_text(command: str, folder: Path, *, has_dataset: bool = False) -> str:
-    """Return the `snella COMMAND` call that resumes a run, or the `snella.train` call for a dataset object."""
+def resume_command(command: str, folder: Path, *, has_dataset: bool = False) -> str:
+    """Return the `snella` command that resumes a run, or the `snella.train` call if the data is a dataset object."""
     if has_dataset:
         return f"snella.train(data=..., out={str(folder)!r}, resume=True)"
     return f"snella {command} --out {shlex.quote(str(folder))} --resume"
@@ -204,7 +218,7 @@ def resume_text(command: str, folder: Path, *, has_dataset: bool = False) -> str
 
 @contextmanager
 def record_status(run: BaseRunFolder[Any], command: str, *, has_dataset: bool = False) -> Iterator[None]:
-    """Record an interruption or failure inside the context in `run.json`.
+    """Write to `run.json` if the body of the context is interrupted or fails.
 
     Args:
         run: Folder of the run.
@@ -212,39 +226,47 @@ def record_status(run: BaseRunFolder[Any], command: str, *, has_dataset: bool = 
         has_dataset: True if the data is a dataset object, which a command cannot load.
 
     Raises:
-        TrainingInterrupted: If the context is interrupted; the message has the checkpoint and the call to resume.
+        TrainingInterrupted: If the body is interrupted; the message names the last checkpoint and how to resume.
+        Exception: Errors of the body. A data loader worker's error is raised without the worker's traceback.
     """
     try:
         yield
     except KeyboardInterrupt:
         saved = latest_checkpoint(run.checkpoints)
-        state = f"saved as {saved}" if saved else "no checkpoint was written yet"
-        resume = resume_text(command, run.path, has_dataset=has_dataset)
+        state = f"saved as {saved}" if saved else "no checkpoint has been written yet"
+        resume = resume_command(command, run.path, has_dataset=has_dataset)
         interrupted = TrainingInterrupted(f"interrupted; {state}; resume with: {resume}")
         try:
             run.update("interrupted")
-        except OSError as second:
-            interrupted.add_note(f"the status in {run.path} could not be updated: {second}")
+        except OSError as update_error:
+            interrupted.add_note(f"the status in {run.path} could not be updated: {update_error}")
         raise interrupted from None
     except Exception as error:
-        plain = _without_worker(error)
+        unwrapped = _unwrap_worker_error(error)
         try:
-            run.update("failed", error=str(plain))
-        except OSError as second:
-            plain.add_note(f"the status in {run.path} could not be updated: {second}")
-        if plain is error:
+            run.update("failed", error=str(unwrapped))
+        except OSError as update_error:
+            unwrapped.add_note(f"the status in {run.path} could not be updated: {update_error}")
+        if unwrapped is error:
             raise
-        raise plain from None
+        raise unwrapped from None
 
 
-def _without_worker(error: Exception) -> Exception:
-    """Extract a data loader worker's error from the traceback text that torch raises."""
+def _unwrap_worker_error(error: Exception) -> Exception:
+    """Return a data loader worker's own error.
+
+    torch raises it again with the worker's traceback in the message. If the error's type needs several arguments, torch
+    raises a RuntimeError instead, which is returned unchanged.
+    """
     text = str(error)
     if "DataLoader worker process" not in text or "Original Traceback" not in text:
         return error
     name = type(error).__name__
+    # the last line that starts with the error's type, "ValueError: ...", starts its message
     *traceback, message = re.split(rf"^(?:[\w.]+\.)?{name}: ", text.strip(), flags=re.MULTILINE)
     if traceback:
         return type(error)(message)
-    # without a message, the text ends with the name; torch replaces errors that need several arguments
-    return type(error)(name) if text.rstrip().splitlines()[-1].rpartition(".")[2] == name else error
+    last_line = text.rstrip().splitlines()[-1]
+    if last_line.rpartition(".")[2] == name:  # an error without a message
+        return type(error)(name)
+    return error

@@ -260,7 +260,10 @@ def _largest_size(
         size = sizes[index]
         seconds[size] = seconds_at(size)
         allowed = max(allowed_s(), 0.0)
-        fits, too_large = (index, too_large) if seconds[size] <= allowed else (fits, index)
+        if seconds[size] <= allowed:
+            fits = index
+        else:
+            too_large = index
         largest = size * math.sqrt(allowed / max(seconds[size], 1e-9))
         index = max(bisect.bisect_right(sizes, largest) - 1, fits + 1)
         if index >= too_large or too_large < len(sizes):
@@ -269,9 +272,11 @@ def _largest_size(
     measured = sorted(seconds)
     pixels = [size**2 for size in measured]
     times = [seconds[size] for size in measured]
-    estimates = {size: float(np.interp(size**2, pixels, times)) for size in sizes[: max(fits, 0) + 1]}
+    candidates = sizes[: max(fits, 0) + 1]
+    estimates = {size: float(np.interp(size**2, pixels, times)) for size in candidates}
     allowed = allowed_s()
-    size = max((size for size, needed in estimates.items() if needed <= allowed), default=sizes[0])
+    fitting = [size for size, needed in estimates.items() if needed <= allowed]
+    size = max(fitting, default=sizes[0])
     return _LargestSize(size, estimates[size] <= allowed, {**estimates, **seconds})
 
 

@@ -103,7 +103,7 @@ def train(
     if not is_main():
         console = Console(file=io.StringIO())
     console = console or make_console(survives_closed_output=True)
-    with main_process_only(lock_run(run, is_shared=True)):
+    with main_process_only(lock_run(run, allow_distributed=True)):
         if config.model.init_from is not None and not (config.run.resume and run.status is not None):
             config = _with_initial_settings(config, RunFolder(config.model.init_from))
         config, resumed = broadcast_from_main(partial(run.resolve_resume, config))
@@ -211,8 +211,8 @@ def _fit(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     is_incomplete = trainer.state.global_step < trainer.state.max_steps and not trainer.has_stopped_early
     # an interruption in the last epoch also stops the run, if its checkpoint is saved
-    is_saved = keep_checkpoints or interrupt.has_saved or not optim.epochs
-    if is_incomplete or mean_across_processes(float(interrupt.is_requested and is_saved)) > 0:
+    is_saved = keep_checkpoints or interrupt.checkpoint_saved or not optim.epochs
+    if is_incomplete or mean_across_processes(float(interrupt.stop_requested and is_saved)) > 0:
         raise KeyboardInterrupt
     return trainer, step_timer
 

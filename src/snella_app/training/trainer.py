@@ -117,19 +117,22 @@ class SnellaTrainer(CheckpointingTrainer):
         self._shards = ShardedBatches(self._sampler, optim.effective_batch_size, process_index(), process_count())
         self._is_sharded = is_sharded(model) and parts.trained_part is None
         args = training_arguments(plan, run.checkpoints, keep_checkpoints)
+        trained_part = model if parts.trained_part is None else parts.trained_part
+        eval_dataset = train if val is None else val  # required, but `evaluate` selects the data itself
+        own_callbacks: list[TrainerCallback] = [EpochCallback(train, self._sampler)]
+        if feature_norm is not None:
+            own_callbacks.append(feature_norm)
+        if self.average is not None:
+            own_callbacks.append(self.average)  # after the norm, because the average includes it
         super().__init__(
             model,
             run,
-            model=model if parts.trained_part is None else parts.trained_part,
+            model=trained_part,
             args=args,
             data_collator=partial(_collate, self.task, widest_dtype(args.device.type)),
             train_dataset=train,
-            eval_dataset=train if val is None else val,  # `evaluate` selects the data itself
-            callbacks=[
-                EpochCallback(train, self._sampler),
-                *(part for part in (feature_norm, self.average) if part is not None),  # the average includes the norm
-                *callbacks,
-            ],
+            eval_dataset=eval_dataset,
+            callbacks=[*own_callbacks, *callbacks],
         )
         self.model_accepts_loss_kwargs = False
 
@@ -144,11 +147,13 @@ class SnellaTrainer(CheckpointingTrainer):
     @property
     def history(self) -> list[dict[str, Any]]:
         """One row per finished epoch, as in `metrics.json`; epoch 0 is an evaluation before training."""
-        rows = [row for row in self.state.log_history if "budget" in row]
-        return [
-            {"epoch": round(row["epoch"]), **{k: v for k, v in row.items() if k not in ("step", "epoch")}}
-            for row in rows
-        ]
+        rows: list[dict[str, Any]] = []
+        for entry in self.state.log_history:
+            if "budget" not in entry:
+                continue
+            values = {name: value for name, value in entry.items() if name not in ("step", "epoch")}
+            rows.append({"epoch": round(entry["epoch"]), **values})
+        return rows
 
     @property
     def has_stopped_early(self) -> bool:
@@ -201,11 +206,14 @@ class SnellaTrainer(CheckpointingTrainer):
         """
         allocator = self.allocator
         with self.average_parameters():
+            train_loss = self._epoch_loss / self._epoch_steps if self._epoch_steps else math.nan
+            scores = self._selection_scores()
+            budget = None if allocator is None else sum(allocator.budgets.values())
             row: dict[str, Any] = {
-                "train_loss": self._epoch_loss / self._epoch_steps if self._epoch_steps else math.nan,
-                **self._selection_scores(),
+                "train_loss": train_loss,
+                **scores,
                 "lr": float(self._get_learning_rate()),
-                "budget": None if allocator is None else sum(allocator.budgets.values()),
+                "budget": budget,
             }
             if (
                 allocator is not None
@@ -469,19 +477,26 @@ def _collate(task: Task, widest: torch.dtype, items: Sequence[tuple[Any, ...]]) 
 
 
 def training_arguments(plan: TrainConfig, checkpoints: Path, keep_checkpoints: bool = True) -> TrainingArguments:
-    """Return Trainer arguments: evaluation and, if kept, a checkpoint in each epoch; warmup and cosine decay."""
+    """Return Trainer arguments with warmup and cosine decay, an evaluation per epoch and, if kept, a checkpoint."""
     optim = plan.optim
+    device = choose_device(plan.run.device)
+    batch_per_process = -(-optim.effective_batch_size // process_count())
+    scheduler = "cosine"
+    scheduler_options: dict[str, Any] = {}
+    if optim.min_lr:
+        scheduler = "cosine_with_min_lr"
+        scheduler_options["min_lr_rate"] = optim.min_lr / (optim.lr or 1.0)
     return base_training_arguments(
         checkpoints,
-        choose_device(plan.run.device),
+        device,
         seed=plan.run.seed,
         precision="fp16" if optim.precision == "fp16" else "fp32",  # `SnellaTrainer` enters bfloat16 autocast
         num_train_epochs=optim.epochs,
-        per_device_train_batch_size=-(-optim.effective_batch_size // process_count()),
+        per_device_train_batch_size=batch_per_process,
         per_device_eval_batch_size=optim.effective_batch_size,
         learning_rate=optim.lr or 0.0,
-        lr_scheduler_type="cosine_with_min_lr" if optim.min_lr else "cosine",
-        lr_scheduler_kwargs={"min_lr_rate": optim.min_lr / (optim.lr or 1.0)} if optim.min_lr else {},
+        lr_scheduler_type=scheduler,
+        lr_scheduler_kwargs=scheduler_options,
         warmup_steps=optim.warmup_ratio,
         max_grad_norm=optim.max_grad_norm,
         eval_strategy="epoch",

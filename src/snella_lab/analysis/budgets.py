@@ -160,16 +160,21 @@ def evolution(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]
 def _layer_rows(run: BudgetedRun, step: AllocationStep, by: Layers) -> list[Row]:
     """Return the sparsity and importance of each layer after an allocation."""
     layers = run.layers(by)
-    return [
-        {
-            "run": run.label,
-            "metric": run.metric,
-            "step": step.step,
-            **{name: row[name] for name in ("layer", "position", "sparsity")},
-            "importance": float(np.mean([step.importance.get(m.name, np.nan) for m in layers[row["layer"]]])),
-        }
-        for row in layer_sparsities(run, step.budgets, by)
-    ]
+    rows: list[Row] = []
+    for layer in layer_sparsities(run, step.budgets, by):
+        importances = [step.importance.get(m.name, np.nan) for m in layers[layer["layer"]]]
+        rows.append(
+            {
+                "run": run.label,
+                "metric": run.metric,
+                "step": step.step,
+                "layer": layer["layer"],
+                "position": layer["position"],
+                "sparsity": layer["sparsity"],
+                "importance": float(np.mean(importances)),
+            }
+        )
+    return rows
 
 
 def budget_rows(run: BudgetedRun) -> list[Row]:

@@ -190,7 +190,9 @@ def gradcam(
             {"run": label, "image": part.names[index], "class": name, "share_in_middle": center_fraction(heat)}
             for (part, index), name, heat in zip(selected, classes, maps, strict=True)
         ]
-    captions = [[shortened(name, 13) for name in classes], *[[""] * len(inputs)] * (len(grid) - 1)]
+    class_captions = [shortened(name, 13) for name in classes]
+    no_captions = [""] * len(inputs)
+    captions = [class_captions, *[no_captions] * (len(grid) - 1)]
     return [Plot("gradcam", rows, partial(_draw_grid, grid, ["image", PRETRAINED, *labels], captions))]
 
 
@@ -241,7 +243,9 @@ def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
     Raises:
         FileNotFoundError: If a folder contains no images.
     """
-    files = {folder: sorted(p for p in folder.iterdir() if is_image(p)) for folder in map(Path, folders)}
+    files: dict[Path, list[Path]] = {}
+    for folder in map(Path, folders):
+        files[folder] = sorted(path for path in folder.iterdir() if is_image(path))
     for folder, paths in files.items():
         if not paths:
             raise FileNotFoundError(f"folder {folder} contains no images")

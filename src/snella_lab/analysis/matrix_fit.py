@@ -262,28 +262,18 @@ def fit_matrices(
             if out is not None:
                 _write_fits(Path(out), config, finished)
     fits = [finished[kernel] for kernel in config.kernels]
-    matrices = [
-        {"kernel": fit.kernel, "rank": rank, "matrix": number, "mse": value}
-        for fit in fits
-        for rank, values in zip(config.ranks, fit.mse, strict=True)
-        for number, value in enumerate(values)
-    ]
-    means = [
-        {
-            "kernel": fit.kernel,
-            "rank": rank,
-            "mse": float(np.mean(values)),
-            "std": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
-            "matrices": len(values),
-        }
-        for fit in fits
-        for rank, values in zip(config.ranks, fit.mse, strict=True)
-    ]
-    gradients = [
-        {"kernel": fit.kernel, "step": step, "gradient_norm": gradient, "mse": error}
-        for fit in fits
-        for step, gradient, error in zip(fit.steps, fit.gradient, fit.error, strict=True)
-    ]
+    matrices: list[Row] = []
+    means: list[Row] = []
+    gradients: list[Row] = []
+    for fit in fits:
+        for rank, errors in zip(config.ranks, fit.mse, strict=True):
+            for number, error in enumerate(errors):
+                matrices.append({"kernel": fit.kernel, "rank": rank, "matrix": number, "mse": error})
+            mean = float(np.mean(errors))
+            deviation = float(np.std(errors, ddof=1)) if len(errors) > 1 else math.nan
+            means.append({"kernel": fit.kernel, "rank": rank, "mse": mean, "std": deviation, "matrices": len(errors)})
+        for step, gradient, error in zip(fit.steps, fit.gradient, fit.error, strict=True):
+            gradients.append({"kernel": fit.kernel, "step": step, "gradient_norm": gradient, "mse": error})
     curves = kernel_curves(config.kernels)
     return [
         Plot(

@@ -146,8 +146,11 @@ def csv_text(rows: Sequence[Row]) -> str:
     writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        # NaN is unequal to itself
-        writer.writerow({name: "" if value != value else value for name, value in row.items()})
+        cells: dict[str, Any] = {}
+        for name, value in row.items():
+            is_nan = value != value  # only NaN is unequal to itself
+            cells[name] = "" if is_nan else value
+        writer.writerow(cells)
     return out.getvalue()
 
 

@@ -65,7 +65,8 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
                 spread = summary.runs.mean(method.name, [[task] for task in expected], summary.column)
                 if spread is not None:
                     results[axis][method.name] = (spread.mean, spread.std, len(expected))
-    methods = [name for name in next(iter(results.values()), {}) if all(name in values for values in results.values())]
+    first_axis: Mapping[str, tuple[float, float, int]] = next(iter(results.values()), {})
+    methods = [name for name in first_axis if all(name in values for values in results.values())]
     if not methods:
         raise ValueError(f"folders must share a method that is finished on all tasks, got none in {', '.join(labels)}")
     if len(results) < 3:
@@ -215,12 +216,14 @@ def _downsample(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for step_phase in dict.fromkeys((point["step"], point["phase"]) for point in points):
         group = [point for point in points if (point["step"], point["phase"]) == step_phase]
         width = math.ceil(len(group) / _MAX_POINTS)
-        maxima += [max(group[i : i + width], key=lambda point: point["mib"]) for i in range(0, len(group), width)]
+        for start in range(0, len(group), width):
+            interval = group[start : start + width]
+            maxima.append(max(interval, key=lambda point: point["mib"]))
     return maxima
 
 
 def _draw_radar(rows: Sequence[Row], fractions: Mapping[str, bool]) -> Figure:
-    """Draw one polygon per method; label each axis with its highest mean, in percent if it is a fraction."""
+    """Draw one polygon per method. Label each axis with its highest mean, and show fractions in percent."""
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
     methods = grouped(rows, "method")
     figure, axes = new_figure(560, 410 + 20 * -(-len(methods) // 4))
@@ -231,11 +234,18 @@ def _draw_radar(rows: Sequence[Row], fractions: Mapping[str, bool]) -> Figure:
         ring = np.append(angles, angles[0])
         axes.plot(radius * np.cos(ring), radius * np.sin(ring), color=GRID, linewidth=1)
     for angle, name in zip(angles, axes_names, strict=True):
-        axes.plot([0, np.cos(angle)], [0, np.sin(angle)], color=GRID, linewidth=1)
+        x = np.cos(angle)
+        y = np.sin(angle)
+        axes.plot([0, x], [0, y], color=GRID, linewidth=1)
         best = max(row["mean"] for row in rows if row["axis"] == name)
         best_text = f"{100 * best:.1f}%" if fractions[name] else decimal_text(best, 3)
-        side = "center" if abs(np.cos(angle)) < 0.1 else "left" if np.cos(angle) > 0 else "right"
-        anchor = (1.1 * np.cos(angle), 1.14 * np.sin(angle))
+        if abs(x) < 0.1:
+            side = "center"
+        elif x > 0:
+            side = "left"
+        else:
+            side = "right"
+        anchor = (1.1 * x, 1.14 * y)
         axes.text(*anchor, shortened(name, 22), ha=side, va="bottom", color=INK, fontsize=12)
         axes.text(*anchor, best_text, ha=side, va="top", color=MUTED, fontsize=11)
     handles = []

@@ -102,7 +102,7 @@ def choose_matrix(run_updates: Sequence[RunUpdates], name: str | None) -> str:
     Raises:
         ValueError: If the runs share no matrix, or some run does not change `name`.
     """
-    common = [name for name in run_updates[0].shapes if all(name in run.shapes for run in run_updates)]
+    common = [matrix for matrix in run_updates[0].shapes if all(matrix in run.shapes for run in run_updates)]
     if not common:
         raise ValueError(f"runs must change a common matrix, got none in {', '.join(run.label for run in run_updates)}")
     if name is not None:
@@ -122,21 +122,28 @@ def rank_row(update: Tensor, values: Tensor | None = None) -> dict[str, Any]:
 
     Args:
         update: Update, `[m, n]`.
-        values: Its singular values in float64, if known.
+        values: Singular values of the update in float64; None to compute them.
     """
     values = torch.linalg.svdvals(update.double()) if values is None else values
     largest = float(values[0])
     tolerance = largest * max(update.shape) * torch.finfo(torch.float32).eps
+    nonzeros = int(update.count_nonzero())
+    squared_norm = values.square().sum()
+    rank = 0
+    stable_rank = 0.0
+    if largest:
+        rank = int((values > tolerance).sum())
+        stable_rank = float(squared_norm / largest**2)
     return {
         "rows": len(update),
         "columns": update.shape[1],
-        "nonzeros": int(update.count_nonzero()),
-        "density": float(update.count_nonzero()) / update.numel(),
-        "norm": float(values.square().sum().sqrt()),
+        "nonzeros": nonzeros,
+        "density": nonzeros / update.numel(),
+        "norm": float(squared_norm.sqrt()),
         "largest_entry": float(update.abs().max()),
-        "rank": int((values > tolerance).sum()) if largest else 0,
+        "rank": rank,
         "effective_rank": effective_rank(values),
-        "stable_rank": float(values.square().sum() / largest**2) if largest else 0.0,
+        "stable_rank": stable_rank,
     }
 
 
@@ -166,15 +173,13 @@ def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plo
         for index, value in enumerate(values.tolist(), start=1)
     ]
     same_type = [other for other in run_updates[0].shapes if _without_numbers(other) == _without_numbers(name)]
-    ranks = [
-        {
-            **{"run": run.label, "matrix": other, "position": position},
-            **(measured[run.label] if other == name else rank_row(run.make(other))),
-        }
-        for run in run_updates
-        for position, other in enumerate(same_type)
-        if other in run.shapes
-    ]
+    ranks: list[Row] = []
+    for run in run_updates:
+        for position, other in enumerate(same_type):
+            if other not in run.shapes:
+                continue
+            other_row = measured[run.label] if other == name else rank_row(run.make(other))
+            ranks.append({"run": run.label, "matrix": other, "position": position, **other_row})
     return [
         Plot("update", rows, partial(draw_updates, updates, name)),
         Plot("update-spectrum", spectrum, partial(_draw_spectrum, spectrum, rows, ranks, name), (), {"ranks": ranks}),
@@ -252,15 +257,21 @@ class _Similarity:
     def row(self) -> dict[str, Any]:
         """Return the cosine's mean and range over pairs of nonzero updates, its chance level, and the Jaccard index."""
         norms = self._products.diagonal().sqrt()
-        pairs = [(i, j) for i, j in combinations(range(len(norms)), 2) if norms[i] and norms[j]]
+        nonzero_updates = [index for index, norm in enumerate(norms.tolist()) if norm]
+        pairs = list(combinations(nonzero_updates, 2))
         if not pairs:
             return {"pairs": 0, "cosine": float("nan"), "chance": float("nan")}
-        cosines = [float(self._products[i, j] / (norms[i] * norms[j])) for i, j in pairs]
-        chance = [float(self._chance[i, j] / (norms[i] * norms[j])) for i, j in pairs]
         sizes = self._intersections.diagonal()
-        jaccard = [
-            float(self._intersections[i, j] / (sizes[i] + sizes[j] - self._intersections[i, j])) for i, j in pairs
-        ]
+        cosines: list[float] = []
+        chance: list[float] = []
+        jaccard: list[float] = []
+        for i, j in pairs:
+            norm_product = norms[i] * norms[j]
+            cosines.append(float(self._products[i, j] / norm_product))
+            chance.append(float(self._chance[i, j] / norm_product))
+            intersection = self._intersections[i, j]
+            union = sizes[i] + sizes[j] - intersection
+            jaccard.append(float(intersection / union))
         return {
             "pairs": len(pairs),
             "cosine": float(np.mean(cosines)),

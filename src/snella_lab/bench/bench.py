@@ -319,21 +319,25 @@ def setting_fields(workload: Workload, batch: int) -> dict[str, Any]:
 
 def _tensor_counts(model: nn.Module, images: Tensor) -> dict[str, Any]:
     """Measure the tensors that autograd saves in a forward pass, and count the parameters."""
+    saved_bytes = record_forward(model.train(), images).saved_bytes
+    parameters = list(model.parameters())
     return {
-        "saved_mib": round(record_forward(model.train(), images).saved_bytes / 2**20, 1),
-        "weights": sum(p.numel() for p in model.parameters()),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "saved_mib": round(saved_bytes / 2**20, 1),
+        "weights": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
     }
 
 
 def _summary(steps: list[StepTime], reference_steps: list[StepTime] | None) -> dict[str, Any]:
     """Return median times, and the median and quartiles of the ratio to the reference over rounds."""
-    summary: dict[str, Any] = {
-        key: round(statistics.median(getattr(step, key) for step in steps), 4)
-        for key in ("forward_s", "backward_s", "step_s")
-    }
+    summary: dict[str, Any] = {}
+    for key in ("forward_s", "backward_s", "step_s"):
+        median_s = statistics.median(getattr(step, key) for step in steps)
+        summary[key] = round(median_s, 4)
     if reference_steps:
-        summary |= ratio_fields(REFERENCE, [s.step_s for s in steps], [s.step_s for s in reference_steps])
+        times = [step.step_s for step in steps]
+        reference_times = [step.step_s for step in reference_steps]
+        summary |= ratio_fields(REFERENCE, times, reference_times)
     return summary
 
 
@@ -357,9 +361,16 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 def _table(rows: list[dict[str, Any]], workload: Workload, batch: int) -> Table:
     """Return the console table of one setting."""
     peak = next((key for key in ("peak_gpu_mib", "peak_rss_mib") if rows and key in rows[0]), None)
-    shown = [*_TABLE_COLUMNS, *([peak] if peak else [])]
+    shown = list(_TABLE_COLUMNS)
+    if peak is not None:
+        shown.append(peak)
     dtype = str(workload.dtype).removeprefix("torch.")
     title = f"{workload.backbone}, batch {batch}, r {workload.r}, sparsity {workload.sparsity}, {dtype}"
-    values = ([row.get(name, "") for name in shown] for row in rows)
-    cells = ([f"{value:,}" if isinstance(value, int) else str(value) for value in row] for row in values)
-    return make_table([name.replace("_", " ") for name in shown], cells, title=title)
+    columns = [name.replace("_", " ") for name in shown]
+    cells = ([_cell_text(row.get(name, "")) for name in shown] for row in rows)
+    return make_table(columns, cells, title=title)
+
+
+def _cell_text(value: Any) -> str:
+    """Format a table cell, with separators for the thousands of integers."""
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -74,8 +74,15 @@ class Transformer:
         d = self.width
         if self.is_llama:
             return self.depth * (self.entries + 2 * d) + d + 2 * self.outputs * d
-        block = self.entries + sum(m for m, _, _ in self.layers) + 4 * d + 2 * d * self.has_layer_scale
-        return self.depth * block + (self.patch + 1) * d + (self.tokens + 1) * d + 2 * d + self.head_weights
+        biases = sum(m for m, _, _ in self.layers)
+        normalizations = 4 * d
+        layer_scales = 2 * d * self.has_layer_scale
+        block = self.entries + biases + normalizations + layer_scales
+        patch_embedding = (self.patch + 1) * d
+        positions_and_class_token = (self.tokens + 1) * d
+        last_normalization = 2 * d
+        outside_blocks = patch_embedding + positions_and_class_token + last_normalization + self.head_weights
+        return self.depth * block + outside_blocks
 
     @property
     def head_weights(self) -> int:
@@ -258,10 +265,16 @@ def count_adapters(model: Transformer, method: str, r: int = 8) -> int:
     if family in ("full", "frozen"):
         return 0
     if family == "snella":
-        # every matrix of a fused layer has its own A
-        return model.depth * sum(r * (m + count * n) + 4 * count for m, n, count in model.layers)
-    magnitudes = sum(m for m, _, _ in model.layers) if family == "dora" else 0
-    return model.depth * (sum(r * (m + n) for m, n, _ in model.layers) + magnitudes)
+        block = 0
+        for m, n, count in model.layers:
+            factors = r * (m + count * n)  # every matrix of a fused layer has its own A
+            scalars = 4 * count
+            block += factors + scalars
+        return model.depth * block
+    block = sum(r * (m + n) for m, n, _ in model.layers)
+    if family == "dora":
+        block += sum(m for m, _, _ in model.layers)  # magnitudes
+    return model.depth * block
 
 
 def count_trainable(model: Transformer, method: str, r: int = 8) -> int:
@@ -300,7 +313,8 @@ def count_step(
     options = METHODS[method]
     tokens = model.tokens * batch
     activation, weight, _ = _SIZES[precision]
-    adapters, trainable = count_adapters(model, method, r), count_trainable(model, method, r)
+    adapters = count_adapters(model, method, r)
+    trainable = count_trainable(model, method, r)
     is_full = options.family == "full"
     base_weight = _FLOAT32 if is_full else weight
     gradient_flops, half_gradient_flops, gradient_bytes = _weight_gradient(
@@ -312,25 +326,30 @@ def count_step(
         block = block.plus(_Cost(products, block.vector / 3, block.moved / 3, block.launches / 3))
     block = block.plus(_method_cost(model, options, tokens, activation, r))
     block = block.plus(_Cost(products=gradient_flops, moved=gradient_bytes))
-    is_merged = options.family == "snella"
-    merged = model.depth * model.entries if is_merged else 0
-    rows = model.depth * sum(m // count for m, _, count in model.layers) if is_merged else 0
     # the patch embedding needs no input gradient, but a language model's head does; full fine-tuning adds weight
     # gradients
     head = model.outputs if model.is_llama else 0
     outside_blocks = 2 * tokens * model.width * (model.patch * (1 + is_full) + head * (2 + is_full))
     temporary = tokens * (model.hidden + model.width) * activation
-    temporary += max(m * n for m, n, _ in model.layers) * (_FLOAT32 + weight) if is_merged else 0
+    merged_entries = 0
+    merged_rows = 0
+    merge_launches = 0
+    if options.family == "snella":
+        merged_entries = model.depth * model.entries
+        merged_rows = model.depth * sum(m // count for m, _, count in model.layers)
+        merge_launches = model.depth * kernels.launches * len(model.layers)
+        largest_layer = max(m * n for m, n, _ in model.layers)
+        temporary += largest_layer * (_FLOAT32 + weight)
     return StepCount(
         products=model.depth * block.products + outside_blocks,
         half_products=model.depth * half_gradient_flops,
         vector=model.depth * block.vector,
         moved=model.depth * block.moved + _ADAMW * trainable,
         launches=model.depth * block.launches + 20,
-        merge_vector=merged * (kernels.operations + kernels.per_rank * (r - 8)),
-        merge_moved=merged * (kernels.merged_bytes + kernels.weight_accesses * weight),
-        merge_launches=model.depth * kernels.launches * len(model.layers) if is_merged else 0,
-        merge_serial=kernels.serial * rows,
+        merge_vector=merged_entries * (kernels.operations + kernels.per_rank * (r - 8)),
+        merge_moved=merged_entries * (kernels.merged_bytes + kernels.weight_accesses * weight),
+        merge_launches=merge_launches,
+        merge_serial=kernels.serial * merged_rows,
         saved=_saved_bytes(model, options, tokens, r, precision, is_checkpointed),
         is_full=is_full,
         adapters=adapters,
@@ -377,7 +396,8 @@ def _frozen_block(model: Transformer, tokens: int, precision: Precision) -> _Cos
 
 def _method_cost(model: Transformer, options: Method, tokens: int, activation: int, r: int) -> _Cost:
     """Count the cost that a method adds to a frozen block, excluding merging and the weight gradient."""
-    inputs, outputs = sum(n for _, n, _ in model.layers), sum(m for m, _, _ in model.layers)
+    inputs = sum(n for _, n, _ in model.layers)
+    outputs = sum(m for m, _, _ in model.layers)
     d = model.width
     h = model.hidden
     layers = len(model.layers)

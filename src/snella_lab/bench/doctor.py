@@ -73,8 +73,13 @@ def diagnose(
     provenance = conditions(usable_devices()[-1], _PACKAGES)
     diagnosis = Diagnosis(describe_machine(provenance["versions"]))
     for name, value in diagnosis.machine.items():
-        shown = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
-        print_line(console, f"{name:<13}{', '.join(map(str, shown)) if isinstance(shown, list) else shown}")
+        if isinstance(value, dict):
+            text = ", ".join(f"{key} {item}" for key, item in value.items())
+        elif isinstance(value, list):
+            text = ", ".join(map(str, value))
+        else:
+            text = str(value)
+        print_line(console, f"{name:<13}{text}")
     for device in usable_devices():
         for impl in backends_of(device):
             diagnosis.checks += [check_backend(impl, device, dtype) for dtype in DTYPES]
@@ -153,7 +158,9 @@ def time_merges(steps: list[dict[str, Any]], device: str) -> list[dict[str, Any]
 def _random_update(m: int, n: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Update]:
     """Return a random weight and an update with the backend that `impl="auto"` chooses."""
     generator = torch.Generator().manual_seed(0)
-    weight, A, B = (torch.randn(*shape, generator=generator) for shape in ((m, n), (1, n, 8), (m, 8)))
+    weight = torch.randn(m, n, generator=generator)
+    A = torch.randn(1, n, 8, generator=generator)
+    B = torch.randn(m, 8, generator=generator)
     kernel = make_kernel("mix_k")
     coeff = torch.full((1, kernel.num_pieces), 0.1)
     scalars = (coeff, torch.ones(1), torch.zeros(1), torch.ones(1))

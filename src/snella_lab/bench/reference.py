@@ -37,7 +37,11 @@ class CheckCase:
     mode: SparsifyMode = "soft"
 
     def __str__(self) -> str:
-        options = (f" r={self.r}" if self.r != 8 else "") + (f" {self.mode}" if self.mode != "soft" else "")
+        options = ""
+        if self.r != 8:
+            options += f" r={self.r}"
+        if self.mode != "soft":
+            options += f" {self.mode}"
         return f"{self.kernel}{options} [{sum(self.rows)}, {self.columns}]"
 
 
@@ -137,12 +141,14 @@ def _ratios(case: CheckCase, impl: str, device: str, dtype: torch.dtype, sparsit
     reference_errors = {name: max(error, 8 * eps[name]) for name, error in _relative_errors(reference, exact).items()}
     # gradients of scalars are sums with cancellation, so all scalars share the largest reference error
     scalar_error = max((reference_errors[name] for name in _SCALARS if name in reference_errors), default=0.0)
-    limits = {
-        name: 2 * (scalar_error if name in _SCALARS else error) + eps[name] / 2
-        for name, error in reference_errors.items()
-    }
-    errors = _relative_errors(actual, exact)
-    return {name: math.inf if math.isnan(error) else error / limits[name] for name, error in errors.items()}
+    limits: dict[str, float] = {}
+    for name, error in reference_errors.items():
+        reference_error = scalar_error if name in _SCALARS else error
+        limits[name] = 2 * reference_error + eps[name] / 2
+    ratios: dict[str, float] = {}
+    for name, error in _relative_errors(actual, exact).items():
+        ratios[name] = math.inf if math.isnan(error) else error / limits[name]
+    return ratios
 
 
 def _tensors(case: CheckCase, seed: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:

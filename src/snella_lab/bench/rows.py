@@ -116,7 +116,8 @@ def _draw_lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: s
     """Draw one line per method."""
     figure, axes = new_figure(*FIGURE_SIZE, title)
     names = sorted({row["method"] for row in rows}, key=sort_key)
-    numbers = {name: number for number, name in enumerate([*_ORDER, *(name for name in names if name not in _ORDER)])}
+    other_names = [name for name in names if name not in _ORDER]
+    numbers = {name: number for number, name in enumerate([*_ORDER, *other_names])}
     for name in names:
         points = sorted((row[x], row[y]) for row in rows if row["method"] == name)
         color, marker = style_of(numbers[name])

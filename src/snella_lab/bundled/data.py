@@ -90,11 +90,12 @@ def load_stamps() -> Collection:
     root = Path(os.environ.get("SNELLA_STAMPS") or _STAMPS_FOLDER).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(_missing_package("stamps", root, "tuxpaint-stamps-default", "SNELLA_STAMPS"))
-    files = {
-        category.name: [file for file in sorted(category.rglob("*.png")) if not file.stem.endswith("_mirror")]
-        for category in sorted(root.iterdir())
-        if category.is_dir()
-    }
+    files: dict[str, list[Path]] = {}
+    for category in sorted(root.iterdir()):
+        if not category.is_dir():
+            continue
+        category_files = sorted(category.rglob("*.png"))
+        files[category.name] = [file for file in category_files if not file.stem.endswith("_mirror")]
     classes = [name for name, paths in files.items() if len(paths) >= _MIN_STAMPS]
     if len(classes) < 2:
         raise ValueError(
@@ -257,11 +258,13 @@ def _root(data: str) -> Path:
         if not (root / name).is_file():
             raise FileNotFoundError(_missing_package(data, root / name, "mricron-data", "SNELLA_MRI"))
     shapes = {name: list(_volume(root / name).shape) for name in (_HEAD, _BRAIN, _ATLAS)}
-    if any(shape != shapes[_HEAD] or shape[2] <= _LAST_SLICE or shape[1] < shape[0] for shape in shapes.values()):
-        raise ValueError(
-            f"data {data}: the volumes in '{root}' must have equal shapes [x, y, z] with x <= y and "
-            f"z > {_LAST_SLICE}, got {shapes}"
-        )
+    for shape in shapes.values():
+        is_valid = shape == shapes[_HEAD] and shape[2] > _LAST_SLICE and shape[0] <= shape[1]
+        if not is_valid:
+            raise ValueError(
+                f"data {data}: the volumes in '{root}' must have equal shapes [x, y, z] with x <= y and "
+                f"z > {_LAST_SLICE}, got {shapes}"
+            )
     return root
 
 

@@ -84,14 +84,14 @@ def tuned_settings(defaults: TrainConfig, candidate: Candidate) -> dict[str, flo
     The factor scales `lr`. It scales `head_lr` only for methods that train nothing but the head.
     """
     optim = defaults.optim
-    is_head_only = find_method(defaults.method.name).is_head_only
-    lr, decay = optim.lr or 0.0, optim.weight_decay or 0.0
+    lr = optim.lr or 0.0
     head_lr = lr if optim.head_lr is None else optim.head_lr
-    return {
-        "lr": _rounded(lr * candidate.lr_factor),
-        "head_lr": _rounded(head_lr * candidate.lr_factor) if is_head_only else head_lr,
-        "weight_decay": decay if candidate.weight_decay is None else candidate.weight_decay,
-    }
+    if find_method(defaults.method.name).is_head_only:
+        head_lr = _rounded(head_lr * candidate.lr_factor)
+    weight_decay = candidate.weight_decay
+    if weight_decay is None:
+        weight_decay = optim.weight_decay or 0.0
+    return {"lr": _rounded(lr * candidate.lr_factor), "head_lr": head_lr, "weight_decay": weight_decay}
 
 
 def _rounded(rate: float) -> float:

@@ -293,8 +293,8 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     ]
     print_line(console, f"selecting a method: {counted(len(cells), 'short run')} in {root}")
     rows = [_trained_row(root, experiment, cell) for cell in cells]
-    means = {}
-    costs = {}
+    means: dict[str, Spread] = {}
+    costs: dict[str, dict[str, float | None]] = {}
     is_fraction = f"test_{experiment.metric}" in FRACTIONS
     for method in experiment.methods:
         method_rows = [row for row in rows if row.experiment_name == method.name]
@@ -305,7 +305,9 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
             print_line(console, f"{method.name}: FAILED, {error}")
             continue
         means[method.name] = Spread(statistics.fmean(values), statistics.stdev(values), len(values))
-        costs[method.name] = {name: mean_of_measured(row.column(name) for row in method_rows) for name in _CHOICE_COSTS}
+        costs[method.name] = {}
+        for name in _CHOICE_COSTS:
+            costs[method.name][name] = mean_of_measured(row.column(name) for row in method_rows)
         score = f"{spread_text(means[method.name], is_fraction)}{'%' if is_fraction else ''}"
         texts = cost_texts(costs[method.name])
         print_line(

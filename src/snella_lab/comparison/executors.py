@@ -304,8 +304,12 @@ class OnRay:
         if not self._gpus:
             return by_cpu
         gpus = node.get("GPU", 0.0)
-        tolerance = 1e-6
-        by_gpu = int(gpus) * int(1 / self._gpus + tolerance) if self._gpus <= 1 else int(gpus // self._gpus)
+        if self._gpus <= 1:
+            tolerance = 1e-6
+            cells_per_gpu = int(1 / self._gpus + tolerance)
+            by_gpu = int(gpus) * cells_per_gpu
+        else:
+            by_gpu = int(gpus // self._gpus)
         return min(by_cpu, by_gpu)
 
 

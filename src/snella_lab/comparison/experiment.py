@@ -422,16 +422,20 @@ class Experiment:
         if errors:
             raise ValueError("; ".join(errors))
         numbers = {key: _numbers(f"grid.{key}", grid[key]) for key in _GRID_AXES if key in grid}
+        texts = {key: str(values[key]) for key in (*_DESCRIPTIONS, "reference") if key in values}
+        methods = tuple(method_entry(value) for value in as_list(values["methods"]))
+        data = tuple(data_entry(value) for value in as_list(values["data"]))
         forgetting = values.get("forgetting")
-        parsed = {
-            **{key: str(values[key]) for key in (*_DESCRIPTIONS, "reference") if key in values},
-            "methods": tuple(method_entry(value) for value in as_list(values["methods"])),
-            "data": tuple(data_entry(value) for value in as_list(values["data"])),
+        parsed: dict[str, Any] = {
+            **texts,
+            "methods": methods,
+            "data": data,
             "grid": Grid(**{**grid, **numbers}),
             "settings": dict(train),
             "forgetting": None if forgetting is None else tuple(as_list(forgetting)),
         }
-        return cls(**{**{key: value for key, value in values.items() if key != "train"}, **parsed})
+        given_fields = {key: value for key, value in values.items() if key != "train"}
+        return cls(**{**given_fields, **parsed})
 
     def write(self, folder: Path) -> None:
         """Write `experiment.yaml`."""
@@ -467,10 +471,14 @@ class Experiment:
                 f"{folder} contains a comparison with different settings: {'; '.join(errors)}; results are not "
                 f"comparable; choose another folder, use the stored settings, or delete {folder}"
             )
+        stored_methods = [entry.name for entry in stored.methods]
+        stored_tasks = [entry.name for entry in stored.data]
+        new_methods = [entry for entry in self.methods if entry.name not in stored_methods]
+        new_tasks = [entry for entry in self.data if entry.name not in stored_tasks]
         return replace(
             self,
-            methods=(*stored.methods, *(e for e in self.methods if e.name not in [s.name for s in stored.methods])),
-            data=(*stored.data, *(e for e in self.data if e.name not in [s.name for s in stored.data])),
+            methods=(*stored.methods, *new_methods),
+            data=(*stored.data, *new_tasks),
             seeds=max(self.seeds, stored.seeds),
             reference=self.reference or stored.reference,
             forgetting=forgetting,

@@ -70,12 +70,18 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     entries: dict[str, dict[str, Any]] = {"methods": methods, "data": tasks}
     result = {**values}
     for key, value in changes.items():
+        old_value = result.get(key)
         if key in entries:
             known = entries[key]
-            result[key] = [plain_entry(known[v]) if isinstance(v, str) and v in known else v for v in value]
+            changed_entries: list[Any] = []
+            for entry in value:
+                is_known = isinstance(entry, str) and entry in known
+                changed_entries.append(plain_entry(known[entry]) if is_known else entry)
+            result[key] = changed_entries
+        elif isinstance(old_value, dict) and isinstance(value, dict):
+            result[key] = {**old_value, **value}
         else:
-            inner = result.get(key)
-            result[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
+            result[key] = value
     if "methods" in changes and "reference" not in changes:
         names = [method_entry(value).name for value in result["methods"]]
         result["reference"] = result["reference"] if result.get("reference") in names else None
@@ -93,12 +99,14 @@ def _published_on(tasks: Collection[str], published: Any) -> Any:
     values, orderings = published.get("values"), published.get("orderings")
     kept = dict(published)
     if isinstance(values, Mapping):
-        by_method = {
-            method: {column: value for column, value in numbers.items() if column in tasks}
-            for method, numbers in values.items()
-            if isinstance(numbers, Mapping)
-        }
-        kept["values"] = {method: numbers for method, numbers in by_method.items() if numbers}
+        kept_values: dict[Any, dict[Any, Any]] = {}
+        for method, numbers in values.items():
+            if not isinstance(numbers, Mapping):
+                continue
+            kept_numbers = {column: number for column, number in numbers.items() if column in tasks}
+            if kept_numbers:
+                kept_values[method] = kept_numbers
+        kept["values"] = kept_values
     if isinstance(orderings, list):
         kept["orderings"] = [claim for claim in orderings if isinstance(claim, Mapping) and claim.get("task") in tasks]
     return kept if kept.get("values") or kept.get("orderings") else {}

@@ -50,7 +50,8 @@ def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) ->
             points.append((value, accuracy.mean, accuracy.std, number, method.name))
     if len(points) < 2:
         return None
-    figure, axes = new_figure(FIGURE_SIZE[0], FIGURE_SIZE[1] + 70 + 17 * math.ceil(len(points) / 3), title)
+    height = FIGURE_SIZE[1] + 70 + _legend_height(len(points))
+    figure, axes = new_figure(FIGURE_SIZE[0], height, title)
     handles = []
     for value, mean, std, number, _ in points:
         color, marker = style_of(number)
@@ -70,6 +71,11 @@ def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) ->
         percent_axis(axes)
     add_legend(figure, handles, [shortened(name) for *_, name in points])
     return figure
+
+
+def _legend_height(entries: int) -> int:
+    """Return the height in pixels of a legend with three entries per row."""
+    return 17 * math.ceil(entries / 3)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -92,7 +98,8 @@ def learning_rate_curves(summary: Summary, tasks: Sequence[str], title: str) -> 
     curves = [curve for curve in curves if len(curve[2]) > 1]
     if not curves:
         return None
-    figure, axes = new_figure(FIGURE_SIZE[0], FIGURE_SIZE[1] + 40 + 17 * math.ceil(len(curves) / 3), title)
+    height = FIGURE_SIZE[1] + 40 + _legend_height(len(curves))
+    figure, axes = new_figure(FIGURE_SIZE[0], height, title)
     handles = [
         _draw_curve(axes, number, points, _selected_factor(summary, name, tasks)) for number, name, points in curves
     ]

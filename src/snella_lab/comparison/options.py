@@ -40,9 +40,13 @@ class ExecutionConfig(Config):
 
     @property
     def part_and_count(self) -> tuple[int, int] | None:
-        """Index of the part, from 0, and number of parts; None for all runs."""
+        """Index of the part, from 0, and number of parts.
+
+        The value is None for all runs, and if `part` is malformed.
+        """
         numbers = (self.part or "").split("/")
-        return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 and all(map(str.isdecimal, numbers)) else None
+        is_valid = len(numbers) == 2 and all(map(str.isdecimal, numbers))
+        return (int(numbers[0]), int(numbers[1])) if is_valid else None
 
     @property
     def limit_s(self) -> float:

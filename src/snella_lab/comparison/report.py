@@ -154,11 +154,17 @@ def print_paper(console: Console, summary: Summary) -> None:
 
 
 def _measured_result(column: str, line: MethodSummary, summary: Summary) -> float | None:
-    """Return a method's measured result in one column, in percent; None if a task of the column is unfinished."""
-    metric, entries = summary.experiment.published_metric, summary.experiment.data
+    """Return a method's measured result in one column, in percent.
+
+    Returns None if a task of the column is unfinished.
+    """
+    metric = summary.experiment.published_metric
+    entries = summary.experiment.data
     spreads = line.per_task[metric]
-    if column not in spreads and (group := [entry.name for entry in entries if entry.group == column]):
-        mean = complete_mean([None if (s := spreads.get(task)) is None else s.mean for task in group])
+    group = [entry.name for entry in entries if entry.group == column]
+    if column not in spreads and group:
+        group_spreads = [spreads.get(task) for task in group]
+        mean = complete_mean([None if spread is None else spread.mean for spread in group_spreads])
         return None if mean is None else 100 * mean
     means = {OVER_TASKS: line.over_tasks[metric], OVER_GROUPS: line.over_groups[metric]}
     if column in means and len(summary.tasks) < len(entries):  # the paper's mean is over all tasks
@@ -182,14 +188,17 @@ def markdown_tables(summary: Summary) -> str:
         parts.append(f"**Test {title}**\n\n" + "\n".join(table))
     parts.append(recommendation_text(summary))
     done = f"{summary.finals} of {summary.expected} final runs"
-    parts.append(f"{caption(summary)[0].upper()}{caption(summary)[1:]}. {done}. {_provenance(summary)}")
+    text = caption(summary)
+    parts.append(f"{text[0].upper()}{text[1:]}. {done}. {_provenance(summary)}")
     orderings = paper_orderings(summary.experiment, summary.rows)
     if orderings:
-        first = _markdown_line(list(ORDERING_HEADINGS)) + "\n| --- | --- | ---: | ---: | ---: |"
+        heading_line = _markdown_line(list(ORDERING_HEADINGS))
         claims = [_markdown_line(list(result.texts)) for result in orderings]
-        parts.append("**Orderings of the paper**\n\n" + "\n".join([first, *claims]))
+        table = [heading_line, "| --- | --- | ---: | ---: | ---: |", *claims]
+        parts.append("**Orderings of the paper**\n\n" + "\n".join(table))
     warning = get_protocol(summary.experiment.settings.get("protocol", "standard")).warning
-    parts += [f"Official protocol: {warning}"] if warning else []
+    if warning:
+        parts.append(f"Official protocol: {warning}")
     if summary.failed:
         parts.append("Failed: " + "; ".join(f"`{row.cell}`, {row.error}" for row in summary.failed))
     return "\n\n".join(parts) + "\n"
@@ -238,18 +247,27 @@ def write_page(root: Path, summary: Summary) -> Path:
     if title == Experiment.name:
         title += f" on {', '.join(entry.name for entry in experiment.data)}"
     times = {row.cell: row.total_time for row in rows}
-    # the times of final runs include reused tuning runs
+    # subtracted from the total, because the time of a final run includes the tuning run that it reuses
     reused_s = sum(times.get(row.results.trained_as or "", 0.0) for row in rows if row.results is not None)
     protocol = experiment.settings.get("protocol", "standard")
     grid = experiment.grid
-    tuned = ["learning rate"] * (len(set(grid.lr_factors)) > 1) + ["weight decay"] * (len(grid.weight_decays) > 0)
+    tuned: list[str] = []
+    if len(set(grid.lr_factors)) > 1:
+        tuned.append("learning rate")
+    if grid.weight_decays:
+        tuned.append("weight decay")
+    tables: list[dict[str, Any]] = []
+    if summary.finals:
+        tables = [_table(summary, metric, measure) for metric, measure in summary.metrics.items()]
+    task_forest = Markup("")
+    if 1 < len(summary.tasks) <= MAX_TASK_FIGURES:
+        task_forest = _forest(summary, True)
+    shown_range = f"{100 * figures.SHOWN_RANGE:g} points" if summary.is_fraction else f"{figures.SHOWN_RANGE:g}"
     context = {
         "experiment": experiment,
         "title": title,
         "summary": summary,
-        "tables": [_table(summary, metric, title) for metric, title in summary.metrics.items()]
-        if summary.finals
-        else [],
+        "tables": tables,
         "published": [row.texts for row in paper_comparison(summary)],
         "orderings": [result.texts for result in paper_orderings(experiment, rows)],
         "evaluated_epoch": _SELECTED_EPOCH[protocol],
@@ -262,10 +280,10 @@ def write_page(root: Path, summary: Summary) -> Path:
         "recommendation": recommendation_text(summary),
         "headline": _headline(summary),
         "forest": _forest(summary, False),
-        "forests": _forest(summary, True) if 1 < len(summary.tasks) <= MAX_TASK_FIGURES else Markup(""),
+        "forests": task_forest,
         "max_task_figures": MAX_TASK_FIGURES,
         "in_percent": unit_text(summary, "percent"),
-        "shown_range": f"{100 * figures.SHOWN_RANGE:g} points" if summary.is_fraction else f"{figures.SHOWN_RANGE:g}",
+        "shown_range": shown_range,
         "on_gpu": any(row.column("accelerator_memory_max") for row in rows),
         "tested": interval_text(summary),
         "level": percent_text(LEVEL, 0),
@@ -300,8 +318,11 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
     """Return headings and lines of one metric, with the best value of each column marked."""
     scores = summary.scores(metric)
     headings = [*(heading for heading in scores if heading not in summary.tasks), *summary.tasks]
-    means = max(len(headings) - len(summary.tasks), 1)  # columns left of the difference: means, or the only task
-    best = {heading: max((value.mean for value in scores[heading] if value), default=None) for heading in headings}
+    num_means = max(len(headings) - len(summary.tasks), 1)  # columns left of the difference: means, or the only task
+    best: dict[str, float | None] = {}
+    for heading in headings:
+        column = [value.mean for value in scores[heading] if value is not None]
+        best[heading] = max(column, default=None)
     lines = []
     is_fraction = metric in FRACTIONS
     for number, method in enumerate(summary.methods):
@@ -315,19 +336,25 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
         tests = significance_texts(difference)
         lines.append({"name": method.name, "cells": cells, "difference": text, "tests": tests})
     is_main = metric == summary.column
-    return {"title": title, "headings": headings, "means": means, "lines": lines, "is_main": is_main}
+    return {"title": title, "headings": headings, "means": num_means, "lines": lines, "is_main": is_main}
 
 
 def _costs(summary: Summary) -> dict[str, Any]:
     """Return headings and lines of the cost table, without empty columns."""
     titles = {"trainable": "trainable", "changed": "changed weights", "file": "file", "step": "median step"}
     titles |= {"time": "training", "memory": "peak memory", "forgetting": "forgetting"}
-    texts = {method.name: cost_texts(method.costs) for method in summary.methods}
-    shown = [key for key in titles if any(line[key] != "–" for line in texts.values())]
+    texts_by_method = {method.name: cost_texts(method.costs) for method in summary.methods}
+    measured = {key for texts in texts_by_method.values() for key, text in texts.items() if text != "–"}
+    shown = [key for key in titles if key in measured]
+    lines: list[dict[str, Any]] = []
+    for name, texts in texts_by_method.items():
+        lines.append({"name": name, "cells": [texts[key] for key in shown]})
     return {
         "headings": [titles[key] for key in shown],
-        "lines": [{"name": name, "cells": [line[key] for key in shown]} for name, line in texts.items()],
-        **{f"has_{key}": key in shown for key in ("memory", "forgetting", "changed")},
+        "lines": lines,
+        "has_memory": "memory" in shown,
+        "has_forgetting": "forgetting" in shown,
+        "has_changed": "changed" in shown,
     }
 
 

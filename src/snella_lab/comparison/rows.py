@@ -170,15 +170,19 @@ class CellRow(Record):
         """Group the columns of a finished run into results and per-split scores."""
         if values.get("status") != "success":
             return values
-        scores = {
-            split: {name.removeprefix(f"{split}_"): v for name, v in values.items() if name.startswith(f"{split}_")}
-            for split in _SPLITS
-        }
+        scores: dict[str, dict[str, Any]] = {}
+        for split in _SPLITS:
+            prefix = f"{split}_"
+            columns = {name: value for name, value in values.items() if name.startswith(prefix)}
+            scores[split] = {name.removeprefix(prefix): value for name, value in columns.items()}
         return {**values, "results": {**values, **scores}}
 
     def encoded(self, values: dict[str, Any]) -> dict[str, Any]:
         """Flatten results and per-split scores into columns."""
         results = values.pop("results") or {}
         for name, value in results.items():
-            values |= {f"{name}_{score}": v for score, v in value.items()} if name in _SPLITS else {name: value}
+            if name in _SPLITS:
+                values |= {f"{name}_{score}": number for score, number in value.items()}
+            else:
+                values[name] = value
         return values

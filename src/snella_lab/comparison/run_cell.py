@@ -1,4 +1,4 @@
-"""Training and evaluation of one cell."""
+"""Train and evaluate one cell of a comparison: a tuning or final run of a method on a task."""
 
 import hashlib
 import json
@@ -53,9 +53,22 @@ from snella_lab.comparison.rows import CellResults, CellRow
 from snella_lab.comparison.store import LOCKS, append_row, cell_lock, read_row, remove_lock
 from snella_lab.provenance import git_state, package_info, system_info, timestamp
 
+LOGS = "logs"
+"""Folder with the log of each cell."""
+_MAX_FOLDS = 5
+"""Maximum number of cross-validation folds of a linear probe."""
+_PROBE_BATCH_SIZE = 32
+_MAX_NAME_BYTES = 200
+"""Maximum length of a file name without suffix in the cache of frozen features; file systems allow 255 bytes in all."""
+_MAX_ERROR_LENGTH = 400
+"""Maximum length of an error message in a row, in characters."""
+
 
 def count_changed_weights(run: Path) -> int | None:
-    """Merge a run's update and count the changed weights outside the head; None if the method cannot be merged."""
+    """Count the weights outside the head that a run changed, after merging its update into the backbone.
+
+    Returns None if the method cannot be merged.
+    """
     loaded = load_run(run, device="cpu")
     head = spec_of(loaded.model).head
     try:
@@ -67,47 +80,46 @@ def count_changed_weights(run: Path) -> int | None:
 
 def count_differences(model: nn.Module, other: nn.Module, head: str) -> int:
     """Count the weights that differ between two models of the same architecture, except in the module `head`."""
-    values = dict(other.named_parameters())
-    return sum(
-        int((parameter != values[name]).sum())
-        for name, parameter in model.named_parameters()
-        if not is_inside(name, head)
-    )
+    other_parameters = dict(other.named_parameters())
+    count = 0
+    for name, parameter in model.named_parameters():
+        if not is_inside(name, head):
+            count += int((parameter != other_parameters[name]).sum())
+    return count
 
 
-_FOLDS = 5
-_PROBE_BATCH = 32
-_MAX_NAME_BYTES = 200
+def measure_forgetting(run: Path, data: str, max_images: int, cache: Path, device: str = "auto") -> dict[str, Any]:
+    """Measure how much accuracy a linear probe on other data loses because of a run.
 
+    One probe uses the features of the trained model, the other those of the frozen backbone. The accuracy of frozen
+    features is cached by backbone, data, preprocessing and `max_images`.
 
-def measure_forgetting(run: Path, data: str, images: int, cache: Path, device: str = "auto") -> dict[str, Any]:
-    """Compare the linear-probe accuracy of adapted and frozen features on at most `images` images of other data.
-
-    The accuracy of frozen features is cached in the folder `cache` by backbone, data and preprocessing.
+    Args:
+        run: Folder of the run.
+        data: Data specification of the probe, different from the data of the run.
+        max_images: Maximum number of images of the probe.
+        cache: Folder of the cached accuracies; created if missing.
+        device: Device that computes the features, as in `load_run`.
 
     Returns:
         The `CellResults` fields `forgetting` (a fraction, negative if the adapted features are better),
         `forgetting_data`, `probe_accuracy_frozen` and `probe_accuracy_adapted`.
+
+    Raises:
+        Exception: Errors of `load_run` and `probe_images`.
     """
     loaded = load_run(run, device)
-    items, labels = probe_images(data, images)
+    parts, labels = probe_images(data, max_images)
     transform = build_transform(loaded.info.data_config, train=False, augment="none")
-    items = [part.with_transform(transform) for part in items]
-    adapted = probe_accuracy(head_inputs(loaded.model, items, _PROBE_BATCH), labels)
+    parts = [part.with_transform(transform) for part in parts]
+    adapted = probe_accuracy(head_inputs(loaded.model, parts, _PROBE_BATCH_SIZE), labels)
     backbone = loaded.info.backbone
-    hashed = json.dumps([data, loaded.info.data_config], sort_keys=True)  # characters of `data` are replaced below
-    digest = hashlib.sha256(hashed.encode()).hexdigest()[:8]
-    name = "_".join(str(part) for part in (backbone.name, backbone.img_size, data, images, digest))
-    seed = f"_{backbone.seed}" if backbone.pretrained is False else ""
-    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in name + seed)
-    if len(name.encode()) > _MAX_NAME_BYTES:
-        name = hashlib.sha256(name.encode()).hexdigest()
-    path = cache / f"{name}.json"
+    path = cache / _cache_name(loaded.info, data, max_images)
     if path.is_file():
         frozen = float(json.loads(path.read_text())["accuracy"])
     else:
         model = build_method(PROBE_METHOD, make_backbone(backbone)).to(loaded.device)
-        frozen = probe_accuracy(head_inputs(model, items, _PROBE_BATCH), labels)
+        frozen = probe_accuracy(head_inputs(model, parts, _PROBE_BATCH_SIZE), labels)
         cache.mkdir(parents=True, exist_ok=True)
         write_json(path, {"data": data, "images": len(labels), "backbone": plain(backbone), "accuracy": frozen})
     return {
@@ -118,18 +130,40 @@ def measure_forgetting(run: Path, data: str, images: int, cache: Path, device: s
     }
 
 
+def _cache_name(info: RunInfo, data: str, max_images: int) -> str:
+    """Return the file name of the cached accuracy of frozen features."""
+    backbone = info.backbone
+    # the digest distinguishes data whose names are equal after the replacement of characters below
+    hashed = json.dumps([data, info.data_config], sort_keys=True)
+    digest = hashlib.sha256(hashed.encode()).hexdigest()[:8]
+    name = "_".join(str(part) for part in (backbone.name, backbone.img_size, data, max_images, digest))
+    if backbone.pretrained is False:  # not None; only the features of randomly initialized weights depend on the seed
+        name += f"_{backbone.seed}"
+    characters = [character if character.isalnum() or character in "._-" else "-" for character in name]
+    name = "".join(characters)
+    if len(name.encode()) > _MAX_NAME_BYTES:
+        name = hashlib.sha256(name.encode()).hexdigest()
+    return f"{name}.json"
+
+
 @torch.no_grad()
 def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int) -> NDArray[np.float32]:
-    """Return the inputs to the head of a model from `build_method`, `[images, width]`, in evaluation mode."""
+    """Apply a model from `build_method` to images and return the inputs of its head.
+
+    The model is set to evaluation mode and stays in it.
+
+    Returns:
+        `[images, width]`, in the order of `parts`.
+    """
     _, head = base_and_head(model)
-    rows: list[Tensor] = []
+    batches: list[Tensor] = []
     device = next(model.parameters()).device
     model.eval()
     with recorded_inputs(head) as recorded:
         for images, *_ in DataLoader(ConcatDataset(parts), batch_size):
             model(images.to(device))
-            rows.append(recorded.pop().flatten(1).float().cpu())
-    return torch.cat(rows).numpy()
+            batches.append(recorded.pop().flatten(1).float().cpu())
+    return torch.cat(batches).numpy()
 
 
 def probe_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
@@ -139,7 +173,8 @@ def probe_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64]) -> 
         features: Features, `[images, width]`.
         labels: Class indices, `[images]`, at least two images per class.
     """
-    folds = min(_FOLDS, int(np.bincount(labels)[np.unique(labels)].min()))
+    class_sizes = np.bincount(labels)[np.unique(labels)]
+    folds = min(_MAX_FOLDS, int(class_sizes.min()))
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # comparing accuracies does not need full convergence
@@ -148,30 +183,33 @@ def probe_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64]) -> 
     return float((predicted == labels).mean())
 
 
-def probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np.int64]]:
-    """Return a stratified sample of at most `images` training and validation images, with labels.
+def probe_images(data: str, max_images: int) -> tuple[list[ImageDataset], NDArray[np.int64]]:
+    """Return a stratified sample of at most `max_images` training and validation images, with labels.
 
     Raises:
-        FileNotFoundError: If the data do not exist.
-        ImportError: If a package for the data is not installed.
-        ValueError: If the data are invalid, the sample has only one image of a class, or `images` is less than the
+        FileNotFoundError: If the data does not exist.
+        ImportError: If a package that the data needs is not installed.
+        ValueError: If the data is invalid, the sample has only one image of a class, or `max_images` is less than the
             number of classes.
     """
     splits = load_data(data)
     parts = [splits.train] if splits.val is None else [splits.train, splits.val]
     labels = [label for part in parts for label in part.labels]
-    if len(labels) > images:
-        chosen = stratified_sample(labels, images, seed=0, classes=splits.classes, argument="forgetting_images")
-        first = len(splits.train)
-        inside = [[i for i in chosen if i < first], [i - first for i in chosen if i >= first]]
-        parts = [part.subset(indices) for part, indices in zip(parts, inside, strict=False) if indices]
+    if len(labels) > max_images:
+        chosen = stratified_sample(labels, max_images, seed=0, classes=splits.classes, argument="forgetting_images")
+        num_train = len(splits.train)
+        train_indices = [index for index in chosen if index < num_train]
+        val_indices = [index - num_train for index in chosen if index >= num_train]
+        # not strict: without a validation split, `parts` has one entry and `val_indices` is empty
+        indexed_parts = zip(parts, (train_indices, val_indices), strict=False)
+        parts = [part.subset(indices) for part, indices in indexed_parts if indices]
     targets = np.array([label for part in parts for label in part.labels])
     counts = np.bincount(targets, minlength=len(splits.classes))
-    few = [name for name, count in zip(splits.classes, counts, strict=True) if count == 1]
-    if few:
+    singletons = [name for name, count in zip(splits.classes, counts, strict=True) if count == 1]
+    if singletons:
         raise ValueError(
-            f"forgetting on {data!r} requires two images per class, got one of {', '.join(few)}; "
-            f"increase forgetting_images ({images}) or choose other data"
+            f"forgetting on {data!r} requires two images per class, but the sample has only one image of each of: "
+            f"{', '.join(singletons)}; increase forgetting_images ({max_images}) or choose other data"
         )
     return parts, targets
 
@@ -179,15 +217,19 @@ def probe_images(data: str, images: int) -> tuple[list[ImageDataset], NDArray[np
 def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str, Any]:
     """Return the fields of a `CellRow` that are known before training."""
     config = cell.config(experiment, cell.name)
-    peft_type = find_method(cell.method.method).peft_type or parse_method(cell.method.method)[0].upper()
+    peft_type = find_method(cell.method.method).peft_type
+    if not peft_type:
+        family, _ = parse_method(cell.method.method)
+        peft_type = family.upper()
     packages = package_info()
+    _, is_dirty = git_state()
     return {
         "cell": cell.name,
         "purpose": "final" if cell.is_final else "trial",
         "metric": experiment.metric,
         "task_name": cell.data.name,
         "group": cell.data.group,
-        "experiment_name": cell.method.name,
+        "experiment_name": cell.method.name,  # PEFT's method comparison calls a method with its settings an experiment
         "comparison": experiment.name,
         "method": cell.method.method,
         "peft_type": peft_type,
@@ -195,11 +237,16 @@ def row_header(cell: Cell, experiment: Experiment, created_at: str) -> dict[str,
         "seed": cell.seed,
         "lr_factor": cell.candidate.lr_factor,
         "tried_weight_decay": cell.candidate.weight_decay,
-        **{name: getattr(config.optim, name) for name in ("lr", "head_lr", "weight_decay")},
+        "lr": config.optim.lr,
+        "head_lr": config.optim.head_lr,
+        "weight_decay": config.optim.weight_decay,
         "search": cell.search,
         "train_config": config.stored(),
-        **{f"{name}_version": packages[f"{name}-version"] for name in ("peft", "transformers", "torch", "snella")},
-        "git_dirty": git_state()[1],
+        "peft_version": packages["peft-version"],
+        "transformers_version": packages["transformers-version"],
+        "torch_version": packages["torch-version"],
+        "snella_version": packages["snella-version"],
+        "git_dirty": is_dirty,
         "package_info": packages,
         "system_info": system_info(),
         "created_at": created_at,
@@ -211,21 +258,24 @@ def read_results(folder: Path) -> CellResults:
     metrics = read(Metrics, folder)
     data = read(RunInfo, folder).data
     run = RunFolder(folder)
-    peft_config = run.adapter / "adapter_config.json"  # missing for methods outside PEFT
-    best = next(row for row in metrics.history if row.epoch == metrics.adapter_epoch)
-    epochs = sum(row.epoch > 0 for row in metrics.history)
+    adapter_row = next(row for row in metrics.history if row.epoch == metrics.adapter_epoch)
+    epochs = sum(row.epoch > 0 for row in metrics.history)  # epoch 0 is an evaluation before training
+    peft_config: dict[str, Any] | None = None
+    peft_config_file = run.adapter / "adapter_config.json"
+    if peft_config_file.is_file():  # missing for methods outside PEFT
+        peft_config = json.loads(peft_config_file.read_text())
     return CellResults(
-        peft_config=json.loads(peft_config.read_text()) if peft_config.is_file() else None,
+        peft_config=peft_config,
         num_trainable_params=metrics.trainable_parameters,
         adapted_weights=metrics.adapted_weights,
-        kept_weights=best.budget,
+        kept_weights=adapter_row.budget,
         file_size=metrics.adapter_bytes,
         train_time=metrics.train_s,
         step_time=metrics.step_s,
         accelerator_memory_max=metrics.accelerator_memory_max,
         accelerator_memory_reserved_avg=metrics.accelerator_memory_reserved_avg,
         accelerator_memory_reserved_99th=metrics.accelerator_memory_reserved_99th,
-        train_loss=best.train_loss,
+        train_loss=adapter_row.train_loss,
         train_samples=epochs * run.read_config().optim.images_per_epoch(data.sizes["train"]),
         epochs=epochs,
         best_epoch=metrics.best_epoch,
@@ -241,29 +291,37 @@ def read_results(folder: Path) -> CellResults:
 
 def _scores(scores: SplitScores | None) -> dict[str, float | None]:
     """Return the scores of one split by name; `accuracy`, `balanced_accuracy` and `loss` are None if not measured."""
-    task_metrics = [name for measures in MEASURES.values() for name in measures if hasattr(scores, name)]
-    names = dict.fromkeys(("accuracy", "balanced_accuracy", "loss", *task_metrics))
+    names = ["accuracy", "balanced_accuracy", "loss"]
+    for measures in MEASURES.values():
+        names += [name for name in measures if hasattr(scores, name)]
     return {name: getattr(scores, name, None) for name in names}
 
 
-def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Path) -> CellRow | None:
-    """Copy a tuning run with the final run's settings to `folder`, and evaluate it on the test images.
+def reuse_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Path) -> CellRow | None:
+    """Reuse the tuning run with the candidate and seed of `cell` as its final run.
+
+    The tuning run is copied to `folder` and evaluated on the test images.
 
     Returns:
-        Row of the tuning run; None if the run failed, the run or its adapter is missing, or it was trained with other
-        settings, package versions, commit or number of threads, or on another machine.
+        Row of the tuning run. None if `cell` is itself a tuning run, or if the tuning run cannot be reused: it failed,
+        its row or adapter is missing, or its settings, package versions, commit, machine or number of threads differ
+        from the current ones.
     """
-    trial = replace(cell, is_final=False, search=None)
-    if not cell.is_final or cell.config(experiment, "-") != trial.config(experiment, "-"):
-        return None  # protocol final also trains on the validation images
-    run = RunFolder(trial.folder(root))
-    row = read_row(run.path)
-    if row is None or row.status != "success" or not run.adapter.is_dir():
+    if not cell.is_final:
         return None
-    trained = (row.train_config, row.package_info, row.system_info)
-    if trained != (trial.config(experiment, trial.name).stored(), package_info(), system_info()):
+    tuning_cell = replace(cell, is_final=False, search=None)
+    placeholder = "-"  # the same folder for both runs, so that only other settings are compared
+    if cell.config(experiment, placeholder) != tuning_cell.config(experiment, placeholder):
+        return None  # with protocol `final`, only the final run also trains on the validation images
+    tuning_run = RunFolder(tuning_cell.folder(root))
+    row = read_row(tuning_run.path)
+    if row is None or row.status != "success" or not tuning_run.adapter.is_dir():
         return None
-    shutil.copytree(run.path, folder, ignore=shutil.ignore_patterns(CellRow.file))
+    stored = (row.train_config, row.package_info, row.system_info)
+    current = (tuning_cell.config(experiment, tuning_cell.name).stored(), package_info(), system_info())
+    if stored != current:
+        return None
+    shutil.copytree(tuning_run.path, folder, ignore=shutil.ignore_patterns(CellRow.file))
     final_run = RunFolder(folder)
     config = final_run.read_config().replace(out=str(folder))
     final_run.write_config(config)
@@ -273,21 +331,21 @@ def finish_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Pa
 
 
 def drop_adapters(root: Path, experiment: Experiment, cell: Cell) -> None:
-    """Delete the tuning adapters of a finished cell's method, task and seed, except the best ones for reuse.
+    """Delete the adapters of the tuning runs with the method, task and seed of a finished cell.
 
-    The adapters of the best tuning runs are kept until the final run of the seed is finished.
+    The adapters of the best tuning runs are kept until the final run of the seed is finished, because it may reuse one.
     """
-    trials = replace(cell, is_final=False).folder(root).parent
-    rows = {path.parent: read_row(path.parent) for path in trials.glob(f"*_seed-{cell.seed}/{CellRow.file}")}
-    ranks = {folder: tuning_result(row).rank for folder, row in rows.items() if row is not None}
-    is_reusable = not cell.is_final and cell.seed < experiment.seeds
+    tuning_folder = replace(cell, is_final=False).folder(root).parent
+    ranks: dict[Path, tuple[float, float]] = {}  # higher is better
+    for file in tuning_folder.glob(f"*_seed-{cell.seed}/{CellRow.file}"):
+        row = read_row(file.parent)
+        if row is not None:
+            ranks[file.parent] = tuning_result(row).rank
+    # tuning may use more seeds than there are final runs; no final run reuses the adapters of the additional seeds
+    awaits_final_run = not cell.is_final and cell.seed < experiment.seeds
     for folder, rank in ranks.items():
-        if not is_reusable or rank < max(ranks.values()):
+        if not awaits_final_run or rank < max(ranks.values()):
             shutil.rmtree(RunFolder(folder).adapter, ignore_errors=True)
-
-
-LOGS = "logs"
-_ERROR_LENGTH = 400
 
 
 @dataclass(frozen=True)
@@ -295,9 +353,9 @@ class Outcome:
     """Outcome of a cell: a row, an error, or neither if the cell must be started again or another process claimed it.
 
     Args:
-        cell: The cell.
+        cell: Cell that was started.
         row: Row of the cell, which may record a failed training run.
-        is_local: False if another process stored the row.
+        is_local: False if the cell was not trained, because its row already exists or another process claimed it.
         error: Error outside training, e.g. a crash of the process.
     """
 
@@ -312,9 +370,16 @@ def run_cell(
 ) -> Outcome:
     """Train a cell and store its row, unless it is finished or claimed by another process.
 
-    An interrupted attempt resumes from its checkpoint; without one, its files are deleted first. A failed run is
-    stored as a row with its error. `is_dedicated` stores the peak memory of the process. `keep_checkpoints`
-    saves a checkpoint after each epoch, for preemptible machines; SIGTERM and Ctrl-C always save one.
+    An interrupted attempt resumes from its checkpoint. Without a checkpoint, the files of the attempt are deleted
+    first. A failed run is stored as a row with its error.
+
+    Args:
+        root: Folder of the comparison.
+        experiment: The experiment.
+        cell: Cell to train.
+        is_dedicated: Whether this process trains no other cell. If True, the row contains its peak memory.
+        keep_checkpoints: Save a checkpoint after each epoch, for preemptible machines. SIGTERM and Ctrl-C always save
+            one.
 
     Raises:
         TrainingInterrupted: On Ctrl-C or SIGTERM during training; the lock of the cell is released.
@@ -338,10 +403,10 @@ def run_cell(
 def record_crash(
     root: Path, experiment: Experiment, cell: Cell, error: str, ignores_lock: bool = False
 ) -> CellRow | None:
-    """Store and return the row of a crashed or blocked cell; None if another process has claimed it.
+    """Store and return the row of a cell that crashed or is blocked by failed tuning runs.
 
-    A row that is already stored is returned unchanged. `ignores_lock` stores the row even if an unresponsive process
-    holds the lock of the cell.
+    A row that is already stored is returned unchanged. Returns None if another process has claimed the cell. If
+    `ignores_lock`, the row is stored even then, because the process that holds the lock is unresponsive.
     """
     folder = cell.folder(root)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
@@ -355,84 +420,121 @@ def record_crash(
     return row
 
 
-def _checkpoint_s(folder: Path, config: TrainConfig) -> float | None:
-    """Return the seconds trained before an intact checkpoint with the same settings and versions; None without one."""
-    run = RunFolder(folder)
-    checkpoint = latest_checkpoint(run.checkpoints)
-    try:
-        if checkpoint is None or run.status not in ("running", "interrupted") or find_damage(checkpoint, run.id):
-            return None
-        versions = read(RunInfo, folder).versions
-        is_same = versions == versions_of(set(versions) - {"python"}) and not config.differences(run.read_config())
-        return float(json.loads((checkpoint / "progress.json").read_text())["elapsed_s"]) if is_same else None
-    except (OSError, ValueError, LookupError, TypeError, PackageNotFoundError):
-        return None
-
-
 def _train_cell(root: Path, experiment: Experiment, cell: Cell, is_dedicated: bool, keep_checkpoints: bool) -> CellRow:
     """Train and evaluate a cell, and return a row with its results or error."""
     start = time.monotonic()
     before_mib = psutil.Process().memory_info().rss / 2**20
     created_at = timestamp()
     folder = cell.folder(root)
-    log = root / LOGS / (cell.name.replace("/", "!") + ".txt")
+    log = root / LOGS / (cell.name.replace("/", "!") + ".txt")  # cell names contain slashes
     log.parent.mkdir(parents=True, exist_ok=True)
     config = cell.config(experiment, folder)
-    earlier_s = _checkpoint_s(folder, config)
-    if earlier_s is None and folder.exists():
+    resumed_s = _resumable_s(folder, config)
+    is_resumed = resumed_s is not None
+    if not is_resumed and folder.exists():
         shutil.rmtree(folder)
-    head = row_header(cell, experiment, created_at)
-    with log.open("w" if earlier_s is None else "a", encoding="utf-8") as file:
+    header = row_header(cell, experiment, created_at)
+    with log.open("a" if is_resumed else "w", encoding="utf-8") as file:
         try:
-            trial = finish_tuning_run(root, experiment, cell, folder) if earlier_s is None else None
-            if trial is None:
+            tuning_row = None if is_resumed else reuse_tuning_run(root, experiment, cell, folder)
+            if tuning_row is None:
                 train(
-                    config.replace(resume=earlier_s is not None),
+                    config.replace(resume=is_resumed),
                     Console(file=file, width=200),
                     evaluate_test=cell.is_final,
                     keep_checkpoints=keep_checkpoints,
                     render_report=False,
                 )
             results = read_results(folder)
-            if trial is not None and trial.results is not None:
-                memory = {name: getattr(trial.results, name) for name in ("peak_rss_mib", "training_mib")}
-                results = replace(results, trained_as=trial.cell, **memory)
+            if tuning_row is not None and tuning_row.results is not None:
+                results = replace(
+                    results,
+                    trained_as=tuning_row.cell,
+                    peak_rss_mib=tuning_row.results.peak_rss_mib,
+                    training_mib=tuning_row.results.training_mib,
+                )
             elif is_dedicated:
                 peak_mib = read(Metrics, folder).peak_rss_mib
                 results = replace(results, peak_rss_mib=peak_mib, training_mib=round(peak_mib - before_mib, 1))
-            scores, split = (results.test, "test") if cell.is_final else (results.val, "validation")
-            score = scores[experiment.metric]
-            if cell.is_final and score is None:
-                raise ValueError(f"data {cell.data.data!r} must have a test split, got none")
-            if score is not None and not math.isfinite(score):
-                title = experiment.measures[experiment.metric]
-                raise ValueError(
-                    f"{title} is undefined on the {split} images, for example because all targets are equal"
-                )
+            _check_score(experiment, cell, results)
             if cell.is_final:
-                results = replace(results, changed_weights=count_changed_weights(folder))
-                # the probe's data are read in RGB
-                if config.data.channels == 3 and (probe := experiment.probe_data(cell.data)) is not None:
-                    images = experiment.forgetting_images
-                    cache = root / "frozen"
-                    device = config.run.device
-                    forgetting = measure_forgetting(folder, probe, images, cache, device)
-                    results = replace(results, **forgetting)
+                results = replace(results, **_measure_final_run(root, experiment, cell, config))
             shutil.rmtree(RunFolder(folder).checkpoints, ignore_errors=True)
-        except (KeyboardInterrupt, TrainingInterrupted):
-            raise
+        except TrainingInterrupted:
+            raise  # not a failure: the cell is started again later
         except Exception as error:
             traceback.print_exc(file=file)
-            text = " ".join(str(error).split())  # the log contains the full text
-            text = text if len(text) <= _ERROR_LENGTH else text[:_ERROR_LENGTH] + " …"
-            elapsed_s = round(time.monotonic() - start + (earlier_s or 0.0), 3)
-            return CellRow(**head, status="failed", error=f"{type(error).__name__}: {text}", total_time=elapsed_s)
-    earlier_s = (earlier_s or 0.0) if trial is None else trial.total_time
-    total = round(time.monotonic() - start + earlier_s, 3)
-    return CellRow(**head, status="success", total_time=total, results=results)
+            total_s = time.monotonic() - start + (resumed_s or 0.0)
+            return CellRow(**header, status="failed", error=_error_text(error), total_time=round(total_s, 3))
+    earlier_s = resumed_s or 0.0
+    if tuning_row is not None:
+        earlier_s = tuning_row.total_time  # it includes the reused training
+    total_s = time.monotonic() - start + earlier_s
+    return CellRow(**header, status="success", total_time=round(total_s, 3), results=results)
+
+
+def _resumable_s(folder: Path, config: TrainConfig) -> float | None:
+    """Return the training time of an interrupted attempt, in seconds, up to the checkpoint that it can resume from.
+
+    Returns None if there is no intact checkpoint with the same settings and package versions.
+    """
+    run = RunFolder(folder)
+    checkpoint = latest_checkpoint(run.checkpoints)
+    if checkpoint is None:
+        return None
+    try:
+        if run.status not in ("running", "interrupted") or find_damage(checkpoint, run.id):
+            return None
+        versions = read(RunInfo, folder).versions
+        packages = set(versions) - {"python"}
+        if versions != versions_of(packages):
+            return None
+        if config.differences(run.read_config()):
+            return None
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        return float(progress["elapsed_s"])
+    except (OSError, ValueError, LookupError, TypeError, PackageNotFoundError):
+        return None  # the attempt has damaged files, or one of its packages is no longer installed
+
+
+def _check_score(experiment: Experiment, cell: Cell, results: CellResults) -> None:
+    """Check that a final run has a test score, and that the test or validation score used for comparison is finite."""
+    if cell.is_final:
+        split = "test"
+        scores = results.test
+    else:
+        split = "validation"
+        scores = results.val
+    score = scores.get(experiment.metric)
+    if cell.is_final and score is None:
+        raise ValueError(f"data {cell.data.data!r} must have a test split for a final run, but has none")
+    if score is not None and not math.isfinite(score):
+        title = experiment.measures[experiment.metric]
+        raise ValueError(f"{title} is undefined on the {split} images, for example because all targets are equal")
+
+
+def _measure_final_run(root: Path, experiment: Experiment, cell: Cell, config: TrainConfig) -> dict[str, Any]:
+    """Return the `CellResults` fields that only final runs have: the number of changed weights, and forgetting."""
+    folder = cell.folder(root)
+    measured: dict[str, Any] = {"changed_weights": count_changed_weights(folder)}
+    if config.data.channels == 3:  # probe images are read in RGB, so models of other channels cannot be measured
+        probe_data = experiment.probe_data(cell.data)
+        if probe_data is not None:
+            cache = root / "frozen"
+            max_images = experiment.forgetting_images
+            measured |= measure_forgetting(folder, probe_data, max_images, cache, config.run.device)
+    return measured
+
+
+def _error_text(error: Exception) -> str:
+    """Return the type and message of an error in one line, shortened for a row; the log contains the full text."""
+    text = " ".join(str(error).split())
+    if len(text) > _MAX_ERROR_LENGTH:
+        text = text[:_MAX_ERROR_LENGTH] + " …"
+    return f"{type(error).__name__}: {text}"
 
 
 def set_threads(threads: int) -> None:
-    """Set the number of threads of this process."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    """Set the number of threads of this process and of processes that it starts."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for child processes; torch has already read it
     torch.set_num_threads(threads)

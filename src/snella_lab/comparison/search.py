@@ -79,13 +79,15 @@ class Choice:
             runs = results.get(candidate, ())
             if not runs:
                 continue  # a single candidate needs no tuning run
+            accuracies = [run.accuracy for run in runs]
+            losses = [run.loss for run in runs]
             trials.append(
                 TriedCandidate(
                     lr_factor=candidate.lr_factor,
                     **tuned_settings(candidate),
-                    val_accuracy=complete_mean([r.accuracy for r in runs]),
-                    val_loss=complete_mean([r.loss for r in runs]),
-                    failed=sum(r.accuracy is None for r in runs),
+                    val_accuracy=complete_mean(accuracies),
+                    val_loss=complete_mean(losses),
+                    failed=sum(accuracy is None for accuracy in accuracies),
                 )
             )
         factor = None if self.candidate is None else self.candidate.lr_factor

@@ -78,8 +78,9 @@ def write_slurm_scripts(root: Path, experiment: Experiment, execution: Execution
     threads = execution.threads or 1
     options = f" --workers {workers} --threads {threads}"
     options += "" if execution.run_limit is None else f" --run-limit {execution.run_limit:g}"
+    job_name = "".join(c if c.isalnum() or c in "-_." else "-" for c in experiment.name)
     values = {
-        "name": "".join(c if c.isalnum() or c in "-_." else "-" for c in experiment.name),
+        "name": job_name,
         "count": count,
         "last": count - 1,
         "cpus": max(workers, 1) * threads,

@@ -114,15 +114,15 @@ class FinalRuns:
     def mean(self, method: str, groups: Sequence[Sequence[str]], metric: str) -> Spread | None:
         """Return the mean over groups of the mean over each group's tasks, with its standard deviation over seeds.
 
-        Uses only seeds with a run on every task; None if there are none. Groups of one task give the mean over tasks;
-        groups of several tasks give the mean reported for VTAB.
+        Uses only seeds with a run on every task. Returns None if there are no such seeds. Groups of one task give the
+        mean over tasks; groups of several tasks give the mean reported for VTAB.
         """
         scores = {task: self.scores(method, task, metric) for group in groups for task in group}
         seeds = set.intersection(*map(set, scores.values())) if scores else set()
-        means = [
-            statistics.fmean(statistics.fmean(scores[task][seed] for task in group) for group in groups)
-            for seed in sorted(seeds)
-        ]
+        means: list[float] = []
+        for seed in sorted(seeds):
+            group_means = [statistics.fmean(scores[task][seed] for task in group) for group in groups]
+            means.append(statistics.fmean(group_means))
         return _spread(means) if means else None
 
     def difference(self, method: str, reference: str, tasks: Sequence[str], metric: str) -> Difference | None:
@@ -130,11 +130,13 @@ class FinalRuns:
 
         The p-value is uncorrected (see `with_holm`). Returns None without pairs.
         """
-        both = [(self.scores(method, task, metric), self.scores(reference, task, metric)) for task in tasks]
-        pairs = [
-            [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())] for first, second in both
-        ]
-        pairs = [differences for differences in pairs if differences]
+        pairs: list[list[float]] = []
+        for task in tasks:
+            scores = self.scores(method, task, metric)
+            reference_scores = self.scores(reference, task, metric)
+            common_seeds = sorted(scores.keys() & reference_scores.keys())
+            if common_seeds:
+                pairs.append([scores[seed] - reference_scores[seed] for seed in common_seeds])
         return difference_of(pairs) if pairs else None
 
     def average(self, method: str, column: str) -> float | None:
@@ -153,7 +155,8 @@ def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
     Args:
         pairs: Differences by task, one per seed; at least one task with one seed.
     """
-    values = [statistics.fmean(seeds) for seeds in pairs] if len(pairs) > 1 else list(pairs[0])
+    task_means = [statistics.fmean(differences) for differences in pairs]
+    values = task_means if len(task_means) > 1 else list(pairs[0])
     count = sum(map(len, pairs))
     tasks = len(pairs)
     mean = statistics.fmean(values)

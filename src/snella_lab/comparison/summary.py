@@ -126,7 +126,9 @@ class Summary:
 
     def scores(self, metric: str) -> dict[str, list[Spread | None]]:
         """Return the scores of all methods by column: the tasks, then the means over tasks and groups."""
-        columns = {task: [method.per_task[metric][task] for method in self.methods] for task in self.tasks}
+        columns: dict[str, list[Spread | None]] = {}
+        for task in self.tasks:
+            columns[task] = [method.per_task[metric][task] for method in self.methods]
         if len(self.tasks) > 1:
             columns[OVER_TASKS] = [method.over_tasks[metric] for method in self.methods]
         if self.has_groups:
@@ -155,24 +157,31 @@ def summarize(experiment: Experiment, rows: Rows) -> Summary:
     reference = experiment.reference_name
     metrics = {f"test_{metric}": title for metric, title in experiment.measures.items()}
     others = [name for name in names if name != reference]
-    overall = {
-        metric: with_holm({name: runs.difference(name, reference, tasks, metric) for name in others})
-        for metric in metrics
+    differences: dict[str, dict[str, Difference | None]] = {}
+    for metric in metrics:
+        differences[metric] = with_holm({name: runs.difference(name, reference, tasks, metric) for name in others})
+    main_metric = next(iter(metrics))
+    task_differences = {
+        (name, task): runs.difference(name, reference, [task], main_metric) for name in others for task in tasks
     }
-    main = next(iter(metrics))
-    single = {(name, task): runs.difference(name, reference, [task], main) for name in others for task in tasks}
-    methods = [
-        MethodSummary(
-            name,
-            per_task={metric: {task: runs.spread(name, task, metric) for task in tasks} for metric in metrics},
-            over_tasks={metric: runs.mean(name, [[task] for task in tasks], metric) for metric in metrics},
-            over_groups={metric: runs.mean(name, list(groups.values()), metric) for metric in metrics},
-            to_reference={metric: overall[metric].get(name) for metric in metrics},
-            to_reference_on={task: single.get((name, task)) for task in tasks},
-            costs={column: runs.average(name, column) for column in COSTS},
+    single_tasks = [[task] for task in tasks]
+    grouped_tasks = list(groups.values())
+    methods: list[MethodSummary] = []
+    for name in names:
+        per_task: dict[str, dict[str, Spread | None]] = {}
+        for metric in metrics:
+            per_task[metric] = {task: runs.spread(name, task, metric) for task in tasks}
+        methods.append(
+            MethodSummary(
+                name,
+                per_task=per_task,
+                over_tasks={metric: runs.mean(name, single_tasks, metric) for metric in metrics},
+                over_groups={metric: runs.mean(name, grouped_tasks, metric) for metric in metrics},
+                to_reference={metric: differences[metric].get(name) for metric in metrics},
+                to_reference_on={task: task_differences.get((name, task)) for task in tasks},
+                costs={column: runs.average(name, column) for column in COSTS},
+            )
         )
-        for name in names
-    ]
     return Summary(
         experiment=experiment,
         rows=rows,
@@ -217,14 +226,17 @@ def difference_text(value: Difference | None, tasks: int, is_fraction: bool = Tr
     if value is None:
         return "–"
     mean, low, high = (change_text(end, is_fraction) for end in (value.mean, value.low, value.high))
-    return f"{mean}{'' if math.isnan(value.low) else f' [{low}, {high}]'}{part_text(value, tasks)}"
+    interval = "" if math.isnan(value.low) else f" [{low}, {high}]"
+    return f"{mean}{interval}{part_text(value, tasks)}"
 
 
 def p_text(value: float) -> str:
     """Format a p-value: 0.66, 0.031, < 0.001."""
     if math.isnan(value):
         return "–"
-    return f"{value:.2f}" if value >= 0.0995 else f"{value:.3f}" if value >= 0.001 else "< 0.001"
+    if value >= 0.0995:  # three decimals would show 0.100
+        return f"{value:.2f}"
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def significance_texts(value: Difference | None) -> tuple[str, str]:
@@ -245,7 +257,8 @@ def outcome_text(summary: Summary) -> str:
     best = max(means, key=lambda name: means[name].mean)
     where = f" in the mean over {counted(len(summary.tasks), 'task')}" if len(summary.tasks) > 1 else ""
     equal = [name for name, value in means.items() if math.isclose(value.mean, means[best].mean)]
-    leaders = f"{', '.join(equal)} {'has' if len(equal) == 1 else 'have'} the highest test {summary.measure}"
+    verb = "has" if len(equal) == 1 else "have"
+    leaders = f"{', '.join(equal)} {verb} the highest test {summary.measure}"
     text = f"{leaders}, {score_text(means[best].mean, summary.is_fraction)}{where}"
     differences = {m.name: d for m in summary.methods if (d := m.to_reference[summary.column]) is not None}
     lead = differences.get(best)
@@ -259,11 +272,11 @@ def outcome_text(summary: Summary) -> str:
     complete = {name: d for name, d in differences.items() if d.tasks == len(summary.tasks)}
     above = [name for name, d in complete.items() if d.direction > 0 and name not in equal]
     below = [name for name, d in complete.items() if d.direction < 0]
-    parts = [
-        f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} significantly {side} {summary.reference}"
-        for names, side in ((above, "above"), (below, "below"))
-        if names
-    ]
+    parts: list[str] = []
+    for names, side in ((above, "above"), (below, "below")):
+        if names:
+            verb = "is" if len(names) == 1 else "are"
+            parts.append(f"{', '.join(names)} {verb} significantly {side} {summary.reference}")
     return f"{text}. Among the others, {' and '.join(parts)}." if parts else f"{text}."
 
 
@@ -345,7 +358,7 @@ def part_text(value: Difference, tasks: int) -> str:
 
 
 def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
-    """Format costs; a missing one becomes a dash."""
+    """Format costs; a missing cost becomes a dash."""
     memory, mib = costs.get("accelerator_memory_max"), costs.get("training_mib")
     if not memory:
         memory = None if mib is None else mib * 2**20
@@ -358,7 +371,10 @@ def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
         "memory": (memory, bytes_text),
         "forgetting": (costs.get("forgetting"), points_text),
     }
-    return {name: "–" if value is None else form(value) for name, (value, form) in formats.items()}
+    texts: dict[str, str] = {}
+    for name, (cost, format_cost) in formats.items():
+        texts[name] = "–" if cost is None else format_cost(cost)
+    return texts
 
 
 def caption(summary: Summary) -> str:

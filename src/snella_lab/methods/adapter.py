@@ -255,7 +255,8 @@ def _build_ssf(model: nn.Module, head: str, options: Options, batches: Batches |
 def _merge_ssf(model: nn.Module) -> nn.Module:
     """Merge γ and β into each layer: W <- γ W, b <- γ b + β.
 
-    Output projections of `nn.MultiheadAttention`, which reads their weights, remain unchanged: γ and β have no effect.
+    `nn.MultiheadAttention` reads the weight of its output projection without calling the layer. γ and β of this layer
+    therefore have no effect, and its weight and bias remain unchanged.
     """
     projections = [module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     layers = list(find_attached(model, "ssf", ScaleShift))
@@ -269,11 +270,14 @@ def _merge_ssf(model: nn.Module) -> nn.Module:
             "load_trained"
         )
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    if shared := [
-        repr(name)
-        for name, module, _ in layers
-        if module not in projections and max(owners[id(module.weight)], owners[id(module.bias)]) > 1
-    ]:
+    shared: list[str] = []
+    for name, module, _ in layers:
+        if module in projections:
+            continue
+        max_owners = max(owners[id(module.weight)], owners[id(module.bias)])
+        if max_owners > 1:
+            shared.append(repr(name))
+    if shared:
         raise ValueError(
             f"method 'ssf' cannot be merged into {type(model).__name__}: several layers share the weight or bias of "
             f"{listed(shared, 1)}; keep the adapter separate and load it with load_trained"

@@ -58,18 +58,30 @@ class SubnetSpace:
         return sorted({ceil(blocks * quarters / 4) for quarters in (1, 2, 3, 4)})
 
     def count(self, subnet: Subnet) -> int:
-        """Count the parameters: Σ_blocks p·d + r·(in + out) + (2·d·a + a + d if a > 0)."""
-        rows = zip(self.block_widths, self.qkv_sizes, *subnet, strict=True)
-        return sum(p * d + r * qkv_size + (2 * d * a + a + d if a else 0) for d, qkv_size, p, r, a in rows)
+        """Count the parameters: Σ_blocks p·d + r·(in + out) + (2·d·a + a + d if a > 0).
+
+        p is the number of prompts, r the rank and a the adapter width; d is the token width.
+        """
+        count = 0
+        for d, qkv_size, p, r, a in zip(self.block_widths, self.qkv_sizes, *subnet, strict=True):
+            count += p * d + r * qkv_size
+            if a:
+                count += 2 * d * a + a + d
+        return count
 
     def smallest(self) -> Subnet:
         """Return the smallest subnet: each module type with the smallest size in the first quarter of the blocks."""
-        return Subnet(*[self._padded([self.sizes[0]] * self.depths[0])] * 3)
+        sizes = self._padded([self.sizes[0]] * self.depths[0])
+        return Subnet(sizes, sizes, sizes)
 
     def sample(self, rng: Random) -> Subnet:
         """Sample a random subnet; it may exceed the budget."""
-        depths = (rng.choice(self.depths) for _ in range(3))
-        return Subnet(*(self._padded([rng.choice(self.sizes) for _ in range(depth)]) for depth in depths))
+        sampled: list[tuple[int, ...]] = []
+        for _ in Subnet._fields:
+            depth = rng.choice(self.depths)
+            sizes = [rng.choice(self.sizes) for _ in range(depth)]
+            sampled.append(self._padded(sizes))
+        return Subnet(*sampled)
 
     def mutate(self, subnet: Subnet, rng: Random) -> Subnet:
         """Resample some sizes, and sometimes the depth, of each module type."""
@@ -78,7 +90,10 @@ class SubnetSpace:
             depth = sum(size > 0 for size in sizes)
             if rng.random() < _DEPTH_MUTATION_PROB:
                 depth = rng.choice(self.depths)
-            resampled = [rng.choice(self.sizes) if not s or rng.random() < _MUTATION_PROB else s for s in sizes[:depth]]
+            resampled: list[int] = []
+            for size in sizes[:depth]:
+                is_resampled = not size or rng.random() < _MUTATION_PROB
+                resampled.append(rng.choice(self.sizes) if is_resampled else size)
             mutated.append(self._padded(resampled))
         return Subnet(*mutated)
 
@@ -281,12 +296,10 @@ def space_of(model: nn.Module, head: str, options: Options) -> SubnetSpace:
         ValueError: If `budget` is below the size of the smallest subnet, or `qkv_layers` rejects the model.
     """
     layers = qkv_layers(model, head)
-    space = SubnetSpace(
-        tuple(block_width(block) or 0 for _, block, _ in layers),
-        tuple(qkv.in_features + qkv.out_features for _, _, qkv in layers),
-        tuple(sorted(options.get("sizes", _SIZES))),
-        budget=0,
-    )
+    block_widths = tuple(block_width(block) or 0 for _, block, _ in layers)
+    qkv_sizes = tuple(qkv.in_features + qkv.out_features for _, _, qkv in layers)
+    sizes = tuple(sorted(options.get("sizes", _SIZES)))
+    space = SubnetSpace(block_widths, qkv_sizes, sizes, budget=0)
     min_budget = space.count(space.smallest())
     budget = budget_of(options, model, head, vit_b_budget=0.64)
     if "budget" in options and budget < min_budget:
@@ -346,7 +359,10 @@ def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str
     """Rebuild the subnet; the shapes of the stored tensors determine its sizes."""
     names = [name for name, _, _ in qkv_layers(model, head)]
     parts = ("prompts.tokens", "attn.qkv.low_rank.A", "mlp.adapter.down.weight")
-    sizes = [tuple(len(tensors.get(f"{name}.{part}", ())) for name in names) for part in parts]
+    sizes: list[tuple[int, ...]] = []
+    for part in parts:
+        stored = [tensors.get(f"{name}.{part}", ()) for name in names]  # one per block; empty without the module
+        sizes.append(tuple(len(tensor) for tensor in stored))
     return _apply(model, head, Subnet(*sizes))
 
 

@@ -1,6 +1,6 @@
 """Functions that attach modules to a model, and find the token blocks and MLPs of a backbone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -61,7 +61,7 @@ def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
 
 
 def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
-    """Return the blocks of a plain vision transformer, which map tokens `[batch, tokens, width]` to tokens.
+    """Return the blocks of a plain vision transformer; each block maps tokens `[batch, tokens, width]` to tokens.
 
     Raises:
         ValueError: If the model has no blocks; the head takes feature maps; the blocks do not share one token sequence
@@ -70,7 +70,8 @@ def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn
     """
     blocks = require_blocks(method, model, head)
     has_prefix = isinstance(getattr(model, "num_prefix_tokens", None), int)
-    position_parts = ("relative_position_bias_table", "rel_pos", "rel_pos_h", "attention_biases", "pos_proj")
+    model_positions = ("rope", "shared_rel_pos", "rel_pos_bias")
+    attention_positions = ("relative_position_bias_table", "rel_pos", "rel_pos_h", "attention_biases", "pos_proj")
     attentions = [getattr(block, "attn", None) for _, block in blocks]
     if not has_prefix and not isinstance(model.get_submodule(head), nn.Linear):
         reason = f"its {head!r} takes feature maps, to which tokens cannot be added"
@@ -78,9 +79,7 @@ def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn
         reason = "its blocks do not share one token sequence, or are not in timm's format (num_prefix_tokens, blocks.0)"
     elif any(block_width(block) is None for _, block in blocks):
         reason = "its blocks lack attn, mlp or a normalization layer norm1"
-    elif any(getattr(model, name, None) is not None for name in ("rope", "shared_rel_pos", "rel_pos_bias")) or any(
-        getattr(attention, name, None) is not None for attention in attentions for name in position_parts
-    ):
+    elif _has_any(model, model_positions) or any(_has_any(attn, attention_positions) for attn in attentions):
         reason = "its attention uses rotary or relative positions, which added tokens lack"
     else:
         return blocks
@@ -88,6 +87,11 @@ def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn
         f"method {method!r} cannot be applied to {type(model).__name__}: {reason}; use a plain ViT classifier (timm's "
         "VisionTransformer)"
     )
+
+
+def _has_any(owner: object, names: Sequence[str]) -> bool:
+    """Return True if `owner` has one of the attributes, and it is not None."""
+    return any(getattr(owner, name, None) is not None for name in names)
 
 
 def block_width(block: nn.Module) -> int | None:

@@ -49,7 +49,8 @@ class Prompts(nn.Module):
 
     def remove(self, x: Tensor) -> Tensor:
         """Remove the prompt tokens from `x`."""
-        return torch.cat([x[:, : self.prefix], x[:, self.prefix + len(self.tokens[: self.active]) :]], dim=1)
+        end = self.prefix + len(self.tokens[: self.active])
+        return torch.cat([x[:, : self.prefix], x[:, end:]], dim=1)
 
     def remove_after(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of a later block: remove the prompt tokens from its output."""
@@ -141,14 +142,22 @@ class Queries(nn.Module):
         batch = len(qkv)
         heads = attn.num_heads
         size = qkv.shape[-1] // 3
-        key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.detach()[..., size:].chunk(2, -1))
+        keys, values = qkv.detach()[..., size:].chunk(2, -1)
+        key = _split_heads(keys, heads)
+        value = _split_heads(values, heads)
         tokens = self.dropout(self.tokens.to(attn.qkv.weight.dtype).expand(batch, -1, -1))
         bias = None if attn.qkv.bias is None else attn.qkv.bias[:size]
-        query = F.linear(block.norm1(tokens), attn.qkv.weight[:size], bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+        queries = F.linear(block.norm1(tokens), attn.qkv.weight[:size], bias)
+        query = _split_heads(queries, heads)
         mixed = F.scaled_dot_product_attention(attn.q_norm(query), attn.k_norm(key), value)
         attended = attn.proj(attn.norm(mixed.transpose(1, 2).flatten(2)))
         z = tokens + block.ls1(attended)
         return z + block.ls2(block.mlp(block.norm2(z)))
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """Reshape `[batch, tokens, width]` to `[batch, heads, tokens, width / heads]`."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 class QueryHead(nn.Linear):
@@ -229,14 +238,16 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
 def _is_pre_norm_block(block: Any) -> bool:
     """Return True for the pre-norm block of timm's ViT, which `Queries.summarize` reimplements."""
     attn = block.attn
-    return (
-        all(hasattr(block, name) for name in ("norm1", "ls1", "norm2", "ls2", "mlp"))
-        and all(hasattr(attn, name) for name in ("num_heads", "q_norm", "k_norm", "norm", "proj"))
-        and isinstance(getattr(attn, "qkv", None), nn.Linear)
-        and attn.qkv.out_features == 3 * attn.proj.in_features
-        and getattr(attn, "gate", None) is None
-        and not hasattr(attn, "sub_norm")  # differential attention
-    )
+    if not all(hasattr(block, name) for name in ("norm1", "ls1", "norm2", "ls2", "mlp")):
+        return False
+    if not all(hasattr(attn, name) for name in ("num_heads", "q_norm", "k_norm", "norm", "proj")):
+        return False
+    qkv = getattr(attn, "qkv", None)
+    if not isinstance(qkv, nn.Linear) or qkv.out_features != 3 * attn.proj.in_features:
+        return False
+    is_gated = getattr(attn, "gate", None) is not None
+    is_differential = hasattr(attn, "sub_norm")
+    return not is_gated and not is_differential
 
 
 VQT = Method(

@@ -215,8 +215,10 @@ class MaskedUpdate(SparseLayer):
         self.spec = UpdateSpec(config.make_kernel(), row_counts, scaling=config.scaling)
         weight = self.base_layer.weight
         matrices = len(row_counts)
+        rows = len(weight)
+        columns = weight[0].numel()
         r = config.rank_of(name)
-        shapes: dict[str, tuple[int, ...]] = {"A": (matrices, weight[0].numel(), r), "B": (len(weight), r)}
+        shapes: dict[str, tuple[int, ...]] = {"A": (matrices, columns, r), "B": (rows, r)}
         for scalar in self.spec.kernel.scalars:
             if scalar != "temperature" or config.learn_temperature:
                 shapes[scalar] = (matrices, config.num_pieces) if scalar == "piece_coeff" else (matrices,)
@@ -288,7 +290,9 @@ class _MergedEntries(torch.autograd.Function):
                 dense = torch.zeros(len(matrix.B), len(matrix.A), dtype=matrix.A.dtype, device=grad.device)
                 dense.view(-1)[positions] = (grad[selected] * spec.scaling).to(dense.dtype)
                 store_gradients(grads, group, rows, spec.kernel.vjp(*matrix, dense))
-        return None, None, *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[2:], strict=True))
+        needed = ctx.needs_input_grad[2:]
+        tensor_grads = [g if is_needed else None for g, is_needed in zip(grads, needed, strict=True)]
+        return None, None, *tensor_grads
 
 
 class SparseEntries(nn.Module):
@@ -367,18 +371,18 @@ _RULES = {
 def neuron_layers(model: nn.Module, head: str) -> list[str]:
     """Return the names of the layers that GPS adapts: every `Linear` and `Conv2d` except the head.
 
-    Includes the patch embedding. Layers with a custom forward pass remain frozen, as does the output projection of
-    `nn.MultiheadAttention`, whose weight is read directly.
+    Includes the patch embedding. Layers with a custom forward pass remain frozen. So does the output projection of
+    `nn.MultiheadAttention`, because attention reads its weight without calling the layer.
 
     Raises:
         ValueError: See `require_sparse`.
     """
     attention_names = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    names = [
-        name
-        for name, module in model.named_modules()
-        if not is_inside(name, head) and not any(is_inside(name, attention) for attention in attention_names)
-    ]
+    frozen_parts = [head, *attention_names]
+    names: list[str] = []
+    for name, _ in model.named_modules():
+        if not any(is_inside(name, part) for part in frozen_parts):
+            names.append(name)
     return require_sparse(model, names, head)
 
 

@@ -492,12 +492,14 @@ def _mask_optimizer(
     scalars = [tensor for name, tensor in tensors if name not in ("A", "B") and tensor.requires_grad]
     update_ids = {id(tensor) for _, tensor in tensors}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in update_ids]
+    other_matrices = [p for p in others if p.ndim > 1]
+    other_vectors = [p for p in others if p.ndim <= 1]
     other_lr = lr if head_lr is None else head_lr
     groups = [
         {"params": factors, "lr": lr, "weight_decay": weight_decay},
         {"params": scalars, "lr": scalar_lr, "weight_decay": 0.0},
-        {"params": [p for p in others if p.ndim > 1], "lr": other_lr, "weight_decay": weight_decay},
-        {"params": [p for p in others if p.ndim <= 1], "lr": other_lr, "weight_decay": 0.0},
+        {"params": other_matrices, "lr": other_lr, "weight_decay": weight_decay},
+        {"params": other_vectors, "lr": other_lr, "weight_decay": 0.0},
     ]
     return optimizer_cls([group for group in groups if group["params"]])
 

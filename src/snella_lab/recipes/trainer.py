@@ -187,14 +187,16 @@ class RecipeTrainer(CheckpointingTrainer):
         if self.allocator is not None:
             run.write(describe_allocation(model, self.allocator))
             print_line(self.console, f"the update {sparsity_summary(matrices)}")
+        adapted_weights = sum(matrix.size for matrix in matrices) if matrices else None
+        peak_gpu_mib = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
         run.write(
             GeneratorMetrics(
                 trainable_parameters=trainable_parameters(model),
-                adapted_weights=sum(m.size for m in matrices) if matrices else None,
+                adapted_weights=adapted_weights,
                 adapter_bytes=folder_bytes(run.adapter),
                 peak_rss_mib=peak_rss_mib(),
                 train_s=round(self.elapsed_s, 3),
-                peak_gpu_mib=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
+                peak_gpu_mib=peak_gpu_mib,
                 optimizer=self.optimizer_name,
                 **measured,
             )
@@ -207,7 +209,7 @@ class RecipeTrainer(CheckpointingTrainer):
         options = {"lr": optim.lr, "scalar-lr": optim.scalar_lr, "scaling": scaling}
         suggestions = ", ".join(f"--{option} (now {rate:g})" for option, rate in options.items() if rate)
         checkpoint = latest_checkpoint(self.run_folder.checkpoints)
-        kept = "no checkpoint was written yet" if checkpoint is None else f"checkpoint {checkpoint} is kept"
+        kept = "no checkpoint has been written yet" if checkpoint is None else f"checkpoint {checkpoint} is kept"
         return NonFiniteLossError(
             f"{what} became {value} in step {self.state.global_step + 1} of {self.state.max_steps}; {kept}; start a "
             f"new run with a lower {suggestions}"
@@ -290,5 +292,8 @@ def describe_run(
 def describe_method(config: RunSettings, model: nn.Module) -> str:
     """Describe the method and its trainable parameters for the summary of a run."""
     matrices = matrices_of(model)
-    adapted = f"; {len(matrices)} matrices, {sum(m.size for m in matrices):,} adapted weights" if matrices else ""
+    adapted = ""
+    if matrices:
+        adapted_weights = sum(matrix.size for matrix in matrices)
+        adapted = f"; {len(matrices)} matrices, {adapted_weights:,} adapted weights"
     return f"{config.method.name}, {trainable_parameters(model):,} trainable parameters{adapted}"

@@ -24,7 +24,7 @@ def test_a_gpu_adds_predicted_steps_for_plain_vits(gpu, name, capsys):
     assert "step is predicted, not measured: datasheet values with a range of efficiencies" in text
     assert main(["inspect", "--backbone", "test_convnext", "--batch", "4", "--device", "h100"]) == 0
     text = capsys.readouterr().out
-    assert "step, ms" not in text and "step times are predicted for plain ViTs only, got test_convnext" in text
+    assert "step, ms" not in text and "step times are available only for plain ViTs, not for test_convnext" in text
 
 
 @pytest.mark.parametrize(("r", "dtype"), [(8, "bf16"), (32, "bf16"), (8, "fp32")])

@@ -22,7 +22,7 @@ def interrupt_before(step, presses=1, number=signal.SIGINT, repeat_s=None):
     """Send a signal before a training step, counted from 0; the second press stops the run without a checkpoint."""
     original = SnellaTrainer.training_step
     if repeat_s is None:
-        repeat_s = 0.0 if presses > 1 else session._REPEAT_S
+        repeat_s = 0.0 if presses > 1 else session._MIN_REPEAT_S
 
     def training_step(trainer, *args, **kwargs):
         if trainer.state.global_step == step and trainer._micro_step == 0:
@@ -32,6 +32,6 @@ def interrupt_before(step, presses=1, number=signal.SIGINT, repeat_s=None):
 
     with (
         mock.patch.object(SnellaTrainer, "training_step", training_step),
-        mock.patch.object(session, "_REPEAT_S", repeat_s),
+        mock.patch.object(session, "_MIN_REPEAT_S", repeat_s),
     ):
         yield

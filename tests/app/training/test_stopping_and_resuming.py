@@ -170,7 +170,7 @@ def test_a_signal_is_acknowledged_immediately(number, capfd):
     try:
         with InterruptCallback() as interrupt:
             os.kill(os.getpid(), number)
-            assert interrupt.is_requested
+            assert interrupt.stop_requested
             assert "finishing this step and saving" in capfd.readouterr().err
         assert signal.getsignal(number) == signal.SIG_DFL
     finally:
@@ -182,7 +182,7 @@ def test_sighup_is_ignored_under_nohup():
     try:
         with InterruptCallback() as interrupt:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not interrupt.is_requested
+            assert not interrupt.stop_requested
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)

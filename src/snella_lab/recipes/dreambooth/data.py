@@ -71,9 +71,10 @@ def read_prompt_file(path: str | Path) -> PromptFile:
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts must be a UTF-8 text file, got '{path}': {error}") from None
     text = text.replace("{token}", "{0}").replace("{class}", "{1}")
-    lists = [
-        [single or double for single, double in _STRING_PATTERN.findall(body)] for body in _LIST_PATTERN.findall(text)
-    ]
+    lists: list[list[str]] = []
+    for body in _LIST_PATTERN.findall(text):
+        quoted_templates = _STRING_PATTERN.findall(body)
+        lists.append([single_quoted or double_quoted for single_quoted, double_quoted in quoted_templates])
     if not lists:
         lines = (line.strip() for line in text.splitlines())
         lists = [[line for line in lines if line and not line.startswith("#")]]
@@ -190,7 +191,9 @@ def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = 
             f"folder '{folder}' must contain images ({', '.join(IMAGE_SUFFIXES)}) of one subject, got {content}"
         )
     broken = broken_images(paths)
-    notes = [f"skipped {counted(len(files) - len(paths), 'non-image file')}"] if len(files) > len(paths) else []
+    notes: list[str] = []
+    if len(files) > len(paths):
+        notes.append(f"skipped {counted(len(files) - len(paths), 'non-image file')}")
     if broken:
         reasons_by_name = {paths[index].name: reason for index, reason in broken.items()}
         notes.append(broken_note(reasons_by_name, len(paths), folder, skip_corrupt))

@@ -206,11 +206,13 @@ def evaluate_generation(options: EvaluateGenerationOptions, console: Console | N
     return {
         "runs": rows,
         "mean": {name: statistics.fmean(scores) for name, scores in values.items()},
-        "standard_error": {
-            name: statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None
-            for name, scores in values.items()
-        },
+        "standard_error": {name: _standard_error(scores) for name, scores in values.items()},
     }
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean, or None for a single value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def score_images(
@@ -242,15 +244,16 @@ def score_images(
     rows_by_prompt: dict[str, list[int]] = {}
     for row, image in enumerate(images):
         rows_by_prompt.setdefault(image.prompt, []).append(row)
-    return {
+    prompts = [image.prompt for image in images]
+    scores = {
         "concept_alignment": mean_cosine(clip_embeddings, clip.images(concept)),
-        "text_alignment": paired_cosine(clip_embeddings, clip.texts([image.prompt for image in images])),
+        "text_alignment": paired_cosine(clip_embeddings, clip.texts(prompts)),
         "text_alignment_without_token": paired_cosine(clip_embeddings, clip.texts(plain_prompts)),
         "vendi": vendi_score(dino_embeddings),
-        "vendi_by_prompt": statistics.fmean(
-            vendi_score(dino_embeddings[torch.tensor(rows)]) for rows in rows_by_prompt.values()
-        ),
     }
+    prompt_scores = [vendi_score(dino_embeddings[torch.tensor(rows)]) for rows in rows_by_prompt.values()]
+    scores["vendi_by_prompt"] = statistics.fmean(prompt_scores)
+    return scores
 
 
 def find_runs(folder: str | Path) -> list[Path]:

@@ -56,12 +56,12 @@ def sampling_of(
 ) -> SamplingConfig:
     """Return the run's sampling settings, with overrides."""
     return SamplingConfig(
-        config.resolution,
-        config.sample_steps if steps is None else steps,
-        config.guidance if guidance is None else guidance,
-        config.max_sequence_length,
-        config.optim.precision,
-        batch_size,
+        resolution=config.resolution,
+        steps=config.sample_steps if steps is None else steps,
+        guidance=config.guidance if guidance is None else guidance,
+        max_sequence_length=config.max_sequence_length,
+        precision=config.optim.precision,
+        batch_size=batch_size,
     )
 
 
@@ -171,15 +171,13 @@ class ImageGenerator:
             for number, prompt in enumerate(prompts)
             for seed in seeds
         ]
-        content = {
-            "format": 1,
-            "source": self.source,
-            "drawing": {name: value for name, value in asdict(self.sampling).items() if name != "batch_size"},
-            "images": [{"file": image.path.name, "prompt": image.prompt, "seed": image.seed} for image in images],
-        }
+        settings = {name: value for name, value in asdict(self.sampling).items() if name != "batch_size"}
+        entries = [{"file": image.path.name, "prompt": image.prompt, "seed": image.seed} for image in images]
+        content = {"format": 1, "source": self.source, "drawing": settings, "images": entries}
         if not _contains(folder, content, overwrite=overwrite):
             folder.mkdir(parents=True, exist_ok=True)
-            previous = {Path(entry["file"]).name for entry in (_manifest(folder) or {"images": []})["images"]}
+            manifest = _manifest(folder) or {"images": []}
+            previous = {Path(entry["file"]).name for entry in manifest["images"]}
             if others := [image.path for image in images if image.path.exists() and image.path.name not in previous]:
                 raise FileExistsError(f"{others[0]} is not a generated image; choose another folder")
             for name in previous:

@@ -83,7 +83,10 @@ def loss_curve(history: Sequence[LossRow]) -> Figure:
     figure, axes = new_figure(2 * FIGURE_SIZE[0], FIGURE_SIZE[1], "Loss")
     steps = [row.step for row in history]
     losses = np.array([np.nan if row.loss is None else row.loss for row in history], dtype=float)
-    mean = [float(np.mean(losses[max(0, k + 1 - _WINDOW) : k + 1])) for k in range(len(losses))]
+    mean: list[float] = []
+    for end in range(1, len(losses) + 1):
+        window = losses[max(0, end - _WINDOW) : end]
+        mean.append(float(np.mean(window)))
     single = axes.plot(steps, losses, color=MUTED, linewidth=0.8, marker="o" if len(steps) < 3 else "")
     line = axes.plot(steps, mean, color=ACCENT, linewidth=2)
     axes.set_xlabel("step")

@@ -381,11 +381,12 @@ def _print_summary(trainer: DreamBoothTrainer, concept: Concept) -> None:
     config = trainer.config
     images = counted(config.optim.batch_size * config.optim.accumulation, "image")
     steps = f"{counted(config.steps, 'step')}, {images} each"
-    rows = [
-        ("subject", f"{concept.name}, {counted(len(concept.paths), 'image')}"),
-        *(("note", note) for note in concept.notes),
-        ("prompt", str(config.prompt)),
-        *([("class", f"{config.class_prompt}, {config.class_images} images")] if config.prior_weight > 0 else []),
+    rows = [("subject", f"{concept.name}, {counted(len(concept.paths), 'image')}")]
+    rows += [("note", note) for note in concept.notes]
+    rows.append(("prompt", str(config.prompt)))
+    if config.prior_weight > 0:
+        rows.append(("class", f"{config.class_prompt}, {config.class_images} images"))
+    rows += [
         ("pipeline", f"{config.pipeline}, {config.resolution}×{config.resolution} px"),
         ("method", describe_method(config, trainer.trained_model)),
         ("training", f"{steps}, lr {config.optim.lr:g}, on {trainer.args.device}"),

@@ -104,10 +104,9 @@ def read_benchmark(folder: str | Path) -> dict[str, list[Instruction]]:
     files = {name: root / name / _TEST_FILE for name in CHOICES if (root / name / _TEST_FILE).is_file()}
     if not files:
         folders = sorted(child.name for child in root.iterdir() if child.is_dir())
-        raise FileNotFoundError(
-            f"'{root}' must contain at least one of {', '.join(f'{name}/{_TEST_FILE}' for name in CHOICES)}, got "
-            f"folders: {listed(folders) if folders else 'none'}"
-        )
+        expected = ", ".join(f"{name}/{_TEST_FILE}" for name in CHOICES)
+        found = listed(folders) if folders else "none"
+        raise FileNotFoundError(f"'{root}' must contain at least one of {expected}, got folders: {found}")
     return {name: read_instructions(file, CHOICES[name]) for name, file in files.items()}
 
 

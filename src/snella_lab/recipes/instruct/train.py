@@ -133,32 +133,34 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console, re
     ]
     print_rows(console, rows)
     with record_status(run, "language"):
+        callback = SnellaCallback() if matrices_of(model) else None
+        args = base_training_arguments(
+            run.checkpoints,
+            device,
+            seed=config.run.seed,
+            precision=config.optim.precision,
+            num_train_epochs=config.epochs,
+            per_device_train_batch_size=config.optim.batch_size,
+            per_device_eval_batch_size=config.optim.batch_size,
+            gradient_accumulation_steps=config.optim.accumulation,
+            lr_scheduler_type="linear",
+            warmup_steps=config.warmup_steps,
+            max_grad_norm=config.optim.max_grad_norm,
+            eval_strategy="epoch" if config.val_size else "no",
+            save_strategy="epoch",
+            logging_strategy="epoch",
+            prediction_loss_only=True,
+        )
         trainer = RecipeTrainer(
             model,
             config,
             run,
             console,
-            SnellaCallback() if matrices_of(model) else None,
+            callback,
             data_collator=partial(pad_right, pad_id=tokenizer.pad_token_id),
             train_dataset=train,
             eval_dataset=val or None,
-            args=base_training_arguments(
-                run.checkpoints,
-                device,
-                seed=config.run.seed,
-                precision=config.optim.precision,
-                num_train_epochs=config.epochs,
-                per_device_train_batch_size=config.optim.batch_size,
-                per_device_eval_batch_size=config.optim.batch_size,
-                gradient_accumulation_steps=config.optim.accumulation,
-                lr_scheduler_type="linear",
-                warmup_steps=config.warmup_steps,
-                max_grad_norm=config.optim.max_grad_norm,
-                eval_strategy="epoch" if config.val_size else "no",
-                save_strategy="epoch",
-                logging_strategy="epoch",
-                prediction_loss_only=True,
-            ),
+            args=args,
         )
         trainer.fit()
         history = trainer.state.log_history
@@ -176,7 +178,7 @@ def _encode_data(config: LanguageConfig, tokenizer: Any) -> tuple[list[_Item], l
         encode(tokenizer, template.fill(entry), entry.output, config.max_length, learn_prompt=config.learn_prompt)
         for entry in entries
     ]
-    usable = [item for item in items if any(label != IGNORED for label in item["labels"][1:])]
+    usable = [item for item in items if _has_targets(item)]
     notes = []
     if len(usable) < len(items):
         skipped = len(items) - len(usable)
@@ -190,3 +192,8 @@ def _encode_data(config: LanguageConfig, tokenizer: Any) -> tuple[list[_Item], l
     held_out = set(order[: config.val_size])
     train = [item for index, item in enumerate(usable) if index not in held_out]
     return train, [usable[index] for index in sorted(held_out)], notes
+
+
+def _has_targets(item: _Item) -> bool:
+    """Return True if the loss uses a label of the item; it skips the first label, which has no preceding token."""
+    return any(label != IGNORED for label in item["labels"][1:])

@@ -80,7 +80,7 @@ def interrupted_at(step):
     training_step = DreamBoothTrainer.training_step
 
     def interrupt_and_step(self, *arguments):
-        if self.state.global_step == step - 1 and not self.interrupt.is_requested:
+        if self.state.global_step == step - 1 and not self.interrupt.stop_requested:
             signal.raise_signal(signal.SIGINT)
         return training_step(self, *arguments)
 
