@@ -409,7 +409,7 @@ def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _wrapper_prefix(state: dict[str, Tensor]) -> str | None:
     """Return the first wrapper prefix that all names share, if any."""
     for prefix in _WRAPPERS:
-        if all(key.startswith(prefix) for key in state):
+        if state and all(key.startswith(prefix) for key in state):
             return prefix
     return None
 
