@@ -21,7 +21,7 @@ from snella_app.methods import load_trained_into
 from snella_app.runs.folder import RunFolder
 from snella_app.tasks import Task
 from snella_app.training.build import build, load
-from snella_app.training.final_head import MeasuredFeatures, fit_kernel, fit_linear, fit_mixed, measure_features
+from snella_app.training.final_head import SplitFeatures, compute_features, fit_kernel, fit_linear, fit_mixed
 from snella_app.training.linear_probe import base_and_head
 from snella_lab.bench.rows import append_rows
 from snella_lab.provenance import conditions
@@ -45,7 +45,7 @@ def config_of(folder: Path, pixels: int, precision: str) -> TrainConfig:
     return config.resolved()
 
 
-def features_of(config: TrainConfig, adapter: Path | None = None) -> tuple[dict[str, MeasuredFeatures], Task, int]:
+def features_of(config: TrainConfig, adapter: Path | None = None) -> tuple[dict[str, SplitFeatures], Task, int]:
     """Return the features of each split, the task, and the width of the head's input, with an adapter if given.
 
     As in `snella train`, the training precision applies to the training and validation images; test features are
@@ -57,15 +57,15 @@ def features_of(config: TrainConfig, adapter: Path | None = None) -> tuple[dict[
     if adapter is not None:
         load_trained_into(parts.model, adapter)
     _, head = base_and_head(parts.model)
-    features = {"test": measure_features(parts, parts.splits.test, config.data.views, 32)}
+    features = {"test": compute_features(parts, parts.splits.test, config.data.views, 32)}
     with autocast(device, config.optim.precision):
         for name, images in (("train", parts.splits.train), ("val", parts.splits.val)):
-            features[name] = measure_features(parts, images, config.data.views, 32)
+            features[name] = compute_features(parts, images, config.data.views, 32)
     return features, parts.task, head.in_features
 
 
 def accuracy(
-    parts: dict[str, MeasuredFeatures],
+    parts: dict[str, SplitFeatures],
     task: Task,
     *,
     num_features: int | None,
@@ -82,7 +82,7 @@ def accuracy(
     fitted = [parts["train"], parts["val"]] if with_val else [parts["train"]]
     views = [torch.cat([part.views[view][:, :num_features] for part in fitted]) for view in range(1 + with_flips)]
     labels = torch.cat([part.labels for part in fitted])
-    head = fit(task, MeasuredFeatures(views, labels, None), int(labels.max()) + 1)
+    head = fit(task, SplitFeatures(views, labels, None), int(labels.max()) + 1)
     test = parts["test"]
     test_views = test.views if average else test.views[:1]
     probabilities = sum(head(view[:, :num_features]).softmax(1) for view in test_views)

@@ -5,8 +5,8 @@ Importing the package registers the method with PEFT:
     model = get_peft_model(model, SnellaConfig(r=8, target_modules="all-linear", modules_to_save=["head"]))
     BudgetAllocator(model, total_epochs=10, steps_per_epoch=len(loader)).attach(optimizer)
 
-`snella.train` runs the same training as the command `snella train`, and `snella.load` returns a predictor. They and
-`snella.TaskBank` require the optional application, `pip install 'snella[app]'`:
+`snella.train` runs the same training as the command `snella train`, and `snella.load` returns a predictor. Both
+functions and `snella.TaskBank` require the optional application, `pip install 'snella[app]'`:
 
     run = snella.train(data="photos", backbone="vit_base_patch16_224.augreg_in21k", out="runs/photos")
     snella.load(run).predict("new.jpg").label
@@ -48,7 +48,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import on access: `SnellaCallback`, which loads the Trainer's modules, or a name of the optional application."""
+    """Import a name on access: `SnellaCallback`, which loads the Trainer's modules, or a name of the application."""
     if name == "SnellaCallback":
         return importlib.import_module("snella.callback").SnellaCallback
     if name not in _APPLICATION_NAMES:
@@ -57,5 +57,5 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module("snella_app"), name)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("snella"):
-            raise
+            raise  # our modules do not belong to an extra, so installing one would not help
         raise ImportError(f"snella.{name} needs {error.name}: pip install 'snella[app]'") from error

@@ -1,4 +1,7 @@
-"""Layer-level competition: budget allocation among matrices by importance (Algorithm 1)."""
+"""Layer-level competition: budget allocation among matrices by importance (Algorithm 1).
+
+The budget of a matrix is the maximum number of nonzero entries of its update.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def budget_at(t: int, total: int, b0: int, bT: int, schedule: str = "cubic") -> 
 
         b_t = b_T + (1 − t/T)^k (b_0 − b_T),   k = 3, 2, 1 for cubic, quadratic, linear; constant: b_T at every t
 
-    Uses integer arithmetic and rounds down, so `b_0` and `b_T` are exact.
+    The formula is evaluated in integers and rounded down, so `b_0` and `b_T` are exact.
 
     Args:
         t: Epoch or step, in the unit of `total`. After `total` the budget stays at `bT`.
@@ -54,19 +57,20 @@ def schedule_length(total: int, schedule_end: float | None) -> int:
 
 
 def allocate(importance: Sequence[float], caps: Sequence[int], budget: int, min_layer_share: float = 0.0) -> list[int]:
-    """Allocate `budget` entries among matrices in proportion to their importance, capped at their size.
+    """Allocate `budget` entries among matrices in proportion to their importance.
 
-    Each matrix gets its proportional share, capped at its size. The excess of saturated matrices is redistributed in
-    the same way until all entries are allocated. Shares are computed in exact rational arithmetic and rounded by the
-    largest-remainder method, so the sum is exact and the result does not depend on matrix order or machine.
+    If the share of a matrix exceeds its size, the matrix is saturated: it gets a budget of its size, and the excess is
+    redistributed in the same way until all entries are allocated. Shares are computed in exact rational arithmetic and
+    rounded by the largest-remainder method, so the sum is exact and the result does not depend on matrix order or
+    machine.
 
     Args:
         importance: Importance of each matrix. Negative values count as 0. If a value is not finite, all count as 0.
             If all unsaturated matrices have importance 0, shares are proportional to size.
         caps: Size of each matrix.
         budget: Number of entries to allocate, in `[0, sum(caps)]`.
-        min_layer_share: Minimum budget of each matrix, as a fraction of its uniform share `budget · cap / Σ caps`; only
-            the rest depends on importance. Without a budget, a matrix has no gradient. The paper uses 0.
+        min_layer_share: Minimum budget of each matrix, as a fraction of its uniform share `budget · cap / Σ caps`. Only
+            the rest depends on importance. A matrix with budget 0 has no gradient. The paper uses no minimum.
 
     Returns:
         One integer per matrix, `0 ≤ b[l] ≤ caps[l]`, `Σ b == budget`.
@@ -74,29 +78,30 @@ def allocate(importance: Sequence[float], caps: Sequence[int], budget: int, min_
     Raises:
         ValueError: If the lengths differ, a cap is negative, or `budget` or `min_layer_share` is out of range.
     """
-    total = sum(caps)
+    total_size = sum(caps)
     if len(importance) != len(caps):
         raise ValueError(f"importance and caps must have equal lengths, got {len(importance)} and {len(caps)}")
     if any(cap < 0 for cap in caps):
         raise ValueError(f"caps must not be negative, got {min(caps)}")
-    if not 0 <= budget <= total:
-        raise ValueError(f"budget must be in [0, {total}], the total size of all matrices, got {budget}")
+    if not 0 <= budget <= total_size:
+        raise ValueError(f"budget must be in [0, {total_size}], the total size of all matrices, got {budget}")
     if not 0 <= min_layer_share <= 1:
         raise ValueError(f"min_layer_share must be in [0, 1], got {min_layer_share}")
-    if total == 0:
+    if total_size == 0:
         return [0] * len(caps)
     share = Fraction(min_layer_share)
-    minimums = [int(share * budget * cap / total) for cap in caps]
+    minimums = [int(share * budget * cap / total_size) for cap in caps]
+    remaining = budget - sum(minimums)
     is_finite = all(math.isfinite(value) for value in importance)
     scores = [Fraction(value) if is_finite and value > 0 else Fraction(0) for value in importance]
     capacities = [cap - minimum for cap, minimum in zip(caps, minimums, strict=True)]
-    shares = _fill_in_proportion(scores, capacities, budget - sum(minimums))
-    rounded = _round_to_sum(shares, caps, budget - sum(minimums), scores)
+    shares = _fill_in_proportion(scores, capacities, remaining)
+    rounded = _round_to_sum(shares, caps, remaining, scores)
     return [minimum + extra for minimum, extra in zip(minimums, rounded, strict=True)]
 
 
 def _fill_in_proportion(scores: list[Fraction], capacities: list[int], budget: int) -> list[Fraction]:
-    """Return proportional shares, capped at the capacities; reallocate the excess of saturated matrices."""
+    """Return shares in proportion to the scores, capped at the capacities, with the excess divided among the others."""
     shares = [Fraction(0)] * len(capacities)
     open_matrices = {k for k, capacity in enumerate(capacities) if capacity > 0}
     remaining = Fraction(budget)
@@ -105,11 +110,11 @@ def _fill_in_proportion(scores: list[Fraction], capacities: list[int], budget: i
         weights = {k: scores[k] for k in open_matrices}
         if not any(weights.values()):
             weights = {k: Fraction(capacities[k]) for k in open_matrices}
-        total = sum(weights.values())
-        saturated = {k for k in open_matrices if remaining * weights[k] >= capacities[k] * total}
+        total_weight = sum(weights.values())
+        saturated = {k for k in open_matrices if remaining * weights[k] >= capacities[k] * total_weight}
         if not saturated:
             for k in open_matrices:
-                shares[k] = remaining * weights[k] / total
+                shares[k] = remaining * weights[k] / total_weight
             break
         for k in saturated:
             shares[k] = Fraction(capacities[k])
@@ -119,13 +124,16 @@ def _fill_in_proportion(scores: list[Fraction], capacities: list[int], budget: i
 
 
 def _round_to_sum(shares: list[Fraction], caps: Sequence[int], budget: int, scores: list[Fraction]) -> list[int]:
-    """Round shares down, then assign the rest by largest remainder; break ties by importance, then by size."""
-    counts = [int(share) for share in shares]
-    missing = budget - sum(counts)
-    remainders = [share - count for share, count in zip(shares, counts, strict=True)]
-    # matrices with equal remainder, importance and size are interchangeable; other ties must not be broken by
-    # position, or the result would depend on the order of the layers
+    """Round shares to integers that sum to `budget` by the largest-remainder method.
+
+    Ties are broken by importance, then by size.
+    """
+    rounded = [int(share) for share in shares]
+    num_missing = budget - sum(rounded)
+    remainders = [share - integer for share, integer in zip(shares, rounded, strict=True)]
+    # matrices that also tie in importance and size are interchangeable; breaking other ties by position would make the
+    # result depend on the order of the layers
     order = sorted(range(len(shares)), key=lambda k: (remainders[k], scores[k], caps[k]), reverse=True)
-    for k in order[:missing]:  # all of these have a remainder, so they are below their capacity
-        counts[k] += 1
-    return counts
+    for k in order[:num_missing]:  # all of these have a remainder, so they are below their capacity
+        rounded[k] += 1
+    return rounded

@@ -1,4 +1,8 @@
-"""Budget allocator: reduces the global budget during training and allocates it among matrices by importance."""
+"""Budget allocator: reduces the global budget during training and allocates it among matrices by importance.
+
+The budget of a matrix is the maximum number of nonzero entries of its update. The global budget is their sum over all
+adapted matrices. A matrix with budget 0 is frozen, because it has no gradient.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import functools
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -21,7 +25,7 @@ from snella.matrices import AdaptedMatrix, adapted_matrices
 from snella.optimizer import MATCHER_ATTRIBUTE, store_in_state, unwrap
 
 _STATE_KEY = "snella_allocator"  # in the first parameter group of an optimizer's state
-_FORMAT = 2
+_FORMAT = 2  # of the allocator's state
 _HISTORY_INTERVALS = 100  # equal parts of training; the history keeps the last entry of each
 _GRADIENT_CHECK_STEPS = 5  # a zero-initialized head or drop-path can suppress the first gradients
 
@@ -34,7 +38,7 @@ class BudgetAllocator:
     Every optimizer step updates the importance of every matrix. Every epoch, or every N steps (`realloc_every`), the
     global budget follows the schedule and is reallocated. After the last epoch, or after the fraction `schedule_end`
     of training, it is exactly `b_T = (1 − target_sparsity)·total_weights`. Creating the allocator sets the initial
-    budget, allocated by size unless the adapter's budgets already sum to it.
+    budget. It is allocated by size, unless the adapter's budgets already sum to it.
 
     Most training loops need only one call to `attach`:
 
@@ -54,9 +58,10 @@ class BudgetAllocator:
         adapter_name: Adapter to train; defaults to the first active one.
 
     Attributes:
-        history: One entry per allocation: `step`, `t` and `total` (time and end of the schedule), `budget`, and per
-            matrix `budgets` and `importance`. The first entry is the initial allocation. With frequent allocations,
-            only the last entry of each epoch and of each hundredth of training is kept, to limit checkpoint size.
+        history: One dict per allocation, with the `step`, the time `t` and end `total` of the schedule (in epochs or
+            steps), the global `budget`, and the `budgets` and `importance` of each matrix. The first entry is the
+            initial allocation. If allocations are frequent, only the last entry of each epoch and of each hundredth of
+            training is kept, to limit the size of checkpoints.
 
     Raises:
         ValueError: If the model does not have this adapter, or an epoch or step count is below 1.
@@ -98,10 +103,11 @@ class BudgetAllocator:
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self._has_checked_optimizer = False
-        self._has_updated_importance = self._has_stepped = False  # in this step; since the last zero_grad
-        self._is_stepping = False
+        self._has_updated_importance = False  # in the current step
+        self._has_stepped = False  # since the last call of `zero_grad`
+        self._is_stepping = False  # True during a call of `optimizer.step`
         self._num_gradient_checks = 0  # steps checked for missing gradients
-        self._without_gradient = {matrix.name for matrix in self.matrices}
+        self._without_gradient = {matrix.name for matrix in self.matrices}  # in all checked steps
         self.has_exact_steps = False  # True if a trainer provides the exact step count
         self._handles: list[RemovableHandle | _ZeroGradHook] = []
         self._allocate(0)
@@ -115,7 +121,7 @@ class BudgetAllocator:
 
     @property
     def target_budget(self) -> int:
-        """`b_T = (1 − target_sparsity)·total_weights`."""
+        """Final global budget, `b_T = (1 − target_sparsity)·total_weights`."""
         return self.total_weights - round(self.config.target_sparsity * self.total_weights)
 
     @property
@@ -125,7 +131,7 @@ class BudgetAllocator:
 
     @property
     def frozen(self) -> list[str]:
-        """Names of matrices with budget 0; they have no gradient, so their sensitivity decays to 0."""
+        """Names of the matrices with budget 0. Without gradients, their sensitivity decays to 0."""
         return [matrix.name for matrix in self.matrices if matrix.is_frozen]
 
     @property
@@ -139,9 +145,10 @@ class BudgetAllocator:
         """Attach to an optimizer: its steps drive the allocator and its state dict includes the allocator's state.
 
         The importance is updated before the optimizer changes the parameters (after, with `zero_init_ema=True`). In
-        `optimizer.step(closure)` it is updated after the closure's first call. The budget changes after the step. A
-        step skipped by a gradient scaler counts when `optimizer.zero_grad()` clears the overflowed gradients; if FSDP
-        shards the factors, call `advance_to` instead. `attach` works before and after `optimizer.load_state_dict`.
+        `optimizer.step(closure)`, it is updated after the closure's first call. The budget changes after the step. A
+        step skipped by a gradient scaler counts when `optimizer.zero_grad()` clears the overflowed gradients. If FSDP
+        shards the factors, call `advance_to` for skipped steps instead. `attach` works before and after
+        `optimizer.load_state_dict`.
 
         Args:
             optimizer: Any optimizer, possibly wrapped by Accelerate.
@@ -186,7 +193,10 @@ class BudgetAllocator:
     def _set_attached(self, is_attached: bool) -> None:
         """Tell the adapters' watches whether this allocator sets the budgets."""
         for watch in self._watches:
-            (watch.allocators.add if is_attached else watch.allocators.discard)(id(self))
+            if is_attached:
+                watch.allocators.add(id(self))
+            else:
+                watch.allocators.discard(id(self))
 
     def _is_optimized_by(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer updates any of the adapter's factors."""
@@ -225,6 +235,10 @@ class BudgetAllocator:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Update the importance, or wrap the step's closure to do so after its first call.
+
+        Returns the arguments with the wrapped closure, or `None` to keep them.
+        """
         if not self._has_checked_optimizer and not self._is_optimized_by(optimizer):
             raise NotImplementedError(
                 f"the parameters of {type(optimizer).__name__} were replaced after attach and no longer include the "
@@ -236,8 +250,10 @@ class BudgetAllocator:
         self._is_stepping = True
         if self.config.zero_init_ema:
             return None
+        # `args` starts with the optimizer itself
         is_positional = len(args) > 1
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        positional_closure = args[1] if is_positional else None
+        closure = kwargs.get("closure", positional_closure)
         if closure is None:
             self._update_importance_once(optimizer)
             return None
@@ -252,7 +268,7 @@ class BudgetAllocator:
         return args, {**kwargs, "closure": wrapped_closure}
 
     def _update_importance_once(self, optimizer: Optimizer, *, has_stepped: bool = False) -> None:
-        """Update the importance once per step."""
+        """Update the importance once per step, before or, if `has_stepped`, after the parameters change."""
         if not self._has_updated_importance:
             self._has_updated_importance = True
             # a fused optimizer divides the gradients by their scale in its step, unless they overflowed
@@ -262,13 +278,17 @@ class BudgetAllocator:
             self._update_importance(1.0 if scale is None else float(scale))
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Update the importance unless `_before_step` or the closure has done so, and count the step."""
         self._update_importance_once(optimizer, has_stepped=True)
         self._has_stepped = True
         self._is_stepping = False
         self._finish_step(self.step + 1)
 
     def _before_zero_grad(self, optimizer: Optimizer) -> None:
-        """Count a skipped step if gradients overflowed and no step has run since the last call."""
+        """Count a skipped step if gradients overflowed and no step has run since the last call.
+
+        If FSDP shards the factors, the training loop must call `advance_to` instead.
+        """
         if self._is_stepping:  # called by the closure
             return
         has_stepped = self._has_stepped
@@ -285,18 +305,17 @@ class BudgetAllocator:
         if not self._without_gradient or self._num_gradient_checks == _GRADIENT_CHECK_STEPS:
             return
         self._num_gradient_checks += 1
-        # `TrainingWatch` reports unused layers
-        excluded = {m.name for m in self.matrices if not m.layer.is_applied}
+        # `TrainingWatch` reports layers that the model does not use
+        excluded = {matrix.name for matrix in self.matrices if not matrix.layer.is_applied}
         if self._num_gradient_checks == 1:  # later, a zero budget may result from a missing gradient
             excluded |= set(self.frozen)
         self._without_gradient -= self.importance.names_with_gradient() | excluded
         if self._num_gradient_checks == min(_GRADIENT_CHECK_STEPS, self.total_steps) and self._without_gradient:
             names = [matrix.name for matrix in self.matrices if matrix.name in self._without_gradient]
-            remedy = (
-                "the initial update may saturate the model; lower scaling"
-                if len(names) == len(self.matrices) and len(names) > 1
-                else "the loss does not depend on these layers; exclude them with exclude_modules"
-            )
+            if len(names) == len(self.matrices) and len(names) > 1:
+                remedy = "the initial update may saturate the model; lower scaling"
+            else:
+                remedy = "the loss does not depend on these layers; exclude them with exclude_modules"
             warnings.warn(
                 f"{len(names)} of {len(self.matrices)} adapted matrices got no gradient in the first "
                 f"{self._num_gradient_checks} steps: {listed(map(repr, names))}; {remedy}",
@@ -314,49 +333,50 @@ class BudgetAllocator:
 
     def _allocate(self, step: int) -> None:
         """Allocate the budget after `step` steps and write it into the layers."""
-        # time and end of the schedule, in epochs or steps
+        # current time and end of the schedule, both in epochs or in steps
         t = step
-        total = self.total_steps
+        end = self.total_steps
         if self.config.realloc_every == "epoch":
-            total = self.total_epochs
+            end = self.total_epochs
             t = self.total_epochs if step >= self.total_steps else step // self.steps_per_epoch
+        end = schedule_length(end, self.config.schedule_end)
         start_budget = self.total_weights - round(self.config.init_sparsity * self.total_weights)
-        total = schedule_length(total, self.config.schedule_end)
-        budget = budget_at(t, total, start_budget, self.target_budget, self.config.schedule)
-        caps = [matrix.size for matrix in self.matrices]
+        total_budget = budget_at(t, end, start_budget, self.target_budget, self.config.schedule)
+        sizes = [matrix.size for matrix in self.matrices]
         scores = self.importance.scores()
-        # allocate by size before the first step, and always with "uniform"
+        # before the first step, no importance is known
         is_by_size = self.config.allocation == "uniform" or step == 0
-        shares = [matrix.budget for matrix in self.matrices]
-        if step > 0 or sum(shares) != budget:  # an adapter that already has this budget keeps its allocation
-            shares = allocate(caps if is_by_size else scores, caps, budget, self.config.min_layer_share)
-        self._set_budgets(shares)
+        budgets = [matrix.budget for matrix in self.matrices]
+        if step > 0 or sum(budgets) != total_budget:  # an adapter that already has this budget keeps its allocation
+            importance: Sequence[float] = sizes if is_by_size else scores
+            budgets = allocate(importance, sizes, total_budget, self.config.min_layer_share)
+        self._set_budgets(budgets)
         names = [matrix.name for matrix in self.matrices]
-        if self.history and (previous := self.history[-1]["step"]) > 0:
+        if self.history and (previous_step := self.history[-1]["step"]) > 0:
             # keep the last entry of each epoch and of each interval
-            epochs = [(k - 1) // self.steps_per_epoch for k in (previous, step)]
-            intervals = [(k - 1) * _HISTORY_INTERVALS // self.total_steps for k in (previous, step)]
+            epochs = [(k - 1) // self.steps_per_epoch for k in (previous_step, step)]
+            intervals = [(k - 1) * _HISTORY_INTERVALS // self.total_steps for k in (previous_step, step)]
             if epochs[0] == epochs[1] and intervals[0] == intervals[1]:
                 self.history.pop()
         self.history.append(
             {
                 "step": step,
                 "t": t,
-                "total": total,
-                "budget": budget,
-                "budgets": dict(zip(names, shares, strict=True)),
+                "total": end,
+                "budget": total_budget,
+                "budgets": dict(zip(names, budgets, strict=True)),
                 "importance": dict(zip(names, scores, strict=True)),
             }
         )
 
-    def _set_budgets(self, shares: list[int]) -> None:
-        """Write one budget per matrix into the layers."""
-        by_layer: dict[int, list[int]] = {}
-        for matrix, share in zip(self.matrices, shares, strict=True):
-            by_layer.setdefault(id(matrix.layer), []).append(share)
+    def _set_budgets(self, budgets: list[int]) -> None:
+        """Write the budgets, one per matrix, into the layers."""
+        budgets_by_layer: dict[int, list[int]] = {}
+        for matrix, budget in zip(self.matrices, budgets, strict=True):
+            budgets_by_layer.setdefault(id(matrix.layer), []).append(budget)
         for matrix in self.matrices:
-            if matrix.group == 0:
-                matrix.layer.set_budget(self.adapter_name, by_layer[id(matrix.layer)])
+            if matrix.group == 0:  # once per layer
+                matrix.layer.set_budget(self.adapter_name, budgets_by_layer[id(matrix.layer)])
 
     # state ---------------------------------------------------------------------------------------------------------
 
@@ -383,6 +403,7 @@ class BudgetAllocator:
             raise ValueError(f"the allocator's state must have format {_FORMAT}, got {state.get('format')!r}")
         names = [matrix.name for matrix in self.matrices]
         if list(state["budgets"]) != names:
+            # if all names agree, their order differs
             mismatched = sorted(set(state["budgets"]).symmetric_difference(names))[:3] or names[:3]
             raise ValueError(
                 f"the allocator's state and this model have different matrices, e.g. {mismatched}; "
@@ -390,31 +411,35 @@ class BudgetAllocator:
             )
         self.importance.load_state_dict(state["importance"])
         self.step = state["step"]
-        if self.step > 0:
+        if self.step > 0:  # only the first steps are checked for missing gradients
             self._without_gradient = set()
         self.history = [dict(entry) for entry in state["history"]]
         self._set_budgets([int(value) for value in state["budgets"].values()])
 
     def _packed_state(self) -> dict[str, Any]:
-        # a string, because torch.distributed.checkpoint rejects lists that differ in length from the current state
+        """Return the state with the history as a string.
+
+        torch.distributed.checkpoint rejects lists whose length differs from that in the current state.
+        """
         state = self.state_dict()
         return {**state, "history": json.dumps(state["history"])}
 
     def _load_packed_state(self, state: dict[str, Any]) -> None:
+        """Load the result of `_packed_state`; `load_state_dict` rejects other formats."""
         if state.get("format") == _FORMAT:
             state = {**state, "history": json.loads(state["history"])}
         self.load_state_dict(state)
 
 
 class _ZeroGradHook:
-    """Hook that runs before `optimizer.zero_grad()`; torch has no API for it."""
+    """Hook that runs before `optimizer.zero_grad()`, for which torch has no API."""
 
     def __init__(self, optimizer: Optimizer, callback: Callable[[Optimizer], None]) -> None:
         self.optimizer = optimizer
         self.callback = callback
         self.zero_grad = optimizer.zero_grad
         self.previous = optimizer.__dict__.get("zero_grad")  # e.g. the hook of another allocator
-        # Accelerate inspects the signature; do not copy the attributes of another hook
+        # Accelerate inspects the signature; `updated=()` because the attributes of another hook must not be copied
         functools.update_wrapper(self, optimizer.zero_grad, updated=())
         optimizer.zero_grad = self  # type: ignore[method-assign]
 
@@ -423,7 +448,7 @@ class _ZeroGradHook:
         self.zero_grad(*args, **kwargs)
 
     def remove(self) -> None:
-        """Remove the hook; inside another wrapper, it remains and only forwards calls."""
+        """Remove the hook. Inside another wrapper, it remains but only forwards calls."""
         self.callback = lambda _: None
         attributes = self.optimizer.__dict__
         if attributes.get("zero_grad") is self:

@@ -1,7 +1,8 @@
-"""The adapted layer as an autograd function; its backward pass rebuilds the update instead of saving it.
+"""The adapted layer as an autograd function whose backward pass rebuilds the update instead of saving it.
 
-The backward pass needs the input, the base weight, the factors and scalars, and one threshold per matrix. A base weight
-that is a `LazyWeight` is materialized in both passes. `DERIVATION.md` derives the gradients.
+The backward pass needs the input, the base weight, the factors and scalars, and one threshold per matrix. From these it
+rebuilds the merged matrices `ΔW` and the effective weight `W0 + Σ scaling·S`. A base weight without a dense matrix in
+memory (`LazyWeight`, e.g. a quantized weight) is materialized in both passes. `DERIVATION.md` derives the gradients.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class RecomputeCache:
     """
 
     def __init__(self) -> None:
+        # effective weight, merged matrices, and the source of the weight with its version
         self._entry: tuple[Tensor, list[Merged], Tensor | None, int] | None = None
 
     def stash(self, effective: Tensor, merged: list[Merged], weight: Tensor | None) -> None:
@@ -42,14 +44,17 @@ class RecomputeCache:
             weight: Tensor that changes whenever `W0` changes.
         """
         self._entry = None
-        is_within_backward = torch._C._current_graph_task_id() != -1
+        is_within_backward = torch._C._current_graph_task_id() != -1  # -1: no backward pass is running
         if is_within_backward and not effective.is_inference():
             self._entry = (effective, merged, weight, -1 if weight is None else weight._version)
 
     def take(
         self, weight: Tensor | None, dtype: torch.dtype, num_updates: int
     ) -> tuple[Tensor | None, list[Merged] | None]:
-        """Return the cached effective weight and merged matrices, or `(None, None)` if unusable; clear the cache."""
+        """Remove and return the cached effective weight and merged matrices.
+
+        Returns `(None, None)` if nothing is cached, or if the weight, the dtype or the number of updates has changed.
+        """
         entry = self._entry
         self._entry = None
         if entry is None:
@@ -70,10 +75,10 @@ class LayerCall:
     Args:
         op: The layer's operation.
         weight_shape: `[m, …]`.
-        cache_delta: If True, save `ΔW`, or the effective weight, for the backward pass.
+        cache_delta: If True, save `ΔW` (with Numba kernels, the effective weight) for the backward pass.
         lazy: The weight, if it is a `LazyWeight`.
-        recompute: Recompute cache, or `None`.
-        origin: Recomputation of the input, if the input is recomputed in the backward pass instead of saved.
+        recompute: Cache for results that activation checkpointing recomputes, if any.
+        origin: Recomputes the input in the backward pass, if the input is not saved.
     """
 
     op: LayerOp
@@ -86,7 +91,7 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class RequiredGrads:
-    """Flags of the required gradients: input, weight, bias, and the six tensors of each update."""
+    """Flags for the required gradients: of the input, the weight, the bias, and the six tensors of each update."""
 
     x: bool
     weight: bool
@@ -114,20 +119,21 @@ def adapted_layer(
 
     Args:
         x: Input of the layer.
-        weight: Base weight `W0`, `[m, …]`; `None` applies only the updates. A `LazyWeight` is materialized in both
-            passes, and the op computes in the dtype of `x`.
+        weight: Base weight `W0`, `[m, …]`. If `None`, only the updates are applied. A `LazyWeight` is materialized in
+            both passes, and the op computes in the dtype of `x`.
         bias: `[m]` or `None`.
         updates: Updates of this weight, each `[m, n]` with `n` the product of the weight's other axes. If one has
             `backend="reference"` (differentiated by autograd), all must have it.
         op: The layer's operation.
         weight_shape: Shape of the weight if `weight` is `None`; defaults to `[m, n]`.
-        cache_delta: Save `ΔW` (with Numba kernels the effective weight) for the backward pass instead of rebuilding it.
-            Costs one more matrix in memory; results stay bit-identical. Ignored with `"reference"`.
+        cache_delta: If True, save `ΔW` (with Numba kernels, the effective weight) for the backward pass instead of
+            rebuilding it. This costs one more matrix in memory and changes no bit of the results. It has no effect with
+            `"reference"`.
         recompute: Cache shared by the calls of one layer while its parameters do not change.
 
     Returns:
-        The layer's output, in the dtype of `weight` or autocast (without a dense weight, in the dtype of `x`), and the
-        thresholds `[G]` of each update.
+        The layer's output and the thresholds `[G]` of each update. Under autocast, the output has the autocast dtype.
+        Otherwise it has the dtype of `weight`, or of `x` if there is no dense weight.
 
     Raises:
         ValueError: If both `weight` and `updates` are missing.
@@ -148,7 +154,7 @@ def adapted_layer(
     if isinstance(weight, Tensor) and not updates:
         return op(x, weight.to(x.dtype), bias), ()
     if updates and updates[0].spec.backend == "reference":
-        # autograd saves the effective weight and every intermediate of the merge
+        # needs more memory, because autograd saves the effective weight and every intermediate of the merge
         with torch.autocast(x.device.type, enabled=False):
             effective, thresholds = add_by_autograd(weight, updates, weight_shape)
             return op(x, effective.to(x.dtype), bias), thresholds
@@ -161,7 +167,7 @@ def adapted_layer(
 class _AdaptedLayer(torch.autograd.Function):
     """Autograd function of `adapted_layer`, differentiable in input, weight, bias and the updates' factors.
 
-    With `call.origin`, `input_sources` is saved instead of `x`, and the backward pass recomputes `x` from it.
+    If `call.origin` is set, `input_sources` is saved instead of `x`, and the backward pass recomputes `x` from it.
     """
 
     @staticmethod
@@ -182,9 +188,10 @@ class _AdaptedLayer(torch.autograd.Function):
         ctx.x_shape = x.shape
         ctx.has_bias = bias is not None
         ctx.lazy_versions = call.lazy and call.lazy.versions()
+        # flags from 6 on are those of `tensors`, whose gradients are zero if no matrix has a budget
         needs_factor_grads = any(ctx.needs_input_grad[6:]) and any([any(update.budgets) for update in updates])
         saves_input = needs_factor_grads or ctx.needs_input_grad[1]
-        saved: list[Tensor | None] = []
+        saved_merged: list[Tensor | None] = []
         ctx.saved_sizes = []
         saves_effective = call.cache_delta and ctx.needs_input_grad[0]
         for matrices in merged:
@@ -192,13 +199,13 @@ class _AdaptedLayer(torch.autograd.Function):
             merged_tensors = matrices.delta if is_delta_saved else matrices.columns if needs_factor_grads else ()
             saves_effective = saves_effective and any(matrices.budgets) and not matrices.delta
             ctx.saved_sizes.append(len(merged_tensors))
-            saved += merged_tensors
+            saved_merged += merged_tensors
         if saves_input and call.origin is not None:
             call.origin.add_user()
         input_sources = () if not saves_input else (x,) if call.origin is None else input_sources
         ctx.num_input_sources = len(input_sources)
         saved_weight = effective if saves_effective else None
-        ctx.save_for_backward(*input_sources, weight, saved_weight, *thresholds, *saved, *tensors)
+        ctx.save_for_backward(*input_sources, weight, saved_weight, *thresholds, *saved_merged, *tensors)
         return without_view(y), thresholds
 
     @staticmethod
@@ -211,6 +218,7 @@ class _AdaptedLayer(torch.autograd.Function):
         if call.lazy is not None:
             call.lazy.check_unchanged(ctx.lazy_versions)
         updates, saved_merged = [], []
+        # `rest` consists of all thresholds, all saved merged tensors, and the factors of each update
         for k, update in enumerate(ctx.updates):
             start = len(rest) - (len(ctx.updates) - k) * NUM_FACTORS
             factors = Factors(*rest[start : start + NUM_FACTORS])
@@ -260,19 +268,19 @@ def backward_pass(
 
     Args:
         grad_y: ∂L/∂y.
-        x: The input; `None` if ∂L/∂W is not required.
+        x: The input, or `None` if ∂L/∂W is not required.
         x_shape: Shape of the input.
         weight: As in the forward pass.
         updates: As in the forward pass, with their thresholds.
         call: As in the forward pass.
-        needs: Required gradients; the others are `None`.
-        saved_merged: Saved `Merged.delta` or `Merged.columns` of each update, or empty tuples.
-        effective: The saved effective weight, if any.
+        needs: Gradients to return. The others are `None`.
+        saved_merged: `Merged.delta` or `Merged.columns` of each update if saved, otherwise empty tuples.
+        effective: The effective weight, if saved.
     """
     op, shape = call.op, call.weight_shape
     merged = grad_x = grad_weight = grads = None
     with torch.autocast(grad_y.device.type, enabled=False):
-        if call.recompute is not None:  # also frees an unused cached weight
+        if call.recompute is not None:  # also frees the cached weight if `effective` was saved
             source = weight if call.lazy is None else call.lazy.tensors[0]
             cached, merged = call.recompute.take(source, grad_y.dtype, len(updates))
             effective = cached if effective is None else effective
@@ -309,7 +317,7 @@ def compute_effective_weight(
         updates: Updates of this weight.
         weight_shape: Shape of the result.
         dtype: Dtype of the result if `weight` is a `LazyWeight`: the op's dtype, or float32 for full precision.
-            Otherwise, the result has the dtype of `weight`, or of the merged updates.
+            Otherwise, the result has the dtype of `weight`, or of the merged updates if `weight` is `None`.
 
     Returns:
         The weight, and the thresholds `[G]` of each update.
@@ -334,13 +342,15 @@ def add_updates(
     """Return `W0 + Σ scaling·S`, `[m, …]`, from merged matrices.
 
     Args:
-        weight: `W0`, or `None` for the sum of the updates. The sum of a `LazyWeight` skips the rounding to its dtype.
+        weight: `W0`, or `None` for the sum of the updates. A sum with a `LazyWeight` is not rounded to the dtype of the
+            weight first.
         updates: Updates of this weight.
         merged: Merged matrices of each update.
         shape: Shape of the result.
         dtype: Dtype of the layer op, to which the result is rounded. If `None`, the result has the dtype of `weight`,
-            or without a weight the dtype of the merged updates.
+            or of the merged updates if `weight` is `None`.
     """
+    # the sum with a single update needs no wide copy of the weight
     if weight is not None and len(updates) == 1:
         spec = updates[0].spec
         matrix, out = _base_and_out(weight, updates[0].factors.A.dtype, shape, dtype)
@@ -357,7 +367,7 @@ def add_updates(
     if base is None:
         total = torch.zeros(shape, dtype=wide_dtype, device=updates[0].factors.A.device)
     else:
-        # the matrix view needs contiguous memory; the weight may be transposed or channels-last
+        # the matrix view needs contiguous memory, but the weight may be transposed or channels-last
         total = base.detach().to(wide_dtype).contiguous()
         if not owns_buffer and total.data_ptr() == base.data_ptr():
             total = total.clone()
@@ -374,8 +384,9 @@ def _base_and_out(
 ) -> tuple[Tensor, Tensor]:
     """Return the weight as a matrix, and the output buffer of the sum: a new tensor, or the memory of a lazy weight.
 
-    Backends read and write both in their dtypes, so neither needs a float32 copy. The sum of a lazy weight, or of a
-    float32 weight without float64 factors, is rounded once, to `dtype`; any other, to the dtype of the weight.
+    Backends read and write both in their dtypes, so neither needs a float32 copy. The sum with a lazy weight, or with a
+    float32 weight and no float64 factors, is rounded only once, to `dtype`. Any other sum is rounded to the dtype of
+    the weight.
     """
     owns_buffer = isinstance(weight, LazyWeight)
     weight = weight.materialize() if isinstance(weight, LazyWeight) else weight
@@ -395,7 +406,10 @@ def _grad_weight(
     call: LayerCall,
     needs: RequiredGrads,
 ) -> Tensor:
-    """Return ∂L/∂W `[m, …]`; for a frozen linear weight, it may be estimated, or zero where `S` is zero."""
+    """Return ∂L/∂W `[m, …]`.
+
+    For a frozen linear weight, it may be estimated from a sample of tokens, or zero where `S` is zero.
+    """
     if needs.weight or not isinstance(call.op, LinearOp):
         return call.op.grad_weight(grad_y, x, call.weight_shape)
     flat_y, flat_x = call.op.gradient_tokens(grad_y, x)
@@ -414,7 +428,7 @@ def _weight_and_gradients(
     dtype: torch.dtype,
     needs: RequiredGrads,
 ) -> tuple[Tensor, Gradients | None]:
-    """Return the effective weight, and the factors' gradients if the backend computes both in one pass."""
+    """Return the effective weight, and the factors' gradients if the backend computes both in one pass, else `None`."""
     if len(updates) != 1 or weight is None or grad_weight is None or not any(needs.factors):
         return add_updates(weight, updates, merged, shape, dtype), None
     spec = updates[0].spec
@@ -434,7 +448,10 @@ def _factor_gradients(
     shape: torch.Size,
     needs: RequiredGrads,
 ) -> Gradients:
-    """Return the gradients of all updates' factors, given ∂L/∂W of the effective weight."""
+    """Return the gradients of all updates' factors, given ∂L/∂W of the effective weight.
+
+    Gradients of updates that require none are `None`. Without `grad_weight`, required gradients are zero.
+    """
     grads: list[Tensor | None] = []
     for k, (update, matrices) in enumerate(zip(updates, merged, strict=True)):
         if not any(needs.factors[k * NUM_FACTORS : (k + 1) * NUM_FACTORS]):
@@ -464,9 +481,9 @@ def sparsify_update(update: Update) -> tuple[list[Tensor], Tensor]:
 def add_by_autograd(
     weight: Tensor | LazyWeight | None, updates: Sequence[Update], shape: torch.Size | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Compute `W0 + Σ scaling·S`, differentiable by autograd with respect to all inputs; the reference implementation.
+    """Compute `W0 + Σ scaling·S`, differentiable by autograd in all inputs, as the reference implementation.
 
-    The sum is computed in the widest dtype of `weight` and the updates and rounded once to the dtype of `weight`; a
+    The sum is computed in the widest dtype of `weight` and the updates and rounded once to the dtype of `weight`. A
     `LazyWeight` is materialized in at least float32.
 
     Args:

@@ -1,11 +1,13 @@
-"""Budgets of a layer's matrices: buffers of the adapter, protected from model averaging.
+"""Budgets of a layer's matrices, as buffers that are protected from model averaging.
+
+The budget of a matrix is the maximum number of nonzero entries of its update. A layer stores budgets in four forms:
 
 | form | contents |
 |---|---|
-| `layer.snella_budget` | buffers, saved with the adapter; compiled graphs read them |
-| `layer.snella_seal` | buffers, not saved: a hash of each budget |
+| `layer.snella_budget` | buffers, saved with the adapter and read by compiled graphs |
+| `layer.snella_seal` | buffers, not saved: a hash of each budget (its seal) |
 | `Budgets.live` | the most recently set budgets |
-| `Budgets.records` | integers read from the buffers, until these change |
+| `Budgets.records` | integers read from the buffers, valid until these change |
 
 Model averaging may also average buffers (`AveragedModel(use_buffers=True)`, timm's `ModelEmaV2`). An averaged budget no
 longer matches its seal, so the layer restores the live budgets.
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class BudgetRecord(NamedTuple):
-    """Budgets of an adapter as integers, with their buffer, its address, their seal, and both versions."""
+    """Budgets of an adapter as integers, and the state of their buffer and seal, to detect later changes."""
 
     budgets: tuple[int, ...]
     buffer: Tensor
@@ -42,7 +44,7 @@ class Budgets:
     """Budgets of a layer's adapters as integers.
 
     Attributes:
-        live: Most recently set budgets by adapter, shared by all copies of the layer.
+        live: Most recently set budgets by adapter. All copies of the layer share them.
         records: Budgets read from the buffers, by adapter. Copies and pickles start without records.
     """
 
@@ -60,26 +62,27 @@ class Budgets:
 
 
 class BudgetBuffers(BufferDict):
-    """Budgets or seals of a layer by adapter; an assignment seals the budgets again.
+    """Budgets or seals of a layer by adapter. After an assignment, the budgets are sealed again.
 
-    transformers' `load_adapter` assigns the budgets and replaces the seals with uninitialized tensors. Averaging, which
-    writes in place, and moves between devices, which replace the entries of `_buffers`, are not assignments.
+    This is necessary because transformers' `load_adapter` assigns the budgets and replaces the seals with uninitialized
+    tensors. Averaging, which writes in place, and moves between devices, which replace the entries of `_buffers`, are
+    not assignments.
     """
 
-    # does not contain the layer: a reference cycle would keep a deleted model in memory
+    # without the layer itself, because a reference cycle would keep a deleted model in memory
     _group: LayerBudgets | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         group = self._group
-        # a replica of `nn.DataParallel` is not in its group
+        # a replica of `nn.DataParallel` is not in its group and must not seal the original's budgets
         if name in self._buffers and group is not None and self in (group.snella_budget, group.snella_seal):
             seal_budgets(group, name)
 
 
 @dataclass(frozen=True, eq=False)
 class LayerBudgets:
-    """The parts of a `SnellaLayer` that contain its budgets."""
+    """The parts of a `SnellaLayer` that contain its budgets, under the layer's attribute names."""
 
     snella_budget: BudgetBuffers
     snella_seal: BudgetBuffers
@@ -87,14 +90,15 @@ class LayerBudgets:
 
 
 def link_budgets(layer: SnellaLayer) -> None:
-    """Let an assignment to one of the layer's buffers seal its budgets."""
+    """Make assignments to the layer's buffers seal its budgets."""
     group = LayerBudgets(layer.snella_budget, layer.snella_seal, layer._budgets)
     layer.snella_budget._group = layer.snella_seal._group = group
 
 
 def compute_seal(budget: int) -> int:
     """Return a hash of a budget that averaging does not preserve, to detect averaged budgets."""
-    return (budget + 1) ** 2 * 0x9E3779B1 % 0x7FFFFFFF  # the mean of squares is not the square of the mean
+    # multiplicative hash of a square, because the mean of squares is not the square of the mean
+    return (budget + 1) ** 2 * 0x9E3779B1 % 0x7FFFFFFF
 
 
 def budget_error(layer: SnellaLayer, adapter_name: str, budgets: Sequence[int]) -> str | None:
@@ -108,11 +112,11 @@ def budget_error(layer: SnellaLayer, adapter_name: str, budgets: Sequence[int]) 
 def read_budgets(layer: SnellaLayer, adapter_name: str) -> tuple[int, ...]:
     """Return the budgets in the buffer, after replacing averaged budgets with the live ones."""
     buffer, seal = layer.snella_budget[adapter_name], layer.snella_seal[adapter_name]
-    budgets, stored_seals = torch.stack((buffer, seal.to(buffer.device))).tolist()  # one transfer
+    budgets, stored_seals = torch.stack((buffer, seal.to(buffer.device))).tolist()  # one transfer for both
     is_sealed = stored_seals == [compute_seal(budget) for budget in budgets]
     record = layer._budgets.records.get(adapter_name)
     if is_sealed and record is not None and record.buffer is buffer and record.seal is seal:
-        # a write, e.g. of an averaged `state_dict`, may change the buffer but not its seal
+        # a write to the buffer alone, e.g. of an averaged `state_dict`, does not count as sealed
         is_sealed = buffer._version == record.version or seal._version != record.seal_version
     if not is_sealed:
         budgets = layer._budgets.live[adapter_name]
@@ -129,7 +133,10 @@ def write_budgets(layer: SnellaLayer, adapter_name: str, budgets: tuple[int, ...
 
 
 def _record_budgets(layer: SnellaLayer | LayerBudgets, adapter_name: str, budgets: tuple[int, ...]) -> tuple[int, ...]:
-    """Record the budgets in an adapter's buffer, unless its tensors do not track changes, and return them."""
+    """Record the budgets in an adapter's buffer and return them.
+
+    Inference tensors do not track changes, so their budgets are returned without a record.
+    """
     buffer, seal = layer.snella_budget[adapter_name], layer.snella_seal[adapter_name]
     if buffer.is_inference() or seal.is_inference():
         layer._budgets.records.pop(adapter_name, None)
@@ -140,9 +147,12 @@ def _record_budgets(layer: SnellaLayer | LayerBudgets, adapter_name: str, budget
 
 
 def seal_budgets(layer: SnellaLayer | LayerBudgets, adapter_name: str, budgets: tuple[int, ...] | None = None) -> None:
-    """Record the buffer's values as the live budgets; see `SnellaLayer.seal_budgets`."""
+    """Seal the buffer's values and record them as the live budgets.
+
+    If the caller knows the values, it passes them as `budgets` to avoid reading the buffer.
+    """
     buffer = layer.snella_budget[adapter_name]
-    if buffer.is_meta:
+    if buffer.is_meta:  # there are no values to seal yet
         layer.snella_seal[adapter_name] = torch.zeros_like(buffer)
         return
     budgets = tuple(buffer.tolist()) if budgets is None else budgets
@@ -152,15 +162,16 @@ def seal_budgets(layer: SnellaLayer | LayerBudgets, adapter_name: str, budgets: 
 
 
 def seal_all_budgets(layer: SnellaLayer, *_: Any) -> None:
-    """Seal the loaded budgets; a `load_state_dict` hook."""
+    """Seal the loaded budgets, as a hook of `load_state_dict`."""
     for name in layer.snella_budget:
         seal_budgets(layer, name)
 
 
 def restore_budgets(layer: SnellaLayer, *_: Any, only_changed: bool = False) -> None:
-    """Replace averaged budgets, for code that reads the buffers directly; a `state_dict` hook.
+    """Replace averaged budgets with the live ones, for code that reads the buffers directly.
 
-    With `only_changed`, buffers whose version is unchanged are not read, which avoids a device synchronization.
+    Also serves as a hook of `state_dict`. If `only_changed`, buffers whose version is unchanged are not read, which
+    avoids a device synchronization.
     """
     read = layer.budgets if only_changed else partial(read_budgets, layer)
     for name, buffer in layer.snella_budget.items():
@@ -171,9 +182,9 @@ def restore_budgets(layer: SnellaLayer, *_: Any, only_changed: bool = False) -> 
 @contextmanager
 def buffers_off_meta(layer: SnellaLayer) -> Iterator[None]:
     """Keep budgets and seals on their device when the layer moves to the meta device, e.g. in accelerate."""
-    buffers = (layer.snella_budget, layer.snella_seal)
-    before = [(values, name, values[name]) for values in buffers for name in values]
+    buffer_dicts = (layer.snella_budget, layer.snella_seal)
+    originals = [(buffers, name, buffers[name]) for buffers in buffer_dicts for name in buffers]
     yield
-    for values, name, buffer in before:
-        if values[name].is_meta:
-            values[name] = buffer
+    for buffers, name, original in originals:
+        if buffers[name].is_meta:
+            buffers[name] = original

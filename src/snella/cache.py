@@ -1,4 +1,7 @@
-"""Layer caches, invalidated by parameter changes and optimizer steps."""
+"""Caches of thresholds and effective weights, invalidated by parameter changes and optimizer steps.
+
+The effective weight of a layer is its base weight plus all updates.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,15 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from snella.autograd import RecomputeCache
 from snella.kernels import Factors
 
-_optimizer_steps: list[int] = []  # empty until the first call of `optimizer_steps`
+_optimizer_steps: list[int] = []  # the count, or empty until the first call of `optimizer_steps`
 _step_checks: list[Callable[[Optimizer], bool]] = []
 
 
 def optimizer_steps() -> int:
     """Return the number of optimizer steps in this process since the first call of this function.
 
-    Tensor versions do not reveal all changes: 8-bit optimizers, for example, write through raw pointers.
+    Caches need this count because tensor versions do not reveal all changes. For example, 8-bit optimizers write
+    through raw pointers.
     """
     if not _optimizer_steps:
         _optimizer_steps.append(0)
@@ -35,15 +39,17 @@ def check_after_step(check: Callable[[Optimizer], bool]) -> None:
 
 
 def _count_step(optimizer: Optimizer, *_: Any) -> None:
+    """Count an optimizer step and run the remaining checks."""
     _optimizer_steps[0] += 1
     if _step_checks:
         _step_checks[:] = [check for check in _step_checks if not check(optimizer)]
 
 
 def compute_fingerprint(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, int, int], ...] | None:
-    """Return the ids, addresses and versions of tensors; every recorded write changes at least one of these values.
+    """Return the ids, addresses and versions of tensors, of which every recorded write changes at least one.
 
-    Returns `None` if a tensor was created in inference mode or is on the meta device: its writes are not recorded.
+    Returns `None` if a tensor was created in inference mode or is on the meta device, because its writes are not
+    recorded.
     """
     entries = []
     for tensor in tensors:
@@ -60,10 +66,10 @@ class AdapterState:
     """State shared by the calls of a layer while one adapter's factors and budgets do not change.
 
     Args:
-        key: Fingerprint of the factors and all other inputs; `None` if the state is not shared.
+        key: Fingerprint of the factors and all other inputs, or `None` if the state is not shared.
         factors: The factors, kept alive because Python reuses the ids of freed objects.
         thresholds: `[G]`, or `None` before the first call.
-        recompute: Cache of a recomputed forward pass, for the backward pass.
+        recompute: Results of a forward pass that activation checkpointing repeats, for the backward pass.
     """
 
     key: tuple[Any, ...] | None = None
@@ -73,9 +79,9 @@ class AdapterState:
 
 
 class LayerCache:
-    """Cache of thresholds (a few bytes) and, in evaluation only, of the effective weight and the factors' values.
+    """Cache of a layer: thresholds (a few bytes) and, in evaluation, the effective weight and the factors' values.
 
-    Entries are valid for one state of their inputs. Copies and pickles start empty.
+    An entry is valid as long as its inputs do not change. Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
@@ -89,6 +95,7 @@ class LayerCache:
 
     def release_effective_weight(self) -> None:
         """Free the effective weight, so that training does not hold a second copy of the model."""
+        # key, version of the weight, source tensors, weight
         self._effective: tuple[tuple[Any, ...], int, Sequence[Tensor], Tensor] | None = None
 
     def check_written(self, name: str, factors: Sequence[Tensor]) -> None:
@@ -97,6 +104,7 @@ class LayerCache:
         Copies and compares the values of `factors`, which are small compared to the weight, and synchronizes with
         their device.
         """
+        # a CUDA graph cannot capture the synchronization
         if any(factor.is_meta or (factor.is_cuda and torch.cuda.is_current_stream_capturing()) for factor in factors):
             return
         with torch.no_grad():
@@ -125,7 +133,7 @@ class LayerCache:
         if fingerprint is None:
             return compute()
         key = (*fingerprint, optimizer_steps(), settings)
-        effective = self._effective  # replicas of `nn.DataParallel` share this cache
+        effective = self._effective  # read once, because replicas of `nn.DataParallel` share this cache
         # a caller that reads `layer.weight` may write into a view of the returned tensor
         if effective is None or effective[:2] != (key, effective[3]._version):
             with torch.inference_mode(False), torch.no_grad():

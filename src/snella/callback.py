@@ -12,7 +12,7 @@ from transformers.trainer_utils import has_length
 
 from snella.allocator import BudgetAllocator
 
-_EPOCHS_WITHOUT_LENGTH = 20  # maximum number of reallocations if the loader has no length
+_EPOCHS_WITHOUT_LENGTH = 20  # maximum number of epochs, and thus of reallocations, if the loader has no length
 
 
 class SnellaCallback(TrainerCallback):
@@ -21,13 +21,14 @@ class SnellaCallback(TrainerCallback):
     The optimizer's state includes the allocator's state, so the Trainer's checkpoints contain it and
     `resume_from_checkpoint` restores it.
 
-    If the data loader has no length and `realloc_every` is `epoch`, the budget is reallocated at most 20 times.
+    If the data loader has no length, the length of an epoch is unknown. The budget is then reallocated at most 20 times
+    with `realloc_every="epoch"`.
 
     Args:
         adapter_name: Adapter to train; defaults to the first active one.
 
     Attributes:
-        allocator: The allocator, or `None` before training starts.
+        allocator: The allocator, or `None` before the first training starts.
     """
 
     def __init__(self, adapter_name: str | None = None) -> None:
@@ -50,9 +51,10 @@ class SnellaCallback(TrainerCallback):
                 f"{type(optimizer).__name__}; pass it to Trainer(callbacks=[…])"
             )
         if self.allocator is not None:
-            self.allocator.detach()  # an interrupted run left it attached
+            self.allocator.detach()  # an interrupted run has left it attached
         epochs = max(math.ceil(state.num_train_epochs), 1)
-        if length := len(train_dataloader) if has_length(train_dataloader) else 0:
+        length = len(train_dataloader) if has_length(train_dataloader) else 0
+        if length:
             steps_per_epoch = math.ceil(length / args.gradient_accumulation_steps)
         else:  # for a loader without length, the Trainer's number of epochs is huge
             steps_per_epoch = max(math.ceil(state.max_steps / min(epochs, _EPOCHS_WITHOUT_LENGTH)), 1)

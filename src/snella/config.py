@@ -63,7 +63,7 @@ Bias = Literal["none", "all", "snella_only"]
 MATCHED_KERNELS = ("mix_k", "p_linear")
 """Kernels that `match_update` supports; their `ΔW` includes a weighted sum of piece distances."""
 
-# hints for field names of other PEFT methods
+# hints for names that other PEFT methods give to similar fields
 _COUNTERPARTS = {
     **dict.fromkeys(("rank", "lora_r", "init_r", "target_r"), "the rank is r"),
     **dict.fromkeys(("alpha", "lora_alpha"), "the update is multiplied by scaling, without division by r"),
@@ -83,7 +83,7 @@ _COUNTERPARTS = {
     "megatron_config": "use LoraConfig for Megatron layers",
 }
 _NAME_PATTERN = re.compile(r"[\w.\-]+")
-_NO_UPDATE = "0.9 keeps a tenth of the update; to train only the head, use snella train --method linear"
+_FULL_SPARSITY_HINT = "0.9 keeps a tenth of the update; to train only the head, use snella train --method linear"
 
 # values of each preset for fields left at None
 _PAPER: dict[str, Any] = {
@@ -261,7 +261,9 @@ class SnellaConfig(PeftConfig):
         """Reject unknown fields and suggest the closest field."""
         names = {f.name for f in fields(cls)}
         errors = []
-        for name in [name for name in settings if name not in names]:
+        for name in settings:
+            if name in names:
+                continue
             suggestion = did_you_mean(name, names)
             hint = _COUNTERPARTS.get(name) or suggestion or "see help(SnellaConfig)"
             # PEFT matches Python's wording to detect fields of a newer version
@@ -276,13 +278,14 @@ class SnellaConfig(PeftConfig):
         self.peft_type = PEFT_TYPE
         self.watch = TrainingWatch()
         # check types first, because the later checks compare, hash and compile the values
-        errors = [
-            f"{name} must be of type {annotation}, got {getattr(self, name)!r}"
-            for name, annotation in {**SnellaConfig.__annotations__, "inference_mode": "bool"}.items()
-            if not _has_type(getattr(self, name), _FIELD_TYPES[name])
-        ]
+        errors = []
+        for name, annotation in {**SnellaConfig.__annotations__, "inference_mode": "bool"}.items():
+            value = getattr(self, name)
+            if not _has_type(value, _FIELD_TYPES[name]):
+                errors.append(f"{name} must be of type {annotation}, got {value!r}")
         if errors:
             raise ValueError("; ".join(errors))
+        # module selections become sets below
         for name in SnellaConfig.__annotations__.keys() - {"target_modules", "exclude_modules"}:
             setattr(self, name, _with_lists(getattr(self, name)))
         preset = _PRESETS.get(self.preset, {})
@@ -296,7 +299,8 @@ class SnellaConfig(PeftConfig):
             raise ValueError("; ".join(errors))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
 
     def rank_of(self, module_name: str) -> int:
         """Return a layer's rank: the value of the longest matching key in `rank_pattern`, else `r`."""
@@ -358,7 +362,7 @@ class SnellaConfig(PeftConfig):
                 path = Path(
                     hf_hub_download(pretrained_model_name_or_path, name, subfolder=subfolder, **download_kwargs)
                 )
-        if not path.is_file():
+        if not path.is_file():  # without the tensors, their shapes cannot be checked
             return config
         try:
             with safe_open(path, framework="pt") as tensors:
@@ -378,16 +382,16 @@ class SnellaConfig(PeftConfig):
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Drop `fixed_support`, a field of earlier adapter files; only False is supported."""
+        """Drop `fixed_support`, a field of earlier adapter files, and reject its unsupported value True."""
         if kwargs.pop("fixed_support", False):
             raise ValueError(
-                "fixed_support=True is not supported, got an adapter with a predefined mask; train it again with the "
+                "fixed_support=True is not supported: the adapter has a predefined mask; train it again with the "
                 "method 'fixed-mask'"
             )
         return kwargs
 
     def _choice_errors(self) -> list[str]:
-        """List the fields with an invalid choice, with the closest valid one, and choices that conflict."""
+        """Return messages about invalid choices, each with the closest valid one, and about choices that conflict."""
         choices = {
             "preset": get_args(Preset),
             "kernel": tuple(KERNELS),
@@ -404,7 +408,8 @@ class SnellaConfig(PeftConfig):
             # an unknown preset leaves its fields at None; report only the preset
             if value not in allowed and not (value is None and self.preset not in _PRESETS):
                 suggestion = did_you_mean(value, allowed)
-                errors.append(f"{name} must be one of {list(allowed)}, got {value!r}{suggestion and '; ' + suggestion}")
+                hint = f"; {suggestion}" if suggestion else ""
+                errors.append(f"{name} must be one of {list(allowed)}, got {value!r}{hint}")
         try:
             parse_weight_gradient(self.weight_gradient)
         except ValueError as error:
@@ -414,7 +419,7 @@ class SnellaConfig(PeftConfig):
         return errors
 
     def _range_errors(self) -> list[str]:
-        """List values out of range, and numbers that conflict with another field."""
+        """Return messages about values out of range, and about numbers that conflict with another field."""
         errors = []
         has_pieces = self.kernel in KERNELS and "piece_coeff" in KERNELS[self.kernel].scalars
         errors += [
@@ -423,19 +428,21 @@ class SnellaConfig(PeftConfig):
             if getattr(self, name) < 1
         ]
         if not errors and has_pieces and self.r % self.num_pieces:
-            below = self.r // self.num_pieces * self.num_pieces
-            suggestion = " or ".join(f"r={rank}" for rank in (below, below + self.num_pieces) if rank > 0)
+            lower = self.r // self.num_pieces * self.num_pieces
+            suggestion = " or ".join(f"r={rank}" for rank in (lower, lower + self.num_pieces) if rank > 0)
             errors.append(f"r must be divisible by num_pieces={self.num_pieces}, got r={self.r}; use {suggestion}")
+        pieces = self.num_pieces if has_pieces else 1
         for key, rank in self.rank_pattern.items():
-            pieces = self.num_pieces if has_pieces else 1
             if rank < 1:
                 errors.append(f"rank_pattern[{key!r}] must be at least 1, got {rank}")
-            elif rank % max(pieces, 1):
+            elif rank % max(pieces, 1):  # an invalid `num_pieces` has been reported above
                 errors.append(f"rank_pattern[{key!r}] must be a multiple of num_pieces={pieces}, got {rank}")
         if not 0 <= self.target_sparsity < 1:
-            is_percent = 1 < self.target_sparsity < 100
-            hint = f"; did you mean {self.target_sparsity / 100:g}?" if is_percent else ""
-            hint = f"; {_NO_UPDATE}" if self.target_sparsity == 1 else hint
+            hint = ""
+            if self.target_sparsity == 1:
+                hint = f"; {_FULL_SPARSITY_HINT}"
+            elif 1 < self.target_sparsity < 100:  # probably a percentage
+                hint = f"; did you mean {self.target_sparsity / 100:g}?"
             errors.append(f"target_sparsity must be in [0, 1), got {self.target_sparsity}{hint}")
         elif not 0 <= self.init_sparsity <= self.target_sparsity:
             errors.append(
@@ -483,7 +490,7 @@ class SnellaConfig(PeftConfig):
         return errors
 
     def _target_errors(self) -> list[str]:
-        """List invalid patterns and invalid combinations in the module selection."""
+        """Return messages about invalid patterns and invalid combinations in the module selection."""
         errors = []
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), str):
@@ -496,10 +503,10 @@ class SnellaConfig(PeftConfig):
                 errors.append(f"{name} must not contain empty names, got {value!r}")
         # PEFT and snella build regular expressions from these names
         for name in ("modules_to_save", "rank_pattern", "layers_pattern"):
-            names = getattr(self, name) or []
-            for key in [names] if isinstance(names, str) else names:
-                if not _NAME_PATTERN.fullmatch(key):
-                    errors.append(f"{name} must contain module names or suffixes, got {key!r}")
+            value = getattr(self, name) or []
+            for module_name in [value] if isinstance(value, str) else value:
+                if not _NAME_PATTERN.fullmatch(module_name):
+                    errors.append(f"{name} must contain module names or suffixes, got {module_name!r}")
         is_expression = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
         for name in ("layers_to_transform", "layers_pattern"):
             if is_expression and getattr(self, name) is not None:
@@ -520,7 +527,8 @@ def read_config(folder: str | Path) -> PeftConfig:
     """
     path = Path(folder, CONFIG_NAME)
     settings = PeftConfig.from_json_file(str(path))
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type := settings.get("peft_type"))
+    peft_type = settings.get("peft_type")
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
     if config_class is None:
         raise ValueError(f"peft_type in {path} must be a method of PEFT, got {peft_type!r}")
     config: PeftConfig = config_class.from_peft_type(**config_class.check_kwargs(**settings))
@@ -529,7 +537,8 @@ def read_config(folder: str | Path) -> PeftConfig:
 
 def _has_type(value: Any, annotation: Any) -> bool:
     """Return whether a value has an annotated type; tuples, sets and ranges count as lists, integers as floats."""
-    origin, args = get_origin(annotation), get_args(annotation)
+    origin = get_origin(annotation)
+    args = get_args(annotation)
     if origin is UnionType:
         return any(_has_type(value, option) for option in args)
     if origin in (list, set):
@@ -539,6 +548,7 @@ def _has_type(value: Any, annotation: Any) -> bool:
             return False
         key_type, value_type = args
         return all(_has_type(key, key_type) and _has_type(item, value_type) for key, item in value.items())
+    # `bool` is a subclass of `int`, but does not count as a number
     if annotation is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool))
@@ -553,4 +563,4 @@ def _with_lists(value: Any) -> Any:
     return list(value) if isinstance(value, (tuple, range)) else value
 
 
-_FIELD_TYPES = get_type_hints(SnellaConfig)
+_FIELD_TYPES = get_type_hints(SnellaConfig)  # requires the complete class

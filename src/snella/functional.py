@@ -48,8 +48,7 @@ def adapted_linear(
         A: Input-side factor, `[n, r]`.
         B: Output-side factor, `[m, r]`.
         budget: Maximum number of nonzero entries of `S`, in `[0, m·n]`.
-        kernel: Name of the kernel function; see `merge_factors`, which also documents the scalars, `num_pieces`,
-            `softmax_dim` and `center_softmax`.
+        kernel: Name of the kernel function. `merge_factors` documents its scalars and options.
         piece_coeff: `[P]`.
         alpha: 0-dim.
         beta: 0-dim.
@@ -58,10 +57,11 @@ def adapted_linear(
         softmax_dim: 0 or 1.
         center_softmax: If True, subtract the mean of the softmax.
         scaling: Scaling factor of `S`.
-        mode: `"soft"` (eq. 13), `"official"` (with `quantile_threshold`), or `"none"` with a full budget (`S = ΔW`).
-        impl: `"eager"` (torch operations; a hand-written backward pass rebuilds the update), `"numba"` (Numba kernels
-            on the CPU), `"triton"` (Triton kernels on a CUDA device), `"auto"` (see `choose_backend`) or `"reference"`
-            (autograd).
+        mode: `"soft"` (eq. 13), `"official"` (with `quantile_threshold`) or `"none"` (`S = ΔW`), which requires the
+            budget `m·n`.
+        impl: `"eager"` (torch operations with a hand-written backward pass that rebuilds the update), `"numba"` (Numba
+            kernels on the CPU), `"triton"` (Triton kernels on a CUDA device), `"auto"` (see `choose_backend`) or
+            `"reference"` (torch operations with autograd).
         cache_delta: See `adapted_layer`.
 
     Returns:
@@ -70,7 +70,7 @@ def adapted_linear(
     Raises:
         ValueError: If the shapes of factors, scalars and weight do not match, a scalar is missing, or the budget or an
             option is invalid.
-        ImportError, NotImplementedError, RuntimeError: If `impl` is not available; see `choose_backend`.
+        ImportError, NotImplementedError, RuntimeError: If `impl` is not available (see `choose_backend`).
     """
     kernel_function = make_kernel(kernel, num_pieces=num_pieces, softmax_dim=softmax_dim, center_softmax=center_softmax)
     scalars = KernelScalars(piece_coeff, alpha, beta, temperature)
@@ -82,6 +82,7 @@ def adapted_linear(
     budgets = (budget,)
     spec = UpdateSpec(kernel_function, (B.shape[0],), mode, scaling)
     spec.check(factors, budgets, weight.shape)
-    spec = replace(spec, backend=choose_backend(impl, spec, factors.A)[0])
-    updates = [Update(spec, factors, budgets)]
-    return adapted_layer(x, weight, bias, updates, LinearOp(), cache_delta=cache_delta)[0]
+    backend, _ = choose_backend(impl, spec, factors.A)
+    update = Update(replace(spec, backend=backend), factors, budgets)
+    y, _ = adapted_layer(x, weight, bias, [update], LinearOp(), cache_delta=cache_delta)
+    return y

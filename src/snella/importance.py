@@ -1,4 +1,8 @@
-"""Importance of each adapted matrix, smoothed over optimizer steps (eqs. 7–11)."""
+"""Importance of each adapted matrix, smoothed over optimizer steps (eqs. 7–11).
+
+The allocator divides the budget among the matrices in proportion to it. If FSDP shards the factors, each process tracks
+only the factor entries that it holds.
+"""
 
 from __future__ import annotations
 
@@ -35,16 +39,16 @@ class _EntryRange(NamedTuple):
 
 
 class _Observation(NamedTuple):
-    """Value and gradient of one tensor; without a gradient, the importance is the magnitude of the value."""
+    """Value of one tensor, and its gradient if the importance depends on it."""
 
     value: Tensor
     gradient: Tensor | None
     entries: _EntryRange | None = None
-    """Range of the entries in `value`, if FSDP shards a factor of any matrix."""
+    """Range of the entries in `value`, or `None` unless FSDP shards a factor of any matrix."""
 
 
 class _FlatAverages(NamedTuple):
-    """Moving averages of all entries on a device, concatenated to save operations per step."""
+    """Moving averages of all observations on a device, concatenated to save operations per step."""
 
     keys: list[str]
     averages: Tensor
@@ -54,7 +58,7 @@ class _FlatAverages(NamedTuple):
 class ImportanceTracker:
     """Moving averages of the importance of every factor entry, and of its uncertainty.
 
-        I = |∇X ⊙ X|                                     for X ∈ {A, B}; `magnitude`: |X|
+        I = |∇X ⊙ X|                                     for X ∈ {A, B}; with `magnitude`: |X|
         Ī ← β1·Ī + (1 − β1)·I                            Ī(0) = I(0)
         U ← β2·U + (1 − β2)·|Ī − I|                      U(0) = 0
         p = mean(Ī_A ⊙ U_A) + mean(Ī_B ⊙ U_B)            one number per matrix
@@ -68,7 +72,7 @@ class ImportanceTracker:
         metric: `sensitivity`, `magnitude`, `delta_magnitude` or `delta_mean_magnitude`.
         beta1: Decay of Ī.
         beta2: Decay of U.
-        zero_init_ema: Start Ī at 0, as the authors' code does.
+        zero_init_ema: If True, start Ī at 0, as the authors' code does.
     """
 
     def __init__(
@@ -110,10 +114,11 @@ class ImportanceTracker:
         by_device: dict[torch.device, dict[str, _Observation]] = {}
         for key, observation in observations.items():
             by_device.setdefault(observation.value.device, {})[key] = observation
-        self._flat = {device: self._flat_averages_on(device, values) for device, values in by_device.items()}
-        for device, values in by_device.items():
-            scale = 1 / gradient_scale if gradient_scale else math.inf  # a scaler halves its scale down to 0
-            self._smooth(self._flat[device], list(values.values()), scale)
+        self._flat = {device: self._flat_averages_on(device, observed) for device, observed in by_device.items()}
+        # a gradient scaler that keeps halving its scale reaches 0
+        inverse_scale = 1 / gradient_scale if gradient_scale else math.inf
+        for device, observed in by_device.items():
+            self._smooth(self._flat[device], list(observed.values()), inverse_scale)
 
     @torch.no_grad()
     def names_with_gradient(self) -> set[str]:
@@ -122,17 +127,21 @@ class ImportanceTracker:
         names = [matrix.name for matrix in self.matrices]
         device = _factor_parameters(self.matrices[0])[0].device
         gradients = [cast(Tensor, observations[f"{name}/{letter}"].gradient) for name in names for letter in "AB"]
-        flags = torch.stack([gradient.any().to(device) for gradient in gradients]).view(-1, 2).any(1)
+        is_nonzero = torch.stack([gradient.any().to(device) for gradient in gradients])
+        flags = is_nonzero.view(-1, 2).any(1)  # [matrices], from A and B
         if self.has_sharded_factors():
             flags = _all_reduce(flags.to(torch.uint8), torch.distributed.ReduceOp.MAX)
         return {name for name, flag in zip(names, flags.tolist(), strict=True) if flag}
 
     @torch.no_grad()
     def scores(self) -> list[float]:
-        """Return `p` of every matrix, 0 before the first update. All processes must call it and get the same result."""
+        """Return `p` of every matrix, or 0 before the first update.
+
+        All processes must call this method, and all of them get the same result.
+        """
         scores = []
         for matrix in self.matrices:
-            parts = []
+            means = []
             for key in (f"{matrix.name}/{letter}" for letter in "ABS"):
                 if key not in self._averages:
                     continue
@@ -140,10 +149,10 @@ class ImportanceTracker:
                 entries = self._ranges.get(key)
                 dtype = widest_dtype(product.device.type)
                 if entries is None:
-                    parts.append(product.mean(dtype=dtype))
-                else:
-                    parts.append(product.sum(dtype=dtype) / (entries.shape.numel() * entries.copies))
-            scores.append(torch.stack(parts).sum() if parts else torch.zeros(()))
+                    means.append(product.mean(dtype=dtype))
+                else:  # this process's share of the mean, because the shares of all processes are added below
+                    means.append(product.sum(dtype=dtype) / (entries.shape.numel() * entries.copies))
+            scores.append(torch.stack(means).sum() if means else torch.zeros(()))
         # on one device, so that one transfer reads them all
         device = scores[0].device
         values = torch.stack([score.to(device, widest_dtype(device.type)) for score in scores])
@@ -151,7 +160,7 @@ class ImportanceTracker:
         if self._ranges:
             values = _all_reduce(values, distributed.ReduceOp.SUM)
         elif distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            # gradients are already averaged, so ranks differ only by rounding
+            # gradients are already averaged, so the processes differ only by rounding; use the values of the first
             values = values.cuda() if distributed.get_backend() == "nccl" else values.cpu()
             distributed.broadcast(values, src=0)
         return values.tolist()
@@ -161,7 +170,10 @@ class ImportanceTracker:
         return any(is_sharded(factor) for matrix in self.matrices for factor in _factor_parameters(matrix))
 
     def _observe_factors(self, *, with_gradient: bool) -> dict[str, _Observation]:
-        """Return the factors and their gradients, keyed by `"NAME/A"` and `"NAME/B"`; with FSDP, the local entries."""
+        """Return the factors and their gradients, keyed by `"NAME/A"` and `"NAME/B"`.
+
+        Missing gradients are zero. If FSDP shards the factors, only the local entries are returned.
+        """
         if self.has_sharded_factors():
             return self._observe_shards(with_gradient=with_gradient)
         observations = {}
@@ -173,7 +185,7 @@ class ImportanceTracker:
             elif grad_A is None or grad_B is None:
                 gradients = tuple(map(torch.zeros_like, factors))
             else:
-                gradients = matrix.parts(grad_A, grad_B)
+                gradients = matrix.slice_factors(grad_A, grad_B)
             for letter, factor, gradient in zip("AB", factors, gradients, strict=True):
                 observations[f"{matrix.name}/{letter}"] = _Observation(factor.detach(), gradient)
         return observations
@@ -183,93 +195,94 @@ class ImportanceTracker:
         factors: dict[int, Tensor] = {}
         sizes: Counter[int] = Counter()  # of each layer's full factors
         for matrix in self.matrices:
-            for factor, shape in zip(_factor_parameters(matrix), _factor_layout(matrix)[1], strict=True):
+            _, shapes = _factor_layout(matrix)
+            for factor, shape in zip(_factor_parameters(matrix), shapes, strict=True):
                 factors[id(factor)] = factor
                 sizes[id(factor)] += shape.numel()
-        flat_shards = [key for key, factor in factors.items() if is_sharded(factor) and not is_dtensor(factor)]
-        if flat_shards and not self._flat_shard_starts:
+        flat_ids = [key for key, factor in factors.items() if is_sharded(factor) and not is_dtensor(factor)]
+        if flat_ids and not self._flat_shard_starts:
             self._flat_shard_starts = _find_shard_starts(
-                [factors[key] for key in flat_shards], [sizes[key] for key in flat_shards]
+                [factors[key] for key in flat_ids], [sizes[key] for key in flat_ids]
             )
-        starts = dict(zip(flat_shards, self._flat_shard_starts, strict=True))
+        starts = dict(zip(flat_ids, self._flat_shard_starts, strict=True))
         shards = {key: _local_shard(factor, starts.get(key, 0)) for key, factor in factors.items()}
-        return {
-            f"{matrix.name}/{letter}": shards[id(factor)].part(begin, shape, with_gradient=with_gradient)
-            for matrix in self.matrices
-            for letter, factor, begin, shape in zip(
-                "AB", _factor_parameters(matrix), *_factor_layout(matrix), strict=True
-            )
-        }
+        observations = {}
+        for matrix in self.matrices:
+            positions, shapes = _factor_layout(matrix)
+            for letter, factor, begin, shape in zip("AB", _factor_parameters(matrix), positions, shapes, strict=True):
+                part = shards[id(factor)].part(begin, shape, with_gradient=with_gradient)
+                observations[f"{matrix.name}/{letter}"] = part
+        return observations
 
     def _observe_updates(self) -> dict[str, _Observation]:
-        """Return every sparse update or its mean magnitude; merge each fused layer once.
+        """Return every sparse update or its mean magnitude, merging each layer only once.
 
         Raises:
             NotImplementedError: If the factors are sharded, because merging requires complete factors.
         """
         if self.has_sharded_factors():
             raise NotImplementedError(
-                f"importance={self.metric!r} requires complete factors between passes, got factors sharded by FSDP; "
+                f"importance={self.metric!r} requires complete factors between passes, but FSDP shards them; "
                 "set importance='sensitivity' or 'magnitude', or train with DDP"
             )
-        merged: dict[int, list[Tensor]] = {}
+        layer_updates: dict[int, list[Tensor]] = {}
         observations = {}
         for matrix in self.matrices:
-            if id(matrix.layer) not in merged:
-                merged[id(matrix.layer)] = list(matrix.layer.sparse_updates(matrix.adapter_name))
-            update = merged[id(matrix.layer)][matrix.group]
-            observations[f"{matrix.name}/S"] = _Observation(
-                update if self.metric == "delta_magnitude" else update.abs().mean(), None
-            )
+            if id(matrix.layer) not in layer_updates:
+                layer_updates[id(matrix.layer)] = list(matrix.layer.sparse_updates(matrix.adapter_name))
+            update = layer_updates[id(matrix.layer)][matrix.group]
+            value = update if self.metric == "delta_magnitude" else update.abs().mean()
+            observations[f"{matrix.name}/S"] = _Observation(value, None)
         return observations
 
-    def _flat_averages_on(self, device: torch.device, values: Mapping[str, _Observation]) -> _FlatAverages:
-        """Return the flat averages of these entries; initialize missing averages."""
+    def _flat_averages_on(self, device: torch.device, observed: Mapping[str, _Observation]) -> _FlatAverages:
+        """Return the flat averages of these observations, and initialize averages that do not exist yet."""
         flat = self._flat.get(device)
-        if flat is not None and flat.keys == list(values):
+        if flat is not None and flat.keys == list(observed):
             return flat
         averages, uncertainties = [], []
-        for key, observation in values.items():
+        for key, observation in observed.items():
             value = observation.value
             zeros = torch.zeros(value.numel(), dtype=torch.float32, device=device)
             average = self._local_part(key, self._averages.get(key), value)
-            # NaN marks an average that starts at its first value
+            # NaN marks an average that `_smooth` starts at its first value
             initial = zeros if self.zero_init_ema else torch.full_like(zeros, torch.nan)
             averages.append(initial if average is None else average.to(device).reshape(-1))
             uncertainty = self._local_part(key, self._uncertainties.get(key), value)
             uncertainties.append(zeros if uncertainty is None else uncertainty.to(device).reshape(-1))
-        flat = _FlatAverages(list(values), torch.cat(averages), torch.cat(uncertainties))
-        sizes = [observation.value.numel() for observation in values.values()]
-        parts = zip(flat.averages.split(sizes), flat.uncertainties.split(sizes), strict=True)
-        for (key, observation), (average, uncertainty) in zip(values.items(), parts, strict=True):
+        flat = _FlatAverages(list(observed), torch.cat(averages), torch.cat(uncertainties))
+        sizes = [observation.value.numel() for observation in observed.values()]
+        views = zip(flat.averages.split(sizes), flat.uncertainties.split(sizes), strict=True)
+        for (key, observation), (average, uncertainty) in zip(observed.items(), views, strict=True):
             self._averages[key] = average.view(observation.value.shape)
             self._uncertainties[key] = uncertainty.view(observation.value.shape)
         return flat
 
     def _local_part(self, key: str, average: Tensor | None, value: Tensor) -> Tensor | None:
-        """Return the local entries of an average, which `load_state_dict` restores unsharded."""
+        """Return the local entries of an average, if there is one. `load_state_dict` restores averages unsharded."""
         if average is None or average.numel() == value.numel():
             return average
         start = self._ranges[key].start
         return average.reshape(-1)[start : start + value.numel()]
 
-    def _smooth(self, flat: _FlatAverages, observations: Sequence[_Observation], scale: float) -> None:
-        """Update both moving averages; a non-finite importance counts as equal to its average, initially 0.
+    def _smooth(self, flat: _FlatAverages, observations: Sequence[_Observation], inverse_scale: float) -> None:
+        """Update both moving averages.
 
-        Half-precision gradients occasionally overflow, and a moving average never recovers from an infinite value.
+        Half-precision gradients occasionally overflow, and a moving average never recovers from an infinite value. A
+        non-finite importance therefore counts as equal to its average, or as 0 if there is no average yet.
         """
-        value = torch.cat([observation.value.reshape(-1) for observation in observations]).float()
+        importance = torch.cat([observation.value.reshape(-1) for observation in observations]).float()
         gradients = [
             observation.gradient.reshape(-1) for observation in observations if observation.gradient is not None
         ]
         if gradients:
-            value = torch.cat(gradients).float().mul_(scale).mul_(value)
-        value.abs_()
+            importance = torch.cat(gradients).float().mul_(inverse_scale).mul_(importance)
+        importance.abs_()
         is_new = torch.isnan(flat.averages)
-        value = torch.where(value < torch.inf, value, torch.where(is_new, 0, flat.averages))
-        torch.where(is_new, value, flat.averages, out=flat.averages)
-        flat.averages.lerp_(value, 1 - self.beta1)
-        flat.uncertainties.lerp_(value.sub_(flat.averages).abs_(), 1 - self.beta2)
+        importance = torch.where(importance < torch.inf, importance, torch.where(is_new, 0, flat.averages))
+        torch.where(is_new, importance, flat.averages, out=flat.averages)
+        flat.averages.lerp_(importance, 1 - self.beta1)
+        flat.uncertainties.lerp_(importance.sub_(flat.averages).abs_(), 1 - self.beta2)
 
     def _shapes(self) -> dict[str, torch.Size]:
         """Return the full shape of every average."""
@@ -286,19 +299,20 @@ class ImportanceTracker:
         return shapes
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as a dict of tensors; with sharded factors, call it in every process."""
+        """Return the metric and all averages. If FSDP shards the factors, every process must call this method."""
         collect = self._gather if self._ranges else dict
         averages, uncertainties = collect(self._averages), collect(self._uncertainties)
         return {"metric": self.metric, "averages": averages, "uncertainties": uncertainties}
 
     def _gather(self, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather the averages' entries from all processes."""
+        """Return complete averages, with the entries of all processes."""
         sizes = [self._ranges[key].shape.numel() for key in averages]
         full = torch.zeros(sum(sizes), device=next(iter(averages.values())).device)
         for (key, average), part in zip(averages.items(), full.split(sizes), strict=True):
             start = self._ranges[key].start
             part[start : start + average.numel()] = average.reshape(-1)
-        full = _all_reduce(full, torch.distributed.ReduceOp.MAX)  # no average is negative
+        # each process has zeros in place of the others' entries, and no average is negative
+        full = _all_reduce(full, torch.distributed.ReduceOp.MAX)
         return {key: part.view(self._ranges[key].shape) for key, part in zip(averages, full.split(sizes), strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -309,15 +323,15 @@ class ImportanceTracker:
         """
         if (metric := state.get("metric", self.metric)) != self.metric:
             raise ValueError(
-                f"the allocator's state has averages of importance={metric!r}, the model needs {self.metric!r}; load "
-                "it into a model with the same importance metric"
+                f"the allocator's state has averages of importance={metric!r}, but the model needs {self.metric!r}; "
+                "load it into a model with the same importance metric"
             )
         shapes = self._shapes()
         for key, value in state["averages"].items():
             if value.shape != shapes.get(key):
                 needed = list(shapes[key]) if key in shapes else "none"
                 raise ValueError(
-                    f"the allocator's state has averages of shape {list(value.shape)} for {key!r}, the model needs "
+                    f"the allocator's state has averages of shape {list(value.shape)} for {key!r}, but the model needs "
                     f"{needed}; load it into a model with the same layers, rank and importance metric"
                 )
         devices = {matrix.name: _factor_parameters(matrix)[0].device for matrix in self.matrices}
@@ -340,7 +354,7 @@ def _factor_parameters(matrix: AdaptedMatrix) -> tuple[Tensor, Tensor]:
 
 
 def is_dtensor(value: Any) -> TypeGuard[DTensor]:
-    """Return whether a value is a `DTensor`; False in builds of torch without `torch.distributed`."""
+    """Return whether a value is a `DTensor`, which some builds of torch do not have."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -349,7 +363,7 @@ def is_dtensor(value: Any) -> TypeGuard[DTensor]:
 
 
 def is_sharded(factor: Tensor) -> bool:
-    """Return whether a factor is sharded: a `DTensor`, or a flat shard of FSDP1."""
+    """Return whether a factor is a `DTensor` or a shard that FSDP1 has flattened."""
     return is_dtensor(factor) or factor.dim() == 1
 
 
@@ -365,7 +379,7 @@ def _factor_layout(matrix: AdaptedMatrix) -> tuple[tuple[int, int], tuple[torch.
 
 
 class _Shard(NamedTuple):
-    """Local entries of a layer's factor, flattened."""
+    """Local entries of a layer's flattened factor, from entry `start` on; see `_EntryRange` for `copies`."""
 
     value: Tensor
     gradient: Tensor | None
@@ -373,19 +387,23 @@ class _Shard(NamedTuple):
     copies: int
 
     def part(self, begin: int, shape: torch.Size, *, with_gradient: bool) -> _Observation:
-        """Return the local entries of one matrix's factor, which starts at entry `begin`."""
-        low = min(max(begin, self.start), begin + shape.numel())
-        high = max(low, min(begin + shape.numel(), self.start + self.value.numel()))
-        inside = slice(low - self.start, high - self.start) if high > low else slice(0)
-        value = self.value[inside]
+        """Return the local entries of one matrix's factor, which starts at entry `begin` of the layer's factor.
+
+        There may be none. If `with_gradient`, a missing gradient is zero.
+        """
+        end = begin + shape.numel()
+        low = min(max(begin, self.start), end)
+        high = max(low, min(end, self.start + self.value.numel()))
+        local = slice(low - self.start, high - self.start) if high > low else slice(0)
+        value = self.value[local]
         gradient = None
         if with_gradient:
-            gradient = torch.zeros_like(value) if self.gradient is None else self.gradient[inside]
+            gradient = torch.zeros_like(value) if self.gradient is None else self.gradient[local]
         return _Observation(value, gradient, _EntryRange(low - begin, shape, self.copies))
 
 
 def _local_shard(factor: Tensor, start: int) -> _Shard:
-    """Return the local entries of a factor; `start` is the first entry of FSDP1's flat shard."""
+    """Return the local entries of a factor. For a flat shard of FSDP1, `start` is the position of its first entry."""
     from torch.distributed.tensor import Shard
 
     world_size = torch.distributed.get_world_size()
@@ -396,20 +414,22 @@ def _local_shard(factor: Tensor, start: int) -> _Shard:
         return _Shard(value.reshape(-1), None if gradient is None else gradient.reshape(-1), start, copies)
     mesh = value.device_mesh
     rows = value.shape[0]
-    sharded = [dim for dim, placement in enumerate(value.placements) if not placement.is_replicate()]
-    placement = value.placements[sharded[0]] if len(sharded) == 1 else None
-    if type(placement) is not Shard or placement.dim != 0:  # e.g. with tensor parallelism
-        full_gradient = gradient.full_tensor() if is_dtensor(gradient) else None
-        full = value.full_tensor().reshape(-1)
-        return _Shard(full, None if full_gradient is None else full_gradient.reshape(-1), 0, world_size)
-    count = mesh.size(sharded[0])
-    first_row = min(mesh.get_local_rank(sharded[0]) * -(-rows // count), rows)
-    local = gradient.to_local().reshape(-1) if is_dtensor(gradient) else None
-    return _Shard(value.to_local().reshape(-1), local, first_row * value.shape[1:].numel(), world_size // count)
+    mesh_dims = [dim for dim, placement in enumerate(value.placements) if not placement.is_replicate()]
+    placement = value.placements[mesh_dims[0]] if len(mesh_dims) == 1 else None
+    if type(placement) is not Shard or placement.dim != 0:
+        # collect shards that are not ranges of rows, e.g. with tensor parallelism
+        full_gradient = gradient.full_tensor().reshape(-1) if is_dtensor(gradient) else None
+        return _Shard(value.full_tensor().reshape(-1), full_gradient, 0, world_size)
+    num_shards = mesh.size(mesh_dims[0])
+    # all shards have equally many rows, except for the last ones
+    first_row = min(mesh.get_local_rank(mesh_dims[0]) * -(-rows // num_shards), rows)
+    local_gradient = gradient.to_local().reshape(-1) if is_dtensor(gradient) else None
+    position = first_row * value.shape[1:].numel()
+    return _Shard(value.to_local().reshape(-1), local_gradient, position, world_size // num_shards)
 
 
 def _find_shard_starts(flat_shards: Sequence[Tensor], full_sizes: Sequence[int]) -> list[int]:
-    """Return the start of each local flat shard in its factor; FSDP1 splits factors in rank order.
+    """Return the position of each local flat shard in its factor, which FSDP1 splits in the order of ranks.
 
     Raises:
         NotImplementedError: If the shards of all processes do not form exactly one tensor, as with `HYBRID_SHARD`.

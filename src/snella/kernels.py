@@ -1,9 +1,12 @@
 """Kernel functions κ that merge two low-rank factors into one high-rank matrix.
 
-These classes use plain torch operations and are the reference for all faster implementations. Each kernel has a
-formula (`merge`, differentiable by autograd) and, in this module, a hand-written derivative (`vjp`).
+Entry `[i, j]` of the matrix is a function of one row of each factor. Piecewise kernels split the rows into pieces and
+depend on the distance between each pair of pieces.
 
-Shape letters: `G` stacked matrices, `m` outputs, `n` inputs, `r` rank, `P` pieces.
+These classes use plain torch operations and are the reference for all faster implementations. Each kernel in this
+module has a formula that autograd can differentiate (`merge`) and a hand-written derivative (`vjp`).
+
+Shape letters: `G` stacked matrices of one weight, `m` outputs, `n` inputs, `r` rank, `P` pieces.
 """
 
 from __future__ import annotations
@@ -16,13 +19,13 @@ from torch import Tensor
 
 
 class KernelScalars(NamedTuple):
-    """Learnable scalars of one matrix; a kernel reads only the ones in `Kernel.scalars`.
+    """Learnable scalars of one matrix, of which a kernel reads only those in `Kernel.scalars`.
 
     Args:
         piece_coeff: `α_p`, one weight per piece, `[P]`.
-        alpha: Weight of the sigmoid, RBF or softmax term, 0-dim.
-        beta: Constant added to every entry, 0-dim.
-        temperature: `γ` of `softmax(κ_p / γ)`, 0-dim; `None` is 1.
+        alpha: `α`, the weight of the sigmoid, RBF or softmax term, 0-dim.
+        beta: `β`, a constant added to every entry, 0-dim.
+        temperature: `γ`, by which the softmax's input is divided, 0-dim. `None` means 1.
     """
 
     piece_coeff: Tensor | None = None
@@ -44,15 +47,15 @@ class KernelScalars(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Differentiable tensors of an update, or their gradients.
+    """Factors and scalars from which a weight's update is computed, or their gradients.
 
     Gradients of one matrix (`Kernel.vjp`) have no leading `G` and are `None` for inputs that the kernel does not use.
 
     Args:
         A: Input-side factors, `[G, n, r]`.
         B: Output-side factors, `[m, r]`, the rows of all matrices concatenated.
-        piece_coeff: `[G, P]`.
-        alpha: `[G]`, like `beta` and `temperature`; see `KernelScalars`.
+        piece_coeff: `[G, P]`. `KernelScalars` explains the scalars.
+        alpha: `[G]`.
         beta: `[G]`.
         temperature: `[G]`.
     """
@@ -101,10 +104,10 @@ def piece_distances(A: Tensor, B: Tensor, num_pieces: int) -> Tensor:
 
 
 def _piece_distances_vjp(A: Tensor, B: Tensor, distances: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `A` and `B`, given `grad` = ∂L/∂d, `[P, m, n]`; zero distances contribute 0."""
+    """Return the gradients of `A` and `B`, given `grad` = ∂L/∂d, `[P, m, n]`. Zero distances contribute nothing."""
     num_pieces = distances.shape[0]
     A_pieces, B_pieces = _split_into_pieces(A, num_pieces), _split_into_pieces(B, num_pieces)
-    cdist_backward = torch.ops.aten._cdist_backward
+    cdist_backward = torch.ops.aten._cdist_backward  # 2.0 selects the Euclidean norm
     grad_B = cdist_backward(grad.contiguous(), B_pieces, A_pieces, 2.0, distances)
     grad_A = cdist_backward(grad.mT.contiguous(), A_pieces, B_pieces, 2.0, distances.mT.contiguous())
     return _join_pieces(grad_A), _join_pieces(grad_B)
@@ -115,10 +118,11 @@ class Kernel:
     """Kernel function that merges two factors: `ΔW[i, j] = κ(A[j], B[i])`.
 
     Args:
-        num_pieces: `P`, number of pieces per factor row in the kernels with `piece_coeff`; must divide `r`.
+        num_pieces: `P`, the number of pieces per factor row in kernels with `piece_coeff`. It must divide `r`.
         softmax_dim: Axis of the softmax in `normalized_rbf` and `mix_k`. 0 normalizes each column over its `m` outputs,
-            as in the text of eq. 6; 1 normalizes each row over its `n` inputs.
-        center_softmax: Subtract the softmax's mean, so that it sums to zero over `softmax_dim`. Not in the paper.
+            as the paper's text says (its eq. 6 differs). 1 normalizes each row over its `n` inputs.
+        center_softmax: If True, subtract the softmax's mean, so that the result sums to zero over `softmax_dim`. The
+            paper does not do this.
     """
 
     name: ClassVar[str]
@@ -133,7 +137,10 @@ class Kernel:
         raise NotImplementedError
 
     def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> Factors:
-        """Return the gradients of the inputs of `merge`, given `grad` = ∂L/∂ΔW, `[m, n]`; the default uses autograd."""
+        """Return the gradients of the inputs of `merge`, given `grad` = ∂L/∂ΔW, `[m, n]`.
+
+        Unless a kernel overrides this method, autograd differentiates `merge`.
+        """
         names = [name for name in self.scalars if getattr(scalars, name) is not None]
         scalar_values = [getattr(scalars, name) for name in names]
         inputs = [value.detach().requires_grad_() for value in (A, B, *scalar_values)]
@@ -200,7 +207,10 @@ class RBF(Kernel):
 
 
 class PLinear(Kernel):
-    """Piecewise linear kernel (SNELL): `ΔW[i, j] = Σ_p α_p·d_p(A[j], B[i])` with `d_p` the distance of pieces `p`."""
+    """Piecewise linear kernel of SNELL: `ΔW[i, j] = κ_p[i, j] = Σ_p α_p·d_p(A[j], B[i])`.
+
+    `d_p` is the Euclidean distance between the pieces `p` of both rows.
+    """
 
     name = "p_linear"
     scalars: ClassVar[tuple[str, ...]] = ("piece_coeff",)
@@ -214,7 +224,7 @@ class PLinear(Kernel):
 
     @staticmethod
     def _combine_vjp(A: Tensor, B: Tensor, distances: Tensor, scalars: KernelScalars, grad: Tensor) -> Factors:
-        """Return the gradients of the factors and of `α_p`, given `grad` = ∂L/∂κ_p, `[m, n]`."""
+        """Return the gradients of the factors and of all `α_p`, given `grad` = ∂L/∂κ_p, `[m, n]`."""
         (coeff,) = scalars.require("piece_coeff")
         grad_coeff = torch.stack([torch.sum(grad * distance) for distance in distances])
         grad_A, grad_B = _piece_distances_vjp(A, B, distances, coeff[:, None, None] * grad)
@@ -227,23 +237,24 @@ class NormalizedRBF(PLinear):
     name = "normalized_rbf"
     scalars: ClassVar[tuple[str, ...]] = ("piece_coeff", "alpha", "beta", "temperature")
     has_linear_term: ClassVar[bool] = False
+    """True if `ΔW` also contains `κ_p` itself."""
 
     def merge(self, A: Tensor, B: Tensor, scalars: KernelScalars) -> Tensor:  # noqa: D102
         alpha, beta = scalars.require("alpha", "beta")
-        value = super().merge(A, B, scalars)
-        probs = torch.softmax(value if scalars.temperature is None else value / scalars.temperature, self.softmax_dim)
+        kappa = super().merge(A, B, scalars)
+        probs = torch.softmax(kappa if scalars.temperature is None else kappa / scalars.temperature, self.softmax_dim)
         if self.center_softmax:
             probs = probs - 1 / probs.shape[self.softmax_dim]
         merged = alpha * probs + beta
-        return merged + value if self.has_linear_term else merged
+        return merged + kappa if self.has_linear_term else merged
 
     def vjp(self, A: Tensor, B: Tensor, scalars: KernelScalars, grad: Tensor) -> Factors:  # noqa: D102
         alpha, coeff = scalars.require("alpha", "piece_coeff")
         distances = piece_distances(A, B, self.num_pieces)
-        value = torch.einsum("p,pmn->mn", coeff, distances)
-        probs = torch.softmax(value if scalars.temperature is None else value / scalars.temperature, self.softmax_dim)
+        kappa = torch.einsum("p,pmn->mn", coeff, distances)
+        probs = torch.softmax(kappa if scalars.temperature is None else kappa / scalars.temperature, self.softmax_dim)
         weighted = grad * probs
-        # ∂L/∂(κ/γ) of the softmax; centering the softmax changes only the gradient of α
+        # ∂L/∂(κ/γ); centering subtracts a constant from the softmax and thus affects only the gradient of α
         grad_logits = alpha * (weighted - probs * weighted.sum(self.softmax_dim, keepdim=True))
         grad_alpha = weighted.sum()
         grad_temperature = None
@@ -251,10 +262,10 @@ class NormalizedRBF(PLinear):
             grad_alpha = grad_alpha - grad.sum() / probs.shape[self.softmax_dim]
         if scalars.temperature is not None:
             grad_logits = grad_logits / scalars.temperature
-            grad_temperature = -(grad_logits * value).sum() / scalars.temperature
-        grad_value = grad_logits + grad if self.has_linear_term else grad_logits
-        inner = self._combine_vjp(A, B, distances, scalars, grad_value)
-        return inner._replace(alpha=grad_alpha, beta=grad.sum(), temperature=grad_temperature)
+            grad_temperature = -(grad_logits * kappa).sum() / scalars.temperature
+        grad_kappa = grad_logits + grad if self.has_linear_term else grad_logits
+        factor_grads = self._combine_vjp(A, B, distances, scalars, grad_kappa)
+        return factor_grads._replace(alpha=grad_alpha, beta=grad.sum(), temperature=grad_temperature)
 
 
 class MixK(NormalizedRBF):
@@ -315,12 +326,12 @@ def merge_factors(
         alpha: 0-dim; required by all kernels except `linear` and `p_linear`.
         beta: 0-dim; required together with `alpha`.
         temperature: `γ`, 0-dim, optional.
-        num_pieces: `P`; must divide `r` in the kernels with `piece_coeff`.
+        num_pieces: `P`. It must divide `r` in kernels with `piece_coeff`.
         softmax_dim: 0 or 1, see `Kernel`.
         center_softmax: See `Kernel`.
 
     Returns:
-        `[m, n]`, dtype of `A`; float32 for half-precision factors.
+        `[m, n]`, in the dtype of `A`, or in float32 if `A` has half precision.
 
     Raises:
         ValueError: If the kernel or an option is invalid, the shapes do not match, `P` does not divide `r`, or a scalar
@@ -339,11 +350,14 @@ def check_factors(A: Tensor, B: Tensor, kernel: Kernel, scalars: KernelScalars) 
     """Raise `ValueError` if shapes are wrong, `P` does not divide `r`, or a scalar of `kernel` is missing."""
     if A.ndim != 2 or B.ndim != 2 or A.shape[1] != B.shape[1]:
         raise ValueError(f"A and B must be [n, r] and [m, r] with equal r, got {list(A.shape)} and {list(B.shape)}")
-    if "piece_coeff" in kernel.scalars and A.shape[1] % kernel.num_pieces:
+    r = A.shape[1]
+    if "piece_coeff" in kernel.scalars and r % kernel.num_pieces:
+        largest_multiple = r - r % kernel.num_pieces
         raise ValueError(
-            f"num_pieces must divide r, got num_pieces={kernel.num_pieces} and r={A.shape[1]}; "
-            f"use r={A.shape[1] - A.shape[1] % kernel.num_pieces or kernel.num_pieces}"
+            f"num_pieces must divide r, got num_pieces={kernel.num_pieces} and r={r}; "
+            f"use r={largest_multiple or kernel.num_pieces}"
         )
+    # the temperature is optional, because γ defaults to 1
     scalars.require(*(name for name in kernel.scalars if name != "temperature"))
     coeff = scalars.piece_coeff
     if "piece_coeff" in kernel.scalars and coeff is not None and list(coeff.shape) != [kernel.num_pieces]:

@@ -1,4 +1,9 @@
-"""`SnellaLayer`, `Linear` and `Conv2d`: layers with sparse weight updates."""
+"""Adapted layers: `SnellaLayer` and its subclasses `Linear` and `Conv2d`.
+
+An adapter changes the weight `W0` of its base layer by a sparse update, `scaling·S`. A kernel function merges the
+factors `A` and `B` into the matrix `ΔW`. `S` is nonzero only where the magnitude of `ΔW` exceeds a threshold, and the
+budget is the maximum number of these entries. The effective weight is `W0` plus the updates of all active adapters.
+"""
 
 from __future__ import annotations
 
@@ -56,11 +61,12 @@ class UpdatePlan(NamedTuple):
     """Updates for one use of a layer: a forward pass, a merge or a read of the weight.
 
     Args:
-        names: Adapters whose updates are folded into the weight.
-        updates: Updates of these adapters with cached thresholds. In a compiled graph, their `budgets` are empty,
-            because the graph reads the buffer.
-        states: Cached states that store the thresholds; empty in a compiled graph.
-        branches: Adapters with dropout or drop-path on their update, which cannot be folded.
+        names: Adapters whose updates are folded into the weight, i.e. added to it before the op.
+        updates: Updates of these adapters, with their thresholds if they are cached. In a compiled graph, their
+            `budgets` are empty, because the graph reads the buffer.
+        states: Cached states that store the thresholds, one per folded update. Empty in a compiled graph, which caches
+            nothing.
+        branches: Adapters whose updates cannot be folded, because dropout or drop-path acts on them.
         cache_delta: True if a folded adapter sets `cache_delta`.
     """
 
@@ -78,7 +84,7 @@ class UpdatePlan(NamedTuple):
         op: LayerOp,
         weight_shape: torch.Size,
     ) -> Tensor:
-        """Apply the op with the folded updates and cache their thresholds."""
+        """Apply the op to the weight with the folded updates, and cache their thresholds."""
         y, thresholds = adapted_layer(
             x,
             weight,
@@ -93,13 +99,15 @@ class UpdatePlan(NamedTuple):
         return y
 
     def add_branches(self, layer: SnellaLayer, y: Tensor, x: Tensor, apply: Callable[[Tensor, str], Tensor]) -> Tensor:
-        """Return `y` plus the updates of the branches, with dropout on their input and drop-path on their output.
+        """Return `y` plus the updates that are branches.
+
+        Dropout acts on the input of each branch, and drop-path on its output.
 
         Args:
             layer: Layer of this plan.
             y: Output of the layer without these updates.
             x: Input of the layer.
-            apply: Applies one adapter's update to an input.
+            apply: Applies the update of the adapter with the given name to an input.
         """
         for name in self.branches:
             config = layer.snella_config[name]
@@ -121,11 +129,20 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
         y = op(x, W0 + Σ scaling·S) + bias
 
-    The updates are folded into the base weight, so the layer runs one op. In training, an update with dropout on its
-    input or drop-path on its output is a separate branch. A weight `[m, …]`, as a matrix `[m, n]`, consists of `G`
-    stacked matrices (3 in a fused qkv layer). An adapter of rank `r` has `snella_A` `[G, n, r]`, `snella_B` `[m, r]`,
-    the kernel's scalars `[G]` or `[G, P]`, and `snella_budget` `[G]`. The budgets are saved with the adapter, so a
+    The updates are folded into the base weight, i.e. added to it before the op, so the layer runs one op. In training,
+    an update with dropout on its input or drop-path on its output is a separate branch instead.
+
+    The weight `[m, …]` is treated as a matrix `[m, n]` that consists of `G` stacked matrices (3 in a fused qkv layer),
+    each with its own budget. An adapter of rank `r` has `snella_A` `[G, n, r]`, `snella_B` `[m, r]`, the kernel's
+    scalars `[G]` or, for `P` pieces, `[G, P]`, and `snella_budget` `[G]`. The budgets are saved with the adapter, so a
     reloaded adapter has exactly the same weights. `snella.budgets` protects the budgets from model averaging.
+
+    Args:
+        base_layer: Layer to adapt, or one projection of an attention.
+        adapter_name: Name of the first adapter.
+        config: Configuration of this adapter.
+        row_counts: Rows of each stacked matrix; must sum to `m`.
+        module_name: Full name of the layer in the model.
     """
 
     adapter_layer_names = tuple(f"snella_{name}" for name in Factors._fields)
@@ -143,8 +160,9 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     """Parameters and buffers that an adapter file contains."""
 
     pads_input: Any = False
-    """True if the input must be padded before the op."""
+    """True if the input must be padded before the op. `Conv2d` overrides it with a property."""
     linear_op: LinearOp
+    """Op of a linear layer, with the `weight_gradient` of its adapters."""
 
     def __init__(
         self,
@@ -179,6 +197,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.register_load_state_dict_post_hook(seal_all_budgets)
         self._unmerged_weight: Tensor | None = None
         self._unmerged_quantized: tuple[LazyWeight, Any] | None = None
+        # the hooks of the base layer, for compiled graphs; an attention's `ProjectionWeight` is not a module
         self._base_hook_dicts = hook_dicts(base_layer) if isinstance(base_layer, nn.Module) else ()
         self.quantization = find_quantization(base_layer, module_name)
         shape = self._weight().shape
@@ -214,11 +233,12 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def weight(self) -> Tensor:
         """Differentiable weight with the updates of all active adapters, for models that read it directly.
 
-        A quantized base weight is returned without updates. `F.linear` of this weight is computed like a call of the
-        layer. For any other operation, dropout and drop-path do not act on the update, and the weight is saved for the
-        backward pass.
+        A quantized base weight is returned without updates. `F.linear` with this weight is computed like a call of the
+        layer. In any other operation, dropout and drop-path have no effect on the update, and autograd saves the weight
+        for the backward pass.
         """
-        names, base = self._names_in_use(), self.get_base_layer()
+        names = self._names_in_use()
+        base = self.get_base_layer()
         weight: Tensor = super().weight
         if not names or self.quantization is not None:
             return weight
@@ -234,11 +254,12 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
         Args:
             names: Names of the adapters.
-            with_branches: If True, regularized updates are branches in training. If False, all updates are folded.
-            in_graph: True in a compiled graph, which caches nothing and reads the budgets from their buffers.
+            with_branches: If True, updates with dropout or drop-path are branches in training. If False, all updates
+                are folded.
+            in_graph: If True, plan for a compiled graph, which caches nothing and reads the budgets from their buffers.
 
         Raises:
-            ValueError: If the folded adapters have different values of `impl`; not checked in a compiled graph.
+            ValueError: If the folded adapters have different values of `impl`. Compiled graphs skip this check.
         """
         if not (self.training or in_graph):
             check_written(self, names)
@@ -262,7 +283,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
                 updates.append(Update(spec, factors, ()))
                 continue
             budgets = self.budgets(name)
-            # Lightning sets `training` without `train()`, after swapping the factors through `.data`
+            # keyed by the mode: Lightning sets `training` without `train()`, after swapping factors through `.data`
             state = self._cache.adapter(name, factors, budgets, (spec.mode, self.training))
             updates.append(Update(spec, factors, budgets, state.thresholds))
             states.append(state)
@@ -272,7 +293,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return UpdatePlan(folded, updates, states, branches, cache_delta)
 
     def _names_in_use(self) -> list[str]:
-        """Return the active adapters, or none if disabled or merged; unmerge a disabled layer."""
+        """Return the active adapters, or none if adapters are disabled or merged; if disabled, unmerge first."""
         if self._disable_adapters or self.merged_adapters:  # PEFT's properties would cost six calls
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
@@ -285,7 +306,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return self.linear_op
 
     def _weight(self) -> Tensor | LazyWeight:
-        """Return the base weight `[m, …]` for the op: the tensor or its transpose, or a `LazyWeight` if quantized."""
+        """Return the base weight as `[m, …]`: a tensor, or a `LazyWeight` if it is quantized."""
         base = get_base(self)
         if self.quantization is not None:
             return self.quantization.source(base)
@@ -295,7 +316,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def _cached_weight(self, names: list[str], dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the detached effective weight, cached until one of its inputs changes.
 
-        `dtype` is the dtype of the layer op; only a quantized base weight uses it.
+        `dtype`, the dtype of the layer op, is the dtype of the result if the base weight is quantized.
         """
         check_written(self, names)
         weight = self._weight()
@@ -314,7 +335,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     # merging -------------------------------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the updates to the base weight and store a copy for a bit-exact `unmerge`.
+        """Add the updates to the base weight, and keep the original weight for a bit-exact `unmerge`.
 
         A quantized weight is dequantized, updated and requantized, with a warning about the requantization error.
 
@@ -347,7 +368,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return orient(self.get_base_layer(), delta.to(dtype or self.snella_A[adapter].dtype))
 
     def sparse_updates(self, adapter_name: str) -> list[Tensor]:
-        """Return an adapter's `S` for each matrix, `[rows, n]`, unscaled and detached."""
+        """Return an adapter's detached `S` of each matrix, `[rows, n]`, not multiplied by `scaling`."""
         plan = self._plan_updates([adapter_name])
         update = plan.updates[0]._replace(spec=replace(plan.updates[0].spec, scaling=1.0))
         shape = torch.Size((self.out_features, self.in_features))
@@ -362,7 +383,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: Name of the adapter.
-            config: Its configuration.
+            config: Configuration of the adapter.
             row_counts: Rows of each matrix of the weight; must sum to `m`.
         """
         m, n = self.out_features, self.in_features
@@ -370,15 +391,15 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         r = config.rank_of(self.module_name)
         self.snella_A[adapter_name] = nn.Parameter(torch.empty(groups, n, r, dtype=torch.float32))
         self.snella_B[adapter_name] = nn.Parameter(torch.empty(m, r, dtype=torch.float32))
-        frozen = []
+        frozen_names = []
         for name in config.make_kernel().scalars:
             if name == "temperature" and not config.learn_temperature:
                 continue
             shape = (groups, config.num_pieces) if name == "piece_coeff" else (groups,)
             getattr(self, f"snella_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
             if name == "piece_coeff" and not config.learn_piece_coeff:
-                frozen.append("snella_piece_coeff")
-        self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: tuple(frozen)}
+                frozen_names.append("snella_piece_coeff")
+        self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: tuple(frozen_names)}
         sizes = torch.tensor([rows * n for rows in row_counts])
         self.snella_budget[adapter_name] = sizes - (sizes.float() * config.init_sparsity).long()
         self.seal_budgets(adapter_name)
@@ -400,7 +421,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         drop_adapter(self, adapter_name)
 
     def set_budget(self, adapter_name: str, budgets: Iterable[int]) -> None:
-        """Set the budget of each matrix, starting with the next forward pass.
+        """Set the budget of each matrix, effective from the next forward pass.
 
         Raises:
             ValueError: If there is not one budget per matrix, or a budget is not between 0 and the matrix's size.
@@ -412,7 +433,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.clear_cache()
 
     def budgets(self, adapter_name: str) -> tuple[int, ...]:
-        """Return the budget of each matrix; reads the buffer, which synchronizes, only after a change."""
+        """Return the budget of each matrix. The buffer is read only after a change, because a read synchronizes."""
         buffer: Any = self._modules["snella_budget"]._buffers[adapter_name]  # type: ignore[union-attr]
         record = self._budgets.records.get(adapter_name)
         if record is None or record.buffer is not buffer:
@@ -421,15 +442,15 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return record.budgets if is_unchanged else read_budgets(self, adapter_name)
 
     def seal_budgets(self, adapter_name: str) -> None:
-        """Record the buffer's values as the live budgets. Call it after every write to `snella_budget`."""
+        """Record the buffer's values as the live budgets (see `Budgets`). Call it after every write to the buffer."""
         seal_budgets(self, adapter_name)
 
     def matrix_rows(self, adapter_name: str) -> tuple[slice, ...]:
-        """Return the weight's row slice of each matrix."""
+        """Return the rows of the weight that belong to each matrix."""
         return row_slices(self.row_counts[adapter_name])
 
     def get_update(self, adapter_name: str) -> Update:
-        """Return an adapter's update."""
+        """Return an adapter's update, with its thresholds if they are cached."""
         return self._plan_updates([adapter_name]).updates[0]
 
     def backend_name(self, adapter_name: str) -> str:
@@ -464,16 +485,20 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     # module --------------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation; restore averaged budgets and, on a change, free cached tensors."""
-        changes = mode != self.training
-        if changes:
+        """Switch between training and evaluation.
+
+        A change of the mode frees cached tensors. Averaged budgets are restored, because a compiled graph reads the
+        buffers directly.
+        """
+        is_change = mode != self.training
+        if is_change:
             self.clear_cache()
-        if changes or not mode:  # a compiled graph reads the buffers directly
-            restore_budgets(self, only_changed=not changes)
+        if is_change or not mode:
+            restore_budgets(self, only_changed=not is_change)
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> Self:
-        """Mark the layer as used, since a replica's attributes are lost."""
+        """Mark the layer as used, because attributes that a replica sets are lost."""
         self.is_applied = True
         return cast(Self, super()._replicate_for_data_parallel())
 
@@ -491,7 +516,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return self
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, torch.dtype | None]:
-        """Return the factors' device and dtype, which is float32 for an 8-bit base weight."""
+        """Return the device and dtype that the factors need: float32 if the base weight has 8 bits."""
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         return device, torch.float32 if dtype is not None and dtype.itemsize == 1 else dtype
 
@@ -520,7 +545,7 @@ class Conv2d(SnellaLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # reject unsupported padding before the backward pass
+        # raise an error for unsupported padding now instead of in the first forward pass
         self._op().padding_sizes(self._weight().shape)
 
     @property
@@ -541,18 +566,19 @@ class Conv2d(SnellaLayer):
 def _forward_updated(layer: SnellaLayer, x: Tensor, weight: Tensor | LazyWeight, names: list[str]) -> Tensor:
     """Apply the layer op with the updates of these adapters."""
     layer.__dict__["is_applied"] = True  # avoids the cost of nn.Module.__setattr__
-    dtype = x.dtype
+    input_dtype = x.dtype
     op_dtype = weight.dtype if isinstance(weight, Tensor) else product_dtype(layer, x)
+    # if both tensors are on the meta device, the pass computes only shapes and needs no values
     if isinstance(weight, Tensor) and (op_dtype.itemsize == 1 or (weight.is_meta and not x.is_meta)):
         check_weight(layer, weight)
-    if dtype != op_dtype or layer.pads_input:
+    if input_dtype != op_dtype or layer.pads_input:
         x = _prepare_input(layer, x, op_dtype)
     bias = get_base(layer).bias
     if layer.training or needs_gradients(layer, names):
         y = _apply_differentiable(layer, x, weight, bias, names)
     else:
         y = _apply_cached(layer, x, weight, bias, names)
-    return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
+    return y if torch.is_autocast_enabled(x.device.type) else y.to(input_dtype)
 
 
 def needs_gradients(layer: SnellaLayer, names: list[str]) -> bool:
@@ -564,7 +590,11 @@ def needs_gradients(layer: SnellaLayer, names: list[str]) -> bool:
 
 
 def _prepare_input(layer: SnellaLayer, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast and pad the input; under autocast, `adapted_layer` casts it, because a cast here would drop its `Mark`."""
+    """Cast and pad the input.
+
+    Under autocast, `adapted_layer` casts it instead: a cast here would drop its `Mark`, from which the backward pass
+    recomputes the input.
+    """
     check_floating_point(x, layer.module_name)
     if not torch.is_autocast_enabled(x.device.type):
         x = layer._cast_input_dtype(x, dtype)
@@ -580,11 +610,11 @@ def _forward_in_hooks(
     layer: SnellaLayer, base: nn.Module, names: list[str], x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """Run `_forward_updated` inside the base layer's hooks, which may load the weight only for this call."""
-    used: list[Any] = []
+    loaded: list[Any] = []  # weight, dtype and device during the call
 
     def forward(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         weight: Any = base.weight
-        used[:] = [weight, weight.dtype, weight.device]
+        loaded[:] = [weight, weight.dtype, weight.device]
         op_weight = layer._weight()
         if isinstance(op_weight, Tensor) and not op_weight.requires_grad:
             op_weight = op_weight.detach()  # a hook may replace the parameter's data before the backward pass
@@ -593,8 +623,8 @@ def _forward_in_hooks(
 
     y: Tensor = call_inside_hooks(base, forward, x, *args, **kwargs)
     weight: Any = base.weight
-    if weight is not used[0] or [weight.dtype, weight.device] != used[1:]:
-        layer.clear_cache()  # do not keep the effective weight of an offloaded base weight
+    if weight is not loaded[0] or [weight.dtype, weight.device] != loaded[1:]:
+        layer.clear_cache()  # the hooks have offloaded the base weight, so free the effective weight as well
     return y
 
 
@@ -605,8 +635,9 @@ def _forward_base(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -> T
     if layer.quantization is None or layer.quantization.is_safe_to_apply(base):
         y = layer.base_layer(x, *args, **kwargs)
         return y
-    wide = _prepare_input(layer, x, product_dtype(layer, x))
-    y, _ = adapted_layer(wide, layer._weight(), cast(Any, base).bias, [], layer._op())
+    # a forward pass of this base layer may change its weight; multiply by the dequantized weight instead
+    prepared = _prepare_input(layer, x, product_dtype(layer, x))
+    y, _ = adapted_layer(prepared, layer._weight(), cast(Any, base).bias, [], layer._op())
     return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
 
@@ -632,7 +663,10 @@ def _apply_cached(
 def _apply_differentiable(
     layer: SnellaLayer, x: Tensor, weight: Tensor | LazyWeight, bias: Tensor | None, names: list[str]
 ) -> Tensor:
-    """Apply the base layer and updates in one differentiable op; in training, regularized updates are branches."""
+    """Apply the base layer with these updates, differentiably.
+
+    Updates folded into the base weight need only one op. In training, an update with dropout or drop-path is a branch.
+    """
     layer._cache.release_effective_weight()
     plan = layer._plan_updates(names, with_branches=True)
     op = layer._op()
@@ -669,7 +703,10 @@ def reject_tracing(module_name: str) -> None:
 
 
 def _multiply_read(layer: SnellaLayer, x: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Return `F.linear` of `x` and the effective weight in training or with gradients, otherwise `None`."""
+    """Return `F.linear` of `x` and the effective weight, or `None` if the caller must compute the weight.
+
+    Returns `None` in evaluation without gradients, where the effective weight is cached, and if the dtypes differ.
+    """
     names = layer._names_in_use()
     if not names or not (layer.training or needs_gradients(layer, names)):
         return None
@@ -682,16 +719,18 @@ def _multiply_read(layer: SnellaLayer, x: Tensor, bias: Tensor | None) -> Tensor
 
 
 def _read(layer: SnellaLayer, names: list[str]) -> Tensor:
-    """Return `W0 + Σ scaling·S`, `[m, …]`; as in a forward pass, it is cached in evaluation without gradients."""
+    """Return `W0 + Σ scaling·S`, `[m, …]`. Like a forward pass, cache it in evaluation without gradients."""
     weight = cast(Tensor, layer._weight())
     check_weight(layer, weight)
     layer.is_applied = True
     if not needs_gradients(layer, names):
         return merged_weight(layer, weight, names) if layer.training else layer._cached_weight(names)
     if layer.training and any(_is_regularized(layer, name) for name in names):
+        # warn that dropout and drop-path cannot act on a weight that the model reads
         layer.snella_config[names[0]].watch.on_weight_read(layer.module_name)
     layer._cache.release_effective_weight()
     plan = layer._plan_updates(names)
+    # without autocast, so that the result has the dtype of the base weight
     with torch.autocast(weight.device.type, enabled=False):
         return plan.apply(weight.new_empty(0), weight, None, WeightOp(), weight.shape)
 
@@ -708,6 +747,7 @@ def _is_regularized(layer: SnellaLayer, adapter_name: str) -> bool:
 def get_base(layer: SnellaLayer) -> Any:
     """Return `layer.get_base_layer()` with fewer Python calls."""
     base = layer._modules.get("base_layer")
+    # the base layer of an attention's projection is not a module, and other base layers may wrap another layer
     return layer.get_base_layer() if base is None or "base_layer" in base._modules else base
 
 
@@ -730,14 +770,15 @@ def adapter_tensors(layer: SnellaLayer, names: list[str]) -> list[Tensor]:
 
 
 def check_written(layer: SnellaLayer, names: list[str]) -> None:
-    """Invalidate the evaluation caches if factors were written without a version change."""
+    """Invalidate the evaluation caches if factors were written without a change of version, e.g. through `.data`."""
     for name in names:
         layer._cache.check_written(name, [factor for factor in get_factors(layer, name) if factor is not None])
 
 
 def get_spec(layer: SnellaLayer, adapter_name: str, A: Tensor) -> UpdateSpec:
-    """Return an adapter's update spec; created at injection and recreated for another device or dtype."""
+    """Return an adapter's spec, recreated after a change of device or dtype and updated after a change of scaling."""
     entry = layer._specs.get(adapter_name)
+    # the choice of the backend depends on the factors' device and dtype
     if entry is None or entry[1] != A.device or entry[2] != A.dtype:
         config = layer.snella_config[adapter_name]
         mode = cast(SparsifyMode, config.sparsify_mode)
@@ -760,7 +801,10 @@ def update_specs(layer: SnellaLayer) -> None:
 
 
 def _init_parameters(layer: SnellaLayer, adapter_name: str) -> None:
-    """Initialize an adapter; `max_initial_ratio` bounds its initial update."""
+    """Initialize an adapter's factors and scalars, and bound its initial update by `max_initial_ratio`.
+
+    Does nothing if they are on the meta device, because loading an adapter fills them.
+    """
     factors = get_factors(layer, adapter_name)
     rows = layer.matrix_rows(adapter_name)
     config = layer.snella_config[adapter_name]
@@ -770,15 +814,16 @@ def _init_parameters(layer: SnellaLayer, adapter_name: str) -> None:
     # the bound assumes a piecewise kernel and an update that is quadratic in `ΔW`
     if config.init_weights and config.sparsify_mode != "none" and factors.piece_coeff is not None:
         weight = layer._weight()
-        weight = weight if isinstance(weight, Tensor) else weight.materialize()
-        if not weight.is_meta:
-            bound_initial_update(factors, rows, config.make_kernel(), weight, layer.max_initial_ratio)
+        dense_weight = weight if isinstance(weight, Tensor) else weight.materialize()
+        if not dense_weight.is_meta:
+            bound_initial_update(factors, rows, config.make_kernel(), dense_weight, layer.max_initial_ratio)
 
 
 def drop_adapter(layer: SnellaLayer, adapter_name: str) -> None:
-    """Undo `update_layer`; the active adapters and the live budgets, which copies share, do not change."""
+    """Undo `update_layer`, except for the active adapters and the live budgets, which copies of the layer share."""
     for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
-        if adapter_name in (values := getattr(layer, attribute)):
+        values = getattr(layer, attribute)
+        if adapter_name in values:
             del values[adapter_name]
     _update_linear_op(layer)
     layer.frozen_peft_weight_names.pop(adapter_name, None)
@@ -787,10 +832,14 @@ def drop_adapter(layer: SnellaLayer, adapter_name: str) -> None:
 
 
 def _update_linear_op(layer: SnellaLayer) -> None:
-    """Set the largest token share of all adapters, and bfloat16 products if all adapters use them."""
-    modes = [parse_weight_gradient(config.weight_gradient) for config in layer.snella_config.values()]
-    shares = [share for share, _ in modes]
-    layer.linear_op = LinearOp(max(shares, default=1.0), bool(modes) and all(is_rounded for _, is_rounded in modes))
+    """Choose the settings of the op, which all adapters of the layer share.
+
+    The token share is the largest of all adapters. Products are rounded to bfloat16 only if all adapters do so.
+    """
+    settings = [parse_weight_gradient(config.weight_gradient) for config in layer.snella_config.values()]
+    shares = [share for share, _ in settings]
+    are_all_rounded = bool(settings) and all(is_rounded for _, is_rounded in settings)
+    layer.linear_op = LinearOp(max(shares, default=1.0), are_all_rounded)
 
 
 @lru_cache(maxsize=64)

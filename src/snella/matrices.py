@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from snella.layer import SnellaLayer
 
 _NUMBERED = re.compile(r"(.*(?:layer|block)_)?\d+")  # "3", or torchvision's "encoder_layer_3"
+_INNER_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names under which `torch.compile`, FSDP and activation checkpointing store the module that they wrap."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,12 @@ class AdaptedMatrix:
     Args:
         name: Module name, plus the name of the part in fused layers, e.g. `"blocks.0.attn.qkv.q"`.
         module_name: Module name.
-        kind: Matrix type: `name` without the block prefix and a fused layer's name, e.g. `"attn.q"` or `"mlp.fc1"`.
-        depth: Index of the block among all blocks of the lists with an adapted layer, or `None` outside blocks. Blocks
-            without submodules, e.g. `nn.Identity`, do not count.
-        layer: The layer.
-        adapter_name: The adapter.
+        kind: Matrix type: `name` without the block prefix and, in fused layers, without the layer's name, e.g.
+            `"attn.q"` or `"mlp.fc1"`.
+        depth: Index of the block among all blocks of the module lists that contain an adapted layer, or `None` outside
+            blocks. Blocks without submodules, e.g. `nn.Identity`, do not count.
+        layer: Layer that contains the matrix.
+        adapter_name: Name of the adapter.
         group: Index of the matrix in its layer.
     """
 
@@ -55,20 +58,20 @@ class AdaptedMatrix:
 
     @property
     def is_frozen(self) -> bool:
-        """True if the budget is 0; the matrix then has no gradient."""
+        """True if the budget is 0, so that the factors get no gradient."""
         return self.budget == 0
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """`A` `[in, r]` and `B` `[out, r]`, views of the layer's parameters."""
-        return self.parts(self.layer.snella_A[self.adapter_name], self.layer.snella_B[self.adapter_name])
+        return self.slice_factors(self.layer.snella_A[self.adapter_name], self.layer.snella_B[self.adapter_name])
 
-    def parts(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    def slice_factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return this matrix's slices of two tensors with the layout of the layer's factors."""
         return A[self.group], B[self.layer.matrix_rows(self.adapter_name)[self.group]]
 
     def sparse_update(self) -> Tensor:
-        """Return `S`, `[out, in]`, unscaled."""
+        """Return the sparse update `S` before scaling, `[out, in]`."""
         return self.layer.sparse_updates(self.adapter_name)[self.group]
 
     def nonzeros(self) -> int:
@@ -81,7 +84,7 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
 
     Args:
         model: A model with SNELLA layers, wrapped by PEFT or not.
-        adapter_name: The adapter; defaults to the first active one, or `"default"` if none is active.
+        adapter_name: Name of the adapter; defaults to the first active one, or `"default"` if none is active.
 
     Raises:
         ValueError: If the model has no SNELLA layer, or none with this adapter.
@@ -92,7 +95,8 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
     for name, module in model.named_modules():
         if isinstance(module, SnellaLayer):
             stripped = _strip_wrappers(name)
-            layers[name if stripped in layers else stripped] = module  # e.g. `x` and `module.x` of one model
+            is_taken = stripped in layers  # e.g. by the layer `x`, if this is `module.x`
+            layers[name if is_taken else stripped] = module
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no SNELLA layer; wrap it with get_peft_model(model, SnellaConfig(…)) first"
@@ -107,26 +111,33 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
     matrices = []
     for name, layer in adapted_layers.items():
         block, inner_name = _split_name(name)
+        depth = depths.get(_strip_wrappers(block))
         count = len(layer.row_counts[adapter_name])
-        parts = [str(group) for group in range(count)]
-        if count == 3:
-            parts = ["q", "k", "v"]
+        part_names = [str(group) for group in range(count)]
+        if count == 3:  # assumed to be query, key and value: the names of fused layers differ between models
+            part_names = ["q", "k", "v"]
         elif count == 2 and name.rpartition(".")[2] == "kv":
-            parts = ["k", "v"]
-        for group, part in enumerate(parts):
+            part_names = ["k", "v"]
+        for group, part_name in enumerate(part_names):
             matrix_name, kind = name, inner_name
             if count > 1:
-                matrix_name = f"{name}.{part}"
-                kind = f"{inner_name.rpartition('.')[0]}.{part}".lstrip(".")
-            matrices.append(AdaptedMatrix(matrix_name, name, kind, depths.get(block), layer, adapter_name, group))
+                matrix_name = f"{name}.{part_name}"
+                kind = f"{inner_name.rpartition('.')[0]}.{part_name}".lstrip(".")
+            matrix = AdaptedMatrix(
+                name=matrix_name,
+                module_name=name,
+                kind=kind,
+                depth=depth,
+                layer=layer,
+                adapter_name=adapter_name,
+                group=group,
+            )
+            matrices.append(matrix)
     return matrices
 
 
-_INNER_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-
 def _strip_wrappers(name: str) -> str:
-    """Remove the prefixes and infixes of wrappers, e.g. PEFT and DDP, from a module name."""
+    """Remove the parts that wrappers, e.g. PEFT, DDP and `torch.compile`, add to a module name."""
     parts = name.split(".")
     while parts and parts[0] in {"base_model", "module", *_INNER_WRAPPERS}:
         wrapper = parts.pop(0)
@@ -136,8 +147,11 @@ def _strip_wrappers(name: str) -> str:
 
 
 def _number_blocks(model: nn.Module, adapted_layers: Iterable[str]) -> dict[str, int]:
-    """Number all blocks of the lists with an adapted layer, including blocks without one."""
-    adapted_blocks = [_split_name(name)[0] for name in adapted_layers]
+    """Number all blocks of the module lists that contain an adapted layer, including blocks without one.
+
+    Blocks whose names differ only in wrappers share a number.
+    """
+    adapted_blocks = [_strip_wrappers(_split_name(name)[0]) for name in adapted_layers]
     patterns = {_mask_indices(block) for block in adapted_blocks if block}
     blocks = dict.fromkeys(_split_name(_strip_wrappers(name))[0] for name, _ in model.named_modules())
     counted_blocks = [block for block in blocks if _mask_indices(block) in patterns]
@@ -160,6 +174,6 @@ def _mask_indices(name: str) -> str:
 def _split_name(name: str) -> tuple[str, str]:
     """Split a name after its last block index into the block prefix and the name inside the block."""
     parts = name.split(".")
-    numbers = [k for k, part in enumerate(parts[:-1]) if _NUMBERED.fullmatch(part)]
-    split = numbers[-1] + 1 if numbers else 0
+    positions = [position for position, part in enumerate(parts[:-1]) if _NUMBERED.fullmatch(part)]
+    split = positions[-1] + 1 if positions else 0
     return ".".join(parts[:split]), ".".join(parts[split:])

@@ -1,4 +1,8 @@
-"""Base and effective weights of a layer: checks, merging, unmerging, writing quantized weights, `layer.weight`."""
+"""Base and effective weights of a layer: checks, merging and unmerging, quantized weights, and `layer.weight`.
+
+The effective weight is the base weight `W0` plus the updates of all active adapters, `W0 + Σ scaling·S`. Merging writes
+this sum into the base layer.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +28,16 @@ if TYPE_CHECKING:
     from snella.layer import SnellaLayer
 
 
+# methods of `EffectiveWeight` that do not need its value
 _METADATA_METHODS = {
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "is_contiguous"),
     *("is_floating_point", "is_complex", "is_signed", "get_device", "data_ptr", "untyped_storage", "__len__"),
 }
-_VALUE_ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag"}  # attributes that return values
+_VALUE_ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag"}  # the only attributes that need the value
 
 
 def check_weight(layer: SnellaLayer, weight: Tensor | LazyWeight) -> None:
-    """Reject a missing or 8-bit base weight, to which no update can be added."""
+    """Raise `NotImplementedError` if a dense base weight is on the meta device or has only 8 bits per entry."""
     if isinstance(weight, LazyWeight):
         return
     if weight.dtype.itemsize == 1:
@@ -93,13 +98,12 @@ def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> 
     original = _original_weight(layer)
     check_weight(layer, original)
     check_parameter(layer)
-    merged = merged_weight(layer, original, [*layer.merged_adapters, *names])
+    all_names = [*layer.merged_adapters, *names]
+    merged = merged_weight(layer, original, all_names)
     if safe_merge and not torch.isfinite(merged).all():
-        broken = ", ".join([*layer.merged_adapters, *names])
-        subject = (
-            f"adapter {broken} seems" if len(layer.merged_adapters) + len(names) == 1 else f"adapters {broken} seem"
-        )
-        raise ValueError(f"NaNs detected in the merged weights. The {subject} to be broken")
+        joined = ", ".join(all_names)
+        subject = f"adapter {joined} seems" if len(all_names) == 1 else f"adapters {joined} seem"
+        raise ValueError(f"NaNs detected in the merged weights. The {subject} to be broken")  # PEFT's wording
     if isinstance(original, LazyWeight):
         _write_quantized(layer, merged, original)
     else:
@@ -110,7 +114,7 @@ def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> 
 
 
 def unmerge_updates(layer: SnellaLayer) -> None:
-    """Restore the base weight, bit for bit, to its state before the merge."""
+    """Restore the base weight, bit for bit, to its state before the merge, or warn if nothing is merged."""
     if not layer.merged:
         warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
         return
@@ -126,7 +130,7 @@ def unmerge_updates(layer: SnellaLayer) -> None:
 def refresh(layer: SnellaLayer, adapter_name: str, cache: MergeCache) -> None:
     """Make in-place changes to an adapter's values take effect, even if it is merged.
 
-    Rewrites a merged weight from the copy that `merge` stored. Rounding errors do not accumulate, and a dense weight
+    Rewrites a merged weight from the copy that `merge` stored, so rounding errors do not accumulate. A dense weight
     stays the same tensor, which compiled graphs require.
 
     Args:
@@ -139,6 +143,7 @@ def refresh(layer: SnellaLayer, adapter_name: str, cache: MergeCache) -> None:
         return
     names = list(layer.merged_adapters)
     original = layer._unmerged_weight
+    # a quantized weight has no dense copy, and the updates of several adapters are summed
     if original is None or len(names) > 1:
         layer.unmerge()
         layer.merge(adapter_names=names)
@@ -151,7 +156,7 @@ def refresh(layer: SnellaLayer, adapter_name: str, cache: MergeCache) -> None:
 
 @dataclass
 class MergeCache:
-    """Cache for repeated merges of an update: at most three numbers per column, valid until its factors change.
+    """Cache for repeated merges of an update: at most three numbers per column, valid until the factors change.
 
     Args:
         thresholds: `[G]`, or `None` before the first merge.
@@ -213,15 +218,15 @@ def _write_quantized(layer: SnellaLayer, merged: Tensor, original: LazyWeight) -
     if layer._unmerged_quantized is None:
         layer._unmerged_quantized = (original, quantization.snapshot(base))
     quantization.write(base, merged)
-    stored = quantization.source(base).materialize()
-    report_requantization(layer.module_name, quantization.name, original.materialize(), merged, stored)
+    requantized = quantization.source(base).materialize()
+    report_requantization(layer.module_name, quantization.name, original.materialize(), merged, requantized)
 
 
 # reads of layer.weight -----------------------------------------------------------------------------------------------
 
 
 class EffectiveWeight(Tensor):
-    """Lazy `W0 + Σ scaling·S`, the value of `layer.weight`; computed by the first operation that reads it.
+    """Lazy `W0 + Σ scaling·S`, the value of `layer.weight`, computed by the first operation that reads it.
 
     Shape, dtype, device and `data` come from the base weight, and in-place operations write into the base weight.
     In-place operations on a view, e.g. `weight[0].zero_()`, do not change the layer.
@@ -243,8 +248,8 @@ class EffectiveWeight(Tensor):
         Args:
             base: The base weight.
             compute: Returns the weight with its updates.
-            multiply: Computes `F.linear` of an input, the weight and a bias without saving the weight for the backward
-                pass, or returns `None` if `compute` does not save it either. `None` if the layer is not linear.
+            multiply: Returns `F.linear` of an input, this weight and a bias, without saving the weight for the backward
+                pass, or `None` if the weight must be computed. This argument is `None` if the layer is not linear.
         """
         weight = base.detach().as_subclass(EffectiveWeight)
         weight._base_weight = base
@@ -270,20 +275,20 @@ class EffectiveWeight(Tensor):
         unwrap_base = partial(tree_map_only, EffectiveWeight, attrgetter("_base_weight"))
         if func is F.linear and (y := _multiply(*args, **kwargs)) is not None:
             return y
-        if name == "__get__":
+        if name == "__get__":  # of an attribute, e.g. `shape`
             is_metadata = func.__self__.__name__ not in _VALUE_ATTRIBUTES
         else:
             is_metadata = name in _METADATA_METHODS
         is_in_place = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
         if is_metadata or (is_in_place and not args):
             return func(*unwrap_base(args), **unwrap_base(kwargs))
-        if is_in_place:
+        if is_in_place:  # writes to the first argument and reads the others
             args = (*unwrap_base(args[:1]), *args[1:])
         return func(*unwrap(args), **unwrap(kwargs))
 
 
-def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """Return `F.linear` with an effective weight that has not been computed yet, otherwise `None`."""
+def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:  # the names in `F.linear`
+    """Return `F.linear` of an effective weight that has not been computed yet, or `None` for other arguments."""
     if not isinstance(weight, EffectiveWeight) or weight._multiply is None or weight._effective is not None:
         return None
     if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):

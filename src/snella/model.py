@@ -1,4 +1,9 @@
-"""The PEFT tuner that replaces a model's layers with `SnellaLayer`s."""
+"""The PEFT tuner that replaces a model's layers with `SnellaLayer`s.
+
+A *target* is a module that the configuration selects for adaptation. A *token* is a bare parameter that an adapter
+trains in full, such as `cls_token`. A *mark* on the output of a normalization or activation lets the backward pass
+recompute this output instead of saving it.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +61,7 @@ from snella.watch import TrainingWatch, warn_about_unused_merges
 logger = logging.getLogger(__name__)
 
 _MIN_ENTRY_LIMIT = 1 << 24  # factor entries that are always allowed: 64 MiB in float32
-_HEADS_ADDED_BY_PEFT = ("classifier", "score", "qa_outputs")  # to `modules_to_save`, by the task type
+_HEADS_ADDED_BY_PEFT = ("classifier", "score", "qa_outputs")  # added to `modules_to_save` for some task types
 
 
 class SnellaModel(BaseTuner):
@@ -68,7 +73,7 @@ class SnellaModel(BaseTuner):
         model: Model to adapt, any `nn.Module`.
         config: Configuration of the first adapter.
         adapter_name: Name of the first adapter.
-        low_cpu_mem_usage: Create the factors on the meta device; loading fills them.
+        low_cpu_mem_usage: If True, create the factors on the meta device, because loading fills them.
 
     Raises:
         ValueError: If no module matches `target_modules` or a key of `rank_pattern` or `qkv_groups`, if matching an
@@ -88,11 +93,14 @@ class SnellaModel(BaseTuner):
     tuner_layer_cls = SnellaLayer
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        """Return the config unchanged; `_prepare_model` resolves the targets."""
+        """Return the config unchanged, because `_prepare_model` resolves the targets."""
         return peft_config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        """Resolve and validate the targets before changing the model."""
+        """Resolve and validate the targets and tokens before changing the model.
+
+        The resolved names replace those in the configuration.
+        """
         if not isinstance(peft_config, SnellaConfig):
             raise TypeError(f"config must be a SnellaConfig, got {type(peft_config).__name__}")
         module_names = [name for name, _ in model.named_modules()]
@@ -107,25 +115,31 @@ class SnellaModel(BaseTuner):
         self._reject_shared_weights(peft_config, model)
         self._check_ranks(peft_config, model)
         _check_token_rows(peft_config, model)
-        defaults = peft_config.default_parameters
-        names = peft_config.parameters_to_save if defaults is None else defaults
-        tokens = find_tokens(model, names or [], is_required=defaults is None)
-        inside = [name for name in tokens if self._is_in_target(peft_config, name)]
-        if inside and defaults is None:
+        # a model may lack the parameters of a preset, but not those that the user names
+        preset_names = peft_config.default_parameters
+        is_required = preset_names is None
+        names = peft_config.parameters_to_save if preset_names is None else preset_names
+        tokens = find_tokens(model, names or [], is_required=is_required)
+        inside_targets = [name for name in tokens if self._is_in_target(peft_config, name)]
+        if inside_targets and is_required:
             raise ValueError(
-                f"parameters_to_save must name parameters outside adapted layers, got {listed(map(repr, inside), 3)}; "
-                "train their biases with bias='snella_only', or exclude the layers with exclude_modules"
+                "parameters_to_save must name parameters outside adapted layers, got "
+                f"{listed(map(repr, inside_targets), 3)}; train their biases with bias='snella_only', or exclude the "
+                "layers with exclude_modules"
             )
-        peft_config.parameters_to_save = [name for name in tokens if name not in inside]
+        peft_config.parameters_to_save = [name for name in tokens if name not in inside_targets]
 
     def _is_in_target(self, peft_config: SnellaConfig, parameter_name: str) -> bool:
         """Return whether a parameter is inside a target module."""
         parts = parameter_name.split(".")
-        modules = (".".join(parts[:count]) for count in range(1, len(parts)))
-        return any(self._check_target_module_exists(peft_config, name) for name in modules)
+        module_names = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+        return any(self._check_target_module_exists(peft_config, name) for name in module_names)
 
     def _resolve_targets(self, targets: set[str] | list[str] | str | None, model: nn.Module) -> set[str] | str:
-        """Resolve `None` and `"all-linear"`; warn if they exclude most of the weights."""
+        """Resolve `None` and `"all-linear"` to module names, and warn if they exclude most of the weights.
+
+        Returns a regular expression as it is.
+        """
         is_default = targets is None
         if targets is None:
             targets = default_targets(model)
@@ -136,7 +150,9 @@ class SnellaModel(BaseTuner):
             return set(targets)
         if targets.lower() != "all-linear":
             return targets
-        names = all_linear_names(model) or (plain_convolution_names(model) if is_default else [])
+        names = all_linear_names(model)
+        if not names and is_default:
+            names = plain_convolution_names(model)
         if not names:
             convolutions = plain_convolution_names(model)
             layers = "linear layer and no inner convolution" if is_default else "linear layer"
@@ -145,16 +161,16 @@ class SnellaModel(BaseTuner):
             if convolutions:
                 message += f"; target_modules=None adapts its convolutions, e.g. {convolutions[0]!r}"
             raise ValueError(message)
-        is_first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
-        if is_first and (coverage := describe_coverage(model, names)):
+        is_first_adapter = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        if is_first_adapter and (coverage := describe_coverage(model, names)):
             warnings.warn(coverage, stacklevel=2)
         return set(names)
 
     def _check_ranks(self, peft_config: SnellaConfig, model: nn.Module) -> None:
-        """Before allocation, reject unmatched pattern keys, and factors that are far larger than the weights."""
+        """Reject pattern keys that match no module, and factors far larger than the weights before allocating them."""
         names = []
-        weights = 0
-        factors = 0
+        num_weights = 0
+        num_entries = 0
         for name, module in model.named_modules():
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             if name.endswith(".base_layer") or not self._check_target_module_exists(peft_config, name):
@@ -162,31 +178,33 @@ class SnellaModel(BaseTuner):
             if is_adaptable(module):
                 attention = module.base_layer if isinstance(module, AdaptedAttention) else module
                 inputs = input_projections(cast(nn.MultiheadAttention, attention))
-                parts = [(f"{name}.{part}", tuple(attention.get_parameter(f"{part}_weight").shape)) for part in inputs]
+                shapes = [(f"{name}.{key}", tuple(attention.get_parameter(f"{key}_weight").shape)) for key in inputs]
             elif isinstance(base, (nn.Linear, nn.Conv2d, Conv1D)):
-                parts = [(name, matrix_shape(base))]
+                shapes = [(name, matrix_shape(base))]
             else:
                 continue
-            for part, (m, n) in parts:
-                part_name = part.replace(".base_layer.", ".")  # the output projection of an adapted attention
-                names.append(part_name)
-                weights += m * n
-                factors += peft_config.rank_of(part_name) * (m + n)
+            for weight_name, (m, n) in shapes:
+                # the output projection of an adapted attention
+                module_name = weight_name.replace(".base_layer.", ".")
+                names.append(module_name)
+                num_weights += m * n
+                num_entries += peft_config.rank_of(module_name) * (m + n)
         for field in ("rank_pattern", "qkv_groups"):
             value = getattr(peft_config, field)
             keys = value if isinstance(value, dict) else ()
             if unused := [key for key in keys if not any(has_suffix(name, key) for name in names)]:
                 raise ValueError(f"{field}={unused} matches no adapted module; adapted modules are e.g. {names[:4]}")
-        if factors > max(_MIN_ENTRY_LIMIT, 4 * weights):
+        if num_entries > max(_MIN_ENTRY_LIMIT, 4 * num_weights):
             pattern = f", rank_pattern={peft_config.rank_pattern}" if peft_config.rank_pattern else ""
             raise ValueError(
-                f"r={peft_config.r}{pattern} creates {factors:,} factor entries for {weights:,} adapted weights; "
-                "choose a smaller rank, e.g. 8"
+                f"r={peft_config.r}{pattern} creates {num_entries:,} factor entries for {num_weights:,} adapted "
+                "weights; choose a smaller rank, e.g. 8"
             )
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
         """Check for tied embeddings like PEFT, but match expressions with a time limit."""
         targets = getattr(peft_config, "target_modules", None)
+        # PEFT would match an expression without a limit, so it gets the matching names instead
         if isinstance(targets, str) and targets.lower() != "all-linear":
             check_expression(targets, [name for name, _ in model.named_modules()])
             peft_config.target_modules = _matching_names(targets, model)  # type: ignore[attr-defined]
@@ -196,7 +214,7 @@ class SnellaModel(BaseTuner):
             peft_config.target_modules = targets  # type: ignore[attr-defined]
 
     def _add_modules_to_save_to_tie(self, peft_config: SnellaConfig, tied_weight_keys: list[str]) -> None:
-        """Save only the input embedding; PEFT ties the modules that share its weight."""
+        """Save only the input embedding, because PEFT ties the modules that share its weight."""
         embedding = self.model.get_input_embeddings()
         name = next(name for name, module in self.model.named_modules() if module is embedding)
         tied = set(tied_weight_keys)
@@ -209,7 +227,7 @@ class SnellaModel(BaseTuner):
         peft_config.modules_to_save = list(dict.fromkeys([*others, name]))
 
     def _add_targets_to_tie(self, peft_config: SnellaConfig, tied_weight_keys: list[str]) -> None:
-        """Raise an error: tied layers cannot share an update."""
+        """Raise an error, because tied layers cannot share an update."""
         raise NotImplementedError(
             f"ensure_weight_tying=True does not support a target among the tied layers {sorted(tied_weight_keys)}: "
             "SNELLA adapts no embedding; train it with modules_to_save or trainable_token_indices"
@@ -218,13 +236,16 @@ class SnellaModel(BaseTuner):
     def _add_output_projections(
         self, targets: set[str] | str, peft_config: SnellaConfig, model: nn.Module
     ) -> set[str] | str:
-        """Add the output projections of all targeted torch attentions."""
-        probe = copy.copy(peft_config)
-        probe.target_modules = targets
+        """Add the output projections of all targeted torch attentions to the targets.
+
+        A regular expression is then replaced with the names that it matches.
+        """
+        resolved_config = copy.copy(peft_config)
+        resolved_config.target_modules = targets
         outputs = {
             f"{name}.out_proj"
             for name, module in model.named_modules()
-            if name and is_adaptable(module) and self._check_target_module_exists(probe, name)
+            if name and is_adaptable(module) and self._check_target_module_exists(resolved_config, name)
         }
         if not outputs:
             return targets
@@ -236,8 +257,8 @@ class SnellaModel(BaseTuner):
         """Reject targets that share one weight, and targets whose weight belongs to a module with several names."""
         for sharing in _shared_weights(model):
             targeted = [name for name, _ in sharing if self._check_target_module_exists(peft_config, name)]
-            is_alias = len({id(base) for _, base in sharing}) < len(sharing)
-            if targeted and (is_alias or len(targeted) > 1):
+            has_alias = len({id(base) for _, base in sharing}) < len(sharing)
+            if targeted and (has_alias or len(targeted) > 1):
                 raise NotImplementedError(
                     f"target_modules matches {targeted[0]!r}, but {[name for name, _ in sharing]} share one weight; "
                     "an update of one module would change or miss the others; exclude them, or give each its own weight"
@@ -250,12 +271,13 @@ class SnellaModel(BaseTuner):
         key = key.replace(".base_layer.", ".")
         if not isinstance(peft_config, SnellaConfig):
             return check_target_module_exists(peft_config, key)
-        plain = copy.copy(peft_config)
-        plain.layers_to_transform = None
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(expression := getattr(plain, name), str):
-                setattr(plain, name, {key} if _matches(expression, key) else set())
-        match = check_target_module_exists(plain, key)
+        # a copy without expressions, which PEFT would match without a limit, and without block indices, checked below
+        names_only = copy.copy(peft_config)
+        names_only.layers_to_transform = None
+        for field in ("target_modules", "exclude_modules"):
+            if isinstance(expression := getattr(names_only, field), str):
+                setattr(names_only, field, {key} if _matches(expression, key) else set())
+        match = check_target_module_exists(names_only, key)
         layers = peft_config.layers_to_transform
         blocks = [layers] if isinstance(layers, int) else layers
         if match and blocks and block_number(key, peft_config.layers_pattern) not in blocks:
@@ -264,22 +286,22 @@ class SnellaModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the model, which remains unchanged on failure."""
-        children = [(module, dict(module._modules)) for module in model.modules()]
-        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        children_before = [(module, dict(module._modules)) for module in model.modules()]
+        flags_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             with warnings.catch_warnings():
                 # PEFT compares the keys with the targets, which do not list an attention's projections
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
-            for module, before in children:
+            for module, children in children_before:
                 module._modules.clear()
-                module._modules.update(before)
+                module._modules.update(children)
             for module in model.modules():
                 if isinstance(module, SnellaLayer):
                     drop_adapter(module, adapter_name)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+            for parameter, requires_grad in flags_before:
+                parameter.requires_grad_(requires_grad)
             raise
         disable_fast_path(model)
         config = cast(SnellaConfig, self.peft_config[adapter_name])
@@ -305,7 +327,7 @@ class SnellaModel(BaseTuner):
         )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters; raise an error before any change if they cannot be active together."""
+        """Set the active adapters, or raise an error before any change if they cannot be active together."""
         tokens = token_adapters(self.model)
         for token in tokens:
             token.check_active(adapter_name)
@@ -314,23 +336,23 @@ class SnellaModel(BaseTuner):
             token.set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it was active, PEFT activates another."""
+        """Remove an adapter. If it was active, PEFT activates another one."""
         super().delete_adapter(adapter_name)
         _update_marks(self.model)
         for token in token_adapters(self.model):
             token.delete_adapter(adapter_name)
-            if token.active_adapters != self.active_adapters:
+            if token.active_adapters != self.active_adapters:  # PEFT has activated another adapter
                 token.set_adapter(self.active_adapters)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cast half-precision factors and scalars to float32; tokens keep the model's dtype."""
+        """Cast half-precision factors and scalars to float32, but keep tokens in the model's dtype."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for token in token_adapters(self.model):
             # a float32 token in a half-precision model would promote all later activations
             token._move_adapter_to_device_of_base_layer(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Add the updates to the base weights; report all requantization errors in one warning.
+        """Add the updates to the base weights, and report all requantization errors in one warning.
 
         Raises:
             ValueError: See `SnellaLayer.merge` and `TokenAdapter.merge`.
@@ -342,9 +364,9 @@ class SnellaModel(BaseTuner):
             super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
-        """Let PEFT merge and replace all layers, then restore bare parameters and remove marks."""
+        """Let PEFT merge and replace all layers, then move tokens back and remove the hooks that mark outputs."""
         tokens = token_adapters(self.model)
-        if kwargs.get("merge", not args or args[0]):
+        if kwargs.get("merge", not args or args[0]):  # PEFT's first parameter, True by default
             self._check_merges(**kwargs)
         with combined_warning():
             model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
@@ -354,7 +376,7 @@ class SnellaModel(BaseTuner):
         return model
 
     def _check_merges(self, adapter_names: list[str] | None = None, **_: Any) -> None:
-        """Reject unsafe merges before any layer changes; warn if the model has never used some of the updates."""
+        """Reject unsafe merges before any layer changes, and warn if the model has never used some of the updates."""
         names = self.active_adapters if adapter_names is None else adapter_names
         for token in token_adapters(self.model):
             token.check_active(list(dict.fromkeys([*token.merged_adapters, *names])))
@@ -372,6 +394,7 @@ class SnellaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        """Adapt a target: a linear layer, a convolution, or the projections of a torch attention."""
         if isinstance(parent, AdaptedAttention) and target_name != "out_proj":
             return  # the wrapped attention, or a projection that is adapted with the attention
         if isinstance(parent, (nn.MultiheadAttention, AdaptedAttention)) and target_name == "out_proj":
@@ -400,7 +423,7 @@ class SnellaModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _adapt_output(self, peft_config: SnellaConfig, adapter_name: str, parent: nn.Module, current_key: str) -> None:
-        """Adapt the output projection of a torch attention; only the attention can apply it."""
+        """Adapt the output projection of a torch attention through a wrapper: only the attention can apply it."""
         name = current_key.replace(".base_layer.", ".").rpartition(".")[0]
         if not name:
             raise NotImplementedError(
@@ -409,9 +432,9 @@ class SnellaModel(BaseTuner):
             )
         attention = self.model.get_submodule(name)
         if not is_adaptable(attention):
-            choose_layer_class(attention, name)
-        outer = self.model.get_submodule(name.rpartition(".")[0])
-        wrapper = self._wrap_attention(attention, name.rpartition(".")[2], outer)
+            choose_layer_class(attention, name)  # raises an error, because the attention has a custom `forward`
+        attention_parent = self.model.get_submodule(name.rpartition(".")[0])
+        wrapper = self._wrap_attention(attention, name.rpartition(".")[2], attention_parent)
         # an adapted output projection has two names here; adapt it only under its name in the wrapper
         if wrapper.find_projection("out_proj") is None or isinstance(parent, AdaptedAttention):
             self._adapt_projection(peft_config, adapter_name, wrapper, "out_proj", name)
@@ -438,7 +461,7 @@ class SnellaModel(BaseTuner):
             cast(Projection, wrapper.find_projection(name)).requires_grad_(False)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Replace a module."""
+        """Replace a child of `parent`, while the tensors that accelerate has offloaded are loaded."""
         if isinstance(child, (AdaptedAttention, AuxiliaryTrainingWrapper)):
             # PEFT would copy a `weight`, which an attention or a head with several layers lacks
             setattr(parent, child_name, new_module)
@@ -451,10 +474,10 @@ class SnellaModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Raise an error: one pair of factors cannot represent a sum of sparse updates.
+        """Raise an error, because one pair of factors cannot represent a sum of sparse updates.
 
         Raises:
-            NotImplementedError: Always; the message shows an equivalent.
+            NotImplementedError: Always. The message describes an equivalent.
         """
         raise NotImplementedError(
             f"add_weighted_adapter({adapters}, {weights}, {adapter_name!r}) is not supported: one pair of factors "
@@ -482,10 +505,12 @@ class SnellaModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Select the entries like PEFT and run the checks of `TrainingWatch.on_saving`.
+        """Select the entries like PEFT, and check the adapter before it is saved.
 
-        PEFT looks up entries by module name and removes only the leading `_fsdp_wrapped_module` from this name. FSDP1
-        and torch's checkpoint wrapper also insert modules inside these names, but not into the keys of `state_dict`.
+        Runs the checks of `TrainingWatch.on_saving`, and records the layers that the model has not used in
+        `SnellaConfig.unused_modules`. PEFT looks up entries by module name and removes only the leading
+        `_fsdp_wrapped_module` from this name. FSDP1 and torch's checkpoint wrapper also insert modules inside these
+        names, but not into the keys of `state_dict`.
 
         Raises:
             ValueError: If no layer has the adapter, or `state_dict` has entries, but no factor of the adapter. An empty
@@ -508,9 +533,10 @@ class SnellaModel(BaseTuner):
         selected = {_without_wrappers(name): tensor for name, tensor in selected.items()}
         if state_dict and not any(f"{cls.prefix}A" in name for name in selected):
             raise ValueError(
-                f"state_dict must contain the factors of adapter {adapter_name!r}, got {len(state_dict)} entries "
-                f"without any, e.g. {next(iter(state_dict))!r}; pass the full state dict of the unwrapped model"
+                f"state_dict has {len(state_dict)} entries, e.g. {next(iter(state_dict))!r}, but no factor of adapter "
+                f"{adapter_name!r}; pass the full state dict of the unwrapped model"
             )
+        # the checks read the budgets
         if isinstance(config, SnellaConfig) and not any(layer.snella_budget[adapter_name].is_meta for layer in layers):
             config.watch.on_saving(model, layers, adapter_name)
             unused = [layer.module_name for layer in layers if not layer.is_applied]
@@ -539,15 +565,20 @@ class SnellaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Remap the keys like PEFT and reject tensors that do not fit this model."""
+        """Remap the keys like PEFT and reject tensors that do not fit this model.
+
+        Raises:
+            ValueError: If a tensor is missing, unknown, of another shape or not finite, or a budget is invalid.
+        """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {
-            f"{name}.{attribute}.{adapter_name}": getattr(module, attribute)[adapter_name]
-            for name, module in model.named_modules()
-            if isinstance(module, (SnellaLayer, TokenAdapter))
-            for attribute in module.saved_names
-            if adapter_name in getattr(module, attribute)
-        }
+        expected: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            if not isinstance(module, (SnellaLayer, TokenAdapter)):
+                continue
+            for attribute in module.saved_names:
+                tensors: Any = getattr(module, attribute)
+                if adapter_name in tensors:
+                    expected[f"{name}.{attribute}.{adapter_name}"] = tensors[adapter_name]
         errors = [f"{key} is missing" for key in expected if key not in remapped]
         errors += [
             f"{key} has shape {list(remapped[key].shape)}, the model needs {list(tensor.shape)}"
@@ -560,11 +591,12 @@ class SnellaModel(BaseTuner):
                 f"the adapter does not fit {type(model).__name__}: {listed(errors, 3, '; ')}; "
                 "load it into the architecture it was trained on"
             )
-        nonfinite = [
-            f"{key} ({bad} of {remapped[key].numel()})"
-            for key in expected
-            if (bad := int(remapped[key].numel() - torch.isfinite(remapped[key]).sum()))
-        ]
+        nonfinite: list[str] = []
+        for key in expected:
+            values = remapped[key]
+            num_nonfinite = int(values.numel() - torch.isfinite(values).sum())
+            if num_nonfinite:
+                nonfinite.append(f"{key} ({num_nonfinite} of {values.numel()})")
         if nonfinite:
             raise ValueError(
                 f"the adapter contains non-finite values: {listed(nonfinite, 3)}; its training "
@@ -592,28 +624,28 @@ def _update_marks(model: nn.Module) -> None:
         unmark_outputs(model)
         return
     is_compressed = any(config.compress_activations for config in configs)
-    count = mark_outputs(model, compress=partial(_is_compressed, layers) if is_compressed else None)
-    logger.info("recomputing inputs of adapted layers from %d normalizations and activations", count)
+    num_marked = mark_outputs(model, compress=partial(_is_compressed, layers) if is_compressed else None)
+    logger.info("recomputing inputs of adapted layers from %d normalizations and activations", num_marked)
 
 
 def _is_compressed(layers: list[SnellaLayer]) -> bool:
-    """Return whether all active adapters of these layers set `compress_activations`."""
+    """Return whether all active adapters of these layers set `compress_activations`; False if none is active."""
     configs = [layer.snella_config.get(name) for layer in layers for name in layer.active_adapters]
     flags = [config.compress_activations for config in configs if config is not None]
     return bool(flags) and all(flags)
 
 
 def _without_wrappers(name: str) -> str:
-    """Remove the modules of FSDP1 and of torch's checkpoint wrapper from a name."""
+    """Remove the names of the wrapper modules of FSDP1 and of torch's checkpointing from a module name."""
     return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _warn_of_unmatched(config: SnellaConfig, model: nn.Module) -> None:
     """Warn about names in `modules_to_save` that match no module."""
     names = [name for name, _ in model.named_modules()]
-    added = _HEADS_ADDED_BY_PEFT if config.task_type else ()
-    expected = [name for name in config.modules_to_save or [] if name not in added]
-    if unmatched := [end for end in expected if not any(name.endswith(end) for name in names)]:
+    added_by_peft = _HEADS_ADDED_BY_PEFT if config.task_type else ()
+    expected = [name for name in config.modules_to_save or [] if name not in added_by_peft]
+    if unmatched := [suffix for suffix in expected if not any(name.endswith(suffix) for name in names)]:
         warnings.warn(
             f"modules_to_save={unmatched} matches no module of {type(model).__name__}; "
             f"its top-level modules are {[name for name, _ in model.named_children()]}",
@@ -639,10 +671,11 @@ def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
         get_input_embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)
         input_embedding = get_input_embeddings()
         input_embedding = getattr(input_embedding, "original_module", input_embedding)
-        default = "embed_tokens"  # as in PEFT
-        indices = {next((name for name, module in modules.items() if module is input_embedding), default): indices}
+        matches = (name for name, module in modules.items() if module is input_embedding)
+        embedding_name = next(matches, "embed_tokens")  # the default is PEFT's
+        indices = {embedding_name: indices}
     # PEFT matches the ends of names
-    if unmatched := [end for end in indices if not any(name.endswith(end) for name in modules)]:
+    if unmatched := [suffix for suffix in indices if not any(name.endswith(suffix) for name in modules)]:
         embeddings = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
         raise ValueError(
             f"trainable_token_indices requires a module {unmatched[0]!r}, which {type(model).__name__} lacks; map the "
@@ -651,15 +684,17 @@ def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
     for name, module in modules.items():
         if not isinstance(module, (nn.Embedding, nn.Linear)):
             continue
-        rows = next((rows for end, rows in indices.items() if name.endswith(end)), [])
-        count = module.num_embeddings if isinstance(module, nn.Embedding) else module.out_features
-        if out_of_range := [row for row in rows if not 0 <= row < count]:
-            raise ValueError(f"trainable_token_indices must be in [0, {count - 1}] for {name!r}, got {out_of_range[0]}")
+        rows = next((rows for suffix, rows in indices.items() if name.endswith(suffix)), [])
+        num_rows = module.num_embeddings if isinstance(module, nn.Embedding) else module.out_features
+        if out_of_range := [row for row in rows if not 0 <= row < num_rows]:
+            raise ValueError(
+                f"trainable_token_indices must be in [0, {num_rows - 1}] for {name!r}, got {out_of_range[0]}"
+            )
 
 
 def _attention_biases(model: nn.Module) -> list[str]:
     """Return the names of the biases of adapted attention projections; the attentions own these biases."""
-    biases: dict[str, None] = {}
+    biases: dict[str, None] = {}  # an ordered set, because input projections share one bias
     for name, module in model.named_modules():
         for projection in module.projections() if isinstance(module, AdaptedAttention) else ():
             bias_name = projection.bias_name
@@ -669,11 +704,11 @@ def _attention_biases(model: nn.Module) -> list[str]:
 
 
 def _shared_weights(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
-    """Return the names and base layers of the modules that share a weight, by weight."""
+    """Return the names and base layers of all modules with a weight that they share, one list per weight."""
     users: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if ".base_layer." in f"{name}.":
+        if ".base_layer." in f"{name}.":  # included under the name of the adapted layer
             continue
         parameters = {"weight": base.weight} if isinstance(base, ProjectionWeight) else base._parameters
         for parameter_name, parameter in parameters.items():

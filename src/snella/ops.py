@@ -1,4 +1,8 @@
-"""Ops of adapted layers; weights and inputs of base layers; estimated weight gradients."""
+"""Operations of adapted layers, their weights and inputs, and approximate weight gradients.
+
+A layer's *op* computes its output and gradients for a given weight. A *token* is one row of a linear layer's input,
+flattened to `[T, n]`.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +20,19 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 MIN_TOKENS = 64
-"""Minimum sample size, given enough tokens; products of fewer tokens cost little compared to merging."""
+"""Minimum sample size, if there are enough tokens. Products of fewer tokens cost little compared to merging."""
 MIN_SHARE = 2**-10
-"""Minimum fraction of the tokens; the integer ratios of larger floats fit the int64 arguments of compiled graphs."""
+"""Minimum fraction of sampled tokens.
+
+Floats between this and 1 have integer ratios that fit the int64 arguments of compiled graphs.
+"""
 WITHOUT_FLOAT64 = {"mps"}
-"""Device types that reject float64 tensors; some `xpu` devices also do."""
+"""Device types that reject float64 tensors. Some `xpu` devices do so, too."""
 _ROUNDS = 4  # iterations to find the tokens with probability 1
 
 
 class LayerOp(Protocol):
-    """Protocol of a layer's op: forward and gradients. Weights are `[m, …]`, or `[m, n]` as matrices."""
+    """Protocol of a layer's op: the output and its gradients, for a weight `[m, …]` with `m` outputs."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output."""
@@ -48,8 +55,8 @@ class LinearOp:
     """`y = x Wᵀ + bias` for `x` `[…, n]` and `W` `[m, n]`.
 
     Args:
-        token_share: Fraction of the tokens used to estimate the gradient of an update, see `sample_tokens`; 1 uses all
-            tokens. All other gradients are exact.
+        token_share: Fraction of the tokens from which the gradient of an update is estimated, see `sample_tokens`. With
+            1, it is computed from all tokens. All other gradients are exact.
         is_rounded: If True, compute the gradient of an update in bfloat16.
     """
 
@@ -86,7 +93,7 @@ class LinearOp:
 
 @dataclass(frozen=True)
 class Conv2dOp:
-    """2D convolution of `x` `[N, c, h, w]` with `W` `[m, c/groups, kh, kw]`, zero padding."""
+    """2D convolution of `x` `[N, c, h, w]` with `W` `[m, c/groups, kh, kw]` and zero padding."""
 
     stride: tuple[int, ...] = (1, 1)
     padding: tuple[int, ...] | str = (0, 0)
@@ -95,7 +102,7 @@ class Conv2dOp:
 
     @classmethod
     def of(cls, base: nn.Conv2d) -> Self:
-        """Return the op of a convolution, for an input padded by `pad_input`."""
+        """Return the op of a convolution, for an input that has passed through `pad_input`."""
         padding = base.padding if base.padding_mode == "zeros" else (0, 0)
         return cls(base.stride, padding, base.dilation, base.groups)
 
@@ -103,6 +110,7 @@ class Conv2dOp:
         return F.conv2d(x, weight, bias, self.stride, self.padding_sizes(weight.shape), self.dilation, self.groups)
 
     def grad_input(self, grad_y: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:  # noqa: D102
+        # only the shape of `x` matters here, and only that of the weight in `grad_weight`
         return self._backward(grad_y, grad_y.new_empty(1).expand(x_shape), weight, (True, False, False))[0]
 
     def grad_weight(self, grad_y: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:  # noqa: D102
@@ -115,18 +123,21 @@ class Conv2dOp:
         return [*self.stride, *self.padding_sizes(weight_shape), *self.dilation, self.groups]
 
     def _backward(self, grad_y: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> list[Tensor]:
-        """Return the gradients from `aten::convolution_backward`; add a batch axis to unbatched input."""
+        """Return the gradients of input, weight and bias that `mask` selects.
+
+        An unbatched input gets a batch axis for this computation.
+        """
         is_batched = x.ndim == 4
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad_y if is_batched else grad_y[None],
             x if is_batched else x[None],
             weight,
-            None,
+            None,  # sizes of the bias
             self.stride,
             self.padding_sizes(weight.shape),
             self.dilation,
-            False,
-            [0, 0],
+            False,  # not transposed
+            [0, 0],  # output padding
             self.groups,
             mask,
         )
@@ -135,7 +146,7 @@ class Conv2dOp:
         return [grad_x, grad_weight, grad_bias]
 
     def padding_sizes(self, weight_shape: torch.Size) -> tuple[int, ...]:
-        """Return the padding in pixels, resolving `"same"` and `"valid"`.
+        """Return the padding of both spatial axes in pixels, also for `"same"` and `"valid"`.
 
         Raises:
             NotImplementedError: If `padding="same"` requires asymmetric padding.
@@ -143,7 +154,8 @@ class Conv2dOp:
         if self.padding == "valid":
             return (0, 0)
         if isinstance(self.padding, str):
-            totals = [d * (size - 1) for d, size in zip(self.dilation, weight_shape[2:], strict=True)]
+            pairs = zip(self.dilation, weight_shape[2:], strict=True)
+            totals = [dilation * (kernel_size - 1) for dilation, kernel_size in pairs]
             if any(total % 2 for total in totals):
                 raise NotImplementedError(
                     f"padding='same' requires an odd kernel size, got kernel_size={list(weight_shape[2:])} with "
@@ -155,7 +167,7 @@ class Conv2dOp:
 
 @dataclass(frozen=True)
 class WeightOp:
-    """Op that returns the weight `W` `[m, …]`, for models that read `layer.weight`; ignores `x` and the bias."""
+    """Op that returns the weight `W` `[m, …]` and ignores the input and bias, for models that read `layer.weight`."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
         return weight
@@ -170,12 +182,12 @@ class WeightOp:
         return grad_y.new_zeros(len(grad_y))
 
     def to_ints(self, weight_shape: torch.Size) -> list[int]:  # noqa: D102
-        raise NotImplementedError("a compiled graph must use LinearOp() with the identity as input, got WeightOp()")
+        raise NotImplementedError("a compiled graph cannot use WeightOp(); apply LinearOp() to the identity instead")
 
 
 def layer_op_from_ints(ints: Sequence[int]) -> LayerOp:
     """Decode an op from the result of `LinearOp.to_ints` or `Conv2dOp.to_ints`."""
-    if len(ints) <= 3:
+    if len(ints) <= 3:  # a linear op has 3 integers, or none by default; a convolution has 7
         return LinearOp(ints[0] / ints[1], bool(ints[2])) if ints else LinearOp()
     return Conv2dOp(stride=tuple(ints[:2]), padding=tuple(ints[2:4]), dilation=tuple(ints[4:6]), groups=ints[6])
 
@@ -225,7 +237,7 @@ class LazyWeight:
     materialize: Callable[[], Tensor]
 
     def versions(self) -> tuple[int, ...]:
-        """Return torch's version counter of each source tensor."""
+        """Return torch's version counter of each source tensor, or 0 for inference tensors, which have none."""
         return tuple(0 if tensor.is_inference() else tensor._version for tensor in self.tensors)
 
     def check_unchanged(self, versions: tuple[int, ...]) -> None:
@@ -255,11 +267,9 @@ def parse_weight_gradient(weight_gradient: str) -> tuple[float, bool]:
         return 1.0, weight_gradient == "bfloat16"
     mode, _, fraction = weight_gradient.partition(":")
     try:
-        # a large exponent would take minutes
-        is_number = (
-            re.fullmatch(r"(\d{1,20}\.?\d{0,20}|\.\d{1,20})(e[+-]?\d{1,2})?(/\d{1,20})?", fraction, re.ASCII)
-            is not None
-        )
+        # limit the digits, because `Fraction` would take minutes for a large exponent
+        number_pattern = r"(\d{1,20}\.?\d{0,20}|\.\d{1,20})(e[+-]?\d{1,2})?(/\d{1,20})?"
+        is_number = re.fullmatch(number_pattern, fraction, re.ASCII) is not None
         share = float(Fraction(fraction)) if mode == "sample" and is_number else math.nan
     except (ValueError, ArithmeticError):
         share = math.nan
@@ -289,19 +299,20 @@ def sample_tokens(grad_y: Tensor, x: Tensor, share: float) -> tuple[Tensor, Tens
     Returns:
         `g_t / π_t` `[k, m]` and `x_t` `[k, n]` of the drawn tokens, or `grad_y` and `x` unchanged if `k` reaches `T`.
     """
-    tokens = len(x)
-    k = max(math.ceil(share * tokens), min(tokens, MIN_TOKENS))
-    if k >= tokens:
+    num_tokens = len(x)
+    k = max(math.ceil(share * num_tokens), min(num_tokens, MIN_TOKENS))
+    if k >= num_tokens:
         return grad_y, x
     norms = torch.linalg.vector_norm(grad_y, dim=1, dtype=torch.float32)
     norms *= torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
     # if all gradients are zero, sample uniformly; the estimate is zero
     norms = norms.clamp(min=torch.finfo(torch.float32).tiny)
     probs = norms * (k / norms.sum())
+    # clip probabilities at 1 and rescale the others so that they still sum to `k`, which may raise some above 1
     for _ in range(_ROUNDS):
         is_certain = probs >= 1
-        uncertain = torch.where(is_certain, 0, norms)
-        probs = torch.where(is_certain, 1, norms * ((k - is_certain.sum()) / uncertain.sum()))
+        uncertain_norms = torch.where(is_certain, 0, norms)
+        probs = torch.where(is_certain, 1, norms * ((k - is_certain.sum()) / uncertain_norms.sum()))
     # recompute the probabilities from the rounded cumulative sum, which determines the draws
     cumulative = probs.cumsum(0)
     cumulative = cumulative * (k / cumulative[-1])
@@ -309,14 +320,14 @@ def sample_tokens(grad_y: Tensor, x: Tensor, share: float) -> tuple[Tensor, Tens
     points = torch.arange(k, device=x.device) + torch.rand(1, device=x.device)
     # the last point may round up to the total, beyond all tokens with a positive probability
     points = torch.minimum(points, torch.nextafter(cumulative[-1], cumulative.new_zeros(())))
-    # non-finite gradients, which propagate, have no valid index
-    indices = torch.searchsorted(cumulative, points, right=True).clamp(max=tokens - 1)
+    # with non-finite gradients, the search finds no valid index, but their values must propagate
+    indices = torch.searchsorted(cumulative, points, right=True).clamp(max=num_tokens - 1)
     # divide in float32: 1/π can overflow float16 even if the quotient does not
     return (grad_y[indices] / probs[indices, None]).to(grad_y.dtype), x[indices]
 
 
 def check_floating_point(x: Tensor, layer_name: str) -> None:
-    """Raise TypeError for the input of a layer with integers, as `nn.Linear` does; outputs would be rounded to them."""
+    """Raise `TypeError` for an integer input, as `nn.Linear` does, because the outputs would be rounded to integers."""
     if not x.is_floating_point():
         raise TypeError(f"the input of {layer_name!r} must be floating-point, got {x.dtype}; convert it first")
 

@@ -1,4 +1,8 @@
-"""Parameter groups for SNELLA models, and optimizer steps scaled to the size of the base weights."""
+"""Parameter groups for SNELLA models, and optimizer steps scaled to the size of the base weights.
+
+An adapter trains two factors, `A` and `B`, and the scalars of the kernel function that merges the factors into `ΔW`.
+The update of a base weight `W0` is `scaling·S`, where `S` is the sparsified `ΔW`.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +57,7 @@ def create_snella_optimizer(
         head_weight_decay: Weight decay of the other weights; defaults to `weight_decay`. Biases, norms,
             `parameters_to_save` and `trainable_token_indices` have no weight decay.
         match_update: If True, each step of the factors changes the update by about `lr` times the size of the adapted
-            weights (see `StepMatcher`). Defaults to each adapter's config.
+            weights (see `StepMatcher`). Defaults to the setting in each adapter's configuration.
         optimizer_kwargs: Additional arguments of `optimizer_cls`.
 
     Returns:
@@ -69,13 +73,14 @@ def create_snella_optimizer(
     for module in model.modules():
         if isinstance(module, SnellaLayer):
             for attribute in module.adapter_layer_names:
-                group = factors if attribute in ("snella_A", "snella_B") else scalars
-                group.extend(p for p in getattr(module, attribute).values() if p.requires_grad)
+                parameters = factors if attribute in ("snella_A", "snella_B") else scalars
+                parameters.extend(p for p in getattr(module, attribute).values() if p.requires_grad)
     adapter_ids = {id(parameter) for parameter in (*factors, *scalars)}
     other_params = [p for p in model.parameters() if p.requires_grad and id(p) not in adapter_ids]
     tokens = {id(p) for token in token_adapters(model) for p in token.snella_token.values()}
     tokens |= {id(p) for name, p in model.named_parameters() if ".trainable_tokens_delta." in name}
     sharded_shapes = _fsdp1_shapes(model)
+    # weights have several axes, unlike biases and norms; trained tokens and token rows have no weight decay either
     matrix_ids = {id(p) for p in other_params if len(sharded_shapes.get(id(p), p.shape)) > 1} - tokens
     decayed = [p for p in other_params if id(p) in matrix_ids]
     not_decayed = [p for p in other_params if id(p) not in matrix_ids]
@@ -108,7 +113,7 @@ def create_snella_optimizer(
 
 
 def _fsdp1_shapes(model: nn.Module) -> dict[int, torch.Size]:
-    """Return the shapes of parameters sharded by FSDP1, by id; the shards are flat."""
+    """Return the full shapes of the parameters that FSDP1 shards, by `id`, because the shards are flat."""
     shapes: dict[int, torch.Size] = {}
     for module in model.modules():
         flat_param = getattr(getattr(module, "_handle", None), "flat_param", None)
@@ -168,12 +173,12 @@ class StepMatcher:
 
     one step changes `scaling·S` by about `lr·rms(W0)` in every layer, for every backbone and scaling, throughout
     training. If `W0` or the step is zero, the step is not scaled. The forward pass and the file formats do not change.
-    `mean|S|` is measured every `interval` steps; the learning rate is read at each step.
+    `mean|S|` is measured every `interval` steps, whereas the learning rate is read at each step.
 
     Args:
         model: Model with SNELLA layers.
         interval: Steps between measurements of `mean|S|`. One measurement costs about one merge of every matrix.
-        adapter_names: Adapters to scale; defaults to all trainable ones.
+        adapter_names: Adapters whose steps are scaled; defaults to all trainable ones.
 
     Attributes:
         scales: Scale factors of the last step, one per matrix, by layer and adapter name.
@@ -190,9 +195,7 @@ class StepMatcher:
         trained = _trained_adapters(model)
         self._adapters = [pair for pair in trained if adapter_names is None or pair[1] in adapter_names]
         if not self._adapters:
-            raise ValueError(
-                f"match_update requires a model with trainable SNELLA factors, got {type(model).__name__} without any"
-            )
+            raise ValueError(f"match_update requires trainable SNELLA factors, but {type(model).__name__} has none")
         if any(is_sharded(layer.snella_A[name]) for layer, name in self._adapters):
             raise NotImplementedError(
                 "match_update requires unsharded factors during the optimizer step, got factors sharded by FSDP; set "
@@ -217,6 +220,7 @@ class StepMatcher:
         return self
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Compute the scales of this step and copy the factors, so that `_after_step` can scale their changes."""
         if self.step % self.interval == 0:
             self._slopes = [_measure_slopes(layer, name) for layer, name in self._adapters]
         self.step += 1
@@ -224,7 +228,8 @@ class StepMatcher:
         lr_by_parameter = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         coeffs_by_adapter = [layer.snella_piece_coeff[name].detach().float() for layer, name in self._adapters]
         coeff_rms = [coeffs.square().mean(1).sqrt() for coeffs in coeffs_by_adapter]
-        all_coeff_rms = iter(torch.cat([rms.to(coeff_rms[0].device) for rms in coeff_rms]).tolist())  # one sync
+        # in one tensor, so that reading the values synchronizes only once
+        all_coeff_rms = iter(torch.cat([rms.to(coeff_rms[0].device) for rms in coeff_rms]).tolist())
         for (layer, name), weights_rms, slopes in zip(self._adapters, self._weight_rms, self._slopes, strict=True):
             lr = lr_by_parameter.get(id(layer.snella_A[name]), 0.0)
             scaling = abs(layer.scaling[name])
@@ -246,6 +251,7 @@ class StepMatcher:
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
+        """Scale the step by interpolating between the factors before and after it."""
         for (layer, name), (A_before, B_before) in zip(self._adapters, self._previous_factors, strict=True):
             A = layer.snella_A[name]
             B = layer.snella_B[name]
@@ -257,22 +263,25 @@ class StepMatcher:
         self._previous_factors = []
 
     def _state(self) -> dict[str, Any]:
+        """Return the state that is saved with the optimizer."""
         return {"step": self.step, "slopes": [list(slopes) for slopes in self._slopes]}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the result of `_state`; raise `ValueError` if its numbers of matrices do not match the model."""
         expected = [len(layer.row_counts[name]) for layer, name in self._adapters]
         counts = [len(slopes) for slopes in state["slopes"]]
         if counts and counts != expected:
             raise ValueError(
-                f"the optimizer's state must have {expected} adapted matrices per layer, got {counts}; load it into a "
-                "model with the same target_modules and qkv_groups"
+                f"the optimizer's state has {counts} adapted matrices per layer, but the model has {expected}; load it "
+                "into a model with the same target_modules and qkv_groups"
             )
-        self.step, self._slopes = state["step"], [list(slopes) for slopes in state["slopes"]]
+        self.step = state["step"]
+        self._slopes = [list(slopes) for slopes in state["slopes"]]
 
 
 @torch.no_grad()
 def _measure_weight(layer: SnellaLayer, name: str) -> list[float]:
-    """Return `rms(W0)` of each matrix; gathers a weight that FSDP2 shards."""
+    """Return `rms(W0)` of each matrix, after gathering a weight that FSDP2 shards."""
     with onloaded(layer, with_base=True):
         weight = layer._weight()
         W0 = weight if isinstance(weight, Tensor) else weight.materialize()
@@ -281,7 +290,7 @@ def _measure_weight(layer: SnellaLayer, name: str) -> list[float]:
 
 
 def _measure_slopes(layer: SnellaLayer, name: str) -> list[float]:
-    """Return `c` of each matrix, see `StepMatcher`."""
+    """Return the slope `c` of each matrix (see `StepMatcher`)."""
     if layer.snella_config[name].sparsify_mode == "none":
         return [1.0] * len(layer.row_counts[name])
     means = torch.stack([S.abs().mean() for S in layer.sparse_updates(name)]).tolist()

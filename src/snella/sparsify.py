@@ -1,4 +1,7 @@
-"""Weight-level competition: exact thresholds and sparsification of a merged matrix."""
+"""Weight-level competition: exact thresholds and sparsification of a merged matrix.
+
+The entries of a matrix compete for its budget, the maximum number of nonzero entries. Only the largest magnitudes win.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ KEEP_ALL = -1.0
 
 
 def sparsify(delta: Tensor, threshold: Tensor, mode: SparsifyMode = "soft") -> Tensor:
-    """Zero the entries of `delta` with magnitude up to `threshold`, and weight the others by magnitude.
+    """Zero the entries of `delta` whose magnitude does not exceed `threshold`, and weight the others by magnitude.
 
         soft:      S[i, j] = delta[i, j] · max(|delta[i, j]| − threshold, 0)                      (eq. 13)
         official:  S[i, j] = delta[i, j] · |delta[i, j]|·1[|delta[i, j]| > threshold]             (the authors' code)
@@ -25,11 +28,11 @@ def sparsify(delta: Tensor, threshold: Tensor, mode: SparsifyMode = "soft") -> T
 
     Args:
         delta: Merged matrix, `[m, n]`, floating point.
-        threshold: Magnitude, 0-dim, same device; a constant for differentiation.
+        threshold: 0-dim, on the device of `delta`; a constant for differentiation.
         mode: `"soft"`, `"official"`, or `"none"` (kernelized LoRA), which ignores `threshold`.
 
     Returns:
-        `[m, n]`, dtype of `delta`.
+        `[m, n]`, in the dtype of `delta`.
 
     Raises:
         ValueError: If `mode` is unknown.
@@ -72,7 +75,7 @@ def keep_threshold(delta: Tensor, budget: int) -> Tensor:
         budget: Maximum number of nonzero entries, in `[0, delta.numel()]`.
 
     Returns:
-        0-dim, dtype and device of `delta`, detached.
+        Detached 0-dim tensor with the dtype and device of `delta`.
 
     Raises:
         ValueError: If `budget` is out of range.
@@ -82,7 +85,8 @@ def keep_threshold(delta: Tensor, budget: int) -> Tensor:
         raise ValueError(f"budget must be in [0, {size}] for a matrix {list(delta.shape)}, got {budget}")
     if budget == size:
         return delta.new_zeros(())
-    return _smallest(delta.detach().abs(), [size - budget - 1])[0]
+    rank = size - budget - 1  # counted from the smallest entry, which has rank 0
+    return _smallest(delta.detach().abs(), [rank])[0]
 
 
 def quantile_threshold(delta: Tensor, sparsity: float) -> Tensor:
@@ -90,15 +94,15 @@ def quantile_threshold(delta: Tensor, sparsity: float) -> Tensor:
 
         t = quantile(|delta|, sparsity)
 
-    Equals `torch.quantile` for entries without NaN, but has no limit on the number of entries and always computes the
-    position of the quantile in double precision.
+    Without NaN, the result equals that of `torch.quantile`. Unlike `torch.quantile`, this function has no limit on the
+    number of entries and always computes the position of the quantile in double precision.
 
     Args:
         delta: Matrix of any shape, floating point.
         sparsity: Fraction of the entries below the threshold, in `[0, 1]`.
 
     Returns:
-        0-dim, dtype and device of `delta`, detached.
+        Detached 0-dim tensor with the dtype and device of `delta`.
 
     Raises:
         ValueError: If `sparsity` is out of range or `delta` is empty.
@@ -108,20 +112,20 @@ def quantile_threshold(delta: Tensor, sparsity: float) -> Tensor:
     if not delta.numel():
         raise ValueError(f"delta must have at least one entry, got {list(delta.shape)}")
     position = sparsity * (delta.numel() - 1)
-    lower = int(position)
-    upper = min(lower + 1, delta.numel() - 1)
-    low, high = _smallest(delta.detach().abs(), [lower, upper])
-    return torch.lerp(low, high, position - lower)
+    lower_rank = int(position)
+    upper_rank = min(lower_rank + 1, delta.numel() - 1)
+    low, high = _smallest(delta.detach().abs(), [lower_rank, upper_rank])
+    return torch.lerp(low, high, position - lower_rank)
 
 
 def _smallest(magnitudes: Tensor, ranks: list[int]) -> list[Tensor]:
-    """Return the `rank`-th smallest entry (0-based) for each rank in `ranks`, without a full sort.
+    """Return the entry of each rank, from 0 for the smallest, without a full sort.
 
     May reorder `magnitudes` in place.
     """
     flat = magnitudes.flatten()
     if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
-        array = flat.numpy()
+        array = flat.numpy()  # shares the memory of `flat`, which the partition therefore reorders
         array.partition(np.unique(ranks))
         return [flat[rank].clone() for rank in ranks]
     return [torch.kthvalue(flat, rank + 1).values for rank in ranks]

@@ -1,4 +1,8 @@
-"""Target modules, matrices of fused layers, and heads of a model."""
+"""Target modules, matrices of fused layers, and heads of a model.
+
+A target is a module to adapt. A fused layer, such as `qkv`, stacks several matrices in one weight, and each matrix has
+its own budget. A head is a classifier or another predictor, which is not adapted by default.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +33,22 @@ _PREDICTOR_NAMES = {
     *("mask_predictor", "mask_embedder", "class_embed", "bbox_embed", "enc_score_head", "enc_bbox_head"),
     *("class_head", "box_head", "decode_head", "auxiliary_head"),
 }
+# names of patch embedding and merging modules, at any depth
 _PATCH_NAMES = {"patch_embed", "patch_embedding", "patch_embeddings", "downsample", "patch_merging", "x_embedder"}
 _PATCH_CLASSES = ("PatchEmbed", "PatchMerging")  # substrings of class names
 _MATCH_TIMEOUT_S = 5.0  # for all module names of a model; a typical expression takes a few milliseconds
 _FUSED_NAMES = {"qkv", "Wqkv", "to_qkv", "qkv_proj", "c_attn", "in_proj", "kv"}
+_OUTPUT_EMBEDDINGS = {"lm_head", "proj_out"}  # pre-trained with the model
+
+_ADAPTABLE = (nn.Linear, Conv1D, nn.Conv2d)
+# linear layers whose custom forward() computes the same product
+_EQUIVALENT_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
+# alternatives for unsupported modules
+_ALTERNATIVES = {
+    nn.Embedding: "train single rows with trainable_token_indices, or the whole embedding with modules_to_save",
+    nn.Conv1d: "train it in full with modules_to_save",
+    nn.Conv3d: "train it in full with modules_to_save",
+}
 
 # keyed by class name, to avoid importing the libraries
 _DEFAULT_TARGETS: dict[str, str | list[str]] = {
@@ -54,9 +70,10 @@ def all_linear_names(model: nn.Module) -> list[str]:
     """
     names = []
     for name, module in _candidates(model):
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if is_adaptable(module):
             names += [name, f"{name}.out_proj"]
-        elif isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, (nn.Linear, Conv1D)):
+        elif isinstance(base, (nn.Linear, Conv1D)):
             names.append(name)
     return names
 
@@ -68,20 +85,21 @@ def plain_convolution_names(model: nn.Module) -> list[str]:
     stem), the head, patch embedding, downsampling between stages, modules inside adapters, and even kernel sizes with
     `padding="same"`.
     """
-    stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     names = []
     for name, module in _candidates(model):
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if not isinstance(base, nn.Conv2d) or base is stem or base.groups > 1 or _overridden_methods(base):
             continue
-        is_asymmetric = base.padding == "same" and any(k % 2 == 0 for k in base.kernel_size)
+        # such padding is asymmetric, which adapted convolutions do not support
+        is_asymmetric = base.padding == "same" and any(size % 2 == 0 for size in base.kernel_size)
         if not is_asymmetric:
             names.append(name)
     return names
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules outside the head, patch embedding and patch merging; none inside attentions or adapters."""
+    """Return the modules outside the head, patch embedding and patch merging, and outside attentions and adapters."""
     heads = _head_modules(model)
     candidates: list[tuple[str, nn.Module]] = []
     skipped_prefixes: list[str] = []
@@ -121,11 +139,12 @@ def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
     num_excluded = sum(weight.numel() for _, weight in excluded.values())
     if num_excluded <= num_adapted:
         return None
+    # the largest excluded weight of each class
     example_by_class: dict[str, tuple[str, str, list[int]]] = {}
-    for name, (owner, weight) in sorted(excluded.items(), key=lambda item: -item[1][1].numel()):
-        example_by_class.setdefault(owner, (name, owner, list(weight.shape)))
-    largest = list(example_by_class.values())[:3]
-    examples = ", ".join(f"{name!r} {shape} of {owner}" for name, owner, shape in largest)
+    for name, (owner_class, weight) in sorted(excluded.items(), key=lambda item: -item[1][1].numel()):
+        example_by_class.setdefault(owner_class, (name, owner_class, list(weight.shape)))
+    shown = list(example_by_class.values())[:3]
+    examples = ", ".join(f"{name!r} {shape} of {owner_class}" for name, owner_class, shape in shown)
     return (
         f"the selected target_modules adapt {num_adapted / (num_adapted + num_excluded):.0%} of the weights of "
         f"{type(model).__name__}, not counting embeddings and head; {len(excluded)} other weight tensors remain "
@@ -160,6 +179,7 @@ def check_expression(expression: str, names: Iterable[str]) -> None:
 
 
 def _timeout_error(expression: str, name: str) -> ValueError:
+    """Return the error for an expression that exceeds the time limit."""
     return ValueError(
         f"the regular expression {expression!r} takes more than {_MATCH_TIMEOUT_S:g} s to match names such as "
         f"{name!r}; remove nested quantifiers, or pass a list of names"
@@ -217,48 +237,47 @@ def count_rows(
 
 
 def _infer_groups(suffix: str, out_features: int, in_features: int, parent: nn.Module) -> int | list[int]:
-    """Infer the layout of a fused layer: the number of equal parts, or row counts if k and v have fewer rows."""
+    """Infer the layout of a fused layer: the number of equal parts, or row counts if k and v have fewer rows.
+
+    Returns 1 if the layer does not look fused.
+    """
     if suffix == "kv":
         return 2 if out_features % 2 == 0 else 1
     config = getattr(parent, "config", None)
-    heads, kv_heads = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    heads = getattr(config, "num_attention_heads", None)
+    kv_heads = getattr(config, "num_key_value_heads", None)
     if heads and kv_heads and kv_heads != heads and out_features % (heads + 2 * kv_heads) == 0:
         width = out_features // (heads + 2 * kv_heads)
         return [heads * width, kv_heads * width, kv_heads * width]
     if out_features == 3 * in_features:
         return 3
-    return 3 if suffix in {"qkv", "Wqkv", "to_qkv"} and out_features % 3 == 0 else 1
+    is_named_qkv = suffix in {"qkv", "Wqkv", "to_qkv"}
+    return 3 if is_named_qkv and out_features % 3 == 0 else 1
 
 
 def unmatched_message(targets: Iterable[str] | str, model: nn.Module) -> str:
     """Return the error message for `targets` that match no module, with example names and close matches."""
+    is_expression = isinstance(targets, str)
     patterns = [targets] if isinstance(targets, str) else sorted(targets)
     names = all_linear_names(model)
-    suffixes = {".".join(name.split(".")[-k:]) for name in names for k in (1, 2)}
-    close_matches = [match for target in patterns for match in get_close_matches(target.split(".")[-1], suffixes, 2)]
+    suffixes = {".".join(name.split(".")[-count:]) for name in names for count in (1, 2)}
+    close_matches: list[str] = []
+    for pattern in patterns:
+        close_matches += get_close_matches(pattern.split(".")[-1], suffixes, 2)
     example_by_pattern: dict[str, str] = {}
     for name in names:
-        example_by_pattern.setdefault(".".join(part for part in name.split(".") if not part.isdigit()), name)
-    message = f"no module matches target_modules={patterns if not isinstance(targets, str) else targets!r}"
+        name_pattern = ".".join(part for part in name.split(".") if not part.isdigit())
+        example_by_pattern.setdefault(name_pattern, name)
+    message = f"no module matches target_modules={targets if is_expression else patterns!r}"
     if example_by_pattern:
         message += f"; this model has e.g. {', '.join(map(repr, list(example_by_pattern.values())[:4]))}"
-    suggestions = list(dict.fromkeys(close_matches))
-    if isinstance(targets, str):
+    if is_expression:
         message += "; a string is a regular expression for full names"
+    suggestions = list(dict.fromkeys(close_matches))
     if suggestions:
-        message += f"; did you mean {suggestions if isinstance(targets, str) else ', '.join(map(repr, suggestions))}?"
+        shown = str(suggestions) if is_expression else ", ".join(map(repr, suggestions))
+        message += f"; did you mean {shown}?"
     return message
-
-
-_ADAPTABLE = (nn.Linear, Conv1D, nn.Conv2d)
-# linear layers whose custom forward() computes the same product
-_EQUIVALENT_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
-# alternatives for unsupported modules
-_ALTERNATIVES = {
-    nn.Embedding: "train single rows with trainable_token_indices, or the whole embedding with modules_to_save",
-    nn.Conv1d: "train it in full with modules_to_save",
-    nn.Conv3d: "train it in full with modules_to_save",
-}
 
 
 def choose_layer_class(base: nn.Module, name: str) -> type[SnellaLayer]:
@@ -273,6 +292,7 @@ def choose_layer_class(base: nn.Module, name: str) -> type[SnellaLayer]:
         RuntimeError: If the module is a bitsandbytes layer that is not quantized yet.
         TypeError: If the module is neither linear nor a 2D convolution.
     """
+    # attentions with the `forward` of torch are adapted by projection
     if isinstance(base, nn.MultiheadAttention):
         raise NotImplementedError(
             f"target_modules matches {name!r}, a {class_name(base)} with a custom forward(), which may use the "
@@ -287,7 +307,9 @@ def choose_layer_class(base: nn.Module, name: str) -> type[SnellaLayer]:
         )
     if isinstance(base, _ADAPTABLE):
         return Conv2d if isinstance(base, nn.Conv2d) else Linear
-    hint = next((f"; {hint}" for other, hint in _ALTERNATIVES.items() if isinstance(base, other)), "")
+    alternatives = (alternative for cls, alternative in _ALTERNATIVES.items() if isinstance(base, cls))
+    alternative = next(alternatives, None)
+    hint = "" if alternative is None else f"; {alternative}"
     raise TypeError(
         f"target_modules matches {name!r}, a {type(base).__name__}; "
         f"SNELLA adapts torch.nn.Linear, Conv2d and MultiheadAttention, and transformers' Conv1D{hint}"
@@ -318,8 +340,8 @@ def class_name(module: nn.Module) -> str:
 
 
 def _overridden_methods(base: nn.Module) -> list[str]:
-    """Return the names of overridden forward methods, e.g. in timm's `Conv2dSame`."""
-    base_class = next((base_class for base_class in _ADAPTABLE if isinstance(base, base_class)), None)
+    """Return the names of the forward methods that an adaptable module overrides, as timm's `Conv2dSame` does."""
+    base_class = next((cls for cls in _ADAPTABLE if isinstance(base, cls)), None)
     if base_class is None or class_name(base) in _EQUIVALENT_LINEAR:
         return []
     methods = ("forward", "_conv_forward")
@@ -327,8 +349,6 @@ def _overridden_methods(base: nn.Module) -> list[str]:
 
 
 # heads ---------------------------------------------------------------------------------------------------------------
-
-_OUTPUT_EMBEDDINGS = {"lm_head", "proj_out"}  # pre-trained with the model
 
 
 def _head_modules(model: nn.Module) -> set[nn.Module]:
@@ -350,7 +370,7 @@ def _head_modules(model: nn.Module) -> set[nn.Module]:
 
 
 def head_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Return the linear and convolutional layers of a model's classifiers and predictors, outside adapters."""
+    """Return the linear and convolutional layers of a model's heads, except output embeddings and adapted heads."""
     heads = _head_modules(model)
     layers = {}
     adapter_prefixes: list[str] = []

@@ -1,4 +1,8 @@
-"""Data types of an update, and its initial values."""
+"""Data types of a weight's update, and initial values of its factors.
+
+A kernel function merges the factors `A` and `B` into `ΔW`. The update `S` is the sparsified `ΔW` and is added to the
+base weight `W0`. The budget of a matrix is the maximum number of nonzero entries of `S`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from snella.kernels import KERNELS, Factors, Kernel, KernelScalars, check_factor
 from snella.sparsify import KEEP_ALL, SparsifyMode, keep_threshold, quantile_threshold
 
 BACKENDS = ("eager", "reference", "numba", "triton")
-"""Backends of an update: `eager` (torch operations), `reference` (autograd), and `numba` and `triton` kernels."""
+"""Backends: `eager` (torch operations), `reference` (torch with autograd), `numba` and `triton` (compiled kernels)."""
 _MODES = get_args(SparsifyMode)
 
 _INITIAL_SCALARS = {"alpha": 1.0, "beta": 0.0, "temperature": 1.0}
@@ -29,7 +33,7 @@ def row_slices(row_counts: Sequence[int]) -> tuple[slice, ...]:
 
 
 class MatrixFactors(NamedTuple):
-    """Inputs of a matrix's merge in at least float32: `A` `[n, r]`, `B` `[rows, r]`, and 0-dim or `[P]` scalars."""
+    """Inputs of the merge of one matrix, in at least float32: `A` `[n, r]`, `B` `[rows, r]`, and the scalars."""
 
     A: Tensor
     B: Tensor
@@ -38,9 +42,9 @@ class MatrixFactors(NamedTuple):
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """Settings, without tensors, of a weight's sparse update `S`.
+    """Settings of a weight's sparse update `S`, without its tensors.
 
-    The weight consists of `G` stacked matrices (e.g. 3 in a fused qkv layer), which compete separately.
+    The weight consists of `G` stacked matrices (e.g. 3 in a fused qkv layer), each with its own budget.
 
     Args:
         kernel: Kernel function, with its pieces and softmax settings.
@@ -59,6 +63,7 @@ class UpdateSpec:
     scaling: float = 1.0
     backend: str = "eager"
     rows: tuple[slice, ...] = field(init=False, compare=False, repr=False)
+    """Row slice of each matrix, computed from `row_counts`."""
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
@@ -73,17 +78,18 @@ class UpdateSpec:
         return sum(self.row_counts)
 
     def to_ints(self) -> list[int]:
-        """Encode the spec without `scaling` as integers for a `torch.compile` operator; `from_ints` decodes them."""
+        """Encode the spec as integers for a `torch.compile` operator, which receives `scaling` separately."""
         kernel = self.kernel
-        names = (list(KERNELS).index(kernel.name), _MODES.index(self.mode), BACKENDS.index(self.backend))
-        return [*names, kernel.num_pieces, kernel.softmax_dim, int(kernel.center_softmax), *self.row_counts]
+        choices = (list(KERNELS).index(kernel.name), _MODES.index(self.mode), BACKENDS.index(self.backend))
+        return [*choices, kernel.num_pieces, kernel.softmax_dim, int(kernel.center_softmax), *self.row_counts]
 
     @classmethod
     def from_ints(cls, ints: Sequence[int], scaling: float) -> Self:
         """Decode a spec from the result of `to_ints`."""
-        name, mode, backend, num_pieces, softmax_dim, center_softmax, *row_counts = ints
-        kernel = KERNELS[list(KERNELS)[name]](num_pieces, softmax_dim, bool(center_softmax))
-        return cls(kernel, tuple(row_counts), _MODES[mode], scaling, BACKENDS[backend])
+        kernel_index, mode_index, backend_index, num_pieces, softmax_dim, center_softmax, *row_counts = ints
+        kernel_type = KERNELS[list(KERNELS)[kernel_index]]
+        kernel = kernel_type(num_pieces, softmax_dim, bool(center_softmax))
+        return cls(kernel, tuple(row_counts), _MODES[mode_index], scaling, BACKENDS[backend_index])
 
     def matrices(self, factors: Factors) -> Iterator[MatrixFactors]:
         """Yield the factors and scalars of each matrix in at least float32."""
@@ -101,7 +107,7 @@ class UpdateSpec:
         return self.kernel.merge(*factors)
 
     def find_threshold(self, delta: Tensor, budget: int) -> Tensor:
-        """Return the threshold of a merged matrix, 0-dim; only larger magnitudes are kept."""
+        """Return the 0-dim threshold of a merged matrix. Only entries with a larger magnitude are kept."""
         if self.mode == "none":
             return delta.new_full((), KEEP_ALL)
         if self.mode == "official":
@@ -118,21 +124,22 @@ class UpdateSpec:
                 f"{list(self.row_counts)} rows, got {list(A.shape)} and {list(B.shape)}"
             )
         if len(budgets) != len(self.row_counts):
-            raise ValueError(f"budgets must be one per matrix ({len(self.row_counts)}), got {list(budgets)}")
-        for budget, rows in zip(budgets, self.row_counts, strict=True):
-            size = rows * A.shape[1]
+            raise ValueError(f"budgets must have {len(self.row_counts)} entries, one per matrix, got {list(budgets)}")
+        num_columns = A.shape[1]
+        for budget, num_rows in zip(budgets, self.row_counts, strict=True):
+            size = num_rows * num_columns
             if not 0 <= budget <= size:
-                raise ValueError(f"budget must be in [0, {size}] for a matrix {[rows, A.shape[1]]}, got {budget}")
+                raise ValueError(f"budget must be in [0, {size}] for a matrix {[num_rows, num_columns]}, got {budget}")
             if self.mode == "none" and budget != size:
                 raise ValueError(
-                    f"mode='none' keeps every entry; budget must be {size} for a matrix {[rows, A.shape[1]]}, "
+                    f"mode='none' keeps every entry; budget must be {size} for a matrix {[num_rows, num_columns]}, "
                     f"got {budget}"
                 )
         for matrix in self.matrices(factors):
             check_factors(matrix.A, matrix.B, self.kernel, matrix.scalars)
-        expected = [self.num_rows, A.shape[1]]
-        if weight_shape is not None and [weight_shape[0], weight_shape[1:].numel()] != expected:
-            raise ValueError(f"update and weight must have the same size, got {expected} and {list(weight_shape)}")
+        update_shape = [self.num_rows, num_columns]
+        if weight_shape is not None and [weight_shape[0], weight_shape[1:].numel()] != update_shape:
+            raise ValueError(f"update and weight must have the same size, got {update_shape} and {list(weight_shape)}")
 
 
 class Update(NamedTuple):
@@ -142,7 +149,7 @@ class Update(NamedTuple):
         spec: Settings of the update.
         factors: Factors and scalars.
         budgets: Budget of each matrix, `G` integers.
-        thresholds: `[G]`, from an earlier call with these factors and budgets, or `None` to compute them.
+        thresholds: `[G]`, from an earlier call with these factors and budgets. If `None`, they are computed.
     """
 
     spec: UpdateSpec
@@ -164,15 +171,15 @@ def init_factors(factors: Factors, rows: Sequence[slice], num_pieces: int, *, is
         factors: Factors of `G` matrices, `A` `[G, n, r]` and `B` `[m, r]`.
         rows: Row slice of `B` for each matrix.
         num_pieces: `P`.
-        is_larger: If True, draw factors from `U(±1)` instead.
+        is_larger: If True, draw the factors from `U(±1)` instead, for tests.
     """
     A = factors.A
     B = factors.B
-    width = max(A.shape[-1] // num_pieces, 1)
+    piece_width = max(A.shape[-1] // num_pieces, 1)
     for group, matrix_rows in enumerate(rows):
         num_rows = matrix_rows.stop - matrix_rows.start
-        for factor, size in ((A[group], A.shape[1]), (B[matrix_rows], num_rows)):
-            bound = 1.0 if is_larger else (size * width) ** -0.5
+        for factor, length in ((A[group], A.shape[1]), (B[matrix_rows], num_rows)):
+            bound = 1.0 if is_larger else (length * piece_width) ** -0.5
             factor.uniform_(-1, 1).mul_(bound)
     for name, value in _INITIAL_SCALARS.items():
         scalar: Tensor | None = getattr(factors, name)
@@ -189,7 +196,7 @@ def bound_initial_update(factors: Factors, rows: Sequence[slice], kernel: Kernel
         √n · rms(S) / rms(W0) ≤ bound, for each matrix
 
     The softmax sums to 1 over the `m` outputs, so `S` starts near `1/m²`, which is large in narrow layers. `S` is
-    estimated as `ΔW²`, without `scaling`, from at most 64 columns (with `softmax_dim=1`, rows).
+    estimated as `ΔW²`, without `scaling`, from at most 64 columns, or rows if `softmax_dim` is 1.
 
     Args:
         factors: Factors initialized by `init_factors`.
@@ -197,7 +204,7 @@ def bound_initial_update(factors: Factors, rows: Sequence[slice], kernel: Kernel
         kernel: Piecewise kernel function that merges the factors.
         weight: `W0`, `[m, …]`.
         bound: `SnellaLayer.max_initial_ratio`. Factors and `α` shrink by a factor of at most 10, even if the update
-            still exceeds the bound, and not at all if the matrix in `weight` is zero.
+            then still exceeds the bound. They do not shrink if the matrix in `weight` is zero.
     """
     A = factors.A
     B = factors.B
@@ -206,11 +213,11 @@ def bound_initial_update(factors: Factors, rows: Sequence[slice], kernel: Kernel
         scalars = [value if value is None else value[group] for value in factors[2:]]
         delta = kernel.merge(A[group][:max_columns], B[matrix_rows][:max_rows], KernelScalars(*scalars))
         weight_rms = weight[matrix_rows].float().square().mean().sqrt()
-        initial_ratio = float(
-            A.shape[1] ** 0.5 * delta.square().square().mean().sqrt().to(weight_rms.device) / weight_rms
-        )
+        update_rms = delta.square().square().mean().sqrt().to(weight_rms.device)
+        initial_ratio = float(A.shape[1] ** 0.5 * update_rms / weight_rms)
         if bound < initial_ratio < float("inf"):
-            shrink = max((bound / initial_ratio) ** 0.5, _MIN_SHRINK)
+            # `ΔW` is roughly proportional to the factors and `α`, and `S` is quadratic in `ΔW`
+            scale = max((bound / initial_ratio) ** 0.5, _MIN_SHRINK)
             alpha = () if factors.alpha is None else (factors.alpha[group],)
             for tensor in (A[group], B[matrix_rows], *alpha):
-                tensor.mul_(shrink)
+                tensor.mul_(scale)

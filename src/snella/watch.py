@@ -1,4 +1,8 @@
-"""Warnings about silent mistakes in training and merging."""
+"""Warnings about silent mistakes in training and merging.
+
+The budget of an adapter is the maximum number of nonzero entries of its updates. During training, a `BudgetAllocator`
+reduces it.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,9 @@ if TYPE_CHECKING:
     from snella.config import SnellaConfig
     from snella.layer import SnellaLayer
 
-_STEPS_WITHOUT_ALLOCATOR = 2  # a script with a single step may only need its gradients
-_MIN_ENTRIES = 256  # minimum for the statistical tests of new heads
-_SIGMAS = 5.0  # tolerance of one comparison, in standard deviations
+_STEPS_WITHOUT_ALLOCATOR = 2  # before the warning, because a script with a single step may only need its gradients
+_MIN_ENTRIES = 256  # minimum number of weights for the statistical tests of new heads
+_SIGMAS = 5.0  # tolerance of one statistical comparison, in standard deviations
 
 
 class TrainingWatch:
@@ -68,41 +72,42 @@ class TrainingWatch:
             find_heads: Returns the head layers of a model by name.
         """
         self._batch_counts = _tracked_batches(model)
-        reference = weakref.ref(model)
-        steps = 0
-        heads: _NewHeads | None = None
+        model_reference = weakref.ref(model)
+        num_steps = 0
+        new_heads: _NewHeads | None = None
 
         def check(optimizer: Optimizer) -> bool:
-            nonlocal steps, heads
-            if (model := reference()) is None:
+            """Check one step and return whether later steps need no check."""
+            nonlocal num_steps, new_heads
+            if (model := model_reference()) is None:
                 return True
-            if steps > 1 and self.is_attached:
-                return False
+            if num_steps > 1 and self.is_attached:
+                return False  # the allocator may be detached later
             layers = find_layers(model)
             if not layers:
                 return True
             factors = (layer.snella_A[adapter_name] for layer in layers)
-            trained = {id(factor) for factor in factors if factor.requires_grad}
-            groups: list[dict[str, Any]] = []
+            trained_ids = {id(factor) for factor in factors if factor.requires_grad}
+            trained_groups: list[dict[str, Any]] = []
             for group in optimizer.param_groups:
-                if any(id(parameter) in trained for parameter in group["params"]):
-                    groups.append(group)
+                if any(id(parameter) in trained_ids for parameter in group["params"]):
+                    trained_groups.append(group)
             # torch.distributed.checkpoint creates an optimizer's state with a step at learning rate 0
-            if all(group.get("lr") == 0 for group in groups):
+            if all(group.get("lr") == 0 for group in trained_groups):
                 return False
-            steps += 1
-            if steps == 1:
+            num_steps += 1
+            if num_steps == 1:
                 _warn_about_unused(layers)
-                heads = _NewHeads(find_heads(model))
-            elif heads is not None:
-                _warn_about_frozen_heads(heads.frozen_and_used())
-                heads = None
-            return self._check_allocator(layers, adapter_name) and steps > 1
+                new_heads = _NewHeads(find_heads(model))
+            elif new_heads is not None:
+                _warn_about_frozen_heads(new_heads.frozen_and_used())
+                new_heads = None
+            return self._check_allocator(layers, adapter_name) and num_steps > 1
 
         check_after_step(check)
 
     def _check_allocator(self, layers: Sequence[SnellaLayer], adapter_name: str) -> bool:
-        """Count a step without an allocator; return True if later steps need no check."""
+        """Count a step without an allocator, and return whether later steps need no check."""
         if self.is_attached:
             self._steps_without_allocator = 0
             return False
@@ -144,10 +149,10 @@ class TrainingWatch:
         budget, target_budget = _budget_and_target(layers, adapter_name)
         if self._steps_without_allocator and not self.is_attached and budget > target_budget:
             self._warn_about_missing_allocator(layers[0].snella_config[adapter_name])
-        current = _tracked_batches(model)
-        changed = [name for name, count in self._batch_counts.items() if current.get(name, count) != count]
+        batch_counts = _tracked_batches(model)
+        changed = [name for name, count in self._batch_counts.items() if batch_counts.get(name, count) != count]
         if changed:
-            self._batch_counts = current
+            self._batch_counts = batch_counts
             warnings.warn(
                 f"the running statistics of {len(changed)} batch-norm layer{'s' * (len(changed) > 1)} changed in "
                 f"training but are not saved with the adapter: {listed(map(repr, changed), 4)}; add them to "
@@ -169,7 +174,7 @@ class TrainingWatch:
 
 
 def _tracked_batches(model: nn.Module) -> dict[str, int]:
-    """Return `num_batches_tracked` of each batch-norm layer that is not saved, by name without PEFT's prefix."""
+    """Return how many batches each batch-norm layer that is not saved has tracked, by name without PEFT's prefix."""
     counts = {
         name.removeprefix("base_model.model."): module.num_batches_tracked
         for name, module in model.named_modules()
@@ -180,12 +185,13 @@ def _tracked_batches(model: nn.Module) -> dict[str, int]:
 
 
 def _budget_and_target(layers: Sequence[SnellaLayer], adapter_name: str) -> tuple[int, int]:
-    """Return an adapter's current and target number of entries; they are equal if its sparsity is constant."""
+    """Return an adapter's current and target number of entries, which are equal if its sparsity is constant."""
     budget = sum(sum(layer.budgets(adapter_name)) for layer in layers)
     config = layers[0].snella_config[adapter_name]
+    if config.target_sparsity <= config.init_sparsity:
+        return budget, budget
     size = sum(layer.out_features * layer.in_features for layer in layers)
-    is_constant = config.target_sparsity <= config.init_sparsity
-    return budget, budget if is_constant else size - round(config.target_sparsity * size)
+    return budget, size - round(config.target_sparsity * size)
 
 
 # unused layers -------------------------------------------------------------------------------------------------------
@@ -193,10 +199,10 @@ def _budget_and_target(layers: Sequence[SnellaLayer], adapter_name: str) -> tupl
 
 def _warn_about_unused(layers: Sequence[SnellaLayer]) -> None:
     """Warn about layers that the model did not use before the first optimizer step."""
-    if unapplied := [layer.module_name for layer in layers if not layer.is_applied]:
+    if unused_names := [layer.module_name for layer in layers if not layer.is_applied]:
         warnings.warn(
-            f"{len(unapplied)} of {len(layers)} adapted modules were not used before the first optimizer step: "
-            f"{listed(map(repr, unapplied), 8)}; the model neither called them nor read their weight, so "
+            f"{len(unused_names)} of {len(layers)} adapted modules were not used before the first optimizer step: "
+            f"{listed(map(repr, unused_names), 8)}; the model neither called them nor read their weight, so "
             "they are not trained, but merging would change their weights; exclude them with exclude_modules",
             stacklevel=2,
         )
@@ -211,16 +217,16 @@ def warn_about_unused_merges(layers: Sequence[SnellaLayer], configs: Sequence[Sn
         layers: Layers with the merged adapters.
         configs: Configurations of these adapters.
     """
-    unapplied = [layer.module_name for layer in layers if not layer.is_applied]
+    unused_names = [layer.module_name for layer in layers if not layer.is_applied]
     when = "so far"
-    if len(unapplied) == len(layers):
-        saved_unused = {name for config in configs for name in getattr(config, "unused_modules", None) or ()}
-        unapplied = [name for name in unapplied if name in saved_unused]
+    if len(unused_names) == len(layers):
+        unused_in_training = {name for config in configs for name in getattr(config, "unused_modules", None) or ()}
+        unused_names = [name for name in unused_names if name in unused_in_training]
         when = "in training"
-    if 0 < len(unapplied) < len(layers):
+    if 0 < len(unused_names) < len(layers):
         warnings.warn(
-            f"the model has not used the updates of {len(unapplied)} of {len(layers)} merged modules {when}: "
-            f"{listed(map(repr, unapplied), 8)}; if it neither calls these modules nor reads their weight, merging "
+            f"the model has not used the updates of {len(unused_names)} of {len(layers)} merged modules {when}: "
+            f"{listed(map(repr, unused_names), 8)}; if it neither calls these modules nor reads their weight, merging "
             "does not change the outputs, unless other code reads the merged weight",
             stacklevel=4,
         )
@@ -240,7 +246,7 @@ def _warn_about_frozen_heads(names: list[str]) -> None:
 
 
 class _NewHeads:
-    """Frozen, newly initialized layers among a model's heads, with a record of the layers that are called."""
+    """Frozen, newly initialized layers among a model's heads, with a record of those that are called."""
 
     def __init__(self, heads: dict[str, nn.Linear | nn.Conv2d]) -> None:
         self._layers: dict[str, nn.Linear | nn.Conv2d] = {}
@@ -266,7 +272,7 @@ def _is_frozen(layer: nn.Module) -> bool:
 
 
 def _record_call(called: set[str], name: str, *_: Any) -> None:
-    """Record a call of a layer; a forward hook that, unlike a closure, is picklable."""
+    """Record a call of a layer, as a forward hook that, unlike a closure, can be pickled."""
     called.add(name)
 
 
@@ -281,14 +287,15 @@ def is_newly_initialized(weight: Tensor, bias: Tensor | None) -> bool:
     - The bias is zero, and the entries of the weight are independent, according to their mean, the row norms and the
       angles between rows.
 
-    The last two require at least 256 weights. A trained layer has a nonzero bias and exceeds the bound; rows of class
-    embeddings are correlated.
+    The last two require at least 256 weights. They exclude trained layers, which have a nonzero bias and exceed the
+    bound, and class embeddings, whose rows are correlated.
 
     Args:
         weight: `[m, …]`.
         bias: `[m]` or `None`.
     """
     tensors = [weight] if bias is None else [weight, bias]
+    # subclasses, e.g. quantized or sharded weights, are not inspected
     if any(type(t) not in (Tensor, nn.Parameter) or t.is_meta or not t.is_floating_point() for t in tensors):
         return False
     if weight.ndim < 2 or weight.numel() == 0:
@@ -307,31 +314,33 @@ def is_newly_initialized(weight: Tensor, bias: Tensor | None) -> bool:
 def _is_default_init(rows: Tensor, bias: Tensor | None, eps: float) -> bool:
     """Return whether a layer has the default initialization of `nn.Linear` and `nn.Conv2d`."""
     bound = 1 / math.sqrt(rows.shape[1])
-    count = rows.numel()
+    num_weights = rows.numel()
     largest = float(rows.abs().max())
     mean_square = float(rows.square().mean())
     rounded_bound = bound * (1 + eps)
     is_bounded = largest <= rounded_bound
     if is_bounded and bias is not None:
         is_bounded = float(bias.abs().max()) <= rounded_bound
-    reaches_bound = largest >= bound * (1 - 7 / count)
-    # U(±bound) has the variance bound² / 3
-    has_uniform_variance = abs(3 * mean_square / bound**2 - 1) < _SIGMAS * math.sqrt(0.8 / count)
+    # the largest of N uniform magnitudes is smaller than this with a probability of about e⁻⁷
+    reaches_bound = largest >= bound * (1 - 7 / num_weights)
+    # U(±bound) has the variance bound² / 3, and the squares have the relative variance 0.8
+    has_uniform_variance = abs(3 * mean_square / bound**2 - 1) < _SIGMAS * math.sqrt(0.8 / num_weights)
     return is_bounded and reaches_bound and has_uniform_variance
 
 
 def _is_noise(rows: Tensor) -> bool:
     """Return whether the entries of a matrix look like i.i.d. draws from a symmetric distribution."""
     n = rows.shape[1]
-    square = rows.square().mean()
-    if float(rows.mean().abs()) > _SIGMAS * float((square / rows.numel()).sqrt()):
+    mean_square = rows.square().mean()
+    if float(rows.mean().abs()) > _SIGMAS * float((mean_square / rows.numel()).sqrt()):
         return False
-    # variance of the squares: 2 for normal, 0.8 for uniform entries
-    variance = float((rows.square() / square).var(correction=0))
-    norms = rows.square().mean(1) / square  # [m]
-    if variance > 4 or float((norms - 1).abs().max()) > _SIGMAS * math.sqrt(variance / n) + 1e-3:
+    # the relative variance of the squares is 2 for normal and 0.8 for uniform entries
+    variance = float((rows.square() / mean_square).var(correction=0))
+    squared_norms = rows.square().mean(1) / mean_square  # [m]
+    if variance > 4 or float((squared_norms - 1).abs().max()) > _SIGMAS * math.sqrt(variance / n) + 1e-3:
         return False
     sample = nn.functional.normalize(rows[:512], dim=1)
-    cosines = (sample @ sample.T).square().triu(1).sum()
-    pairs = len(sample) * (len(sample) - 1) / 2
-    return pairs == 0 or float(cosines) * n / pairs < 1 + _SIGMAS * math.sqrt(2 / pairs)
+    # the squared cosine of two independent rows has the mean 1 / n
+    squared_cosines = (sample @ sample.T).square().triu(1).sum()
+    num_pairs = len(sample) * (len(sample) - 1) / 2
+    return num_pairs == 0 or float(squared_cosines) * n / num_pairs < 1 + _SIGMAS * math.sqrt(2 / num_pairs)

@@ -21,29 +21,29 @@ def train(config: TrainConfig | None = None, *, console: Console | None = None, 
 
     Args:
         config: Configuration of the run, instead of settings.
-        console: Console for progress and results; standard output if None.
+        console: Console for progress and results. None selects standard output.
         **settings: Settings of `TrainConfig` by flat name, e.g. `lr`. `data` may also be a torch or Hugging Face
             dataset, or a mapping from split names (train, val, test) to datasets.
 
     Returns:
-        Run folder; with `folds`, the folder of the cross-validation.
+        Run folder. With `folds`, this is the folder of the cross-validation run.
 
     Raises:
         TypeError: If `config` and settings are both given, or a setting is unknown.
-        ValueError: If settings are invalid; one message lists all errors.
+        ValueError: If settings are invalid. One message lists all errors.
 
-    Other errors as for `snella_app.training.train.train`.
+    Other errors are as for `snella_app.training.train.train`.
     """
     if config is not None and settings:
         raise TypeError(f"train takes either config or settings, got both: config and {', '.join(settings)}")
     is_object = not isinstance(settings.get("data"), str | os.PathLike | None)
     options = {"data": settings.pop("data")} if is_object else {}
     if is_object:
-        settings["data"] = "python:data"
+        settings["data"] = "python:data"  # the configuration stores only a name for the object
     config = TrainConfig.from_flat(**settings) if config is None else config
     if config.method.name == AUTO_METHOD:
         if is_object:
-            raise ValueError("method must be a method's name for a dataset object, got 'auto'")
+            raise ValueError("method must be a specific method for a dataset object, got 'auto'")
         choose_method = plugin("choices", "method")
         if choose_method is None:
             raise ValueError("method=auto requires the package snella_lab, which compares methods; choose a method")

@@ -14,7 +14,9 @@ from rich.text import Text
 
 _T = TypeVar("_T")
 _UNLIMITED_WIDTH = 10_000
+"""Width of files and pipes, where lines are not wrapped."""
 _BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that change the direction of the following text."""
 
 
 class _Unpadded:
@@ -25,7 +27,7 @@ class _Unpadded:
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        """Write text without trailing spaces; rich passes whole lines."""
+        """Write text without trailing spaces, which are padding, because rich passes whole lines."""
         return self.stream.write("\n".join(line.rstrip(" ") for line in text.split("\n")))
 
     def flush(self) -> None:
@@ -33,7 +35,7 @@ class _Unpadded:
         self.stream.flush()
 
     def isatty(self) -> bool:
-        """Return False: the stream is a file or a pipe."""
+        """Return False, because the stream is a file or a pipe."""
         return False
 
 
@@ -54,13 +56,13 @@ class _PersistentStream:
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream; no-op after an error."""
+        """Flush the stream, which has no effect after an error."""
         with self._until_error():
             self.stream.flush()
 
     @contextlib.contextmanager
     def _until_error(self) -> Iterator[None]:
-        """Redirect the stream to the null device on the first error, and print a warning."""
+        """Catch the first write error, print a warning, and redirect the stream to the null device."""
         try:
             yield
         except OSError as error:
@@ -80,14 +82,14 @@ class _PlainConsole(Console):
         return super().render_str(printable(text), **{**options, "markup": False, "emoji": False, "highlight": False})
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render a renderable; control characters of a `Text` are escaped."""
+        """Render a renderable, with the control characters of a `Text` escaped."""
         if isinstance(renderable, Text) and printable(renderable.plain) != renderable.plain:
             renderable = Text(printable(renderable.plain), renderable.style)
         return super().render(renderable, options)
 
 
 def make_console(file: IO[str] | None = None, *, survives_closed_output: bool = False) -> Console:
-    """Create a console; lines are wrapped and padded only if `file` is a terminal.
+    """Create a console that wraps and pads lines only if `file` is a terminal.
 
     Args:
         file: Output stream; standard output if None.
@@ -111,12 +113,12 @@ def printable(text: str) -> str:
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a line without wrapping, markup or color; control characters are escaped."""
+    """Print a line without wrapping, markup or color, and with control characters escaped."""
     console.print(Text(printable(text)), soft_wrap=True)
 
 
 def print_rows(console: Console, rows: Sequence[tuple[str, str]]) -> None:
-    """Print name-value pairs in two columns; a terminal wraps long values within their column."""
+    """Print name-value pairs in two columns. A terminal wraps long values within their column."""
     if not console.is_terminal:
         width = max(len(name) for name, _ in rows)
         for name, text in rows:
@@ -131,7 +133,7 @@ def print_rows(console: Console, rows: Sequence[tuple[str, str]]) -> None:
 def make_table(
     columns: Iterable[str], rows: Iterable[Iterable[str]], *, title: str | None = None, left: int = 1
 ) -> Table:
-    """Create a table; the first `left` columns are left-aligned, the others right-aligned."""
+    """Create a table whose first `left` columns are left-aligned, and whose other columns are right-aligned."""
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index < left else "right")
@@ -141,7 +143,7 @@ def make_table(
 
 
 def print_heading(console: Console, text: str) -> None:
-    """Print a heading: a rule on a terminal, a plain line elsewhere."""
+    """Print a heading: a rule on a terminal, or a plain line elsewhere."""
     if console.is_terminal:
         console.rule(Text(printable(text)))
     else:
@@ -149,7 +151,7 @@ def print_heading(console: Console, text: str) -> None:
 
 
 def track_progress(items: Iterable[_T], text: str, total: int, console: Console | None) -> Iterable[_T]:
-    """Wrap items in a progress bar if the console is a terminal; otherwise return them unchanged."""
+    """Wrap items in a progress bar if the console is a terminal, otherwise return them unchanged."""
     if console is None or not console.is_terminal:
         return items
     from rich.progress import track
@@ -158,5 +160,5 @@ def track_progress(items: Iterable[_T], text: str, total: int, console: Console 
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """Format a count with its noun: `1 image`, `1,200 images`; `plural` defaults to `noun` plus s."""
+    """Format a count with its noun: `1 image`, `1,200 images`. By default, `plural` is `noun` with an s."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

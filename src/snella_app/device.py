@@ -1,4 +1,4 @@
-"""Selection of the torch device and the training precision, and a clock for device work."""
+"""Selection of the torch device and of the training precision, and a clock that waits for the device."""
 
 import time
 from contextlib import nullcontext
@@ -42,17 +42,21 @@ def choose_device(name: str) -> torch.device:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = f"torch {torch.__version__} finds no {'GPU' if device.type == 'cuda' else 'device of this type'}"
+        kind = "GPU" if device.type == "cuda" else "device of this type"
+        reason = f"torch {torch.__version__} finds no {kind}"
         if device.type == "cuda" and torch.cuda.is_available():
             count = torch.cuda.device_count()
             is_missing = (device.index or 0) >= count
             reason = f"torch.cuda.device_count() is {count}" if is_missing else first_line(error)
-        raise ValueError(f"device must be available, got {name!r}, but {reason}; use auto") from error
+        raise ValueError(f"device={name} is not available: {reason}; use auto") from error
     return device
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Resolve the precision `auto` to bf16 on CUDA GPUs and CPUs with bfloat16 instructions, otherwise to fp32."""
+    """Resolve the precision `auto`; other names are returned unchanged.
+
+    `auto` selects bf16 on CUDA GPUs and CPUs with bfloat16 instructions, otherwise fp32.
+    """
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -64,17 +68,17 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext[None]:
-    """Return the autocast context of a precision; a no-op context for fp32."""
+    """Return the autocast context of a precision, which does nothing for fp32."""
     return torch.autocast(device.type, _HALF[precision]) if precision in _HALF else nullcontext()
 
 
 def move_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor to a device; cast float64 to float32 if the device has no float64."""
+    """Move a tensor to a device. A float64 tensor becomes float32 if the device does not support float64."""
     return tensor.to(device, widest_dtype(device.type) if tensor.dtype == torch.float64 else tensor.dtype)
 
 
 def synchronized_time(device: torch.device) -> float:
-    """Wait for pending CUDA work, then return the time in seconds."""
+    """Wait for pending CUDA work, which runs asynchronously, then return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

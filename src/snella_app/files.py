@@ -1,4 +1,4 @@
-"""Atomic file writes and SHA-256 digests."""
+"""Atomic file writes, SHA-256 digests, and sealed JSON objects, which contain their own digest."""
 
 from __future__ import annotations
 
@@ -21,10 +21,27 @@ import psutil
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+SEAL = "sha256"
+"""Key of the digest in a sealed JSON object."""
+WRITE_FAILURES = {
+    "No space left": errno.ENOSPC,
+    "File too large": errno.EFBIG,
+    "PytorchStreamWriter": errno.ENOSPC,
+    "unexpected pos": errno.ENOSPC,
+    "iostream": errno.ENOSPC,
+}
+"""Substrings of library errors that indicate a failed write, with their errno."""
+_MAX_NAME_BYTES = 200
+"""Maximum length of a file name that is repeated in the names of its temporary files. Longer names are hashed, because
+the temporary names would exceed the limit of the file system."""
+
 
 @contextmanager
 def annotate_write_errors(path: Path) -> Iterator[None]:
-    """Add the file name to write errors, e.g. on a full disk; library errors in `WRITE_FAILURES` become OSError."""
+    """Add the file name to write errors, e.g. on a full disk.
+
+    Errors of libraries that contain a text of `WRITE_FAILURES` are raised again as OSError.
+    """
     try:
         yield
     except OSError as error:
@@ -38,21 +55,11 @@ def annotate_write_errors(path: Path) -> Iterator[None]:
         raise OSError(error_code, os.strerror(error_code), str(path)) from error
 
 
-_MAX_NAME_BYTES = 200
-"""Longest file name repeated in the names of its temporary files; longer names are hashed."""
-WRITE_FAILURES = {
-    "No space left": errno.ENOSPC,
-    "File too large": errno.EFBIG,
-    "PytorchStreamWriter": errno.ENOSPC,
-    "unexpected pos": errno.ENOSPC,
-    "iostream": errno.ENOSPC,
-}
-"""Substrings of library errors that indicate a failed write, with their errno."""
-
-
 @contextmanager
 def create_folder(folder: Path) -> Iterator[None]:
-    """Create a folder and its parents unless they exist; remove the new folders on failure if they are empty.
+    """Create a folder and its parents unless they exist.
+
+    If the context fails, new folders that are empty are removed.
 
     Raises:
         OSError: If the folder cannot be created, or a write in the context fails.
@@ -70,7 +77,7 @@ def create_folder(folder: Path) -> Iterator[None]:
 
 
 def expand_user(path: str | Path) -> Path:
-    """Replace a leading `~` or `~USER` with the home folder; unchanged for an unknown user."""
+    """Replace a leading `~` or `~USER` with the home folder. The path of an unknown user is unchanged."""
     return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError for unknown users
 
 
@@ -97,7 +104,7 @@ def check_new(name: str, path: str | Path, *, overwrite: bool, is_folder: bool =
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text atomically; surrogate escapes (from non-UTF-8 file names) become the original bytes."""
+    """Write text atomically. Surrogate escapes, from file names that are not UTF-8, become the original bytes."""
     write_bytes(path, text.encode(errors="surrogateescape"))
 
 
@@ -107,9 +114,10 @@ def write_bytes(path: Path, content: bytes) -> None:
     Several processes may write the same file. Leftover temporary files of killed processes are removed.
 
     Raises:
-        OSError: If the disk is full or not writable; the old file is unchanged.
+        OSError: If the disk is full or not writable. Then the old file is unchanged.
     """
     name = _short_name(path)
+    # identifies the process, so that `_remove_leftovers` can check whether it still runs
     process = f"{_machine()}-{os.getpid()}"
     temporary = path.with_name(f".{name}.{process}-{secrets.token_hex(4)}.tmp")
     with annotate_write_errors(path):
@@ -126,12 +134,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @cache
 def _machine() -> str:
-    """Return a short machine ID; process IDs are unique only within a machine."""
+    """Return a short ID of this machine, which distinguishes equal process IDs of different machines."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 
 
 def _short_name(path: Path) -> str:
-    """Return the file name, or a hash of a long one."""
+    """Return the file name, or its hash if it is longer than `_MAX_NAME_BYTES`."""
     name = os.fsencode(path.name)
     return path.name if len(name) <= _MAX_NAME_BYTES else hashlib.sha256(name).hexdigest()
 
@@ -145,7 +153,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def write_png(path: Path, image: Image, **options: Any) -> None:
-    """Write a Pillow image as PNG, atomically; options as for `Image.save`."""
+    """Write a Pillow image as PNG, atomically. Options are as for `Image.save`."""
     content = io.BytesIO()
     image.save(content, "PNG", **options)
     write_bytes(path, content.getvalue())
@@ -171,10 +179,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-SEAL = "sha256"
-"""Key of the digest in a sealed JSON object."""
-
-
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
@@ -182,10 +186,10 @@ def sha256_of(path: Path) -> str:
 
 
 def check_files(folder: Path, digests: Mapping[str, str]) -> None:
-    """Verify the SHA-256 of files by name relative to a folder; ignore missing files.
+    """Verify the SHA-256 of files, given by name relative to a folder. Missing files are ignored.
 
     Raises:
-        ValueError: If digests differ; lists all changed files.
+        ValueError: If digests differ. The message lists all changed files.
     """
     present = ((name, digest) for name, digest in digests.items() if (folder / name).is_file())
     changed = [name for name, digest in present if sha256_of(folder / name) != digest]
@@ -202,12 +206,12 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_intact(values: Any) -> bool:
-    """Return whether a sealed JSON object is unchanged; True for an object without a seal."""
+    """Return whether a sealed JSON object is unchanged. An object without a seal counts as unchanged."""
     return not isinstance(values, Mapping) or SEAL not in values or values[SEAL] == _digest(values)
 
 
 def _digest(values: Mapping[str, Any]) -> str:
     """Return the digest of all entries except the seal, independent of their order."""
-    # JSON converts keys to strings
-    plain = json.loads(json.dumps({name: value for name, value in values.items() if name != SEAL}))
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    # converted as by writing and reading the file, which turns all keys into strings
+    stored = json.loads(json.dumps({name: value for name, value in values.items() if name != SEAL}))
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()

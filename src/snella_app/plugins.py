@@ -22,7 +22,7 @@ from typing import Any
 
 
 def plugin(group: str, name: str) -> Any:
-    """Load the object registered as `name` in `snella.{group}`; None if no package registers it.
+    """Load the object registered as `name` in `snella.{group}`, or return None if no package registers it.
 
     Raises:
         ImportError: If the module cannot be imported.
@@ -36,7 +36,7 @@ def plugin(group: str, name: str) -> Any:
 def plugins(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, Any]:
     """Load all objects registered in `snella.{group}`, by name.
 
-    Entries that fail to import, or that have a duplicate or reserved name, are skipped with a warning.
+    Entries that cannot be imported, or whose name is reserved or taken, are skipped with a warning.
     """
     objects = {}
     for name, entry in _entries(group, reserved).items():
@@ -54,7 +54,10 @@ def plugins(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, Any
 
 @functools.cache
 def _entries(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, EntryPoint]:
-    """Return the entry points of a group by name, this project's first; warn about duplicate and reserved names."""
+    """Return the entry points of a group by name.
+
+    Names of this project take precedence. Other entries whose name is taken or reserved are left out with a warning.
+    """
     entries: dict[str, EntryPoint] = {}
     installed = entry_points(group=f"snella.{group}")
     for entry in sorted(installed, key=lambda entry: (_package_name(entry) != "snella", entry.name)):

@@ -56,7 +56,7 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "track": ("report_to", "logger"),
     "augment": ("augmentation", "aug"),
 }
-"""Names in other tools, by setting of snella."""
+"""Names that other tools use for a setting, by the name in snella."""
 
 _OTHER_VALUES = {
     "bfloat16": "bf16",
@@ -69,6 +69,7 @@ _OTHER_VALUES = {
     "image-classification": "classification",
     "multi-class": "classification",
 }
+"""Names in snella, by the name that other tools use for a value."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Setting:
         path: Attribute path to the value, e.g. `("optim", "lr")` or `("method", "name")`.
         type: Type annotation.
         default: Default value; `MISSING` if required.
-        owner: Class that has or inherits the field; its docstring, or a base class's docstring, describes the setting.
+        owner: Class that has or inherits the field. Its docstring, or that of a base class, describes the setting.
     """
 
     name: str
@@ -90,7 +91,7 @@ class Setting:
     owner: type
 
     def fresh_default(self) -> Any:
-        """Return the default value; dictionaries are copied."""
+        """Return the default value. Dictionaries are copied, so that configurations do not share them."""
         return copy.deepcopy(self.default) if isinstance(self.default, dict) else self.default
 
     def value_in(self, config: Config) -> Any:
@@ -107,7 +108,7 @@ class Config:
 
     Attributes:
         flat_names: Flat names that differ from the field name, by field.
-        basic: Flat names of the settings that most users need; they come first in help and files.
+        basic: Flat names of the settings that most users need, which come first in help and files.
         positional: Flat names of positional arguments on the command line.
         minimums: Minimum value by field.
         nonnegative: Fields that are finite and at least 0.
@@ -144,14 +145,18 @@ class Config:
             **settings: Values by flat name; omitted settings get their defaults.
 
         Raises:
-            TypeError: If a name is unknown; suggests the closest one.
-            ValueError: If values are invalid or required settings are missing; one message lists all errors.
+            TypeError: If a name is unknown. The message suggests the closest name.
+            ValueError: If values are invalid or required settings are missing. One message lists all errors.
         """
         spellings = {name: name for name in cls.settings()}
-        hints = {name: suggest_setting(name, spellings) for name in settings if name not in spellings}
-        if hints:
-            unknown = ", ".join(f"{name!r}{hint and f' ({hint})'}" for name, hint in hints.items())
-            raise TypeError(f"{cls.__name__} has no setting {unknown}; {cls.__name__}.settings() lists all")
+        unknown: list[str] = []
+        for name in settings:
+            if name not in spellings:
+                hint = suggest_setting(name, spellings)
+                unknown.append(f"{name!r} ({hint})" if hint else repr(name))
+        if unknown:
+            names = ", ".join(unknown)
+            raise TypeError(f"{cls.__name__} has no setting {names}; {cls.__name__}.settings() lists all")
         config, errors = cls._collect(settings)
         if errors:
             raise ValueError("; ".join(errors))
@@ -180,30 +185,38 @@ class Config:
             try:
                 value = coerce(setting.type, value)
             except ValueError:
-                hint = suggest_choice(setting.type, value)
-                problem = f"{describe_type(setting.type)}, got {short_repr(value)}{hint}"
-                errors.append(f"{setting.name} must be {'set' if value is MISSING else problem}")
+                requirement = "set"
+                if value is not MISSING:
+                    hint = suggest_choice(setting.type, value)
+                    requirement = f"{describe_type(setting.type)}, got {short_repr(value)}{hint}"
+                errors.append(f"{setting.name} must be {requirement}")
                 value = setting.fresh_default()
-            object.__setattr__(self, setting.path[0], value)  # only during construction
+            object.__setattr__(self, setting.path[0], value)  # the class is frozen; this runs only during construction
         return errors
 
     def errors(self) -> list[str]:
-        """Check the declared ranges; subclasses also check combinations. Sections check themselves."""
+        """Return the errors of values outside the declared ranges; subclasses also check combinations of values.
+
+        Sections check themselves.
+        """
         errors = []
         for name, minimum in self.minimums.items():
-            if isinstance(value := getattr(self, name), int) and value < minimum:
+            value = getattr(self, name)
+            if isinstance(value, int) and value < minimum:
                 errors.append(f"{name} must be at least {minimum}, got {value}")
         for name in self.fractions:
-            if not 0.0 <= (value := getattr(self, name)) < 1.0:
+            value = getattr(self, name)
+            if not 0.0 <= value < 1.0:
                 errors.append(f"{name} must be in [0, 1), got {value}")
         for name in self.nonnegative:
-            if (value := getattr(self, name)) is not None and not 0.0 <= value < float("inf"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < float("inf"):
                 errors.append(f"{name} must be at least 0 and finite, got {value}")
         return errors
 
     @classmethod
     def _collect(cls, settings: Mapping[str, Any]) -> tuple[Self, list[str]]:
-        """Create a configuration without raising; return it and its errors."""
+        """Create a configuration without raising an error, and return it with all errors."""
         config = object.__new__(cls)
         errors = []
         for name, section in _sections(cls).items():  # type: ignore[arg-type]
@@ -218,7 +231,7 @@ class Config:
 
 
 def errors_of(check: Callable[..., Any], *args: Any) -> list[str]:
-    """Call a function and return the message of its ValueError or TypeError; empty if it succeeds."""
+    """Call a function and return the message of its ValueError or TypeError. The list is empty if it succeeds."""
     try:
         check(*args)
     except (ValueError, TypeError) as error:
@@ -230,11 +243,12 @@ def errors_of(check: Callable[..., Any], *args: Any) -> list[str]:
 def _settings(kind: type[Config]) -> dict[str, Setting]:
     """Return the settings of a class, including its sections."""
     settings: dict[str, Setting] = {}
-    sections, hints = _sections(kind), get_type_hints(kind)  # type: ignore[arg-type]
+    sections = _sections(kind)  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
     for f in dataclasses.fields(kind):
         if f.name in sections:
-            inner = sections[f.name].settings().values()
-            settings |= {setting.name: dataclasses.replace(setting, path=(f.name, *setting.path)) for setting in inner}
+            for setting in sections[f.name].settings().values():
+                settings[setting.name] = dataclasses.replace(setting, path=(f.name, *setting.path))
         else:
             name = kind.flat_names.get(f.name, f.name)
             default = f.default if f.default_factory is MISSING else f.default_factory()
@@ -253,8 +267,10 @@ def _sections(kind: type[Config]) -> dict[str, type[Config]]:
 def describe_type(kind: Any) -> str:
     """Describe a type annotation for error messages: `an integer or auto`."""
     if get_origin(kind) in (Union, UnionType):
-        first, *others = (describe_type(part) for part in get_args(kind) if part is not NoneType)
-        return " or ".join(text.removeprefix("one of ") for text in (first, *others)) if others else first
+        parts = [describe_type(part) for part in get_args(kind) if part is not NoneType]
+        if len(parts) == 1:
+            return parts[0]
+        return " or ".join(part.removeprefix("one of ") for part in parts)
     if get_origin(kind) is Literal:
         choices = ", ".join(map(str, get_args(kind)))
         return f"one of {choices}" if len(get_args(kind)) > 1 else choices
@@ -275,7 +291,9 @@ def coerce(kind: Any, value: Any) -> Any:
     """
     value = _plain(value)
     result = type_adapter(kind).validate_python(value, strict=True)
-    return value if type(value) is int and isinstance(result, float) else result  # keeps `1` in settings files
+    if type(value) is int and isinstance(result, float):
+        return value  # keeps `1` in settings files, which pydantic converts to 1.0
+    return result
 
 
 def _plain(value: Any) -> Any:
@@ -286,33 +304,38 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
-    return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
+    is_numpy_number = isinstance(value, Number) and hasattr(value, "item")
+    return value.item() if is_numpy_number else value
 
 
 @cache
 def type_adapter(kind: Any) -> TypeAdapter[Any]:
-    """Build pydantic's validator for an annotation; cached, since it takes a few milliseconds."""
+    """Return pydantic's validator for an annotation, cached because building it takes a few milliseconds."""
     return TypeAdapter(kind)
 
 
 def suggest_choice(kind: Any, value: Any) -> str:
-    """Suggest the choice closest to an invalid value: `; did you mean bf16?`; empty if none is similar."""
-    parts = [kind, *get_args(kind)]
-    choices = [str(choice) for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+    """Suggest the choice closest to an invalid value: `; did you mean bf16?`. Empty if none is similar."""
+    kinds = [kind, *get_args(kind)]
+    choices = [str(choice) for part in kinds if get_origin(part) is Literal for choice in get_args(part)]
     text = str(value).lower()
     suggestion = _OTHER_VALUES.get(text.replace("_", "-"))
     if suggestion not in choices:
+        # compare without separators
         compact = re.sub(r"[-_ ]", "", text)
         suggestion = next((choice for choice in choices if re.sub(r"[-_ ]", "", choice) == compact), None)
     return f"; did you mean {suggestion}?" if suggestion else nearest(text, choices, form="; did you mean {}?")
 
 
 def suggest_setting(name: str, spellings: Mapping[str, str]) -> str:
-    """Suggest a setting for an unknown name: `use lr` for another tool's name, `nearest: lr, r` for a typo, else empty.
+    """Suggest a setting for an unknown name.
 
     Args:
         name: Unknown name.
         spellings: Known names, with their spelling in the suggestion.
+
+    Returns:
+        `use lr` for another tool's name, `nearest: lr, r` for a typo, and an empty string for any other name.
     """
     name = name.replace("-", "_")
     for setting, others in _OTHER_NAMES.items():

@@ -1,4 +1,7 @@
-"""Formatting of numbers, units and lists, and suggestions of similar names."""
+"""Formatting of numbers, units and lists, and suggestions of similar names.
+
+NaN stands for a value that was not measured. Most functions format it as a dash.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ def count_text(count: int) -> str:
 
 
 def percent_text(fraction: float, digits: int = 1) -> str:
-    """Format a fraction as a percentage: 87.5%; NaN becomes a dash."""
+    """Format a fraction as a percentage: 87.5%."""
     return "–" if math.isnan(fraction) else f"{decimal_text(100 * fraction, digits)}%"
 
 
@@ -43,7 +46,7 @@ def signed_text(value: float, digits: int) -> str:
 
 
 def margin_text(fraction: float) -> str:
-    """Format the half-width of a 95% confidence interval: "95% margin: ±13.4 points"; empty for NaN."""
+    """Format the half-width of a 95% confidence interval: "95% margin: ±13.4 points". The text is empty for NaN."""
     return "" if math.isnan(fraction) else f"95% margin: ±{decimal_text(100 * fraction, 1)} points"
 
 
@@ -79,7 +82,7 @@ def seconds_text(seconds: float) -> str:
 def bytes_text(size: float) -> str:
     """Format a size in bytes: 512 B, 3.1 MiB."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= scale - scale / 2048:  # 1023.5 of the smaller unit
+        if size >= scale - scale / 2048:  # from 1023.5 of the smaller unit, which would be rounded to 1024
             return f"{_three_digits(size / scale)}{_SPACE}{unit}"
     return f"{size:.0f}{_SPACE}B"
 
@@ -98,7 +101,7 @@ def plain_text(value: Any) -> str:
 
 
 def utf8_text(text: str) -> str:
-    """Replace invalid UTF-8, e.g. in file names, with `?`."""
+    """Replace characters that UTF-8 cannot encode, e.g. from file names with invalid UTF-8, with `?`."""
     return text.encode(errors="replace").decode()
 
 
@@ -116,7 +119,7 @@ def first_line(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6, form: str = "; nearest: {}") -> str:
-    """Suggest known names similar to `name`: "; nearest: a, b"; empty if none is similar."""
+    """Suggest known names similar to `name`: "; nearest: a, b". The text is empty if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
     return form.format(", ".join(near)) if near else ""
 
@@ -126,8 +129,8 @@ def similar_paths(
 ) -> str:
     """Suggest visible files and folders with a name similar to a missing path: "; nearest: 'a.csv', 'b.csv'".
 
-    Empty if there are none or the path exists; reports the parent folder if it is missing. Suggestions end with one of
-    `suffixes`.
+    Suggestions end with one of `suffixes`. The text is empty if there are none or the path exists. If the parent folder
+    is missing, the text says so.
     """
     if os.path.exists(path):  # unlike Path.exists, False for a name that is too long
         return ""

@@ -1,1 +1,1 @@
-"""Method comparison, reproduction of the paper and analysis of trained runs; a plugin of snella_app."""
+"""Method comparison, reproduction of the paper and analysis of trained runs, as a plugin of snella_app."""

@@ -98,20 +98,23 @@ def fit_matrix(
     with console.status("") as status:
         plots = fit_matrices(config, out, lambda name, step: status.update(f"{name}: step {step} of {config.steps}"))
     paths = write_plots(plots, out, overwrite=overwrite)
-    errors = plots[1].rows
-    shapes = plots[0].tables["definiteness"]
+    error_rows = plots[1].rows
+    definiteness_rows = plots[0].tables["definiteness"]
     columns = ("kernel", *(f"rank {rank}" for rank in config.ranks), "smallest eigenvalue")
     cells = []
-    for kernel, shape in zip(config.kernels, shapes, strict=True):
-        values_by_rank = (f"{row['mse']:.4f}" for row in errors if row["kernel"] == kernel)
-        cells.append((kernel, *values_by_rank, f"{shape['smallest']:.3g}"))
+    for kernel, definiteness in zip(config.kernels, definiteness_rows, strict=True):
+        values_by_rank = (f"{row['mse']:.4f}" for row in error_rows if row["kernel"] == kernel)
+        cells.append((kernel, *values_by_rank, f"{definiteness['smallest']:.3g}"))
     title = f"mean squared error after {config.steps:,} steps, r={config.r}"
     console.print(make_table(columns, cells, title=title))
     _print_plots(console, paths)
 
 
 def _set_options(values: dict[str, Any], *excluded: str) -> dict[str, Any]:
-    """Return the values of a command's `locals()` that are set, except those in `excluded`."""
+    """Return the values that are set, except those in `excluded`.
+
+    `values` are the `locals()` of a command before its first assignment, i.e. its arguments.
+    """
     return {name: value for name, value in values.items() if value is not None and name not in excluded}
 
 
@@ -308,12 +311,12 @@ def evaluate_language(options: EvaluateLanguageOptions) -> None:
     from snella_lab.recipes.instruct.evaluate import evaluate_language
 
     result = evaluate_language(options)
-    counts = ("right", "questions", "unanswered")
+    count_names = ("right", "questions", "unanswered")
     cells: list[tuple[str, ...]] = []
     for task, row in result["tasks"].items():
-        row_counts = [str(row[name]) for name in counts]
+        row_counts = [str(row[name]) for name in count_names]
         cells.append((task, f"{row['accuracy']:.4f}", *row_counts))
-    table = make_table(("task", "accuracy", *counts), cells)
+    table = make_table(("task", "accuracy", *count_names), cells)
     table.add_section()
     table.add_row("mean of tasks", f"{result['mean']:.4f}", "", "", "")
     make_console().print(table)
@@ -347,12 +350,12 @@ def demo(
 
 
 def _parse_list(name: str, value: str, kind: Callable[[str], Any]) -> list[Any]:
-    """Parse a comma-separated list; raise ValueError for an invalid item or an empty list."""
-    parts = [part.strip() for part in value.split(",") if part.strip()]
-    if not parts:
+    """Parse a comma-separated list, and raise a ValueError for an invalid item or an empty list."""
+    items = [item.strip() for item in value.split(",") if item.strip()]
+    if not items:
         raise ValueError(f"{name} must contain at least one item, got {value!r}")
     try:
-        return [kind(part) for part in parts]
+        return [kind(item) for item in items]
     except ValueError:
         noun = "integers" if kind is int else "numbers"
         raise ValueError(f"{name} must be {noun} separated by commas, e.g. 4,16; got {value!r}") from None

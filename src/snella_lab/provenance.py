@@ -1,4 +1,4 @@
-"""Machine, package versions and commit of a measurement."""
+"""Provenance of a measurement: machine, package versions and commit."""
 
 import functools
 import os
@@ -17,7 +17,8 @@ import torch
 import snella_lab
 
 GitState: TypeAlias = tuple[str | None, bool | None]
-_state: GitState | None = None
+"""Commit, and True if tracked files are modified."""
+_state: GitState | None = None  # set by `git_state` or `set_git_state`
 _BENCHMARK_PACKAGES = ("torch", "peft", "timm", "numpy", "numba", "triton")
 _PACKAGES = ("snella", "peft", "transformers", "accelerate", "torch", "timm", "numpy", "scikit-learn", "numba")
 
@@ -26,11 +27,12 @@ def package_info() -> dict[str, str | None]:
     """Return package versions and snella's commit, with keys as in PEFT's method comparison, e.g. `torch-version`."""
     versions: dict[str, str | None] = {f"{name}-version": _version(name) for name in _PACKAGES}
     commit, is_dirty = git_state()
-    return {**versions, "snella-commit-hash": commit, "snella-is-dirty": None if is_dirty is None else str(is_dirty)}
+    dirty_text = None if is_dirty is None else str(is_dirty)
+    return {**versions, "snella-commit-hash": commit, "snella-is-dirty": dirty_text}
 
 
 def system_info() -> dict[str, Any]:
-    """Return operating system, CPU and GPU, with keys as in PEFT's method comparison, and cores and torch threads."""
+    """Return operating system, CPU and GPU, with keys as in PEFT's method comparison, plus cores and torch threads."""
     return {
         "system": platform.system(),
         "release": platform.release(),
@@ -51,12 +53,13 @@ def measurement_info() -> dict[str, Any]:
 def conditions(device: str, packages: Iterable[str] = _BENCHMARK_PACKAGES) -> dict[str, Any]:
     """Return the provenance of a benchmark row: command, device, versions, commit, dirty flag and date.
 
-    The command omits `--out` and the folders of absolute paths.
+    The command omits `--out` and the folders of absolute paths. A checkout is dirty unless it is known to be clean.
     """
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command_without_out = re.sub(r" --out[= ]\S+", "", command)
     commit, is_dirty = git_state()
     return {
-        "command": re.sub(r"([ =])/\S*/", r"\1", re.sub(r" --out[= ]\S+", "", command)),
+        "command": re.sub(r"([ =])/\S*/", r"\1", command_without_out),
         "device": device_name(device),
         "versions": {name: number for name in packages if (number := _version(name)) is not None},
         "commit": (commit or "")[:7],
@@ -66,7 +69,7 @@ def conditions(device: str, packages: Iterable[str] = _BENCHMARK_PACKAGES) -> di
 
 
 def device_name(device: str) -> str:
-    """Return the device name for a benchmark row; CPU names start with `cpu`."""
+    """Return the device name for a benchmark row. The name of a CPU starts with `cpu`."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     if torch.device(device).type != "cpu":
@@ -91,9 +94,10 @@ def processor_name() -> str:
 
 
 def git_state() -> GitState:
-    """Return the commit of snella's checkout, and True if tracked files are modified; both None outside a checkout.
+    """Return the commit of snella's checkout, and whether tracked files are modified.
 
-    The state is cached per process; workers receive it from their parent.
+    A value is None outside a checkout or if git fails. The state is cached per process. Worker processes receive it
+    from their parent.
     """
     global _state
     if _state is None:
@@ -112,7 +116,7 @@ def set_git_state(state: GitState) -> None:
 
 
 def _git(root: Path, *args: str) -> str | None:
-    """Return the output of a git command; None if it fails."""
+    """Return the output of a git command, or None if it fails."""
     try:
         result = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -121,7 +125,7 @@ def _git(root: Path, *args: str) -> str | None:
 
 
 def _version(package: str) -> str | None:
-    """Return the version of a package; None if not installed."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

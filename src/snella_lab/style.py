@@ -21,7 +21,7 @@ _MARKERS = "osD^vPX*<>hp"
 
 
 def style_of(number: int) -> tuple[str, str]:
-    """Return color and marker of line `number`; markers distinguish lines that share one of the 16 colors."""
+    """Return the color and marker of line `number`. Lines that share one of the 16 colors have different markers."""
     return _LINE_COLORS[number % len(_LINE_COLORS)], _MARKERS[(number + number // len(COLORS)) % len(_MARKERS)]
 
 
@@ -35,6 +35,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     if path.suffix not in (".svg", ".png"):
         raise ValueError(f"figure file must end in .svg or .png, got {path.name!r}; rename it")
     data = io.BytesIO()
+    # without a date and with a fixed salt, a figure always gives the same file
     metadata = {"Date": None} if path.suffix == ".svg" else {}
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(data, format=path.suffix[1:], dpi=144, metadata=metadata)
@@ -43,26 +44,28 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 
 def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as `NAME.svg`, `NAME.png`, `NAME-dark.svg` and `NAME-dark.png`; darkens the figure in place."""
-    light = [save_figure(figure, folder / f"{name}{ending}") for ending in (".svg", ".png")]
+    """Write a figure as `NAME.svg`, `NAME.png`, `NAME-dark.svg` and `NAME-dark.png`, and darken it in place."""
+    light = [save_figure(figure, folder / f"{name}{suffix}") for suffix in (".svg", ".png")]
     darken(figure)
-    return [*light, *(save_figure(figure, folder / f"{name}-dark{ending}") for ending in (".svg", ".png"))]
+    dark = [save_figure(figure, folder / f"{name}-dark{suffix}") for suffix in (".svg", ".png")]
+    return [*light, *dark]
 
 
 def darken(figure: Figure) -> None:
     """Replace the light-mode colors of a figure with dark-mode colors in place."""
     figure.draw_without_rendering()  # creates the ticks
-    inks = {to_rgb(light): to_rgb(dark) for light, dark in DARK.items()}
+    dark_colors = {to_rgb(light): to_rgb(dark) for light, dark in DARK.items()}
     for artist in figure.findobj():
         for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
-            value = getattr(artist, f"get_{name}", lambda: "none")()
+            value = getattr(artist, f"get_{name}", lambda: "none")()  # not every artist has every property
             if isinstance(value, str) and value in ("none", "auto"):
                 continue
             colors = to_rgba_array(value)
             changed: list[Any] = []
             for color in colors:
                 rgb, alpha = color[:3], color[3]
-                new_rgb = inks.get(tuple(rgb.tolist()), rgb)
+                new_rgb = dark_colors.get(tuple(rgb.tolist()), rgb)
                 changed.append((*new_rgb, alpha))
             if len(colors) and not np.array_equal(colors, changed):
+                # artists such as lines accept only a single color
                 getattr(artist, f"set_{name}")(changed if len(changed) > 1 else to_rgba(changed[0]))

@@ -1,4 +1,9 @@
-"""Update backends: the interface, the torch backend and backend selection."""
+"""Backends that compute updates: the interface, the torch backend and the choice of a backend.
+
+A backend merges the factors of an update into `ΔW`, sparsifies `ΔW` to `S`, adds `scaling·S` to a base weight, and
+computes the gradients of the factors. The budget of a matrix is the maximum number of nonzero entries of its part of
+`S`. Shape letters are those of `snella.kernels`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +28,7 @@ _INSTALL = {
 }
 
 Gradients: TypeAlias = tuple[Tensor | None, ...]
-"""Gradients in the order of `Factors`; `None` for missing scalars, zeros for matrices without a budget."""
+"""Gradients in the order of `Factors`: `None` for missing scalars, zeros for matrices with budget 0."""
 
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Function that computes `grad_yᵀ x`, `[m, n]`, from `grad_y` `[tokens, m]` and `x` `[tokens, n]`."""
@@ -37,8 +42,8 @@ class Merged:
         factors: Factors and scalars of the update.
         budgets: Budget of each matrix.
         thresholds: `[G]`, infinite for a budget of 0.
-        delta: `ΔW` of each matrix (`None` without a budget), or of all matrices in one tensor. `cache_delta` saves it
-            for `merge` in the backward pass; if it is empty, `cache_delta` saves the effective weight.
+        delta: `ΔW` of each matrix (`None` for a budget of 0), or of all matrices in one tensor. With `cache_delta`, it
+            is saved for `merge` in the backward pass. If it is empty, the effective weight is saved instead.
         columns: Column statistics of all matrices, saved for `merge` in the backward pass if `delta` is not saved.
         workspace: Data of the backend, valid until the factors change.
     """
@@ -52,7 +57,7 @@ class Merged:
 
 
 class Backend(ABC):
-    """Merge, addition and gradients of an update; all backends agree with `TorchBackend` up to rounding."""
+    """Merge, addition and gradients of an update. All backends agree with `TorchBackend` up to rounding."""
 
     name: str
 
@@ -110,10 +115,11 @@ def zero_gradients(factors: Factors) -> list[Tensor | None]:
 
 def store_gradients(grads: list[Tensor | None], group: int, rows: slice, values: Gradients) -> None:
     """Copy the gradients of one matrix into the gradients of all matrices."""
-    for k, value in enumerate(values):
-        target = grads[k]
+    for index, value in enumerate(values):
+        target = grads[index]
         if value is not None and target is not None:
-            (target[rows] if k == 1 else target[group]).copy_(value)
+            # index 1 is `B`, which stacks the rows of all matrices
+            (target[rows] if index == 1 else target[group]).copy_(value)
 
 
 class TorchBackend(Backend):
@@ -132,6 +138,7 @@ class TorchBackend(Backend):
             delta = tuple([spec.merge_matrix(matrix) if budget else None for matrix, budget in matrices])
         if thresholds is None:
             dtype = torch.promote_types(factors.A.dtype, torch.float32)
+            # no magnitude exceeds the threshold of a matrix with budget 0
             infinite = factors.B.new_full((), torch.inf, dtype=dtype)
             matrix_thresholds = [
                 infinite if matrix is None else spec.find_threshold(matrix, budget)
@@ -211,8 +218,8 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
     Raises:
         ImportError: If `impl` is `"triton"` or `"numba"`, and the package is missing or unusable.
         NotImplementedError: If `impl` is `"triton"` or `"numba"` and does not support the updates.
-        RuntimeError: If `impl` is `"triton"` and its kernels fail the first-use check; the message contains the
-            compiler's or launcher's error, or the Triton kernels that compute the first wrong result and its largest
+        RuntimeError: If `impl` is `"triton"` and its kernels fail the first-use check. The message contains the error
+            of the compiler or launcher, or the Triton kernels that compute the first wrong result and its largest
             error.
         ValueError: If `impl` is unknown.
     """

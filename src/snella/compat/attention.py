@@ -1,4 +1,8 @@
-"""Support for `nn.MultiheadAttention`, whose `forward` reads the weights of its projections."""
+"""Support for `nn.MultiheadAttention`.
+
+Its `forward` reads the weights of the projections instead of calling them as layers, so an adapter must wrap the whole
+attention. An effective weight is a pre-trained weight plus the updates of the active adapters.
+"""
 
 from __future__ import annotations
 
@@ -23,25 +27,27 @@ from snella.compat.hooks import (
 from snella.config import SnellaConfig
 from snella.layer import SnellaLayer, needs_gradients, reject_tracing
 
-_SEPARATE_INPUTS = ("q_proj", "k_proj", "v_proj")
+_SEPARATE_INPUTS = ("q_proj", "k_proj", "v_proj")  # instead of `in_proj`, if keys or values have another width
 _OUTPUT = "out_proj"
 
 
 class AdaptedAttention(nn.Module):
-    """Wrapper of an `nn.MultiheadAttention` with adapted projections.
+    """Wrapper for an `nn.MultiheadAttention` with adapted projections.
 
-    The parameters remain in the attention. Each adapted projection is a child of the wrapper: `in_proj` with its three
-    matrices (or `q_proj`, `k_proj` and `v_proj` if keys or values have another width), and `out_proj`. In training
-    mode, if gradients are required, or in a compiled graph, the wrapper applies the projections separately, with scaled
-    dot-product attention in between, and saves no merged weight. Otherwise, it calls the attention's `forward` with the
-    effective weights, including its fast path; outputs are bit-identical to the merged model's. If weights cannot be
-    replaced for a call (FSDP1, a replaced `forward`), it always applies the projections separately.
+    The pre-trained parameters remain in the attention. Each adapted projection is a child of the wrapper: `out_proj`,
+    and either `in_proj`, which stacks three matrices, or `q_proj`, `k_proj` and `v_proj`.
 
-    Other attributes (`num_heads`, `batch_first`, …) come from the attention. `in_proj_weight` includes the updates,
-    for models that read it.
+    In training mode, if gradients are required, or in a compiled graph, the wrapper applies the projections separately,
+    with scaled dot-product attention in between, and saves no effective weight. Otherwise, it calls the attention's
+    `forward` with the effective weights. This keeps torch's fast path, and the outputs are bit-identical to those of
+    the merged model. If weights cannot be replaced for a call (FSDP1, a replaced `forward`), the wrapper always applies
+    the projections separately.
+
+    Other attributes (`num_heads`, `batch_first`, …) are looked up in the attention. A weight such as `in_proj_weight`
+    includes the updates, because some models read it directly.
 
     Args:
-        base_layer: The attention.
+        base_layer: Attention to wrap.
     """
 
     def __init__(self, base_layer: nn.MultiheadAttention) -> None:
@@ -50,21 +56,24 @@ class AdaptedAttention(nn.Module):
         self._base_hook_dicts = hook_dicts(base_layer)
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the wrapped attention; weights of adapted projections include the updates."""
+        """Return an attribute of the wrapped attention. The weights of adapted projections include the updates."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "base_layer":
-                raise
-            projection = self._modules.get(name.removesuffix("_weight")) if name.endswith("_weight") else None
-            return projection.weight if isinstance(projection, Projection) else getattr(self.base_layer, name)
+                raise  # if it is not set yet, the lookup below would recurse
+            if name.endswith("_weight"):
+                projection = self._modules.get(name.removesuffix("_weight"))
+                if isinstance(projection, Projection):
+                    return projection.weight
+            return getattr(self.base_layer, name)
 
     def projections(self) -> list[Projection]:
         """Return the adapted projections."""
         return [child for child in self.children() if isinstance(child, Projection)]
 
     def find_projection(self, name: str) -> Projection | None:
-        """Return an adapted projection by name, or `None`."""
+        """Return the projection with this name, or `None` if it is not adapted."""
         child = self._modules.get(name)
         return child if isinstance(child, Projection) else None
 
@@ -77,7 +86,7 @@ class AdaptedAttention(nn.Module):
             name: `in_proj`, `q_proj`, `k_proj`, `v_proj` or `out_proj`.
             adapter_name: Name of the adapter.
             config: Configuration of the adapter.
-            row_counts: Rows of each matrix of the projection's weight.
+            row_counts: Number of rows of each matrix in the projection's weight.
             module_name: Full name of the projection.
 
         Returns:
@@ -115,26 +124,27 @@ class AdaptedAttention(nn.Module):
         if not updated:
             return self.base_layer(query, key, value, **options)
         if torch.compiler.is_compiling():
-            # a graph cannot detect an outdated effective weight
+            # apply the projections separately, because a graph cannot detect an outdated effective weight
             if is_hooked_in_graph(self.base_layer, self._base_hook_dicts):
                 return self._attend_outside_graphs(query, key, value, **options)
             return self._attend(query, key, value, **options)
         reject_tracing(updated[0].module_name)
         if any(projection.training for projection in updated):
             return self._attend_inside_hooks(query, key, value, **options)
-        with replacement_lock:  # `functional_call` temporarily replaces the parameters
-            # it replaces only parameters; FSDP1 uses plain tensors during a pass, and hooks that replace `forward` may
-            # load other tensors
+        # `functional_call` temporarily replaces the parameters, which other threads share
+        with replacement_lock:
+            # `functional_call` replaces only parameters, but FSDP1 uses plain tensors during a pass, and hooks that
+            # replace `forward` may load other tensors
             is_replaceable = "forward" not in self.base_layer.__dict__ and all(
                 isinstance(projection.get_base_layer().weight, nn.Parameter) for projection in updated
             )
             if not is_replaceable or any(needs_gradients(p, p._names_in_use()) for p in updated):
                 return self._attend_inside_hooks(query, key, value, **options)
-            effective = {projection.parameter_name: projection.inference_weight() for projection in updated}
-            return functional_call(self.base_layer, effective, (query, key, value), options)
+            effective_weights = {projection.parameter_name: projection.inference_weight() for projection in updated}
+            return functional_call(self.base_layer, effective_weights, (query, key, value), options)
 
     def _replicate_for_data_parallel(self) -> NoReturn:
-        """Reject `nn.DataParallel`: every replica would use the weights on the first device."""
+        """Reject `nn.DataParallel`, whose replicas would all use the weights on the first device."""
         raise NotImplementedError(NO_DATA_PARALLEL)
 
     @torch.compiler.disable
@@ -143,7 +153,7 @@ class AdaptedAttention(nn.Module):
         return self._attend_inside_hooks(*inputs, **options)
 
     def _attend_inside_hooks(self, *inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """Run `_attend` inside the attention's hooks."""
+        """Run `_attend` inside the attention's hooks, if it has any."""
         if not has_hooks(self.base_layer):
             return self._attend(*inputs, **options)
 
@@ -157,46 +167,54 @@ class AdaptedAttention(nn.Module):
         return output
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """Apply input projections, attention and output projection as separate ops."""
+        """Apply the input projections, the attention and the output projection as separate ops."""
         base = self.base_layer
         is_batched = query.dim() == 3
-        is_self = query is key and key is value
-        is_shared = key is value
+        is_self_attention = query is key and key is value
+        is_key_value_shared = key is value
 
-        def batch_first(x: Tensor) -> Tensor:
-            return x[None] if not is_batched else x if base.batch_first else x.transpose(0, 1)
+        def to_batch_first(x: Tensor) -> Tensor:
+            """Move the batch axis of `x` to the front, or add one."""
+            if not is_batched:
+                return x[None]
+            return x if base.batch_first else x.transpose(0, 1)
 
-        query = batch_first(query)
-        key = query if is_self else batch_first(key)
-        value = key if is_shared else batch_first(value)
-        output, weights = _apply_attention(base, *self._project(query, key, value), **options)
+        # inputs that are one tensor remain one tensor, which `_project` recognizes
+        query = to_batch_first(query)
+        key = query if is_self_attention else to_batch_first(key)
+        value = key if is_key_value_shared else to_batch_first(value)
+        projected = self._project(query, key, value)
+        output, weights = _apply_attention(base, *projected, **options)
         output = self._projection("out_proj")(output)
         if not is_batched:
-            return output[0], None if weights is None else weights[0]
-        return output if base.batch_first else output.transpose(0, 1), weights
+            weights = weights if weights is None else weights[0]
+            return output[0], weights
+        if not base.batch_first:
+            output = output.transpose(0, 1)
+        return output, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """Return queries, keys and values, `[N, L, E]` each."""
+        """Return the projected queries `[N, L, E]`, and keys and values `[N, S, E]`."""
         if not self.base_layer._qkv_same_embed_dim:
             inputs = zip(_SEPARATE_INPUTS, (query, key, value), strict=True)
             return [self._projection(name)(x) for name, x in inputs]
         project = self._projection("in_proj")
         if query is key and key is value:
             return list(project(query).chunk(3, dim=-1))
-        # apply all three matrices to each input and drop the unused outputs; a value that is the key shares its product
+        # `in_proj` always applies its three matrices, so keep only the outputs that belong to an input
         queries = project(query).chunk(3, dim=-1)[0]
         projected_key = project(key).chunk(3, dim=-1)
         values = projected_key[2] if value is key else project(value).chunk(3, dim=-1)[2]
         return [queries, projected_key[1], values]
 
     def _projection(self, name: str) -> Projection | ProjectionWeight:
-        """Return a projection by name, adapted or not."""
+        """Return the projection with this name, adapted or not."""
         return self.find_projection(name) or ProjectionWeight(self.base_layer, name)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.MultiheadAttention:
-        """Return the attention, optionally after merging; PEFT calls this for modules with several weights."""
+        """Return the attention, after merging its projections if `merge`. PEFT calls this method to unload a module."""
         for projection in self.projections():
             if merge:
                 projection.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -206,10 +224,10 @@ class AdaptedAttention(nn.Module):
 class ProjectionWeight:
     """Linear-layer view of one projection of an attention, with its current weight and bias.
 
-    Not a module: otherwise, the state dict would contain the attention again under each projection.
+    This class is not a module; otherwise, the state dict would contain the attention again under each projection.
 
     Args:
-        attention: The attention.
+        attention: Attention that owns the weight and bias.
         name: `in_proj`, `q_proj`, `k_proj`, `v_proj` or `out_proj`.
     """
 
@@ -229,7 +247,7 @@ class ProjectionWeight:
 
     @property
     def bias(self) -> Tensor | None:
-        """Bias `[m]`, or `None`."""
+        """Bias of the projection, `[m]`, or `None` if it has none."""
         if self.name == _OUTPUT:
             return self.attention.out_proj.bias
         bias = self.attention.in_proj_bias
@@ -254,7 +272,7 @@ class Projection(SnellaLayer):
 
     @property
     def bias_name(self) -> str | None:
-        """Name of the bias in the attention, or `None`; input projections share one bias."""
+        """Name of the bias in the attention, or `None`. All input projections share one bias."""
         projection = cast(ProjectionWeight, self.base_layer)
         if projection.bias is None:
             return None
@@ -265,7 +283,7 @@ class Projection(SnellaLayer):
         return f"{name.rpartition('.')[0]}.{self.parameter_name}"
 
     def inference_weight(self) -> Tensor:
-        """Return the cached effective weight for a pass without gradients."""
+        """Return the cached effective weight for a pass without gradients, and record that it is used."""
         self.is_applied = True
         return self._cached_weight(self._names_in_use())
 
@@ -274,7 +292,7 @@ class Projection(SnellaLayer):
 
 
 def input_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
-    """Return the names of the query, key and value projections: one if fused, otherwise three."""
+    """Return the names of the query, key and value projections: one name if they are fused, otherwise three."""
     return ("in_proj",) if attention._qkv_same_embed_dim else _SEPARATE_INPUTS
 
 
@@ -286,20 +304,20 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def disable_fast_path(model: nn.Module) -> None:
-    """Disable the fast path of torch's encoder layers with adapted parts.
+    """Disable the fast path of torch's encoder layers that contain adapted layers.
 
-    In evaluation, `nn.TransformerEncoderLayer` passes the weights of all its parts to one fused function, which ignores
-    updates. A hook on any part disables the fast path; removing the adapted part removes the hook.
+    In evaluation, `nn.TransformerEncoderLayer` passes the weights of all its submodules to one fused function, which
+    ignores updates. A hook on any submodule disables this path. The hook is removed together with its adapted layer.
     """
     for layer in model.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
-            for part in layer.modules():
-                if isinstance(part, SnellaLayer) and not part._forward_pre_hooks:
-                    part.register_forward_pre_hook(no_op_hook)
+            for submodule in layer.modules():
+                if isinstance(submodule, SnellaLayer) and not submodule._forward_pre_hooks:
+                    submodule.register_forward_pre_hook(no_op_hook)
 
 
 def no_op_hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """No-op hook that disables the fast path."""
+    """Do nothing; the presence of this hook disables the fast path of `nn.TransformerEncoderLayer`."""
 
 
 def _apply_attention(
@@ -319,17 +337,18 @@ def _apply_attention(
         w = softmax(q kᵀ / √d + mask),   output = dropout(w) v          for each head of width d
 
     The options are as in `nn.MultiheadAttention.forward`: `key_padding_mask` is `[N, S]`, and `attn_mask` is
-    `[L, S]` or `[N·heads, L, S]`; true or minus infinity marks masked keys.
+    `[L, S]` or `[N·heads, L, S]`. A masked key is marked by true or minus infinity.
 
     Raises:
         ValueError: If `is_causal` is set without `attn_mask`.
     """
     if is_causal and attn_mask is None:
         raise ValueError("is_causal=True requires the causal attn_mask, got attn_mask=None")
-    heads = attention.num_heads
+    num_heads = attention.num_heads
     batch, length = query.shape[:2]
     only_causal = is_causal and key_padding_mask is None and not need_weights
-    mask = None if only_causal else _combine_masks(attn_mask, key_padding_mask, batch, heads, query.dtype)
+    mask = None if only_causal else _combine_masks(attn_mask, key_padding_mask, batch, num_heads, query.dtype)
+    # if there is a mask, it gets zeros for the keys that are appended below, which are not masked
     if attention.bias_k is not None and attention.bias_v is not None:
         key = torch.cat([key, attention.bias_k.to(key.dtype).expand(batch, 1, -1)], dim=1)
         value = torch.cat([value, attention.bias_v.to(value.dtype).expand(batch, 1, -1)], dim=1)
@@ -337,35 +356,37 @@ def _apply_attention(
     if attention.add_zero_attn:
         key, value = (F.pad(x, (0, 0, 0, 1)) for x in (key, value))
         mask = mask if mask is None else F.pad(mask, (0, 1))
-    query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
     dropout = attention.dropout if attention.training else 0.0
     if not need_weights:
         output = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=only_causal)
         return output.transpose(1, 2).flatten(2), None
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+    if mask is not None:
+        scores = scores + mask
+    weights = F.dropout(scores.softmax(-1), dropout)
     output = (weights @ value).transpose(1, 2).reshape(batch, length, -1)
     return output, weights.mean(1) if average_attn_weights else weights
 
 
 def _combine_masks(
-    attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, heads: int, dtype: torch.dtype
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, num_heads: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """Combine both masks into an additive mask, `[N or 1, heads or 1, L or 1, S]`."""
+    """Combine both masks into an additive mask `[N or 1, heads or 1, L or 1, S]`, or return `None` without masks."""
     masks = []
     if attn_mask is not None:
         mask = _additive(attn_mask, dtype)
         if mask.dim() == 2:  # shared by all samples and heads
             masks.append(mask[None, None])
         else:
-            masks.append(mask.view(batch, heads, *mask.shape[1:]))
+            masks.append(mask.view(batch, num_heads, *mask.shape[1:]))
     if key_padding_mask is not None:
         masks.append(_additive(key_padding_mask, dtype).view(batch, 1, 1, -1))
     return sum(masks[1:], start=masks[0]) if masks else None
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a boolean mask to an additive mask; return other masks in `dtype`."""
+    """Convert a boolean mask to an additive mask, and cast any other mask to `dtype`."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
     return mask.to(dtype)

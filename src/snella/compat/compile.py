@@ -1,8 +1,10 @@
-"""Adapted layer in a `torch.compile` graph: custom operators for its forward and backward pass.
+"""Custom operators for the forward and backward pass of an adapted layer in a `torch.compile` graph.
 
-A graph cannot detect changes between calls, so nothing is cached. The first update is folded into the base weight; the
-others are added to the output. The operators call the functions of `autograd` with the backend of the update's spec;
-the compiler traces only shapes. Budgets are a tensor, so a reallocation does not trigger recompilation.
+An adapter adds a sparse update to the layer's weight, and a budget limits the nonzero entries of each of its matrices.
+A graph cannot detect changes between calls, so nothing is cached. The first update is folded into the base weight, and
+the others are added to the output. The operators call the functions of `snella.autograd` with the backend of the
+update's spec, and the compiler traces only shapes. Budgets are passed as a tensor, so a reallocation does not trigger
+recompilation.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _TAGS = (torch.Tag.cudagraph_unsafe,)
 def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Apply the base layer with the updates of all active adapters."""
     names = [name for name in layer.active_adapters if name in layer.snella_A]
-    # outside the graph, `forward` unmerges a disabled layer
+    # a disabled layer that is still merged must be unmerged, which `forward` does outside the graph
     if layer.quantization is not None or (layer.disable_adapters and layer.merged):
         return _forward_outside_graphs(layer, x, *args, **kwargs)
     if layer.disable_adapters or layer.merged or not names:
@@ -47,6 +49,7 @@ def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -
     shape = weight.shape
 
     def apply(x: Tensor, name: str, update: Update, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Apply an adapter's update, and the base weight and bias if given."""
         budgets = layer.snella_budget[name]
         return adapted_layer_in_graph(x, weight, bias, update.spec, update.factors, budgets, op, shape)
 
@@ -63,6 +66,7 @@ def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -
     if plan.branches:
 
         def apply_branch(dropped: Tensor, name: str) -> Tensor:
+            """Apply an adapter's update to its input after dropout."""
             (update,) = layer._plan_updates([name], in_graph=True).updates
             return apply(dropped, name, update)
 
@@ -71,7 +75,10 @@ def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -
 
 
 def weight_in_graph(layer: SnellaLayer, names: list[str]) -> Tensor:
-    """Return `W0 + Σ scaling·S`, `[m, …]`, as a product with the identity, which the compiler removes if unused."""
+    """Return the effective weight `W0 + Σ scaling·S`, `[m, …]`.
+
+    It is computed as a product with the identity, which the compiler removes if the result is unused.
+    """
     _set_applied(layer)
     weight = cast(Tensor, layer._weight())
     op = LinearOp()
@@ -81,6 +88,7 @@ def weight_in_graph(layer: SnellaLayer, names: list[str]) -> Tensor:
         identity = torch.eye(matrix.shape[1], dtype=weight.dtype, device=weight.device)
         total: Tensor | None = None
         for name, update in zip(plan.names, plan.updates, strict=True):
+            # only the first product includes the base weight
             base = matrix if total is None else None
             budgets = layer.snella_budget[name]
             y = adapted_layer_in_graph(identity, base, None, update.spec, update.factors, budgets, op, matrix.shape)
@@ -89,7 +97,7 @@ def weight_in_graph(layer: SnellaLayer, names: list[str]) -> Tensor:
 
 
 def _set_applied(layer: SnellaLayer) -> None:
-    """Set `is_applied`, except in an exported program, which does not have the attribute."""
+    """Set `is_applied`, except during an export, because exported programs do not have this attribute."""
     if not torch.compiler.is_exporting():
         layer.is_applied = True
 
@@ -111,7 +119,7 @@ def adapted_layer_in_graph(
     op: LayerOp,
     weight_shape: torch.Size,
 ) -> Tensor:
-    """Apply a layer with one update; the counterpart of `adapted_layer` for `torch.compile(fullgraph=True)`.
+    """Apply a layer with one update, like `adapted_layer` but within `torch.compile(fullgraph=True)`.
 
     Args:
         x: Input, in the dtype of the layer op.
@@ -121,12 +129,13 @@ def adapted_layer_in_graph(
         factors: Factors and scalars of the update.
         budgets: `[G]`, integers. The operator reads them, which synchronizes with the device.
         op: The layer's operation.
-        weight_shape: Shape of the weight.
+        weight_shape: Shape of the weight, required even if `weight` is `None`.
     """
+    # operators accept no objects, so the settings are encoded as integers
     tensors = [tensor for tensor in factors if tensor is not None]
     fields = [index for index, tensor in enumerate(factors) if tensor is not None]
-    layer = [len(weight_shape), *weight_shape, *op.to_ints(weight_shape)]
-    return _adapted_layer(x, weight, bias, tensors, budgets, fields, spec.to_ints(), spec.scaling, layer)[0]
+    encoded_call = [len(weight_shape), *weight_shape, *op.to_ints(weight_shape)]
+    return _adapted_layer(x, weight, bias, tensors, budgets, fields, spec.to_ints(), spec.scaling, encoded_call)[0]
 
 
 @torch.library.custom_op("snella::adapted_layer", mutates_args=(), tags=_TAGS)
@@ -141,7 +150,10 @@ def _adapted_layer(
     scaling: float,
     layer: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Return `y` and the thresholds `[G]`; `tensors` are the factors with the indices `fields`."""
+    """Return the layer's output and the update's thresholds `[G]`.
+
+    `tensors` are the factors with the indices `fields`, and `layer` is the encoded call.
+    """
     update = _decode(tensors, budgets, fields, spec, scaling)
     call = _decode_call(layer)
     y, (merged,), _ = forward_pass(x, weight, bias, [update], call)
@@ -170,16 +182,16 @@ def _backward(
     scaling: float,
     layer: Sequence[int],
 ) -> list[Tensor]:
-    """Return the required gradients in the order x, weight, bias, tensors."""
+    """Return only the required gradients, in the order x, weight, bias, tensors."""
     update = _decode(tensors, budgets, fields, spec, scaling, thresholds)
     call = _decode_call(layer)
     needs_x, needs_weight, needs_bias, *needs_tensors = required
-    flags = dict(zip(fields, needs_tensors, strict=True))
-    needs_factors = tuple([flags.get(index, False) for index in range(len(update.factors))])
+    needs_by_field = dict(zip(fields, needs_tensors, strict=True))
+    needs_factors = tuple([needs_by_field.get(index, False) for index in range(len(update.factors))])
     needs = RequiredGrads(needs_x, needs_weight, needs_bias, needs_factors)
     needed_x = x if needs_weight or any(needs_factors) else None
-    *first, grads = backward_pass(grad_y, needed_x, x.shape, weight, [update], call, needs)
-    return [grad.contiguous() for grad in (*first, *grads) if grad is not None]
+    *layer_grads, factor_grads = backward_pass(grad_y, needed_x, x.shape, weight, [update], call, needs)
+    return [grad.contiguous() for grad in (*layer_grads, *factor_grads) if grad is not None]
 
 
 @_backward.register_fake
@@ -189,7 +201,7 @@ def _(
     bias = grad_y.new_empty(_decode_call(args[-1]).weight_shape[0])
     pairs = zip((x, weight, bias, *tensors), required, strict=True)
     contiguous = torch.contiguous_format
-    return [torch.empty_like(z, memory_format=contiguous) for z, need in pairs if need and z is not None]
+    return [torch.empty_like(tensor, memory_format=contiguous) for tensor, need in pairs if need and tensor is not None]
 
 
 def _decode_call(layer: Sequence[int]) -> LayerCall:
@@ -206,7 +218,7 @@ def _decode(
     scaling: float,
     thresholds: Tensor | None = None,
 ) -> Update:
-    """Decode the update."""
+    """Return the update that the arguments of an operator encode."""
     factors: Any = {Factors._fields[index]: tensor.detach() for index, tensor in zip(fields, tensors, strict=True)}
     return Update(UpdateSpec.from_ints(spec, scaling), Factors(**factors), tuple(budgets.tolist()), thresholds)
 
@@ -220,17 +232,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _differentiate(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    """Return gradients in the structure of the forward pass's arguments."""
-    others = [None] * (1 + len(ctx.settings))
+    """Return a gradient or `None` for each argument of `_adapted_layer`."""
+    no_grads = [None] * (1 + len(ctx.settings))  # budgets and settings
     if grad_y is None:
-        return None, None, None, [None] * ctx.num_tensors, *others
+        return None, None, None, [None] * ctx.num_tensors, *no_grads
     x, weight, budgets, thresholds, *tensors = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     needs_tensors = [tensor.requires_grad for tensor in tensors]
     required = [needs_x, weight is not None and needs_weight, ctx.has_bias and needs_bias, *needs_tensors]
     computed = iter(_backward(required, grad_y, x, weight, tensors, thresholds, budgets, *ctx.settings))
     grad_x, grad_weight, grad_bias, *grads = (next(computed) if need else None for need in required)
-    return grad_x, grad_weight, grad_bias, grads, *others
+    return grad_x, grad_weight, grad_bias, grads, *no_grads
 
 
 _adapted_layer.register_autograd(_differentiate, setup_context=_setup_context)

@@ -1,4 +1,8 @@
-"""Support for hooks of torch, accelerate and diffusers on base layers."""
+"""Support for hooks of torch, accelerate and diffusers on base layers.
+
+A base layer is the pre-trained layer inside an adapted layer. Its hooks run around the adapted layer's computation,
+which replaces its `forward` for the call.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +33,14 @@ def hook_dicts(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 
 def is_hooked_in_graph(module: nn.Module, dicts: tuple[dict[int, Any], ...]) -> bool:
-    """Return whether a module has hooks or a replaced `forward`; the equivalent of `has_hooks` in a compiled graph.
+    """Return whether a module has hooks or a replaced `forward`, like `has_hooks`, but in a compiled graph.
 
     `torch.compile` reuses the graph of a layer for another layer unless a guard differs. It does not guard the hooks of
-    a module (`torch._dynamo.config.skip_nnmodule_hook_guards`), but does guard `dicts`, which are the module's
+    a module (`torch._dynamo.config.skip_nnmodule_hook_guards`), but it does guard `dicts`, which are the module's
     `hook_dicts` stored in another module.
     """
-    is_replaced = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") or "forward" in module.__dict__
-    return is_replaced or any([len(hooks) > 0 for hooks in dicts])
+    has_new_forward = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") or "forward" in module.__dict__
+    return has_new_forward or any([len(hooks) > 0 for hooks in dicts])
 
 
 def call_inside_hooks(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -63,9 +67,11 @@ def _innermost_forward(module: nn.Module) -> tuple[Any, str]:
     """Return the object and attribute through which hooks call the `forward` method of a module's class."""
     if "forward" not in module.__dict__:
         return module, "forward"
+    # accelerate keeps the original method as `_old_forward`, and diffusers keeps it in the references of its hooks
     references = getattr(module.__dict__.get("_diffusers_hook"), "_fn_refs", ())
-    candidates = [(module, "forward"), (module, "_old_forward")]
-    candidates += [(reference, name) for reference in references for name in ("forward", "original_forward")]
+    candidates: list[tuple[Any, str]] = [(module, "forward"), (module, "_old_forward")]
+    for reference in references:
+        candidates += [(reference, "forward"), (reference, "original_forward")]
     for owner, name in candidates:
         if getattr(owner.__dict__.get(name), "__func__", None) is type(module).forward:
             return owner, name
@@ -83,12 +89,12 @@ def onloaded(layer: nn.Module, *, with_base: bool) -> Iterator[None]:
 
     Args:
         layer: The layer.
-        with_base: If True, also load the base layer. Not needed inside a call of the base layer, which loads it.
+        with_base: If True, also load the base layer. A call of the base layer loads it anyway.
     """
-    parts: list[Any] = [part for name, part in layer._modules.items() if with_base or name != "base_layer"]
-    with ExitStack() as loaded:
-        for part in parts:
-            if "_hf_hook" in part.__dict__:
-                part._hf_hook.pre_forward(part)
-                loaded.callback(part._hf_hook.post_forward, part, None)
+    children: list[Any] = [child for name, child in layer._modules.items() if with_base or name != "base_layer"]
+    with ExitStack() as stack:
+        for child in children:
+            if "_hf_hook" in child.__dict__:
+                child._hf_hook.pre_forward(child)
+                stack.callback(child._hf_hook.post_forward, child, None)
         yield

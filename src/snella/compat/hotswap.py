@@ -1,4 +1,7 @@
-"""Hot swapping of adapters in running models, including compiled models."""
+"""Hot swapping of adapters in running models, including compiled models.
+
+The budgets of an adapter limit the number of nonzero entries in each matrix of its updates.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +27,18 @@ from snella.targets import count_rows
 _PREFIX = "base_model.model."
 _COMPILED = "_orig_mod."
 _MUST_MATCH = ("kernel", "num_pieces", "softmax_dim", "center_softmax", "sparsify_mode")
-"""Fields that must match; the tensors' shapes cover ranks and numbers of matrices."""
+"""Settings that must be equal. The tensors' shapes show whether ranks and numbers of matrices are equal."""
 
 
 @dataclass
 class AdapterValues:
-    """Saved adapter in memory for repeated swaps, which are faster after the first.
+    """Saved adapter in memory for repeated swaps.
+
+    The first swap fills `caches`, which make later swaps faster.
 
     Args:
-        tensors: Tensors by their names in the adapter's file; must not change after the first swap.
-        config: Configuration of the adapter; `None` assumes the model's.
+        tensors: Tensors by their names in the adapter's file. They must not change after the first swap.
+        config: Configuration of the adapter. If `None`, the adapter is assumed to have the model's configuration.
     """
 
     tensors: dict[str, Tensor]
@@ -52,17 +57,17 @@ class AdapterValues:
             FileNotFoundError: If the folder contains no adapter.
             ValueError: If the adapter belongs to another method or is corrupt.
         """
-        inner = Path(folder, "adapter")
-        path = inner if (inner / CONFIG_NAME).is_file() else Path(folder)
+        run_adapter = Path(folder, "adapter")
+        path = run_adapter if (run_adapter / CONFIG_NAME).is_file() else Path(folder)
         if not (path / CONFIG_NAME).is_file() or not (path / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise FileNotFoundError(
-                f"{folder} must contain an adapter, i.e. {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}"
+                f"{folder} contains no adapter, which consists of {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}"
             )
         config = read_config(path)
         if not isinstance(config, SnellaConfig):
             raise ValueError(
-                f"{folder} must contain a SNELLA adapter, got {type(config).__name__}; use PEFT's hotswap_adapter for "
-                "LoRA"
+                f"{folder} contains no SNELLA adapter, but one with a {type(config).__name__}; use PEFT's "
+                "hotswap_adapter for LoRA"
             )
         try:
             return cls(load_file(path / SAFETENSORS_WEIGHTS_NAME), config)
@@ -80,11 +85,12 @@ def hotswap(
         compiled = torch.compile(model)
         hotswap(compiled, "runs/cells")           # reads a few megabytes, merges once, does not recompile
 
-    Writes all values in place, including heads in `modules_to_save`, tokens and budgets. Except for merged quantized
-    weights, no parameter is replaced, so memory does not grow and compiled models do not recompile. For a merged
-    adapter, the swap recomputes each weight from its pre-trained values, and `unmerge_adapter` still restores them bit
-    for bit. Outputs are bit-identical to the outputs of a model loaded with the new adapter. Given the new adapter's
-    config, the swap also sets `scaling` and undoes `set_scale`. No forward pass may run during the swap.
+    Writes all values in place, including heads in `modules_to_save`, tokens in `parameters_to_save`, and budgets.
+    Except for merged quantized weights, no parameter is replaced, so memory does not grow and compiled models do not
+    recompile. For a merged adapter, the swap recomputes each weight from its pre-trained values, and `unmerge_adapter`
+    still restores them bit for bit. Outputs are bit-identical to the outputs of a model loaded with the new adapter.
+    If the new adapter's configuration is known, the swap also sets `scaling` and undoes `set_scale`. No forward pass
+    may run during the swap.
 
     Args:
         model: A model with a SNELLA adapter, merged or not, compiled or not, or any model that contains one.
@@ -96,40 +102,42 @@ def hotswap(
 
     Raises:
         FileNotFoundError: If the folder contains no adapter.
-        ValueError: If the new adapter belongs to another method or is corrupt; the model does not have the adapter to
-            replace or contains several PEFT models; the architecture, rank, kernel, sparsify mode, rows per matrix or
-            head differs; an adapter trains biases or token rows; values are not finite; or budgets are invalid. The
-            model then remains unchanged.
+        ValueError: If the new adapter belongs to another method, is corrupt, or has values that are not finite or
+            invalid budgets; if the model does not have the adapter to replace or contains several PEFT models; or if
+            the adapters differ in architecture, rank, kernel, sparsify mode, rows per matrix or head, or one of them
+            trains biases or token rows. The model then remains unchanged.
     """
     if isinstance(adapter, (str, Path)):
         adapter = AdapterValues.read(adapter)
     elif not isinstance(adapter, AdapterValues):
         adapter = AdapterValues(dict(adapter))
-    current, layers, tokens = _adapter_parts(model, adapter_name)
+    current_tensors, layers, tokens = _find_adapter(model, adapter_name)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no SNELLA adapter {adapter_name!r}")
-    values = {_strip_prefixes(name): tensor for name, tensor in adapter.tensors.items()}
+    new_tensors = {_strip_prefixes(name): tensor for name, tensor in adapter.tensors.items()}
     config = next(iter(layers.values())).snella_config[adapter_name]
-    errors = _differences(config, adapter.config, current, values)
+    errors = _differences(config, adapter.config, current_tensors, new_tensors)
     if adapter.config is not None and adapter.config.qkv_groups != config.qkv_groups:
         errors += _other_rows(model, layers, adapter_name, adapter.config.qkv_groups)
     remedy = "load it as another adapter with load_adapter"
+    # an adapter with caches has been checked in an earlier swap
     if not errors and not adapter.caches:
-        errors = _invalid_values(layers, adapter_name, values)
+        errors = _invalid_values(layers, adapter_name, new_tensors)
         remedy = "save the adapter again or load an earlier checkpoint"
     if errors:
         raise ValueError(f"the adapter cannot be swapped in: {listed(errors, 3, '; ')}; {remedy}")
-    for name, tensor in current.items():
-        tensor.copy_(values[name])
+    for name, tensor in current_tensors.items():
+        tensor.copy_(new_tensors[name])
     for layer in layers.values():
         layer.seal_budgets(adapter_name)
     if adapter.config is not None:
         for layer in layers.values():
             layer.snella_config[adapter_name].scaling = adapter.config.scaling
-            if layer.scaling[adapter_name] != adapter.config.scaling:  # also after `set_scale`
+            # `set_scale` may have changed the scaling, too
+            if layer.scaling[adapter_name] != adapter.config.scaling:
                 layer.set_scale(adapter_name, 1.0)
     for token in tokens:
-        if adapter_name in token.merged_adapters:
+        if adapter_name in token.merged_adapters:  # `weight` is then a copy of the adapter's value
             token.base_layer.weight.copy_(token.snella_token[adapter_name])
     for name, layer in layers.items():
         A = layer.snella_A[adapter_name]
@@ -141,14 +149,19 @@ def hotswap(
 def _strip_prefixes(name: str) -> str:
     """Remove the prefixes that PEFT and `torch.compile` add to a parameter or module name."""
     name = name.replace(_COMPILED, "")
-    return name.partition(_PREFIX)[2] or name  # the model may be inside another one
+    # also remove everything before PEFT's prefix, because the model may be inside another one
+    return name.partition(_PREFIX)[2] or name
 
 
-def _adapter_parts(
+def _find_adapter(
     model: nn.Module, adapter_name: str
 ) -> tuple[dict[str, Tensor], dict[str, SnellaLayer], list[TokenAdapter]]:
-    """Return an adapter's tensors and layers, keyed by their names in a file, and its tokens."""
-    parts: dict[str, Tensor] = {}
+    """Return an adapter's tensors and layers by their names in a file, and all token adapters of the model.
+
+    Raises:
+        ValueError: If the model contains several PEFT models.
+    """
+    saved_tensors: dict[str, Tensor] = {}
     layers: dict[str, SnellaLayer] = {}
     tokens: list[TokenAdapter] = []
     for name, module in model.named_modules():
@@ -156,39 +169,43 @@ def _adapter_parts(
             for attribute in module.saved_names:
                 tensors: Any = getattr(module, attribute)
                 if adapter_name in tensors:
-                    parts[f"{name}.{attribute}"] = tensors[adapter_name]
+                    saved_tensors[f"{name}.{attribute}"] = tensors[adapter_name]
             if isinstance(module, TokenAdapter):
                 tokens.append(module)
             elif adapter_name in module.snella_A:
                 layers[_strip_prefixes(name)] = module
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            inner = module.modules_to_save[adapter_name]
-            parts |= {f"{name}.{key}": tensor for key, tensor in inner.state_dict(keep_vars=True).items()}
-    stripped = {_strip_prefixes(name): tensor.detach() for name, tensor in parts.items()}
-    if len(stripped) < len(parts):
+            state = module.modules_to_save[adapter_name].state_dict(keep_vars=True)
+            saved_tensors |= {f"{name}.{key}": tensor for key, tensor in state.items()}
+    stripped = {_strip_prefixes(name): tensor.detach() for name, tensor in saved_tensors.items()}
+    if len(stripped) < len(saved_tensors):
         raise ValueError(f"{type(model).__name__} contains several PEFT models; pass the one to change")
     return stripped, layers, tokens
 
 
 def _differences(
-    config: SnellaConfig, other: SnellaConfig | None, current: Mapping[str, Tensor], values: Mapping[str, Tensor]
+    config: SnellaConfig,
+    new_config: SnellaConfig | None,
+    current_tensors: Mapping[str, Tensor],
+    new_tensors: Mapping[str, Tensor],
 ) -> list[str]:
-    """Return the differences in settings, names and shapes between an adapter and the adapter of the model."""
+    """Return a message for each difference in settings, names and shapes between the current and the new adapter."""
     errors = [
-        f"{name} is {getattr(other, name)!r}, the model has {getattr(config, name)!r}"
+        f"{name} is {getattr(new_config, name)!r}, but the model has {getattr(config, name)!r}"
         for name in _MUST_MATCH
-        if other is not None and getattr(other, name) != getattr(config, name)
+        if new_config is not None and getattr(new_config, name) != getattr(config, name)
     ]
-    for name in ("bias", "trainable_token_indices"):  # outside the adapter's layers
-        values_of_both = [getattr(settings, name) for settings in (config, other) if settings is not None]
-        if trained := [value for value in values_of_both if value not in ("none", None)]:
-            errors.append(f"{name}={trained[0]!r} trains parameters outside the adapter's layers")
-    errors += [f"{name} is missing" for name in current if name not in values]
-    errors += [f"{name} does not exist in the model" for name in values if name not in current]
+    for name in ("bias", "trainable_token_indices"):
+        values = [getattr(settings, name) for settings in (config, new_config) if settings is not None]
+        training_values = [value for value in values if value not in ("none", None)]
+        if training_values:
+            errors.append(f"{name}={training_values[0]!r} trains parameters outside the adapter's layers")
+    errors += [f"{name} is missing" for name in current_tensors if name not in new_tensors]
+    errors += [f"{name} does not exist in the model" for name in new_tensors if name not in current_tensors]
     errors += [
-        f"{name} has shape {list(values[name].shape)}, the model has {list(tensor.shape)}"
-        for name, tensor in current.items()
-        if name in values and values[name].shape != tensor.shape
+        f"{name} has shape {list(new_tensors[name].shape)}, but the model has {list(tensor.shape)}"
+        for name, tensor in current_tensors.items()
+        if name in new_tensors and new_tensors[name].shape != tensor.shape
     ]
     return errors
 
@@ -199,22 +216,23 @@ def _other_rows(
     adapter_name: str,
     qkv_groups: int | str | dict[str, int | list[int]],
 ) -> list[str]:
-    """Return the layers whose rows per matrix differ under another `qkv_groups`."""
+    """Return a message for each layer whose rows per matrix differ with the new adapter's `qkv_groups`."""
     errors: list[str] = []
     parents = {child: parent for parent in model.modules() for child in parent.children()}
     for name, layer in layers.items():
         rows = layer.row_counts[adapter_name]
-        other_rows = count_rows(layer.module_name, layer.out_features, layer.in_features, parents[layer], qkv_groups)
-        if other_rows != rows:
-            errors.append(f"{name} has matrices of {list(other_rows)} rows, the model has {list(rows)}")
+        new_rows = count_rows(layer.module_name, layer.out_features, layer.in_features, parents[layer], qkv_groups)
+        if new_rows != rows:
+            errors.append(f"{name} has matrices of {list(new_rows)} rows, but the model has {list(rows)}")
     return errors
 
 
-def _invalid_values(layers: Mapping[str, SnellaLayer], adapter_name: str, values: Mapping[str, Tensor]) -> list[str]:
-    """Return the tensors that are not finite, and the layers with invalid budgets."""
-    errors = [f"{name} is not finite" for name, tensor in values.items() if not tensor.isfinite().all()]
+def _invalid_values(layers: Mapping[str, SnellaLayer], adapter_name: str, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return a message for each tensor that is not finite and each layer with invalid budgets."""
+    errors = [f"{name} is not finite" for name, tensor in tensors.items() if not tensor.isfinite().all()]
     for name, layer in layers.items():
-        if (error := budget_error(layer, adapter_name, values[f"{name}.snella_budget"].tolist())) is not None:
+        budgets = tensors[f"{name}.snella_budget"].tolist()
+        if (error := budget_error(layer, adapter_name, budgets)) is not None:
             errors.append(f"budgets of {name!r} {error}")
     return errors
 

@@ -1,4 +1,8 @@
-"""Support for base layers with quantized weights."""
+"""Support for base layers with quantized weights.
+
+A base layer is the pre-trained layer inside an adapted layer. Merging adds an update to its weight, which must then be
+requantized; this rounds the sum.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +25,13 @@ from snella.ops import LazyWeight, widest_dtype
 
 
 class Quantization(ABC):
-    """Storage format of a linear layer's quantized weight `[m, n]`. Stateless; each method takes the layer."""
+    """Storage format of a linear layer's quantized weight `[m, n]`.
+
+    A format has no state of its own, so each method takes the layer.
+    """
 
     name: str
+    """Name of the format in warnings."""
 
     @abstractmethod
     def source(self, base: nn.Module) -> LazyWeight:
@@ -51,7 +59,9 @@ class Quantization(ABC):
 
 
 def find_quantization(base: Any, name: str) -> Quantization | None:
-    """Return the quantization of a layer's weight, or `None`; imports neither bitsandbytes nor torchao.
+    """Return the quantization of a layer's weight, or `None` if it is not quantized.
+
+    Layers and weights are recognized by name, so that neither bitsandbytes nor torchao is imported.
 
     Args:
         base: A base layer.
@@ -62,24 +72,25 @@ def find_quantization(base: Any, name: str) -> Quantization | None:
         RuntimeError: If a bitsandbytes layer is not quantized yet.
     """
     weight = getattr(base, "weight", None)
-    kind = type(base).__name__
+    class_name = type(base).__name__
     bitsandbytes_classes = [cls.__name__ for cls in type(base).__mro__ if cls.__module__.startswith("bitsandbytes.")]
-    packed = next((packed for packed in ("qweight", "W_q") if hasattr(base, packed)), None)
+    # attributes in which layers of other libraries store their quantized weight
+    packed_attribute = next((attribute for attribute in ("qweight", "W_q") if hasattr(base, attribute)), None)
     if bitsandbytes_classes:
         for quantization in (Bitsandbytes4bit(), Bitsandbytes8bit()):
             if quantization.layer_class in bitsandbytes_classes:
                 quantization.check(base, name)
                 return quantization
-        description = f"a {kind} of bitsandbytes"
+        description = f"a {class_name} of bitsandbytes"
     elif type(weight).__module__.startswith("torchao."):
         problem = _torchao_problem(weight) if isinstance(base, nn.Linear) else "only linear layers are supported"
         if problem is None:
             return TorchaoWeight()
-        description = f"a {kind} with a torchao weight of type {type(weight).__name__}: {problem}"
+        description = f"a {class_name} with a torchao weight of type {type(weight).__name__}: {problem}"
     elif isinstance(weight, Tensor) and not weight.is_floating_point():
-        description = f"a {kind} with a {weight.dtype} weight"
-    elif packed is not None:
-        description = f"a {type(base).__module__}.{kind}, which stores its weight as {packed}"
+        description = f"a {class_name} with a {weight.dtype} weight"
+    elif packed_attribute is not None:
+        description = f"a {type(base).__module__}.{class_name}, which stores its weight as {packed_attribute}"
     else:
         return None
     raise NotImplementedError(
@@ -90,7 +101,10 @@ def find_quantization(base: Any, name: str) -> Quantization | None:
 
 
 class Bitsandbytes4bit(Quantization):
-    """bitsandbytes 4-bit: blocks of 4-bit codes with scales, which `compress_statistics` also quantizes."""
+    """Format of bitsandbytes' `Linear4bit`: blocks of 4-bit codes with scales.
+
+    If the layer sets `compress_statistics`, the scales are quantized, too.
+    """
 
     name = "bitsandbytes 4-bit"
     layer_class = "Linear4bit"
@@ -109,9 +123,9 @@ class Bitsandbytes4bit(Quantization):
             # undo the CPU layout, which supports only matrix products, as bitsandbytes does before saving
             weight.data, state = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
             if state.absmax.ndim == 2:
-                # bitsandbytes 0.50 does not convert unquantized scales
+                # bitsandbytes 0.50 does not convert unquantized scales back
                 state.absmax = state.absmax.T.reshape(-1).float()
-        # a copy of the state: bitsandbytes modifies the layer's state in place when it changes the layout
+        # copy the state, because bitsandbytes modifies it in place when it changes the layout
         dequantize = partial(bitsandbytes.functional.dequantize_4bit, weight.data, copy.copy(state))
         return LazyWeight(torch.Size(state.shape), (weight, state.absmax), dequantize)
 
@@ -120,7 +134,7 @@ class Bitsandbytes4bit(Quantization):
         attributes = dict(base.weight.__dict__)
         state = _state(base)
         Bnb4bitBackend().set_base_weight(_peft_layer(base), weight.to(state.dtype))
-        # PEFT marks the old parameter as unquantized
+        # PEFT marks the old parameter as unquantized, but `restore` needs it unchanged
         old.__dict__.update(attributes)
 
     def snapshot(self, base: Any) -> Any:  # noqa: D102
@@ -140,9 +154,9 @@ class Bitsandbytes4bit(Quantization):
 
 
 class Bitsandbytes8bit(Quantization):
-    """bitsandbytes 8-bit: rows of int8 codes with one scale each.
+    """Format of bitsandbytes' `Linear8bitLt`: rows of int8 codes with one scale each.
 
-    `Linear8bitLt` also quantizes its input. An adapted layer instead multiplies with the dequantized weight.
+    `Linear8bitLt` also quantizes its input, whereas an adapted layer multiplies it by the dequantized weight.
     """
 
     name = "bitsandbytes 8-bit"
@@ -169,8 +183,8 @@ class Bitsandbytes8bit(Quantization):
         Bnb8bitBackend().set_base_weight(_peft_layer(base), weight)
 
     def snapshot(self, base: Any) -> Any:  # noqa: D102
-        weight, state = base.weight, base.state
-        return weight, (weight.CB, weight.SCB), (state.CB, state.SCB)
+        weight = base.weight
+        return weight, (weight.CB, weight.SCB), (base.state.CB, base.state.SCB)
 
     def restore(self, base: Any, snapshot: Any) -> None:  # noqa: D102
         device = base.weight.device
@@ -180,12 +194,12 @@ class Bitsandbytes8bit(Quantization):
 
 
 def _peft_layer(base: nn.Module) -> SimpleNamespace:
-    """Return the part of a PEFT layer that PEFT's quantization backends use."""
+    """Return a stand-in for a PEFT layer, with the only method that PEFT's quantization backends call."""
     return SimpleNamespace(get_base_layer=lambda: base)
 
 
 def _state(base: Any) -> Any:
-    """Return the quantization state of a `Linear4bit`; with FSDP, the layer stores it instead of the weight."""
+    """Return the quantization state of a `Linear4bit`. With FSDP, the layer stores it instead of the weight."""
     state = getattr(base.weight, "quant_state", None)
     return base.quant_state if state is None else state
 
@@ -200,7 +214,7 @@ def _unquantized_error(base: nn.Module, name: str) -> RuntimeError:
 
 
 def _torchao_problem(weight: Any) -> str | None:
-    """Return the reason why this type of weight is not supported, or `None`."""
+    """Return the reason why a torchao weight is not supported, or `None` if it is supported."""
     if type(weight).__name__ not in ("Int8Tensor", "IntxUnpackedToInt8Tensor"):
         return "requantization is not supported; use IntxWeightOnlyConfig, which supports integers of any width"
     for attribute in ("act_quant_kwargs", "activation_quantization", "act_pre_scale"):
@@ -212,23 +226,24 @@ def _torchao_problem(weight: Any) -> str | None:
 
 
 class TorchaoWeight(Quantization):
-    """torchao: the layer's `weight` is a tensor subclass that stores integers and scales."""
+    """Format of torchao, in which the layer's `weight` is a tensor subclass that stores integers and scales."""
 
     name = "torchao"
 
     def source(self, base: Any) -> LazyWeight:  # noqa: D102
         weight = base.weight
-        parts = (weight.qdata, weight.scale, getattr(weight, "zero_point", None))
-        tensors = tuple(part for part in parts if part is not None)
+        stored = (weight.qdata, weight.scale, getattr(weight, "zero_point", None))
+        tensors = tuple(tensor for tensor in stored if tensor is not None)
         return LazyWeight(weight.shape, tensors, weight.dequantize)
 
     def write(self, base: Any, weight: Tensor) -> None:  # noqa: D102
         old = base.weight
         target = weight.contiguous()
         cast_target = target.to(old.dtype)
-        # new scales suit large updates; the old scales preserve all entries that a small update does not change
+        # new scales suit large updates, but the old scales preserve all entries that a small update does not change
+        candidates = (_requantize(old, cast_target), _requantize(old, cast_target, keep_scales=True))
         quantized = min(
-            (_requantize(old, cast_target), _requantize(old, cast_target, keep_scales=True)),
+            candidates,
             key=lambda candidate: torch.linalg.vector_norm(candidate.dequantize().to(target.dtype) - target).item(),
         )
         base.weight = nn.Parameter(quantized, requires_grad=False)
@@ -246,7 +261,11 @@ class TorchaoWeight(Quantization):
 
 
 def _requantize(old: Any, weight: Tensor, keep_scales: bool = False) -> Any:
-    """Quantize `weight` like `old`: same blocks and bit width, and a zero point only if `old` has a nonzero one."""
+    """Quantize `weight` like the torchao tensor `old`.
+
+    The blocks and the bit width are the same, and there is a zero point only if `old` has a nonzero one. If
+    `keep_scales`, the scales and zero points of `old` are used as well.
+    """
     from torchao.quantization import granularity
     from torchao.quantization.quant_primitives import MappingType
 
@@ -256,6 +275,7 @@ def _requantize(old: Any, weight: Tensor, keep_scales: bool = False) -> Any:
         custom = {"custom_scale": old.scale, "custom_zero_point": old.zero_point, "intx_choose_qparams_algorithm": None}
         scales = custom if keep_scales else {}
         return type(old).from_hp(weight, old.block_size, old.target_dtype, mapping_type=mapping, **scales)
+    # `Int8Tensor` takes a granularity instead of a block size
     rows, columns = old.block_size
     blocks: granularity.Granularity = granularity.PerGroup(columns)
     if columns == weight.shape[1]:
@@ -289,8 +309,12 @@ def report_requantization(module_name: str, quantization: str, before: Tensor, t
         after: `Q(W + U)`, the stored weight.
     """
     dtype = widest_dtype(target.device.type)
-    error, update = (float(torch.linalg.vector_norm(a.float() - target.float(), dtype=dtype)) for a in (after, before))
-    requantization = _Requantization(module_name, quantization, error, update)
+
+    def distance(weight: Tensor) -> float:
+        """Return the Frobenius norm of the difference from `W + U`."""
+        return float(torch.linalg.vector_norm(weight.float() - target.float(), dtype=dtype))
+
+    requantization = _Requantization(module_name, quantization, distance(after), distance(before))
     pending = _collected.get()
     if pending is None:
         _warn([requantization])
@@ -328,5 +352,7 @@ def _warn(merges: list[_Requantization]) -> None:
 
 
 def _relative(error: float, update: float) -> float:
-    """Return the relative error, infinite for an error without an update."""
-    return error / update if update else math.inf if error else 0.0
+    """Return the error relative to the update's size, which is infinite for an error without an update."""
+    if update:
+        return error / update
+    return math.inf if error else 0.0

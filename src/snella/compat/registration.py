@@ -8,8 +8,8 @@ tables as a key. A test fails once PEFT adds an enum member of this name.
 - `_peft_key_to_original_key` maps a parameter to its original name, for `get_base_model_state_dict` and
   `set_base_model_state_dict`. The wrapper removes the `base_layer` of an `AdaptedAttention`, which PEFT does not
   recognize as a tuner layer.
-- `PeftModel._update_offload` updates accelerate's offload index. The wrapper renames its keys to SNELLA's parameter
-  names, which end with the adapter name.
+- `PeftModel._update_offload` updates accelerate's offload index. The wrapper then renames the keys of the index to
+  SNELLA's parameter names, which end with the adapter name.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from snella.model import SnellaModel
 
 _KEY_FUNCTION = "_peft_key_to_original_key"
 _OFFLOAD_METHOD = "_update_offload"
-_MARK = "_is_snella_wrapper"
+_MARK = "_is_snella_wrapper"  # attribute of the wrappers, so that they are not wrapped again
 
 
 def register() -> None:
-    """Add the method to PEFT's tables and wrap PEFT's functions. Idempotent."""
+    """Add the method to PEFT's tables and wrap PEFT's functions. Another call changes nothing."""
     tables: tuple[tuple[dict[Any, Any], Any], ...] = (
         (PEFT_TYPE_TO_CONFIG_MAPPING, SnellaConfig),
         (PEFT_TYPE_TO_TUNER_MAPPING, SnellaModel),
@@ -57,7 +57,7 @@ def _strip_attention_infix(original_key: Any) -> Any:
     @functools.wraps(original_key)
     def strip_attention_infix(model: Any, peft_key: str) -> str:
         wrapper, _, parameter = peft_key.rpartition(".base_layer.")
-        with suppress(AttributeError):
+        with suppress(AttributeError):  # raised by `get_submodule` if there is no such module
             if isinstance(model.base_model.model.get_submodule(wrapper), AdaptedAttention):
                 return f"{original_key(model, wrapper)}.{parameter}"
         return str(original_key(model, peft_key))
@@ -72,8 +72,8 @@ def _rename_offloaded_parameters(update_offload: Any) -> Any:
     def rename_offloaded_parameters(self: PeftModel, offload_index: Any, adapters_weights: Any) -> Any:
         result = update_offload(self, offload_index, adapters_weights)
         for key in list(offload_index or ()):
-            module, _, parameter = key.rpartition(".")
-            module, _, adapter_name = module.rpartition(".")
+            prefix, _, parameter = key.rpartition(".")
+            module, _, adapter_name = prefix.rpartition(".")
             if parameter.startswith(SnellaModel.prefix) and adapter_name in self.peft_config:
                 offload_index[f"{module}.{parameter}.{adapter_name}"] = offload_index.pop(key)
         return result

@@ -1,4 +1,8 @@
-"""Sparse weight files: reversible patches of a plain model that store the positions and values of changed weights."""
+"""Sparse weight files, which store the difference between a fine-tuned and a pre-trained model as a reversible patch.
+
+The patch contains the positions and changes of individual weights, and new values of parameters that are replaced
+entirely, such as the head. It applies to the model without adapters.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +25,10 @@ from snella._utils import listed
 FORMAT = "snella-sparse-1"
 ValueDtype = Literal["fp32", "bf16"]
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_ENCODINGS = ["int32", "gaps", "bitmap"]
+_ENCODINGS = ["int32", "gaps", "bitmap"]  # of positions, see `SparsePatch.to_bytes`
 _VALUES = "values"
 _DIGEST = "sha256"
-_DIGEST_LENGTH = 16  # hex digits; detects a wrong base model, not forgery
+_DIGEST_LENGTH = 16  # hex digits, enough to detect a wrong base model, but not to prevent forgery
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Entries:
 
     Args:
         indices: Positions in the flattened parameter, ascending, `[K]`, int64.
-        values: `[K]`, float32 or bfloat16.
+        values: Changes at these positions, `[K]`, float32 or bfloat16.
     """
 
     indices: Tensor
@@ -69,12 +73,13 @@ class SparsePatch:
     def to_bytes(self, values: ValueDtype = "fp32") -> bytes:
         """Serialize the patch in safetensors format.
 
-        Positions use the smallest of three encodings: `NAME:int32`, `NAME:gaps` (the number of unchanged weights
-        before each changed one, LEB128) or `NAME:bitmap` (one bit per weight). Values are `NAME:values`, replaced
-        tensors are `NAME`. The metadata entry `sha256` is the digest of the entire content.
+        The positions in a parameter `NAME` are stored in the smallest of three encodings: `NAME:int32`, `NAME:gaps`
+        (the number of unchanged weights before each changed one, LEB128) or `NAME:bitmap` (one bit per weight). Its
+        values are stored as `NAME:values`, and replaced tensors as `NAME`. The metadata entry `sha256` is the digest
+        of the entire content.
 
         Args:
-            values: Type of the values of `entries`; bf16 rounds them. Replaced tensors keep their dtype.
+            values: Type for the values of `entries`. With bf16, they are rounded. Replaced tensors keep their dtype.
 
         Raises:
             ValueError: If the type is unknown, or positions are not ascending and unique.
@@ -108,13 +113,13 @@ class SparsePatch:
             raise ValueError(f"{path} is damaged: {error}; export it again") from None
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} contains no sparse update; create one with snella export RUN --format sparse")
-        digest = metadata.pop(_DIGEST, None)
-        actual = tensors_digest(tensors, metadata)
+        stored_digest = metadata.pop(_DIGEST, None)
+        digest = tensors_digest(tensors, metadata)
         metadata.pop("format")
-        if digest is None:
+        if stored_digest is None:
             raise ValueError(f"{path} is damaged: its metadata has no {_DIGEST}; export it again")
-        if digest != actual:
-            raise ValueError(f"{path} is damaged: its SHA-256 is {actual}, expected {digest}; export it again")
+        if digest != stored_digest:
+            raise ValueError(f"{path} is damaged: its SHA-256 is {digest}, expected {stored_digest}; export it again")
         try:
             return cls._parse(tensors, metadata)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -122,23 +127,26 @@ class SparsePatch:
 
     @classmethod
     def _parse(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Self:
-        """Parse a file's tensors and metadata."""
-        shapes, digests = json.loads(metadata.pop("shapes")), json.loads(metadata.pop("digests"))
+        """Create a patch from a file's tensors and metadata, and remove the entries that it reads from both."""
+        shapes = json.loads(metadata.pop("shapes"))
+        digests = json.loads(metadata.pop("digests"))
         entries = {}
         for key in [key for key in tensors if key.endswith(f":{_VALUES}")]:
             name = key.removesuffix(f":{_VALUES}")
             values = tensors.pop(key)
-            kinds = [kind for kind in _ENCODINGS if f"{name}:{kind}" in tensors]
-            if len(kinds) != 1:
-                raise ValueError(f"{name!r} has positions in {len(kinds)} encodings, expected one of {_ENCODINGS}")
-            indices = decode_positions(kinds[0], tensors.pop(f"{name}:{kinds[0]}"))
+            encodings = [encoding for encoding in _ENCODINGS if f"{name}:{encoding}" in tensors]
+            if len(encodings) != 1:
+                raise ValueError(f"{name!r} has positions in {len(encodings)} encodings, expected one of {_ENCODINGS}")
+            (encoding,) = encodings
+            indices = decode_positions(encoding, tensors.pop(f"{name}:{encoding}"))
             if len(indices) != len(values):
                 raise ValueError(f"{name!r} has {len(indices)} positions and {len(values)} values")
             size = math.prod(shapes[name])
             if not _are_ascending(indices, size):
-                raise ValueError(f"{name!r} must have ascending positions in [0, {size - 1}]")
+                raise ValueError(f"{name!r} has positions that do not ascend in [0, {size - 1}]")
             entries[name] = Entries(indices, values)
-        return cls(entries, tensors, shapes, digests, metadata)
+        replaced = tensors  # the remaining tensors
+        return cls(entries, replaced, shapes, digests, metadata)
 
     # model ---------------------------------------------------------------------------------------------------------
 
@@ -147,7 +155,7 @@ class SparsePatch:
         """Apply the patch in place, so that compiled models do not recompile.
 
         Args:
-            model: Plain model with the pre-trained weights that the patch was created for.
+            model: Model without adapters, with the pre-trained weights that the patch was created for.
             check_base: If True, compare the weights' digests first.
 
         Raises:
@@ -163,8 +171,10 @@ class SparsePatch:
             positions = changed.indices.to(tensors[name].device)
             original = flat[positions]
             self._originals[name] = original
+            # add in at least float32
             dtype = torch.promote_types(torch.promote_types(flat.dtype, changed.values.dtype), torch.float32)
-            flat[positions] = (original.to(dtype) + changed.values.to(flat.device, dtype)).to(flat.dtype)
+            total = original.to(dtype) + changed.values.to(flat.device, dtype)
+            flat[positions] = total.to(flat.dtype)
             _write_back(tensors[name], flat)
         for name, value in self.replaced.items():
             self._originals[name] = tensors[name].detach().clone()
@@ -181,11 +191,12 @@ class SparsePatch:
         if self._model is None:
             raise RuntimeError("the patch is not applied; call apply(model) first")
         tensors = _named_tensors(self._model)
-        # reversed, because the second name of a tied tensor was patched after the first
+        # in reverse order, because a tied tensor was patched once for each of its names
         for name, original in reversed(self._originals.items()):
             if name in self.entries:
                 flat = _flat(tensors[name])
-                flat[self.entries[name].indices.to(flat.device)] = original.to(flat)  # the model may have been cast
+                positions = self.entries[name].indices.to(flat.device)
+                flat[positions] = original.to(flat)  # the model may have been cast or moved since `apply`
                 _write_back(tensors[name], flat)
             else:
                 tensors[name].copy_(original)
@@ -193,12 +204,12 @@ class SparsePatch:
         self._originals = {}
 
     def _check(self, model: nn.Module, tensors: Mapping[str, Tensor], check_base: bool) -> None:
-        """Raise `ValueError` if a model does not match the patch."""
-        shapes = {**self.shapes, **{name: list(tensor.shape) for name, tensor in self.replaced.items()}}
-        errors = [f"{name} is missing" for name in shapes if name not in tensors]
+        """Raise `ValueError` if a model does not match the patch; compare digests only if `check_base`."""
+        expected_shapes = {**self.shapes, **{name: list(tensor.shape) for name, tensor in self.replaced.items()}}
+        errors = [f"{name} is missing" for name in expected_shapes if name not in tensors]
         errors += [
-            f"{name} has shape {list(tensors[name].shape)}, the update has {shape}"
-            for name, shape in shapes.items()
+            f"{name} has shape {list(tensors[name].shape)}, but the update has {shape}"
+            for name, shape in expected_shapes.items()
             if name in tensors and list(tensors[name].shape) != shape
         ]
         model_name = type(model).__name__
@@ -213,7 +224,7 @@ class SparsePatch:
 
 
 def load_sparse(model: nn.Module, file: str | Path, *, check_base: bool = True) -> SparsePatch:
-    """Apply a file from `snella export --format sparse` to a plain model.
+    """Apply a file from `snella export --format sparse` to a pre-trained model.
 
         patch = load_sparse(model, "photos.sparse.safetensors")   # the fine-tuned weights, exact with fp32 values
         patch.remove()                                            # the pre-trained weights, bit for bit
@@ -224,7 +235,7 @@ def load_sparse(model: nn.Module, file: str | Path, *, check_base: bool = True) 
         check_base: If True, check that the digests of the model's weights equal the digests in the file.
 
     Returns:
-        The patch, with `remove` and `apply`.
+        The applied patch. Its `remove` restores the pre-trained weights.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -247,11 +258,13 @@ def tensors_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> by
     `safetensors.torch.save` writes several metadata entries in random order.
     """
     content = save(_without_shared_memory(tensors), dict(metadata))
+    # the file starts with the length of the JSON header in 8 bytes
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     header_bytes = json.dumps(header, separators=(",", ":")).encode()
-    header_bytes += b" " * (-len(header_bytes) % 8)
+    num_spaces = -len(header_bytes) % 8  # align the tensors
+    header_bytes += b" " * num_spaces
     return len(header_bytes).to_bytes(8, "little") + header_bytes + content[end:]
 
 
@@ -266,33 +279,36 @@ def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | 
 
 
 def encode_positions(indices: Tensor, size: int) -> tuple[str, Tensor]:
-    """Encode ascending positions below `size` in the smallest of three encodings; return its name and the tensor."""
+    """Return the smallest of three encodings of ascending positions below `size`: its name and the encoded tensor."""
     positions = indices.cpu()
     if len(positions) > 1 and not bool((positions.diff() > 0).all()):
         raise ValueError("positions must be ascending and unique")
     candidates = {"int32": positions.int()} if size <= 1 << 31 else {}
-    if -(-size // 8) < 4 * len(positions):
+    bitmap_bytes = -(-size // 8)
+    int32_bytes = 4 * len(positions)
+    if bitmap_bytes < int32_bytes:
         mask = np.zeros(size, np.bool_)
         mask[positions.numpy()] = True
         candidates["bitmap"] = torch.from_numpy(np.packbits(mask, bitorder="little"))
     candidates["gaps"] = torch.from_numpy(_encode_gaps(positions.numpy()))
-    kind = min(candidates, key=lambda kind: candidates[kind].nbytes)
-    return kind, candidates[kind]
+    smallest = min(candidates, key=lambda encoding: candidates[encoding].nbytes)
+    return smallest, candidates[smallest]
 
 
 def decode_positions(kind: str, encoded: Tensor) -> Tensor:
-    """Decode the result of `encode_positions`, int64."""
+    """Return the positions, int64, from the result of `encode_positions`."""
     if kind == "int32":
         return encoded.long()
     content = encoded.numpy()
     if kind == "bitmap":
         return torch.from_numpy(np.flatnonzero(np.unpackbits(content, bitorder="little")))
+    # only the last byte of a gap lacks the continuation bit, 128
     ends = np.flatnonzero(content < 128)
     starts = np.concatenate([[0], ends + 1])[: len(ends)].astype(np.int64)
     gaps = np.zeros(len(ends), np.int64)
     for byte_index in range(5):
-        inside = starts + byte_index <= ends
-        gaps[inside] |= (content[starts[inside] + byte_index].astype(np.int64) & 127) << 7 * byte_index
+        has_byte = starts + byte_index <= ends
+        gaps[has_byte] |= (content[starts[has_byte] + byte_index].astype(np.int64) & 127) << 7 * byte_index
     return torch.from_numpy(np.cumsum(gaps + 1) - 1)
 
 
@@ -305,7 +321,10 @@ def _are_ascending(positions: Tensor, size: int) -> bool:
 
 
 def _encode_gaps(positions: np.ndarray) -> np.ndarray:
-    """Encode the number of unchanged weights before each changed one as LEB128, 7 bits per byte, lowest first."""
+    """Encode the number of unchanged weights before each changed one as LEB128, 7 bits per byte, lowest first.
+
+    At most five bytes are used, enough for a gap below 2³⁵.
+    """
     gaps = np.diff(positions, prepend=-1) - 1
     lengths = np.ones(len(gaps), np.int64)
     for bits in (7, 14, 21, 28):
@@ -331,8 +350,8 @@ def _without_shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and persistent buffers by name, also for compiled models."""
-    inner: nn.Module = getattr(model, "_orig_mod", model)
+    """Return a model's parameters and persistent buffers by name, without the prefix of `torch.compile`."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)  # the model inside a compiled model
     return dict(inner.state_dict(keep_vars=True))
 
 

@@ -1,4 +1,8 @@
-"""Training of bare parameters, such as `cls_token`, with one value per adapter."""
+"""Training of bare parameters, such as `cls_token`, with one value per adapter.
+
+A bare parameter is read directly by its owner, a module outside adapters. A `TokenAdapter` holds its values, and the
+owner reads the active one.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ class _BaseToken(nn.Module):
 
 
 class _TokenValues(nn.ParameterDict):
-    """Value of each adapter; an assignment, e.g. by transformers' `load_adapter`, updates the owner's attribute."""
+    """Values by adapter. An assignment, e.g. by transformers' `load_adapter`, updates the owner's attribute."""
 
     def __init__(self, adapter: TokenAdapter) -> None:
         super().__init__()
@@ -36,12 +40,13 @@ class _TokenValues(nn.ParameterDict):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in self.__dict__.get("_keys", ()):  # also for the plain tensors that FSDP1 assigns during a pass
+        # `_keys` also contains the names of the plain tensors that FSDP1 assigns during a pass
+        if name in self.__dict__.get("_keys", ()):
             self._adapter[0]._link()
 
 
 class TokenAdapter(nn.Module, BaseTunerLayer):
-    """Layer for a bare parameter; holds the pre-trained value and one trained value per adapter.
+    """Layer for a bare parameter, with its pre-trained value and one trained value per adapter.
 
     The parameter moves into this module, and `owner.<name>` becomes a plain attribute with the active value. At most
     one active adapter may have a value for this parameter.
@@ -83,7 +88,8 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, active_adapters: list[str], inference_mode: bool) -> None:
         """Add an adapter, initialized to the pre-trained value."""
-        initial = self._unmerged_weight if self._unmerged_weight is not None else self.base_layer.weight
+        # while an adapter is merged, `weight` contains its value
+        initial = self.base_layer.weight if self._unmerged_weight is None else self._unmerged_weight
         self.snella_token[adapter_name] = nn.Parameter(initial.detach().clone(), requires_grad=False)
         if adapter_name in active_adapters:
             self.set_adapter(active_adapters, inference_mode)
@@ -101,7 +107,7 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
             )
 
     def _link(self) -> None:
-        """Set the owner's attribute to the active value."""
+        """Set the owner's attribute to the active adapter's value, or to the base weight if there is none."""
         names = [] if self.disable_adapters or self.merged else self.active_adapters
         names_with_value = [name for name in names if name in self.snella_token]
         value = self.snella_token[names_with_value[0]] if names_with_value else self.base_layer.weight
@@ -167,13 +173,14 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
         self._link()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Apply `fn` to the values, e.g. to move them, and link the new active value."""
         super()._apply(fn, recurse)
         self._link()
         return self
 
 
 def _relink(module: nn.Module, _: Any) -> None:
-    """Update the owner's attribute after `load_state_dict`, which may replace the parameter."""
+    """Update the owner's attribute after `load_state_dict`, which may replace the active value."""
     if isinstance(module, TokenAdapter):
         module._link()
 
@@ -187,7 +194,8 @@ def find_tokens(model: nn.Module, names: Iterable[str], *, is_required: bool) ->
     """Return the full names of the parameters that match `names`, which may be suffixes.
 
     Raises:
-        ValueError: If `is_required` and a name matches no parameter, or two matches are the same parameter.
+        ValueError: If two matches are the same parameter under different names, or, with `is_required`, if a name
+            matches no parameter.
     """
     parameters = {f"{prefix}{name}": owner._parameters.get(name) for prefix, owner, name in _bare_parameters(model)}
     full_names: list[str] = []
@@ -202,10 +210,13 @@ def find_tokens(model: nn.Module, names: Iterable[str], *, is_required: bool) ->
     first_names: dict[int, str] = {}
     for name in full_names:
         parameter = parameters[name]  # None for a parameter that another adapter trains already
-        if parameter is not None and (first := first_names.setdefault(id(parameter), name)) != name:
+        if parameter is None:
+            continue
+        first_name = first_names.setdefault(id(parameter), name)
+        if first_name != name:
             raise ValueError(
-                f"parameters_to_save must not match a shared parameter twice, got {first!r} and {name!r}, which are "
-                "one tensor; give each module its own parameter"
+                f"parameters_to_save matches a shared parameter twice, as {first_name!r} and {name!r}; give each "
+                "module its own parameter"
             )
     return full_names
 
@@ -215,6 +226,7 @@ def attach_tokens(
 ) -> None:
     """Add an adapter to the bare parameters with these full names."""
     full_names = set(names)
+    # a list, because new adapters change the modules
     for prefix, owner, name in list(_bare_parameters(model)):
         if f"{prefix}{name}" in full_names:
             adapter = owner._modules.get(f"{name}_adapter")
@@ -224,17 +236,19 @@ def attach_tokens(
 
 
 def _bare_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield the prefix, owner and name of every parameter that is outside adapters or in a `TokenAdapter`."""
+    """Yield the owner's prefix, the owner and the name of every parameter outside adapters or in a `TokenAdapter`."""
     adapter_prefixes: list[str] = []
-    for prefix, module in model.named_modules():
-        if any(prefix.startswith(outer) for outer in adapter_prefixes):
+    for module_name, module in model.named_modules():
+        if any(module_name.startswith(adapter_prefix) for adapter_prefix in adapter_prefixes):
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            adapter_prefixes.append(f"{prefix}.")
+            adapter_prefixes.append(f"{module_name}.")
             if isinstance(module, TokenAdapter):
-                owner = prefix.rpartition(".")[0]
-                yield f"{owner}." if owner else "", module._owner[0], module.parameter_name
+                owner_name = module_name.rpartition(".")[0]
+                prefix = f"{owner_name}." if owner_name else ""
+                yield prefix, module._owner[0], module.parameter_name
             continue
+        prefix = f"{module_name}." if module_name else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield f"{prefix}." if prefix else "", module, name
+                yield prefix, module, name

@@ -1,1 +1,1 @@
-"""Less activation memory: recomputed inputs and int8 compression."""
+"""Recomputed inputs and int8 compression, which reduce activation memory."""

@@ -3,6 +3,9 @@
 A linear layer needs its input `x` for ∂L/∂W. If `x = f(z)` and autograd saves `z` anyway, the backward pass can
 recompute `x` bit-identically from `z`. A `Mark` on `x` names the tensors to save instead, and the `Origin` that
 recomputes `x` from them. The module `recompute` sets the marks.
+
+With `compress_activations`, some of the saved tensors are encoded, i.e. stored as int8 codes with a scale per group of
+entries. Decoding returns rounded values.
 """
 
 from __future__ import annotations
@@ -19,20 +22,21 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import pad
 
 GROUP = 64
-"""Entries per scale; an outlier channel degrades the precision of 63 other entries instead of the whole token."""
+"""Entries per scale. An outlier channel then degrades the precision of 63 other entries, not of the whole token."""
 ORIGIN_ATTRIBUTE = "_snella_origin"
-_LEVELS = 127
+"""Attribute of a tensor that contains its `Mark`."""
+_LEVELS = 127  # largest int8 code
 
 
 class Origin:
-    """Recomputation of a tensor: `function(*saved)`, or `function(source, *saved)` for a function of a marked tensor.
+    """Recomputation of a tensor: `function(*saved)`, or `function(x, *saved)` if `x` is itself a marked tensor.
 
     Args:
         function: Computes the tensor.
         device_type: Device type of the tensor.
         module: Module whose parameters and buffers `function` reads. Recomputation raises an error if they change.
-        source: Origin of the function's first argument; `None` if this argument is saved.
-        layouts: Layout of each saved argument; `None` for exact tensors.
+        source: Origin that recomputes the function's first argument, or `None` if this argument is saved.
+        layouts: Layout of each saved argument, or `None` if it is saved exactly.
     """
 
     def __init__(
@@ -59,11 +63,11 @@ class Origin:
         self._graph: Any = None  # decoded inputs and output edge of a recomputation, for `grad_inputs`
 
     def is_current(self) -> bool:
-        """Return whether the parameters and buffers of all modules are unchanged since the forward pass."""
+        """Return whether all modules, including the source's, are unchanged since the forward pass."""
         return self._module_state() == self._state and (self.source is None or self.source.is_current())
 
     def add_user(self) -> None:
-        """Register another backward pass that calls `compute`; the first also registers a user of the source.
+        """Register another backward pass that will call `compute`. The first one also registers a user of the source.
 
         A forward pass that activation checkpointing reruns does not count, because its backward pass is already
         registered.
@@ -74,7 +78,7 @@ class Origin:
                 self.source.add_user()
 
     def compute(self, saved: Sequence[Tensor]) -> Tensor:
-        """Return the recomputed, detached tensor; all users share one result.
+        """Return the recomputed tensor, detached. All users share one result.
 
         Args:
             saved: Tensors from the forward pass, as in `Mark.saved`: the source's, followed by the function's.
@@ -92,23 +96,26 @@ class Origin:
         return output
 
     def grad_inputs(self, saved: Sequence[Tensor], grad_output: Tensor) -> Iterator[Tensor]:
-        """Return the gradients of the encoded arguments, at their decoded values; reuses the graph of `compute`."""
+        """Return the gradients for the encoded arguments, at their decoded values.
+
+        Uses the graph that `compute` has built, if there is one.
+        """
         graph = self._graph
         self._graph = None
         inputs, edge = graph or self._run(saved)[1]
         return iter(torch.autograd.grad(edge, inputs, grad_output))
 
     def _run(self, saved: Sequence[Tensor]) -> tuple[Tensor, Any]:
-        """Return the recomputed tensor, and its graph if the function has encoded inputs and no source."""
+        """Return the recomputed tensor and its graph, which is `None` unless there are encoded inputs and no source."""
         if self._module_state() != self._state:
             raise RuntimeError(
                 f"{self._module} was changed between a forward pass and its backward pass, so its output "
                 "cannot be recomputed; change it after backward()"
             )
-        num_source = len(saved) - len(self.layouts)
+        num_source_tensors = len(saved) - len(self.layouts)
         # compute the source before decoding the other arguments, to limit the peak memory
-        args = [] if self.source is None else [self.source.compute(saved[:num_source])]
-        pairs = zip(saved[num_source:], self.layouts, strict=True)
+        args = [] if self.source is None else [self.source.compute(saved[:num_source_tensors])]
+        pairs = zip(saved[num_source_tensors:], self.layouts, strict=True)
         args += [tensor if layout is None else decode(tensor, layout) for tensor, layout in pairs]
         inputs: list[Tensor] = []
         if self.source is None and self.is_rounded:
@@ -124,7 +131,7 @@ class Origin:
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's direct tensors by name, including attributes in place of parameters (tokens, FSDP1)."""
+    """Return a module's own tensors by name, including attributes that replace parameters (tokens, FSDP1)."""
     parameters = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
     values = {**module.__dict__, **parameters, **module._buffers}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
@@ -132,7 +139,10 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Mark:
-    """Mark of a tensor: the tensors to save instead, the origin that recomputes it from them, and the `_versions`."""
+    """Mark of a tensor: the tensors to save instead, and the origin that recomputes it from them.
+
+    `versions` are the tensors' `_versions` when the mark was put, to detect later changes.
+    """
 
     saved: tuple[Tensor, ...]
     origin: Origin
@@ -162,12 +172,12 @@ class Mark:
 
 
 def _versions(x: Tensor, saved: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """Return the address of `x` and all version counters; writes through `x.data` remain undetected."""
+    """Return the address of `x` and all version counters. Writes through `x.data` remain undetected."""
     return (x.data_ptr(), x._version, *[tensor._version for tensor in saved])
 
 
 def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
-    """Return the tensors to save instead of a marked tensor, and its origin; `()` and `None` for unmarked tensors.
+    """Return the tensors to save instead of a marked tensor, and its origin, or `((), None)` for an unmarked tensor.
 
     Untracked views of a marked tensor and marked tensors after an in-place write count as unmarked. So do outputs of a
     module whose parameters have changed (e.g. because FSDP has freed them), since the backward pass cannot recompute
@@ -197,24 +207,26 @@ def save_rounded(
     *,
     by_row: bool = False,
 ) -> Tensor:
-    """Mark an output and save its inputs in int8 for the backward pass; inputs that require no gradient stay exact.
+    """Save the inputs of a function in int8 for the backward pass, and return the marked output.
+
+    Inputs that require no gradient are saved exactly.
 
     Args:
         inputs: Inputs of the function.
         output: Detached output of the function.
-        function: Recomputes the output.
+        function: Computes the output from the inputs.
         module: See `Origin`.
         by_row: See `encode`.
     """
-    pairs = [encode(z, by_row=by_row) if z.requires_grad else (z.detach(), None) for z in inputs]
-    saved = tuple([pair[0] for pair in pairs])
-    layouts = [pair[1] for pair in pairs]
+    saved_inputs = [encode(z, by_row=by_row) if z.requires_grad else (z.detach(), None) for z in inputs]
+    saved = tuple([tensor for tensor, _ in saved_inputs])
+    layouts = [layout for _, layout in saved_inputs]
     origin = Origin(function, output.device.type, module=module, layouts=layouts)
     return Mark.put(cast(Tensor, _RoundedInputs.apply(origin, saved, [output], *inputs)), saved, origin)
 
 
 class _RoundedInputs(torch.autograd.Function):
-    """Output of a function; the backward pass reruns the function on decoded inputs."""
+    """Function whose output is already computed, and whose backward pass reruns it on decoded inputs."""
 
     @staticmethod
     def forward(ctx: Any, origin: Origin, saved: tuple[Tensor, ...], output: list[Tensor], *inputs: Tensor) -> Tensor:
@@ -231,16 +243,16 @@ class _RoundedInputs(torch.autograd.Function):
 
 
 def multiply(first: Tensor, mark: Mark, second: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Return the marked product `first ⊙ second` of a marked first factor.
+    """Return the marked product `first ⊙ second`, where the first factor is marked.
 
-    Saves `second` and the source tensors of `first`. If the source tensors are in int8, a second factor of the same
+    Saves `second` and the tensors from which `first` is recomputed. If these are in int8, a second factor of the same
     shape that requires a gradient is also saved in int8.
 
     Args:
         first: The first factor.
         mark: Mark of the first factor.
         second: Second factor, of the same shape or broadcast to it.
-        product: Computes the product; the order of the factors determines the memory layout.
+        product: Computes the product. The order of its factors determines the memory layout.
     """
     layout = None
     saved_second = second.detach()
@@ -256,7 +268,7 @@ def multiply(first: Tensor, mark: Mark, second: Tensor, product: Callable[[Tenso
 
 
 class _Product(torch.autograd.Function):
-    """Product of two factors; the backward pass recomputes the first one."""
+    """Product of two factors, whose backward pass recomputes the first factor."""
 
     @staticmethod
     def forward(ctx: Any, first: Tensor, second: Tensor, origin: Origin, saved: tuple[Tensor, ...]) -> Tensor:
@@ -287,8 +299,8 @@ class Layout:
         shape: Shape with the axes in memory order.
         dtype: Dtype of the tensor.
         axes: Position of each axis in memory order.
-        row: Entries per row; groups do not cross rows.
-        group: Entries per group.
+        row: Number of entries per row. Groups do not cross rows.
+        group: Number of entries per group, which share a scale.
     """
 
     shape: torch.Size
@@ -305,8 +317,8 @@ def encode(z: Tensor, *, by_row: bool = False) -> tuple[Tensor, Layout]:
 
     Args:
         z: Floating-point tensor of any shape.
-        by_row: Split each row of the last axis into groups of equal size, at most 64, if the last axis is innermost in
-            memory. For inputs of row-wise normalizations, where a shared scale could round a small row to zero.
+        by_row: If True, and the last axis is innermost in memory, split each of its rows into groups of equal size, at
+            most 64. For inputs of row-wise normalizations, where a shared scale could round a small row to zero.
 
     Returns:
         Float32 scales followed by codes, uint8 `[groups · (4 + group)]` (17/16 bytes per entry for groups of 64), and
@@ -314,14 +326,18 @@ def encode(z: Tensor, *, by_row: bool = False) -> tuple[Tensor, Layout]:
     """
     order = sorted(range(z.ndim), key=z.stride, reverse=True)
     z_in_memory_order = z.detach().permute(order)
+    # by default, the whole tensor is one row
     row = max(z.numel(), 1)
     group = GROUP
     if by_row and order[-1:] == [z.ndim - 1] and z.shape[-1] > 0:
         row = z.shape[-1]
-        group = -(-row // -(-row // GROUP))
+        groups_per_row = -(-row // GROUP)
+        group = -(-row // groups_per_row)
     rows = z_in_memory_order.reshape(-1, row)
     padding = -row % group
-    groups = (pad(rows, (0, padding)) if padding and len(rows) else rows).reshape(-1, group)
+    if padding and len(rows):
+        rows = pad(rows, (0, padding))
+    groups = rows.reshape(-1, group)
     encoded = torch.empty(groups.numel() + 4 * len(groups), dtype=torch.uint8, device=z.device)
     codes, scales = _parts(encoded, group)
     torch.div(groups.abs().amax(1, keepdim=True).float(), _LEVELS, out=scales)
@@ -340,7 +356,8 @@ def decode(encoded: Tensor, layout: Layout) -> Tensor:
 
 
 def _parts(encoded: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Return views of the codes `[groups, group]` and scales `[groups, 1]`."""
+    """Return views of the codes `[groups, group]` and scales `[groups, 1]` of an encoded tensor."""
+    # a group occupies 4 bytes for its float32 scale and one byte per code
     scales, codes = encoded.tensor_split([len(encoded) // (group + 4) * 4])
     return codes.view(torch.int8).view(-1, group), scales.view(torch.float32).view(-1, 1)
 

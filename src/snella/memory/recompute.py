@@ -5,9 +5,9 @@ saves the module's input instead of the layer's input. In supported blocks, a fu
 between the module and the layer: views and permutations (image windows), products (gated activations) and sums with a
 small tensor (modulations).
 
-With compression, the backward passes of the module and the layer use the module's input in int8, and attention saves
-only its mask and, in int8, its queries, keys and values. Outputs stay exact; gradients are computed at the rounded
-inputs.
+With compression (`compress_activations`), the backward passes of the module and the layer use the module's input in
+int8, and attention saves only its mask and, in int8, its queries, keys and values. Outputs stay exact, but gradients
+are computed at the rounded inputs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from snella.memory.origins import Mark, Origin, module_tensors, multiply, save_rounded
 
 _SOURCE_ATTRIBUTE = "_snella_source"
-_MIN_SIZE_RATIO = 8  # minimum size ratio between a sum and a saved summand
+_MIN_SIZE_RATIO = 8  # minimum size of a sum relative to the summand that must be saved to recompute it
 _c_autograd: Any = torch._C._autograd
 
 # deterministic modules that save their input for the backward pass (unlike ReLU, which saves its output)
@@ -52,7 +52,7 @@ _TRANSFORMERS_CLASSES = {
     *("GELUActivation", "NewGELUActivation", "FastGELUActivation", "GELUTanh", "PytorchGELUTanh"),
     *("QuickGELUActivation", "SiLUActivation", "MishActivation"),
 }
-# normalizations over the last axis
+# normalizations over the last axis, whose inputs are encoded by row
 _ROW_NORMS = ("LayerNorm", "LayerNormFp32", "RMSNorm", "RmsNorm", "RmsNormFp32", "SimpleNorm")
 # blocks that partition, multiply or shift an output before it reaches a layer
 _TRACKED_TIMM = {
@@ -66,11 +66,11 @@ _TRACKED_DIFFUSERS = ("TransformerBlock", "GELU", "GEGLU", "SwiGLU", "AdaLayerNo
 
 
 def can_recompute(module: nn.Module) -> bool:
-    """Return whether a module's output can be recomputed instead of saved. Matches exact types of known classes.
+    """Return whether a module's output can be recomputed instead of saved.
 
-    Supports torch's GELU, SiLU, Mish, Hardswish, layer, RMS and group normalization, and batch normalization in
-    evaluation mode (checked at run time); timm's GELUs and layer, RMS, group and simple normalizations; transformers'
-    RMS normalizations and most of its GELU, SiLU and Mish activations.
+    Only exact types of known classes match: torch's GELU, SiLU, Mish, Hardswish, layer, RMS and group normalization,
+    and batch normalization in evaluation mode (checked at run time); timm's GELUs and layer, RMS, group and simple
+    normalizations; transformers' RMS normalizations and most of its GELU, SiLU and Mish activations.
     """
     cls = type(module)
     name, package = cls.__qualname__, cls.__module__
@@ -83,10 +83,11 @@ def can_recompute(module: nn.Module) -> bool:
 
 
 def can_track(module: nn.Module, *, compress: bool) -> bool:
-    """Return whether to track a module's forward pass. Matches known classes for which tracking saves memory.
+    """Return whether to track the operations in a module's forward pass.
 
-    Supports blocks of Swin, ViTDet and SAM's encoder, timm's gated MLPs, transformers' MLPs, and diffusers' transformer
-    blocks, modulations and activations; with `compress`, also attention modules of timm and transformers.
+    Tracking saves memory in blocks of Swin, ViTDet and SAM's encoder, timm's gated MLPs, transformers' MLPs, and
+    diffusers' transformer blocks, modulations and activations. With `compress`, it also saves memory in attention
+    modules of timm and transformers.
     """
     cls = type(module)
     name, package = cls.__qualname__, cls.__module__
@@ -100,29 +101,32 @@ def can_track(module: nn.Module, *, compress: bool) -> bool:
 
 
 def mark_outputs(model: nn.Module, *, compress: Callable[[], bool] | None = None) -> int:
-    """Install hooks that mark the outputs of supported normalizations and activations; return the number of modules.
+    """Install hooks that mark the outputs of supported normalizations and activations.
 
-    Replaces the hooks of an earlier call. Marking adds one attribute to each output. Tracking adds one Python call for
-    each call of a torch function in supported blocks.
+    The hooks of an earlier call are replaced. Marking adds one attribute to each output. Tracking adds one Python call
+    for each call of a torch function in supported blocks.
 
     Args:
         model: The model.
-        compress: Called in each forward pass; returns whether these modules and attention save their inputs in int8
-            (see `snella.memory.origins.encode`). Modules with trainable parameters, other pre-hooks or backward hooks,
-            and all modules under `torch.compile`, save exact inputs. `None` disables compression.
+        compress: Function called in each forward pass that returns whether these modules and attention save their
+            inputs in int8 (see `snella.memory.origins.encode`). Modules with trainable parameters, other pre-hooks or
+            backward hooks, and all modules under `torch.compile`, save exact inputs. `None` disables compression.
+
+    Returns:
+        Number of modules whose outputs can be marked.
     """
     unmark_outputs(model)
-    count = 0
+    num_marked = 0
     for module in model.modules():
         if can_track(module, compress=compress is not None):
             module.register_forward_pre_hook(partial(_start_tracking, compress=compress))
             module.register_forward_hook(_stop_tracking, always_call=True)
         if can_recompute(module):
-            count += 1
+            num_marked += 1
             if compress is not None:
                 module.register_forward_pre_hook(partial(_detach_input, compress=compress))
             module.register_forward_hook(_mark_output, prepend=True)  # before other hooks change the output
-    return count
+    return num_marked
 
 
 def unmark_outputs(model: nn.Module) -> None:
@@ -145,7 +149,7 @@ def _is_recorded() -> bool:
 
 
 def _is_reproducible(module: nn.Module) -> bool:
-    """Return whether a module's output can be recomputed.
+    """Return whether a module's output can be recomputed in its present state.
 
     Pre-hooks, backward hooks, global hooks, hooks that run before `_mark_output`, a replaced `forward` and batch
     statistics prevent it. Forward hooks that run later do not, because a changed output carries no mark.
@@ -166,14 +170,17 @@ def _is_reproducible(module: nn.Module) -> bool:
 
 
 def _detach_input(module: nn.Module, args: tuple[Any, ...], *, compress: Callable[[], bool]) -> tuple[Tensor] | None:
-    """Forward pre-hook that detaches an input that will be saved in int8, so that the module itself saves nothing."""
+    """Forward pre-hook that detaches an input that will be saved in int8, so that the module itself saves nothing.
+
+    Returns `None`, which keeps the input, if the input will not be saved in int8.
+    """
     if not _is_recorded() or len(args) != 1 or type(args[0]) is not Tensor:
         return None
     z = args[0]
     if not (z.requires_grad and z.is_floating_point() and not z.is_inference() and _is_reproducible(module)):
         return None
     if hasattr(type(z.grad_fn), "_saved_result"):
-        return None  # the preceding operation saves it anyway, e.g. ReLU
+        return None  # the preceding operation, e.g. ReLU, saves this tensor anyway
     if getattr(module, "inplace", False) or any([tensor.requires_grad for tensor in module_tensors(module).values()]):
         return None
     if not compress():
@@ -184,7 +191,10 @@ def _detach_input(module: nn.Module, args: tuple[Any, ...], *, compress: Callabl
 
 
 def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
-    """Forward hook that marks an output that can be recomputed."""
+    """Forward hook that marks an output that can be recomputed.
+
+    Returns a new output if `_detach_input` has detached the input, and otherwise `None`, which keeps the output.
+    """
     if not _is_recorded() or len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
         return None
     z = args[0]
@@ -194,13 +204,14 @@ def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tenso
         return save_rounded([source], output, run, module, by_row=type(module).__name__.endswith(_ROW_NORMS))
     if not _is_reproducible(module) or type(z) is not Tensor or not output.requires_grad or z.is_inference():
         return None
+    # an output that shares the memory of `z`, e.g. of an in-place activation, may have overwritten it
     if z.untyped_storage()._cdata != output.untyped_storage()._cdata:
         Mark.put(output, (z,), Origin(run, z.device.type, module=module))
     return None
 
 
 def _run_module(module: nn.Module, is_training: bool, z: Tensor) -> Tensor:
-    """Run a module in the mode of its forward pass."""
+    """Run a module's `forward`, without hooks, in the mode of its forward pass."""
     mode = module.training
     module.training = is_training
     try:
@@ -212,7 +223,7 @@ def _run_module(module: nn.Module, is_training: bool, z: Tensor) -> Tensor:
 
 # tracking inside blocks --------------------------------------------------------------------------------------------
 
-_active = threading.local()
+_active = threading.local()  # `mode` is the thread's active `_TrackingMode`, if any
 
 
 def _start_tracking(module: nn.Module, args: tuple[Any, ...], *, compress: Callable[[], bool] | None) -> None:
@@ -237,7 +248,7 @@ def _stop_tracking(module: nn.Module, args: tuple[Any, ...], output: Any) -> Non
 
 
 def _active_mode() -> _TrackingMode | None:
-    """Return the mode of the running, recorded block, or `None`."""
+    """Return the mode of the block that is running and recorded, or `None`. Forget the mode of a block that ended."""
     mode: _TrackingMode | None = getattr(_active, "mode", None)
     if mode is not None and not mode.is_running():
         mode = _active.mode = None
@@ -259,10 +270,11 @@ class _TrackingMode(TorchFunctionMode):
         self.module = module
         self.compress = compress
         self.outer = outer
-        self._caller, self._hooks = caller, _saved_tensors_hooks()
+        self._caller = caller
+        self._hooks = _saved_tensors_hooks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function and mark its output if possible."""
+        """Call a function, and mark its output if there is a handler that can."""
         kwargs = kwargs or {}
         output = None
         handler = None if torch.compiler.is_compiling() else _HANDLERS.get(func)
@@ -282,9 +294,9 @@ class _TrackingMode(TorchFunctionMode):
         return False
 
     def is_recorded(self) -> bool:
-        """Return whether the saved-tensor hooks are unchanged since the start of the block.
+        """Return whether the saved-tensor hooks have not changed since the start of the block.
 
-        Activation checkpointing inside the block sets its own, and recomputes its region without this mode.
+        Activation checkpointing inside the block sets its own hooks, and recomputes its region without this mode.
         """
         return _saved_tensors_hooks() == self._hooks
 
@@ -303,7 +315,7 @@ def _activate(
     """Return the marked output of an activation."""
     z, *rest = args
     if type(z) is not Tensor or not z.requires_grad or z.is_inference() or True in (*rest, *kwargs.values()):
-        return None  # only `inplace` can be True
+        return None  # of the options, only `inplace` can be True
 
     def run(z: Tensor) -> Tensor:
         return function(z, *rest, **kwargs)
@@ -316,7 +328,7 @@ def _activate(
 def _attend(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
-    """Return the output of attention that saves q, k, v in int8."""
+    """Return the marked output of attention, whose queries, keys and values are saved in int8."""
     if not compress or len(args) < 3 or not _c_autograd._saved_tensors_hooks_is_enabled():
         return None
     query, key, value, *rest = args
@@ -331,7 +343,7 @@ def _attend(
     def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         return function(query, key, value, mask, **options)
 
-    # run with autograd enabled, but save nothing: without a graph, torch may choose a different kernel
+    # save nothing, but leave autograd enabled, because without a graph, torch may choose a different kernel
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda saved: saved):
         output = run(*[z.detach().requires_grad_(z.requires_grad) for z in inputs])
     return save_rounded(inputs, output.detach(), run)
@@ -357,10 +369,10 @@ def _derive(x: Tensor, mark: Mark, function: Callable[[Tensor], Tensor]) -> Tens
 def _combine(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
-    """Return the marked product or sum of a marked tensor with a number or tensor.
+    """Return the marked product or sum of a marked tensor and a number or another tensor.
 
-    Autograd saves the other factor of a product anyway. It saves nothing for a sum, so marking saves memory only if the
-    other summand is small.
+    Autograd saves the other factor of a product anyway. It saves nothing for a sum, so marking a sum saves memory only
+    if the other summand is small.
     """
     if len(args) != 2 or kwargs:
         return None

@@ -1,4 +1,4 @@
-"""Architecture inference for weight files."""
+"""Infer timm architectures from the names and shapes of the tensors in weight files."""
 
 import math
 import re
@@ -14,9 +14,12 @@ from snella_app.text import first_line
 
 @dataclass(frozen=True)
 class InferredArchitecture:
-    """timm architecture name, input size of the weights, and other arguments of `timm.create_model`.
+    """timm architecture of a weight file.
 
-    `img_size` is None for networks without a fixed input size.
+    Attributes:
+        name: Name of the timm model.
+        img_size: Input size of the weights, or None for networks without a fixed input size.
+        options: Other arguments of `timm.create_model`.
     """
 
     name: str
@@ -56,7 +59,7 @@ def _stage_depths(state: dict[str, Tensor], pattern: re.Pattern[str]) -> tuple[i
 
 
 def infer_convnext(state: dict[str, Tensor]) -> InferredArchitecture:
-    """Infer widths, depths and version of a ConvNeXt (V2 has global response normalization)."""
+    """Infer widths, depths and version of a ConvNeXt. Version 2 has global response normalization (`grn`)."""
     depths = _stage_depths(state, _BLOCK)
     stem = next(state[name] for name in _STEM if name in state)
     dims = [stem.shape[0]]
@@ -69,11 +72,11 @@ def infer_convnext(state: dict[str, Tensor]) -> InferredArchitecture:
     pointwise = next(
         (value for key, value in state.items() if key.endswith((".pwconv1.weight", ".mlp.fc1.weight"))), stem
     )
-    is_convolution = "stem.0.weight" in state and pointwise.ndim == 4
-    if size is not None and dims == [dims[0] * 2**stage for stage in range(_CONVNEXT_STAGES)] and not is_convolution:
+    has_conv_mlp = "stem.0.weight" in state and pointwise.ndim == 4
+    if size is not None and dims == [dims[0] * 2**stage for stage in range(_CONVNEXT_STAGES)] and not has_conv_mlp:
         return InferredArchitecture(f"{family}_{size}", None)
     options: dict[str, Any] = {"depths": depths, "dims": tuple(dims), "patch_size": stem.shape[-1]}
-    if is_convolution:
+    if has_conv_mlp:
         options["conv_mlp"] = True
     return InferredArchitecture(f"{family}_tiny", None, options)
 
@@ -172,7 +175,8 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
     size = _VIT_SIZES.get((width, depth))
     name = f"vit_{size}_patch{patch_size}_224"
     if is_scaled:
-        name = f"vit_{size}_patch{patch_size}_{f'reg{registers}_' if registers else ''}dinov2"
+        register_part = f"reg{registers}_" if registers else ""
+        name = f"vit_{size}_patch{patch_size}_{register_part}dinov2"
     if not timm.is_model(name) or (registers and not is_scaled) or grid is None:
         raise ValueError(
             f"cannot infer the architecture of '{source}' from its shapes: a ViT of width {width}, depth {depth}, "
@@ -187,10 +191,11 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
 
 
 def _grid_side(positions: int, registers: int) -> int | None:
-    """Return the side of the square patch grid without class and register tokens; None if it is not square."""
-    for extra in (1, 0, 1 + registers):
-        side = math.isqrt(max(positions - extra, 0))
-        if side and side * side == positions - extra:
+    """Return the side of the patch grid without class and register tokens, or None if it is not square."""
+    # the positions may include the class token, no other token, or class and register tokens
+    for num_tokens in (1, 0, 1 + registers):
+        side = math.isqrt(max(positions - num_tokens, 0))
+        if side and side * side == positions - num_tokens:
             return side
     return None
 

@@ -1,4 +1,4 @@
-"""Local weight files: reading and strict loading."""
+"""Read local weight files, and load them strictly into timm models."""
 
 import argparse
 import logging
@@ -34,7 +34,7 @@ _REPRESENTATION = ("pre_logits/kernel", "pre_logits/bias")
 def read_google_npz(path: Path) -> tuple[dict[str, Tensor], int]:
     """Read a ViT in the layout of google-research/vision_transformer.
 
-    timm's `VisionTransformer.load_pretrained` fills a model of the file's sizes; the result is its state dict.
+    timm's `VisionTransformer.load_pretrained` fills a model of the file's sizes, whose state dict is returned.
 
     Args:
         path: `.npz` file.
@@ -99,7 +99,10 @@ def _google_sizes(shapes: _Shapes, path: Path) -> dict[str, Any]:
 
 
 def _check_google_shapes(shapes: _Shapes, sizes: dict[str, Any], path: Path) -> None:
-    """Check that all arrays are present and consistent; timm would broadcast a wrong shape silently."""
+    """Raise ValueError unless all arrays are present and consistent.
+
+    timm would broadcast an array of the wrong shape silently.
+    """
     width = sizes["embed_dim"]
     heads = sizes["num_heads"]
     patch = sizes["patch_size"]
@@ -148,13 +151,13 @@ _SINE_TOLERANCE = 2e-3  # half precision rounds sines by about 5e-4
 
 @dataclass(frozen=True)
 class Origin:
-    """Publisher of weights.
+    """Publisher of weights, with the properties that a weight file does not contain.
 
     Attributes:
         label: Name for messages.
         mean: RGB mean of the training normalization.
         std: RGB standard deviation of the training normalization.
-        num_heads: Number of attention heads by width, if unusual.
+        num_heads: Number of attention heads by width, for widths with an unusual number.
     """
 
     label: str
@@ -171,7 +174,7 @@ _CONVNEXT = Origin("Facebook's ConvNeXt")
 
 
 def _identify_origin(state: dict[str, Tensor]) -> Origin | None:
-    """Identify the publisher of a state dict; None if unknown."""
+    """Identify the publisher of a state dict, or return None if it is unknown."""
     if "layers.0.downsample.reduction.weight" in state:
         return _SWIN
     if "downsample_layers.0.0.weight" in state:
@@ -180,6 +183,7 @@ def _identify_origin(state: dict[str, Tensor]) -> Origin | None:
     if positions is None or positions.ndim != 3 or positions.shape[-1] % 4:
         return None
     grid = math.isqrt(max(positions.shape[1] - 1, 0))
+    # both publishers leave the position of the class token at zero
     if grid < 2 or grid * grid + 1 != positions.shape[1] or positions[0, 0].any():
         return None
     # fixed sines of the patch's column, then row (MAE), or of its row, then column (MoCo v3)
@@ -192,7 +196,10 @@ def _identify_origin(state: dict[str, Tensor]) -> Origin | None:
 
 
 def _extract_encoder(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
-    """Extract the encoder of MAE or MoCo v3; also return a description of the dropped parts, or None."""
+    """Return the encoder of MAE or MoCo v3, and a description of the dropped parts.
+
+    Other state dicts are returned unchanged, with None.
+    """
     if "decoder_pos_embed" in state:
         encoder = {key: value for key, value in state.items() if not key.startswith("decoder_") and key != "mask_token"}
         return encoder, f"MAE's decoder and mask token ({len(state) - len(encoder)} tensors)"
@@ -223,7 +230,10 @@ def state_dict_errors(
     optional_prefixes: tuple[str, ...] = (),
     optional_suffixes: tuple[str, ...] = (),
 ) -> list[str]:
-    """Return one message per type of mismatch, with names and shapes; names with optional affixes may be missing."""
+    """Return one message per type of mismatch, with names and shapes.
+
+    Names with one of the optional prefixes or suffixes may be missing.
+    """
     missing = [
         f"{key} {list(value.shape)}"
         for key, value in reference.items()
@@ -262,7 +272,14 @@ _PATCH = "patch_embed.proj.weight"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors of a weight file by name, number of attention heads if known, and publisher."""
+    """Content of a weight file.
+
+    Attributes:
+        state: Tensors by name.
+        source: The file.
+        num_heads: Number of attention heads, or None if the file and its publisher do not determine it.
+        origin: Publisher, or None if it is unknown.
+    """
 
     state: dict[str, Tensor]
     source: Path
@@ -304,7 +321,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if dropped_parts is not None:
         _logger.info("using only the encoder of '%s'; dropped %s", path, dropped_parts)
     origin = _identify_origin(state)
-    num_heads = origin.num_heads.get(state["pos_embed"].shape[-1]) if origin is not None and origin.num_heads else None
+    num_heads: int | None = None
+    if origin is not None and origin.num_heads:
+        num_heads = origin.num_heads.get(state["pos_embed"].shape[-1])
     return Checkpoint(state, path, num_heads, origin)
 
 
@@ -333,24 +352,25 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
     if mismatches := _resized_tensors(checkpoint, reference):
         raise ValueError(f"{misfit}: {'; '.join(mismatches)}")
     blocks = getattr(model, "blocks", None)
-    num_heads = getattr(getattr(blocks[0], "attn", None), "num_heads", None) if blocks is not None else None
-    if None not in (checkpoint.num_heads, num_heads) and checkpoint.num_heads != num_heads:
+    first_attention = None if blocks is None else getattr(blocks[0], "attn", None)
+    model_heads = getattr(first_attention, "num_heads", None)
+    if None not in (checkpoint.num_heads, model_heads) and checkpoint.num_heads != model_heads:
         raise ValueError(
             f"weights '{checkpoint.source}' have {checkpoint.num_heads} attention heads, "
-            f"backbone {name!r} has {num_heads}"
+            f"backbone {name!r} has {model_heads}"
         )
     state = _filtered(model, checkpoint, misfit)
     classifier = cfg.get("classifier") or ()
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    for head in heads:
-        weight, expected = state.get(f"{head}.weight"), reference.get(f"{head}.weight")
+    head_names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    for head_name in head_names:
+        weight, expected = state.get(f"{head_name}.weight"), reference.get(f"{head_name}.weight")
         if weight is not None and (expected is None or weight.shape[0] != expected.shape[0]):
             _logger.info("dropped the head of %d classes in '%s'", len(weight), checkpoint.source)
-            state = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
+            state = {key: value for key, value in state.items() if not key.startswith(f"{head_name}.")}
     mismatches = state_dict_errors(
         state,
         reference,
-        optional_prefixes=tuple(f"{head}." for head in heads),
+        optional_prefixes=tuple(f"{head_name}." for head_name in head_names),
         optional_suffixes=("num_batches_tracked",),
     )
     if mismatches:
@@ -379,7 +399,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _open_nested(content: Any, path: Path) -> dict[str, Tensor]:
-    """Return the dictionary of tensors nested in the content of a file."""
+    """Return the tensors in the innermost dictionary of a file's content; raise ValueError if there are none."""
     while isinstance(content, dict):
         key = next((key for key in _NESTED_KEYS if isinstance(content.get(key), dict)), None)
         if key is None:
@@ -426,13 +446,16 @@ def _resized_tensors(checkpoint: Checkpoint, reference: dict[str, Tensor]) -> li
     if patch is not None and other is not None and patch.ndim == other.ndim == 4 and patch.shape != other.shape:
         return state_dict_errors({_PATCH: patch}, {_PATCH: other})
     # compare one row: the number of rows may differ, the number of heads may not
-    file = _first_table_rows(checkpoint.state)
-    expected = _first_table_rows(reference)
-    return state_dict_errors(file, expected, optional_prefixes=tuple(expected)) if expected else []
+    file_rows = _first_table_rows(checkpoint.state)
+    model_rows = _first_table_rows(reference)
+    return state_dict_errors(file_rows, model_rows, optional_prefixes=tuple(model_rows)) if model_rows else []
 
 
 def _filtered(model: nn.Module, checkpoint: Checkpoint, misfit: str) -> dict[str, Tensor]:
-    """Apply timm's checkpoint filter of the model family, if it has one."""
+    """Return the tensors as converted by timm's checkpoint filter of the model family, if it has one.
+
+    `misfit` begins the message of the ValueError if the filter fails.
+    """
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return dict(checkpoint.state)

@@ -56,10 +56,14 @@ def packaged_names() -> list[str]:
 
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+"""Names of weight files in a folder, in order of preference."""
 
 
 def _read_folder(path: Path) -> tuple[Path, bool]:
-    """Return the weight file of a folder in timm's format, and whether its architecture has a fixed input size."""
+    """Return the weight file of a folder in timm's format, and whether its architecture has a fixed input size.
+
+    Raises FileNotFoundError for missing files, and ValueError for a `config.json` without a timm architecture.
+    """
     config_file = path / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(
@@ -80,23 +84,26 @@ def _read_folder(path: Path) -> tuple[Path, bool]:
     weights = next((path / file for file in _WEIGHT_FILES if (path / file).is_file()), None)
     if weights is None:
         raise FileNotFoundError(f"backbone folder '{path}' must contain one of {', '.join(_WEIGHT_FILES)}")
-    cfg = config.get("pretrained_cfg")
-    cfg = cfg if isinstance(cfg, dict) else config
-    default = timm.get_pretrained_cfg(architecture)
-    fixed = cfg.get("fixed_input_size", bool(default is not None and default.fixed_input_size))
-    return weights, bool(fixed)
+    # older files have the entries of `pretrained_cfg` at the top level
+    pretrained_cfg = config.get("pretrained_cfg")
+    if not isinstance(pretrained_cfg, dict):
+        pretrained_cfg = config
+    timm_cfg = timm.get_pretrained_cfg(architecture)
+    has_fixed_size = timm_cfg is not None and bool(timm_cfg.fixed_input_size)
+    return weights, bool(pretrained_cfg.get("fixed_input_size", has_fixed_size))
 
 
 _logger = logging.getLogger(__name__)
 _PROBE_TIMEOUT_S = 5.0
 _NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+"""Packages whose errors are connection failures."""
 
 
 def create_from_hub(name: str, *, pretrained: bool, img_size: int | None = None, **options: Any) -> nn.Module:
     """Create the timm model `name` with weights from the Hub or its local cache.
 
-    If the Hub does not answer one short request, only the cache is used; the Hub client would retry each file for 30
-    seconds.
+    If the Hub does not answer one short request, only the cache is used, because the Hub client would retry each file
+    for 30 seconds.
 
     Args:
         name: timm name or `hf-hub:owner/repo`.
@@ -113,11 +120,9 @@ def create_from_hub(name: str, *, pretrained: bool, img_size: int | None = None,
             return timm.create_model(name, pretrained=pretrained, **options, **_hub_size_option(name, img_size))
         except Exception as error:
             names = packaged_names()
-            shipped = (
-                f" a backbone from an installed package ({', '.join(names)}; e.g. --backbone {names[0]}),"
-                if names
-                else ""
-            )
+            shipped = ""
+            if names:
+                shipped = f" a backbone from an installed package ({', '.join(names)}; e.g. --backbone {names[0]}),"
             remedy = (
                 "Without the Hub, use weights=PATH with a file (.pth, .safetensors, Google's .npz), a local folder in "
                 f"the Hub's format as the backbone,{shipped} or pretrained=False for random weights"
@@ -137,7 +142,10 @@ def create_from_hub(name: str, *, pretrained: bool, img_size: int | None = None,
 
 @contextmanager
 def cache_only_if_unreachable() -> Iterator[str | None]:
-    """Switch the Hub client to offline mode if one short request fails, and yield the reason."""
+    """Switch the Hub client to offline mode inside the context if one short request fails.
+
+    Yields the reason, or None if the Hub answers. A client that was offline before stays offline.
+    """
     was_offline = constants.HF_HUB_OFFLINE
     reason = "HF_HUB_OFFLINE is set" if was_offline else None
     if not was_offline:
@@ -172,9 +180,10 @@ def _is_network_error(error: BaseException | None) -> bool:
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 _FOLDER_PREFIX = "local-dir:"
 _ANY_SIZE = (Beit, Eva, VisionTransformer)
-"""Models that support every multiple of the patch size, which `create_backbone` checks; they need no trial pass."""
+"""Models that need no trial pass in `build_sized`, because they support every multiple of the patch size.
+`create_backbone` checks the multiple."""
 SAM_PREFIX = "sam:"
-"""Prefix of a SAM path in `create_segmenter`."""
+"""Prefix of a path to a SAM (Segment Anything Model) in `create_segmenter`."""
 
 
 def create_backbone(
@@ -276,7 +285,7 @@ def build_sized(build: Callable[[], nn.Module], name: str, img_size: int | None)
                 model.eval()(torch.zeros(1, *resolve_model_data_config(model)["input_size"]))
             model.train(was_training)
         return model
-    except (NotImplementedError, torch.OutOfMemoryError):
+    except (NotImplementedError, torch.OutOfMemoryError):  # RuntimeErrors that do not concern the size
         raise
     except (AssertionError, IndexError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
@@ -294,7 +303,7 @@ def _from_path(path: Path, name: str, options: dict[str, Any], pretrained: bool,
             model = timm.create_model(f"{_FOLDER_PREFIX}{path}", pretrained=False, **options, **size)
         except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             if size:
-                raise  # the size may be the cause
+                raise  # the size may be the cause, which `build_sized` reports
             raise ValueError(
                 f"'{path / 'config.json'}' does not describe a timm model ({type(error).__name__}: {first_line(error)})"
             ) from error
@@ -330,13 +339,13 @@ def _build(name: str, options: dict[str, Any], img_size: int | None) -> nn.Modul
 
 
 def _size_option(name: str, img_size: int | None) -> dict[str, Any]:
-    """Return `img_size` for models with a fixed input size; others accept any size."""
+    """Return `img_size` for models with a fixed input size, and no option for models that accept any size."""
     cfg = timm.get_pretrained_cfg(name) if img_size is not None else None
     return {"img_size": img_size} if cfg is not None and cfg.fixed_input_size else {}
 
 
 def _hub_size_option(name: str, img_size: int | None) -> dict[str, Any]:
-    """Return `_size_option`; for a `hf-hub:` name, from the configuration of the repository."""
+    """Return the option of `_size_option`, for a `hf-hub:` name according to the repository's configuration."""
     if img_size is None or not name.startswith(_HUB_PREFIXES):
         return _size_option(name, img_size)
     config, architecture, _ = load_model_config_from_hf(name.partition(":")[2])
@@ -344,16 +353,19 @@ def _hub_size_option(name: str, img_size: int | None) -> dict[str, Any]:
 
 
 def _with_input_size(model: nn.Module, name: str, img_size: int | None) -> nn.Module:
-    """Set the input size in the model's data config, which transforms read."""
+    """Set the input size in the model's data config, which transforms read.
+
+    Raises ValueError if the size is not a multiple of the patch size.
+    """
     if img_size is None:
         return model
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    side = patch[0] if isinstance(patch, tuple) else patch
-    if side is not None and img_size % side:
-        lower = img_size // side * side
-        near = [size for size in (lower, lower + side) if size > 0]
+    patch_shape = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    patch_size = patch_shape[0] if isinstance(patch_shape, tuple) else patch_shape
+    if patch_size is not None and img_size % patch_size:
+        lower = img_size // patch_size * patch_size
+        near = [size for size in (lower, lower + patch_size) if size > 0]
         raise ValueError(
-            f"img_size must be a multiple of the patch size {side} of {name!r}, got {img_size}; "
+            f"img_size must be a multiple of the patch size {patch_size} of {name!r}, got {img_size}; "
             f"nearest: {', '.join(map(str, near))}"
         )
     channels = model_arguments(model).get("in_chans", 3)
@@ -362,7 +374,7 @@ def _with_input_size(model: nn.Module, name: str, img_size: int | None) -> nn.Mo
 
 
 def _with_channels(model: nn.Module, name: str, channels: int) -> nn.Module:
-    """Adapt the first convolution, and set mean, standard deviation and input size."""
+    """Adapt the first convolution to `channels`, and set mean, standard deviation and input size."""
     own_channels = model_arguments(model).get("in_chans", 3)
     if channels == own_channels:
         return model
@@ -370,9 +382,9 @@ def _with_channels(model: nn.Module, name: str, channels: int) -> nn.Module:
         raise ValueError(f"channels must be {own_channels} for backbone {name!r}, got {channels}")
     config = dict(model.pretrained_cfg)  # type: ignore[arg-type]
     first_conv = config.get("first_conv") or ()
-    places = (first_conv,) if isinstance(first_conv, str) else tuple(first_conv)
-    convolutions = [model.get_submodule(place) for place in places]
-    if not convolutions or not all(isinstance(c, nn.Conv2d) and c.in_channels == 3 for c in convolutions):
+    conv_names = (first_conv,) if isinstance(first_conv, str) else tuple(first_conv)
+    convolutions = [model.get_submodule(conv_name) for conv_name in conv_names]
+    if not convolutions or not all(isinstance(conv, nn.Conv2d) and conv.in_channels == 3 for conv in convolutions):
         raise NotImplementedError(
             f"channels must be 3 for backbone {name!r}, whose first convolution is unknown, got {channels}"
         )
@@ -408,7 +420,7 @@ def _as_path(name: str) -> Path | None:
 
 
 def _resolve_name(name: str) -> str:
-    """Return timm's current name for `name`; errors suggest the nearest names."""
+    """Return timm's current name for `name`, or raise ValueError with the nearest names."""
     name = get_deprecated_models().get(name) or name
     architecture, _, tag = name.partition(".")
     if timm.is_model(architecture):
@@ -451,5 +463,6 @@ def _similar_backbones(name: str) -> list[str]:
         short = re.sub("|".join(_LETTERS), lambda match: _LETTERS[match[0]], known)
         forms = [re.sub(r"[^a-z0-9]", "", form) for form in (known, short)]
         if query and any(query in form for form in forms):
-            ranked.append((not any(form.startswith(query) for form in forms), known))
+            is_prefix = any(form.startswith(query) for form in forms)
+            ranked.append((not is_prefix, known))
     return [known for _, known in sorted(ranked, key=lambda pair: pair[0])][:5]

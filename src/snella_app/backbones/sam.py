@@ -1,4 +1,7 @@
-"""Segmentation models from SAM, loaded from the authors' checkpoint or a transformers folder."""
+"""Segmentation models from SAM (Segment Anything Model).
+
+The weights come from the authors' checkpoint or from a folder of transformers.
+"""
 
 import json
 import logging
@@ -27,8 +30,8 @@ _DECODER = "mask_decoder."
 def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
     """Infer the configuration of a SAM of any size.
 
-    The width of the image encoder's relative positions determines the number of heads, and their length identifies the
-    blocks with global attention. The mask decoder has eight heads.
+    The width of the image encoder's relative positions determines the number of heads. Their length tells blocks with
+    global attention from those with attention in windows. The mask decoder has eight heads.
 
     Args:
         state: State dict in the naming of transformers' `SamModel`.
@@ -39,6 +42,7 @@ def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
     """
 
     def shape(name: str, ndim: int | None = None) -> list[int]:
+        """Return the shape of a tensor; raise ValueError if it is missing or does not have `ndim` dimensions."""
         if name not in state:
             raise ValueError(f"'{source}' is not a complete SAM: {name} missing")
         sizes = list(state[name].shape)
@@ -57,7 +61,7 @@ def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
         )
     depth = _count(state, _VISION + "layers.")
     lengths = [shape(f"{_VISION}layers.{k}.attn.rel_pos_h")[0] for k in range(depth)]
-    global_length = 2 * grid - 1
+    global_length = 2 * grid - 1  # offsets between all positions
     windows = {(length + 1) // 2 for length in lengths if length != global_length}
     if len(windows) > 1:
         raise ValueError(f"'{source}' is not a SAM: blocks must share one window size, got {sorted(windows)} patches")
@@ -89,8 +93,8 @@ def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
         num_attention_heads=_DECODER_HEADS,
         attention_downsample_rate=hidden
         // shape(_DECODER + "transformer.layers.0.cross_attn_token_to_image.q_proj.weight")[0],
-        num_multimask_outputs=shape(_DECODER + "mask_tokens.weight")[0] - 1,
-        iou_head_depth=_count(state, _DECODER + "iou_prediction_head.layers.") + 2,
+        num_multimask_outputs=shape(_DECODER + "mask_tokens.weight")[0] - 1,  # one token predicts a single mask
+        iou_head_depth=_count(state, _DECODER + "iou_prediction_head.layers.") + 2,  # proj_in and proj_out
         iou_head_hidden_dim=shape(_DECODER + "iou_prediction_head.proj_in.weight")[0],
     )
     return SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
@@ -183,7 +187,7 @@ def _to_transformers_names(state: dict[str, Tensor], path: Path) -> dict[str, Te
 
 
 def _renamed(name: str, depths: dict[str, int]) -> str:
-    """Convert one of the authors' names to transformers' name; `depths` is the number of layers of each MLP."""
+    """Convert one of the authors' names to transformers' name. `depths` is the number of layers of each MLP."""
     for pattern, replacement in _RENAMED:
         name = re.sub(pattern, replacement, name)
     match = _MLP.match(name)
@@ -191,12 +195,16 @@ def _renamed(name: str, depths: dict[str, int]) -> str:
         return name
     layer = int(match[2])
     last = depths[match[1]] - 1
-    part = "proj_in" if layer == 0 else "proj_out" if layer == last else f"layers.{layer - 1}"
+    part = f"layers.{layer - 1}"
+    if layer == 0:
+        part = "proj_in"
+    elif layer == last:
+        part = "proj_out"
     return f"{match[1]}.{part}.{name[match.end() :]}"
 
 
 def _read_folder(folder: Path) -> tuple[SamConfig, dict[str, Tensor]]:
-    """Read configuration and weights of a folder in transformers' format."""
+    """Return the configuration and the weights of a folder in transformers' format."""
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(
@@ -227,16 +235,16 @@ def _read_folder(folder: Path) -> tuple[SamConfig, dict[str, Tensor]]:
 
 
 def _resized(config: SamConfig, state: dict[str, Tensor], image_size: int) -> tuple[SamConfig, dict[str, Tensor]]:
-    """Adapt configuration and weights to another image size."""
+    """Return configuration and weights for another image size, which must be a multiple of the patch size."""
     vision: Any = config.vision_config
     patch = vision.patch_size
-    before = vision.image_size // vision.patch_size
+    old_grid = vision.image_size // vision.patch_size
     if image_size < patch or image_size % patch:
         raise ValueError(f"img_size must be a multiple of SAM's patch size {patch}, got {image_size}")
     grid = image_size // patch
-    if grid == before:
+    if grid == old_grid:
         return config, state
-    _logger.info("resampled SAM's positions from %dx%d to %dx%d patches", before, before, grid, grid)
+    _logger.info("resampled SAM's positions from %dx%d to %dx%d patches", old_grid, old_grid, grid, grid)
     settings = config.to_dict()
     settings["vision_config"] |= {"image_size": image_size}
     settings["prompt_encoder_config"] |= {"image_size": image_size, "image_embedding_size": grid}

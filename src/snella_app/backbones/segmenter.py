@@ -9,7 +9,9 @@ from snella_app.backbones.create import SAM_PREFIX, create_backbone
 DECODER = "decoder"
 """Name of the decoder module, which is always fully trained."""
 _LEVELS = 4
+"""Maximum number of layers that the decoder reads."""
 _WIDTH = 128
+"""Number of channels inside the decoder."""
 
 
 class LightDecoder(nn.Module):
@@ -34,7 +36,7 @@ class LightDecoder(nn.Module):
         self.classify = nn.Conv2d(_WIDTH, num_classes, 1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Compute class scores `[batch, classes, 4h, 4w]`; maps are resized to the first, `[batch, channels, h, w]`."""
+        """Compute class scores `[batch, classes, 4h, 4w]` from maps resized to the first, `[batch, channels, h, w]`."""
         size = features[0].shape[-2:]
         # torch 2.13 crashes in GroupNorm's backward pass for channels-last inputs without gradient
         levels = zip(self.norms, self.projections, (level.contiguous() for level in features), strict=True)
@@ -90,10 +92,11 @@ def create_segmenter(
     pretrained: bool = True,
     img_size: int | None = None,
 ) -> nn.Module:
-    """Build a backbone with a decoder; arguments and errors as for `create_backbone` and `create_sam_segmenter`.
+    """Build a backbone with a decoder.
 
     `name` is a name for `create_backbone`, combined with a `LightDecoder`, or `sam:PATH`, a pre-trained SAM with its
-    decoder, which takes no `weights` and ignores `pretrained`.
+    decoder, which takes no `weights` and ignores `pretrained`. Other arguments and errors are those of
+    `create_backbone` and `create_sam_segmenter`.
     """
     if name.startswith(SAM_PREFIX):
         from snella_app.backbones.sam import create_sam_segmenter  # lazy: importing transformers' SAM is slow
@@ -106,7 +109,7 @@ def create_segmenter(
 
 
 def _resized(x: Tensor, size: torch.Size) -> Tensor:
-    """Resize a map if its size differs."""
+    """Return a map of the given size, resized if necessary."""
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 

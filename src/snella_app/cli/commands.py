@@ -165,6 +165,7 @@ def predict(
         skip_corrupt: Skip unreadable images.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
+    # before the imports, so that `locals` contains only the options
     options = {**locals(), "top_k": sys.maxsize if top_k == "all" else top_k}
     from snella_app.runs.prediction_files import predict_to_files
 
@@ -292,6 +293,7 @@ def explain(
         skip_corrupt: Skip unreadable images.
         device: auto, or a torch device such as cpu, cuda:1 or mps.
     """
+    # before the imports, so that `locals` contains only the options
     options = dict(locals())
     from snella_app.console import counted, make_console, print_line
     from snella_app.runs.explain import explain, explain_validation
@@ -529,7 +531,8 @@ def data(
         defaults = {"task": "classification", "channels": 3, "skip_corrupt": False, "overwrite": False}
         is_benchmark = path.is_dir() and any(path.iterdir())
         given = {**options, "task": task, "sheet": sheet, "overwrite": overwrite}
-        conflicts = _given(**{key: value for key, value in given.items() if value != defaults.get(key)})
+        changed = {name: value for name, value in given.items() if value != defaults.get(name)}
+        conflicts = _given(**changed)
         if is_benchmark and conflicts:
             raise ValueError(f"{data!r} is checked as a benchmark; leave out {conflicts}")
         checks = check_benchmarks(data, decode=decode)

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
-    """Parse, import and run a command; late imports let Ctrl-C exit at any time."""
+    """Parse, import and run a command. Modules are imported late, so that Ctrl-C exits at any time."""
     exit_on_interrupt()
     try:
         from snella_app.cli.parser import call, parse

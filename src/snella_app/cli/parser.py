@@ -225,7 +225,7 @@ def _command_list(is_research: bool) -> str:
 
 
 def _print_completion(shell: str) -> NoReturn:
-    """Print the completion script for a shell and exit; imports the generator on first use."""
+    """Print the completion script for a shell and exit. Its generator is imported only when it is needed."""
     from snella_app.cli.completion import SHELLS, completion_script
 
     if shell not in SHELLS:
@@ -282,7 +282,7 @@ def _set_help(parser: ArgumentParser) -> None:
 
 
 def _add(group: Any, option: Option, method_default: str) -> None:
-    """Add one argument to a parser or a group; `method_default` describes the default of the method, if any."""
+    """Add one argument to a parser or a group. `method_default` describes the default of the method, or is empty."""
     text = option.help.replace("%", "%%")
     default = option.default
     if default is MISSING:
@@ -305,9 +305,9 @@ def _add(group: Any, option: Option, method_default: str) -> None:
 
 
 def _rewrite_error(message: str, command: str, options: Sequence[Option], args: Sequence[str]) -> str:
-    """Rewrite common jsonargparse errors, e.g. as "--option must be X, got Y"; other messages pass unchanged."""
+    """Rewrite common jsonargparse errors, e.g. as "--option must be X, got Y", and return other messages unchanged."""
     known = {option.name: option for option in options}
-    # Parser key "top_k": ... value: many
+    # the error of an invalid value, 'Parser key "top_k": ... value: many'
     wrong = re.match(r'Parser key "(?:[\w-]+\.)?(\w+)".*value: ([^\n]*)', message, re.DOTALL)
     if wrong and wrong[1] in known:
         option = known[wrong[1]]
@@ -317,9 +317,12 @@ def _rewrite_error(message: str, command: str, options: Sequence[Option], args: 
     _, is_missing, names = message.partition("are required: ")
     missing = [name.removeprefix(f"{command}.") for name in names.split(", ")]
     if is_missing and missing == ["images"]:
-        given = next(
-            (arg for before, arg in pairwise(args) if arg[:1] != "-" and ("=" in before or before[:2] != "--")), ""
-        )
+        given = ""
+        for before, arg in pairwise(args):
+            is_option_value = before[:2] == "--" and "=" not in before
+            if arg[:1] != "-" and not is_option_value:
+                given = arg
+                break
         if Path(given).is_file() or (Path(given).suffix and not Path(given).is_dir()):
             return f"snella {command} needs RUN, a run folder, before the images: snella {command} RUN {given}"
     if is_missing and set(missing) <= set(known):
@@ -352,7 +355,7 @@ def _check_options(command: str, options: Sequence[Option], args: Sequence[str])
 
 
 def _expand_flags(options: Sequence[Option], args: Sequence[str]) -> list[str]:
-    """Expand a boolean flag without a value, e.g. `--resume` to `--resume=true`."""
+    """Expand boolean flags without a value, e.g. `--resume` to `--resume=true`."""
     flags = {option.typed for option in options if option.type is bool}
     # `bool | None` consumes the next argument, so that an invalid value is an error
     optional_flags = {option.typed for option in options if _without_none(option.type) is bool} - flags
@@ -376,12 +379,14 @@ def _expand_preset(command: str, options: Sequence[Option], args: Sequence[str])
         elif option == "--preset":
             preset = value
     values = TRAIN_PRESETS.get(str(preset)) if command == "train" else None
-    after = args.index(command) + 1
-    return args if values is None else [*args[:after], f"--config={yaml.safe_dump(values)}", *args[after:]]
+    if values is None:
+        return args
+    start = args.index(command) + 1
+    return [*args[:start], f"--config={yaml.safe_dump(values)}", *args[start:]]
 
 
 def _read_config(path: str, options: Sequence[Option]) -> dict[str, Any]:
-    """Read the settings in a configuration file; raise UsageError if it is invalid or has unknown settings."""
+    """Read the settings in a configuration file, or raise UsageError if it is invalid or has unknown settings."""
     file = expand_user(path)
     if not os.path.isfile(file):  # Path.is_file raises if the name is too long
         raise UsageError(f"--config must be an existing YAML file, got {path!r}{similar_paths(file, most=2)}")
@@ -464,7 +469,7 @@ def _dashed(name: str) -> str:
 
 
 def _without_none(kind: Any) -> Any:
-    """Return `T` for `T | None`, other types unchanged."""
+    """Return `T` for `T | None`, and other types unchanged."""
     inner = [part for part in get_args(kind) if part is not type(None)]
     return inner[0] if get_origin(kind) in (Union, UnionType) and len(inner) == 1 else kind
 

@@ -58,11 +58,12 @@ class RunSettings(Config):
     def differences(self, other: "RunSettings") -> list[str]:
         """Describe each non-default setting that differs from `other`, except `SESSION_FIELDS`."""
         other_values = other.flat()
-        return [
-            f"{name} is {other_values[name]!r} there and {value!r} here"
-            for name, value in self.flat().items()
-            if name not in SESSION_FIELDS and value != self.settings()[name].default and value != other_values[name]
-        ]
+        descriptions: list[str] = []
+        for name, value in self.flat().items():
+            is_default = value == self.settings()[name].default
+            if name not in SESSION_FIELDS and not is_default and value != other_values[name]:
+                descriptions.append(f"{name} is {other_values[name]!r} there and {value!r} here")
+        return descriptions
 
     def resolved(self) -> Self:
         """Return a copy with the method's defaults in place of None, and the rank from the method's name (`lora-8`)."""
@@ -71,11 +72,11 @@ class RunSettings(Config):
         method = find_method(self.method.name)
         current = self.flat()
         defaults = method.defaults_of(self.purpose) or {}
-        values = {
-            name: value
-            for name, value in defaults.items()
-            if name in current and current[name] is None and name not in self.method.options
-        }
+        values: dict[str, Any] = {}
+        for name, value in defaults.items():
+            is_unset = name in current and current[name] is None
+            if is_unset and name not in self.method.options:
+                values[name] = value
         number = parse_method(self.method.name)[1]
         if method.suffix == "r" and number is not None and "r" not in self.method.options:
             values["r"] = number
@@ -99,7 +100,11 @@ class RunSettings(Config):
             family, _ = parse_method(self.method.name)
         except ValueError:
             return []  # reported by the section
-        defaults = {name: values for name, m in METHODS.items() if (values := m.defaults_of(self.purpose)) is not None}
+        defaults: dict[str, Mapping[str, Any]] = {}
+        for name, method in METHODS.items():
+            method_defaults = method.defaults_of(self.purpose)
+            if method_defaults is not None:
+                defaults[name] = method_defaults
         if family not in defaults:
             return [f"method must be one of {', '.join(defaults)} for {self.purpose}, got {self.method.name!r}"]
         if self.optim.scalar_lr is None or "scalar_lr" in defaults[family]:
@@ -158,7 +163,8 @@ class TrainConfig(RunSettings):
 
         A `preset` supplies missing settings, and its method options are merged with the given ones.
         """
-        preset, options = settings.get("preset"), settings.get("method_options")
+        preset = settings.get("preset")
+        options = settings.get("method_options")
         defaults = TRAIN_PRESETS.get(preset, {}) if isinstance(preset, str) else {}
         if defaults and isinstance(options, Mapping | None):  # `coerce_fields` reports other types
             options = options or {}
@@ -186,8 +192,9 @@ class TrainConfig(RunSettings):
             )
         result = super().resolved()
         method, optim = result.method, result.optim
-        is_open = not {"schedule_end", "preset"} & set(method.options)
-        if optim.early_stopping is not None and find_method(method.name).has_budgets and is_open:
+        has_schedule_end = bool({"schedule_end", "preset"} & set(method.options))
+        has_budgets = find_method(method.name).has_budgets
+        if optim.early_stopping is not None and has_budgets and not has_schedule_end:
             method = replace(method, options={**method.options, "schedule_end": SCHEDULE_END})
         optim = replace(optim, class_weights=optim.read_class_weights())
         return replace(result, method=method, optim=optim)

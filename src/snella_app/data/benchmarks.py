@@ -1,4 +1,7 @@
-"""VTAB-1k and FGVC: folder layouts, loading and validation."""
+"""VTAB-1k and FGVC: folder layouts, loading and validation.
+
+A list is a file that names the images of a split and their classes.
+"""
 
 import itertools
 import json
@@ -18,6 +21,7 @@ from snella_app.files import expand_user, sha256_of
 from snella_app.text import listed, nearest
 
 _MAX_COPIES = 0.05
+"""Fraction of a split up to which copies of images in another split are accepted."""
 
 
 @dataclass
@@ -30,7 +34,8 @@ class Inspection:
         parts: Images of each existing list by name, e.g. `train800`.
         classes: Class names by index.
         errors: Problems that make the data unusable.
-        deviations: Deviations from the benchmark's numbers of images or classes; usable but not comparable.
+        deviations: Deviations from the benchmark's numbers of images or classes. The data remains usable, but results
+            are not comparable.
         notes: Notes for the user.
         digest_of: `sha256_of`, cached for the compared files.
     """
@@ -115,7 +120,7 @@ class BenchmarkDataset:
         classes: Number of classes.
         sizes: Numbers of training, validation and test images.
         group: Group of a VTAB-1k task: natural, specialized or structured.
-        images: Subfolder that the image paths are relative to; empty for the dataset folder.
+        images: Subfolder that the image paths are relative to, or empty for the dataset folder.
         aliases: Alternative folder names.
     """
 
@@ -160,7 +165,7 @@ class BenchmarkFamily:
         return next((member for member in self.members.values() if name in (member.name, *member.aliases)), None)
 
     def locate(self, root: Path, member: BenchmarkDataset) -> Path:
-        """Return the first existing folder among a dataset's names; if none exists, the folder of the main name."""
+        """Return the first existing folder among a dataset's names, or the folder of the main name if none exists."""
         folders = [root / name for name in (member.name, *member.aliases)]
         return next((folder for folder in folders if folder.is_dir()), folders[0])
 
@@ -187,8 +192,8 @@ class BenchmarkFamily:
 
         Raises:
             FileNotFoundError: If the folder does not exist.
-            ValueError: If the name is not a dataset, or `read` finds errors or, with `strict_sizes`, deviations; one
-                message lists all.
+            ValueError: If the name is not a dataset, or `read` finds errors or, with `strict_sizes`, deviations. One
+                message lists all of them.
         """
         spec = f"{self.prefix}:{path}"
         requested = expand_user(path)
@@ -278,7 +283,7 @@ def inspect_vtab(folder: Path, task: BenchmarkDataset) -> Inspection:
 
 
 def _read_list(inspection: Inspection, name: str) -> None:
-    """Read the lines `images/SPLIT/NAME LABEL` of a list; record malformed lines."""
+    """Read the lines `images/SPLIT/NAME LABEL` of a list, and record malformed lines as an error."""
     content = (inspection.folder / f"{name}.txt").read_text(encoding="utf-8-sig", errors="replace")
     files = []
     labels = []
@@ -303,7 +308,16 @@ def _read_list(inspection: Inspection, name: str) -> None:
 
 
 VTAB = BenchmarkFamily(
-    "vtab", "VTAB-1k", "task", VTAB_TASKS, _VTAB_LAYOUT, inspect_vtab, _VTAB_PARTS, _VTAB_LISTS, True, True
+    "vtab",
+    "VTAB-1k",
+    "task",
+    VTAB_TASKS,
+    _VTAB_LAYOUT,
+    inspect_vtab,
+    _VTAB_PARTS,
+    _VTAB_LISTS,
+    is_resized_whole=True,
+    official_joins_val=True,
 )
 """VTAB-1k."""
 
@@ -361,7 +375,7 @@ def inspect_fgvc(folder: Path, dataset: BenchmarkDataset) -> Inspection:
 
 
 def _read_object(file: Path, errors: list[str]) -> dict[str, int]:
-    """Return the class ID of each image in a list; empty after an error, which is added to `errors`."""
+    """Return the class ID of each image in a list. After an error, which is added to `errors`, the result is empty."""
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -385,7 +399,7 @@ def _read_object(file: Path, errors: list[str]) -> dict[str, int]:
 
 
 def _folder_names(ids: list[int], parts: list[ImageDataset]) -> list[str]:
-    """Return the image folder names if each class has a separate folder, else the IDs."""
+    """Return the names of the image folders if each class has a separate folder, otherwise the IDs."""
     folders: list[set[str]] = [set() for _ in ids]
     for part in parts:
         for file, label in zip(part.names, part.labels, strict=True):

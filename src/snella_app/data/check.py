@@ -1,4 +1,4 @@
-"""Data validation before training, and validation of VTAB-1k and FGVC folders."""
+"""Validate data before training, and the folders of the benchmarks VTAB-1k and FGVC."""
 
 import difflib
 import re
@@ -146,8 +146,9 @@ def _benchmarks_in(*folders: Path) -> list[tuple[BenchmarkFamily, Path]]:
 
 
 def _check_benchmark(family: BenchmarkFamily, root: Path) -> BenchmarkCheck:
-    """Check a complete benchmark."""
-    inspections, missing = [], []
+    """Check the datasets of a benchmark in its folder, and record missing ones."""
+    inspections = []
+    missing = []
     for name, member in family.members.items():
         folder = family.locate(root, member)
         if folder.is_dir():
@@ -180,8 +181,12 @@ _GENERIC = (
     *("new folder", "untitled folder", "untitled", "neuer ordner", "unsorted", "misc", "temp", "tmp", "backup", "old"),
     *("thumbs", "thumbnails", "images", "photos", "pictures", "__macosx", "train", "val", "test", "validation"),
 )
+"""Names in lower case of folders that are probably not classes."""
 _COPY = re.compile(r"(\bcopy\b|\(\d+\)$|- kopie$)", re.IGNORECASE)
+"""Pattern of names that file managers give to copies."""
 _BETWEEN_LETTERS = re.compile(r"(?<=[^\W\d_])[\s_-]+(?=[^\W\d_])")
+"""Pattern of separators in which two spellings of a class name may differ."""
+# contact sheet: lengths in pixels, and colors
 _TILE = 96
 _GAP = 4
 _HEADING = 20
@@ -199,9 +204,10 @@ class DataCheck:
 
     Attributes:
         splits: Data as split for training; only the existing splits if splitting fails.
-        counts: Number of images by class (or label) and split; empty for regression and segmentation.
-        ranges: Minimum, median and maximum of each regression target; empty for other tasks.
-        sizes: Width and height of the smallest, median and largest image; None if images were not inspected.
+        counts: Number of images by class (or label) and split. Empty for regression and segmentation.
+        ranges: Minimum, median and maximum of each regression target. Empty for other tasks.
+        sizes: Width and height of the images with the smallest, median and largest area. None if no image was
+            inspected.
         kinds: Number of images by format and mode, e.g. `JPEG RGB`.
         errors: Problems that make training fail.
         warnings: Problems that may invalidate results, with remedies.
@@ -276,6 +282,7 @@ def check_data(spec: str, config: DataConfig | None = None, *, target: TargetKin
     check = DataCheck(splits, errors=errors, warnings=list(splits.warnings), notes=notes)
     if splits.broken:
         named = listed([f"{name} ({reason})" for name, reason in splits.broken.items()])
+        # the loader's note lists the same images
         check.notes = [note for note in check.notes if named not in note]
         images = counted(len(splits.broken), "unusable image")
         if config.skip_corrupt:
@@ -313,9 +320,9 @@ def _label_counts(splits: DataSplits) -> dict[str, dict[str, int]]:
 
 
 def _ranges(splits: DataSplits) -> dict[str, tuple[float, float, float]]:
-    """Return minimum, median and maximum of each target over all splits."""
+    """Return minimum, median and maximum of each target over all splits, or nothing for images with masks."""
     targets = [target for images in splits.parts.values() for target in images.annotations.targets or []]
-    if not targets:  # images with masks
+    if not targets:
         return {}
     values = np.array(targets, dtype=float).reshape(len(targets), -1)
     low, median, high = np.quantile(values, (0, 0.5, 1), axis=0, method="nearest").tolist()
@@ -324,7 +331,7 @@ def _ranges(splits: DataSplits) -> dict[str, tuple[float, float, float]]:
 
 def _duplicate_warnings(splits: DataSplits) -> list[str]:
     """Return warnings about duplicate images within a split, with equal or different labels."""
-    notes = []
+    messages = []
     for part, images in splits.parts.items():
         groups = find_duplicates(images)
         values = images.annotations.targets or images.labels
@@ -345,24 +352,25 @@ def _duplicate_warnings(splits: DataSplits) -> list[str]:
                 names = [images.names[position] for position in group[:3]]
                 copies.append(" = ".join(names))
             count = f"{len(chosen)} {singular if len(chosen) == 1 else plural}"
-            notes.append(f"{part}: {count} {text}: {listed(copies)}; {remedy}")
-    return notes
+            messages.append(f"{part}: {count} {text}: {listed(copies)}; {remedy}")
+    return messages
 
 
 def _suspicious_names(classes: Sequence[str]) -> list[str]:
     """Return warnings about generic class names and spelling variants of a class."""
-    notes = []
+    messages = []
     generic = [repr(name) for name in classes if name.strip().lower() in _GENERIC or _COPY.search(name)]
     if generic:
-        notes.append(f"generic class names: {listed(generic)}; rename them, or remove folders that are not classes")
+        messages.append(f"generic class names: {listed(generic)}; rename them, or remove folders that are not classes")
     by_spelling: dict[str, list[str]] = {}
     for name in classes:
+        # without case, separators and plural s
         spelling = _BETWEEN_LETTERS.sub("", name.strip().lower()).rstrip("s")
         by_spelling.setdefault(spelling or name, []).append(name)
     variants = [" and ".join(map(repr, names)) for names in by_spelling.values() if len(names) > 1]
     if variants:
-        notes.append(f"possible duplicate classes: {listed(variants)}; merge them")
-    return notes
+        messages.append(f"possible duplicate classes: {listed(variants)}; merge them")
+    return messages
 
 
 def contact_sheet(splits: DataSplits, *, per_class: int = 10, max_classes: int = 20) -> Image.Image:
@@ -378,11 +386,11 @@ def contact_sheet(splits: DataSplits, *, per_class: int = 10, max_classes: int =
     sheet = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(13)
-    for number, (label, positions) in enumerate(rows.items()):
-        top = _GAP + number * (_TILE + _HEADING + _GAP)
+    for row, (label, positions) in enumerate(rows.items()):
+        top = _GAP + row * (_TILE + _HEADING + _GAP)
         draw.text((_GAP, top + 2), f"{splits.label_names[label]} ({len(positions)})", _INK, font)
-        for place, position in enumerate(positions[:per_class]):
+        for column, position in enumerate(positions[:per_class]):
             tile = ImageOps.contain(images.image(position), (_TILE, _TILE), Image.Resampling.BICUBIC)
-            left = _GAP + place * (_TILE + _GAP)
+            left = _GAP + column * (_TILE + _GAP)
             sheet.paste(tile, (left + (_TILE - tile.width) // 2, top + _HEADING + (_TILE - tile.height) // 2))
     return sheet

@@ -1,4 +1,8 @@
-"""Conversion of rows, i.e. images with the values of named columns, to a `Collection`."""
+"""Conversion of rows, i.e. images with the values of named columns, to a `Collection`.
+
+Splits are stratified by class. For regression and multi-label data, strata replace the classes: ranges of a number, or
+the rarest label of an image.
+"""
 
 import ast
 import contextlib
@@ -20,11 +24,15 @@ from snella_app.data.sources import CachedImages, broken_rows
 from snella_app.text import listed
 
 _SEPARATORS = ("|", ";", ",")
+"""Separators of several labels in a text. The first of them that occurs in the column is used."""
 _TRUE = ("1", "1.0", "true", "yes")
 _FALSE = ("0", "0.0", "false", "no", "", "-1")
 _BINS = 10
+"""Maximum number of strata of numbers, and minimum number of rows per stratum on average."""
 _FEW_CLASSES = 20
+"""Number of classes that is accepted however few images there are."""
 _MIN_IN_STRATUM = 3
+"""Minimum number of rows in a stratum, enough for one row in each split."""
 _MAX_WEIGHT = 1e9  # Adam squares gradients, which scale with the weights, in float32
 
 
@@ -38,9 +46,9 @@ class Samples:
         source: Images, one per row.
         names: Name of each image.
         table: Values by column.
-        roles: Column name by role, see `Columns.resolve`; `label` is required.
+        roles: Column name by role, as returned by `Columns.resolve`. The role `label` is required.
         classes: Class names by index, if the data defines them.
-        broken: Reason for each unusable row.
+        broken: Reason for each row that is known to be unusable before labels and images are checked.
         notes: Notes for the user.
     """
 
@@ -61,25 +69,26 @@ class Samples:
 
     @property
     def labels(self) -> list[Any]:
-        """Raw values of the label column; tuples for several columns."""
+        """Raw values of the label column, or tuples of values if there are several."""
         columns = [self.table[name] for name in self.label_columns]
         return list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
 
     @property
     def has_columns(self) -> bool:
-        """True if `--columns` applies; False for torch datasets."""
+        """True if `--columns` applies, which is not the case for torch datasets."""
         return "path" in self.roles
 
     def column(self, role: str) -> Sequence[Any] | None:
-        """Return the raw values of a role; None without a column."""
+        """Return the raw values of the column with this role, or None if no column has it."""
         return self.table[self.roles[role]] if role in self.roles else None
 
 
 def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -> Collection:
     """Convert rows to images with labels, weights and groups in their splits.
 
-    Labels become class indices (`class`) or strata for splitting: the rarest label of an image (`labels`), or one of
-    up to ten ranges of the first number (`numbers`). `ImageDataset.annotations` contains the raw labels.
+    For the target `class`, `ImageDataset.labels` contains class indices. Otherwise it contains strata: the rarest label
+    of an image (`labels`), or one of up to ten ranges of the first number (`numbers`). `ImageDataset.annotations`
+    contains the raw labels.
 
     Args:
         samples: Raw rows.
@@ -91,9 +100,10 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
             total or for a class, all training weights are 0, or labels do not match `target`.
         ImportError: If tifffile is required but not installed.
     """
-    parts = _parts(samples)
+    split_names = _split_names(samples)
     values, broken = _targets(samples, target)
-    raw_weights, raw_groups = samples.column("weight"), samples.column("group")
+    raw_weights = samples.column("weight")
+    raw_groups = samples.column("group")
     weights = None if raw_weights is None else [number_of(value) for value in raw_weights]
     for row, value in enumerate(raw_weights or []):
         if not 0 <= number_of(value) <= _MAX_WEIGHT:
@@ -113,14 +123,14 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
             )
         notes.append(f"skipped {_broken_text(broken, samples)}")
     rows = [row for row in usable if row not in broken]
-    rows = _drop_duplicates(rows, samples, parts, values, notes)
+    rows = _drop_duplicates(rows, samples, split_names, values, notes)
     if not rows:
         reason = f"all are unusable: {_broken_text(broken, samples)}" if broken else f"got {len(samples.names)} rows"
         raise ValueError(f"{samples.where} has no images to train on, {reason}")
     indices, classes, strata = _labels(rows, samples, values, target)
     problems: list[str] = []
     if target == "class":
-        problems = _check_classes(classes, indices, rows, parts, samples)
+        problems = _check_classes(classes, indices, rows, split_names, samples)
     elif not classes:
         columns = " and ".join(map(repr, samples.label_columns))
         problems = [f"{samples.where}: at least one label is required, got none in column {columns}"]
@@ -133,12 +143,12 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
     images = ImageDataset(samples.source, rows, labels, names, annotations)
     splits: dict[str, ImageDataset] = {}
     for part in ("train", "val", "test"):
-        positions = [position for position, row in enumerate(rows) if parts[row] == part]
+        positions = [position for position, row in enumerate(rows) if split_names[row] == part]
         if positions:
             splits[part] = images.subset(positions)
     if "train" not in splits:
         raise ValueError(
-            f"{samples.where} has no training images, got splits {listed(sorted(set(parts)))}; "
+            f"{samples.where} has no training images, got splits {listed(sorted(set(split_names)))}; "
             "--columns split=none creates new splits"
         )
     train = splits["train"]
@@ -162,14 +172,17 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
 
 
 def unordered(target: Target) -> Any:
-    """Return a tuple of labels as a set, because their order is irrelevant; return other targets unchanged."""
+    """Return a tuple of labels as a set, because their order is irrelevant, and any other target unchanged."""
     if isinstance(target, tuple) and all(isinstance(label, str) for label in target):
         return frozenset(target)
     return target
 
 
 def _by_unique_name(names: Sequence[str], broken: Mapping[int, str]) -> dict[str, str]:
-    """Return the reason of each unusable row by image name; an empty or repeated name is made unique by the row."""
+    """Return the reason for each unusable row by image name.
+
+    The row number replaces an empty name, and makes repeated names unique.
+    """
     counts = Counter(names[row] for row in broken)
     reasons: dict[str, str] = {}
     for row in sorted(broken):
@@ -184,8 +197,8 @@ def _by_unique_name(names: Sequence[str], broken: Mapping[int, str]) -> dict[str
     return reasons
 
 
-def _parts(samples: Samples) -> list[str]:
-    """Return the split of each row; `train` for data without splits."""
+def _split_names(samples: Samples) -> list[str]:
+    """Return the split of each row, which is `train` for all rows of data without splits."""
     splits = samples.column("split")
     if splits is None:
         return ["train"] * len(samples.names)
@@ -211,12 +224,12 @@ def _targets(samples: Samples, target: TargetKind) -> tuple[list[Target], dict[i
             f"{samples.where}: columns must name one label column for classification, got "
             f"{'+'.join(samples.label_columns)}"
         )
-    row = next((row for row, value in enumerate(samples.labels) if isinstance(value, list | tuple)), None)
-    if row is not None:
+    list_row = next((row for row, value in enumerate(samples.labels) if isinstance(value, list | tuple)), None)
+    if list_row is not None:
         raise ValueError(
             f"{samples.where}: column {samples.label_columns[0]!r} must contain one class per image, got the list "
-            f"{format_value(samples.labels[row])!r} in row {row + 1}; use --task multilabel for several labels per "
-            "image"
+            f"{format_value(samples.labels[list_row])!r} in row {list_row + 1}; use --task multilabel for several "
+            "labels per image"
         )
     texts = [text_of(value) for value in samples.labels]
     return list(texts), {row: "no label" for row, text in enumerate(texts) if not text}
@@ -254,8 +267,8 @@ def _label_lists(samples: Samples) -> tuple[list[Target], dict[int, str]]:
         value = _parsed_list(raw_value)
         is_missing = not isinstance(value, list | tuple) and not text_of(value)
         values.append(() if is_missing else value)  # a row without a value has no labels
-    vectors = [value for value in values if not isinstance(value, list | tuple) or value]
-    names = _multi_hot_names(vectors, samples.classes)
+    nonempty_values = [value for value in values if not isinstance(value, list | tuple) or value]
+    names = _multi_hot_names(nonempty_values, samples.classes)
     labels: list[Target] = []
     if names is not None:
         for value in values:
@@ -282,20 +295,20 @@ def _binary_columns(samples: Samples) -> tuple[list[Target], dict[int, str]]:
     """Return the names of the label columns that are 1 in each row, and the reason for each unusable row."""
     labels: list[Target] = []
     broken: dict[int, str] = {}
-    first = ""
+    first_invalid = ""
     for row, value in enumerate(samples.labels):
         texts = list(map(text_of, value))
         invalid = next((text for text in texts if text.lower() not in (*_TRUE, *_FALSE)), None)
         if invalid is not None:
             broken[row] = f"label {invalid!r} is not 0 or 1"
-            first = first or invalid
+            first_invalid = first_invalid or invalid
         labels.append(
             tuple(name for name, text in zip(samples.label_columns, texts, strict=True) if text.lower() in _TRUE)
         )
     if broken and len(broken) == len(labels):
         raise ValueError(
-            f"{samples.where}: multiple label columns must contain only 0 and 1, got {first!r} in row 1 and no valid "
-            "row"
+            f"{samples.where}: multiple label columns must contain only 0 and 1, got {first_invalid!r} in row 1 and "
+            "no valid row"
         )
     return labels, broken
 
@@ -312,7 +325,10 @@ def _parsed_list(value: Any) -> Any:
 
 
 def _multi_hot_names(values: Sequence[Any], classes: Sequence[str] | None) -> Sequence[str] | None:
-    """Return the class names, or indices as names, if all values are 0/1 lists of equal length, otherwise None."""
+    """Return the class names, or indices as names, if all values are 0/1 lists of equal length.
+
+    Returns None for all other values.
+    """
     is_list = all(isinstance(value, list | tuple) and len(value) > 1 for value in values)
     if not is_list or len({len(value) for value in values}) != 1:
         return None
@@ -377,7 +393,7 @@ def _labels(
 
 
 def _ranges(edges: np.ndarray) -> list[str]:
-    """Name the ranges between edges: `lowest to 1`, `1 to highest`."""
+    """Return names of the ranges between edges, e.g. `lowest to 1` and `1 to highest` for the edge 1."""
     texts = [f"{edge:g}" for edge in edges]
     return [f"{low} to {high}" for low, high in zip(["lowest", *texts], [*texts, "highest"], strict=True)]
 
@@ -390,9 +406,13 @@ def _sort_names(names: Iterable[str]) -> list[str]:
 
 
 def _check_classes(
-    classes: Sequence[str], indices: Mapping[int, int], rows: Sequence[int], parts: Sequence[str], samples: Samples
+    classes: Sequence[str],
+    indices: Mapping[int, int],
+    rows: Sequence[int],
+    split_names: Sequence[str],
+    samples: Samples,
 ) -> list[str]:
-    """Reject classes without training images, and return `Collection.problems`."""
+    """Return `Collection.problems`, or raise ValueError if a class has images but no training images."""
     problems = []
     if len(classes) < 2:
         problems.append(
@@ -409,7 +429,7 @@ def _check_classes(
             f"{samples.where}: column {samples.label_columns[0]!r} must contain classes, got {len(present)} different "
             f"values in {len(rows)} rows, e.g. {examples}; {remedy}"
         )
-    train_classes = {indices[row] for row in rows if parts[row] == "train"}
+    train_classes = {indices[row] for row in rows if split_names[row] == "train"}
     counts = Counter(classes[indices[row]] for row in rows if indices[row] not in train_classes)
     if counts and train_classes:
         named = listed([f"{name!r} ({count} in other splits)" for name, count in sorted(counts.items())])
@@ -423,15 +443,18 @@ def _check_classes(
 
 
 def _drop_duplicates(
-    rows: list[int], samples: Samples, parts: Sequence[str], values: Sequence[Any], notes: list[str]
+    rows: list[int], samples: Samples, split_names: Sequence[str], values: Sequence[Any], notes: list[str]
 ) -> list[int]:
-    """Drop rows that repeat an image and its label within a split; add notes about repeated and contradicting rows."""
+    """Return the rows without those that repeat an image and its label within a split, and add notes.
+
+    Rows that repeat an image with another label are kept. A second note lists them.
+    """
     kept: dict[tuple[str, str], list[int]] = {}
     unique = []
     repeated = 0
     contradicting = []
     for row in rows:
-        earlier = kept.setdefault((samples.names[row], parts[row]), [])
+        earlier = kept.setdefault((samples.names[row], split_names[row]), [])
         if any(unordered(values[other]) == unordered(values[row]) for other in earlier):
             repeated += 1
             continue
@@ -453,7 +476,7 @@ _KINDS = {
     **{reason: reason for reason in ("no path", "no such file", "no label")},
     **{"weight": "invalid weight", "label": "invalid label"},
 }
-"""Category of a row's error by reason or first word."""
+"""Category of a row's error, by the reason or its first word."""
 
 
 def _broken_text(broken: Mapping[int, str], samples: Samples) -> str:

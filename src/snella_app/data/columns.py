@@ -37,8 +37,8 @@ class Columns:
     """Column roles of a table, as in `--columns path=file,label=species,group=patient`.
 
     Attributes:
-        names: Column name by role (path, label, split, weight, group). Several label columns are joined by `+`, `none`
-            means no column, and a path may be a template: `train/{id}.jpg`.
+        names: Column name by role (path, label, split, weight, group). Several label columns are joined by `+`, and
+            `none` means no column. A path may be a template, e.g. `train/{id}.jpg`.
         root: Base folder of relative paths, `root=FOLDER`; None uses the folder of the data. Rows of Parquet files and
             Hugging Face datasets may only reference files below it.
     """
@@ -85,6 +85,7 @@ class Columns:
             ValueError: If a named column does not exist or a required role has no column.
         """
         names = list(table)
+        # the full name takes precedence over the part after the last dot, and earlier columns over later ones
         by_plain_name = {re.sub(r"[\s_\-.]", "", name.lower().rpartition(".")[2]): name for name in reversed(names)}
         by_plain_name |= {re.sub(r"[\s_\-.]", "", name.lower()): name for name in reversed(names)}
         roles: dict[str, str] = {}
@@ -121,7 +122,7 @@ class Columns:
 def columns_in(role: str, column: str, table: Container[str]) -> list[str]:
     """Return the columns that a value of `--columns` references, e.g. both of `label=age+height`.
 
-    Names in the table may contain `+`; the longest match counts.
+    Names in the table may contain `+`, so the longest match counts.
     """
     if role == "path" and (names := _PLACEHOLDER.findall(column)):
         return names
@@ -174,14 +175,14 @@ def paths_in(table: Mapping[str, Sequence[Any]], column: str) -> list[str]:
 
 
 def text_of(value: Any) -> str:
-    """Convert a value to a string: integral floats without decimal point, missing values to an empty string."""
+    """Convert a value to a string, without the decimal point of integral floats. Missing values become empty."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
 def number_of(value: Any) -> float:
-    """Convert a value to a number; NaN if impossible."""
+    """Convert a value to a number, or to NaN if that is impossible."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -189,5 +190,5 @@ def number_of(value: Any) -> float:
 
 
 def format_value(value: Any) -> str:
-    """Format a value for a message; the entries of a list are joined by `|`."""
+    """Format a value for a message, with the entries of a list joined by `|`."""
     return "|".join(map(str, value)) if isinstance(value, list | tuple) else text_of(value)

@@ -14,16 +14,20 @@ from snella_app.files import sha256_of
 from snella_app.text import listed
 
 _MIN_CORRELATION = 0.995
+"""Minimum correlation of the thumbnails of near-duplicates."""
 _MAX_DISTANCE = 3.0
+"""Maximum root mean square difference of the thumbnails of near-duplicates, of 255."""
 _FLAT = 2.0
+"""Standard deviation up to which a thumbnail is flat. Different images can have equal flat thumbnails."""
 _CHUNK = 1024
+"""Number of images that are compared with all training images at once."""
 _MAX_PAIRS = 2_000_000_000
 
 
 def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> list[str]:
     """Return warnings about images in the named splits that copy training images, even if re-encoded or resized.
 
-    For images that are not files, equal and re-encoded copies are not distinguished.
+    Only for image files, the warnings distinguish equal from re-encoded or resized copies.
     """
     train = parts["train"]
     digest_of = cache(sha256_of)
@@ -65,7 +69,10 @@ def equal_files(train: ImageDataset, others: ImageDataset, digest_of: Callable[[
 
 
 def _match(keys: Sequence[Mapping[int, Any]], digest: Callable[[int, int], Any]) -> dict[int, int]:
-    """Match positions of two datasets with equal keys and digests; compute digests only for keys found in both."""
+    """Match positions of two datasets with equal keys and digests.
+
+    `keys` are cheap to compare. Digests are computed only for keys found in both datasets.
+    """
     shared = set(keys[0].values()) & set(keys[1].values())
     digests: list[dict[int, Any]] = []
     for dataset, group in enumerate(keys):
@@ -123,14 +130,14 @@ def find_near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int
     Returns:
         Position of the most similar matching training image by position in `others`.
     """
-    known: list[dict[int, np.ndarray]] = []
+    thumbnails: list[dict[int, np.ndarray]] = []
     for images in (train, others):
-        thumbnails = {position: metadata.thumbnail for position, metadata in known_metadata(images).items()}
-        known.append({position: pixels for position, pixels in thumbnails.items() if pixels.std() > _FLAT})
-    if not all(known) or len(known[0]) * len(known[1]) > _MAX_PAIRS:
+        inspected = {position: metadata.thumbnail for position, metadata in known_metadata(images).items()}
+        thumbnails.append({position: pixels for position, pixels in inspected.items() if pixels.std() > _FLAT})
+    if not all(thumbnails) or len(thumbnails[0]) * len(thumbnails[1]) > _MAX_PAIRS:
         return {}
-    positions = [np.array(list(thumbnails)) for thumbnails in known]
-    stacked = [np.stack(list(thumbnails.values())) for thumbnails in known]
+    positions = [np.array(list(by_position)) for by_position in thumbnails]
+    stacked = [np.stack(list(by_position.values())) for by_position in thumbnails]
     raw = [values.reshape(len(values), -1).astype(np.float32) for values in stacked]
     centered = [values - values.mean(1, keepdims=True) for values in raw]
     unit = [values / np.linalg.norm(values, axis=1, keepdims=True) for values in centered]

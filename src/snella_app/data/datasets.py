@@ -1,4 +1,4 @@
-"""Torch datasets of labeled images with augmentation seeded by (seed, epoch, image)."""
+"""Torch datasets of labeled images, whose augmentation is seeded by (seed, epoch, image)."""
 
 import hashlib
 import struct
@@ -25,7 +25,7 @@ Target = str | float | tuple[str, ...] | tuple[float, ...]
 
 @dataclass(frozen=True)
 class Annotations:
-    """Raw label values, sample weights and groups, one entry per image; None for absent columns.
+    """Raw label values, sample weights and groups, with one entry per image. Columns that are absent are None.
 
     Attributes:
         targets: Values of the label column: class name (`str`), number, label names (tuple of `str`), or numbers of
@@ -46,9 +46,11 @@ class Annotations:
         return Annotations(**selected)
 
     def joined(self, other: "Annotations") -> "Annotations":
-        """Concatenate two annotations; drop columns missing from either."""
-        first, second = self.plain(), other.plain()
-        return Annotations(**{name: [*first[name], *second[name]] for name in first if name in second})
+        """Concatenate two annotations, without the columns that either of them lacks."""
+        own_columns = self.plain()
+        other_columns = other.plain()
+        shared = [name for name in own_columns if name in other_columns]
+        return Annotations(**{name: [*own_columns[name], *other_columns[name]] for name in shared})
 
     def plain(self) -> dict[str, Any]:
         """Return the present columns by name."""
@@ -69,7 +71,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         annotations: Raw targets, sample weights and groups of the selected images.
 
     Attributes:
-        transform: Maps a decoded image to a tensor; None returns images. Set by `with_transform`.
+        transform: Maps a decoded image to a tensor, or None to return images. Set by `with_transform`.
         seed: Seed of the augmentation.
 
     Raises:
@@ -88,13 +90,16 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
             raise ValueError(
                 f"rows, labels and names must have equal lengths, got {len(rows)}, {len(labels)} and {len(names)}"
             )
-        self.source, self.rows, self.labels, self.names = source, list(rows), list(labels), list(names)
+        self.source = source
+        self.rows = list(rows)
+        self.labels = list(labels)
+        self.names = list(names)
         self.annotations = annotations or Annotations()
         self.transform: Callable[..., Any] | None = None
         self.seed = 0
         self._encode: Callable[[Target], Any] | None = None
         self._is_weighted = False
-        # in shared memory, so that persistent workers read new epochs
+        # in shared memory, where persistent workers read each new epoch
         self._epoch = _shared_scalar(0)
 
     def __len__(self) -> int:
@@ -119,7 +124,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         self._epoch.fill_(epoch)
 
     def image(self, index: int) -> Image.Image:
-        """Return a copy of the untransformed image as RGB; multispectral images are reduced to three channels."""
+        """Return a copy of the untransformed image as RGB. Multispectral images are reduced to three channels."""
         image = self.source.load(self.rows[index])
         if isinstance(image, Tensor):
             return to_pil_image(first_channels(image))
@@ -138,7 +143,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         return [self.source]
 
     def with_transform(self, transform: Callable[..., Any] | None) -> Self:
-        """Return a copy with another transform; cached images are shared."""
+        """Return a copy with another transform. It shares the cached images."""
         dataset = self._copy()
         dataset.transform = transform
         return dataset
@@ -185,7 +190,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         return dataset
 
     def _item(self, index: int) -> tuple[Any, ...]:
-        """Return the image, transformed if there is a transform, and its target; the caller seeds the generator."""
+        """Return the image, transformed if there is a transform, and its target. The caller seeds the generator."""
         image = self.source.load(self.rows[index])
         if self.transform is not None:
             image = self.transform(image)
@@ -195,7 +200,10 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
 
 
 def _shared_scalar(value: int) -> Tensor:
-    """Return an int64 scalar in shared memory; raise OSError if the memory is full or a file size limit is reached."""
+    """Return an int64 scalar in shared memory.
+
+    Raises OSError if the memory is full or a file size limit is reached.
+    """
     try:
         return torch.tensor(value).share_memory_()
     except RuntimeError as error:
@@ -219,7 +227,7 @@ def known_metadata(images: ImageDataset) -> dict[int, ImageMetadata]:
 
 
 def file_paths(images: ImageDataset) -> dict[int, Path]:
-    """Return the file of each image by position; images that are not files are missing."""
+    """Return the file of each image by position, without the images that are not files."""
     locations = [locate(images.source, row) for row in images.rows]
     return {
         position: source.paths[row]
@@ -263,7 +271,10 @@ class MaskDataset(ImageDataset):
 
 
 def read_at_side(parts: Sequence[ImageDataset], side: int | None) -> list[ImageDataset]:
-    """Return copies with another `Reading.side`; splits with masks are unchanged, shared sources stay shared."""
+    """Return copies with another `Reading.side`. Splits that share a source still do.
+
+    Splits with masks are returned unchanged.
+    """
     sources: dict[int, ImageSource] = {}
     changed = []
     for part in parts:
@@ -277,7 +288,7 @@ def read_at_side(parts: Sequence[ImageDataset], side: int | None) -> list[ImageD
 
 
 def joined(first: ImageDataset, second: ImageDataset) -> ImageDataset:
-    """Concatenate two datasets without transforms; both have masks, or neither."""
+    """Concatenate two datasets without transforms, of which both or neither have masks."""
     boundary = 1 + max(first.rows, default=-1)
     rows = [*first.rows, *(boundary + row for row in second.rows)]
     names = [*first.names, *second.names]
@@ -303,7 +314,7 @@ class Collection:
         strata: Names of image labels if they differ from the classes, e.g. for images with masks.
         is_resized_whole: If True, images are resized without a center crop.
         official_joins_val: True if the authors' scripts also train on the validation split.
-        broken: Reason by name of each skipped image.
+        broken: Reason why each skipped image is unusable, by name.
         problems: Reasons why the data cannot be used for training, only for evaluation.
     """
 

@@ -32,7 +32,7 @@ def load_folder(path: str, config: DataConfig, target: TargetKind) -> Collection
     """Load the images of a folder with one subfolder per class.
 
     The folder has splits if it contains a folder `train` with class folders. Every file is decoded once to find broken
-    files before training. Hidden files are ignored, other file types are skipped with a note, and images in nested
+    files before training. Hidden files are ignored, and files of other types are skipped with a note. Images in nested
     folders belong to their class folder.
     """
     root = existing_folder(path)
@@ -53,11 +53,11 @@ def load_folder(path: str, config: DataConfig, target: TargetKind) -> Collection
                 by_class[name] = [file for file in members if file not in reasons]
         problems = _check_classes(files, folders, root)
     classes = list(files["train"])
-    numbers = {name: number for number, name in enumerate(classes)}
+    indices = {name: index for index, name in enumerate(classes)}
     rows = {file: row for row, file in enumerate(paths)}
     parts: dict[str, Any] = {}
     for part, by_class in files.items():
-        labels = {file: numbers[name] for name, members in by_class.items() for file in members}
+        labels = {file: indices[name] for name, members in by_class.items() for file in members}
         part_rows = [rows[file] for file in labels]
         part_names = [names[file] for file in labels]
         parts[part] = ImageDataset(source, part_rows, list(labels.values()), part_names)
@@ -66,7 +66,10 @@ def load_folder(path: str, config: DataConfig, target: TargetKind) -> Collection
 
 
 def broken_note(broken: Mapping[str, str], count: int, folder: str | Path, skip_corrupt: bool) -> str:
-    """Return the note about `broken` images (reason by name) among `count`; raise ValueError unless `skip_corrupt`."""
+    """Return the note about the `broken` images (reason by name) among `count`.
+
+    Raises ValueError unless `skip_corrupt`.
+    """
     named = listed(f"{name} ({reason})" for name, reason in broken.items())
     if not skip_corrupt:
         raise ValueError(
@@ -87,7 +90,7 @@ def existing_folder(
         content: Required content of the folder, for messages.
 
     Raises:
-        FileNotFoundError: If the folder does not exist; the message suggests similar names.
+        FileNotFoundError: If the folder does not exist. The message suggests similar names.
         ValueError: If the path is empty or a file.
     """
     if not path.strip():
@@ -177,7 +180,8 @@ def _class_files(folder: Path, others: Counter[str]) -> _Files:
 def walk_visible(folder: Path, *, root: Path | None = None) -> Iterator[Path]:
     """Iterate over all visible files below a folder, sorted by name.
 
-    With `root` (the folder of the dataset), links to folders outside it are followed, each target once.
+    With `root` (the folder of the dataset), links to folders outside it are followed, each target once. Without it, no
+    links are followed.
     """
     top = None if root is None else os.path.realpath(root)
     visited = set()
@@ -197,7 +201,8 @@ def walk_visible(folder: Path, *, root: Path | None = None) -> Iterator[Path]:
 
 def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Path) -> list[str]:
     """Raise ValueError with all errors of the class folders, or return `Collection.problems`."""
-    errors, problems = [], []
+    errors = []
+    problems = []
     if not files["train"]:
         errors.append(_no_classes_error(folders["train"], root))
     elif len(files["train"]) == 1:
@@ -243,7 +248,7 @@ def _no_classes_error(folder: Path, root: Path) -> str:
 
 
 def _table_hint(*folders: Path) -> str:
-    """Return a hint for a label table next to the images; empty without one."""
+    """Return a hint for a label table next to the images, or an empty text without one."""
     files = (child for folder in folders for child in sorted(folder.iterdir()))
     table = next((file for file in files if file.suffix in _TABLES or file.name == _METADATA), None)
     if table is None:

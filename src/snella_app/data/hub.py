@@ -1,4 +1,7 @@
-"""Hugging Face datasets (`hf:`), WebDataset shards (`wds:`), and dataset objects in Python."""
+"""Hugging Face datasets (`hf:`), WebDataset shards (`wds:`), and dataset objects in Python.
+
+A shard is a tar file with images and their labels.
+"""
 
 import glob
 import io
@@ -37,16 +40,20 @@ from snella_app.files import expand_user
 from snella_app.text import first_line, listed, similar_paths
 
 PYTHON_PREFIX = "python:"
+"""Prefix under which a run records a dataset object, which cannot be loaded by name."""
 _IMAGE = "<image>"
+"""Value of the image columns in the table of a dataset, whose images are not read into memory."""
 _KEY = "__key__"
 _URL = "__url__"
+"""Column that `datasets` adds to the samples of a shard: its path. `_KEY` is the name of a sample."""
 
 
 def load_hf(path: str, config: DataConfig, target: TargetKind) -> Collection:
-    """Load the images of a Hugging Face dataset; the path column defaults to the first image column.
+    """Load the images of a Hugging Face dataset.
 
     `path` is a folder written by `save_to_disk`, a folder of images with `metadata.csv` (`imagefolder`), a folder of
-    Parquet files, or a Hub name `owner/name` or `owner/name:configuration`.
+    Parquet files, or a Hub name `owner/name` or `owner/name:configuration`. The path column defaults to the first image
+    column.
 
     Raises:
         FileNotFoundError: If the dataset does not exist.
@@ -96,10 +103,10 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
     """Load the images of a dataset object.
 
     Args:
-        data: `datasets.Dataset` or `DatasetDict`; map-style torch dataset of (image, label) items without transform,
-            e.g. from torchvision; or a mapping from split names to these; a single split is treated as data without
-            splits. Class indices refer to the dataset's attribute `classes`, if it has one, and multi-hot vectors to
-            that of the first split that has one.
+        data: A `datasets.Dataset` or `DatasetDict`, a map-style torch dataset of (image, label) items without
+            transform, e.g. from torchvision, or a mapping from split names to such datasets. A single split is treated
+            as data without splits. Class indices refer to the attribute `classes` of their dataset, if it has one.
+            Multi-hot vectors refer to the classes of the first split that has any.
         config: Only `channels`, `white`, `skip_corrupt` and, for Hugging Face datasets, `columns` apply.
         target: Content of the label column.
 
@@ -122,8 +129,8 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
         return _from_hf(data, where, name, config, target)
     kinds = {PARTS.get(str(part_name).lower()) for part_name in parts}
     if len(parts) > 1 and (None in kinds or "train" not in kinds):
-        got = ", ".join(map(repr, parts))
-        raise ValueError(f"data must map train and optionally val and test to datasets, got {got}")
+        given = ", ".join(map(repr, parts))
+        raise ValueError(f"data must map train and optionally val and test to datasets, got {given}")
     if config.columns is not None:
         raise ValueError(
             "columns applies only to datasets with columns, e.g. Hugging Face datasets, got "
@@ -139,7 +146,7 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
         part_labels, reasons = _labels_of(part)
         broken |= {len(labels) + row: reason for row, reason in reasons.items()}
         labels += part_labels
-    if target != "labels":  # MedMNIST's labels have the shape [images, 1]
+    if target != "labels":  # e.g. labels of MedMNIST, which have the shape [images, 1]
         for row, label in enumerate(labels):
             if isinstance(label, list) and len(label) == 1:
                 labels[row] = label[0]
@@ -150,7 +157,7 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
         part_classes = getattr(part, "classes", None)
         classes_by_part[part_name] = [] if part_classes is None else list(map(str, part_classes))
     first_classes = next(filter(None, classes_by_part.values()), [])
-    classes = first_classes if first_classes and target == "labels" else None  # the positions in multi-hot vectors
+    classes = first_classes if first_classes and target == "labels" else None  # by position in a multi-hot vector
     usable = [row for row in range(len(labels)) if row not in broken]
     if first_classes and target != "numbers" and all(isinstance(labels[row], int) for row in usable):
         classes = first_classes
@@ -168,7 +175,14 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
 
 
 class _HubImages(CachedImages):
-    """Encoded images in a column of concatenated Hugging Face datasets."""
+    """Encoded images in a column of concatenated Hugging Face datasets.
+
+    Args:
+        parts: Datasets.
+        column: Name of the image column.
+        reading: As for `read_image`.
+        roots: Folders that may contain referenced files. Relative paths start at the first one. None allows all files.
+    """
 
     def __init__(self, parts: Sequence[Any], column: str, reading: Reading, roots: Sequence[Path] | None) -> None:
         super().__init__(reading)
@@ -194,7 +208,7 @@ class _HubImages(CachedImages):
         return self._bytes(self.rows[row][self.column])
 
     def _bytes(self, item: Any) -> bytes:
-        """Return the bytes of an image from the column or the file it references."""
+        """Return the bytes of an image from the column or the file it references; raise ValueError without either."""
         if item is None or (item["bytes"] is None and item["path"] is None):
             raise ValueError("no image")
         if item["bytes"] is not None:
@@ -250,10 +264,14 @@ def _pil_image(item: Any) -> Image.Image:
 
 
 def _labels_of(part: Any) -> tuple[list[Any], dict[int, str]]:
-    """Return the labels of a torch dataset, from its label list or its items, and the errors of unreadable items."""
+    """Return the labels of a torch dataset and, by row, the errors of unreadable items.
+
+    A label list of the dataset is preferred to the labels of its items.
+    """
     broken: dict[int, str] = {}
-    lists: Iterator[Any] = (getattr(part, name, None) for name in ("targets", "labels", "_labels"))
-    values = next((values for values in lists if hasattr(values, "__len__") and len(values) == len(part)), None)
+    attributes: Iterator[Any] = (getattr(part, name, None) for name in ("targets", "labels", "_labels"))
+    values = next((values for values in attributes if hasattr(values, "__len__") and len(values) == len(part)), None)
+    # items are read only if necessary, because this decodes the images; `target_transform` changes only items
     if values is None or getattr(part, "target_transform", None) is not None:
         values = []
         for row in range(len(part)):
@@ -277,13 +295,13 @@ def _from_hf(
 ) -> Collection:
     """Convert Hugging Face datasets to a `Collection`.
 
-    Rows may only reference files below `roots`, or below the columns' `root`, which replaces them; None allows all
-    files.
+    Rows may only reference files below `roots`, which the columns' `root` replaces. None allows all files.
     """
     import datasets
 
     parts = dict(data) if isinstance(data, Mapping) else {"train": data}
-    notes, others = [], []
+    notes: list[str] = []
+    others: list[str] = []
     if len(parts) > 1:
         others = [part for part in parts if part.lower() not in PARTS]
         if others:
@@ -291,28 +309,30 @@ def _from_hf(
         parts = {part: rows for part, rows in parts.items() if part not in others}
     # if unknown splits are skipped, a training split must remain
     if not parts or (others and "train" not in {PARTS[part.lower()] for part in parts}):
-        got = f"splits {', '.join(data)}" if data else "no splits"
-        raise ValueError(f"{where} must have a train split if it has several splits, got {got}")
+        given = f"splits {', '.join(data)}" if data else "no splits"
+        raise ValueError(f"{where} must have a train split if it has several splits, got {given}")
     first_part = next(iter(parts.values()))
-    images = [column for column, kind in first_part.features.items() if isinstance(kind, datasets.Image)]
-    values = [_values(rows, images) for rows in parts.values()]
-    counts = [len(rows) for rows in parts.values()]
-    table: dict[str, list[Any]] = {column: [_IMAGE] * sum(counts) for column in images}
-    for column in dict.fromkeys(column for part in values for column in part):
-        padded = (part.get(column, [None] * count) for part, count in zip(values, counts, strict=True))
-        table[column] = [value for part in padded for value in part]  # splits may lack columns
+    image_columns = [column for column, kind in first_part.features.items() if isinstance(kind, datasets.Image)]
+    part_tables = [_values(rows, image_columns) for rows in parts.values()]
+    sizes = [len(rows) for rows in parts.values()]
+    table: dict[str, list[Any]] = {column: [_IMAGE] * sum(sizes) for column in image_columns}
+    for column in dict.fromkeys(column for part_table in part_tables for column in part_table):
+        values: list[Any] = []
+        for part_table, size in zip(part_tables, sizes, strict=True):
+            values += part_table.get(column, [None] * size)  # splits may lack columns
+        table[column] = values
     urls = table.pop(_URL, None)
     columns = Columns.parse(config.columns)
     if columns.root is not None:
         roots = [columns.root]
-    if images:
-        columns = Columns({"path": images[0], **columns.names})
+    if image_columns:
+        columns = Columns({"path": image_columns[0], **columns.names})
     roles = columns.resolve(table, ("path", "label"), where)
-    if roles["path"] not in images:
+    if roles["path"] not in image_columns:
         first_value = table.get(roles["path"], [])[:1]
         raise ValueError(f"{where}: column {roles['path']!r} must contain images, got {first_value}")
     part_names = [part for part, rows in parts.items() for _ in range(len(rows))]
-    replaces_splits = columns.names.get("split") is not None  # by a column or `none`
+    replaces_splits = columns.names.get("split") is not None  # by a column, or by new splits for `none`
     if len(parts) > 1 and not replaces_splits:
         table["split"] = part_names
         roles["split"] = "split"
@@ -322,7 +342,7 @@ def _from_hf(
     if not names:
         names = [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
     keys = names if replaces_splits else list(zip(part_names, names, strict=True))
-    if urls is not None and len(set(keys)) < len(names):  # shards may repeat keys
+    if urls is not None and len(set(keys)) < len(names):  # shards repeat keys; add the shard's path
         stems = {url: Path(url).with_suffix("") for url in urls}
         common = os.path.commonpath([str(stem.parent) for stem in stems.values()])
         shards = {url: stem.relative_to(common) for url, stem in stems.items()}
@@ -334,11 +354,11 @@ def _from_hf(
     return build_collection(samples, config, target)
 
 
-def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:
+def _values(rows: Any, image_columns: Sequence[str]) -> dict[str, list[Any]]:
     """Return all columns except images, with names for class indices, and mappings as columns like `json.label`."""
     table: dict[str, list[Any]] = {}
     try:
-        columns = rows.remove_columns(list(images)).to_dict()
+        columns = rows.remove_columns(list(image_columns)).to_dict()
     except (ValueError, OverflowError) as error:  # timestamps out of range
         raise ValueError(f"data cannot be read: {first_line(error)}") from error
     for column, values in columns.items():
@@ -356,13 +376,16 @@ def _values(rows: Any, images: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _class_names(kind: Any) -> list[str] | None:
-    """Return the class names of a column of class indices or lists of indices; None for other columns."""
+    """Return the class names of a column of class indices or lists of indices, and None for other columns."""
     names = getattr(kind, "names", None) or getattr(getattr(kind, "feature", None), "names", None)
     return None if names is None else [str(name) for name in names]
 
 
 def _index_to_name(value: Any, names: Sequence[str], column: str, row: int) -> Any:
-    """Convert class indices to names; -1 (unlabeled) becomes None or is dropped from lists."""
+    """Convert a class index, or each index of a list, to the class name.
+
+    A negative index, usually -1, means unlabeled. It becomes None, or is dropped from a list.
+    """
     numbers = value if isinstance(value, list) else [value]
     invalid = [number for number in numbers if number is not None and number >= len(names)]
     if invalid:
@@ -372,7 +395,7 @@ def _index_to_name(value: Any, names: Sequence[str], column: str, row: int) -> A
 
 
 def _shards(path: str) -> list[Path]:
-    """Return the tar files of a folder, a pattern or a range in braces."""
+    """Return the tar files of a folder, a pattern or a range in braces; raise FileNotFoundError if any is missing."""
     folder = expand_user(path)
     if folder.is_dir():
         shards = sorted(folder.glob("*.tar"))
@@ -395,7 +418,10 @@ def _shards(path: str) -> list[Path]:
 
 @contextmanager
 def _datasets_library(where: str, place: Path) -> Iterator[Any]:
-    """Yield the `datasets` package, with progress bars and warnings disabled; convert its errors to one line."""
+    """Yield the `datasets` package without progress bars and warnings.
+
+    An error inside the context becomes an error with a one-line message.
+    """
     try:
         import datasets
     except ImportError as error:

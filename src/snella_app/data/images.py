@@ -1,4 +1,7 @@
-"""Detection, decoding and inspection of image files; reading of masks as label maps."""
+"""Detect, decode and inspect image files, and read masks as label maps.
+
+A `Reading` holds the decoding options. Inspecting an image decodes it once, to check the file and to collect metadata.
+"""
 
 import importlib.util
 import io
@@ -31,9 +34,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
 """Formats that Pillow may decode, regardless of the file name; pillow-heif adds HEIF. EPS is excluded because it
 starts Ghostscript."""
 _MAX_VALUES = 8 * (Image.MAX_IMAGE_PIXELS or 2**27)
-"""Maximum number of values in an array file or a TIFF file read by tifffile; Pillow limits other images."""
+"""Maximum number of values in an array file or a TIFF file read by tifffile. Pillow limits other images itself."""
 _STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")
-"""Magic bytes of common formats; TIFF and BMP are ambiguous."""
+"""Magic bytes of common formats. Those of TIFF and BMP are left out because they are ambiguous."""
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 HEIC_HINT = "HEIC images need pillow-heif: pip install 'snella[heic]', or save them as JPEG"
 _NUMPY_START = b"\x93NUMPY"
@@ -43,6 +46,7 @@ PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Modes of 8-bit images by number of channels; images with another number of channels are arrays."""
 _THUMBNAIL_SIDE = 16
 _DRAFT = (256, 256)
+"""Minimum size to which JPEGs are scaled down while they are inspected, which saves time."""
 DECODING_ERRORS = (
     OSError,
     SyntaxError,
@@ -56,8 +60,8 @@ DECODING_ERRORS = (
     TokenError,
     Image.DecompressionBombError,
 )
-"""Errors that Pillow and NumPy raise for invalid, truncated or damaged files; RuntimeError for AVIF, TokenError for
-headers of arrays."""
+"""Errors that Pillow and NumPy raise for invalid, truncated or damaged files. RuntimeError occurs for AVIF files, and
+TokenError for the headers of array files."""
 File = str | Path | BinaryIO
 
 
@@ -66,12 +70,13 @@ class ImageMetadata:
     """Metadata of a decoded image.
 
     Attributes:
-        size: Width and height; as stored if a file was inspected.
-        mode: Pillow mode, as stored in the file, or the number of channels and bits of an array.
-        format: File format, e.g. JPEG; `array` for arrays, empty for images that are not files.
-        has_pages: True for several pages or frames.
-        thumbnail: 16×16 gray values, uint8; nearly equal for re-encoded or resized copies.
-        brightest: Largest value of a 16-bit grayscale image or uint16 array as a fraction of white; None for others.
+        size: Width and height. For an inspected file, they are the stored ones, without EXIF rotation.
+        mode: Pillow mode as stored in the file, or a text with the number of channels and bits of an array.
+        format: File format, e.g. JPEG, or `array` for an image decoded as an array. Empty if Pillow names no format,
+            e.g. for images that are not files.
+        has_pages: True if the file has several pages or frames.
+        thumbnail: The image reduced to 16×16 gray values, uint8. Re-encoded and resized copies have nearly equal ones.
+        brightest: Largest value of a 16-bit grayscale image or uint16 array as a fraction of white, otherwise None.
     """
 
     size: tuple[int, int]
@@ -83,19 +88,20 @@ class ImageMetadata:
 
 
 RGB = Reading()
+"""Default options: RGB at full resolution."""
 
 
 def read_image(path: str | Path, reading: Reading = RGB) -> Any:
     """Read and fully decode an image file, applying EXIF orientation.
 
     Args:
-        path: File in a supported format; for 1, 3 or 4 channels, the first page or frame is used. HEIC needs
-            pillow-heif.
+        path: File in a supported format. HEIC needs pillow-heif. For 1, 3 or 4 channels, only the first page or frame
+            is used.
         reading: Decoding options.
 
     Returns:
-        A PIL image for 1, 3 or 4 channels. Otherwise a `tv_tensors.Image`, `[channels, height, width]`: uint8, or
-        float32 in [0, 1] with 16-bit values as fractions of white.
+        A PIL image for 1, 3 or 4 channels. Otherwise a `tv_tensors.Image`, `[channels, height, width]`. Its values are
+        uint8, or float32 in [0, 1], where 16-bit values are fractions of white.
 
     Raises:
         ValueError: If the file is not an image, is truncated, has unsupported values or another number of channels.
@@ -111,9 +117,9 @@ def decode_image(file: File, name: str, reading: Reading = RGB) -> Any:
         if reading.channels not in PILLOW_MODES:
             return tv_tensors.Image(_array_tensor(_read_array(file, reading.channels), reading.white))
         with open_image(file) as image:
-            factor = _reduction(image, reading)
-            if factor > 1:
-                image.draft(None, (image.width // factor, image.height // factor))
+            draft_factor = _reduction(image, reading)
+            if draft_factor > 1:  # JPEGs are scaled while they are decoded, which is faster than averaging
+                image.draft(None, (image.width // draft_factor, image.height // draft_factor))
             image.load()
             ImageOps.exif_transpose(image, in_place=True)  # in place avoids a copy of upright images
             is_reducible = image.mode in _REDUCIBLE and "transparency" not in image.info
@@ -122,31 +128,41 @@ def decode_image(file: File, name: str, reading: Reading = RGB) -> Any:
 
 
 def _reduction(image: Image.Image, reading: Reading) -> int:
-    """Return the integer factor by which an image is downscaled."""
+    """Return the largest integer factor that leaves the shorter side at least `reading.side`.
+
+    Returns 1 without a side, or for a smaller image.
+    """
     return 1 if reading.side is None else max(1, min(image.size) // reading.side)
 
 
 def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageMetadata:
-    """Decode an image, large JPEGs at a lower resolution, and return its metadata; raises like `read_image`."""
+    """Decode an image and return its metadata.
+
+    Large JPEGs are decoded at a lower resolution. The errors are those of `read_image`.
+    """
     with _image_errors(name, file):
         check_regular(file)
+        brightest: float | None = None
         if reading.channels not in PILLOW_MODES:
             values = _read_array(file, reading.channels)
             array = _array_tensor(values, reading.white)
-            kind = f"{reading.channels} channels of {'8' if array.dtype == torch.uint8 else '16 or more'} bits"
-            metadata = metadata_of(to_pil_image(first_channels(array)), kind, "array")
-            return replace(metadata, brightest=float(array.max()) if values.dtype == np.uint16 else None)
+            bits = "8" if array.dtype == torch.uint8 else "16 or more"
+            mode = f"{reading.channels} channels of {bits} bits"
+            metadata = metadata_of(to_pil_image(first_channels(array)), mode, "array")
+            if values.dtype == np.uint16:
+                brightest = float(array.max())
+            return replace(metadata, brightest=brightest)
         with open_image(file) as image:
             size = image.size
             mode = image.mode
-            kind = image.format or ""
-            has_pages = kind != "MPO" and bool(getattr(image, "is_animated", False))
+            file_format = image.format or ""
+            has_pages = file_format != "MPO" and bool(getattr(image, "is_animated", False))
             image.draft(None, _DRAFT)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            metadata = metadata_of(to_channels(image, reading), mode, kind)
-            is_deep = mode.startswith("I;16")
-            brightest = min(float(np.asarray(image).max(initial=0)) / reading.white, 1.0) if is_deep else None
+            metadata = metadata_of(to_channels(image, reading), mode, file_format)
+            if mode.startswith("I;16"):
+                brightest = min(float(np.asarray(image).max(initial=0)) / reading.white, 1.0)
             return replace(metadata, size=size, has_pages=has_pages, brightest=brightest)
 
 
@@ -164,11 +180,11 @@ def check_regular(file: File) -> None:
 
 @contextmanager
 def _image_errors(name: str, file: File) -> Iterator[None]:
-    """Convert decoder errors to a ValueError with the image name."""
+    """Convert decoder errors to a ValueError that names the image."""
     try:
         yield
     except DECODING_ERRORS as error:
-        # False for a name that is too long, unlike Path.is_file
+        # os.path.isfile returns False for a name that is too long, whereas Path.is_file may raise
         if isinstance(file, str | Path) and os.path.isfile(file) and not os.path.getsize(file):
             reason = "the file is empty"
         elif isinstance(error, FileNotFoundError):
@@ -182,7 +198,7 @@ def _image_errors(name: str, file: File) -> Iterator[None]:
 
 
 def open_image(file: File) -> Image.Image:
-    """Open an image with Pillow (only `FORMATS`), HEIC with pillow-heif, or an 8-bit NumPy array file.
+    """Open an image of one of the `FORMATS` with Pillow, HEIC with pillow-heif, or an 8-bit NumPy array file.
 
     Raises:
         UnidentifiedImageError: If the format is not supported.
@@ -201,13 +217,13 @@ def open_image(file: File) -> Image.Image:
 
 
 def _load_npy(file: File) -> np.ndarray:
-    """Read an array file; reject non-numeric or too many values before memory is allocated."""
+    """Read an array file, but first reject non-numeric or too many values by its header."""
     array_pixels(file)
     return np.load(file, allow_pickle=False)
 
 
 def _array_image(file: File) -> Image.Image:
-    """Read an array file, `[height, width]`, `[height, width, channels]` or `[channels, height, width]`."""
+    """Read an 8-bit array file, `[height, width]`, `[height, width, channels]` or `[channels, height, width]`."""
     values = _load_npy(file)
     if values.ndim == 3 and values.shape[-1] not in PILLOW_MODES and values.shape[0] in PILLOW_MODES:
         values = np.moveaxis(values, 0, -1)
@@ -236,7 +252,10 @@ def has_heic() -> bool:
 
 
 def _start_of(file: File) -> bytes:
-    """Return the first 12 bytes of a file or stream, and rewind the stream; empty for unreadable files."""
+    """Return the first 12 bytes, which identify the format, and rewind a stream.
+
+    Returns no bytes for paths that are not files or cannot be read.
+    """
     if not isinstance(file, str | Path):
         file.seek(0)
         start = file.read(12)
@@ -263,11 +282,15 @@ def _read_array(file: File, channels: int) -> np.ndarray:
         raise ValueError(f"the image must have {channels} channels, got an array of {list(values.shape)}")
     if values.shape[0] != channels:
         values = np.moveaxis(values, -1, 0)
+    # torch rejects arrays in another byte order
     return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def _array_tensor(values: np.ndarray, white: int) -> Tensor:
-    """Convert an array to a tensor: uint8, or float32 in [0, 1]."""
+    """Convert an array to a tensor of dtype uint8, or float32 in [0, 1].
+
+    uint16 values become fractions of `white`, at most 1. Other integers and floats outside [0, 1] raise ValueError.
+    """
     if values.dtype == np.uint8:
         return torch.from_numpy(np.ascontiguousarray(values))
     if values.dtype == np.uint16:
@@ -282,17 +305,18 @@ def _array_tensor(values: np.ndarray, white: int) -> Tensor:
 
 
 def array_pixels(file: File) -> int:
-    """Return the number of values in a TIFF or array file from its header; a stream is rewound.
+    """Return the number of values in a TIFF or array file from its header, and rewind a stream.
 
     Raises:
-        ValueError: If the file is neither, damaged, not numeric or too large.
+        ValueError: If the file has neither format or is damaged, or its values are not numeric or too many.
         ImportError: If tifffile is required but not installed.
     """
     try:
         if _start_of(file).startswith(_NUMPY_START):
             with nullcontext(file) if not isinstance(file, str | Path) else Path(file).open("rb") as stream:
-                is_first = np.lib.format.read_magic(stream) == (1, 0)
-                read_header = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+                read_header = np.lib.format.read_array_header_2_0
+                if np.lib.format.read_magic(stream) == (1, 0):
+                    read_header = np.lib.format.read_array_header_1_0
                 shape, _, dtype = read_header(stream)
         else:
             with _open_tiff(file) as tiff:
@@ -307,7 +331,7 @@ def array_pixels(file: File) -> int:
 
 @contextmanager
 def _open_tiff(file: File) -> Iterator[Any]:
-    """Open a TIFF file with tifffile; errors other than `DECODING_ERRORS` become ValueError."""
+    """Open a TIFF file with tifffile, and convert errors other than `DECODING_ERRORS` to ValueError."""
     tifffile = _import_tifffile()
     try:
         with tifffile.TiffFile(file) as tiff:
@@ -326,7 +350,7 @@ def _shape_and_dtype(tiff: Any) -> tuple[tuple[int, ...], Any]:
 
 
 def _check_values(shape: tuple[int, ...], dtype: Any) -> None:
-    """Check that values are numeric and not too many."""
+    """Raise ValueError unless the values are numeric and at most `_MAX_VALUES`."""
     if dtype is None or dtype.kind not in "uif":
         raise ValueError(f"values must be numeric, got {dtype}")
     if math.prod(shape) > _MAX_VALUES:
@@ -334,7 +358,7 @@ def _check_values(shape: tuple[int, ...], dtype: Any) -> None:
 
 
 def _import_tifffile() -> Any:
-    """Import tifffile; the error names the extra to install."""
+    """Return the module tifffile, or raise an ImportError that names the extra to install."""
     try:
         import tifffile
     except ImportError as error:
@@ -344,9 +368,9 @@ def _import_tifffile() -> Any:
 
 
 def first_channels(image: Tensor) -> Tensor:
-    """Return three channels for display, `[3, height, width]`: the first three, or the first repeated."""
-    first = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-    return first.as_subclass(Tensor)
+    """Return the first three channels for display, or the first one repeated, `[3, height, width]`."""
+    shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    return shown.as_subclass(Tensor)
 
 
 def to_channels(image: Image.Image, reading: Reading) -> Image.Image:
@@ -394,6 +418,7 @@ def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:
         return image
     if image.mode.startswith("I"):
         values = np.asarray(image)
+        # mode I has 32 bits, so only the values show whether the content has 8 or 16 bits
         is_deep = values.max(initial=0) > 255 or image.mode != "I"
         if white == FULL_WHITE:
             eight_bit = values >> 8 if is_deep else values
@@ -414,7 +439,7 @@ def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:
 THRESHOLD = 128
 """Minimum foreground value in a mask of a lossy format."""
 LOSSY_FORMATS = ("JPEG", "MPO", "WEBP", "AVIF")
-"""Formats whose masks are thresholded."""
+"""Formats whose masks are thresholded, because compression may change their labels."""
 _LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 
 
@@ -424,13 +449,14 @@ def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
     JPEG, WebP and AVIF may not preserve labels. Their masks are thresholded at `THRESHOLD` to 0 and 1.
 
     Args:
-        path: JPEG, WebP or AVIF, or another file in palette, gray or black-and-white mode, or RGB with equal channels.
+        path: JPEG, WebP or AVIF file, or a file in another format that is palette, gray, black-and-white, or RGB with
+            equal channels.
 
     Returns:
         Labels `[height, width]`, uint16, and whether the mask was thresholded.
 
     Raises:
-        ValueError: If the file is not an image, is truncated, has colors instead of labels, or labels above 65,535.
+        ValueError: If the file is not an image or is truncated, or if it has colors or labels above 65,535.
     """
     try:
         check_regular(path)
@@ -447,7 +473,7 @@ def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
 
 
 def _labels(image: Image.Image) -> np.ndarray:
-    """Return the labels of a lossless mask."""
+    """Return the labels of a lossless mask; raise ValueError if the image has colors or a mode without labels."""
     if image.mode in _LABEL_MODES:
         return np.asarray(image)
     if image.mode in ("LA", "PA"):

@@ -47,9 +47,9 @@ _READERS: dict[str, Callable[[str, DataConfig, TargetKind], Collection]] = {
     "vtab:": VTAB.load,
     "fgvc:": FGVC.load,
 }
-"""Readers by prefix; each takes the text after the colon, the settings and the target. Errors: FileNotFoundError for
-missing data, ValueError for unusable data with all problems in one message, ImportError for a missing package, and
-ConnectionError for an unreachable Hub."""
+"""Readers by prefix. Each takes the text after the colon, the settings and the target. Readers raise FileNotFoundError
+for missing data, ValueError with all problems for unusable data, ImportError for a missing package, and ConnectionError
+for an unreachable Hub."""
 _TABLES = {"csv:": "FILE", "parquet:": "FILE", "hf:": "NAME", "wds:": "SHARDS"}
 """Prefixes of data with columns, and the placeholder of the text after the colon."""
 _BENCHMARKS = {"vtab:": VTAB, "fgvc:": FGVC}
@@ -62,9 +62,9 @@ class DataSplits(Collection):
 
     Attributes:
         description: One-line summary, human-readable.
-        warnings: Problems that may invalidate results, e.g. test images in the training split, with remedies; also in
-            `notes`.
-        fold_part: Split that is the cross-validation fold.
+        warnings: Problems that may invalidate results, e.g. test images in the training split, with remedies. `notes`
+            contains them as well.
+        fold_part: Name of the split that is the cross-validation fold, or None without cross-validation.
     """
 
     description: str = ""
@@ -74,7 +74,7 @@ class DataSplits(Collection):
 
 @functools.cache
 def _registered() -> dict[str, Callable[..., Collection]]:
-    """Return registered data loaders by name; names of loaders that take a path end with a colon."""
+    """Return registered data loaders by name. The names of loaders that take a path end with a colon."""
     loaders = {}
     for name, load in plugins("data", frozenset(prefix.removesuffix(":") for prefix in _PREFIXES)).items():
         needs_path = any(p.default is p.empty for p in inspect.signature(load).parameters.values())
@@ -93,11 +93,15 @@ def data_names() -> list[str]:
 def full_spec(spec: str) -> str:
     """Add the prefix to a bare path: `folder:photos` for class folders, `csv:t.csv` for a table.
 
-    A folder with `images` and `masks` becomes `masks:`; a folder written by Hugging Face datasets, or with
-    `metadata.csv` in it or its subfolders, becomes `hf:`. A folder without subfolders becomes `wds:` if it has tar
-    files. A folder with Parquet files and without images becomes `hf:` if it has no subfolder except `data`, like a
-    downloaded repository of the Hub; both folders are searched. Other text is returned unchanged. Names of registered
-    datasets take precedence over folders.
+    Folders with other contents get another prefix:
+
+    - `masks:` for a folder with `images` and `masks`, or with a subfolder `train` that has both
+    - `hf:` for a folder written by Hugging Face datasets, or with `metadata.csv` in it or in a subfolder
+    - `wds:` for a folder with tar files and no subfolders
+    - `hf:` for a folder with Parquet files and no images, like a downloaded repository of the Hub. `data` may be its
+      only subfolder and is searched, too.
+
+    Names of registered datasets take precedence over folders. Any other text is returned unchanged.
     """
     path = expand_user(spec)
     if split_spec(spec)[1] is not None or spec in _registered() or not spec.strip() or not os.path.exists(path):
@@ -122,7 +126,7 @@ def full_spec(spec: str) -> str:
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:
-    """Split `folder:PATH` into `("folder:", "PATH")`; data without a path gives `(name, None)`."""
+    """Split `folder:PATH` into `("folder:", "PATH")`, and data without a path into `(name, None)`."""
     prefix = next((prefix for prefix in _PREFIXES if spec.startswith(prefix)), None)
     if prefix is None:  # import plugins only if needed
         prefix = next((name for name in _registered() if name.endswith(":") and spec.startswith(name)), None)
@@ -135,16 +139,18 @@ def has_columns(data: Any) -> bool:
 
 
 def data_folder(spec: str) -> Path | None:
-    """Return the folder or file of a specification, which need not exist; None for other data."""
+    """Return the folder or file of a specification, whether it exists or not, or None for other data."""
     prefix, path = split_spec(spec)
     if path is None or prefix == PYTHON_PREFIX:
         return None
     folder = expand_user(path)
     if prefix in _BENCHMARKS:
         return _BENCHMARKS[prefix].resolve(folder)
-    if prefix == "hf:" and not folder.exists():
+    if prefix == "hf:" and not folder.exists():  # a name on the Hub
         return None
-    return folder.parent if prefix == "wds:" and not folder.exists() else folder
+    if prefix == "wds:" and not folder.exists():  # a pattern or range of shards
+        return folder.parent
+    return folder
 
 
 def load_data(
@@ -178,11 +184,15 @@ def load_data(
         ConnectionError: If a dataset of the Hugging Face Hub is not cached and the Hub is unreachable.
     """
     config = config or DataConfig()
-    given = {"seed": seed} | ({} if config.test_seed is None else {"test_seed": config.test_seed})
-    invalid = [f"{name} must be in [0, 2^32), got {value}" for name, value in given.items() if not 0 <= value < 2**32]
+    named_seeds = {"seed": seed}
+    if config.test_seed is not None:
+        named_seeds["test_seed"] = config.test_seed
+    invalid = [
+        f"{name} must be in [0, 2^32), got {value}" for name, value in named_seeds.items() if not 0 <= value < 2**32
+    ]
     if invalid:
         raise ValueError("; ".join(invalid))
-    seeds = {"train": seed, "val": seed, "test": given.get("test_seed", seed)}
+    seeds = {"train": seed, "val": seed, "test": named_seeds.get("test_seed", seed)}
     splits = DataSplits(**vars(_read(spec, config, target)))
     if divide and splits.problems:
         raise ValueError("; ".join(splits.problems))
@@ -210,7 +220,7 @@ def load_data(
 
 
 def with_class_order(splits: DataSplits, classes: list[str]) -> DataSplits:
-    """Return the splits with reordered class indices; the labels of `splits` are replaced in place.
+    """Return the splits with reordered class indices. The labels are replaced in place, also in `splits`.
 
     Args:
         splits: Splits with one class per image.
@@ -257,7 +267,7 @@ def _data_hint(spec: str) -> str:
     name, colon, rest = spec.partition(":")
     if colon:
         prefixes = [prefix[:-1] for prefix in (*_PREFIXES, *_registered()) if prefix.endswith(":")]
-        is_drive = len(name) == 1
+        is_drive = len(name) == 1  # C: of a Windows path
         near = [] if is_drive else difflib.get_close_matches(name.lower(), prefixes, n=1, cutoff=0.5)
         return f"; did you mean '{near[0]}:{rest}'?" if near else ""
     path = expand_user(spec)
@@ -270,7 +280,10 @@ def _data_hint(spec: str) -> str:
 
 
 def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collection:
-    """Convert class labels to one-label sets, or to numbers if class names are numeric."""
+    """Convert class labels to one-label sets, or to numbers if class names are numeric.
+
+    Collections with strata are returned unchanged, because they have their own targets or masks.
+    """
     if collection.strata is not None:
         return collection
     if target == "labels":
@@ -300,7 +313,9 @@ def _hold_out(splits: DataSplits, folds: int, fold: int, seed: int) -> None:
     """Hold out a fold of the training and validation images as the test split, or validation if a test split exists."""
     images = splits.train if splits.val is None else joined(splits.train, splits.val)
     groups = images.annotations.groups
-    labels, classes = _strata(splits, images, folds if groups is None else 1)
+    # without groups, `fold_split` needs an image of each stratum for every fold
+    minimum = folds if groups is None else 1
+    labels, classes = _strata(splits, images, minimum)
     rest, selected = fold_split(labels, groups, folds, fold, seed=seed, classes=classes)
     splits.train = images.subset(rest)
     splits.val = None
@@ -326,9 +341,9 @@ def _divide(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int], ta
             "protocol"
         )
     if config.protocol == "standard" and splits.val is None:
-        splits.train, splits.val = _split_off(
-            splits, "val", config.val_fraction * total / len(splits.train), seeds["val"], target
-        )
+        # val_fraction refers to the images before the test split
+        fraction = config.val_fraction * total / len(splits.train)
+        splits.train, splits.val = _split_off(splits, "val", fraction, seeds["val"], target)
     elif config.protocol != "standard" and splits.val is not None:
         if config.protocol == "final" or splits.official_joins_val:
             splits.train = joined(splits.train, splits.val)
@@ -338,10 +353,11 @@ def _divide(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int], ta
 def _split_off(
     splits: DataSplits, part: str, fraction: float, seed: int, target: TargetKind
 ) -> tuple[ImageDataset, ImageDataset]:
-    """Split off a fraction of the training images, by group if present; return remaining and selected images."""
+    """Split off a fraction of the training images, by group if present, and return remaining and selected images."""
     images = splits.train
     groups = images.annotations.groups
     if groups is None:
+        # each class keeps an image for training, and before the validation split another one for validation
         reserve = 2 if part == "test" else 1
         labels, classes = _strata(splits, images, reserve + 1)
         rest, selected = stratified_split(labels, fraction, seed=seed, classes=classes, reserve=reserve, part=part)
@@ -354,7 +370,10 @@ def _split_off(
 
 
 def _strata(splits: DataSplits, images: ImageDataset, minimum: int) -> tuple[Sequence[int], list[str]]:
-    """Return labels and their names for stratification; strata with fewer than `minimum` images are merged."""
+    """Return labels and their names for stratification.
+
+    Strata with fewer than `minimum` images are merged. Classes are never merged.
+    """
     if splits.strata is None:
         return images.labels, splits.classes
     return merge_strata(images.labels, splits.strata, minimum)
@@ -370,8 +389,10 @@ def _subsample(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int])
         if images is None and size is not None:
             raise ValueError(f"{name}_size must be omitted because {reasons[name]}, got {size}")
         if images is not None and size is not None:
-            is_small = size < len(set(images.labels))  # too small for one image per stratum
-            labels, classes = _strata(splits, images, len(images) + 1 if is_small else 1)
+            # if the size has no room for an image of each stratum, merge all strata
+            is_small = size < len(set(images.labels))
+            minimum = len(images) + 1 if is_small else 1
+            labels, classes = _strata(splits, images, minimum)
             chosen = stratified_sample(labels, size, seed=seeds[name], classes=classes, argument=f"{name}_size")
             setattr(splits, name, images.subset(chosen))
     for images in splits.parts.values():
@@ -382,7 +403,7 @@ def _missing_class_warnings(splits: DataSplits, target: TargetKind) -> list[str]
     """Return warnings about classes or labels missing from a split."""
     if target == "numbers":
         return []
-    notes = []
+    messages = []
     names = splits.label_names if target == "class" else splits.classes
     noun, plural = ("class", "classes") if target == "class" else ("label", "labels")
     remedies = {
@@ -403,23 +424,23 @@ def _missing_class_warnings(splits: DataSplits, target: TargetKind) -> list[str]
             problem = f"{noun} {absent[0]} has {missing}"
         else:
             problem = f"{len(absent)} {plural} have {missing}: {listed(absent)}"
-        notes.append(f"{problem}; {remedies[part]}")
-    return notes
+        messages.append(f"{problem}; {remedies[part]}")
+    return messages
 
 
 def _shared_group_warnings(splits: DataSplits) -> list[str]:
     """Return warnings about groups in both the training split and another split of the data."""
-    notes = []
+    messages = []
     train_groups = set(splits.train.annotations.groups or [])
     for name, part in splits.parts.items():
         groups = set(part.annotations.groups or []) if name != "train" else set()
         shared = sorted(train_groups & groups)
         if shared:
-            notes.append(
+            messages.append(
                 f"{len(shared)} of {len(groups)} groups in {name} are also in train, e.g. {shared[0]!r}; results on "
                 f"{name} are optimistic; --columns split=none creates new splits that keep groups together"
             )
-    return notes
+    return messages
 
 
 def is_imbalanced(labels: Iterable[int]) -> bool:

@@ -22,6 +22,7 @@ MASK_STRATA = ["image with a mask"]
 _LAYOUT = "the expected layout is images/NAME.jpg and masks/NAME.png, or train, val and test folders with both"
 _CLASS_FILE = "classes.txt"
 _MAX_LABELS = 256
+"""Maximum number of classes, since `FileMasks` returns labels as uint8."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,14 @@ class MaskPair:
 
 @dataclass(frozen=True)
 class _PairCheck:
-    """Metadata of a decoded pair: upright image, mask size and labels present."""
+    """Properties of a decoded pair.
+
+    Attributes:
+        metadata: Metadata of the upright image.
+        mask_size: Width and height of the mask.
+        labels: Labels that occur in the mask.
+        is_thresholded: True if the mask has a lossy format.
+    """
 
     metadata: ImageMetadata
     mask_size: tuple[int, int]
@@ -45,9 +53,9 @@ class _PairCheck:
 def load_masks(path: str, config: DataConfig, target: TargetKind) -> Collection:
     """Load a folder of images and masks, paired by file stem.
 
-    Mask values are class indices: palette indices or gray values 0, 1, 2 … without gaps; 0 is the background. Masks of
-    0 and 255 are binary; JPEG, WebP and AVIF masks are thresholded at 128. An optional `classes.txt` lists the class
-    names, one per line, background first, and may include absent classes. Every file is decoded once.
+    Mask values are class indices: palette indices or gray values 0, 1, 2 … without gaps, where 0 is the background.
+    Masks of 0 and 255 are binary. JPEG, WebP and AVIF masks are thresholded at 128. An optional `classes.txt` lists the
+    class names, one per line, background first, and may include absent classes. Every file is decoded once.
     """
     root = existing_folder(path, "masks", "with images/ and masks/ inside")
     inside = [folder for folder in root.iterdir() if folder.is_dir() and folder.name.lower() in PARTS]
@@ -84,7 +92,7 @@ def collect_masks(
         root: Base folder of names.
         pairs: Pairs by split.
         errors: Errors so far.
-        class_names: Class names by label; None infers them from the labels.
+        class_names: Class names by label, or None to infer them from the labels.
         skip_corrupt: Skip unreadable pairs with a note.
 
     Raises:
@@ -93,7 +101,7 @@ def collect_masks(
     """
     all_pairs = [pair for split_pairs in pairs.values() for pair in split_pairs]
     checks = dict(zip(all_pairs, decode_all(_check_pair, all_pairs), strict=True))
-    masks = {pair: pair.mask.relative_to(root).as_posix() for pair in all_pairs}
+    mask_names = {pair: pair.mask.relative_to(root).as_posix() for pair in all_pairs}
     broken = {
         pair.image.relative_to(root).as_posix(): check for pair, check in checks.items() if isinstance(check, str)
     }
@@ -107,7 +115,7 @@ def collect_masks(
         else:
             errors.append(f"{text} (skip them with --skip-corrupt (skip_corrupt=True))")
     mismatched = [
-        f"{masks[pair]} is {_size(check.mask_size)}, its image {_size(check.metadata.size)}"
+        f"{mask_names[pair]} is {_size(check.mask_size)}, its image {_size(check.metadata.size)}"
         for pair, check in good.items()
         if check.metadata.size != check.mask_size
     ]
@@ -115,14 +123,14 @@ def collect_masks(
         errors.append(f"{counted(len(mismatched), 'mask')} with a different size than the image: {listed(mismatched)}")
     labels = {label for check in good.values() for label in check.labels}
     is_binary = all(check.is_thresholded or set(check.labels) <= {0, 255} for check in good.values())
-    is_white = (class_names is None or len(class_names) == 2) and is_binary
-    classes = class_names or (BINARY_CLASSES if is_white else _default_class_names(labels))
+    is_white_foreground = (class_names is None or len(class_names) == 2) and is_binary
+    classes = class_names or (BINARY_CLASSES if is_white_foreground else _default_class_names(labels))
     out_of_range: list[str] = []
     for pair, check in good.items():
         invalid = [str(label) for label in check.labels if label >= len(classes)]
         if invalid:
-            out_of_range.append(f"{masks[pair]} has {', '.join(invalid[:5])}")
-    if out_of_range and not is_white:
+            out_of_range.append(f"{mask_names[pair]} has {', '.join(invalid[:5])}")
+    if out_of_range and not is_white_foreground:
         reason = f"labels must be 0, 1, 2 … without gaps, or 0 and 255; list absent classes in {_CLASS_FILE}"
         if class_names:
             reason = f"the classes are {listed(classes)}"
@@ -150,7 +158,7 @@ def collect_masks(
     for part, split_pairs in readable.items():
         images = FileImages([pair.image for pair in split_pairs])
         images.metadata = {row: good[pair].metadata for row, pair in enumerate(split_pairs)}
-        part_masks = FileMasks([pair.mask for pair in split_pairs], is_white_foreground=is_white)
+        part_masks = FileMasks([pair.mask for pair in split_pairs], is_white_foreground=is_white_foreground)
         names = [pair.image.relative_to(root).as_posix() for pair in split_pairs]
         parts[part] = MaskDataset(images, part_masks, range(len(names)), names)
     return Collection(root.name, classes, **parts, notes=notes, strata=MASK_STRATA, broken=broken)
@@ -190,7 +198,7 @@ def _files(folder: Path, root: Path, errors: list[str]) -> dict[str, Path]:
 
 
 def _check_pair(pair: MaskPair) -> _PairCheck | str:
-    """Decode one image and its mask; return the error if a file is unreadable."""
+    """Decode one image and its mask, or return the reason why one of them is unreadable."""
     try:
         metadata = metadata_of(read_image(pair.image))
         values, is_thresholded = read_label_map(pair.mask)
@@ -201,7 +209,7 @@ def _check_pair(pair: MaskPair) -> _PairCheck | str:
 
 
 def _class_names(root: Path) -> list[str] | None:
-    """Read `classes.txt`; None if it does not exist."""
+    """Read `classes.txt`, or return None if it does not exist."""
     file = root / _CLASS_FILE
     if not file.is_file():
         return None
@@ -223,7 +231,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _default_class_names(labels: set[int]) -> list[str]:
-    """Return default class names for the labels 0, 1, 2, … without gaps, at most 256."""
+    """Return default class names for the labels 0, 1, 2, … up to the first gap, at most 256."""
     last = 0
     while last + 1 in labels and last + 1 < _MAX_LABELS:
         last += 1
@@ -233,13 +241,14 @@ def _default_class_names(labels: set[int]) -> list[str]:
 
 
 def _size(size: tuple[int, int]) -> str:
-    """Format width × height."""
+    """Format a size as width × height."""
     return f"{size[0]}×{size[1]}"
 
 
 _KVASIR_CLASSES = ["background", "polyp"]
 _SPLIT_FILES = {"train": "train.txt", "test": "val.txt"}
 _TEST_FRACTION = 0.12
+"""Fraction of test images in the official split, 120 of 1,000."""
 
 
 def load_kvasir(path: str, config: DataConfig, target: TargetKind) -> Collection:

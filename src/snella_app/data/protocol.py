@@ -1,4 +1,4 @@
-"""Run protocols: epoch selection and image preprocessing."""
+"""Run protocols, which determine how an epoch is selected and how images are preprocessed."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,7 +12,9 @@ from snella_app.data.load import DataSplits
 from snella_app.records.run import renamed
 
 _OFFICIAL_INTERVAL = 10
+"""Epochs between evaluations, and number of last epochs that are all evaluated, in the authors' scripts."""
 _OFFICIAL_CROP_PCT = 0.875
+"""Fraction of the shorter side of the resized image that the center crop keeps."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,9 @@ class RunProtocol:
 
     Attributes:
         name: Value of `--protocol`.
-        selected_on: Split for epoch selection; None selects the last epoch.
+        selected_on: Split for epoch selection, or None to save the last epoch.
         summary: Human-readable, one line.
-        warning: Caveat about the results; empty for none.
+        warning: Caveat about the results. Empty if there is none.
     """
 
     name: str
@@ -32,7 +34,7 @@ class RunProtocol:
     warning: str = ""
 
     def selection_part(self, splits: DataSplits) -> ImageDataset | None:
-        """Return the split for epoch selection; None without selection or if the data lacks the split."""
+        """Return the split for epoch selection, or None if the protocol selects none or the data lacks the split."""
         return {"val": splits.val, "test": splits.test, None: None}[self.selected_on]
 
     def is_measured(self, epoch: int, epochs: int) -> bool:
@@ -48,10 +50,13 @@ class RunProtocol:
     def selection_score(
         self, row: Mapping[str, Any], task_score: Callable[[Mapping[str, Any]], tuple[float, float]]
     ) -> tuple[float, float]:
-        """Return the selection score of an epoch; negative infinity if not evaluated, 0 without a selection split.
+        """Return the selection score of an epoch, which is 0 without a selection split.
+
+        Epochs that were not evaluated score negative infinity.
 
         Args:
-            row: Row of the history. Rows with `is_denser` exceed the target budget and are treated as not evaluated.
+            row: Row of the history. Rows with `is_denser`, whose updates have more entries than the target budget
+                allows, are treated as not evaluated.
             task_score: `Task.selection_score`.
         """
         if self.selected_on is None:
@@ -61,7 +66,7 @@ class RunProtocol:
         return task_score(self.with_val_prefix(row))
 
     def best_metric(self, monitor: str) -> str:
-        """Return the name of the history entry of the monitored metric; `last_epoch` without selection."""
+        """Return the name of the history entry of the monitored metric, or `last_epoch` without selection."""
         return "last_epoch" if self.selected_on is None else f"{self.selected_on}_{monitor}"
 
     def with_split_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,10 +39,10 @@ class ImageSource(Protocol):
     """Picklable source of images by row."""
 
     def load(self, row: int) -> Any:
-        """Return the decoded image, see `read_image`; callers must not modify it, since it may be shared."""
+        """Return the decoded image, see `read_image`. Callers must not modify it, since it may be shared."""
 
     def content(self, row: int) -> bytes:
-        """Return the raw content of the image: file bytes or pixels."""
+        """Return the raw content of the image, either file bytes or pixels."""
 
 
 class ArrayImages:
@@ -82,8 +82,8 @@ class CachedImages:
 
     Attributes:
         metadata: Metadata of the inspected images by row.
-        budget_bytes: Cache size for decoded images in bytes, divided among loader workers.
-            Images beyond the budget are decoded on every access.
+        budget_bytes: Cache size for decoded images in bytes, divided among loader workers. Images that do not fit are
+            decoded on every access.
     """
 
     budget_bytes = 512 * 2**20
@@ -138,7 +138,12 @@ class CachedImages:
 
 
 class FileImages(CachedImages):
-    """Image files; see `CachedImages` for `reading`."""
+    """Image files.
+
+    Args:
+        paths: The file of each row.
+        reading: As for `read_image`.
+    """
 
     def __init__(self, paths: Sequence[Path], reading: Reading = RGB) -> None:
         super().__init__(reading)
@@ -199,12 +204,16 @@ class JoinedSource:
 def locate(source: ImageSource, row: int) -> tuple[ImageSource, int]:
     """Return the source that contains a row, inside joined sources, and its row there."""
     while isinstance(source, JoinedSource):
-        source, row = (source.first, row) if row < source.boundary else (source.second, row - source.boundary)
+        if row < source.boundary:
+            source = source.first
+        else:
+            row -= source.boundary
+            source = source.second
     return source, row
 
 
 def at_side(source: ImageSource, side: int | None) -> ImageSource:
-    """Return the source with another `Reading.side`; sources that do not decode, e.g. arrays, are unchanged."""
+    """Return the source with another `Reading.side`. Sources that do not decode, e.g. arrays, are unchanged."""
     if isinstance(source, JoinedSource):
         return JoinedSource(at_side(source.first, side), at_side(source.second, side), source.boundary)
     return source.at_side(side) if isinstance(source, CachedImages) else source
@@ -216,7 +225,7 @@ def broken_images(paths: Sequence[Path]) -> dict[int, str]:
 
 
 def broken_rows(source: CachedImages, rows: Sequence[int]) -> dict[int, str]:
-    """Decode rows of a source once, store their `metadata`, and return the reason for each broken row, in order."""
+    """Decode rows of a source once and store their `metadata`. Return the reason for each broken row, in order."""
 
     def reason(row: int) -> str | None:
         try:
@@ -229,7 +238,7 @@ def broken_rows(source: CachedImages, rows: Sequence[int]) -> dict[int, str]:
 
 
 def decode_all(decode: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-    """Apply a decoding function to all items in threads; `show_reading` shows the progress."""
+    """Apply a decoding function to all items in threads, with the progress bar of `show_reading`."""
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
         return list(track_progress(threads.map(decode, items), "reading images", len(items), _CONSOLE.get()))
 

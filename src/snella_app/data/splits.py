@@ -1,4 +1,4 @@
-"""Stratified, seeded splits."""
+"""Stratified, seeded splits of labeled images, which may form groups that stay together."""
 
 import warnings
 from collections import Counter
@@ -10,6 +10,7 @@ import numpy as np
 from snella_app.text import listed
 
 _MAX_FOLDS = 20
+"""Maximum number of folds from which `grouped_split` combines a split."""
 
 
 def stratified_split(
@@ -32,10 +33,10 @@ def stratified_split(
         ValueError: If a class has images, but fewer than `reserve + 1`.
     """
     counts = np.bincount(labels, minlength=len(classes))
-    few = [f"{name!r} has {count}" for name, count in zip(classes, counts, strict=True) if 0 < count <= reserve]
-    if few:
+    too_small = [f"{name!r} has {count}" for name, count in zip(classes, counts, strict=True) if 0 < count <= reserve]
+    if too_small:
         needed = (
-            f"every class needs at least {reserve + 1} images to create a '{part}' split; {listed(few)}"
+            f"every class needs at least {reserve + 1} images to create a '{part}' split; {listed(too_small)}"
             if len(classes) > 1
             else f"creating a '{part}' split requires at least {reserve + 1} images, got {len(labels)}"
         )
@@ -44,12 +45,16 @@ def stratified_split(
             + (", or disable the test split with --test-fraction 0 (test_fraction=0)" if part == "test" else "")
         )
     total = max(round(fraction * len(labels)), int((counts > 0).sum()))
-    selected = _sample(labels, _quotas(counts, min(total, int((counts - reserve).clip(0).sum())), reserve), seed)
+    available = int((counts - reserve).clip(0).sum())
+    quotas = _quotas(counts, min(total, available), reserve)
+    selected = _sample(labels, quotas, seed)
     return _rest(labels, selected), selected
 
 
 def merge_strata(labels: Sequence[int], names: Sequence[str], minimum: int) -> tuple[list[int], list[str]]:
-    """Merge strata with fewer than `minimum` images; if still too small together, merge them into the largest one.
+    """Merge strata with fewer than `minimum` images.
+
+    If they are still too small together, they join the largest stratum.
 
     Returns:
         New labels, and the names of the new strata.
@@ -58,10 +63,10 @@ def merge_strata(labels: Sequence[int], names: Sequence[str], minimum: int) -> t
     kept = [label for label in sorted(counts) if counts[label] >= minimum]
     if len(kept) == len(counts):
         return list(labels), list(names)
-    few = len(labels) - sum(counts[label] for label in kept)
+    num_merged = len(labels) - sum(counts[label] for label in kept)
     new_names = [names[label] for label in kept]
     numbers = {label: number for number, label in enumerate(kept)}
-    if few >= minimum or not kept:
+    if num_merged >= minimum or not kept:
         rest = len(kept)
         new_names.append("others")
     else:
@@ -80,7 +85,7 @@ def grouped_split(
 ) -> tuple[list[int], list[int]]:
     """Split off groups with approximately a fraction of the images, stratified by class.
 
-    scikit-learn's `StratifiedGroupKFold` creates folds; the number of selected folds approximates the fraction. With
+    scikit-learn's `StratifiedGroupKFold` creates folds, and the number of selected folds approximates the fraction. If
     `keeps_classes`, each class keeps at least one group for training: a class's only group is never selected, and if
     all groups of a class are selected, the smallest one is returned to training. Numeric targets do not need it,
     since their strata are not classes.
@@ -97,16 +102,17 @@ def grouped_split(
         by_label.setdefault(label, set()).add(group)
     fixed = {group for members in by_label.values() if len(members) == 1 for group in members}
     free = np.array([position for position, group in enumerate(groups) if group not in fixed])
-    count = len({groups[position] for position in free})
-    if count < 2:
+    num_groups = len({groups[position] for position in free})
+    if num_groups < 2:
         raise ValueError(
             f"creating a '{part}' split requires at least two groups, excluding a class's only group, "
-            f"got {count} of {len(set(groups))}. Add a split column, or disable groups with --columns group=none"
+            f"got {num_groups} of {len(set(groups))}. Add a split column, or disable groups with --columns group=none"
         )
     strata = np.asarray(labels)[free]
     if np.bincount(strata).max() < 2:  # nothing to stratify
         strata = np.zeros_like(strata)
-    folds = min(_MAX_FOLDS, count, int(np.bincount(strata).max()))
+    folds = min(_MAX_FOLDS, num_groups, int(np.bincount(strata).max()))
+    # select `numerator` of the folds, at least one but not all of them
     share = min(Fraction(fraction * len(labels) / len(free)).limit_denominator(folds), Fraction(folds - 1, folds))
     numerator, folds = (share.numerator, share.denominator) if share > 0 else (1, folds)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
@@ -137,9 +143,11 @@ def fold_split(
 
     if groups is None:
         counts = np.bincount(labels, minlength=len(classes))
-        few = [f"{name!r} has {count}" for name, count in zip(classes, counts, strict=True) if 0 < count < folds]
-        if few:
-            raise ValueError(f"folds must be at most the number of images of each class, got {folds}; {listed(few)}")
+        too_small = [f"{name!r} has {count}" for name, count in zip(classes, counts, strict=True) if 0 < count < folds]
+        if too_small:
+            raise ValueError(
+                f"folds must be at most the number of images of each class, got {folds}; {listed(too_small)}"
+            )
     elif (most := min(len(set(groups)), max(Counter(labels).values()))) < folds:
         raise ValueError(
             f"folds must be at most {most}, the number of groups or of images in the largest class, got {folds}"
@@ -175,7 +183,10 @@ def stratified_sample(
 
 
 def _quotas(counts: np.ndarray, total: int, reserve: int) -> np.ndarray:
-    """Apportion `total` by class size: at least one per class, exact sum, largest remainders first."""
+    """Apportion `total` by class size, with an exact sum, by largest remainders.
+
+    Each present class gets at least one image, and `reserve` images of each class are left.
+    """
     caps = np.maximum(counts - reserve, 0)
     share = total * counts / max(counts.sum(), 1)
     quotas = np.minimum(np.maximum(np.floor(share).astype(int), 1), caps)

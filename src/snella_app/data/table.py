@@ -19,9 +19,10 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 
 
 def load_table(path: str, config: DataConfig, target: TargetKind, *, kind: str) -> Collection:
-    """Load the images listed in a table of `kind` csv (separator `,`, `;` or tab, with a header) or parquet.
+    """Load the images listed in a table.
 
-    Paths are relative to the table's folder or `root=FOLDER`.
+    `kind` is csv or parquet. A CSV file has a header and is separated by commas, semicolons or tabs. Paths are relative
+    to the table's folder or `root=FOLDER`.
     """
     table, file = read_table(path, kind)
     where = f"{kind}:{path}"
@@ -46,14 +47,14 @@ def load_table(path: str, config: DataConfig, target: TargetKind, *, kind: str) 
 
 
 def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:
-    """Read the columns of a table; return them and the resolved file.
+    """Return the columns of a table and its resolved file.
 
     Args:
         path: Path as typed.
         kind: csv (strings separated by tabs, `;` or `,`) or parquet.
 
     Raises:
-        FileNotFoundError: If the file does not exist or is not a regular file; the message suggests similar names.
+        FileNotFoundError: If the file does not exist or is not a regular file. The message suggests similar names.
         ValueError: If the file is not a table, is empty, or has duplicate columns or rows of unequal length.
         ImportError: If pyarrow is required but not installed.
     """
@@ -75,7 +76,7 @@ def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:
 
 
 def outside_reason(path: Path, roots: Sequence[Path]) -> str:
-    """Return why a row may not reference a file, after resolving links; empty for files below `roots`."""
+    """Return why a row may not reference a file, or an empty text for files below `roots`. Links are resolved first."""
     try:
         resolved = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # e.g. a link cycle or a NUL byte
@@ -89,9 +90,9 @@ def table_paths(path: str | Path, columns: Columns, kind: str | None = None) -> 
     """Return the image files listed in a table, in order.
 
     Args:
-        path: CSV or Parquet file; a relative path gives relative image paths.
+        path: CSV or Parquet file. A relative path gives relative image paths.
         columns: Column roles.
-        kind: csv or parquet; by suffix if None.
+        kind: csv or parquet, or None to select it by the suffix.
 
     Raises:
         FileNotFoundError: If the table does not exist.

@@ -17,6 +17,7 @@ _CROP_SCALES = {
     "imagenet": (0.08, 1.0),
     **dict.fromkeys(("crop", "crop-no-flip", "randaugment", "trivialaugment", "3augment"), (0.5, 1.0)),
 }
+"""Range of the cropped fraction of the area, by augmentation with random crops."""
 _COLOR_JITTER = 0.4
 _COLOR_JITTER_3AUGMENT = 0.3
 _BLUR_KERNEL = 9
@@ -81,10 +82,10 @@ def build_transform(
         scale = _CROP_SCALES[augment]
         steps = [v2.RandomResizedCrop(size, scale=scale, interpolation=interpolation, antialias=True)]
     else:
-        scaled = math.floor(size / (data_config.get("crop_pct") or 1.0))
-        target = [scaled, scaled] if mode == "squash" else [scaled]
+        resized_side = math.floor(size / (data_config.get("crop_pct") or 1.0))
+        target = [resized_side, resized_side] if mode == "squash" else [resized_side]
         steps = [v2.Resize(target, interpolation=interpolation, antialias=True)]
-        if mode != "squash" or scaled != size:
+        if mode != "squash" or resized_side != size:
             steps.append(v2.CenterCrop(size))
     if has_flips(augment):
         steps.append(v2.RandomHorizontalFlip())
@@ -98,11 +99,12 @@ def build_transform(
         gray = v2.Grayscale(len(data_config["mean"]))
         choices = [gray, v2.RandomSolarize(128, p=1.0), v2.GaussianBlur(_BLUR_KERNEL, _BLUR_SIGMAS)]
         steps += [v2.RandomChoice(choices), v2.ColorJitter(*[_COLOR_JITTER_3AUGMENT] * 3)]
-    mean, std = list(data_config["mean"]), list(data_config["std"])
+    mean = list(data_config["mean"])
+    std = list(data_config["std"])
     steps += [
         v2.PILToTensor(),
         v2.ToDtype(torch.float32, scale=True),
-        # in place, except for arrays, which may be cached
+        # in place, except for arrays, which may be cached and must not change
         v2.Normalize(mean, std, inplace=len(mean) in PILLOW_MODES),
     ]
     if random_erasing:

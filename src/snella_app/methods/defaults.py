@@ -1,4 +1,4 @@
-"""Default methods and hyperparameters. Imports only the standard library, to keep help fast."""
+"""Default methods and hyperparameters. Imports only the standard library, so that help is fast."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ DEFAULT_METHOD = "snella"
 RECIPE_METHOD = "snella"
 """Default method of `snella dreambooth` and `snella language`."""
 PROBE_METHOD = "linear"
-"""Linear probe: baseline of reports, and source of frozen-backbone features."""
+"""Linear probe: baseline of reports, and source of the features of a frozen backbone."""
 REFERENCE_METHOD = "lora"
 """Reference baseline of comparisons."""
 MEMORY_METHODS = ("snella-{r}", "lora-{r}", "full")
-"""Methods whose memory `snella inspect --backbone` predicts, with rank `r`."""
+"""Methods whose memory `snella inspect --backbone` predicts, where `{r}` stands for the rank."""
 CHOICE_METHODS = ("linear", "bias", "lora-8", "snella-matched")
 """Candidates for `--method auto`."""
 
@@ -37,16 +37,17 @@ _SCRIPTS: dict[str, Any] = {
     "head_init": "random",
     "final_head": "trained",
 }
+"""Settings of both presets, which follow the released scripts."""
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {**_SCRIPTS, "method_options": {"preset": "paper"}},
     "official": {**_SCRIPTS, "method_options": {"preset": "official"}},
 }
-"""Defaults of `TrainConfig` by `preset`. The paper has no `scaling` and gives no learning rates or epochs for
-classification; these come from the authors' released scripts for VTAB-1k."""
+"""Defaults of `TrainConfig` by `preset`. The paper has no `scaling`, and gives no learning rates or epochs for
+classification. These come from the authors' released scripts for VTAB-1k."""
 PRESET_METHODS = ("snella", "snell")
 """Methods that accept a preset."""
 SPARSE_RECIPES: dict[str, dict[str, Any]] = {
-    # learning rate from section A.8 of arXiv 2510.24037; the paper has no scaling, and 3.0 keeps the update
+    # learning rate from section A.8 of arXiv 2510.24037; the paper has no scaling, but 3.0 keeps the update
     # within a factor of two of the size of LoRA's update (docs/generation.md)
     "generation": {"lr": 1e-4, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 3.0},
     "language": {"lr": 1e-3, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 10.0},  # untuned
@@ -55,9 +56,9 @@ SPARSE_RECIPES: dict[str, dict[str, Any]] = {
 
 
 def shown_defaults(purpose: str) -> dict[str, Any]:
-    """Return the default method's defaults for help texts.
+    """Return the defaults of the default method, for help texts.
 
     Args:
-        purpose: `RunSettings.purpose`; empty for `snella train`.
+        purpose: `RunSettings.purpose`, which is empty for `snella train`.
     """
     return SPARSE_RECIPES[purpose] if purpose else SPARSE_DEFAULTS

@@ -1,4 +1,8 @@
-"""`Method`, an entry of the method registry, and `MethodSpec`, a method applied to a model."""
+"""`Method`, an entry of the method registry, and `MethodSpec`, a method applied to a model.
+
+A method decides which parameters of a model are trained, and may add parameters (an adapter). The other parameters are
+frozen.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Rule = Callable[[Any], str | None]
-"""Function that returns None for a valid value, otherwise the requirement."""
+"""Function that returns None for a valid value, otherwise the requirement, such as "an integer of at least 1"."""
 
 
 def integer(minimum: int = 1) -> Rule:
@@ -53,8 +57,12 @@ def check_by(rules: Mapping[str, Rule]) -> Callable[[Mapping[str, Any]], list[st
     """
 
     def check(options: Mapping[str, Any]) -> list[str]:
-        needs = {name: rule(options[name]) for name, rule in rules.items() if name in options}
-        return [f"{name} must be {text}, got {options[name]!r}" for name, text in needs.items() if text is not None]
+        errors: list[str] = []
+        for name, rule in rules.items():
+            requirement = rule(options[name]) if name in options else None
+            if requirement is not None:
+                errors.append(f"{name} must be {requirement}, got {options[name]!r}")
+        return errors
 
     return check
 
@@ -73,15 +81,15 @@ def _class_loss(outputs: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SelectionData:
-    """Data for methods that select weights or candidates; passed as `build_method(..., batches=...)`.
+    """Data for methods that select weights or candidates, passed as `build_method(..., batches=...)`.
 
     Args:
         train: Returns a new iterator over training batches on each call.
-        validation: Returns a new iterator over validation batches; `noah` ranks candidates on them.
+        validation: Returns a new iterator over validation batches on each call. `noah` ranks candidates on them.
         loss: Loss of the task, `(outputs, labels) -> 0-dim tensor`.
         report: Callback for progress messages of a long selection.
-        has_class_scores: True if outputs are class scores and labels are class indices; otherwise only the loss ranks
-            candidates.
+        has_class_scores: True if outputs are class scores and labels are class indices. Otherwise, candidates are
+            ranked only by the loss.
     """
 
     train: Batches
@@ -112,26 +120,26 @@ class Method:
         options: Names of the options.
         suffix: Option set by a number at the end of the name: with `"r"`, `adapter-8` means `r=8`. None if names
             take no number.
-        check: `options -> error messages`; checks option values without a model.
+        check: `options -> error messages`. Checks the values of options without a model.
         config: `(head, options) -> PeftConfig`, for PEFT adapters. `options` include `target_modules`. A `TypeError` is
             reported as an option of the wrong type.
-        needs_batches: True if the method selects parameters from training data; `build_method` then requires `batches`.
+        needs_batches: True if the method selects parameters from training data. Then `build_method` requires `batches`.
         needs_validation: True if candidates are compared on validation images, which `batches` must provide.
-        restore: `(model, head, options, tensors) -> model`, rebuilds a saved adapter from its tensors. Required with
-            `needs_batches`; None uses `build`.
+        restore: `(model, head, options, tensors) -> model`, rebuilds a saved adapter from its tensors. None uses
+            `build`, which is possible only without `needs_batches`.
         merge: `model -> backbone`, merges the trained parameters into the backbone. None if they cannot be merged.
         penalty: `model -> 0-dim tensor`, added to the loss of each training step. None adds nothing.
         unmerged_reason: Reason why `merge` is None, a verb phrase: "adds prompt tokens, which are not weights".
         defaults: Default settings of `snella train` for AdamW with warm-up and cosine decay: `lr` for added or changed
             parameters (1e-3 if missing), `scalar_lr` for scalar kernel parameters, `head_lr` (1e-3), `weight_decay` for
             matrices (0), and the options `r`, `target_sparsity` and `scaling`.
-        recipes: Defaults of other run types, by `RunSettings.purpose`; a missing purpose is an error.
+        recipes: Defaults of other run types, by `RunSettings.purpose`. Run types that are missing reject the method.
         optimizer: `(model, class, *, lr, head_lr, weight_decay, scalar_lr) -> optimizer`, for methods with special
-            parameter groups; receives `scalar_lr` only if it is set. None uses `lr`, `head_lr` for the head, and no
+            parameter groups. It receives `scalar_lr` only if it is set. None uses `lr`, `head_lr` for the head, and no
             weight decay for vectors.
-        unsharded_reason: Reason why the frozen weights cannot be sharded, a verb phrase; empty if they can.
+        unsharded_reason: Reason why the frozen weights cannot be sharded, a verb phrase. Empty if they can.
         schedule: `(model, total_steps) -> schedule`. Training calls `schedule.attach(optimizer)` at the start; the
-            optimizer state includes the schedule state. None for no schedule.
+            optimizer state includes the schedule state. None if the method has no schedule.
         has_budgets: True if a `BudgetAllocator` assigns budgets to the matrices.
         is_head_only: True if only the head is trained.
         peft_type: Name in PEFT's method comparison; None for the family in upper case.
@@ -160,10 +168,10 @@ class Method:
     peft_type: str | None = None
 
     def defaults_of(self, purpose: str) -> Mapping[str, Any] | None:
-        """Return `defaults` or the defaults of a recipe; None if the method has no such recipe.
+        """Return the defaults of `snella train` or of a recipe, or None if the method has no such recipe.
 
         Args:
-            purpose: `RunSettings.purpose`; empty for `snella train`.
+            purpose: `RunSettings.purpose`, which is empty for `snella train`.
         """
         return self.recipes.get(purpose) if purpose else {**_TRAIN_DEFAULTS, **self.defaults}
 
@@ -186,5 +194,5 @@ class MethodSpec:
 
 
 def unchanged(model: nn.Module) -> nn.Module:
-    """Return the model unchanged; `merge` of methods that train the backbone's weights directly."""
+    """Return the model unchanged. This is the `merge` of methods that train the backbone's weights directly."""
     return model

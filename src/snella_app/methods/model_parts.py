@@ -1,4 +1,8 @@
-"""Functions that find the head, blocks and layers of a model."""
+"""Functions that find the head, blocks and layers of a model.
+
+The head is the module that computes the outputs of a model from its features. The blocks are the repeated modules of
+its backbone.
+"""
 
 import re
 from collections.abc import Iterator
@@ -22,19 +26,23 @@ def freeze_running_statistics(model: nn.Module) -> None:
 
 
 def updated_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Return by name the running statistics that training updates, i.e. not frozen by `freeze_running_statistics`."""
-    return {
-        f"{name}.{part}": module.get_buffer(part)
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
-        and module.running_mean is not None
-        and _use_stored_statistics not in module._forward_pre_hooks.values()
-        for part in ("running_mean", "running_var")
-    }
+    """Return the running statistics that training updates, by name.
+
+    These are the statistics of layers to which `freeze_running_statistics` was not applied.
+    """
+    statistics: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, _BatchNorm) or module.running_mean is None:
+            continue
+        if _use_stored_statistics in module._forward_pre_hooks.values():
+            continue
+        for buffer in ("running_mean", "running_var"):
+            statistics[f"{name}.{buffer}"] = module.get_buffer(buffer)
+    return statistics
 
 
 def _use_stored_statistics(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Switch a module to evaluation mode (forward pre-hook)."""
+    """Switch a batch normalization layer to evaluation mode before its forward pass (forward pre-hook)."""
     module.training = False
 
 
@@ -45,7 +53,7 @@ def find_head(model: nn.Module, head: str | None = None) -> str:
 
     Args:
         model: A classifier.
-        head: Name of the head, for models that do not declare it; empty for the whole model, if it has no head.
+        head: Name of the head, for models that do not declare it. An empty name means the whole model.
 
     Returns:
         A module name, e.g. `"head"`, `"fc"` or `"head.fc"`.
@@ -58,11 +66,10 @@ def find_head(model: nn.Module, head: str | None = None) -> str:
     name = _declared_head(model, modules) if head is None else head
     linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     if name is None or name not in modules:
-        problem = (
-            f"{type(model).__name__} does not declare its classifier head; pass head=..."
-            if head is None
-            else f"head must name a module of the model, got {head!r}"
-        )
+        if head is None:
+            problem = f"{type(model).__name__} does not declare its classifier head; pass head=..."
+        else:
+            problem = f"head must name a module of the model, got {head!r}"
         raise ValueError(f"{problem}; the model's last linear layers are {linears[-3:]}")
     if not any(True for _ in modules[name].parameters()):
         if getattr(model, "num_classes", None) == 0:
@@ -76,7 +83,11 @@ def find_head(model: nn.Module, head: str | None = None) -> str:
 
 
 def _declared_head(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
-    """Return the head that a timm model declares; None for other models."""
+    """Return the name of the head that a timm model declares, or None for other models.
+
+    Raises:
+        ValueError: If the model declares several heads.
+    """
     declared = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
     if isinstance(declared, str) and declared in modules:
         return declared
@@ -97,7 +108,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def recorded_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Append the first input of each call of a module to the yielded list inside the context."""
+    """Inside the context, append the first input of each call of a module to the yielded list."""
     inputs_of_calls: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda module, inputs: inputs_of_calls.append(inputs[0]))
     try:
@@ -167,7 +178,7 @@ def find_blocks(model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
 
 
 def require_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
-    """Return the result of `find_blocks`; raise `ValueError` if the model has no blocks."""
+    """Return the blocks that `find_blocks` finds, or raise `ValueError` if the model has none."""
     blocks = find_blocks(model, head)
     if not blocks:
         raise ValueError(

@@ -59,7 +59,7 @@ FULL = Method(
 
 
 class _BatchNorm(nn.BatchNorm1d):
-    """Batch normalization that uses running statistics for a batch of one image, which has no batch statistics."""
+    """Batch normalization that uses running statistics for a single image, for which there are no batch statistics."""
 
     saved_buffers = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -76,7 +76,7 @@ class MlpHead(nn.Module):
     h_0 = x;  h_i = dropout(norm(relu(W_i h_{i-1} + b_i)));  y = W_k h_{k-1} + b_k
 
     Hidden layers are as wide as the features. Weights are initialized with variance 2 / outputs (He et al., fan-out),
-    biases with torch's default.
+    and biases with torch's default.
 
     Args:
         features: Number of input features.
@@ -87,10 +87,10 @@ class MlpHead(nn.Module):
 
     def __init__(self, features: int, classes: int, layers: int = 3, dropout: float = 0.1) -> None:
         super().__init__()
-        parts: list[nn.Module] = []
+        modules: list[nn.Module] = []
         for _ in range(layers - 1):
-            parts += [nn.Linear(features, features), nn.ReLU(), _BatchNorm(features), nn.Dropout(dropout)]
-        self.hidden = nn.Sequential(*parts)
+            modules += [nn.Linear(features, features), nn.ReLU(), _BatchNorm(features), nn.Dropout(dropout)]
+        self.hidden = nn.Sequential(*modules)
         self.last = nn.Linear(features, classes)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -102,7 +102,7 @@ class MlpHead(nn.Module):
 
 
 def _build_mlp_head(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Replace the linear head with an `MlpHead`."""
+    """Replace the linear head with an `MlpHead`, or raise `ValueError` if the head is not linear."""
     old = model.get_submodule(head)
     if not isinstance(old, nn.Linear):
         raise ValueError(
@@ -129,18 +129,19 @@ MLP = Method(
 
 
 def _build_partial(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Train the last `blocks` blocks and all later modules."""
-    count = options.get("blocks", 1)
+    """Train the last `blocks` blocks, all later modules, and the head."""
+    num_trained = options.get("blocks", 1)
     blocks = require_blocks("partial", model, head)
-    if count > len(blocks):
-        raise ValueError(f"method 'partial': blocks must be at most {len(blocks)} for this model, got {count}")
+    if num_trained > len(blocks):
+        raise ValueError(f"method 'partial': blocks must be at most {len(blocks)} for this model, got {num_trained}")
     train_head(model, head)
-    trained_blocks = {name for name, _ in blocks[-count:]}
-    is_after = False
+    trained_blocks = {name for name, _ in blocks[-num_trained:]}
+    is_later = False  # True from the first trained block on, because parameters are in the order of the modules
     for name, parameter in model.named_parameters():
-        in_block = any(is_inside(name, block) for block in trained_blocks)
-        is_after = is_after or in_block
-        if in_block or is_inside(name, head) or (is_after and not any(is_inside(name, block) for block, _ in blocks)):
+        in_trained_block = any(is_inside(name, block) for block in trained_blocks)
+        is_later = is_later or in_trained_block
+        is_later_module = is_later and not any(is_inside(name, block) for block, _ in blocks)
+        if in_trained_block or is_inside(name, head) or is_later_module:
             parameter.requires_grad_(True)
     return model
 

@@ -1,4 +1,4 @@
-"""Methods implemented as PEFT adapters."""
+"""Methods implemented as PEFT adapters, modules that wrap the adapted layers of a model."""
 
 import dataclasses
 import re
@@ -28,6 +28,7 @@ from snella_app.text import listed
 Targets = Callable[[nn.Module, str], list[str] | str]
 """`(model, head) -> names or regular expression`: default target modules."""
 
+# patterns of warnings about intended behavior
 _HARMLESS = (
     # random projections are recomputed from the saved seed
     "Specified to not save",
@@ -52,12 +53,14 @@ def peft_method(
 ) -> Method:
     """Create the `Method` of a PEFT adapter.
 
-    `targets` selects the target modules if `target_modules` is not among the options; other arguments are fields of
+    `targets` selects the target modules if `target_modules` is not among the options. All other arguments are fields of
     `Method`.
     """
 
     def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-        resolved = options if "target_modules" in options else {"target_modules": targets(model, head), **options}
+        resolved = options
+        if "target_modules" not in options:
+            resolved = {"target_modules": targets(model, head), **options}
         peft_config: Any = config(head, resolved)
         if getattr(peft_config, "layers_to_transform", None) not in (None, []):
             _resolve_layers(peft_config, model)
@@ -67,11 +70,12 @@ def peft_method(
 
 
 def _resolve_layers(config: Any, model: nn.Module) -> None:
-    """Check `layers_to_transform`; for methods other than SNELLA, replace it with the `target_modules` in these blocks.
+    """Check `layers_to_transform`, the indices of the blocks to adapt.
 
-    PEFT ignores the option for full module names. Without `layers_pattern`, it also finds no block index in names
-    without a prefix, such as `blocks.0.attn.qkv`. A block's index is the first number after `layers_pattern` or,
-    without a pattern, the first number in its name (in Swin, the stage).
+    For methods other than SNELLA, it is replaced with the `target_modules` in these blocks, because PEFT ignores it for
+    full module names. Without `layers_pattern`, PEFT also finds no block index in names without a prefix, such as
+    `blocks.0.attn.qkv`. A block's index is the first number after `layers_pattern` or, without a pattern, the first
+    number in its name (in Swin, the stage).
     """
     layers = config.layers_to_transform
     blocks = {layers} if isinstance(layers, int) else set(layers)
@@ -160,7 +164,9 @@ def merge_adapter(model: Any) -> nn.Module:
         ValueError: If an adapted layer standardizes its weight, because the merged update would be standardized too.
     """
     inner: nn.Module = model.base_model.model
-    layers = [(name, m.get_base_layer()) for name, m in inner.named_modules() if isinstance(m, BaseTunerLayer)]
+    layers = [
+        (name, module.get_base_layer()) for name, module in inner.named_modules() if isinstance(module, BaseTunerLayer)
+    ]
     if standardized := [repr(name) for name, base in layers if standardizes_weight(base)]:
         raise ValueError(
             f"the adapter cannot be merged into {type(inner).__name__}: the forward pass standardizes the weights of "
@@ -188,7 +194,7 @@ _SPARSITY_OPTIONS = (
 
 
 def _snella_config(head: str, options: Options, **defaults: Any) -> PeftConfig:
-    """Return the SNELLA configuration with a trainable head; `defaults` define a variant."""
+    """Return the SNELLA configuration with a trainable head. `defaults` are the options that define a variant."""
     return SnellaConfig(modules_to_save=[head] if head else None, **{**defaults, **options})
 
 
@@ -297,8 +303,8 @@ DORA = peft_method(
 
 
 _STATE_KEY = "adalora_ranks"
-_WARMUP_SHARE = 0.1
-_FINAL_SHARE = 0.5
+_WARMUP_SHARE = 0.1  # default of `tinit`, relative to all steps
+_FINAL_SHARE = 0.5  # default of `tfinal`, relative to all steps
 _ADALORA_OPTIONS = (
     *("r", "init_r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"),
     *("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"),
@@ -306,7 +312,7 @@ _ADALORA_OPTIONS = (
 
 
 class RankSchedule:
-    """Rank schedule of AdaLoRA: calls PEFT's `update_and_allocate` after each optimizer step.
+    """Rank schedule of AdaLoRA, which calls PEFT's `update_and_allocate` after each optimizer step.
 
     Ranks stay at `init_r` for `tinit` steps, decrease cubically to `r` on average, and stay constant for the last
     `tfinal` steps. If `tinit` and `tfinal` are 0 (the default), they become 10% and 50% of all steps. The allocator
@@ -326,8 +332,8 @@ class RankSchedule:
 
     def __init__(self, model: nn.Module, total_steps: int) -> None:
         if not isinstance(model, PeftModel) or not isinstance(model.base_model, AdaLoraModel):
-            got = model.base_model if isinstance(model, PeftModel) else model
-            raise TypeError(f"model must have an AdaLoRA adapter, got {type(got).__name__}")
+            actual = model.base_model if isinstance(model, PeftModel) else model
+            raise TypeError(f"model must have an AdaLoRA adapter, got {type(actual).__name__}")
         self.tuner: AdaLoraModel = model.base_model
         self.config: AdaLoraConfig = self.tuner.peft_config[self.tuner.trainable_adapter_name]  # type: ignore[assignment]
         self.step = 0
@@ -369,6 +375,7 @@ class RankSchedule:
         allocator.ipt = {name: torch.zeros_like(value) for name, value in allocator.exp_avg_ipt.items()}
 
     def _after_step(self, *_: Any) -> None:
+        """Update the ranks after an optimizer step (step post-hook)."""
         self.tuner.update_and_allocate(self.step)
         self.step += 1
 
@@ -404,10 +411,10 @@ def orthogonality(model: nn.Module) -> Tensor:
 
 
 def _adalora_config(head: str, options: Options) -> PeftConfig:
-    """Return the AdaLoRA config, W = W0 + (lora_alpha / init_r) B diag(E) A; `r` is the final mean rank."""
+    """Return the AdaLoRA configuration, W = W0 + (lora_alpha / init_r) B diag(E) A. `r` is the final mean rank."""
     r = options.get("r", 8)
     values = {key: value for key, value in options.items() if key != "r"}
-    # `RankSchedule` sets the number of steps
+    # PEFT requires a number of steps, which `RankSchedule` replaces
     total_step = options.get("tinit", 0) + options.get("tfinal", 0) + 1
     defaults = {"init_r": max(r + 1, round(1.5 * r)), "lora_alpha": r, "total_step": total_step}
     return AdaLoraConfig(modules_to_save=[head] if head else None, target_r=r, **{**defaults, **values})
@@ -434,7 +441,7 @@ def _from_peft(
     targets: Targets = adaptable_layers,
     **config_defaults: Any,
 ) -> Method:
-    """Create the `Method` of a PEFT configuration class; `config_defaults` replace the defaults of its fields."""
+    """Create the `Method` of a PEFT configuration class. `config_defaults` replace the defaults of its fields."""
 
     def config(head: str, options: Options) -> PeftConfig:
         with without_harmless_warnings():
@@ -445,7 +452,10 @@ def _from_peft(
 
 
 def _layer_norms(model: nn.Module, head: str) -> str:
-    """Return a regular expression for the LayerNorm modules outside the head; PEFT matches plain names as suffixes."""
+    """Return a regular expression for the LayerNorm modules outside the head.
+
+    Names in a list would not do, because PEFT also matches them as suffixes of other names.
+    """
     names = [
         name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm) and not is_inside(name, head)
     ]

@@ -49,12 +49,12 @@ KERNELS.update(plugins("kernels", frozenset(KERNELS)))
 
 
 def find_method(name: str) -> Method:
-    """Return the method for a name such as `snella-8` or `snella`; see `parse_method` for errors."""
+    """Return the method for a name such as `snella-8` or `snella`, or raise an error as `parse_method` does."""
     return METHODS[parse_method(name)[0]]
 
 
 def parse_method(name: str) -> tuple[str, int | None]:
-    """Split `vpt-deep-50` into `("vpt-deep", 50)`; the number is None if the name has none.
+    """Split `vpt-deep-50` into `("vpt-deep", 50)`. The number is None if the name has none.
 
     Raises:
         ValueError: If the method is unknown, or the number is 0 or not accepted.
@@ -64,8 +64,8 @@ def parse_method(name: str) -> tuple[str, int | None]:
     if family not in METHODS:
         hint = _suggest_spelling(name) or nearest(family, METHODS, most=3, cutoff=0.5)
         numbered = ", ".join(f"{key}-N" for key, method in METHODS.items() if method.suffix is not None)
-        plain = ", ".join(key for key, method in METHODS.items() if method.suffix is None)
-        raise ValueError(f"method must be one of {plain}, {numbered} (-N is optional), got {name!r}{hint}")
+        unnumbered = ", ".join(key for key, method in METHODS.items() if method.suffix is None)
+        raise ValueError(f"method must be one of {unnumbered}, {numbered} (-N is optional), got {name!r}{hint}")
     if digits is None:
         return family, None
     suffix = METHODS[family].suffix
@@ -77,12 +77,14 @@ def parse_method(name: str) -> tuple[str, int | None]:
 
 
 def _suggest_spelling(name: str) -> str:
-    """Return "; did you mean 'lora-8'?" for a spelling such as `lora8` or `LoRA_8`; empty for no match."""
-    plain = name.lower().replace("_", "-")
-    family = plain.rstrip("0123456789")
-    digits = plain.removeprefix(family)
+    """Return "; did you mean 'lora-8'?" for a spelling such as `lora8` or `LoRA_8`, otherwise an empty text."""
+    normalized = name.lower().replace("_", "-")
+    family = normalized.rstrip("0123456789")
+    digits = normalized.removeprefix(family)
     family = family.rstrip("-")
-    if family not in METHODS or (digits and (METHODS[family].suffix is None or int(digits) < 1)):
+    if family not in METHODS:
+        return ""
+    if digits and (METHODS[family].suffix is None or int(digits) < 1):
         return ""
     return f"; did you mean {family + (digits and '-' + digits)!r}?"
 
@@ -93,10 +95,10 @@ def build_method(
     """Prepare a model for training with a method.
 
     Args:
-        name: Key of `METHODS`, optionally with a number: `lora-8` sets the rank, `vpt-deep-50` the prompts per
-            block.
-        model: Classifier without adapters; changed in place.
-        head: Name of its head module; not needed for timm models.
+        name: Key of `METHODS`, optionally with a number: `lora-8` sets the rank, `vpt-deep-50` the number of prompts
+            per block.
+        model: Classifier without adapters, which is changed in place.
+        head: Name of its head module, which is not needed for timm models.
         batches: Callable that returns a new iterator over batches of images and labels, for methods that select
             parameters from training data. Other methods ignore it.
         **options: Options listed in `Method.options`: fields of SnellaConfig for `snella`, some fields of
@@ -123,7 +125,10 @@ def build_method(
 
 
 def _build(name: str, model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Apply a method with checked options to a frozen model; errors of PEFT name the method and the model."""
+    """Apply a method with checked options to a frozen model.
+
+    Errors of PEFT are raised again as `ValueError` with the names of the method and the model.
+    """
     method = find_method(name)
     try:
         built = method.build(model, head, options, batches)
@@ -137,9 +142,9 @@ def _build(name: str, model: nn.Module, head: str, options: Options, batches: Ba
 def restore_method(
     name: str, model: nn.Module, tensors: Mapping[str, Tensor], *, head: str | None = None, **options: Any
 ) -> nn.Module:
-    """Rebuild the model structure of `build_method` without training data; values are not loaded.
+    """Rebuild the structure of a model that `build_method` created, without training data and without loading values.
 
-    Arguments and errors as for `build_method`; `tensors` are the saved tensors by name.
+    Arguments and errors are as for `build_method`; `tensors` are the saved tensors by name.
 
     Raises:
         AdapterFileError: If the tensors do not fit the model.
@@ -185,7 +190,7 @@ def check_method(name: str, options: Options) -> Options:
     errors = method.check(options) if method.check is not None else []
     if errors:
         raise ValueError(f"method {name!r}: {'; '.join(errors)}")
-    if method.config is not None:
+    if method.config is not None:  # building the configuration checks the options; any target will do
         try:
             method.config("head", {"target_modules": ["placeholder"], **options})
         except TypeError as error:
@@ -208,12 +213,12 @@ def spec_of(model: nn.Module) -> MethodSpec:
 
 
 def method_of(model: nn.Module) -> Method | None:
-    """Return the registered method of a model; None for PEFT adapters of other methods."""
+    """Return the registered method of a model, or None for PEFT adapters of other methods."""
     return METHODS.get(spec_of(model).family)
 
 
 def matrices_of(model: nn.Module) -> list[AdaptedMatrix]:
-    """Return the adapted matrices of a model; empty for methods without budgets."""
+    """Return the adapted matrices of a model, or an empty list for methods without budgets."""
     method = method_of(model)
     return adapted_matrices(model) if method is not None and method.has_budgets else []
 
@@ -224,7 +229,10 @@ def trainable_parameters(model: nn.Module) -> int:
 
 
 def can_merge(name: str) -> bool:
-    """Return whether `merge_trained` supports a method; True for PEFT adapters of methods that are not registered."""
+    """Return whether `merge_trained` supports a method.
+
+    The result is True for unknown names, which are PEFT adapters of methods that are not registered.
+    """
     try:
         return find_method(name).merge is not None
     except ValueError:
@@ -232,10 +240,10 @@ def can_merge(name: str) -> bool:
 
 
 def merge_trained(model: nn.Module) -> nn.Module:
-    """Merge the trained parameters into the backbone; outputs change only by rounding.
+    """Merge the trained parameters into the backbone, which changes outputs only by rounding.
 
     Args:
-        model: Model from `build_method` or `load_trained`; do not use it afterwards.
+        model: Model from `build_method` or `load_trained`, which must not be used afterwards.
 
     Returns:
         The backbone with plain weights.
@@ -243,7 +251,8 @@ def merge_trained(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If no method was applied, or the method or an adapted layer does not support merging.
     """
-    method, spec = method_of(model), spec_of(model)
+    method = method_of(model)
+    spec = spec_of(model)
     if method is None:
         return merge_adapter(model)
     if method.merge is None:

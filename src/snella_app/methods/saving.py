@@ -1,4 +1,7 @@
-"""Saving trained parameters, and loading them into a fresh backbone."""
+"""Saving trained parameters as an adapter, and loading them into a fresh backbone.
+
+An adapter is a folder with the trained parameters, without the backbone, and the settings for applying them.
+"""
 
 import copy
 import json
@@ -24,12 +27,14 @@ from snella_app.methods.registry import METHODS, parse_method, restore_method, s
 from snella_app.text import listed
 
 METHOD_FILE = "method.json"
+"""File with the name and options of the method, and the name of the head."""
 TENSOR_FILE = "trainable.safetensors"
+"""File with the trained parameters of methods that are not PEFT adapters."""
 REMEDY = "copy the adapter again, or train again with `--overwrite`"
 """Remedy in errors about damaged or incomplete adapters."""
 _TENSORS_DIGEST = "sha256"
 _SETTINGS_DIGEST = "settings_sha256"
-_SHOWN = 3
+_SHOWN = 3  # maximum number of tensors named per problem
 
 _logger = logging.getLogger(__name__)
 
@@ -38,13 +43,13 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Save the trained parameters, without the backbone.
 
     PEFT models are saved as a PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`), others as
-    `trainable.safetensors`; both with `method.json`. Each file is written atomically, the tensors last. The tensor
-    file's metadata contains SHA-256 digests of the tensors and of the settings file (`adapter_config.json`, otherwise
-    `method.json`).
+    `trainable.safetensors`. In both cases, `method.json` describes the method. Each file is written atomically, the
+    tensors last. The tensor file's metadata contains SHA-256 digests of the tensors and of the settings file, which is
+    `adapter_config.json` for PEFT models and `method.json` for others.
 
     Args:
         model: Model from `build_method` or `load_trained`.
-        folder: Output folder; created if missing.
+        folder: Output folder, which is created if it is missing.
     """
     target = Path(folder)
     spec = spec_of(model)
@@ -54,9 +59,9 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         config = copy.copy(model.peft_config["default"])
         config.inference_mode = True
         with full_size_factors(config):
-            settings = _plain(config.to_dict())
+            settings = _json_value(config.to_dict())
         write_bytes(target / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True).encode())
-    method_info = {"format": 1, "method": spec.name, "options": _plain(spec.options), "head": spec.head}
+    method_info = {"format": 1, "method": spec.name, "options": _json_value(spec.options), "head": spec.head}
     settings_file = CONFIG_NAME if isinstance(model, PeftModel) else METHOD_FILE
     write_bytes(target / METHOD_FILE, json.dumps(method_info, indent=2).encode() + b"\n")
     write_bytes(target / file, _as_safetensors(tensors, sha256_of(target / settings_file)))
@@ -69,16 +74,17 @@ def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Modu
 
     Args:
         folder: Folder written by `save_trained`, or any PEFT adapter in safetensors format.
-        backbone: Model that the adapter was trained on, with a head for the same number of classes; changed in place.
+        backbone: Model that the adapter was trained on, with a head for the same number of classes. It is changed in
+            place.
 
     Returns:
-        The model in evaluation mode; its outputs are bit-identical to the saved model's.
+        The model in evaluation mode. Its outputs are bit-identical to the saved model's.
 
     Raises:
         FileNotFoundError: If the folder contains no adapter, or a file of the adapter is missing.
         AdapterFileError: If a file is damaged or altered, does not fit the model, or contains non-finite values.
         ValueError: If the method or an option is unknown, or the method cannot be applied to the backbone.
-        TypeError, NotImplementedError: As for `inject`.
+        TypeError, NotImplementedError: Under the same conditions as `inject`.
     """
     source = Path(folder)
     if (source / CONFIG_NAME).is_file():
@@ -119,7 +125,7 @@ def load_trained_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def _read_method(folder: Path) -> dict[str, Any]:
-    """Read the method, its options and the head's name from `method.json`."""
+    """Read the method, its options and the name of the head from `method.json`, and check their types."""
     info = _read_settings(folder / METHOD_FILE)
     if missing := {"method", "options", "head"} - info.keys():
         raise AdapterFileError(f"{folder / METHOD_FILE} is damaged: {min(missing)!r} is missing; {REMEDY}")
@@ -149,7 +155,7 @@ def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """Read a settings file of an adapter."""
+    """Read a settings file of an adapter, which must contain a mapping."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -160,7 +166,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors to save by name, and the file name.
+    """Return the tensors to save, by name, and the name of their file.
 
     PEFT models use the tensors that PEFT saves. Others use the trained parameters, the `saved_buffers` of modules, and,
     with full fine-tuning, all persistent buffers (running statistics).
@@ -179,7 +185,10 @@ def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], str]:
 
 
 def _check_fits(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
-    """Check names and shapes, and that values are finite where the model's are; mask buffers contain `-inf`."""
+    """Check that tensors have the names and shapes of the model's `targets`, and are finite where these are.
+
+    Some tensors of a model contain `-inf`, such as buffers with masks.
+    """
     common = [name for name in targets if name in tensors]
     shapes = {name: (list(tensors[name].shape), list(targets[name].shape)) for name in common}
     different = [
@@ -187,10 +196,15 @@ def _check_fits(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tenso
         for name, (stored, expected) in shapes.items()
         if stored != expected
     ]
-    missing, extra = targets.keys() - tensors.keys(), tensors.keys() - targets.keys()
-    errors = [listed(different, _SHOWN)] if different else []
-    errors += [f"the file lacks {listed(map(repr, sorted(missing)), _SHOWN)}"] if missing else []
-    errors += [f"the model lacks {listed(map(repr, sorted(extra)), _SHOWN)}"] if extra else []
+    missing = targets.keys() - tensors.keys()
+    extra = tensors.keys() - targets.keys()
+    errors: list[str] = []
+    if different:
+        errors.append(listed(different, _SHOWN))
+    if missing:
+        errors.append(f"the file lacks {listed(map(repr, sorted(missing)), _SHOWN)}")
+    if extra:
+        errors.append(f"the model lacks {listed(map(repr, sorted(extra)), _SHOWN)}")
     if errors:
         raise AdapterFileError(
             f"{path} belongs to another model: {'; '.join(errors)}; load it into the architecture it was trained on"
@@ -218,7 +232,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata of a tensor file, and verify the settings file if the metadata contains digests."""
+    """Read the metadata of a tensor file. If it contains digests, verify the settings file."""
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file {path}; {REMEDY}")
     try:
@@ -239,31 +253,31 @@ def _read_metadata(path: Path) -> dict[str, str]:
 
 
 def _settings_file(folder: Path) -> Path:
-    """Return the path of the settings file of an adapter."""
+    """Return the path of the settings file of an adapter, which depends on whether it is a PEFT adapter."""
     path = folder / CONFIG_NAME
     return path if path.is_file() else folder / METHOD_FILE
 
 
 def _as_safetensors(tensors: dict[str, Tensor], settings_digest: str) -> bytes:
-    """Serialize tensors to bytes; `save_file` would lose the errno of a full disk."""
+    """Serialize tensors to bytes, because `save_file`, which writes a file, would lose the errno of a full disk."""
     seen: set[int] = set()
     values = {}
     for name, tensor in tensors.items():
         value = tensor.detach().cpu().contiguous()
         pointer = value.untyped_storage().data_ptr()
-        # safetensors does not support shared memory
+        # a safetensors file cannot store tensors that share memory
         values[name] = value.clone() if pointer in seen else value
         seen.add(pointer)
     metadata = {"format": "pt", _TENSORS_DIGEST: tensors_digest(values), _SETTINGS_DIGEST: settings_digest}
     return tensors_bytes(values, metadata)
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """Convert a value for JSON: sets to sorted lists, enums to their values."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(key): _json_value(inner) for key, inner in value.items()}
     if isinstance(value, set | frozenset):
-        return sorted(_plain(v) for v in value)
+        return sorted(_json_value(inner) for inner in value)
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [_json_value(inner) for inner in value]
     return getattr(value, "value", value)

@@ -1,4 +1,4 @@
-"""Records of `snella_lab`'s recipes: generators, language models and the demonstration."""
+"""Records of the recipes of `snella_lab`: image generators, language models and the demonstration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FixedLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class LossRow:
-    """A step or epoch of a generator's training; None for values that were not measured."""
+    """A step or epoch of a generator's training. Values that were not measured are None."""
 
     step: int = 0
     epoch: float | None = field(default=None, metadata=OPTIONAL)
@@ -47,7 +47,7 @@ class GeneratorMetrics(Record):
     loss_history: list[LossRow] = field(default_factory=list)
 
     def learning(self) -> dict[str, Any]:
-        """Summarize the losses as plain values; None for values that were not measured.
+        """Summarize the losses as plain values. Values that were not measured are None.
 
         Returns:
             `steps`, `epochs`, `first` and `last` loss, loss on `held_out` entries, loss on fixed noise and timesteps
@@ -73,7 +73,7 @@ class GeneratorMetrics(Record):
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One method of the demonstration; NaN or None for values that were not measured."""
+    """Result of one method in the demonstration. Values that were not measured are NaN or None."""
 
     method: str
     split: str = "test"

@@ -37,7 +37,7 @@ class StoredPrediction:
 
     @property
     def predicted(self) -> int:
-        """Predicted class: highest probability, or the predicted rank of ordered classes."""
+        """Predicted class: the predicted rank of ordered classes, otherwise the class with the highest probability."""
         if self.rank is not None:
             return self.rank
         return max(range(len(self.probabilities)), key=self.probabilities.__getitem__)
@@ -54,7 +54,7 @@ class StoredPrediction:
 
 
 MAX_PREDICTIONS = 5_000
-"""Predictions are stored only for splits of at most this size; larger files could take hundreds of megabytes."""
+"""Maximum size of a split whose predictions are stored. Larger files could take hundreds of megabytes."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Predictions(SplitPredictions):
 
 @dataclass(frozen=True)
 class StoredLabelSetPrediction:
-    """True labels and predicted probabilities of one image."""
+    """True labels of one image, as indices, and the predicted probabilities of all labels."""
 
     index: int
     name: str
@@ -100,7 +100,7 @@ class StoredLabelSetPrediction:
 
 @dataclass(frozen=True)
 class LabelSetPredictions(SplitPredictions):
-    """Multi-label predictions on one split."""
+    """Multi-label predictions on one split, with the threshold of each label."""
 
     thresholds: list[Float] = field(kw_only=True)
     items: list[StoredLabelSetPrediction] = field(kw_only=True)
@@ -125,7 +125,10 @@ class NumberPredictions(SplitPredictions):
 
 @dataclass(frozen=True)
 class StoredMaskPrediction:
-    """Segmentation scores of one image; NaN if no foreground class is present or predicted. `mask`: file in the run."""
+    """Segmentation scores of one image, which are NaN if no foreground class is present or predicted.
+
+    `mask` is the file with the predicted mask in the run folder, or None if the mask is not stored.
+    """
 
     index: int
     name: str = ""

@@ -1,6 +1,6 @@
 """`Record`: dataclasses stored as JSON files and validated by pydantic.
 
-Fields are keys of the file. Fields with a default may be missing; unknown keys are ignored.
+Fields are keys of the file. Fields with a default may be missing, and unknown keys are ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from snella_app.text import listed
 FORMAT = 1
 """Run folder format that this version of snella writes and reads."""
 Float = Annotated[float, Strict(), BeforeValidator(lambda value: math.nan if value is None else value)]
-"""Float whose NaN and infinities are null in the file; null is read as NaN."""
+"""Float whose NaN and infinities are null in the file. When the file is read, null becomes NaN."""
 
 T = TypeVar("T")
 R = TypeVar("R", bound="Record")
@@ -33,7 +33,7 @@ class Record:
 
     Attributes:
         file: File name in the run folder.
-        is_sealed: If True, the file stores the SHA-256 of its other entries.
+        is_sealed: True if the file stores the SHA-256 of its other entries, which shows whether it was altered.
     """
 
     file: ClassVar[str]
@@ -57,13 +57,13 @@ OPTIONAL = {"is_optional": True}
 
 
 def plain(value: Any) -> Any:
-    """Convert a record or a field value to plain JSON values; NaN and infinity become null."""
+    """Convert a record or a field value to plain JSON values. NaN and infinity become null."""
     if is_dataclass(value) and not isinstance(value, type):
         values = {}
-        for f in fields(value):
-            entry = plain(getattr(value, f.name))
-            if "is_optional" not in f.metadata or entry != plain(f.default):
-                values[f.name] = entry
+        for field in fields(value):
+            entry = plain(getattr(value, field.name))
+            if "is_optional" not in field.metadata or entry != plain(field.default):
+                values[field.name] = entry
         return value.encoded(values) if isinstance(value, Record) else values
     if isinstance(value, Mapping):
         return {key: plain(inner) for key, inner in value.items()}
@@ -99,7 +99,7 @@ def read(kind: type[R], folder: str | Path) -> R:
 
 
 def read_if_present(kind: type[R], folder: str | Path) -> R | None:
-    """Read a record like `read`; return None if the file does not exist."""
+    """Read a record like `read`, or return None if the file does not exist."""
     return read(kind, folder) if (Path(folder) / kind.file).exists() else None
 
 
@@ -134,7 +134,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def record_from(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Build a dataclass from plain values, and check each value's type.
+    """Build a dataclass from plain values and check the type of each value.
 
     Raises:
         ValueError: If a field is missing or has the wrong type, or the dataclass rejects the values.
@@ -149,7 +149,7 @@ def record_from(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _describe(error: ErrorDetails) -> str:
-    """Describe the error of a field: `'backbone.name' is missing`."""
+    """Describe a validation error with the path of its field: `'backbone.name' is missing`."""
     path = ".".join(map(str, error["loc"]))
     if error["type"] == "missing":
         return f"'{path}' is missing"

@@ -1,4 +1,4 @@
-"""Result records: scores by task."""
+"""Result records: the scores of a model on one split, by task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Z = 1.959964  # 97.5% quantile of the normal distribution
 
 
 class _Result:
-    """Base class of task scores; `short` are the names of the main scores."""
+    """Base class of the scores of a task. `short` contains the names of the main scores."""
 
     short: ClassVar[tuple[str, ...]]
 
@@ -27,7 +27,7 @@ class _Result:
 
 @dataclass(frozen=True)
 class Scores(_Result):
-    """Classification scores on one split; `confusion[i][j]` counts images of class i predicted as class j."""
+    """Classification scores on one split. `confusion[i][j]` counts images of class i predicted as class j."""
 
     short: ClassVar[tuple[str, ...]] = ("accuracy", "balanced_accuracy", "images")
 
@@ -52,7 +52,7 @@ class Scores(_Result):
 
     @property
     def margin(self) -> float:
-        """95% margin of the accuracy: the distance to the farther end of the Wilson interval; NaN without images.
+        """95% margin of the accuracy, the distance to the farther end of the Wilson interval. NaN without images.
 
         center = (a + z² / 2n) / (1 + z² / n),   half = z sqrt(a (1 - a) / n + z² / 4n²) / (1 + z² / n)
         """
@@ -65,18 +65,18 @@ class Scores(_Result):
 
     @property
     def balanced_margin(self) -> float:
-        """95% margin of the balanced accuracy; NaN without images.
+        """95% margin of the balanced accuracy. NaN without images.
 
         z / K sqrt(Σ_c p_c (1 - p_c) / (n_c + 2)),   p_c = (correct_c + 1) / (n_c + 2), over the K classes present
         """
-        present = [(row[i], sum(row)) for i, row in enumerate(self.confusion) if sum(row)]
-        if not present:
+        correct_and_size = [(row[i], sum(row)) for i, row in enumerate(self.confusion) if sum(row)]
+        if not correct_and_size:
             return math.nan
         variances: list[float] = []
-        for correct, size in present:
+        for correct, size in correct_and_size:
             share = (correct + 1) / (size + 2)
             variances.append(share * (1 - share) / (size + 2))
-        return _Z / len(present) * math.sqrt(sum(variances))
+        return _Z / len(variances) * math.sqrt(sum(variances))
 
     def text(self) -> str:
         """Format the main scores as one line."""
@@ -94,9 +94,9 @@ class Scores(_Result):
 
 @dataclass(frozen=True)
 class ClassScores:
-    """Segmentation scores of one class; NaN if the class is neither present nor predicted.
+    """Segmentation scores of one class.
 
-    `dice` and `iou` are always NaN for the background.
+    They are NaN if the class is neither present nor predicted. `dice` and `iou` are always NaN for the background.
     """
 
     name: str
@@ -109,7 +109,10 @@ class ClassScores:
 
 @dataclass(frozen=True)
 class MaskScores(_Result):
-    """Segmentation scores on one split: by image, pooled, and GPS's variant without false positives."""
+    """Segmentation scores on one split: means over images, and scores pooled over all pixels.
+
+    Scores with `gps` in their names follow the code of the fine-tuning method GPS, which counts no false positives.
+    """
 
     short: ClassVar[tuple[str, ...]] = ("dice", "iou", "dice_pooled", "iou_pooled", "images")
 
@@ -153,7 +156,7 @@ class MaskScores(_Result):
 
 @dataclass(frozen=True, kw_only=True)
 class OrdinalScores(Scores):
-    """Ordinal classification scores on one split: `mae` in ranks, `kappa` with quadratic weights."""
+    """Ordinal classification scores on one split: also `mae` in ranks, and `kappa` with quadratic weights."""
 
     short: ClassVar[tuple[str, ...]] = ("mae", "kappa", *Scores.short)
 
@@ -176,7 +179,7 @@ class OrdinalScores(Scores):
 
 @dataclass(frozen=True)
 class LabelScores:
-    """Multi-label scores of one label; average precision, F1 and recall are NaN if no image has it."""
+    """Multi-label scores of one label. Average precision, F1 and recall are NaN if no image has the label."""
 
     name: str
     support: int = 0
@@ -189,7 +192,7 @@ class LabelScores:
 
 @dataclass(frozen=True)
 class LabelSetScores(_Result):
-    """Multi-label scores on one split; `map` is the mean average precision over labels."""
+    """Multi-label scores on one split. `map` is the mean average precision over labels."""
 
     short: ClassVar[tuple[str, ...]] = ("map", "macro_f1", "micro_f1", "images")
 
@@ -217,7 +220,10 @@ class LabelSetScores(_Result):
 
 @dataclass(frozen=True)
 class NumberScores:
-    """Scores of one regression target in its unit; the baseline predicts the training median (MAE) or mean (RMSE)."""
+    """Scores of one regression target in its unit.
+
+    The baseline predicts the training median for `baseline_mae`, and the training mean for `baseline_rmse`.
+    """
 
     name: str
     mae: Float
@@ -232,8 +238,8 @@ class NumberScores:
 class RegressionScores(_Result):
     """Regression scores on one split.
 
-    `mae`, `rmse` and `r2` are means over targets. Targets can have different units, so `text` and `rows` report errors
-    by target and average only R².
+    `mae`, `rmse` and `r2` are means over targets. Targets can have different units, so `text` and `rows` report the
+    errors by target and average only R².
     """
 
     short: ClassVar[tuple[str, ...]] = ("mae", "rmse", "r2", "images")
@@ -277,10 +283,14 @@ _SCORES_BY_ENTRY: dict[str, type[Any]] = {
     "rmse": RegressionScores,
     "kappa": OrdinalScores,
 }
+"""Class of scores by an entry that only this class has. `Scores` are the scores without any of these entries."""
 
 
 def scores_from(values: Any) -> SplitScores:
-    """Build the scores record from the values that `Task.metrics` or `evaluate` returned; raises like `record_from`."""
+    """Build the scores record from the values that `Task.metrics` or `evaluate` returned.
+
+    Errors are as for `record_from`.
+    """
     entries = values if isinstance(values, Mapping) else {}
     kind = next((kind for entry, kind in _SCORES_BY_ENTRY.items() if entry in entries), Scores)
     return record_from(kind, values)

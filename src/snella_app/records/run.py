@@ -1,4 +1,9 @@
-"""Records of a run: `run.json`, `metrics.json`, `allocation.json`, `folds.json`."""
+"""Records of a run: `run.json`, `metrics.json`, `allocation.json`, `folds.json`.
+
+A run saves the adapter of its best epoch, which is selected by a score on the validation or test images, or of the last
+epoch if there is no selection. Instead, it can save an average of epochs. The budget of a matrix is the number of
+weights that its update may change.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +28,12 @@ class BackboneInfo:
     Attributes:
         name: Value of `--backbone`, or name of a generator's pipeline or language model.
         weights: Weight file, if not part of the name.
-        pretrained: True for pre-trained weights; None for generators, as are `num_classes` and `seed`.
+        pretrained: True for pre-trained weights. None for generators, as are `num_classes` and `seed`.
         img_size: Requested input resolution in pixels.
         num_classes: Number of outputs of the head.
         seed: Seed of newly initialized weights.
-        architecture: timm model name; None for models outside timm.
+        architecture: timm model name, or None for models outside timm.
+        channels: Number of image channels.
     """
 
     name: str
@@ -41,13 +47,14 @@ class BackboneInfo:
 
     def __post_init__(self) -> None:
         """Check sizes against their limits."""
-        for name, most in _MAX.items():
+        for name, maximum in _MAX.items():
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= most:
-                raise ValueError(f"{name} must be from 1 to {most:,}, got {value:,}")
+            if value is not None and not 1 <= value <= maximum:
+                raise ValueError(f"{name} must be from 1 to {maximum:,}, got {value:,}")
 
 
 _MAX = {"img_size": 16_384, "num_classes": 1_000_000, "channels": 4_096}
+"""Maximum values of fields of `BackboneInfo`."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +65,14 @@ class DataInfo:
         spec: Value of `--data`.
         seed: Seed of the splits.
         sizes: Number of items by split.
-        digest: SHA-256 of classes, image names, labels, sample weights, groups and splits; for generators, of the
-            training files.
-        contents: SHA-256 of the images and masks in each split that the run read; for language runs, of the template,
-            under `template`; empty for image generators.
-        folder: Absolute path; None for data without a folder.
-        fold_part: Split that is a fold of a cross-validation.
+        digest: SHA-256 of classes, image names, labels, sample weights, groups and splits. For generators, SHA-256 of
+            the training files.
+        contents: SHA-256 of the images and masks that the run read, by split. For language runs, SHA-256 of the
+            template, under `template`. Empty for image generators.
+        folder: Absolute path, or None for data without a folder.
+        fold_part: Split that is a fold of a cross-validation, or None without cross-validation.
         white: Value of 16-bit images mapped to white, if given.
-        read_side: Minimum shorter side when images are decoded at a reduced resolution; None for images with masks,
+        read_side: Minimum shorter side of images that are decoded at a reduced resolution. None for images with masks,
             which are decoded at full resolution.
         subject: Subject of a DreamBooth run, of class `class_name`, with images `files` in `folder`.
     """
@@ -109,8 +116,10 @@ class Reliability:
         ece: Expected calibration error with the temperature, `Σ_b count_b / count · |accuracy_b - confidence_b|` over
             equal-mass bins (Guo et al., arXiv 1706.04599, use equal-width bins).
         ece_before: Expected calibration error without the temperature.
-        loss: Mean cross-entropy with the temperature; `loss_before` without.
-        bins: Confidence bins in ascending order, with the temperature; `bins_before` without.
+        loss: Mean cross-entropy with the temperature.
+        loss_before: Mean cross-entropy without the temperature.
+        bins: Confidence bins in ascending order, with the temperature.
+        bins_before: Confidence bins without the temperature.
     """
 
     split: str
@@ -134,7 +143,7 @@ class Calibration:
     Attributes:
         temperature: Divisor of the logits; above 1 for an overconfident model.
         threshold: Lowest confidence such that validation images at or above it have at most half the overall error
-            rate; None if there is no such threshold or no error.
+            rate. None if there is no such threshold or no error.
         coverage: Fraction of validation images whose probability reaches the threshold.
         accuracy: Accuracy on these images.
         reliability: Calibration on validation and, if present, test images.
@@ -148,7 +157,10 @@ class Calibration:
 
     @property
     def summary(self) -> str:
-        """Effect of the temperature on the test or else the validation images; empty if it is unknown."""
+        """Effect of the temperature on the test images, or the validation images if there are no test images.
+
+        The text is empty if the effect is unknown.
+        """
         if not self.reliability or math.isnan(self.reliability[-1].ece):
             return ""
         last = self.reliability[-1]
@@ -156,10 +168,10 @@ class Calibration:
         change = f"expected calibration error {100 * last.ece_before:.1f}% without it, {100 * last.ece:.1f}% with it"
         if last.ece < last.ece_before:
             return f"Temperature scaling reduced the calibration error on the {images}: {change}."
-        advice = (
-            " Do not rely on the probabilities; more validation images may help." if last.ece > _LARGE_ERROR else ""
-        )
-        return f"Temperature scaling did not reduce the calibration error on the {images}: {change}.{advice}"
+        text = f"Temperature scaling did not reduce the calibration error on the {images}: {change}."
+        if last.ece > _LARGE_ERROR:
+            text += " Do not rely on the probabilities; more validation images may help."
+        return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,12 +211,12 @@ class RunInfo(Record):
 
     @property
     def temperature(self) -> float:
-        """Divisor of the logits in `predict`; 1 without calibration."""
+        """Divisor of the logits in `predict`, which is 1 without calibration."""
         return 1.0 if self.calibration is None else self.calibration.temperature
 
     @property
     def trained_head_temperature(self) -> float:
-        """Temperature for the trained head's logits; 1 if another head is calibrated."""
+        """Divisor of the trained head's logits, which is 1 if another head is calibrated."""
         return self.temperature if self.final_head == "trained" else 1.0
 
     @property
@@ -219,7 +231,7 @@ class RunInfo(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRow:
-    """One epoch of training; NaN for values that were not measured.
+    """One epoch of training. Values that were not measured are NaN.
 
     Epoch 0 is the model before training, evaluated if its head starts from a probe or from another run. `val_…` refers
     to the images used for epoch selection, which are the test images if `Metrics.selected_on` is `test`. `is_denser`
@@ -255,7 +267,8 @@ class AveragedEpochs:
 
     Attributes:
         kind: `swa` averages all candidate epochs; `soup` averages those that do not lower the score.
-        offered: Candidate epochs; `epochs` are the averaged ones.
+        epochs: Averaged epochs.
+        offered: Candidate epochs.
         is_saved: True if the average is the run's adapter, False if the best epoch scored higher.
         scores: Scores of the average on the images used for epoch selection, by name in the history.
     """
@@ -279,14 +292,14 @@ class FinalHead:
 
     Attributes:
         layers: Indices in timm's `feature_info`, from 0.
-        is_saved: True if predictions use this head; False if it is worse on validation (for single-label
-            classification, clearly worse).
-        metric: Name of the validation metric; None without validation images.
+        is_saved: True if predictions use this head. False if it is worse on validation, for single-label classification
+            only if it is clearly worse.
+        metric: Name of the validation metric, or None without validation images.
         val: Validation score of the head fitted to the training images.
         val_trained: Validation score of the trained head.
         kind: Linear head, or mixture of a kernel head and a linear head.
         replaced_epoch: Best epoch of the trained head if the last epoch is saved instead, because this head was fitted
-            to the last epoch's features; None if the best epoch is saved.
+            to the last epoch's features. None if the best epoch is saved.
     """
 
     layers: list[int]
@@ -305,7 +318,7 @@ class FinalHead:
 
     @property
     def comparison(self) -> str:
-        """Both validation scores; empty without validation images."""
+        """Both validation scores. The text is empty without validation images."""
         if self.metric is None:
             return ""
         metric = self.metric.replace("_", " ")
@@ -314,7 +327,7 @@ class FinalHead:
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics(Record):
-    """Results and costs: `metrics.json`; only costs for generators.
+    """Results and costs of a run, or only the costs of a generator: `metrics.json`.
 
     The file stores `val_…` of the history as `test_…` if the epoch was selected on test images.
     """
@@ -350,7 +363,7 @@ class Metrics(Record):
 
     @property
     def saved_epochs(self) -> str:
-        """Human-readable epoch of the saved weights, or the averaged epochs; empty if unknown."""
+        """Human-readable epoch of the saved weights, or the averaged epochs. The text is empty if they are unknown."""
         total = f" of {self.history[-1].epoch}" if self.history else ""
         if self.averaged is not None and self.averaged.is_saved:
             return f"{self.averaged.text}{total}"
@@ -363,12 +376,12 @@ class Metrics(Record):
 
     @property
     def measured(self) -> tuple[str, SplitScores | None]:
-        """Main split and scores of a report: test if present, else validation."""
+        """Main split and scores of a report: test if present, otherwise validation."""
         return ("test", self.test) if self.test is not None else ("validation", self.val)
 
     @property
     def selection(self) -> str:
-        """Human-readable name of the split used for epoch selection; `validation` if no split was used."""
+        """Human-readable name of the split used for epoch selection, or `validation` if no split was used."""
         return "test" if self.selected_on == "test" else "validation"
 
     @classmethod
@@ -443,16 +456,18 @@ class Allocation(Record):
         for i, step in enumerate(self.history):
             unknown = sorted((set(step.budgets) | set(step.importance)) - names)
             missing = sorted(names - set(step.budgets))
-            errors = [
-                f"{text} {found[:3]}" for text, found in (("unknown", unknown), ("no budget for", missing)) if found
-            ]
+            errors: list[str] = []
+            if unknown:
+                errors.append(f"unknown {unknown[:3]}")
+            if missing:
+                errors.append(f"no budget for {missing[:3]}")
             if errors:
                 raise ValueError(f"history[{i}] does not match 'matrices': {', '.join(errors)}")
 
 
 @dataclass(frozen=True)
 class FoldRow:
-    """Scores of one fold on its held-out images, and on a separate test split if there is one, by metric."""
+    """Scores of one fold by metric, on its held-out images and on a separate test split if there is one."""
 
     fold: int
     folder: str
@@ -479,7 +494,7 @@ class FoldResults(Record):
 
 
 def status_text(status: Status) -> str:
-    """Return the status in human-readable form; a killed process leaves the status `running`."""
+    """Return the status in human-readable form. A process that is killed leaves the status `running`."""
     return "running or killed" if status == "running" else status
 
 

@@ -1,4 +1,8 @@
-"""Figures of the weight budget: final allocation, history and importance."""
+"""Figures of the weight budget: final allocation, history and importance.
+
+The budget of a matrix is the number of entries of its update that can be nonzero, and its sparsity is the fraction of
+the other entries. A matrix with budget 0 is frozen.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ from snella_app.report.style import (
     WARM,
     accent_map,
     add_legend,
-    epoch_axis,
+    integer_axis,
     new_figure,
     percent_axis,
     plot_line,
@@ -35,7 +39,7 @@ from snella_app.report.style import (
 from snella_app.text import points_text
 
 MAX_NUMBERED_BLOCKS = 48
-"""Maximum number of blocks for which a map shows numbers."""
+"""Maximum number of blocks for which the sparsity map shows numbers."""
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -75,9 +79,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class MatrixGrid:
-    """Cells by `(kind, depth)`: matrix type, and block index or None for matrices outside the blocks.
+    """Cells by `(kind, depth)`: the matrix type, and the index of the block, or None for matrices outside the blocks.
 
-    Kinds are in forward order; depths are ascending, None last.
+    Kinds are in forward order. Depths are in ascending order, with None last.
     """
 
     kinds: list[str]
@@ -111,9 +115,10 @@ def group_matrices(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -
 
 
 def schedule_epochs(allocation: Allocation, metrics: Metrics | None, is_finished: bool) -> float | None:
-    """Return the length of the budget schedule in epochs; None if unknown.
+    """Return the length of the budget schedule in epochs, or None if it is unknown.
 
-    `AllocationStep.t` and `total` count epochs, or optimizer steps if `realloc_every` is a number of steps.
+    `AllocationStep.t` and `total` count epochs, or optimizer steps if `realloc_every` is a number of steps. In the
+    latter case, the length is unknown before the run is finished.
     """
     if not allocation.history or metrics is None or not metrics.history:
         return None
@@ -138,17 +143,16 @@ def adapter_step(allocation: Allocation, metrics: Metrics | None) -> AllocationS
     if best is None or best.budget is None:
         return allocation.history[-1]
     matching = [entry for entry in allocation.history if entry.budget == best.budget]
-    # rows may contain only epoch 0
-    last_epoch = max(1, *rows)
+    last_epoch = max(1, *rows)  # at least 1, because rows may contain only epoch 0, before the first step
     last_step = allocation.history[-1].step
     reached = [entry for entry in matching if entry.step * last_epoch <= best.epoch * last_step]
     return (reached or matching or allocation.history)[-1]
 
 
 def sparsity_map(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Figure:
-    """Draw the sparsity of each matrix by block (x) and type (y); a cross marks frozen matrices.
+    """Draw the sparsity of each matrix by block (x) and type (y). A cross marks frozen matrices.
 
-    sparsity = 1 - budget / size, in percent; stronger colors mean more changed weights.
+    sparsity = 1 - budget / size, in percent. Stronger colors mean more changed weights.
     """
     grid = group_matrices(matrices, budgets)
     columns, rows = len(grid.depths), len(grid.kinds)
@@ -179,8 +183,8 @@ def sparsity_map(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> 
         edgecolors=PANEL,
         linewidth=1.5,
     )
-    every = 1 if numbered else math.ceil(24 / side)
-    ticks = range(0, columns, every)
+    tick_step = 1 if numbered else math.ceil(24 / side)
+    ticks = range(0, columns, tick_step)
     axes.set_xticks(ticks, [_group_name(grid.depths[j]) for j in ticks])
     axes.set_yticks(range(rows), names)
     axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), xlabel="block")
@@ -204,7 +208,7 @@ def linear_trend(values: Sequence[float]) -> tuple[float, float]:
 
 
 def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Figure | None:
-    """Draw a bar chart of sparsity by block with the trend over the blocks (Figure 10 of the paper).
+    """Draw a bar chart of sparsity by block, with the trend over the blocks (Figure 10 of arXiv 2510.24037).
 
     Returns None for fewer than two blocks.
     """
@@ -226,7 +230,7 @@ def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> F
     (line,) = axes.plot([intercept + slope * i for i in range(len(depths))], color=WARM, linewidth=2.2)
     axes.grid(False, axis="x")
     axes.set_ylim(0, 1.02)
-    epoch_axis(axes, "block")
+    integer_axis(axes, "block")
     names = dict(enumerate(map(str, depths)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(round(value), "")))
     percent_axis(axes)
@@ -240,7 +244,8 @@ def budget_curve(allocation: Allocation, epochs: float | None) -> Figure:
 
     Args:
         allocation: The run's allocation.
-        epochs: Length of the schedule in epochs; None shows the allocator's time `t` (epochs or optimizer steps).
+        epochs: Length of the schedule in epochs. None labels the axis with the allocator's time `t`, in epochs or
+            optimizer steps.
     """
     figure, axes = new_figure(*FIGURE_SIZE, "Total budget")
     times = _times(allocation, epochs)
@@ -256,18 +261,19 @@ def budget_curve(allocation: Allocation, epochs: float | None) -> Figure:
 
 
 def budget_shares(allocation: Allocation, epochs: float | None, *, by_block: bool = False) -> Figure:
-    """Draw a stacked plot of the budget shares by matrix type, or by block; see `budget_curve` for the arguments."""
+    """Draw a stacked plot of the budget shares by matrix type or by block. Arguments are as for `budget_curve`."""
     grid = group_matrices(allocation.matrices, {matrix.name: matrix.size for matrix in allocation.matrices})
     groups: list[str | int | None] = [*(grid.depths if by_block else grid.kinds)]
-    group_indices = {m.name: groups.index(m.depth if by_block else m.kind) for m in allocation.matrices}
+    group_indices: dict[str, int] = {}
+    for matrix in allocation.matrices:
+        group_indices[matrix.name] = groups.index(matrix.depth if by_block else matrix.kind)
     totals = np.zeros((len(groups), len(allocation.history)))
     for column, entry in enumerate(allocation.history):
         for name, budget in entry.budgets.items():
             totals[group_indices[name], column] += budget
     shares = totals / np.maximum(totals.sum(axis=0), 1)
-    figure, axes = new_figure(
-        FIGURE_SIZE[0], FIGURE_SIZE[1] + 25, f"Budget share by {'block' if by_block else 'matrix type'}"
-    )
+    title = f"Budget share by {'block' if by_block else 'matrix type'}"
+    figure, axes = new_figure(FIGURE_SIZE[0], FIGURE_SIZE[1] + 25, title)
     times = _times(allocation, epochs)
     colors = [COLORS[i % len(COLORS)] for i in range(len(groups))]
     if by_block:
@@ -275,7 +281,7 @@ def budget_shares(allocation: Allocation, epochs: float | None, *, by_block: boo
         last = max(len(groups) - 1, 1)
         positions = [0.12 + 0.88 * i / last for i in range(len(groups))]
         colors = [to_hex(depth_scale(position), True) for position in positions]
-    if len(times) == 1:
+    if len(times) == 1:  # an area needs two points
         times = [times[0], times[0] + 1]
         shares = np.repeat(shares, 2, axis=1)
     handles = axes.stackplot(times, shares, colors=colors, edgecolor=PANEL, linewidth=0.8)
@@ -291,10 +297,9 @@ def budget_shares(allocation: Allocation, epochs: float | None, *, by_block: boo
 
 
 def frozen_curve(allocation: Allocation, epochs: float | None) -> Figure:
-    """Draw the numbers of frozen (budget 0) and full (budget = size) matrices; arguments as for `budget_curve`."""
-    figure, axes = new_figure(
-        FIGURE_SIZE[0], FIGURE_SIZE[1] + 25, f"Matrices with zero and full budget (of {len(allocation.matrices)})"
-    )
+    """Draw the numbers of frozen (budget 0) and full (budget = size) matrices. Arguments are as for `budget_curve`."""
+    title = f"Matrices with zero and full budget (of {len(allocation.matrices)})"
+    figure, axes = new_figure(FIGURE_SIZE[0], FIGURE_SIZE[1] + 25, title)
     times = _times(allocation, epochs)
     sizes = {matrix.name: matrix.size for matrix in allocation.matrices}
     frozen: list[int] = []
@@ -319,7 +324,7 @@ def has_importance(allocation: Allocation) -> bool:
 def importance_curves(allocation: Allocation, epochs: float | None) -> Figure:
     """Draw the importance of each matrix (faint) and the mean of each matrix type (strong) on a log scale.
 
-    Values that are not positive and finite leave gaps. Arguments as for `budget_curve`.
+    Values that are not positive and finite leave gaps. Arguments are as for `budget_curve`.
     """
     figure, axes = new_figure(760, 400, "Importance")
     times = _times(allocation, epochs)
@@ -347,7 +352,7 @@ def importance_curves(allocation: Allocation, epochs: float | None) -> Figure:
 
 
 def _times(allocation: Allocation, epochs: float | None) -> list[float]:
-    """Return the time of each allocation, in epochs, or as the schedule's `t` if `epochs` is None."""
+    """Return the time of each allocation in epochs, or the schedule's time `t` if `epochs` is None."""
     if epochs is None:
         return [entry.t for entry in allocation.history]
     return [entry.t / entry.total * epochs for entry in allocation.history]
@@ -357,7 +362,7 @@ def _time_axis(axes: Axes, times: list[float], epochs: float | None) -> None:
     """Label the x-axis in the unit of `_times`."""
     if times[0] == times[-1]:
         axes.set_xlim(times[0] - 1, times[0] + 1)
-    epoch_axis(axes, "schedule time t" if epochs is None else "epoch")
+    integer_axis(axes, "schedule time t" if epochs is None else "epoch")
 
 
 def _is_drawn(value: float) -> bool:
@@ -366,7 +371,7 @@ def _is_drawn(value: float) -> bool:
 
 
 def log_axis(axes: Axes) -> None:
-    """Make the y-axis logarithmic, with ticks at powers of ten, or denser for small ranges."""
+    """Make the y-axis logarithmic, with ticks at powers of ten, and for small ranges also at 2 and 5 times these."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 50 else (1, 2, 5), numticks=9))
@@ -378,11 +383,11 @@ def _power_of_ten(value: float, _: object = None) -> str:
     """Format a tick of the log axis: 10⁻³, 2·10⁻³."""
     if value <= 0:
         return ""
-    exponent = math.floor(math.log10(value) + 1e-9)
+    exponent = math.floor(math.log10(value) + 1e-9)  # rounding can lower the logarithm of a power of ten
     factor = round(value / 10.0**exponent)
     return ("" if factor == 1 else f"{factor}·") + "10" + str(exponent).translate(_SUPERSCRIPTS)
 
 
 def _percent(share: float) -> str:
-    """Format a fraction in percent; values below 1 show at most 99."""
+    """Format a fraction in percent without decimals. Values below 1 are at most 99, because 100 means frozen."""
     return "100" if share == 1 else str(min(round(100 * share), 99))

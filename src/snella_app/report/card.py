@@ -15,7 +15,7 @@ from snella_app.records.results import MaskScores
 from snella_app.records.run import Metrics, RunInfo
 from snella_app.text import count_text, plain_text, seconds_text, split_text
 
-_MAX_CLASSES = 60
+_MAX_CLASSES = 60  # maximum number of class names listed
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _CLOSED_SET = " The model assigns one of the classes above to any image."
 _TAGS = {"classification": "image-classification", "segmentation": "image-segmentation"}
@@ -40,7 +40,7 @@ def model_card(
     Args:
         run: Run folder.
         use: Instructions for loading and using the model, Markdown.
-        name: Name of the model. If None, method and data are combined.
+        name: Name of the model. If None, it is derived from the method and the data.
         library: Library that loads the model: timm, peft, transformers or snella.
         tags: Tags in addition to the task and `snella`.
         has_final_head: False if `use` loads only the trained head. The metadata then omits the results of a final head
@@ -55,14 +55,17 @@ def model_card(
     """
     from huggingface_hub import ModelCardData
 
-    info, metrics = read(RunInfo, run), read_if_present(Metrics, run)
+    info = read(RunInfo, run)
+    metrics = read_if_present(Metrics, run)
     results = _results_table(metrics)
     note = ""
-    head = None if metrics is None or has_final_head else metrics.final_head
-    if metrics is not None and head is not None and head.is_saved:
-        note = f"These are the results in snella, with the {head.name}. The code above uses the trained head"
-        if head.metric is not None and not metrics.replaces_best_epoch:  # the stored score is that of the best epoch
-            note += f", whose validation {head.metric.replace('_', ' ')} is {head.val_trained:.4f}"
+    unused_head = None if metrics is None or has_final_head else metrics.final_head
+    if metrics is not None and unused_head is not None and unused_head.is_saved:
+        note = f"These are the results in snella, with the {unused_head.name}. The code above uses the trained head"
+        # if the last epoch is saved, the stored score belongs to another epoch, the best one
+        if unused_head.metric is not None and not metrics.replaces_best_epoch:
+            metric = unused_head.metric.replace("_", " ")
+            note += f", whose validation {metric} is {unused_head.val_trained:.4f}"
         note += "."
     title = name or f"{info.method} on {info.data.spec}"
     tag = _TAGS.get(info.task)
@@ -93,7 +96,7 @@ def model_card(
 
 
 def _base_model(info: RunInfo) -> str | None:
-    """Return the Hub ID of timm's weights, e.g. `timm/resnet18.a1_in1k`; None for weights outside the Hub."""
+    """Return the Hub ID of the timm weights, e.g. `timm/resnet18.a1_in1k`, or None for weights outside the Hub."""
     from timm.models import get_pretrained_cfg, is_model_pretrained
 
     backbone = info.backbone
@@ -103,7 +106,7 @@ def _base_model(info: RunInfo) -> str | None:
 
 
 def _results(info: RunInfo, metrics: Metrics | None, tag: str | None) -> list[Any] | None:
-    """Return the evaluation results for the Hub."""
+    """Return the evaluation results for the Hub, or None without scores or a Hub tag of the task."""
     from huggingface_hub import EvalResult
 
     if metrics is None or tag is None:
@@ -118,21 +121,21 @@ def _results(info: RunInfo, metrics: Metrics | None, tag: str | None) -> list[An
 
 
 def _summary(info: RunInfo) -> str:
-    """Return a summary of backbone, task, method and classes."""
+    """Return a summary of the backbone, task, method and classes."""
     weights = f", weights {_code(info.backbone.weights)}" if info.backbone.weights else ""
     text = f"{_code(info.backbone.name)}{weights}, fine-tuned for {info.task} with {_code(info.method)}, using snella."
     if not info.classes:
         return text
     names = json.dumps(info.classes[:_MAX_CLASSES], ensure_ascii=False)
-    for character in "<>&`":  # prevent HTML and the end of the code span
+    for character in "<>&`":  # as JSON escapes, so that they neither end the code span nor start HTML
         names = names.replace(character, f"\\u{ord(character):04x}")
-    more = "" if len(info.classes) <= _MAX_CLASSES else f" and {len(info.classes) - _MAX_CLASSES} more"
+    omitted = "" if len(info.classes) <= _MAX_CLASSES else f" and {len(info.classes) - _MAX_CLASSES} more"
     order = "classes, from lowest to highest" if info.task == "ordinal" else "outputs, in this order"
-    return f"{text}\n\n{len(info.classes)} {order}: `{names}`{more}."
+    return f"{text}\n\n{len(info.classes)} {order}: `{names}`{omitted}."
 
 
 def _results_table(metrics: Metrics | None) -> str:
-    """Return the results as a Markdown table; empty without results."""
+    """Return the section of results with a Markdown table, or an empty text without results."""
     if metrics is None:
         return ""
     splits = [("test", metrics.test), ("validation", metrics.val)]
@@ -144,16 +147,18 @@ def _results_table(metrics: Metrics | None) -> str:
         weights = "averaged weights" if metrics.averaged is not None and metrics.averaged.is_saved else "last epoch"
         selection = f"These are the results of the {weights}; no epoch was selected."
     else:
-        is_separate = metrics.selected_on == "val" and metrics.test is not None
         saved = "The last epoch is saved with a final head" if metrics.replaces_best_epoch else "The saved weights were"
         selection = f"{saved} selected on the {split_text(metrics.selected_on)} images"
-        selection += "; the test images were evaluated once." if is_separate else ", so these results are optimistic."
+        if metrics.selected_on == "val" and metrics.test is not None:
+            selection += "; the test images were evaluated once."
+        else:
+            selection += ", so these results are optimistic."
     size = " Measured at the input resolution." if isinstance(metrics.measured[1], MaskScores) else ""
     return "\n".join(["## Results", "", "| | | |", "|---|---|---|", *lines, "", selection + size])
 
 
 def _data(info: RunInfo) -> list[tuple[str, str]]:
-    """Return data description, image counts, preprocessing and notes."""
+    """Return facts about the data: description, image counts, preprocessing and notes."""
     sizes = ", ".join(f"{split_text(part)} {count_text(size)}" for part, size in info.data.sizes.items())
     preprocessing = {name: info.data_config[name] for name in _PREPROCESSING if name in info.data_config}
     return [
@@ -165,7 +170,7 @@ def _data(info: RunInfo) -> list[tuple[str, str]]:
 
 
 def _training(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
-    """Return method, trainable parameters, epoch, time, saved final head, command and versions."""
+    """Return facts about the training: method, trainable parameters, epoch, time, final head, command and versions."""
     options = _escape(plain_text(info.method_options))
     rows = [("Method", ", ".join(filter(None, (_code(info.method), options))))]
     if metrics is not None:
@@ -184,7 +189,7 @@ def _escape(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Return untrusted text as a code span, fenced by more backticks than its longest run of backticks."""
+    """Return untrusted text as a code span, fenced by more backticks than the text has in a row."""
     longest_run = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * (longest_run + 1)
     space = " " if longest_run else ""
@@ -192,5 +197,5 @@ def _code(text: str) -> str:
 
 
 def _fact_list(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    """Return a section with a list of facts, omitting empty ones."""
+    """Return a section with a list of the facts that are not empty."""
     return f"## {title}\n\n" + "\n".join(f"- {name}: {text}" for name, text in rows if text)

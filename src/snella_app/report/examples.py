@@ -16,15 +16,19 @@ from snella_app.files import write_png
 from snella_app.records.predictions import StoredPrediction
 
 _OPACITY = 0.45
-_TINTS = (0.0, 0.5, 0.75)  # lighter versions of the palette; then the colors repeat
+"""Opacity of a mask inside its outline."""
+_TINTS = (0.0, 0.5, 0.75)
+"""Shares of white in the palette and its lighter versions, after which the colors repeat."""
 _GAP = 4
+"""Space between the panels of `overlay_panels`, in pixels."""
 _MAX_SIDE = 260
+"""Longer side of a panel, in pixels."""
 ImageLoader = Callable[[int], Image.Image | None]
 """Maps the index of an image in its split to the image, or to None if it is unavailable."""
 
 
 def mask_colors(count: int) -> np.ndarray:
-    """Return a fixed color for each label, `[count, 3]` uint8; label 0, the background, is black."""
+    """Return a fixed color for each label, `[count, 3]` uint8. Label 0, the background, is black."""
     from matplotlib.colors import to_rgb
 
     from snella_app.report.style import COLORS, WARM  # lazy: imports matplotlib
@@ -45,18 +49,18 @@ def write_mask(labels: np.ndarray, path: Path) -> None:
 
 
 def read_mask(path: Path) -> Image.Image:
-    """Read a palette PNG written by `write_mask`; its array holds the labels."""
+    """Read a palette PNG written by `write_mask`. The array of the image contains the labels."""
     with open_image(path) as image:
         image.load()
         return image
 
 
 def overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
-    """Overlay the colors of a mask on an image, with outlines; the background is unchanged.
+    """Overlay the colors of a mask on an image, with opaque outlines. The background is unchanged.
 
     Args:
-        image: RGB.
-        labels: `[height, width]`, uint8. They are resized to the image's size with nearest-neighbor interpolation.
+        image: Image, converted to RGB.
+        labels: `[height, width]`, uint8, resized to the size of the image with nearest-neighbor interpolation.
     """
     sized = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST))
     padded = np.pad(sized, 1, mode="edge")
@@ -71,7 +75,7 @@ def overlay(image: Image.Image, labels: np.ndarray) -> Image.Image:
 
 
 def overlay_panels(image: Image.Image, masks: Sequence[np.ndarray]) -> Image.Image:
-    """Return the image and one overlay per mask, side by side."""
+    """Return the image and one overlay per mask, side by side on a transparent canvas."""
     scale = _MAX_SIDE / max(image.size)
     size = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
     shown = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
@@ -86,7 +90,7 @@ def overlay_panels(image: Image.Image, masks: Sequence[np.ndarray]) -> Image.Ima
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """Image embedded in a page as a data URI; `problem` explains a missing image."""
+    """Image embedded in a page as a data URI. If there is no image, `problem` states the reason."""
 
     uri: str | None = None
     width: int = 0
@@ -109,22 +113,23 @@ def choose_examples(
 
 
 def embed_image(index: int, images: ImageLoader | None, max_side: int = 176) -> EmbeddedImage:
-    """Load an image by its index and encode it; read errors are stored in `problem`."""
+    """Load an image by its index and encode it. If it cannot be read, `problem` states the reason."""
     try:
         image = None if images is None else images(index)
     except DECODING_ERRORS as error:
         return EmbeddedImage(problem=f"image cannot be read: {error}")
-    return (
-        EmbeddedImage(problem="image unavailable") if image is None else EmbeddedImage(*image_data_uri(image, max_side))
-    )
+    if image is None:
+        return EmbeddedImage(problem="image unavailable")
+    return EmbeddedImage(*image_data_uri(image, max_side))
 
 
 def image_data_uri(image: Image.Image, max_side: int = 176) -> tuple[str, int, int]:
     """Return an image as a PNG data URI of at most `max_side` pixels per side, with its width and height.
 
-    Smaller images keep their size; the report enlarges those below 96 px without smoothing.
+    Smaller images keep their size. The report enlarges those below 96 px without smoothing.
     """
-    image = image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
+    has_transparency = "A" in image.getbands() or "transparency" in image.info
+    image = image.convert("RGBA" if has_transparency else "RGB")
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     image.save(out, "PNG", optimize=True)

@@ -1,6 +1,7 @@
 """Figures and report sections: learning curves, confusion matrix, method comparison, calibration and ranking.
 
-Drawing functions return a `matplotlib.figure.Figure` without global state.
+Drawing functions return a `matplotlib.figure.Figure`, and do not use Matplotlib's global state. The functions
+`…_section` return the template variables of a section, which are None or empty if the run has no data for it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from snella_app.report.style import (
     WARM,
     accent_map,
     add_legend,
-    epoch_axis,
     inline_svg,
+    integer_axis,
     new_figure,
     percent_axis,
     plot_line,
@@ -43,8 +44,8 @@ from snella_app.text import count_text, measure_text, percent_text, split_text
 
 MAX_NUMBERED_CLASSES = 50
 """Maximum number of classes for which a confusion matrix shows counts."""
-_MAX_CURVES = 6
-_MAX_CONFUSED = 5
+_MAX_CURVES = 6  # maximum number of classes in the figure of precision-recall curves
+_MAX_CONFUSED = 5  # maximum number of confused class pairs listed
 _SQUARE = (FIGURE_SIZE[1], FIGURE_SIZE[1])
 
 
@@ -57,7 +58,10 @@ def loss_curves(metrics: Metrics) -> Figure:
 
 
 class _Curves(NamedTuple):
-    """Title, description and lines `(label, field of EpochRow, color)` of `score_curves`; `is_share` for fractions."""
+    """Title, description and lines of `score_curves`.
+
+    A line is a tuple `(label, field of EpochRow, color)`. `is_share` is True if the scores are fractions.
+    """
 
     title: str
     description: str
@@ -83,7 +87,7 @@ _SCORE_CURVES = {
 
 
 def score_curves(metrics: Metrics, name: str) -> Figure:
-    """Draw scores by epoch on the images used for epoch selection; `name` is a key of `_SCORE_CURVES`."""
+    """Draw scores by epoch on the images used for epoch selection. `name` is a key of `_SCORE_CURVES`."""
     curves = _SCORE_CURVES[name]
     figure = _curves(metrics, curves.title.format(metrics.selection), curves.lines)
     if curves.is_share:
@@ -107,12 +111,12 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str])
         raise ValueError(
             f"confusion must be [{n}, {n}] for {n} classes, got {list(counts.shape)}; pass one name per row"
         )
-    rows = counts.sum(axis=1, keepdims=True)
-    share = counts / np.maximum(rows, 1)
+    row_sums = counts.sum(axis=1, keepdims=True)
+    shares = counts / np.maximum(row_sums, 1)
     names = [shortened(name) for name in classes]
     label_width = 7.5 * max(map(len, names))
     if n > MAX_NUMBERED_CLASSES:
-        side = 560 / n
+        side = 560 / n  # large matrices have a fixed size
     else:
         count_width = 14 + 8 * len(str(counts.max()))
         min_side = 28 if n > 12 else 44
@@ -125,16 +129,16 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str])
     axes.grid(False)
     if n <= MAX_NUMBERED_CLASSES:
         edges = np.arange(n + 1) - 0.5
-        axes.pcolormesh(edges, edges, share, cmap=accent_map(), vmin=0, vmax=1, edgecolors=PANEL, linewidth=1.5)
+        axes.pcolormesh(edges, edges, shares, cmap=accent_map(), vmin=0, vmax=1, edgecolors=PANEL, linewidth=1.5)
         for i, j in zip(*np.nonzero(counts), strict=True):
-            color = text_on(share[i, j])
+            color = text_on(shares[i, j])
             axes.text(j, i, str(counts[i, j]), ha="center", va="center", color=color, fontsize=11)
-        every = 1
+        tick_step = 1
     else:
-        axes.imshow(share, cmap=accent_map(), vmin=0, vmax=1, interpolation="none", aspect="auto")
-        every = math.ceil(n * 15 / 560)
+        axes.imshow(shares, cmap=accent_map(), vmin=0, vmax=1, interpolation="none", aspect="auto")
+        tick_step = math.ceil(n * 15 / 560)  # at least 15 px per tick label
     axes.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5), xlabel="predicted class", ylabel="true class")
-    ticks = range(0, n, every)
+    ticks = range(0, n, tick_step)
     axes.set_xticks(ticks, [names[i] for i in ticks], rotation=90 if is_rotated else 0)
     axes.set_yticks(ticks, [names[i] for i in ticks])
     axes.tick_params(length=0)
@@ -161,10 +165,10 @@ def comparison_bars(rows: Sequence[MethodResult]) -> Figure:
 
 
 def cost_bars(rows: Sequence[MethodResult]) -> Figure:
-    """Draw training time of several methods in seconds, labeled with trainable parameters."""
+    """Draw training times of several methods in seconds, labeled with the numbers of trainable parameters."""
     figure, axes = _bar_axes(rows, "Training cost")
     seconds = np.nan_to_num([row.train_s for row in rows])
-    longest = float(seconds.max(initial=0.0)) or 1.0
+    longest = float(seconds.max(initial=0.0)) or 1.0  # 1 if no time was measured
     axes.barh(np.arange(len(rows)), seconds, height=0.5, color=ACCENT)
     for position, row in enumerate(rows):
         time = "not measured" if math.isnan(row.train_s) else f"{row.train_s:,.0f} s"
@@ -176,21 +180,26 @@ def cost_bars(rows: Sequence[MethodResult]) -> Figure:
 
 
 def _curves(metrics: Metrics, title: str, lines: Sequence[tuple[str, str, str]]) -> Figure:
-    """Draw lines `(label, field of EpochRow, color)` over the epochs; mark the saved epoch unless it is an average."""
+    """Draw lines `(label, field of EpochRow, color)` over the epochs.
+
+    The saved epoch is marked, unless the saved weights are an average of epochs.
+    """
     figure, axes = new_figure(*FIGURE_SIZE, title)
     epochs = [row.epoch for row in metrics.history]
     handles = []
     labels = [label for label, _, _ in lines]
     for _, field, color in lines:
         measured = [row for row in metrics.history if not math.isnan(getattr(row, field))]
-        handles += plot_line(axes, [row.epoch for row in measured], [getattr(row, field) for row in measured], color)
+        measured_epochs = [row.epoch for row in measured]
+        values = [getattr(row, field) for row in measured]
+        handles += plot_line(axes, measured_epochs, values, color)
     is_averaged = metrics.averaged is not None and metrics.averaged.is_saved
     if metrics.best_epoch is not None and not is_averaged:
         handles.append(axes.axvline(metrics.best_epoch, color=MUTED, linewidth=1.2, linestyle=DASHED, zorder=1))
         labels.append("saved epoch")
     if len(epochs) == 1:
         axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
-    epoch_axis(axes)
+    integer_axis(axes, "epoch")
     add_legend(figure, handles, labels)
     return figure
 
@@ -207,7 +216,7 @@ def _bar_axes(rows: Sequence[MethodResult], title: str) -> tuple[Figure, Axes]:
 
 
 def curves_section(metrics: Metrics) -> list[Markup]:
-    """Return curves over the epochs: loss, and the first quality metric with values in the history."""
+    """Return curves over the epochs: the loss, and the first score of `_SCORE_CURVES` that was measured."""
     if not metrics.history:
         return []
     last = metrics.history[-1]
@@ -218,11 +227,11 @@ def curves_section(metrics: Metrics) -> list[Markup]:
     if metrics.selected_on is None:
         return svgs
     fields = {name: curves.lines[0][1] for name, curves in _SCORE_CURVES.items()}
-    measured = [name for name, field in fields.items() if _is_measured(metrics, field)]
-    name = measured[0] if measured else "accuracy"
+    names = [name for name, field in fields.items() if _is_measured(metrics, field)]
+    name = names[0] if names else "accuracy"
     _, scores = metrics.measured
     if name == "error" and isinstance(scores, RegressionScores) and len(scores.per_target) > 1:
-        name = "r2"  # targets have different units
+        name = "r2"  # R² has no unit, while errors of the targets can have different units
     value = getattr(last, fields[name])
     curves = _SCORE_CURVES[name]
     text = percent_text(value) if curves.is_share else measure_text(value)
@@ -266,7 +275,7 @@ def confusion_section(info: RunInfo, metrics: Metrics) -> dict[str, Any] | None:
 
 
 def _confused_pairs(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
-    """Return the most frequently confused class pairs with image counts."""
+    """Return the most frequently confused pairs of classes with their numbers of images."""
     pairs: list[dict[str, Any]] = [
         {"label": info.classes[i], "predicted": info.classes[j], "count": count, "images": sum(row)}
         for i, row in enumerate(scores.confusion)
@@ -277,7 +286,7 @@ def _confused_pairs(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
 
 
 def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
-    """Return image count, recall and precision by class, lowest recall first."""
+    """Return image count, recall and precision by class: lowest recall first, classes without images last."""
     rows: list[dict[str, Any]] = []
     for i, name in enumerate(info.classes):
         images = sum(scores.confusion[i])
@@ -290,11 +299,14 @@ def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
 
 
 def calibration_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | None:
-    """Return reliability and coverage curves of a calibrated run, from predictions before temperature scaling."""
+    """Return reliability and coverage curves of a calibrated run.
+
+    `predictions` are the stored ones, which are not yet scaled with the temperature.
+    """
     calibration = info.calibration
     if calibration is None or not calibration.reliability:
         return None
-    shown = calibration.reliability[-1]  # the test split if present: nothing is fitted to it
+    shown = calibration.reliability[-1]  # the test split if present, because nothing is fitted to it
     svgs = [
         inline_svg(
             reliability_curve(shown),
@@ -325,7 +337,10 @@ def calibration_section(info: RunInfo, predictions: Predictions) -> dict[str, An
 
 
 def ranking_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | None:
-    """Return ROC (two classes) and precision-recall curves over all thresholds."""
+    """Return precision-recall curves over all thresholds, and the ROC curve for two classes.
+
+    Returns None if the predicted images have fewer than two classes.
+    """
     labels = np.array([item.label for item in predictions.items])
     scores = np.array([item.probabilities for item in predictions.items])
     if len(set(labels.tolist())) < 2:
@@ -346,7 +361,7 @@ def ranking_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] |
 
 
 def reliability_curve(reliability: Reliability) -> Figure:
-    """Draw accuracy against confidence with and without temperature scaling; dot areas grow with image counts."""
+    """Draw accuracy against confidence with and without temperature scaling. Dot areas grow with image counts."""
     figure, axes = new_figure(*_SQUARE, f"Reliability on {split_text(reliability.split)}")
     handles = [axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=DASHED)[0]]
     labels = ["perfectly calibrated"]
@@ -357,7 +372,7 @@ def reliability_curve(reliability: Reliability) -> Figure:
         x, y = [b.confidence for b in bins], [b.accuracy for b in bins]
         handles += axes.plot(x, y, color=color, linewidth=2)
         sizes = [8 + 120 * b.count / reliability.count for b in bins]
-        axes.scatter(x, y, s=sizes, color=color, zorder=3, clip_on=False)  # most dots are near 1
+        axes.scatter(x, y, s=sizes, color=color, zorder=3, clip_on=False)  # most dots are near 1 and would be cut off
         labels.append(name)
     axes.set(xlim=(0, 1), ylim=(-0.02, 1.05), xlabel="mean probability", ylabel="fraction correct")
     percent_axis(axes, "both")
@@ -366,12 +381,15 @@ def reliability_curve(reliability: Reliability) -> Figure:
 
 
 def coverage_curve(predictions: Predictions, calibration: Calibration) -> Figure:
-    """Draw accuracy of the most confident predictions against coverage, and mark the suggested threshold."""
+    """Draw the accuracy of the most confident predictions against coverage, and mark the suggested threshold.
+
+    Coverage is the fraction of images that are kept, starting with the most confident prediction.
+    """
     figure, axes = new_figure(*_SQUARE, "Coverage on validation")
-    right = [item.is_correct for item in sorted(predictions.items, key=lambda item: -item.probability)]
-    counts = np.arange(1, len(right) + 1)
-    accuracy = np.cumsum(right) / counts
-    handles = axes.plot(counts / len(right), accuracy, color=ACCENT, linewidth=2)
+    ranked = sorted(predictions.items, key=lambda item: -item.probability)
+    counts = np.arange(1, len(ranked) + 1)
+    accuracy = np.cumsum([item.is_correct for item in ranked]) / counts
+    handles = axes.plot(counts / len(ranked), accuracy, color=ACCENT, linewidth=2)
     labels = ["accuracy"]
     if calibration.threshold is not None:
         handles.append(axes.axvline(calibration.coverage, color=WARM, linewidth=1.5, linestyle=DASHED))
@@ -420,8 +438,8 @@ def precision_recall_curves(
     Args:
         labels: `[images]`, class indices.
         scores: `[images, classes]`.
-        classes: Class names. Classes without images are omitted; only the six with the lowest average precision are
-            drawn.
+        classes: Class names. Classes without images are omitted, and only the six with the lowest average precision
+            are drawn.
 
     Returns:
         The figure and the average precision by class name.
@@ -430,7 +448,8 @@ def precision_recall_curves(
 
     present = sorted(set(labels.tolist()))
     precisions = {c: float(metrics.average_precision_score(labels == c, scores[:, c])) for c in present}
-    drawn = sorted(sorted(present, key=precisions.__getitem__)[:_MAX_CURVES])
+    lowest = sorted(present, key=precisions.__getitem__)[:_MAX_CURVES]
+    drawn = sorted(lowest)
     longest_name = max(len(shortened(classes[c])) for c in drawn)
     columns = 2 if longest_name < 12 else 1
     legend_rows = math.ceil(len(drawn) / columns)

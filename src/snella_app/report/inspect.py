@@ -1,4 +1,7 @@
-"""Terminal summary of a run: status, scores, budgets, sparsity, sizes and settings."""
+"""Terminal summary of a run: status, scores, budgets, sparsity, sizes and settings.
+
+The budget of a matrix is the number of weights that its update may change. A matrix with budget 0 is frozen.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,16 @@ from snella_app.report.allocation import MatrixGrid, group_matrices
 from snella_app.text import bytes_text, listed, percent_text, plain_text, seconds_text
 
 _GENERATOR_TASKS = ("generation", "language")
-"""Tasks for which a table shows steps and losses instead of the best epoch."""
+"""Tasks whose summary shows steps and losses instead of the best epoch."""
 _REMEDY = "copy the adapter again, or train again with `--overwrite`"
 _RESTORE = "restore from a copy, or train again with `--overwrite`"
 _MISSING = "missing; restore the folder `adapter` from a copy, or train again with `--overwrite`"
 _FILES = ("adapter_model.safetensors", "trainable.safetensors")
+"""Names of the adapter file: of PEFT adapters, and of other methods."""
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _INDEX_BYTES = 4
 _PART = re.compile(r"\.(?P<part>(?:snella|lora)_(?!embedding)\w+?)(?:\.weight|\.\d+)?$")
+"""Type of a tensor, such as `snella_A`, at the end of its name. LoRA's tensors for embeddings count as `other`."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class AdapterFile:
 
 
 def read_adapter(run: str | Path) -> AdapterFile | None:
-    """Read the adapter's header and configuration; None if no adapter is saved yet.
+    """Read the header and configuration of the adapter file, or return None if no adapter has been saved yet.
 
     Raises:
         ValueError: If a file is damaged.
@@ -67,22 +72,28 @@ def read_adapter(run: str | Path) -> AdapterFile | None:
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            sizes = [_FLOAT_BYTES.get(str(part.get_dtype()), 0) for part in slices.values()]
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+            value_sizes = [_FLOAT_BYTES.get(str(tensor.get_dtype()), 0) for tensor in slices.values()]
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}; {_REMEDY}") from error
     parts: dict[str, int] = {}
     for name, shape in shapes.items():
         match = _PART.search(name)
-        part = match["part"] if match else "positions" if name.endswith(".indices") else "other"
+        if match:
+            part = match["part"]
+        elif name.endswith(".indices"):
+            part = "positions"
+        else:
+            part = "other"
         parts[part] = parts.get(part, 0) + math.prod(shape)
-    return AdapterFile(path, shapes, max(sizes, default=0) or 4, parts, _read_settings(folder))
+    value_bytes = max(value_sizes, default=0) or 4  # 4 if there are no floating-point tensors
+    return AdapterFile(path, shapes, value_bytes, parts, _read_settings(folder))
 
 
 def saved_budgets(adapter: AdapterFile, matrices: Sequence[MatrixInfo]) -> dict[str, int]:
-    """Return the budgets stored in the adapter by matrix name; empty for methods without budgets.
+    """Return the budgets stored in the adapter by matrix name. The result is empty for methods without budgets.
 
-    `snella_budget` of a fused layer has one entry per matrix, in order.
+    A fused layer contains several matrices, and its tensor `snella_budget` has one entry for each of them, in order.
 
     Raises:
         ValueError: If the layers in the file do not match `matrices`.
@@ -92,8 +103,13 @@ def saved_budgets(adapter: AdapterFile, matrices: Sequence[MatrixInfo]) -> dict[
         keys = [key for key in adapter.shapes if key.endswith(".snella_budget")]
         modules = {key.removesuffix(".snella_budget").removeprefix("base_model.model."): key for key in keys}
         for module, key in modules.items():
-            fused = [m.name for m in matrices if m.name.rpartition(".")[0] == module and m.name not in modules]
-            names = [m.name for m in matrices if m.name == module] + fused
+            # the matrices of a fused layer are named after the layer, e.g. `qkv.q`
+            fused = [
+                matrix.name
+                for matrix in matrices
+                if matrix.name.rpartition(".")[0] == module and matrix.name not in modules
+            ]
+            names = [matrix.name for matrix in matrices if matrix.name == module] + fused
             values = [int(value) for value in file.get_tensor(key).reshape(-1)]
             if len(names) != len(values):
                 raise ValueError(
@@ -106,7 +122,7 @@ def saved_budgets(adapter: AdapterFile, matrices: Sequence[MatrixInfo]) -> dict[
 
 
 def current_budgets(adapter: AdapterFile | None, allocation: Allocation | None) -> dict[str, int]:
-    """Return the budget of each matrix by name, from the saved adapter if present, else from `allocation.json`."""
+    """Return the budget of each matrix by name: from the saved adapter if present, otherwise from `allocation.json`."""
     if allocation is None:
         return {}
     saved = {} if adapter is None else saved_budgets(adapter, allocation.matrices)
@@ -114,7 +130,7 @@ def current_budgets(adapter: AdapterFile | None, allocation: Allocation | None) 
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """Return the configuration saved with the adapter; empty if absent."""
+    """Return the configuration saved with the adapter, or an empty dictionary if there is none."""
     for name in ("adapter_config.json", "method.json"):
         file = folder / name
         if file.is_file():
@@ -134,13 +150,13 @@ def inspect_run(run: str | Path) -> Group:
 
     Raises:
         FileNotFoundError: If `run.json`, or a finished run's `metrics.json` or `allocation.json`, is missing.
-        ValueError: If a file is damaged, the adapter belongs to another run, or the folder is a cross-validation.
+        ValueError: If a file is damaged, the adapter belongs to another run, or the folder is a cross-validation run.
     """
     folder = Path(run)
     reject_cross_validation(folder)
     info = read(RunInfo, folder)
-    written = [name for name in ("metrics.json", "allocation.json") if name in (info.files or {})]
-    if missing := [name for name in written if not (folder / name).is_file()]:
+    expected = [name for name in ("metrics.json", "allocation.json") if name in (info.files or {})]
+    if missing := [name for name in expected if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} is finished but has no {', '.join(missing)}; {_RESTORE}")
     metrics = read_if_present(Metrics, folder)
     allocation = read_if_present(Allocation, folder)
@@ -151,25 +167,28 @@ def inspect_run(run: str | Path) -> Group:
     rows.append(("method", info.method))
     if info.method_options:
         rows.append(("options", plain_text(info.method_options)))
-    rows += _generator_rows(folder, info, metrics) if info.task in _GENERATOR_TASKS else _epoch_rows(info, metrics)
+    if info.task in _GENERATOR_TASKS:
+        rows += _generator_rows(folder, info, metrics)
+    else:
+        rows += _epoch_rows(info, metrics)
     rows += _file_rows(folder, info, metrics, adapter)
-    parts: list[Table | Text] = []
+    details: list[Table | Text] = []
     if allocation is not None:
         budgets = current_budgets(adapter, allocation)
         rows += _budget_rows(allocation, sum(budgets.values()), adapter)
-        parts += [Text(), _grid_table(group_matrices(allocation.matrices, budgets)), _frozen_text(budgets)]
+        details += [Text(), _grid_table(group_matrices(allocation.matrices, budgets)), _frozen_text(budgets)]
         if adapter is None and info.is_finished:
-            parts.append(Text("The adapter is missing; these budgets come from allocation.json.", "red"))
+            details.append(Text("The adapter is missing; these budgets come from allocation.json.", "red"))
         else:
-            parts.append(_nonzeros_text(allocation, budgets, adapter))
+            details.append(_nonzeros_text(allocation, budgets, adapter))
     if adapter is not None and adapter.config:
         settings = ((key, plain_text(value)) for key, value in adapter.config.items() if value is not None)
-        parts += [Text(), _facts_table(settings, title="Adapter settings", title_justify="left", title_style="bold")]
-    return Group(_facts_table(rows, pad_edge=False), *parts)
+        details += [Text(), _facts_table(settings, title="Adapter settings", title_justify="left", title_style="bold")]
+    return Group(_facts_table(rows, pad_edge=False), *details)
 
 
 def _facts_table(rows: Iterable[tuple[str, str]], **options: Any) -> Table:
-    """Return a table of names and values without header."""
+    """Return a table of names and values without a header."""
     table = Table(show_header=False, box=None, **options)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -192,8 +211,12 @@ def _epoch_rows(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]
         if scores is not None:
             rows.append((split, f"{scores.text()}, {counted(scores.images, 'image')}"))
     if epochs := metrics.saved_epochs:
-        name = "last epoch" if metrics.selected_on is None or metrics.replaces_best_epoch else "best epoch"
-        name = "saved" if metrics.averaged is not None and metrics.averaged.is_saved else name
+        if metrics.averaged is not None and metrics.averaged.is_saved:
+            name = "saved"
+        elif metrics.selected_on is None or metrics.replaces_best_epoch:
+            name = "last epoch"
+        else:
+            name = "best epoch"
         rows.append((name, f"{epochs}, {seconds_text(metrics.train_s)}"))
     if metrics.selected_on == "test":
         text = f"{metrics.protocol}: the epoch was selected on the test images, so test scores are optimistic"
@@ -223,7 +246,7 @@ def _file_rows(
 
 
 def _budget_rows(allocation: Allocation, budget: int, adapter: AdapterFile | None) -> list[tuple[str, str]]:
-    """Return rows for the total budget, its target and the size of a sparse update."""
+    """Return rows for the total budget, its target, and the size of a file that stores only the changed weights."""
     total = allocation.total_weights
     value_bytes = adapter.value_bytes if adapter else 4
     sparse = bytes_text(budget * (value_bytes + _INDEX_BYTES))
@@ -246,6 +269,7 @@ def _grid_table(grid: MatrixGrid) -> Table:
         cells = []
         for kind in grid.kinds:
             cell = grid.cells.get((kind, depth))
+            # rounding must not show 100 for a cell that is not frozen
             text = "" if cell is None else f"{min(100 * cell.sparsity, 99.9):.1f}"
             cells.append(Text("×", "yellow") if cell is not None and cell.is_frozen else Text(text))
         table.add_row("–" if depth is None else str(depth), *cells)
@@ -261,11 +285,11 @@ def _frozen_text(budgets: Mapping[str, int]) -> Text:
 
 
 def _nonzeros_text(allocation: Allocation, budgets: Mapping[str, int], adapter: AdapterFile | None) -> Text:
-    """Compare the non-zero entries with the budgets."""
-    if different := [m.name for m in allocation.matrices if m.nonzeros != budgets[m.name]]:
+    """State whether the number of nonzero entries of each matrix equals its budget."""
+    if different := [matrix.name for matrix in allocation.matrices if matrix.nonzeros != budgets[matrix.name]]:
         count = counted(len(different), "matrix", "matrices")
         return Text(f"Non-zero entries differ from the budget in {count}: {listed(different)}", "red")
-    nonzeros = sum(m.nonzeros for m in allocation.matrices)
+    nonzeros = sum(matrix.nonzeros for matrix in allocation.matrices)
     source = "the adapter file" if adapter is not None and "snella_budget" in adapter.parts else "allocation.json"
     return Text(f"Non-zero entries: {nonzeros:,}, equal to the budget (from {source}) in every matrix.")
 
@@ -299,7 +323,7 @@ def _generator_rows(folder: Path, info: RunInfo, metrics: Metrics | None) -> lis
 
 
 def _loss_text(curve: dict[str, Any]) -> str:
-    """Describe the loss: on fixed noise if measured, else its first and last values."""
+    """Describe the loss: on fixed noise if measured, otherwise at the end and the beginning of training."""
     if curve["fixed_after"] is not None:
         return f"{curve['fixed_after']:.5f} on fixed noise, {plain_text(curve['fixed_before'])} before training"
     if curve["last"] is None:

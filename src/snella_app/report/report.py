@@ -1,4 +1,9 @@
-"""Self-contained HTML report of a run."""
+"""Self-contained HTML report of a run.
+
+The functions `…_section` return the template variables of one section. The template omits a section whose variables are
+None or empty. The budget of a matrix is the number of weights that its update may change; a matrix with budget 0 is
+frozen.
+"""
 
 from __future__ import annotations
 
@@ -55,17 +60,18 @@ from snella_app.text import (
     seconds_text,
 )
 
-_MAX_SIDE = 800
-_CONFUSED_IN_GROUP = 3
-_SHOWN_GROUPS = 30
+_MAX_SIDE = 800  # maximum width and height of an embedded heat map, in pixels
+_CONFUSED_IN_GROUP = 3  # maximum number of confused class pairs listed for a group
+_SHOWN_GROUPS = 30  # maximum number of groups listed
 _PREDICTION_FIELDS = {
     "multilabel": "prediction.labels, prediction.probabilities",
     "regression": "prediction.values",
     "segmentation": "prediction.labels, prediction.shares",
 }
+"""Attributes of a prediction that the Python example prints, by task; other tasks predict one class."""
 _SHORT_METRICS = {"map": "mAP", "mae": "MAE", "rmse": "RMSE", "r2": "R²"}
 _RESULTS = ("warning", "verdict", "results", "facts", "curves", "confusion", "classes", "labels", "numbers")
-"""Sections that are omitted before the first epoch."""
+"""Variables of the sections that show metrics, which are omitted before the first epoch."""
 _OPTIMISTIC = (
     "Protocol {}: the best epoch was selected on the test images. The test results are optimistic and not comparable "
     "with runs that select on the validation images."
@@ -79,11 +85,13 @@ Fact = tuple[str, str, str]
 
 
 def results_section(metrics: Metrics, marks: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    """Return the main score (test, or validation without a test split), its scale, other scores and adapter facts.
+    """Return the main score, its scale, the other scores, and facts about the adapter.
+
+    The main score is from the test split, or from the validation split if there is no test split.
 
     Args:
         metrics: Metrics of the run.
-        marks: Accuracy baselines, `(name, accuracy)`.
+        marks: Baselines to mark on the scale, as `(name, accuracy)`.
     """
     splits = (("test", metrics.test), ("validation", metrics.val))
     facts = [row for split, scores in splits if scores is not None for row in scores.rows(split)]
@@ -109,7 +117,7 @@ def results_section(metrics: Metrics, marks: Sequence[tuple[str, float]]) -> dic
 
 
 def method_facts(metrics: Metrics, allocation: Allocation | None, budgets: Mapping[str, int]) -> list[Fact]:
-    """Return trainable parameters, budget, final head and peak memory."""
+    """Return the trainable parameters, the budget, the final head and the peak memory, as far as they are known."""
     facts = [_count_fact("trainable parameters", metrics.trainable_parameters)]
     if allocation is not None:
         total_budget = sum(budgets.values())
@@ -122,14 +130,15 @@ def method_facts(metrics: Metrics, allocation: Allocation | None, budgets: Mappi
         facts.append(_count_fact("adapted weights", metrics.adapted_weights))
     if (head := metrics.final_head) is not None:
         value = f"{len(head.layers)} layers" if head.is_saved else "trained"
-        facts.append(("final head", value, f"{head.name}: {head.comparison}" if head.comparison else head.name))
+        note = f"{head.name}: {head.comparison}" if head.comparison else head.name
+        facts.append(("final head", value, note))
     if not math.isnan(metrics.peak_rss_mib):
         facts.append(("peak memory", bytes_text(metrics.peak_rss_mib * 2**20), "of the training process"))
     return facts
 
 
 def _selection_warning(metrics: Metrics) -> str:
-    """Return a warning if the main scores come from the images used for epoch selection; empty otherwise."""
+    """Return a warning if the main scores come from the images used for epoch selection, otherwise an empty text."""
     if metrics.selected_on == "test":
         return _OPTIMISTIC.format(metrics.protocol)
     is_only_split = metrics.selected_on == "val" and metrics.test is None and metrics.val is not None
@@ -137,7 +146,7 @@ def _selection_warning(metrics: Metrics) -> str:
 
 
 def _saved_epoch(metrics: Metrics) -> str:
-    """Return the epoch of the saved adapter and its selection."""
+    """Describe which epoch, or average of epochs, the saved adapter comes from and how it was selected."""
     total = f" of {metrics.history[-1].epoch}" if metrics.history else ""
     if (averaged := metrics.averaged) is not None and averaged.is_saved:
         epochs = ", ".join(map(str, averaged.epochs))
@@ -154,7 +163,11 @@ def _saved_epoch(metrics: Metrics) -> str:
 
 
 def groups_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | None:
-    """Return accuracy by group (patient, site, video), lowest first; None for fewer than two groups."""
+    """Return the accuracy of each group of images (patient, site, video), lowest first.
+
+    Returns None for fewer than two groups. Of more than 30 groups, only the 30 lowest are listed, without those that
+    have no wrong predictions unless none has any.
+    """
     by_group: dict[str, list[StoredPrediction]] = {}
     for item in predictions.items:
         if item.group is not None:
@@ -174,7 +187,8 @@ def groups_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | 
     shares = [float(row["right"]) for row in rows]
     shown = rows
     if len(rows) > _SHOWN_GROUPS:
-        shown = [row for row in rows[:_SHOWN_GROUPS] if row["right"] < 1] or rows[:_SHOWN_GROUPS]
+        lowest = rows[:_SHOWN_GROUPS]
+        shown = [row for row in lowest if row["right"] < 1] or lowest
     return {
         "split": predictions.split_name,
         "count": len(rows),
@@ -185,14 +199,19 @@ def groups_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | 
 
 
 def baselines(info: RunInfo, metrics: Metrics, comparison: Sequence[MethodResult]) -> list[tuple[str, float]]:
-    """Return accuracy baselines by name: the most frequent class, and the linear probe if compared."""
+    """Return accuracy baselines, `(name, accuracy)`: the most frequent class, and the linear probe if it was compared.
+
+    The list is empty for tasks without an accuracy.
+    """
     scores = metrics.measured[1]
     if not isinstance(scores, Scores) or not scores.images:
         return []
     majority, share = _most_frequent(scores)
     marks = [(f"always {info.classes[majority]!r}", share)]
     probe = next((row for row in comparison if row.method == PROBE_METHOD), None)
-    return marks if probe is None or math.isnan(probe.accuracy) else [*marks, ("linear probe", probe.accuracy)]
+    if probe is not None and not math.isnan(probe.accuracy):
+        marks.append(("linear probe", probe.accuracy))
+    return marks
 
 
 def _most_frequent(scores: Scores) -> tuple[int, float]:
@@ -203,7 +222,7 @@ def _most_frequent(scores: Scores) -> tuple[int, float]:
 
 
 def verdict_text(info: RunInfo, metrics: Metrics) -> str:
-    """Describe the result, compared with a baseline; empty for segmentation."""
+    """Describe the result in comparison with a baseline. The text is empty for segmentation, and without scores."""
     split, scores = metrics.measured
     if isinstance(scores, LabelSetScores):
         return targets.label_set_verdict(scores, split)
@@ -222,7 +241,7 @@ def verdict_text(info: RunInfo, metrics: Metrics) -> str:
         return f"{text}."
     recalls = [row[i] / sum(row) for i, row in enumerate(scores.confusion) if sum(row)]
     balanced = sum(recalls) / len(recalls)
-    chance = 1 / len(recalls)
+    chance = 1 / len(recalls)  # balanced accuracy of always predicting the same class
     if balanced - chance > scores.balanced_margin:
         return (
             f"{text}, but its balanced accuracy, which weights all classes equally, is {percent_text(chance)}; "
@@ -234,21 +253,31 @@ def verdict_text(info: RunInfo, metrics: Metrics) -> str:
 def update_section(
     adapter: AdapterFile | None, allocation: Allocation | None, budgets: Mapping[str, int] | None = None
 ) -> dict[str, Any] | None:
-    """Return the update of the deepest query projection with a budget; None if `adapter_updates` finds no update."""
+    """Return the update of the deepest query projection that is not frozen.
+
+    Returns None if `adapter_updates` finds no update.
+    """
     infos = {} if allocation is None else {matrix.name: matrix for matrix in allocation.matrices}
     source = None if adapter is None else adapter_updates(adapter, infos)
-    if source is None or not source[0]:
+    if source is None:
         return None
-    changed = [name for name in source[0] if (budgets or {}).get(name, 1) > 0]
-    name = deepest_query(changed or list(source[0]))
-    figure = draw_updates({"": source[1](name)}, name)
+    shapes, compute_update = source
+    if not shapes:
+        return None
+    # a matrix without a known budget counts as not frozen
+    changed = [name for name in shapes if (budgets or {}).get(name, 1) > 0]
+    name = deepest_query(changed or list(shapes))
+    figure = draw_updates({"": compute_update(name)}, name)
     return {"name": name, "figure": inline_svg(figure, "update", f"Update of {name}: increased and decreased weights.")}
 
 
 def allocation_section(
     info: RunInfo, metrics: Metrics | None, allocation: Allocation | None, budgets: dict[str, int]
 ) -> dict[str, Any] | None:
-    """Return the sparsity map, budgets and importance over time, and the table of matrices."""
+    """Return the sparsity map, budgets and importance over time, and the table of matrices.
+
+    Returns None for methods without budgets.
+    """
     if allocation is None or not allocation.matrices:
         return None
     epochs = schedule_epochs(allocation, metrics, info.is_finished)
@@ -258,7 +287,8 @@ def allocation_section(
     if allocation.history:
         total = f"from {allocation.history[0].budget:,} to {allocation.history[-1].budget:,}"
         frozen = f"the saved adapter freezes {grid.frozen_count}"
-        type_shares, block_shares = (budget_shares(allocation, epochs, by_block=by_block) for by_block in (False, True))
+        type_shares = budget_shares(allocation, epochs)
+        block_shares = budget_shares(allocation, epochs, by_block=True)
         evolution = [
             inline_svg(budget_curve(allocation, epochs), "budget-total", f"Total budget over time, {total}."),
             inline_svg(type_shares, "budget-kind", "Share of the total budget by matrix type over time."),
@@ -311,20 +341,21 @@ def allocation_section(
 
 
 def _class_predictions(folder: Path, info: RunInfo) -> Predictions:
-    """Return the stored predictions of a nominal or ordinal classifier; empty if absent."""
+    """Return the stored class predictions of a run, which are empty for other tasks or if none are stored."""
     is_classifier = info.task in ("classification", "ordinal")
     predictions = read_if_present(Predictions, folder) if is_classifier else None
     return Predictions(items=[]) if predictions is None else predictions.for_classes(len(info.classes))
 
 
 def examples_section(info: RunInfo, predictions: Predictions, images: ImageLoader | None) -> dict[str, Any] | None:
-    """Return sample images with calibrated predictions, as from `snella predict`."""
+    """Return sample images with calibrated predictions, as from `snella predict`, or None without predictions."""
     if not predictions.items:
         return None
     if info.calibration is not None:
         predictions = predictions.with_temperature(info.calibration.temperature)
-    wrong, right = choose_examples(predictions.items)
+    wrong, correct = choose_examples(predictions.items)
     n_correct = sum(item.is_correct for item in predictions.items)
+    n_wrong = len(predictions.items) - n_correct
 
     def example(item: StoredPrediction) -> dict[str, Any]:
         return {
@@ -338,8 +369,8 @@ def examples_section(info: RunInfo, predictions: Predictions, images: ImageLoade
         }
 
     groups = (
-        ("Wrong predictions", f"{len(wrong)} of {len(predictions.items) - n_correct}, most confident first", wrong),
-        ("Correct predictions", f"{len(right)} of {n_correct}, evenly spaced", right),
+        ("Wrong predictions", f"{len(wrong)} of {n_wrong}, most confident first", wrong),
+        ("Correct predictions", f"{len(correct)} of {n_correct}, evenly spaced", correct),
     )
     return {
         "split": predictions.split_name,
@@ -348,7 +379,11 @@ def examples_section(info: RunInfo, predictions: Predictions, images: ImageLoade
 
 
 def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions) -> list[dict[str, Any]]:
-    """Return the heat maps that `snella explain RUN` wrote to the run, wrong predictions first."""
+    """Return the heat maps that `snella explain RUN` wrote to the run, wrong predictions first.
+
+    Raises:
+        ValueError: If a heat map cannot be read.
+    """
     entries = []
     for item in sorted(predictions.items, key=lambda item: (item.is_correct, -item.probability)):
         path = folder / "heat_maps" / f"{item.index}.png"
@@ -366,7 +401,7 @@ def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions) -> 
 
 
 def _count_fact(label: str, count: int) -> Fact:
-    """Return an abbreviated count; if it is rounded, the note gives the exact value."""
+    """Return an abbreviated count as a fact. If the count is rounded, the note contains the exact value."""
     exact = f"{count:,}"
     short = count_text(count)
     return label, short, exact if exact != short else ""
@@ -387,18 +422,18 @@ def uses(folder: Path, task: str, method: str) -> list[Use]:
     Args:
         folder: Run folder.
         task: Task of the run.
-        method: Method of the run; `snella merge` is omitted if it cannot be merged.
+        method: Method of the run. If it cannot be merged, `snella merge` is omitted.
     """
     from snella_app.methods.registry import can_merge  # lazy: imports the methods of other packages
 
     run = shlex.quote(str(folder))
-    masks = ""
-    merged = "a folder that timm loads without snella"
-    out = "model"
+    mask_option = ""
+    merge_output = "a folder that timm loads without snella"
+    merge_path = "model"
     if task == "segmentation":
-        masks = " --out masks"
-        merged = "the whole model in one file"
-        out = "model.safetensors"
+        mask_option = " --out masks"
+        merge_output = "the whole model in one file"
+        merge_path = "model.safetensors"
     fields = _PREDICTION_FIELDS.get(task, "prediction.label, prediction.probability")
     python = (
         f"import snella\n\nmodel = snella.load({str(folder)!r})\n"
@@ -406,15 +441,17 @@ def uses(folder: Path, task: str, method: str) -> list[Use]:
     )
     serve = (f"snella serve {run}", "curl -F files=@photo.jpg http://127.0.0.1:8000/predict")
     export = f"snella export {run} --format onnx --out model.onnx"
-    merge = Use("Merge", (f"snella merge {run} --out {out}",), f"writes {merged}")
-    return [
-        Use("Predict", (f"snella predict {run} photo.jpg another.png{masks}",), "images, folders or tables of paths"),
+    predict = f"snella predict {run} photo.jpg another.png{mask_option}"
+    entries = [
+        Use("Predict", (predict,), "images, folders or tables of paths"),
         Use("Python", (python,)),
         Use("Serve over HTTP", serve, "requires pip install 'snella[serve]'; send requests from a second terminal"),
         Use("Export to ONNX", (export,), "requires pip install 'snella[export]'; other formats: snella export --help"),
-        *([merge] if can_merge(method) else []),
-        Use("Evaluate and inspect", (f"snella evaluate {run}\nsnella inspect {run}",)),
     ]
+    if can_merge(method):
+        entries.append(Use("Merge", (f"snella merge {run} --out {merge_path}",), f"writes {merge_output}"))
+    entries.append(Use("Evaluate and inspect", (f"snella evaluate {run}\nsnella inspect {run}",)))
+    return entries
 
 
 def write_report(
@@ -427,11 +464,12 @@ def write_report(
 ) -> Path:
     """Atomically write `RUN/report.html` from the files of the run.
 
-    Sections without data are omitted, e.g. budgets for methods without them.
+    Sections without data are omitted, such as the budgets of a method that has none.
 
     Args:
         run: Run folder.
-        images: Returns an image of the split in `predictions.json` by index, e.g. the method `image` of its dataset.
+        images: Function that returns an image of the split in `predictions.json` by index, e.g. the method `image` of
+            its dataset. None if the images are not available.
         metrics: Current metrics of an unfinished run, which has no `metrics.json` yet.
         allocation: Current allocation of an unfinished run, which has no `allocation.json` yet.
         state: Overrides the recorded status `running`: `stopped` if the process was killed, `finished` once the final
@@ -448,13 +486,15 @@ def write_report(
     info = read(RunInfo, folder)
     if state == "finished":
         info = replace(info, status="finished")
-    metrics = metrics or (read(Metrics, folder) if info.is_finished else read_if_present(Metrics, folder))
-    allocation = allocation or read_if_present(Allocation, folder)
+    if metrics is None:
+        metrics = read(Metrics, folder) if info.is_finished else read_if_present(Metrics, folder)
+    if allocation is None:
+        allocation = read_if_present(Allocation, folder)
     adapter = read_adapter(folder)
     budgets = current_budgets(adapter, allocation)
     compared = read_if_present(MethodResults, folder)
     comparison = [] if compared is None else compared.rows
-    config = folder / "config.yaml"
+    config_file = folder / "config.yaml"
     class_predictions = _class_predictions(folder, info)
     results: dict[str, Any] = dict.fromkeys(_RESULTS)
     if metrics is not None:
@@ -489,7 +529,7 @@ def write_report(
         "heat_maps": heat_maps_section(folder, info, class_predictions),
         "masks": targets.masks_section(folder, info, images),
         "uses": [] if adapter is None else uses(folder, info.task, info.method),
-        "config": config.read_text(encoding="utf-8") if config.is_file() else "",
+        "config": config_file.read_text(encoding="utf-8") if config_file.is_file() else "",
     }
     return write_page(folder, "snella_app.report", context)
 
@@ -516,14 +556,14 @@ def write_page(folder: Path, package: str, context: Mapping[str, Any], name: str
         breakable=breakable,
     )
     template = resources.files(package).joinpath(f"{name}.jinja").read_text(encoding="utf-8")
-    style, script = (
-        resources.files("snella_app.report").joinpath(file).read_text(encoding="utf-8")
-        for file in ("report.css", "report.js")
-    )
+    files = resources.files("snella_app.report")
+    style = files.joinpath("report.css").read_text(encoding="utf-8")
+    script = files.joinpath("report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = environment.from_string(template).render(
         context, style=Markup(style), script=Markup(script), script_digest=digest
     )
+    # names of files that are not UTF-8 contain surrogates, which cannot be encoded
     write_bytes(folder / name, page.encode("utf-8", "backslashreplace"))
     return folder / name
 

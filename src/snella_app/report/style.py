@@ -1,7 +1,7 @@
 """Figure style, and output as inline SVG.
 
-One figure unit is one CSS pixel (72 dots per inch), so font size 12 is 12 px on the page. Files use fixed colors;
-`inline_svg` replaces them with CSS variables so that one figure serves light and dark mode.
+One figure unit is one CSS pixel (72 dots per inch), so font size 12 is 12 px on the page. Figures are drawn with fixed
+colors, which `inline_svg` replaces with CSS variables, so that one figure serves light and dark mode.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ COLORS = (ACCENT, WARM, "#1d9367", "#c8446a", "#8a5cd0", "#148fa8", "#9a8410", "
 """Line colors with a contrast of at least 3:1 against the light and the dark panel."""
 
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", PANEL: "--panel"}
-_FONT = 12.0
+"""CSS variables by the color that they replace."""
+_FONT = 12.0  # font size in pixels
 FIGURE_SIZE = (430.0, 310.0)
-"""Width and height of figures placed side by side; readable on a phone."""
+"""Width and height in pixels of figures that are placed side by side and stay readable on a phone."""
 DASHED = (0, (4, 3))
 """Line style of reference lines and limits."""
 
@@ -64,7 +65,7 @@ def new_panels(
 
 
 def _new_canvas(width: float, height: float) -> Figure:
-    """Return an empty figure."""
+    """Return an empty figure of `width` × `height` CSS pixels."""
     figure = Figure(
         figsize=(width / 72, height / 72),
         dpi=72,
@@ -76,7 +77,7 @@ def _new_canvas(width: float, height: float) -> Figure:
 
 
 def _styled(axes: Axes, title: str) -> Axes:
-    """Apply the figure style to axes."""
+    """Apply the figure style to axes, and return them."""
     axes.set_facecolor("none")
     axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=_FONT - 1, length=3)
     for side in ("top", "right"):
@@ -97,7 +98,7 @@ def plot_line(axes: Axes, x: Sequence[float], y: Sequence[float], color: str) ->
     return axes.plot(x, y, color=color, linewidth=2, marker="o" if len(x) <= 30 else "", markersize=4)
 
 
-def epoch_axis(axes: Axes, label: str = "epoch") -> None:
+def integer_axis(axes: Axes, label: str) -> None:
     """Label the x-axis and use integer ticks."""
     axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
@@ -115,7 +116,7 @@ def add_legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str],
     if handles:
         legend = figure.legend(
             handles,
-            [str(i) for i in range(len(handles))],  # placeholders: Matplotlib hides labels with a leading "_"
+            [str(i) for i in range(len(handles))],  # replaced below: Matplotlib hides labels with a leading "_"
             loc="outside lower center",
             ncols=min(columns, len(handles)),
             frameon=False,
@@ -152,7 +153,7 @@ def scale_bar(figure: Figure, axes: Axes, label: str, ticks: dict[float, str]) -
         ScalarMappable(cmap=accent_map()), ax=axes, location="bottom", shrink=shrink, aspect=26, pad=12 / height
     )
     if bar.solids is not None:
-        bar.solids.set_visible(False)  # 256 rectangles show seams; draw one image instead
+        bar.solids.set_visible(False)  # its 256 rectangles show seams; an image has none
     bar.ax.imshow(
         accent_map()(np.linspace(0, 1, 256)[None]), extent=(0, 1, 0, 1), aspect="auto", interpolation="none", zorder=0
     )
@@ -164,12 +165,12 @@ def scale_bar(figure: Figure, axes: Axes, label: str, ticks: dict[float, str]) -
 
 
 def text_on(share: float) -> str:
-    """Return a text color that is legible on a cell of the accent color map in both modes."""
+    """Return a text color that is legible on a cell of the accent color map in light and dark mode."""
     return "#ffffff" if share > 0.85 else INK
 
 
 def shortened(text: str, length: int = 18) -> str:
-    """Shorten a label in the middle to `length` characters; replace line breaks and unprintable characters."""
+    """Shorten a label in the middle to `length` characters, and replace line breaks and unprintable characters."""
     text = " ".join(text.split())
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     if len(text) > length:
@@ -181,16 +182,16 @@ def shortened(text: str, length: int = 18) -> str:
 def inline_svg(figure: Figure, name: str, description: str) -> Markup:
     """Return a figure as an `<svg>` element for an HTML page, with escaped text.
 
-    Text uses the page's font; colors follow the CSS variables `--ink`, `--muted`, `--line` and `--panel`.
+    Text uses the font of the page. Colors follow the CSS variables `--ink`, `--muted`, `--line` and `--panel`.
 
     Args:
         figure: Figure to convert.
-        name: Prefix of all ids, unique on the page. Consists of letters, digits and hyphens.
+        name: Prefix of all ids, which must be unique on the page and consist of letters, digits and hyphens.
         description: Alternative text.
     """
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
-        # the browser provides glyphs missing from Matplotlib's font
+        # text is not drawn with Matplotlib's font, so glyphs that are missing from it are no problem
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()

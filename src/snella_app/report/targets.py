@@ -1,4 +1,7 @@
-"""Report sections for multi-label, regression and segmentation targets."""
+"""Report sections for multi-label, regression and segmentation targets.
+
+The functions `…_section` return None for runs of other tasks.
+"""
 
 from __future__ import annotations
 
@@ -36,16 +39,16 @@ from snella_app.text import measure_text, percent_text
 
 _SHOWN = 12
 """Cards per group."""
-_MAX_SIDE = 800
-_MAX_POINTS = 2_000
-_MAX_RANGES = 5
-_MIN_IN_RANGE = 5
-_TINY = 1e-6
+_MAX_SIDE = 800  # maximum width and height of an image with masks, in pixels
+_MAX_POINTS = 2_000  # maximum number of points in a scatter plot
+_MAX_RANGES = 5  # maximum number of box plots in a figure
+_MIN_IN_RANGE = 5  # minimum number of images per box plot, on average
+_TINY = 1e-6  # distance of clipped probabilities from 0 and 1, where the cross-entropy can be infinite
 
 
 @dataclass(frozen=True)
 class Card:
-    """Image with true and predicted values; `is_correct` is None for regression."""
+    """Image with its true and predicted values. `is_correct` is None for regression."""
 
     name: str
     is_correct: bool | None
@@ -55,25 +58,27 @@ class Card:
 
 
 def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[str], scores: LabelSetScores) -> Figure:
-    """Draw precision against recall by label; the most frequent labels are colored, and dots mark thresholds.
+    """Draw precision against recall by label.
 
-    `scores` must come from the same split as `predictions`.
+    The most frequent labels are colored, with a dot at the threshold of each. `scores` must come from the same split as
+    `predictions`.
     """
     figure, axes = new_figure(FIGURE_SIZE[0], FIGURE_SIZE[1] + 80, "Precision and recall")
     probabilities, truth = _label_arrays(predictions, len(classes))
     support = truth.sum(0)
     present = [int(c) for c in np.argsort(-support, kind="stable") if support[c]]
     handles, labels = [], []
+    # the most frequent label is drawn last, on top of the others
     for rank, c in reversed(list(enumerate(present))):
         precision, recall, _ = precision_recall_curve(truth[:, c], probabilities[:, c])
         is_colored = rank < len(COLORS)
         color, width = (COLORS[rank], 1.8) if is_colored else (GRID, 1.0)
         line = axes.step(recall, precision, where="post", color=color, linewidth=width, zorder=3 if is_colored else 1)
         if is_colored:
-            row = scores.per_class[c]
-            axes.plot(row.recall, row.precision, "o", color=color, markersize=6, zorder=4)
+            label_scores = scores.per_class[c]
+            axes.plot(label_scores.recall, label_scores.precision, "o", color=color, markersize=6, zorder=4)
             handles.append(line[0])
-            labels.append(f"{shortened(classes[c])} {percent_text(row.average_precision)}")
+            labels.append(f"{shortened(classes[c])} {percent_text(label_scores.average_precision)}")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.05), xlabel="recall", ylabel="precision")
     percent_axis(axes, "both")
     add_legend(figure, handles[::-1], labels[::-1], 2)
@@ -83,14 +88,14 @@ def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[
 def true_and_predicted(predictions: NumberPredictions, target: int, name: str) -> Figure:
     """Draw predicted against true values of a target for at most 2,000 images, with the identity line."""
     truth, predicted = _number_arrays(predictions)
-    count = min(len(truth), _MAX_POINTS)
-    positions = np.linspace(0, len(truth) - 1, count)
+    num_points = min(len(truth), _MAX_POINTS)
+    positions = np.linspace(0, len(truth) - 1, num_points)
     chosen = np.unique(positions.round().astype(int))
     x, y = truth[chosen, target], predicted[chosen, target]
     figure, axes = new_figure(*FIGURE_SIZE, f"{shortened(name, 30)}: predicted and true")
     low = float(min(x.min(), y.min()))
     high = float(max(x.max(), y.max()))
-    margin = 0.04 * (high - low) or 1.0
+    margin = 0.04 * (high - low) or 1.0  # 1 if all values are equal
     ends = (low - margin, high + margin)
     axes.plot(ends, ends, color=MUTED, linewidth=1.2, linestyle=DASHED, zorder=1)
     opacity = float(np.clip(12 / math.sqrt(len(x)), 0.25, 0.8))
@@ -103,8 +108,8 @@ def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> F
     """Draw box plots of a target's errors, grouped by range of the true value (whiskers: 5th to 95th percentile)."""
     truth, predicted = (values[:, target] for values in _number_arrays(predictions))
     errors = predicted - truth
-    count = max(1, min(_MAX_RANGES, len(truth) // _MIN_IN_RANGE))
-    edges = np.unique(np.quantile(truth, np.linspace(0, 1, count + 1)))
+    num_ranges = max(1, min(_MAX_RANGES, len(truth) // _MIN_IN_RANGE))
+    edges = np.unique(np.quantile(truth, np.linspace(0, 1, num_ranges + 1)))
     bins = np.clip(np.digitize(truth, edges[1:-1]), 0, max(len(edges) - 2, 0))
     present = sorted(set(bins.tolist()))
     groups = [errors[bins == b] for b in present]
@@ -113,8 +118,8 @@ def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> F
     drawn = axes.boxplot(groups, whis=(5, 95), showfliers=False, widths=0.55, patch_artist=True)
     for box in drawn["boxes"]:
         box.set(facecolor=ACCENT, alpha=0.35, edgecolor=ACCENT)
-    for part in ("whiskers", "caps"):
-        for line in drawn[part]:
+    for element in ("whiskers", "caps"):
+        for line in drawn[element]:
             line.set(color=ACCENT, linewidth=1.2)
     for line in drawn["medians"]:
         line.set(color=INK, linewidth=1.8)
@@ -129,7 +134,7 @@ def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> F
 
 
 def label_set_verdict(scores: LabelSetScores, split: str) -> str:
-    """Describe the result, compared with a random ranking."""
+    """Describe the result in comparison with a random ranking."""
     present = [row for row in scores.per_class if row.support]
     if not present:
         return f"No label occurs on the {scores.images:,} {split} images, so the average precision is undefined."
@@ -146,11 +151,11 @@ def label_set_verdict(scores: LabelSetScores, split: str) -> str:
 
 
 def regression_verdict(scores: RegressionScores, split: str) -> str:
-    """Return the result as a sentence, compared with predicting the training median."""
+    """Describe the result in comparison with predicting the training median. Without targets, the text is empty."""
     sentences = []
     for row in scores.per_target:
-        better = 1 - row.mae / row.baseline_mae if row.baseline_mae else math.nan
-        compared = f"{percent_text(better)} lower than" if better > 0 else "no lower than"
+        reduction = 1 - row.mae / row.baseline_mae if row.baseline_mae else math.nan
+        compared = f"{percent_text(reduction)} lower than" if reduction > 0 else "no lower than"
         sentences.append(
             f"the mean absolute error of {row.name} is {measure_text(row.mae)}, {compared} "
             f"always predicting the median of the training targets ({measure_text(row.baseline_mae)})"
@@ -166,6 +171,7 @@ def label_cards(
     clipped = probabilities.clip(_TINY, 1 - _TINY)
     losses = -(truth * np.log(clipped) + (1 - truth) * np.log(1 - clipped)).mean(1)
     predicted = probabilities >= np.asarray(predictions.thresholds)
+    is_wrong = (predicted != truth.astype(bool)).any(1).tolist()
 
     def card(row: int) -> Card:
         item = predictions.items[row]
@@ -177,29 +183,32 @@ def label_cards(
             true_labels.append(f"{classes[c]} ({shares[c]})" if is_missed else classes[c])
         predicted_text = ", ".join(predicted_labels) or "no label"
         true_text = ", ".join(true_labels) or "no label"
-        return Card(item.name, not wrong[row], predicted_text, true_text, embed_image(item.index, images))
+        return Card(item.name, not is_wrong[row], predicted_text, true_text, embed_image(item.index, images))
 
-    wrong = (predicted != truth.astype(bool)).any(1).tolist()
-    note = f"of {len(losses)} images, worst first; {sum(wrong)} of all images have a wrong or missing predicted label"
+    num_wrong = sum(is_wrong)
+    note = f"of {len(losses)} images, worst first; {num_wrong} of all images have a wrong or missing predicted label"
     return _groups(losses, card, note)
 
 
 def number_cards(
     predictions: NumberPredictions, names: Sequence[str], images: ImageLoader | None
 ) -> list[dict[str, Any]]:
-    """Return cards for the images with the largest standardized errors, and for an evenly spaced sample of the rest."""
+    """Return cards for the images with the largest errors, and for an evenly spaced sample of the rest.
+
+    The error of an image is the mean absolute error over the targets, in standard deviations of each target.
+    """
     truth, predicted = _number_arrays(predictions)
-    is_varying = np.ptp(truth, 0) > 0
+    is_varying = np.ptp(truth, 0) > 0  # the standard deviation of equal values need not be exactly 0
     scales = np.where(is_varying, truth.std(0), 1.0)
     errors = (np.abs(predicted - truth) / scales).mean(1)
     is_single = len(names) == 1
 
     def text(values: Sequence[float]) -> str:
-        parts: list[str] = []
+        texts: list[str] = []
         for name, value in zip(names, values, strict=True):
             number = measure_text(value)
-            parts.append(number if is_single else f"{name} {number}")
-        return ", ".join(parts)
+            texts.append(number if is_single else f"{name} {number}")
+        return ", ".join(texts)
 
     def card(row: int) -> Card:
         item = predictions.items[row]
@@ -209,7 +218,10 @@ def number_cards(
 
 
 def labels_section(folder: Path, info: RunInfo, metrics: Metrics, images: ImageLoader | None) -> dict[str, Any] | None:
-    """Return the table of labels (test split if present), and curves and images of the split in `predictions.json`."""
+    """Return the table of labels, precision-recall curves and images.
+
+    The table is of the test split if present. The curves and images are of the split in `predictions.json`.
+    """
     split, scores = metrics.measured
     if not isinstance(scores, LabelSetScores):
         return None
@@ -230,7 +242,10 @@ def labels_section(folder: Path, info: RunInfo, metrics: Metrics, images: ImageL
 
 
 def numbers_section(folder: Path, info: RunInfo, metrics: Metrics, images: ImageLoader | None) -> dict[str, Any] | None:
-    """Return the table of targets (test split if present), scatter plots, errors by range, and images."""
+    """Return the table of targets, scatter plots, errors by range, and images.
+
+    The table is of the test split if present. The plots and images are of the split in `predictions.json`.
+    """
     split, scores = metrics.measured
     if not isinstance(scores, RegressionScores):
         return None
@@ -241,7 +256,8 @@ def numbers_section(folder: Path, info: RunInfo, metrics: Metrics, images: Image
     figures = []
     split_name = predictions.split_name
     for target, name in enumerate(info.classes):
-        scatter, boxes = true_and_predicted(predictions, target, name), residual_ranges(predictions, target, name)
+        scatter = true_and_predicted(predictions, target, name)
+        boxes = residual_ranges(predictions, target, name)
         points = min(len(predictions.items), _MAX_POINTS)
         description = f"Predicted against true {name} for {points} {split_name} images."
         figures.append(inline_svg(scatter, f"scatter-{target}", description))
@@ -260,7 +276,7 @@ def classes_section(metrics: Metrics) -> dict[str, Any] | None:
 
 
 def masks_section(folder: Path, info: RunInfo, images: ImageLoader | None) -> dict[str, Any] | None:
-    """Return sample images with true and predicted masks, worst first."""
+    """Return sample images with true and predicted masks, worst first, or None if no masks are stored."""
     if info.task != "segmentation":
         return None
     predictions = read_if_present(MaskPredictions, folder)
@@ -283,7 +299,13 @@ def masks_section(folder: Path, info: RunInfo, images: ImageLoader | None) -> di
 
 
 def _groups(errors: np.ndarray, card: Any, note: str) -> list[dict[str, Any]]:
-    """Return cards for the worst images, and for an evenly spaced sample of the rest."""
+    """Return cards for the worst images, and for an evenly spaced sample of the rest.
+
+    Args:
+        errors: Error of each image, `[images]`.
+        card: Function that returns the card of an image by its position in `errors`.
+        note: Continuation of the note on the worst images, after their number.
+    """
     order = np.argsort(-errors, kind="stable").tolist()
     worst, rest = order[:_SHOWN], order[_SHOWN:]
     others = rest

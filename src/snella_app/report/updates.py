@@ -1,4 +1,8 @@
-"""Update matrices of an adapter file, and their figures."""
+"""Updates of weight matrices, computed from an adapter file, and their figures.
+
+An update is the matrix that an adapter adds to a weight matrix. A fused layer contains several matrices, such as q, k
+and v, which have separate updates.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +31,17 @@ _PARTS = ("A", "B", "piece_coeff", "alpha", "beta", "temperature")
 _QUERY = re.compile(r"(^|[._])(to_)?(q|query|q_proj)$")
 _LORA_ALPHA = 8  # PEFT's default
 MAX_CELLS = 128
-"""Maximum number of cells per side of a drawn matrix."""
+"""Maximum number of rows and columns of a drawn matrix; larger matrices are downsampled."""
 
 UpdateSource = tuple[dict[str, tuple[int, int]], Callable[[str], Tensor]]
 """Shapes `[out, in]` by matrix name, and a function that returns the scaled update of a name in float32."""
 
 
 def adapter_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateSource | None:
-    """Return the updates of a SNELLA or LoRA adapter file; None for other adapters.
+    """Return the updates of a SNELLA or LoRA adapter file, or None for other adapters.
 
-    Other adapters include DoRA, LoRA with different ranks or scalings per layer, and LoRA of convolutions. `infos` are
-    by matrix name.
+    Other adapters include DoRA, LoRA with different ranks or scalings per layer, and LoRA of convolutions. `infos`
+    contains the known matrices by name.
     """
     if any(key.endswith(".snella_A") for key in adapter.shapes):
         return _snella_updates(adapter, infos)
@@ -45,36 +49,36 @@ def adapter_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> Up
 
 
 def deepest_query(names: Sequence[str]) -> str:
-    """Return the last query projection, or the last matrix if there is none."""
+    """Return the last query projection, or the last matrix if no name is that of a query projection."""
     queries = [name for name in names if _QUERY.search(name)]
     return (queries or list(names))[-1]
 
 
 def _snella_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateSource:
-    """Return updates computed by the reference implementation from factors, scalars and budgets."""
+    """Return the updates of a SNELLA adapter, computed by the reference implementation."""
     config = SnellaConfig.from_pretrained(str(adapter.path.parent))
     locations: dict[str, tuple[str, int]] = {}
-    rows: dict[str, tuple[int, ...]] = {}
+    heights: dict[str, tuple[int, ...]] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for module in _modules(adapter, ".snella_A"):
         groups, n, _ = adapter.shapes[f"{_PREFIX}{module}.snella_A"]
         m = adapter.shapes[f"{_PREFIX}{module}.snella_B"][0]
         names = part_names(module, groups, infos)
-        row_counts: list[int] = []
+        part_rows: list[int] = []
         for group, name in enumerate(names):
-            count = infos[name].shape[0] if name in infos else m // groups
-            row_counts.append(count)
+            num_rows = infos[name].shape[0] if name in infos else m // groups
+            part_rows.append(num_rows)
             locations[name] = (module, group)
-            shapes[name] = (count, n)
-        rows[module] = tuple(row_counts)
+            shapes[name] = (num_rows, n)
+        heights[module] = tuple(part_rows)
     kernel = config.make_kernel()
     merged: dict[str, list[Tensor]] = {}
 
     def compute(name: str) -> Tensor:
         module, group = locations[name]
         if module not in merged:
-            merged.clear()  # cache one fused layer: its matrices are merged together and requested in sequence
-            spec = UpdateSpec(kernel, rows[module], config.sparsify_mode, config.scaling)  # type: ignore[arg-type]
+            merged.clear()  # keep only one layer: its matrices are computed together and requested in sequence
+            spec = UpdateSpec(kernel, heights[module], config.sparsify_mode, config.scaling)  # type: ignore[arg-type]
             with safe_open(adapter.path, "pt") as file:
                 keys = [f"{_PREFIX}{module}.snella_{part}" for part in _PARTS]
                 values = [file.get_tensor(key) if key in adapter.shapes else None for key in keys]
@@ -87,13 +91,13 @@ def _snella_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> Up
 
 
 def _modules(adapter: AdapterFile, suffix: str) -> list[str]:
-    """Return modules that have a tensor with this suffix, in natural order."""
+    """Return the modules that have a tensor with this suffix, sorted by the numbers in their names."""
     names = [key.removesuffix(suffix).removeprefix(_PREFIX) for key in adapter.shapes if key.endswith(suffix)]
     return sorted(names, key=lambda name: [(len(word), word) for word in re.split(r"\D+", name)])
 
 
 def _is_plain_lora(adapter: AdapterFile) -> bool:
-    """Return whether every update is `scaling · B A` of two matrices in the file."""
+    """Return whether every update is `scaling · B A` of two matrices in the file, with the same scaling."""
     keys = [key for key in adapter.shapes if ".lora_" in key]
     settings = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
     if not keys or adapter.config.get("peft_type") != "LORA":
@@ -106,7 +110,7 @@ def _is_plain_lora(adapter: AdapterFile) -> bool:
 
 
 def _lora_updates(adapter: AdapterFile) -> UpdateSource:
-    """Return updates `scaling · B A`, with fused qkv layers split into q, k and v."""
+    """Return the updates of a LoRA adapter, `scaling · B A`, with fused qkv layers split into q, k and v."""
     rank = adapter.config["r"]
     divisor = rank**0.5 if adapter.config.get("use_rslora") else rank
     scaling = adapter.config.get("lora_alpha", _LORA_ALPHA) / divisor
@@ -116,8 +120,9 @@ def _lora_updates(adapter: AdapterFile) -> UpdateSource:
         m = adapter.shapes[f"{_PREFIX}{module}.lora_B.weight"][0]
         n = adapter.shapes[f"{_PREFIX}{module}.lora_A.weight"][1]
         is_fused = module.endswith("qkv") and m % 3 == 0
-        names = part_names(module, 3 if is_fused else 1, {})
-        part_rows = m // len(names)
+        num_parts = 3 if is_fused else 1
+        names = part_names(module, num_parts, {})
+        part_rows = m // num_parts
         locations |= {name: (module, group, part_rows) for group, name in enumerate(names)}
         shapes |= {name: (part_rows, n) for name in names}
 
@@ -131,18 +136,22 @@ def _lora_updates(adapter: AdapterFile) -> UpdateSource:
 
 
 def part_names(module: str, groups: int, infos: Mapping[str, MatrixInfo]) -> list[str]:
-    """Return the names of the matrices in a fused weight: from `allocation.json`, else q, k and v, or indices."""
+    """Return the names of the matrices in a layer, which is fused if `groups` is more than 1.
+
+    If `infos` contains the matrices, their names there are returned. Otherwise, the names end with q, k and v for three
+    matrices, and with an index for other numbers.
+    """
     if groups == 1:
         return [module]
     known = [name for name in infos if name.rpartition(".")[0] == module]
     if len(known) == groups:
         return known
-    parts = list("qkv") if groups == 3 else [str(index) for index in range(groups)]
-    return [f"{module}.{part}" for part in parts]
+    suffixes = list("qkv") if groups == 3 else [str(index) for index in range(groups)]
+    return [f"{module}.{suffix}" for suffix in suffixes]
 
 
 def _downsample(values: Tensor, side: int = MAX_CELLS) -> np.ndarray:
-    """Downsample a matrix to at most `side` cells per side; each cell holds its entry of largest magnitude."""
+    """Downsample a matrix to at most `side` cells per side. Each cell shows its entry of largest magnitude."""
     rows, columns = (max(1, -(-size // side)) for size in values.shape)
     missing_rows = -values.shape[0] % rows
     missing_columns = -values.shape[1] % columns
@@ -153,20 +162,23 @@ def _downsample(values: Tensor, side: int = MAX_CELLS) -> np.ndarray:
 
 
 def draw_updates(updates: Mapping[str, Tensor], name: str) -> Figure:
-    """Draw one panel per run with the update's sign and magnitude, each on its own scale."""
+    """Draw one panel per run with the signs and magnitudes of the update.
+
+    Each panel has its own color scale, which ends at the 99% quantile of the magnitudes that are not zero.
+    """
     columns = min(len(updates), 3)
     panel_rows = -(-len(updates) // columns)
-    height = max(value.shape[0] / value.shape[1] for value in updates.values())
+    aspect = max(value.shape[0] / value.shape[1] for value in updates.values())
     titles = [shortened(label, 28) for label in updates]
-    panel = min(max(250 * height, 110), 420)
-    figure, panels = new_panels(270 * columns, (panel + 50) * panel_rows + 60, titles, columns)
+    panel_height = min(max(250 * aspect, 110), 420)
+    figure, panels = new_panels(270 * columns, (panel_height + 50) * panel_rows + 60, titles, columns)
     for axes, value in zip(panels, updates.values(), strict=True):
         drawn = _downsample(value)
         limit = float(np.quantile(np.abs(drawn)[drawn != 0], 0.99)) if drawn.any() else 1.0
-        rows, inputs = value.shape
+        outputs, inputs = value.shape
         axes.grid(False)
         cmap = signed_map()
-        extent = (0, inputs, rows, 0)
+        extent = (0, inputs, outputs, 0)
         axes.imshow(drawn, cmap=cmap, vmin=-limit, vmax=limit, extent=extent, interpolation="none", aspect="equal")
         density = percent_text(float(value.count_nonzero()) / value.numel())
         axes.set_xlabel(f"{density} changed, max {value.abs().max():.2g}")

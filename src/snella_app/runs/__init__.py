@@ -1,6 +1,6 @@
-"""Run folders and operations on trained runs: evaluate, predict, merge, export, serve.
+"""Run folders, and operations on trained runs: evaluation, prediction, merging, export and serving.
 
-Public names are imported on first use.
+Public names are imported on first use, because most of their modules import torch.
 """
 
 import importlib
@@ -19,6 +19,7 @@ _MODULES = {
     "load_merged": "merge",
     "load_run": "model",
 }
+"""Module that defines each public name."""
 
 __all__ = ["LoadedRun", "RunFolder", "TaskBank", "load_merged", "load_run"]
 

@@ -1,4 +1,8 @@
-"""Temperature scaling of a classifier, and its threshold for unsure predictions."""
+"""Temperature scaling of a classifier, and its threshold for unsure predictions.
+
+A temperature T divides the logits before the softmax, so that the probability of a predicted class, its confidence,
+matches the fraction of correct predictions.
+"""
 
 import itertools
 from collections.abc import Mapping
@@ -10,11 +14,11 @@ from torch import Tensor
 
 from snella_app.records.run import Calibration, Reliability, ReliabilityBin
 
-MAX_BINS = 15
+MAX_BINS = 15  # maximum number of confidence bins of a split
 _MIN_BIN_SIZE = 12  # minimum images per bin; keeps the standard error of its accuracy below 15 points
 _MIN_TEMPERATURE = 0.05
 _MAX_TEMPERATURE = 20.0
-_TINY = 1e-38  # probabilities are float32
+_TINY = 1e-38  # replaces probabilities that float32 rounds to 0, which have no logarithm
 
 
 def calibrate(measured: Mapping[str, tuple[Tensor, Tensor]]) -> Calibration | None:
@@ -24,16 +28,20 @@ def calibrate(measured: Mapping[str, tuple[Tensor, Tensor]]) -> Calibration | No
         measured: Probabilities `[images, classes]` and labels `[images]`, by split.
 
     Returns:
-        The calibration; None without validation images, since test images must not be used for fitting.
+        The calibration, or None if there are no validation images, because test images must not be used for fitting.
     """
     if "val" not in measured or not len(measured["val"][1]):
         return None
-    logits = {split: (p.double().clamp_min(_TINY).log(), labels) for split, (p, labels) in measured.items()}
-    temperature = fit_temperature(*logits["val"])
-    scores, labels = logits["val"]
-    confidence, predicted = (scores / temperature).softmax(1).max(1)
-    threshold, coverage, accuracy = unsure_threshold(confidence, predicted == labels)
-    reliability = [_reliability(split, *logits[split], temperature) for split in ("val", "test") if split in logits]
+    logits_and_labels: dict[str, tuple[Tensor, Tensor]] = {}
+    for split, (probabilities, labels) in measured.items():
+        # log probabilities and logits differ by a constant per image, which does not change the softmax
+        logits_and_labels[split] = (probabilities.double().clamp_min(_TINY).log(), labels)
+    val_logits, val_labels = logits_and_labels["val"]
+    temperature = fit_temperature(val_logits, val_labels)
+    confidence, predicted = (val_logits / temperature).softmax(1).max(1)
+    threshold, coverage, accuracy = unsure_threshold(confidence, predicted == val_labels)
+    measured_splits = [split for split in ("val", "test") if split in logits_and_labels]
+    reliability = [_reliability(split, *logits_and_labels[split], temperature) for split in measured_splits]
     return Calibration(temperature, threshold, coverage, accuracy, reliability)
 
 
@@ -46,7 +54,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     correct. The loss is convex in `1 / T`, so every local minimum is a global one.
 
     Args:
-        logits: `[images, classes]`, floating point; log probabilities work too.
+        logits: Logits or log probabilities, `[images, classes]`, floating point.
         labels: `[images]`, class indices.
 
     Returns:
@@ -70,7 +78,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def expected_calibration_error(bins: list[ReliabilityBin]) -> float:
-    """Compute `Σ_b count_b / count · |accuracy_b - confidence_b|`."""
+    """Compute the expected calibration error, `Σ_b count_b / count · |accuracy_b - confidence_b|`."""
     total = sum(b.count for b in bins)
     return sum(b.count * abs(b.accuracy - b.confidence) for b in bins) / total
 
@@ -78,7 +86,8 @@ def expected_calibration_error(bins: list[ReliabilityBin]) -> float:
 def reliability_bins(confidence: Tensor, is_correct: Tensor) -> list[ReliabilityBin]:
     """Group images by confidence into up to 15 bins of about equal size, with at least 12 images each.
 
-    Images with equal confidence share a bin. Fewer than 12 images form one bin.
+    Bins ascend in confidence, and images with equal confidence share a bin. Fewer than 12 images form one bin, and the
+    list is empty if there are no images.
 
     Args:
         confidence: Highest probability of each image, `[images]`, in [0, 1].
@@ -87,22 +96,23 @@ def reliability_bins(confidence: Tensor, is_correct: Tensor) -> list[Reliability
     if not len(confidence):
         return []
     order = confidence.argsort(stable=True)
-    ranked, correct = confidence[order].double(), is_correct[order].double()
-    count = max(1, min(MAX_BINS, len(ranked) // _MIN_BIN_SIZE))
-    quantile_indices = torch.tensor(
-        [round(number * len(ranked) / count) for number in range(1, count)], dtype=torch.long
-    )
+    ranked = confidence[order].double()
+    correct = is_correct[order].double()
+    num_bins = max(1, min(MAX_BINS, len(ranked) // _MIN_BIN_SIZE))
+    quantiles = [round(number * len(ranked) / num_bins) for number in range(1, num_bins)]
+    quantile_indices = torch.tensor(quantiles, dtype=torch.long)
     bounds = [0]
-    for edge in torch.searchsorted(ranked, ranked[quantile_indices]).tolist():  # first image with equal confidence
+    # each edge moves down to the first image with the same confidence, so that ties share a bin
+    for edge in torch.searchsorted(ranked, ranked[quantile_indices]).tolist():
         if edge - bounds[-1] >= _MIN_BIN_SIZE:
             bounds.append(edge)
-    bounds.append(len(ranked))  # edges only move down, so the last bin is large enough too
-    return [
-        ReliabilityBin(
-            round(float(ranked[start:end].mean()), 6), round(float(correct[start:end].mean()), 6), end - start
-        )
-        for start, end in itertools.pairwise(bounds)
-    ]
+    bounds.append(len(ranked))  # no edge moves up, so the last bin is large enough too
+    bins = []
+    for start, end in itertools.pairwise(bounds):
+        mean_confidence = round(float(ranked[start:end].mean()), 6)
+        accuracy = round(float(correct[start:end].mean()), 6)
+        bins.append(ReliabilityBin(mean_confidence, accuracy, end - start))
+    return bins
 
 
 def unsure_threshold(confidence: Tensor, is_correct: Tensor) -> tuple[float | None, float, float]:
@@ -113,24 +123,25 @@ def unsure_threshold(confidence: Tensor, is_correct: Tensor) -> tuple[float | No
         is_correct: True for correct predictions, `[images]`, boolean.
 
     Returns:
-        Threshold (rounded down to six decimals), fraction of images at or above it, and their accuracy. If no threshold
-        halves the error rate, or there are no errors: None, 1, and the accuracy of all images.
+        The threshold, rounded down to six decimals, the fraction of images at or above it, and their accuracy. If there
+        are no errors, or no threshold halves the error rate, returns None, 1 and the accuracy of all images.
     """
     order = confidence.argsort(descending=True, stable=True)
     sorted_confidence = confidence[order]
-    wrong = (~is_correct[order]).double()
-    error_rates = wrong.cumsum(0) / torch.arange(1, len(wrong) + 1)
+    errors = (~is_correct[order]).double()
+    error_rates = errors.cumsum(0) / torch.arange(1, len(errors) + 1)
+    # a threshold cannot separate images with equal confidence, so only the last of them is a candidate
     is_tie_end = torch.cat([sorted_confidence[1:] < sorted_confidence[:-1], torch.ones(1, dtype=torch.bool)])
-    candidates = ((error_rates <= error_rates[-1] / 2) & is_tie_end).nonzero()  # `is_tie_end` keeps ties together
+    candidates = ((error_rates <= error_rates[-1] / 2) & is_tie_end).nonzero()
     if error_rates[-1] == 0 or not len(candidates):
         return None, 1.0, float(1 - error_rates[-1])
-    last = int(candidates[-1])
-    threshold = float(np.floor(float(sorted_confidence[last]) * 1e6) / 1e6)
-    return threshold, (last + 1) / len(wrong), float(1 - error_rates[last])
+    last_kept = int(candidates[-1])
+    threshold = float(np.floor(float(sorted_confidence[last_kept]) * 1e6) / 1e6)
+    return threshold, (last_kept + 1) / len(errors), float(1 - error_rates[last_kept])
 
 
 def _reliability(split: str, logits: Tensor, labels: Tensor, temperature: float) -> Reliability:
-    """Measure calibration on one split with and without the temperature."""
+    """Measure calibration on one split, with and without the temperature."""
     results = []
     for scores in (logits / temperature, logits):
         confidence, predicted = scores.softmax(1).max(1)

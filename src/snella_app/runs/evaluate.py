@@ -1,4 +1,8 @@
-"""Evaluation of a run's best model on its test split or on other data."""
+"""Evaluate the best model of a run, refit its temperature, and rewrite its report.
+
+The images come from the run's own data or from other data. Results on images that the run was trained on are
+optimistic, so `evaluate` adds a note if it finds such images.
+"""
 
 import contextlib
 import dataclasses
@@ -40,21 +44,21 @@ Split = Literal["auto", "train", "val", "test", "all"]
 
 
 def rewrite_report(run: str | Path, console: Console | None = None) -> Path:
-    """Rewrite the report of a run from its files and validation images (test images without a validation split).
+    """Rewrite the report of a run from its files and its validation images.
 
-    If the images are missing or changed, the report has no images, and a note gives the reason.
+    Without a validation split, the report shows test images. If the images are missing or changed, the report has no
+    images, and a printed note gives the reason.
 
     Args:
         run: Run folder.
-        console: Output console; standard output if None.
+        console: Console for the note; standard output if None.
 
     Returns:
         Path of the report.
 
     Raises:
         FileNotFoundError: If `run` is not a run folder.
-        ValueError: If a file of the run is damaged, or the run has an unsupported task, such as a personalized
-            generator.
+        ValueError: If a file of the run is damaged, or the run has an unsupported task, such as image generation.
     """
     folder = RunFolder(run)
     info = read(RunInfo, folder.path)
@@ -62,13 +66,14 @@ def rewrite_report(run: str | Path, console: Console | None = None) -> Path:
     images: ImageLoader | None = None
     try:
         splits = load_run_splits(folder, info.data)
-        name = "test" if splits.val is None else "val"  # as in `predictions.json`
-        check_splits(folder.path, info.data, splits, (name,))
-        if (part := splits.parts.get(name)) is not None:
-            images = task.report_images(part, folder.path)
+        split = "test" if splits.val is None else "val"  # the split of `predictions.json`
+        check_splits(folder.path, info.data, splits, (split,))
+        if (dataset := splits.parts.get(split)) is not None:
+            images = task.report_images(dataset, folder.path)
     except (OSError, ValueError, ImportError) as error:
         print_line(console or make_console(), f"note: the report has no images: {error}")
-    return write_report(folder.path, images, state="stopped" if folder.was_killed else None)
+    state: Literal["stopped"] | None = "stopped" if folder.was_killed else None  # run.json still says `running`
+    return write_report(folder.path, images, state=state)
 
 
 def evaluate(
@@ -88,17 +93,17 @@ def evaluate(
         run: Run folder, or a loaded run.
         data: Data to evaluate on instead of the run's data: a specification as for training, or a dataset object.
             The run must have been trained on all classes of the data.
-        split: Split to evaluate. `auto` selects the test split of the run (validation if it has none), or all images of
-            other data.
+        split: Split to evaluate. `"auto"` selects the test split of the run, or its validation split if it has no test
+            split. For other data, it selects all images.
         batch_size: Batch size.
-        columns: Columns of a table, as for training; None uses the columns of the run.
+        columns: Columns of a table, as for training. None uses the columns of the run.
         skip_corrupt: Skip images that cannot be read.
-        device: Device if `run` is a folder: auto, or a torch device such as cpu, cuda:1 or mps.
-        console: Console for progress bars; no progress if None.
+        device: Device if `run` is a folder: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"` or `"mps"`.
+        console: Console for progress bars; None shows no progress.
 
     Returns:
-        `data`, `split`, `images` (number of images), `notes`, `classes`, `loss`, and the metrics of the task, e.g.
-        `accuracy`, `balanced_accuracy`, `macro_f1` and `confusion` for classification.
+        A dictionary with the entries `data`, `split`, `images` (number of images), `notes`, `classes` and `loss`, and
+        the metrics of the task: for classification, `accuracy`, `balanced_accuracy`, `macro_f1`, `confusion` etc.
 
     Raises:
         FileNotFoundError: As for `load_run`, or if the data does not exist.
@@ -112,14 +117,17 @@ def evaluate(
     loaded = run if isinstance(run, LoadedRun) else load_run(run, device)
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
     with show_reading(console):
-        splits, chosen, parts = images_for_run(loaded, data, split, skip_corrupt=skip_corrupt, columns=columns)
-        training_note = _training_note(loaded, splits if data is None else None, _split_parts(splits, chosen), chosen)
-    scores = loaded.task.metrics(*_run_model(loaded, splits.classes, parts, batch_size, console))
+        splits, chosen, datasets = images_for_run(loaded, data, split, skip_corrupt=skip_corrupt, columns=columns)
+        run_splits = splits if data is None else None
+        originals = _datasets_of(splits, chosen)
+        training_note = _training_note(loaded, run_splits, originals, chosen)
+    reduced, labels = _run_model(loaded, splits.classes, datasets, batch_size, console)
+    scores = loaded.task.metrics(reduced, labels)
     notes = [*splits.notes, training_note, unfinished_note(loaded)]
     return {
         "data": _spec(loaded, data),
         "split": chosen,
-        "images": sum(map(len, parts)),
+        "images": sum(map(len, datasets)),
         "notes": [note for note in notes if note],
         "classes": loaded.classes,
         **scores,
@@ -133,14 +141,21 @@ def _check_batch_size(batch_size: int) -> None:
 
 
 def _training_note(
-    loaded: LoadedRun, run_splits: DataSplits | None, parts: Sequence[ImageDataset], split: Split
+    loaded: LoadedRun, run_splits: DataSplits | None, datasets: Sequence[ImageDataset], split: Split
 ) -> str | None:
-    """Return a note on evaluated images that are also training images; `run_splits` is None for other data."""
+    """Return a note if evaluated images are also training images of the run, else None.
+
+    Args:
+        loaded: The run.
+        run_splits: Splits of the run's data; None if other data is evaluated.
+        datasets: Evaluated images.
+        split: Evaluated split.
+    """
     if run_splits is not None and split in ("val", "test") and not isinstance(loaded.model, Ensemble):
         if split == "val" and loaded.probe is not None:
             return (
-                "the final head was also fitted to these images, so results are optimistic; metrics.json has results "
-                "of a fit to only the training images"
+                "the final head was also fitted to these images, so results are optimistic; metrics.json has the "
+                "results of a head fitted only to the training images"
             )
         return None  # the notes of the splits already report duplicates
     if run_splits is None:
@@ -153,31 +168,33 @@ def _training_note(
                 f"cannot check for training images of the run among these images: {error}; results are optimistic if "
                 "the run was trained on them"
             )
-    trained = [run_splits.train]
-    if isinstance(loaded.model, Ensemble):  # all folds but one train on each image
-        trained += [part for name, part in run_splits.parts.items() if name in ("val", run_splits.fold_part)]
-    elif loaded.probe is not None and run_splits.val is not None:
-        trained.append(run_splits.val)
-    count = reencoded = 0
+    training_datasets = [run_splits.train]
+    if isinstance(loaded.model, Ensemble):  # all folds but one train on each of these images
+        held_out = ("val", run_splits.fold_part)
+        training_datasets += [dataset for name, dataset in run_splits.parts.items() if name in held_out]
+    elif loaded.probe is not None and run_splits.val is not None:  # the final head was also fitted to these images
+        training_datasets.append(run_splits.val)
+    count = 0
+    reencoded = 0
     example = ""
-    for part in parts:
+    for dataset in datasets:
         exact: dict[int, str] = {}
         near: dict[int, str] = {}
-        for train in trained:
-            exact |= {position: train.names[other] for position, other in find_equal_images(train, part).items()}
-            near |= {position: train.names[other] for position, other in find_near_copies(train, part).items()}
+        for train in training_datasets:
+            exact |= {position: train.names[other] for position, other in find_equal_images(train, dataset).items()}
+            near |= {position: train.names[other] for position, other in find_near_copies(train, dataset).items()}
         duplicates = {**near, **exact}
-        count = count + len(duplicates)
-        reencoded = reencoded + len(duplicates) - len(exact)
+        count += len(duplicates)
+        reencoded += len(duplicates) - len(exact)
         if duplicates and not example:
             position = min(duplicates)
-            example = f"{part.names[position]!r} is {duplicates[position]!r}"
+            example = f"{dataset.names[position]!r} is {duplicates[position]!r}"
     if not count:
         return None
     kind = f" ({reencoded} of them re-encoded or resized)" if reencoded else ""
-    duplicate = "is a training image" if count == 1 else "are training images"
+    verb_phrase = "is a training image" if count == 1 else "are training images"
     return (
-        f"{count} of {sum(map(len, parts))} images {duplicate} of the run{kind}, e.g. {example}; results are "
+        f"{count} of {sum(map(len, datasets))} images {verb_phrase} of the run{kind}, e.g. {example}; results are "
         "optimistic, so evaluate on unseen images"
     )
 
@@ -190,20 +207,20 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
     Args:
         run: Folder of the run; its images must still exist.
         batch_size: Batch size.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
+        device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"` or `"mps"`.
 
     Returns:
         The calibration stored in `run.json`.
 
     Raises:
         FileNotFoundError: If `run` is not a run folder, or its adapter or images no longer exist.
-        ValueError: If the run is not a finished classification run, is a cross-validation, has no validation images,
-            has a final head fitted to them, or its images have changed; or if `batch_size` is less than 1.
+        ValueError: If the run is not a finished classification run, is a cross-validation run, or has no validation
+            images; if its final head was fitted to them, or its images have changed; or if `batch_size` is less than 1.
     """
     _check_batch_size(batch_size)
     folder = RunFolder(run)
     loaded = load_single_run(folder, device)
-    if not loaded.task.has_one_class or not loaded.info.is_finished:
+    if not loaded.task.has_class_scores or not loaded.info.is_finished:
         got = f"task {loaded.task.name!r}" if loaded.info.is_finished else f"status {loaded.info.status!r}"
         raise ValueError(f"run={folder.path} must be a finished classification run to be calibrated, got {got}")
     if loaded.probe is not None:
@@ -217,12 +234,12 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
             f"run={folder.path} has no validation images to fit a temperature on; train with --protocol standard"
         )
     measured: dict[str, tuple[Tensor, Tensor]] = {}
-    names: tuple[Split, ...] = ("val", "test") if sizes.get("test") else ("val",)
-    for split in names:
-        splits, _, parts = images_for_run(loaded, None, split)
-        reduced, labels = _run_model(loaded, splits.classes, parts, batch_size)
+    split_names: tuple[Split, ...] = ("val", "test") if sizes.get("test") else ("val",)
+    for split in split_names:
+        splits, _, datasets = images_for_run(loaded, None, split)
+        reduced, labels = _run_model(loaded, splits.classes, datasets, batch_size)
         measured[split] = (loaded.task.sample_outputs(reduced), labels)
-    calibration = cast(Calibration, calibrate(measured))
+    calibration = cast(Calibration, calibrate(measured))  # not None, because there are validation images
     if read(RunInfo, folder.path).id != loaded.info.id:
         raise ValueError(f"{folder.path} was replaced by another run during the evaluation; run it again")
     folder.update("finished", calibration=plain(calibration))
@@ -238,18 +255,20 @@ def images_for_run(
     skip_corrupt: bool = False,
     columns: str | None = None,
 ) -> tuple[DataSplits, Split, list[ImageDataset]]:
-    """Load the images to evaluate a run on, with its transform; arguments and errors as for `evaluate`.
+    """Load the images to evaluate a run on, with the transform of the run.
+
+    Arguments and errors are as for `evaluate`.
 
     Returns:
-        Splits of the data, name of the selected split, and its datasets.
+        Splits of the data, name of the selected split, and the datasets of this split.
     """
     splits, is_run_data = _load_splits(loaded, data, split, skip_corrupt, columns)
     chosen = _resolve_split(split, splits) if is_run_data or split != "auto" else "all"
     loaded.task.check_data(splits.train, _spec(loaded, data))
     if loaded.task.target != "class":
         splits = encode_targets(splits, create_task(loaded.task.name, splits.classes))
-    parts = read_at_side(_split_parts(splits, chosen), loaded.reading.side)
-    return splits, chosen, [part.with_transform(loaded.transform) for part in parts]
+    datasets = read_at_side(_datasets_of(splits, chosen), loaded.reading.side)
+    return splits, chosen, [dataset.with_transform(loaded.transform) for dataset in datasets]
 
 
 def _spec(loaded: LoadedRun, data: Any) -> str:
@@ -262,7 +281,7 @@ def _spec(loaded: LoadedRun, data: Any) -> str:
 def _load_splits(
     loaded: LoadedRun, data: Any, split: Split, skip_corrupt: bool, columns: str | None
 ) -> tuple[DataSplits, bool]:
-    """Load the splits of the run or of other data; the second value is True for data of the run."""
+    """Load the splits of the run or of other data, and return whether they contain the data of the run."""
     config = loaded.folder.read_config()
     stored = loaded.info.data
     changes: dict[str, Any] = {
@@ -280,6 +299,7 @@ def _load_splits(
                 "has no digest of it"
             )
         return splits, True
+    # a specification or object may refer to the data of the run, e.g. after the folder was moved
     note = None
     with contextlib.suppress(ValueError):  # the data may not fit the settings of the run
         spec, source = (data, None) if isinstance(data, str) else (config.data.spec, data)
@@ -289,17 +309,19 @@ def _load_splits(
             if not changed:
                 return splits, True
             note = f"the files have the same names as the run's images but other contents in {', '.join(changed)}"
+    # given columns are always used, the run's columns only for data that may have columns
+    uses_columns = columns is not None or has_columns(data)
     splits = load_data(
         data,
         DataConfig(
             skip_corrupt=skip_corrupt,
-            columns=changes["columns"] if columns is not None or has_columns(data) else None,
+            columns=changes["columns"] if uses_columns else None,
             channels=loaded.reading.channels,
             white=loaded.info.data.white,
         ),
         seed=config.run.seed,
         target=loaded.task.target,
-        divide=split not in ("auto", "all"),
+        divide=split not in ("auto", "all"),  # all images are evaluated together
     )
     if note is not None:
         splits.notes.append(f"{note}: evaluated as other data")
@@ -307,7 +329,7 @@ def _load_splits(
 
 
 def _resolve_split(split: Split, splits: DataSplits) -> Split:
-    """Resolve `auto` to the test split, or validation if there is none."""
+    """Resolve `auto` to the test split, or to the validation split if there is no test split."""
     if split != "auto":
         return split
     if splits.test is None and splits.val is None:
@@ -320,8 +342,8 @@ def _split_names(split: Split) -> Collection[str]:
     return SPLITS if split == "all" else (split,)
 
 
-def _split_parts(splits: DataSplits, split: Split) -> list[ImageDataset]:
-    """Return the datasets of a split."""
+def _datasets_of(splits: DataSplits, split: Split) -> list[ImageDataset]:
+    """Return the datasets of a split; raise ValueError if the data does not have this split."""
     if split == "all":
         return list(splits.parts.values())
     if split not in splits.parts:
@@ -333,28 +355,32 @@ def _split_parts(splits: DataSplits, split: Split) -> list[ImageDataset]:
 def _run_model(
     loaded: LoadedRun,
     classes: Sequence[str],
-    parts: Sequence[ImageDataset],
+    datasets: Sequence[ImageDataset],
     batch_size: int,
     console: Console | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the reduced outputs and the labels of all images, on the CPU; `classes` are the classes of the data."""
+    """Run the model on all images, and return `Task.reduce` of their outputs and labels, on the CPU.
+
+    `classes` are the classes of the data, which may be a subset of the run's classes in another order.
+    """
     unknown = [name for name in classes if name not in loaded.classes]
     if unknown:
         raise ValueError(
             f"the run was not trained on the classes {unknown} of the data; its classes are {loaded.classes}"
         )
     task = loaded.task
-    numbers = [loaded.classes.index(name) for name in classes]
+    class_indices = [loaded.classes.index(name) for name in classes]
 
     def collate(items: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
-        return task.collate([(image, task.remap_labels(label, numbers)) for image, label, *_ in items])
+        return task.collate([(image, task.remap_labels(label, class_indices)) for image, label, *_ in items])
 
-    batches: DataLoader[Any] = DataLoader(ConcatDataset(parts), batch_size, collate_fn=collate)
+    batches: DataLoader[Any] = DataLoader(ConcatDataset(datasets), batch_size, collate_fn=collate)
     reduced: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.inference_mode():
         for batch in track_progress(batches, "evaluating", len(batches), console):
             outputs = task.outputs(loaded.network, batch["images"].to(loaded.device), loaded.info.tta).cpu()
-            for collected, part in zip((reduced, labels), task.reduce(outputs, batch["labels"]), strict=True):
-                collected.append(part)
+            batch_reduced, batch_labels = task.reduce(outputs, batch["labels"])
+            reduced.append(batch_reduced)
+            labels.append(batch_labels)
     return torch.cat(reduced), torch.cat(labels)

@@ -1,4 +1,8 @@
-"""Heat maps of predictions, and nearest training images."""
+"""Explain predictions with heat maps and with the nearest training images.
+
+A heat map shows which regions of an image contribute to an output. The nearest training images have the most similar
+features, the inputs of the classifier head.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -34,16 +38,23 @@ HeatMap = Literal["gradcam", "rollout"]
 the class."""
 HEAT_MAPS = "heat_maps"
 """Subfolder of a run for the heat maps of its report, one `INDEX.png` per image."""
-_HEAT_OPACITY = (0.15, 0.65)
+_HEAT_OPACITY = (0.15, 0.65)  # at the values 0 and 1
 _NUM_EXAMPLES = 12
 _MAX_CANDIDATES = 2_000
-_MAX_SIDE = 320
-_MAX_STEM_BYTES = 240  # file names have at most 255 bytes
+"""Maximum number of training images that are compared to find the nearest ones."""
+_MAX_SIDE = 320  # longer side of images in pages and reports, in pixels
+_MAX_STEM_BYTES = 240  # file systems allow 255 bytes, including the number and the suffix
 
 
 @dataclass(frozen=True)
 class ExplainResult:
-    """Result of `explain`: path of the HTML page, number of images and notes for the user."""
+    """Result of `explain`.
+
+    Attributes:
+        page: HTML page with all heat maps.
+        count: Number of explained images.
+        notes: Notes for the user, e.g. on skipped images.
+    """
 
     page: Path
     count: int
@@ -66,28 +77,29 @@ def explain(
 ) -> ExplainResult:
     """Write a heat map of each image, `OUT/0001-NAME.png`, and an HTML page of all heat maps, `OUT/index.html`.
 
-    Names longer than 240 bytes are cut.
+    NAME is the name of the image without its suffix, cut to 240 bytes.
 
     Args:
         run: Folder of a classification run.
         images: As for `snella_app.runs.image_inputs.expand`.
-        out: Output folder; created if missing.
-        by: gradcam (gradient times activation), or rollout (attention of a ViT, independent of the class).
-        of: Class to explain; the predicted class if None.
-        neighbors: Number of nearest training images to show, by cosine similarity of features; 0 for none. At most
-            2,000 evenly spaced training images are compared.
+        out: Output folder, which is created if it is missing.
+        by: Method: `"gradcam"` (gradient times activation) or `"rollout"` (attention of a ViT, independent of the
+            class).
+        of: Class to explain. None explains the predicted class of each image.
+        neighbors: Number of nearest training images to show, by cosine similarity of features. At most 2,000 evenly
+            spaced training images are compared. 0 shows none.
         overwrite: Write into a folder that is not empty.
         batch_size: Batch size.
         columns: As for `expand`.
         skip_corrupt: Skip images that cannot be read.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
+        device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"` or `"mps"`.
 
     Raises:
         FileExistsError: If `out` is a file, or a folder that is not empty and `overwrite` is not set.
         FileNotFoundError: If the run or an image does not exist. The message suggests similar names.
-        ValueError: If the run is not a classification run or is a cross-validation, has no class `of`, `of` is combined
-            with rollout, the model does not support `by`, an image cannot be read, `batch_size` is less than 1, or
-            `neighbors` is negative.
+        ValueError: If the run is not a classification run, is a cross-validation run or has no class `of`; if `of` is
+            combined with rollout, or the model does not support `by`; or if an image cannot be read, `batch_size` is
+            less than 1, or `neighbors` is negative.
         ImportError: If `by` is gradcam and Captum is not installed.
     """
     folder = Path(out)
@@ -108,24 +120,27 @@ def explain(
     if of is not None and of not in model.classes:
         raise ValueError(f"of must be one of the run's classes, {', '.join(model.classes)}, got {of!r}")
     notes: list[str] = []
-    rows: list[np.ndarray] = []
+    features: list[np.ndarray] = []
     predictions = list(
         model.iter_predictions(
             files,
             skip_corrupt=skip_corrupt,
             on_skipped=lambda path, reason: notes.append(f"skipped {str(path)!r} ({reason})"),
-            on_features=rows.append if neighbors else None,
+            on_features=features.append if neighbors else None,
         )
     )
-    neighbors_by_image = _neighbors(model, rows, neighbors, notes) if rows else [[] for _ in predictions]
+    neighbors_by_image: list[list[dict[str, Any]]] = [[] for _ in predictions]
+    if features:
+        neighbors_by_image = _neighbors(model, features, neighbors, notes)
     targets = [of or prediction.label for prediction in predictions]
     overlays = _overlays(model, [prediction.path for prediction in predictions], targets, by)
     with create_folder(folder):
         entries: list[dict[str, Any]] = []
-        for prediction, target, (image, heat) in zip(predictions, targets, overlays, strict=True):
+        explained = zip(predictions, targets, neighbors_by_image, overlays, strict=True)
+        for prediction, target, nearest, (image, overlay) in explained:
             stem = os.fsdecode(os.fsencode(prediction.path.stem)[:_MAX_STEM_BYTES])
             name = f"{len(entries) + 1:04}-{stem}.png"
-            _write_heat_map(folder / name, heat, by)
+            _write_heat_map(folder / name, overlay, by)
             likely_classes = [f"{label} {percent_text(p)}" for label, p in prediction.ranking[:3]]
             subject = f"for {target}" if by == "gradcam" else "of attention, independent of the class"
             entries.append(
@@ -134,8 +149,8 @@ def explain(
                     "text": ", ".join(likely_classes),
                     "target": subject,
                     "image": EmbeddedImage(*image_data_uri(image, _MAX_SIDE)),
-                    "heat": EmbeddedImage(*image_data_uri(heat, _MAX_SIDE)),
-                    "neighbors": neighbors_by_image[len(entries)],
+                    "heat": EmbeddedImage(*image_data_uri(overlay, _MAX_SIDE)),
+                    "neighbors": nearest,
                 }
             )
         context = {"run": model.loaded.info, "entries": entries, "of": of, "by": by}
@@ -146,30 +161,30 @@ def explain(
 def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: int = 16, device: str = "auto") -> Path:
     """Add heat maps of the most confident mistakes and of some correct predictions to the report of a run.
 
-    Explains images of `predictions.json`: validation images, or test images if there is no validation split.
+    The images are those of `predictions.json`: validation images, or test images if there is no validation split.
 
     Args:
         run: Folder of a classification run with stored predictions, whose images must still exist.
         by: As for `explain`.
         batch_size: Batch size.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
+        device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"` or `"mps"`.
 
     Returns:
         Path of the report.
 
     Raises:
         FileNotFoundError: If `run` is not a run folder or has no predictions, or its images no longer exist.
-        ValueError: If the run is not a classification run, is a cross-validation or has more than 5,000 of these
-            images, its images were added, removed or renamed, the model does not support `by`, or `batch_size` is less
-            than 1.
+        ValueError: If the run is not a classification run, is a cross-validation run, or has more than 5,000 of these
+            images or none; if its images were added, removed or renamed; or if the model does not support `by`, or
+            `batch_size` is less than 1.
         ImportError: If `by` is gradcam and Captum is not installed.
     """
     model = _load_classifier(run, by, batch_size, device)
     sizes = model.loaded.info.data.sizes
-    name = "val" if sizes.get("val") else "test"
-    if (count := sizes.get(name, 0)) > MAX_PREDICTIONS:
+    split_name = "val" if sizes.get("val") else "test"
+    if (count := sizes.get(split_name, 0)) > MAX_PREDICTIONS:
         raise ValueError(
-            f"{run} has {count:,} {split_text(name)} images, and a run stores predictions of at most "
+            f"{run} has {count:,} {split_text(split_name)} images, and a run stores predictions of at most "
             f"{MAX_PREDICTIONS:,}; pass images: snella explain RUN IMAGES --out FOLDER"
         )
     if count == 0:
@@ -177,18 +192,19 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
             f"{run} has neither validation nor test images; pass images: snella explain RUN IMAGES --out FOLDER"
         )
     predictions = read(Predictions, run)
-    split = _load_split(model, predictions.split)
-    wrong, right = choose_examples(predictions.items, _NUM_EXAMPLES)
-    items = [*wrong, *right]
+    dataset = _load_split(model, predictions.split)
+    wrong, correct = choose_examples(predictions.items, _NUM_EXAMPLES)
+    items = [*wrong, *correct]
     folder = Path(run) / HEAT_MAPS
     folder.mkdir(exist_ok=True)
-    images = [split[item.index][0] for item in items]
+    images = [dataset[item.index][0] for item in items]
+    # all overlays are computed before the old ones are deleted, so that an error leaves the report as it was
     overlays = list(_overlays(model, images, [model.classes[item.predicted] for item in items], by))
-    for old in folder.glob("*.png"):
-        old.unlink()
-    for item, (_, heat) in zip(items, overlays, strict=True):
-        heat.thumbnail((_MAX_SIDE, _MAX_SIDE))
-        _write_heat_map(folder / f"{item.index}.png", heat, by)
+    for old_file in folder.glob("*.png"):
+        old_file.unlink()
+    for item, (_, overlay) in zip(items, overlays, strict=True):
+        overlay.thumbnail((_MAX_SIDE, _MAX_SIDE))
+        _write_heat_map(folder / f"{item.index}.png", overlay, by)
     return rewrite_report(run)
 
 
@@ -204,47 +220,51 @@ def nearest_images(features: np.ndarray, others: np.ndarray, count: int) -> list
         For each row of `features`, pairs of index and cosine similarity, nearest first.
     """
     cosines = cosine_similarity(features, others)
-    order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
+    nearest_columns = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
     neighbors: list[list[tuple[int, float]]] = []
-    for row_cosines, nearest in zip(cosines, order, strict=True):
-        neighbors.append([(int(column), float(row_cosines[column])) for column in nearest])
+    for row_cosines, columns in zip(cosines, nearest_columns, strict=True):
+        neighbors.append([(int(column), float(row_cosines[column])) for column in columns])
     return neighbors
 
 
 def _load_classifier(run: str | Path, by: str, batch_size: int, device: str) -> Predictor:
-    """Check the heat map method, and load a run with one class per image."""
+    """Check the heat map method, and load the classification run to explain."""
     if by not in get_args(HeatMap):
         raise ValueError(f"by must be one of {', '.join(get_args(HeatMap))}, got {by!r}")
     check_order(Path(run))
     model = Predictor(load_single_run(run, device), batch_size=batch_size)
-    if not model.loaded.task.has_one_class:
+    if not model.loaded.task.has_class_scores:
         raise ValueError(f"run must be a classification run for heat maps, got task {model.loaded.info.task!r}")
     return model
 
 
 def _load_split(model: Predictor, name: str) -> ImageDataset:
-    """Load a split of the run's data, decoded as for the model, and check that the splits are the same."""
+    """Load a split of the run's data, decoded as for the model, after checking that the splits have not changed."""
     folder = model.loaded.folder
     data = model.loaded.info.data
     splits = load_run_splits(folder, data)
     check_splits(folder.path, data, splits, ())
-    (part,) = read_at_side([splits.parts[name]], model.loaded.reading.side)
-    return part
+    (dataset,) = read_at_side([splits.parts[name]], model.loaded.reading.side)
+    return dataset
 
 
 def _neighbors(
-    model: Predictor, rows: Sequence[np.ndarray], count: int, notes: list[str]
+    model: Predictor, features: Sequence[np.ndarray], count: int, notes: list[str]
 ) -> list[list[dict[str, Any]]]:
-    """Return the nearest training images; if they cannot be read, add a note and return empty lists."""
+    """Describe the nearest training images of each image for the page.
+
+    If the training images cannot be read, add a note and return an empty list for each image.
+    """
     try:
         train = _load_split(model, "train")
-        step = max(1, -(-len(train) // _MAX_CANDIDATES))
+        step = max(1, -(-len(train) // _MAX_CANDIDATES))  # rounded up
         candidates = range(0, len(train), step)
-        others: list[np.ndarray] = []
-        list(model.iter_predictions((train[index][0] for index in candidates), on_features=others.append))
+        train_features: list[np.ndarray] = []
+        # only the features are used, not the predictions
+        list(model.iter_predictions((train[index][0] for index in candidates), on_features=train_features.append))
     except (OSError, ValueError, ImportError) as error:
         notes.append(f"no nearest training images: {error}")
-        return [[] for _ in rows]
+        return [[] for _ in features]
     if step > 1:
         notes.append(f"neighbors are chosen from {len(candidates):,} of {len(train):,} training images, evenly spaced")
 
@@ -254,8 +274,8 @@ def _neighbors(
         name = train.names[index]
         return {"image": image, "label": label, "name": name, "cosine": f"{cosine:.2f}"}
 
-    neighbors = nearest_images(np.stack(rows), np.stack(others), count)
-    return [[describe(candidates[place], cosine) for place, cosine in row] for row in neighbors]
+    neighbors = nearest_images(np.stack(features), np.stack(train_features), count)
+    return [[describe(candidates[position], cosine) for position, cosine in nearest] for nearest in neighbors]
 
 
 def _overlays(
@@ -265,19 +285,19 @@ def _overlays(
     network = model.loaded.network
     targets = [model.classes.index(name) for name in classes]
     for start in range(0, len(images), model.batch_size):
-        part = slice(start, start + model.batch_size)
-        tensors = model.preprocess(images[part]).to(model.device)
+        batch = slice(start, start + model.batch_size)
+        tensors = model.preprocess(images[batch]).to(model.device)
         if by == "gradcam":
-            heat = heat_maps(network, tensors, torch.tensor(targets[part]))
+            maps = heat_maps(network, tensors, torch.tensor(targets[batch]))
         else:
-            heat = attention_rollout(network, tensors)
-        for tensor, heat_map in zip(tensors, heat, strict=True):
+            maps = attention_rollout(network, tensors)
+        for tensor, heat_map in zip(tensors, maps, strict=True):
             image = model.to_pil_image(tensor)
             yield image, overlay_heat(image, heat_map)
 
 
 def _write_heat_map(path: Path, image: Image.Image, by: HeatMap) -> None:
-    """Write a heat map as PNG, with its method in the metadata."""
+    """Write an image with a heat map as PNG, and store the heat map method in the metadata."""
     metadata = PngInfo()
     metadata.add_text("by", by)
     write_png(path, image, pnginfo=metadata)
@@ -299,11 +319,11 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
         outputs: Index of the output to explain for each image, `[images]`.
 
     Returns:
-        `[images, height, width]`, float32 in [0, 1]; zeros if no region raises the output.
+        `[images, height, width]`, float32 in [0, 1]. A map is zero if no region raises the output.
 
     Raises:
         ValueError: If the model has neither ViT blocks nor `feature_info`, or the last call of the layer has fewer
-            tokens than patches (`vqt` with the trained head).
+            tokens than patches, as in `vqt` with the trained head.
         ImportError: If Captum is not installed.
 
     Sources:
@@ -334,7 +354,7 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
         images: As for `heat_maps`.
 
     Returns:
-        `[images, height, width]`, float32; each map is scaled to [0, 1] and then resized to the image.
+        `[images, height, width]`, float32. Each map is scaled to [0, 1] and then resized to the image.
 
     Raises:
         ValueError: If the model is not a timm ViT or its method adds tokens (prompts).
@@ -348,15 +368,16 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
     if patch is None or not attentions or not is_vit:
         raise ValueError(f"attention rollout needs a timm ViT, got {type(base).__name__}; use gradcam")
     rows, columns = images.shape[-2] // patch[0], images.shape[-1] // patch[1]
-    rolled: list[Tensor] = []
+    rolled: list[Tensor] = []  # the product of the blocks so far
 
-    def roll(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def multiply_block(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Multiply the attention of a block, the input of its dropout, into the product."""
         mean = inputs[0].float().mean(1)  # [images, tokens, tokens]
         step = (mean + torch.eye(mean.shape[-1], device=mean.device)) / 2
         rolled[:] = [step @ rolled[0] if rolled else step]
 
     were_fused = [attention.fused_attn for attention in attentions]
-    handles = [attention.attn_drop.register_forward_pre_hook(roll) for attention in attentions]
+    handles = [attention.attn_drop.register_forward_pre_hook(multiply_block) for attention in attentions]
     try:
         for attention in attentions:
             attention.fused_attn = False  # fused attention does not expose its weights
@@ -365,17 +386,16 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
         for attention, was_fused, handle in zip(attentions, were_fused, handles, strict=True):
             attention.fused_attn = was_fused
             handle.remove()
-    extra = rolled[0].shape[-1] - rows * columns - base.num_prefix_tokens
-    if extra:
+    num_prefix = base.num_prefix_tokens
+    num_prompts = rolled[0].shape[-1] - rows * columns - num_prefix
+    if num_prompts:
         raise ValueError(
-            f"attention rollout needs a model with patch tokens only, got {extra} prompt tokens from its method; use "
-            "gradcam"
+            f"attention rollout does not support prompt tokens, but the method adds {num_prompts}; use gradcam"
         )
-    first = base.num_prefix_tokens
     # distilled models average the outputs of the class token and the distillation token
     class_tokens = 1 if getattr(base, "dist_token", None) is None else 2
-    pooled = rolled[0][:, :class_tokens] if base.global_pool == "token" else rolled[0][:, first:]
-    grid = pooled.mean(1)[:, first:].reshape(-1, rows, columns)
+    pooled = rolled[0][:, :class_tokens] if base.global_pool == "token" else rolled[0][:, num_prefix:]
+    grid = pooled.mean(1)[:, num_prefix:].reshape(-1, rows, columns)
     return _resized_heat(grid - grid.amin((1, 2), keepdim=True), images)
 
 
@@ -388,28 +408,39 @@ def _resized_heat(grid: Tensor, images: Tensor) -> np.ndarray:
 
 
 def _vit_parts(model: nn.Module) -> tuple[Any, Sequence[Any], Any]:
-    """Return the model without its PEFT wrapper, its blocks (empty if absent), and its patch size (None if absent)."""
+    """Return the model without its PEFT wrapper, its blocks and its patch size.
+
+    If the model has no blocks or no patches, the blocks are empty or the patch size is None.
+    """
     base: Any = base_model(model)
-    return base, getattr(base, "blocks", None) or (), getattr(getattr(base, "patch_embed", None), "patch_size", None)
+    blocks = getattr(base, "blocks", None) or ()
+    patch_size = getattr(getattr(base, "patch_embed", None), "patch_size", None)
+    return base, blocks, patch_size
 
 
 def _target_layer(model: nn.Module) -> tuple[nn.Module, int, tuple[int, int]]:
-    """Return the target layer of heat maps, its channel count, and its patch size ((1, 1) for feature maps)."""
+    """Return the target layer of heat maps, the number of its channels, and its patch size.
+
+    The patch size is (1, 1) for layers whose output is a feature map.
+    """
     base, blocks, patch = _vit_parts(model)
-    first = min(model.layers) if isinstance(model, LayerProbe) else None
+    earliest = min(model.layers) if isinstance(model, LayerProbe) else None
     if blocks and hasattr(blocks[-1], "norm1") and patch is not None:
-        layer = blocks[-1].norm1 if first is None else blocks[first]
+        layer = blocks[-1].norm1 if earliest is None else blocks[earliest]
         return layer, int(base.embed_dim), (int(patch[0]), int(patch[1]))
     info = getattr(base, "feature_info", None)
     if not info:
         raise ValueError(f"heat maps need a timm model with feature_info, got {type(base).__name__}")
     entries = info if isinstance(info, list) else info.info
-    entry = entries[-1 if first is None else first]
+    entry = entries[-1 if earliest is None else earliest]
     return base.get_submodule(entry["module"]), int(entry["num_chs"]), (1, 1)
 
 
 def _summed_grid(product: Tensor, width: int, patch: tuple[int, int], size: torch.Size) -> Tensor:
-    """Sum channels-first or channels-last maps, or tokens, over channels: `[images, rows, columns]`."""
+    """Sum a product over its `width` channels, and return a grid `[images, rows, columns]`.
+
+    The product is a feature map with channels first or last, or has one row per token.
+    """
     if product.ndim == 4:
         return product.sum(1) if product.shape[1] == width else product.sum(-1)
     rows, columns = size[0] // patch[0], size[1] // patch[1]
@@ -423,10 +454,10 @@ def _summed_grid(product: Tensor, width: int, patch: tuple[int, int], size: torc
 
 
 def overlay_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
-    """Overlay a heat map on an image; opacity increases with the value.
+    """Overlay a heat map on an image, with an opacity that increases with the value.
 
     Args:
-        image: RGB.
+        image: PIL image, which is converted to RGB.
         heat: `[height, width]` in [0, 1]; resized to the image.
     """
     from matplotlib import colormaps
@@ -434,6 +465,7 @@ def overlay_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
     resized = Image.fromarray((heat * 255).round().astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
     values = np.asarray(resized)[..., None] / 255
     colors = colormaps["inferno"](values[..., 0])[..., :3] * 255
-    opacity = _HEAT_OPACITY[0] + (_HEAT_OPACITY[1] - _HEAT_OPACITY[0]) * values
+    lowest, highest = _HEAT_OPACITY
+    opacity = lowest + (highest - lowest) * values
     mixed = np.asarray(image.convert("RGB")) * (1 - opacity) + colors * opacity
     return Image.fromarray(mixed.round().astype(np.uint8))

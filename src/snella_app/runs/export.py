@@ -1,4 +1,8 @@
-"""Export of a run's model to other formats, with verified outputs."""
+"""Export the model of a run to other formats, and verify the exported outputs.
+
+ONNX, TorchScript and `torch.export` files contain a graph, the operations of the model with their weights. A sparse
+file contains only the changes of the weights in training, their update, and a LoRA approximates the update.
+"""
 
 import dataclasses
 import importlib
@@ -27,12 +31,12 @@ from snella_app.records.run import RunInfo
 from snella_app.report.card import model_card
 from snella_app.runs.folder import sibling_path
 from snella_app.runs.graphs import (
-    Graph,
+    ExportedGraph,
     compare_outputs,
     export_onnx,
     export_torch,
     export_torchscript,
-    preparation_code,
+    preprocessing_code,
     quiet_exporters,
 )
 from snella_app.runs.images import load_run_splits
@@ -42,7 +46,7 @@ from snella_app.runs.model import LoadedRun, load_single_run, make_backbone
 from snella_app.tasks import TASKS
 from snella_app.text import first_line
 
-_NUM_IMAGES = 8
+_NUM_IMAGES = 8  # images of the run on which outputs are compared
 _MAX_CHANGED = 0.9  # maximum fraction of changed weights in a sparse file
 _STORE_ALL = "use snella merge to a .safetensors file, which stores all weights"
 _IN_METADATA = "'temperature' in its metadata"
@@ -53,14 +57,14 @@ _IN_CONFIG = "'temperature' in its config.json, which no library applies automat
 class ExportOptions:
     """Options of an export.
 
-    Args:
+    Attributes:
         out: Output file or folder, for the loading snippet.
-        opset: ONNX opset version; None selects the exporter's.
+        opset: ONNX opset version, or None for the exporter's default.
         rank: Rank of the LoRA.
         values: Data type of the values in a sparse file.
         logits: Export the model's raw outputs instead of the outputs of `predict`.
-        images: Preprocessed images to compare outputs on, `[n, C, H, W]`; empty for formats without a comparison.
-        example: File of the first image, for the loading snippet; None if it is not a file.
+        images: Preprocessed images to compare outputs on, `[n, C, H, W]`. It is empty for formats without a comparison.
+        example: File of the first image, for the loading snippet. None if the image is not a file.
     """
 
     out: Path
@@ -76,10 +80,10 @@ class ExportOptions:
 class ExportFormat:
     """Export format: an entry of `FORMATS`.
 
-    Args:
+    Attributes:
         suffix: Suffix of the file or folder name.
         write: `(loaded, path, options) -> (notes, snippet)`; writes the export to a temporary path.
-        options: Supported options of `export`.
+        options: Names of the arguments of `export` that the format supports.
         packages: Required packages of the extra `export`.
         is_folder: True if the export is a folder.
         unsupported: Names of the tasks that the format does not support.
@@ -111,13 +115,13 @@ def export(
     probabilities with the temperature of the run, or regression values in their original units.
 
     The export is written to a temporary path and renamed after verification, which is atomic for files. For ONNX,
-    TorchScript and `torch.export`, outputs on real images must differ from torch's by at most 1e-4 times the largest
+    TorchScript and `torch.export`, outputs on real images may differ from torch's by at most 1e-4 times the largest
     output, for several batch sizes. Sparse files with fp32 values restore the fine-tuned weights bit for bit.
 
     Args:
         run: Run folder.
         format: Key of `FORMATS`.
-        out: Output file or folder; if None, written next to the run and named after it.
+        out: Output file or folder. None selects a path next to the run, with the name of the run.
         overwrite: Replace the output of an earlier export.
         opset: ONNX opset version (onnx).
         rank: Rank (lora); 32 if None.
@@ -128,14 +132,14 @@ def export(
             torch-export).
 
     Returns:
-        Path, measurements (in the notes) and loading snippet.
+        Path of the export, name of the format, notes with the measured differences, and loading snippet.
 
     Raises:
         FileExistsError: If `out` exists and may not be replaced.
         FileNotFoundError: If `run` is not a run folder, or its adapter is missing.
-        ImportError: If a required package is missing; names the extra.
-        ValueError: If the format is unknown, an option does not apply to it, it does not support the task or method,
-            outputs differ, an image cannot be read, `out` has no name, or the run is a cross-validation.
+        ImportError: If a required package is missing. The message names the extra to install.
+        ValueError: If the format is unknown, or does not support an option, the task or the method; if outputs differ,
+            an image cannot be read, or `out` has no name; or if the run is a cross-validation run.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -156,7 +160,10 @@ def export(
     if task in export_format.unsupported:
         supported = ", ".join(name for name, entry in FORMATS.items() if task not in entry.unsupported)
         raise ValueError(f"format={format} does not support the task {task}; use one of {supported}")
-    batch, example = _load_images(loaded, images) if "images" in export_format.options else (torch.empty(0), None)
+    batch = torch.empty(0)
+    example: Path | None = None
+    if "images" in export_format.options:
+        batch, example = _load_images(loaded, images)
     options = ExportOptions(path, opset, rank or 32, values or "fp32", logits, batch, example)
     temporary = path.with_name(f".{path.name}.tmp")
     with create_folder(path.parent), annotate_write_errors(path):
@@ -165,6 +172,7 @@ def export(
             notes, snippet = export_format.write(loaded, temporary, options)
             sync_tree(temporary)
             if path.is_dir():
+                # an earlier export may also have a file with a final head
                 check_folder_files(path, [*(file.name for file in temporary.iterdir()), LAYER_PROBE])
                 _remove(path)
             temporary.replace(path)
@@ -174,7 +182,7 @@ def export(
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Reject options of other formats, and an invalid rank."""
+    """Raise ValueError for options of other formats, and for an invalid rank."""
     for option, value in options.items():
         is_given = value is not None and value is not False and value not in ((), [])
         if is_given and option not in FORMATS[name].options:
@@ -185,7 +193,11 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def _load_images(loaded: LoadedRun, images: Sequence[str | Path]) -> tuple[Tensor, Path | None]:
-    """Preprocess the images, or up to 8 test, validation or training images of the run; also return the first file."""
+    """Preprocess the given images, or up to 8 test, validation or training images of the run if `images` is empty.
+
+    Returns:
+        Batch of images, and the file of the first one, or None if it is not a file.
+    """
     if images:
         paths = [Path(image) for image in images]
         return torch.stack([loaded.transform(read_image(path, loaded.reading)) for path in paths]), paths[0]
@@ -195,10 +207,10 @@ def _load_images(loaded: LoadedRun, images: Sequence[str | Path]) -> tuple[Tenso
         raise ValueError(
             f"images must be given to compare outputs, since the run's images cannot be read: {error}"
         ) from None
-    part = parts.get("test") or parts.get("val") or parts["train"]
-    (dataset,) = read_at_side([part.with_transform(loaded.transform)], loaded.reading.side)
-    batch = torch.stack([dataset[index][0] for index in range(min(_NUM_IMAGES, len(dataset)))])
-    return batch, file_paths(part).get(0)
+    dataset = parts.get("test") or parts.get("val") or parts["train"]
+    (resized,) = read_at_side([dataset.with_transform(loaded.transform)], loaded.reading.side)
+    batch = torch.stack([resized[index][0] for index in range(min(_NUM_IMAGES, len(resized)))])
+    return batch, file_paths(dataset).get(0)
 
 
 def _remove(path: Path) -> None:
@@ -215,7 +227,7 @@ def _logits_notes(info: RunInfo, location: str) -> list[str]:
     temperature = info.trained_head_temperature
     if temperature == 1.0:
         return notes
-    command = "predict --tta 1" if info.tta == 2 else "predict"
+    command = "predict --tta 1" if info.tta == 2 else "predict"  # the export uses only the image
     formula = f"softmax(outputs / {temperature:g}) gives the probabilities of {command}"
     return [f"outputs are logits without temperature: {formula}; the temperature is {location}", *notes]
 
@@ -236,21 +248,24 @@ class _FinalOutputs(nn.Module):
 
 
 def _write_graph(
-    export_graph: Callable[..., Graph], loaded: LoadedRun, path: Path, options: ExportOptions
+    export_graph: Callable[..., ExportedGraph], loaded: LoadedRun, path: Path, options: ExportOptions
 ) -> tuple[list[str], str]:
     """Export the merged model with its final head as a graph, and compare its outputs with torch's."""
     backbone = merge_trained(loaded.model)
     merged = (backbone if loaded.probe is None else loaded.probe.with_model(backbone)).eval()
     model = merged if options.logits else _FinalOutputs(merged, loaded).eval()
-    output = "logits" if options.logits else loaded.task.final_name
-    info = dataclasses.replace(loaded.info, final_head="trained")  # the graph contains the final head
+    output_name = "logits" if options.logits else loaded.task.final_name
+    # the graph contains the final head, so the run's temperature applies to its outputs as with a trained head
+    info = dataclasses.replace(loaded.info, final_head="trained")
     metadata = run_metadata(dataclasses.replace(loaded, info=info), backbone)
     if not options.logits:
-        metadata |= {"temperature": "1.0", "use": f"# outputs are the {output} of snella predict"}
+        # the graph divides by the temperature itself
+        metadata |= {"temperature": "1.0", "use": f"# outputs are the {output_name} of snella predict"}
+    # two images, because torch.export treats a batch size of 1 as a constant
     example = options.images[:1].expand(2, -1, -1, -1).contiguous()
     with quiet_exporters():
         try:
-            graph = export_graph(model, example, metadata, output, options.opset)
+            graph = export_graph(model, example, metadata, output_name, options.opset)
         except Exception as error:  # only the first line; the rest is the exporter's log
             reason = first_line(error)[:300]
             hint = "; leave out opset" if options.opset else ""
@@ -261,41 +276,43 @@ def _write_graph(
         notes = _logits_notes(info, _IN_METADATA)
     else:
         divided = f", from logits divided by the temperature {info.temperature:g}" if info.temperature != 1.0 else ""
-        notes = [f"outputs are the {output} of predict{divided}; use --logits for logits"]
-        notes += ["outputs are averaged over an image and its flip, as in predict"] if info.tta == 2 else []
-    return [note, *notes], _graph_snippet(loaded, options, graph, output)
+        notes = [f"outputs are the {output_name} of predict{divided}; use --logits for logits"]
+        if info.tta == 2:
+            notes.append("outputs are averaged over an image and its flip, as in predict")
+    return [note, *notes], _graph_snippet(loaded, options, graph, output_name)
 
 
-def _graph_snippet(loaded: LoadedRun, options: ExportOptions, graph: Graph, output: str) -> str:
+def _graph_snippet(loaded: LoadedRun, options: ExportOptions, graph: ExportedGraph, output_name: str) -> str:
     """Return Python code that loads a graph and runs it on the example image, or on zeros."""
-    preparation = None if options.example is None else preparation_code(loaded)
+    preprocessing = None if options.example is None else preprocessing_code(loaded)
     lines = ["import json", f"import numpy as np, {graph.module}"]
-    if preparation is None:
+    if preprocessing is None:
         shape = (1, *loaded.info.data_config["input_size"])
         images = f"np.zeros({shape}, np.float32)  # use images preprocessed by 'data_config' in the file"
     else:
-        lines += ["from PIL import Image, ImageOps", *preparation]
+        lines += ["from PIL import Image, ImageOps", *preprocessing]
         images = f"transform(Image.open({str(options.example)!r}))[None]"
     if loaded.task.head is not None:
-        result = f"{output}[0].argmax(0)"
+        result = f"{output_name}[0].argmax(0)"
     else:
-        result = f"{output}[0]" if options.logits else f"dict(zip(classes, {output}[0].tolist()))"
+        result = f"{output_name}[0]" if options.logits else f"dict(zip(classes, {output_name}[0].tolist()))"
     lines += [
         graph.load_code.replace("PATH", repr(str(options.out))),
         f"images = {images}",
-        f"{output} = {graph.run_code}",
+        f"{output_name} = {graph.run_code}",
     ]
     return "\n".join([*lines, f"print({result})"])
 
 
 def _write_timm(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[list[str], str]:
+    """Write a folder in timm's format."""
     _write_timm_folder(loaded, path)
     snippet = f"import timm\nmodel = timm.create_model('local-dir:' + {str(options.out)!r}, pretrained=True).eval()"
     return _logits_notes(loaded.info, _IN_CONFIG), snippet
 
 
 def _write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> dict[str, Any]:
-    """Write the folder and return its `config.json`; reject backbones outside timm."""
+    """Write a folder in timm's format and return its `config.json`; raise ValueError for backbones outside timm."""
     if loaded.info.backbone.architecture is None:
         raise ValueError(
             f"timm cannot build {loaded.info.backbone.name}; use --format onnx, or snella merge to a .safetensors file"
@@ -304,6 +321,7 @@ def _write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> dict[st
 
 
 def _write_hf(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[list[str], str]:
+    """Write a folder for transformers and the Hugging Face Hub: timm's format with a preprocessor and a model card."""
     # transformers reads timm folders; these entries set the model class explicitly
     entries = {"model_type": "timm_wrapper", "architectures": ["TimmWrapperForImageClassification"]}
     config = _write_timm_folder(loaded, path, **entries)
@@ -316,6 +334,7 @@ def _write_hf(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[li
 
 
 def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[list[str], str]:
+    """Write the closest LoRA of the given rank, and measure its differences from the run's update and outputs."""
     model: Any = loaded.model
     if isinstance(model, PeftModel) and model.peft_config["default"].peft_type == "LORA":
         raise ValueError(f"the adapter of the run is already a LoRA; use {loaded.folder.adapter}")
@@ -333,32 +352,35 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[
     _write_card(loaded, path, f"```python\n{card_code}\n```", "peft", [])
     lora_model = PeftModel.from_pretrained(make_backbone(backbone, loaded.task.name), str(path)).eval()
     layers = _tuner_layers(model)
-    lost = 0.0
-    total = 0.0
+    squared_error = 0.0
+    squared_norm = 0.0
     with torch.no_grad():
-        got = lora_model(options.images)
+        lora_outputs = lora_model(options.images)
         for name, layer in _tuner_layers(lora_model).items():
             delta = layers[name].get_delta_weight("default")
-            lost += float((layer.get_delta_weight("default") - delta).double().square().sum())
-            total += float(delta.double().square().sum())
-    difference = float((got - expected).abs().max() / expected.abs().max())
+            squared_error += float((layer.get_delta_weight("default") - delta).double().square().sum())
+            squared_norm += float(delta.double().square().sum())
+    weight_error = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
+    output_error = float((lora_outputs - expected).abs().max() / expected.abs().max())
     note = (
-        f"rank {options.rank}: ‖ΔW − BA‖ / ‖ΔW‖ = {(lost / total) ** 0.5 if total else 0.0:.4f} (Frobenius, all layers)"
-        f"; outputs on {counted(len(got), 'image')} differ by at most {difference:.1e} times the largest output"
+        f"rank {options.rank}: ‖ΔW − BA‖ / ‖ΔW‖ = {weight_error:.4f} (Frobenius, all layers); outputs on "
+        f"{counted(len(lora_outputs), 'image')} differ by at most {output_error:.1e} times the largest output"
     )
     if loaded.task.name == "classification":
-        note += f"; {float((got.argmax(1) == expected.argmax(1)).double().mean()):.1%} of predictions agree"
+        agreement = float((lora_outputs.argmax(1) == expected.argmax(1)).double().mean())
+        note += f"; {agreement:.1%} of predictions agree"
     return [note, *_logits_notes(loaded.info, "not in the folder")], code.format(str(options.out), backbone.name)
 
 
 def _write_card(loaded: LoadedRun, path: Path, use: str, library: str, tags: Sequence[str]) -> None:
-    """Write the model card of an exported folder, which is loaded with the trained head."""
+    """Write the model card of an exported folder, whose model has the trained head."""
     run = loaded.folder.path
     card = model_card(run, use, name=run.resolve().name, library=library, tags=tags, has_final_head=False)
     write_text(path / "README.md", card)
 
 
 def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[list[str], str]:
+    """Write a file of the changed weights, and check which weights it restores."""
     base = make_backbone(loaded.info.backbone, loaded.task.name)
     patch = sparse_patch(loaded.model, base)
     model = merge_trained(loaded.model)
@@ -367,22 +389,22 @@ def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> tupl
     applied = base.state_dict(keep_vars=True)
     if fine_tuned.keys() != applied.keys():
         raise ValueError(f"method {loaded.info.method} changes the architecture, which sparse files do not support")
-    others = {name: tensor for name, tensor in fine_tuned.items() if not torch.equal(applied[name], tensor)}
-    patch.remove()
-    inexact = [name for name in others if name in patch.entries]
+    replaced = {name: tensor for name, tensor in fine_tuned.items() if not torch.equal(applied[name], tensor)}
+    patch.remove()  # only after the comparison, because `applied` shares memory with `base`
+    inexact = [name for name in replaced if name in patch.entries]
     if inexact:
         raise ValueError(f"the update of {inexact[0]!r} is not an addition to single weights; {_STORE_ALL}")
-    patch.replaced = {name: tensor.detach().clone() for name, tensor in others.items()}
+    patch.replaced = {name: tensor.detach().clone() for name, tensor in replaced.items()}
     patch.metadata = run_metadata(loaded, model)
     content = patch.to_bytes(options.values)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in fine_tuned.values())
-    changed = sum(len(entries.indices) for entries in patch.entries.values())
-    replaced = sum(tensor.numel() for tensor in others.values())
-    weights = sum(torch.Size(shape).numel() for shape in patch.shapes.values())
-    if len(content) >= size or changed > _MAX_CHANGED * weights:
+    full_size = sum(tensor.numel() * tensor.element_size() for tensor in fine_tuned.values())
+    num_changed = sum(len(entries.indices) for entries in patch.entries.values())
+    num_replaced = sum(tensor.numel() for tensor in replaced.values())
+    num_weights = sum(torch.Size(shape).numel() for shape in patch.shapes.values())
+    if len(content) >= full_size or num_changed > _MAX_CHANGED * num_weights:
         raise ValueError(
-            f"method {loaded.info.method} changes {changed + replaced:,} of {weights + replaced:,} weights, too many "
-            f"for a sparse file; {_STORE_ALL}"
+            f"method {loaded.info.method} changes {num_changed + num_replaced:,} of {num_weights + num_replaced:,} "
+            f"weights, too many for a sparse file; {_STORE_ALL}"
         )
     path.write_bytes(content)
     stored = load_sparse(base, path)
@@ -393,8 +415,8 @@ def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> tupl
     ]
     exact = "bit for bit" if not any(errors) else f"to within {max(errors):.1e}"
     note = (
-        f"{changed:,} changed weights, {replaced:,} replaced values; {len(content) / size:.3f} of the full size; "
-        f"restores the fine-tuned weights {exact}"
+        f"{num_changed:,} changed weights, {num_replaced:,} replaced values; {len(content) / full_size:.3f} of the "
+        f"full size; restores the fine-tuned weights {exact}"
     )
     snippet = (
         f"from snella import load_sparse\npatch = load_sparse(backbone, {str(options.out)!r})"
@@ -424,9 +446,11 @@ def sparse_patch(model: nn.Module, base: nn.Module) -> SparsePatch:
     """
     entries_by_name: dict[str, Entries] = {}
     for name, layer in _tuner_layers(model).items():
-        exact = {"dtype": torch.float32} if isinstance(layer, SnellaLayer) else {}
-        delta = layer.get_delta_weight("default", **exact).detach()
-        delta = (delta.to_dense() if delta.is_sparse else delta).contiguous().reshape(-1)
+        # rounding to the dtype of the factors would change the restored weights
+        dtype = {"dtype": torch.float32} if isinstance(layer, SnellaLayer) else {}
+        delta = layer.get_delta_weight("default", **dtype).detach()
+        dense_delta = delta.to_dense() if delta.is_sparse else delta
+        delta = dense_delta.contiguous().reshape(-1)
         indices = delta.nonzero().flatten()
         weight = layer.weight_name(name) if isinstance(layer, SnellaLayer) else f"{name}.weight"
         entries_by_name[weight] = Entries(indices, delta[indices].clone())

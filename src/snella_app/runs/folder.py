@@ -1,4 +1,8 @@
-"""`RunFolder`: files, digests and status of a run."""
+"""`RunFolder`: paths, settings, records, digests and status of a run.
+
+`config.yaml` contains the settings of the run. `run.json` contains its status, and the SHA-256 digests of other files,
+which show whether these files were altered.
+"""
 
 import dataclasses
 import fcntl
@@ -22,7 +26,7 @@ from snella_app.records.run import Allocation, FoldResults, RunInfo, Status, sta
 
 
 def adapter_digest(folder: Path) -> str:
-    """Return the first 16 hex digits of the SHA-256 of the digests of an adapter folder's safetensors files."""
+    """Return a digest of the safetensors files in an adapter folder: the first 16 hex digits of a SHA-256."""
     total = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         total.update(bytes.fromhex(sha256_of(path)))
@@ -30,13 +34,17 @@ def adapter_digest(folder: Path) -> str:
 
 
 def sibling_path(run: str | Path, suffix: str) -> Path:
-    """Return a path next to a run folder: `runs/photos.onnx` for `runs/photos`; absolute for `.`."""
+    """Return a path next to a run folder, e.g. `runs/photos.onnx` for `runs/photos`.
+
+    The path is absolute if `run` has no name, e.g. for `.`.
+    """
     path = Path(run) if Path(run).name not in ("", "..") else Path(run).resolve()
     return path.with_name(path.name + suffix)
 
 
 S = TypeVar("S", bound=RunSettings)
 
+# files whose digests `finish` stores
 _RESULTS = ("config.yaml", "metrics.json", "allocation.json", "predictions.json")
 _FOLDERS = ("adapter", "checkpoints", "commands", "heat_maps", "masks", "selection", "tracking")
 CARD = "README.md"
@@ -49,19 +57,24 @@ _INHERITED = (
 """Settings inherited with `init_from`. Other values would not fit the trained weights, or would evaluate them on
 training images."""
 _CHANGEABLE = (*SESSION_FIELDS, "data")
-"""Settings that may change when a run is resumed; images have separate digests."""
+"""Settings that may change when a run is resumed. `data` may change, because changed images have another digest."""
 
 
 def _settings_digest(values: Mapping[str, Any]) -> str:
     """Return the SHA-256 of the settings in `config.yaml`, without settings that may change when a run is resumed."""
-    bound = {str(name): value for name, value in values.items() if name not in _CHANGEABLE}
-    return hashlib.sha256(json.dumps(bound, sort_keys=True, default=str).encode()).hexdigest()
+    fixed = {str(name): value for name, value in values.items() if name not in _CHANGEABLE}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _for_config_file(message: str) -> str:
-    """Rephrase a settings error for a configuration file: quote names and drop command-line examples."""
+    """Rephrase a settings error for a configuration file: quote the names, and drop examples for the command line."""
     missing = r"missing required settings: (.*?), e\.g\. [^;]*"
-    message = re.sub(missing, lambda match: "it lacks " + ", ".join(map(repr, match[1].split(", "))), message)
+
+    def quote_names(match: re.Match[str]) -> str:
+        """Quote the names of missing settings."""
+        return "it lacks " + ", ".join(map(repr, match[1].split(", ")))
+
+    message = re.sub(missing, quote_names, message)
     return re.sub(r"(^|; )(\w+)(?= must\b)", r"\1'\2'", message)
 
 
@@ -69,7 +82,7 @@ class BaseRunFolder(Generic[S]):
     """Folder of a run: paths, configuration, records and status.
 
     Args:
-        path: The folder; may not exist yet.
+        path: The folder, which need not exist yet.
 
     Attributes:
         settings_type: Configuration class of the run.
@@ -90,7 +103,7 @@ class BaseRunFolder(Generic[S]):
 
     @property
     def status(self) -> Status | None:
-        """Status in `run.json`; None if the folder has no run.
+        """Status in `run.json`, or None if the folder has no run.
 
         Raises:
             ValueError: If the file is damaged.
@@ -108,12 +121,12 @@ class BaseRunFolder(Generic[S]):
 
     @property
     def id(self) -> str | None:
-        """Unique id of the run; None if the folder has no run, or if an early version of snella wrote it."""
+        """Unique id of the run, or None if the folder has no run or an early version of snella wrote it."""
         return (self._read_run() or {}).get("id")
 
     @property
     def was_killed(self) -> bool:
-        """True if the run was killed: its status is `running`, but no process holds its lock.
+        """True if the process of the run was killed: the status is `running`, but no process holds the lock.
 
         False if the lock cannot be checked, e.g. in another user's folder.
         """
@@ -121,6 +134,7 @@ class BaseRunFolder(Generic[S]):
             return False
         try:
             with open(self.lock, opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as lock:
+                # fails while a running process holds its exclusive lock
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return True
@@ -143,16 +157,20 @@ class BaseRunFolder(Generic[S]):
         self._update_digest(name)
 
     def write(self, record: Record) -> None:
-        """Write a record's file atomically; add the run id and the digests to records that have these fields."""
+        """Write the file of a record atomically, with the run id and the digests if the record has these fields."""
         if isinstance(record, RunInfo):
-            record = dataclasses.replace(record, **self._binding(), files=(self._read_run() or {}).get("files") or None)
+            stored_files = (self._read_run() or {}).get("files") or None
+            record = dataclasses.replace(record, **self._binding(), files=stored_files)
         elif isinstance(record, FoldResults):
             record = dataclasses.replace(record, settings=self._binding()["settings"])
         write(record, self.path)
         self._update_digest(record.file)
 
     def update(self, status: Status, error: str | None = None, **values: Any) -> None:
-        """Update entries of `run.json`; others are unchanged, but a stored `error` is removed if `error` is None."""
+        """Update entries of `run.json`; the other entries keep their values.
+
+        The stored `error` is replaced, or removed if `error` is None.
+        """
         run = self._read_run() or {"format": FORMAT, **self._binding()}
         run.update(values, status=status)
         run.pop("error", None)
@@ -166,9 +184,9 @@ class BaseRunFolder(Generic[S]):
 
     @contextmanager
     def writing_adapter(self) -> Iterator[None]:
-        """Record the digests of an unfinished run's adapter, which is written inside the context.
+        """Record the digests of an unfinished run's adapter, which the caller writes inside the context.
 
-        A process killed inside the context leaves the run without digests; resuming writes the adapter again.
+        A process killed inside the context leaves the run without digests. Resuming writes the adapter again.
         """
         self.update("running", files={})
         yield
@@ -184,7 +202,7 @@ class BaseRunFolder(Generic[S]):
         return {path.relative_to(self.path).as_posix(): sha256_of(path) for path in files}
 
     def _read_run(self) -> dict[str, Any] | None:
-        """Read `run.json`; None if the folder has no run."""
+        """Read `run.json`, or return None if the folder has no run."""
         return self.read_json("run.json") if (self.path / "run.json").is_file() else None
 
     def _update_digest(self, name: str) -> None:
@@ -231,7 +249,9 @@ class BaseRunFolder(Generic[S]):
         )
 
     def check_adapter(self) -> None:
-        """Check that the best adapter exists; reading `RunInfo` checks that it was not altered.
+        """Check that the run has an adapter.
+
+        Reading `RunInfo` checks that the adapter was not altered.
 
         Raises:
             FileNotFoundError: If the adapter is missing or has not been written yet.
@@ -253,24 +273,26 @@ class BaseRunFolder(Generic[S]):
             config: Requested settings; `resume` and `overwrite` determine what happens to an existing run.
 
         Returns:
-            Resolved settings; the stored settings for a resumed run.
+            Resolved settings. For a resumed run, these are the stored settings.
 
         Raises:
-            FileExistsError: If the folder has a run and neither `resume` nor `overwrite` is set, has other files but no
-                run, or is a file.
-            FileNotFoundError: If `resume` is set, but there is neither a run nor the data and backbone to start one, or
-                the folder has checkpoints but no `run.json`.
-            ValueError: If `resume` is set with settings that differ from the stored ones, or the run is unfinished and
-                from an early version; also if `run.json` or `config.yaml` is damaged or was altered.
+            FileExistsError: If the folder has a run and neither `resume` nor `overwrite` is set, if it has other files
+                but no run, or if the path is a file.
+            FileNotFoundError: If `resume` is set and the folder has checkpoints but no `run.json`, or if it has no run
+                and `config` lacks the data or backbone to start one.
+            ValueError: If `resume` is set with settings that differ from the stored ones, if an early version of snella
+                started the unfinished run, or if `run.json` or `config.yaml` is damaged or was altered.
         """
         status = self.status
         requested = config.flat()
-        can_start = all(requested[name] for name in config.required) and not any(self.checkpoints.glob("checkpoint-*"))
+        has_required = all(requested[name] for name in config.required)
+        can_start = has_required and not any(self.checkpoints.glob("checkpoint-*"))
         if config.run.resume and (status is not None or not can_start):
             self._check_resumable(config, status)
             return self._resumed_settings(config)
         if status is not None and not config.run.overwrite:
-            state, hint = "a finished run", ""
+            state = "a finished run"
+            hint = ""
             if status != "finished":
                 state = f"an unfinished run ({status_text(status)})"
                 hint = "resume it with --resume, "
@@ -287,7 +309,7 @@ class BaseRunFolder(Generic[S]):
         """Resolve settings like `resolve_settings`, and return the record of a resumed run.
 
         Returns:
-            Resolved settings, and the stored `run.json`; None for a new run.
+            Resolved settings, and the content of `run.json`, or None for a new run.
 
         Raises:
             FileNotFoundError: As for `resolve_settings`, or if the adapter or results of a finished run are missing.
@@ -305,10 +327,11 @@ class BaseRunFolder(Generic[S]):
         return resolved, info
 
     def prepare(self, config: S, *, is_resumed: bool) -> None:
-        """Prepare a folder for resuming, or start a new run: write `config.yaml` and remove the old run.
+        """Prepare a folder for a resumed run, or for a new run by writing `config.yaml` and removing the old run.
 
-        If the process is killed here, the old run no longer matches `config.yaml` and is rejected, or the folder has
-        neither `run.json` nor checkpoints, and `resume` starts the run from `config.yaml`.
+        A process killed in this method leaves one of two states. Either the old run no longer matches `config.yaml` and
+        is rejected, or the folder has neither `run.json` nor checkpoints, and `resume` starts the run from
+        `config.yaml`.
         """
         self.remove_temporary_files()
         if is_resumed:
@@ -337,7 +360,10 @@ class BaseRunFolder(Generic[S]):
             )
 
     def _binding(self) -> dict[str, Any]:
-        """Return the run id, newly generated for a new run, and the settings digest; early versions wrote neither."""
+        """Return the entries of `run.json` that identify the run: its id and the digest of its settings.
+
+        A new run gets a new id. The result is empty for a run of an early version, which has no id.
+        """
         run = self._read_run() or {"id": secrets.token_hex(16)}
         if "id" not in run:
             return {}
@@ -349,7 +375,7 @@ class BaseRunFolder(Generic[S]):
         return dict(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
 
     def _stored_digest(self) -> str | None:
-        """Return the stored settings digest; None for runs written by early versions."""
+        """Return the settings digest in `run.json` or `folds.json`, or None if an early version wrote the run."""
         folds = self.path / FoldResults.file
         stored = self._read_run() or (read_object(folds) if folds.is_file() else {})
         return stored.get("settings")
@@ -361,8 +387,12 @@ class BaseRunFolder(Generic[S]):
                 path.unlink(missing_ok=True)
 
     def _resumed_settings(self, config: S) -> S:
-        """Return the stored settings; reject other values in `config`, except for a new location of `data`."""
-        stored, requested = self.read_config(), config.flat()
+        """Return the stored settings, with the `SESSION_FIELDS` and a new location of the data from `config`.
+
+        Raise ValueError if other settings differ. The location may change, because other images have another digest.
+        """
+        stored = self.read_config()
+        requested = config.flat()
         run = self._read_run() or {}
         if requested.get("data") and run.get("data", {}).get("digest"):
             stored = stored.replace(data=requested["data"])
@@ -383,7 +413,7 @@ class BaseRunFolder(Generic[S]):
         return any(not entry.name.startswith(".") and not (entry / "run.json").is_file() for entry in unexpected)
 
     def _clear(self, keep: str | None = None) -> None:
-        """Remove only the run's own files: checkpoints first, then `run.json` (which marks a run), then the rest."""
+        """Remove only the run's own files: checkpoints first, then `run.json`, which marks a run, then the rest."""
         for name in ("checkpoints", "run.json", *self.files, *self.folders):
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
@@ -402,8 +432,8 @@ class RunFolder(BaseRunFolder[TrainConfig]):
 
         Args:
             config: Requested settings. Inherited settings left at their defaults take the values of this run.
-                Method options are merged. Unless `init_sparsity` is requested, the budget starts at the sparsity of
-                this run's adapter.
+                Method options are merged. Unless `init_sparsity` is requested, the new run starts with the sparsity of
+                this run's adapter, i.e. the fraction of weights outside its budgets.
 
         Raises:
             FileNotFoundError: If the adapter is missing.
@@ -430,15 +460,17 @@ class RunFolder(BaseRunFolder[TrainConfig]):
         for name in ("data", "train_size", "img_size", "target_sparsity"):
             values[name] = stored[name] if requested[name] is None else requested[name]
         options = {**stored["method_options"], **requested["method_options"]}
+        # a requested target replaces the stored one, whether it was set as a setting or as a method option
         if "target_sparsity" in requested["method_options"]:
             values["target_sparsity"] = requested["target_sparsity"]
         elif requested["target_sparsity"] is not None:
             options.pop("target_sparsity", None)
         allocation = read_if_present(Allocation, self.path)
+        # the budget of a matrix is the number of its weights that the update may change
         if allocation is not None and "init_sparsity" not in requested["method_options"]:
             budget = sum(matrix.budget for matrix in allocation.matrices)
             if budget < allocation.total_weights:
-                sparsity = 1 - budget / allocation.total_weights
+                adapter_sparsity = 1 - budget / allocation.total_weights
                 target = options.get("target_sparsity", values["target_sparsity"])
-                options["init_sparsity"] = min(sparsity, target)
+                options["init_sparsity"] = min(adapter_sparsity, target)
         return config.replace(**values, method_options=options)

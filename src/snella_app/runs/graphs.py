@@ -1,4 +1,4 @@
-"""Graphs of a model for ONNX Runtime, `torch.jit` and `torch.export`: export, comparison with torch, loading code."""
+"""Export of models to ONNX, TorchScript and `torch.export`: graphs, comparison of outputs, and code to load files."""
 
 import contextlib
 import io
@@ -15,23 +15,23 @@ from torch import Tensor, nn
 from snella_app.console import counted
 from snella_app.runs.model import LoadedRun
 
-OUTPUT_BOUND = 1e-4
+MAX_RELATIVE_ERROR = 1e-4
 """Maximum error of exported outputs relative to the largest output; allows for rounding in float32."""
 _TWO_GIB = 2**31
 
 
 @dataclass(frozen=True)
-class Graph:
-    """Exported graph.
+class ExportedGraph:
+    """Graph of a model in the format of a runtime, with code that loads and runs it.
 
     Args:
         runtime: Name of the runtime.
-        content: Content of the file.
-        run: Maps images to outputs.
-        module: Module that the code imports.
-        load_code: Python code that loads the file `PATH` and its `classes`.
+        content: Serialized graph.
+        run: Function from images to outputs.
+        module: Python module that `load_code` and `run_code` need.
+        load_code: Python code that loads the graph from `PATH`, and its class names into `classes`.
         run_code: Python expression that computes the outputs for the array `images`.
-        note_prefix: Prefix of the note on the outputs.
+        note_prefix: Text before the note of `compare_outputs`.
     """
 
     runtime: str
@@ -43,29 +43,33 @@ class Graph:
     note_prefix: str = ""
 
 
-def export_onnx(model: nn.Module, example: Tensor, metadata: dict[str, Any], output: str, opset: int | None) -> Graph:
+def export_onnx(
+    model: nn.Module, example: Tensor, metadata: dict[str, str], output_name: str, opset: int | None
+) -> ExportedGraph:
     """Export a model to ONNX, for any batch size.
 
     Args:
         model: Model in evaluation mode.
-        example: Two images.
+        example: Batch of two images, since exporters treat a batch size of 1 as constant.
         metadata: Entries of the file's metadata.
-        output: Name of the output.
-        opset: ONNX opset version; None selects the exporter's.
+        output_name: Name of the output.
+        opset: ONNX opset version; None for the exporter's default.
 
     Raises:
-        ValueError: If the model is too large for ONNX or needs another opset.
+        ValueError: If the model is too large for an ONNX file or needs another opset.
     """
     import onnxruntime
 
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if size >= _TWO_GIB:
-        raise ValueError(f"onnx supports less than 2 GiB of weights, got {size / 2**30:.2f} GiB; use torch-export")
+        raise ValueError(
+            f"an ONNX file can hold less than 2 GiB of weights, got {size / 2**30:.2f} GiB; use torch-export"
+        )
     program: Any = torch.onnx.export(
         model,
         (example,),
         input_names=["images"],
-        output_names=[output],
+        output_names=[output_name],
         opset_version=opset,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         dynamo=True,
@@ -79,20 +83,27 @@ def export_onnx(model: nn.Module, example: Tensor, metadata: dict[str, Any], out
         proto.metadata_props.add(key=key, value=value)
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return Graph(
-        "ONNX Runtime",
-        content,
-        lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]),
-        "onnxruntime",
-        "session = onnxruntime.InferenceSession(PATH)\n"
-        "classes = json.loads(session.get_modelmeta().custom_metadata_map['classes'])",
-        "session.run(None, {'images': images})[0]",
-        f"opset {exported_opset}, any batch size; ",
+    return ExportedGraph(
+        runtime="ONNX Runtime",
+        content=content,
+        run=lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]),
+        module="onnxruntime",
+        load_code=(
+            "session = onnxruntime.InferenceSession(PATH)\n"
+            "classes = json.loads(session.get_modelmeta().custom_metadata_map['classes'])"
+        ),
+        run_code="session.run(None, {'images': images})[0]",
+        note_prefix=f"opset {exported_opset}, any batch size; ",
     )
 
 
-def export_torchscript(model: nn.Module, example: Tensor, metadata: dict[str, Any], *_: Any) -> Graph:
-    """Export a model to TorchScript; arguments as for `export_onnx`."""
+def export_torchscript(
+    model: nn.Module, example: Tensor, metadata: dict[str, str], output_name: str, opset: int | None
+) -> ExportedGraph:
+    """Export a model to TorchScript.
+
+    Arguments as for `export_onnx`; `output_name` and `opset` are ignored.
+    """
     file = io.BytesIO()
     with torch.no_grad():
         torch.jit.save(torch.jit.trace(model, example), file, _extra_files=metadata)
@@ -100,8 +111,13 @@ def export_torchscript(model: nn.Module, example: Tensor, metadata: dict[str, An
     return _torch_graph("TorchScript", file, torch.jit.load(file), "torch.jit.load(PATH, _extra_files=files)")
 
 
-def export_torch(model: nn.Module, example: Tensor, metadata: dict[str, Any], *_: Any) -> Graph:
-    """Export a model with `torch.export`; arguments as for `export_onnx`."""
+def export_torch(
+    model: nn.Module, example: Tensor, metadata: dict[str, str], output_name: str, opset: int | None
+) -> ExportedGraph:
+    """Export a model with `torch.export`, for any batch size.
+
+    Arguments as for `export_onnx`; `output_name` and `opset` are ignored.
+    """
     file = io.BytesIO()
     program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, file, extra_files=metadata)
@@ -110,38 +126,48 @@ def export_torch(model: nn.Module, example: Tensor, metadata: dict[str, Any], *_
     return _torch_graph("torch.export", file, run, "torch.export.load(PATH, extra_files=files).module()")
 
 
-def _torch_graph(runtime: str, file: io.BytesIO, run: Callable[[Tensor], Tensor], load_call: str) -> Graph:
-    """Build a `Graph`; `load_call` is the code that loads its file."""
-    load_code = f"files = {{'classes': ''}}\nmodel = {load_call}\nclasses = json.loads(files['classes'])"
-    run_code = "model(torch.from_numpy(images)).detach().numpy()"
-    return Graph(runtime, file.getvalue(), run, "torch", load_code, run_code)
+def _torch_graph(runtime: str, file: io.BytesIO, run: Callable[[Tensor], Tensor], load_call: str) -> ExportedGraph:
+    """Build an `ExportedGraph` for torch; `load_call` is the code that loads its file."""
+    return ExportedGraph(
+        runtime=runtime,
+        content=file.getvalue(),
+        run=run,
+        module="torch",
+        load_code=f"files = {{'classes': ''}}\nmodel = {load_call}\nclasses = json.loads(files['classes'])",
+        run_code="model(torch.from_numpy(images)).detach().numpy()",
+    )
 
 
-def compare_outputs(graph: Graph, model: nn.Module, images: Tensor) -> str:
+def compare_outputs(graph: ExportedGraph, model: nn.Module, images: Tensor) -> str:
     """Compare the outputs of a graph and the model on all images and on batches of one and two.
 
     Returns:
-        Largest difference, as a note.
+        Note that states the largest difference.
 
     Raises:
-        ValueError: If outputs differ by more than `OUTPUT_BOUND` times the largest output.
+        ValueError: If the outputs of the graph have another shape, are not finite, or differ by more than
+            `MAX_RELATIVE_ERROR` times the largest output.
     """
     worst = 0.0
     with torch.inference_mode():
         for count in sorted({1, min(2, len(images)), len(images)}):
             expected = model(images[:count]).float()
-            got = graph.run(images[:count].clone()).float()
-            is_comparable = got.shape == expected.shape and bool(got.isfinite().all())
-            error = float((got - expected).abs().max() / expected.abs().max()) if is_comparable else math.inf
-            if not error <= OUTPUT_BOUND:
+            outputs = graph.run(images[:count].clone()).float()
+            subject = f"{graph.runtime}'s outputs on {counted(count, 'image')}"
+            if outputs.shape != expected.shape:
+                raise ValueError(f"{subject} have shape {list(outputs.shape)} instead of {list(expected.shape)}")
+            if not outputs.isfinite().all():
+                raise ValueError(f"{subject} are not finite")
+            error = float((outputs - expected).abs().max() / expected.abs().max())
+            if not error <= MAX_RELATIVE_ERROR:  # also true for NaN
                 raise ValueError(
-                    f"{graph.runtime} outputs must differ from torch outputs by at most {OUTPUT_BOUND:g} times the "
-                    f"largest, got {error:.1e} on {counted(count, 'image')}; nothing was written"
+                    f"{subject} differ from the model's by {error:.1e} times the largest output "
+                    f"(allowed: {MAX_RELATIVE_ERROR:g})"
                 )
             worst = max(worst, error)
     return (
         f"{graph.note_prefix}{graph.runtime}'s outputs on {counted(len(images), 'image')} differ by at most "
-        f"{worst:.1e} times the largest output (allowed: {OUTPUT_BOUND:g})"
+        f"{worst:.1e} times the largest output (allowed: {MAX_RELATIVE_ERROR:g})"
     )
 
 
@@ -159,25 +185,24 @@ def quiet_exporters() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def preparation_code(loaded: LoadedRun) -> list[str] | None:
-    """Return Python code that preprocesses an 8-bit or 16-bit image like `predict`, with NumPy and Pillow.
+def preprocessing_code(loaded: LoadedRun) -> list[str] | None:
+    """Return the lines of Python code that preprocess an 8-bit or 16-bit image like `predict`, with NumPy and Pillow.
 
-    `predict` also reduces large images while decoding them, which changes pixels slightly. The result is None unless
-    the images are grayscale or RGB and `white` is not set.
+    `predict` also reduces large images while decoding them, which changes pixels slightly. Returns None if the images
+    are neither grayscale nor RGB, or if the white level is set (`DataConfig.white`).
     """
     config = loaded.info.data_config
     channels = int(config["input_size"][0])
-    size = int(config["input_size"][-1])
+    size = int(config["input_size"][-1])  # inputs are square, see `build_transform`
     mode = {1: "L", 3: "RGB"}.get(channels)
     if mode is None or loaded.info.data.white is not None:
         return None
-    scaled = math.floor(size / (config.get("crop_pct") or 1.0))
+    resized_side = math.floor(size / (config.get("crop_pct") or 1.0))
     resample = f"Image.Resampling.{config.get('interpolation', 'bicubic').upper()}"
-    sides = (
-        f"({scaled}, {scaled})"
-        if config.get("crop_mode") == "squash"
-        else f"[int({scaled} * side / min(image.size)) for side in image.size]"
-    )
+    if config.get("crop_mode") == "squash":
+        sides = f"({resized_side}, {resized_side})"
+    else:
+        sides = f"[int({resized_side} * side / min(image.size)) for side in image.size]"
     mean = [round(float(value), 6) for value in config["mean"]]
     std = [round(float(value), 6) for value in config["std"]]
     return [

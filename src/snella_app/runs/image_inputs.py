@@ -1,4 +1,7 @@
-"""Inputs of predictions: files, folders, patterns, tables, standard input, PIL images, arrays and tensors."""
+"""Inputs of predictions: files, folders, patterns, tables, standard input, PIL images, arrays and tensors.
+
+A `Reading` specifies the images of a model: the number of channels, the white level, and the resolution for decoding.
+"""
 
 import glob
 import io
@@ -37,8 +40,8 @@ ImageInput = str | Path | bytes | Image.Image | np.ndarray | Tensor
 `[height, width]` or `[channels, height, width]`. Values are 0 to 255 (uint8) or 0 to 1 (floating point). Arrays have 1,
 3 or 4 channels; models with another channel count require exactly that many channels and reject PIL images."""
 
-_PATTERN = "*?["
-_POLL_S = 0.5
+_PATTERN_CHARS = "*?["
+_POLL_S = 0.5  # seconds between polls of watched folders
 
 
 def split_inputs(
@@ -53,13 +56,14 @@ def split_inputs(
         List of images, and True if the input was a single image.
 
     Raises:
-        FileNotFoundError: If a file does not exist (suggests similar names), or a folder has no images.
+        FileNotFoundError: If a file does not exist, or a folder has no images. The message suggests similar names.
         ValueError: If there are no images, or a table has no column of paths.
         TypeError: If `images` is neither an image nor an iterable.
     """
     if isinstance(images, str | Path):
         files = expand([images], columns, run_columns, keep_missing=keep_missing)
-        return list(files), files == [expand_user(images)]
+        is_single = files == [expand_user(images)]  # folders, patterns and tables expand to other paths
+        return list(files), is_single
     is_batch = isinstance(images, np.ndarray | Tensor) and images.ndim == 4
     if isinstance(images, bytes | Image.Image | np.ndarray | Tensor) and not is_batch:
         return [images], True
@@ -67,13 +71,13 @@ def split_inputs(
         raise TypeError(
             f"images must be one or more files, PIL images, arrays or tensors, got {type(images).__name__} {images!r}"
         )
-    single: list[ImageInput] = []
+    inputs: list[ImageInput] = []
     for image in images:
         is_path = isinstance(image, str | Path)
-        single += expand([image], columns, run_columns, keep_missing=keep_missing) if is_path else [image]
-    if not single:
+        inputs += expand([image], columns, run_columns, keep_missing=keep_missing) if is_path else [image]
+    if not inputs:
         raise ValueError("images must name at least one file or folder, got none")
-    return single, False
+    return inputs, False
 
 
 def expand(
@@ -89,12 +93,13 @@ def expand(
         images: Files; folders, searched recursively except hidden files and folders; patterns such as
             `photos/**/*.jpg`; tables (CSV, TSV, Parquet; `csv:FILE`, `parquet:FILE`) with a column of paths; `-` for
             standard input with one image file per line.
-        columns: Path column of a table, `path=file`. If None, its usual names are tried, then `run_columns`.
+        columns: Path column of a table, `path=file`. None tries the usual names of this column, then `run_columns`.
         run_columns: Columns of the run's table.
         keep_missing: Keep missing files listed in a table or on standard input, to be skipped like corrupt files.
 
     Raises:
-        FileNotFoundError: If a path does not exist (suggests similar names), or a folder or pattern has no images.
+        FileNotFoundError: If a path does not exist, or a folder or pattern has no images. The message suggests similar
+            names.
         ValueError: If `images` is empty, or a table has no column of paths.
         ImportError: If pyarrow is required but not installed.
     """
@@ -110,12 +115,12 @@ def expand(
             kind = prefix.rstrip(":") if table else None
             paths += check_listed(_paths_in_table(image, kind, columns, run_columns))
         elif image.is_dir():
-            inside = _images_in(image)
-            if not inside:
+            images_in_folder = _images_in(image)
+            if not images_in_folder:
                 raise FileNotFoundError(
                     f"the folder {image} has no images; supported suffixes are {', '.join(sorted(IMAGE_SUFFIXES))}"
                 )
-            paths += inside
+            paths += images_in_folder
         elif image.exists():
             paths.append(image)
         else:
@@ -130,12 +135,15 @@ def expand(
 
 
 def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
-    """Read one image upright, like `read_image`: as 8-bit RGB, gray or RGBA, or a tensor for other channel counts.
+    """Read one image upright, like `read_image`.
 
     Args:
         image: See `ImageInput`.
         name: Name for error messages.
         reading: Image format of the model.
+
+    Returns:
+        8-bit PIL image in RGB, gray or RGBA, or a tensor for other channel counts.
 
     Raises:
         ValueError: If a file is not an image, or an array has a wrong shape, type or value range.
@@ -160,8 +168,8 @@ def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
 def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _POLL_S) -> Iterator[list[Path]]:
     """Watch folders for new images indefinitely.
 
-    Folders are polled, which also works on network drives. A nonempty file is complete once its size and modification
-    time are unchanged between two polls.
+    Folders are polled, because polling also works on network drives. A nonempty file is complete once its size and
+    modification time are unchanged between two polls.
 
     Args:
         folders: Folders to watch, recursively.
@@ -169,21 +177,23 @@ def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _P
         poll_s: Seconds between polls.
 
     Yields:
-        New images, sorted by path in each folder; an empty list if there are none.
+        New images after each poll, sorted by path in each folder. The list is empty if there are none.
     """
     seen = {path.resolve() for path in known}
     states: dict[Path, tuple[int, int]] = {}
     while True:
         complete = []
-        previous = states
+        previous_states = states
         states = {}
-        for path in (path for folder in folders for path in _images_in(folder) if path.resolve() not in seen):
+        for path in (path for folder in folders for path in _images_in(folder)):
+            if path.resolve() in seen:
+                continue
             try:
-                state = path.stat()
+                stat = path.stat()
             except OSError:  # the file was deleted
                 continue
-            states[path] = (state.st_size, state.st_mtime_ns)
-            if previous.get(path) == states[path] and state.st_size:
+            states[path] = (stat.st_size, stat.st_mtime_ns)
+            if previous_states.get(path) == states[path] and stat.st_size:
                 complete.append(path)
                 seen.add(path.resolve())
         yield complete
@@ -193,17 +203,17 @@ def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _P
 def missing_path_hint(missing: Path, *, may_be_pattern: bool = True) -> str:
     """Return a hint for a missing path: a pattern without a match, a missing folder, or a similar name."""
     text = missing.name if missing.parent.is_dir() else str(missing)
-    if may_be_pattern and any(char in text for char in _PATTERN):
+    if may_be_pattern and any(char in text for char in _PATTERN_CHARS):
         return "; no image file matches the pattern; fix it, or pass the folder"
     folder = "the current folder" if missing.parent == Path() else missing.parent
     return similar_paths(missing, most=1) or f"; {folder} has no similar name"
 
 
 def _input_lines() -> list[str]:
-    """Return the lines of standard input; undecodable bytes become surrogates, as in file names."""
+    """Return the lines of standard input, with surrogates in place of undecodable bytes, as in file names."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
-    return sys.stdin.read().split("\n")  # `splitlines` also splits at characters that names can contain
+    return sys.stdin.read().split("\n")  # `splitlines` would also split at characters that file names can contain
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -220,13 +230,13 @@ def _paths_in_table(table: Path, kind: str | None, columns: str | None, run_colu
     except ValueError:
         parsed = Columns.parse(run_columns)
         path = parsed.names.get("path")
-        if path is None:
+        if path is None:  # the run names no path column either, so the first error applies
             raise
         return table_paths(table, Columns({"path": path}, parsed.root), kind)
 
 
 def _require_all(paths: Iterable[Path]) -> list[Path]:
-    """Return the paths of a table or list; raise one error for all missing files."""
+    """Return the paths of a table or list; raise one FileNotFoundError for all missing files."""
     all_paths = list(paths)
     missing = [path for path in all_paths if not path.exists()]
     if not missing:
@@ -241,7 +251,7 @@ def _require_all(paths: Iterable[Path]) -> list[Path]:
 
 
 def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
-    """Convert a channels-last array or a channels-first tensor to an image."""
+    """Convert a channels-last array or a channels-first tensor to an image with the given number of channels."""
     shape = list(image.shape)
     if isinstance(image, Tensor):
         tensor = image.detach().cpu()
@@ -249,21 +259,23 @@ def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
         values = (tensor.movedim(0, -1) if tensor.ndim == 3 else tensor).numpy()
     else:
         values = image
-    allowed = tuple(PILLOW_MODES) if channels in PILLOW_MODES else (channels,)
+    # Pillow converts between 1, 3 and 4 channels
+    allowed_channels = tuple(PILLOW_MODES) if channels in PILLOW_MODES else (channels,)
     num_channels = values.shape[2] if values.ndim == 3 else 1
-    if values.ndim not in (2, 3) or num_channels not in allowed or 0 in values.shape:
+    if values.ndim not in (2, 3) or num_channels not in allowed_channels or 0 in values.shape:
         counts = str(channels)
-        if len(allowed) > 1:
-            all_but_last = ", ".join(map(str, allowed[:-1]))
-            counts = f"{all_but_last} or {allowed[-1]}"
-        gray = "[height, width] or " if 1 in allowed else ""
+        if len(allowed_channels) > 1:
+            all_but_last = ", ".join(map(str, allowed_channels[:-1]))
+            counts = f"{all_but_last} or {allowed_channels[-1]}"
+        gray = "[height, width] or " if 1 in allowed_channels else ""
         raise ValueError(
             f"an image must have the shape {gray}[height, width, {counts}] as an array, {gray}[{counts}, height, "
             f"width] as a tensor, got {shape} as {name}"
         )
     if values.dtype.kind == "f":
-        low, high = float(values.min()), float(values.max())
-        if not (low >= 0.0 and high <= 1.0):
+        low = float(values.min())
+        high = float(values.max())
+        if not (low >= 0.0 and high <= 1.0):  # also for NaN
             raise ValueError(
                 f"floating-point images must have values from 0 to 1, got {low:g} to {high:g} as {name}; pass the "
                 "image before normalization, or 0 to 255 as uint8"

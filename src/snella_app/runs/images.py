@@ -1,4 +1,4 @@
-"""Images of a run: loading, locating, and comparison with stored digests."""
+"""Load the images of a run, find their folder, and compare them with the digests that the run stored."""
 
 import dataclasses
 import hashlib
@@ -19,14 +19,17 @@ SPLITS = ("train", "val", "test")
 
 
 def splits_digest(splits: DataSplits) -> str:
-    """Return the SHA-256 of classes, and names, labels and annotations by split, but not of the folder's path."""
+    """Return the SHA-256 of the classes, and of the image names, labels and annotations of each split.
+
+    The digest does not depend on the path of the data, which may be moved.
+    """
     parts = splits.parts
     names_and_labels: dict[str, Any] = dict.fromkeys(SPLITS)
     for name in SPLITS:
         if name in parts:
             names_and_labels[name] = [parts[name].names, parts[name].labels]
     content: list[Any] = [splits.classes, names_and_labels]
-    annotations = {name: part.annotations.plain() for name, part in parts.items()}
+    annotations = {name: dataset.annotations.plain() for name, dataset in parts.items()}
     if any(annotations.values()):
         content.append(annotations)
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -34,7 +37,7 @@ def splits_digest(splits: DataSplits) -> str:
 
 def content_digests(splits: DataSplits, names: Collection[str]) -> dict[str, str]:
     """Return the SHA-256 of the images and masks of each existing split in `names`."""
-    return {name: part.content_digest() for name, part in splits.parts.items() if name in names}
+    return {name: dataset.content_digest() for name, dataset in splits.parts.items() if name in names}
 
 
 def split_sizes(splits: DataSplits) -> dict[str, int]:
@@ -43,18 +46,18 @@ def split_sizes(splits: DataSplits) -> dict[str, int]:
 
 
 def absolute_folder(spec: str) -> str | None:
-    """Return the absolute path of a specification such as `folder:PATH`; None for other data."""
+    """Return the absolute path of a specification such as `folder:PATH`, or None for other data."""
     folder = data_folder(spec)
     return None if folder is None else str(folder.resolve())
 
 
 def is_same_split(data: DataInfo, splits: DataSplits) -> bool:
-    """Return whether the splits match those stored by a run."""
+    """Return whether the splits match the splits whose digest the run stored."""
     return data.digest == splits_digest(splits)
 
 
 def changed_splits(data: DataInfo, splits: DataSplits, names: Collection[str]) -> list[str]:
-    """Return the splits whose images differ from the run's; splits without a stored digest are skipped."""
+    """Return the splits whose images differ from the run's, among those whose digest the run stored."""
     digests = content_digests(splits, set(names) & set(data.contents))
     return [name for name, digest in digests.items() if digest != data.contents[name]]
 
@@ -63,7 +66,7 @@ def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collectio
     """Check that the splits of a run, and the images of the splits in `names`, have not changed since training.
 
     Raises:
-        ValueError: If the splits or images differ; the message has a remedy.
+        ValueError: If the splits or images differ. The message suggests remedies.
     """
     if not is_same_split(data, splits):
         stored_sizes = _sizes_text(data.sizes)
@@ -83,18 +86,19 @@ def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collectio
 
 
 def find_data(run: Path, spec: str, absolute: str | None) -> str:
-    """Return the data specification of a run, with `absolute` in place of a relative folder that does not exist.
+    """Return the data specification of a run, with `absolute` in place of a relative path that no longer exists.
 
     Args:
         run: Folder of the run, for the error message.
         spec: Data specification used for training.
-        absolute: Absolute path of its folder at training time; None for other data.
+        absolute: Absolute path of the data at training time, or None for data without a path.
 
     Raises:
-        FileNotFoundError: If neither folder exists.
+        FileNotFoundError: If the data exists at neither path.
     """
     prefix, path = split_spec(spec)
     folder = data_folder(spec)
+    # a pattern of shards is stored as the folder of the shards
     is_pattern = False
     if absolute and path is not None:
         is_pattern = prefix == "wds:" and Path(path).name != Path(absolute).name
@@ -103,22 +107,23 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
     if folder is None or folder.exists():
         return spec
     if absolute and path is not None and Path(absolute).exists():
-        return f"{prefix}{Path(absolute) / Path(path).name if is_pattern else absolute}"
+        moved = Path(absolute) / Path(path).name if is_pattern else absolute
+        return f"{prefix}{moved}"
     kind = "file" if folder.suffix in TABLE_SUFFIXES else "folder"
     locations = spec if absolute in (None, path) else f"{spec} (then {absolute})"
     raise FileNotFoundError(
-        f"the data of {run} must exist at {locations}; no such {kind}; pass its new location with --data {prefix}NEW "
+        f"the data of {run} no longer exists: no {kind} at {locations}; pass its new location with --data {prefix}NEW "
         "to snella evaluate or snella train --resume, or move it back"
     )
 
 
 def _sizes_text(sizes: Mapping[str, int]) -> str:
-    """Format the sizes of splits."""
+    """Format the sizes of splits as `train 100, val 20, test 0`."""
     return ", ".join(f"{name} {count}" for name, count in sizes.items())
 
 
 def load_splits(config: DataConfig, seed: int, data: Any = None) -> DataSplits:
-    """Load the splits of a configuration; deterministic if the files are unchanged.
+    """Load the splits of a configuration, which are reproducible if the files are unchanged.
 
     Args:
         config: Images, labels and splits.
@@ -145,8 +150,8 @@ def load_run_splits(run: RunFolder, data: DataInfo, **changes: Any) -> DataSplit
 
 def encode_targets(splits: DataSplits, task: Task) -> DataSplits:
     """Return the splits with targets encoded for the task's loss, and sample weights for training images."""
-    encode = None if task.target == "class" else task.encode
-    parts: dict[str, Any] = {
-        name: part.with_targets(encode, is_weighted=name == "train") for name, part in splits.parts.items()
-    }
+    encode = None if task.target == "class" else task.encode  # class indices need no encoding
+    parts: dict[str, Any] = {}
+    for name, dataset in splits.parts.items():
+        parts[name] = dataset.with_targets(encode, is_weighted=name == "train")
     return dataclasses.replace(splits, **parts)

@@ -1,4 +1,8 @@
-"""Head on pooled features of several layers; the final head of a run."""
+"""The final head of a run: a head on pooled features of several layers, fitted after training.
+
+`LayerProbe` combines the trained model with such a head, which is linear or a mixture of a kernel head and a linear
+head. In predictions, it replaces the head that was trained with the model.
+"""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +21,7 @@ from snella_app.methods.model_parts import base_model
 
 LAYER_PROBE = "layer_probe.safetensors"
 """File name in the adapter folder of a run."""
-_LAYERS = 4
+_MAX_LAYERS = 4
 
 
 def probed_layers(model: nn.Module) -> list[int]:
@@ -29,14 +33,15 @@ def probed_layers(model: nn.Module) -> list[int]:
         model: Model from `build_method` or `load_trained`.
 
     Returns:
-        Ascending indices from 0; empty for models without `forward_intermediates`.
+        Ascending indices from 0. The list is empty for models without `forward_intermediates`.
     """
     base = base_model(model)
-    count = len(getattr(base, "feature_info", None) or [])
+    num_layers = len(getattr(base, "feature_info", None) or [])
     if not callable(getattr(base, "forward_intermediates", None)):
         return []
-    step = max(1, round(count / 6))
-    return [layer for layer in range(count - 1 - (_LAYERS - 1) * step, count, step) if layer >= 0]
+    step = max(1, round(num_layers / 6))
+    first = num_layers - 1 - (_MAX_LAYERS - 1) * step  # negative for models with few layers
+    return [layer for layer in range(first, num_layers, step) if layer >= 0]
 
 
 def layer_features(model: nn.Module, images: Tensor, layers: Sequence[int]) -> Tensor:
@@ -50,8 +55,8 @@ def layer_features(model: nn.Module, images: Tensor, layers: Sequence[int]) -> T
         layers: Indices into timm's `feature_info`.
 
     Returns:
-        `[batch, width]`: the pooled features z of the model, then for each layer the mean over positions and, except
-        for the last layer, the first prefix token, such as the class token, if there is one.
+        `[batch, width]`: the pooled features z of the model, then for each layer the mean over positions and the first
+        prefix token, such as the class token. The token is left out for the last layer and for models without one.
 
     Raises:
         ValueError, RuntimeError: If a layer has additional tokens, such as prompts.
@@ -61,15 +66,16 @@ def layer_features(model: nn.Module, images: Tensor, layers: Sequence[int]) -> T
     options = {"return_prefix_tokens": True} if has_tokens else {}
     final, maps = base.forward_intermediates(images, indices=list(layers), norm=True, output_fmt="NCHW", **options)
     pooled = [base.forward_head(final, pre_logits=True).flatten(1)]
-    for index, (layer, entry) in enumerate(zip(layers, maps, strict=True)):
-        positions, tokens = entry if has_tokens else (entry, None)
+    last = len(maps) - 1
+    for index, (layer, output) in enumerate(zip(layers, maps, strict=True)):
+        positions, tokens = output if has_tokens else (output, None)
         if positions.shape[1] != (expected := base.feature_info[layer]["num_chs"]):
             raise ValueError(
                 f"layer {layer} must have {expected} channels, got {positions.shape[1]}; use final_head='trained' with "
                 "methods that add tokens"
             )
         pooled.append(positions.mean((2, 3)))
-        if tokens is not None and index < len(maps) - 1:
+        if tokens is not None and index < last:
             pooled.append(tokens[:, 0])
     return torch.cat(pooled, dim=1)
 
@@ -83,9 +89,10 @@ class KernelHead(nn.Module):
     the training images.
 
     Args:
-        centers: c, standardized features of the training images, `[images, width]`; rounded to float16.
-        mean: `[width]`.
-        std: `[width]`; infinite for features to ignore.
+        centers: c, standardized features of the training images, `[images, width]`. They are rounded to float16, the
+            precision in which they are saved.
+        mean: Mean of each feature, `[width]`.
+        std: Standard deviation of each feature, `[width]`; infinite for features to ignore.
         weight: a, `[outputs, images]`.
         intercept: b, `[outputs]`.
 
@@ -98,12 +105,18 @@ class KernelHead(nn.Module):
         centers = centers.half().float()
         tensors = {"centers": centers, "mean": mean, "std": std, "weight": weight, "intercept": intercept}
         width = len(mean)
-        outputs = len(intercept)
-        images = len(centers)
-        shapes = {"centers": [images, width], "mean": [width], "std": [width], "weight": [outputs, images]}
+        num_outputs = len(intercept)
+        num_images = len(centers)
+        shapes = {
+            "centers": [num_images, width],
+            "mean": [width],
+            "std": [width],
+            "weight": [num_outputs, num_images],
+            "intercept": [num_outputs],
+        }
         for name, tensor in tensors.items():
-            if list(tensor.shape) != shapes.get(name, [outputs]):
-                raise ValueError(f"{name} must have shape {shapes.get(name, [outputs])}, got {list(tensor.shape)}")
+            if list(tensor.shape) != shapes[name]:
+                raise ValueError(f"{name} must have shape {shapes[name]}, got {list(tensor.shape)}")
             self.register_buffer(name, tensor)
 
     centers: Tensor
@@ -125,7 +138,7 @@ class KernelHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return the outputs of a batch."""
         kernel = gaussian_kernel(clipped((features - self.mean) / self.std), self.centers)
-        # large terms of both signs cancel, so exported graphs would differ in float32
+        # large terms of both signs cancel, so exported graphs would give different outputs in float32
         precise = widest_dtype(kernel.device.type)
         return (kernel.to(precise) @ self.weight.T.to(precise)).to(kernel.dtype) + self.intercept
 
@@ -146,9 +159,10 @@ class MixedHead(nn.Module):
 
     def __init__(self, kernel: KernelHead, linear: nn.Linear, share: Tensor) -> None:
         super().__init__()
-        shapes = [(head.out_features, head.in_features) for head in (kernel, linear)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"linear must have shape {shapes[0]}, got {shapes[1]}")
+        kernel_shape = (kernel.out_features, kernel.in_features)
+        linear_shape = (linear.out_features, linear.in_features)
+        if kernel_shape != linear_shape:
+            raise ValueError(f"linear must have shape {kernel_shape}, got {linear_shape}")
         self.kernel = kernel
         self.linear = linear
         self.register_buffer("share", share)
@@ -172,22 +186,27 @@ class MixedHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the log-probabilities of a batch."""
-        kernel = self.kernel(features).log_softmax(-1) + (1 - self.share).log()
-        linear = self.linear(features).log_softmax(-1) + self.share.log()
-        return torch.stack((kernel, linear)).logsumexp(0)
+        kernel_term = self.kernel(features).log_softmax(-1) + (1 - self.share).log()
+        linear_term = self.linear(features).log_softmax(-1) + self.share.log()
+        return torch.stack((kernel_term, linear_term)).logsumexp(0)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors to save, with the centers in float16."""
-        linear = {f"linear.{name}": tensor for name, tensor in _linear_tensors(self.linear).items()}
-        return {**self.kernel.state_dict(), "centers": self.kernel.centers.half(), **linear, "share": self.share}
+        linear_tensors = {f"linear.{name}": tensor for name, tensor in _linear_tensors(self.linear).items()}
+        kernel_tensors = {**self.kernel.state_dict(), "centers": self.kernel.centers.half()}
+        return {**kernel_tensors, **linear_tensors, "share": self.share}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "MixedHead":
         """Create the head from the result of `tensors`."""
-        prefix = "linear."
-        linear = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        kernel = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix) and name != "share"}
-        return cls(KernelHead(**kernel), linear_head(**linear), tensors["share"])
+        linear_tensors: dict[str, Tensor] = {}
+        kernel_tensors: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("linear."):
+                linear_tensors[name.removeprefix("linear.")] = tensor
+            elif name != "share":
+                kernel_tensors[name] = tensor
+        return cls(KernelHead(**kernel_tensors), linear_head(**linear_tensors), tensors["share"])
 
 
 def clipped(x: Tensor) -> Tensor:
@@ -216,7 +235,7 @@ def linear_head(weight: Tensor, intercept: Tensor) -> nn.Linear:
 
 
 def _linear_tensors(head: nn.Linear) -> dict[str, Tensor]:
-    """Return the arguments of `linear_head` for a linear head."""
+    """Return the weight and the intercept of a linear head, as for `linear_head`."""
     return {"weight": head.weight.detach().float(), "intercept": head.bias.detach().float()}
 
 
@@ -234,7 +253,9 @@ class LayerProbe(nn.Module):
 
     def __init__(self, model: nn.Module, layers: Sequence[int], head: nn.Linear | MixedHead) -> None:
         super().__init__()
-        self.model, self.layers, self.head = model, list(layers), head
+        self.model = model
+        self.layers = list(layers)
+        self.head = head
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the outputs of a batch."""
@@ -243,7 +264,7 @@ class LayerProbe(nn.Module):
 
     @property
     def has_tokens(self) -> bool:
-        """True if the layers have prefix tokens, such as a class token."""
+        """True if the model has prefix tokens, such as a class token."""
         return getattr(self.get_base_model(), "num_prefix_tokens", 0) > 0
 
     def get_base_model(self) -> nn.Module:
@@ -258,11 +279,12 @@ class LayerProbe(nn.Module):
         """Write the probe to a file."""
         metadata = {"layers": json.dumps(self.layers)}
         tensors = self.head.tensors() if isinstance(self.head, MixedHead) else _linear_tensors(self.head)
-        write_bytes(path, tensors_bytes({n: t.cpu().contiguous() for n, t in tensors.items()}, metadata))
+        cpu_tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        write_bytes(path, tensors_bytes(cpu_tensors, metadata))
 
 
 def read_layer_probe(adapter: Path, model: nn.Module) -> LayerProbe | None:
-    """Load the probe from an adapter folder; None if it has no probe.
+    """Load the probe from an adapter folder, or return None if the folder has no probe.
 
     Args:
         adapter: Folder of the adapter.

@@ -1,4 +1,8 @@
-"""Merging a run's update into the backbone, as plain timm weights."""
+"""Merge the update of a run into its backbone, and write the result as plain timm weights.
+
+The update is the change of the weights in training. A run can also have a final head, which reads the features of
+several layers and is written to a separate file.
+"""
 
 import json
 from collections.abc import Collection, Mapping
@@ -23,17 +27,25 @@ from snella_app.runs.model import LoadedRun, configured_image_size, load_single_
 
 _SUFFIX = ".safetensors"
 _OTHER_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".npz", ".onnx", ".h5", ".pkl", ".tar", ".gz", ".zip")
+"""Suffixes that `out` must not have, because they suggest a file in another format."""
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _INHERITED_ENTRIES = ("first_conv", "classifier", "license", "pool_size")
 """Entries of a backbone's `pretrained_cfg` that also apply to the fine-tuned model."""
 _USE = "use"
-"""Entry of the metadata or `config.json` that explains the outputs: `Task.decoding_comment`."""
+"""Entry of the metadata or of `config.json` that explains the outputs, with the result of `Task.decoding_comment`."""
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """Result of a merge or an export: path, description of the content, notes, and Python code that loads the file."""
+    """Result of a merge or an export.
+
+    Attributes:
+        path: Written file or folder.
+        description: Description of the content.
+        notes: Notes for the user, e.g. on differences from `predict`.
+        snippet: Python code that loads the file or folder.
+    """
 
     path: Path
     description: str
@@ -46,19 +58,18 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
 
     A folder is written in timm's format: `timm.create_model("local-dir:OUT", pretrained=True)` loads the model,
     `create_transform(**resolve_model_data_config(model))` preprocesses images as in evaluation, and
-    `model.pretrained_cfg["label_names"]` has the classes. This supports timm backbones and all tasks except
-    segmentation. The weights do not include thresholds or the mean and standard deviation of regression targets; the
-    last comment of the loading snippet explains the outputs.
+    `model.pretrained_cfg["label_names"]` contains the classes. This supports timm backbones and all tasks except
+    segmentation. The weights do not include thresholds or the mean and standard deviation of regression targets. The
+    last comment of the loading snippet explains how to apply these to the outputs.
 
     If `out` is a `.safetensors` file, it contains the state dict. Its metadata contains the architecture, class names
     and data configuration, which the loading snippet uses. For segmentation, the parameter names follow
     `snella_app.backbones.segmenter.create_segmenter`: `encoder.…` (names of the backbone, without a head) and
-    `decoder.…`; `load_merged` loads the model.
+    `decoder.…`. `load_merged` loads the model.
 
-    The outputs match the adapted model's. With SNELLA, they are bit-identical, since its layers compute with the
-    effective weight. The temperature is not merged; it is stored in the metadata or in `config.json`. A final head on
-    several layers is written to `layer_probe.safetensors` in the folder, or `NAME.layer_probe.safetensors` next to the
-    file.
+    The outputs match the adapted model's. With SNELLA, they are bit-identical, because its layers compute with the
+    effective weight. The temperature is not merged but stored in the metadata or in `config.json`. A final head is
+    written to `layer_probe.safetensors` in the folder, or `NAME.layer_probe.safetensors` next to the file.
 
     Args:
         run: Run folder.
@@ -67,15 +78,15 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
 
     Returns:
         Path of the file or the folder, differences from `predict`, and Python code that loads the output as `model`,
-        with timm, or with snella for segmentation. Except for segmentation, the code also defines `transform`, from a
-        PIL image to the model input, and `classes`.
+        with timm, or with snella for segmentation. Except for segmentation, the code also defines `classes`, and
+        `transform`, which converts a PIL image to the model input.
 
     Raises:
         FileExistsError: If the output exists and `overwrite` is not set, a file would replace a folder or the reverse,
             or the folder has other files.
         FileNotFoundError: If `run` is not a run folder, or its adapter is missing.
         ValueError: If `out` has an unsupported suffix, or is a folder and timm cannot build the model (segmentation,
-            backbones outside timm); or if the method cannot be merged, or `run` is a cross-validation.
+            backbones outside timm); or if the method cannot be merged, or `run` is a cross-validation run.
     """
     path = Path(out)
     _check_out(path, overwrite=overwrite)
@@ -108,7 +119,7 @@ def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> dict[str
         Content of `config.json`.
 
     Raises:
-        ValueError: If timm cannot build the model; nothing is written.
+        ValueError: If timm cannot build the model. Then nothing is written.
     """
     model = merge_trained(loaded.model)
     config = {**_timm_config(loaded, model, str(path)), **entries}
@@ -120,7 +131,7 @@ def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> dict[str
 
 
 def _write_weights(loaded: LoadedRun, path: Path, file: Path, content: bytes) -> None:
-    """Write the weights of a merged model to `file`, and its final head; `path` is the output of `merge`."""
+    """Write the weights of a merged model to `file`, and its final head next to it; `path` is the output of `merge`."""
     head = _final_head_file(path)
     head.unlink(missing_ok=True)  # first, so that an interruption leaves no head of another model
     write_bytes(file, content)
@@ -134,13 +145,13 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_out(path: Path, *, overwrite: bool) -> None:
-    """Reject unsupported suffixes, and existing files and folders that must not be replaced."""
+    """Raise an error for an unsupported suffix, and for an existing file or folder that must not be replaced."""
     is_file = path.suffix == _SUFFIX
     if path.exists() and path.is_dir() == is_file:
-        kinds = ("folder", "file") if is_file else ("file", "folder")
+        old, new = ("folder", "file") if is_file else ("file", "folder")
+        rule = "ends" if is_file else "does not end"
         raise FileExistsError(
-            f"out={path} is a {kinds[0]}, but merge writes a {kinds[1]} if out {'ends' if is_file else 'does not end'} "
-            f"with {_SUFFIX}; choose another name"
+            f"out={path} is a {old}, but merge writes a {new} if out {rule} with {_SUFFIX}; choose another name"
         )
     if not is_file and not path.is_dir() and path.suffix.lower() in (_SUFFIX, *_OTHER_SUFFIXES):
         raise ValueError(
@@ -149,7 +160,8 @@ def _check_out(path: Path, *, overwrite: bool) -> None:
         )
     if path.is_dir():
         check_folder_files(path, (_CONFIG, _WEIGHTS, LAYER_PROBE))
-        if not any(not file.name.startswith(".") for file in path.iterdir()):
+        is_empty = all(file.name.startswith(".") for file in path.iterdir())
+        if is_empty:
             return
     check_new("out", path, overwrite=overwrite, is_folder=not is_file)
     if is_file:
@@ -157,7 +169,7 @@ def _check_out(path: Path, *, overwrite: bool) -> None:
 
 
 def check_folder_files(folder: Path, written: Collection[str]) -> None:
-    """Reject an output folder that contains files not named in `written`, except hidden ones.
+    """Check that an output folder contains only files named in `written`, and hidden files.
 
     Raises:
         FileExistsError: If there are other files.
@@ -169,7 +181,7 @@ def check_folder_files(folder: Path, written: Collection[str]) -> None:
 
 
 def run_metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
-    """Return the metadata of a weight file: strings, most of them JSON."""
+    """Return the metadata of a weight file as strings, most of them JSON, because safetensors stores only strings."""
     backbone = loaded.info.backbone
     return {
         "format": "pt",
@@ -202,13 +214,15 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
             f"use {out.rstrip('/') + _SUFFIX!r}"
         )
     size = configured_image_size(model)
-    arguments = model_arguments(model) | ({} if size is None else {"img_size": size})
+    arguments = model_arguments(model)
+    if size is not None:
+        arguments = {**arguments, "img_size": size}
     timm_model: Any = model
     inherited = {name: value for name, value in dict(timm_model.pretrained_cfg).items() if name in _INHERITED_ENTRIES}
-    outputs = loaded.info.backbone.num_classes
+    num_outputs = loaded.info.backbone.num_classes
     return {
         "architecture": architecture,
-        "num_classes": outputs,
+        "num_classes": num_outputs,
         "num_features": timm_model.num_features,
         "label_names": loaded.classes,
         "temperature": loaded.info.trained_head_temperature,
@@ -220,7 +234,7 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
             **inherited,
             **loaded.info.data_config,
             "fixed_input_size": size is not None,
-            "num_classes": outputs,
+            "num_classes": num_outputs,
             "custom_load": False,
         },
     }
@@ -240,7 +254,8 @@ def _file_snippet(loaded: LoadedRun, path: Path, metadata: Mapping[str, str]) ->
     """Return Python code that loads a weight file with its metadata."""
     if loaded.task.head is not None:
         return f"from snella_app.runs import load_merged\nmodel = load_merged({str(path)!r})"
-    size, arguments = json.loads(metadata["img_size"]), json.loads(metadata["model_args"])
+    size = json.loads(metadata["img_size"])
+    arguments = json.loads(metadata["model_args"])
     if size is not None:
         arguments = {"img_size": size, **arguments}
     options = "".join(f", {name}={value!r}" for name, value in arguments.items())
@@ -262,14 +277,14 @@ def _torch_import(loaded: LoadedRun) -> str:
 
 
 def _decoding_comment(loaded: LoadedRun, model: str = "model") -> str:
-    """Return the comment that explains the outputs of `model`, for an image with the channels of the run."""
+    """Return the comment that explains the outputs of `model` for an image with the channels of the run."""
     mode = PILLOW_MODES.get(loaded.info.backbone.channels)
     image = f"image.convert({mode!r})" if mode else "image"
     return loaded.task.decoding_comment(f"{model}(transform({image})[None])")
 
 
 def _final_head_file(path: Path) -> Path:
-    """Return the path of the final head of a merged folder or file."""
+    """Return the path for the final head of a merged folder or file."""
     return path / LAYER_PROBE if path.suffix != _SUFFIX else path.with_name(f"{path.stem}.{LAYER_PROBE}")
 
 
@@ -283,14 +298,15 @@ def _use_lines(loaded: LoadedRun, path: Path) -> str:
 def _final_head_code(probe: LayerProbe, path: Path) -> str:
     """Return Python code that computes the outputs of the final head in `path` from the merged `model`."""
     arguments = f"indices={probe.layers}, norm=True, output_fmt='NCHW'"
-    arguments += ", return_prefix_tokens=True" if probe.has_tokens else ""
-    pooled = (
-        "    for grid, tokens in maps[:-1]:\n        pooled += [grid.mean((2, 3)), tokens[:, 0]]\n"
-        "    pooled += [maps[-1][0].mean((2, 3))]\n"
-        if probe.has_tokens
-        else "    pooled += [grid.mean((2, 3)) for grid in maps]\n"
-    )
-    mixture, outputs = "", "features @ head['weight'].T + head['intercept']"
+    pooled = "    pooled += [grid.mean((2, 3)) for grid in maps]\n"
+    if probe.has_tokens:  # `layer_features` omits the token of the last layer
+        arguments += ", return_prefix_tokens=True"
+        pooled = (
+            "    for grid, tokens in maps[:-1]:\n        pooled += [grid.mean((2, 3)), tokens[:, 0]]\n"
+            "    pooled += [maps[-1][0].mean((2, 3))]\n"
+        )
+    mixture = ""
+    outputs = "features @ head['weight'].T + head['intercept']"
     if isinstance(probe.head, MixedHead):
         outputs = "((1 - share).log() + first.log_softmax(-1)).logaddexp(share.log() + second.log_softmax(-1))"
         mixture = (
@@ -352,11 +368,12 @@ def load_merged(path: str | Path) -> nn.Module:
     if "built_from" not in metadata or metadata.get("format") != "pt":  # a sparse file has another format
         raise ValueError(f"path must be a file written by snella merge, got {str(path)!r}, which has other metadata")
     backbone = record_from(BackboneInfo, {**json.loads(metadata["built_from"]), "pretrained": False})
-    if metadata.get("architecture", "None") != "None":  # files of pre-trained weights are not needed
+    if metadata.get("architecture", "None") != "None":
+        # for a timm model, the file contains all weights, so the files with pre-trained weights may be missing
         if backbone.weights is not None and not expand_user(backbone.weights).is_file():
             backbone = replace(backbone, weights=None)
-        path_like = Path(backbone.name).suffix in WEIGHT_SUFFIXES or Path(backbone.name).is_absolute()
-        if path_like and not expand_user(backbone.name).exists():
+        is_path = Path(backbone.name).suffix in WEIGHT_SUFFIXES or Path(backbone.name).is_absolute()
+        if is_path and not expand_user(backbone.name).exists():
             size = json.loads(metadata["img_size"])
             backbone = replace(backbone, name=metadata["architecture"], img_size=backbone.img_size or size)
     model = make_backbone(backbone, metadata["task"])

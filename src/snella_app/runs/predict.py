@@ -1,4 +1,7 @@
-"""Prediction with the best model of a run."""
+"""Prediction with the best model of a run.
+
+A `Predictor` preprocesses images, runs the model, and divides its outputs by the temperature of the run, if it has one.
+"""
 
 import contextlib
 import dataclasses
@@ -26,12 +29,11 @@ from snella_app.tasks import Task, task_class
 from snella_app.tasks.classification import ClassificationTask
 from snella_app.tasks.task import MAX_VIEWS
 
-_THREADS = 4  # decoding and resizing release the GIL
-_MAX_ASPECT = 200
-"""Maximum ratio of the sides of an image."""
+_THREADS = 4  # threads rather than processes, because decoding and resizing release the GIL
+_MAX_ASPECT = 200  # maximum ratio of the sides of an image
 
 Unsure = float | Literal["auto"] | None
-"""Probability below which a prediction is unsure; `auto` uses the threshold of the run's calibration."""
+"""Probability below which a prediction is unsure; `"auto"` selects the threshold of the run's calibration."""
 
 
 class Predictor:
@@ -41,7 +43,7 @@ class Predictor:
         model.predict("new.jpg").label
         [(p.path, p.label, p.probability) for p in model.predict(["a.jpg", "folder", "more/*.png"])]
 
-    Thread-safe: threads read and preprocess images in parallel and take turns running the model.
+    Predictors are thread-safe: threads read and preprocess images in parallel and take turns running the model.
 
     Args:
         loaded: Run from `load_run`.
@@ -101,18 +103,18 @@ class Predictor:
             images: One image: a file, its bytes, PIL image, array or tensor (see `snella_app.runs.image_inputs`). Or
                 several: a folder, glob pattern, table or batch, or a list of images, folders, patterns and tables.
             tta: Test-time augmentation: number of views whose predictions are averaged (the image, its flip, corner
-                crops of the enlarged image and their flips); None uses the run's setting. Must be None for a
-                cross-validation.
-            unsure: Probability below which predictions are marked as unsure; `auto` uses the run's threshold.
+                crops of the enlarged image and their flips). None uses the run's setting, and is required for a
+                cross-validation run.
+            unsure: Probability below which predictions are marked as unsure. `"auto"` selects the run's threshold.
             skip_corrupt: Skip images that cannot be read. A single image that cannot be read is always an error.
-            columns: Path column of a table, such as `path=file`; if None, the usual names or the run's column.
+            columns: Path column of a table, such as `path=file`. None tries the usual names, then the run's column.
 
         Returns:
             One object of `snella_app.tasks.predictions`, see `Task.image_predictions`; for several images, a list in
             input order.
 
         Raises:
-            FileNotFoundError: If a path does not exist (suggests similar names), or a folder has no images.
+            FileNotFoundError: If a path does not exist, or a folder has no images. The message suggests similar names.
             ValueError: If an image cannot be read, or a setting does not apply to the task.
             TypeError: If an input is not an image.
         """
@@ -122,21 +124,24 @@ class Predictor:
         return predictions[0] if is_single else predictions
 
     def features(self, images: Any) -> np.ndarray:
-        """Compute the features of images: the inputs of the classifier head; `images` is as for `predict`.
+        """Compute the features of images: the inputs of the classifier head.
+
+        Args:
+            images: As for `predict`.
 
         Returns:
             `[images, width]`, or `[width]` for one image; float32.
 
         Raises:
             FileNotFoundError: As for `predict`.
-            ValueError: If the model has no head that takes one vector per image or is a cross-validation, or an image
-                cannot be read.
+            ValueError: If the model has no head that takes one vector per image, the run is a cross-validation run, or
+                an image cannot be read.
             TypeError: As for `predict`.
         """
         inputs, is_single = split_inputs(images, run_columns=self._columns)
-        rows: list[np.ndarray] = []
-        list(self.iter_predictions(inputs, skip_corrupt=None, on_features=rows.append))
-        return rows[0] if is_single else np.stack(rows)
+        features: list[np.ndarray] = []
+        list(self.iter_predictions(inputs, skip_corrupt=None, on_features=features.append))  # ignores the predictions
+        return features[0] if is_single else np.stack(features)
 
     def preprocess(self, images: Sequence[ImageInput]) -> Tensor:
         """Preprocess images into a batch `[images, channels, height, width]`."""
@@ -146,7 +151,8 @@ class Predictor:
     def to_pil_image(self, preprocessed: Tensor) -> Image.Image:
         """Undo the normalization of an image and return it in RGB; images without 3 or 4 channels become gray."""
         config = self.loaded.info.data_config
-        mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
+        mean = torch.tensor(config["mean"])[:, None, None]
+        std = torch.tensor(config["std"])[:, None, None]
         pixels = (preprocessed.cpu() * std + mean).clamp(0, 1)
         if len(pixels) in (3, 4):
             pixels = pixels[:3]
@@ -165,11 +171,11 @@ class Predictor:
         on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
         on_features: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[Any]:
-        """Yield the predictions of single images one by one; keeps the masks of only one batch in memory.
+        """Yield the predictions of single images one by one, with the masks of only one batch in memory.
 
-        `on_skipped` is called with each skipped image and the reason, `on_features` with the features of each image
-        before its prediction is yielded. `skip_corrupt=None` rejects corrupt images like False, without suggesting
-        `skip_corrupt` in the error. The other arguments are as for `predict`.
+        `on_skipped` is called with each skipped image and the reason. `on_features` is called with the features of each
+        image before its prediction is yielded. `skip_corrupt=None` rejects corrupt images like False, but the error
+        does not suggest `skip_corrupt`. The other arguments are as for `predict`.
         """
         threshold = self.resolve_threshold(tta, unsure)
         for paths, originals, tensors in self._batches(images, skip_corrupt, on_skipped):
@@ -180,22 +186,28 @@ class Predictor:
                 yield prediction if threshold is None else dataclasses.replace(prediction, unsure_below=threshold)
 
     def resolve_threshold(self, tta: int | None, unsure: Unsure) -> float | None:
-        """Return the threshold for unsure predictions, if any; raise ValueError for an invalid `tta` or `unsure`."""
+        """Return the threshold for unsure predictions, or None if there is no threshold.
+
+        Raises:
+            ValueError: If `tta` or `unsure` is invalid or does not apply to the run.
+        """
         if tta is not None and not 1 <= tta <= MAX_VIEWS:
             raise ValueError(f"tta must be between 1 and {MAX_VIEWS} views, got {tta}")
         if tta is not None and isinstance(self.loaded.model, Ensemble):
             raise ValueError(
-                f"tta must be left out for a cross-validation, whose models use the tta of their runs, got {tta}"
+                f"tta must be left out for a cross-validation run (got {tta}); its models use the tta of their runs"
             )
         if tta is not None and tta > 2 and self.loaded.task.head is not None:
             raise ValueError(f"tta must be 1 or 2 (with flip) for masks, got {tta}")
         if unsure is not None and not isinstance(self.loaded.task, ClassificationTask):
-            raise ValueError(f"unsure needs a task with one class per image, got {unsure}; leave it out")
+            raise ValueError(
+                f"unsure={unsure} needs a task with one class per image, not {self.loaded.task.name}; leave it out"
+            )
         calibration = self.loaded.info.calibration
         if unsure == "auto":
             if calibration is None:
                 raise ValueError("unsure must be a probability for a run without calibration, got 'auto'; use e.g. 0.5")
-            return calibration.threshold  # None if there is no threshold
+            return calibration.threshold  # None if no threshold halves the error rate
         if unsure is not None and (isinstance(unsure, str) or not 0.0 < unsure <= 1.0):
             raise ValueError(f"unsure must be auto or a probability in (0, 1], got {unsure!r}")
         return unsure
@@ -206,6 +218,7 @@ class Predictor:
         """Yield batches of file names, images and model inputs."""
 
         def prepare(entry: tuple[int, ImageInput]) -> tuple[Path, Image.Image, Tensor] | tuple[Path, str]:
+            """Return the name, image and model input of an entry, or its name and the reason for skipping it."""
             name = _name(*entry)
             try:
                 image = read_input(entry[1], str(name), self.loaded.reading)
@@ -231,7 +244,10 @@ class Predictor:
                     yield list(paths), list(originals), torch.stack(tensors)
 
     def _outputs(self, images: Tensor, tta: int | None, wants_features: bool) -> tuple[Tensor, np.ndarray | None]:
-        """Return calibrated outputs of a batch, averaged over views, and features of the first view."""
+        """Return the outputs of a batch, divided by the temperature and averaged over views.
+
+        The second value contains the features of the first view, or is None unless `wants_features` is set.
+        """
         head_inputs: list[Any] = []
         width: int | None = None
         with self._lock, torch.inference_mode(), contextlib.ExitStack() as hooks:
@@ -242,7 +258,8 @@ class Predictor:
             network = self.loaded.network
             views = tta or self.loaded.info.tta
             batch = images.to(self.device)
-            if views == self.loaded.info.tta:  # the temperature was fitted to averaged outputs
+            # the temperature was fitted to outputs averaged over the run's views
+            if views == self.loaded.info.tta:
                 averaged = task.outputs(network, batch, views) / self.temperature
             else:
                 averaged = task.outputs(lambda view: network(view) / self.temperature, batch, views)
@@ -258,11 +275,11 @@ def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int =
 
     Args:
         run: Folder of the run, or the result of `snella.train`.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
+        device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"` or `"mps"`.
         batch_size: Batch size.
 
     Raises:
-        FileNotFoundError: As for `load_run`; suggests similar names.
+        FileNotFoundError: As for `load_run`. The message suggests similar names.
         ValueError: As for `load_run`, or if `run` is a file or `batch_size` is less than 1.
     """
     folder = run.path if isinstance(run, RunFolder) else Path(run)
@@ -271,30 +288,33 @@ def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int =
 
 
 def table_columns(run: str | Path) -> str | None:
-    """Return the table columns of a run; None for other data, and for a missing run, which is reported later."""
-    return RunFolder(run).read_config().data.columns if (Path(run) / "config.yaml").is_file() else None
+    """Return the table columns of a run, or None for other data and for a missing run, which is reported later."""
+    if not (Path(run) / "config.yaml").is_file():
+        return None
+    return RunFolder(run).read_config().data.columns
 
 
 def check_shape(image: Any, name: Path) -> None:
-    """Raise ValueError for a very elongated image; resizing its shorter side would need gigabytes."""
+    """Raise ValueError for a very elongated image, because resizing its shorter side would need gigabytes."""
     width, height = image.size if isinstance(image, Image.Image) else (image.shape[-1], image.shape[-2])
     if max(width, height) > _MAX_ASPECT * min(width, height):
         raise ValueError(
-            f"'{name}' is not a readable image: the sides must differ by a factor of at most {_MAX_ASPECT}, "
+            f"'{name}' is not a readable image: its sides may differ by a factor of at most {_MAX_ASPECT}, "
             f"got {width}×{height}"
         )
 
 
 def run_task_class(run: str | Path) -> type[Task]:
-    """Return the task class of a run; classification for a missing run, which is reported later."""
+    """Return the task class of a run, or the classification task for a missing run, which is reported later."""
     results = read_if_present(FoldResults, run)
-    run = run if results is None or not results.rows else Path(run) / results.rows[0].folder
+    if results is not None and results.rows:  # the folds have the same task
+        run = Path(run) / results.rows[0].folder
     info = read_if_present(RunInfo, run)
     return task_class("classification" if info is None else get_task_name(info))
 
 
 def check_order(run: Path, images: Sequence[str | Path] = ()) -> None:
-    """Reject a missing run, and arguments in which images precede the run."""
+    """Raise an error for a missing run, and for images that precede the run in the arguments."""
     if run.is_file():
         raise ValueError(f"run must be the folder of a run, got the file {str(run)!r}; pass the run before the images")
     swapped = [Path(image) for image in images if (Path(image) / RunInfo.file).is_file()]
@@ -308,21 +328,26 @@ def check_order(run: Path, images: Sequence[str | Path] = ()) -> None:
 
 
 def _name(index: int, image: ImageInput) -> Path:
-    """Return the file of an image, or its index: `[3]`."""
+    """Return the file of an image, or its index if it is not a file: `[3]`."""
     if isinstance(image, str | Path):
         return Path(image)
     return Path(getattr(image, "filename", "") or f"[{index}]")
 
 
 def _head(loaded: LoadedRun) -> tuple[nn.Module, int | None]:
-    """Return the head used for predictions, and how many of its first inputs are pooled features; None for all."""
+    """Return the head used for predictions, and the number of its inputs that are pooled features.
+
+    The pooled features come first. The number is None if all inputs are pooled features.
+    """
     if isinstance(loaded.model, Ensemble):
         raise ValueError(
-            f"features need one model, got a cross-validation; use one of its runs, e.g. {loaded.folder.path}"
+            "features need one model, but a cross-validation run has several; use one of its runs, e.g. "
+            f"{loaded.folder.path}"
         )
-    trained = base_model(loaded.model).get_submodule(spec_of(loaded.model).head)
+    trained_head = base_model(loaded.model).get_submodule(spec_of(loaded.model).head)
     if loaded.probe is None:
-        return trained, None
-    layers = [module for module in trained.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        return trained_head, None
+    # the final head reads the pooled features, the input of the trained head, before the features of other layers
+    layers = [module for module in trained_head.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     widths = [layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels for layer in layers]
     return loaded.probe.head, next(iter(widths), None)

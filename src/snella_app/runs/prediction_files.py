@@ -1,4 +1,7 @@
-"""Output of predictions: terminal, tables, masks, features, and rows appended while watching a folder."""
+"""Output of predictions: terminal, tables, masks, features, and rows that are appended while watching a folder.
+
+With `watch`, new images in the folders are predicted as they arrive, until the user interrupts the command.
+"""
 
 import contextlib
 import csv
@@ -6,7 +9,7 @@ import io
 import json
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,7 @@ def predict_to_files(
 
     Raises:
         FileExistsError: If an output exists and may not be replaced.
-        FileNotFoundError: If the run or an image does not exist; suggests similar names.
+        FileNotFoundError: If the run or an image does not exist. The message suggests similar names.
         ValueError: If settings are invalid, an image cannot be read, or an image is passed before the run.
         ImportError: If predictions or features are written as Parquet without pyarrow.
     """
@@ -60,73 +63,77 @@ def predict_to_files(
     if features is not None:
         _check_features(features, overwrite=overwrite)
     folders = [path for path in map(expand_user, images) if path.is_dir()]
-    is_folder = task.head is not None  # masks
-    suffix = "" if out is None or is_folder or Path(out).is_dir() else Path(out).suffix.lower()
-    is_appended = watch and suffix in (".csv", ".jsonl")
-    if watch and out is not None and not is_folder and not is_appended:
+    writes_masks = task.head is not None
+    # the suffix selects the format of a table; masks and folders have none
+    suffix = "" if out is None or writes_masks or Path(out).is_dir() else Path(out).suffix.lower()
+    appends_rows = watch and suffix in (".csv", ".jsonl")
+    if watch and out is not None and not writes_masks and not appends_rows:
         raise ValueError(f"out must end with .csv or .jsonl with watch, which appends rows, got {out!r}")
     if watch and not folders:
         raise ValueError(f"watch needs a folder among the images, got {', '.join(images)}")
-    task.check_output(out, top_k, overwrite=overwrite or is_appended)
+    task.check_output(out, top_k, overwrite=overwrite or appends_rows)
     check_order(Path(run), images)
     listed_images = [image for image in images if not watch or expand_user(image) not in folders]
     files: list[Path] = []
     if listed_images or not watch:
         files = expand(listed_images, columns, table_columns(run), keep_missing=skip_corrupt)
-    if is_folder and out is not None:
+    if writes_masks and out is not None:
         check_mask_names(files, out)
         if watch and any(Path(out).resolve().is_relative_to(folder.resolve()) for folder in folders):
             raise ValueError(f"out must be outside the watched folders, since its masks are images, got {out!r}")
     inputs = {Path(split_spec(image)[1] or image).resolve() for image in images}
     for name, output in (("out", out), ("features", features)):
-        if output is not None and Path(output).resolve() in inputs and not (is_folder and name == "out"):
+        if output is not None and Path(output).resolve() in inputs and not (writes_masks and name == "out"):
             raise ValueError(f"{name} must not be one of the images, folders or tables, got {output!r}")
     model = load(run, device, batch_size=batch_size)
-    resolved = model.resolve_threshold(tta, threshold)  # also checks both before files are changed
-    if is_appended and overwrite:
+    resolved = model.resolve_threshold(tta, threshold)  # also checks both arguments before files are changed
+    if appends_rows and overwrite:
         Path(str(out)).unlink(missing_ok=True)
     skipped: list[str] = []
-    errors = make_console(sys.stderr)
+    error_console = make_console(sys.stderr)
     if (status_note := unfinished_note(model.loaded)) is not None:
-        print_line(errors, f"note: {status_note}")
+        print_line(error_console, f"note: {status_note}")
     names: list[Path] = []
-    rows: list[np.ndarray] = []
-    signals: list[int] = []
+    vectors: list[np.ndarray] = []
+    received_signals: list[int] = []
 
     def skip(path: Path, reason: str) -> None:
+        """Remember a skipped image for the summary, or print it at once with `watch`."""
         skipped.append(f"{str(path)!r} ({reason})")
         if watch:  # watching never reaches the summary at the end
-            print_line(errors, f"skipped {skipped[-1]}")
+            print_line(error_console, f"skipped {skipped[-1]}")
 
     def predict_paths(paths: Sequence[Path]) -> Iterator[Any]:
+        """Yield the predictions of image files, and remember the files and their features."""
         for prediction in model.iter_predictions(
             paths,
             tta=tta,
             unsure=threshold,
             skip_corrupt=skip_corrupt or watch,
             on_skipped=skip,
-            on_features=None if features is None else rows.append,
+            on_features=None if features is None else vectors.append,
         ):
             names.append(prediction.path)
             yield prediction
 
     if watch:
-        table = out if is_appended else None
-        predictions: Iterable[Any] = _watch_predictions(predict_paths, files, folders, table, signals)
+        table = out if appends_rows else None
+        predictions: Iterable[Any] = _watch_predictions(predict_paths, files, folders, table, received_signals)
     else:
-        predictions = track_progress(predict_paths(files), "predicting", len(files), None if out is None else errors)
-    with _until_interrupted(signals) if watch else contextlib.nullcontext():
+        progress_console = None if out is None else error_console  # printed predictions show the progress themselves
+        predictions = track_progress(predict_paths(files), "predicting", len(files), progress_console)
+    with _until_interrupted(received_signals) if watch else contextlib.nullcontext():
         if out is None:
             for prediction in predictions:
                 print_line(console, f"{prediction.path}: {prediction.text(top_k)}")
-        elif is_appended:
+        elif appends_rows:
             _append_rows(predictions, Path(out), top_k, console)
         else:
             task.write_predictions(predictions, out, top_k, overwrite=overwrite)
     if out is not None:
         print_line(console, f"{counted(len(names), 'image')}: {out}")
     if features is not None:
-        write_features(features, names, rows, overwrite=overwrite)
+        write_features(features, names, vectors, overwrite=overwrite)
         print_line(console, f"features of {counted(len(names), 'image')}: {features}")
     if threshold == "auto" and resolved is None:
         print_line(
@@ -135,7 +142,7 @@ def predict_to_files(
             "validation errors",
         )
     if skipped and not watch:
-        print_line(errors, f"skipped {counted(len(skipped), 'image')}: {listed(skipped)}")
+        print_line(error_console, f"skipped {counted(len(skipped), 'image')}: {listed(skipped)}")
 
 
 def write_features(
@@ -149,6 +156,9 @@ def write_features(
         names: Image names.
         features: Feature vectors, `[width]` each, float32.
         overwrite: Replace an existing file.
+
+    Returns:
+        Path of the file.
 
     Raises:
         FileExistsError: If the file exists and `overwrite` is not set.
@@ -168,15 +178,15 @@ def write_features(
         import pyarrow
         from pyarrow import parquet
 
-        named = {"images": [utf8_text(text) for text in image_names], "features": list(table)}
-        parquet.write_table(pyarrow.table(named), content)
+        columns = {"images": [utf8_text(text) for text in image_names], "features": list(table)}
+        parquet.write_table(pyarrow.table(columns), content)
     with create_folder(path.parent):
         write_bytes(path, content.getvalue())
     return path
 
 
 def _check_features(features: str, *, overwrite: bool) -> None:
-    """Check that the feature file can be written."""
+    """Check that a feature file can be written; raise the errors of `write_features` otherwise."""
     path = Path(features)
     if path.suffix not in _FEATURE_SUFFIXES:
         raise ValueError(f"features must end with {', '.join(_FEATURE_SUFFIXES)}, got {features!r}")
@@ -189,7 +199,7 @@ def _check_features(features: str, *, overwrite: bool) -> None:
 
 
 def parse_unsure(unsure: str | None) -> Any:
-    """Parse `--unsure`: `auto`, a number or None; raises ValueError for other values."""
+    """Parse `--unsure`; raise ValueError unless it is `auto`, a number or None."""
     if unsure in (None, "auto"):
         return unsure
     try:
@@ -199,24 +209,27 @@ def parse_unsure(unsure: str | None) -> Any:
 
 
 def _watch_predictions(
-    predict_paths: Any,
+    predict_paths: Callable[[Sequence[Path]], Iterator[Any]],
     files: Sequence[Path],
     folders: Sequence[Path],
     out: str | None,
     signals: Sequence[int],
 ) -> Iterator[Any]:
-    """Yield predictions of files, then of new images in folders until interrupted."""
+    """Yield predictions of files, then of new images in folders until interrupted.
+
+    Images that are listed in `out`, the table of an earlier call, are not predicted again.
+    """
     written = [] if out is None or not Path(out).is_file() else _images_in_rows(Path(out))
     done = {path.resolve() for path in written}
     predicted = []
     for prediction in predict_paths([path for path in files if path.resolve() not in done]):
         predicted.append(prediction.path)
         yield prediction
-    for new in new_files(folders, [*written, *predicted]):
+    for new_paths in new_files(folders, [*written, *predicted]):
         if signals:
             return
-        if new:
-            yield from predict_paths(new)
+        if new_paths:
+            yield from predict_paths(new_paths)
 
 
 @contextlib.contextmanager
@@ -231,7 +244,8 @@ def _until_interrupted(signals: list[int]) -> Iterator[None]:
         raise KeyboardInterrupt
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    previous = {number: handler for number, handler in previous.items() if handler is not signal.SIG_IGN}
+    # ignored signals stay ignored; a handler of None was set by C code and could not be restored
+    previous = {number: handler for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)}
     for number in previous:
         signal.signal(number, interrupt)
     try:
@@ -269,13 +283,13 @@ def _append_rows(predictions: Iterable[Any], out: Path, top_k: int | None, conso
         header, row = content.split(b"\n", 1) if is_csv else (b"", content)
         with annotate_write_errors(out), out.open("ab+") as file:
             file.seek(max(file.seek(0, io.SEEK_END) - 1, 0))
-            is_cut = file.read() not in (b"", b"\n")  # the last line has no newline, e.g. after editing
+            lacks_newline = file.read() not in (b"", b"\n")  # in the last line, e.g. after editing
             file.seek(0)
-            first = file.readline().rstrip(b"\r\n") if is_csv else header
-            if first not in (b"", header):
+            stored_header = file.readline().rstrip(b"\r\n") if is_csv else header
+            if stored_header not in (b"", header):
                 raise ValueError(
-                    f"out must have the columns {header.decode()}, got {first.decode(errors='replace')} in {out}; "
-                    "choose another file"
+                    f"out must have the columns {header.decode()}, got {stored_header.decode(errors='replace')} in "
+                    f"{out}; choose another file"
                 )
-            file.write(b"\n" * is_cut + (row if first else content))
+            file.write(b"\n" * lacks_newline + (row if stored_header else content))
         print_line(console, f"{prediction.path}: {prediction.text(top_k)}")

@@ -1,4 +1,4 @@
-"""Pushing a run's model and model card to the Hugging Face Hub, or writing them as a folder."""
+"""Push the model of a run and its model card to the Hugging Face Hub, or write them as a folder."""
 
 import shutil
 import tempfile
@@ -22,7 +22,12 @@ _WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class PushResult:
-    """Result of `push`: URL on the Hugging Face Hub, or written folder, with an error if the Hub is unreachable."""
+    """Result of `push`.
+
+    Attributes:
+        location: URL on the Hugging Face Hub, or path of the written folder.
+        error: Reason why the Hub could not be reached. None if the model was pushed, or a folder was requested.
+    """
 
     location: str
     error: str | None = None
@@ -40,11 +45,11 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
     Raises:
         FileExistsError: If the folder is not empty, or is a file.
         FileNotFoundError: If `run` is not a run folder or has no adapter.
-        ValueError: If the run is damaged, is a cross-validation, has an unsupported task, or has no PEFT adapter (with
-            `adapter`), or its method cannot be merged.
+        ValueError: If the run is damaged, is a cross-validation run, or has an unsupported task; if its method cannot
+            be merged; if `adapter` is set and the run has no PEFT adapter; or if `folder` ends with `.safetensors`.
     """
     path = Path(folder)
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":  # `merge` would write a file
         raise ValueError(f"to_folder must be a folder, got {str(path)!r}; leave out the suffix")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         state = "not empty" if path.is_dir() else "a file"
@@ -72,6 +77,7 @@ def write_hub_folder(run: str | Path, folder: str | Path, name: str, *, adapter:
         return path
     is_timm = task.name == "classification" and info.backbone.architecture is not None
     merged = merge(run, path if is_timm else path / _WEIGHTS)
+    # the loading code must refer to the repository instead of this folder
     snippet = merged.snippet.replace(repr(f"local-dir:{path}"), repr(f"hf-hub:{name}"))
     for file in path.iterdir():
         snippet = snippet.replace(repr(str(file)), f"folder + {'/' + file.name!r}")
@@ -96,7 +102,8 @@ def push(
 ) -> PushResult:
     """Push the model of a run to the Hugging Face Hub.
 
-    With `to_folder`, write the folder of the repository instead; if the Hub cannot be reached, write it to `RUN-hub`.
+    With `to_folder`, the repository is written to this folder instead. If the Hub cannot be reached, it is written to
+    `RUN-hub`.
 
     Args:
         run: Run folder.
@@ -107,11 +114,11 @@ def push(
         overwrite: Add a commit to an existing repository; earlier files stay in its history.
 
     Returns:
-        URL on the Hub, or the written folder, with an error if the Hub could not be reached.
+        URL on the Hub, or the written folder with an error if the Hub could not be reached.
 
     Raises:
-        FileExistsError: If the repository exists and `overwrite` is not set, or the folder is not empty;
-            also if the Hub cannot be reached and `RUN-hub` exists.
+        FileExistsError: If the repository exists and `overwrite` is not set, if `to_folder` is not empty or is a file,
+            or if the Hub cannot be reached and `RUN-hub` exists.
         PermissionError: If you are not logged in, or lack write permission.
         FileNotFoundError: As for `write_hub_folder`.
         ValueError: If `name` is not a valid repository name, or as for `write_hub_folder`.
@@ -132,7 +139,7 @@ def push(
     if to_folder is not None:
         return PushResult(str(write_hub_folder(run, to_folder, name, adapter=adapter)))
     api: Any = HfApi()
-    # connection errors of the Hub's HTTP library are not OSErrors
+    # connection errors of the Hub's HTTP library need not be OSErrors, but share a base class with HfHubHTTPError
     unreachable: tuple[Any, ...] = (OfflineModeIsEnabled, OSError, *HfHubHTTPError.__bases__)
     with tempfile.TemporaryDirectory(prefix="snella-push-") as temporary:
         folder = write_hub_folder(run, Path(temporary, "model"), name, adapter=adapter)

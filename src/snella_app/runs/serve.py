@@ -1,4 +1,8 @@
-"""HTTP server for the model of a run, with a web page."""
+"""HTTP server for the model of a run, with a web page.
+
+The server limits the memory of all requests in progress by a budget of pixels. A request that exceeds the remaining
+budget is rejected with status 503, and the client can retry it.
+"""
 
 import asyncio
 import base64
@@ -29,9 +33,10 @@ from snella_app.text import utf8_text
 _EXTRA = "the server needs fastapi, uvicorn and python-multipart: pip install 'snella[serve]'"
 _OVERHEAD = 2**20  # bytes of a request besides its files
 _PAGE = Path(__file__).with_name("serve.html")
-_BYTES_PER_PIXEL = 4
-_CONNECTIONS = 64
+_BYTES_PER_PIXEL = 4  # of a request, in the budget of pixels
+_CONNECTIONS = 64  # maximum number of simultaneous connections
 _REQUEST_S = 600
+"""Maximum duration of a request in seconds."""
 _SHUTDOWN_S = 10
 """Seconds after Ctrl-C or SIGTERM in which requests can finish."""
 _DOCS = ("/docs", "/openapi.json")
@@ -52,10 +57,10 @@ _NOSNIFF = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer
 class ServerLimits:
     """Limits for a request, and for all requests in progress.
 
-    Args:
+    Attributes:
         files: Maximum number of images per request.
         mib: Maximum size of a file, in MiB.
-        megapixels: Maximum number of pixels per image, in millions; read from the header before decoding.
+        megapixels: Maximum number of pixels per image, in millions, which is read from the header before decoding.
         total_megapixels: Maximum number of pixels of all requests in progress, in millions. Each byte of a
             request counts as a quarter of a pixel.
 
@@ -91,22 +96,28 @@ class ServerLimits:
 
 
 class _PixelBudget:
-    """Budget for the pixels in memory, shared by all requests; a byte of a request counts as a quarter of a pixel."""
+    """Budget for the pixels in memory, shared by all requests.
+
+    The bytes of a request also count, each as a quarter of a pixel.
+    """
 
     def __init__(self, limit: float) -> None:
-        self._limit, self._used, self._lock = limit, 0.0, threading.Lock()
+        self._limit = limit
+        self._used = 0.0
+        self._lock = threading.Lock()
 
     @contextmanager
     def reserve(self, pixels: float) -> Iterator[bool]:
         """Reserve pixels until the end of the block; yield True if they fit in the budget."""
         with self._lock:
             fits = self._used + pixels <= self._limit
-            self._used += pixels if fits else 0.0
+            reserved = pixels if fits else 0.0
+            self._used += reserved
         try:
             yield fits
         finally:
             with self._lock:
-                self._used -= pixels if fits else 0.0
+                self._used -= reserved
 
 
 def create_app(
@@ -120,9 +131,9 @@ def create_app(
 ) -> Any:
     """Create the web application with `GET /`, `GET /health`, `GET /docs` and `POST /predict`.
 
-    `POST /predict` takes images in the form field `files`. The response has one entry per file, in order: `name`,
-    `text` and, for nominal or ordinal classes, `label`, `probability`, `probabilities` and, with a threshold, `unsure`;
-    or `name` and `error`. Status codes:
+    `POST /predict` takes images in the form field `files`. The response has one entry per file, in order: `name` and
+    `text`, for nominal or ordinal classes also `label`, `probability` and `probabilities`, and with a threshold
+    `unsure`. The entry of a file that was not predicted has `name` and `error`. Status codes:
 
     - 200: at least one file was predicted.
     - 400: the `Host` header is neither a name of this server nor an IP address.
@@ -134,7 +145,7 @@ def create_app(
 
     Args:
         model: Model from `snella.load`.
-        limits: Limits of requests; default limits if None.
+        limits: Limits of requests. None uses the default limits.
         tta: As for `Predictor.predict`.
         unsure: As for `Predictor.predict`.
         hosts: Additional host names, besides localhost, the name of this machine and any IP address.
@@ -156,7 +167,7 @@ def create_app(
     except ImportError as error:
         raise ImportError(_EXTRA) from error
     limits = limits or ServerLimits()
-    model.resolve_threshold(tta, unsure)
+    model.resolve_threshold(tta, unsure)  # reports invalid arguments before the first request
     info = model.loaded.info
     classes = [utf8_text(name) for name in model.classes]
     about = {"task": info.task, "method": info.method, "backbone": info.backbone.name, "classes": classes}
@@ -167,7 +178,7 @@ def create_app(
     app = FastAPI(title="snella", description=f"{info.method} on {info.backbone.name}", redoc_url=None)
 
     def check_headers(request: Request) -> Any:
-        """Return an error response based on the request headers; None if they are valid."""
+        """Return an error response if the request headers are invalid, else None."""
         host = request.headers.get("host", "")
         if not _is_allowed_host(host, names):
             return JSONResponse(
@@ -175,7 +186,7 @@ def create_app(
                 400,
             )
         length = request.headers.get("content-length")
-        is_chunked = "transfer-encoding" in request.headers  # takes precedence over Content-Length
+        is_chunked = "transfer-encoding" in request.headers  # overrides Content-Length, so the size is unknown
         if request.method == "POST" and (is_chunked or length is None or not length.isdigit()):
             return JSONResponse({"error": "the request must have a Content-Length header"}, 411)
         if length is not None and length.isdigit() and int(length) > limits.request_bytes:
@@ -191,6 +202,7 @@ def create_app(
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Any]]) -> Any:
+        """Check the headers, reserve the budget for the body, limit the duration, and log the request."""
         start = time.monotonic()
         response = check_headers(request)
         if response is None:
@@ -211,12 +223,14 @@ def create_app(
 
     @app.exception_handler(RequestValidationError)
     async def explain_form(request: Request, error: RequestValidationError) -> Any:
+        """Return the response for a form without files."""
         fields = ", ".join(map(repr, error.body)) if isinstance(error.body, Mapping) and error.body else "no field"
         example = f"curl -F files=@photo.jpg {request.base_url}predict"
         return JSONResponse({"error": f"images must be files in the form field 'files', got {fields}; {example}"}, 422)
 
     @app.exception_handler(HTTPException)
     async def explain_status(request: Request, error: HTTPException) -> Any:
+        """Return the response for an HTTP error, with the available routes if the route or method is wrong."""
         hint = "; available: /, /health, /docs and POST /predict" if error.status_code in (404, 405) else ""
         return JSONResponse({"error": f"{error.detail}{hint}"}, error.status_code, error.headers)
 
@@ -236,14 +250,14 @@ def create_app(
         if len(files) > limits.files:
             return JSONResponse({"error": f"a request must have at most {limits.files} files, got {len(files)}"}, 413)
         entries: list[dict[str, Any]] = []
-        usable: list[int] = []
+        accepted: list[int] = []
         pixels = 0.0
         for index, file in enumerate(files):
             name = file.filename or f"[{index}]"
             entries.append({"name": utf8_text(name)})
             try:
                 pixels += _checked_pixels(file.file, limits, model.loaded.reading)
-                usable.append(index)
+                accepted.append(index)
             except ValueError as error:
                 entries[index]["error"] = str(error)
         if (cost := pixels + request.state.cost) > limits.total_megapixels * 1e6:
@@ -253,15 +267,16 @@ def create_app(
         with budget.reserve(pixels) as fits:
             if not fits:
                 return busy()
-            images = [files[index].file.read() for index in usable]
+            images = [files[index].file.read() for index in accepted]
             failed: dict[Path, str] = {}
             predictions = model.iter_predictions(
                 images, tta=tta, unsure=unsure, skip_corrupt=True, on_skipped=failed.__setitem__
             )
             for prediction in predictions:
-                entries[usable[_index(prediction.path)]].update(_prediction_json(model, prediction))
+                entry = entries[accepted[_index(prediction.path)]]
+                entry.update(_prediction_json(model, prediction))
         for path, reason in failed.items():
-            entries[usable[_index(path)]]["error"] = f"not a readable image: {reason}"
+            entries[accepted[_index(path)]]["error"] = f"not a readable image: {reason}"
         any_predicted = any("error" not in entry for entry in entries)
         return JSONResponse({"predictions": entries}, 200 if any_predicted else 422)
 
@@ -285,13 +300,13 @@ def serve(
 
     Args:
         run: Run folder.
-        host: Address to listen on; 0.0.0.0 for all addresses of this machine.
-        port: Port; 0 selects a free port.
-        limits: Limits of requests; default limits if None.
+        host: Address to listen on. 0.0.0.0 listens on all addresses of this machine.
+        port: Port. 0 selects a free port.
+        limits: Limits of requests. None uses the default limits.
         tta: As for `Predictor.predict`.
         unsure: As for `Predictor.predict`.
         batch_size: Batch size.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
+        device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"` or `"mps"`.
         hosts: As for `create_app`.
         console: Console for the address and the request log.
 
@@ -336,7 +351,7 @@ def _listener(host: str, port: int) -> Iterator[socket.socket]:
     """Open a socket bound to an address.
 
     Raises:
-        OSError: If the address is in use, not on this machine, or not permitted; names a remedy.
+        OSError: If the address is in use, not on this machine, or not permitted. The message suggests a remedy.
     """
     try:
         family, socket_type, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -353,7 +368,10 @@ def _listener(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def _is_allowed_host(header: str, names: set[str]) -> bool:
-    """Return whether a `Host` header is a known name or an IP address; blocks DNS rebinding from other sites."""
+    """Return whether a `Host` header is a known name or an IP address.
+
+    Other names are rejected, because a page of another site could otherwise read responses by DNS rebinding.
+    """
     host = re.sub(r":\d+$", "", header).strip("[]").lower().rstrip(".")
     if host in names:
         return True
@@ -377,7 +395,9 @@ def _content_policy(page: str) -> str:
 
 
 def _checked_pixels(file: Any, limits: ServerLimits, reading: Reading) -> float:
-    """Return the number of pixels in an uploaded image, from its header; at least 1.
+    """Return the number of pixels in an uploaded image, read from its header.
+
+    The number is at least 1, even if the header cannot be read.
 
     Raises:
         ValueError: If the file exceeds a limit.
@@ -413,7 +433,7 @@ def _index(path: Path) -> int:
 
 
 def _prediction_json(model: Predictor, prediction: Any) -> dict[str, Any]:
-    """Convert a prediction to JSON."""
+    """Convert a prediction to a JSON object with the entries of `POST /predict`."""
     text = utf8_text(prediction.text())
     if not isinstance(prediction, Prediction):
         return {"text": text}

@@ -1,4 +1,7 @@
-"""`TaskBank`: many tasks on one backbone, with mixed batches."""
+"""`TaskBank`: many tasks on one backbone, with mixed batches.
+
+The effective weight of a layer is its pre-trained weight plus the update of a task. It is computed by a merge.
+"""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +33,14 @@ _MAX_REPLACED = 0.25  # maximum fraction of a backbone that a task may replace: 
 
 @dataclass
 class _Update:
-    """Update of one weight of a task, with the pre-trained weight and cached values for merging."""
+    """Update of one weight of a task.
+
+    Attributes:
+        update: Factors and options of the update.
+        base: Pre-trained weight of the bank's backbone.
+        is_transposed: True if the layer stores its weight as `[in, out]`.
+        cache: Cached values for merging.
+    """
 
     update: Update
     base: Tensor
@@ -40,7 +50,13 @@ class _Update:
 
 @dataclass
 class _Task:
-    """Task of a bank: its run (with the model of the bank), updates by parameter, and replaced tensors."""
+    """Task of a bank.
+
+    Attributes:
+        loaded: Run of the task, with the model of the bank.
+        updates: Updates by parameter name.
+        replaced: New values of fully replaced tensors by name, e.g. of the head.
+    """
 
     loaded: LoadedRun
     updates: dict[str, _Update]
@@ -55,18 +71,19 @@ class TaskBank:
 
     The bank stores the backbone once, the factors and head of each task (a few MiB), and the effective weights
     `W0 + scaling·S` of the most recently used tasks, up to `memory_mib`. A cached task needs no merge. Any other task
-    needs one merge; if the memory is full, the merge reuses that of the least recently used task. Images of a batch are
-    grouped by task. The outputs of each group are bit-identical to the outputs of the loaded run for this group.
+    needs one merge, which overwrites the effective weights of the least recently used task if the memory is full. The
+    images of a batch are grouped by task. The outputs of each group are bit-identical to the outputs of the loaded run
+    for this group.
 
     Args:
         runs: Run folders, by task name.
         memory_mib: Memory for effective weights, in MiB.
-        device: auto, or a torch device such as cpu, cuda:1 or mps.
+        device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"` or `"mps"`.
 
     Raises:
         FileNotFoundError: If a folder is not a run folder, or has no adapter yet.
         ValueError: If runs differ in backbone, pre-trained weights or task type, a task exceeds `memory_mib`, a run is
-            a cross-validation or damaged, `memory_mib` is not positive, or the device is not available.
+            a cross-validation run or damaged, `memory_mib` is not positive, or the device is not available.
         NotImplementedError: If a run changes the architecture, or more than a quarter of the backbone without SNELLA
             factors, e.g. with LoRA.
     """
@@ -95,7 +112,7 @@ class TaskBank:
 
     @property
     def cached_tasks(self) -> list[str]:
-        """Names of tasks with effective weights in memory, the most recently used last."""
+        """Names of the tasks whose effective weights are in memory. The most recently used task is last."""
         return list(self._cached)
 
     @property
@@ -104,7 +121,7 @@ class TaskBank:
         return sum(_bytes(weights.values()) for weights in self._cached.values())
 
     def classes(self, task: str) -> list[str]:
-        """Return the class names of a task, in the order of its outputs; raises ValueError for an unknown task."""
+        """Return the class names of a task in the order of its outputs; raise ValueError for an unknown task."""
         return list(self._find(task).loaded.classes)
 
     def add(self, name: str, run: str | Path) -> None:
@@ -117,15 +134,19 @@ class TaskBank:
         Raises:
             FileNotFoundError: If `run` is not a run folder, or has no adapter yet.
             ValueError: If the run has another backbone, pre-trained weights or task type, exceeds `memory_mib`, is a
-                cross-validation or is damaged.
+                cross-validation run or is damaged.
             NotImplementedError: If the run changes the architecture, or more than a quarter of the backbone without
                 SNELLA factors.
         """
         loaded = load_single_run(run, "cpu")
         backbone = loaded.info.backbone
-        seed = None if backbone.pretrained is not False else backbone.seed  # random weights depend on the seed
-        bank_key = {"backbone": backbone.name, "weights": backbone.weights, "img_size": backbone.img_size}
-        bank_key |= {"task": loaded.task.name, "seed": seed}
+        bank_key: dict[str, Any] = {
+            "backbone": backbone.name,
+            "weights": backbone.weights,
+            "img_size": backbone.img_size,
+            "task": loaded.task.name,
+            "seed": backbone.seed if backbone.pretrained is False else None,  # determines random weights
+        }
         if self._tasks and bank_key != self._key:
             pairs = [(name, value, self._key[name]) for name, value in bank_key.items() if value != self._key[name]]
             different = ", ".join(f"{name} {value!r} instead of {shared!r}" for name, value, shared in pairs)
@@ -142,7 +163,7 @@ class TaskBank:
                     f"run={run} was trained from weights that differ from the bank's in {key!r}; all runs of a bank "
                     "need the same pre-trained weights"
                 )
-            update.base = tensors[key].detach()
+            update.base = tensors[key].detach()  # the run's own copy can be freed
         merged = merge_trained(loaded.model).state_dict()
         replaced = {
             key: tensor.detach()
@@ -169,7 +190,7 @@ class TaskBank:
             self._tasks[name] = _Task(replace(loaded, model=base, probe=probe), updates, replaced)
 
     def remove(self, name: str) -> None:
-        """Remove a task and its cached weights; raises ValueError for an unknown task."""
+        """Remove a task and its cached weights; raise ValueError for an unknown task."""
         self._find(name)
         with self._lock:
             del self._tasks[name]
@@ -216,22 +237,22 @@ class TaskBank:
         for name, indices in self._groups(tasks, len(images)):
             loaded = self._tasks[name].loaded
             for start in range(0, len(indices), batch_size):
-                part = indices[start : start + batch_size]
-                paths = [Path(images[index]) for index in part]
-                read = [read_image(path, loaded.reading) for path in paths]
-                for image, path in zip(read, paths, strict=True):
+                batch_indices = indices[start : start + batch_size]
+                paths = [Path(images[index]) for index in batch_indices]
+                decoded = [read_image(path, loaded.reading) for path in paths]
+                for image, path in zip(decoded, paths, strict=True):
                     check_shape(image, path)
-                batch = torch.stack([loaded.transform(image) for image in read])
+                batch = torch.stack([loaded.transform(image) for image in decoded])
                 outputs = loaded.task.outputs(partial(self._run, name), batch, loaded.info.tta)
                 outputs = outputs / loaded.info.temperature
-                batch_predictions = loaded.task.image_predictions(paths, read, outputs)
-                predictions.update(zip(part, batch_predictions, strict=True))
+                batch_predictions = loaded.task.image_predictions(paths, decoded, outputs)
+                predictions.update(zip(batch_indices, batch_predictions, strict=True))
         return [predictions[index] for index in range(len(images))]
 
-    def _groups(self, tasks: Sequence[str], count: int) -> list[tuple[str, list[int]]]:
-        """Group image indices by task; cached tasks come first, which avoids merging a task twice."""
-        if len(tasks) != count:
-            raise ValueError(f"tasks must have one name per image, got {len(tasks)} names for {count} images")
+    def _groups(self, tasks: Sequence[str], num_images: int) -> list[tuple[str, list[int]]]:
+        """Group image indices by task, with cached tasks first, because merging other tasks could evict them."""
+        if len(tasks) != num_images:
+            raise ValueError(f"tasks must have one name per image, got {len(tasks)} names for {num_images} images")
         groups: dict[str, list[int]] = {}
         for index, name in enumerate(tasks):
             groups.setdefault(name, []).append(index)
@@ -240,17 +261,17 @@ class TaskBank:
         return sorted(groups.items(), key=lambda group: group[0] not in self._cached)
 
     def _find(self, name: str) -> _Task:
-        """Return a task by name."""
+        """Return a task by name; raise ValueError if it is unknown."""
         if name not in self._tasks:
             raise ValueError(f"task must be one of {', '.join(self._tasks) or '(none yet)'}, got {name!r}")
         return self._tasks[name]
 
     def _run(self, name: str, batch: Tensor) -> Tensor:
-        """Compute the outputs of one task; the lock protects the shared model."""
+        """Compute the outputs of one task. The lock protects the model, which all tasks share."""
         with self._lock:
             loaded = self._tasks[name].loaded
             tensors = {**self._effective_weights(name), **self._tasks[name].replaced}
-            if loaded.probe is not None:
+            if loaded.probe is not None:  # the probe contains the model as `model`
                 tensors = {f"model.{key}": tensor for key, tensor in tensors.items()}
             with torch.inference_mode():
                 outputs: Tensor = functional_call(loaded.network, tensors, (batch.to(self._device),))
@@ -258,19 +279,19 @@ class TaskBank:
 
     @torch.no_grad()
     def _effective_weights(self, name: str) -> dict[str, Tensor]:
-        """Return the effective weights of a task; merge them if they are not cached."""
+        """Return the effective weights of a task, after merging them if they are not cached."""
         if name in self._cached:
             self._cached.move_to_end(name)
             return self._cached[name]
         task = self._tasks[name]
-        free: dict[str, Tensor] = {}
         required = _bytes(update.base for update in task.updates.values())
+        evicted: dict[str, Tensor] = {}
         while self._cached and self.cached_bytes + required > self._limit:
-            _, free = self._cached.popitem(last=False)
+            _, evicted = self._cached.popitem(last=False)
         weights = {}
         for key, entry in task.updates.items():
             base = entry.base
-            out = free[key] if key in free else torch.empty_like(entry.base)
+            out = evicted[key] if key in evicted else torch.empty_like(entry.base)
             weights[key] = out
             if entry.is_transposed:
                 base, out = base.T, out.T
@@ -281,7 +302,7 @@ class TaskBank:
 
 
 def _collect_updates(model: nn.Module) -> dict[str, _Update]:
-    """Return the updates of an adapted model by weight name in the backbone."""
+    """Return the updates of an adapted model by the name of their weight in the backbone."""
     updates = {}
     for name, layer in base_model(model).named_modules():
         if isinstance(layer, SnellaLayer):

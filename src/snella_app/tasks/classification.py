@@ -1,4 +1,4 @@
-"""Classification and ordinal classification."""
+"""Classification with one class per image, and ordinal classification, whose classes are ordered."""
 
 import csv
 import dataclasses
@@ -35,6 +35,7 @@ from snella_app.text import listed
 FOCAL_GAMMA = 2.0
 """Exponent of the focal losses, the default of the paper."""
 _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
+"""Number at the beginning of a class name."""
 
 
 def focal(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -81,7 +82,7 @@ class ClassificationTask(Task):
     settings: ClassVar[tuple[str, ...]] = ("label_smoothing", "class_weights", "sampler", "loss")
     losses: ClassVar[tuple[str, ...]] = ("cross-entropy", "focal", "logit-adjusted")
     monitors: ClassVar[Mapping[str, int]] = {"accuracy": 1, "balanced_accuracy": 1, "macro_f1": 1, "loss": -1}
-    has_one_class: ClassVar[bool] = True
+    has_class_scores: ClassVar[bool] = True
     has_linear_fit: ClassVar[bool] = True
     epoch_format: ClassVar[str] = "accuracy {val_accuracy:.4f}  balanced {val_balanced_accuracy:.4f}"
     val_format: ClassVar[str] = "{accuracy:.4f}"
@@ -96,13 +97,14 @@ class ClassificationTask(Task):
 
     @property
     def has_kernel_fit(self) -> bool:
-        """True for cross-entropy; ridge regression with a fitted scale does not model the other losses."""
+        """True for cross-entropy. Ridge regression with a fitted scale does not model the other losses."""
         return self.loss_name == "cross-entropy"
 
     def fitted(self, train: ImageDataset) -> Self:
         """Return the task with class weights and priors of the training images.
 
-        balanced: w_c = n / (K n_c), as in scikit-learn; the mean over the training images is 1.
+        Balanced weights are w_c = n / (K n_c), as in scikit-learn, for n images of K classes, n_c of them in class c.
+        Their mean over the training images is 1.
 
         Raises:
             ValueError: If `class_weights` is invalid, or a class has no images for balanced weights or priors.
@@ -253,15 +255,17 @@ def rank_order(classes: Sequence[str], order: str | None) -> list[str]:
     names = [name.strip() for name in next(csv.reader([order], skipinitialspace=True), [])]
     errors = [unknown_class(name, classes) for name in names if name not in classes]
     missing = [repr(name) for name in classes if name not in names]
-    errors += [f"no {', '.join(missing)}"] if missing else []
-    errors += ["duplicate class"] if len(set(names)) < len(names) else []
+    if missing:
+        errors.append(f"no {', '.join(missing)}")
+    if len(set(names)) < len(names):
+        errors.append("duplicate class")
     if errors:
         raise ValueError(f"class_order must list each class once, got {order!r}: {'; '.join(errors)}")
     return names
 
 
 def corn(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute the CORN loss of each sample from logits of `P(y > k | y ≥ k)`.
+    """Compute the CORN loss (conditional ordinal regression) of each sample from logits of `P(y > k | y ≥ k)`.
 
     l_i = -1/(K - 1) Σ_{k ≤ y_i, k < K - 1} ( [y_i > k] log σ(z[i, k]) + [y_i = k] log σ(-z[i, k]) )
 
@@ -293,8 +297,10 @@ def corn_probabilities(logits: Tensor) -> Tensor:
         logits: `[batch, K - 1]`, float32 or float64.
     """
     above = F.logsigmoid(logits).cumsum(-1).exp()  # ONNX has no cumulative product
-    first = above[:, :1]  # a shape would be baked into a traced graph
-    return torch.cat([torch.ones_like(first), above], -1) - torch.cat([above, torch.zeros_like(first)], -1)
+    first_column = above[:, :1]  # a new tensor of a given shape would fix the batch size of a traced graph
+    ones = torch.ones_like(first_column)
+    zeros = torch.zeros_like(first_column)
+    return torch.cat([ones, above], -1) - torch.cat([above, zeros], -1)
 
 
 @dataclass(frozen=True)
@@ -316,7 +322,7 @@ class OrdinalTask(ClassificationTask):
     monitors: ClassVar[Mapping[str, int]] = {
         **{"mae": -1, "kappa": 1, "accuracy": 1, "balanced_accuracy": 1, "macro_f1": 1, "loss": -1}
     }
-    has_one_class: ClassVar[bool] = False
+    has_class_scores: ClassVar[bool] = False
     epoch_format: ClassVar[str] = "MAE {val_mae:.4f} ranks  kappa {val_kappa:.4f}  accuracy {val_accuracy:.4f}"
     val_format: ClassVar[str] = "MAE {mae:.4f} ranks"
     monitor_names: ClassVar[Mapping[str, str]] = {}
@@ -356,7 +362,7 @@ class OrdinalTask(ClassificationTask):
         from_rank = mean.flip(-1).cumsum(-1).flip(-1).clamp(max=1.0)  # P(y ≥ k)
         tiny = torch.finfo(mean.dtype).tiny  # avoids 0 / 0 for ranks far above the predicted one
         conditional = from_rank[:, 1:] / from_rank[:, :-1].clamp(min=tiny)
-        return conditional.logit(eps=1e-7)
+        return conditional.logit(eps=1e-7)  # eps keeps the logits finite
 
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """Compute rank errors, quadratic weighted kappa, and classification metrics.
@@ -386,10 +392,10 @@ class OrdinalTask(ClassificationTask):
 
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> Predictions:
         """Return label, probabilities and predicted rank of each image."""
-        plain = super().predictions(dataset, sample_outputs, split, folder)
+        without_ranks = super().predictions(dataset, sample_outputs, split, folder)
         ranks = predicted_ranks(sample_outputs).tolist()
-        items = [dataclasses.replace(item, rank=rank) for item, rank in zip(plain.items, ranks, strict=True)]
-        return dataclasses.replace(plain, items=items)
+        items = [dataclasses.replace(item, rank=rank) for item, rank in zip(without_ranks.items, ranks, strict=True)]
+        return dataclasses.replace(without_ranks, items=items)
 
     def fit_linear(
         self, features: np.ndarray, labels: np.ndarray, outputs: int, weights: np.ndarray | None = None

@@ -13,9 +13,9 @@ _MAX_ITERATIONS = 200
 _TOLERANCE = 1e-5
 """Convergence tolerance on the largest gradient entry."""
 _CONSTANT_LOGIT = 4.0
-"""Magnitude of the logit if all labels are equal: a probability of 98 or 2%."""
+"""Magnitude of the logit if all labels are equal, which means a probability of 98 or 2%."""
 _HISTORY_BYTES = 2**30
-"""Memory for the history of L-BFGS: as many steps as fit, within the following limits."""
+"""Memory for the history of L-BFGS, which holds as many steps as fit, within the following limits."""
 _HISTORY = 100
 """Maximum number of steps in the history."""
 _MIN_HISTORY = 10
@@ -51,6 +51,7 @@ def fit_head(
     )
 
     def objective() -> Tensor:
+        """Return the penalized loss, and compute its gradients."""
         optimizer.zero_grad()
         value = loss(inputs @ weight.T + bias) + penalty * weight.square().sum()
         value.backward()
@@ -62,7 +63,7 @@ def fit_head(
 
 
 def feature_scale(features: np.ndarray) -> float:
-    """Return the square root of the mean variance of features `[images, width]`; 1 for constant features."""
+    """Return the square root of the mean variance of features `[images, width]`, or 1 for constant features."""
     return float(np.sqrt(features.var(0).mean())) or 1.0
 
 
@@ -78,7 +79,7 @@ def fit_probe(
     Args:
         features: `[images, width]`.
         labels: Class index of each image.
-        classes: Number of classes; classes without images get zero weight and bias.
+        classes: Number of classes. Classes without images get zero weight and bias.
         inverse_penalty: scikit-learn's `C`: weight of the summed losses relative to `‖w‖²/2`, for features divided by
             their `feature_scale`.
         weights: Sample weights `[images]`; None means equal weights.
@@ -87,18 +88,19 @@ def fit_probe(
         Weight `[classes, width]` and bias `[classes]` of a softmax classifier, float64.
     """
     scale = feature_scale(features)
-    present, numbers = np.unique(labels, return_inverse=True)
+    present, label_indices = np.unique(labels, return_inverse=True)
     inputs = torch.from_numpy(features / scale).float()
-    targets = torch.from_numpy(numbers)
+    targets = torch.from_numpy(label_indices)
     sample_weights = None if weights is None else torch.from_numpy(weights).float()
-    count = len(inputs)
-    penalty = 1 / (2 * inverse_penalty * count)
+    num_images = len(inputs)
+    penalty = 1 / (2 * inverse_penalty * num_images)
     if len(present) == 2:
         penalty *= 2  # scikit-learn fits one row w; the equivalent rows −w/2 and w/2 have half its squared norm
 
     def loss(logits: Tensor) -> Tensor:
+        """Return the mean of the weighted losses."""
         losses = F.cross_entropy(logits, targets, reduction="none")
-        return (losses if sample_weights is None else losses * sample_weights).sum() / count
+        return (losses if sample_weights is None else losses * sample_weights).sum() / num_images
 
     weight, bias = fit_head(inputs, len(present), loss, penalty, _MAX_ITERATIONS)
     full_weight = torch.zeros(classes, features.shape[1], dtype=torch.float64)
@@ -112,7 +114,7 @@ def fit_binary_probe(
 ) -> tuple[Tensor, Tensor]:
     """Fit a binary logistic regression with `fit_probe` and its default penalty.
 
-    If all labels are equal, the weights are zero and the bias is ±4; without images, it is 0.
+    If all labels are equal, the weights are zero and the bias is ±4. Without images, the bias is 0.
 
     Args:
         features: `[images, width]`.

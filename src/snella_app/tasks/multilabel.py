@@ -24,6 +24,7 @@ from snella_app.tasks.predictions import LabelSetPrediction
 from snella_app.tasks.task import ClassWeights, Task, full_precision, paired, resolve_class_weights, weighted_mean
 
 _THRESHOLD = 0.5
+"""Threshold of each class before calibration, and of classes without images."""
 
 
 def binary_focal(logits: Tensor, targets: Tensor, positive_weights: Tensor | None = None) -> Tensor:
@@ -41,7 +42,7 @@ def binary_focal(logits: Tensor, targets: Tensor, positive_weights: Tensor | Non
 
 
 def best_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> list[float]:
-    """Return the threshold of each class with the highest F1.
+    """Return the threshold of each class that gives the highest F1.
 
     Candidates are midpoints between consecutive probabilities, and between the lowest one and 0. Ties select the
     threshold nearest to 1/2, and classes without images get 1/2. A label is assigned if its probability is at least the
@@ -65,7 +66,7 @@ def best_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> list[float]
         f1 = 2 * hits / (np.arange(1, len(hits) + 1) + hits[-1])
         midpoints = (ranked + np.append(ranked[1:], 0.0)) / 2
         is_edge = np.append(ranked[1:] < ranked[:-1], True)  # equal probabilities share one threshold
-        best = is_edge & (f1 >= f1[is_edge].max() - 1e-12)
+        best = is_edge & (f1 >= f1[is_edge].max() - 1e-12)  # ties, up to rounding
         thresholds.append(float(min(midpoints[best], key=lambda midpoint: abs(midpoint - _THRESHOLD))))
     return thresholds
 
@@ -128,7 +129,8 @@ class MultiLabelTask(Task):
     def fitted(self, train: ImageDataset) -> Self:
         """Return the task with the weights of positive labels.
 
-        balanced: w_c = (n - n_c) / n_c, which balances positives and negatives.
+        Balanced weights are w_c = (n - n_c) / n_c for n images, n_c of them with label c. They balance positives and
+        negatives.
 
         Raises:
             ValueError: If `class_weights` is invalid.
@@ -153,8 +155,9 @@ class MultiLabelTask(Task):
         return dataclasses.replace(self, thresholds=tuple(np.mean([t.thresholds for t in tasks], axis=0).tolist()))
 
     def sample_weights(self, train: ImageDataset) -> list[float]:
-        """Return the inverse frequency of each image's rarest label; images without labels form one more class."""
-        targets, counts = self._targets(train), self._counts(train)
+        """Return the inverse frequency of each image's rarest label. Images without labels form one more class."""
+        targets = self._targets(train)
+        counts = self._counts(train)
         unlabeled = sum(not target for target in targets)
         return [1 / min((counts[label] for label in target), default=unlabeled) for target in targets]
 
@@ -164,8 +167,8 @@ class MultiLabelTask(Task):
         `logits` and `labels` are `[batch, classes]`, labels in [0, 1]. `weights` are sample weights, `[batch]`.
         """
         logits = full_precision(logits)
-        positive = None
         targets = labels.to(logits) * (1 - self.label_smoothing) + self.label_smoothing / 2
+        positive = None
         if self.positive_weights is not None:
             positive = torch.tensor(self.positive_weights, device=logits.device).to(logits)
         if self.loss_name == "focal":
@@ -184,14 +187,15 @@ class MultiLabelTask(Task):
 
     def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
         """Return logits of the mean probabilities."""
-        return torch.stack([self.probabilities(logits) for logits in outputs]).mean(0).logit(eps=1e-7)
+        mean = torch.stack([self.probabilities(logits) for logits in outputs]).mean(0)
+        return mean.logit(eps=1e-7)  # eps keeps the logits finite
 
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """Compute average precision and F1 by class and in total, with the current thresholds.
 
-        Means are over the classes present. `map` is the mean average precision, independent of thresholds; `macro_f1`
-        is the mean F1; `micro_f1` pools the labels of all classes; `subset_accuracy` is the fraction of images with all
-        labels correct. The loss is the plain binary cross-entropy.
+        Means are over the classes present. `map` is the mean average precision, which is independent of thresholds.
+        `macro_f1` is the mean F1, `micro_f1` pools the labels of all classes, and `subset_accuracy` is the fraction of
+        images with all labels correct. The loss is the plain binary cross-entropy.
 
         Args:
             logits: `[images, classes]`.
@@ -254,7 +258,10 @@ class MultiLabelTask(Task):
     def fit_linear(
         self, features: np.ndarray, labels: np.ndarray, outputs: int, weights: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Fit a one-vs-rest logistic regression; a label of all or no images gets zero weights and a bias of ±4."""
+        """Fit a one-vs-rest logistic regression.
+
+        A label of all or no images gets zero weights and a bias of ±4.
+        """
         fits = []
         for c in range(outputs):
             positives = labels[:, c] > 0.5
@@ -266,7 +273,7 @@ class MultiLabelTask(Task):
         return torch.stack(weight), torch.stack(bias)
 
     def remap_labels(self, label: Tensor, numbers: Sequence[int]) -> Tensor:
-        """Map a binary vector to the run's classes; absent classes are 0."""
+        """Map a binary vector to the run's classes, with 0 for absent classes."""
         mapped = torch.zeros(len(self.classes))
         mapped[list(numbers)] = label
         return mapped
@@ -311,5 +318,5 @@ class MultiLabelTask(Task):
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Return the mean; 0 for an empty sequence."""
+    """Return the mean, or 0 for an empty sequence."""
     return float(np.mean(values)) if len(values) else 0.0

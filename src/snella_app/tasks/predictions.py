@@ -92,7 +92,10 @@ def _add_name(names: dict[str, Path], image: Path) -> None:
 
 
 def check_mask_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
-    """Check the output arguments of `write_mask_predictions` before prediction; see `check_mask_names` for images."""
+    """Check the output arguments of `write_mask_predictions` before prediction, but not the images.
+
+    `check_mask_names` checks the images.
+    """
     if top_k is not None:
         raise ValueError(f"top_k must be omitted for segmentation, got {top_k}")
     if out is None:
@@ -106,6 +109,7 @@ def check_mask_output(out: str | Path | None, top_k: int | None, *, overwrite: b
 
 
 _SHOWN_CLASSES = 3
+"""Number of classes in the text of a prediction without `top_k`."""
 TABLE_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 """Suffixes of prediction files."""
 _CSV_SUFFIXES = ("", ".csv", ".txt")
@@ -118,10 +122,10 @@ class Prediction:
     """Class prediction for one image.
 
     Attributes:
-        path: Image file, or the position `[3]` of an in-memory image.
-        ranking: All classes with probabilities: the predicted class (the median rank for ordered classes), then the
-            others, most likely first.
-        unsure_below: Probability below which the prediction is unsure; None disables it.
+        path: Image file, or the position of an in-memory image, e.g. `[3]`.
+        ranking: All classes with probabilities. The first one is the predicted class, i.e. the median rank for ordered
+            classes. The others follow, most likely first.
+        unsure_below: Probability below which the prediction is unsure, or None for no threshold.
     """
 
     path: Path
@@ -170,7 +174,7 @@ def _ranked(ranking: Sequence[tuple[str, float]], first: int = 1) -> Row:
 
 
 def _with_unique_names(values: Mapping[str, float], others: Sequence[str], suffix: str) -> Row:
-    """Return `values` as columns; names that collide with `others` get a suffix."""
+    """Return `values` as columns. Names that collide with `others` get a suffix."""
     columns: Row = {}
     for name, value in values.items():
         column = name
@@ -248,6 +252,7 @@ def _parquet(rows: Sequence[Row]) -> bytes:
     from pyarrow import parquet
 
     def clean(value: Any) -> Any:
+        """Return a value whose strings are valid UTF-8."""
         if isinstance(value, list):
             return [clean(text) for text in value]
         return utf8_text(value) if isinstance(value, str) else value
@@ -262,7 +267,7 @@ def _parquet(rows: Sequence[Row]) -> bytes:
 
 
 def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
-    """Check the output arguments of `write_predictions` before prediction; raises the same errors.
+    """Check the output arguments of `write_predictions` before prediction, and raise the same errors.
 
     With `out=None`, no file is written.
     """
@@ -320,7 +325,12 @@ class LabelSetPrediction:
 
 @dataclass(frozen=True)
 class NumberPrediction:
-    """Regression prediction for one image: values by target name, in the target's unit."""
+    """Regression prediction for one image.
+
+    Attributes:
+        path: Image file, or position as for `Prediction`.
+        values: Values by target name, in the target's unit.
+    """
 
     path: Path
     values: dict[str, float]

@@ -1,4 +1,4 @@
-"""Regression of one or several targets, standardized for training."""
+"""Regression of one or several targets, which are standardized for training."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +44,7 @@ class RegressionTask(Task):
         monitor: Metric for epoch selection.
         mean: Training mean of each target; set by `fitted`.
         std: Training standard deviation of each target, 1 for constant targets; set by `fitted`.
-        median: Training median of each target, the baseline of the absolute error; set by `fitted`.
+        median: Training median of each target, which is the baseline of the absolute error; set by `fitted`.
     """
 
     names: tuple[str, ...]
@@ -87,7 +87,7 @@ class RegressionTask(Task):
     def fitted(self, train: ImageDataset) -> Self:
         """Return the task with mean, standard deviation and median of the training targets."""
         values = self._values(train)
-        std = np.where(np.ptp(values, 0) > 0, values.std(0), 1.0)  # the std of equal values may be above 0
+        std = np.where(np.ptp(values, 0) > 0, values.std(0), 1.0)  # rounding can make the std of equal values positive
         return dataclasses.replace(
             self,
             mean=tuple(values.mean(0).tolist()),
@@ -141,7 +141,8 @@ class RegressionTask(Task):
 
     def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
         """Average the models' predictions in target units, and standardize them with this task's statistics."""
-        numbers = [task.numbers(output) for task, output in zip(tasks or [self] * len(outputs), outputs, strict=True)]
+        pairs = zip(tasks or [self] * len(outputs), outputs, strict=True)
+        numbers = [task.numbers(output) for task, output in pairs]
         return self.standardized(torch.stack(numbers).mean(0))
 
     def metrics(self, outputs: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
@@ -169,7 +170,8 @@ class RegressionTask(Task):
         if is_varying.any():
             r2[is_varying] = r2_score(truth[:, is_varying], predicted[:, is_varying], **by_target)
         squares = (scores.double() - self.standardized(torch.as_tensor(truth))).square()
-        median_errors, mean_errors = truth - np.asarray(self.median), truth - np.asarray(self.mean)
+        median_errors = truth - np.asarray(self.median)
+        mean_errors = truth - np.asarray(self.mean)
         per_target = [
             {
                 "name": name,

@@ -1,4 +1,4 @@
-"""Semantic segmentation: cross-entropy plus overlap loss, Dice and IoU."""
+"""Semantic segmentation, trained with cross-entropy plus overlap loss, and measured by Dice and IoU."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -31,8 +31,9 @@ def pixel_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """
     batch = len(labels)
     size = num_classes**2
-    cells = labels * num_classes + predicted + size * torch.arange(batch, device=labels.device)[:, None, None]
-    return torch.bincount(cells.reshape(-1), minlength=batch * size).reshape(batch, num_classes, num_classes)
+    # position of each pixel's entry in the flattened result
+    entries = labels * num_classes + predicted + size * torch.arange(batch, device=labels.device)[:, None, None]
+    return torch.bincount(entries.reshape(-1), minlength=batch * size).reshape(batch, num_classes, num_classes)
 
 
 def image_scores(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +45,7 @@ def image_scores(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         counts: `[images, classes, classes]` from `pixel_counts`.
 
     Returns:
-        Two arrays `[images, classes]`; NaN if a class is neither present nor predicted.
+        Two arrays `[images, classes]`. The scores are NaN if a class is neither present nor predicted.
     """
     hits = np.diagonal(counts, axis1=1, axis2=2).astype(float)
     wrong = counts.sum(1) + counts.sum(2) - 2 * hits
@@ -53,17 +54,21 @@ def image_scores(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def foreground_means(scores: np.ndarray) -> list[float]:
-    """Return the mean of each row `[images, classes]` over the foreground classes, skipping NaN; NaN if all are NaN."""
+    """Return the mean of each row of `[images, classes]` over the foreground classes.
+
+    NaN scores are skipped. The mean is NaN if all of them are NaN.
+    """
     return [_nanmean(row[1:], math.nan) for row in scores]
 
 
 def pooled_scores(counts: np.ndarray, classes: list[str]) -> dict[str, Any]:
     """Compute all scores on a dataset, averaged over the foreground classes that are present or predicted.
 
-    By image: mean over images of the mean over classes. Images without any of these classes are excluded; the score is
-    1 if no image remains. Pooled: computed over the pixels of all images; `iou_pooled_with_background` averages over
-    all classes. GPS's variant is pooled and ignores background pixels, and therefore false positives: for two classes,
-    IoU equals the recall R and Dice equals 2R / (1 + R).
+    - By image: mean over images of the mean over classes. Images without any of these classes are excluded. The score
+      is 1 if no image remains.
+    - Pooled: computed over the pixels of all images. `iou_pooled_with_background` averages over all classes.
+    - GPS's variant, for comparison with the code of that fine-tuning method: pooled, without background pixels, and
+      therefore without false positives. For two classes, IoU equals the recall R and Dice equals 2R / (1 + R).
 
     Args:
         counts: `[images, classes, classes]` from `pixel_counts`; class 0 is the background.
@@ -111,13 +116,18 @@ def _nanmean(values: np.ndarray, default: Any) -> Any:
 
 _MAX_EXAMPLES = 12
 _CLASSES_PER_GROUP = 8
+"""Number of classes whose scores are resized at once."""
 
 
 def choose_indices(dice: Sequence[float], limit: int = _MAX_EXAMPLES) -> list[int]:
-    """Choose example images: half with the lowest Dice, the others evenly spaced over the rest; NaN sorts last."""
+    """Choose example images: half with the lowest Dice, and the others evenly spaced over the rest.
+
+    NaN counts as the highest Dice.
+    """
     order = np.argsort(np.asarray(dice, dtype=float), kind="stable").tolist()
     worst, rest = order[: limit // 2], order[limit // 2 :]
     count = min(len(rest), limit - len(worst))
+    # the middle of each of `count` equal ranges
     return worst + [rest[(2 * i + 1) * len(rest) // (2 * count)] for i in range(count)]
 
 
@@ -127,7 +137,7 @@ def _mask_file(index: int) -> str:
 
 
 MaskLoss = Literal["dice", "iou", "none"]
-_SMOOTHING = 1.0  # one pixel: avoids division by zero for absent classes and penalizes predicting them
+_SMOOTHING = 1.0  # one pixel, which avoids division by zero for absent classes and penalizes predicting them
 
 
 def overlap_losses(scores: Tensor, labels: Tensor, kind: MaskLoss) -> Tensor:
@@ -173,11 +183,11 @@ def resized_labels(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """
     best = torch.full(size, -math.inf, device=scores.device)
     labels = torch.zeros(size, dtype=torch.uint8, device=scores.device)
-    for first in range(0, len(scores), _CLASSES_PER_GROUP):
-        group = scores[None, first : first + _CLASSES_PER_GROUP]
+    for start in range(0, len(scores), _CLASSES_PER_GROUP):
+        group = scores[None, start : start + _CLASSES_PER_GROUP]
         values, indices = F.interpolate(group, size, mode="bilinear", align_corners=False)[0].max(0)
         is_higher = values > best  # ties keep the first class, as in argmax
-        labels = torch.where(is_higher, (indices + first).to(torch.uint8), labels)
+        labels = torch.where(is_higher, (indices + start).to(torch.uint8), labels)
         best = torch.where(is_higher, values, best)
     return labels
 
@@ -186,7 +196,7 @@ def resized_labels(scores: Tensor, size: tuple[int, int]) -> Tensor:
 class SegmentationTask(Task):
     """Loss and metrics for one label per pixel; class 0 is the background.
 
-    Metrics use the model's input resolution; masks are resized by nearest neighbor.
+    Metrics use the model's input resolution, to which true masks are resized by nearest neighbor.
 
     Args:
         classes: Class names by label.
@@ -242,7 +252,8 @@ class SegmentationTask(Task):
     def reduce(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return pixel counts and loss of each image, `[batch, classes² + 1]`, and zeros.
 
-        The counts are float64, or float32 on devices without float64.
+        The zeros replace the labels, which the counts contain. The counts are float64, or float32 on devices without
+        float64.
         """
         counts = pixel_counts(outputs.argmax(1), labels, len(self.classes)).flatten(1)
         losses = self._losses(outputs, labels, 0.0)

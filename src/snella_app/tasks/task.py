@@ -24,6 +24,7 @@ from snella_app.text import listed, nearest
 
 _CROP_ENLARGEMENT = 8 / 7  # upscaling before corner crops, e.g. from 224 to 256 pixels
 _CORNERS = ((0, 0), (1, 1), (0, 1), (1, 0))
+"""Corners of the crops in order, as (is bottom, is right)."""
 MAX_VIEWS = 2 * (1 + len(_CORNERS))
 """Maximum number of test-time augmentation views: the image, four corner crops, and their flips."""
 
@@ -42,7 +43,7 @@ class Task(ABC):
     name: ClassVar[str]
     """Value of `--task`."""
     head: ClassVar[str | None] = None
-    """Name of the new, fully trained module; None uses the head named by the model."""
+    """Name of the new module that is fully trained, or None for the head that the model names."""
     target: ClassVar[TargetKind] = "class"
     """Content of the label column, see `load_data`."""
     settings: ClassVar[tuple[str, ...]] = ()
@@ -52,11 +53,11 @@ class Task(ABC):
     losses: ClassVar[tuple[str, ...]] = ()
     """Choices of `--loss`, default first."""
     monitors: ClassVar[Mapping[str, int]]
-    """Choices of `--monitor`, default first; 1 if higher is better, -1 if lower is better."""
-    has_one_class: ClassVar[bool] = False
+    """Choices of `--monitor`, default first, with 1 if higher values are better and -1 if lower ones are."""
+    has_class_scores: ClassVar[bool] = False
     """True if the outputs are softmax logits of one class per image, which temperature scaling can calibrate."""
     augment: ClassVar[str] = "crop"
-    """Augmentation for `--augment auto`: flip for regression and segmentation, since crops change their targets."""
+    """Augmentation for `--augment auto`. Regression and segmentation use flip, since crops change their targets."""
     has_linear_fit: ClassVar[bool] = False
     """True if `fit_linear` is supported."""
     epoch_format: ClassVar[str]
@@ -105,7 +106,7 @@ class Task(ABC):
             )
 
     def encode(self, target: Any) -> Any:
-        """Convert a label-column value to a training target; unused for classes and masks."""
+        """Convert a label-column value to a training target. Classes and masks need no conversion."""
         return target
 
     def fitted(self, train: ImageDataset) -> Self:
@@ -117,7 +118,7 @@ class Task(ABC):
         return self
 
     def state(self) -> dict[str, Any]:
-        """Return the plain values that `create_task` needs for prediction besides the classes."""
+        """Return the values, besides the classes, that `create_task` needs to restore the task for prediction."""
         return {}
 
     def for_ensemble(self, tasks: Sequence[Any]) -> Self:
@@ -127,8 +128,11 @@ class Task(ABC):
     def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
         """Average the outputs of several models or several views.
 
-        The base class returns logits whose softmax over dimension 1 is the mean of the probabilities. `tasks` are the
-        tasks of the models; None uses this task.
+        The base class returns logits whose softmax over dimension 1 is the mean of the probabilities.
+
+        Args:
+            outputs: Outputs of each model or view.
+            tasks: Task of each model; None uses this task for all.
         """
         logs = torch.stack([full_precision(logits).log_softmax(1) for logits in outputs])
         return logs.logsumexp(0) - math.log(len(outputs))
@@ -139,8 +143,8 @@ class Task(ABC):
         Args:
             model: Maps a batch to outputs.
             images: `[images, channels, height, width]`.
-            tta: Number of views, up to `MAX_VIEWS`: the images, their horizontal flips, then corner crops of the
-                enlarged images, each followed by its flip.
+            tta: Number of test-time augmentation views, up to `MAX_VIEWS`: the images, their horizontal flips, then
+                corner crops of the enlarged images, each followed by its flip.
 
         Raises:
             ValueError: If masks are predicted from more than two views.
@@ -150,7 +154,9 @@ class Task(ABC):
             output = model(_view(images, view))
             if output.ndim == 4 and tta > 2:
                 raise ValueError(f"tta must be 1 or 2 (with flip) for masks, got {tta}")
-            outputs.append(output.flip(-1) if output.ndim == 4 and view == 1 else output)
+            if output.ndim == 4 and view == 1:  # masks are flipped back
+                output = output.flip(-1)
+            outputs.append(output)
         return outputs[0] if tta == 1 else self.average_outputs(outputs)
 
     def sample_weights(self, train: ImageDataset) -> list[float]:
@@ -174,11 +180,13 @@ class Task(ABC):
         images, targets, *weights = zip(*items, strict=True)
         labels = torch.stack(list(targets)) if isinstance(targets[0], Tensor) else torch.tensor(targets)
         batch = {"images": torch.stack(list(images)), "labels": labels}
-        return batch | ({"weights": torch.tensor(weights[0], dtype=torch.float32)} if weights else {})
+        if weights:
+            batch["weights"] = torch.tensor(weights[0], dtype=torch.float32)
+        return batch
 
     @abstractmethod
     def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Compute the training loss, 0-dim, at least float32; `weights` are sample weights, `[batch]`."""
+        """Compute the training loss, 0-dim, at least float32. `weights` are sample weights, `[batch]`."""
 
     def reduce(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Reduce the outputs of a batch to the inputs of `metrics`: two small tensors with one row per sample."""
@@ -222,11 +230,11 @@ class Task(ABC):
         raise ValueError(f"a linear probe requires a task with one output vector per image, got {self.name!r}")
 
     def probe_weights(self, labels: np.ndarray) -> np.ndarray | None:
-        """Return the sample weights for `fit_linear` from the class weights; None for equal weights."""
+        """Return the sample weights for `fit_linear` from the class weights, or None for equal weights."""
         return None
 
     def save_examples(self, model: nn.Module, dataset: ImageDataset, sample_outputs: Tensor, folder: Path) -> None:
-        """Write files for the report's images to the run folder; no-op by default."""
+        """Write files for the report's images to the run folder. The base class writes none."""
         return
 
     def report_images(self, dataset: ImageDataset, folder: Path) -> ImageLoader:
@@ -251,10 +259,10 @@ class Task(ABC):
 
     def final_text(self, val: Mapping[str, Any], test: Mapping[str, Any] | None) -> str:
         """Format the final validation scores and, if present, the test scores."""
-        text = "" if test is None else f", test {self.test_format.format_map(test)}"
+        test_text = "" if test is None else f", test {self.test_format.format_map(test)}"
         name = self.monitor_names.get(self.monitor)
-        selection = "" if name is None else f" ({name} {val[self.monitor]:.4f})"
-        return f"validation {self.val_format.format_map(val)}{selection}{text}"
+        monitored = "" if name is None else f" ({name} {val[self.monitor]:.4f})"
+        return f"validation {self.val_format.format_map(val)}{monitored}{test_text}"
 
     @abstractmethod
     def result_table(self, scores: Mapping[str, Any]) -> Table:
@@ -277,7 +285,7 @@ class Task(ABC):
 
 
 def full_precision(outputs: Tensor) -> Tensor:
-    """Cast half precision to float32 for softmax, sigmoid and their logarithms; other dtypes are unchanged."""
+    """Cast half precision to float32 for softmax, sigmoid and their logarithms, and return other dtypes unchanged."""
     return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
 
@@ -316,7 +324,9 @@ ClassWeights = str | Mapping[str, float] | None
 def resolve_class_weights(
     setting: ClassWeights, classes: Sequence[str], balanced: Sequence[float]
 ) -> tuple[float, ...] | None:
-    """Return the weight of each class; `balanced` are the weights for the setting `balanced`.
+    """Return the weight of each class, or None for equal weights.
+
+    `balanced` are the weights for the setting `balanced`.
 
     Raises:
         ValueError: If a name is not a class, a class has no weight, a weight is negative or not finite, or all are 0.
@@ -343,7 +353,10 @@ def resolve_class_weights(
 
 
 def _view(images: Tensor, view: int) -> Tensor:
-    """Return one view of a batch `[images, channels, height, width]`; odd views are flipped."""
+    """Return one view of a batch, `[images, channels, height, width]`.
+
+    Views come in pairs, of which the second is flipped: the whole images first, then crops at `_CORNERS`.
+    """
     crop, is_flipped = divmod(view, 2)
     if crop:
         height, width = images.shape[-2:]

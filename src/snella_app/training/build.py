@@ -1,4 +1,8 @@
-"""Components of a training run: data and task (`load`), model (`build`), sampler and optimizer."""
+"""Build the components of a training run: data and task (`load`), model (`build`), sampler and optimizer.
+
+Some methods first select the parameters to train, using training images. This selection is stored in the run folder,
+and a resumed run reuses it.
+"""
 
 import dataclasses
 import time
@@ -52,7 +56,7 @@ from snella_app.training.distributed import process_count
 SELECTION = "selection"
 """Subfolder of a run for the selected parameters and their initial values."""
 _READ_MARGIN = 4
-"""Minimum shorter side when reading images, relative to the input size; crops of 1/16 of the area are not upsampled."""
+"""Minimum shorter side of decoded images, divided by the input size: crops of 1/16 of the area are not upsampled."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,10 @@ class LoadedData:
     Attributes:
         config: Data configuration.
         seed: Seed of the run.
-        splits: Images with targets encoded for the task, without transforms.
+        splits: Images without transforms. Their targets are encoded, i.e. converted to the form that the loss needs.
         task: Task fitted to the training images.
         started_at: `time.monotonic()` at the start of loading.
-        source: Dataset object named by `config.spec`, if any.
+        source: Dataset object that `config.spec` names; None if the data is loaded from the specification.
         batch_size: Batch size of passes over the images before training.
         shows_progress: True to show progress bars on a terminal.
     """
@@ -83,7 +87,8 @@ class LoadedData:
 def mix_seed(*parts: int) -> int:
     """Combine several numbers into one seed.
 
-    The seed is a multiplicative hash reduced modulo 2⁶³, so that neighboring inputs give unrelated seeds.
+    The seed is a multiplicative hash, with the constants of SplitMix64, so that neighboring inputs give unrelated
+    seeds. It is less than 2⁶³.
     """
     state = 0x9E3779B97F4A7C15
     for part in parts:
@@ -95,15 +100,15 @@ def mix_seed(*parts: int) -> int:
 class EpochSampler(Sampler[int]):
     """Sampler over `range(length)` in an order that depends only on `(seed, epoch, size)`.
 
-    Without weights, the epochs divide a sequence of random permutations into parts of `size` items, so that the numbers
-    of occurrences differ by at most one. With weights, `size` items are sampled with replacement, with probabilities
-    proportional to the weights.
+    Without weights, a sequence of random permutations is cut into epochs of `size` items. After any number of epochs,
+    the items have therefore occurred equally often, up to one occurrence. With weights, each epoch samples `size` items
+    with replacement, with probabilities proportional to the weights.
 
     Args:
         length: Number of items.
         seed: Seed of the run.
-        weights: Nonnegative weight per item; None for permutations.
-        size: Number of items per epoch; defaults to `length`.
+        weights: Nonnegative weight per item. Without weights, the items are permuted.
+        size: Number of items per epoch. Defaults to `length`.
     """
 
     def __init__(self, length: int, seed: int, weights: Sequence[float] | None = None, size: int | None = None) -> None:
@@ -123,13 +128,14 @@ class EpochSampler(Sampler[int]):
             return iter(torch.multinomial(self.weights, self.size, replacement=True, generator=generator).tolist())
         start = self.epoch * self.size
         stop = (self.epoch + 1) * self.size
-        first = start // self.length
-        end = -(-stop // self.length)
-        orders = [torch.randperm(self.length, generator=self._generator(number)) for number in range(first, end)]
-        return iter(torch.cat(orders)[start - first * self.length : stop - first * self.length].tolist())
+        # the permutations that overlap the epoch
+        numbers = range(start // self.length, -(-stop // self.length))
+        permutations = [torch.randperm(self.length, generator=self._generator(number)) for number in numbers]
+        offset = numbers.start * self.length
+        return iter(torch.cat(permutations)[start - offset : stop - offset].tolist())
 
     def _generator(self, number: int) -> torch.Generator:
-        """Return the generator of an epoch with weights, or of a permutation."""
+        """Return the generator of an epoch, if there are weights, or of a permutation."""
         return torch.Generator().manual_seed(mix_seed(self.seed, number))
 
     def __len__(self) -> int:
@@ -137,7 +143,10 @@ class EpochSampler(Sampler[int]):
 
 
 def epoch_sampler(train: ImageDataset, task: Task, sampler: str, seed: int, size: int | None = None) -> EpochSampler:
-    """Return the sampler of the training images; `sampler` is `DataConfig.sampler`, `size` the images per epoch."""
+    """Return the sampler of the training images.
+
+    `sampler` is the value of `DataConfig.sampler`. `size` is the number of images per epoch, by default all.
+    """
     weights = task.sample_weights(train) if sampler == "weighted" else None
     return EpochSampler(len(train), seed, weights, size)
 
@@ -145,16 +154,18 @@ def epoch_sampler(train: ImageDataset, task: Task, sampler: str, seed: int, size
 def selection_data(
     train: ImageDataset, val: ImageDataset | None, data: LoadedData, console: Console | None = None
 ) -> SelectionData:
-    """Return training and validation batches for parameter selection, reproducible from the seed; never test images.
+    """Return the training and validation batches from which a method selects parameters.
 
-    Pass `k` over the training images uses the order and augmentation of epoch `k` of a run without `epoch_images`.
-    Validation images keep their order. `console` shows the progress.
+    The batches are reproducible from the seed and never contain test images. Pass `k` over the training images uses the
+    order and augmentation of epoch `k` of a run without `epoch_images`. Validation images keep their order. `console`,
+    if given, shows messages and the progress.
     """
-    passes = count()
+    pass_numbers = count()
     task = data.task
     seed = data.seed
 
     def batches(images: ImageDataset, order: EpochSampler | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the images and labels of each batch; without `order`, the images keep their order."""
         loader = DataLoader(
             images,
             data.batch_size,
@@ -163,13 +174,13 @@ def selection_data(
             num_workers=data.config.workers,
             generator=torch.Generator().manual_seed(seed),  # leaves torch's global generator unchanged
         )
-        shown = console if data.shows_progress else None
-        steps = track_progress(loader, "selecting trainable weights", len(loader), shown)
-        yield from ((batch["images"], batch["labels"]) for batch in steps)
+        progress_console = console if data.shows_progress else None
+        tracked_loader = track_progress(loader, "selecting trainable weights", len(loader), progress_console)
+        yield from ((batch["images"], batch["labels"]) for batch in tracked_loader)
 
     def train_pass() -> Iterator[tuple[Tensor, Tensor]]:
-        epoch = next(passes)
-        images = train.with_transform(train.transform)
+        epoch = next(pass_numbers)
+        images = train.with_transform(train.transform)  # a copy, so that the epoch of `train` does not change
         order = epoch_sampler(images, task, data.config.sampler, seed)
         images.set_epoch(epoch)
         order.set_epoch(epoch)
@@ -180,17 +191,20 @@ def selection_data(
             print_line(console, text)
 
     validation = None if val is None else partial(batches, val, None)
-    return SelectionData(train_pass, validation, task.loss, log, task.has_one_class)
+    return SelectionData(train_pass, validation, task.loss, log, task.has_class_scores)
 
 
 def store_selection(run: Path, method: str, model: nn.Module) -> None:
-    """Save the parameters that a method selected, for resuming; no-op without selection or if already stored."""
+    """Save the parameters that a method selected, so that a resumed run reuses them.
+
+    Does nothing if the method selects no parameters, or if they are already stored.
+    """
     if find_method(method).needs_batches and not has_selection(run):
         save_trained(model, run / SELECTION)
 
 
 def has_selection(run: Path) -> bool:
-    """Return whether a run has a complete stored selection."""
+    """Return whether a run has a stored selection."""
     return (run / SELECTION / METHOD_FILE).is_file()
 
 
@@ -207,8 +221,10 @@ class RunComponents:
         seed: Seed of the run.
         workers: Number of data loading processes.
         trained_part: The head, if the splits contain its precomputed inputs; None if training runs the whole model.
-        probe_features: Pooled features of the probe images before training; set by `snella_app.training.linear_probe`.
-        initial_layer_features: Features of several layers for the same images; None once the run trains the model.
+        probe_features: Pooled features, before training, of the images for a linear probe. Set by
+            `snella_app.training.linear_probe`.
+        initial_layer_features: Features of several layers for the same images. Reset to None before the model is
+            trained, because training changes them.
     """
 
     splits: DataSplits
@@ -229,8 +245,8 @@ def load(
     """Load the images, from the dataset object `source` if given, and create the task.
 
     Raises:
-        ValueError: If the batch size exceeds the number of training images or is below the number of processes, or data
-            and task do not fit together.
+        ValueError: If the batch size exceeds the number of training images or is below the number of processes, or if
+            data and task do not fit together.
 
     Other errors as for `snella_app.data.load.load_data`.
     """
@@ -264,8 +280,8 @@ def build(
 ) -> RunComponents:
     """Create the backbone for loaded data, apply the method, and set the transforms.
 
-    `data` is not modified, so components for several image sizes can coexist. `resumed` is the folder of the resumed or
-    initial run; its stored selection is reused.
+    `data` is not modified, so components for several image sizes can coexist. `resumed` is the folder of the run to
+    resume or to start from. If it has a stored selection, this selection is reused.
 
     Raises:
         ValueError: If data, model and method do not fit together.
@@ -296,12 +312,12 @@ def build(
     augment: Any = task.augment if config.augment == "auto" else config.augment
     train_transform = build_transform(data_config, train=True, augment=augment, random_erasing=config.random_erasing)
     transform = build_transform(data_config, train=False, augment="none")
-    parts = data.splits.parts
-    sized = read_at_side(list(parts.values()), read_side(data_config, data.splits.train))
+    datasets = data.splits.parts
+    resized_datasets = read_at_side(list(datasets.values()), read_side(data_config, data.splits.train))
     transformed: dict[str, Any] = {}
-    for name, part in zip(parts, sized, strict=True):
-        part_transform = train_transform if name == "train" else transform
-        transformed[name] = part.with_transform(part_transform)
+    for name, dataset in zip(datasets, resized_datasets, strict=True):
+        dataset_transform = train_transform if name == "train" else transform
+        transformed[name] = dataset.with_transform(dataset_transform)
     splits = dataclasses.replace(data.splits, **transformed)
     torch.manual_seed(seed)
     if resumed is not None and has_selection(resumed):
@@ -327,10 +343,11 @@ def set_drop_path(model: nn.Module, head: str, rate: float) -> None:
     """
     blocks = find_blocks(model, head)
     num_replaced = 0
-    for number, (_, block) in enumerate(blocks):
+    for index, (_, block) in enumerate(blocks):
         for name in ("drop_path", "drop_path1", "drop_path2"):
-            if isinstance(getattr(block, name, ""), nn.Identity | DropPath | None):  # None in timm's ResNet
-                setattr(block, name, DropPath(rate * number / max(len(blocks) - 1, 1)))
+            # the default is not None, because blocks of timm's ResNet have `drop_path` None
+            if isinstance(getattr(block, name, ""), nn.Identity | DropPath | None):
+                setattr(block, name, DropPath(rate * index / max(len(blocks) - 1, 1)))
                 num_replaced += 1
     if not num_replaced:
         raise ValueError(
@@ -339,18 +356,18 @@ def set_drop_path(model: nn.Module, head: str, rate: float) -> None:
 
 
 def checkpoint_gradients(model: nn.Module) -> None:
-    """Enable gradient checkpointing: save only the inputs of the backbone's blocks and recompute the rest.
+    """Enable gradient checkpointing: the backward pass recomputes the backbone's blocks from their saved inputs.
 
     Raises:
         ValueError: If the backbone does not support gradient checkpointing.
     """
     base = base_model(model)
-    for part in (base, getattr(base, "encoder", None)):
-        if callable(setting := getattr(part, "set_grad_checkpointing", None)):
+    for module in (base, getattr(base, "encoder", None)):  # segmentation models contain the backbone as `encoder`
+        if callable(set_checkpointing := getattr(module, "set_grad_checkpointing", None)):
             try:
-                setting(True)
+                set_checkpointing(True)
                 return
-            except AssertionError:  # timm raises it for models with the method but without support
+            except AssertionError:  # timm's models without support also have the method
                 break
     raise ValueError(
         f"grad_checkpointing needs a backbone that supports it, got {type(base).__name__}; leave it out and use a "
@@ -363,7 +380,7 @@ def load_initial_weights(parts: RunComponents, spec: str, run: RunFolder) -> Non
 
     Raises:
         ValueError: If the other run was trained on different classes.
-        AdapterFileError: If its adapter is damaged or has different shapes.
+        AdapterFileError: If the other run's adapter is damaged, or its tensors do not fit the model.
     """
     info = read(RunInfo, run.path)
     expected = list(info.classes)
@@ -384,7 +401,10 @@ def load_initial_weights(parts: RunComponents, spec: str, run: RunFolder) -> Non
 def _selection_images(
     method: str, data: LoadedData, splits: DataSplits, data_config: dict[str, Any]
 ) -> tuple[ImageDataset, ImageDataset | None]:
-    """Return training and validation images for selection; the `standard` split if validation images are missing."""
+    """Return the training images and, if there are any, the validation images for the selection.
+
+    If the method needs validation images and the protocol provides none, both come from the `standard` protocol.
+    """
     if splits.val is not None or not find_method(method).needs_validation:
         return splits.train, splits.val
     config = dataclasses.replace(data.config, protocol="standard")
@@ -396,18 +416,24 @@ def _selection_images(
 
 
 def resolve_data_config(model: nn.Module, img_size: int | None) -> dict[str, Any]:
-    """Return the model's mean, std, input size and interpolation as plain values; `img_size` overrides the size."""
+    """Return the model's preprocessing in timm's format, as values that JSON can represent.
+
+    `img_size` replaces the model's input size.
+    """
     config = dict(timm.data.resolve_model_data_config(model))
     if img_size is not None:
         config["input_size"] = (config["input_size"][0], img_size, img_size)
-    plain_config: dict[str, Any] = {}
+    json_config: dict[str, Any] = {}
     for key, value in config.items():
-        plain_config[key] = list(value) if isinstance(value, tuple) else value
-    return plain_config
+        json_config[key] = list(value) if isinstance(value, tuple) else value
+    return json_config
 
 
 def read_side(data_config: Mapping[str, Any], images: ImageDataset) -> int | None:
-    """Return the minimum shorter side at which images are read, large enough for crops; None for images with masks."""
+    """Return the minimum shorter side at which images are decoded, large enough for crops.
+
+    Returns None for images with masks, which are decoded at full resolution.
+    """
     return None if isinstance(images, MaskDataset) else _READ_MARGIN * int(data_config["input_size"][-1])
 
 
@@ -420,17 +446,18 @@ def build_optimizer(
     scalar_lr: float | None = None,
     layer_decay: float | None = None,
 ) -> Optimizer:
-    """Build AdamW for all trainable parameters; weight decay only on matrices, optional layer-wise learning rate decay.
+    """Build AdamW for all trainable parameters.
 
-    A method with `Method.optimizer` builds its own parameter groups.
+    Weight decay applies only to parameters with two or more dimensions. A method with `Method.optimizer` builds its own
+    parameter groups.
 
     Args:
         model: Model from `build_method`.
         lr: Learning rate of the method's parameters.
-        head_lr: Learning rate of the head; `lr` if None.
+        head_lr: Learning rate of the head. Defaults to `lr`.
         weight_decay: Weight decay of matrices.
-        scalar_lr: Learning rate of the scalar kernel parameters; the method's default if None.
-        layer_decay: Factor of the learning rate per layer below the head; None for no decay.
+        scalar_lr: Learning rate of the scalar kernel parameters. Defaults to that of the method.
+        layer_decay: Factor by which the learning rate decreases with each layer below the head; None for no decay.
 
     Raises:
         ValueError: If no parameter is trainable, or `layer_decay` is set for a model without timm's layer numbers.
@@ -449,7 +476,7 @@ def build_optimizer(
 
 
 def _parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Group the trainable parameters by location (head or backbone) and shape (matrix or vector)."""
+    """Group the trainable parameters by location (head or backbone) and number of dimensions (up to one, or more)."""
     head = ("base_model.model." if isinstance(model, PeftModel) else "") + spec_of(model).head
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -466,7 +493,10 @@ def _parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay:
 
 
 def _decay_rates(optimizer: Optimizer, model: nn.Module, decay: float) -> None:
-    """Split each parameter group by timm's layer numbers, with learning rates `lr · decay^(number of later layers)`."""
+    """Split each parameter group by timm's layer numbers, with learning rates `lr · decay^(number of later layers)`.
+
+    Parameters without a layer number keep the learning rate of their group.
+    """
     base = base_model(model)
     if not callable(getattr(base, "group_matcher", None)):
         raise ValueError(
@@ -474,14 +504,14 @@ def _decay_rates(optimizer: Optimizer, model: nn.Module, decay: float) -> None:
         )
     numbers = group_parameters(base, base.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
     last = max(numbers.values())
-    depth = {id(parameter): last - numbers[name] for name, parameter in base.named_parameters() if name in numbers}
-    groups = []
+    later_layers = {
+        id(parameter): last - numbers[name] for name, parameter in base.named_parameters() if name in numbers
+    }
+    groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
-        by_depth: dict[int, list[nn.Parameter]] = {}
+        by_num_later: dict[int, list[nn.Parameter]] = {}
         for parameter in group["params"]:
-            by_depth.setdefault(depth.get(id(parameter), 0), []).append(parameter)
-        groups += [
-            {**group, "params": parameters, "lr": group["lr"] * decay**behind}
-            for behind, parameters in sorted(by_depth.items())
-        ]
+            by_num_later.setdefault(later_layers.get(id(parameter), 0), []).append(parameter)
+        for num_later, parameters in sorted(by_num_later.items()):
+            groups.append({**group, "params": parameters, "lr": group["lr"] * decay**num_later})
     optimizer.param_groups[:] = groups

@@ -1,4 +1,8 @@
-"""Trainer callbacks: weight averaging, epochs, method schedules, step time, trackers and progress."""
+"""Trainer callbacks: weight averaging, epochs, method schedules, step time, trackers and progress.
+
+The budget of a weight matrix is the maximum number of its entries that the update changes. SNELLA allocates budgets
+to the adapted matrices by importance; most other methods have no budgets.
+"""
 
 import math
 import statistics
@@ -30,7 +34,7 @@ from snella_app.training.checkpoints import CheckpointError, require_file
 if TYPE_CHECKING:
     from snella_app.training.trainer import SnellaTrainer
 
-_FILE = "ema.safetensors"
+_AVERAGE_FILE = "ema.safetensors"
 _SNAPSHOTS_FILE = "epoch_ends.safetensors"
 _ESTIMATE_STEPS = 4
 """Number of steps after which the remaining time is estimated."""
@@ -41,12 +45,13 @@ _LONG_S = 300.0
 _LINE_S = 30.0
 """Seconds between progress lines without a terminal."""
 _TIMED_STEPS = 20
+"""Number of recent step ends from which the median step time is computed."""
 _LOGGED_STEPS = 10
 """Steps between logged values."""
 _RISING_RATIO = 1.5
 """Ratio to the first epoch's loss above which a rising loss triggers a warning."""
 _RISING_AFTER_STEPS = 20
-"""Initial steps without this warning: after linear-probe initialization, the loss rises as the backbone changes."""
+"""Initial steps without this warning: after linear-probe initialization, the loss may rise as the backbone changes."""
 
 
 class WeightAverage(TrainerCallback):
@@ -58,14 +63,14 @@ class WeightAverage(TrainerCallback):
     During warmup the average spans about the last ninth of the steps.
 
     Trained parameters (factors, scalars and head) and the running statistics that training updates are averaged.
-    Budgets are buffers and keep their current values. The threshold is recomputed from the averaged factors, so the
-    number of nonzero entries still equals the budget. Averaging merged matrices or restoring old budgets would lose the
-    sparsity.
+    Budgets are buffers and keep their current values. The magnitude threshold of each update is recomputed from the
+    averaged factors, so the number of nonzero entries still equals the budget. Averaging the sparse updates themselves,
+    or restoring old budgets, would lose the sparsity.
 
     Args:
-        model: Model from `build_method`; parameters that are trainable now are averaged.
-        decay: Decay in (0, 1); larger values average over more steps.
-        statistics: Other running statistics to average, by name; must be updated in place.
+        model: Model from `build_method`. The parameters that are trainable now are averaged.
+        decay: Decay in (0, 1). Larger values average over more steps.
+        statistics: Other running statistics to average, by name. Training must update them in place.
 
     Attributes:
         steps: Number of averaged steps.
@@ -100,7 +105,7 @@ class WeightAverage(TrainerCallback):
     def save(self, checkpoint: Path) -> None:
         """Write the averages to a checkpoint folder."""
         tensors = {name: average.cpu().contiguous() for name, average in self._averages.items()}
-        save_file(tensors, checkpoint / _FILE, {"steps": str(self.steps)})
+        save_file(tensors, checkpoint / _AVERAGE_FILE, {"steps": str(self.steps)})
 
     def load(self, checkpoint: Path) -> None:
         """Load the averages from a checkpoint.
@@ -108,7 +113,7 @@ class WeightAverage(TrainerCallback):
         Raises:
             CheckpointError: If the checkpoint has no averages, or has averages of other parameters.
         """
-        path = require_file(checkpoint, _FILE)
+        path = require_file(checkpoint, _AVERAGE_FILE)
         with safe_open(path, "pt") as file:
             _check_names(path, file.keys(), self._averages)
             for name, average in self._averages.items():
@@ -119,13 +124,13 @@ class WeightAverage(TrainerCallback):
 class EpochSnapshots:
     """Trained parameters of the last epochs, for averaging after training.
 
-    Stores the same parameters and running statistics as `WeightAverage`. The averaged update uses the budgets of the
+    They include the same running statistics as those of `WeightAverage`. The averaged update uses the budgets of the
     last step and therefore has the target sparsity.
 
     Args:
-        model: Model from `build_method`; parameters that are trainable now are stored on the CPU.
-        count: Number of epochs.
-        statistics: Other running statistics to average, by name; must be updated in place.
+        model: Model from `build_method`. The parameters that are trainable now are stored, on the CPU.
+        count: Number of epochs to keep.
+        statistics: Other running statistics to average, by name. Training must update them in place.
     """
 
     def __init__(self, model: nn.Module, count: int, statistics: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -146,11 +151,11 @@ class EpochSnapshots:
 
     def average_parameters(self, epochs: Sequence[int]) -> AbstractContextManager[None]:
         """Use the mean parameters of the given epochs in the model inside the context."""
-        first, *others = epochs
-        means = {name: value.clone() for name, value in self._values[first].items()}
-        average = get_swa_multi_avg_fn()
-        for number, epoch in enumerate(others, 1):
-            average(list(means.values()), [self._values[epoch][name] for name in means], number)
+        first_epoch, *other_epochs = epochs
+        means = {name: value.clone() for name, value in self._values[first_epoch].items()}
+        update_means = get_swa_multi_avg_fn()
+        for num_averaged, epoch in enumerate(other_epochs, 1):
+            update_means(list(means.values()), [self._values[epoch][name] for name in means], num_averaged)
         return _swapped_parameters(self._parameters, means)
 
     def save(self, checkpoint: Path) -> None:
@@ -170,8 +175,8 @@ class EpochSnapshots:
         path = require_file(checkpoint, _SNAPSHOTS_FILE)
         self._values = {}
         for key, value in load_file(path).items():
-            number, name = key.split("/", 1)
-            self._values.setdefault(int(number), {})[name] = value
+            epoch, name = key.split("/", 1)
+            self._values.setdefault(int(epoch), {})[name] = value
         for values in self._values.values():
             _check_names(path, values, self._parameters)
 
@@ -183,17 +188,20 @@ def _trained_tensors(model: nn.Module, statistics: Mapping[str, torch.Tensor] | 
 
 
 def _check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> None:
-    """Check that a checkpoint's file has a value for each averaged tensor, and no others."""
+    """Raise CheckpointError unless a checkpoint's file has a value for each averaged tensor, and no others."""
     if different := sorted(set(stored) ^ set(expected))[:3]:
         raise CheckpointError(
-            f"{path} must contain this model's trainable parameters, got a difference in {', '.join(different)}; "
+            f"{path} does not match this model's trainable parameters, which differ in {', '.join(different)}; "
             "start over with --overwrite"
         )
 
 
 @contextmanager
 def _swapped_parameters(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Replace parameter values inside the context; copies in place, so that layers detect stale caches."""
+    """Replace parameter values inside the context.
+
+    The values are copied in place, so that layers detect that their caches are stale.
+    """
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     @torch.no_grad()
@@ -219,12 +227,17 @@ class EpochCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Set the current epoch."""
+        steps_per_epoch = state.max_steps // int(state.num_train_epochs)
         for target in self.targets:
-            target.set_epoch(state.global_step // (state.max_steps // int(state.num_train_epochs)))
+            target.set_epoch(state.global_step // steps_per_epoch)
 
 
 class ScheduleCallback(TrainerCallback):
-    """Callback that attaches a method's schedule when training starts."""
+    """Callback that attaches a method's schedule when training starts.
+
+    Args:
+        make: `Method.schedule`, which creates the schedule from the model and the total number of steps.
+    """
 
     def __init__(self, make: Callable[[nn.Module, int], Any]) -> None:
         self.make = make
@@ -233,7 +246,7 @@ class ScheduleCallback(TrainerCallback):
         self, args: Any, state: TrainerState, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Attach the schedule to the optimizer."""
-        self.make(model, max(state.max_steps, 1)).attach(optimizer)
+        self.make(model, max(state.max_steps, 1)).attach(optimizer)  # a run of 0 epochs has no steps
 
 
 class StepTimeCallback(TrainerCallback):
@@ -260,7 +273,7 @@ class StepTimeCallback(TrainerCallback):
     def summary(self) -> dict[str, Any]:
         """Return the median step time in seconds, and GPU memory in bytes, named as in PEFT's method comparison.
 
-        On a CPU, the memory is None.
+        Values that were not measured, such as the memory on a CPU, are None.
         """
         step_s = round(statistics.median(self.step_s), 6) if self.step_s else None
         memory_max: int | None = None
@@ -281,13 +294,14 @@ class StepTimeCallback(TrainerCallback):
 class TrackingCallback(TrainerCallback):
     """Callback that logs values to experiment trackers.
 
-    Every few steps it logs the loss and the throughput. Every epoch it logs the budget, threshold, importance and
-    relative update size ‖scaling·S‖ / ‖W0‖ of each adapted matrix, and the total budget, the number of frozen matrices
-    and the total update size. The Trainer logs the metrics of an epoch.
+    Every few steps, it logs the loss and the throughput. Every epoch, it logs four values of each adapted matrix: its
+    budget, its importance, the magnitude threshold of its sparse update S, and the relative size ‖scaling·S‖ / ‖W0‖ of
+    the update, where W0 is the pre-trained matrix. It also logs the total budget, the total update size, and the number
+    of frozen matrices, i.e. those with a budget of 0. The Trainer itself logs the metrics of an epoch.
 
     Args:
         trainer: Trainer that sends the values to its trackers.
-        matrices: Adapted matrices; empty for methods without budgets.
+        matrices: Adapted matrices. The sequence is empty for methods without budgets.
     """
 
     def __init__(self, trainer: "SnellaTrainer", matrices: Sequence[AdaptedMatrix]) -> None:
@@ -323,22 +337,27 @@ class TrackingCallback(TrainerCallback):
     def _measure(self, importance: Mapping[str, float]) -> dict[str, float]:
         """Compute the values of each matrix and the totals."""
         values: dict[str, float] = {}
-        updates, weights = 0.0, 0.0
+        total_update_square = 0.0
+        total_weight_square = 0.0
         for matrix in self.matrices:
             layer, name = matrix.layer, matrix.adapter_name
             spec, factors, budgets, *_ = layer.get_update(name)
-            delta = spec.merge_matrix(list(spec.matrices(factors))[matrix.group])
-            weight = cast(torch.Tensor, layer.get_base_layer().weight).reshape(-1, delta.shape[1])
-            base = weight[layer.matrix_rows(name)[matrix.group]].float().square().sum().item()
-            update = (layer.scaling[name] * matrix.sparse_update()).float().square().sum().item()
-            updates, weights = updates + update, weights + base
+            matrix_factors = list(spec.matrices(factors))[matrix.group]
+            delta = spec.merge_matrix(matrix_factors)
+            layer_weight = cast(torch.Tensor, layer.get_base_layer().weight).reshape(-1, delta.shape[1])
+            weight = layer_weight[layer.matrix_rows(name)[matrix.group]]
+            weight_square = weight.float().square().sum().item()
+            update_square = (layer.scaling[name] * matrix.sparse_update()).float().square().sum().item()
+            total_update_square += update_square
+            total_weight_square += weight_square
             values[f"budget/{matrix.name}"] = matrix.budget
             values[f"threshold/{matrix.name}"] = float(spec.find_threshold(delta, budgets[matrix.group]))
             values[f"importance/{matrix.name}"] = importance[matrix.name]
-            values[f"update_size/{matrix.name}"] = (update / base) ** 0.5 if base else 0.0
+            values[f"update_size/{matrix.name}"] = (update_square / weight_square) ** 0.5 if weight_square else 0.0
         values["snella/budget"] = sum(matrix.budget for matrix in self.matrices)
         values["snella/frozen_matrices"] = sum(matrix.is_frozen for matrix in self.matrices)
-        values["snella/update_size"] = (updates / weights) ** 0.5 if weights else 0.0
+        relative_square = total_update_square / total_weight_square if total_weight_square else 0.0
+        values["snella/update_size"] = relative_square**0.5
         return values
 
 
@@ -349,9 +368,10 @@ class ProgressDisplay(TrainerCallback):
     is printed if it is at least a minute.
 
     Args:
-        console: Output console; the bar appears only on a terminal.
-        trainer: Trainer; without `progress` in its plan, neither the bar nor the lines that replace it appear.
-        shorten: Maps the factor by which the remaining time exceeds five minutes to a hint on shortening the run.
+        console: Output console. The bar appears only on a terminal.
+        trainer: Trainer of the run. Without `progress` in its plan, neither the bar nor the lines that replace it
+            appear.
+        shorten: Maps the remaining time, divided by five minutes, to a hint on shortening the run.
     """
 
     def __init__(self, console: Console, trainer: "SnellaTrainer", shorten: Callable[[float], str]) -> None:
@@ -371,9 +391,10 @@ class ProgressDisplay(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Restore the best score and the first loss of a resumed run, and start the bar at the current step."""
-        past = [row for row in state.log_history if "budget" in row]
-        self._best = max((self.trainer.selection_score(row) for row in past), default=self._best)
-        self._first_loss = next((row["train_loss"] for row in past if math.isfinite(row["train_loss"])), None)
+        past_epochs = [row for row in state.log_history if "budget" in row]  # only rows of epochs have it
+        self._best = max((self.trainer.selection_score(row) for row in past_epochs), default=self._best)
+        # the loss of epoch 0, before training, is NaN
+        self._first_loss = next((row["train_loss"] for row in past_epochs if math.isfinite(row["train_loss"])), None)
         self._last_line = time.monotonic()
         self._step_ends.append(self._last_line)
         if self.show_bar and state.is_world_process_zero:
@@ -396,12 +417,12 @@ class ProgressDisplay(TrainerCallback):
             return
         now = time.monotonic()
         self._step_ends.append(now)
-        steps = len(self._step_ends) - 1
+        timed_steps = len(self._step_ends) - 1
         steps_left = state.max_steps - state.global_step
         step_s = self._step_s()
         left_s = step_s * steps_left
-        is_long = steps > 1 and now - self._step_ends[0] >= _ESTIMATE_S
-        if not self._has_estimated and (steps >= _ESTIMATE_STEPS or is_long):
+        are_steps_long = timed_steps > 1 and now - self._step_ends[0] >= _ESTIMATE_S
+        if not self._has_estimated and (timed_steps >= _ESTIMATE_STEPS or are_steps_long):
             self._has_estimated = True
             if left_s >= 60:
                 hint = self.shorten(left_s / _LONG_S) if left_s > _LONG_S else ""
@@ -410,7 +431,7 @@ class ProgressDisplay(TrainerCallback):
                 self._last_line = now
         if self.show_lines and now - self._last_line >= _LINE_S:
             self._last_line = now
-            remaining = f"  about {seconds_text(left_s)} remaining" if steps > 1 else ""
+            remaining = f"  about {seconds_text(left_s)} remaining" if timed_steps > 1 else ""
             step = f"step {state.global_step}/{state.max_steps}"
             print_line(self.console, f"{step}  loss {self.trainer.last_loss:.4f}{self._throughput()}{remaining}")
         if self._bar is not None:
@@ -420,9 +441,9 @@ class ProgressDisplay(TrainerCallback):
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         """Show in the bar that evaluation is running."""
-        part = self.trainer.protocol.selected_on
-        if self._bar is not None and part is not None:
-            self._bar.update(self._bar_task, shown=f"evaluating on {part} images")
+        split = self.trainer.protocol.selected_on
+        if self._bar is not None and split is not None:
+            self._bar.update(self._bar_task, shown=f"evaluating on {split} images")
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Print the results of the epoch, and warn once if the training loss is well above the first epoch's."""
@@ -430,21 +451,23 @@ class ProgressDisplay(TrainerCallback):
             return
         score = self.trainer.selection_score(metrics)
         protocol = self.trainer.protocol
-        self._best, is_best = max(self._best, score), score >= self._best
-        part = protocol.selected_on
-        shown = ""
-        if part is not None and f"{part}_loss" in metrics:
-            text = self.trainer.task.epoch_format.format_map(protocol.with_val_prefix(metrics))
-            shown = f"  {part} loss {metrics[f'{part}_loss']:.4f}  {text}"
-        is_best = is_best and bool(shown)
+        is_best = score >= self._best
+        self._best = max(self._best, score)
+        split = protocol.selected_on
+        scores = ""
+        if split is not None and f"{split}_loss" in metrics:
+            task_scores = self.trainer.task.epoch_format.format_map(protocol.with_val_prefix(metrics))
+            scores = f"  {split} loss {metrics[f'{split}_loss']:.4f}  {task_scores}"
+        is_best = is_best and bool(scores)  # epochs that were not evaluated have equal scores
         best = "  best" if is_best else ""
         epoch = f"epoch {round(state.epoch):>3}/{state.num_train_epochs}"
         if state.global_step == 0:
-            print_line(self.console, f"{epoch}  before training{shown}{best}")
+            print_line(self.console, f"{epoch}  before training{scores}{best}")
             return
         loss = metrics["train_loss"]
-        print_line(self.console, f"{epoch}  loss {loss:.4f}{shown}{self._budget()}{best}")
+        print_line(self.console, f"{epoch}  loss {loss:.4f}{scores}{self._budget()}{best}")
         self._first_loss = loss if self._first_loss is None else self._first_loss
+        # the loss may also rise while the scores improve, for example with MixUp
         is_harmful = loss > _RISING_RATIO * self._first_loss and not is_best
         if is_harmful and state.global_step >= _RISING_AFTER_STEPS and not self._has_warned:
             self._has_warned = True
@@ -465,17 +488,19 @@ class ProgressDisplay(TrainerCallback):
             self._bar = None
 
     def _step_s(self) -> float:
-        """Return the median time of recent steps; skips the first, which compiles, if there are others."""
+        """Return the median time of recent steps, if possible without the first step, which compiles."""
         spans = [after - before for before, after in pairwise(self._step_ends)]
         return statistics.median(spans[1:] or spans)
 
     def _throughput(self) -> str:
-        """Format the throughput; empty for the first step, which compiles."""
+        """Format the throughput. Returns an empty string after the first step, whose time includes compilation."""
         if len(self._step_ends) <= 2:
             return ""
         return f"  {self.trainer.plan.optim.images_per_step / max(self._step_s(), 1e-9):,.0f} images/s"
 
     def _budget(self) -> str:
-        """Format the budget as a fraction of the adapted weights; empty for methods without budgets."""
+        """Format the total budget as a fraction of the adapted weights. Returns an empty string without budgets."""
         allocator = self.trainer.allocator
-        return "" if allocator is None else f"  budget {sum(allocator.budgets.values()) / allocator.total_weights:.1%}"
+        if allocator is None:
+            return ""
+        return f"  budget {sum(allocator.budgets.values()) / allocator.total_weights:.1%}"

@@ -1,4 +1,8 @@
-"""Atomic checkpoints, and `CheckpointingTrainer`, which writes and loads them."""
+"""Atomic checkpoints, and `CheckpointingTrainer`, which writes and loads them.
+
+A checkpoint is written to a hidden staging folder and published with a single rename, so a killed process leaves no
+incomplete checkpoint.
+"""
 
 import contextlib
 import errno
@@ -29,16 +33,23 @@ from snella_app.training.distributed import is_main, mean_across_processes, proc
 _NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST = "manifest.json"
 """Last file written to a checkpoint: the run's id and the SHA-256 digests of all other files."""
+BEST = "best"
+"""Folder next to the checkpoints for the best epoch's weights, if `finish` saves the last epoch as the adapter."""
 _PROGRESS_FILE = "progress.json"
 _DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
+"""Environment variable from which Accelerate reads its device."""
 _READ_ERRORS = (
     *(SafetensorError, pickle.UnpicklingError),
     *(EOFError, LookupError, RuntimeError, TypeError, ValueError, OSError),
 )
+"""Errors that loading a damaged checkpoint may raise."""
 
 
 class CheckpointError(OSError):
-    """Raised if writing a checkpoint or adapter fails (the previous one is intact) or a checkpoint is damaged."""
+    """Raised if a checkpoint or adapter cannot be written, or if a checkpoint is damaged.
+
+    A failed write leaves the previous checkpoint or adapter intact.
+    """
 
 
 def require_file(checkpoint: Path, name: str) -> Path:
@@ -54,7 +65,10 @@ def require_file(checkpoint: Path, name: str) -> Path:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the published checkpoint with the highest step, without checking its files; None if there is none."""
+    """Return the published checkpoint with the highest step, or None if there is none.
+
+    The files of the checkpoint are not checked.
+    """
     checkpoints = _checkpoints(folder)
     return checkpoints[0] if checkpoints else None
 
@@ -68,25 +82,25 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def checkpoint_to_resume(run: BaseRunFolder[Any], console: Console) -> Path | None:
-    """Return the latest intact checkpoint and remove the others; None if there are no checkpoints.
+    """Return the latest intact checkpoint and remove all others. Return None if there are no checkpoints.
 
     Raises:
-        CheckpointError: If all checkpoints are damaged; the message states the damage of the latest and the remedies.
+        CheckpointError: If all checkpoints are damaged. The message states the damage of the latest and the remedies.
     """
-    damages: list[str] = []
+    damaged: list[str] = []
     run_id = run.id
     for checkpoint in _checkpoints(run.checkpoints):
         damage = find_damage(checkpoint, run_id)
         if not damage:
-            for removed in damages:
-                print_line(console, f"note: removed the damaged {removed}")
+            for description in damaged:
+                print_line(console, f"note: removed the damaged {description}")
             prune_checkpoints(run.checkpoints, checkpoint)
             print_line(console, f"resuming from {checkpoint}")
             return checkpoint
-        damages.append(f"{checkpoint}: {damage}")
-    if damages:
+        damaged.append(f"{checkpoint}: {damage}")
+    if damaged:
         raise CheckpointError(
-            f"the checkpoint is damaged: {damages[0]}; start over with --overwrite, or remove {run.checkpoints} and "
+            f"the checkpoint is damaged: {damaged[0]}; start over with --overwrite, or remove {run.checkpoints} and "
             "run again with --resume, which restarts from the first epoch"
         )
     prune_checkpoints(run.checkpoints)
@@ -94,31 +108,34 @@ def checkpoint_to_resume(run: BaseRunFolder[Any], console: Console) -> Path | No
 
 
 def find_damage(checkpoint: Path, run_id: str | None) -> str:
-    """Describe the damage of a checkpoint's files without loading them; empty for an intact checkpoint."""
-    path = checkpoint / MANIFEST
-    if not path.is_file():
+    """Describe the damage of a checkpoint's files without loading them.
+
+    Returns an empty string for an intact checkpoint of the run with this ID.
+    """
+    manifest_path = checkpoint / MANIFEST
+    if not manifest_path.is_file():
         return f"{MANIFEST} is missing"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        digests = dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} is unreadable ({type(error).__name__}: {error})"
     if not is_intact(manifest):
         return f"{MANIFEST} was modified after it was written"
     if manifest.get("run") != run_id:
         return f"it belongs to another run ({manifest.get('run')}; this run is {run_id})"
-    missing = [name for name in files if not (checkpoint / name).is_file()]
+    missing = [name for name in digests if not (checkpoint / name).is_file()]
     if missing:
         return f"missing files: {', '.join(missing)}"
-    altered = [name for name, digest in files.items() if sha256_of(checkpoint / name) != digest]
+    altered = [name for name, digest in digests.items() if sha256_of(checkpoint / name) != digest]
     if altered:
         return f"files modified or truncated after writing: {', '.join(altered)}"
-    unlisted = [name for name in _files_of(checkpoint) if name not in (*files, MANIFEST)]
+    unlisted = [name for name in _files_of(checkpoint) if name not in (*digests, MANIFEST)]
     return f"files not listed in {MANIFEST}: {', '.join(unlisted)}; remove them" if unlisted else ""
 
 
 def _files_of(checkpoint: Path) -> list[str]:
-    """List the files of a checkpoint, except hidden files, which are never loaded."""
+    """List the files and links in a checkpoint, except hidden ones, which are never loaded."""
     names: list[str] = []
     for path in checkpoint.rglob("*"):
         if not path.is_symlink() and path.is_dir():
@@ -130,16 +147,19 @@ def _files_of(checkpoint: Path) -> list[str]:
     return sorted(names)
 
 
-BEST = "best"
-"""Folder next to the checkpoints for the best epoch's weights, if `finish` saves the last epoch as the adapter."""
-
-
 def prune_checkpoints(folder: Path, keep: Path | None = None) -> None:
-    """Remove staging folders of a killed process, and all checkpoints except `keep` (the latest if None)."""
+    """Remove the staging folders of killed processes, and all checkpoints except `keep`, by default the latest."""
+    if not folder.is_dir():
+        return
     keep = keep or latest_checkpoint(folder)
-    for path in list(folder.iterdir()) if folder.is_dir() else []:
-        if path != keep and (_NAME.fullmatch(path.name) or path.name.startswith(".staging-")):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for path in list(folder.iterdir()):
+        is_removable = path.name.startswith(".staging-") or _NAME.fullmatch(path.name) is not None
+        if path == keep or not is_removable:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 @contextmanager
@@ -152,7 +172,7 @@ def convert_read_errors(checkpoint: str | Path | None) -> Iterator[None]:
     try:
         yield
     except _READ_ERRORS as error:
-        if isinstance(error, CheckpointError | torch.OutOfMemoryError):
+        if isinstance(error, CheckpointError | torch.OutOfMemoryError):  # too little memory is not damage
             raise
         reason = " ".join(str(error).split())
         raise CheckpointError(
@@ -193,38 +213,39 @@ def convert_write_errors(target: Path) -> Iterator[None]:
     """Convert a failed write of a checkpoint or adapter to `CheckpointError`.
 
     Raises:
-        CheckpointError: If writing fails; the message states the free space and the previous checkpoint or adapter.
+        CheckpointError: If writing fails. The message states the free space and the previous checkpoint or adapter.
     """
     try:
         yield
     except Exception as error:
         if not is_write_failure(error):
             raise
-        text = str(error)
+        reason = str(error)
         free_space = ""
         with contextlib.suppress(OSError):
             free_space = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free)"
-        if "No space left" in text:
-            text = "the disk is full"
+        if "No space left" in reason:
+            reason = "the disk is full"
         elif getattr(error, "errno", None) == errno.EDQUOT:
-            text = "the disk quota is exceeded"
-        elif "PytorchStreamWriter" in text or "inline_container" in text:  # torch's writer has no errno
-            text = "the disk is full or the file size limit is reached"
+            reason = "the disk quota is exceeded"
+        elif "PytorchStreamWriter" in reason or "inline_container" in reason:  # torch's writer has no errno
+            reason = "the disk is full or the file size limit is reached"
         if _NAME.fullmatch(target.name):
             previous = next((path for path in _checkpoints(target.parent) if path != target), None)
-        else:
+        else:  # an adapter, whose files are replaced atomically
             previous = target if any(target.glob("*.safetensors")) else None
-        remedy = "free some space" if text.startswith("the disk") else "fix the cause"
+        remedy = "free some space" if reason.startswith("the disk") else "fix the cause"
         intact = f"the previous one, {previous}, is intact" if previous is not None else "no earlier one exists"
         raise CheckpointError(
-            f"could not write {target}: {text}{free_space}; {intact}; {remedy} and resume with --resume"
+            f"could not write {target}: {reason}{free_space}; {intact}; {remedy} and resume with --resume"
         ) from error
 
 
 def is_write_failure(error: BaseException) -> bool:
     """Return whether an exception indicates a failed write.
 
-    torch's zip writer raises RuntimeError and safetensors its own type, both without an errno.
+    torch's zip writer raises RuntimeError and safetensors its own type, both without an errno. These errors are
+    recognized by their messages.
     """
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError)
@@ -236,8 +257,8 @@ class CheckpointingTrainer(Trainer):
 
     Differences from transformers' Trainer:
     - A checkpoint contains no frozen weights and is published atomically.
-    - A non-finite loss or gradient ends the run before it changes the weights; in fp16, a non-finite gradient skips the
-      step.
+    - A non-finite loss or gradient ends the run before it changes the weights. In fp16, however, a non-finite gradient
+      only skips the step.
     - Elapsed time includes the time before an interruption.
 
     Args:
@@ -248,7 +269,8 @@ class CheckpointingTrainer(Trainer):
     Attributes:
         last_loss: Loss of the latest micro-batch, divided by the number of accumulation steps and averaged over
             processes.
-        session_start: `time.monotonic()` at the start of this session; set it to include earlier preparation.
+        session_start: `time.monotonic()` at the start of this session. Set it to an earlier time to include the
+            preparation.
     """
 
     def __init__(self, trained: nn.Module, run: BaseRunFolder[Any], **options: Any) -> None:
@@ -287,14 +309,14 @@ class CheckpointingTrainer(Trainer):
         return norm
 
     def _not_finite(self, what: str, value: float) -> Exception:
-        """Build the error with the step, the last saved state and the remedy."""
+        """Build the error, which states the step, the last saved state and the remedy (implemented by subclasses)."""
         raise NotImplementedError
 
     def store_flos(self) -> None:
-        """No-op; FLOPs are not tracked, and the base class would gather them from all processes."""
+        """Do nothing: FLOPs are not tracked, and the base class would gather them from all processes."""
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Return the staging folder while a checkpoint is written, else the checkpoints folder."""
+        """Return the staging folder while a checkpoint is written, otherwise the folder of the checkpoints."""
         return str(self._staging or self.run_folder.checkpoints)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -316,7 +338,7 @@ class CheckpointingTrainer(Trainer):
         save_trained(self.trained_model, output_dir or str(self.run_folder.adapter))
 
     def _write_state(self, checkpoint: Path, **values: Any) -> None:
-        """Write elapsed time and `values`, which the Trainer's state does not include."""
+        """Write the elapsed time and `values`, neither of which the Trainer's own state includes."""
         write_json(checkpoint / _PROGRESS_FILE, {"elapsed_s": self.elapsed_s, **values})
 
     def _read_state(self, checkpoint: Path) -> dict[str, Any]:
@@ -347,7 +369,8 @@ def base_training_arguments(
 ) -> TrainingArguments:
     """Return Trainer arguments shared by all runs: one device per process, no console output.
 
-    `precision` is fp32, or bf16 or fp16 (autocast); `report_to` in `options` names trackers.
+    `precision` is `"fp32"`, or `"bf16"` or `"fp16"` for autocast. `options` are other Trainer arguments. Among them,
+    `report_to` names experiment trackers, by default none.
     """
     with _accelerate_device(device):
         arguments = TrainingArguments(
@@ -364,13 +387,16 @@ def base_training_arguments(
             label_names=["labels"],
             **{"report_to": "none", **options},
         )
-        arguments._n_gpu = min(arguments.n_gpu, 1)
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # with several GPUs, the Trainer would use DataParallel
     return arguments
 
 
 @contextmanager
 def _accelerate_device(device: torch.device) -> Iterator[None]:
-    """Select the device for Accelerate, e.g. cuda:1; Accelerate selects the CPU and per-process GPUs itself."""
+    """Make Accelerate use a device, e.g. `cuda:1`, inside the context.
+
+    Accelerate selects the CPU and the GPUs of several processes itself.
+    """
     if device.type == "cpu" or process_count() > 1 or _DEVICE_VARIABLE in os.environ:
         yield
         return

@@ -1,4 +1,8 @@
-"""Distributed training with `torchrun` or `accelerate launch`: ranks, collectives, batches and FSDP2 sharding."""
+"""Distributed training with `torchrun` or `accelerate launch`: ranks, collectives, batches and FSDP2 sharding.
+
+The processes split each batch. Each of them holds the whole model, unless the frozen weights, i.e. those that are not
+trained, are sharded.
+"""
 
 import atexit
 import contextlib
@@ -20,10 +24,17 @@ from snella_app.methods.model_parts import base_model, find_blocks
 _T = TypeVar("_T")
 _GATHERED_BLOCKS = 2
 """Number of blocks whose weights are gathered at the same time: the running block and the prefetched one."""
+_UNSUPPORTED_MODES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+"""Names of the Accelerate modes that are not supported, by the environment variable that enables them."""
 
 
 def process_count() -> int:
-    """Return the number of processes (world size); 1 without a launcher."""
+    """Return the number of processes (the world size), which is 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
@@ -45,18 +56,9 @@ def require_single_process(operation: str) -> None:
     """
     if process_count() > 1:
         raise NotImplementedError(
-            f"{operation} runs in one process, got WORLD_SIZE={process_count()} from torchrun or accelerate; "
+            f"{operation} runs in one process, but torchrun or accelerate has set WORLD_SIZE={process_count()}; "
             "start it with `snella` or `python`, or unset WORLD_SIZE"
         )
-
-
-_UNSUPPORTED_MODES = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
-}
-"""Unsupported Accelerate modes by environment variable."""
 
 
 def init_process_group(device: str) -> None:
@@ -69,9 +71,9 @@ def init_process_group(device: str) -> None:
     for variable, name in _UNSUPPORTED_MODES.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise NotImplementedError(
-                f"distributed training uses DDP with a full model per process, got {name} ({variable}="
-                f"{os.environ[variable]}); use torchrun, or accelerate launch without {name}; --shard shards the "
-                "frozen weights with FSDP2"
+                f"accelerate is configured for {name} ({variable}={os.environ[variable]}), but distributed training "
+                f"uses DDP with a full model per process; use torchrun, or accelerate launch without {name}; --shard "
+                "shards the frozen weights with FSDP2"
             )
     if process_count() > 1:
         if ":" in device:
@@ -81,9 +83,9 @@ def init_process_group(device: str) -> None:
             )
         from accelerate import PartialState  # slow import
 
-        is_new = not dist.is_initialized()
+        was_initialized = dist.is_initialized()
         state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-        if is_new:  # a live group can abort the process at exit
+        if not was_initialized:  # a group that is still alive can abort the process at exit
             atexit.register(state.destroy_process_group)
 
 
@@ -94,10 +96,10 @@ def wait_for_everyone() -> None:
 
 
 def mean_across_processes(value: float) -> float:
-    """Return the mean of a number over all processes; NaN if any value is NaN."""
+    """Return the mean of a number over all processes, which is NaN if any value is NaN."""
     if process_count() == 1:
         return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # NCCL accepts only tensors on GPUs
     return float(sum_across_processes(torch.tensor(value, dtype=torch.float64, device=device))) / process_count()
 
 
@@ -112,12 +114,12 @@ def broadcast_from_main(make: Callable[[], _T]) -> _T:
     """Run `make` in the main process and broadcast its result.
 
     Raises:
-        Exception: If `make` fails; raised only in the main process.
-        SystemExit: If `make` fails; raised silently in all other processes.
+        Exception: In the main process, if `make` fails.
+        SystemExit: In all other processes, if `make` fails. They exit without a message.
     """
     if process_count() == 1:
         return make()
-    shared: list[Any] = [None, 0]
+    shared: list[Any] = [None, 0]  # result, and exit status or None
     error: Exception | None = None
     if is_main():
         try:
@@ -128,14 +130,18 @@ def broadcast_from_main(make: Callable[[], _T]) -> _T:
     dist.broadcast_object_list(shared, src=0)
     if error is not None:
         raise error
-    if shared[1] is not None:
-        raise SystemExit(shared[1])
-    return shared[0]
+    result, exit_status = shared
+    if exit_status is not None:
+        raise SystemExit(exit_status)
+    return result
 
 
 @contextmanager
 def main_process_only(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    """Enter a context only in the main process; others exit silently on an interrupt or an error with `exit_status`.
+    """Enter a context only in the main process.
+
+    The other processes only run the body. On an interrupt, or an error with an `exit_status`, they exit without a
+    message.
 
     Raises:
         SystemExit: If a process other than the main one is interrupted, or fails with an `exit_status`.
@@ -147,7 +153,7 @@ def main_process_only(context: contextlib.AbstractContextManager[Any]) -> Iterat
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(130) from None  # 128 + SIGINT, as shells report it
     except Exception as error:
         status = getattr(error, "exit_status", None)
         if status is None:
@@ -158,7 +164,8 @@ def main_process_only(context: contextlib.AbstractContextManager[Any]) -> Iterat
 class ShardedBatches(Sampler[list[int]]):
     """Batch sampler that splits each global batch into consecutive parts, one per process.
 
-    If a small last batch leaves a process without images, the process receives the batch's first image with weight 0.
+    A small last batch may leave a process without images. Since it must run the same passes as the others, the process
+    then receives the first image of the batch, with a loss weight of 0.
 
     Args:
         sampler: Image indices of an epoch, identical in all processes.
@@ -177,42 +184,44 @@ class ShardedBatches(Sampler[list[int]]):
         indices = list(self.sampler)
         for start in range(0, len(indices), self.batch_size):
             batch = indices[start : start + self.batch_size]
-            before = sum(_shard_size(len(batch), rank, self.count) for rank in range(self.rank))
-            yield batch[before : before + _shard_size(len(batch), self.rank, self.count)] or batch[:1]
+            shard_start = sum(_shard_size(len(batch), lower_rank, self.count) for lower_rank in range(self.rank))
+            shard = batch[shard_start : shard_start + _shard_size(len(batch), self.rank, self.count)]
+            yield shard or batch[:1]
 
     def __len__(self) -> int:
         return -(-len(self.sampler) // self.batch_size)  # type: ignore[arg-type]
 
     def weight(self, number: int) -> int:
         """Return the number of images of batch `number` that belong to this process."""
-        images = min(self.batch_size, len(self.sampler) - number * self.batch_size)  # type: ignore[arg-type]
-        return _shard_size(images, self.rank, self.count)
+        batch_size = min(self.batch_size, len(self.sampler) - number * self.batch_size)  # type: ignore[arg-type]
+        return _shard_size(batch_size, self.rank, self.count)
 
 
-def _shard_size(images: int, rank: int, count: int) -> int:
-    """Return the number of images of one rank; the first ranks get one more if a batch cannot be split evenly."""
-    return images // count + (rank < images % count)
+def _shard_size(batch_size: int, rank: int, num_processes: int) -> int:
+    """Return the number of images of a rank. If a batch cannot be split evenly, the lowest ranks get one more."""
+    return batch_size // num_processes + (rank < batch_size % num_processes)
 
 
 def shard_frozen(model: nn.Module) -> None:
-    """Shard the frozen weights of a model across processes; broadcast the trainable ones, which stay replicated.
+    """Shard the frozen weights of a model across processes, and broadcast the trainable ones, which stay replicated.
 
-    A block's weights are gathered for its forward and backward pass and freed after each. Weights outside the blocks
-    are gathered for the whole pass of the model. All processes must run the same passes and call `average_gradients`
-    after the last backward pass of a step.
+    A block's weights are gathered for its forward and its backward pass, and freed after each. Weights outside the
+    blocks are gathered for the whole pass of the model. All processes must run the same passes, and call
+    `average_gradients` after the last backward pass of a step.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(next(model.parameters()).device.type, (process_count(),))
-    in_order = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    _apply_flattened(_broadcast, [parameter.detach() for parameter in in_order])
-    trained = set(in_order)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    _apply_flattened(_broadcast, [parameter.detach() for parameter in trained])
+    ignored = set(trained)
     for block in _blocks(model):
-        fully_shard(block, mesh=mesh, ignored_params=trained)
+        fully_shard(block, mesh=mesh, ignored_params=ignored)
         block.register_forward_hook(_drop_effective_weights)
-    # reshard after the forward pass in all processes; otherwise reading the model's state would reshard only one
-    fully_shard(model, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
+    # reshard after the forward pass in all processes; otherwise, reading the model's state in one process would reshard
+    # the weights only there
+    fully_shard(model, mesh=mesh, ignored_params=ignored, reshard_after_forward=True)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -232,16 +241,19 @@ def average_gradients(model: nn.Module) -> None:
         flat /= process_count()
 
     _apply_flattened(average, [parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-    _apply_flattened(_broadcast, [buffer for layer in layers for buffer in layer.buffers()])
+    batch_norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    _apply_flattened(_broadcast, [buffer for batch_norm in batch_norms for buffer in batch_norm.buffers()])
 
 
 def sharding_savings(model: nn.Module, count: int) -> int:
-    """Predict the bytes that each of `count` processes saves by sharding the frozen weights of an unsharded model."""
-    blocks = [_frozen_bytes(block) for block in _blocks(model)]
+    """Predict the bytes that each of `count` processes saves by sharding the frozen weights of an unsharded model.
+
+    Each process keeps its shard, the gathered weights outside the blocks, and those of `_GATHERED_BLOCKS` blocks.
+    """
+    block_bytes = [_frozen_bytes(block) for block in _blocks(model)]
     total = _frozen_bytes(model)
-    outside = total - sum(blocks)
-    gathered = outside + min(_GATHERED_BLOCKS * max(blocks, default=0), sum(blocks))
+    outside = total - sum(block_bytes)
+    gathered = outside + min(_GATHERED_BLOCKS * max(block_bytes, default=0), sum(block_bytes))
     return max(total - total // count - gathered, 0)
 
 
@@ -251,7 +263,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _drop_effective_weights(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    """Forward hook: free cached effective weights, which evaluation would otherwise keep unsharded."""
+    """Free the cached sums of weights and updates, which evaluation would otherwise keep unsharded (forward hook)."""
     if not module.training:
         for layer in module.modules():
             if isinstance(layer, SnellaLayer):
@@ -273,8 +285,9 @@ def _apply_flattened(operation: Callable[[Tensor], None], tensors: list[Tensor])
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    for parts in by_dtype.values():
-        flat = torch.cat([tensor.flatten() for tensor in parts])
+    for same_dtype in by_dtype.values():
+        flat = torch.cat([tensor.flatten() for tensor in same_dtype])
         operation(flat)
-        for tensor, values in zip(parts, flat.split([tensor.numel() for tensor in parts]), strict=True):
+        sizes = [tensor.numel() for tensor in same_dtype]
+        for tensor, values in zip(same_dtype, flat.split(sizes), strict=True):
             tensor.copy_(values.view_as(tensor))

@@ -34,19 +34,20 @@ from snella_app.tasks.linear_fit import fit_head
 from snella_app.training.build import RunComponents
 from snella_app.training.linear_probe import (
     MAX_PROBE_IMAGES,
+    FeatureDataset,
     balancing_weights,
     base_and_head,
     encoded_targets,
     extract_features,
     original_images,
     random_image,
-    sampled_rows,
+    sampled_indices,
 )
 
 MIN_CENTERS = 32
-"""Smallest number of images for a kernel head."""
+"""Minimum number of images, the centers of the kernel, for a kernel head."""
 MAX_CENTERS = 6_000
-"""Largest number n of images for a kernel head. Its size grows with n, and its fitting time with n² to n³."""
+"""Maximum number n of images for a kernel head. Its size grows with n, and its fitting time with n² to n³."""
 _INVERSE_PENALTY = 0.01
 """Weight C of the summed loss relative to `‖W‖²/2`, for standardized features."""
 _RIDGE = 0.05
@@ -60,22 +61,25 @@ _MIXED_ITERATIONS = 30
 _LINEAR_SHARE = 0.3
 """Weight of the linear head's probabilities in a mixture."""
 _EPS = 1e-6
-"""Lower bound of probabilities before a logarithm, of image weights and of standard deviations."""
+"""Lower bound of probabilities (before taking logarithms), of image weights and of standard deviations."""
 _MIN_STD = 1e-3
 """Standard deviation, relative to the median, below which heads ignore a feature."""
-_CHUNK = 1_024
+_CHUNK_SIZE = 1_024
+"""Maximum number of images to which a head is applied at the same time."""
 _SECONDS_PER_PRODUCT = 1e-8
-"""CPU seconds of both linear fits of `fit_layers` with `_ITERATIONS`, per view of an image, feature and output."""
+"""CPU seconds of both linear fits with `_ITERATIONS`, divided by images · views · features · outputs."""
 _SECONDS_PER_SQUARE = 2e-10
-"""CPU seconds of both kernel fits per unit of n²·(features + n), for n images."""
+"""CPU seconds of both kernel fits, divided by n²·(features + n), for n images."""
+_FIXED_SECONDS = 1.0
+"""Part of the estimated time of the fits that does not depend on their sizes."""
 _CUDA_SPEEDUP = 10
-"""Speedup of linear fits by a GPU; kernel fits use the CPU."""
-Outputs = tuple[np.ndarray, np.ndarray]
+"""Speedup of linear fits on a GPU; kernel fits use the CPU."""
+OutputsAndLabels = tuple[np.ndarray, np.ndarray]
 """Outputs reduced by `Task.reduce`, and labels."""
 
 
 @dataclass
-class MeasuredFeatures:
+class SplitFeatures:
     """Features and targets of a split.
 
     Attributes:
@@ -96,103 +100,120 @@ class LayerFit:
     Attributes:
         probe: The probe from the final fit.
         val: Reduced outputs and labels of the validation images from the first fit; None without validation images.
-        trained_val: The same for the model's own head; None if `val` or the result of `trained_head` is None.
+        trained_val: The same for the trained head; None if `val` or the result of `trained_head` is None.
     """
 
     probe: LayerProbe
-    val: Outputs | None = None
-    trained_val: Outputs | None = None
+    val: OutputsAndLabels | None = None
+    trained_val: OutputsAndLabels | None = None
 
 
-def measure_features(
+def compute_features(
     parts: RunComponents,
-    images: Any,
+    images: ImageDataset | FeatureDataset,
     views: int,
     batch_size: int,
     first_view: Tensor | None = None,
     sampler: str = "shuffle",
-) -> MeasuredFeatures:
+) -> SplitFeatures:
     """Compute features of several layers with the evaluation transform, under the caller's autocast.
 
     The views are the images and, with `views=2`, their flips. `first_view` contains precomputed features of the images.
     With the weighted `sampler` of `DataConfig`, the sample weights are multiplied by weights that balance the classes.
     """
-    plain = original_images(images).with_transform(build_transform(parts.data_config, train=False, augment="none"))
-    known = [] if first_view is None else [first_view]
-    flips = (False, True)[len(known) : views]
+    transform = build_transform(parts.data_config, train=False, augment="none")
+    dataset = original_images(images).with_transform(transform)
     layers = probed_layers(parts.model)
-    measured = extract_features(parts, plain, batch_size, layers=layers, flips=flips) if flips else []
-    batch = encoded_targets(parts.task, plain, range(len(plain)))
-    weights = batch.get("weights")
-    balance = balancing_weights(plain, parts.task, sampler)
+    flips = [False, True][:views]
+    feature_views: list[Tensor] = []
+    if first_view is not None:
+        feature_views.append(first_view)
+        flips = flips[1:]
+    if flips:
+        feature_views += extract_features(parts, dataset, batch_size, layers=layers, flips=flips)
+    targets = encoded_targets(parts.task, dataset, range(len(dataset)))
+    weights = targets.get("weights")
+    balance = balancing_weights(dataset, parts.task, sampler)
     if balance is not None:
         factors = torch.from_numpy(balance).float()
         weights = factors if weights is None else factors * weights
-    return MeasuredFeatures([*known, *measured], batch["labels"], weights)
+    return SplitFeatures(feature_views, targets["labels"], weights)
 
 
 def fit_layers(parts: RunComponents, train: ImageDataset, data: DataConfig, optim: OptimConfig) -> LayerFit:
     """Fit a head to features of several layers of the trained model.
 
-    A first fit to the training images predicts the validation images. The final fit uses both splits, with at most
-    5,000 validation images. `parts.initial_layer_features`, if set, are the features of the training images. Other
-    features are computed under autocast with the training precision, which is faster in bfloat16; the returned probe
-    computes in the precision of its inputs.
+    With validation images, a head is first fitted to the training images only, to evaluate it on the validation images.
+    The final fit uses both splits, with at most `MAX_PROBE_IMAGES` validation images.
 
-    The head is a mixture of a kernel head and a linear head for tasks with `has_kernel_fit` and between `MIN_CENTERS`
-    and `MAX_CENTERS` images, else a linear head.
+    If `parts.initial_layer_features` is set, the model has not been trained since they were computed, so they are used
+    as the features of the training images. All other features are computed under autocast with the training precision,
+    since bfloat16 is faster. The returned probe computes in the precision of its inputs.
+
+    For tasks with `has_kernel_fit` and between `MIN_CENTERS` and `MAX_CENTERS` images, the head is a mixture of a
+    kernel head and a linear head. Otherwise, it is a linear head.
+
+    Args:
+        parts: Model, task and validation images.
+        train: Training images for the head. If `parts.initial_layer_features` is set, these must be the images of
+            `probe_indices`.
+        data: Number of views and sampler.
+        optim: Batch size and training precision.
     """
     task = parts.task
-    outputs = parts.task.count_outputs(parts.splits.classes)
+    num_outputs = parts.task.count_outputs(parts.splits.classes)
     views = data.views
     batch_size = optim.effective_batch_size
     layers = probed_layers(parts.model)
 
-    def measure(images: ImageDataset, known: Tensor | None = None) -> MeasuredFeatures:
+    def features_of(images: ImageDataset, first_view: Tensor | None = None) -> SplitFeatures:
         with autocast(next(parts.model.parameters()).device, optim.precision):
-            return measure_features(parts, images, views, batch_size, known, data.sampler)
+            return compute_features(parts, images, views, batch_size, first_view, data.sampler)
 
     val = None if parts.splits.val is None else original_images(parts.splits.val)
-    rows = [] if val is None else sampled_rows(parts, len(val)).tolist()
-    fit = fit_mixed if uses_kernel(task, len(train) + len(rows)) else fit_linear
-    measured = measure(train, parts.initial_layer_features)
-    probe = LayerProbe(parts.model, layers, fit(task, measured, outputs))
+    val_indices = [] if val is None else sampled_indices(parts, len(val)).tolist()
+    fit = fit_mixed if uses_kernel(task, len(train) + len(val_indices)) else fit_linear
+    train_features = features_of(train, parts.initial_layer_features)
+    probe = LayerProbe(parts.model, layers, fit(task, train_features, num_outputs))
     if val is None:
         return LayerFit(probe)
     trained = trained_head(parts)
     heads = [probe.head] if trained is None else [probe.head, trained]
-    measured_val = measure(val.subset(rows))
-    if len(rows) == len(val):
-        val_outputs = [_outputs(task, measured_val, head) for head in heads]
+    val_features = features_of(val.subset(val_indices))
+    if len(val_indices) == len(val):  # the features of all validation images are known
+        val_outputs = [_outputs(task, val_features, head) for head in heads]
     else:
-        val_outputs = _measure_heads(parts, heads, val, views, batch_size, optim.precision)
-    probe = LayerProbe(parts.model, layers, fit(task, _concatenate(measured, measured_val), outputs))
+        val_outputs = _compute_head_outputs(parts, heads, val, views, batch_size, optim.precision)
+    all_features = _concatenate(train_features, val_features)
+    probe = LayerProbe(parts.model, layers, fit(task, all_features, num_outputs))
     return LayerFit(probe, val_outputs[0], None if trained is None else val_outputs[1])
 
 
-def measure_layers(parts: RunComponents, probe: LayerProbe, images: Any, views: int, batch_size: int) -> Outputs:
-    """Compute a probe's reduced outputs on a split, in float32, and the labels; see `measure_features`."""
-    return _measure_heads(parts, [probe.head], images, views, batch_size, "fp32")[0]
+def compute_probe_outputs(
+    parts: RunComponents, probe: LayerProbe, images: ImageDataset | FeatureDataset, views: int, batch_size: int
+) -> OutputsAndLabels:
+    """Compute a probe's reduced outputs on a split, in float32, and the labels; see `compute_features`."""
+    return _compute_head_outputs(parts, [probe.head], images, views, batch_size, "fp32")[0]
 
 
-def _measure_heads(
+def _compute_head_outputs(
     parts: RunComponents,
     heads: Sequence[Callable[[Tensor], Tensor]],
-    images: Any,
+    images: ImageDataset | FeatureDataset,
     views: int,
     batch_size: int,
     precision: str,
-) -> list[Outputs]:
-    """Compute the reduced outputs of each head and the labels of a split; `precision` applies to the features."""
-    images = original_images(images)
+) -> list[OutputsAndLabels]:
+    """Compute the reduced outputs of each head on a split, and the labels; `precision` is that of the features."""
+    dataset = original_images(images)
     device = next(parts.model.parameters()).device
     results = []
-    for start in range(0, len(images), MAX_PROBE_IMAGES):  # bounds the memory of the features
-        part = images.subset(range(start, min(start + MAX_PROBE_IMAGES, len(images))))
+    for start in range(0, len(dataset), MAX_PROBE_IMAGES):  # bounds the memory of the features
+        part = dataset.subset(range(start, min(start + MAX_PROBE_IMAGES, len(dataset))))
         with autocast(device, precision):
-            measured = measure_features(parts, part, views, batch_size)
-        results.append([_outputs(parts.task, measured, head) for head in heads])
-    outputs_by_head: list[Outputs] = []
+            features = compute_features(parts, part, views, batch_size)
+        results.append([_outputs(parts.task, features, head) for head in heads])
+    outputs_by_head: list[OutputsAndLabels] = []
     for head_outputs in zip(*results, strict=True):
         reduced = np.concatenate([part_reduced for part_reduced, _ in head_outputs])
         labels = np.concatenate([part_labels for _, part_labels in head_outputs])
@@ -202,9 +223,9 @@ def _measure_heads(
 
 @torch.no_grad()
 def trained_head(parts: RunComponents) -> Callable[[Tensor], Tensor] | None:
-    """Return the model's own head as a function of the features of several layers, which start with the head's inputs.
+    """Return the trained head as a function of layer features, the first columns of which are the head's inputs.
 
-    None if the head is not a linear layer, or if the model applies more than this head, e.g. auxiliary heads.
+    Returns None if the head is not a linear layer, or if the model applies more than this head, e.g. auxiliary heads.
     """
     model = parts.model
     _, head = base_and_head(parts.model)
@@ -228,25 +249,31 @@ def uses_kernel(task: Task, images: int) -> bool:
     return task.has_kernel_fit and MIN_CENTERS <= images <= MAX_CENTERS
 
 
-def is_clearly_worse(task: Task, val: tuple[Any, Any], trained: tuple[Any, Any]) -> bool:
-    """Return whether the outputs `val` are clearly worse than the trained head's on the same validation images.
+def is_clearly_worse(task: Task, candidate: tuple[Any, Any], trained: tuple[Any, Any]) -> bool:
+    """Return whether the outputs `candidate` are clearly worse than the trained head's on the same validation images.
 
-    Single-label classification requires a difference of three standard errors, because the trained head's epoch was
-    selected on these images, and the final head will also be fitted to them:
+    Both arguments are outputs reduced by `Task.reduce`, and labels. For single-label classification, the difference
+    must exceed three standard errors, because the trained head's epoch was selected on these images, and the final head
+    will also be fitted to them:
 
         Σ d_i > 3 √(Σ d_i²)
 
-    d_i is the lead of the trained head on image i: 1, 0 or −1 for accuracy (McNemar's test), divided by the number of
-    images of its class for `monitor` balanced_accuracy and macro_f1, or the difference of the losses. Other tasks
-    compare the monitored metric.
+    d_i is the lead of the trained head on image i, for the metric `Task.monitor`:
+
+    - accuracy: 1, 0 or −1 (McNemar's test)
+    - balanced_accuracy, macro_f1: 1, 0 or −1, divided by the number of images of the image's class
+    - loss: the candidate's loss minus the trained head's loss
+
+    For other tasks, the monitored metrics are compared without a margin.
     """
-    if task.has_one_class:
+    if task.has_class_scores:
         labels = torch.as_tensor(np.asarray(trained[1]))
-        differences = _image_scores(task, trained[0], labels) - _image_scores(task, val[0], labels)
+        differences = _image_scores(task, trained[0], labels) - _image_scores(task, candidate[0], labels)
         return float(differences.sum()) > 3.0 * math.sqrt(float(differences.square().sum()))
-    score, score_trained = (task.metrics(*outputs) for outputs in (val, trained))
+    candidate_metrics = task.metrics(*candidate)
+    trained_metrics = task.metrics(*trained)
     sign = task.monitors[task.monitor]
-    return sign * score_trained[task.monitor] > sign * score[task.monitor]
+    return sign * trained_metrics[task.monitor] > sign * candidate_metrics[task.monitor]
 
 
 def _image_scores(task: Task, reduced: Any, labels: Tensor) -> Tensor:
@@ -255,11 +282,13 @@ def _image_scores(task: Task, reduced: Any, labels: Tensor) -> Tensor:
     if task.monitor == "loss":
         return probabilities.gather(1, labels[:, None])[:, 0].clamp_min(_EPS).log()
     is_correct = (probabilities.argmax(-1) == labels).double()
-    return is_correct if task.monitor == "accuracy" else is_correct / labels.bincount()[labels]
+    if task.monitor == "accuracy":
+        return is_correct
+    return is_correct / labels.bincount()[labels]
 
 
 def layer_fit_seconds(parts: RunComponents, images: int, views: int) -> float:
-    """Estimate the time of the fits in `fit_layers` in seconds.
+    """Estimate how many seconds the fits in `fit_layers` take.
 
     Args:
         parts: Model and task.
@@ -268,34 +297,37 @@ def layer_fit_seconds(parts: RunComponents, images: int, views: int) -> float:
     """
     base: Any = base_model(parts.model)
     channels = [int(entry["num_chs"]) for entry in base.feature_info]
+    # at most two features per channel: the mean over positions, and a prefix token or (last layer) the head's input
     width = 2 * sum(channels[layer] for layer in probed_layers(parts.model))
     speedup = _CUDA_SPEEDUP if next(parts.model.parameters()).is_cuda else 1
     products = images * views * width * parts.task.count_outputs(parts.splits.classes)
     linear = _SECONDS_PER_PRODUCT * products / speedup
-    if uses_kernel(parts.task, images):
-        return _SECONDS_PER_SQUARE * images**2 * (width + images) + linear * _MIXED_ITERATIONS / _ITERATIONS + 1.0
-    return linear + 1.0
+    if not uses_kernel(parts.task, images):
+        return linear + _FIXED_SECONDS
+    kernel = _SECONDS_PER_SQUARE * images**2 * (width + images)
+    return kernel + linear * _MIXED_ITERATIONS / _ITERATIONS + _FIXED_SECONDS
 
 
-def fits_last_epoch(plan: TrainConfig) -> bool:
-    """Return whether a run with a head on several layers fits it to the last epoch instead of the best one.
+def fits_last_epoch(config: TrainConfig) -> bool:
+    """Return whether a run with a head on several layers fits the head to the model of the last epoch, not the best.
 
-    False for averages of epochs, a frozen backbone, or no selection on validation images.
+    This is not the case if epochs are averaged, the backbone is frozen, or no epoch is selected on validation images.
     """
-    optim = plan.optim
+    optim = config.optim
     is_averaged = optim.swa or optim.soup
-    is_selected = get_protocol(plan.data.protocol).selected_on == "val"
-    return is_selected and not is_averaged and not find_method(plan.method.name).is_head_only
+    is_selected = get_protocol(config.data.protocol).selected_on == "val"
+    return is_selected and not is_averaged and not find_method(config.method.name).is_head_only
 
 
-def fit_mixed(task: Task, measured: MeasuredFeatures, outputs: int) -> MixedHead:
-    """Fit a kernel head and, with fewer iterations, a linear head; the linear head has a weight of 0.3."""
-    linear = fit_linear(task, measured, outputs, _MIXED_ITERATIONS)
-    return MixedHead(fit_kernel(task, measured, outputs), linear, torch.tensor(_LINEAR_SHARE).to(linear.weight))
+def fit_mixed(task: Task, split: SplitFeatures, num_outputs: int) -> MixedHead:
+    """Fit a kernel head and, with fewer iterations, a linear head; the linear head's weight is `_LINEAR_SHARE`."""
+    linear = fit_linear(task, split, num_outputs, _MIXED_ITERATIONS)
+    kernel = fit_kernel(task, split, num_outputs)
+    return MixedHead(kernel, linear, torch.tensor(_LINEAR_SHARE).to(linear.weight))
 
 
-def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int, max_iterations: int = _ITERATIONS) -> nn.Linear:
-    """Fit a linear head to the task's loss with an L2 penalty by L-BFGS.
+def fit_linear(task: Task, split: SplitFeatures, num_outputs: int, max_iterations: int = _ITERATIONS) -> nn.Linear:
+    """Fit a linear head by minimizing the task's loss plus an L2 penalty with L-BFGS.
 
         min_{W,b}  mean_i loss(W x̂_i + b, y_i) + ‖W‖² / (2 C n),   x̂ = (x − mean) / std,   C = 0.01
 
@@ -304,41 +336,44 @@ def fit_linear(task: Task, measured: MeasuredFeatures, outputs: int, max_iterati
     Returns:
         Head for unnormalized features, float32.
     """
-    features = torch.cat(measured.views)
-    count = len(measured.views)
+    features = torch.cat(split.views)
+    num_views = len(split.views)
     mean, std = _statistics(features)
     inputs = (features - mean) / std
-    labels = move_to(torch.cat([measured.labels] * count), inputs.device)
-    weights = None if measured.weights is None else torch.cat([measured.weights] * count).to(inputs.device)
+    labels = move_to(torch.cat([split.labels] * num_views), inputs.device)
+    weights = None if split.weights is None else torch.cat([split.weights] * num_views).to(inputs.device)
     penalty = 1 / (2 * _INVERSE_PENALTY * len(inputs))
-    weight, bias = fit_head(inputs, outputs, lambda logits: task.loss(logits, labels, weights), penalty, max_iterations)
+
+    def loss(logits: Tensor) -> Tensor:
+        return task.loss(logits, labels, weights)
+
+    weight, bias = fit_head(inputs, num_outputs, loss, penalty, max_iterations)
     weight = weight / std
     return linear_head(weight, bias - weight @ mean)
 
 
-def fit_kernel(task: Task, measured: MeasuredFeatures, outputs: int) -> KernelHead:
+def fit_kernel(task: Task, split: SplitFeatures, num_outputs: int) -> KernelHead:
     """Fit a kernel head by kernel ridge regression of the classes.
 
-        A = (K + λ diag(w)⁻¹)⁻¹ (Y − 1 πᵀ),   f(x) = s (π + Aᵀ k(x)),   λ = 0.05
+        M = (K + λ diag(w)⁻¹)⁻¹,   A = M (Y − 1 πᵀ),   f(x) = s (π + Aᵀ k(x)),   λ = 0.05
 
     K is the kernel matrix of the images; their features are averaged over the views. Y is the matrix of one-hot labels.
     The weights w are the products of class and sample weights, scaled to mean 1, and π is the weighted mean of Y.
     Nearly constant features are ignored. The scale s is the one of 13 candidates with the lowest weighted cross-entropy
-    of the leave-one-out predictions `s (y_i − A_i / [(K + λ diag(w)⁻¹)⁻¹]_ii)`.
+    of the leave-one-out predictions `s (y_i − A_i / M_ii)`.
 
     Source: Saunders et al., 1998 (ridge regression); Rasmussen and Williams, 2006, eq. 5.12 (leave-one-out).
     """
-    features = torch.stack(measured.views).mean(0)
+    features = torch.stack(split.views).mean(0)
     centers, mean, std = _standardized(features)
-    labels = measured.labels.to(features.device)
+    labels = split.labels
     weights = torch.ones(len(labels), device=features.device)
-    for factors in (task.probe_weights(measured.labels.numpy()), measured.weights):
+    for factors in (task.probe_weights(labels.numpy()), split.weights):
         if factors is not None:
             weights = weights * torch.as_tensor(factors, dtype=weights.dtype, device=weights.device)
     # on the CPU, since some devices lack float64; in float32, very unequal weights can make the matrix indefinite
     weights = (weights / weights.mean()).clamp_min(_EPS).cpu().double()
-    labels = labels.cpu()
-    targets = F.one_hot(labels, outputs).double()
+    targets = F.one_hot(labels, num_outputs).double()
     coefficients, prior, inverse = _kernel_ridge(centers, targets, weights)
     leave_one_out = targets - coefficients / inverse.diagonal()[:, None]
     del inverse
@@ -351,24 +386,27 @@ def fit_kernel(task: Task, measured: MeasuredFeatures, outputs: int) -> KernelHe
     return KernelHead(centers, mean, std, weight, intercept)
 
 
-def leave_one_out_classes(views: Sequence[Tensor], labels: Tensor, outputs: int) -> Tensor:
+def leave_one_out_classes(views: Sequence[Tensor], labels: Tensor, num_outputs: int) -> Tensor:
     """Return each image's class as predicted by a kernel ridge regression on all views of the other images.
 
-    Let `C = (K + λ I)⁻¹`, `A` as in `fit_kernel`, and b the rows of an image's views. The predictions for these views
-    are `Y_b − (C_bb)⁻¹ A_b`; the result is the class with the largest mean prediction.
+    Let `A` and `M` be those of `fit_kernel` for equal weights, with a row for each view of each image. If b are the
+    rows of one image, the predictions for its views are `Y_b − (M_bb)⁻¹ A_b`. The result is the class with the largest
+    mean prediction.
 
     Args:
         views: Features of the images in each view, `[images, width]`.
         labels: Class indices `[images]`.
-        outputs: Number of classes.
+        num_outputs: Number of classes.
     """
-    count = len(views)
-    targets = F.one_hot(labels, outputs).double().repeat(count, 1)
+    num_views = len(views)
+    targets = F.one_hot(labels, num_outputs).double().repeat(num_views, 1)
     centers, _, _ = _standardized(torch.cat(list(views)))
     coefficients, _, inverse = _kernel_ridge(centers, targets, torch.ones(len(targets)).double())
-    rows = torch.arange(len(targets)).view(count, -1).T
-    blocks = inverse[rows[:, :, None], rows[:, None, :]]
-    return (targets[rows] - torch.linalg.solve(blocks, coefficients[rows])).mean(1).argmax(-1)
+    rows = torch.arange(len(targets)).view(num_views, -1).T  # [images, views]
+    blocks = inverse[rows[:, :, None], rows[:, None, :]]  # [images, views, views]
+    residuals = torch.linalg.solve(blocks, coefficients[rows])  # [images, views, classes]
+    predictions = targets[rows] - residuals
+    return predictions.mean(1).argmax(-1)
 
 
 def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -384,7 +422,7 @@ def _standardized(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _kernel_ridge(centers: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `A`, `π` and `(K + λ diag(w)⁻¹)⁻¹` of `fit_kernel`, in float64 on the CPU."""
+    """Return `A`, `π` and `M` of `fit_kernel`, in float64 on the CPU."""
     standardized = centers.cpu().double()
     prior = weights @ targets / weights.sum()
     kernel = gaussian_kernel(standardized, standardized)
@@ -395,25 +433,25 @@ def _kernel_ridge(centers: Tensor, targets: Tensor, weights: Tensor) -> tuple[Te
 
 
 @torch.no_grad()
-def _outputs(task: Task, measured: MeasuredFeatures, head: Callable[[Tensor], Tensor]) -> Outputs:
+def _outputs(task: Task, split: SplitFeatures, head: Callable[[Tensor], Tensor]) -> OutputsAndLabels:
     """Compute reduced outputs, averaged over the views, and labels."""
-    outputs = [_apply_in_chunks(head, view) for view in measured.views]
+    outputs = [_apply_in_chunks(head, view) for view in split.views]
     averaged = outputs[0] if len(outputs) == 1 else task.average_outputs(outputs)
-    reduced, labels = task.reduce(averaged, measured.labels)
+    reduced, labels = task.reduce(averaged, split.labels)
     return reduced.cpu().numpy(), labels.cpu().numpy()
 
 
 def _apply_in_chunks(head: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
     """Apply a head to chunks of the features, to bound the memory of intermediate values."""
-    return torch.cat([head(chunk) for chunk in features.split(_CHUNK)])
+    return torch.cat([head(chunk) for chunk in features.split(_CHUNK_SIZE)])
 
 
-def _concatenate(first: MeasuredFeatures, second: MeasuredFeatures) -> MeasuredFeatures:
-    """Concatenate two splits; missing sample weights become 1."""
+def _concatenate(first: SplitFeatures, second: SplitFeatures) -> SplitFeatures:
+    """Concatenate two splits; if only one has sample weights, those of the other become 1."""
     weights = None
     if first.weights is not None or second.weights is not None:
         first_weights = torch.ones(len(first.labels)) if first.weights is None else first.weights
         second_weights = torch.ones(len(second.labels)) if second.weights is None else second.weights
         weights = torch.cat([first_weights, second_weights])
     views = [torch.cat(pair) for pair in zip(first.views, second.views, strict=True)]
-    return MeasuredFeatures(views, torch.cat([first.labels, second.labels]), weights)
+    return SplitFeatures(views, torch.cat([first.labels, second.labels]), weights)

@@ -1,4 +1,10 @@
-"""End of a training run: evaluation of the saved model, results, reports and console summary."""
+"""End of a training run: evaluation of the saved model, results, reports and console summary.
+
+Training saves the adapter of the best epoch. Afterwards, an average of epochs may replace it, and a head may be fitted
+to features of several layers. This head replaces the trained head unless it is clearly worse on validation images.
+
+The budget of a weight matrix is the maximum number of its entries that the sparse update changes.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +47,13 @@ from snella_app.training.checkpoints import BEST
 from snella_app.training.distributed import is_main, is_sharded, process_count, wait_for_everyone
 from snella_app.training.final_head import (
     LayerFit,
-    Outputs,
+    OutputsAndLabels,
+    compute_probe_outputs,
     fit_layers,
     fits_last_epoch,
     is_clearly_worse,
-    measure_layers,
 )
-from snella_app.training.linear_probe import original_images, probe_rows
+from snella_app.training.linear_probe import original_images, probe_indices
 from snella_app.training.memory import peak_rss_mib
 from snella_app.training.trainer import SnellaTrainer
 
@@ -58,6 +64,7 @@ backbone."""
 _PREDICT_USE = "With the run folder, `snella predict RUN IMAGES` runs prediction on images"
 _MERGE_USE = "`snella merge RUN --out MODEL.safetensors` merges the weights into a plain model"
 _REPORT_INTERVAL_S = 30.0
+"""Minimum seconds between two updates of the report during training."""
 
 
 class LiveReport(TrainerCallback):
@@ -79,9 +86,9 @@ class LiveReport(TrainerCallback):
             return
         trainer = self.trainer
         with contextlib.suppress(OSError, ValueError):  # e.g. a full disk, which saving the checkpoint reports
-            allocation = (
-                None if trainer.allocator is None else describe_allocation(trainer.parts.model, trainer.allocator)
-            )
+            allocation = None
+            if trainer.allocator is not None:
+                allocation = describe_allocation(trainer.parts.model, trainer.allocator)
             metrics = _metrics(trainer, self.step_timer)
             write_report(trainer.run_folder.path, metrics=metrics, allocation=allocation)
         self._written_at = time.monotonic()
@@ -100,32 +107,34 @@ def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Consol
     wait_for_everyone()  # until the main process has written the best adapter
     status = console.status("evaluating the saved model") if console.is_terminal else contextlib.nullcontext()
     with status, tempfile.TemporaryDirectory() as folder:
-        last = _fit_last_epoch(trainer, Path(folder))
+        last_epoch = _fit_last_epoch(trainer, Path(folder))
         if trainer.feature_norm is not None:
             trainer.feature_norm.remove()
             trainer.feature_norm = None  # saved weights include it
-        best = run.checkpoints / BEST
-        load_trained_into(parts.model, best if best.is_dir() else run.adapter)
-        if best.is_dir():  # an interrupted `finish` has replaced the adapter
+        best_folder = run.checkpoints / BEST
+        load_trained_into(parts.model, best_folder if best_folder.is_dir() else run.adapter)
+        if best_folder.is_dir():  # an interrupted `finish` has replaced the adapter
             trainer.save_adapter()
-        outputs, final_head = _measure(trainer, last)
-    name, images = ("val", parts.splits.val) if parts.splits.val is not None else ("test", parts.splits.test)
+        outputs, final_head = _measure(trainer, last_epoch)
+    split = "test" if parts.splits.val is None else "val"
+    images = parts.splits.test if parts.splits.val is None else parts.splits.val
     if images is not None and len(images) > MAX_PREDICTIONS:
-        images = None
+        images = None  # predictions are not stored for large splits
     if not is_main():
         if images is not None and is_sharded(parts.model):
             # the main process predicts examples and needs the weight shards of this process
+            sample_outputs = parts.task.sample_outputs(outputs[split][0])
             with tempfile.TemporaryDirectory() as folder:
-                parts.task.save_examples(parts.model, images, parts.task.sample_outputs(outputs[name][0]), Path(folder))
+                parts.task.save_examples(parts.model, images, sample_outputs, Path(folder))
         return
     scores = _write_task_state(trainer, outputs)
     if trainer.allocator is not None:
         run.write(describe_allocation(parts.model, trainer.allocator))
     report_images = None
     if images is not None:
-        sample_outputs = parts.task.sample_outputs(outputs[name][0])
+        sample_outputs = parts.task.sample_outputs(outputs[split][0])
         parts.task.save_examples(parts.model, images, sample_outputs, run.path)
-        run.write(parts.task.predictions(images, sample_outputs, name, run.path))
+        run.write(parts.task.predictions(images, sample_outputs, split, run.path))
         report_images = parts.task.report_images(images, run.path)
     metrics = _metrics(trainer, step_timer)
     if final_head is not None and final_head.replaced_epoch is not None:
@@ -145,7 +154,7 @@ def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Consol
     # written before the status, so that resuming completes a run killed here
     report = write_report(run.path, report_images, state="finished") if render_report else None
     run.finish()
-    shutil.rmtree(best, ignore_errors=True)
+    shutil.rmtree(best_folder, ignore_errors=True)
     _print_results(console, trainer, metrics, scores)
     print_line(console, f"adapter {run.adapter}" + (f", report {report}" if report else ""))
 
@@ -159,20 +168,21 @@ def _adapter_card(run: Path, model: nn.Module) -> str:
 
 @dataclasses.dataclass
 class _LastEpoch:
-    """Folder with the last epoch's weights, and the fit of its head on several layers."""
+    """Folder with the last epoch's weights, and the head on several layers fitted to that epoch."""
 
     folder: Path
     fit: LayerFit
 
 
 def _fit_last_epoch(trainer: SnellaTrainer, folder: Path) -> _LastEpoch | None:
-    """Fit a head on several layers of the last epoch, and write the epoch's weights or `ema` average to a folder.
+    """Fit a head on several layers to the last epoch's model, and write its weights or `ema` average to a folder.
 
     Returns:
-        The folder and the fit; None if `_fits_layers` or `fits_last_epoch` is False, the last epoch is the best one,
-        there are no validation images, or training stopped early.
+        The folder and the fit. None if `_fits_layers` or `fits_last_epoch` is False, if the last epoch is the best one,
+        if there are no validation images, or if training stopped early.
     """
-    plan, parts = trainer.plan, trainer.parts
+    plan = trainer.plan
+    parts = trainer.parts
     is_best = trainer.history[-1]["epoch"] == best_epoch(trainer.history, trainer.selection_score)
     can_fit = _fits_layers(trainer) and fits_last_epoch(plan) and parts.splits.val is not None
     if not can_fit or is_best or trainer.has_stopped_early:
@@ -184,24 +194,36 @@ def _fit_last_epoch(trainer: SnellaTrainer, folder: Path) -> _LastEpoch | None:
 
 
 def _fits_layers(trainer: SnellaTrainer) -> bool:
-    """Return whether the run fits a head on several layers; False for a run resumed in several processes."""
+    """Return whether the run fits a head on several layers.
+
+    A run that is resumed in several processes does not, even if its plan includes the head.
+    """
     return trainer.plan.optim.final_head == "layers" and process_count() == 1
 
 
 def _head_images(parts: RunComponents) -> ImageDataset:
     """Return the training images to which the final head is fitted."""
-    return original_images(parts.splits.train).subset(probe_rows(parts).tolist())
+    return original_images(parts.splits.train).subset(probe_indices(parts).tolist())
 
 
-def _measure(trainer: SnellaTrainer, last: _LastEpoch | None) -> tuple[dict[str, Outputs], FinalHead | None]:
-    """Compute the outputs of the final head on validation and test images, and the record of a fitted head."""
-    parts, plan = trainer.parts, trainer.plan
+def _measure(
+    trainer: SnellaTrainer, last_epoch: _LastEpoch | None
+) -> tuple[dict[str, OutputsAndLabels], FinalHead | None]:
+    """Choose the final head, and compute its outputs on the validation and test images.
+
+    Returns:
+        The outputs by split, and the record of the head on several layers. None if no such head was fitted.
+    """
+    parts = trainer.parts
+    plan = trainer.plan
     splits = parts.splits
     views = plan.data.views
-    outputs: dict[str, Outputs] = {}
-    fit = probe = final_head = None
-    if last is not None:
-        fit = last.fit
+    outputs: dict[str, OutputsAndLabels] = {}
+    fit: LayerFit | None = None
+    probe: LayerProbe | None = None
+    final_head: FinalHead | None = None
+    if last_epoch is not None:
+        fit = last_epoch.fit
     elif _fits_layers(trainer):
         fit = fit_layers(parts, _head_images(parts), plan.data, plan.optim)
         if fit.trained_val is not None:
@@ -209,64 +231,73 @@ def _measure(trainer: SnellaTrainer, last: _LastEpoch | None) -> tuple[dict[str,
     if splits.val is not None and not outputs:
         outputs["val"] = trainer.outputs(splits.val, views)
     if fit is not None:
-        probe, final_head = _select_final_head(trainer, fit, outputs, last)
+        probe, final_head = _select_final_head(trainer, fit, outputs, last_epoch)
         if probe is None and splits.val is not None and outputs["val"] is fit.trained_val:
-            outputs["val"] = trainer.outputs(splits.val, views)  # the fit's outputs may be in bfloat16
+            outputs["val"] = trainer.outputs(splits.val, views)  # the fit may have computed its features in bfloat16
             final_head = dataclasses.replace(final_head, val_trained=_score(parts.task, outputs["val"]))
     if splits.test is not None and probe is not None:
-        outputs["test"] = measure_layers(parts, probe, splits.test, views, plan.optim.effective_batch_size)
+        outputs["test"] = compute_probe_outputs(parts, probe, splits.test, views, plan.optim.effective_batch_size)
     elif splits.test is not None:
         outputs["test"] = trainer.outputs(splits.test, views)
     return outputs, final_head
 
 
 def _select_final_head(
-    trainer: SnellaTrainer, fit: LayerFit, outputs: dict[str, Outputs], last: _LastEpoch | None
+    trainer: SnellaTrainer, fit: LayerFit, outputs: dict[str, OutputsAndLabels], last_epoch: _LastEpoch | None
 ) -> tuple[LayerProbe | None, FinalHead]:
     """Save the head on several layers and replace the trained head's `outputs`, unless the new head is clearly worse.
 
-    With `last`, also save the last epoch instead of the best one, which was selected with the trained head.
+    If the head was fitted to the last epoch, also save this epoch instead of the best one, which was selected with the
+    trained head.
+
+    Returns:
+        The saved head, or None if it is clearly worse, and the record of the head.
     """
-    parts, run = trainer.parts, trainer.run_folder
+    parts = trainer.parts
+    run = trainer.run_folder
     task = parts.task
     probe = fit.probe
-    val = fit.val
     kind: Literal["linear", "mixed"] = "mixed" if isinstance(probe.head, MixedHead) else "linear"
-    record = FinalHead(probe.layers, True, kind=kind)
-    if val is not None:
-        is_saved = not is_clearly_worse(task, val, outputs["val"])
-        replaced = best_epoch(trainer.history, trainer.selection_score) if is_saved and last is not None else None
-        scores = _score(task, val), _score(task, outputs["val"])
-        record = FinalHead(probe.layers, is_saved, task.monitor, *scores, kind, replaced)
+    record = FinalHead(probe.layers, is_saved=True, kind=kind)
+    if fit.val is not None:
+        is_saved = not is_clearly_worse(task, fit.val, outputs["val"])
+        replaced_epoch = None
+        if is_saved and last_epoch is not None:
+            replaced_epoch = best_epoch(trainer.history, trainer.selection_score)
+        scores: dict[str, Any] = {"val": _score(task, fit.val), "val_trained": _score(task, outputs["val"])}
+        record = FinalHead(probe.layers, is_saved, task.monitor, **scores, kind=kind, replaced_epoch=replaced_epoch)
         if not is_saved:
             return None, record
-        outputs["val"] = val
-        if last is not None:
+        outputs["val"] = fit.val
+        if last_epoch is not None:
             _store_best(trainer)
-            load_trained_into(parts.model, last.folder)
+            load_trained_into(parts.model, last_epoch.folder)
             trainer.save_adapter()
     probe.save(run.adapter / LAYER_PROBE)
     run.update("running", final_head="layers")
     return probe, record
 
 
-def _score(task: Task, outputs: Outputs) -> float:
-    """Return the monitored metric."""
+def _score(task: Task, outputs: OutputsAndLabels) -> float:
+    """Return the value of the monitored metric."""
     return float(task.metrics(*outputs)[task.monitor])
 
 
 def _store_best(trainer: SnellaTrainer) -> None:
     """Store the best epoch's weights, so that `finish` can run again after an interruption."""
-    folder = trainer.run_folder.checkpoints
-    staging = folder / f".staging-{BEST}"
-    if not (folder / BEST).is_dir():
+    checkpoints = trainer.run_folder.checkpoints
+    staging = checkpoints / f".staging-{BEST}"
+    if not (checkpoints / BEST).is_dir():
         shutil.rmtree(staging, ignore_errors=True)
         trainer.save_adapter(staging)
-        staging.rename(folder / BEST)
+        staging.rename(checkpoints / BEST)
 
 
-def _write_task_state(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> dict[str, dict[str, Any] | None]:
-    """Calibrate the task on validation outputs, store its state and temperature, and return the scores by split."""
+def _write_task_state(trainer: SnellaTrainer, outputs: dict[str, OutputsAndLabels]) -> dict[str, dict[str, Any] | None]:
+    """Calibrate the task on validation outputs, store its state and temperature, and return the scores by split.
+
+    The scores of a split that was not evaluated are None.
+    """
     run, parts = trainer.run_folder, trainer.parts
     if "val" in outputs:
         parts.task = parts.task.calibrated(*outputs["val"])
@@ -275,7 +306,7 @@ def _write_task_state(trainer: SnellaTrainer, outputs: dict[str, Outputs]) -> di
         scores[split] = parts.task.metrics(*outputs[split]) if split in outputs else None
     if state := parts.task.state():
         run.update("running", task_state=state)
-    if parts.task.has_one_class:
+    if parts.task.has_class_scores:
         measured = {
             name: (parts.task.sample_outputs(reduced), torch.from_numpy(labels))
             for name, (reduced, labels) in outputs.items()
@@ -311,12 +342,12 @@ def _metrics(trainer: SnellaTrainer, step_timer: StepTimeCallback) -> Metrics:
 def best_epoch(
     history: Sequence[dict[str, Any]], selection_score: Callable[[Mapping[str, Any]], tuple[float, float]]
 ) -> int:
-    """Return the epoch with the highest score; ties go to the latest. See `RunProtocol.selection_score`."""
+    """Return the epoch with the highest `RunProtocol.selection_score`. Among equal epochs, the latest is returned."""
     return int(max(history, key=lambda row: (selection_score(row), row["epoch"]))["epoch"])
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the size of the weight files in an adapter folder, without a final head on several layers."""
+    """Return the size in bytes of the weight files in an adapter folder, except that of a head on several layers."""
     files = (path for path in folder.glob("*.safetensors") if path.name != LAYER_PROBE)
     return sum(path.stat().st_size for path in files)
 
@@ -351,10 +382,11 @@ def _print_results(
         print_line(console, _averaged_text(averaged, best, metrics.selection))
     if head is not None:
         print_line(console, _final_head_text(head))
-    average = averaged.text if averaged is not None and averaged.is_saved else None
-    saved = average
+    saved_average = averaged.text if averaged is not None and averaged.is_saved else None
+    saved = saved_average
     if not epochs:
-        saved = f"not trained (0 epochs); the {head.name if head and head.is_saved else 'linear probe'} is saved"
+        saved_head = head.name if head is not None and head.is_saved else "linear probe"
+        saved = f"not trained (0 epochs); the {saved_head} is saved"
     val, test = scores["val"], scores["test"]
     if val is not None:
         selected = f"best epoch {best}" if best > 0 else "no epoch is better than the initial model, which is saved"
@@ -367,7 +399,7 @@ def _print_results(
         print_line(console, f"{saved or selected}: {result}")
     if protocol.warning:
         print_line(console, f"{protocol.name} protocol: {protocol.warning}")
-    if parts.task.has_one_class and (only_class := _only_class(val or test or {}, parts.splits.classes)):
+    if parts.task.has_class_scores and (only_class := _only_class(val or test or {}, parts.splits.classes)):
         print_line(
             console,
             f"note: every {'test' if val is None else 'validation'} image is predicted as {only_class!r}; "
@@ -379,7 +411,7 @@ def _print_results(
         budget = sum(m.budget for m in matrices)
         print_line(console, f"the update {sparsity_summary(matrices)}")
         target = budget if trainer.allocator is None else trainer.allocator.target_budget
-        if budget > target and average is None:
+        if budget > target and saved_average is None:  # an average has the budgets of the last step
             print_line(console, f"epoch {best} was selected before the budget reached its target, {target:,} weights")
 
 
@@ -399,14 +431,15 @@ def _final_head_text(head: FinalHead) -> str:
 
 
 def _only_class(scores: dict[str, Any], classes: Sequence[str]) -> str | None:
-    """Return the only predicted class; None if several classes are predicted or the images have only one class."""
-    confusion = np.asarray(scores.get("confusion") or [[]])
+    """Return the only predicted class, or None if several are predicted or the images themselves have only one."""
+    confusion = np.asarray(scores.get("confusion") or [[]])  # rows: true classes, columns: predicted classes
     predicted = np.flatnonzero(confusion.sum(0))
-    return classes[predicted[0]] if len(predicted) == 1 and np.count_nonzero(confusion.sum(1)) > 1 else None
+    num_true = np.count_nonzero(confusion.sum(1))
+    return classes[predicted[0]] if len(predicted) == 1 and num_true > 1 else None
 
 
 def _averaged_text(averaged: AveragedEpochs, best: int, selection: str) -> str:
-    """Describe the result of `--swa` or `--soup`; `selection` is the split for epoch selection."""
+    """Describe the result of `--swa` or `--soup`; `selection` names the split on which epochs are selected."""
     candidates = f"of epochs {averaged.offered[0]} to {averaged.offered[-1]}"
     if averaged.is_saved:
         return f"{averaged.kind} {candidates}: {averaged.text} is saved"

@@ -24,30 +24,30 @@ from snella_app.training.train import train
 
 
 def is_cross_validation(folder: str | Path) -> bool:
-    """Return whether a folder contains a cross-validation."""
+    """Return whether a folder contains results of cross-validation."""
     return (Path(folder) / FoldResults.file).is_file()
 
 
 def train_folds(config: TrainConfig, console: Console | None = None, **options: Any) -> FoldResults:
     """Train one run per fold in `OUT/fold-1`, `OUT/fold-2`, …, and write a table over the folds.
 
-    Each of K folds holds out about 1/K of the images, stratified by class; images of a group stay together. A fold is
+    Each of K folds holds out about 1/K of the images, stratified by class. Images of a group stay together. A fold is
     an ordinary run (`snella evaluate OUT/fold-2`) with a separate validation split for epoch selection. If the data has
     a test split, the folds are the validation splits, and all models are evaluated on the test split.
 
     Args:
         config: Settings as for `train`, with `folds`. With `resume`, only unfinished folds are trained.
-        console: Output console; standard output if None.
+        console: Output console. Defaults to standard output.
         **options: Options of `train`.
 
     Returns:
         The content of `OUT/folds.json`; `folds.md` and `folds.html` present it as tables.
 
     Raises:
-        FileExistsError: If the folder is a file, contains a single run or other files, or contains a cross-validation
+        FileExistsError: If the folder is a file, or contains a single run or other files. Also if it contains folds,
             and neither `resume` nor `overwrite` is set.
-        FileNotFoundError: If `resume` is set, the folder has no cross-validation, and `data` or `backbone` is not set.
-        ValueError: If a resumed cross-validation has other settings or images.
+        FileNotFoundError: If `resume` is set, the folder contains no folds, and `data` or `backbone` is not set.
+        ValueError: If the settings or images of resumed folds have changed.
         NotImplementedError: If the world size is larger than 1.
 
     Other errors as for `train`.
@@ -56,29 +56,30 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
     console = console or make_console(survives_closed_output=True)
     folder = RunFolder(str(config.run.out))
     config = _prepare_config(config, folder)
-    count = int(config.data.folds or 0)
+    num_folds = int(config.data.folds or 0)
     has_dataset = options.get("data") is not None
     stored = read(FoldResults, folder.path)
-    results = FoldResults(count)
+    results = FoldResults(num_folds)
     page = folder.path / "folds.html"
-    is_changed = not page.is_file()  # a finished cross-validation may be on a read-only disk
-    runs = [RunFolder(folder.path / f"fold-{fold}") for fold in range(1, count + 1)]
+    is_changed = not page.is_file()  # unchanged tables are not written again, since the disk may be read-only
+    runs = [RunFolder(folder.path / f"fold-{fold}") for fold in range(1, num_folds + 1)]
     if config.run.resume and any(run.status is None for run in runs):
         _check_images(runs, config, options.get("data"))
     for fold, run in enumerate(runs, 1):
         if run.status != "finished":
-            print_line(console, f"fold {fold} of {count}")
+            print_line(console, f"fold {fold} of {num_folds}")
             try:
                 train(_fold_config(config, fold, run), console, **options)
             except TrainingInterrupted as error:
+                # resume all folds, not only this one
                 resume = partial(resume_command, "train", has_dataset=has_dataset)
                 raise TrainingInterrupted(str(error).replace(resume(run.path), resume(folder.path))) from None
         metrics = read(Metrics, run.path)
         held_out = read(RunInfo, run.path).data.fold_part or "test"
-        chosen = metrics.test if held_out == "test" else metrics.val
-        test = _scalar_metrics(metrics.test) if held_out == "val" else {}
-        row = FoldRow(fold, run.path.name, metrics.best_epoch, _scalar_metrics(chosen), test)
-        results = FoldResults(count, held_out, [*results.rows, row])
+        held_out_scores = _scalar_metrics(metrics.test if held_out == "test" else metrics.val)
+        test_scores = _scalar_metrics(metrics.test) if held_out == "val" else {}
+        row = FoldRow(fold, run.path.name, metrics.best_epoch, held_out_scores, test_scores)
+        results = FoldResults(num_folds, held_out, [*results.rows, row])
         if results.rows != stored.rows[:fold]:
             folder.write(results)
             is_changed = True
@@ -87,7 +88,7 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
     if is_changed:
         lines = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---:"] * len(columns), *rows)]
         write_text(folder.path / "folds.md", "\n".join(lines) + "\n")
-        title = f"{count} folds of {config.data.spec} by {config.method.name}"
+        title = f"{num_folds} folds of {config.data.spec} by {config.method.name}"
         context = {"title": title, "columns": columns, "rows": rows, "folders": [row.folder for row in results.rows]}
         page = write_page(folder.path, "snella_app.report", context, page.name)
     table = make_table(columns, rows[:-1], left=0)
@@ -99,7 +100,7 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
 
 
 def _fold_config(config: TrainConfig, fold: int, run: RunFolder) -> TrainConfig:
-    """Return the settings of a fold; a started fold continues with its stored settings."""
+    """Return the settings of a fold. A fold that has started continues with its stored settings."""
     if run.status is None:
         return config.replace(fold=fold, out=str(run.path), resume=False, overwrite=False)
     values = config.flat()
@@ -108,24 +109,24 @@ def _fold_config(config: TrainConfig, fold: int, run: RunFolder) -> TrainConfig:
 
 
 def _check_images(runs: Sequence[RunFolder], config: TrainConfig, data: Any) -> None:
-    """Check that the splits of a started fold have not changed, before other folds start."""
+    """Check that the splits of the first started fold have not changed, before other folds start."""
     for run in runs:
         if run.status is not None:
             info = read(RunInfo, run.path).data
             spec = find_data(run.path, str(config.data.spec), info.folder)
             splits = load_splits(dataclasses.replace(run.read_config().data, spec=spec), config.run.seed, data)
-            check_splits(run.path, info, splits, ())
+            check_splits(run.path, info, splits, ())  # without reading the images
             return
 
 
 def _scalar_metrics(scores: Any) -> dict[str, float]:
-    """Return the scalar metrics of a split; empty if it was not evaluated."""
+    """Return the scalar metrics of a split, or an empty dictionary if it was not evaluated."""
     values = {} if scores is None else plain(scores)
     return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
 
 
 def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
-    """Write the settings of a new cross-validation, or return the stored settings of a resumed one."""
+    """Return the stored settings of resumed folds; otherwise, prepare the folder for new folds and return `config`."""
     stored = read_if_present(FoldResults, folder.path)
     if stored is not None and config.run.resume:
         stored_config = folder.read_config()
@@ -160,7 +161,7 @@ def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     if stored is not None:
         runs = [RunFolder(folder.path / f"fold-{fold}") for fold in range(1, stored.folds + 1)]
         with ExitStack() as locks:
-            for run in runs:
+            for run in runs:  # all locks come first, so that nothing is removed while a fold is being trained
                 locks.enter_context(lock_run(run))
             for run in runs:
                 run._clear()
@@ -173,18 +174,20 @@ def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 
 
 def _cells(results: FoldResults) -> tuple[list[str], list[list[str]]]:
-    """Build the columns and rows of the table; the last row has means and sample standard deviations."""
+    """Build the columns and rows of the table. The last row contains means and sample standard deviations."""
     columns = ["fold"]
     rows = [[str(row.fold)] for row in results.rows]
-    last = ["mean ± standard deviation"]
-    held_out, test = [row.scores for row in results.rows], [row.test for row in results.rows]
-    for part, scores in ((results.held_out, held_out), ("test", test)):
-        for name in (name for name in scores[0] if all(name in row for row in scores)):
-            values = [row[name] for row in scores]
-            columns.append(f"{part} {name.replace('_', ' ')}")
+    mean_row = ["mean ± standard deviation"]
+    held_out_scores = [row.scores for row in results.rows]
+    test_scores = [row.test for row in results.rows]
+    for split, scores in ((results.held_out, held_out_scores), ("test", test_scores)):
+        common_names = [name for name in scores[0] if all(name in fold_scores for fold_scores in scores)]
+        for name in common_names:
+            values = [fold_scores[name] for fold_scores in scores]
+            columns.append(f"{split} {name.replace('_', ' ')}")
             for cells, value in zip(rows, values, strict=True):
                 cells.append(f"{value:.4f}")
-            last.append(f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}")
+            mean_row.append(f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}")
     for cells, row in zip(rows, results.rows, strict=True):
         cells.append("–" if row.best_epoch is None else str(row.best_epoch))
-    return [*columns, "best epoch"], [*rows, [*last, ""]]
+    return [*columns, "best epoch"], [*rows, [*mean_row, ""]]

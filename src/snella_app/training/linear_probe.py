@@ -102,7 +102,10 @@ def _has_timm_features(model: nn.Module) -> bool:
 
 
 def cache_features(parts: RunComponents, batch_size: int) -> None:
-    """Replace the images of all splits by their features, and set the head as the trained part."""
+    """Replace the images of all splits with their features, and make the head the only trained part.
+
+    Leaves the model in evaluation mode.
+    """
     parts.model.eval()
     for name, images in parts.splits.parts.items():
         (features,) = extract_features(parts, images, batch_size)
@@ -124,12 +127,13 @@ def extract_features(
     Args:
         parts: Model and number of workers.
         images: Images with a transform; each is decoded once.
-        batch_size: Batch size.
+        batch_size: Images per forward pass.
         layers: Layers of `layer_features`; None for pooled features.
-        flips: Views; True flips the images.
+        flips: One entry per view; True flips the images horizontally.
 
     Returns:
-        One tensor per view, `[images, width]`, float32; on the CPU without `layers`, else on the model's device.
+        One tensor per view, `[images, width]`, float32. Pooled features are on the CPU, where linear probes and data
+        loaders use them. Features of `layers` are on the model's device, where heads are fitted to them.
     """
     base: Any = base_model(parts.model)
     device = next(parts.model.parameters()).device
@@ -148,60 +152,65 @@ def extract_features(
     return [torch.cat(view) for view in features]
 
 
-def encoded_targets(task: Task, images: ImageDataset | FeatureDataset, rows: Iterable[int]) -> dict[str, Tensor]:
-    """Collate `labels` and, if present, sample `weights` of some images, without reading them."""
-    return task.collate([(torch.empty(0), *images.target_and_weight(row)) for row in rows])
+def encoded_targets(task: Task, images: ImageDataset | FeatureDataset, indices: Iterable[int]) -> dict[str, Tensor]:
+    """Collate `labels` and, if present, sample `weights` for the images `indices`, without decoding images."""
+    return task.collate([(torch.empty(0), *images.target_and_weight(index)) for index in indices])
 
 
 def balancing_weights(images: ImageDataset, task: Task, sampler: str) -> NDArray[np.float64] | None:
-    """Return weights with mean 1 that balance the classes like the weighted sampler; None for other samplers."""
+    """Return weights with mean 1 that balance the classes as the weighted sampler does; None for other samplers."""
     if sampler != "weighted":
         return None
     weights = np.asarray(task.sample_weights(images))
     return weights / weights.mean()
 
 
-def probe_rows(parts: RunComponents) -> NDArray[np.int64]:
-    """Return the indices of the training images for a probe; see `sampled_rows`."""
-    return sampled_rows(parts, len(parts.splits.train))
+def probe_indices(parts: RunComponents) -> NDArray[np.int64]:
+    """Return the indices of the training images for a probe; see `sampled_indices`."""
+    return sampled_indices(parts, len(parts.splits.train))
 
 
-def sampled_rows(parts: RunComponents, count: int) -> NDArray[np.int64]:
-    """Return all indices below `count`, or a sorted random sample of `MAX_PROBE_IMAGES`, seeded by the run's seed."""
+def sampled_indices(parts: RunComponents, count: int) -> NDArray[np.int64]:
+    """Return all indices below `count` or, if there are more than `MAX_PROBE_IMAGES`, a sorted random sample.
+
+    The sample contains `MAX_PROBE_IMAGES` indices and depends on the run's seed.
+    """
     if count <= MAX_PROBE_IMAGES:
         return np.arange(count)
     return np.sort(np.random.default_rng(parts.seed).choice(count, MAX_PROBE_IMAGES, replace=False))
 
 
 def probe_features(parts: RunComponents, optim: OptimConfig) -> Tensor:
-    """Return the pooled features of the probe images before training, `[images, width]`; computed once.
+    """Return the pooled features of the probe images before training, `[images, width]`.
 
-    If the final head uses several layers, this also caches the features of these layers.
+    The first call must take place before training; later calls return the cached features. If the final head uses
+    several layers, the first call also caches the features of these layers.
     """
-    if parts.probe_features is None:
-        train = parts.splits.train
-        rows = probe_rows(parts)
-        if isinstance(train, FeatureDataset):
-            parts.probe_features = train.features[torch.from_numpy(rows)]
-            return parts.probe_features
-        has_layers = optim.final_head == "layers"
-        layers = probed_layers(parts.model) if has_layers else None
-        images = probe_images(parts, rows)
-        batch_size = optim.effective_batch_size
-        with autocast(next(parts.model.parameters()).device, optim.precision):
-            (features,) = extract_features(parts, images, batch_size, layers=layers)
-        if has_layers:
-            parts.initial_layer_features = features
-            _, head = base_and_head(parts.model)
-            features = features[:, : head.in_features].cpu()
-        parts.probe_features = features
-    return parts.probe_features
+    if parts.probe_features is not None:
+        return parts.probe_features
+    train = parts.splits.train
+    indices = probe_indices(parts)
+    if isinstance(train, FeatureDataset):
+        parts.probe_features = train.features[torch.from_numpy(indices)]
+        return parts.probe_features
+    uses_several_layers = optim.final_head == "layers"
+    layers = probed_layers(parts.model) if uses_several_layers else None
+    images = probe_images(parts, indices)
+    batch_size = optim.effective_batch_size
+    with autocast(next(parts.model.parameters()).device, optim.precision):
+        (features,) = extract_features(parts, images, batch_size, layers=layers)
+    if uses_several_layers:
+        parts.initial_layer_features = features
+        _, head = base_and_head(parts.model)
+        features = features[:, : head.in_features].cpu()  # layer features start with the head's inputs
+    parts.probe_features = features
+    return features
 
 
-def probe_images(parts: RunComponents, rows: NDArray[np.int64]) -> ImageDataset:
-    """Return training images with the evaluation transform."""
+def probe_images(parts: RunComponents, indices: NDArray[np.int64]) -> ImageDataset:
+    """Return the training images `indices` with the evaluation transform."""
     transform = build_transform(parts.data_config, train=False, augment="none")
-    return parts.splits.train.with_transform(transform).subset(rows.tolist())
+    return parts.splits.train.with_transform(transform).subset(indices.tolist())
 
 
 def can_probe(parts: RunComponents) -> bool:
@@ -236,8 +245,8 @@ def _require_linear_head(model: nn.Module, setting: str, alternative: str) -> nn
     if head is None:
         found = " with ".join(type(module).__name__ for module in base_and_head(model))
         raise ValueError(
-            f"{setting} needs a timm classifier with a linear head on its pooled features, got {found}; "
-            f"use {alternative}"
+            f"{setting} needs a timm classifier with a linear head on its pooled features (one layer with a bias), "
+            f"got {found}; use {alternative}"
         )
     return head
 
@@ -250,9 +259,8 @@ def init_head_from_probe(parts: RunComponents, optim: OptimConfig, sampler: str 
     sample weights and sampler (`DataConfig.sampler`) of training.
 
     A random head sends random gradients through the backbone in the first steps; a fitted head does not (Kumar et al.,
-    2022, arXiv 2202.10054). The fit uses at most 5,000 training images without augmentation. Features are divided by
-    the root of their mean variance. The L2 penalty `1/(2·0.1)·‖w‖² = 5 ‖w‖²` is added to the sum of the images' losses.
-    Features from `cache_features` are reused.
+    2022, arXiv 2202.10054). The fit uses at most `MAX_PROBE_IMAGES` training images without augmentation. Features from
+    `cache_features` are reused.
 
     Raises:
         ValueError: If the model has no linear head on pooled features, or the task does not support a linear fit.
@@ -260,13 +268,14 @@ def init_head_from_probe(parts: RunComponents, optim: OptimConfig, sampler: str 
     head = _require_linear_head(parts.model, "head_init='probe'", "head_init='random'")
     train = parts.splits.train
     features = probe_features(parts, optim).double().numpy()
-    batch = encoded_targets(parts.task, train, probe_rows(parts).tolist())
-    labels = batch["labels"].numpy()
-    sample_weights = batch["weights"].double().numpy() if "weights" in batch else None
-    balance = balancing_weights(original_images(train).subset(probe_rows(parts).tolist()), parts.task, sampler)
+    indices = probe_indices(parts).tolist()
+    targets = encoded_targets(parts.task, train, indices)
+    labels = targets["labels"].numpy()
+    sample_weights = targets["weights"].double().numpy() if "weights" in targets else None
+    balance = balancing_weights(original_images(train).subset(indices), parts.task, sampler)
     factors = [factor for factor in (parts.task.probe_weights(labels), sample_weights, balance) if factor is not None]
-    weights = np.prod(factors, axis=0) if factors else None
-    weight, bias = parts.task.fit_linear(features, labels, head.out_features, weights)
+    total_weights = np.prod(factors, axis=0) if factors else None
+    weight, bias = parts.task.fit_linear(features, labels, head.out_features, total_weights)
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)
@@ -311,12 +320,12 @@ class FeatureNorm(TrainerCallback):
         y = W ẑ + b,   ẑ = (z − μ) / σ,   σ² = v + 1e-5
         μ ← μ + m (mean(z) − μ),   v ← v + m (var(z) − v)      after each optimizer step, m = 0.1
 
-    The head learns at the same rate along every feature, independent of its scale, and adapts to features that change
-    during training. μ and σ are constants for differentiation, so a step does not depend on the split into batches and
-    processes. `folded` provides the same function as a plain linear layer of `z`.
+    The head learns at the same rate along every feature, independently of its scale, and adapts to features that change
+    during training. μ and σ are treated as constants in the backward pass, so a step does not depend on how the images
+    are split into batches and processes. `folded` provides the same function as a plain linear layer of `z`.
 
     Args:
-        head: Linear layer, `[classes, width]`; its parameters are rescaled for `ẑ`, with unchanged outputs.
+        head: Linear layer, `[classes, width]`; its parameters are rescaled for `ẑ` so that its outputs do not change.
         features: Features before training, `[images, width]`, for the initial statistics.
     """
 
@@ -355,9 +364,10 @@ class FeatureNorm(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Update the statistics with the images of the step from all batches and processes."""
-        count, sums, squares = sum_across_processes(torch.stack(self._sums).sum(0)).split(
-            [1, len(self.mean), len(self.mean)]
-        )
+        width = len(self.mean)
+        totals = sum_across_processes(torch.stack(self._sums).sum(0))
+        # `count` is positive: even if this process has discarded its batches, another one has counted their images
+        count, sums, squares = totals.split([1, width, width])
         self._sums = []
         mean = sums / count
         self.mean.lerp_(mean, _MOMENTUM)
@@ -365,7 +375,10 @@ class FeatureNorm(TrainerCallback):
 
     @contextmanager
     def folded(self) -> Iterator[None]:
-        """Use weights for unnormalized features inside the context: `W / σ` and `b − W μ / σ`."""
+        """Replace the head's weights inside the context with those for unnormalized features: `W / σ`, `b − W μ / σ`.
+
+        For saving the weights. The model must not be called inside, since the head's inputs are still normalized.
+        """
         weight, bias = self.head.weight.detach().clone(), self.head.bias.detach().clone()
         with torch.no_grad():
             self.head.weight.div_(self._std)
@@ -378,7 +391,10 @@ class FeatureNorm(TrainerCallback):
                 self.head.bias.copy_(bias)
 
     def remove(self) -> None:
-        """Remove the normalization; the head receives unnormalized features."""
+        """Stop normalizing the head's inputs.
+
+        The weights stay the same, so the outputs change until weights saved under `folded` are loaded.
+        """
         self._handle.remove()
 
     def save(self, checkpoint: Path) -> None:
@@ -394,7 +410,9 @@ class FeatureNorm(TrainerCallback):
         path = require_file(checkpoint, _NORM_FILE)
         stored = load_file(path, str(self.mean.device))
         for name, statistic in (("mean", self.mean), ("var", self.var)):
-            shape = list(stored[name].shape) if name in stored else None
+            if name not in stored:
+                raise CheckpointError(f"{path} has no {name!r}; start over with --overwrite")
+            shape = list(stored[name].shape)
             if shape != list(statistic.shape):
                 raise CheckpointError(
                     f"{path} must contain {name!r} of shape {list(statistic.shape)}, got {shape}; start over with "

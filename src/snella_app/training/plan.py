@@ -1,4 +1,8 @@
-"""Plan of a run: resolution of automatic settings, the printed summary, and the record of a started run."""
+"""Plan of a run: resolution of automatic settings, the printed summary, and the record of a started run.
+
+The plan is the configuration of a run in which values have replaced the automatic settings. Some of these values depend
+on whether the model allows a linear probe, i.e. a linear head fitted to features of the pre-trained backbone.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,7 @@ from snella_app.training.linear_probe import (
     is_clearly_better,
     probe_features,
     probe_images,
-    probe_rows,
+    probe_indices,
     random_image,
 )
 from snella_app.training.sizing import (
@@ -55,7 +59,9 @@ from snella_app.training.sizing import (
 )
 
 _PACKAGES = ("snella", "torch", "peft", "timm", "transformers")
+"""Packages whose versions are recorded."""
 _USUAL_SIZE = 224
+"""Image size in pixels that is suggested on a CPU if the model's default is much larger."""
 _MAX_FLIPPED = 500
 """Maximum number of training images for the flip check."""
 
@@ -68,11 +74,11 @@ def resolve(
     Fields of `config` may be `"auto"` or None. With `augment="auto"`, the transform of the training images is replaced.
 
     Returns:
-        The plan (settings without automatic fields) and the components, rebuilt if the image size changed.
+        The plan, and the components, which are rebuilt if the image size changed.
 
     Raises:
-        ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images; also as
-            for `choose_heads`.
+        ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images, or
+            under the conditions of `choose_heads`.
     """
     device = choose_device(config.run.device)
     protocol = config.data.protocol
@@ -84,25 +90,28 @@ def resolve(
         def at_size(size: int) -> RunComponents:
             return build(dataclasses.replace(config.model, img_size=size), config.method, data, device)
 
-        sized = choose_heads(parts, config)
-        size = broadcast_from_main(lambda: fit_image_size(parts, sized, at_size, console, data.started_at))
+        with_heads = choose_heads(parts, config)
+        size = broadcast_from_main(lambda: fit_image_size(parts, with_heads, at_size, console, data.started_at))
         if size is not None:
             parts = at_size(size)
             config = config.replace(img_size=size)
     config = config.replace(batch_size=broadcast_from_main(lambda: fit_batch_size(parts, config.optim, console)))
-    most = config.optim.images_per_epoch(len(parts.splits.train))
-    optim = config.optim.with_batch_size_for(most)
-    if config.optim.batch_size is None and most < DEFAULT_BATCH_SIZE:
-        limit = "training images" if most == len(parts.splits.train) else "images per epoch"
-        parts.splits.notes.append(f"batch size reduced from {DEFAULT_BATCH_SIZE} to {most}, the number of {limit}")
+    epoch_size = config.optim.images_per_epoch(len(parts.splits.train))
+    optim = config.optim.with_batch_size_for(epoch_size)
+    if config.optim.batch_size is None and epoch_size < DEFAULT_BATCH_SIZE:
+        limit = "training images" if epoch_size == len(parts.splits.train) else "images per epoch"
+        parts.splits.notes.append(
+            f"batch size reduced from {DEFAULT_BATCH_SIZE} to {epoch_size}, the number of {limit}"
+        )
     plan = choose_heads(parts, dataclasses.replace(config, optim=optim))
-    chosen = broadcast_from_main(lambda: choose_augmentation(parts, plan.data, plan.optim))
+    plan_data = broadcast_from_main(lambda: choose_augmentation(parts, plan.data, plan.optim))
     if plan.data.augment == "auto":
+        augment = cast(Any, plan_data.augment)
         transform = build_transform(
-            parts.data_config, train=True, augment=cast(Any, chosen.augment), random_erasing=chosen.random_erasing
+            parts.data_config, train=True, augment=augment, random_erasing=plan_data.random_erasing
         )
         parts.splits.train = parts.splits.train.with_transform(transform)
-    plan = dataclasses.replace(plan, data=chosen)
+    plan = dataclasses.replace(plan, data=plan_data)
     can_skip = can_skip_training(plan.optim, protocol)
     if plan.optim.epochs == 0 and not can_skip:
         raise ValueError(
@@ -119,9 +128,9 @@ def resolve(
         plan = plan.replace(epochs=0)
     elif plan.optim.time_budget is not None and plan.optim.epochs:
         if plan.optim.head_init == "probe" and not can_cache_features(plan.data, parts.model):
-            probe_features(parts, plan.optim)  # now, so that their time is known
-        epochs, images = broadcast_from_main(lambda: fit_epochs(parts, plan, console, data.started_at))
-        plan = plan.replace(epochs=epochs, epoch_images=images)
+            probe_features(parts, plan.optim)  # computed now, so that the time left for epochs is known
+        epochs, epoch_images = broadcast_from_main(lambda: fit_epochs(parts, plan, console, data.started_at))
+        plan = plan.replace(epochs=epochs, epoch_images=epoch_images)
     return plan, parts
 
 
@@ -129,10 +138,10 @@ def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
     """Resolve `final_head`, `head_init` and `head_norm`, which do not depend on the image size.
 
     `final_head="auto"` is `layers` if the model and the task support it and there is a single process without `shard`,
-    else `trained`. `head_init="auto"` is `probe` if `can_probe`, else `random`. `head_norm="auto"` is `running` for a
-    probe-initialized head, else `none`. Under the `official` protocol, `auto` is `trained` and `random`, as in the
-    authors' scripts. A run that starts from another run keeps that run's head: `head_init` and `head_norm` are
-    unchanged.
+    else `trained`. `head_init="auto"` is `probe` if `can_probe` returns True, else `random`. `head_norm="auto"` is
+    `running` for a probe-initialized head, else `none`. Under the `official` protocol, `auto` is `trained` and
+    `random`, as in the authors' scripts. A run that starts from another run keeps that run's head, so `head_init` and
+    `head_norm` are unchanged.
 
     Raises:
         ValueError: If `final_head` is `layers`, but the model or the task does not support it, or the run has several
@@ -142,22 +151,23 @@ def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
     is_official = config.data.protocol == "official"
     final_head: Literal["trained", "layers"] = "trained"
     if optim.final_head == "layers" or (optim.final_head == "auto" and not is_official):
-        missing = None
+        unmet_need = None
         if not parts.task.has_linear_fit:
-            missing = f"a task with one output vector per image, got {parts.task.name}"
+            unmet_need = f"a task with one output vector per image, got {parts.task.name}"
         elif process_count() > 1 or config.run.shard:
-            missing = "a single process without shard"
+            unmet_need = "a single process without shard"
         elif not _reads_features(parts):
             model = type(base_model(parts.model)).__name__
-            missing = (
+            unmet_need = (
                 "a timm model with forward_intermediates and a method that keeps the inputs of its head, got "
                 f"{model} with method {config.method.name!r}"
             )
-        if missing is None:
+        if unmet_need is None:
             final_head = "layers"
         elif optim.final_head == "layers":
-            raise ValueError(f"final_head='layers' needs {missing}; use final_head='trained'")
-    init, norm = optim.head_init, optim.head_norm
+            raise ValueError(f"final_head='layers' needs {unmet_need}; use final_head='trained'")
+    init = optim.head_init
+    norm = optim.head_norm
     if config.model.init_from is None:
         if init == "auto":
             init = "probe" if not is_official and can_probe(parts) else "random"
@@ -169,7 +179,7 @@ def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
 
 @torch.no_grad()
 def _reads_features(parts: RunComponents) -> bool:
-    """Return whether `forward_intermediates` works with the method: its final features are the inputs of the head."""
+    """Return whether `forward_intermediates` works with the method, i.e. its final features are the head's inputs."""
     layers = probed_layers(parts.model)
     if not layers:
         return False
@@ -182,9 +192,9 @@ def _reads_features(parts: RunComponents) -> bool:
         with recorded_inputs(head) as recorded:
             model(image)
         head(recorded[0])  # raises for heads with other inputs, such as the summaries of VQT
-        inputs = recorded[0].flatten(1)
-        final = layer_features(model, image, layers)[:, : inputs.shape[1]]
-        return bool(torch.allclose(inputs, final, atol=1e-4, rtol=1e-4))
+        head_inputs = recorded[0].flatten(1)
+        final_features = layer_features(model, image, layers)[:, : head_inputs.shape[1]]
+        return bool(torch.allclose(head_inputs, final_features, atol=1e-4, rtol=1e-4))  # equal up to rounding
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, AssertionError):
         return False
     finally:
@@ -212,27 +222,28 @@ def choose_augmentation(parts: RunComponents, data: DataConfig, optim: OptimConf
             augment = "crop-no-flip"
     tta = data.tta
     if tta == "auto":
-        is_averaged = has_flips(augment) and parts.task.has_one_class and data.protocol != "official"
+        is_averaged = has_flips(augment) and parts.task.has_class_scores and data.protocol != "official"
         tta = 2 if is_averaged else 1
     return dataclasses.replace(data, augment=augment, tta=tta)
 
 
 def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
     """Return whether left-out images are predicted clearly worse if flips are used in the fit and in prediction."""
-    if not parts.task.has_one_class or not can_probe(parts):
+    if not parts.task.has_class_scores or not can_probe(parts):
         return False
-    rows = probe_rows(parts)
-    order = np.random.default_rng(parts.seed).permutation(len(rows))[:_MAX_FLIPPED]
-    plain = probe_features(parts, optim)[torch.from_numpy(order)]
-    images = probe_images(parts, rows[order])
+    indices = probe_indices(parts)
+    sample = np.random.default_rng(parts.seed).permutation(len(indices))[:_MAX_FLIPPED]
+    features = probe_features(parts, optim)[torch.from_numpy(sample)]
+    images = probe_images(parts, indices[sample])
     with autocast(next(parts.model.parameters()).device, optim.precision):
-        (flipped,) = extract_features(parts, images, optim.effective_batch_size, flips=[True])
-    labels = torch.tensor(parts.splits.train.labels)[rows[order]]
-    classes = len(parts.splits.classes)
-    without, with_flips = (
-        leave_one_out_classes(views, labels, classes) == labels for views in ([plain], [plain, flipped])
-    )
-    return is_clearly_better(int((without & ~with_flips).sum()), int((with_flips & ~without).sum()))
+        (flipped_features,) = extract_features(parts, images, optim.effective_batch_size, flips=[True])
+    labels = torch.tensor(parts.splits.train.labels)[indices[sample]]
+    num_classes = len(parts.splits.classes)
+    correct_without = leave_one_out_classes([features], labels, num_classes) == labels
+    correct_with = leave_one_out_classes([features, flipped_features], labels, num_classes) == labels
+    only_without = int((correct_without & ~correct_with).sum())
+    only_with = int((correct_with & ~correct_without).sum())
+    return is_clearly_better(only_without, only_with)
 
 
 def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> None:
@@ -278,48 +289,58 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
         rows.append(("augment", ", ".join([plan.data.augment, *(name for name, value in mixers.items() if value)])))
     is_reduced = False
     if adapter is not None and optim.epochs:
-        start, end = (adapted - round(value * adapted) for value in (adapter.init_sparsity, adapter.target_sparsity))
-        start = budget_at(0, 1, start, end, adapter.schedule)
-        is_reduced = start > end
+        # the budget is the number of adapted weights that the update may change
+        target_budget = adapted - round(adapter.target_sparsity * adapted)
+        initial_budget = adapted - round(adapter.init_sparsity * adapted)
+        initial_budget = budget_at(0, 1, initial_budget, target_budget, adapter.schedule)
+        is_reduced = initial_budget > target_budget
         at_end = f"{adapter.target_sparsity:.0%} sparse at the end"
-        rows.append(("budget", f"{start:,} → {end:,} weights ({at_end}), {adapter.schedule} schedule"))
+        budgets = f"{initial_budget:,} → {target_budget:,} weights ({at_end})"
+        rows.append(("budget", f"{budgets}, {adapter.schedule} schedule"))
 
     device = next(model.parameters()).device
-    count = process_count()
-    batch = optim.effective_batch_size
+    num_processes = process_count()
+    batch_size = optim.effective_batch_size
     steps = counted(optim.steps_per_epoch(len(splits.train)), "step")
-    images = f"{optim.accumulate} × {counted(batch, 'image')}" if optim.accumulate > 1 else counted(batch, "image")
+    step_images = counted(batch_size, "image")
+    if optim.accumulate > 1:
+        step_images = f"{optim.accumulate} × {step_images}"
     where = f"on {device}" + ("" if optim.precision == "fp32" else f" in {optim.precision}")
-    if count > 1:
-        where += f", by {count} processes" + (" with sharded frozen weights" if plan.run.shard else "")
-    rows.append(("training", f"{counted(optim.epochs, 'epoch')} of {steps}, {images} each, {where}"))
+    if num_processes > 1:
+        where += f", by {num_processes} processes" + (" with sharded frozen weights" if plan.run.shard else "")
+    rows.append(("training", f"{counted(optim.epochs, 'epoch')} of {steps}, {step_images} each, {where}"))
     if plan.run.device == "auto" and device.type == "cpu" and torch.backends.mps.is_available():
         rows.append(("note", "--device mps trains on the GPU of this machine"))
     rows += _stopping_rows(optim, adapter if is_reduced else None)
-    memory = predicted_memory(parts, optim.precision, -(-batch // count)) / 2**20
-    free = free_memory(device) / 2**20
-    memory -= sharding_savings(model, count) / 2**20 if plan.run.shard else 0
+    memory_mib = predicted_memory(parts, optim.precision, -(-batch_size // num_processes)) / 2**20
+    free_mib = free_memory(device) / 2**20
+    if plan.run.shard:
+        memory_mib -= sharding_savings(model, num_processes) / 2**20
     estimate = "estimate for weights, gradients, optimizer, batch"
-    rows.append(("memory", f"about {memory:,.0f} MiB of {free:,.0f} MiB free ({estimate})"))
-    print_rows(console, [*rows, *_cost_warnings(plan, parts, memory, free)])
+    rows.append(("memory", f"about {memory_mib:,.0f} MiB of {free_mib:,.0f} MiB free ({estimate})"))
+    print_rows(console, [*rows, *_cost_warnings(plan, parts, memory_mib, free_mib)])
 
 
-def _cost_warnings(plan: TrainConfig, parts: RunComponents, memory: float, free: float) -> list[tuple[str, str]]:
-    """Build the warnings about memory and time."""
+def _cost_warnings(
+    plan: TrainConfig, parts: RunComponents, memory_mib: float, free_mib: float
+) -> list[tuple[str, str]]:
+    """Build the rows with warnings about memory and time."""
     rows = []
-    if memory > free:
+    if memory_mib > free_mib:
         batch_size = plan.optim.effective_batch_size
-        options = [f"--batch-size below {batch_size}"] if batch_size > 1 else []
-        if "compress_activations" in set(find_method(plan.method.name).options) - set(plan.method.options):
-            options.append("--method-options.compress_activations true")
-        options += [] if plan.model.grad_checkpointing else ["--grad-checkpointing"]
-        listed = f"{', '.join(options)} or " if options else ""
-        rows.append(("warning", f"not enough free memory; use {listed}a smaller --img-size"))
+        remedies = [f"--batch-size below {batch_size}"] if batch_size > 1 else []
+        unset_options = set(find_method(plan.method.name).options) - set(plan.method.options)
+        if "compress_activations" in unset_options:
+            remedies.append("--method-options.compress_activations true")
+        if not plan.model.grad_checkpointing:
+            remedies.append("--grad-checkpointing")
+        other_remedies = f"{', '.join(remedies)} or " if remedies else ""
+        rows.append(("warning", f"not enough free memory; use {other_remedies}a smaller --img-size"))
     side = int(parts.data_config["input_size"][-1])
     is_on_cpu = next(parts.model.parameters()).device.type == "cpu"
     if plan.model.img_size is None and side >= 1.5 * _USUAL_SIZE and is_on_cpu:
-        patch = size_step(parts.model)
-        usual_side = _USUAL_SIZE // patch * patch
+        step = size_step(parts.model)
+        usual_side = _USUAL_SIZE // step * step
         rows.append(
             (
                 "warning",
@@ -331,7 +352,10 @@ def _cost_warnings(plan: TrainConfig, parts: RunComponents, memory: float, free:
 
 
 def _stopping_rows(optim: OptimConfig, adapter: SnellaConfig | None) -> list[tuple[str, str]]:
-    """Describe early stopping and its relation to the schedule; `adapter` is None if the budget is constant."""
+    """Describe early stopping and its relation to the budget's schedule.
+
+    Pass `adapter` only if its budget decreases. Without early stopping, no rows are returned.
+    """
     if optim.early_stopping is None:
         return []
     text = f"after {counted(optim.early_stopping, 'epoch')} without improvement"
@@ -352,17 +376,18 @@ def shorten_hint(parts: RunComponents, factor: float) -> str:
     underestimates the savings in attention.
     """
     side = int(parts.data_config["input_size"][-1])
-    patch = size_step(parts.model)
-    shorter = int(side / math.sqrt(factor)) // patch * patch
-    if shorter < max(MIN_SIZE, patch):
+    step = size_step(parts.model)
+    smaller_side = int(side / math.sqrt(factor)) // step * step
+    if smaller_side < max(MIN_SIZE, step):
         return "; to shorten it, reduce --train-size or --epochs, or use a smaller --backbone"
-    fraction = (shorter / side) ** 2
-    return f"; --img-size {shorter} takes about {fraction:.0%} of that time but may lower accuracy"
+    fraction = (smaller_side / side) ** 2
+    return f"; --img-size {smaller_side} takes about {fraction:.0%} of that time but may lower accuracy"
 
 
 def describe_run(plan: TrainConfig, parts: RunComponents, names: Collection[str] = SPLITS) -> RunInfo:
     """Build the record of a new or resumed run, with content digests of the splits in `names`."""
     splits = parts.splits
+    defaults = TrainConfig.from_flat(data="-", backbone="-", out="-")  # required settings have no defaults
     return RunInfo(
         status="running",
         task=parts.task.name,
@@ -389,10 +414,10 @@ def describe_run(plan: TrainConfig, parts: RunComponents, names: Collection[str]
         ),
         data_config=parts.data_config,
         versions=versions_of(_PACKAGES),
-        command=command_line(plan, TrainConfig.from_flat(data="-", backbone="-", out="-"), "train"),
+        command=command_line(plan, defaults, "train"),
     )
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
-    """Return the versions of Python and of packages."""
+    """Return the versions of Python and of the packages, by name."""
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}

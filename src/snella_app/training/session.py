@@ -68,14 +68,16 @@ class InterruptCallback(TrainerCallback):
     def __enter__(self) -> InterruptCallback:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
-                    self._previous[number] = signal.signal(number, self._handle)
+                previous = signal.getsignal(number)
+                stays_ignored = previous == signal.SIG_IGN and number != signal.SIGINT
+                if stays_ignored or previous is None:  # None: C code set the handler, so it could not be restored
+                    continue
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
-            if handler is not None:  # a handler installed by C code cannot be restored
-                signal.signal(number, handler)
+            signal.signal(number, handler)
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Automatic batch size from memory, and image size and epochs from a time budget, by trial steps."""
+"""Choose the batch size to fit in memory, and the image size and the epochs to fit in a time budget, by trial steps."""
 
 import bisect
 import contextlib
@@ -40,7 +40,7 @@ from snella_app.training.linear_probe import (
     can_cache_features,
     can_skip_training,
     evaluates_initial_model,
-    probe_rows,
+    probe_indices,
 )
 from snella_app.training.memory import predict_step_memory, preserve_state
 
@@ -53,16 +53,17 @@ _MIN_STEPS = 10
 _MEMORY_SHARE = 0.8
 """Maximum predicted step memory as a fraction of free memory; the prediction excludes libraries and workspaces."""
 _TIMED_STEPS = 4
-"""Number of steps that are timed, the first of which warms up."""
+"""Largest number of steps that are timed after the first one."""
 _MIN_TIMED = 3
-"""Smallest number of timed steps, even if they exceed `_MEASURED_SHARE`."""
+"""Smallest number of timed steps, including the first, even if they exceed `_MEASURED_SHARE`."""
 _RESERVED_SHARE = 0.05
 """Fraction of the time budget reserved for optimizer updates, checkpoints and reports."""
 _RESERVED_S = 4.0
 """Seconds reserved in addition. Both together take at most a tenth of the budget."""
 _MAX_EPOCHS = 100
+"""Largest number of epochs that is chosen for a time budget."""
 _MEASURED_SHARE = 0.02
-"""Fraction of the time budget for timing one kind of step; exceeded only for the minimum number of steps."""
+"""Fraction of the time budget for timing one kind of step. Only the minimum number of steps may exceed it."""
 _SIZE_RATIO = 1.15
 """The size search ends when the smallest size that does not fit is at most this factor times the largest that does."""
 _SMALL_SIDE = 112
@@ -70,7 +71,7 @@ _SMALL_SIDE = 112
 _MEASURED_SIDES = 16
 """Number of images whose size is read."""
 _NEVER_S = 1e12
-"""Time of a step that runs out of memory."""
+"""Seconds that stand for a step that runs out of memory, since they exceed any time budget."""
 _MIN_STEP_S = 0.01
 """Seconds of a step on cached features, and lower bound for any step."""
 _CACHED_EPOCH_S = 0.5
@@ -79,10 +80,12 @@ _OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 """Parts of torch's out-of-memory messages for GPUs and CPUs."""
 _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
 """Errors of models that do not support an image size."""
+_CGROUP = "/sys/fs/cgroup"
+"""Folder with the memory limit and the memory use of a container."""
 
 
 def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -> int | None:
-    """Return the total batch size, with `batch_size="auto"` resolved to the largest that fits in memory; None if unset.
+    """Return the total batch size, replacing `"auto"` by the largest that fits in memory. Returns None if it is unset.
 
     Candidates per process are powers of two up to 256 with at least 10 steps per epoch. The largest candidate with a
     predicted memory of at most 0.8 of the free memory is tested with a trial step, and halved while the step runs out
@@ -91,20 +94,19 @@ def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -
     if optim.batch_size != "auto":
         return optim.batch_size
     free = free_memory(next(parts.model.parameters()).device)
-    images_per_batch = optim.images_per_epoch(len(parts.splits.train)) // (
-        _MIN_STEPS * optim.accumulate * process_count()
-    )
-    largest = max(1, min(_MAX_BATCH, images_per_batch))
-    batch = 1 << largest.bit_length() - 1
-    while batch > 1 and predicted_memory(parts, optim.precision, batch) > _MEMORY_SHARE * free:
-        batch //= 2
-    while batch > 1 and _runs_out_of_memory(parts, optim.precision, batch):
-        batch //= 2
-    memory = predicted_memory(parts, optim.precision, batch) / 2**20
-    total_batch = batch * process_count()
+    epoch_size = optim.images_per_epoch(len(parts.splits.train))
+    max_for_min_steps = epoch_size // (_MIN_STEPS * optim.accumulate * process_count())
+    largest = max(1, min(_MAX_BATCH, max_for_min_steps))
+    batch_size = 1 << largest.bit_length() - 1  # the largest power of two up to `largest`
+    while batch_size > 1 and predicted_memory(parts, optim.precision, batch_size) > _MEMORY_SHARE * free:
+        batch_size //= 2
+    while batch_size > 1 and _runs_out_of_memory(parts, optim.precision, batch_size):
+        batch_size //= 2
+    memory = predicted_memory(parts, optim.precision, batch_size) / 2**20
+    total_batch_size = batch_size * process_count()
     step = f"a step uses about {memory:,.0f} of {free / 2**20:,.0f} MiB of free memory"
-    print_line(console, f"batch size {total_batch}: {step}")
-    return total_batch
+    print_line(console, f"batch size {total_batch_size}: {step}")
+    return total_batch_size
 
 
 def predicted_memory(parts: RunComponents, precision: str, batch_size: int) -> int:
@@ -114,21 +116,21 @@ def predicted_memory(parts: RunComponents, precision: str, batch_size: int) -> i
         return predict_step_memory(parts.model, (channels, height, width), batch_size).total
 
 
-_CGROUP = "/sys/fs/cgroup"
-
-
 def free_memory(device: torch.device) -> int:
     """Return the free bytes of a GPU, or this process's share of the free bytes of the machine or container."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # memory of earlier trial steps is free
-        return int(torch.cuda.mem_get_info(device)[0])
+        torch.cuda.empty_cache()  # otherwise, memory of earlier trial steps would not count as free
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return int(free_bytes)
     free = int(psutil.virtual_memory().available)
-    limit, used, details = (Path(_CGROUP, name) for name in ("memory.max", "memory.current", "memory.stat"))
-    with contextlib.suppress(OSError, ValueError):  # missing files, or the value "max"
+    group = Path(_CGROUP)
+    with contextlib.suppress(OSError, ValueError):  # missing files, or the value "max" if there is no limit
+        statistics_text = (group / "memory.stat").read_text()
+        cached_files = re.findall(r"^(?:active|inactive)_file (\d+)$", statistics_text, re.MULTILINE)
         # the kernel frees cached files on demand
-        cached = re.findall(r"^(?:active|inactive)_file (\d+)$", details.read_text(), re.MULTILINE)
-        in_use = int(used.read_text()) - sum(map(int, cached))
-        free = min(free, max(int(limit.read_text()) - in_use, 0))
+        in_use = int((group / "memory.current").read_text()) - sum(map(int, cached_files))
+        limit = int((group / "memory.max").read_text())
+        free = min(free, max(limit - in_use, 0))
     return free // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
@@ -148,17 +150,20 @@ def fit_image_size(
     images or 112 pixels, whichever is larger. The limit does not apply to runs without epochs.
 
     Candidates are multiples of `size_step`, from 48 pixels to the backbone's default. The search stops within 15% of
-    the largest size that fits; if no size fits, the result is the smallest. Models that do not support other sizes keep
+    the largest size that fits. If no size fits, the result is the smallest. Models that do not support other sizes keep
     their default, as do folds, runs with `init_from`, and methods that select parameters.
 
+    `at_size` builds the components for an image size. `started_at` is `time.monotonic()` at the start of the budget.
+
     Returns:
-        Image size; None for the backbone's default.
+        Image size, or None for the backbone's default.
     """
     optim = config.optim
     budget = str(config.optim.time_budget)
     default = int(parts.data_config["input_size"][-1])
     step = size_step(parts.model)
-    sizes = [*range(-(-MIN_SIZE // step) * step, default, step), default]
+    smallest = -(-MIN_SIZE // step) * step  # `MIN_SIZE`, rounded up to a multiple
+    sizes = [*range(smallest, default, step), default]
     reason = _reason_to_keep_size(config)
     if reason is not None:
         print_line(console, f"image size stays {default} px: {reason}")
@@ -166,14 +171,16 @@ def fit_image_size(
         return None
 
     def measure(size: int, with_training: bool) -> _Times:
+        """Estimate the times at a size. If a step runs out of memory, they exceed any budget."""
         try:
             return _measure_times(parts if size == default else at_size(size), config, with_training)
         except _SIZE_ERRORS as error:
             if is_out_of_memory(error):
-                return _Times(1, _NEVER_S, _NEVER_S, _NEVER_S)
+                return _Times(steps=1, step_s=_NEVER_S, selection_s=_NEVER_S, final_s=_NEVER_S)
             raise _SizeError(f"{size} px ({first_line(error.__cause__ or error)})") from error
 
     def epoch_seconds(size: int) -> float:
+        """Return the seconds of an epoch at a size, including its share of the final evaluation."""
         times = measure(size, with_training=True)
         evaluation_s = times.selection_s * _evaluations(config, optim.epochs)
         return times.steps * times.step_s + (evaluation_s + times.final_s) / optim.epochs
@@ -188,15 +195,16 @@ def fit_image_size(
     try:
         if has_head or not trains:
             largest_side = max(_SMALL_SIDE, _median_side(parts.splits.train)) if trains else default
+            # up to the first size that is not smaller than the limit
             head_sizes = [size for size in sizes if size - step < largest_side] or sizes[:1]
             search = _largest_size(head_sizes, lambda size: measure(size, with_training=False).final_s, left_s)
             work = last_part
             unit = "it"
             sizes = [size for size in sizes if 2 * size >= search.size]
         if search is None or (trains and search.fits):
-            trained = _largest_size(sizes, epoch_seconds, lambda: left_s() / optim.epochs)
-            if search is None or trained.fits:
-                search = trained
+            epoch_search = _largest_size(sizes, epoch_seconds, lambda: left_s() / optim.epochs)
+            if search is None or epoch_search.fits:
+                search = epoch_search
                 work = epochs
                 unit = "one epoch"
     except _SizeError as error:
@@ -209,26 +217,31 @@ def fit_image_size(
         print_line(console, f"image size {search.size} px, the smallest: a step does not fit into memory at any size")
         return search.size
     default_s = seconds.get(default, seconds[max(seconds)] * (default / max(seconds)) ** 2)
-    is_one = unit == "it" or optim.epochs == 1
-    fit = f"{'fits' if is_one else 'fit'} into {budget}"
+    is_singular = unit == "it" or optim.epochs == 1
+    outcome = f"{'fits' if is_singular else 'fit'} into {budget}"
     if not search.fits:
-        fit = f"{'exceeds' if is_one else 'exceed'} {budget} even at the smallest size"
+        outcome = f"{'exceeds' if is_singular else 'exceed'} {budget} even at the smallest size"
+    origin = "" if default in seconds else ", estimated from the number of pixels"
     print_line(
         console,
-        f"image size {search.size} px: {work} {fit}; {unit} takes about {seconds_text(seconds[search.size])} "
-        f"(at {default} px, the backbone's default size: about {seconds_text(default_s)}"
-        f"{'' if default in seconds else ', estimated from the number of pixels'}); use --img-size to set the size",
+        f"image size {search.size} px: {work} {outcome}; {unit} takes about {seconds_text(seconds[search.size])} "
+        f"(at {default} px, the backbone's default size: about {seconds_text(default_s)}{origin}); "
+        "use --img-size to set the size",
     )
     return search.size
 
 
 def size_step(model: nn.Module) -> int:
-    """Return the divisor of supported image sizes, from the patch size and the feature stride; 32 if unknown."""
+    """Return the divisor of supported image sizes, from the patch size and the feature stride, or 32 if unknown."""
     modules = list(model.modules())
-    patches = [size[0] for module in modules if isinstance(size := getattr(module, "patch_size", None), tuple)]
+    patch_sizes = [size for module in modules if isinstance(size := getattr(module, "patch_size", None), tuple)]
     infos = [info for module in modules if isinstance(info := getattr(module, "feature_info", None), list)]
-    reductions = [int(stage["reduction"]) for info in infos[:1] for stage in info[-1:]]
-    return math.lcm(*map(int, patches[:1]), *reductions) if patches or reductions else 32
+    divisors: list[int] = []
+    if patch_sizes:
+        divisors.append(int(patch_sizes[0][0]))
+    if infos and infos[0]:
+        divisors.append(int(infos[0][-1]["reduction"]))  # of the last stage
+    return math.lcm(*divisors) if divisors else 32
 
 
 class _SizeError(Exception):
@@ -248,31 +261,31 @@ def _largest_size(
     sizes: Sequence[int], seconds_at: Callable[[int], float], allowed_s: Callable[[], float]
 ) -> _LargestSize:
     """Find the largest of the ascending sizes that fits the allowed time, to within 15%."""
-    # starts at the smallest size, since a step at the largest may exceed the budget; the next size is the largest that
-    # would fit if time were proportional to the number of pixels
     seconds: dict[int, float] = {}
-    fits = -1
-    too_large = len(sizes)
-    index = 0
-    while fits + 1 < too_large and not (
-        0 <= fits < too_large < len(sizes) and sizes[too_large] <= _SIZE_RATIO * sizes[fits]
-    ):
+    last_fitting = -1  # index of the largest size that fits so far
+    first_failing = len(sizes)  # index of the smallest size that does not
+    index = 0  # the smallest size, since a step at the largest may exceed the budget
+    while last_fitting + 1 < first_failing:
+        is_bracketed = last_fitting >= 0 and first_failing < len(sizes)
+        if is_bracketed and sizes[first_failing] <= _SIZE_RATIO * sizes[last_fitting]:
+            break
         size = sizes[index]
         seconds[size] = seconds_at(size)
         allowed = max(allowed_s(), 0.0)
         if seconds[size] <= allowed:
-            fits = index
+            last_fitting = index
         else:
-            too_large = index
-        largest = size * math.sqrt(allowed / max(seconds[size], 1e-9))
-        index = max(bisect.bisect_right(sizes, largest) - 1, fits + 1)
-        if index >= too_large or too_large < len(sizes):
-            index = (fits + too_large) // 2
+            first_failing = index
+        # next is the largest size that would fit if time were proportional to the number of pixels
+        estimated_largest = size * math.sqrt(allowed / max(seconds[size], 1e-9))
+        index = max(bisect.bisect_right(sizes, estimated_largest) - 1, last_fitting + 1)
+        if index >= first_failing or first_failing < len(sizes):  # once a size has failed, bisect
+            index = (last_fitting + first_failing) // 2
     # the search itself takes time, so a size that fit earlier may no longer fit
-    measured = sorted(seconds)
-    pixels = [size**2 for size in measured]
-    times = [seconds[size] for size in measured]
-    candidates = sizes[: max(fits, 0) + 1]
+    measured_sizes = sorted(seconds)
+    pixels = [size**2 for size in measured_sizes]
+    times = [seconds[size] for size in measured_sizes]
+    candidates = sizes[: max(last_fitting, 0) + 1]
     estimates = {size: float(np.interp(size**2, pixels, times)) for size in candidates}
     allowed = allowed_s()
     fitting = [size for size, needed in estimates.items() if needed <= allowed]
@@ -287,7 +300,7 @@ def _median_side(images: ImageDataset) -> float:
 
 
 def _reason_to_keep_size(config: TrainConfig) -> str | None:
-    """Return the reason to keep the image size; None if other sizes can be tried."""
+    """Return the reason to keep the image size, or None if other sizes can be tried."""
     if config.model.init_from is not None:
         return f"{config.model.init_from} uses this size"
     if config.data.folds is not None:
@@ -307,10 +320,10 @@ def fit_epochs(
     images.
 
     Returns:
-        `epochs` and `epoch_images`; None for all images.
+        `epochs`, and `epoch_images`, which is None if an epoch has all images.
     """
     optim = config.optim
-    images = len(parts.splits.train)
+    num_images = len(parts.splits.train)
     times = _measure_times(parts, config)
     left_s = _seconds_left(str(optim.time_budget), started_at) - times.final_s
 
@@ -318,12 +331,13 @@ def fit_epochs(
         seconds = left_s - times.selection_s * _evaluations(config, epochs)
         return min(times.steps, int(seconds / epochs / times.step_s))
 
-    whole = max((count for count in range(1, _MAX_EPOCHS + 1) if steps_in_time(count) == times.steps), default=0)
-    epochs = max(max(whole, 1), min(whole + 1, _MAX_EPOCHS), key=lambda count: count * steps_in_time(count))
-    fewest = min(times.steps, _MIN_STEPS) if epochs == 1 else 1
-    fits = steps_in_time(epochs) >= fewest
-    steps = max(steps_in_time(epochs), fewest)
-    epoch_images = min(images, steps * optim.images_per_step)
+    whole_epochs = max((count for count in range(1, _MAX_EPOCHS + 1) if steps_in_time(count) == times.steps), default=0)
+    candidates = (max(whole_epochs, 1), min(whole_epochs + 1, _MAX_EPOCHS))
+    epochs = max(candidates, key=lambda count: count * steps_in_time(count))
+    min_steps = min(times.steps, _MIN_STEPS) if epochs == 1 else 1
+    fits = steps_in_time(epochs) >= min_steps
+    steps = max(steps_in_time(epochs), min_steps)
+    epoch_images = min(num_images, steps * optim.images_per_step)
     epoch_s = steps * times.step_s + times.selection_s * _evaluations(config, epochs) / epochs
     if not fits and can_skip_training(optim, config.data.protocol):
         epochs = 0
@@ -339,10 +353,10 @@ def fit_epochs(
         text += f"; {head} without training the backbone"
     elif not fits:
         text += "; reduce --img-size"
-    elif whole == _MAX_EPOCHS:
+    elif whole_epochs == _MAX_EPOCHS:
         text += f"; {_MAX_EPOCHS} is the maximum; for more, use --epochs without --time-budget"
     print_line(console, text)
-    return epochs, epoch_images if epochs and epoch_images < images else None
+    return epochs, epoch_images if epochs and epoch_images < num_images else None
 
 
 def _evaluations(config: TrainConfig, epochs: int) -> int:
@@ -360,7 +374,7 @@ def _seconds_left(budget: str, started_at: float) -> float:
 
 @dataclass(frozen=True)
 class _Times:
-    """Times in seconds.
+    """Times of parts of a run, in seconds.
 
     Attributes:
         steps: Number of optimizer steps per epoch.
@@ -376,36 +390,36 @@ class _Times:
 
 
 def _measure_times(parts: RunComponents, config: TrainConfig, with_training: bool = True) -> _Times:
-    """Estimate times from a few steps; without training, `step_s` is `_MIN_STEP_S`."""
+    """Estimate times from a few steps. Without training, `step_s` is `_MIN_STEP_S`."""
     data = config.data
     batch_size = fit_batch_size(parts, config.optim, Console(file=io.StringIO()))
     optim = dataclasses.replace(config.optim, batch_size=batch_size)
-    per_batch = max(optim.effective_batch_size // process_count(), 1)
+    process_batch_size = max(optim.effective_batch_size // process_count(), 1)
     train_s = 0.0
     is_cached = can_cache_features(data, parts.model)
     if with_training and not is_cached:
         with _reduced_budgets(parts.model):
-            train_s = _step_seconds(parts, optim, parts.splits.train, per_batch, _trial_step)
-    measured = {name: part for name, part in parts.splits.parts.items() if name != "train"}
+            train_s = _step_seconds(parts, optim, parts.splits.train, process_batch_size, _trial_step)
+    evaluated = {name: dataset for name, dataset in parts.splits.parts.items() if name != "train"}
+    timed_split = next(reversed(evaluated.values()), parts.splits.train)
     # the first pass reads from disk; later passes may read from memory
-    last = next(reversed(measured.values()), parts.splits.train)
-    first_read_s, read_s = (_step_seconds(parts, optim, last, per_batch, _only_read) for _ in range(2))
-    views = 2 if data.tta == "auto" else data.views
+    first_read_s, read_s = (_step_seconds(parts, optim, timed_split, process_batch_size, _only_read) for _ in range(2))
+    views = 2 if data.tta == "auto" else data.views  # auto may select two views
 
-    def evaluation_seconds(optim: OptimConfig) -> tuple[float, float]:
+    def evaluation_seconds(timed_optim: OptimConfig) -> tuple[float, float]:
         """Return the time to read a batch and evaluate one view, and the time to read it and evaluate all views."""
-        once_s = _step_seconds(parts, optim, last, per_batch, _trial_evaluation)
+        once_s = _step_seconds(parts, timed_optim, timed_split, process_batch_size, _trial_evaluation)
         return once_s, once_s + (views - 1) * max(once_s - read_s, 0.0)
 
     once_s, views_s = evaluation_seconds(dataclasses.replace(optim, precision="fp32"))
-    timed_images = min(per_batch, len(last)) * process_count()
-    batches = {name: len(part) / timed_images for name, part in measured.items()}
-    selection_s = batches.get(str(get_protocol(data.protocol).selected_on), 0) * once_s
+    timed_images = min(process_batch_size, len(timed_split)) * process_count()
+    num_batches = {name: len(dataset) / timed_images for name, dataset in evaluated.items()}
+    selection_s = num_batches.get(str(get_protocol(data.protocol).selected_on), 0) * once_s
     fits_layers = optim.final_head == "layers"
-    is_evaluated = not (fits_layers and trained_head(parts)) or (with_training and fits_last_epoch(config))
-    final_s = sum(batches.values()) * max(first_read_s - read_s, 0.0) + batches.get("test", 0) * views_s
-    if is_evaluated:  # the trained head; otherwise, its outputs come from the features of the fit
-        final_s += batches.get("val", 0) * views_s
+    needs_evaluation = not (fits_layers and trained_head(parts)) or (with_training and fits_last_epoch(config))
+    final_s = sum(num_batches.values()) * max(first_read_s - read_s, 0.0) + num_batches.get("test", 0) * views_s
+    if needs_evaluation:  # of the trained head; otherwise, its outputs come from the features of the fit
+        final_s += num_batches.get("val", 0) * views_s
     if is_cached:
         selection_s = _CACHED_EPOCH_S
         final_s += sum(map(len, parts.splits.parts.values())) / timed_images * once_s
@@ -413,17 +427,17 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
         final_s += selection_s
     final_s += selection_s * ((optim.soup or 0) + (optim.swa is not None))  # evaluation of averages
     if fits_layers:
-        val = len(measured.get("val", ()))
-        images = len(probe_rows(parts)) + min(val, MAX_PROBE_IMAGES)
-        read_images = images + (val if val > MAX_PROBE_IMAGES else 0)
+        num_val = len(evaluated.get("val", ()))
+        num_fitted = len(probe_indices(parts)) + min(num_val, MAX_PROBE_IMAGES)
+        num_read = num_fitted + (num_val if num_val > MAX_PROBE_IMAGES else 0)
         features_s = views_s if optim.precision == "fp32" else evaluation_seconds(optim)[1]
-        final_s += read_images / timed_images * features_s + layer_fit_seconds(parts, images, views)
+        final_s += num_read / timed_images * features_s + layer_fit_seconds(parts, num_fitted, views)
     steps = optim.steps_per_epoch(len(parts.splits.train))
     return _Times(steps, max(train_s * optim.accumulate, _MIN_STEP_S), selection_s, final_s)
 
 
 def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:
-    """Run a forward and a backward pass with memory for the optimizer states allocated; restore the model's state."""
+    """Run a forward and a backward pass, with memory allocated for the optimizer states, and restore the model."""
     model = parts.model
     device = next(parts.model.parameters()).device
     images = batch["images"].to(device)
@@ -446,16 +460,20 @@ def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) 
 
 @contextmanager
 def _reduced_budgets(model: nn.Module) -> Iterator[None]:
-    """Reduce all budgets by half the target sparsity; with full budgets, a step does not search for thresholds."""
-    layers = {matrix.layer: matrix.adapter_name for matrix in matrices_of(model)}
-    budgets = {layer: layer.budgets(name) for layer, name in layers.items()}
+    """Reduce the budgets of all matrices, i.e. the numbers of entries that their updates may change.
+
+    With full budgets, a step would not search for magnitude thresholds and would be too fast. The budgets are reduced
+    by half the target sparsity.
+    """
+    adapter_names = {matrix.layer: matrix.adapter_name for matrix in matrices_of(model)}
+    budgets = {layer: layer.budgets(name) for layer, name in adapter_names.items()}
     try:
-        for layer, name in layers.items():
+        for layer, name in adapter_names.items():
             share = 1 - layer.snella_config[name].target_sparsity / 2
             layer.set_budget(name, (int(share * budget) for budget in budgets[layer]))
         yield
     finally:
-        for layer, name in layers.items():
+        for layer, name in adapter_names.items():
             layer.set_budget(name, budgets[layer])
 
 
@@ -468,22 +486,27 @@ def _trial_evaluation(parts: RunComponents, precision: str, batch: dict[str, Ten
 
 
 def _only_read(parts: RunComponents, precision: str, batch: dict[str, Tensor]) -> None:
-    """No-op, for timing only data loading."""
+    """Do nothing, so that only data loading is timed."""
 
 
 def _step_seconds(
     parts: RunComponents,
     optim: OptimConfig,
     dataset: torch.utils.data.Dataset[object],
-    batch: int,
+    batch_size: int,
     step: Callable[[RunComponents, str, dict[str, Tensor]], None],
 ) -> float:
-    """Return the median time of a step including data loading, in seconds; smaller last batches do not count.
+    """Return the median time in seconds of a step, including data loading.
 
-    The model is in evaluation mode, except for `_trial_step`.
+    Smaller last batches do not count. The model is in evaluation mode, except in `_trial_step`.
     """
-    generator = torch.Generator().manual_seed(parts.seed)  # leaves torch's global generator unchanged
-    loader = DataLoader(dataset, batch, collate_fn=parts.task.collate, num_workers=parts.workers, generator=generator)
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        collate_fn=parts.task.collate,
+        num_workers=parts.workers,
+        generator=torch.Generator().manual_seed(parts.seed),  # leaves torch's global generator unchanged
+    )
     limit_s = _MEASURED_SHARE * budget_seconds(str(optim.time_budget))
     spans: list[float] = []
     sizes: list[int] = []
@@ -491,7 +514,8 @@ def _step_seconds(
     device = next(parts.model.parameters()).device
     parts.model.eval()  # once: every change of the mode discards merged weights
     start = time.perf_counter()
-    passes = 1 if step is _only_read else _MIN_TIMED  # one pass times reading; other steps repeat small splits
+    # small splits are repeated, except to time reading, which may be faster in a second pass
+    passes = 1 if step is _only_read else _MIN_TIMED
     batches = itertools.chain.from_iterable(itertools.repeat(loader, passes))
     for number, items in enumerate(batches):
         step(parts, optim.precision, items)
@@ -502,17 +526,17 @@ def _step_seconds(
         start = time.perf_counter()
     parts.model.train(was_training)
     # the first step, and sometimes the second, compiles kernels
-    first = 0 if step is _only_read else 1
-    full = [span for span, size in zip(spans[first:], sizes[first:], strict=True) if size == max(sizes)]
-    return statistics.median_low(full or spans[first:] or spans)
+    warmup = 0 if step is _only_read else 1
+    full_batch_spans = [span for span, size in zip(spans[warmup:], sizes[warmup:], strict=True) if size == max(sizes)]
+    return statistics.median_low(full_batch_spans or spans[warmup:] or spans)
 
 
-def _runs_out_of_memory(parts: RunComponents, precision: str, batch: int) -> bool:
+def _runs_out_of_memory(parts: RunComponents, precision: str, batch_size: int) -> bool:
     """Return whether a trial step runs out of memory; other errors propagate."""
     train = parts.splits.train
-    images = [train[index % len(train)] for index in range(batch)]
+    items = [train[index % len(train)] for index in range(batch_size)]
     try:
-        _trial_step(parts, precision, parts.task.collate(images))
+        _trial_step(parts, precision, parts.task.collate(items))
     except RuntimeError as error:  # base class of torch.OutOfMemoryError
         if not is_out_of_memory(error):
             raise

@@ -69,12 +69,12 @@ def train(
     Args:
         config: Configuration. With `resume`, the stored run continues from its last checkpoint with its stored
             settings.
-        console: Output console; standard output if None.
+        console: Output console. Defaults to standard output.
         data: A torch or Hugging Face dataset, or a mapping from train, val and test to datasets. `config.data.spec`
             names it, for example `python:flowers`. Resuming the run requires the same object.
         evaluate_test: If False, skip the test images, for example in tuning runs.
-        keep_checkpoints: If False, save a checkpoint only at an interruption; for short runs.
-        render_report: If False, skip the HTML report; `snella inspect --report` writes it later.
+        keep_checkpoints: If False, save a checkpoint only at an interruption, for example in short runs.
+        render_report: If False, skip the HTML report, which `snella inspect --report` can write later.
 
     Returns:
         Folder of the finished run.
@@ -85,23 +85,23 @@ def train(
         RunInUseError: If another process is writing to the folder.
         FileNotFoundError: If files of the data or the backbone, the run to resume, or the adapter or results of a
             finished run are missing.
-        ValueError: If settings contradict each other or the data, the device is not available, or settings or images of
-            a resumed run have changed.
+        ValueError: If settings contradict each other or the data, if the device is not available, or if settings or
+            images of a resumed run have changed.
         TypeError: If `data` is not a supported dataset.
-        ImportError: If a package of the data, the backbone or `track` is missing.
+        ImportError: If a package that the data, the backbone or `track` needs is missing.
         ConnectionError: If the Hugging Face Hub is needed and unreachable.
         NotImplementedError: If Accelerate is configured for FSDP or another mode besides DDP, or the backbone does not
             support `channels` or its weight file.
-        TrainingInterrupted: After the first SIGINT (Ctrl-C), SIGTERM or SIGHUP during training; a checkpoint is saved
+        TrainingInterrupted: After the first SIGINT (Ctrl-C), SIGTERM or SIGHUP during training. A checkpoint is saved
             first.
-        NonFiniteLossError: If the loss or gradient is infinite or NaN; the last checkpoint remains valid.
-        CheckpointError: If the disk is full (the last checkpoint remains valid), or the checkpoint of a resumed run is
-            damaged.
+        NonFiniteLossError: If the loss or gradient is infinite or NaN. The last checkpoint remains valid.
+        CheckpointError: If the disk is full, in which case the last checkpoint remains valid, or if the checkpoint of a
+            resumed run is damaged.
     """
     run = RunFolder(str(config.run.out))
     init_process_group(config.run.device)
     if not is_main():
-        console = Console(file=io.StringIO())
+        console = Console(file=io.StringIO())  # only the main process prints
     console = console or make_console(survives_closed_output=True)
     with main_process_only(lock_run(run, allow_distributed=True)):
         if config.model.init_from is not None and not (config.run.resume and run.status is not None):
@@ -126,9 +126,9 @@ def train(
                 f"the first convolution of {config.model.backbone} is adapted to {channels} if it has 3"
             )
         initial = None if config.model.init_from is None else RunFolder(config.model.init_from)
-        source = run if stored is not None else initial
-        selection = None if source is None else source.path
-        parts = build(config.model, config.method, loaded, device, selection, console)
+        selection_run = run if stored is not None else initial
+        selection_path = None if selection_run is None else selection_run.path
+        parts = build(config.model, config.method, loaded, device, selection_path, console)
         if initial is not None and (stored is None or latest_checkpoint(run.checkpoints) is None):
             load_initial_weights(parts, str(config.data.spec), initial)
         if stored is None:
@@ -155,12 +155,12 @@ def _with_initial_settings(config: TrainConfig, initial: RunFolder) -> TrainConf
     inherited = initial.init_from_settings(config)
     if config.data.spec is not None:
         return inherited
-    folder = read(RunInfo, initial.path).data.folder
-    return inherited.replace(data=find_data(initial.path, str(inherited.data.spec), folder))
+    data_folder = read(RunInfo, initial.path).data.folder
+    return inherited.replace(data=find_data(initial.path, str(inherited.data.spec), data_folder))
 
 
 def _check_available(config: TrainConfig, device: torch.device) -> None:
-    """Check the precision and the packages of the trackers, before the data and the model are loaded."""
+    """Raise an error if the precision or a tracker is not available, before the data and the model are loaded."""
     if config.optim.precision == "fp16" and device.type != "cuda":
         raise ValueError(f"precision must be fp32 or bf16 on device {device.type!r}, got 'fp16'; fp16 requires a GPU")
     for name in config.run.trackers:
@@ -178,11 +178,19 @@ def _fit(
     keep_checkpoints: bool,
     render_report: bool,
 ) -> tuple[SnellaTrainer, StepTimeCallback]:
-    """Initialize the head and train from the last checkpoint, if any; raise KeyboardInterrupt after an interruption."""
+    """Initialize the head, and train from the last checkpoint if there is one.
+
+    Returns:
+        The trainer, and the callback that has measured the steps.
+
+    Raises:
+        KeyboardInterrupt: If training was interrupted by a signal.
+    """
     start = time.monotonic()
     optim = plan.optim
     trackers = plan.run.trackers
-    matrices, method = matrices_of(parts.model), method_of(parts.model)
+    matrices = matrices_of(parts.model)
+    method = method_of(parts.model)
     step_timer = StepTimeCallback(next(parts.model.parameters()).device)
     with InterruptCallback() as interrupt, _tracking(trackers, run):
         checkpoint = broadcast_from_main(lambda: checkpoint_to_resume(run, console)) if plan.run.resume else None
@@ -210,7 +218,7 @@ def _fit(
         with contextlib.closing(display):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     is_incomplete = trainer.state.global_step < trainer.state.max_steps and not trainer.has_stopped_early
-    # an interruption in the last epoch also stops the run, if its checkpoint is saved
+    # an interruption in the last epoch also stops the run, provided that its checkpoint is saved
     is_saved = keep_checkpoints or interrupt.checkpoint_saved or not optim.epochs
     if is_incomplete or mean_across_processes(float(interrupt.stop_requested and is_saved)) > 0:
         raise KeyboardInterrupt
@@ -219,7 +227,10 @@ def _fit(
 
 @contextmanager
 def _tracking(trackers: Sequence[str], run: RunFolder) -> Iterator[None]:
-    """Direct trackers to the run folder unless their environment variables are set; suppress output, convert errors."""
+    """Direct trackers to the run folder, suppress their output and convert their errors inside the context.
+
+    Environment variables of the trackers take precedence if they are already set.
+    """
     if not trackers:
         yield
         return
@@ -232,7 +243,7 @@ def _tracking(trackers: Sequence[str], run: RunFolder) -> Iterator[None]:
     }
     if is_main():
         folder.mkdir(exist_ok=True)
-    for name in ("alembic", "mlflow"):
+    for name in ("alembic", "mlflow"):  # mlflow creates its database with alembic
         logging.getLogger(name).setLevel(logging.WARNING)
     added = {name: value for name, value in defaults.items() if name not in os.environ}
     os.environ.update(added)

@@ -1,4 +1,8 @@
-"""Trainer for labeled images."""
+"""Trainer for labeled images.
+
+The selection split contains the images on which the best epoch is selected; some protocols have none. An optimizer step
+processes one or several micro-batches. The budget of a run is the number of weights that the updates may change.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +52,10 @@ class _StoppedEarlyError(Exception):
 
 
 class StartCallback(TrainerCallback):
-    """Callback that evaluates an initial model that may be the best, and ends a resumed run that has stopped early."""
+    """Callback that acts before the first step.
+
+    It evaluates the initial model if this may be the best one, and ends a resumed run that has already stopped early.
+    """
 
     def __init__(self, trainer: SnellaTrainer) -> None:
         self.trainer = trainer
@@ -75,12 +82,13 @@ class SnellaTrainer(CheckpointingTrainer):
     - `last_loss` is the loss of the step so far, summed over its micro-batches.
 
     Args:
-        parts: Model, task, training images and the protocol's selection split; without a selection split, the last
+        parts: Model, task, training images and the protocol's selection split. Without a selection split, the last
             epoch is saved.
         plan: Settings without automatic fields.
         run: Run folder for checkpoints and the best adapter.
         callbacks: Additional callbacks.
-        feature_norm: Normalization of the head's inputs, folded into the saved head; None to disable.
+        feature_norm: Normalization of the head's inputs, which is folded into the saved head. None for no
+            normalization.
         keep_checkpoints: If True, save a checkpoint after each epoch.
     """
 
@@ -100,25 +108,27 @@ class SnellaTrainer(CheckpointingTrainer):
         self.plan = plan
         self.task = parts.task
         self.protocol = get_protocol(plan.data.protocol)
-        self.validation_set = val = self.protocol.selection_part(parts.splits)
+        self.validation_set = self.protocol.selection_part(parts.splits)
         self.feature_norm = feature_norm
         statistics = None if feature_norm is None else feature_norm.statistics
         self.average = None if optim.ema is None else WeightAverage(model, optim.ema, statistics)
-        self.snapshots = EpochSnapshots(model, count, statistics) if (count := optim.swa or optim.soup) else None
+        num_snapshots = optim.swa or optim.soup
+        self.snapshots = EpochSnapshots(model, num_snapshots, statistics) if num_snapshots else None
         self._stored_parts = [part for part in (self.average, self.snapshots, feature_norm) if part is not None]
         self._epoch_loss = 0.0
         self._epoch_steps = 0
         self._step_loss = 0.0
         self._micro_step = 0
-        self._weights = [1.0]
+        self._weights = [1.0]  # loss weights of the step's micro-batches
         self._views = 1  # set by `outputs` for `prediction_step`
-        size = optim.images_per_epoch(len(train))
-        self._sampler = epoch_sampler(train, self.task, plan.data.sampler, parts.seed, size)
+        epoch_size = optim.images_per_epoch(len(train))
+        self._sampler = epoch_sampler(train, self.task, plan.data.sampler, parts.seed, epoch_size)
         self._shards = ShardedBatches(self._sampler, optim.effective_batch_size, process_index(), process_count())
         self._is_sharded = is_sharded(model) and parts.trained_part is None
         args = training_arguments(plan, run.checkpoints, keep_checkpoints)
         trained_part = model if parts.trained_part is None else parts.trained_part
-        eval_dataset = train if val is None else val  # required, but `evaluate` selects the data itself
+        # required by the Trainer, although `evaluate` selects the data itself
+        eval_dataset = train if self.validation_set is None else self.validation_set
         own_callbacks: list[TrainerCallback] = [EpochCallback(train, self._sampler)]
         if feature_norm is not None:
             own_callbacks.append(feature_norm)
@@ -134,10 +144,10 @@ class SnellaTrainer(CheckpointingTrainer):
             eval_dataset=eval_dataset,
             callbacks=[*own_callbacks, *callbacks],
         )
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = False  # the Trainer then divides the loss by the number of micro-batches
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; a resumed run that has already stopped early is unchanged."""
+        """Train, unless a resumed run has already stopped early."""
         try:
             return super().train(*args, **kwargs)
         except _StoppedEarlyError:
@@ -146,10 +156,10 @@ class SnellaTrainer(CheckpointingTrainer):
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One row per finished epoch, as in `metrics.json`; epoch 0 is an evaluation before training."""
+        """One row per finished epoch, as in `metrics.json`. Epoch 0 is an evaluation before training."""
         rows: list[dict[str, Any]] = []
         for entry in self.state.log_history:
-            if "budget" not in entry:
+            if "budget" not in entry:  # not from `evaluate`
                 continue
             values = {name: value for name, value in entry.items() if name not in ("step", "epoch")}
             rows.append({"epoch": round(entry["epoch"]), **values})
@@ -166,22 +176,31 @@ class SnellaTrainer(CheckpointingTrainer):
         allocator = self.allocator
         if patience is None:
             return False
-        rows = [
-            (score, -row["epoch"])  # ties go to the first epoch
-            for row in self.history
-            if (allocator is None or row["budget"] <= allocator.target_budget)
-            and math.isfinite((score := self.selection_score(row))[0])
-        ]
-        return bool(rows) and max(rows)[1] - rows[-1][1] >= patience
+        ranks: list[tuple[tuple[float, float], int]] = []
+        for row in self.history:
+            if allocator is not None and row["budget"] > allocator.target_budget:
+                continue
+            score = self.selection_score(row)
+            if math.isfinite(score[0]):
+                ranks.append((score, -row["epoch"]))  # the first of equal epochs ranks highest
+        if not ranks:
+            return False
+        best_epoch = -max(ranks)[1]
+        last_epoch = -ranks[-1][1]
+        return last_epoch - best_epoch >= patience
 
     @property
     def allocator(self) -> BudgetAllocator | None:
-        """Budget allocator, available once training has started; None for methods without budgets."""
-        allocators = [c.allocator for c in self.callback_handler.callbacks if isinstance(c, SnellaCallback)]
+        """Budget allocator. None before training starts, and for methods without budgets."""
+        callbacks = self.callback_handler.callbacks
+        allocators = [callback.allocator for callback in callbacks if isinstance(callback, SnellaCallback)]
         return allocators[0] if allocators else None
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
-        """Return the context of a training step; evaluation does not enter it and uses float32, except in fp16 runs."""
+        """Return the context of a training step.
+
+        Evaluation does not enter it and therefore uses float32, except in fp16 runs.
+        """
         return autocast(self.args.device, self.plan.optim.precision)
 
     def selection_score(self, row: Mapping[str, Any]) -> tuple[float, float]:
@@ -202,7 +221,7 @@ class SnellaTrainer(CheckpointingTrainer):
         With `ema`, the average is evaluated and saved. The arguments are ignored.
 
         Raises:
-            NonFiniteLossError: If the loss is not finite; nothing is saved.
+            NonFiniteLossError: If the loss is not finite. Nothing is saved in this case.
         """
         allocator = self.allocator
         with self.average_parameters():
@@ -215,23 +234,21 @@ class SnellaTrainer(CheckpointingTrainer):
                 "lr": float(self._get_learning_rate()),
                 "budget": budget,
             }
-            if (
-                allocator is not None
-                and (allocator.config.schedule_end or 1.0) < 1
-                and not allocator.has_reached_target
-            ):
-                row["is_denser"] = True  # only epochs that reached the target budget can be the best
+            if allocator is not None:
+                ends_early = (allocator.config.schedule_end or 1.0) < 1
+                if ends_early and not allocator.has_reached_target:
+                    row["is_denser"] = True  # only epochs that reached the target budget can be the best
             self._epoch_loss = 0.0
             self._epoch_steps = 0
             score = self.selection_score(row)
-            is_best = all(self.selection_score(past) <= score for past in self.history)
+            is_best = all(self.selection_score(past_row) <= score for past_row in self.history)
             self.log(row)
             if self.snapshots is not None and self.state.global_step > 0:
                 self.snapshots.add(round(self.state.epoch or 0))
             if self.has_stopped_early:
                 self.control.should_training_stop = True
             if is_best:
-                # left by `finish` if the run was restarted from the first epoch
+                # `finish` left this folder if the run was restarted from the first epoch
                 shutil.rmtree(self.run_folder.checkpoints / BEST, ignore_errors=True)
                 self.save_adapter()
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
@@ -248,7 +265,7 @@ class SnellaTrainer(CheckpointingTrainer):
         score, unless the mean gets worse on the selection split. Both use the budgets of the last step.
 
         Returns:
-            Record of the average; None if the settings disable averaging or no epoch is stored.
+            Record of the average. None if the settings do not request one, or if no epoch is stored.
 
         Raises:
             NonFiniteLossError: If the loss of an average is not finite.
@@ -257,32 +274,35 @@ class SnellaTrainer(CheckpointingTrainer):
             Izmailov et al., Averaging Weights Leads to Wider Optima (arXiv 1803.05407); Wortsman et al., Model Soups
             (arXiv 2203.05482).
         """
-        candidates = self.snapshots
-        if candidates is None or not candidates.epochs:
+        snapshots = self.snapshots
+        if snapshots is None or not snapshots.epochs:
             return None
-        rows = {row["epoch"]: self.selection_score(row) for row in self.history}
-        chosen = candidates.epochs
-        others = []
+        epoch_scores = {row["epoch"]: self.selection_score(row) for row in self.history}
+        averaged = snapshots.epochs
+        candidates: list[int] = []
         if self.plan.optim.soup is not None:
-            best, *others = sorted(candidates.epochs, key=lambda epoch: (rows[epoch], epoch), reverse=True)
-            chosen = [best]
-        score, scores = self._evaluate_mean(chosen)
-        for epoch in others:
-            larger = sorted([*chosen, epoch])
-            larger_score, larger_scores = self._evaluate_mean(larger)
-            if larger_score >= score:
-                chosen = larger
-                score = larger_score
-                scores = larger_scores
-        is_saved = score >= max(rows.values())
+            best, *candidates = sorted(snapshots.epochs, key=lambda epoch: (epoch_scores[epoch], epoch), reverse=True)
+            averaged = [best]
+        score, metrics = self._evaluate_mean(averaged)
+        for epoch in candidates:
+            extended = sorted([*averaged, epoch])
+            extended_score, extended_metrics = self._evaluate_mean(extended)
+            if extended_score >= score:
+                averaged = extended
+                score = extended_score
+                metrics = extended_metrics
+        is_saved = score >= max(epoch_scores.values())
         if is_saved:
-            with candidates.average_parameters(chosen):
+            with snapshots.average_parameters(averaged):
                 self.save_adapter()
         kind: Literal["swa", "soup"] = "swa" if self.plan.optim.soup is None else "soup"
-        return AveragedEpochs(kind, chosen, candidates.epochs, is_saved, scores)
+        return AveragedEpochs(kind, averaged, snapshots.epochs, is_saved, metrics)
 
     def _evaluate_mean(self, epochs: Sequence[int]) -> tuple[tuple[float, float], dict[str, float]]:
-        """Return the selection score (constant without a selection split) and metrics of the mean over epochs."""
+        """Return the selection score and the metrics of the mean over epochs.
+
+        Without a selection split, the score is constant and there are no metrics.
+        """
         if self.snapshots is None or self.validation_set is None:
             return self.selection_score({}), {}
         with self.snapshots.average_parameters(epochs):
@@ -300,14 +320,14 @@ class SnellaTrainer(CheckpointingTrainer):
             save_trained(self.trained_model, folder or run.adapter)
 
     def _selection_scores(self) -> dict[str, float]:
-        """Return the scores of the selection split, named as in the history; empty if the epoch is not evaluated."""
+        """Return the scores of the selection split, named as in the history, or none if the epoch is not evaluated."""
         epoch = round(self.state.epoch or 0)
         if self.validation_set is None or not self.protocol.is_measured(epoch, self.plan.optim.epochs):
             return {}
         return self._evaluate_split(self.validation_set)
 
     def _evaluate_split(self, images: ImageDataset) -> dict[str, float]:
-        """Evaluate images of the selection split."""
+        """Evaluate images of the selection split, and return their scores, named as in the history."""
         scores = self.task.metrics(*self.outputs(images))
         if not math.isfinite(scores["loss"]):
             raise self._not_finite(f"the {split_text(self.protocol.selected_on or 'val')} loss", scores["loss"])
@@ -326,7 +346,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute a batch's loss, with the method's penalty in training; `return_outputs` also returns the logits."""
+        """Compute a batch's loss, with the method's penalty in training; with `return_outputs`, also return logits."""
         logits = model(inputs["images"])
         weights = inputs.get("weights")
         loss = self.task.loss(logits, inputs["labels"], weights)
@@ -348,11 +368,12 @@ class SnellaTrainer(CheckpointingTrainer):
             NonFiniteLossError: If the loss is not finite.
             ValueError: If an adapter of PEFT gets no gradient.
         """
-        micro_step = [self._micro_step] if self._micro_step else []  # same first seed without accumulation
+        # the first seed of a step is the same with and without gradient accumulation
+        micro_step = [self._micro_step] if self._micro_step else []
         torch.manual_seed(mix_seed(self.args.seed, 1, self.state.global_step, self.args.process_index, *micro_step))
         loss = super().training_step(model, self._mix(inputs), num_items_in_batch)
         if self.feature_norm is not None and not self._weights[self._micro_step]:
-            self.feature_norm.discard_batch()  # its image counts in another process
+            self.feature_norm.discard_batch()  # its only image counts in another process
         self._micro_step += 1
         self._step_loss += self.last_loss
         self.last_loss = self._step_loss
@@ -368,22 +389,23 @@ class SnellaTrainer(CheckpointingTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, *others: Any) -> Any:
         """Return the batches of one step and set their loss weights, so that all images of the step count equally.
 
-        The Trainer divides the loss by the number of batches, and DDP divides gradients by the number of processes.
+        The weights compensate that the Trainer divides the loss by the number of batches, and that DDP divides the
+        gradients by the number of processes.
         """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, *others)
         self._micro_step = 0
         self._step_loss = 0.0
         shards = self._shards
         count = len(batches)
-        per_epoch = self.plan.optim.steps_per_epoch(len(self._sampler))
-        first = self.state.global_step % per_epoch * self.plan.optim.accumulate
-        images = min(len(self._sampler), (first + count) * shards.batch_size) - first * shards.batch_size
-        numbers = range(first, first + count)
-        self._weights = [shards.weight(number) * count * shards.count / images for number in numbers]
+        steps_per_epoch = self.plan.optim.steps_per_epoch(len(self._sampler))
+        first = self.state.global_step % steps_per_epoch * self.plan.optim.accumulate
+        numbers = range(first, first + count)  # indices of the batches in the epoch
+        step_images = min(len(self._sampler), numbers.stop * shards.batch_size) - first * shards.batch_size
+        self._weights = [shards.weight(number) * count * shards.count / step_images for number in numbers]
         return batches, items
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator; a sharded model is neither moved nor wrapped in DDP."""
+        """Create the accelerator, which neither moves a sharded model nor wraps it in DDP."""
         super().create_accelerator_and_postprocess()
         if self._is_sharded:
             prepare = self.accelerator.prepare_model
@@ -392,12 +414,12 @@ class SnellaTrainer(CheckpointingTrainer):
             )
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        """Move the model unless it is sharded; shards are already on their devices."""
+        """Move the model, unless it is sharded and therefore already on its devices."""
         if not self._is_sharded:
             super()._move_model_to_device(model, device)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the training data loader; with several processes, it yields this process's part of each batch."""
+        """Return the training data loader. With several processes, it yields this process's part of each batch."""
         if self._shards.count == 1:
             return super().get_train_dataloader()
         return DataLoader(
@@ -410,19 +432,20 @@ class SnellaTrainer(CheckpointingTrainer):
     def _mix(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Apply MixUp or CutMix, if enabled, and add the other image's label and the mixing weight to the batch."""
         alphas = {v2.MixUp: self.plan.data.mixup, v2.CutMix: self.plan.data.cutmix}
-        count = len(inputs["labels"])
-        mixers = [kind(alpha=float(alpha), num_classes=count) for kind, alpha in alphas.items() if alpha]
-        if not mixers or count == 1:
+        size = len(inputs["labels"])
+        mixers = [kind(alpha=float(alpha), num_classes=size) for kind, alpha in alphas.items() if alpha]
+        if not mixers or size == 1:
             return inputs
-        # torchvision mixes one-hot labels; with the image index as label, a row contains the mixing weight
-        numbers = torch.arange(count, device=inputs["images"].device)
-        images, rows = v2.RandomChoice(mixers)(inputs["images"], numbers)
-        return {**inputs, "images": images, "other_labels": inputs["labels"].roll(1, 0), "share": float(rows[0, 0])}
+        # torchvision mixes one-hot labels; if the index of an image is its label, they contain the mixing weight
+        indices = torch.arange(size, device=inputs["images"].device)
+        images, mixed_labels = v2.RandomChoice(mixers)(inputs["images"], indices)
+        other_labels = inputs["labels"].roll(1, 0)  # torchvision mixes each image with the previous one
+        return {**inputs, "images": images, "other_labels": other_labels, "share": float(mixed_labels[0, 0])}
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the reduced outputs and labels of a batch, without a loss; `Task.metrics` computes the loss."""
+        """Return the reduced outputs and labels of a batch, without a loss, which `Task.metrics` computes."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             outputs = self.task.outputs(model, inputs["images"], self._views)
@@ -433,7 +456,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return self._sampler
 
     def _write_state(self, checkpoint: Path, **values: Any) -> None:
-        """Also write the current epoch's loss, the weight averages and the feature statistics."""
+        """Also write the current epoch's loss, the averaged or stored weights, and the feature statistics."""
         super()._write_state(checkpoint, loss_sum=self._epoch_loss, steps=self._epoch_steps, **values)
         for part in self._stored_parts:
             part.save(checkpoint)
@@ -448,17 +471,18 @@ class SnellaTrainer(CheckpointingTrainer):
         return values
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
-        """Build the error with the step, the last saved state and the remedy."""
-        step = self.state.global_step + (1 if what in ("the loss", "the gradient") else 0)
-        per_epoch = max(1, self.state.max_steps // max(1, int(self.state.num_train_epochs)))
-        epoch = (step - 1) // per_epoch + 1
-        done = sum(row["epoch"] > 0 for row in self.history)
-        if not done:
+        """Build the error, which states the step, the last saved state and the remedy."""
+        is_in_step = what in ("the loss", "the gradient")  # otherwise, the loss of an evaluation
+        step = self.state.global_step + (1 if is_in_step else 0)
+        steps_per_epoch = max(1, self.state.max_steps // max(1, int(self.state.num_train_epochs)))
+        epoch = (step - 1) // steps_per_epoch + 1
+        num_trained = sum(row["epoch"] > 0 for row in self.history)
+        if not num_trained:
             saved = "no trained epoch is saved"
         elif self.args.save_strategy == "no":
             saved = "the best adapter is saved"
         else:
-            saved = f"the state after epoch {done} and the best adapter are saved"
+            saved = f"the state after epoch {num_trained} and the best adapter are saved"
         optim = self.plan.optim
         scaling = self.plan.method.scaling
         options = {"lr": optim.lr, "scalar-lr": optim.scalar_lr, "head-lr": optim.head_lr, "scaling": scaling}
@@ -471,13 +495,21 @@ class SnellaTrainer(CheckpointingTrainer):
 
 
 def _collate(task: Task, widest: torch.dtype, items: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
-    """Collate a batch; cast float64 labels to `widest`, because Accelerate moves them without a cast."""
+    """Collate a batch, and cast float64 labels to the widest dtype of the device.
+
+    Accelerate moves them to the device without a cast.
+    """
     batch = task.collate(items)
-    return batch | {"labels": batch["labels"].to(widest)} if batch["labels"].dtype == torch.float64 else batch
+    if batch["labels"].dtype == torch.float64:
+        return batch | {"labels": batch["labels"].to(widest)}
+    return batch
 
 
 def training_arguments(plan: TrainConfig, checkpoints: Path, keep_checkpoints: bool = True) -> TrainingArguments:
-    """Return Trainer arguments with warmup and cosine decay, an evaluation per epoch and, if kept, a checkpoint."""
+    """Return Trainer arguments with warmup, cosine decay and an evaluation per epoch.
+
+    If `keep_checkpoints`, a checkpoint is saved after each epoch.
+    """
     optim = plan.optim
     device = choose_device(plan.run.device)
     batch_per_process = -(-optim.effective_batch_size // process_count())
@@ -497,7 +529,7 @@ def training_arguments(plan: TrainConfig, checkpoints: Path, keep_checkpoints: b
         learning_rate=optim.lr or 0.0,
         lr_scheduler_type=scheduler,
         lr_scheduler_kwargs=scheduler_options,
-        warmup_steps=optim.warmup_ratio,
+        warmup_steps=optim.warmup_ratio,  # a value below 1 is a fraction of all steps
         max_grad_norm=optim.max_grad_norm,
         eval_strategy="epoch",
         save_strategy="epoch" if keep_checkpoints else "no",

@@ -1,1 +1,1 @@
-"""The paper's analyses of trained runs and kernels, as figures and tables; see `plot` and `matrix_fit`."""
+"""Analyses of the SNELLA paper for trained runs (see `plot`) and kernels (see `matrix_fit`), as figures and tables."""

@@ -1,7 +1,12 @@
-"""Budget plots: sparsity by layer in the saved adapter, and sparsity and importance by layer during training."""
+"""Budget plots: sparsity by layer in the saved adapter, and sparsity and importance by layer during training.
+
+The budget of a matrix is the number of its weights that an update may change. Figures and equations are those of the
+SNELLA paper (arXiv 2510.24037).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +32,7 @@ from snella_app.report.style import (
     WARM,
     accent_map,
     add_legend,
-    epoch_axis,
+    integer_axis,
     new_figure,
     new_panels,
     percent_axis,
@@ -44,7 +49,9 @@ _METRIC_NAMES = {
     "delta_magnitude": "W-Magnitude",
     "delta_mean_magnitude": "mean W-Magnitude",
 }
+"""The paper's names for importance metrics."""
 _MAX_STEPS = 6
+"""Maximum number of allocations drawn per run."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class BudgetedRun:
     Attributes:
         label: Short name.
         allocation: Contents of `allocation.json`.
-        budgets: Budget of each matrix, from the saved adapter or else `allocation.json`.
+        budgets: Budget of each matrix, from the saved adapter if it has budgets, otherwise from `allocation.json`.
         settings: Adapter settings, such as `importance` and `schedule`.
     """
 
@@ -70,7 +77,7 @@ class BudgetedRun:
         return _METRIC_NAMES.get(name, name)
 
     def layers(self, by: Layers) -> dict[str, list[MatrixInfo]]:
-        """Group the matrices by block or matrix, in model order; the last block, `–`, holds those outside blocks."""
+        """Group the matrices by block or matrix, in model order. Matrices outside blocks form the last block, `–`."""
         layers: dict[str, list[MatrixInfo]] = {}
         for matrix in self.allocation.matrices:
             block = "–" if matrix.depth is None else str(matrix.depth)
@@ -89,8 +96,8 @@ def read_budgeted_run(run: str | Path, label: str) -> BudgetedRun:
     allocation = read_if_present(Allocation, run)
     if allocation is None or not allocation.matrices:
         raise ValueError(
-            f"run must have weight budgets (methods snella, snella-matched and snell), got {run} with method "
-            f"{info.method!r} and no budgets in allocation.json, which is written at the end of training"
+            f"run {run} (method {info.method!r}) has no weight budgets in allocation.json; the methods snella, "
+            "snella-matched and snell write them at the end of training"
         )
     adapter = read_adapter(run)
     budgets = current_budgets(adapter, allocation)
@@ -103,7 +110,8 @@ def allocation(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot
         sparsity[l] = 1 − budget[l] / weights[l],   trend[l] = intercept + slope·l by least squares over the layers
 
     Returns:
-        One plot with a row for each layer and run; `allocation-trend` contains the slope and intercept of each run.
+        One plot. Its table has one row per layer and run. The additional table `allocation-trend` contains the slope
+        and intercept of each run.
 
     Raises:
         FileNotFoundError: If a folder contains no run.
@@ -113,20 +121,20 @@ def allocation(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot
     rows: list[Row] = []
     trends: list[Row] = []
     for run in budgeted_runs:
-        layers = layer_sparsities(run, run.budgets, by)
-        slope, intercept = linear_trend([row["sparsity"] for row in layers])
-        rows += [{**row, "trend": intercept + slope * row["position"]} for row in layers]
-        trends.append({"run": run.label, "layers": len(layers), "intercept": intercept, "slope": slope})
+        layer_rows = layer_sparsities(run, run.budgets, by)
+        slope, intercept = linear_trend([row["sparsity"] for row in layer_rows])
+        rows += [{**row, "trend": intercept + slope * row["position"]} for row in layer_rows]
+        trends.append({"run": run.label, "layers": len(layer_rows), "intercept": intercept, "slope": slope})
     notes = [f"{row['run']}: {100 * row['slope']:+.2f} points of sparsity per layer" for row in trends]
     return [Plot("allocation", rows, partial(_draw_allocation, rows, by), notes, {"trend": trends})]
 
 
 def layer_sparsities(run: BudgetedRun, budgets: Mapping[str, int], by: Layers) -> list[dict[str, Any]]:
-    """Return weights, budget and sparsity of each layer, given the budget of each matrix."""
+    """Return the number of weights, the budget and the sparsity of each layer, given the budget of each matrix."""
     rows = []
     for position, (layer, matrices) in enumerate(run.layers(by).items()):
-        weights = sum(m.size for m in matrices)
-        budget = sum(budgets[m.name] for m in matrices)
+        weights = sum(matrix.size for matrix in matrices)
+        budget = sum(budgets[matrix.name] for matrix in matrices)
         row = {"run": run.label, "layer": layer, "position": position, "weights": weights, "budget": budget}
         rows.append({**row, "sparsity": 1 - budget / weights})
     return rows
@@ -138,8 +146,8 @@ def evolution(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]
     The importance of a layer is the mean importance of its matrices. Each run has its own column of panels.
 
     Returns:
-        Two plots. `evolution` has a row for each layer and recorded allocation; its figure shows at most six
-        allocations. `budget` has a row for each allocation, with the scheduled budget.
+        Two plots. The table of `evolution` has one row per layer and recorded allocation. The figure shows at most six
+        allocations. The table of `budget` has one row per allocation, with the scheduled budget.
 
     Raises:
         FileNotFoundError: If a folder contains no run.
@@ -148,11 +156,16 @@ def evolution(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]
     budgeted_runs = [read_budgeted_run(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
     for run in budgeted_runs:
         if not run.allocation.history:
-            raise ValueError(f"run must have recorded allocations, got none in allocation.json of {run.label}")
-    rows = [row for run in budgeted_runs for step in run.allocation.history for row in _layer_rows(run, step, by)]
-    totals = [row for run in budgeted_runs for row in budget_rows(run)]
+            raise ValueError(f"run {run.label} has no recorded allocations in allocation.json")
+    rows: list[Row] = []
+    totals: list[Row] = []
+    for run in budgeted_runs:
+        for step in run.allocation.history:
+            rows += _layer_rows(run, step, by)
+        totals += budget_rows(run)
+    metrics = {run.label: run.metric for run in budgeted_runs}
     return [
-        Plot("evolution", rows, partial(_draw_evolution, rows, {run.label: run.metric for run in budgeted_runs}, by)),
+        Plot("evolution", rows, partial(_draw_evolution, rows, metrics, by)),
         Plot("budget", totals, partial(_draw_budgets, totals, budgeted_runs)),
     ]
 
@@ -161,16 +174,17 @@ def _layer_rows(run: BudgetedRun, step: AllocationStep, by: Layers) -> list[Row]
     """Return the sparsity and importance of each layer after an allocation."""
     layers = run.layers(by)
     rows: list[Row] = []
-    for layer in layer_sparsities(run, step.budgets, by):
-        importances = [step.importance.get(m.name, np.nan) for m in layers[layer["layer"]]]
+    for layer_row in layer_sparsities(run, step.budgets, by):
+        matrices = layers[layer_row["layer"]]
+        importances = [step.importance.get(matrix.name, np.nan) for matrix in matrices]  # NaN if not recorded
         rows.append(
             {
                 "run": run.label,
                 "metric": run.metric,
                 "step": step.step,
-                "layer": layer["layer"],
-                "position": layer["position"],
-                "sparsity": layer["sparsity"],
+                "layer": layer_row["layer"],
+                "position": layer_row["position"],
+                "sparsity": layer_row["sparsity"],
                 "importance": float(np.mean(importances)),
             }
         )
@@ -179,8 +193,9 @@ def _layer_rows(run: BudgetedRun, step: AllocationStep, by: Layers) -> list[Row]
 
 def budget_rows(run: BudgetedRun) -> list[Row]:
     """Return the total budget after each allocation, and the scheduled budget `b_t` (eq. 12)."""
-    total_weights, target = run.allocation.total_weights, run.allocation.target_budget
-    first = run.allocation.history[0].budget
+    total_weights = run.allocation.total_weights
+    target = run.allocation.target_budget
+    initial_budget = run.allocation.history[0].budget
     schedule = str(run.settings.get("schedule", "cubic"))
     return [
         {
@@ -190,7 +205,7 @@ def budget_rows(run: BudgetedRun) -> list[Row]:
             "total": step.total,
             "budget": step.budget,
             "share": step.budget / total_weights,
-            "scheduled": budget_at(step.t, step.total, first, target, schedule),
+            "scheduled": budget_at(step.t, step.total, initial_budget, target, schedule),
         }
         for step in run.allocation.history
     ]
@@ -201,18 +216,19 @@ def _draw_allocation(rows: Sequence[Row], by: Layers) -> Figure:
     runs = grouped(rows, "run")
     columns = min(len(runs), 3)
     max_layers = max(map(len, runs.values()))
-    width = max(260, 60 + (16 if max_layers <= 32 else 5) * max_layers)
-    panel_rows = -(-len(runs) // columns)
-    titles = [shortened(label, width // 9) for label in runs]
+    pixels_per_layer = 16 if max_layers <= 32 else 5
+    width = max(260, 60 + pixels_per_layer * max_layers)
+    panel_rows = math.ceil(len(runs) / columns)
+    titles = [shortened(label, width // 9) for label in runs]  # about 9 pixels per character
     figure, panels = new_panels(width * columns, 200 * panel_rows + 50, titles, columns, sharey=True)
-    for axes, layers in zip(panels, runs.values(), strict=True):
-        positions = [row["position"] for row in layers]
-        axes.bar(positions, [row["sparsity"] for row in layers], width=0.8, color=ACCENT)
-        axes.plot(positions, [row["trend"] for row in layers], color=WARM, linewidth=2.2)
+    for axes, run_rows in zip(panels, runs.values(), strict=True):
+        positions = [row["position"] for row in run_rows]
+        axes.bar(positions, [row["sparsity"] for row in run_rows], width=0.8, color=ACCENT)
+        axes.plot(positions, [row["trend"] for row in run_rows], color=WARM, linewidth=2.2)
         axes.grid(False, axis="x")
         axes.set_ylim(0, 1.02)
         percent_axis(axes)
-        _layer_axis(axes, layers, by)
+        _layer_axis(axes, run_rows, by)
     for axes in panels[::columns]:
         axes.set_ylabel("sparsity")
     bar, line = panels[0].containers[0], panels[0].lines[0]
@@ -222,41 +238,44 @@ def _draw_allocation(rows: Sequence[Row], by: Layers) -> Figure:
 
 def _draw_evolution(rows: Sequence[Row], metrics: Mapping[str, str], by: Layers) -> Figure:
     """Draw one column per run, importance above sparsity, with one line per step from light to dark."""
-    labels = list(metrics)
-    titles = [f"{shortened(label, 20)}: {metrics[label]}" for label in labels]
+    columns = len(metrics)
+    titles = [f"{shortened(label, 20)}: {metric}" for label, metric in metrics.items()]
+    no_titles = [""] * columns
     figure, panels = new_panels(
-        max(300 * len(labels), 430), 470, [*titles, *[""] * len(labels)], len(labels), sharex="col", sharey=False
+        max(300 * columns, 430), 470, [*titles, *no_titles], columns, sharex="col", sharey=False
     )
     handles: list[Line2D] = []
-    names: list[str] = []
+    step_names: list[str] = []
     for column, run_rows in enumerate(grouped(rows, "run").values()):
         steps = sorted({row["step"] for row in run_rows})
         if len(steps) > _MAX_STEPS:
             steps = [steps[index] for index in np.linspace(0, len(steps) - 1, _MAX_STEPS).round().astype(int)]
-        top = panels[column]
-        bottom = panels[column + len(labels)]
+        importance_axes = panels[column]
+        sparsity_axes = panels[column + columns]
         for number, step in enumerate(steps):
             step_rows = [row for row in run_rows if row["step"] == step]
-            color = to_hex(accent_map()(0.18 + 0.82 * number / max(len(steps) - 1, 1)), keep_alpha=True)
+            shade = 0.18 + 0.82 * number / max(len(steps) - 1, 1)  # the color map starts transparent
+            color = to_hex(accent_map()(shade), keep_alpha=True)
             positions = [row["position"] for row in step_rows]
+            # a log scale cannot show 0
             importance = [row["importance"] if row["importance"] > 0 else np.nan for row in step_rows]
             style: dict[str, Any] = {"color": color, "linewidth": 1.8, "marker": "o", "markersize": 3}
-            top.plot(positions, importance, **style)
-            (line,) = bottom.plot(positions, [row["sparsity"] for row in step_rows], **style)
+            importance_axes.plot(positions, importance, **style)
+            (line,) = sparsity_axes.plot(positions, [row["sparsity"] for row in step_rows], **style)
             if column == 0:
                 handles.append(line)
-                names.append("start" if step == 0 else f"step {step}")
-        if any(np.isfinite(line.get_ydata()).any() for line in top.lines):
-            log_axis(top)
-        bottom.set_ylim(-0.02, 1.02)
-        percent_axis(bottom)
-        _layer_axis(bottom, [row for row in run_rows if row["step"] == steps[-1]], by)
-        top.tick_params(labelbottom=False)
+                step_names.append("start" if step == 0 else f"step {step}")
+        if any(np.isfinite(line.get_ydata()).any() for line in importance_axes.lines):
+            log_axis(importance_axes)
+        sparsity_axes.set_ylim(-0.02, 1.02)
+        percent_axis(sparsity_axes)
+        _layer_axis(sparsity_axes, [row for row in run_rows if row["step"] == steps[-1]], by)
+        importance_axes.tick_params(labelbottom=False)
     panels[0].set_ylabel("importance (log scale)")
-    panels[len(labels)].set_ylabel("sparsity")
-    if len(labels) > 1:  # runs may have different steps
-        names = ["first", *[""] * (len(names) - 2), "last"] if len(names) > 1 else names
-    add_legend(figure, handles, names, columns=min(3 * len(labels), _MAX_STEPS))
+    panels[columns].set_ylabel("sparsity")
+    if columns > 1 and len(step_names) > 1:  # other runs may have other steps than the first run
+        step_names = ["first", *[""] * (len(step_names) - 2), "last"]
+    add_legend(figure, handles, step_names, columns=min(3 * columns, _MAX_STEPS))
     return figure
 
 
@@ -269,15 +288,19 @@ def _draw_budgets(rows: Sequence[Row], runs: Sequence[BudgetedRun]) -> Figure:
         color, marker = style_of(number)
         total_weights = run.allocation.total_weights
         target = run.allocation.target_budget
-        first = run_rows[0]["budget"]
+        initial_budget = run_rows[0]["budget"]
         schedule = str(run.settings.get("schedule", "cubic"))
         last = run_rows[-1]
-        grid = np.linspace(0, last["total"], 201)
-        scale = last["step"] / last["t"] if last["t"] else 1.0
-        curve = [budget_at(int(1000 * t), 1000 * last["total"], first, target, schedule) / total_weights for t in grid]
-        axes.plot(grid * scale, curve, color=color, linewidth=1, linestyle=DASHED)
+        times = np.linspace(0, last["total"], 201)
+        steps_per_time = last["step"] / last["t"] if last["t"] else 1.0
+        curve: list[float] = []
+        for t in times:  # in thousandths, because `budget_at` takes integers
+            budget = budget_at(int(1000 * t), 1000 * last["total"], initial_budget, target, schedule)
+            curve.append(budget / total_weights)
+        axes.plot(times * steps_per_time, curve, color=color, linewidth=1, linestyle=DASHED)
         style: dict[str, Any] = {"color": color, "linewidth": 2, "marker": marker if len(run_rows) <= 30 else ""}
-        steps, fractions = [row["step"] for row in run_rows], [row["share"] for row in run_rows]
+        steps = [row["step"] for row in run_rows]
+        fractions = [row["share"] for row in run_rows]
         handles += axes.step(steps, fractions, where="post", markersize=5, **style)
     axes.set_ylim(0, 1.05)
     percent_axis(axes)
@@ -289,7 +312,7 @@ def _draw_budgets(rows: Sequence[Row], runs: Sequence[BudgetedRun]) -> Figure:
 
 def _layer_axis(axes: Axes, rows: Sequence[Row], by: Layers) -> None:
     """Set the ticks and label of the layer axis."""
-    epoch_axis(axes, "block" if by == "block" else "matrix (in model order)")
+    integer_axis(axes, "block" if by == "block" else "matrix (in model order)")
     if by == "block":
         names = {row["position"]: row["layer"] for row in rows}
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(round(value), "")))

@@ -1,7 +1,11 @@
-"""Image plots: data samples, masks, heat maps, generated images and feature embeddings."""
+"""Image plots: data samples, masks, heat maps, generated images and feature embeddings.
+
+Figures are those of the SNELLA paper (arXiv 2510.24037).
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -41,8 +45,20 @@ from snella_lab.comparison.run_cell import head_inputs
 from snella_lab.style import style_of
 
 PRETRAINED = "pre-trained"
-_CELL_SIZE = 96
 _PERPLEXITY = 30.0
+"""Perplexity of t-SNE, if there are enough images."""
+_CELL_SIZE = 96
+"""Height and width of a cell, in pixels."""
+_GAP = 12
+"""Gap between cells, in pixels."""
+_TITLE_HEIGHT = 24
+"""Height of a row's title, in pixels."""
+_CAPTION_HEIGHT = 17
+"""Height of an image's caption, in pixels."""
+_CAPTION_LENGTH = 13
+"""Maximum number of characters of a caption, which must fit above a cell."""
+_MAX_LEGEND = 24
+"""Maximum number of classes in a legend."""
 
 
 def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Plot]:
@@ -64,8 +80,8 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
             datasets += [(entry, experiment.config(PROBE, entry).data) for entry in experiment.data]
         else:
             datasets.append((data_entry(source), DataConfig(spec=source)))
-    order = list(dict.fromkeys(entry.group for entry, _ in datasets))
-    datasets.sort(key=lambda dataset: order.index(dataset[0].group))
+    groups = list(dict.fromkeys(entry.group for entry, _ in datasets))
+    datasets.sort(key=lambda dataset: groups.index(dataset[0].group))
     rows: list[Row] = []
     images: list[list[Image.Image]] = []
     titles: list[str] = []
@@ -76,8 +92,10 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
         images.append([splits.train.image(index) for index in selected])
         group = "" if entry.group == entry.name else f"{entry.group}: "
         titles.append(f"{group}{entry.name}")
-        names = [splits.label_names[splits.train.labels[index]] if splits.label_names else "" for index in selected]
-        captions.append([shortened(name, 13) for name in names])
+        names = [""] * len(selected)
+        if splits.label_names:
+            names = [splits.label_names[splits.train.labels[index]] for index in selected]
+        captions.append([shortened(name, _CAPTION_LENGTH) for name in names])
         rows += [
             {"group": entry.group, "data": entry.name, "class": name, "image": splits.train.names[index]}
             for index, name in zip(selected, names, strict=True)
@@ -97,20 +115,20 @@ def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, 
     """
     labels = run_labels(runs)
     models = [_load(run, "segmentation", device) for run in runs]
-    _, items = _items(models[0], None, split)
+    _, items = _images_of_split(models[0], None, split)
     count = min(limit, len(items))
     selected = [items[number * len(items) // count] for number in range(count)]
-    images = [part.image(index) for part, index in selected]
-    true = [np.asarray(part.mask(index)) for part, index in selected]  # type: ignore[attr-defined]
-    rows: list[dict[str, object]] = [{"image": part.names[index]} for part, index in selected]
-    grid = [images, _overlays(images, true)]
+    images = [dataset.image(index) for dataset, index in selected]
+    true_masks = [np.asarray(dataset.mask(index)) for dataset, index in selected]  # type: ignore[attr-defined]
+    rows: list[dict[str, object]] = [{"image": dataset.names[index]} for dataset, index in selected]
+    grid = [images, _overlays(images, true_masks)]
     captions = [[""] * count, [""] * count]
     for label, loaded in zip(labels, models, strict=True):
-        predicted = [_predict_mask(loaded, image) for image in images]
-        scores = [mean_dice(mask, truth) for mask, truth in zip(predicted, true, strict=True)]
+        predicted_masks = [_predict_mask(loaded, image) for image in images]
+        scores = [mean_dice(mask, truth) for mask, truth in zip(predicted_masks, true_masks, strict=True)]
         for row, score in zip(rows, scores, strict=True):
             row[f"dice {label}"] = score
-        grid.append(_overlays(images, predicted))
+        grid.append(_overlays(images, predicted_masks))
         captions.append([f"Dice {score:.2f}" for score in scores])
     return [Plot("masks", rows, partial(_draw_grid, grid, ["image", "true mask", *labels], captions))]
 
@@ -123,22 +141,25 @@ def _load(run: str | Path, task: str, device: str) -> LoadedRun:
     return loaded
 
 
-def _items(loaded: LoadedRun, data: str | None, split: Split) -> tuple[DataSplits, list[tuple[ImageDataset, int]]]:
-    """Return the splits of a run's data, and the images of one split as dataset and index."""
-    splits, _, parts = images_for_run(loaded, data, split)
-    return splits, [(part, index) for part in parts for index in range(len(part))]
+def _images_of_split(
+    loaded: LoadedRun, data: str | None, split: Split
+) -> tuple[DataSplits, list[tuple[ImageDataset, int]]]:
+    """Return the splits of a run's data, and the images of one split as pairs of a dataset and an index."""
+    splits, _, datasets = images_for_run(loaded, data, split)
+    return splits, [(dataset, index) for dataset in datasets for index in range(len(dataset))]
 
 
 @torch.inference_mode()
 def _predict_mask(loaded: LoadedRun, image: Image.Image) -> np.ndarray:
-    """Return the predicted mask of an image, in the image's resolution."""
+    """Return the predicted mask of an image, in the resolution of the image."""
     scores = loaded.network(loaded.transform(image)[None].to(loaded.device)).float()
-    sized = torch.nn.functional.interpolate(scores, (image.height, image.width), mode="bilinear", align_corners=False)
-    return sized.argmax(1)[0].to(torch.uint8).cpu().numpy()
+    size = (image.height, image.width)
+    resized = torch.nn.functional.interpolate(scores, size, mode="bilinear", align_corners=False)
+    return resized.argmax(1)[0].to(torch.uint8).cpu().numpy()
 
 
 def _overlays(images: Sequence[Image.Image], masks: Sequence[np.ndarray]) -> list[Image.Image]:
-    """Draw masks over images."""
+    """Draw each mask over its image."""
     return [overlay(image, mask) for image, mask in zip(images, masks, strict=True)]
 
 
@@ -153,11 +174,11 @@ def gradcam(
 ) -> list[Plot]:
     """Plot class activation maps of the true class for the pre-trained model and each run (Figure 15).
 
-    The first run's transform crops the shown images; each model uses its run's transform.
-    `snella_app.runs.explain.heat_maps` computes the maps of ViT, Swin, ConvNeXt and other timm models, with the head
-    that predicts: the final head, if the run has one. The pre-trained model combines the pre-trained backbone and the
-    head of the first run. The table contains the fraction of each map's sum in the central ninth. See `PlotOptions`
-    for the arguments.
+    The shown images are cropped by the first run's transform, but each model receives images from its own run's
+    transform. `snella_app.runs.explain.heat_maps` computes the maps of ViT, Swin, ConvNeXt and other timm models, with
+    the head that predicts: the final head, which is fitted after training, if the run has one. The pre-trained model
+    combines the pre-trained backbone and the head of the first run. The table contains the fraction of each map's sum
+    in the central ninth. See `PlotOptions` for the arguments.
 
     Raises:
         FileNotFoundError: If a folder contains no run with an adapter, or the data no longer exists.
@@ -168,10 +189,10 @@ def gradcam(
     labels = run_labels(runs)
     models = [_load(run, "classification", device) for run in runs]
     first = models[0]
-    splits, items = _items(first, data, split)
-    chosen = _class_balanced_indices([part.labels[index] for part, index in items], limit, seed)
+    splits, items = _images_of_split(first, data, split)
+    chosen = _class_balanced_indices([dataset.labels[index] for dataset, index in items], limit, seed)
     selected = [items[index] for index in chosen]
-    classes = [splits.classes[part.labels[index]] for part, index in selected]
+    classes = [splits.classes[dataset.labels[index]] for dataset, index in selected]
     inputs = [_model_input_image(first, tensor) for tensor in _inputs(first, selected)]
     grid: list[list[Image.Image]] = [inputs]
     rows: list[Row] = []
@@ -179,53 +200,52 @@ def gradcam(
     for label, loaded, model in zip([PRETRAINED, *labels], [first, *models], networks, strict=True):
         if missing := sorted(set(classes) - set(loaded.classes)):
             raise ValueError(
-                f"data must have only classes of all runs, got {', '.join(missing)}, which {label} lacks; pass other "
-                "runs or --data"
+                f"the data contains classes that {label} lacks: {', '.join(missing)}; pass other runs or --data"
             )
-        numbers = torch.tensor([loaded.classes.index(name) for name in classes])
+        true_outputs = torch.tensor([loaded.classes.index(name) for name in classes])
         batch = _inputs(loaded, selected).to(loaded.device)
-        maps = heat_maps(model.to(loaded.device), batch, numbers)
+        maps = heat_maps(model.to(loaded.device), batch, true_outputs)
         grid.append([overlay_heat(image, heat) for image, heat in zip(inputs, maps, strict=True)])
         rows += [
-            {"run": label, "image": part.names[index], "class": name, "share_in_middle": center_fraction(heat)}
-            for (part, index), name, heat in zip(selected, classes, maps, strict=True)
+            {"run": label, "image": dataset.names[index], "class": name, "share_in_middle": center_fraction(heat)}
+            for (dataset, index), name, heat in zip(selected, classes, maps, strict=True)
         ]
-    class_captions = [shortened(name, 13) for name in classes]
+    class_captions = [shortened(name, _CAPTION_LENGTH) for name in classes]
     no_captions = [""] * len(inputs)
     captions = [class_captions, *[no_captions] * (len(grid) - 1)]
     return [Plot("gradcam", rows, partial(_draw_grid, grid, ["image", PRETRAINED, *labels], captions))]
 
 
 def _pretrained_with_head(loaded: LoadedRun) -> nn.Module:
-    """Combine the pre-trained backbone of a run with its final head, if it has one, or its trained head."""
+    """Combine the pre-trained backbone of a run with its final head or, if it has none, with its trained head."""
     model = make_backbone(loaded.info.backbone)
     if loaded.probe is not None:
         return loaded.probe.with_model(model).eval()
-    trained = base_and_head(loaded.model)[1].state_dict()
+    trained_state = base_and_head(loaded.model)[1].state_dict()
     head = model.get_submodule(spec_of(loaded.model).head)
     shapes = {key: value.shape for key, value in head.state_dict().items()}
-    if any(key not in trained or trained[key].shape != shape for key, shape in shapes.items()):
+    if any(key not in trained_state or trained_state[key].shape != shape for key, shape in shapes.items()):
         raise ValueError(
-            f"runs must begin with a run that has a final head or a linear head on the last layer, got method "
-            f"{loaded.info.method!r} in {loaded.folder.path}; begin with another run"
+            f"the first run, {loaded.folder.path} (method {loaded.info.method!r}), has neither a final head nor a "
+            "linear head on the last layer; begin with another run"
         )
-    head.load_state_dict({key: trained[key] for key in head.state_dict()})
+    head.load_state_dict({key: trained_state[key] for key in shapes})
     return model.eval()
 
 
 def _inputs(loaded: LoadedRun, selected: Sequence[tuple[ImageDataset, int]]) -> Tensor:
     """Return the images with the run's transform and number of channels, `[images, channels, height, width]`."""
-    return torch.stack([part.with_transform(loaded.transform)[index][0] for part, index in selected])
+    return torch.stack([dataset.with_transform(loaded.transform)[index][0] for dataset, index in selected])
 
 
 def _model_input_image(loaded: LoadedRun, image: Tensor) -> Image.Image:
-    """Return an unnormalized model input, as the background of a heat map."""
+    """Return an unnormalized model input as an image of the size of a cell, the background of a heat map."""
     shown = Predictor(loaded).to_pil_image(image)
     return shown.resize((_CELL_SIZE, _CELL_SIZE), Image.Resampling.BICUBIC)
 
 
 def center_fraction(heat: np.ndarray) -> float:
-    """Return the fraction of a map's sum in the central third of its height and width; 0 if the map is zero."""
+    """Return the fraction of a map's sum in the central third of its height and width, or 0 for a zero map."""
     height, width = heat.shape
     center = heat[height // 3 : height - height // 3, width // 3 : width - width // 3]
     return float(center.sum() / heat.sum()) if heat.any() else 0.0
@@ -236,9 +256,9 @@ def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
 
     Args:
         folders: Image folders, e.g. from `snella generate`, which names files by prompt and seed. The plot shows the
-            images whose file names occur in the most folders. Folders without them, e.g. with photos of the
-            subject, show their first images.
-        limit: Images per folder.
+            images whose file names occur in the most folders. For folders without such names, e.g. with photos of the
+            subject, it shows the first images.
+        limit: Maximum number of images per folder.
 
     Raises:
         FileNotFoundError: If a folder contains no images.
@@ -249,12 +269,14 @@ def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
     for folder, paths in files.items():
         if not paths:
             raise FileNotFoundError(f"folder {folder} contains no images")
-    counts = Counter(path.name for paths in files.values() for path in paths)
-    shared = max(counts.values())
-    common = sorted(name for name, count in counts.items() if count == shared and count > 1)
+    folder_counts = Counter(path.name for paths in files.values() for path in paths)
+    max_count = max(folder_counts.values())
+    common_names: list[str] = []
+    if max_count > 1:
+        common_names = sorted(name for name, count in folder_counts.items() if count == max_count)
     paths_by_folder: list[list[Path]] = []
     for folder, paths in files.items():
-        selected = [folder / name for name in common if folder / name in paths] or paths
+        selected = [folder / name for name in common_names if folder / name in paths] or paths
         paths_by_folder.append(selected[:limit])
     labels = run_labels(folders)
     rows = [
@@ -262,35 +284,30 @@ def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
         for label, paths in zip(labels, paths_by_folder, strict=True)
         for path in paths
     ]
-    loaded = [[read_image(path) for path in paths] for paths in paths_by_folder]
-    captions = [[shortened(path.stem, 13) for path in paths] for paths in paths_by_folder]
-    return [Plot("images", rows, partial(_draw_grid, loaded, labels, captions))]
+    loaded_images = [[read_image(path) for path in paths] for paths in paths_by_folder]
+    captions = [[shortened(path.stem, _CAPTION_LENGTH) for path in paths] for paths in paths_by_folder]
+    return [Plot("images", rows, partial(_draw_grid, loaded_images, labels, captions))]
 
 
 def mean_dice(mask: np.ndarray, truth: np.ndarray) -> float:
-    """Compute the Dice score 2·|A ∩ B| / (|A| + |B|), averaged over the nonzero classes of either mask; 1 if none."""
+    """Compute the Dice score 2·|A ∩ B| / (|A| + |B|), averaged over the nonzero classes of either mask.
+
+    The score is 1 if both masks are zero.
+    """
     classes = [label for label in np.union1d(mask, truth) if label > 0]
     return float(f1_score(truth.ravel(), mask.ravel(), labels=classes, average="macro")) if classes else 1.0
 
 
 def _class_balanced_indices(labels: Sequence[int], count: int, seed: int) -> list[int]:
-    """Sample indices in random order, cycling through the classes."""
+    """Sample up to `count` indices in random order, cycling through the classes."""
     order = np.random.default_rng(seed).permutation(len(labels)).tolist()
     by_class: dict[int, list[int]] = {}
     for index in order:
         by_class.setdefault(labels[index], []).append(index)
     classes = [by_class[label] for label in sorted(by_class)]
     longest = max(map(len, classes), default=0)
-    cycled = (items[k] for k in range(longest) for items in classes if k < len(items))
+    cycled = (indices[cycle] for cycle in range(longest) for indices in classes if cycle < len(indices))
     return list(islice(cycled, count))
-
-
-_GAP = 12
-"""Gap between cells, in pixels."""
-_TITLE = 24
-"""Height of a row's title, in pixels."""
-_CAPTION = 17
-"""Height of an image's caption, in pixels."""
 
 
 def _draw_grid(
@@ -298,30 +315,28 @@ def _draw_grid(
 ) -> Figure:
     """Draw a grid of images, with a title for each row and a caption above each image."""
     columns = max(map(len, grid))
-    tops = [_TITLE + _CAPTION * any(cells) for cells in captions]
+    header_heights = [_TITLE_HEIGHT + (_CAPTION_HEIGHT if any(texts) else 0) for texts in captions]
     width = (_CELL_SIZE + _GAP) * columns + _GAP
-    height = (_CELL_SIZE + _GAP) * len(grid) + sum(tops) + _GAP
+    height = (_CELL_SIZE + _GAP) * len(grid) + sum(header_heights) + _GAP
     figure, panels = new_panels(width, height, [""] * (columns * len(grid)), columns)
-    figure.set_layout_engine("none")
+    figure.set_layout_engine("none")  # all positions are set below
     bottom = height
     for row, cells in enumerate(grid):
-        bottom -= _GAP + tops[row] + _CELL_SIZE
-        left = _GAP / width
+        bottom -= _GAP + header_heights[row] + _CELL_SIZE
         title = shortened(titles[row], 10 * columns)
-        y = (bottom + _CELL_SIZE + tops[row] - 3) / height
-        figure.text(left, y, title, color=INK, fontsize=11, fontweight="bold", va="top")
+        title_y = (bottom + _CELL_SIZE + header_heights[row] - 3) / height
+        figure.text(_GAP / width, title_y, title, color=INK, fontsize=11, fontweight="bold", va="top")
         for column in range(columns):
             axes = panels[row * columns + column]
             axes.set_axis_off()
-            corner = _GAP + (_CELL_SIZE + _GAP) * column
-            axes.set_position((corner / width, bottom / height, _CELL_SIZE / width, _CELL_SIZE / height))
+            left = _GAP + (_CELL_SIZE + _GAP) * column
+            axes.set_position((left / width, bottom / height, _CELL_SIZE / width, _CELL_SIZE / height))
             if column < len(cells):
                 image = cells[column].convert("RGB")
                 image.thumbnail((2 * _CELL_SIZE, 2 * _CELL_SIZE), Image.Resampling.LANCZOS)
                 axes.imshow(np.asarray(image), interpolation="none" if min(image.size) > 40 else "nearest")
-                figure.text(
-                    corner / width, (bottom + _CELL_SIZE + 4) / height, captions[row][column], color=INK, fontsize=9
-                )
+                caption_y = (bottom + _CELL_SIZE + 4) / height
+                figure.text(left / width, caption_y, captions[row][column], color=INK, fontsize=9)
     return figure
 
 
@@ -343,7 +358,7 @@ def features(
     two-dimensional embedding, which depends on the seed. See `PlotOptions` for the arguments.
 
     Returns:
-        One plot with a row for each image and model; `features-nmi` has a row for each model.
+        One plot. Its table has one row per image and model. The additional table `features-nmi` has one row per model.
 
     Raises:
         FileNotFoundError: If a folder contains no run with an adapter, or the data no longer exists.
@@ -351,31 +366,33 @@ def features(
     """
     models = [_load(run, "classification", device) for run in runs]
     first = models[0]
-    splits, items = _items(first, data, split)
-    classes = [part.labels[index] for part, index in items]
+    splits, items = _images_of_split(first, data, split)
+    labels = [dataset.labels[index] for dataset, index in items]
     selected = list(range(len(items)))
     if len(items) > limit:
-        selected = sorted(stratified_sample(classes, limit, seed=seed, classes=splits.classes, argument="limit"))
-    targets = np.array(classes)[selected]
-    indices: dict[ImageDataset, list[int]] = {}
-    for number in selected:
-        part, index = items[number]
-        indices.setdefault(part, []).append(index)
+        selected = sorted(stratified_sample(labels, limit, seed=seed, classes=splits.classes, argument="limit"))
+    targets = np.array(labels)[selected]
+    indices_by_dataset: dict[ImageDataset, list[int]] = {}  # keeps the order of `selected`, which is ascending
+    for position in selected:
+        dataset, index = items[position]
+        indices_by_dataset.setdefault(dataset, []).append(index)
     pretrained = build_method("linear", make_backbone(first.info.backbone)).to(first.device)
     networks = [pretrained, *(loaded.model for loaded in models)]
-    values: dict[str, NDArray[np.float32]] = {}
-    for label, loaded, model in zip([PRETRAINED, *run_labels(runs)], [first, *models], networks, strict=True):
-        inputs = [part.subset(chosen).with_transform(loaded.transform) for part, chosen in indices.items()]
-        values[label] = head_inputs(model, inputs, batch_size)
-    count = len(set(targets.tolist()))
+    features_by_run: dict[str, NDArray[np.float32]] = {}
+    for run, loaded, model in zip([PRETRAINED, *run_labels(runs)], [first, *models], networks, strict=True):
+        inputs = [
+            dataset.subset(indices).with_transform(loaded.transform) for dataset, indices in indices_by_dataset.items()
+        ]
+        features_by_run[run] = head_inputs(model, inputs, batch_size)
+    num_classes = len(set(targets.tolist()))
     scores: list[Row] = [
-        {"run": label, "images": len(targets), "classes": count, "nmi": cluster_nmi(features, targets, seed)}
-        for label, features in values.items()
+        {"run": run, "images": len(targets), "classes": num_classes, "nmi": cluster_nmi(values, targets, seed)}
+        for run, values in features_by_run.items()
     ]
     rows = [
-        {"run": label, "image": int(index), "class": splits.classes[number], "x": float(x), "y": float(y)}
-        for label, features in values.items()
-        for index, number, (x, y) in zip(selected, targets, embed(features, seed), strict=True)
+        {"run": run, "image": int(position), "class": splits.classes[target], "x": float(x), "y": float(y)}
+        for run, values in features_by_run.items()
+        for position, target, (x, y) in zip(selected, targets, embed(values, seed), strict=True)
     ]
     notes = [f"{row['run']}: NMI {row['nmi']:.3f}" for row in scores]
     return [Plot("features", rows, partial(_draw_features, rows, scores), notes, {"nmi": scores})]
@@ -383,30 +400,27 @@ def features(
 
 def embed(values: NDArray[np.float32], seed: int = 0) -> NDArray[np.float64]:
     """Embed features `[images, width]`, normalized to unit length, in two dimensions with t-SNE, `[images, 2]`."""
-    perplexity = min(_PERPLEXITY, (len(values) - 1) / 3)
+    perplexity = min(_PERPLEXITY, (len(values) - 1) / 3)  # must be less than the number of images
     embedding = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(normalize(values))
     return embedding.astype(float)
 
 
 def cluster_nmi(values: NDArray[np.float32], classes: NDArray[np.int64], seed: int = 0) -> float:
     """Compute the normalized mutual information between classes and k-means clusters, one cluster per class."""
-    count = len(set(classes.tolist()))
-    clusters = KMeans(count, n_init=10, random_state=seed).fit_predict(normalize(values))
+    num_classes = len(set(classes.tolist()))
+    clusters = KMeans(num_classes, n_init=10, random_state=seed).fit_predict(normalize(values))
     return float(normalized_mutual_info_score(classes, clusters))
-
-
-_MAX_LEGEND = 24
-"""Maximum number of classes in a legend."""
 
 
 def _draw_features(rows: Sequence[Row], scores: Sequence[Row]) -> Figure:
     """Draw one panel per model, with a color and marker for each class."""
     columns = min(len(scores), 3)
-    lines = -(-len(scores) // columns)
+    panel_rows = math.ceil(len(scores) / columns)
     classes = sorted({row["class"] for row in rows})
     titles = [f"{shortened(row['run'], 20)}: NMI {row['nmi']:.2f}" for row in scores]
-    legend = 20 * -(-len(classes) // (2 * columns)) if len(classes) <= _MAX_LEGEND else 0
-    figure, panels = new_panels(280 * columns, 275 * lines + legend + 20, titles, columns)
+    has_legend = len(classes) <= _MAX_LEGEND
+    legend_height = 20 * math.ceil(len(classes) / (2 * columns)) if has_legend else 0
+    figure, panels = new_panels(280 * columns, 275 * panel_rows + legend_height + 20, titles, columns)
     for axes, score in zip(panels, scores, strict=True):
         for number, name in enumerate(classes):
             color, marker = style_of(number)
@@ -416,10 +430,10 @@ def _draw_features(rows: Sequence[Row], scores: Sequence[Row]) -> Figure:
         axes.grid(False)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(visible=True, color=MUTED)
-    if len(classes) <= _MAX_LEGEND:
-        handles = [
-            Line2D([], [], linestyle="none", marker=style_of(number)[1], color=style_of(number)[0], markersize=5)
-            for number in range(len(classes))
-        ]
+    if has_legend:
+        handles: list[Line2D] = []
+        for number in range(len(classes)):
+            color, marker = style_of(number)
+            handles.append(Line2D([], [], linestyle="none", marker=marker, color=color, markersize=5))
         add_legend(figure, handles, [shortened(name, 16) for name in classes], columns=2 * columns)
     return figure

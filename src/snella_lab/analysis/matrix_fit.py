@@ -1,4 +1,8 @@
-"""Kernel expressivity: curves, fits of random matrices, gradients and definiteness (appendices A.2 to A.4)."""
+"""Kernel expressivity: curves, fits of random matrices, gradients and definiteness.
+
+A kernel κ merges two factors into a matrix, `W[i, j] = κ(A[j], B[i])`. The experiments and equations are those of
+appendices A.2 to A.4 of the SNELLA paper (arXiv 2510.24037).
+"""
 
 from __future__ import annotations
 
@@ -29,20 +33,24 @@ from snella_lab.analysis.plot import Plot, Row, grouped
 from snella_lab.style import style_of
 
 Merge = Callable[[Tensor, Tensor, KernelScalars], Tensor]
-"""Function of factors `A` `[n, r]`, `B` `[m, r]` and scalars; returns `[m, n]`."""
+"""Function that merges the factors `A` `[n, r]` and `B` `[m, r]`, with the kernel's scalars, into `[m, n]`."""
 _STATE_FILE = "fits.json"
 _MAX_RECORDED_STEPS = 100
+"""Maximum number of steps at which errors and gradients are recorded."""
+_MAX_REJECTED = 1_000
+"""Maximum number of matrices of lower rank that are rejected in a row."""
 _X_MAX = 4.0
+"""Largest x of the kernel curves."""
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Settings for fitting random matrices with kernels (arXiv 2510.24037, appendix A.2).
+    """Settings for fitting random matrices with kernels (appendix A.2).
 
     Args:
         kernels: Kernel names, or import paths `module:name` of a `Kernel` subclass or a function of `A` `[n, r]` and
             `B` `[m, r]`.
-        size: Rows and columns of the matrices; not stated in the paper.
+        size: Number of rows and columns of the matrices, which the paper does not state.
         ranks: Ranks of the matrices, at most `size`.
         density: Fraction of nonzero entries in the factors of the random matrices.
         matrices: Number of random matrices per rank.
@@ -82,15 +90,16 @@ class FitConfig:
             raise ValueError("; ".join(errors))
 
 
-_MAX_REJECTED = 1_000
-"""Maximum number of matrices of lower rank that are rejected in a row."""
-
 PRESETS: dict[str, FitConfig] = {"quick": FitConfig(), "paper": FitConfig(steps=100_000, lr=1e-4)}
-"""`paper` uses the optimizer, steps and number of matrices of appendix A.2; `quick` takes minutes."""
+"""`paper` uses the optimizer, steps and number of matrices of appendix A.2. `quick` takes minutes."""
 
 
 def find_kernel(name: str) -> Merge:
-    """Return the merge function of a kernel, by name or import path; raise `ValueError` if there is none."""
+    """Return the merge function of a kernel, given its name or import path.
+
+    Raises:
+        ValueError: If there is no such kernel, or the imported object is not a kernel.
+    """
     if name in KERNELS:
         return make_kernel(name).merge
     module, colon, attribute = name.partition(":")
@@ -110,7 +119,10 @@ def find_kernel(name: str) -> Merge:
 
 
 def _module_digest(name: str) -> str | None:
-    """Return the SHA-256 of the module file of a custom kernel; None for built-in kernels, or without a file."""
+    """Return the SHA-256 of the file of a custom kernel's module.
+
+    Returns None for built-in kernels, and for modules without a file.
+    """
     if name in KERNELS:
         return None
     path = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
@@ -137,7 +149,7 @@ def random_matrices(size: int, rank: int, count: int, density: float, generator:
         mask = torch.rand(2, size, rank, dtype=torch.float64, generator=generator) < density
         left, right = factors * mask
         if rank == size:  # adding a diagonal makes both factors almost surely invertible
-            left, right = (part + torch.diag(factors.new_ones(size)) for part in (left, right))
+            left, right = (factor + torch.diag(factors.new_ones(size)) for factor in (left, right))
         matrix = left @ right.T
         if int(torch.linalg.matrix_rank(matrix)) == rank:
             matrices.append((matrix / matrix.square().mean().sqrt()).float())
@@ -159,9 +171,10 @@ class Fit:
         kernel: Name or import path.
         mse: Final mean squared error of each matrix, `[ranks][matrices]`.
         steps: Recorded steps.
-        gradient: Gradient norm of both factors at the recorded steps, averaged over all fits.
-        error: Mean squared error at the recorded steps, averaged over all fits.
-        module_digest: SHA-256 of the module file of a custom kernel, else None; an edited kernel is fitted again.
+        gradient: Gradient norm of both factors at the recorded steps, averaged over all matrices.
+        error: Mean squared error at the recorded steps, averaged over all matrices.
+        module_digest: SHA-256 of a custom kernel's module file, by which an edited kernel is recognized and fitted
+            again. None for built-in kernels.
     """
 
     kernel: str
@@ -177,19 +190,20 @@ def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = 
 
         min over A, B, scalars of 1/(mn) Σ_ij (W[i, j] − κ(A[j], B[i]))²,   by Adam
 
-    Factors are initialized from a Gaussian such that inner products have variance 1; scalars start at α = 1, β = 0 and
+    Factors are initialized from a Gaussian such that inner products have variance 1. Scalars start at α = 1, β = 0 and
     α_p = ±0.1. All kernels share the matrices and the initial factors.
 
     Args:
         kernel: Name or import path, see `find_kernel`.
-        config: Settings.
-        on_step: Callback that receives the step number.
+        config: Settings of the fits.
+        on_step: Callback that receives the number of finished steps.
 
     Raises:
         ValueError: If the kernel is unknown or returns the wrong shape.
         FloatingPointError: If the error becomes infinite or NaN.
     """
-    merge, digest = find_kernel(kernel), _module_digest(kernel)  # before the fit, during which the file may change
+    merge = find_kernel(kernel)
+    digest = _module_digest(kernel)  # before the fit, during which the file may change
     generator = torch.Generator().manual_seed(config.seed)
     targets = torch.cat(
         [random_matrices(config.size, rank, config.matrices, config.density, generator) for rank in config.ranks]
@@ -209,9 +223,8 @@ def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = 
     if shape != [count, size, size]:
         raise ValueError(f"kernel {kernel!r} must return [m, n] = {[size, size]}, got {shape[1:]}")
     optimizer = torch.optim.Adam(parameters, lr=config.lr)
-    recorded = set(
-        np.linspace(0, config.steps - 1, min(_MAX_RECORDED_STEPS, config.steps)).round().astype(int).tolist()
-    )
+    num_recorded = min(_MAX_RECORDED_STEPS, config.steps)
+    recorded_steps = set(np.linspace(0, config.steps - 1, num_recorded).round().astype(int).tolist())
     steps = []
     gradients = []
     errors = []
@@ -219,8 +232,8 @@ def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = 
         optimizer.zero_grad()
         losses = (batched(*parameters) - targets).square().mean((1, 2))
         losses.sum().backward()
-        if step in recorded:
-            grads = torch.cat([part.grad.flatten(1) for part in (A, B) if part.grad is not None], 1)
+        if step in recorded_steps:
+            grads = torch.cat([factor.grad.flatten(1) for factor in (A, B) if factor.grad is not None], 1)
             steps.append(step)
             gradients.append(float(grads.norm(dim=1).mean()) if grads.numel() else 0.0)
             errors.append(float(losses.detach().mean()))
@@ -240,14 +253,14 @@ def fit_matrices(
     """Fit random matrices with several kernels, and plot the kernel functions (Figure 4).
 
     Args:
-        config: Settings.
-        out: Folder for finished fits (`fits.json`), from which an interrupted call resumes; None disables resuming.
-        on_step: Callback that receives the kernel and the step number.
+        config: Settings of the fits.
+        out: Folder for finished fits (`fits.json`), from which an interrupted call resumes. None disables resuming.
+        on_step: Callback that receives the kernel and the number of finished steps.
 
     Returns:
-        Three plots: `kernel-curves` (4a) with table `kernel-curves-definiteness`, see `definiteness`; `fit-error` (4b),
-        mean squared error versus rank, with table `fit-error-matrices` by matrix; `fit-gradient` (4c), gradient norm
-        and error versus step.
+        Three plots. `kernel-curves` (4a) has the additional table `kernel-curves-definiteness`, see `definiteness`.
+        `fit-error` (4b) shows the mean squared error versus rank. Its additional table `fit-error-matrices` has one row
+        per matrix. `fit-gradient` (4c) shows the gradient norm versus step, and its table also contains the error.
 
     Raises:
         ValueError: If a kernel is invalid, or the folder contains fits that are damaged or have other settings.
@@ -285,10 +298,10 @@ def fit_matrices(
 
 
 def kernel_curves(kernels: Sequence[str], points: int = 161) -> list[Row]:
-    """Compute κ((1, 0), (x, 0)) and its derivative for x in [−4, 4]; the second piece is 0 in both factors.
+    """Compute κ((1, 0), (x, 0)) and its derivative for x in [−4, 4].
 
-    All scalars are 1, except β = 0. Normalized kernels apply their softmax over the points of the curve; each
-    derivative is with respect to the point itself.
+    For piecewise kernels, each of the two numbers is a piece. All scalars are 1, except β = 0. Normalized kernels apply
+    their softmax over the points of the curve. Each derivative is with respect to the point itself.
     """
     xs = torch.linspace(-_X_MAX, _X_MAX, points, dtype=torch.float64)
     rows: list[Row] = []
@@ -303,17 +316,20 @@ def kernel_curves(kernels: Sequence[str], points: int = 161) -> list[Row]:
 def _kernel_values(merge: Merge, xs: Tensor) -> Tensor:
     """Evaluate κ((1, 0), (x, 0)) for each x, `[points]`."""
     A = xs.new_tensor([[1.0, 0.0]])
-    return merge(A, torch.stack([xs, torch.zeros_like(xs)], 1), _unit_scalars())[:, 0]
+    B = torch.stack([xs, torch.zeros_like(xs)], 1)
+    return merge(A, B, _unit_scalars())[:, 0]
 
 
 def _unit_scalars() -> KernelScalars:
     """Return scalars with all coefficients 1 and β = 0."""
+    piece_coeff = torch.ones(2, dtype=torch.float64)
     alpha = torch.ones((), dtype=torch.float64)
-    return KernelScalars(torch.ones(2, dtype=torch.float64), alpha, torch.zeros((), dtype=torch.float64))
+    beta = torch.zeros((), dtype=torch.float64)
+    return KernelScalars(piece_coeff, alpha, beta)
 
 
 def definiteness(kernels: Sequence[str]) -> list[Row]:
-    """Test kernels for positive semi-definiteness: eigenvalues of `K[i, j] = κ(x_i, x_j)` (eq. 16, A.4).
+    """Test kernels for positive semi-definiteness, by the eigenvalues of `K[i, j] = κ(x_i, x_j)` (eq. 16, A.4).
 
     The 60 points x_i are random vectors with 8 entries. All coefficients are 1. Appendix A.4 claims that Mix-K is
     positive semi-definite in this case. The claim is wrong: the distance term of Mix-K has a zero diagonal and
@@ -329,23 +345,25 @@ def definiteness(kernels: Sequence[str]) -> list[Row]:
         `conditional`, the smallest eigenvalue of the symmetric part of −K projected onto vectors that sum to 0, at
         most 0.
     """
-    points = 60
-    x = torch.randn(points, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    centering = torch.eye(points, dtype=torch.float64) - 1 / points
+    num_points = 60
+    x = torch.randn(num_points, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    centering = torch.eye(num_points, dtype=torch.float64) - 1 / num_points
     rows: list[Row] = []
     for name in kernels:
         K = find_kernel(name)(x, x, _unit_scalars()).detach()
+        asymmetry = float((K - K.T).abs().max())
         symmetric = (K + K.T) / 2
-        values = torch.linalg.eigvalsh(symmetric)
-        tolerance = float(values.abs().max()) * points * torch.finfo(torch.float64).eps
+        eigenvalues = torch.linalg.eigvalsh(symmetric)
+        rounding_error = float(eigenvalues.abs().max()) * num_points * torch.finfo(torch.float64).eps
+        is_nonnegative = bool(eigenvalues[0] >= -rounding_error)
         rows.append(
             {
                 "kernel": name,
                 "trace": float(K.trace()),
-                "asymmetry": float((K - K.T).abs().max()),
-                "smallest": float(values[0]),
-                "largest": float(values[-1]),
-                "is_positive_semi_definite": bool(values[0] >= -tolerance) and bool((K - K.T).abs().max() <= tolerance),
+                "asymmetry": asymmetry,
+                "smallest": float(eigenvalues[0]),
+                "largest": float(eigenvalues[-1]),
+                "is_positive_semi_definite": is_nonnegative and asymmetry <= rounding_error,
                 "conditional": float(torch.linalg.eigvalsh(-centering @ symmetric @ centering)[0]),
             }
         )
@@ -353,7 +371,7 @@ def definiteness(kernels: Sequence[str]) -> list[Row]:
 
 
 def _read_fits(folder: Path, config: FitConfig) -> dict[str, Fit]:
-    """Read the fits of an earlier call with the same settings."""
+    """Read the fits of an earlier call with the same settings, if there are any."""
     path = folder / _STATE_FILE
     if not path.is_file():
         return {}
@@ -385,7 +403,11 @@ def _settings(config: FitConfig) -> dict[str, Any]:
 def _plot_kernels(
     axes: Axes, rows: Sequence[Row], x: str, y: str, markers: tuple[int, int] = (0, 1)
 ) -> tuple[list[Line2D], list[str]]:
-    """Draw one line per kernel; `markers` contains marker offset and interval. Return the lines and kernels."""
+    """Draw one line per kernel, and return the lines and the kernels.
+
+    `markers` contains the marker offset from one line to the next and the interval between markers, in points.
+    """
+    offset, interval = markers
     lines = []
     kernels = grouped(rows, "kernel")
     for number, points in enumerate(kernels.values()):
@@ -397,7 +419,7 @@ def _plot_kernels(
             linewidth=2,
             marker=marker,
             markersize=6,
-            markevery=(markers[0] * number, markers[1]),
+            markevery=(offset * number, interval),
         )
     return lines, list(kernels)
 
@@ -433,8 +455,9 @@ def _draw_errors(rows: Sequence[Row]) -> Figure:
 def _draw_gradients(rows: Sequence[Row]) -> Figure:
     """Draw the gradient norm versus step."""
     figure, axes = new_figure(560, 380, "Gradient norm of the factors")
-    shown = [{**row, "gradient_norm": row["gradient_norm"] or math.nan} for row in rows]  # log scale
-    lines, kernels = _plot_kernels(axes, shown, "step", "gradient_norm", (2, 14))
+    # a log scale cannot show 0
+    nonzero_rows = [{**row, "gradient_norm": row["gradient_norm"] or math.nan} for row in rows]
+    lines, kernels = _plot_kernels(axes, nonzero_rows, "step", "gradient_norm", (2, 14))
     log_axis(axes)
     axes.set(xlabel="step", ylabel="norm (log scale)")
     add_legend(figure, lines, kernels)

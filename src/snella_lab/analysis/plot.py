@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
+"""Row of a table: values by column. Missing columns, None and NaN become empty cells."""
 T = TypeVar("T")
 
 Kind = Literal[
@@ -89,10 +90,10 @@ class Plot:
 
     Attributes:
         name: Stem of the file names.
-        rows: CSV rows, each a mapping from column to value.
+        rows: Table with the data of the figure.
         draw: Function that creates the figure.
-        notes: Notes for the reader, one line each.
-        tables: Additional tables by file name suffix.
+        notes: Notes to print, one line each.
+        tables: Additional tables, by the suffix of their file names.
     """
 
     name: str
@@ -107,15 +108,15 @@ def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = Fal
 
     Args:
         plots: Plots from `make_plots` or a plot function.
-        out: Output folder; created if missing.
-        overwrite: Replace existing files.
+        out: Output folder, which is created if missing.
+        overwrite: If True, replace existing files.
 
     Returns:
         Paths of `NAME.svg`, `NAME.png`, `NAME-dark.svg`, `NAME-dark.png` and `NAME.csv` for each plot, and of
         `NAME-TABLE.csv` for its additional tables.
 
     Raises:
-        FileExistsError: If a file exists and `overwrite` is not set; nothing is written.
+        FileExistsError: If a file exists and `overwrite` is False. No file is written in this case.
     """
     from snella_lab.style import write_figure
 
@@ -140,10 +141,10 @@ def write_plots(plots: Sequence[Plot], out: str | Path, *, overwrite: bool = Fal
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """Format rows as CSV with the union of their columns; NaN and None become empty cells."""
+    """Format rows as CSV, with the union of their columns and with empty cells for NaN and None."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         cells: dict[str, Any] = {}
@@ -151,11 +152,11 @@ def csv_text(rows: Sequence[Row]) -> str:
             is_nan = value != value  # only NaN is unequal to itself
             cells[name] = "" if is_nan else value
         writer.writerow(cells)
-    return out.getvalue()
+    return text.getvalue()
 
 
 def plot_function(kind: Kind) -> Callable[..., list[Plot]]:
-    """Import and return the function of a plot kind."""
+    """Import the function that computes the plots of a kind, and return it."""
     module = next(module for module, kinds in _MODULES.items() if kind in kinds)
     function: Callable[..., list[Plot]] = getattr(importlib.import_module(f"snella_lab.analysis.{module}"), kind)
     return function
@@ -189,21 +190,21 @@ def grouped(rows: Sequence[Row], column: str) -> dict[str, list[Row]]:
 
 
 def in_order_of_depth(layers: Mapping[str, list[T]]) -> dict[str, list[T]]:
-    """Sort the layers by block number; matrices outside blocks (`–`) come last."""
+    """Sort layers by block number, with matrices outside blocks (`–`) at the end."""
     return dict(sorted(layers.items(), key=lambda item: math.inf if item[0] == "–" else int(item[0])))
 
 
 def run_labels(runs: Sequence[str | Path]) -> list[str]:
-    """Return the shortest path suffixes that distinguish the folders.
+    """Return the ends of the paths as labels, with as many folder names as needed to distinguish the runs.
 
     Raises:
         ValueError: If a folder occurs twice.
     """
-    parts = [Path(run).resolve().parts for run in runs]
-    if repeated := [str(run) for number, run in enumerate(runs) if parts[number] in parts[:number]]:
+    paths = [Path(run).resolve().parts for run in runs]
+    if repeated := [str(run) for index, run in enumerate(runs) if paths[index] in paths[:index]]:
         raise ValueError(f"runs must be different folders, got {', '.join(repeated)} twice; pass each folder once")
-    for length in range(1, max(map(len, parts), default=1) + 1):
-        labels = ["/".join(part[-length:]) for part in parts]
-        if len(set(labels)) == len(parts):
+    for length in range(1, max(map(len, paths), default=1) + 1):
+        labels = ["/".join(path[-length:]) for path in paths]
+        if len(set(labels)) == len(paths):
             break
     return labels if runs else []

@@ -1,7 +1,11 @@
-"""Update plots: images, singular values and overlap between tasks."""
+"""Plots of weight updates: heat maps, singular values and overlap between tasks.
+
+Figures and sections are those of the SNELLA paper (arXiv 2510.24037).
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +33,7 @@ from snella_app.report.style import (
     WARM,
     accent_map,
     add_legend,
-    epoch_axis,
+    integer_axis,
     new_figure,
     new_panels,
     scale_bar,
@@ -40,29 +44,34 @@ from snella_app.runs.model import load_run, make_backbone
 from snella_lab.analysis.plot import Plot, Row, in_order_of_depth, run_labels
 from snella_lab.style import style_of
 
+_MAX_TICKS = 12
+"""Maximum number of labeled blocks on an axis."""
+_NOISE_FLOOR = 1e-7
+"""Singular values below this fraction of the largest one are not drawn, since they are rounding errors of float32."""
+
 
 @dataclass(frozen=True)
 class RunUpdates:
-    """Lazily computed updates of a run.
+    """Weight updates of a run.
 
     Attributes:
         label: Short name of the run.
         shapes: `[out, in]` of each matrix by name.
-        infos: Entries of `allocation.json` by matrix name; empty without the file.
-        make: Function from matrix name to the scaled update, `[out, in]`, float32.
+        infos: Entries of `allocation.json` by matrix name; empty if the run has no such file.
+        compute: Function from matrix name to the scaled update, `[out, in]`, float32.
     """
 
     label: str
     shapes: Mapping[str, tuple[int, int]]
     infos: Mapping[str, MatrixInfo]
-    make: Callable[[str], Tensor]
+    compute: Callable[[str], Tensor]
 
 
 def read_updates(run: str | Path, label: str) -> RunUpdates:
     """Read the weight updates of a run.
 
-    Updates of SNELLA and LoRA are computed from the adapter file, for any task. Updates of other methods are the
-    differences between the merged model and the backbone.
+    Updates of SNELLA and LoRA are computed from the adapter file alone, so the run may have any task. Updates of other
+    methods are the differences between the merged model and the backbone, and require an image task.
 
     Raises:
         FileNotFoundError: If the run has no adapter or the folder contains no run.
@@ -73,11 +82,11 @@ def read_updates(run: str | Path, label: str) -> RunUpdates:
         raise FileNotFoundError(f"run {run} has no adapter yet; choose a run that has finished an epoch")
     allocation = read_if_present(Allocation, run)
     infos = {} if allocation is None else {matrix.name: matrix for matrix in allocation.matrices}
-    shapes, make = adapter_updates(adapter, infos) or _merge_differences(run)
-    return RunUpdates(label, shapes, infos, make)
+    shapes, compute = adapter_updates(adapter, infos) or _backbone_differences(run)
+    return RunUpdates(label, shapes, infos, compute)
 
 
-def _merge_differences(run: str | Path) -> UpdateSource:
+def _backbone_differences(run: str | Path) -> UpdateSource:
     """Compute the differences between the matrices of the merged model and the backbone, excluding the head."""
     loaded = load_run(run, device="cpu")
     head = spec_of(loaded.model).head
@@ -89,22 +98,25 @@ def _merge_differences(run: str | Path) -> UpdateSource:
         if is_matrix and not torch.equal(value, merged[key]):
             difference = (merged[key].float() - value.float()).flatten(1)
             module = key.removesuffix(".weight")
-            names = part_names(module, 3 if module.endswith("qkv") and len(difference) % 3 == 0 else 1, {})
+            is_fused = module.endswith("qkv") and len(difference) % 3 == 0
+            names = part_names(module, 3 if is_fused else 1, {})
             changed |= dict(zip(names, difference.chunk(len(names)), strict=True))
     if not changed:
-        raise ValueError(f"run must change backbone matrices, got {run} with method {loaded.info.method!r}")
+        raise ValueError(f"run {run} changes no backbone matrix (method {loaded.info.method!r})")
     return {name: (len(value), value.shape[1]) for name, value in changed.items()}, changed.__getitem__
 
 
 def choose_matrix(run_updates: Sequence[RunUpdates], name: str | None) -> str:
-    """Return `name`, or else the deepest query projection (or deepest matrix) that all runs change.
+    """Return `name` if given; otherwise the deepest query projection that all runs change.
+
+    If the runs share no query projection, the deepest common matrix is returned.
 
     Raises:
         ValueError: If the runs share no matrix, or some run does not change `name`.
     """
     common = [matrix for matrix in run_updates[0].shapes if all(matrix in run.shapes for run in run_updates)]
     if not common:
-        raise ValueError(f"runs must change a common matrix, got none in {', '.join(run.label for run in run_updates)}")
+        raise ValueError(f"no matrix is changed by all runs: {', '.join(run.label for run in run_updates)}")
     if name is not None:
         if name not in common:
             raise ValueError(f"matrix must be one that all runs change, e.g. {common[0]!r}, got {name!r}")
@@ -113,12 +125,20 @@ def choose_matrix(run_updates: Sequence[RunUpdates], name: str | None) -> str:
 
 
 def effective_rank(values: Tensor) -> float:
-    """Compute exp(−Σ p_i log p_i), p_i = σ_i / Σ σ, of singular values (Roy and Vetterli 2007); 0 for a zero matrix."""
-    return float(torch.special.entr(values / values.sum()).sum().exp()) if values.any() else 0.0
+    """Return the effective rank `exp(−Σ p_i log p_i)`, `p_i = σ_i / Σ σ`, of singular values; 0 for a zero matrix.
+
+    Source: Roy and Vetterli, 2007.
+    """
+    if not values.any():
+        return 0.0
+    shares = values / values.sum()
+    return float(torch.special.entr(shares).sum().exp())
 
 
 def rank_row(update: Tensor, values: Tensor | None = None) -> dict[str, Any]:
-    """Return size, density, norms and ranks of an update; `rank` counts singular values above float32 precision.
+    """Return the size, density, Frobenius norm and ranks of an update.
+
+    `rank` counts the singular values above the float32 rounding error of the largest one.
 
     Args:
         update: Update, `[m, n]`.
@@ -154,8 +174,9 @@ def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plo
     deepest query projection is drawn.
 
     Returns:
-        Two plots. `update` has a row for each run, with size, density and ranks. `update-spectrum` has a row for each
-        singular value; `update-spectrum-ranks` contains the ranks of all matrices of the same type.
+        Two plots. The table of `update` has one row per run, with size, density and ranks. The table of
+        `update-spectrum` has one row per singular value; its additional table `update-spectrum-ranks` contains the
+        ranks of all matrices of the same type.
 
     Raises:
         FileNotFoundError: If a run has no adapter.
@@ -163,23 +184,24 @@ def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plo
     """
     run_updates = [read_updates(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
     name = choose_matrix(run_updates, matrix)
-    updates = {run.label: run.make(name) for run in run_updates}
-    singular = {label: torch.linalg.svdvals(value.double()) for label, value in updates.items()}
-    measured = {label: rank_row(value, singular[label]) for label, value in updates.items()}
-    rows = [{"run": label, "matrix": name, **row} for label, row in measured.items()]
+    updates = {run.label: run.compute(name) for run in run_updates}
+    singular_values = {label: torch.linalg.svdvals(value.double()) for label, value in updates.items()}
+    rank_rows = {label: rank_row(value, singular_values[label]) for label, value in updates.items()}
+    rows = [{"run": label, "matrix": name, **row} for label, row in rank_rows.items()]
     spectrum = [
         {"run": label, "matrix": name, "index": index, "singular_value": value}
-        for label, values in singular.items()
+        for label, values in singular_values.items()
         for index, value in enumerate(values.tolist(), start=1)
     ]
-    same_type = [other for other in run_updates[0].shapes if _without_numbers(other) == _without_numbers(name)]
+    type_name = _without_numbers(name)
+    same_type = [matrix_name for matrix_name in run_updates[0].shapes if _without_numbers(matrix_name) == type_name]
     ranks: list[Row] = []
     for run in run_updates:
-        for position, other in enumerate(same_type):
-            if other not in run.shapes:
+        for position, matrix_name in enumerate(same_type):
+            if matrix_name not in run.shapes:
                 continue
-            other_row = measured[run.label] if other == name else rank_row(run.make(other))
-            ranks.append({"run": run.label, "matrix": other, "position": position, **other_row})
+            row = rank_rows[run.label] if matrix_name == name else rank_row(run.compute(matrix_name))
+            ranks.append({"run": run.label, "matrix": matrix_name, "position": position, **row})
     return [
         Plot("update", rows, partial(draw_updates, updates, name)),
         Plot("update-spectrum", spectrum, partial(_draw_spectrum, spectrum, rows, ranks, name), (), {"ranks": ranks}),
@@ -187,48 +209,51 @@ def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plo
 
 
 def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plot]:
-    """Plot the overlap between the updates of several tasks, by layer and by weight (Figures 12b, 12c, section 4.5).
+    """Plot the overlap between the updates of several tasks, by block and by weight (Figures 12b, 12c, section 4.5).
 
     Chance levels are computed for the same updates with randomly permuted entries. All runs must use the same backbone.
     The weight plots show `matrix`, by default the deepest query projection.
 
     Returns:
-        Three plots. `overlap`: mean cosine similarity over pairs of tasks that change the layer, one row per layer.
+        Three plots. `overlap`: mean cosine similarity over pairs of tasks that change the block, one row per block.
         `overlap-frequency`: number of weights changed by 0, 1, … tasks, in the matrix and in all matrices.
         `overlap-map`: number of tasks that change each weight of the matrix; its table lists rows and columns, most
         frequently changed first.
 
     Raises:
         FileNotFoundError: If a run has no adapter.
-        ValueError: If there are fewer than two runs, the runs share no matrix, or a method changes no weights.
+        ValueError: If there are fewer than two runs, the runs have different backbones or change no common matrix, or a
+            method changes no weights.
     """
     if len(runs) < 2:
-        raise ValueError(f"runs must contain at least 2 runs for overlap, got {len(runs)}; add runs")
+        raise ValueError(f"overlap needs at least 2 runs, got {len(runs)}")
     run_updates = [read_updates(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
     name = choose_matrix(run_updates, matrix)
-    layers = _layers(run_updates)
-    if not any(name in names for names in layers.values()):
+    names_by_block = _group_by_block(run_updates)
+    if not any(name in names for names in names_by_block.values()):  # without matrices of unequal shapes
         shapes = ", ".join(str(list(run.shapes[name])) for run in run_updates)
-        raise ValueError(f"runs must have the same backbone, got the shapes {shapes} of {name!r}")
+        raise ValueError(f"runs must have the same backbone, but {name!r} has shapes {shapes}")
     rows: list[Row] = []
-    counts, expected = np.zeros(len(runs) + 1), np.zeros(len(runs) + 1)
-    for position, (layer, names) in enumerate(layers.items()):
+    all_observed = np.zeros(len(runs) + 1)
+    all_expected = np.zeros(len(runs) + 1)
+    for position, (block, names) in enumerate(names_by_block.items()):
         total = _Similarity(len(runs))
-        for other in names:
-            stacked = torch.stack([run.make(other).flatten() for run in run_updates])
+        for matrix_name in names:
+            stacked = torch.stack([run.compute(matrix_name).flatten() for run in run_updates])
             total.add(stacked)
-            counts += update_frequencies(stacked)
-            expected += _expected_frequencies(stacked)
-        rows.append({"layer": layer, "position": position, "matrices": len(names), **total.row()})
-    stacked = torch.stack([run.make(name).flatten() for run in run_updates])
-    observed, chance = update_frequencies(stacked), _expected_frequencies(stacked)
+            all_observed += update_frequencies(stacked)
+            all_expected += _expected_frequencies(stacked)
+        rows.append({"layer": block, "position": position, "matrices": len(names), **total.row()})
+    stacked = torch.stack([run.compute(name).flatten() for run in run_updates])
+    observed = update_frequencies(stacked)
+    expected = _expected_frequencies(stacked)
     frequencies = [
         {
             "tasks": tasks,
             "weights": int(observed[tasks]),
-            "expected_by_chance": float(chance[tasks]),
-            "weights_of_all_matrices": int(counts[tasks]),
-            "expected_by_chance_of_all": float(expected[tasks]),
+            "expected_by_chance": float(expected[tasks]),
+            "weights_of_all_matrices": int(all_observed[tasks]),
+            "expected_by_chance_of_all": float(all_expected[tasks]),
         }
         for tasks in range(len(runs) + 1)
     ]
@@ -241,7 +266,7 @@ def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Pl
 
 
 class _Similarity:
-    """Cosine similarities between the updates of `count` tasks, over the concatenated matrices of a layer."""
+    """Cosine similarities between the updates of `count` tasks, over the concatenated matrices of a block."""
 
     def __init__(self, count: int) -> None:
         self._products, self._chance, self._intersections = torch.zeros(3, count, count, dtype=torch.float64)
@@ -260,7 +285,7 @@ class _Similarity:
         nonzero_updates = [index for index, norm in enumerate(norms.tolist()) if norm]
         pairs = list(combinations(nonzero_updates, 2))
         if not pairs:
-            return {"pairs": 0, "cosine": float("nan"), "chance": float("nan")}
+            return {"pairs": 0, "cosine": float("nan"), "chance": float("nan")}  # other columns stay empty in the table
         sizes = self._intersections.diagonal()
         cosines: list[float] = []
         chance: list[float] = []
@@ -313,10 +338,11 @@ def _axis_means(changed: Tensor) -> list[Row]:
     return sorted(entries, key=lambda row: -float(row["mean_tasks"]))
 
 
-def _layers(run_updates: Sequence[RunUpdates]) -> dict[str, list[str]]:
-    """Group the matrices that all runs change, with equal shapes, by block in order of depth.
+def _group_by_block(run_updates: Sequence[RunUpdates]) -> dict[str, list[str]]:
+    """Group matrix names by block, in order of depth.
 
-    Without `allocation.json`, the names determine the blocks; blocks of several stages are numbered consecutively.
+    Only matrices that all runs change are included, and only if their shapes are equal. Without `allocation.json`, the
+    names determine the blocks. If the model has several stages, blocks are numbered consecutively across stages.
     """
     infos = {name: info for run in run_updates for name, info in run.infos.items()}
     shapes = run_updates[0].shapes.items()
@@ -324,15 +350,16 @@ def _layers(run_updates: Sequence[RunUpdates]) -> dict[str, list[str]]:
     matches = {name: re.match(r"(.*\.)(\d+)\.", name) for name in names}
     blocks = list(dict.fromkeys(match.groups() for match in matches.values() if match is not None))
     has_stages = len({stage for stage, _ in blocks}) > 1
-    layers: dict[str, list[str]] = {}
+    names_by_block: dict[str, list[str]] = {}
     for name in names:
         depth: int | None = None
         if name in infos:
             depth = infos[name].depth
         elif (match := matches[name]) is not None:
             depth = blocks.index(match.groups()) if has_stages else int(match[2])
-        layers.setdefault("–" if depth is None else str(depth), []).append(name)
-    return in_order_of_depth(layers)
+        block = "–" if depth is None else str(depth)
+        names_by_block.setdefault(block, []).append(name)
+    return in_order_of_depth(names_by_block)
 
 
 def _without_numbers(name: str) -> str:
@@ -348,7 +375,7 @@ def _draw_spectrum(spectrum: Sequence[Row], rows: Sequence[Row], ranks: Sequence
     for number, row in enumerate(rows):
         color, marker = style_of(number)
         values = np.array([entry["singular_value"] for entry in spectrum if entry["run"] == row["run"]])
-        values = values[values > values.max() * 1e-7] if values.max() > 0 else values[:0]
+        values = values[values > _NOISE_FLOOR * values.max()]  # empty for a zero update
         if len(values):
             left.plot(np.arange(1, len(values) + 1), values / values[0], color=color, linewidth=2)
         run_ranks = [entry for entry in ranks if entry["run"] == row["run"]]
@@ -359,29 +386,28 @@ def _draw_spectrum(spectrum: Sequence[Row], rows: Sequence[Row], ranks: Sequence
     left.set(xlabel="index", ylabel="relative to the largest")
     right.set_ylabel("effective rank")
     right.set_ylim(bottom=0)
-    epoch_axis(right, "matrix (in model order)")
+    integer_axis(right, "matrix (in model order)")
     labels = [f"{shortened(row['run'], 20)}: {row['effective_rank']:.1f}, rank {row['rank']}" for row in rows]
     add_legend(figure, handles, labels)
     return figure
 
 
 def _draw_similarity(rows: Sequence[Row]) -> Figure:
-    """Draw the mean and range of the cosine similarity by layer, and the chance level."""
+    """Draw the mean and range of the cosine similarity by block, and the chance level."""
     figure, axes = new_figure(560, 340, "Cosine similarity of updates between tasks")
-    layers = [row for row in rows if row["pairs"]]
-    positions = [row["position"] for row in layers]
-    lowest, highest = [row["least"] for row in layers], [row["greatest"] for row in layers]
-    stride = max(1, -(-len(positions) // 12))
+    drawn_rows = [row for row in rows if row["pairs"]]
+    positions = [row["position"] for row in drawn_rows]
+    lowest, highest = [row["least"] for row in drawn_rows], [row["greatest"] for row in drawn_rows]
+    stride = max(1, math.ceil(len(positions) / _MAX_TICKS))
     band = axes.fill_between(positions, lowest, highest, color=ACCENT, alpha=0.18, linewidth=0)
-    (mean,) = axes.plot(
-        positions, [row["cosine"] for row in layers], color=ACCENT, linewidth=2.2, marker="o", markersize=5
-    )
-    chance = [row["chance"] for row in layers]
-    (random,) = axes.plot(positions, chance, color=WARM, linewidth=1.6, linestyle=DASHED, marker="s", markersize=4)
+    means = [row["cosine"] for row in drawn_rows]
+    (mean_line,) = axes.plot(positions, means, color=ACCENT, linewidth=2.2, marker="o", markersize=5)
+    chance = [row["chance"] for row in drawn_rows]
+    (chance_line,) = axes.plot(positions, chance, color=WARM, linewidth=1.6, linestyle=DASHED, marker="s", markersize=4)
     axes.set_ylim(min([0, *lowest]) - 0.02, max([0.5, *highest]) + 0.05)
-    axes.set_xticks(positions[::stride], [row["layer"] for row in layers][::stride])
+    axes.set_xticks(positions[::stride], [row["layer"] for row in drawn_rows][::stride])
     axes.set(xlabel="block", ylabel="cosine similarity")
-    add_legend(figure, [mean, band, random], ["mean of all pairs", "range of all pairs", "chance level"])
+    add_legend(figure, [mean_line, band, chance_line], ["mean of all pairs", "range of all pairs", "chance level"])
     return figure
 
 
@@ -395,7 +421,7 @@ def _draw_frequencies(rows: Sequence[Row], name: str) -> Figure:
     axes.set_ylim(0.5, 2 * max(row["weights"] for row in rows))
     log_axis(axes)
     axes.grid(False, axis="x")
-    epoch_axis(axes, "number of tasks")
+    integer_axis(axes, "number of tasks")
     axes.set_ylabel("weights (log scale)")
     add_legend(figure, [bars, *marks], ["observed", "expected if independent"])  # type: ignore[list-item]
     return figure

@@ -1,4 +1,8 @@
-"""Benchmark baselines: functions that adapt a timm model with one method."""
+"""Benchmark baselines: functions that adapt a timm model with one method.
+
+An adapter adds a trainable update to the weights of a layer. SNELLA's update `S` keeps only the largest entries of a
+dense matrix `ΔW`, and the sparsity is the fraction of entries that it sets to zero.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +29,9 @@ from snella.sparsify import quantile_threshold, sparsify
 from snella_app.methods.registry import build_method
 
 REFERENCE = "lora"
-"""Baseline of the ratios."""
+"""Baseline in the denominator of the reported ratios of step times."""
 
-_QUANTILE_LIMIT = 2**24  # maximum number of entries in torch.quantile
+_QUANTILE_LIMIT = 2**24  # maximum number of entries that torch.quantile accepts
 
 
 class UnfusedLayer(nn.Module):
@@ -39,13 +43,13 @@ class UnfusedLayer(nn.Module):
     sorted twice.
 
     Args:
-        layer: An adapted linear layer; its parameters are shared.
+        layer: An adapted linear layer, whose parameters are shared.
     """
 
     def __init__(self, layer: SnellaLayer) -> None:
         super().__init__()
         self.layer = layer
-        layer.is_applied = True  # the layer is never called directly
+        layer.is_applied = True  # only the parts of the layer are called, which does not mark it as used
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Add the outputs of both branches for `x` `[…, n]`."""
@@ -82,7 +86,7 @@ def _use_unfused_reference(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Recomputable:
-    """A module output that can be recomputed: storage, weak reference and strides."""
+    """A module output that can be recomputed: its storage, a weak reference to it and its strides."""
 
     storage: StorageWeakRef  # keeps the address from being reused
     output: weakref.ref[Tensor]
@@ -91,7 +95,13 @@ class _Recomputable:
 
 @dataclass(frozen=True)
 class _Recomputed:
-    """Placeholder for a saved tensor: its recomputation and the saved view."""
+    """Placeholder for a saved tensor: the output from which it is recomputed, and its place in this output.
+
+    Attributes:
+        mark: Recomputation of the output.
+        stride: Strides of the output.
+        view: Size, strides and offset of the saved tensor, which may be a view of the output.
+    """
 
     mark: Mark
     stride: tuple[int, ...]
@@ -106,7 +116,7 @@ class RecomputedInputs:
     Gradients are bit-identical.
 
     Args:
-        model: Modified in place; its `forward` runs under saved-tensor hooks.
+        model: Model that is modified in place. Its `forward` runs under hooks for saved tensors.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -114,16 +124,20 @@ class RecomputedInputs:
         self._forward = model.forward
         mark_outputs(model)
         for module in model.modules():
-            if is_parametrized(module) and isinstance(module, nn.LayerNorm):  # SPT; unsupported by mark_outputs
+            # SPT parametrizes normalizations, which `mark_outputs` does not support
+            if is_parametrized(module) and isinstance(module, nn.LayerNorm):
                 module.register_forward_hook(_mark_parametrized)
             if can_recompute(module) or is_parametrized(module):
                 module.register_forward_hook(self._record_output)
         model.forward = self.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        pack_outer, unpack_outer = outer or (lambda tensor: tensor, lambda packed: packed)
+        """Run the model, and save placeholders instead of marked outputs for the backward pass.
+
+        Other tensors are passed to the hooks that are active outside the model, if any.
+        """
+        outer_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        pack_outer, unpack_outer = outer_hooks or (lambda tensor: tensor, lambda packed: packed)
 
         def pack(tensor: Tensor) -> Any:
             return self._placeholder(tensor) or pack_outer(tensor)
@@ -152,7 +166,10 @@ class RecomputedInputs:
             self._outputs[storage.cdata] = _Recomputable(storage, weakref.ref(output), output.stride())
 
     def _placeholder(self, tensor: Tensor) -> _Recomputed | None:
-        """Return a placeholder for a marked output or a view of one, else None."""
+        """Return a placeholder for a marked output or a view of one.
+
+        Returns None for all other tensors, and for tensors that were modified in place.
+        """
         if tensor.layout != torch.strided:
             return None
         marked = self._outputs.get(tensor.untyped_storage()._cdata)
@@ -176,7 +193,10 @@ _TARGETS = r".*\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 
 @dataclass(frozen=True)
 class Workload:
-    """Model and settings of a measurement; `sparsity` is the fraction of unchanged adapted weights."""
+    """Model and settings of a measurement.
+
+    `r` is the rank, and `sparsity` is the fraction of adapted weights that do not change.
+    """
 
     backbone: str
     r: int = 8
@@ -203,7 +223,10 @@ Builder = Callable[[nn.Module, Workload], nn.Module]
 
 
 def _frozen(model: nn.Module, workload: Workload) -> nn.Module:
-    """Train only the head and the class token, to measure both passes without adapters."""
+    """Train only the head and the class token, to measure both passes without adapters.
+
+    The class token is an input of the first block, so the backward pass runs through all blocks.
+    """
     model.requires_grad_(False)
     token = [model.cls_token] if isinstance(getattr(model, "cls_token", None), nn.Parameter) else []
     for parameter in (*token, *cast(Any, model).get_classifier().parameters()):
@@ -230,7 +253,7 @@ def _shira(model: nn.Module, workload: Workload) -> nn.Module:
 
 
 def _method(name: str, *sparse: str, has_rank: bool = True) -> Builder:
-    """Return a builder for a method of `snella train`; the options in `sparse` get the workload's sparsity.
+    """Return a builder for a method of `snella train`, whose options in `sparse` get the workload's sparsity.
 
     Methods that need data before training receive one batch of two random images.
     """
@@ -301,5 +324,5 @@ BASELINES: dict[str, Builder] = {
     "snella-reference-compiled": _compiled(_snella(impl="reference")),
     "paper": _then(_use_unfused_reference, _snella(impl="reference")),
 }
-"""Builders by method name. `snella` uses the default settings; names with this prefix are variants. `-recompute` adds
-SNELLA's recomputation of inputs to a method; `snella-keep-inputs` disables it."""
+"""Builders by method name. `snella` uses the default settings, and names with this prefix are variants. `-recompute`
+adds SNELLA's recomputation of inputs to a method. `snella-keep-inputs` disables it."""

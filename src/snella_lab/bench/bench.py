@@ -1,4 +1,8 @@
-"""Benchmarks of step time and memory: medians over interleaved steps."""
+"""Benchmarks of step time and memory: medians over interleaved steps.
+
+A workload is a model with a rank, a sparsity, a dtype and a device. A setting is a workload with a batch size, and each
+row of results belongs to one method in one setting.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class BenchConfig:
-    """Settings of `snella bench`, as described in its help."""
+    """Settings of `snella bench`, as described in the help of this command."""
 
     backbones: list[str] = field(default_factory=lambda: ["vit_base_patch16_224"])
     batch: list[int] = field(default_factory=lambda: [4, 16])
@@ -81,7 +85,7 @@ class BenchConfig:
 
 
 def grid(device: str = "cpu", out: str | None = None) -> BenchConfig:
-    """Return the full grid: four ViTs, four batch sizes, two ranks, four sparsities and two dtypes; takes hours."""
+    """Return the full grid: four ViTs, four batch sizes, two ranks, four sparsities and two dtypes. It takes hours."""
     return BenchConfig(
         backbones=["vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"],
         batch=[1, 4, 16, 64],
@@ -130,7 +134,7 @@ class Runner:
         return StepTime(forward - start, backward - forward, synchronized_time(self.device) - start)
 
     def has_finite_gradients(self, images: Tensor, labels: Tensor) -> bool:
-        """Return True if gradients exist and are finite; also serves as a warm-up step."""
+        """Return True if gradients exist and are finite. The two passes also warm up the model."""
         nn.functional.cross_entropy(self.model(images), labels).backward()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         is_finite = bool(gradients) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
@@ -139,14 +143,15 @@ class Runner:
 
 
 _STEPS = 2
+"""Training steps in which the peak memory is measured."""
 
 
 def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
     """Measure the peak memory of two training steps, in MiB.
 
     On a GPU, `peak_gpu_mib` is the peak of the allocator. On a CPU, `peak_rss_mib` is the peak resident set size of a
-    new process after model and optimizer exist, including libraries and thread pools; `peak_step_mib` is its growth
-    during the steps.
+    new process after the model and the optimizer exist. It includes libraries and thread pools. `peak_step_mib` is its
+    growth during the steps.
     """
     if torch.device(workload.device).type == "cuda":
         gc.collect()  # models of earlier measurements are in reference cycles
@@ -159,11 +164,11 @@ def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
 def peak_of_child(function: Callable[..., float], name: str, *args: Any) -> dict[str, float]:
     """Measure the peak resident set size of a new process that calls `function(name, *args)`.
 
-    `function` must be importable and return the memory at the start of the measurement; it may call `reset_peak_rss`
-    first. `name` identifies the measurement in errors.
+    `function` must be importable and return the memory at the start of the measurement in MiB. It may call
+    `reset_peak_rss` first. `name` identifies the measurement in errors.
 
     Returns:
-        `peak_rss_mib`, the peak, and `peak_step_mib`, the peak minus the returned value.
+        `peak_rss_mib`, the peak, and `peak_step_mib`, the peak minus the returned value. Both are in MiB.
 
     Raises:
         RuntimeError: If the process exits without a result.
@@ -183,7 +188,7 @@ def peak_of_child(function: Callable[..., float], name: str, *args: Any) -> dict
 
 
 def _send_peak(sender: Any, threads: int, function: Callable[..., float], *args: Any) -> None:
-    """Call the function and send the peak memory of this process."""
+    """Call the function, and send the peak memory of this process and its growth since the function's result."""
     torch.set_num_threads(threads)
     before = function(*args)
     peak = peak_rss_mib()
@@ -191,7 +196,7 @@ def _send_peak(sender: Any, threads: int, function: Callable[..., float], *args:
 
 
 def _run(name: str, workload: Workload, batch: int) -> float:
-    """Run the steps, and return the memory before the first one."""
+    """Run the steps, and return the peak memory before the first one, in MiB."""
     runner = Runner(name, workload)
     images, labels = random_batch(workload, batch)
     reset_peak_rss()  # selecting weights, e.g. by GPS, may need more memory than a step
@@ -245,15 +250,21 @@ def _check_device(device: str) -> None:
 
 
 def _time(config: BenchConfig, workload: Workload, batch: int, console: Console) -> list[dict[str, Any]]:
-    """Time interleaved steps of all methods in one setting, and count saved tensors and parameters."""
+    """Time interleaved steps of all methods in one setting, and count their saved tensors and parameters.
+
+    The steps are interleaved so that a change in the speed of the machine affects all methods.
+    """
     images, labels = random_batch(workload, batch)
     runners: dict[str, Runner] = {}
     op_errors: dict[str, str | None] = {}
     for name in config.methods:
         impl = _implementation(name)
-        if impl is not None and impl not in op_errors:
-            op_errors[impl] = op_error(impl, workload.device, workload.sparsity)
-        prepared = (None if impl is None else op_errors[impl]) or _prepare(name, workload, images, labels)
+        error: str | None = None
+        if impl is not None:
+            if impl not in op_errors:
+                op_errors[impl] = op_error(impl, workload.device, workload.sparsity)
+            error = op_errors[impl]
+        prepared = error or _prepare(name, workload, images, labels)
         if isinstance(prepared, Runner):
             runners[name] = prepared
         else:
@@ -275,7 +286,7 @@ def _time(config: BenchConfig, workload: Workload, batch: int, console: Console)
 
 
 def _prepare(name: str, workload: Workload, images: Tensor, labels: Tensor) -> Runner | str:
-    """Build a method and take its warm-up steps, or return why it cannot be timed."""
+    """Build a method and take its warm-up steps. If it cannot be timed, return the reason."""
     runner: Runner | None = None
     try:
         runner = Runner(name, workload)
@@ -286,7 +297,7 @@ def _prepare(name: str, workload: Workload, images: Tensor, labels: Tensor) -> R
         return runner
     except torch.OutOfMemoryError as error:
         reason = first_line(error)
-    runner = None
+    runner = None  # frees its memory for the other methods
     gc.collect()  # models and optimizers are in reference cycles
     if torch.device(workload.device).type == "cuda":
         torch.cuda.empty_cache()
@@ -294,18 +305,22 @@ def _prepare(name: str, workload: Workload, images: Tensor, labels: Tensor) -> R
 
 
 def _implementation(name: str) -> str | None:
-    """Return the backend of SNELLA's op that a method uses; None without the op or with the reference."""
+    """Return the backend of SNELLA's op that a method uses, or None if it uses the reference or no op of SNELLA."""
     if not name.startswith(("snell", "klora")) or "reference" in name:
         return None
-    return next((impl for impl in ("eager", "triton") if name.endswith(impl)), "auto")
+    for impl in ("eager", "triton"):
+        if name.endswith(impl):
+            return impl
+    return "auto"
 
 
 def _count(config: BenchConfig, workload: Workload, batch: int) -> list[dict[str, Any]]:
-    """Count saved tensors and parameters of one setting, from one forward pass of each method."""
+    """Count the saved tensors and parameters of one setting, from one forward pass of each method."""
     images, _ = random_batch(workload, batch)
     common = {"benchmark": "kept_bytes", **setting_fields(workload, batch), **conditions(workload.device)}
     rows = []
     for name in config.methods:
+        # without a name for the model, so that it is freed before the next one is built
         rows.append({**common, "method": name, **_tensor_counts(BASELINES[name](workload.base(), workload), images)})
         gc.collect()
     return rows
@@ -329,7 +344,7 @@ def _tensor_counts(model: nn.Module, images: Tensor) -> dict[str, Any]:
 
 
 def _summary(steps: list[StepTime], reference_steps: list[StepTime] | None) -> dict[str, Any]:
-    """Return median times, and the median and quartiles of the ratio to the reference over rounds."""
+    """Return the median times and, if the reference was timed, the ratio to it (see `ratio_fields`)."""
     summary: dict[str, Any] = {}
     for key in ("forward_s", "backward_s", "step_s"):
         median_s = statistics.median(getattr(step, key) for step in steps)
@@ -342,7 +357,7 @@ def _summary(steps: list[StepTime], reference_steps: list[StepTime] | None) -> d
 
 
 def ratio_fields(reference: str, times: list[float], reference_times: list[float]) -> dict[str, Any]:
-    """Return the median and the quartiles of the ratio to a reference over rounds, as row fields."""
+    """Return the median and the quartiles of the ratio to a reference as row fields, with one ratio per round."""
     ratios = [time_s / reference_s for time_s, reference_s in zip(times, reference_times, strict=True)]
     return {
         f"step_over_{reference}": round(statistics.median(ratios), 3),
@@ -351,11 +366,11 @@ def ratio_fields(reference: str, times: list[float], reference_times: list[float
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
-    """Return the first and third quartile."""
+    """Return the first and third quartile. For a single value, both are this value."""
     if len(values) < 2:
         return values[0], values[0]
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, third
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return lower, upper
 
 
 def _table(rows: list[dict[str, Any]], workload: Workload, batch: int) -> Table:

@@ -1,6 +1,7 @@
 """Cost model of a training step: FLOPs, bytes moved, bytes saved and communication for plain transformers.
 
-Counts are closed-form functions of shapes; `machines` converts them to seconds.
+Counts are closed-form functions of shapes. `machines` converts them to seconds. Merging computes SNELLA's update from
+its factors and adds it to the weight `W0`, which gives the weight `W` of the step.
 
 Shape letters: `d` width, `h` hidden width of the MLP, `r` rank, `n` inputs and `m` outputs of a layer.
 """
@@ -11,14 +12,16 @@ from dataclasses import astuple, dataclass
 from typing import Literal
 
 Precision = Literal["float32", "autocast", "bfloat16"]
-"""`autocast`: bfloat16 activations over float32 weights; `bfloat16`: autocast with frozen weights in bfloat16."""
+"""Dtypes of a step. `autocast` uses bfloat16 activations with float32 weights. `bfloat16` is autocast with frozen
+weights in bfloat16."""
 Strategy = Literal["ddp", "fsdp2"]
+"""Data parallelism with replicated parameters (DDP) or with sharded ones (FSDP2)."""
 
-_FLOAT32 = 4
-_HALF = 2
+_FLOAT32 = 4  # bytes per entry
+_HALF = 2  # bytes per entry
 _SIZES: dict[Precision, tuple[int, int, int]] = {"float32": (4, 4, 4), "autocast": (2, 4, 4), "bfloat16": (2, 2, 2)}
 """Bytes of an activation, of a frozen weight and of an entry of the residual stream."""
-_INT8 = 17 / 16  # bytes per entry: one float32 scale for 64 entries
+_INT8 = 17 / 16  # bytes per entry, where 64 entries share a float32 scale
 _ADAMW = 28  # bytes per parameter: reads weight, gradient and two moments, writes weight and moments
 _DENSE_FROM = 0.1  # below this density, CPUs compute only the changed entries of a weight gradient
 
@@ -28,15 +31,15 @@ class Transformer:
     """Shape of a plain vision or language transformer.
 
     Args:
-        width: `d`.
+        width: Width `d` of the residual stream.
         depth: Number of blocks.
         tokens: Tokens per sample, including the class token.
         heads: Attention heads.
-        hidden: `h`.
-        patch: Values per patch, the inputs of the patch embedding; 0 for a language model.
-        image: Values per input image; 0 for a language model.
+        hidden: Hidden width `h` of the MLP.
+        patch: Values per patch, which are the inputs of the patch embedding. 0 for a language model.
+        image: Values per input image. 0 for a language model.
         outputs: Number of classes, or vocabulary size for a language model.
-        kv_width: Output width of the key and value layers in LLaMA; `d` if None.
+        kv_width: Output width of the key and value layers in LLaMA. None for `d`.
         is_llama: True for LLaMA's blocks: separate q, k, v, a gated MLP, no biases.
         has_layer_scale: True if both branches of a block end with a trained scale.
     """
@@ -55,7 +58,7 @@ class Transformer:
 
     @property
     def layers(self) -> list[tuple[int, int, int]]:
-        """Adapted layers of one block: `(m, n, matrices)`; a fused qkv holds three matrices."""
+        """Adapted layers of one block, `(m, n, matrices)`. A fused qkv layer consists of three matrices."""
         d = self.width
         h = self.hidden
         kv = self.kv_width or self.width
@@ -86,12 +89,12 @@ class Transformer:
 
     @property
     def head_weights(self) -> int:
-        """Parameters of the classifier head, which every method trains; 0 for a language model."""
+        """Parameters of the classifier head, which every method trains. 0 for a language model."""
         return 0 if self.is_llama else (self.width + 1) * self.outputs
 
 
 def _vit(width: int, depth: int, heads: int, hidden: int, patch: int) -> Transformer:
-    """Return a ViT at 224×224 pixels."""
+    """Return the shape of a ViT at 224×224 pixels."""
     return Transformer(width, depth, (224 // patch) ** 2 + 1, heads, hidden, 3 * patch**2, 3 * 224**2)
 
 
@@ -154,7 +157,7 @@ class Kernels:
         per_rank: Vector operations per entry for each rank above 8.
         merged_bytes: Bytes moved per entry for `ΔW` in float32 and the gradient.
         weight_accesses: Accesses to `W0` and `W` per entry, in the dtype of the weights.
-        launches: Launches per layer in both passes; 0 on a CPU.
+        launches: Launches per layer in both passes. 0 on a CPU.
         dense: True if the weight gradient is dense at every sparsity.
         serial: Instructions that one warp executes per softmax row in both passes. Too few programs run to fill the
             device, so these instructions are not hidden and add to the step time.
@@ -190,7 +193,7 @@ class StepCount:
     """Work and memory of one training step on one device.
 
     Args:
-        products: FLOPs of matrix products in the dtype of the activations; a multiply-add counts as two.
+        products: FLOPs of matrix products in the dtype of the activations. A multiply-add counts as two.
         half_products: FLOPs of products in bfloat16 while activations are in float32.
         vector: Elementwise operations, excluding merging.
         moved: Bytes read and written, excluding merging.
@@ -199,7 +202,7 @@ class StepCount:
         merge_moved: Bytes of merging.
         merge_launches: Launches of merging.
         merge_serial: Instructions on the critical path of merging, executed by one warp.
-        saved: Bytes saved for the backward pass.
+        saved: Bytes that autograd saves for the backward pass.
         is_full: True if the method trains all parameters of the model.
         adapters: Number of adapter parameters.
         trainable: Number of trainable parameters: adapters plus the trained parameters of the model itself.
@@ -227,7 +230,7 @@ class StepCount:
 
     @property
     def weights(self) -> float:
-        """Bytes of all parameters; adapters are in float32."""
+        """Bytes of all parameters, where adapters are in float32."""
         return self.base_weights + _FLOAT32 * self.adapters
 
     @property
@@ -256,19 +259,20 @@ class StepCount:
         gradients = _FLOAT32 * self.trainable
         if strategy == "ddp":
             return 2 * share * gradients
-        return share * (2 * self.base_weights + (1 if self.is_full else 2) * gradients)
+        gradient_factor = 1 if self.is_full else 2  # reduce-scatter or all-reduce
+        return share * (2 * self.base_weights + gradient_factor * gradients)
 
 
 def count_adapters(model: Transformer, method: str, r: int = 8) -> int:
-    """Count the adapter parameters; SNELLA has four scalars per matrix."""
+    """Count the adapter parameters. Besides its factors, SNELLA has four scalars per matrix."""
     family = METHODS[method].family
     if family in ("full", "frozen"):
         return 0
     if family == "snella":
         block = 0
-        for m, n, count in model.layers:
-            factors = r * (m + count * n)  # every matrix of a fused layer has its own A
-            scalars = 4 * count
+        for m, n, matrices in model.layers:
+            factors = r * (m + matrices * n)  # every matrix of a fused layer has its own A
+            scalars = 4 * matrices
             block += factors + scalars
         return model.depth * block
     block = sum(r * (m + n) for m, n, _ in model.layers)
@@ -321,7 +325,7 @@ def count_step(
         model, options, tokens, sparsity, precision, kernels
     )
     block = _frozen_block(model, tokens, precision)
-    if is_checkpointed:  # a third of the vector operations, bytes and launches of both passes
+    if is_checkpointed:  # the repeated forward pass is a third of the vector operations, bytes and launches
         products = 2 * tokens * model.entries + 4 * tokens * model.tokens * model.width
         block = block.plus(_Cost(products, block.vector / 3, block.moved / 3, block.launches / 3))
     block = block.plus(_method_cost(model, options, tokens, activation, r))
@@ -336,7 +340,7 @@ def count_step(
     merge_launches = 0
     if options.family == "snella":
         merged_entries = model.depth * model.entries
-        merged_rows = model.depth * sum(m // count for m, _, count in model.layers)
+        merged_rows = model.depth * sum(m // matrices for m, _, matrices in model.layers)
         merge_launches = model.depth * kernels.launches * len(model.layers)
         largest_layer = max(m * n for m, n, _ in model.layers)
         temporary += largest_layer * (_FLOAT32 + weight)
@@ -345,7 +349,7 @@ def count_step(
         half_products=model.depth * half_gradient_flops,
         vector=model.depth * block.vector,
         moved=model.depth * block.moved + _ADAMW * trainable,
-        launches=model.depth * block.launches + 20,
+        launches=model.depth * block.launches + 20,  # 20 outside the blocks
         merge_vector=merged_entries * (kernels.operations + kernels.per_rank * (r - 8)),
         merge_moved=merged_entries * (kernels.merged_bytes + kernels.weight_accesses * weight),
         merge_launches=merge_launches,
@@ -379,8 +383,8 @@ def _frozen_block(model: Transformer, tokens: int, precision: Precision) -> _Cos
     d = model.width
     h = model.hidden
     activation, weight, _ = _SIZES[precision]
-    scores = model.heads * model.tokens
-    # output and input gradient; attention has two products forward and five backward
+    scores = model.heads * model.tokens  # attention scores of one token
+    # each layer computes its output and its input gradient; attention has two products forward and five backward
     products = 2 * 2 * tokens * model.entries + 14 * tokens * model.tokens * d
     vector = tokens * (60 * h + 40 * scores)
     accesses = 16 * d + 6 * d  # normalizations, residuals
@@ -389,9 +393,10 @@ def _frozen_block(model: Transformer, tokens: int, precision: Precision) -> _Cos
     accesses += 10 * d if model.has_layer_scale else 0
     accesses += 2 * sum(m + n for m, n, _ in model.layers)
     moved = activation * tokens * accesses + 2 * weight * model.entries
-    if precision == "autocast":
+    if precision == "autocast":  # casts the weights to bfloat16
         moved += 2 * (_FLOAT32 + _HALF) * model.entries
-    return _Cost(products, vector, moved, 22 + 4 * (precision != "float32"))
+    launches = 22 + 4 * (precision != "float32")
+    return _Cost(products, vector, moved, launches)
 
 
 def _method_cost(model: Transformer, options: Method, tokens: int, activation: int, r: int) -> _Cost:
@@ -405,44 +410,41 @@ def _method_cost(model: Transformer, options: Method, tokens: int, activation: i
     if options.recompute:
         extra = _Cost(vector=30 * tokens * h, moved=activation * tokens * (4 * d + 2 * h), launches=3)
     if options.compress:
-        numbers = tokens * (5 * d + h * (1 + model.is_llama))
-        # attention runs again on the decoded inputs
-        again = 4 * tokens * model.tokens * d
-        vector = 20 * tokens * model.heads * model.tokens + 10 * numbers
-        extra = extra.plus(_Cost(again, vector, numbers * (2 * activation + 2), 60))
+        encoded = tokens * (5 * d + h * (1 + model.is_llama))  # entries that are saved in 8 bits
+        attention_products = 4 * tokens * model.tokens * d  # attention runs again on the decoded inputs
+        vector = 20 * tokens * model.heads * model.tokens + 10 * encoded
+        extra = extra.plus(_Cost(attention_products, vector, encoded * (2 * activation + 2), 60))
     if options.family == "full":
-        extra = extra.plus(
-            _Cost(moved=activation * tokens * outputs + 2 * _FLOAT32 * model.entries, launches=2 * layers)
-        )
+        moved = activation * tokens * outputs + 2 * _FLOAT32 * model.entries
+        extra = extra.plus(_Cost(moved=moved, launches=2 * layers))
     if options.family in ("lora", "dora"):
         # forward: A, B, scale, add; backward: scale, two products each for A and B, sum of input gradients
         moved = activation * tokens * (6 * inputs + 10 * outputs)
         extra = extra.plus(_Cost(products=6 * tokens * r * (inputs + outputs), moved=moved, launches=10 * layers))
     if options.family == "dora":
-        # computes the norms of the merged weight via a product with the identity, and scales both outputs
-        identity = sum(2 * n * r * (n + m) for m, n, _ in model.layers)
+        # PEFT computes the norms of the merged weight by a product with the identity, and scales both outputs
+        identity_products = sum(2 * n * r * (n + m) for m, n, _ in model.layers)
         moved = activation * tokens * 14 * outputs + 40 * model.entries
-        extra = extra.plus(_Cost(products=identity, moved=moved, launches=30 * layers))
+        extra = extra.plus(_Cost(products=identity_products, moved=moved, launches=30 * layers))
     return extra
 
 
 def _weight_gradient(
     model: Transformer, options: Method, tokens: int, sparsity: float, precision: Precision, kernels: Kernels
 ) -> tuple[float, float, float]:
-    """Count products, bfloat16 products and bytes of one block's weight gradients."""
+    """Return the FLOPs of products, the FLOPs of bfloat16 products and the bytes of one block's weight gradients."""
     if options.family not in ("full", "snella"):
-        return 0.0, 0.0, 0.0
+        return 0.0, 0.0, 0.0  # `_method_cost` includes the gradients of LoRA's factors
     activation, _, _ = _SIZES[precision]
     read = tokens * sum(m + n for m, n, _ in model.layers)
     flop = 2.0 * tokens * model.entries * options.sample
     if options.family == "snella" and not kernels.dense and 1 - sparsity < _DENSE_FROM:
         flop *= SDDMM[0] + SDDMM[1] * (1 - sparsity)
     written = activation * model.entries
-    if options.half_gradient and precision == "float32":
+    if options.half_gradient and precision == "float32":  # writes and reads bfloat16 copies of the tensors
         return 0.0, flop, (_FLOAT32 + 2 * _HALF) * read + written
     moved = activation * read * options.sample + written
-    if options.sample < 1:
-        # norms of all tokens, then a copy of the sampled ones
+    if options.sample < 1:  # norms of all tokens, then a copy of the sampled ones
         moved += activation * read * (1 + 2 * options.sample)
     return flop, 0.0, moved
 
@@ -450,7 +452,7 @@ def _weight_gradient(
 def _saved_bytes(
     model: Transformer, options: Method, tokens: int, r: int, precision: Precision, is_checkpointed: bool
 ) -> float:
-    """Count the bytes saved for the backward pass."""
+    """Count the bytes that the whole model saves for the backward pass."""
     d = model.width
     activation, _, stream = _SIZES[precision]
     block = _saved_by_block(model, options, tokens, r, precision)
@@ -459,18 +461,19 @@ def _saved_bytes(
     is_output_saved = precision != "autocast" and (options.family == "snella" or not options.recompute)
     outside_blocks = tokens * d * (stream + activation * is_output_saved)
     if options.family == "full":
-        outside_blocks += tokens // model.tokens * model.image * _FLOAT32
+        outside_blocks += tokens // model.tokens * model.image * _FLOAT32  # images, for the patch embedding's gradient
     if model.is_llama:
         outside_blocks += 2 * _FLOAT32 * tokens * model.outputs  # logits and log-probabilities
-    if is_checkpointed:
+    if is_checkpointed:  # the inputs of all blocks, and the tensors of the block that is being recomputed
         return model.depth * tokens * d * stream + block + outside_blocks
+    # without recomputation, the first normalization saves no input, because nothing before it is trained
     starts_frozen = options.family in ("lora", "dora") or options == METHODS["snella-keep-inputs"]
-    first = tokens * d * stream if starts_frozen and not options.recompute else 0
-    return model.depth * block + outside_blocks - first
+    unsaved = tokens * d * stream if starts_frozen and not options.recompute else 0
+    return model.depth * block + outside_blocks - unsaved
 
 
 def _saved_by_block(model: Transformer, options: Method, tokens: int, r: int, precision: Precision) -> float:
-    """Count the bytes that one block saves."""
+    """Count the bytes that one block saves for the backward pass."""
     d = model.width
     h = model.hidden
     kv = model.kv_width or model.width
@@ -483,16 +486,18 @@ def _saved_by_block(model: Transformer, options: Method, tokens: int, r: int, pr
         per_token = _INT8 * (2 * d + attention + gates * h)
     if not options.recompute and options.family != "frozen":  # outputs of the normalizations and the activation
         per_token += (2 * d + gates * h) * activation
-    per_token += model.heads * _FLOAT32 + (2 if model.is_llama else 4) * _FLOAT32  # logsumexp, statistics
+    statistics = 2 if model.is_llama else 4  # two normalizations save a scale and, except in LLaMA, a mean
+    per_token += (model.heads + statistics) * _FLOAT32  # attention saves a logsumexp per head
     fixed = 0.0
     if options.family == "full":
-        per_token += 2 * d * stream * model.is_llama + 2 * d * activation * model.has_layer_scale
+        per_token += 2 * d * stream * model.is_llama
+        per_token += 2 * d * activation * model.has_layer_scale  # inputs of the trained scales
     if options.family in ("lora", "dora"):
-        per_token += r * len(model.layers) * activation
+        per_token += r * len(model.layers) * activation  # outputs of A
         per_token += d * activation if precision != "float32" else 0  # PEFT casts the input of `proj`
     if options.family == "dora":
-        per_token += 2 * sum(m for m, _, _ in model.layers) * activation
-        fixed += _FLOAT32 * sum(n * n + n * r for _, n, _ in model.layers)
+        per_token += 2 * sum(m for m, _, _ in model.layers) * activation  # both outputs before they are scaled
+        fixed += _FLOAT32 * sum(n * n + n * r for _, n, _ in model.layers)  # the identity and its product with A
     if options.family == "snella":
         fixed += 3 * _FLOAT32 * sum(count * n for _, n, count in model.layers)
     elif precision == "autocast":

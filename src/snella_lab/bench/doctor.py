@@ -31,7 +31,7 @@ from snella_lab.provenance import conditions, processor_name
 _PACKAGES = ("snella", "torch", "peft", "timm", "triton", "numba", "numpy")
 _MERGES = 20  # timed calls
 _MERGED_SHAPES = {(768, 768): 48, (3072, 768): 24}
-"""Matrices of a ViT-B by shape; the 12 of 768×3072 count as 3072×768."""
+"""Number of matrices of a ViT-B by shape. The 12 matrices of 768×3072 count as 3072×768."""
 
 
 @dataclass
@@ -61,12 +61,13 @@ def diagnose(
 ) -> Diagnosis:
     """Describe the machine, check each backend against the reference, and time training steps of a ViT-B and merging.
 
-    Steps are timed on the fastest device: batch size 4 in float32 on a CPU; 64 in float32 and bfloat16 on a GPU.
+    Merging computes SNELLA's update and adds it to the weight. Steps are timed on the fastest device. On a CPU, the
+    batch size is 4 and the dtype float32. On a GPU, the batch size is 64, and both float32 and bfloat16 are timed.
 
     Args:
-        time_steps: Time training steps and merging.
-        out: JSON file for the results.
-        console: Output console; stdout if None.
+        time_steps: If True, time training steps and merging.
+        out: JSON file for the results. None writes no file.
+        console: Output console, by default stdout.
         rounds: Timed steps per method.
     """
     console = console or make_console()
@@ -90,10 +91,11 @@ def diagnose(
     console.print(table)
     if time_steps:
         device = usable_devices()[-1]
+        is_cpu = device == "cpu"
         config = BenchConfig(
-            batch=[4] if device == "cpu" else [64],
+            batch=[4] if is_cpu else [64],
             methods=["lora", "full", "snella"],
-            dtype=["fp32"] if device == "cpu" else ["fp32", "bf16"],
+            dtype=["fp32"] if is_cpu else ["fp32", "bf16"],
             device=device,
             rounds=rounds,
         )
@@ -115,13 +117,11 @@ def diagnose(
         print_line(console, f"results: {out}")
     if diagnosis.wrong:
         names = ", ".join(f"{check.impl} on {check.device} in {check.dtype}" for check in diagnosis.wrong)
-        remedy = (
-            "" if any(check.impl == "eager" for check in diagnosis.wrong) else "set --method-options.impl eager, and "
-        )
-        report = (
-            f"attach {out} to a bug report" if out is not None else "attach the file written by --out to a bug report"
-        )
-        print_line(console, f"wrong: {names}; {remedy}{report}")
+        remedy = "set --method-options.impl eager, and "
+        if any(check.impl == "eager" for check in diagnosis.wrong):
+            remedy = ""
+        report = "the file written by --out" if out is None else out
+        print_line(console, f"wrong: {names}; {remedy}attach {report} to a bug report")
     else:
         print_line(console, "all available backends are correct")
     return diagnosis
@@ -135,12 +135,17 @@ def time_merges(steps: list[dict[str, Any]], device: str) -> list[dict[str, Any]
         device: Device of the tensors.
 
     Returns:
-        A row per shape and dtype of `steps`: median milliseconds of all calls but the first, and the fraction of the
-        SNELLA step spent merging the ViT-B matrices of this shape in the forward pass (`None` without a SNELLA row).
+        A row per shape and dtype of `steps`. It contains the median milliseconds of all calls but the first, and the
+        fraction of the SNELLA step that is spent on merging the ViT-B matrices of this shape in the forward pass. The
+        fraction is None without a SNELLA row.
     """
     rows = []
     for name in dict.fromkeys(row["dtype"] for row in steps):
-        step_s = next((r["step_s"] for r in steps if (r["method"], r["dtype"]) == ("snella", name)), None)
+        step_s: float | None = None
+        for step in steps:
+            if step["method"] == "snella" and step["dtype"] == name:
+                step_s = step["step_s"]
+                break
         for shape, matrices in _MERGED_SHAPES.items():
             weight, update = _random_update(*shape, device, getattr(torch, name))
             seconds = []
@@ -156,7 +161,7 @@ def time_merges(steps: list[dict[str, Any]], device: str) -> list[dict[str, Any]
 
 
 def _random_update(m: int, n: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Update]:
-    """Return a random weight and an update with the backend that `impl="auto"` chooses."""
+    """Return a random weight and an update of rank 8, with the backend that `impl="auto"` chooses for it."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(m, n, generator=generator)
     A = torch.randn(1, n, 8, generator=generator)
@@ -167,12 +172,13 @@ def _random_update(m: int, n: int, device: str, dtype: torch.dtype) -> tuple[Ten
     factors = Factors(*(tensor.to(device) for tensor in (A, B, *scalars)))
     spec = UpdateSpec(kernel, (m,))
     spec = replace(spec, backend=choose_backend("auto", spec, factors.A)[0])
-    return weight.to(device, dtype), Update(spec, factors, (int(0.3 * m * n),))
+    budget = int(0.3 * m * n)  # at sparsity 0.7
+    return weight.to(device, dtype), Update(spec, factors, (budget,))
 
 
 def usable_devices() -> list[str]:
-    """Return the available device types, fastest last."""
-    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    """Return the available device types, the fastest one last."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def backends_of(device: str) -> tuple[str, str]:
@@ -183,7 +189,7 @@ def backends_of(device: str) -> tuple[str, str]:
 def describe_machine(versions: dict[str, str]) -> dict[str, Any]:
     """Return operating system, CPU, memory, GPUs and driver, with the given package versions.
 
-    bfloat16 counts only if the device has instructions for it, not if it is emulated.
+    bfloat16 counts as supported only if the device has instructions for it, not if it is emulated.
     """
     import psutil
 

@@ -6,7 +6,8 @@ The host launches kernels in parallel with the device, and communication overlap
     seconds = max(device, launches · launch_s, bytes sent / link)
 
 DDP reduces gradients during the backward pass, and FSDP2 gathers a block while the previous one computes. Without any
-overlap, a step would take the sum of computation and communication, at most twice the maximum.
+overlap, a step would take the sum of computation and communication, at most twice the maximum. Merging computes
+SNELLA's update and adds it to the weight.
 
 `benchmarks/cost_model.py` fits the product, vector and memory rates of CPUs to measured steps. Rates of GPUs are
 datasheet values times assumed efficiencies.
@@ -37,7 +38,7 @@ class Rates:
         half_product: FLOP/s of matrix products in bfloat16.
         vector: Elementwise operations per second.
         memory: Bytes per second.
-        launch_s: Host seconds per kernel launch; 0 on a CPU.
+        launch_s: Host seconds per kernel launch. 0 on a CPU.
         issue: Instructions per second of one warp.
         link: Bytes per second to other devices.
     """
@@ -59,18 +60,23 @@ class Rates:
         return step.communicated(devices, strategy) / self.link
 
     def merge_share(self, step: StepCount) -> float:
-        """Return the fraction of a step on one device spent on merging, without the weight gradient."""
-        device, launches = self._device_seconds(step), self._launch_seconds(step)
-        if launches > device:
+        """Return the fraction of a step on one device spent on merging, without the weight gradient.
+
+        If launching takes longer than the kernels, this is the fraction of the launches.
+        """
+        device_s = self._device_seconds(step)
+        if self._launch_seconds(step) > device_s:
             return step.merge_launches / (step.launches + step.merge_launches)
-        merge = step.merge_vector / self.vector + step.merge_moved / self.memory + step.merge_serial / self.issue
-        return merge / device
+        merge_s = step.merge_vector / self.vector + step.merge_moved / self.memory + step.merge_serial / self.issue
+        return merge_s / device_s
 
     def _device_seconds(self, step: StepCount) -> float:
-        """Return the time of all kernels."""
-        device = step.products / self.product + step.half_products / self.half_product
-        device += (step.vector + step.merge_vector) / self.vector + (step.moved + step.merge_moved) / self.memory
-        return device + step.merge_serial / self.issue
+        """Return the time of all kernels on the device."""
+        products_s = step.products / self.product + step.half_products / self.half_product
+        vector_s = (step.vector + step.merge_vector) / self.vector
+        memory_s = (step.moved + step.merge_moved) / self.memory
+        serial_s = step.merge_serial / self.issue
+        return products_s + (vector_s + memory_s) + serial_s
 
     def _launch_seconds(self, step: StepCount) -> float:
         """Return the time that the host takes to launch all kernels."""
@@ -84,7 +90,7 @@ class Gpu:
     Args:
         name: Product name.
         product: Peak FLOP/s of dense products in bfloat16 (float16 on a T4), without sparsity.
-        vector: Peak FLOP/s in float32 without tensor cores; a multiply-add counts as two.
+        vector: Peak FLOP/s in float32 without tensor cores. A multiply-add counts as two.
         memory: Peak bytes per second.
         link: Bytes per second to other GPUs, one direction.
         clock: Boost clock in Hz.
@@ -111,31 +117,30 @@ GPUS: dict[str, Gpu] = {
     "t4": Gpu("T4", 65e12, 8.1e12, 0.32e12, 16e9, 1.59e9, "NVIDIA T4 datasheet; float16; PCIe 3 ×16"),
     "mi300x": Gpu("MI300X", 1307.4e12, 163.4e12, 5.3e12, 448e9, 2.1e9, "AMD MI300X datasheet"),
 }
-"""Values attributed to the datasheets, neither checked against them nor measured. The datasheets of H200 and L4 state
-twice the product rate, with sparsity."""
+"""Values attributed to the datasheets, but neither checked against them nor measured. The datasheets of H200 and L4
+state twice the product rate, because they count sparsity."""
 
 EFFICIENCIES = {
     "product": (0.35, 0.5, 0.65),
     "vector": (0.25, 0.5, 0.75),
     "memory": (0.55, 0.7, 0.85),
 }
-"""Assumed fractions of the peak rates: low, expected, high."""
+"""Assumed fractions of the peak rates: low, expected and high."""
 _LINK = 0.7  # assumed fraction of the link rate
 LAUNCHES = (5e-6, 10e-6, 20e-6)
-"""Assumed host seconds per launch of an eager model: low, expected, high."""
+"""Assumed host seconds per launch of an eager model: low, expected and high."""
 
 
 def gpu_rates(
     gpu: str, product: int = 1, vector: int = 1, memory: int = 1, launch: int = 1, *, is_float32: bool = False
 ) -> Rates:
-    """Return the rates of a GPU; each of the four levels is 0 (low), 1 (expected) or 2 (high)."""
+    """Return the rates of a GPU. Each of the four levels is 0 (low), 1 (expected) or 2 (high)."""
     peak = GPUS[gpu]
-    # the datasheet counts a multiply-add, one instruction per lane, as two FLOP
     vector_efficiency = EFFICIENCIES["vector"][vector]
     return Rates(
         product=(peak.vector if is_float32 else peak.product) * EFFICIENCIES["product"][product],
         half_product=peak.product * EFFICIENCIES["product"][product],
-        vector=peak.vector / 2 * vector_efficiency,
+        vector=peak.vector / 2 * vector_efficiency,  # datasheets count a multiply-add, one instruction, as two FLOP
         memory=peak.memory * EFFICIENCIES["memory"][memory],
         launch_s=LAUNCHES[launch],
         issue=peak.clock * vector_efficiency,
@@ -144,14 +149,17 @@ def gpu_rates(
 
 
 def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int | None:
-    """Return the tokens of the smallest batch that meets a monotonic condition; None above a million tokens."""
+    """Return the tokens of the smallest batch that meets a monotonic condition, or None above a million tokens."""
     low = 0
     high = _MAX_TOKENS // model.tokens
     if not is_reached(high):
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if is_reached(middle) else (middle, high)
+        if is_reached(middle):
+            high = middle
+        else:
+            low = middle
     return high * model.tokens
 
 
@@ -205,7 +213,7 @@ class GpuForecast:
 
     @property
     def crossing(self) -> int | None:
-        """Tokens per step from which SNELLA is as fast as LoRA; None above a million tokens."""
+        """Tokens per step from which SNELLA is as fast as LoRA, or None above a million tokens."""
         rates = self._expected
 
         def is_as_fast(batch: int) -> bool:
@@ -215,7 +223,7 @@ class GpuForecast:
 
     @property
     def notes(self) -> list[str]:
-        """Ratio of SNELLA to LoRA, share of merging and crossing, as lines of text."""
+        """Lines of text with the ratio of SNELLA to LoRA, the share of merging and the crossing."""
         low, expected, high = self.ratio("snella")
         crossing = self.crossing
         tokens = self.shape.tokens
@@ -246,13 +254,13 @@ class GpuForecast:
 def forecast(
     gpu: str, backbone: str, img_size: int | None = None, *, batch: int = 32, r: int = 8, dtype: str = "fp32"
 ) -> tuple[str, GpuForecast | None]:
-    """Return the product name of a GPU, and the forecast for a backbone (None unless it is a plain ViT)."""
+    """Return the product name of a GPU and the forecast for a backbone, which is None unless it is a plain ViT."""
     shape = shape_of_backbone(backbone, img_size)
     return GPUS[gpu].name, None if shape is None else GpuForecast(gpu, shape, batch, r, dtype)
 
 
 def shape_of_backbone(backbone: str, img_size: int | None = None, classes: int = 100) -> Transformer | None:
-    """Return the shape of a plain timm `VisionTransformer`; None for other models, other blocks and gated MLPs.
+    """Return the shape of a plain timm `VisionTransformer`, or None for other models, other blocks and gated MLPs.
 
     The model is built on the meta device, which allocates no weights.
     """
@@ -270,9 +278,10 @@ def shape_of_backbone(backbone: str, img_size: int | None = None, classes: int =
     block = model.blocks[0] if isinstance(model, VisionTransformer) else None
     if not isinstance(model, VisionTransformer) or type(block) is not Block or type(block.mlp) is not Mlp:
         return None
-    attention, mlp = cast(Any, block.attn), cast(Any, block.mlp)
-    height, width = model.patch_embed.patch_size
-    patch = model.patch_embed.proj.in_channels * height * width
+    attention = cast(Any, block.attn)
+    mlp = cast(Any, block.mlp)
+    patch_height, patch_width = model.patch_embed.patch_size
+    patch = model.patch_embed.proj.in_channels * patch_height * patch_width
     return Transformer(
         width=model.embed_dim,
         depth=len(model.blocks),

@@ -1,4 +1,7 @@
-"""Correctness checks of backends against a float64 reference."""
+"""Correctness checks of backends against a float64 reference.
+
+A backend computes SNELLA's update of a weight, and the gradients of its factors and scalars.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,20 @@ from snella.sparsify import SparsifyMode
 from snella.update import Update, UpdateSpec
 
 SHAPES = (((1,), 1), ((96,), 80), ((17,), 33), ((40, 40, 40), 64), ((768,), 192))
-"""`(rows of each matrix, columns)` of a weight: single entry, even, odd, fused query/key/value, ViT layer."""
+"""`(rows of each matrix, columns)` of a weight: a single entry, even and odd shapes, a fused layer of query, key and
+value, and a layer of a ViT."""
 KERNELS = ("mix_k", "p_linear")
-"""Kernels that are checked with every shape; `check_cases` yields `normalized_rbf` with two."""
+"""Kernels that are checked with every shape. `check_cases` yields `normalized_rbf` with only two."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SAMPLES = 8
+"""Number of random samples per case."""
 _TOKENS = 6
 _SCALARS = ("piece_coeff", "alpha", "beta", "temperature")
 
 
 @dataclass(frozen=True)
 class CheckCase:
-    """One weight of a check: kernel, shape, rank and mode."""
+    """One weight of a check: its kernel, shape and rank, and the mode of sparsification."""
 
     kernel: str
     rows: tuple[int, ...]
@@ -46,7 +51,7 @@ class CheckCase:
 
 
 def check_cases() -> Iterator[CheckCase]:
-    """Yield each of `KERNELS` with every shape, and kernel `normalized_rbf`, mode `official` and rank 32 with fewer."""
+    """Yield each of `KERNELS` with every shape, and kernel `normalized_rbf`, mode `official` and rank 32 with some."""
     for kernel in KERNELS:
         for rows, columns in SHAPES:
             yield CheckCase(kernel, rows, columns)
@@ -66,12 +71,12 @@ class BackendCheck:
     Attributes:
         device: Device of the tensors.
         impl: Backend.
-        dtype: Dtype of input, weight and gradient; factors are float32.
+        dtype: Dtype of input, weight and gradient. Factors are in float32.
         cases: Number of cases, see `check_cases`.
-        worst: Largest ratio of error to tolerance over all cases, outputs and gradients; correct if at most 1. Infinite
-            for NaN and for kernels that raise a RuntimeError, e.g. in the first-use check.
+        worst: Largest ratio of error to tolerance over all cases, outputs and gradients. At most 1 for a correct
+            backend. Infinite for NaN and for kernels that raise a RuntimeError, e.g. in the first-use check.
         where: Case and tensor with the largest ratio.
-        error: Reason why the backend is not available, or its RuntimeError; else empty.
+        error: Reason why the backend is not available, or its RuntimeError. Empty otherwise.
     """
 
     device: str
@@ -93,7 +98,8 @@ class BackendCheck:
 def check_backend(impl: str, device: str, dtype: str = "fp32", *, sparsity: float = 0.7) -> BackendCheck:
     """Compare a backend with the float64 reference in all `check_cases`.
 
-    `dtype` is the dtype of input, weight and gradient: `fp32` or `bf16`.
+    `dtype` is the dtype of input, weight and gradient: `fp32` or `bf16`. The check ends at the first case that fails
+    with an error.
     """
     worst = 0.0
     where = ""
@@ -110,14 +116,14 @@ def check_backend(impl: str, device: str, dtype: str = "fp32", *, sparsity: floa
         if ratio >= worst:
             worst = ratio
             where = f"{case} {name}"
-    return BackendCheck(device, impl, dtype, cases, round(worst, 3), where)
+    return BackendCheck(device, impl, dtype, cases, worst, where)
 
 
 def op_error(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | None:
     """Compare an implementation with the reference in float32.
 
     Returns:
-        Error message with the worst tensor, or the reason why the implementation cannot run; None if all tensors are
+        Error message with the worst tensor, or the reason why the implementation cannot run. None if all tensors are
         within tolerance.
     """
     check = check_backend(impl, device, sparsity=sparsity)
@@ -127,7 +133,7 @@ def op_error(impl: str, device: str = "cpu", sparsity: float = 0.7) -> str | Non
 
 
 def _ratios(case: CheckCase, impl: str, device: str, dtype: torch.dtype, sparsity: float) -> dict[str, float]:
-    """Return a backend's ratios of error to tolerance, for the output and each gradient; NaN becomes infinity."""
+    """Return a backend's ratios of error to tolerance for the output and each gradient, with infinity for NaN."""
     exact = []
     reference = []
     actual = []
@@ -138,7 +144,9 @@ def _ratios(case: CheckCase, impl: str, device: str, dtype: torch.dtype, sparsit
         reference.append(_solve(case, tensors, "reference", sparsity))
         actual.append(_solve(case, tensors, impl, sparsity))
     eps = {name: torch.finfo(tensor.dtype).eps for name, tensor in reference[0].items()}
-    reference_errors = {name: max(error, 8 * eps[name]) for name, error in _relative_errors(reference, exact).items()}
+    reference_errors: dict[str, float] = {}
+    for name, error in _relative_errors(reference, exact).items():
+        reference_errors[name] = max(error, 8 * eps[name])
     # gradients of scalars are sums with cancellation, so all scalars share the largest reference error
     scalar_error = max((reference_errors[name] for name in _SCALARS if name in reference_errors), default=0.0)
     limits: dict[str, float] = {}
@@ -152,7 +160,7 @@ def _ratios(case: CheckCase, impl: str, device: str, dtype: torch.dtype, sparsit
 
 
 def _tensors(case: CheckCase, seed: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Create random input, weight, factors, scalars and output gradient of one layer."""
+    """Create random inputs, weight, factors, scalars and output gradient of one layer."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
@@ -175,7 +183,7 @@ def _tensors(case: CheckCase, seed: int, device: str, dtype: torch.dtype) -> dic
 
 
 def _solve(case: CheckCase, tensors: dict[str, Tensor], impl: str, sparsity: float) -> dict[str, Tensor]:
-    """Compute output and gradients of one layer."""
+    """Compute the output `y` of one layer and the gradients of its other tensors, by name."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if name != "grad_y"}
     factors = Factors(*(leaves.get(name) for name in Factors._fields))  # type: ignore[arg-type]
     spec = UpdateSpec(make_kernel(case.kernel), case.rows, case.mode)
@@ -190,10 +198,9 @@ def _relative_errors(actual: list[dict[str, Tensor]], exact: list[dict[str, Tens
     """Return the root mean square over samples of each tensor's largest relative error."""
     relative_errors = {}
     for name in exact[0]:
-        scale = max(solution[name].abs().max().item() for solution in exact) or 1.0
-        pairs = zip(actual, exact, strict=True)
-        errors = torch.tensor(
-            [(sample[name].double() - true[name]).abs().max().item() / scale for sample, true in pairs]
-        )
-        relative_errors[name] = errors.square().mean().sqrt().item()
+        scale = max(solution[name].abs().max().item() for solution in exact) or 1.0  # avoids dividing by 0
+        errors: list[float] = []
+        for sample, true in zip(actual, exact, strict=True):
+            errors.append((sample[name].double() - true[name]).abs().max().item() / scale)
+        relative_errors[name] = torch.tensor(errors).square().mean().sqrt().item()
     return relative_errors

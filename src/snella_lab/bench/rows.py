@@ -1,4 +1,4 @@
-"""Benchmark rows: JSON lines and figures."""
+"""Benchmark rows: storage as JSON lines, and figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from snella_lab.style import save_figure, style_of
 
 
 def append_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to a JSON lines file; a truncated last line is removed first."""
+    """Append rows to a JSON lines file, after removing a truncated last line."""
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_file() and (content := file.read_bytes()) and not content.endswith(b"\n"):
@@ -25,7 +25,7 @@ def append_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Read a JSON lines file; skip a truncated last line.
+    """Read a JSON lines file. A last line that is truncated is skipped.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -43,10 +43,12 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 _COMMON = ("dtype", "r", "sparsity", "device")
+"""Fields that the rows of a figure share."""
 _ORDER = (
     *("lora", "snella", "full", "paper", "frozen", "dora", "shira", "snella-keep-delta"),
     *("klora", "spt-lora", "spt-adapter", "snell"),
 )
+"""Methods in the order of legends, which also selects their line styles."""
 
 
 _MEMORY_LABELS = {
@@ -54,10 +56,11 @@ _MEMORY_LABELS = {
     "peak_step_mib": "memory growth during steps (MiB)",
     "counted_mib": "estimated memory (MiB)",
 }
+"""Axis label of each measure of memory, the preferred measure first."""
 
 
 def is_step_time(row: dict[str, Any]) -> bool:
-    """Return True for a step time row to show; `snella-keep-delta` is only shown on GPUs."""
+    """Return True for a row of step times that figures show. `snella-keep-delta` is shown only on GPUs."""
     is_hidden = row.get("method") == "snella-keep-delta" and row["device"].startswith("cpu")
     return row.get("benchmark") == "step_time" and not is_hidden
 
@@ -74,23 +77,23 @@ def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
     latest = {setting_key(row): row for row in shown}
     rows = [row | {"million": row["weights"] / 1e6, "counted_mib": _counted_mib(row)} for row in latest.values()]
     paths = []
-    for (backbone, *common), part in grouped(rows, "backbone", *_COMMON).items():
-        if len({row["batch"] for row in part}) > 1:
+    for (backbone, *common), figure_rows in grouped(rows, "backbone", *_COMMON).items():
+        if len({row["batch"] for row in figure_rows}) > 1:
             path = folder / f"time-{backbone}{_suffix(*common)}.svg"
             title = f"{backbone}, {_settings_text(*common)}"
-            paths.append(_draw_lines(path, part, "batch", "step_s", title, "batch size", "seconds per step"))
-    for (batch, *common), part in grouped(rows, "batch", *_COMMON).items():
-        memory = next(key for key in _MEMORY_LABELS if all(key in row for row in part))
-        if len({row["backbone"] for row in part}) > 1:
+            paths.append(_draw_lines(path, figure_rows, "batch", "step_s", title, "batch size", "seconds per step"))
+    for (batch, *common), figure_rows in grouped(rows, "batch", *_COMMON).items():
+        memory = next(key for key in _MEMORY_LABELS if all(key in row for row in figure_rows))
+        if len({row["backbone"] for row in figure_rows}) > 1:
             path = folder / f"memory-batch{batch}{_suffix(*common)}.svg"
             label = _MEMORY_LABELS[memory]
             title = f"batch {batch}, {_settings_text(*common)}"
-            paths.append(_draw_lines(path, part, "million", memory, title, "weights (millions)", label))
+            paths.append(_draw_lines(path, figure_rows, "million", memory, title, "weights (millions)", label))
     return paths
 
 
 def _counted_mib(row: dict[str, Any]) -> float:
-    """Estimate step memory: weights, saved tensors, and gradients and AdamW's two moments of trainable parameters.
+    """Estimate the memory of a step: weights, saved tensors, gradients, and AdamW's two moments of trained parameters.
 
     SNELLA's importance adds two float32 averages per trainable parameter.
     """
@@ -113,7 +116,7 @@ def grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], li
 
 
 def _draw_lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: str, x_label: str, y_label: str) -> Path:
-    """Draw one line per method."""
+    """Draw the field `y` versus the field `x` with one line per method, and return the path."""
     figure, axes = new_figure(*FIGURE_SIZE, title)
     names = sorted({row["method"] for row in rows}, key=sort_key)
     other_names = [name for name in names if name not in _ORDER]
@@ -121,7 +124,7 @@ def _draw_lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: s
     for name in names:
         points = sorted((row[x], row[y]) for row in rows if row["method"] == name)
         color, marker = style_of(numbers[name])
-        # dashed and on top, so that an identical line remains visible
+        # dashed and on top, so that a line below it with the same values remains visible
         style: dict[str, Any] = {"linestyle": "--", "zorder": 3} if name == REFERENCE else {}
         axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, color=color, label=name, **style)
     axes.set_xlabel(x_label)
@@ -135,12 +138,12 @@ def _draw_lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: s
 
 
 def sort_key(name: str) -> tuple[int, str]:
-    """Return the sort key of a method."""
+    """Return the sort key of a method: its position in `_ORDER`. Other methods follow in alphabetical order."""
     return _ORDER.index(name) if name in _ORDER else len(_ORDER), name
 
 
 def _settings_text(dtype: str, r: int, sparsity: float, device: str) -> str:
-    """Format the settings that a figure's rows share; CPU names are abbreviated to "CPU"."""
+    """Format the settings that a figure's rows share. CPU names are shortened to "CPU"."""
     source = device.partition(",")[0].upper() if device.startswith("cpu") else device
     return f"{dtype}, r {r}, sparsity {sparsity}, {source}"
 

@@ -1,4 +1,4 @@
-"""Datasets from packages: digits, MNIST, solar cells, Fashion-MNIST, stamps and MRI slices."""
+"""Datasets that ship in packages: digits, MNIST, solar cells, Fashion-MNIST, stamps and MRI slices."""
 
 import gzip
 import importlib.util
@@ -13,8 +13,8 @@ from snella_app.data.datasets import Collection, ImageDataset, MaskDataset
 from snella_app.data.masks import MASK_STRATA
 from snella_app.data.sources import ArrayImages, ArrayMasks, FileImages
 
-_HEADER_BYTES = 348
-_UINT8 = 2
+_HEADER_BYTES = 348  # the first entry of a NIfTI-1 header is the size of the header
+_UINT8 = 2  # NIfTI-1 code of unsigned bytes
 
 
 def read_nifti(path: Path) -> np.ndarray:
@@ -24,20 +24,20 @@ def read_nifti(path: Path) -> np.ndarray:
         path: A `.nii.gz` file.
 
     Returns:
-        `[x, y, z]`, uint8.
+        The voxels, `[x, y, z]`, uint8.
 
     Raises:
         ValueError: If the file is damaged or has another format.
     """
     try:
         content = gzip.decompress(path.read_bytes())
-        order = "<" if int.from_bytes(content[:4], "little") == _HEADER_BYTES else ">"
-        count, *dimensions = np.frombuffer(content, f"{order}i2", 8, 40).tolist()
-        data_type = int(np.frombuffer(content, f"{order}i2", 1, 70)[0])
-        shape = tuple(dimensions[:count])
-        if content[344:347] != b"n+1" or count != 3 or data_type != _UINT8:
-            raise ValueError(f"must be a NIfTI-1 volume of bytes, got shape {list(shape)} and data type {data_type}")
-        start = int(np.frombuffer(content, f"{order}f4", 1, 108)[0])
+        byte_order = "<" if int.from_bytes(content[:4], "little") == _HEADER_BYTES else ">"
+        num_dimensions, *dimensions = np.frombuffer(content, f"{byte_order}i2", count=8, offset=40).tolist()
+        data_type = int(np.frombuffer(content, f"{byte_order}i2", count=1, offset=70)[0])
+        shape = tuple(dimensions[:num_dimensions])
+        if content[344:347] != b"n+1" or num_dimensions != 3 or data_type != _UINT8:
+            raise ValueError(f"it is not a 3-D NIfTI-1 volume of bytes (shape {list(shape)}, data type {data_type})")
+        start = int(np.frombuffer(content, f"{byte_order}f4", count=1, offset=108)[0])
         return np.frombuffer(content, np.uint8, int(np.prod(shape)), start).reshape(shape, order="F")
     except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"'{path}' is damaged: {error}") from error
@@ -54,34 +54,32 @@ _MIN_STAMPS = 12
 def load_fashion_mnist() -> Collection:
     """Load Fashion-MNIST: 60,000 training and 10,000 test images of clothing, 28x28 grayscale, 10 classes.
 
-    The four IDX files are in `$SNELLA_FASHION_MNIST`, else in the Debian package's folder.
+    The four IDX files are read from `$SNELLA_FASHION_MNIST` or, if it is not set, from the Debian package's folder.
 
     Raises:
         FileNotFoundError: If files are missing.
         ValueError: If a file is damaged, or images and labels do not match.
     """
     root = Path(os.environ.get("SNELLA_FASHION_MNIST") or _FASHION_FOLDER).expanduser()
-    parts = {}
-    for part, prefix in (("train", "train"), ("test", "t10k")):
+    splits = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
         pixels = _read_idx(root / f"{prefix}-images-idx3-ubyte.gz", 3)
         labels = _read_idx(root / f"{prefix}-labels-idx1-ubyte.gz", 1)
         if len(pixels) != len(labels) or labels.max(initial=0) >= len(_FASHION_CLASSES):
             raise ValueError(
-                f"data fashion-mnist: the {part} files in '{root}' do not match: {len(pixels)} images, "
+                f"data fashion-mnist: the {split} files in '{root}' do not match: {len(pixels)} images, "
                 f"{len(labels)} labels up to {labels.max(initial=0)}"
             )
-        rows = range(len(pixels))
-        names = [f"fashion-mnist/{part}/{row}" for row in rows]
-        parts[part] = ImageDataset(ArrayImages(pixels), rows, labels.tolist(), names)
-    return Collection("fashion-mnist", _FASHION_CLASSES, parts["train"], test=parts["test"], has_parts=True)
+        splits[split] = _in_memory(f"fashion-mnist/{split}", pixels, labels)
+    return Collection("fashion-mnist", _FASHION_CLASSES, splits["train"], test=splits["test"], has_parts=True)
 
 
 def load_stamps() -> Collection:
     """Load Tux Paint's stamps: photos and drawings on a white background, by category.
 
-    Classes are the categories with at least 12 images; the Debian package has 13 classes. `*_mirror.png` files are
-    skipped, because mirrored copies would leak test images into the training split. The stamps are in
-    `$SNELLA_STAMPS`, else in the Debian package's folder.
+    A category becomes a class if it has at least 12 images, so the Debian package has 13 classes. `*_mirror.png` files
+    are skipped, because mirrored copies would leak test images into the training split. The stamps are read from
+    `$SNELLA_STAMPS` or, if it is not set, from the Debian package's folder.
 
     Raises:
         FileNotFoundError: If the folder is missing.
@@ -105,21 +103,26 @@ def load_stamps() -> Collection:
     names = [file.relative_to(root).as_posix() for file, _ in pairs]
     source = FileImages([file for file, _ in pairs])
     images = ImageDataset(source, range(len(pairs)), [label for _, label in pairs], names)
-    small = [f"{name} ({len(paths)})" for name, paths in files.items() if name not in classes]
-    notes = [f"stamps: skipped categories with fewer than {_MIN_STAMPS} images: {', '.join(small)}"] if small else []
+    notes = []
+    skipped = [f"{name} ({len(paths)})" for name, paths in files.items() if name not in classes]
+    if skipped:
+        notes.append(f"stamps: skipped categories with fewer than {_MIN_STAMPS} images: {', '.join(skipped)}")
     return Collection("stamps", classes, images, notes=notes)
 
 
-def _read_idx(file: Path, dimensions: int) -> np.ndarray:
-    """Read a gzipped IDX file of unsigned bytes."""
+def _read_idx(file: Path, num_dimensions: int) -> np.ndarray:
+    """Read a gzipped IDX file of unsigned bytes.
+
+    The file contains a magic number of four bytes, a big-endian size for each dimension, and the entries.
+    """
     if not file.is_file():
         raise FileNotFoundError(
             _missing_package("fashion-mnist", file, "dataset-fashion-mnist", "SNELLA_FASHION_MNIST")
         )
     try:
         content = gzip.decompress(file.read_bytes())
-        shape = np.frombuffer(content, ">i4", dimensions, 4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+        shape = np.frombuffer(content, ">i4", count=num_dimensions, offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
     except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"data fashion-mnist: '{file}' is damaged: {error}") from error
 
@@ -148,7 +151,9 @@ REGIONS: dict[str, tuple[str, ...]] = {
 """Nine groups of the atlas's 116 regions, defined by name prefixes."""
 
 _CYCLE = (("train", 18), (None, 3), ("val", 5), (None, 3), ("test", 7), (None, 3))
-"""Repeating slabs from bottom to top: split and thickness in slices of 1 mm. Slabs without a split are gaps."""
+"""Slabs that repeat from bottom to top, each as its split and its thickness in slices of 1 mm.
+
+Slabs without a split are gaps."""
 _FIRST_SLICE = 5
 _LAST_SLICE = 154
 _PATCH_SIZE = 64
@@ -163,61 +168,66 @@ _SLAB_NOTE = (
 def load_mri() -> Collection:
     """Load axial MRI slices of a head with brain masks, 217×217 grayscale, 1 mm per pixel.
 
-    The volumes are in `$SNELLA_MRI`, else in the Debian package's folder.
+    The volumes are read from `$SNELLA_MRI` or, if it is not set, from the Debian package's folder.
 
     Raises:
         FileNotFoundError: If files are missing.
-        ValueError: If a volume is damaged, its shape [x, y, z] differs from the head's, x > y, or z < 155.
+        ValueError: If a volume is damaged, if its shape `[x, y, z]` differs from the head's, or if x > y or z < 155.
     """
     root = _root("mri")
     return _slices("mri", ["background", "brain"], _volume(root / _HEAD), (_volume(root / _BRAIN) > 0).astype(np.uint8))
 
 
 def load_mri_lobes() -> Collection:
-    """Load the slices of `load_mri` with nine groups of brain regions as classes; see `load_mri` for errors."""
+    """Load the slices of `load_mri` with nine groups of brain regions as classes.
+
+    Raises the same errors as `load_mri`.
+    """
     root = _root("mri-lobes")
     return _slices("mri-lobes", ["background", *REGIONS], _volume(root / _HEAD), _groups(root))
 
 
 def load_mri_regions() -> Collection:
-    """Load 64×64 mm patches, labeled by the group of brain regions at the center; see `load_mri` for errors.
+    """Load 64×64 mm patches of the slices, labeled by the group of brain regions at the center.
 
-    Centers are on a 10 mm grid in every third slice of a split, where the surrounding 3×3 pixels belong to one group.
+    The centers lie on a 10 mm grid in every third slice of a split. Patches are omitted unless the 3×3 pixels at the
+    center belong to one group. Raises the same errors as `load_mri`.
     """
     root = _root("mri-regions")
     head = _volume(root / _HEAD)
     groups = _groups(root)
     half = _PATCH_SIZE // 2
-    parts = {}
-    for part, heights in _slabs().items():
+    splits = {}
+    for split, heights in _slabs().items():
         patches = []
-        numbers = []
+        labels = []
         names = []
         for z in heights[::_SLICE_STEP]:
-            image = np.pad(_upright(head, z), half)
-            labels = _upright(groups, z)
-            for y in range(_GRID_STEP // 2, labels.shape[0], _GRID_STEP):
-                for x in range(_GRID_STEP // 2, labels.shape[1], _GRID_STEP):
-                    neighborhood = labels[y - 1 : y + 2, x - 1 : x + 2]
-                    if labels[y, x] and (neighborhood == labels[y, x]).all():
+            image = np.pad(_upright(head, z), half)  # now the patch with center (y, x) starts at (y, x)
+            slice_groups = _upright(groups, z)
+            for y in range(_GRID_STEP // 2, slice_groups.shape[0], _GRID_STEP):
+                for x in range(_GRID_STEP // 2, slice_groups.shape[1], _GRID_STEP):
+                    center = slice_groups[y, x]
+                    neighborhood = slice_groups[y - 1 : y + 2, x - 1 : x + 2]
+                    if center and (neighborhood == center).all():
                         patches.append(image[y : y + _PATCH_SIZE, x : x + _PATCH_SIZE])
-                        numbers.append(int(labels[y, x]) - 1)
+                        labels.append(int(center) - 1)
                         names.append(f"mri-regions/z{z:03}-y{y:03}-x{x:03}")
-        parts[part] = ImageDataset(ArrayImages(np.stack(patches)), range(len(patches)), numbers, names)
+        splits[split] = ImageDataset(ArrayImages(np.stack(patches)), range(len(patches)), labels, names)
     notes = [_SLAB_NOTE.format("mri-regions")]
-    return Collection("mri-regions", list(REGIONS), parts["train"], parts["val"], parts["test"], True, notes)
+    return Collection("mri-regions", list(REGIONS), splits["train"], splits["val"], splits["test"], True, notes)
 
 
 def _slices(name: str, classes: list[str], head: np.ndarray, labels: np.ndarray) -> Collection:
-    """Return the slices with masks, split by slabs."""
-    parts = {}
-    for part, heights in _slabs().items():
+    """Return the slices of a head, with masks from a volume of class labels, split by slabs."""
+    splits = {}
+    for split, heights in _slabs().items():
         pixels = np.stack([_upright(head, z) for z in heights])
         masks = np.stack([_upright(labels, z) for z in heights])
         names = [f"{name}/z{z:03}" for z in heights]
-        parts[part] = MaskDataset(ArrayImages(pixels), ArrayMasks(masks), range(len(heights)), names)
+        splits[split] = MaskDataset(ArrayImages(pixels), ArrayMasks(masks), range(len(heights)), names)
     notes = [_SLAB_NOTE.format(name)]
-    return Collection(name, classes, parts["train"], parts["val"], parts["test"], True, notes, strata=MASK_STRATA)
+    return Collection(name, classes, splits["train"], splits["val"], splits["test"], True, notes, strata=MASK_STRATA)
 
 
 def _slabs() -> dict[str, list[int]]:
@@ -225,9 +235,9 @@ def _slabs() -> dict[str, list[int]]:
     heights: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     z = _FIRST_SLICE
     while z <= _LAST_SLICE:
-        for part, thickness in _CYCLE:
-            if part is not None:
-                heights[part] += [height for height in range(z, z + thickness) if height <= _LAST_SLICE]
+        for split, thickness in _CYCLE:
+            if split is not None:
+                heights[split] += [height for height in range(z, z + thickness) if height <= _LAST_SLICE]
             z += thickness
     return heights
 
@@ -240,19 +250,19 @@ def _upright(volume: np.ndarray, z: int) -> np.ndarray:
 
 
 def _groups(root: Path) -> np.ndarray:
-    """Return the atlas as group numbers from 1; 0 outside all groups."""
+    """Return the atlas with the numbers of groups, from 1, instead of regions. Voxels outside all groups are 0."""
     atlas = _volume(root / _ATLAS)
-    numbers = np.zeros(256, np.uint8)
+    group_of_region = np.zeros(256, np.uint8)  # indexed by the atlas's numbers, which are uint8
     for line in (root / _ATLAS_NAMES).read_text().splitlines():
-        number, _, rest = line.partition(" ")
+        number, _, region = line.partition(" ")
         for group, prefixes in enumerate(REGIONS.values(), start=1):
-            if rest.startswith(prefixes):
-                numbers[int(number)] = group
-    return numbers[atlas]
+            if region.startswith(prefixes):
+                group_of_region[int(number)] = group
+    return group_of_region[atlas]
 
 
 def _root(data: str) -> Path:
-    """Return the folder after validating its files and volume shapes."""
+    """Return the folder of the volumes after checking its files and their shapes."""
     root = Path(os.environ.get("SNELLA_MRI") or _FOLDER).expanduser()
     for name in (_HEAD, _BRAIN, _ATLAS, _ATLAS_NAMES):
         if not (root / name).is_file():
@@ -270,7 +280,7 @@ def _root(data: str) -> Path:
 
 @cache
 def _volume(path: Path) -> np.ndarray:
-    """Read a volume; cached."""
+    """Read a volume, or return it from the cache."""
     return read_nifti(path)
 
 
@@ -305,7 +315,7 @@ def load_mnist5k() -> Collection:
 
 
 def load_elpv() -> Collection:
-    """Load 2,624 electroluminescence images of solar cells, 300x300 grayscale, classes intact and defective.
+    """Load 2,624 electroluminescence images of intact and defective solar cells, 300x300 grayscale, 2 classes.
 
     The dataset assigns each cell a defect probability of 0, 1/3, 2/3 or 1, based on expert judgment and confidence.
     Cells with a probability of at least 0.5 count as defective.
@@ -316,9 +326,9 @@ def load_elpv() -> Collection:
     """
     folder = _package_folder("elpv_dataset", "elpv", "pip install elpv-dataset") / "data"
     try:
-        rows = [line.split() for line in (folder / "labels.csv").read_text().splitlines() if line.strip()]
-        names = [row[0] for row in rows]
-        labels = [int(float(row[1]) >= _DEFECT_THRESHOLD) for row in rows]
+        lines = [line.split() for line in (folder / "labels.csv").read_text().splitlines() if line.strip()]
+        names = [fields[0] for fields in lines]
+        labels = [int(float(fields[1]) >= _DEFECT_THRESHOLD) for fields in lines]
     except (OSError, ValueError, IndexError) as error:
         raise ValueError(_damaged("elpv", folder / "labels.csv", error, "elpv-dataset")) from error
     images = ImageDataset(FileImages([folder / name for name in names]), range(len(names)), labels, names)
@@ -330,9 +340,10 @@ def load_elpv() -> Collection:
 
 
 def _in_memory(name: str, pixels: np.ndarray, labels: np.ndarray) -> ImageDataset:
-    """Return the images of an array, named by row."""
-    rows = range(len(pixels))
-    return ImageDataset(ArrayImages(pixels), rows, labels.astype(int).tolist(), [f"{name}/{row}" for row in rows])
+    """Return a dataset of images in memory, named by their position: `NAME/0`, `NAME/1`, …."""
+    positions = range(len(pixels))
+    names = [f"{name}/{position}" for position in positions]
+    return ImageDataset(ArrayImages(pixels), positions, labels.astype(int).tolist(), names)
 
 
 def _damaged(data: str, file: Path, error: Exception, package: str) -> str:

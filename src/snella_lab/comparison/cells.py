@@ -1,4 +1,8 @@
-"""Cells of a comparison, each a training run, and the plan that schedules them."""
+"""Cells of a comparison, and the plan that schedules them.
+
+A cell is one run of a method on a task with one seed. Tuning runs select the hyperparameters on validation images, and
+final runs evaluate them on test images. The settings and results of each cell are stored as a row.
+"""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,9 +30,9 @@ class Cell:
         method: The method.
         seed: Seed of the train/validation split, initialization, shuffling and augmentation.
         candidate: Learning-rate factor and weight decay.
-        is_final: True for a final run, the only kind that evaluates test images.
-        search: Tuning results, stored in the row of a final run.
-        blocked_by: Error that prevents a final run: every candidate has a failed tuning run.
+        is_final: True for a final run, the only kind that is evaluated on test images.
+        search: Result of the hyperparameter search, which the row of a final run contains.
+        blocked_by: Why a final run cannot be trained: every candidate has a failed tuning run. None for other cells.
     """
 
     data: DataEntry
@@ -41,7 +45,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Path of the run folder below `cells/`; the path of a final run does not depend on its hyperparameters."""
+        """Path of the run folder below `cells/`, without the hyperparameters if this is a final run."""
         prefix = f"{folder_name(self.data.name)}/{folder_name(self.method.name)}"
         if self.is_final:
             return f"{prefix}/seed-{self.seed}"
@@ -58,12 +62,16 @@ class Cell:
         return root / "cells" / self.name
 
     def config(self, experiment: Experiment, out: Path | str) -> TrainConfig:
-        """Return the run settings; with protocol `final`, tuning runs use `standard`."""
+        """Return the settings of the run, which writes to the folder `out`.
+
+        Protocol `final` applies only to final runs. Tuning runs use `standard` instead, because they need validation
+        images.
+        """
         settings: dict[str, Any] = {"test_seed": TEST_SEED, **experiment.settings}
         values: dict[str, Any] = {}
-        if settings.get("protocol") == "final":  # the final run trains on the validation images, too
+        if settings.get("protocol") == "final":
             if self.is_final:
-                values["val_size"] = None
+                values["val_size"] = None  # the validation images join the training images
             else:
                 settings["protocol"] = "standard"
         return make_config(
@@ -95,7 +103,7 @@ def tuned_settings(defaults: TrainConfig, candidate: Candidate) -> dict[str, flo
 
 
 def _rounded(rate: float) -> float:
-    """Round to six significant digits: 3 * 0.003 becomes 0.009."""
+    """Round to six significant digits, so that rounding errors do not show: 3 * 0.003 becomes 0.009."""
     return float(f"{rate:.6g}")
 
 
@@ -109,28 +117,37 @@ Unit: TypeAlias = tuple[DataEntry, MethodEntry, tuple[int, ...]]
 
 
 def units(experiment: Experiment) -> list[Unit]:
-    """Split an experiment into independent units.
+    """Split an experiment into units that can be trained independently.
 
     With a hyperparameter search, a unit contains all runs of a method on a task, because later runs depend on earlier
     ones. Without a search, every run is a unit.
     """
     seeds = tuple(range(experiment.seeds))
-    split: list[Unit] = []
+    independent: list[Unit] = []
     for data, method in itertools.product(experiment.data, experiment.methods):
-        decay = experiment.config(method, data).optim.weight_decay or 0.0
-        has_search = isinstance(next_tuning_runs(experiment.grid, decay, {}), list)
-        split += [(data, method, seeds)] if has_search else [(data, method, (seed,)) for seed in seeds]
-    return split
+        default_decay = experiment.config(method, data).optim.weight_decay or 0.0
+        first_runs = next_tuning_runs(experiment.grid, default_decay, {})
+        if isinstance(first_runs, list):
+            independent.append((data, method, seeds))
+        else:  # the grid has a single candidate
+            independent += [(data, method, (seed,)) for seed in seeds]
+    return independent
 
 
 class Plan:
-    """Finished and remaining cells of an experiment; `planned` restricts the plan to some of its units.
+    """Finished and remaining cells of an experiment.
 
-    `record` recomputes only the pair of the row's task and method, so its cost does not depend on the number of cells.
+    Cells are grouped by pairs of task and method. `record` recomputes only the pair of the new row, so its cost does
+    not depend on the number of cells.
+
+    Args:
+        experiment: The experiment.
+        rows: Rows of finished cells, by cell name.
+        planned: Units to which the plan is restricted. None plans the whole experiment.
 
     Attributes:
         done: Number of finished cells of the plan.
-        left: Number of remaining cells, excluding later grid extensions.
+        left: Number of remaining cells, not counting those that later grid extensions may add.
     """
 
     def __init__(
@@ -151,36 +168,36 @@ class Plan:
             pair = self._pairs.get(_pair_of(row))
             if pair is not None:
                 self.done += pair.record(row)
-        self._open = {name: pair for name, pair in self._pairs.items() if pair.ready()}
-        self.left = sum(pair.left() for pair in self._open.values())
+        self._unfinished = {key: pair for key, pair in self._pairs.items() if pair.ready()}
+        self.left = sum(pair.left() for pair in self._unfinished.values())
 
     def record(self, row: CellRow) -> None:
         """Add the row of a finished cell."""
         pair = self._pairs.get(_pair_of(row))
         if pair is None:
             return
-        before = pair.left()
+        left_before = pair.left()
         self.done += pair.record(row)
-        self.left += pair.left() - before
+        self.left += pair.left() - left_before
         if not pair.ready():
-            self._open.pop(_pair_of(row), None)
+            self._unfinished.pop(_pair_of(row), None)
 
     def ready(self) -> Iterator[Cell]:
-        """Yield unfinished cells without unfinished dependencies, in the order of the experiment.
+        """Yield the unfinished cells that do not depend on other unfinished cells, in the order of the experiment.
 
         Rows recorded during the iteration affect only pairs that it has not reached yet.
         """
-        for pair in list(self._open.values()):
+        for pair in list(self._unfinished.values()):
             yield from list(pair.ready())
 
     def remaining(self) -> Iterator[tuple[str, str, int]]:
-        """Yield task, method and number of remaining cells of each unfinished pair, excluding grid extensions."""
-        return ((task, method, pair.left()) for (task, method), pair in self._open.items())
+        """Yield the task, the method, and the number of remaining cells (as in `left`) of each unfinished pair."""
+        return ((task, method, pair.left()) for (task, method), pair in self._unfinished.items())
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Columns of a row that the plan needs; complete rows of large comparisons would take too much memory."""
+    """Subset of the columns of a row, because complete rows of large comparisons would take too much memory."""
 
     cell: str
     seed: int
@@ -216,22 +233,22 @@ class _Pair:
         return is_new and (not is_final or row.seed in self.seeds)
 
     def ready(self) -> list[Cell]:
-        """Return the unfinished cells of the next step."""
+        """Return the unfinished cells of the next step: tuning runs, or the final runs once tuning is finished."""
         if self._ready is None:
             self._ready = [cell for cell in self._next() if cell.name not in self._runs]
         return self._ready
 
     def left(self) -> int:
-        """Return the number of remaining cells, excluding grid extensions."""
+        """Return the number of remaining cells, as in `Plan.left`."""
         ready = self.ready()
         if not ready or ready[0].is_final:
             return len(ready)
-        finals = len(self.seeds)
+        num_finals = len(self.seeds)
         grid = self._experiment.grid
-        if ready[0].candidate.weight_decay is not None:
-            return len(ready) + finals
+        if ready[0].candidate.weight_decay is not None:  # the learning rate has been selected already
+            return len(ready) + num_finals
         decays = {decay for decay in grid.weight_decays if decay != self._default_decay}
-        return len(ready) + len(decays) * grid.seeds + finals
+        return len(ready) + len(decays) * grid.seeds + num_finals
 
     def _next(self) -> list[Cell]:
         """Compute the cells of the next step, including finished ones.
@@ -244,22 +261,26 @@ class _Pair:
         grid = self._experiment.grid
         evaluated = [run for run in self._runs.values() if run.is_final and run.error is None]
         if evaluated:
-            first = min(evaluated, key=lambda run: run.seed)
-            return [Cell(data, method, seed, first.candidate, True, first.search) for seed in self.seeds]
+            run = min(evaluated, key=lambda other: other.seed)
+            return [Cell(data, method, seed, run.candidate, is_final=True, search=run.search) for seed in self.seeds]
         trials = [run for run in self._runs.values() if not run.is_final and run.seed < grid.seeds]
-        trials.sort(key=lambda run: run.cell)
+        trials.sort(key=lambda run: run.cell)  # independent of the order in which the rows were recorded
         results: dict[Candidate, list[TuningResult]] = {}
         for run in trials:
             results.setdefault(run.candidate, []).append(run.result)
         choice = next_tuning_runs(grid, self._default_decay, results)
         if isinstance(choice, list):
-            return [Cell(data, method, seed, candidate, False) for candidate in choice for seed in range(grid.seeds)]
+            return [
+                Cell(data, method, seed, candidate, is_final=False)
+                for candidate in choice
+                for seed in range(grid.seeds)
+            ]
         if choice.candidate is None:
             first_error = next((run.error for run in trials if run.error), "no error was recorded")
             error = f"each of the {len(choice.tried)} candidates has a failed tuning run; first error: {first_error}"
-            return [Cell(data, method, seed, Candidate(), True, blocked_by=error) for seed in self.seeds]
+            return [Cell(data, method, seed, Candidate(), is_final=True, blocked_by=error) for seed in self.seeds]
         search = choice.record(results, lambda candidate: tuned_settings(self._defaults, candidate))
-        return [Cell(data, method, seed, choice.candidate, True, search) for seed in self.seeds]
+        return [Cell(data, method, seed, choice.candidate, is_final=True, search=search) for seed in self.seeds]
 
 
 def _pair_of(row: CellRow) -> tuple[str, str]:

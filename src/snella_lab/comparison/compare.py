@@ -1,4 +1,8 @@
-"""Comparison driver: trains the missing runs of an experiment, then writes the tables and the HTML report."""
+"""Comparison driver.
+
+`compare` trains the missing runs of an experiment, then writes the tables and the HTML report. `choose_method` selects
+the method of a run by a small comparison. A cell is one run of a comparison, and its row contains its results.
+"""
 
 import math
 import os
@@ -47,12 +51,13 @@ from snella_lab.comparison.summary import FRACTIONS, cost_texts, print_summary, 
 
 
 class CellsFailedError(RuntimeError):
-    """Error for failed runs."""
+    """Failure of one or more runs of a comparison."""
 
     exit_status = 1
 
 
 _POLL_S = 2.0
+"""Maximum time in seconds between two checks for runs that other processes finished and for the time limit."""
 
 
 def compare(
@@ -63,17 +68,17 @@ def compare(
 ) -> Path:
     """Train every unfinished run of an experiment and compare the methods.
 
-    Several processes can share one folder; each run is trained once.
+    Several processes can share one folder. Each run is trained only once.
 
     Args:
-        experiment: The experiment; None resumes the one stored in `out`.
-        out: Output folder; created if missing.
-        execution: Which runs to train, and how; one worker process by default. Process memory is measured only in
-            worker processes.
-        console: Output console; stdout if None.
+        experiment: The experiment. None resumes the one stored in `out`.
+        out: Output folder, which is created if missing.
+        execution: Which runs to train, and how. By default, one worker process trains them. Process memory is measured
+            only in worker processes.
+        console: Output console, by default stdout.
 
     Returns:
-        Path of the report; with `part`, of the folder; with `emit`, of the submission script.
+        Path of the report. With `part`, the path of the folder; with `emit`, the path of the submission script.
 
     Raises:
         FileExistsError: If `out` contains other files, or `emit_to` contains other scripts.
@@ -83,8 +88,8 @@ def compare(
         NotImplementedError: If `torchrun` or `accelerate` started several processes.
         TimeoutError: If `retry_failed` is set and another process is writing the results file.
         ValueError: If settings conflict with each other, the stored experiment, the data or the Ray cluster.
-        CellsFailedError: If a final run failed, or a tuning run failed for a reason other than a diverged loss. Raised
-            after the report is written; never with `draw_only`, `part` or `emit`.
+        CellsFailedError: If a final run failed, or a tuning run failed for a reason other than a diverged loss. The
+            error is raised after the report is written, and never with `draw_only`, `part` or `emit`.
         TrainingInterrupted: On Ctrl-C or SIGTERM; finished runs remain stored.
     """
     require_single_process("a comparison")
@@ -102,7 +107,8 @@ def compare(
     experiment = _resolve_experiment(experiment, root)
     part = execution.part_and_count
     if part is not None:
-        planned = units(experiment)[part[0] :: part[1]]
+        index, num_parts = part
+        planned = units(experiment)[index::num_parts]
         rows = read_part(root, [(data, method) for data, method, _ in planned])
         _train_all(root, Plan(experiment, rows, planned), rows.values(), execution, console)
         return root
@@ -128,9 +134,9 @@ def compare(
     page = _write_reports(root, experiment, list(rows.values()), console)
     failed = [row for row in rows.values() if row.status == "failed" and not row.is_diverged_trial]
     if failed and not execution.draw_only:
-        first = min(failed, key=lambda row: (row.purpose != "final", row.cell))
+        example = min(failed, key=lambda row: (row.purpose != "final", row.cell))
         raise CellsFailedError(
-            f"{len(failed)} of {counted(len(rows), 'run')} failed, e.g. {first.cell}: {first.error}; "
+            f"{len(failed)} of {counted(len(rows), 'run')} failed, e.g. {example.cell}: {example.error}; "
             f"{page} lists all errors; fix the cause and add --retry-failed to train the failed runs again"
         )
     return page
@@ -153,10 +159,10 @@ def _write_reports(root: Path, experiment: Experiment, rows: Rows, console: Cons
 def validate_inputs(experiment: Experiment, console: Console, checks_device: bool = True) -> None:
     """Validate all data, the device and the backbone before training, and print descriptions of the data.
 
-    With `checks_device=False`, the device may exist only on the cluster's machines.
+    Pass `checks_device=False` if only the machines of a cluster have the device.
 
     Raises:
-        ValueError: If data, device or backbone are missing, invalid or not supported; the message lists all errors.
+        ValueError: If data, device or backbone are missing, invalid or not supported. The message lists all errors.
     """
     errors = []
     for data in experiment.data:
@@ -165,9 +171,12 @@ def validate_inputs(experiment: Experiment, console: Console, checks_device: boo
         except (OSError, ValueError, ImportError) as error:
             is_named = data.name == data.data and data.data in str(error)
             errors.append(str(error) if is_named else f"{data.name}: {error}")
-    for name in {experiment.probe_data(data) for data in experiment.data} - {None}:
+    probes = [experiment.probe_data(data) for data in experiment.data]
+    for probe in dict.fromkeys(probes):  # each once, in a fixed order
+        if probe is None:
+            continue
         try:
-            probe_images(str(name), experiment.forgetting_images)
+            probe_images(str(probe), experiment.forgetting_images)
         except (OSError, ValueError, ImportError) as error:
             errors.append(str(error) if str(error).startswith("forgetting") else f"forgetting: {error}")
     config = experiment.config(PROBE, experiment.data[0])
@@ -185,8 +194,8 @@ def validate_inputs(experiment: Experiment, console: Console, checks_device: boo
 
 
 def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> None:
-    """Validate the splits of one task."""
-    cell = Cell(data, PROBE, 0, Candidate(), True)
+    """Validate the splits of one task, and print their description."""
+    cell = Cell(data, PROBE, 0, Candidate(), is_final=True)
     config = cell.config(experiment, "-")
     splits = load_splits(config.data, config.run.seed)
     batch_size = config.optim.batch_size
@@ -196,11 +205,11 @@ def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> No
     if splits.test is None or (splits.val is None and needs_val):
         needed = "a validation and a test split" if needs_val else "a test split"
         raise ValueError(f"data {data.data!r} must have {needed}, got {splits.description}")
-    count = len(splits.train)
+    num_train = len(splits.train)
     if config.data.protocol == "final" and experiment.has_search:  # tuning runs do not train on validation images
-        count = len(load_splits(replace(config.data, protocol="standard"), config.run.seed).train)
-    if isinstance(batch_size, int) and count < batch_size:
-        raise ValueError(f"batch_size must be at most {count}, the number of training images, got {batch_size}")
+        num_train = len(load_splits(replace(config.data, protocol="standard"), config.run.seed).train)
+    if isinstance(batch_size, int) and num_train < batch_size:
+        raise ValueError(f"batch_size must be at most {num_train}, the number of training images, got {batch_size}")
     print_line(console, f"data: {splits.description}")
     for note in splits.notes:
         print_line(console, f"note: {note}")
@@ -212,7 +221,10 @@ def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> No
 
 
 def _resolve_experiment(experiment: Experiment | None, root: Path) -> Experiment:
-    """Return the experiment, merged with the one stored in the folder."""
+    """Return `experiment` merged with the one stored in the folder, or the only one of the two that exists.
+
+    Raises FileNotFoundError if neither exists, and FileExistsError if the folder contains other files.
+    """
     stored = read_experiment(str(root / FILE)) if (root / FILE).is_file() else None
     if stored is None:
         if experiment is None:
@@ -232,16 +244,17 @@ def _store(root: Path, experiment: Experiment) -> Experiment:
 
 
 def _print_additional_entries(requested: Experiment, merged: Experiment, console: Console) -> None:
-    """Print methods, tasks and seeds that only the stored experiment contains; they are trained too."""
-    extra = []
+    """Print which methods, tasks and seeds only the stored experiment contains, because they are trained, too."""
+    additions = []
     for kind in ("methods", "data"):
-        names = [entry.name for entry in getattr(requested, kind)]
-        others = [entry.name for entry in getattr(merged, kind) if entry.name not in names]
-        extra += [f"{kind} {', '.join(others)}"] if others else []
+        requested_names = [entry.name for entry in getattr(requested, kind)]
+        other_names = [entry.name for entry in getattr(merged, kind) if entry.name not in requested_names]
+        if other_names:
+            additions.append(f"{kind} {', '.join(other_names)}")
     if merged.seeds > requested.seeds:
-        extra.append(f"{merged.seeds} seeds instead of {requested.seeds}")
-    if extra:
-        print_line(console, f"note: the folder's experiment also contains {'; '.join(extra)}")
+        additions.append(f"{merged.seeds} seeds instead of {requested.seeds}")
+    if additions:
+        print_line(console, f"note: the folder's experiment also contains {'; '.join(additions)}")
 
 
 _CHOICE_SEEDS = 2
@@ -249,6 +262,7 @@ _CHOICE_EPOCHS = 5
 _CHOICE_IMAGES = 400
 CHOICE_FOLDER = "-choice"
 """Folder suffix of a run's method selection."""
+_CHOICE_COSTS = ("accelerator_memory_max", "training_mib", "train_time")
 
 
 def choose_method(config: TrainConfig, console: Console | None = None) -> TrainConfig:
@@ -256,17 +270,17 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
 
     The comparison trains linear, bias, lora-8 and snella-matched at their default `lr` with two seeds, for at most 5
     epochs on at most 400 training images, each run in a separate process. Test images are never used. Among the
-    methods within one standard error of the best, the one with the lowest memory use wins; the fastest one wins ties
-    (within 5%). The runs, including failed ones, are stored in `OUT-choice`; an interrupted selection resumes from
+    methods within one standard error of the best, the one with the lowest memory use wins. The fastest one wins ties
+    (within 5%). The runs, including failed ones, are stored in `OUT-choice`. An interrupted selection resumes from
     them. With `resume`, a run that has started keeps its method.
 
     Args:
         config: Settings of a new or resumed run, with method auto.
-        console: Output console; stdout if None.
+        console: Output console, by default stdout.
 
     Raises:
         FileExistsError: If `out` contains a run or other files, or `OUT-choice` contains files but no selection.
-        FileNotFoundError: If the data do not exist.
+        FileNotFoundError: If the data does not exist.
         ImportError: If a package for the data is not installed.
         NotImplementedError: If `torchrun` or `accelerate` started several processes.
         ValueError: If data or settings are invalid, or `OUT-choice` contains a selection with other settings.
@@ -276,9 +290,9 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     require_single_process("choosing a method")
     console = console or make_console(survives_closed_output=True)
     run = RunFolder(str(config.run.out))
-    stored = run.resolve_settings(config.replace(method=CHOICE_METHODS[0])).method.name
-    if config.run.resume and stored != AUTO_METHOD and run.status is not None:
-        return config.replace(method=stored)
+    stored_method = run.resolve_settings(config.replace(method=CHOICE_METHODS[0])).method.name
+    if config.run.resume and stored_method != AUTO_METHOD and run.status is not None:
+        return config.replace(method=stored_method)
     root = Path(f"{str(config.run.out).rstrip('/')}{CHOICE_FOLDER}")
     experiment = _choice_experiment(config)
     validate_inputs(experiment, console)
@@ -287,7 +301,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     root.mkdir(parents=True, exist_ok=True)
     experiment = _store(root, _resolve_experiment(experiment, root))
     cells = [
-        Cell(experiment.data[0], method, seed, Candidate(), False)
+        Cell(experiment.data[0], method, seed, Candidate(), is_final=False)
         for method in experiment.methods
         for seed in range(experiment.seeds)
     ]
@@ -298,22 +312,27 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     is_fraction = f"test_{experiment.metric}" in FRACTIONS
     for method in experiment.methods:
         method_rows = [row for row in rows if row.experiment_name == method.name]
-        values = [value for row in method_rows if row.status == "success" and (value := row.score("val")) is not None]
-        if len(values) < len(method_rows):
+        scores: list[float] = []
+        for row in method_rows:
+            score = row.score("val")
+            if row.status == "success" and score is not None:
+                scores.append(score)
+        if len(scores) < len(method_rows):
             errors = (row.error for row in method_rows if row.status != "success")
             error = next(errors, f"no validation {experiment.measures[experiment.metric]}")
             print_line(console, f"{method.name}: FAILED, {error}")
             continue
-        means[method.name] = Spread(statistics.fmean(values), statistics.stdev(values), len(values))
+        means[method.name] = Spread(statistics.fmean(scores), statistics.stdev(scores), len(scores))
         costs[method.name] = {}
         for name in _CHOICE_COSTS:
             costs[method.name][name] = mean_of_measured(row.column(name) for row in method_rows)
-        score = f"{spread_text(means[method.name], is_fraction)}{'%' if is_fraction else ''}"
+        unit = "%" if is_fraction else ""
+        score_text = f"{spread_text(means[method.name], is_fraction)}{unit}"
         texts = cost_texts(costs[method.name])
         print_line(
             console,
-            f"{method.name}: validation {experiment.measures[experiment.metric]} {score}, memory {texts['memory']}, "
-            f"time {texts['time']}",
+            f"{method.name}: validation {experiment.measures[experiment.metric]} {score_text}, "
+            f"memory {texts['memory']}, time {texts['time']}",
         )
     if not means:
         reason = rows[0].error or "no validation score"
@@ -325,16 +344,14 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     return config.replace(method=chosen)
 
 
-_CHOICE_COSTS = ("accelerator_memory_max", "training_mib", "train_time")
-
-
 def _choice_experiment(config: TrainConfig) -> Experiment:
-    """Return the experiment of `choose_method`."""
-    values, fields = config.flat(), TrainConfig.settings()
-    shared = [name for name in SHARED_SETTINGS if values[name] != fields[name].default]
-    settings: dict[str, Any] = {name: values[name] for name in shared if name not in ("protocol", "workers")}
+    """Return the experiment of `choose_method`: the settings of `config`, with fewer epochs and images."""
+    values = config.flat()
+    fields = TrainConfig.settings()
+    changed = [name for name in SHARED_SETTINGS if values[name] != fields[name].default]
+    settings: dict[str, Any] = {name: values[name] for name in changed if name not in ("protocol", "workers")}
     for name in ("early_stopping", "swa", "soup", "lr", "batch_size"):
-        settings.pop(name, None)
+        settings.pop(name, None)  # the short runs use the defaults; `batch_size` is set below
     settings["epochs"] = min(config.optim.epochs, _CHOICE_EPOCHS)
     settings["test_seed"] = config.run.seed if config.data.test_seed is None else config.data.test_seed
     splits = load_splits(replace(config.data, protocol="standard"), config.run.seed)
@@ -351,7 +368,7 @@ def _choice_experiment(config: TrainConfig) -> Experiment:
 
 
 def _trained_row(root: Path, experiment: Experiment, cell: Cell) -> CellRow:
-    """Return the row of a cell; if it is missing, train the cell in a separate process."""
+    """Return the row of a cell. If the row is missing, train the cell in a separate process first."""
     if (row := read_row(cell.folder(root))) is not None:
         return row
     executor = _executor(root, experiment, ExecutionConfig())
@@ -374,10 +391,15 @@ def _trained_row(root: Path, experiment: Experiment, cell: Cell) -> CellRow:
 
 
 def _executor(root: Path, experiment: Experiment, execution: ExecutionConfig) -> Executor:
-    """Return the executor; a part saves a checkpoint after each epoch, because a scheduler may preempt it."""
-    workers, threads = execution.workers, execution.threads
+    """Return the executor that the settings select.
+
+    The runs of a part save a checkpoint after each epoch, because a scheduler may preempt the part.
+    """
+    workers = execution.workers
+    threads = execution.threads
     if execution.ray:
-        return OnRay(root, experiment, workers if workers > 1 else None, threads or 1, execution.gpus)
+        slots = workers if workers > 1 else None  # 0 and 1 use the whole cluster
+        return OnRay(root, experiment, slots, threads or 1, execution.gpus)
     if workers == 0:
         return InThisProcess(root, experiment, keep_checkpoints=execution.part is not None)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -398,16 +420,18 @@ def _train_all(root: Path, plan: Plan, rows: Iterable[CellRow], execution: Execu
                     if not plan.left:
                         return
                     if recorded and not claimed:
-                        continue
+                        continue  # the recorded rows may allow other runs to start
                     if claimed:
                         progress.waiting(claimed)
                 ended = executor.wait(_POLL_S)
                 overdue = limit.stop_overdue(running.values(), ended)
                 for outcome in [*ended, *overdue]:
-                    cell, row = outcome.cell, outcome.row
+                    cell = outcome.cell
+                    row = outcome.row
                     running.pop(cell.name)
                     if outcome.error:
-                        row = record_crash(root, plan.experiment, cell, outcome.error, outcome in overdue)
+                        is_overdue = outcome in overdue
+                        row = record_crash(root, plan.experiment, cell, outcome.error, ignores_lock=is_overdue)
                     if row is None:
                         progress.removed(cell)
                     else:
@@ -424,7 +448,7 @@ def _train_all(root: Path, plan: Plan, rows: Iterable[CellRow], execution: Execu
 
 
 class _RunLimit:
-    """Time limit of each run, starting when its worker locks the cell."""
+    """Time limit of each run. The time starts when a worker locks the cell, so waiting for a worker does not count."""
 
     def __init__(self, root: Path, executor: Executor, limit_s: float) -> None:
         self._root = root
@@ -433,16 +457,16 @@ class _RunLimit:
         self._started: dict[str, float] = {}
 
     def stop_overdue(self, running: Iterable[Cell], ended: Iterable[Outcome]) -> list[Outcome]:
-        """Stop unfinished runs that exceed the limit and return their outcomes, with an error."""
+        """Stop running cells that exceed the limit, and return their outcomes with an error."""
         if math.isinf(self._limit_s):
             return []
         overdue = []
         now = time.monotonic()
-        names = {outcome.cell.name for outcome in ended}
-        for name in names:
+        ended_names = {outcome.cell.name for outcome in ended}
+        for name in ended_names:
             self._started.pop(name, None)  # a retry gets the full time
         for cell in running:
-            if cell.name in names:
+            if cell.name in ended_names:
                 continue
             if cell.name not in self._started and is_locked(self._root / LOCKS, cell.name):
                 self._started[cell.name] = now
@@ -456,13 +480,19 @@ class _RunLimit:
 
 @contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    """Treat SIGTERM, which schedulers send before ending a job, like Ctrl-C; main thread only."""
+    """Treat SIGTERM, which schedulers send before ending a job, like Ctrl-C.
+
+    Has no effect outside the main thread, because Python allows signal handlers only there.
+    """
     is_main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
+    previous = signal.getsignal(signal.SIGTERM)
+    can_restore = is_main and previous is not None  # None: C code set the handler
+    if can_restore:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        if is_main:
+        if can_restore:
             signal.signal(signal.SIGTERM, previous)
 
 

@@ -1,4 +1,7 @@
-"""Executors: in-process, subprocess and Ray."""
+"""Executors that train the cells of a comparison: in this process, in subprocesses, or on Ray.
+
+A cell is one run of the comparison.
+"""
 
 import contextlib
 import math
@@ -25,9 +28,9 @@ class Job(NamedTuple):
         root: Folder of the comparison.
         experiment: The experiment.
         threads: Threads of the process.
-        state: Git state of the parent process.
-        keep_checkpoints: Save a checkpoint after each epoch.
-        folder: Working directory, on machines that have it; None keeps the current one.
+        state: Git state of the parent process, which the rows record.
+        keep_checkpoints: If True, save a checkpoint after each epoch.
+        folder: Working directory on machines where it exists. None keeps the current one.
     """
 
     root: Path
@@ -51,10 +54,10 @@ class Executor(Protocol):
 
     @property
     def slots(self) -> int:
-        """Maximum number of parallel cells; may change."""
+        """Maximum number of parallel cells, which may change at any time."""
 
     def start(self, cell: Cell) -> None:
-        """Start a cell; requires a free slot."""
+        """Start a cell. The caller ensures that a slot is free."""
 
     def wait(self, timeout_s: float) -> list[Outcome]:
         """Wait until a cell ends or the timeout expires, and return the outcomes.
@@ -63,7 +66,7 @@ class Executor(Protocol):
         """
 
     def stop(self, cell: Cell) -> None:
-        """Stop a running cell; `wait` does not return it."""
+        """Stop a running cell, so that `wait` never returns its outcome."""
 
     def close(self) -> None:
         """Stop running cells."""
@@ -97,17 +100,17 @@ class InThisProcess:
         return finished
 
     def stop(self, cell: Cell) -> None:
-        """No-op; no cell runs in the background."""
+        """Do nothing, because no cell runs in the background."""
 
     def close(self) -> None:
-        """No-op; no cell runs in the background."""
+        """Do nothing, because no cell runs in the background."""
 
 
 class InProcesses:
     """Parallel execution with a new process per cell, which isolates crashes.
 
-    Processes fork from a server that has only imported the libraries, so they start quickly and their peak memory is
-    that of the cell.
+    Where the system supports it, processes fork from a server that has only imported the libraries, so they start
+    quickly and their peak memory is that of the cell. Elsewhere, each process imports the libraries itself.
     """
 
     def __init__(
@@ -126,7 +129,7 @@ class InProcesses:
         receiving, sending = self._context.Pipe(duplex=False)
         process = self._context.Process(target=_work, args=(sending, self._job, cell), name=cell.name)
         process.start()
-        sending.close()
+        sending.close()  # the process keeps the other copy, so the pipe closes when the process exits
         self._running[receiving] = (cell, process)
 
     def wait(self, timeout_s: float) -> list[Outcome]:
@@ -148,7 +151,7 @@ class InProcesses:
     def close(self) -> None:
         """Terminate running cells, and kill those that do not exit within 20 seconds."""
         for _, process in self._running.values():
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # the process has already exited
                 process.terminate()
         for connection, (_, process) in self._running.items():
             process.join(20)
@@ -172,12 +175,12 @@ class InProcesses:
 
 
 def _work(connection: Connection, job: Job, cell: Cell) -> None:
-    """Run a cell in a worker process that ignores Ctrl-C, because the parent terminates it."""
+    """Run a cell in a worker process and send its outcome. Ignore Ctrl-C, because the parent terminates the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         outcome = job.run(cell)
     except (KeyboardInterrupt, TrainingInterrupted):
-        return  # the parent is terminating this process
+        return  # the parent is terminating this process and needs no outcome
     except Exception as error:
         outcome = Outcome(cell, error=f"{type(error).__name__}: {error}")
     with contextlib.suppress(BrokenPipeError):  # the parent has exited
@@ -197,15 +200,16 @@ class OnRay:
     """Parallel execution on Ray, with one task and one worker process per cell.
 
     Connects to the cluster at `RAY_ADDRESS`, or starts a local one. The comparison's folder must have the same path on
-    all machines. A cell that loses its worker or machine ends without row and error, at most `MAX_RESTARTS` times. When
-    started again, it resumes from its last checkpoint.
+    all machines. If a cell loses its worker or machine, its outcome has neither row nor error, so that the caller
+    starts the cell again. The cell then resumes from its last checkpoint. The outcome after `MAX_RESTARTS` restarts is
+    an error.
 
     Args:
-        root: Folder of the comparison; made absolute.
+        root: Folder of the comparison, which is made absolute.
         experiment: The experiment.
-        slots: Maximum number of parallel cells; None uses the whole cluster.
+        slots: Maximum number of parallel cells. None uses the whole cluster.
         threads: Threads per cell, reserved as Ray CPUs.
-        gpus: GPUs per cell, reserved as Ray GPUs; None divides the cluster's GPUs among `slots`, at most one per cell.
+        gpus: GPUs per cell, reserved as Ray GPUs. None divides the cluster's GPUs among `slots`, at most one per cell.
 
     Raises:
         ImportError: If Ray is not installed.
@@ -225,7 +229,8 @@ class OnRay:
         self._threads = threads
         self._gpus = gpus
         if gpus is None:
-            self._gpus = _gpu_share(sum(node.get("GPU", 0.0) for node in self._nodes()), slots, experiment)
+            cluster_gpus = sum(node.get("GPU", 0.0) for node in self._nodes())
+            self._gpus = _gpu_share(cluster_gpus, slots, experiment)
         job = Job(root.resolve(), experiment, threads, git_state(), keep_checkpoints=True, folder=Path.cwd())
         self._job = ray.put(job)
         # max_calls=1 starts a new worker for each cell, so that its peak memory is that of the cell
@@ -234,21 +239,23 @@ class OnRay:
         self._running: dict[Any, Cell] = {}
         self._restarts: dict[str, int] = {}
         self._counted_at = -math.inf
-        self._count = 0
+        self._cluster_slots = 0
         if not self.slots:
             machines = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in self._nodes())
             self.close()
             raise ValueError(
-                f"a run needs {threads} CPUs and {self._gpus:g} GPUs on one machine, got a Ray cluster with "
+                f"a run needs {threads} CPUs and {self._gpus:g} GPUs on one machine, but the Ray cluster has "
                 f"{machines}; reduce threads or gpus"
             )
 
     @property
     def slots(self) -> int:
-        """Maximum number of parallel cells; grows and shrinks with the cluster."""
-        if time.monotonic() - self._counted_at > _NODE_REFRESH_S:
-            self._counted_at, self._count = time.monotonic(), sum(map(self._slots_of, self._nodes()))
-        return self._count if self._slots is None else min(self._count, self._slots)
+        """Maximum number of parallel cells, which grows and shrinks with the cluster."""
+        now = time.monotonic()
+        if now - self._counted_at > _NODE_REFRESH_S:
+            self._cluster_slots = sum(map(self._slots_of, self._nodes()))
+            self._counted_at = now
+        return self._cluster_slots if self._slots is None else min(self._cluster_slots, self._slots)
 
     def start(self, cell: Cell) -> None:
         """Submit a cell to Ray."""
@@ -277,7 +284,10 @@ class OnRay:
             self._ray.shutdown()
 
     def _end(self, reference: Any) -> Outcome:
-        """Return the outcome of a worker or the reason for its crash; without both, the cell must be started again."""
+        """Return the outcome that a worker sent, or the reason for its crash.
+
+        The outcome contains neither row nor error if the cell must be started again.
+        """
         cell = self._running.pop(reference)
         try:
             outcome: Outcome = self._ray.get(reference)
@@ -286,7 +296,7 @@ class OnRay:
             lines = str(error).strip().splitlines()
             reason = f"{type(error).__name__}: {lines[-1] if lines else 'the worker crashed'}"
             restarts = self._restarts.get(cell.name, 0)
-            is_terminated = isinstance(getattr(error, "cause", None), TrainingInterrupted)
+            is_terminated = isinstance(getattr(error, "cause", None), TrainingInterrupted)  # SIGTERM in the worker
             if isinstance(error, self._ray.exceptions.RayTaskError) and not is_terminated:
                 return Outcome(cell, error=reason)
             if restarts == MAX_RESTARTS:
@@ -304,8 +314,8 @@ class OnRay:
         if not self._gpus:
             return by_cpu
         gpus = node.get("GPU", 0.0)
-        if self._gpus <= 1:
-            tolerance = 1e-6
+        if self._gpus <= 1:  # a cell cannot combine fractions of several GPUs
+            tolerance = 1e-6  # for the rounding error of the quotient
             cells_per_gpu = int(1 / self._gpus + tolerance)
             by_gpu = int(gpus) * cells_per_gpu
         else:
@@ -316,6 +326,7 @@ class OnRay:
 MAX_RESTARTS = 2
 """Maximum number of restarts of a cell that has lost its worker or machine."""
 _NODE_REFRESH_S = 2.0
+"""Seconds after which `slots` counts the machines of the cluster again."""
 
 
 def _connect(ray: Any, cpus: int | None) -> None:
@@ -334,15 +345,22 @@ def _connect(ray: Any, cpus: int | None) -> None:
 
 
 def _gpu_share(gpus: float, slots: int | None, experiment: Experiment) -> float:
-    """Return the GPUs per cell: an equal share per slot, at most one; 0 for CPU training."""
+    """Return the GPUs per cell: an equal share per slot, at most one. Returns 0 for training on the CPU."""
     if not gpus or not str(experiment.settings.get("device", "auto")).startswith(("auto", "cuda")):
         return 0.0
-    share = 1.0 if slots is None else 1 / max(1, math.ceil(slots / gpus))  # an integer number of cells per GPU
+    share = 1.0
+    if slots is not None:
+        cells_per_gpu = max(1, math.ceil(slots / gpus))
+        share = 1 / cells_per_gpu
     return math.floor(share * 10_000) / 10_000  # Ray's precision
 
 
 def import_ray() -> Any:
-    """Import and return `ray`; raise an ImportError with the command that installs it."""
+    """Import and return `ray`.
+
+    Raises:
+        ImportError: If Ray is not installed. The message contains the command that installs it.
+    """
     try:
         import ray
         import ray.exceptions

@@ -1,4 +1,7 @@
-"""Experiment of a comparison: methods, data, shared settings and tuning grid."""
+"""Experiment of a comparison: methods, data, shared settings and tuning grid.
+
+A task is a dataset with its settings. An experiment trains every method on every task with several seeds.
+"""
 
 import dataclasses
 import hashlib
@@ -33,7 +36,7 @@ def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups:
         groups: Groups of the data.
 
     Returns:
-        Error messages, empty if valid.
+        Error messages. The list is empty if the entry is valid.
     """
     if not isinstance(published, Mapping):
         return [f"published must be a mapping, got {published!r:.200}"]
@@ -41,7 +44,7 @@ def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups:
         return []
     values = published.get("values", {})
     claims = published.get("orderings", [])
-    has_known_keys = set(published) <= {"source", "values", "orderings"} and len(published) > 1
+    has_known_keys = set(published) <= {"source", "values", "orderings"} and len(published) > 1  # more than a source
     if not (has_known_keys and published.get("source") and isinstance(values, Mapping) and isinstance(claims, list)):
         return [
             "published must contain 'source', a mapping 'values' or a list 'orderings' or both, and no other keys, got "
@@ -49,7 +52,8 @@ def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups:
         ]
     labels = list(tasks)
     errors = []
-    metrics = sorted({*NUMBERS, *(f"{split}_{name}" for split in ("val", "test") for name in _SCORES)})
+    score_columns = {f"{split}_{name}" for split in ("val", "test") for name in _SCORES}
+    result_columns = sorted({*NUMBERS, *score_columns})
     for claim in claims:
         known = {"higher", "lower", "task", "metric"}
         if not isinstance(claim, Mapping) or set(claim) - known or not claim.get("higher") or not claim.get("lower"):
@@ -59,20 +63,21 @@ def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups:
             )
         elif claim.get("task") is not None and claim["task"] not in labels:
             errors.append(f"'task' in published.orderings must be one of {', '.join(labels)}, got {claim['task']!r}")
-        elif "metric" in claim and claim["metric"] not in metrics:
-            hint = nearest(str(claim["metric"]), metrics, most=2, cutoff=0.5)
+        elif "metric" in claim and claim["metric"] not in result_columns:
+            hint = nearest(str(claim["metric"]), result_columns, most=2, cutoff=0.5)
             errors.append(f"'metric' in published.orderings must be a result column, got {claim['metric']!r}{hint}")
     columns = {*labels, *groups, OVER_TASKS, OVER_GROUPS}
     for method, numbers in values.items():
         if not isinstance(numbers, Mapping):
             errors.append(f"published.values {method!r} must map tasks to numbers, got {numbers!r}")
             continue
-        errors += [
-            f"published.values {method!r} must map tasks, groups, {OVER_TASKS!r} or {OVER_GROUPS!r} to percentages, "
-            f"got {column}: {value!r}"
-            for column, value in numbers.items()
-            if column not in columns or isinstance(value, bool) or not isinstance(value, int | float)
-        ]
+        for column, value in numbers.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if column not in columns or not is_number:
+                errors.append(
+                    f"published.values {method!r} must map tasks, groups, {OVER_TASKS!r} or {OVER_GROUPS!r} to "
+                    f"percentages, got {column}: {value!r}"
+                )
     return errors
 
 
@@ -82,7 +87,8 @@ MEASURES: dict[str, dict[str, str]] = {
     "ordinal": {"kappa": "quadratic weighted kappa", "accuracy": "accuracy"},
     "regression": {"r2": "R²"},
 }
-"""Metric titles by task type and score name; every metric has a maximum of 1."""
+"""Metric titles by task type and score name. The first metric of each type is its main metric, and every metric has a
+maximum of 1."""
 _SCORES = {"loss", *(name for measures in MEASURES.values() for name in measures)}
 METHOD_SETTINGS = ("r", "target_sparsity", "scaling", "lr", "scalar_lr", "head_lr", "weight_decay")
 """Settings of a method entry. The tuning grid scales `lr` (for head-only methods also `head_lr`) and tries other
@@ -92,7 +98,8 @@ DATA_SETTINGS = (
     *("train_size", "val_size", "test_size", "val_fraction", "test_fraction", "batch_size"),
     *("columns", "class_order", "channels", "white", "lr", "head_lr", "weight_decay", *_SPARSE_SETTINGS),
 )
-"""Settings of a data entry; `target_sparsity` and `scalar_lr` apply to sparse methods only."""
+"""Settings of a data entry. Those in `_SPARSE_SETTINGS` apply only to sparse methods, i.e. those with a target
+sparsity."""
 SHARED_SETTINGS = (
     *("task", "monitor", "loss", "class_weights", "sampler", "epochs", "epoch_images", "img_size", "weights"),
     *("pretrained", "augment", "tta", "warmup_ratio", "max_grad_norm", "label_smoothing", *DATA_SETTINGS),
@@ -101,7 +108,7 @@ SHARED_SETTINGS = (
     *("accumulate", "layer_decay", "drop_path", "random_erasing", "mixup", "cutmix", "test_seed", "device"),
     *("precision", "grad_checkpointing", "workers"),
 )
-"""Settings shared by all runs."""
+"""Settings of `TrainConfig` that an experiment may set for all of its runs."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ class MethodEntry:
     """A method in a comparison.
 
     Args:
-        name: Label in tables and folder name.
+        name: Label in tables, from which the folder name is derived.
         method: Name for `build_method`, e.g. `lora-8`.
         options: Other method options.
         settings: Entries of `METHOD_SETTINGS`.
@@ -130,7 +137,7 @@ class DataEntry:
     """A task in a comparison.
 
     Args:
-        name: Label in tables and folder name.
+        name: Label in tables, from which the folder name is derived.
         data: Data specification, as in `snella train --data`.
         group: Task group, for the mean over groups.
         settings: Entries of `DATA_SETTINGS`.
@@ -143,7 +150,8 @@ class DataEntry:
 
 
 _MAX_NAME = 100
-"""Maximum length of the folder name of a method or task, so that locks and temporary files fit 255 bytes."""
+"""Maximum length of the folder name of a method or task. It keeps the names of lock and temporary files within the
+limit of 255 bytes."""
 
 
 def method_entry(value: Any) -> MethodEntry:
@@ -173,7 +181,11 @@ def data_entry(value: Any) -> DataEntry:
 
 
 def _entry(value: Any, where: str, required: str, optional: Iterable[str]) -> dict[str, Any]:
-    """Parse a name or a mapping with the key `required`, whose value is the default `name`."""
+    """Parse a name, or a mapping with the key `required`.
+
+    Returns:
+        The mapping with the key `name`, which defaults to the value of `required`.
+    """
     if isinstance(value, str):
         value = {required: value}
     if not isinstance(value, Mapping):
@@ -187,13 +199,13 @@ def _entry(value: Any, where: str, required: str, optional: Iterable[str]) -> di
 
 
 def plain_entry(entry: MethodEntry | DataEntry) -> dict[str, Any]:
-    """Convert an entry to plain values for YAML."""
+    """Convert an entry to plain values for YAML, with the settings next to the other keys."""
     values = {k: v for k, v in dataclasses.asdict(entry).items() if k != "settings"}
     return {**values, **entry.settings}
 
 
 def folder_name(label: str) -> str:
-    """Convert a label to a folder name of at most `_MAX_NAME` characters; longer ones end with a digest."""
+    """Convert a label to a folder name. If it exceeds `_MAX_NAME` characters, cut it and append a digest."""
     name = re.sub(r"[^A-Za-z0-9._+-]+", "_", label).strip("._") or "_"
     if len(name) <= _MAX_NAME:
         return name
@@ -217,22 +229,24 @@ def entry_errors(kind: str, entries: Iterable[MethodEntry | DataEntry]) -> list[
 
 
 def unknown_keys(where: str, keys: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Return a list with one error message that names the unknown keys; empty if all keys are known."""
+    """Return a list with one error message that names all unknown keys, or an empty list if all keys are known."""
     choices = list(known)
     unknown = [
         f"{key!r}" + nearest(str(key), choices, most=2, cutoff=0.5, form=" (nearest: {})")
         for key in keys
         if key not in choices
     ]
-    return [f"{where} has unknown settings: {', '.join(unknown)}; choose from {', '.join(choices)}"] if unknown else []
+    if not unknown:
+        return []
+    return [f"{where} has unknown settings: {', '.join(unknown)}; choose from {', '.join(choices)}"]
 
 
 def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any], **values: Any) -> TrainConfig:
     """Build the settings of a run, with the method's defaults resolved.
 
     Args:
-        method: The method; its settings override the task's.
-        data: The task; its settings override the shared ones.
+        method: The method, whose settings override the task's.
+        data: The task, whose settings override the shared ones.
         shared: Entries of `SHARED_SETTINGS`.
         **values: Other settings, which override all of the above.
 
@@ -254,9 +268,10 @@ def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any],
 
 
 _DESCRIPTIONS = ("name", "about", "command", "cost", "expected")
+"""Fields that describe the experiment and have no effect on the training."""
 _ENTRIES = ("methods", "data")
 _MUTABLE = (*_ENTRIES, "seeds", *_DESCRIPTIONS, "reference", "published")
-"""Fields that may differ from the stored experiment; existing entries of `methods` and `data` must stay the same."""
+"""Fields that may differ from the stored experiment. Existing entries of `methods` and `data` must stay the same."""
 FILE = "experiment.yaml"
 
 
@@ -270,7 +285,8 @@ class Grid:
         max_extensions: Maximum number of extensions per axis. An axis is extended while its best value is on the edge:
             the learning rates continue their pattern (1, 3, 10 is followed by 30), and the largest weight decay is
             multiplied by 10.
-        seeds: Number of seeds per candidate.
+        seeds: Number of tuning runs per candidate, each with a different seed. A candidate is one learning rate with
+            one weight decay.
     """
 
     lr_factors: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -294,18 +310,17 @@ class Experiment:
         seeds: Number of final runs per method and task, with seeds 0, 1, …
         grid: Tuning grid.
         settings: Settings shared by all runs, entries of `SHARED_SETTINGS`.
-        reference: Method that the others are compared with; None selects the first LoRA method, or the first method if
+        reference: Method that the others are compared with. None selects the first LoRA method, or the first method if
             there is none.
         forgetting: Datasets for the linear probe that measures forgetting. Each task uses the first one that differs
             from its own data. `()` disables the probe. None selects the data of the first two tasks (classification
             only, without tasks that set `columns`), then `digits`.
         forgetting_images: Maximum number of images for the probe.
-        about: Purpose.
+        about: Purpose of the comparison.
         command: Command that starts the comparison.
         cost: Estimated cost.
         expected: Expected results.
-        published: Numbers reported in a paper: `source`; `values` in percent, by method label, then by task, group,
-            `mean over tasks` or `mean over groups`; `orderings`, pairs of methods that the paper ranks.
+        published: Numbers reported in a paper, in the format that `published_errors` describes.
     """
 
     methods: tuple[MethodEntry, ...]
@@ -352,10 +367,10 @@ class Experiment:
 
     @property
     def measures(self) -> dict[str, str]:
-        """Metric titles by score name; the `monitor` metric comes first."""
-        measures = MEASURES[self.settings.get("task", "classification")]
-        first = self.settings.get("monitor")
-        return {first: measures[first], **measures} if first in measures else measures
+        """Metric titles by score name. The `monitor` metric comes first if the comparison measures it."""
+        titles = MEASURES[self.settings.get("task", "classification")]
+        monitor = self.settings.get("monitor")
+        return {monitor: titles[monitor], **titles} if monitor in titles else titles
 
     @property
     def metric(self) -> str:
@@ -370,27 +385,33 @@ class Experiment:
     @property
     def reference_name(self) -> str:
         """Label of the reference method."""
-        defaults = [entry.name for entry in self.methods if parse_method(entry.method)[0] == REFERENCE_METHOD]
-        return self.reference or (defaults[0] if defaults else self.methods[0].name)
+        lora_names = [entry.name for entry in self.methods if parse_method(entry.method)[0] == REFERENCE_METHOD]
+        return self.reference or (lora_names[0] if lora_names else self.methods[0].name)
 
     def config(self, method: MethodEntry, data: DataEntry) -> TrainConfig:
         """Return the settings of a run at the method's default learning rate and weight decay."""
         return make_config(method, data, self.settings, backbone=self.backbone, out="-")
 
     def probe_data(self, task: DataEntry) -> str | None:
-        """Return the first dataset in `forgetting` that differs from the data of `task`; None if there is none."""
-        return next((data for data in self.with_probes().forgetting or () if data != task.data), None)
+        """Return the first dataset in `forgetting` that differs from the data of `task`, or None if there is none."""
+        for data in self.with_probes().forgetting or ():
+            if data != task.data:
+                return data
+        return None
 
     def with_probes(self) -> "Experiment":
-        """Return the experiment with `forgetting` resolved, so that tasks added later do not change it."""
+        """Return the experiment with the default of `forgetting` filled in, so that later tasks do not change it."""
         if self.forgetting is not None:
             return self
-        has_classes = self.settings.get("task", "classification") == "classification"
-        tasks = [entry for entry in self.data[:2] if "columns" not in {**self.settings, **entry.settings}]
-        return replace(self, forgetting=(*(entry.data for entry in tasks if has_classes), "digits"))
+        datasets: list[str] = []
+        if self.settings.get("task", "classification") == "classification":
+            for entry in self.data[:2]:
+                if "columns" not in {**self.settings, **entry.settings}:  # the probe loads data without settings
+                    datasets.append(entry.data)
+        return replace(self, forgetting=(*datasets, "digits"))
 
     def as_dict(self) -> dict[str, Any]:
-        """Convert to plain values, in the format of an experiment file; tuples become lists."""
+        """Convert to plain values in the format of an experiment file, with lists instead of tuples."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["methods"] = [plain_entry(entry) for entry in self.methods]
         values["data"] = [plain_entry(entry) for entry in self.data]
@@ -401,13 +422,14 @@ class Experiment:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Experiment":
-        """Create an experiment from plain values; None selects the default.
+        """Create an experiment from plain values, where None selects the default.
 
         Raises:
             ValueError: If a key is unknown or missing, or a value is invalid.
         """
         values = {key: value for key, value in values.items() if value is not None}
-        grid, train = values.get("grid") or {}, values.get("train") or {}
+        grid = values.get("grid") or {}
+        train = values.get("train") or {}
         for key, value in (("grid", grid), ("train", train)):
             if not isinstance(value, Mapping):
                 raise ValueError(f"{key} must be a mapping, got {value!r}")
@@ -454,18 +476,21 @@ class Experiment:
         forgetting = stored.forgetting if self.forgetting is None else self.forgetting
         new_values = replace(self, forgetting=forgetting).as_dict()
         stored_values = stored.as_dict()
-        errors = []
-        for key in [key for key in new_values if key not in _MUTABLE and new_values[key] != stored_values[key]]:
-            new, old = new_values[key], stored_values[key]
+        errors: list[str] = []
+        for key, new in new_values.items():
+            old = stored_values[key]
+            if key in _MUTABLE or new == old:
+                continue
             if isinstance(new, dict):
-                changed = [k for k in {**old, **new} if new.get(k) != old.get(k)]
-                errors += [f"{key}.{k} is {old.get(k)!r}, got {new.get(k)!r}" for k in changed]
+                changed = [name for name in {**old, **new} if new.get(name) != old.get(name)]
+                errors += [f"{key}.{name} is {old.get(name)!r}, got {new.get(name)!r}" for name in changed]
             else:
                 errors.append(f"{key} is {old!r}, got {new!r}")
         for kind in _ENTRIES:
-            entries = {entry["name"]: entry for entry in stored_values[kind]}
-            changed = [e["name"] for e in new_values[kind] if entries.get(e["name"], e) != e]
-            errors += [f"{kind} entry {name!r} has different settings" for name in changed]
+            stored_entries = {entry["name"]: entry for entry in stored_values[kind]}
+            for entry in new_values[kind]:
+                if stored_entries.get(entry["name"], entry) != entry:
+                    errors.append(f"{kind} entry {entry['name']!r} has different settings")
         if errors:
             raise ValueError(
                 f"{folder} contains a comparison with different settings: {'; '.join(errors)}; results are not "
@@ -486,7 +511,7 @@ class Experiment:
         )
 
     def _size_errors(self) -> list[str]:
-        """Return errors for out-of-range numbers and an automatic batch size."""
+        """Return errors for numbers that are out of range and for an automatic batch size."""
         grid = self.grid
         errors = [
             f"{name} must be an integer of at least {minimum}, got {value!r}"
@@ -506,12 +531,15 @@ class Experiment:
         if not all(0 <= w < float("inf") for w in grid.weight_decays):
             errors.append(f"grid.weight_decays must be at least 0, got {list(grid.weight_decays)}")
         for name, values in (("lr_factors", grid.lr_factors), ("weight_decays", grid.weight_decays)):
-            if len({f"{value:g}" for value in values}) < len(set(values)):  # as in `Candidate.label`
+            if len({f"{value:g}" for value in values}) < len(set(values)):  # the format of `Candidate.label`
                 errors.append(f"grid.{name} must differ within six digits, got {list(values)}")
         return errors
 
     def _cell_errors(self) -> list[str]:
-        """Return the errors of each method on the first task, and of the linear probe on the other tasks."""
+        """Return the errors of each method on the first task, and of the linear probe on the other tasks.
+
+        This checks every method and every task without resolving the settings of all pairs.
+        """
         pairs = [(method, data) for method in self.methods for data in self.data[:1]]
         pairs += [(PROBE, data) for data in self.data[1:]]
         errors = []
@@ -524,7 +552,7 @@ class Experiment:
 
 
 def as_list(value: Any) -> Sequence[Any]:
-    """Return the value as a list; split a string at commas."""
+    """Return the items of a list, a tuple or a comma-separated string. Return any other value as the only item."""
     if isinstance(value, str):
         return [item.strip() for item in value.split(",") if item.strip()]
     return value if isinstance(value, list | tuple) else [value]
@@ -535,21 +563,30 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
     numbers = as_list(value)
     try:
         if any(isinstance(number, bool) for number in numbers):
-            raise TypeError
+            raise TypeError  # float(True) would be 1.0
         return tuple(float(number) for number in numbers)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be numbers, e.g. [0.3, 1, 3], got {value!r}") from None
 
 
 def _merge_published(stored: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Merge published numbers and orderings; new numbers override stored ones, a new source replaces all."""
+    """Merge published numbers and orderings, where new numbers override stored ones.
+
+    A new source replaces all stored entries. If one of the arguments is empty, the other is returned unchanged.
+    """
     if not new or not stored or new.get("source") != stored.get("source"):
         return new or stored
+    stored_values = stored.get("values", {})
+    new_values = new.get("values", {})
     values = {
-        method: {**stored.get("values", {}).get(method, {}), **new.get("values", {}).get(method, {})}
-        for method in {**stored.get("values", {}), **new.get("values", {})}
+        method: {**stored_values.get(method, {}), **new_values.get(method, {})}
+        for method in {**stored_values, **new_values}
     }
     claims = list(stored.get("orderings", []))
     claims += [claim for claim in new.get("orderings", []) if claim not in claims]
-    parts = {"values": values, "orderings": claims}
-    return {"source": new["source"], **{key: part for key, part in parts.items() if part}}
+    merged: dict[str, Any] = {"source": new["source"]}
+    if values:
+        merged["values"] = values
+    if claims:
+        merged["orderings"] = claims
+    return merged

@@ -1,4 +1,4 @@
-"""YAML experiment files, given by path or bundled name."""
+"""YAML experiment files, given by path or bundled name, and experiments from command-line options."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from snella_lab.comparison.options import CompareOptions
 def bundled_experiments() -> dict[str, Path]:
     """Return the files of bundled experiments by name, from the installed package or a source checkout.
 
-    The folders also contain files for other commands; only files with `methods` and `data` are experiments.
+    The folders also contain files for other commands. Only files with `methods` and `data` are experiments.
     """
     package = Path(snella_lab.__file__).parent
     folders = (package.parents[1] / "experiments", package / "experiments")
@@ -26,11 +26,11 @@ def bundled_experiments() -> dict[str, Path]:
 
 
 def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experiment:
-    """Read an experiment file; its name defaults to the file name without extension.
+    """Read an experiment file. Without an entry `name`, the experiment gets the file name without its extension.
 
     Args:
         name: Path of a YAML file, or name of a bundled experiment.
-        changes: Entries that override the file; mappings such as `train` and `grid` are merged.
+        changes: Entries that override the file. Mappings such as `train` and `grid` are merged.
 
     Raises:
         FileNotFoundError: If `name` is neither a file nor a bundled experiment.
@@ -60,12 +60,13 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Merge changes into settings, one level deep.
 
-    In `methods` and `data`, a string that equals the label or data of an existing entry selects that entry. A
+    In `methods` and `data`, a string selects the existing entry with this label (or, for tasks, with this data). A
     reference that is no longer among the methods is removed. If the changes select other tasks, only published numbers
     and orderings that refer to one of these tasks are kept.
     """
     methods = {entry.name: entry for entry in map(method_entry, as_list(values.get("methods") or []))}
     data = [data_entry(value) for value in as_list(values.get("data") or [])]
+    # labels take precedence over data, and earlier entries over later ones with the same data
     tasks = {entry.data: entry for entry in reversed(data)} | {entry.name: entry for entry in data}
     entries: dict[str, dict[str, Any]] = {"methods": methods, "data": tasks}
     result = {**values}
@@ -93,10 +94,15 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _published_on(tasks: Collection[str], published: Any) -> Any:
-    """Return the published results of `tasks`, without means and groups, which refer to the original tasks."""
+    """Return the published results of `tasks`, without means and groups, which refer to the original tasks.
+
+    Returns an empty mapping if nothing remains. Other values than mappings are returned unchanged, because
+    `published_errors` reports them.
+    """
     if not isinstance(published, Mapping):
         return published
-    values, orderings = published.get("values"), published.get("orderings")
+    values = published.get("values")
+    orderings = published.get("orderings")
     kept = dict(published)
     if isinstance(values, Mapping):
         kept_values: dict[Any, dict[Any, Any]] = {}
@@ -113,13 +119,14 @@ def _published_on(tasks: Collection[str], published: Any) -> Any:
 
 
 _NONE = "none"
+"""Value of an option that stands for an empty list."""
 
 
 def experiment_from_options(options: CompareOptions) -> Experiment | None:
-    """Build an experiment from command-line options, based on a file or the output folder if available.
+    """Build an experiment from command-line options, based on a file or the experiment in the output folder, if any.
 
     Returns:
-        The experiment, or None if no option of the experiment is set; `out` and execution options do not count.
+        The experiment. None if no option of the experiment is set, where `out` and the execution options do not count.
 
     Raises:
         FileNotFoundError: If the experiment does not exist.
@@ -130,23 +137,28 @@ def experiment_from_options(options: CompareOptions) -> Experiment | None:
     changes.update({key: as_list(values[key]) for key in ("methods", "data") if key in values})
     if "forgetting" in values:
         changes["forgetting"] = [] if values["forgetting"] == _NONE else as_list(values["forgetting"])
-    names = {"tune_seeds": "seeds", "extensions": "max_extensions"}
-    grid: dict[str, Any] = {name: values[key] for key, name in names.items() if key in values}
+    grid_names = {"tune_seeds": "seeds", "extensions": "max_extensions"}
+    grid: dict[str, Any] = {name: values[key] for key, name in grid_names.items() if key in values}
     grid |= {key: _numbers(key, values[key]) for key in ("lr_factors", "weight_decays") if key in values}
-    train: dict[str, Any] = {**options.train, **{key: values[key] for key in ("task", "monitor") if key in values}}
-    sections: dict[str, dict[str, Any]] = {"grid": grid, "train": train}
-    changes |= {key: section for key, section in sections.items() if section}
+    train: dict[str, Any] = dict(options.train)
+    train |= {key: values[key] for key in ("task", "monitor") if key in values}
+    if grid:
+        changes["grid"] = grid
+    if train:
+        changes["train"] = train
     if options.experiment is not None:
         return read_experiment(options.experiment, changes)
     if not changes:
         return None
     stored = Path(options.out) / FILE
-    base = read_experiment(str(stored)).as_dict() if stored.is_file() else {}
+    base: dict[str, Any] = {}
+    if stored.is_file():
+        base = read_experiment(str(stored)).as_dict()
     return Experiment.from_dict(merged(base, changes))
 
 
 def _numbers(name: str, text: str) -> list[float]:
-    """Parse comma-separated numbers."""
+    """Parse comma-separated numbers, where `none` stands for an empty list."""
     try:
         return [] if text == _NONE else [float(number) for number in as_list(text)]
     except ValueError:

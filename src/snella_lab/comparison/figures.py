@@ -40,14 +40,14 @@ def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) ->
         is_log: True for a logarithmic cost axis.
 
     Returns:
-        The figure, or None if fewer than two methods have both values (for a logarithmic axis, a positive cost).
+        The figure. None if fewer than two methods have both values. On a logarithmic axis, only positive costs count.
     """
     points = []
     for number, method in enumerate(summary.methods):
-        accuracy = method.over_tasks[summary.column]
+        score = method.over_tasks[summary.column]
         value = method.costs[cost]
-        if accuracy is not None and value is not None and (value > 0 or not is_log):
-            points.append((value, accuracy.mean, accuracy.std, number, method.name))
+        if score is not None and value is not None and (value > 0 or not is_log):
+            points.append((value, score.mean, score.std, number, method.name))
     if len(points) < 2:
         return None
     height = FIGURE_SIZE[1] + 70 + _legend_height(len(points))
@@ -79,7 +79,7 @@ def _legend_height(entries: int) -> int:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the Pareto-optimal points by ascending cost."""
+    """Return the Pareto-optimal points `(cost, gain)` by ascending cost."""
     front: list[tuple[float, float]] = []
     for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or gain > front[-1][1]:
@@ -91,8 +91,8 @@ def learning_rate_curves(summary: Summary, tasks: Sequence[str], title: str) -> 
     """Plot the main metric on validation versus learning rate, one line per method, averaged over `tasks`.
 
     Learning rates are relative to each method's default, so that all methods share an axis. A filled marker shows the
-    selected learning rate; for several tasks, it shows the best one. Crosses at the bottom mark learning rates
-    with a failed run. Returns None if no method has tried several learning rates on all `tasks`.
+    selected learning rate or, for several tasks, the best one. Crosses at the bottom mark learning rates with a failed
+    run. Returns None if no method has tried several learning rates on all `tasks`.
     """
     curves = [(number, m.name, _mean_curve(summary, m.name, tasks)) for number, m in enumerate(summary.methods)]
     curves = [curve for curve in curves if len(curve[2]) > 1]
@@ -104,9 +104,9 @@ def learning_rate_curves(summary: Summary, tasks: Sequence[str], title: str) -> 
         _draw_curve(axes, number, points, _selected_factor(summary, name, tasks)) for number, name, points in curves
     ]
     _factor_axis(axes, sorted({factor for *_, points in curves for factor, _ in points}))
-    accuracies = [accuracy for *_, points in curves for _, accuracy in points if accuracy is not None]
-    if accuracies:
-        axes.set_ylim(bottom=max(axes.get_ylim()[0], max(accuracies) - SHOWN_RANGE))
+    scores = [score for *_, points in curves for _, score in points if score is not None]
+    if scores:
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], max(scores) - SHOWN_RANGE))
     axes.set_ylabel(f"validation {summary.measure}")
     if summary.is_fraction:
         percent_axis(axes)
@@ -115,7 +115,7 @@ def learning_rate_curves(summary: Summary, tasks: Sequence[str], title: str) -> 
 
 
 def _selected_factor(summary: Summary, method: str, tasks: Sequence[str]) -> float | None:
-    """Return the learning-rate factor of a method's final runs; None without final runs or for several tasks."""
+    """Return the learning-rate factor of a method's final runs, or None without final runs or for several tasks."""
     finals = summary.runs.rows(method, tasks[0]) if len(tasks) == 1 else []
     return finals[0].lr_factor if finals else None
 
@@ -123,44 +123,46 @@ def _selected_factor(summary: Summary, method: str, tasks: Sequence[str]) -> flo
 def _draw_curve(
     axes: Axes, number: int, points: Sequence[tuple[float, float | None]], selected: float | None
 ) -> Line2D:
-    """Draw one method's line, with a filled marker at the selected or else the best factor; return the line."""
+    """Draw and return the line of one method, with a filled marker at the selected factor, or else at the best one."""
     color, marker = style_of(number)
     dashes: Any = "-" if number < len(COLORS) else (0, (5, 2))
-    finished = [(factor, accuracy) for factor, accuracy in points if accuracy is not None]
-    x, y = [factor for factor, _ in finished], [accuracy for _, accuracy in finished]
+    finished = [(factor, score) for factor, score in points if score is not None]
+    x = [factor for factor, _ in finished]
+    y = [score for _, score in finished]
     style: dict[str, Any] = {"color": color, "marker": marker}
     line = axes.plot(x, y, **style, markersize=5, linewidth=1.6, linestyle=dashes, markerfacecolor="none")[0]
     if finished:
-        axes.plot(*max(finished, key=lambda point: (point[0] == selected, point[1])), **style, markersize=8)
-    for factor, accuracy in points:
-        if accuracy is None:
+        marked = max(finished, key=lambda point: (point[0] == selected, point[1]))
+        axes.plot(*marked, **style, markersize=8)
+    for factor, score in points:
+        if score is None:
             axes.plot(factor, 0.02, color=color, marker="x", transform=axes.get_xaxis_transform(), clip_on=False)
     return line
 
 
 def _mean_curve(summary: Summary, method: str, tasks: Sequence[str]) -> list[tuple[float, float | None]]:
-    """Average the curves of several tasks at their common factors."""
+    """Average the curves of several tasks at their common factors. The mean is None if a run on one of them failed."""
     curves = [dict(lr_curve(summary.trials.get((method, task), ()))) for task in tasks]
     common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     return [(factor, complete_mean([curve[factor] for curve in curves])) for factor in common]
 
 
 def lr_curve(trials: Rows) -> list[tuple[float, float | None]]:
-    """Return the mean validation score by learning-rate factor at the default weight decay; None if a run failed.
+    """Return the mean validation score at the default weight decay by learning-rate factor.
 
-    `trials` are the tuning runs of one method on one task.
+    `trials` are the tuning runs of one method on one task. The mean is None if a run with this factor failed.
     """
-    accuracies: dict[float, list[float | None]] = {}
+    scores: dict[float, list[float | None]] = {}
     for row in trials:
         if row.tried_weight_decay is None:
-            accuracies.setdefault(row.lr_factor, []).append(row.score("val"))
-    return [(factor, complete_mean(values)) for factor, values in sorted(accuracies.items())]
+            scores.setdefault(row.lr_factor, []).append(row.score("val"))
+    return [(factor, complete_mean(values)) for factor, values in sorted(scores.items())]
 
 
 def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | None:
-    """Plot paired differences from the reference with intervals, over all tasks and optionally by task.
+    """Plot the paired differences from the reference with their intervals, over all tasks and optionally by task.
 
-    Narrow figures, below 600 pixels, truncate names earlier. Returns None without differences.
+    Figures narrower than 600 pixels shorten names to fewer characters. Returns None if there are no differences.
     """
     longest = 30 if width >= 600 else 16
     lines: list[tuple[str, Any, bool]] = []
@@ -173,17 +175,24 @@ def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | Non
             lines += [(task, method.to_reference_on[task], False) for task in summary.tasks]
     if not lines:
         return None
-    figure, axes = new_figure(
-        width, 110 + (19 if with_tasks else 26) * len(lines), f"Difference from {shortened(summary.reference, longest)}"
-    )
+    line_height = 19 if with_tasks else 26
+    height = 110 + line_height * len(lines)
+    figure, axes = new_figure(width, height, f"Difference from {shortened(summary.reference, longest)}")
     for position, (_, value, is_overall) in enumerate(lines):
         if value is None:
             continue
-        color = (INK, ACCENT, WARM)[value.direction] if is_overall else MUTED
-        axes.plot([value.low, value.high], [position, position], color=color, linewidth=2.4 if is_overall else 1.2)
-        axes.plot(
-            value.mean, position, color=color, marker="D" if is_overall else "o", markersize=7 if is_overall else 4
-        )
+        if is_overall:
+            color = (INK, ACCENT, WARM)[value.direction]  # direction -1 selects the last color
+            linewidth = 2.4
+            marker = "D"
+            markersize = 7
+        else:
+            color = MUTED
+            linewidth = 1.2
+            marker = "o"
+            markersize = 4
+        axes.plot([value.low, value.high], [position, position], color=color, linewidth=linewidth)
+        axes.plot(value.mean, position, color=color, marker=marker, markersize=markersize)
     axes.axvline(0, color=MUTED, linewidth=1.2)
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_yticks(range(len(lines)), [shortened(name, longest) for name, *_ in lines])
@@ -200,9 +209,10 @@ def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | Non
 
 
 def _factor_axis(axes: Axes, factors: Sequence[float]) -> None:
-    """Set up a logarithmic x axis with ticks at the tried factors."""
+    """Set up a logarithmic x-axis with ticks at the tried factors, or at some of them if there are more than eight."""
     axes.set_xscale("log")
-    shown = factors if len(factors) <= 8 else factors[:: math.ceil(len(factors) / 8)]
+    step = max(1, math.ceil(len(factors) / 8))
+    shown = factors[::step]
     axes.xaxis.set_major_locator(FixedLocator(list(shown)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"×{v:g}"))

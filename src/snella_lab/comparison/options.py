@@ -40,9 +40,9 @@ class ExecutionConfig(Config):
 
     @property
     def part_and_count(self) -> tuple[int, int] | None:
-        """Index of the part, from 0, and number of parts.
+        """Index of the part, counted from 0, and number of parts.
 
-        The value is None for all runs, and if `part` is malformed.
+        The value is None if `part` is not set or malformed.
         """
         numbers = (self.part or "").split("/")
         is_valid = len(numbers) == 2 and all(map(str.isdecimal, numbers))
@@ -64,8 +64,12 @@ class ExecutionConfig(Config):
             errors.append(f"workers must be at least 0, got {workers}")
         if threads is not None and threads < 1:
             errors.append(f"threads must be at least 1, got {threads}")
-        if gpus is not None and not (self.ray and (0 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0))):  # rejects nan, inf
-            errors.append(f"gpus must be in [0, 1] or an integer, and requires ray, got {gpus:g} and ray={self.ray}")
+        if gpus is not None:
+            is_valid = 0 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0)  # false for nan and inf
+            if not (self.ray and is_valid):
+                errors.append(
+                    f"gpus must be in [0, 1] or an integer, and requires ray, got {gpus:g} and ray={self.ray}"
+                )
         if limit is not None and (not limit > 0 or not (self.ray or workers)):
             errors.append(f"run_limit must be positive and requires ray or workers, got {limit:g} and {workers=}")
         if self.emit is not None and (self.ray or self.draw_only or self.part is not None):
@@ -136,20 +140,23 @@ class CompareOptions(Config):
     @classmethod
     def command_options(cls) -> dict[str, Setting]:
         """Return the options: the fields, with the `shared` settings of `TrainConfig` instead of `train`."""
-        settings: dict[str, Setting] = {}
+        options: dict[str, Setting] = {}
+        train_settings = TrainConfig.settings()
         for name, setting in cls.settings().items():
-            if name == "train":
-                train_settings = TrainConfig.settings()
-                settings |= {
-                    name: replace(train_settings[name], type=train_settings[name].type | None, default=None)
-                    for name in cls.shared
-                }
-            else:
-                settings[name] = setting
-        return settings
+            if name != "train":
+                options[name] = setting
+                continue
+            for shared_name in cls.shared:
+                shared = train_settings[shared_name]
+                options[shared_name] = replace(shared, type=shared.type | None, default=None)
+        return options
 
     @classmethod
     def from_flat(cls, **settings: Any) -> Self:
-        """Create the settings from options; omit shared settings that are None."""
-        train = {name: value for name in cls.shared if (value := settings.pop(name, None)) is not None}
+        """Create the settings from options, without the shared settings that are None."""
+        train: dict[str, Any] = {}
+        for name in cls.shared:
+            value = settings.pop(name, None)
+            if value is not None:
+                train[name] = value
         return super().from_flat(**settings, train=train)

@@ -1,4 +1,4 @@
-"""Console progress of a comparison."""
+"""Console progress of a comparison, whose single runs are called cells."""
 
 import math
 import time
@@ -16,7 +16,7 @@ from snella_lab.comparison.rows import CellRow
 class ComparisonProgress:
     """Console progress of a comparison: one line per run and, on a terminal, a progress bar.
 
-    `rows` are finished runs; their durations estimate the remaining time.
+    `rows` are those of finished runs, whose durations are used to estimate the remaining time.
     """
 
     def __init__(self, console: Console, plan: Plan, rows: Iterable[CellRow]) -> None:
@@ -35,7 +35,8 @@ class ComparisonProgress:
             self._add_duration(row)
 
     def __enter__(self) -> "ComparisonProgress":
-        left, done = self._plan.left, self._plan.done
+        left = self._plan.left
+        done = self._plan.done
         if left:
             already = f", {done:,} already done" if done else ""
             print_line(self._console, f"{counted(left, 'run')} to train{already}")
@@ -55,19 +56,20 @@ class ComparisonProgress:
         self._refresh()
 
     def ended(self, cell: Cell, row: CellRow, slots: int, is_local: bool = True) -> None:
-        """Print the result of a run and, if a run has succeeded, the remaining time with `slots` parallel runs."""
+        """Print the result of a run and, once any run has succeeded, the remaining time with `slots` parallel runs."""
         self._add_duration(row)
-        left, done = self._plan.left, self._plan.done
+        left = self._plan.left
+        done = self._plan.done
         if row.status == "success":
             scores = {"validation": row.score("val"), "test": row.score("test")}
-            result = ", ".join(f"{part} {score:.4f}" for part, score in scores.items() if score is not None)
+            result = ", ".join(f"{split} {score:.4f}" for split, score in scores.items() if score is not None)
         else:
             result = f"FAILED, {row.error}"
         has_estimate = left and self._durations
         remaining = f"; about {seconds_text(self._remaining_s() / slots)} left" if has_estimate else ""
-        others = "" if is_local else " by another process"
+        author = "" if is_local else " by another process"
         origin = ", reused from the selected tuning run" if row.results and row.results.trained_as else ""
-        text = f"{cell.title}: {result} ({seconds_text(row.total_time)}{others}{origin}){remaining}"
+        text = f"{cell.title}: {result} ({seconds_text(row.total_time)}{author}{origin}){remaining}"
         print_line(self._console, f"[{done}/{done + left}] {text}")
         self.removed(cell)
 
@@ -78,14 +80,15 @@ class ComparisonProgress:
         self._refresh()
 
     def waiting(self, count: int) -> None:
-        """Print once that other processes have claimed all remaining runs."""
+        """Print that other processes have claimed all `count` runs that could start, once until the next run starts."""
         if not self._is_waiting:
             print_line(self._console, f"waiting for {counted(count, 'run')} in other processes")
         self._is_waiting = True
 
     def _refresh(self) -> None:
-        """Update the bar."""
-        left, done = self._plan.left, self._plan.done
+        """Show the numbers of finished and remaining runs and the names of running ones in the bar."""
+        left = self._plan.left
+        done = self._plan.done
         self._bar.update(self._task, completed=done, total=done + left, description=" | ".join(self._running) or "runs")
 
     def _add_duration(self, row: CellRow) -> None:
@@ -96,15 +99,18 @@ class ComparisonProgress:
                 self._durations[key] = total + row.total_time, count + 1
 
     def _remaining_s(self) -> float:
-        """Estimate the total time of the remaining runs from the mean over their task and method, else task, else all.
+        """Estimate the total time of the remaining runs.
 
-        The estimate visits all pairs, so it is updated at most once per second.
+        Each run is expected to take the mean over the finished runs of its task and method. If there are none, the mean
+        over its task or else over all runs is used. The estimate visits all pairs of task and method, so it is updated
+        at most once per second.
         """
         if time.monotonic() - self._estimated_at > 1:
             self._estimated_at = time.monotonic()
             self._estimate_s = 0.0
             for task, method, left in self._plan.remaining():
                 keys = ((task, method), (task,), ())
-                total, count = next((self._durations[key] for key in keys if key in self._durations), (0.0, 1))
+                known = (self._durations[key] for key in keys if key in self._durations)
+                total, count = next(known, (0.0, 1))
                 self._estimate_s += left * total / count
         return self._estimate_s

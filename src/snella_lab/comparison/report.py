@@ -51,7 +51,10 @@ from snella_lab.comparison.summary import (
 
 @dataclass(frozen=True)
 class PaperComparison:
-    """A number reported in a paper and the measured result, in percent; `column` is a task, a group or a mean."""
+    """A number reported in a paper and the measured result, both in percent.
+
+    `column` is a task, a group of tasks or a mean.
+    """
 
     method: str
     column: str
@@ -69,13 +72,15 @@ class PaperComparison:
 
 def paper_comparison(summary: Summary) -> list[PaperComparison]:
     """Pair the reported numbers of the experiment's methods with the measured results."""
-    lines = {line.name: line for line in summary.methods}
-    return [
-        PaperComparison(method, column, float(value), _measured_result(column, lines[method], summary))
-        for method, values in summary.experiment.published.get("values", {}).items()
-        if method in lines
-        for column, value in values.items()
-    ]
+    measured_methods = {line.name: line for line in summary.methods}
+    pairs = []
+    for name, reported in summary.experiment.published.get("values", {}).items():
+        method = measured_methods.get(name)
+        if method is None:
+            continue
+        for column, value in reported.items():
+            pairs.append(PaperComparison(name, column, float(value), _measured_result(column, method, summary)))
+    return pairs
 
 
 @dataclass(frozen=True)
@@ -85,9 +90,9 @@ class OrderingResult:
     Attributes:
         claim: Human-readable claim, e.g. `cubic above linear`.
         verdict: `holds` or `contradicted` for a significant difference, else `inconclusive` or `not run`.
-        difference: Paired difference with Holm's correction over the claims; None without runs.
+        difference: Paired difference with Holm's correction over the claims. None if there are no runs to compare.
         is_fraction: True if the metric is formatted in percent, such as accuracy.
-        tasks: Number of tasks of the claim; the result is `inconclusive` until runs of all of them exist.
+        tasks: Number of tasks of the claim. The verdict is `inconclusive` until runs of all of them exist.
     """
 
     claim: str
@@ -99,23 +104,25 @@ class OrderingResult:
     @property
     def texts(self) -> tuple[str, str, str, str, str]:
         """Claim, verdict, difference with interval, and test statistics as strings."""
-        diff = self.difference
-        if diff is None:
+        difference = self.difference
+        if difference is None:
             return self.claim, self.verdict, "–", "–", "–"
         if self.is_fraction:
-            text = difference_text(diff, self.tasks)
+            text = difference_text(difference, self.tasks)
         else:
-            mean, *ends = (measure_text(value, signed=True) for value in (diff.mean, diff.low, diff.high))
-            text = mean if math.isnan(diff.low) else f"{mean} [{', '.join(ends)}]"
-            text += part_text(diff, self.tasks)
-        return self.claim, self.verdict, f"{text}, {counted(diff.pairs, 'pair')}", *significance_texts(diff)
+            values = (difference.mean, difference.low, difference.high)
+            mean, *ends = (measure_text(value, signed=True) for value in values)
+            text = mean if math.isnan(difference.low) else f"{mean} [{', '.join(ends)}]"
+            text += part_text(difference, self.tasks)
+        text += f", {counted(difference.pairs, 'pair')}"
+        return self.claim, self.verdict, text, *significance_texts(difference)
 
 
 ORDERING_HEADINGS = ("claim in the paper", "result", f"difference, {percent_text(LEVEL, 0)} interval", "p", "above")
 
 
 def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
-    """Test the paper's orderings of methods in the experiment."""
+    """Test those orderings claimed in the paper whose methods are part of the experiment."""
     names = [method.name for method in experiment.methods]
     claims: list[tuple[str, Difference | None, bool, int]] = []
     for claim in experiment.published.get("orderings", []):
@@ -126,17 +133,24 @@ def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
             continue
         tasks = [claim["task"]] if claim.get("task") else [entry.name for entry in experiment.data]
         runs = FinalRuns([row for row in rows if row.column(metric) is not None])
-        value = runs.difference(higher, lower, tasks, metric)
-        text = f"{higher} above {lower}" + (f" on {claim['task']}" if claim.get("task") else "")
-        text += "" if metric == experiment.published_metric else f" in {metric.replace('_', ' ')}"
-        claims.append((text, value, metric in FRACTIONS, len(tasks)))
-    corrected = with_holm(dict(enumerate(value for _, value, *_ in claims)))
+        difference = runs.difference(higher, lower, tasks, metric)
+        text = f"{higher} above {lower}"
+        if claim.get("task"):
+            text += f" on {claim['task']}"
+        if metric != experiment.published_metric:
+            text += f" in {metric.replace('_', ' ')}"
+        claims.append((text, difference, metric in FRACTIONS, len(tasks)))
+    corrected = with_holm(dict(enumerate(difference for _, difference, *_ in claims)))
     results = []
-    for number, (text, _, is_fraction, count) in enumerate(claims):
-        value = corrected[number]
-        direction = 0 if value is None or value.tasks < count else value.direction
-        verdict = "not run" if value is None else ("inconclusive", "holds", "contradicted")[direction]
-        results.append(OrderingResult(text, verdict, value, is_fraction, count))
+    for number, (text, _, is_fraction, num_tasks) in enumerate(claims):
+        difference = corrected[number]
+        if difference is None:
+            verdict = "not run"
+        elif difference.tasks < num_tasks or not difference.direction:
+            verdict = "inconclusive"
+        else:
+            verdict = "holds" if difference.direction > 0 else "contradicted"
+        results.append(OrderingResult(text, verdict, difference, is_fraction, num_tasks))
     return results
 
 
@@ -154,10 +168,7 @@ def print_paper(console: Console, summary: Summary) -> None:
 
 
 def _measured_result(column: str, line: MethodSummary, summary: Summary) -> float | None:
-    """Return a method's measured result in one column, in percent.
-
-    Returns None if a task of the column is unfinished.
-    """
+    """Return a method's measured result in one column, in percent, or None if a task of the column is unfinished."""
     metric = summary.experiment.published_metric
     entries = summary.experiment.data
     spreads = line.per_task[metric]
@@ -177,35 +188,36 @@ MARKDOWN_FILE = "comparison.md"
 
 
 def markdown_tables(summary: Summary) -> str:
-    """Format the result tables as Markdown, with caption, command, machines and dates."""
+    """Format the result tables as Markdown, with the caption, the command, the machines and the dates."""
     if not summary.finals:
         return "No final run is finished yet.\n"
-    parts = []
+    paragraphs = []
     for metric, title in summary.metrics.items():
         headings, *lines = table_cells(summary, metric, with_costs=metric == summary.column)
-        rule = [" --- " if heading == "method" else " ---: " for heading in headings]
+        rule = [" --- " if heading == "method" else " ---: " for heading in headings]  # right-aligned, except names
         table = [_markdown_line(headings), f"|{'|'.join(rule)}|", *map(_markdown_line, lines)]
-        parts.append(f"**Test {title}**\n\n" + "\n".join(table))
-    parts.append(recommendation_text(summary))
-    done = f"{summary.finals} of {summary.expected} final runs"
+        paragraphs.append(f"**Test {title}**\n\n" + "\n".join(table))
+    paragraphs.append(recommendation_text(summary))
+    progress = f"{summary.finals} of {summary.expected} final runs"
     text = caption(summary)
-    parts.append(f"{text[0].upper()}{text[1:]}. {done}. {_provenance(summary)}")
+    paragraphs.append(f"{text[0].upper()}{text[1:]}. {progress}. {_provenance(summary)}")
     orderings = paper_orderings(summary.experiment, summary.rows)
     if orderings:
         heading_line = _markdown_line(list(ORDERING_HEADINGS))
         claims = [_markdown_line(list(result.texts)) for result in orderings]
         table = [heading_line, "| --- | --- | ---: | ---: | ---: |", *claims]
-        parts.append("**Orderings of the paper**\n\n" + "\n".join(table))
+        paragraphs.append("**Orderings of the paper**\n\n" + "\n".join(table))
     warning = get_protocol(summary.experiment.settings.get("protocol", "standard")).warning
     if warning:
-        parts.append(f"Official protocol: {warning}")
+        paragraphs.append(f"Official protocol: {warning}")
     if summary.failed:
-        parts.append("Failed: " + "; ".join(f"`{row.cell}`, {row.error}" for row in summary.failed))
-    return "\n\n".join(parts) + "\n"
+        failures = [f"`{row.cell}`, {row.error}" for row in summary.failed]
+        paragraphs.append(f"Failed: {'; '.join(failures)}")
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def write_markdown(root: Path, summary: Summary) -> Path:
-    """Write the Markdown tables next to the HTML report."""
+    """Write the Markdown tables next to the HTML report, and return the path of their file."""
     write_text(root / MARKDOWN_FILE, markdown_tables(summary))
     return root / MARKDOWN_FILE
 
@@ -216,7 +228,7 @@ def _markdown_line(cells: list[str]) -> str:
 
 
 def _provenance(summary: Summary) -> str:
-    """Format command, machines, dates and commits as a sentence."""
+    """Format the command, the machines, the dates and the commits of the final runs as a sentence."""
     finals = final_rows(summary.rows)
     command = summary.experiment.command
     dates = sorted({row.created_at[:10] for row in finals})
@@ -224,25 +236,30 @@ def _provenance(summary: Summary) -> str:
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     commits = dict.fromkeys(str(row.package_info.get("snella-commit-hash") or "")[:8] for row in finals)
     code = ", ".join(commit for commit in commits if commit)
-    started = f"`{command}`, " if command else ""
-    return f"{started}{', '.join(machines)}, {when}{f', snella {code}' if code else ''}."
+    facts = [*machines, when]
+    if command:
+        facts.insert(0, f"`{command}`")
+    if code:
+        facts.append(f"snella {code}")
+    return f"{', '.join(facts)}."
 
 
 FILE = "comparison.html"
 _NARROW = 310  # figure width in pixels on a phone
 MAX_TASK_FIGURES = 24
-"""Maximum number of tasks for per-task figures; above it, none are drawn. Tables contain all tasks."""
+"""Maximum number of tasks for which the page contains figures of single tasks. Tables contain all tasks."""
 _SELECTED_EPOCH = {
     "standard": "once on the test images, with the model selected on validation",
     "final": "once on the test images, after the last epoch of training on training and validation images",
     "official": "on the test images at several epochs; its result is the best of them",
 }
-"""Test evaluation of final runs by protocol."""
+"""Test evaluation of final runs by protocol, as the end of a sentence in the page."""
 
 
 def write_page(root: Path, summary: Summary) -> Path:
     """Write the HTML report atomically, and return its path."""
-    experiment, rows = summary.experiment, summary.rows
+    experiment = summary.experiment
+    rows = summary.rows
     title = experiment.name
     if title == Experiment.name:
         title += f" on {', '.join(entry.name for entry in experiment.data)}"
@@ -261,7 +278,7 @@ def write_page(root: Path, summary: Summary) -> Path:
         tables = [_table(summary, metric, measure) for metric, measure in summary.metrics.items()]
     task_forest = Markup("")
     if 1 < len(summary.tasks) <= MAX_TASK_FIGURES:
-        task_forest = _forest(summary, True)
+        task_forest = _forest(summary, with_tasks=True)
     shown_range = f"{100 * figures.SHOWN_RANGE:g} points" if summary.is_fraction else f"{figures.SHOWN_RANGE:g}"
     context = {
         "experiment": experiment,
@@ -279,7 +296,7 @@ def write_page(root: Path, summary: Summary) -> Path:
         "outcome": outcome_text(summary),
         "recommendation": recommendation_text(summary),
         "headline": _headline(summary),
-        "forest": _forest(summary, False),
+        "forest": _forest(summary, with_tasks=False),
         "forests": task_forest,
         "max_task_figures": MAX_TASK_FIGURES,
         "in_percent": unit_text(summary, "percent"),
@@ -299,7 +316,7 @@ def write_page(root: Path, summary: Summary) -> Path:
 
 
 def _headline(summary: Summary) -> dict[str, Any] | None:
-    """Return the recommended and the best method with their scores; None without results."""
+    """Return the recommended and the best method with their scores, or None without results."""
     means = summary.means
     if not means:
         return None
@@ -315,10 +332,10 @@ def _headline(summary: Summary) -> dict[str, Any] | None:
 
 
 def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
-    """Return headings and lines of one metric, with the best value of each column marked."""
+    """Return the headings and lines of the table of one metric, and mark the best value of each column."""
     scores = summary.scores(metric)
     headings = [*(heading for heading in scores if heading not in summary.tasks), *summary.tasks]
-    num_means = max(len(headings) - len(summary.tasks), 1)  # columns left of the difference: means, or the only task
+    num_means = max(len(headings) - len(summary.tasks), 1)  # a single task takes the place of the means
     best: dict[str, float | None] = {}
     for heading in headings:
         column = [value.mean for value in scores[heading] if value is not None]
@@ -340,7 +357,7 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
 
 
 def _costs(summary: Summary) -> dict[str, Any]:
-    """Return headings and lines of the cost table, without empty columns."""
+    """Return the headings and lines of the cost table, without columns that contain no measured cost."""
     titles = {"trainable": "trainable", "changed": "changed weights", "file": "file", "step": "median step"}
     titles |= {"time": "training", "memory": "peak memory", "forgetting": "forgetting"}
     texts_by_method = {method.name: cost_texts(method.costs) for method in summary.methods}
@@ -360,10 +377,11 @@ def _costs(summary: Summary) -> dict[str, Any]:
 
 def _pareto(summary: Summary) -> list[Markup]:
     """Plot the metric versus memory, trainable parameters and step time, if measured."""
-    has_gpu = any(method.costs["accelerator_memory_max"] for method in summary.methods)
-    memory = ("accelerator_memory_max", "peak GPU memory, bytes", "Memory", False)
+    memory = ("training_mib", "peak memory minus libraries, MiB", "Memory", False)
+    if any(method.costs["accelerator_memory_max"] for method in summary.methods):
+        memory = ("accelerator_memory_max", "peak GPU memory, bytes", "Memory", False)
     axes = [
-        memory if has_gpu else ("training_mib", "peak memory minus libraries, MiB", "Memory", False),
+        memory,
         ("num_trainable_params", "trainable parameters", "Trainable parameters", True),
         ("step_time", "median step time, seconds", "Step time", False),
     ]
@@ -376,15 +394,15 @@ def _pareto(summary: Summary) -> list[Markup]:
     return plots
 
 
-def _forest(summary: Summary, with_tasks: bool) -> Markup:
-    """Plot the differences at two widths; CSS shows the one that fits the screen."""
+def _forest(summary: Summary, *, with_tasks: bool) -> Markup:
+    """Plot the differences at two widths, of which CSS shows the one that fits the screen."""
     text = "Paired differences on each task." if with_tasks else "Mean paired differences from the reference."
-    parts = []
+    layouts = []
     for layout, width in (("roomy", 640), ("narrow", _NARROW)):
         svg = _svg(figures.forest(summary, with_tasks, width), f"forest-{layout}-{with_tasks:d}", text)
         if svg:
-            parts.append(Markup('<div class="{}">{}</div>').format(layout, svg))
-    return Markup("").join(parts)
+            layouts.append(Markup('<div class="{}">{}</div>').format(layout, svg))
+    return Markup("").join(layouts)
 
 
 def _learning_rate_figures(summary: Summary) -> list[Markup]:
@@ -403,7 +421,7 @@ def _learning_rate_figures(summary: Summary) -> list[Markup]:
 
 
 def _selected_hyperparameters(summary: Summary) -> list[dict[str, Any]]:
-    """Return the selected hyperparameters of each task and method."""
+    """Return the selected hyperparameters of each task and method that has a finished final run."""
     lines = []
     for task, method in itertools.product(summary.tasks, (method.name for method in summary.methods)):
         finals = summary.runs.rows(method, task)
@@ -411,7 +429,11 @@ def _selected_hyperparameters(summary: Summary) -> list[dict[str, Any]]:
             continue
         row = finals[0]
         search = row.search or SearchChoice(lr_factor=None)
-        edges = ["learning rate"] * search.lr_on_edge + ["weight decay"] * search.weight_decay_on_edge
+        edges: list[str] = []
+        if search.lr_on_edge:
+            edges.append("learning rate")
+        if search.weight_decay_on_edge:
+            edges.append("weight decay")
         rates = {name: plain_text(getattr(row, name)) for name in ("lr", "head_lr", "weight_decay")}
         line = {"task": task, "method": method, "factor": f"×{row.lr_factor:g}", **rates}
         lines.append({**line, "trials": len(search.trials), "edge": ", ".join(edges)})
@@ -419,7 +441,7 @@ def _selected_hyperparameters(summary: Summary) -> list[dict[str, Any]]:
 
 
 def _machines(rows: Rows) -> list[dict[str, Any]]:
-    """Group the rows by machine and package versions; return each group with its number of rows and dates."""
+    """Group the rows by machine and package versions, and return each group with its number of rows and its dates."""
     machines: dict[str, dict[str, Any]] = {}
     for row in rows:
         packages = {key.removesuffix("-version"): value for key, value in row.package_info.items() if value}
@@ -428,11 +450,12 @@ def _machines(rows: Rows) -> list[dict[str, Any]]:
         entry["rows"] += 1
         entry["dates"].append(row.created_at[:10])
     for entry in machines.values():
-        first, last = min(entry["dates"]), max(entry["dates"])
-        entry["dates"] = first if first == last else f"{first} to {last}"
+        earliest = min(entry["dates"])
+        latest = max(entry["dates"])
+        entry["dates"] = earliest if earliest == latest else f"{earliest} to {latest}"
     return list(machines.values())
 
 
 def _svg(figure: Figure | None, name: str, description: str) -> Markup:
-    """Return a figure as markup (empty for None); `inline_svg` escapes text from the rows."""
+    """Return a figure as markup, which is empty for None. `inline_svg` escapes text that comes from the rows."""
     return Markup("" if figure is None else inline_svg(figure, name, description))

@@ -1,4 +1,4 @@
-"""Rows of a comparison: settings, results and provenance of one run."""
+"""Rows of a comparison: settings, results and provenance of one run, which is called a cell."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from snella_app.records.record import OPTIONAL, Float, Record
 
 @dataclass(frozen=True, kw_only=True)
 class TriedCandidate:
-    """One search candidate: settings, means over seeds (None if a seed failed), and number of failed seeds.
+    """Settings of a search candidate, its mean results over seeds, and the number of seeds that failed.
 
-    `val_accuracy` is the validation score of the comparison's metric, even if that is not accuracy.
+    `val_accuracy` is the validation score of the comparison's metric, even if that is not accuracy. The means are None
+    if a seed failed.
     """
 
     lr_factor: float
@@ -32,9 +33,9 @@ class SearchChoice:
 
     Attributes:
         lr_factor: Best multiplier of the method's default learning rate.
-        lr_on_edge: True if it is the smallest or largest of several candidates.
+        lr_on_edge: True if this multiplier is the smallest or largest of several candidates.
         weight_decay_on_edge: True if the best weight decay is the largest of several candidates.
-        trials: Tried candidates; empty without a search.
+        trials: Tried candidates. The list is empty without a search.
     """
 
     lr_factor: float | None
@@ -45,16 +46,19 @@ class SearchChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class CellResults:
-    """Results of a finished comparison run; None for values that were not measured.
+    """Results of a finished comparison run. Values that were not measured are None.
 
     Attributes:
         trained_as: Tuning run that this run reuses.
-        peft_config: PEFT configuration of the adapter; None for methods outside PEFT.
-        kept_weights: Total budget of the adapter.
+        peft_config: PEFT configuration of the adapter. None for methods outside PEFT.
+        adapted_weights: Number of weights in the adapted matrices, for SNELLA variants.
+        kept_weights: Budget of the adapter, which is the number of adapted weights that may change.
         file_size: Size of the adapter in bytes.
-        train_time: Training time in seconds; `step_time` is the median step time.
+        train_time: Training time in seconds.
+        step_time: Median time of a step in seconds.
         accelerator_memory_max: Peak reserved GPU memory in bytes.
-        val: Validation scores by name; columns such as `val_accuracy` in the file. `test` likewise, for final runs.
+        val: Validation scores by name, stored as columns such as `val_accuracy`.
+        test: Test scores by name, stored in the same way. They are measured only for final runs.
         split: SHA-256 of the classes, and of the names and labels in each split.
         changed_weights: Number of changed backbone values, for final runs of methods that can be merged.
         peak_rss_mib: Peak memory of the process, if the run had a separate process.
@@ -94,25 +98,26 @@ class CellResults:
 
 
 _SPLITS = ("val", "test")
+# the types are strings, because annotations are not evaluated in this module
 NUMBERS = tuple(entry.name for entry in fields(CellResults) if entry.type in ("int | None", "float | None"))
-"""Numeric results that are not scores."""
+"""Names of the numeric results that are not scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellRow(Record):
     """One run of a comparison: `cell.json` in its folder, and a line of `results.jsonl`.
 
-    The file stores results as top-level columns; failed runs have none. Settings, versions and machine use the names
-    of PEFT's method comparison.
+    The file stores results as top-level columns. Rows of failed runs have none. Settings, versions and machine use the
+    names of PEFT's method comparison.
 
     Attributes:
         cell: Path of the run folder below `cells/`.
         metric: Score used to compare methods.
-        task_name: Dataset.
+        task_name: Label of the task.
         experiment_name: Label of the method.
-        tried_weight_decay: Weight decay of the candidate; None for the method's default.
+        tried_weight_decay: Weight decay of the candidate. None for the method's default.
         search: Hyperparameter selection of a final run.
-        total_time: Seconds, including interrupted attempts and the reused tuning run.
+        total_time: Time of the run in seconds, including interrupted attempts and the reused tuning run.
     """
 
     file: ClassVar[str] = "cell.json"
@@ -150,11 +155,13 @@ class CellRow(Record):
     results: CellResults | None = None
 
     def column(self, name: str) -> float | None:
-        """Return a result by its name in the file, e.g. `test_accuracy`; None if not measured."""
-        split, _, score = name.partition("_")
+        """Return a result by its name in the file, e.g. `test_accuracy`, or None if it was not measured."""
         if self.results is None:
             return None
-        return getattr(self.results, split).get(score) if split in _SPLITS else getattr(self.results, name)
+        split, _, score = name.partition("_")
+        if split in _SPLITS:
+            return getattr(self.results, split).get(score)
+        return getattr(self.results, name)
 
     @property
     def is_diverged_trial(self) -> bool:
@@ -162,12 +169,15 @@ class CellRow(Record):
         return self.purpose == "trial" and str(self.error).startswith("NonFiniteLossError")
 
     def score(self, split: str) -> float | None:
-        """Return the score used to compare methods on `val` or `test`."""
+        """Return the score of the comparison's metric on `val` or `test`."""
         return self.column(f"{split}_{self.metric}")
 
     @classmethod
     def decoded(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Group the columns of a finished run into results and per-split scores."""
+        """Group the columns of a finished run into results and the scores of each split.
+
+        The row of a failed run has no results and is returned unchanged.
+        """
         if values.get("status") != "success":
             return values
         scores: dict[str, dict[str, Any]] = {}
@@ -178,7 +188,7 @@ class CellRow(Record):
         return {**values, "results": {**values, **scores}}
 
     def encoded(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Flatten results and per-split scores into columns."""
+        """Flatten the results and the scores of each split into columns, the inverse of `decoded`."""
         results = values.pop("results") or {}
         for name, value in results.items():
             if name in _SPLITS:

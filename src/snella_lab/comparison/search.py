@@ -21,7 +21,7 @@ class Candidate:
 
     Args:
         lr_factor: Factor on the method's default learning rate.
-        weight_decay: Weight decay; None for the method's default.
+        weight_decay: Weight decay. None for the method's default.
     """
 
     lr_factor: float = 1.0
@@ -36,7 +36,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TuningResult:
-    """Validation results of a tuning run; None if it failed.
+    """Validation results of a tuning run, which are None if the run failed.
 
     `accuracy` is the score of the comparison's metric, even if that is not accuracy.
     """
@@ -46,14 +46,14 @@ class TuningResult:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Sort key: accuracy, then negative loss; failed runs rank lowest."""
+        """Sort key: accuracy, then negative loss. Failed runs rank lowest."""
         if self.accuracy is None or self.loss is None:
             return -math.inf, -math.inf
         return self.accuracy, -self.loss
 
 
 Results = Mapping[Candidate, Sequence[TuningResult]]
-"""Results of tuning runs by candidate; a complete candidate has one result per seed."""
+"""Results of tuning runs by candidate. A complete candidate has one result per seed."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Choice:
     """Result of the search.
 
     Args:
-        candidate: The best candidate; None if every candidate has a failed tuning run.
+        candidate: The best candidate. None if every candidate has a failed tuning run.
         tried: All candidates: the learning rates, then the weight decays.
         lr_on_edge: True if the best learning rate is the smallest or largest of several tried.
-        weight_decay_on_edge: True if the best weight decay is the largest one tried; 0 is not an edge.
+        weight_decay_on_edge: True if the best weight decay is the largest one tried. A best value of 0 does not count.
     """
 
     candidate: Candidate | None
@@ -73,7 +73,10 @@ class Choice:
     weight_decay_on_edge: bool
 
     def record(self, results: Results, tuned_settings: Callable[[Candidate], Mapping[str, Any]]) -> SearchChoice:
-        """Convert the choice and all results to a row entry."""
+        """Convert the choice and its tuning results to the entry `search` of a row.
+
+        `tuned_settings` returns the `lr`, the `head_lr` and the `weight_decay` of a candidate.
+        """
         trials = []
         for candidate in self.tried:
             runs = results.get(candidate, ())
@@ -97,12 +100,15 @@ class Choice:
 
 
 def next_tuning_runs(grid: Grid, default_weight_decay: float, results: Results) -> list[Candidate] | Choice:
-    """Return the candidates to train next, or the final choice; a single candidate needs no tuning run."""
+    """Return the candidates to train next or, once all of them are finished, the final choice.
+
+    The choice is returned at once if the grid has a single candidate, which needs no tuning run.
+    """
     factors = sorted(set(grid.lr_factors))
-    decays = sorted({w for w in grid.weight_decays if w != default_weight_decay})
+    decays = sorted({decay for decay in grid.weight_decays if decay != default_weight_decay})
     if len(factors) == 1 and not decays:
         only = Candidate(factors[0])
-        return Choice(only, (only,), False, False)
+        return Choice(only, (only,), lr_on_edge=False, weight_decay_on_edge=False)
     for extensions in range(grid.max_extensions + 1):
         candidates = [Candidate(factor) for factor in factors]
         missing = _missing(candidates, grid, results)
@@ -114,34 +120,34 @@ def next_tuning_runs(grid: Grid, default_weight_decay: float, results: Results) 
             break
         factors = sorted([*factors, extension])
     if best is None:
-        return Choice(None, tuple(candidates), False, False)
+        return Choice(None, tuple(candidates), lr_on_edge=False, weight_decay_on_edge=False)
     lr_on_edge = len(factors) > 1 and best.lr_factor in (factors[0], factors[-1])
     if not decays:
-        return Choice(best, tuple(candidates), lr_on_edge, False)
+        return Choice(best, tuple(candidates), lr_on_edge=lr_on_edge, weight_decay_on_edge=False)
     for extensions in range(grid.max_extensions + 1):
-        tried = [Candidate(best.lr_factor), *(Candidate(best.lr_factor, w) for w in decays)]
+        tried = [Candidate(best.lr_factor), *(Candidate(best.lr_factor, decay) for decay in decays)]
         missing = _missing(tried, grid, results)
         if missing:
             return missing
         best = _best(tried, results) or best
         largest = max([default_weight_decay, *decays])
         chosen = default_weight_decay if best.weight_decay is None else best.weight_decay
-        if not 0 < largest == chosen or extensions == grid.max_extensions:
+        if not 0 < largest == chosen or extensions == grid.max_extensions:  # ten times 0 would not extend the grid
             break
         decays = [*decays, _rounded(largest * 10)]
-    on_edge = 0 < largest == chosen
-    return Choice(best, (*candidates, *tried[1:]), lr_on_edge, on_edge)
+    is_on_edge = 0 < largest == chosen
+    return Choice(best, (*candidates, *tried[1:]), lr_on_edge=lr_on_edge, weight_decay_on_edge=is_on_edge)
 
 
 def _missing(candidates: Sequence[Candidate], grid: Grid, results: Results) -> list[Candidate]:
-    """Return the candidates with unfinished seeds."""
-    return [c for c in candidates if len(results.get(c, ())) < grid.seeds]
+    """Return the candidates that have fewer tuning runs than `grid.seeds`."""
+    return [candidate for candidate in candidates if len(results.get(candidate, ())) < grid.seeds]
 
 
 def _best(candidates: Sequence[Candidate], results: Results) -> Candidate | None:
-    """Return the candidate with the highest mean rank over seeds; None if each has a failed run.
+    """Return the candidate with the highest mean rank over seeds, or None if each candidate has a failed run.
 
-    Ties go to the learning rate that is closest to the default, then to the first candidate.
+    Ties go to the learning rate that is closest to the default on a logarithmic scale, then to the first candidate.
     """
     ranks = {}
     for candidate in candidates:
@@ -152,16 +158,16 @@ def _best(candidates: Sequence[Candidate], results: Results) -> Candidate | None
 
 
 def _extension(factors: Sequence[float], best: float) -> float | None:
-    """Return the next factor beyond the edge of the grid if the best one is on it, else None.
+    """Return the next factor beyond the edge of the grid, or None if the best factor is not on an edge.
 
     The extension repeats the ratio over two steps: 1, 3, 10 is followed by 30.
     """
     if len(factors) < 2 or best not in (factors[0], factors[-1]):
         return None
-    first, second, *more = factors if best == factors[0] else factors[::-1]
-    extension = first * second / more[0] if more else first * first / second
+    edge, neighbor, *others = factors if best == factors[0] else factors[::-1]
+    extension = edge * neighbor / others[0] if others else edge * edge / neighbor
     rounded = _rounded(extension)
-    is_beyond = rounded > first if extension > first else rounded < first
+    is_beyond = rounded > edge if extension > edge else rounded < edge
     return rounded if is_beyond else extension  # rounding may return to the grid if its steps are small
 
 

@@ -1,4 +1,4 @@
-"""Slurm job scripts that train a comparison."""
+"""Slurm job scripts that train the parts of a comparison and then write its report."""
 
 import shlex
 import sys
@@ -10,7 +10,7 @@ from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.options import ExecutionConfig
 
 MAX_PARTS = 1000
-"""Maximum number of array indices; Slurm's default for MaxArraySize is 1001."""
+"""Maximum number of array indices, because Slurm's default for MaxArraySize is 1001."""
 
 _TRAIN = """#!/bin/bash
 #SBATCH --job-name={name}
@@ -47,9 +47,8 @@ sbatch "$@" --dependency="afterany:${{job%%;*}}" {report}
 def write_slurm_scripts(root: Path, experiment: Experiment, execution: ExecutionConfig) -> Path:
     """Write `train.sh` (an array job), `report.sh` and `submit.sh`, and return the path of `submit.sh`.
 
-    Each array index trains one of the experiment's `units`, or several if there are more than `MAX_PARTS`. `workers`,
-    `threads` (1 if None) and `run_limit` of `execution` are passed to each array index. All machines must share the
-    file system of `root`.
+    Each array index trains one of the experiment's `units`, or several if there are more than `MAX_PARTS`. It uses the
+    `workers`, `threads` (1 if None) and `run_limit` of `execution`. All machines must share the file system of `root`.
 
     Raises:
         ValueError: If the scripts' path contains double quotes, backslashes or newlines.
@@ -57,43 +56,44 @@ def write_slurm_scripts(root: Path, experiment: Experiment, execution: Execution
     """
     root = root.resolve()
     scripts = root / "slurm" if execution.emit_to is None else Path(execution.emit_to).resolve()
-    if any(character in str(scripts) for character in '"\\\n'):
+    if any(character in str(scripts) for character in '"\\\n'):  # the scripts contain log paths in double quotes
         argument = "out" if execution.emit_to is None else "emit_to"
         raise ValueError(f"{argument} must not contain double quotes, backslashes or newlines, got {scripts}")
     command = f"-m snella_app.cli.main compare --out {shlex.quote(str(root))}"
     names = ("train.sh", "report.sh", "submit.sh")
     existing = [scripts / name for name in names if (scripts / name).exists()]
     if execution.emit_to is not None and existing:
-        is_own = (scripts / names[0]).is_file() and f"{command} --part" in (scripts / names[0]).read_text(
-            errors="replace"
-        )
+        train_script = scripts / names[0]
+        is_own = train_script.is_file() and f"{command} --part" in train_script.read_text(errors="replace")
         if not is_own:
             raise FileExistsError(
                 f"emit_to={scripts} contains another {existing[0].name}; choose an empty or new folder"
             )
     (scripts / "logs").mkdir(parents=True, exist_ok=True)
-    logs = str(scripts / "logs").replace("%", "%%")
-    count = min(len(units(experiment)), MAX_PARTS)
+    logs = str(scripts / "logs").replace("%", "%%")  # Slurm replaces patterns such as %a in log paths
+    num_parts = min(len(units(experiment)), MAX_PARTS)
     workers = execution.workers
     threads = execution.threads or 1
     options = f" --workers {workers} --threads {threads}"
-    options += "" if execution.run_limit is None else f" --run-limit {execution.run_limit:g}"
-    job_name = "".join(c if c.isalnum() or c in "-_." else "-" for c in experiment.name)
+    if execution.run_limit is not None:
+        options += f" --run-limit {execution.run_limit:g}"
+    characters = [character if character.isalnum() or character in "-_." else "-" for character in experiment.name]
+    job_name = "".join(characters)
     values = {
         "name": job_name,
-        "count": count,
-        "last": count - 1,
+        "count": num_parts,
+        "last": num_parts - 1,
         "cpus": max(workers, 1) * threads,
         "log": f'"{logs}/%a.txt"',
         "report_log": f'"{logs}/report.txt"',
-        "out": " ".join(str(root).split()),
+        "out": " ".join(str(root).split()),  # newlines would end the comment in the script
         "folder": shlex.quote(str(Path.cwd())),
         "command": f"{shlex.quote(sys.executable)} {command}",
         "options": options,
         "train": shlex.quote(str(scripts / "train.sh")),
         "report": shlex.quote(str(scripts / "report.sh")),
     }
-    for name, text in zip(names, (_TRAIN, _REPORT, _SUBMIT), strict=True):
-        write_text(scripts / name, text.format(**values))
+    for name, template in zip(names, (_TRAIN, _REPORT, _SUBMIT), strict=True):
+        write_text(scripts / name, template.format(**values))
         (scripts / name).chmod(0o755)
     return scripts / "submit.sh"

@@ -9,6 +9,7 @@ from typing import TypeVar
 from snella_lab.comparison.rows import CellRow
 
 LEVEL = 0.95
+"""Level of the confidence intervals. Differences with an adjusted p-value of at most 1 - `LEVEL` may be significant."""
 MIN_UNITS = 5
 """Minimum number of tasks (or seeds of a single task) for a significant difference."""
 
@@ -18,7 +19,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation (n - 1) over `count` seeds; the deviation is NaN for a single seed."""
+    """Mean and sample standard deviation (n - 1) over `count` seeds. The deviation is NaN for a single seed."""
 
     mean: float
     std: float
@@ -29,18 +30,18 @@ class Spread:
 class Difference:
     """Mean paired difference between two methods, with the interval and p-value of Student's t test.
 
-    The units of the test are tasks, each averaged over seeds; for a single task, the units are its seeds.
+    The units of the test are tasks, each averaged over seeds. For a single task, the units are its seeds.
 
     Args:
         mean: Mean over units.
-        low: Lower end of the 95% interval, not corrected for multiple comparisons; NaN for a single unit.
+        low: Lower end of the 95% interval, not corrected for multiple comparisons. NaN for a single unit.
         high: Upper end of the interval.
         pairs: Number of pairs with the same task and seed.
         tasks: Number of tasks.
-        p: Two-sided p-value of the t test; NaN for a single unit.
+        p: Two-sided p-value of the t test. NaN for a single unit.
         above: Number of units above zero.
         below: Number of units below zero.
-        adjusted_p: `p` after Holm's correction; NaN before `with_holm`.
+        adjusted_p: `p` after Holm's correction. NaN before `with_holm`.
         comparisons: Number of comparisons that the correction covers.
     """
 
@@ -62,7 +63,7 @@ class Difference:
 
     @property
     def sign_p(self) -> float:
-        """Two-sided p-value of the sign test, uncorrected; 1 if no unit differs from zero."""
+        """Two-sided p-value of the sign test, without correction. It is 1 if no unit differs from zero."""
         from scipy.stats import binomtest  # slow import
 
         differing = self.above + self.below
@@ -90,7 +91,7 @@ class FinalRuns:
     A run without the requested metric raises a ValueError, except in `average`.
 
     Args:
-        rows: Rows of a comparison; only those of finished final runs count.
+        rows: Rows of a comparison, of which only those of finished final runs count.
     """
 
     def __init__(self, rows: Rows) -> None:
@@ -107,7 +108,7 @@ class FinalRuns:
         return {row.seed: _value(row, metric) for row in self.rows(method, task)}
 
     def spread(self, method: str, task: str, metric: str) -> Spread | None:
-        """Return mean and standard deviation over seeds of a method's scores on one task; None without runs."""
+        """Return the mean and standard deviation over seeds of a method's scores on one task, or None without runs."""
         scores = self.scores(method, task, metric)
         return _spread(list(scores.values())) if scores else None
 
@@ -115,7 +116,7 @@ class FinalRuns:
         """Return the mean over groups of the mean over each group's tasks, with its standard deviation over seeds.
 
         Uses only seeds with a run on every task. Returns None if there are no such seeds. Groups of one task give the
-        mean over tasks; groups of several tasks give the mean reported for VTAB.
+        mean over tasks, and groups of several tasks give the mean reported for VTAB.
         """
         scores = {task: self.scores(method, task, metric) for group in groups for task in group}
         seeds = set.intersection(*map(set, scores.values())) if scores else set()
@@ -128,7 +129,7 @@ class FinalRuns:
     def difference(self, method: str, reference: str, tasks: Sequence[str], metric: str) -> Difference | None:
         """Compute the difference from the reference, paired by task and seed, with its Student's t interval.
 
-        The p-value is uncorrected (see `with_holm`). Returns None without pairs.
+        The p-value is uncorrected (see `with_holm`). Returns None if the methods have no task and seed in common.
         """
         pairs: list[list[float]] = []
         for task in tasks:
@@ -140,9 +141,9 @@ class FinalRuns:
         return difference_of(pairs) if pairs else None
 
     def average(self, method: str, column: str) -> float | None:
-        """Average a column over a method's seeds, then over tasks; ignore missing values."""
-        runs = [seeds.values() for (name, _), seeds in self._rows.items() if name == method]
-        return mean_of_measured(mean_of_measured(row.column(column) for row in rows) for rows in runs)
+        """Average a column over a method's seeds, then over tasks. Missing values are ignored."""
+        rows_by_task = [seeds.values() for (name, _), seeds in self._rows.items() if name == method]
+        return mean_of_measured(mean_of_measured(row.column(column) for row in rows) for rows in rows_by_task)
 
 
 def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
@@ -150,33 +151,34 @@ def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
 
     mean ± t(0.975, n - 1) · s / sqrt(n)
 
-    The n values are task means, or the differences of a single task; s is their standard deviation.
+    The n values are the means of the tasks or, for a single task, its differences. s is their standard deviation.
 
     Args:
-        pairs: Differences by task, one per seed; at least one task with one seed.
+        pairs: Differences by task, one per seed. At least one task with one seed is required.
     """
     task_means = [statistics.fmean(differences) for differences in pairs]
     values = task_means if len(task_means) > 1 else list(pairs[0])
-    count = sum(map(len, pairs))
-    tasks = len(pairs)
+    num_pairs = sum(map(len, pairs))
+    num_tasks = len(pairs)
     mean = statistics.fmean(values)
     above = sum(value > _TOLERANCE for value in values)
     below = sum(value < -_TOLERANCE for value in values)
     if len(values) == 1:
-        return Difference(mean, math.nan, math.nan, count, tasks, math.nan, above, below)
-    if statistics.stdev(values) / math.sqrt(len(values)) <= _TOLERANCE:  # equal differences
-        return Difference(mean, mean, mean, count, tasks, 1.0 if abs(mean) <= _TOLERANCE else 0.0, above, below)
+        return Difference(mean, math.nan, math.nan, num_pairs, num_tasks, math.nan, above, below)
+    if statistics.stdev(values) / math.sqrt(len(values)) <= _TOLERANCE:  # equal differences: t is infinite or undefined
+        p = 1.0 if abs(mean) <= _TOLERANCE else 0.0
+        return Difference(mean, mean, mean, num_pairs, num_tasks, p, above, below)
     from scipy.stats import ttest_1samp  # slow import
 
     test = ttest_1samp(values, 0)
     low, high = map(float, test.confidence_interval(LEVEL))
-    return Difference(mean, low, high, count, tasks, float(test.pvalue), above, below)
+    return Difference(mean, low, high, num_pairs, num_tasks, float(test.pvalue), above, below)
 
 
 def with_holm(differences: Mapping[Key, Difference | None]) -> dict[Key, Difference | None]:
     """Set `adjusted_p` for a family of comparisons by Holm's correction.
 
-    The k-th smallest of m p-values becomes max over i <= k of (m - i + 1) · p_i, at most 1.
+    The k-th smallest of m p-values becomes max over i <= k of (m - i + 1) · p_i, but at most 1.
 
     Args:
         differences: Differences by any key. None and differences without a p-value (single units) remain unchanged.
@@ -185,41 +187,38 @@ def with_holm(differences: Mapping[Key, Difference | None]) -> dict[Key, Differe
         The same keys in the same order.
     """
     tested = {key: value for key, value in differences.items() if value is not None and not math.isnan(value.p)}
-    adjusted: dict[Key, float] = {}
+    adjusted: dict[Key, Difference | None] = {}
     highest = 0.0
     for index, key in enumerate(sorted(tested, key=lambda key: tested[key].p)):
         highest = max(highest, min(1.0, (len(tested) - index) * tested[key].p))
-        adjusted[key] = highest
-    changed = {key: replace(value, adjusted_p=adjusted[key], comparisons=len(tested)) for key, value in tested.items()}
-    return {key: changed.get(key, value) for key, value in differences.items()}
+        adjusted[key] = replace(tested[key], adjusted_p=highest, comparisons=len(tested))
+    return {key: adjusted.get(key, value) for key, value in differences.items()}
 
 
 def mean_of_measured(values: Iterable[float | None]) -> float | None:
-    """Return the mean of the values that are not None; None without any."""
+    """Return the mean of the values that are not None, or None if there are no such values."""
     measured = [value for value in values if value is not None]
     return statistics.fmean(measured) if measured else None
 
 
 def complete_mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean; None if a value is missing."""
+    """Return the mean of at least one value, or None if a value is missing."""
     numbers = [value for value in values if value is not None]
     return sum(numbers) / len(numbers) if len(numbers) == len(values) else None
 
 
-_TOLERANCE = 1e-12  # for rounding errors in sums
+_TOLERANCE = 1e-12  # rounding errors of sums must not count as differences
 
 
 def _value(row: CellRow, metric: str) -> float:
-    """Return a metric of a final run."""
+    """Return a metric of a final run, or raise a ValueError if the run lacks it."""
     value = row.column(metric)
     if value is None:
-        raise ValueError(
-            f"the row of {row.cell!r} must have {metric}, got none; delete its folder and its line in results.jsonl"
-        )
+        raise ValueError(f"the row of {row.cell!r} has no {metric}; delete its folder and its line in results.jsonl")
     return value
 
 
 def _spread(values: Sequence[float]) -> Spread:
-    """Return mean and standard deviation."""
+    """Return the mean and the standard deviation, which is NaN for a single value."""
     deviation = statistics.stdev(values) if len(values) > 1 else math.nan
     return Spread(statistics.fmean(values), deviation, len(values))

@@ -33,7 +33,9 @@ LOCKS = "locks"
 _WAIT_S = 0.5
 """Timeout for acquiring a lock, longer than `is_locked` holds one."""
 _WRITE_WAIT_S = 10.0
+"""Timeout for locking the results file to remove rows."""
 _CELL_NAME = re.compile(r"(?!\.\.?(/|$))[A-Za-z0-9._+-]+(/(?!\.\.?(/|$))[A-Za-z0-9._+-]+)*")
+"""Names of cells, which are paths of folders. They must not leave the folder of the comparison."""
 
 
 @contextmanager
@@ -41,9 +43,9 @@ def cell_lock(folder: Path, name: str, timeout_s: float = _WAIT_S) -> Iterator[b
     """Try to acquire the lock of a cell, and release it at the end.
 
     Args:
-        folder: Folder of all locks; created if missing.
-        name: Unique cell name; slashes are replaced.
-        timeout_s: Maximum waiting time; -1 waits until the lock is free.
+        folder: Folder of all locks, which is created if missing.
+        name: Unique cell name. Slashes are replaced in the file name.
+        timeout_s: Maximum waiting time in seconds. -1 waits until the lock is free.
 
     Yields:
         True if acquired, False if another process holds the lock.
@@ -83,7 +85,7 @@ def _lock_file(folder: Path, name: str) -> Path:
 
 
 def append_row(root: Path, folder: Path, row: CellRow) -> None:
-    """Store the row of a cell in its folder, created if missing, and append it to the results file."""
+    """Store the row of a cell in its folder, which is created if missing, and append it to the results file."""
     folder.mkdir(parents=True, exist_ok=True)
     write(row, folder)
     path = root / FILE
@@ -91,7 +93,8 @@ def append_row(root: Path, folder: Path, row: CellRow) -> None:
     if path.is_file() and path.stat().st_size:
         with path.open("rb") as file:
             file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else "\n" + line  # ends a truncated line
+            if file.read(1) != b"\n":
+                line = "\n" + line  # ends a truncated line
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line.encode())
@@ -101,12 +104,17 @@ def append_row(root: Path, folder: Path, row: CellRow) -> None:
 
 
 def read_row(folder: Path) -> CellRow | None:
-    """Read the row of one cell; None if it is missing or damaged."""
-    return _checked(_parsed(_text(folder / CellRow.file)), {})[0]
+    """Read the row of one cell, or return None if it is missing or damaged."""
+    row, _ = _checked(_parsed(_text(folder / CellRow.file)), {})
+    return row
 
 
 def read_lines(path: Path) -> tuple[dict[str, CellRow], list[str]]:
-    """Read the last valid row of each cell from a results file, plain or `.xz`; also return notes on invalid lines."""
+    """Read the last valid row of each cell from a results file, plain or `.xz`.
+
+    Returns:
+        The rows by cell name, and notes about invalid lines.
+    """
     with _open(path) as file:
         lines, notes = _read_lines(file, path)
     return {name: line.row for name, line in lines.items()}, notes
@@ -122,14 +130,17 @@ class _Line:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open a results file for reading, plain or `.xz`; a missing file is empty."""
+    """Open a results file, plain or `.xz`, for reading. A missing file is treated as empty."""
     if not path.is_file():
         return io.BytesIO()
     return cast(BinaryIO, lzma.open(path)) if path.suffix == ".xz" else path.open("rb")
 
 
 def _read_lines(file: BinaryIO, path: Path, is_brief: bool = False) -> tuple[dict[str, _Line], list[str]]:
-    """Read the last valid line of each cell, without `train_config` if brief, and notes about invalid lines."""
+    """Read the last valid line of each cell, and return the lines by cell name with notes about invalid lines.
+
+    If `is_brief`, the rows contain no `train_config`, which saves memory.
+    """
     lines: dict[str, _Line] = {}
     notes: list[str] = []
     pool: dict[str, Any] = {}
@@ -144,16 +155,20 @@ def _read_lines(file: BinaryIO, path: Path, is_brief: bool = False) -> tuple[dic
             if row is None:
                 notes.append(f"{path}, line {number} {error} ({len(text)} characters) and was skipped")
             else:
-                lines[row.cell] = _Line(start, len(line), replace(row, train_config={}) if is_brief else row)
+                row = replace(row, train_config={}) if is_brief else row
+                lines[row.cell] = _Line(start, len(line), row)
         start += len(line)
     return lines, notes
 
 
 def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
-    """Read all rows and repair damaged files; return the rows by cell name, without `train_config`, and notes.
+    """Read all rows and repair damaged files.
 
     A valid line takes precedence over the `cell.json` of its cell. The results file is rewritten if rows are missing,
-    duplicated or damaged; a `cell.json` that differs from its line is rewritten.
+    duplicated or damaged, and a `cell.json` is rewritten if it differs from its line.
+
+    Returns:
+        The rows by cell name, without `train_config` to save memory, and notes about the repairs.
     """
     path = root / FILE
     with _open(path) as file:
@@ -184,16 +199,17 @@ def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
         line_count = path.read_bytes().count(b"\n") if path.is_file() else 0
         if rows and (notes or restored or line_count != len(rows)):
             with cell_lock(root / LOCKS, FILE) as is_acquired:
-                if is_acquired:  # otherwise another process is writing it
-                    with _open(path) as current:  # includes rows added by other processes
+                if is_acquired:  # otherwise another process is writing the file
+                    with _open(path) as current:  # it may contain rows that other processes have added since
                         latest, _ = _read_lines(current, path, is_brief=True)
                         remaining = [_columns_of(current, line) for line in latest.values()]
-                    _write(path, [*remaining, *(restored[name] for name in restored if name not in latest)])
+                    remaining += [columns for name, columns in restored.items() if name not in latest]
+                    _write(path, remaining)
     return rows, notes
 
 
 def _copies(cells: Path) -> Iterator[Path]:
-    """Yield the `cell.json` of each cell in alphabetical order, without descending into run folders."""
+    """Yield the `cell.json` of each cell in alphabetical order, without descending into the run folders."""
     for folder, folders, files in os.walk(cells):
         if CellRow.file in files:
             folders.clear()
@@ -209,14 +225,14 @@ def _columns_of(file: Any, line: _Line) -> dict[str, Any]:
 
 
 def read_part(root: Path, pairs: Iterable[tuple[DataEntry, MethodEntry]]) -> dict[str, CellRow]:
-    """Read the rows of task-method pairs from their folders, without repairs."""
+    """Read the rows of the given pairs of task and method from their folders, without repairing files."""
     folders = {root / "cells" / folder_name(data.name) / folder_name(method.name) for data, method in pairs}
     rows = (read_row(copy.parent) for folder in sorted(folders) for copy in _copies(folder))
     return {row.cell: row for row in rows if row is not None}
 
 
 def drop_failed(root: Path) -> list[str]:
-    """Remove the rows of failed cells, so that the cells are trained again; return their names.
+    """Remove the rows of failed cells, so that the cells are trained again, and return the names of these cells.
 
     If a method has a finished final run on a task, its tuning runs are not repeated, and diverged ones keep their rows.
 
@@ -224,16 +240,15 @@ def drop_failed(root: Path) -> list[str]:
         TimeoutError: If another process is writing the results file.
     """
     rows, _ = collect(root)
-    tuned = {
-        (row.task_name, row.experiment_name)
-        for row in rows.values()
-        if row.purpose == "final" and row.status == "success"
-    }
-    failed = {
-        name
-        for name, row in rows.items()
-        if row.status == "failed" and not (row.is_diverged_trial and (row.task_name, row.experiment_name) in tuned)
-    }
+    tuned: set[tuple[str, str]] = set()
+    for row in rows.values():
+        if row.purpose == "final" and row.status == "success":
+            tuned.add((row.task_name, row.experiment_name))
+    failed: set[str] = set()
+    for name, row in rows.items():
+        is_needed = not row.is_diverged_trial or (row.task_name, row.experiment_name) not in tuned
+        if row.status == "failed" and is_needed:
+            failed.add(name)
     if failed:
         with cell_lock(root / LOCKS, FILE, timeout_s=_WRITE_WAIT_S) as is_acquired:
             if not is_acquired:
@@ -256,7 +271,7 @@ def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _parsed(text: str) -> dict[str, Any] | None:
-    """Parse the columns of a row from JSON; None if invalid."""
+    """Parse the columns of a row from JSON, or return None if the text is not a row."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -266,7 +281,10 @@ def _parsed(text: str) -> dict[str, Any] | None:
 
 
 def _checked(columns: dict[str, Any] | None, pool: dict[str, Any]) -> tuple[CellRow | None, str | None]:
-    """Convert parsed columns to a row, or return an error; `pool` contains values shared with earlier rows."""
+    """Convert parsed columns to a row, or return an error that continues a sentence about the line or file.
+
+    `pool` contains the values that the row shares with earlier rows.
+    """
     if columns is None:
         return None, "is not a comparison row"
     name = columns["cell"]
@@ -286,7 +304,7 @@ _REPEATED_STRINGS = ("task_name", "group", "experiment_name", "comparison", "met
 
 
 def _shared(row: CellRow, pool: dict[str, Any]) -> CellRow:
-    """Replace values that repeat in other rows with shared objects."""
+    """Replace values that repeat in other rows with the objects in `pool`, to save memory."""
 
     def share(value: Any) -> Any:
         return value if value is None else pool.setdefault(repr(value), value)
@@ -294,11 +312,10 @@ def _shared(row: CellRow, pool: dict[str, Any]) -> CellRow:
     results = row.results
     if results is not None:
         results = replace(results, **{name: share(getattr(results, name)) for name in _REPEATED_RESULTS})
-    return replace(
-        row, results=results, **{name: share(getattr(row, name)) for name in (*_REPEATED, *_REPEATED_STRINGS)}
-    )
+    names = (*_REPEATED, *_REPEATED_STRINGS)
+    return replace(row, results=results, **{name: share(getattr(row, name)) for name in names})
 
 
 def _text(path: Path) -> str:
-    """Return the text of a file; empty if missing."""
+    """Return the text of a file, which is empty if the file is missing."""
     return path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""

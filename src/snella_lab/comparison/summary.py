@@ -26,8 +26,9 @@ COSTS = (
     *("num_trainable_params", "changed_weights", "file_size", "step_time", "train_time"),
     *("training_mib", "peak_rss_mib", "accelerator_memory_max", "forgetting"),
 )
+"""Row columns that the report lists as costs of a method."""
 FRACTIONS = {f"test_{metric}" for measures in MEASURES.values() for metric in measures} - {"test_kappa", "test_r2"}
-"""Row columns formatted as percentages; kappa and R² are decimals, because they can be negative."""
+"""Row columns formatted as percentages. Kappa and R² are formatted as decimals, because they can be negative."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class MethodSummary:
 
     Args:
         name: Method label.
-        per_task: Mean and standard deviation by metric and task; None without finished runs.
+        per_task: Mean and standard deviation by metric and task. None without finished runs.
         over_tasks: Mean over tasks, by metric.
         over_groups: Mean over groups, by metric.
         to_reference: Paired difference from the reference over all tasks, by metric, with Holm's correction over the
-            methods; None for the reference and without common runs.
+            methods. None for the reference, and for methods without task and seed in common with it.
         to_reference_on: Paired difference by task for the main metric, without correction.
-        costs: Mean over tasks of each column in `COSTS`; None if not measured.
+        costs: Mean over tasks of each column in `COSTS`. None if it was not measured.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Summary:
         groups: Tasks by group.
         finals: Number of finished final runs.
         failed: Rows of failed runs of the experiment.
-        metrics: Metric titles by row column; the first is the main metric.
+        metrics: Metric titles by row column. The first metric is the main one.
     """
 
     experiment: Experiment
@@ -121,8 +122,13 @@ class Summary:
 
     @property
     def means(self) -> dict[str, Spread]:
-        """Mean of the main metric over tasks, by method; methods without a run on every task are omitted."""
-        return {m.name: value for m in self.methods if (value := m.over_tasks[self.column]) is not None}
+        """Mean of the main metric over tasks, by method, without methods that lack a run on some task."""
+        means: dict[str, Spread] = {}
+        for method in self.methods:
+            mean = method.over_tasks[self.column]
+            if mean is not None:
+                means[method.name] = mean
+        return means
 
     def scores(self, metric: str) -> dict[str, list[Spread | None]]:
         """Return the scores of all methods by column: the tasks, then the means over tasks and groups."""
@@ -137,14 +143,15 @@ class Summary:
 
     @property
     def recommendation(self) -> tuple[str, str]:
-        """Recommended method and the reason as a sentence; requires results."""
-        return recommend(self.means, {m.name: m.costs for m in self.methods}, self.measure, self.is_fraction)
+        """Recommended method and the reason as a sentence. At least one method must have a mean over all tasks."""
+        costs = {method.name: method.costs for method in self.methods}
+        return recommend(self.means, costs, self.measure, self.is_fraction)
 
 
 def summarize(experiment: Experiment, rows: Rows) -> Summary:
-    """Compute the results of all methods; rows of methods and tasks outside the experiment are ignored."""
-    names = [m.name for m in experiment.methods]
-    task_names = {d.name for d in experiment.data}
+    """Compute the results of all methods, ignoring rows of methods and tasks outside the experiment."""
+    names = [method.name for method in experiment.methods]
+    task_names = {entry.name for entry in experiment.data}
     known = [row for row in rows if row.experiment_name in names and row.task_name in task_names]
     finals = final_rows(known)
     runs = FinalRuns(finals)
@@ -221,7 +228,7 @@ def size_text(value: float, is_fraction: bool) -> str:
 def difference_text(value: Difference | None, tasks: int, is_fraction: bool = True) -> str:
     """Format a difference and its interval: −0.8 [−1.9, +0.2] in points for a fraction, else −0.008 [−0.019, +0.002].
 
-    Append the number of tasks if it differs from `tasks`.
+    The text ends with the number of tasks that the difference covers, unless it covers all `tasks`.
     """
     if value is None:
         return "–"
@@ -260,7 +267,7 @@ def outcome_text(summary: Summary) -> str:
     verb = "has" if len(equal) == 1 else "have"
     leaders = f"{', '.join(equal)} {verb} the highest test {summary.measure}"
     text = f"{leaders}, {score_text(means[best].mean, summary.is_fraction)}{where}"
-    differences = {m.name: d for m in summary.methods if (d := m.to_reference[summary.column]) is not None}
+    differences = _main_differences(summary)
     lead = differences.get(best)
     if lead is not None and lead.mean > 0 and len(equal) == 1:
         text += f": {size_text(lead.mean, summary.is_fraction)} above {summary.reference}"
@@ -269,15 +276,25 @@ def outcome_text(summary: Summary) -> str:
             reason = "" if lead.direction else f"; {insignificance_text(lead)}"
             low, high = (change_text(end, summary.is_fraction) for end in (lead.low, lead.high))
             text += f" ({percent_text(LEVEL, 0)} interval {low} to {high}{reason})"
-    complete = {name: d for name, d in differences.items() if d.tasks == len(summary.tasks)}
-    above = [name for name, d in complete.items() if d.direction > 0 and name not in equal]
-    below = [name for name, d in complete.items() if d.direction < 0]
-    parts: list[str] = []
+    complete = {name: value for name, value in differences.items() if value.tasks == len(summary.tasks)}
+    above = [name for name, value in complete.items() if value.direction > 0 and name not in equal]
+    below = [name for name, value in complete.items() if value.direction < 0]
+    clauses: list[str] = []
     for names, side in ((above, "above"), (below, "below")):
         if names:
             verb = "is" if len(names) == 1 else "are"
-            parts.append(f"{', '.join(names)} {verb} significantly {side} {summary.reference}")
-    return f"{text}. Among the others, {' and '.join(parts)}." if parts else f"{text}."
+            clauses.append(f"{', '.join(names)} {verb} significantly {side} {summary.reference}")
+    return f"{text}. Among the others, {' and '.join(clauses)}." if clauses else f"{text}."
+
+
+def _main_differences(summary: Summary) -> dict[str, Difference]:
+    """Return the differences from the reference in the main metric, by method, without missing ones."""
+    differences: dict[str, Difference] = {}
+    for method in summary.methods:
+        difference = method.to_reference[summary.column]
+        if difference is not None:
+            differences[method.name] = difference
+    return differences
 
 
 def insignificance_text(value: Difference) -> str:
@@ -291,23 +308,23 @@ def insignificance_text(value: Difference) -> str:
 def recommendation_text(summary: Summary) -> str:
     """Recommend the method with the least memory, then time, among all within one standard error of the best.
 
-    The standard error is over the seeds of the best method. Memory within 5% of the minimum is a tie. The text lists
-    methods without a mean over all tasks, and is empty if no method has one.
+    The standard error is over the seeds of the best method. Memory within 5% of the minimum is a tie. The text also
+    lists the methods without a mean over all tasks. It is empty if no method has such a mean.
     """
     if not summary.means:
         return ""
     text = summary.recommendation[1]
-    others = [m.name for m in summary.methods if m.name not in summary.means]
+    others = [method.name for method in summary.methods if method.name not in summary.means]
     return f"{text} No complete results yet: {', '.join(others)}." if others else text
 
 
 def recommend(
     means: Mapping[str, Spread], costs: Mapping[str, Mapping[str, float | None]], measure: str, is_fraction: bool
 ) -> tuple[str, str]:
-    """Return the recommended method and the reason as a sentence; see `recommendation_text`.
+    """Return the recommended method and the reason as a sentence, following the rule of `recommendation_text`.
 
-    `means` contain scores, formatted as percentages if `is_fraction`; `costs` contain `accelerator_memory_max`,
-    `training_mib` and `train_time`.
+    `means` contains scores, which are formatted as percentages if `is_fraction`. `costs` contains
+    `accelerator_memory_max`, `training_mib` and `train_time`.
     """
     best = max(means, key=lambda name: means[name].mean)
     top = means[best]
@@ -330,38 +347,46 @@ def recommend(
 
 
 def _cheapest(names: Sequence[str], costs: Mapping[str, Mapping[str, float | None]]) -> tuple[str, str]:
-    """Return the fastest method within 5% of the least memory, and the reason."""
+    """Return the fastest of the methods within 5% of the least memory, and the reason as part of a sentence."""
 
     def memory(name: str) -> float:
-        peak = costs[name]["accelerator_memory_max"]
-        mib = costs[name]["training_mib"]
-        return float(peak) if peak else math.inf if mib is None else mib * 2**20
+        used = _memory_bytes(costs[name])
+        return math.inf if used is None else used
 
     def time(name: str) -> float:
         seconds = costs[name]["train_time"]
         return math.inf if seconds is None else seconds
 
     min_memory = min(map(memory, names))
-    small = [name for name in names if memory(name) <= 1.05 * min_memory or math.isinf(min_memory)]
-    chosen = min(small, key=time)
-    if len(small) == 1:
+    smallest = [name for name in names if memory(name) <= 1.05 * min_memory or math.isinf(min_memory)]
+    chosen = min(smallest, key=time)
+    if len(smallest) == 1:
         return chosen, f"{chosen} needs the least memory"
-    fastest = "" if math.isinf(time(chosen)) else f"{chosen} needs the least time"
+    is_timed = not math.isinf(time(chosen))
     if math.isinf(min_memory):
-        return chosen, f"memory was not measured{fastest and f', and {fastest}'}"
-    return chosen, f"{chosen} needs the least memory (within 5%){fastest and ' and the least time'}"
+        reason = "memory was not measured"
+        return chosen, f"{reason}, and {chosen} needs the least time" if is_timed else reason
+    reason = f"{chosen} needs the least memory (within 5%)"
+    return chosen, f"{reason} and the least time" if is_timed else reason
+
+
+def _memory_bytes(costs: Mapping[str, float | None]) -> float | None:
+    """Return the peak GPU memory or else the peak process memory without libraries, or None if not measured."""
+    peak = costs.get("accelerator_memory_max")
+    if peak:
+        return peak
+    mib = costs.get("training_mib")
+    return None if mib is None else mib * 2**20
 
 
 def part_text(value: Difference, tasks: int) -> str:
-    """Format the number of tasks that a difference covers; empty for all `tasks`."""
+    """Format the number of tasks that a difference covers. The text is empty if it covers all `tasks`."""
     return "" if value.tasks == tasks else f" ({value.tasks} of {counted(tasks, 'task')})"
 
 
 def cost_texts(costs: Mapping[str, float | None]) -> dict[str, str]:
-    """Format costs; a missing cost becomes a dash."""
-    memory, mib = costs.get("accelerator_memory_max"), costs.get("training_mib")
-    if not memory:
-        memory = None if mib is None else mib * 2**20
+    """Format costs by name, where a dash stands for a missing cost."""
+    memory = _memory_bytes(costs)
     formats: dict[str, tuple[float | None, Callable[[float], str]]] = {
         "trainable": (costs.get("num_trainable_params"), lambda value: count_text(round(value))),
         "changed": (costs.get("changed_weights"), lambda value: count_text(round(value))),
@@ -395,18 +420,23 @@ def unit_text(summary: Summary, unit: str) -> str:
 
 def interval_text(summary: Summary) -> str:
     """Describe how differences from the reference are tested."""
-    differences = [d for m in summary.methods if (d := m.to_reference[summary.column]) is not None]
-    has_tasks = any(d.tasks > 1 for d in differences)
-    units, averaging = ("tasks", " (seeds averaged per task)") if has_tasks else ("seeds", "")
-    compared = max((d.comparisons for d in differences), default=0) or len(differences)  # single units have no p
+    differences = list(_main_differences(summary).values())
+    units = "seeds"
+    averaging = ""
+    if any(difference.tasks > 1 for difference in differences):
+        units = "tasks"
+        averaging = " (seeds averaged per task)"
+    num_corrected = max((difference.comparisons for difference in differences), default=0)
+    compared = num_corrected or len(differences)  # differences of single units have no p, so none are corrected
     text = (
         f"differences from {summary.reference}{unit_text(summary, 'points')}, with {percent_text(LEVEL, 0)} "
         f"Student's t intervals over {units}{averaging}; p after Holm's correction over "
         f"{counted(compared, 'comparison')}; above: number of {units} above {summary.reference}, with p of the "
         f"sign test"
     )
-    few = bool(differences) and all(d.units < MIN_UNITS for d in differences)
-    return f"{text}; no difference is significant with fewer than {MIN_UNITS} tasks or seeds" if few else text
+    if differences and all(difference.units < MIN_UNITS for difference in differences):
+        text += f"; no difference is significant with fewer than {MIN_UNITS} tasks or seeds"
+    return text
 
 
 def print_summary(console: Console, summary: Summary) -> None:
@@ -427,16 +457,20 @@ def print_summary(console: Console, summary: Summary) -> None:
 
 
 def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list[str]]:
-    """Return the table as strings, headings first: tasks, means, difference from the reference, tests, costs."""
+    """Return the lines of the table as strings, headings first.
+
+    The columns are the tasks, the means, the difference from the reference, its tests and, if `with_costs`, the costs.
+    Costs that were not measured for any method are omitted.
+    """
     texts = [cost_texts(method.costs) for method in summary.methods]
     names = ("trainable", "changed", "file", "step", "memory", "forgetting") if with_costs else ()
     costs = [name for name in names if any(line[name] != "–" for line in texts)]
     scores = summary.scores(metric)
+    is_fraction = metric in FRACTIONS
     lines = [["method", *scores, f"difference from {summary.reference}", "p", "above", *costs]]
     for number, method in enumerate(summary.methods):
-        is_fraction = metric in FRACTIONS
         cells = [spread_text(column[number], is_fraction) for column in scores.values()]
-        cells += [difference_text(method.to_reference[metric], len(summary.tasks), is_fraction)]
+        cells.append(difference_text(method.to_reference[metric], len(summary.tasks), is_fraction))
         cells += significance_texts(method.to_reference[metric])
         lines.append([method.name, *cells, *(texts[number][key] for key in costs)])
     return lines

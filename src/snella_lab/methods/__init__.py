@@ -1,1 +1,1 @@
-"""Baseline methods that are missing in PEFT."""
+"""Baseline methods that PEFT does not include."""

@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Adapter(nn.Module):
-    """Residual bottleneck adapter that starts as the identity.
+    """Residual bottleneck adapter, initialized as the identity.
 
     y = h + scale · (U · dropout(act(D h + d)) + u),   act = gelu, or relu as in A.1 of arXiv 2510.24037
 
@@ -67,7 +67,7 @@ def add_adapters(method: str, model: nn.Module, head: str, make: Callable[[int, 
 
     Args:
         method: Method name for the error message.
-        model: Frozen model; changed in place and returned.
+        model: Frozen model, which is changed in place and returned.
         head: Name of the head, which becomes trainable.
         make: Function `(width, index) -> nn.Module` that creates a block's adapter.
 
@@ -110,9 +110,9 @@ class MosaAdapter(Adapter):
     training:    y = h + scale · (n · (U ⊙ M_i) dropout(gelu(D h + d)) + u),  i uniform in 1 … n per forward pass
     evaluation:  y = h + scale · (U gelu(D h + d) + u)
 
-    The masks M_1 … M_n are a random, even partition of the entries of `U` `[width, r]`. All experts share the down
-    projection and the biases (the paper's hierarchical split). The mean of `n (U ⊙ M_i)` over i is `U`, so the experts
-    merge into `U`, and only one adapter is stored.
+    The masks M_1 … M_n are a random, even partition of the entries of `U` `[width, r]`. Expert i consists of the
+    entries that M_i selects. All experts share the down projection and the biases, as in the paper's hierarchical
+    split. The mean of `n (U ⊙ M_i)` over i is `U`, so the experts merge into `U`, and only one adapter is stored.
 
     Args:
         width: Size of the input's last dimension.
@@ -136,9 +136,9 @@ class MosaAdapter(Adapter):
         """Compute the output of a random expert in training, or of the merged adapter in evaluation."""
         if not self.training:
             return super().bottleneck(h)
-        active = int(torch.randint(self.experts, ()))
-        sparse = self.up.weight * (self.expert_index == active) * self.experts
-        return F.linear(self.dropout(self.act(self.down(h))), sparse, self.up.bias)
+        expert = int(torch.randint(self.experts, ()))
+        masked_up = self.up.weight * (self.expert_index == expert) * self.experts
+        return F.linear(self.dropout(self.act(self.down(h))), masked_up, self.up.bias)
 
 
 def _build_mosa(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
@@ -170,7 +170,10 @@ class ScaleShift(nn.Module):
     Args:
         channels: Number of channels.
         dim: Channel dimension of the input: -1 for tokens, 1 for feature maps.
-        init_std: Standard deviation of the initialization; 0 starts at the identity.
+        init_std: Standard deviation of the initialization. With 0, the module starts as the identity.
+
+    Attributes:
+        was_used: True after the first forward pass, see `warn_about_unused`.
     """
 
     def __init__(self, channels: int, *, dim: int = -1, init_std: float = 0.02) -> None:
@@ -212,9 +215,10 @@ def warn_about_unused(module: nn.Module, inputs: tuple[Any, ...], output: Any) -
 
 
 def _channels(module: nn.Module) -> tuple[int, int] | None:
-    """Return the number of output channels and the channel dimension of a layer; None for other modules.
+    """Return the number of output channels and the channel dimension of a layer.
 
     Supports linear layers, 2D convolutions, batch and group normalizations, and layer normalizations over one axis.
+    Returns None for other modules.
     """
     if isinstance(module, nn.Linear):
         return module.out_features, -1
@@ -225,23 +229,23 @@ def _channels(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.GroupNorm):
         return module.num_channels, 1
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
-        # timm's LayerNorm2d and LayerNorm2dFp32, and transformers' channels-first norms take feature maps
+        # timm's LayerNorm2d and LayerNorm2dFp32 and transformers' channels-first norms take feature maps, not tokens
         takes_maps = "2d" in type(module).__name__ or getattr(module, "data_format", None) == "channels_first"
         return module.normalized_shape[-1], 1 if takes_maps else -1
     return None
 
 
 def _build_ssf(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Attach a `ScaleShift` to each `Linear`, `Conv2d`, and normalization outside the head; see `_channels`."""
-    layers = [
-        (module, shape)
-        for name, module in model.named_modules()
-        if not is_inside(name, head) and (shape := _channels(module)) is not None
-    ]
+    """Attach a `ScaleShift` to each layer outside the head that `_channels` supports."""
+    layers: list[tuple[nn.Module, tuple[int, int]]] = []
+    for name, module in model.named_modules():
+        shape = _channels(module)
+        if shape is not None and not is_inside(name, head):
+            layers.append((module, shape))
     if not layers:
         raise ValueError(
-            f"method 'ssf' cannot be applied to {type(model).__name__}: it requires linear layers, convolutions or "
-            f"normalizations, got none outside the head {head!r}"
+            f"method 'ssf' cannot be applied to {type(model).__name__}: there are no linear layers, convolutions or "
+            f"normalizations outside the head {head!r}"
         )
     train_head(model, head)
     for module, (channels, dim) in layers:
@@ -257,22 +261,26 @@ def _merge_ssf(model: nn.Module) -> nn.Module:
 
     `nn.MultiheadAttention` reads the weight of its output projection without calling the layer. γ and β of this layer
     therefore have no effect, and its weight and bias remain unchanged.
+
+    Raises:
+        ValueError: If γ and β of a layer cannot be merged; no layer is changed in this case.
     """
-    projections = [module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    skipped = [module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     layers = list(find_attached(model, "ssf", ScaleShift))
     unsupported = [
-        repr(name) for name, module, _ in layers if module not in projections and not _is_affine_with_bias(module)
+        repr(name) for name, module, _ in layers if module not in skipped and not _is_affine_with_bias(module)
     ]
     if unsupported:
         raise ValueError(
-            f"method 'ssf' cannot be merged into {type(model).__name__}: a layer must have a bias and no activation or "
-            f"weight standardization, got {listed(unsupported, 1)}; keep the adapter separate and load it with "
-            "load_trained"
+            f"method 'ssf' cannot be merged into {type(model).__name__}: it requires layers with a bias and without "
+            f"activation or weight standardization, unlike {listed(unsupported, 1)}; keep the adapter separate and "
+            "load it with load_trained"
         )
+    # scaling a shared weight would also change the other layers that use it
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     shared: list[str] = []
     for name, module, _ in layers:
-        if module in projections:
+        if module in skipped:
             continue
         max_owners = max(owners[id(module.weight)], owners[id(module.bias)])
         if max_owners > 1:
@@ -283,7 +291,7 @@ def _merge_ssf(model: nn.Module) -> nn.Module:
             f"{listed(shared, 1)}; keep the adapter separate and load it with load_trained"
         )
     for _, module, ssf in layers:
-        if module not in projections:
+        if module not in skipped:
             weight: Tensor = module.weight  # type: ignore[assignment]
             bias: Tensor = module.bias  # type: ignore[assignment]
             weight.mul_(ssf.scale.view(-1, *[1] * (weight.ndim - 1)))
@@ -295,7 +303,10 @@ def _merge_ssf(model: nn.Module) -> nn.Module:
 
 
 def _is_affine_with_bias(module: nn.Module) -> bool:
-    """Return True for a layer with a bias, no activation (timm's `NormAct` layers) and no weight standardization."""
+    """Return True for a layer with a weight and a bias, and without activation or weight standardization.
+
+    timm's `NormAct` layers contain an activation.
+    """
     has_parameters = getattr(module, "weight", None) is not None and module.bias is not None
     has_activation = not isinstance(getattr(module, "act", None), nn.Identity | None)
     return has_parameters and not has_activation and not standardizes_weight(module)

@@ -1,4 +1,4 @@
-"""Weight sensitivities from gradients on a few batches before training."""
+"""Calibration: sensitivities of weights, computed from gradients on training batches before training starts."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -26,11 +26,11 @@ def squared_gradients(
     on that weight.
 
     Args:
-        model: Model; runs in evaluation mode, and its state is restored afterwards.
-        names: Names of the parameters.
+        model: Model, which runs in evaluation mode. Its state is restored afterwards.
+        names: Names of the parameters to measure.
         batches: Callable that returns a new iterable over the training batches.
-        loss: Loss function.
-        limit: Maximum number of batches, at least 1; None uses all.
+        loss: Function that computes the loss of a batch.
+        limit: Maximum number of batches, at least 1. None uses all batches.
 
     Returns:
         float32 tensors by name, with the shapes and devices of the parameters.
@@ -66,14 +66,16 @@ def rank_entries(values: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
     flat = torch.cat([tensor.flatten() for tensor in values])
     if not 0 <= count <= len(flat):
         raise ValueError(f"count must be in [0, {len(flat)}] (total number of entries), got {count}")
-    threshold = flat.kthvalue(len(flat) - count + 1).values if count else torch.inf
+    threshold = flat.kthvalue(len(flat) - count + 1).values if count else torch.inf  # the `count`-th largest entry
     above = torch.nonzero(flat > threshold).flatten()
     ties = torch.nonzero(flat == threshold).flatten()[: count - len(above)]
-    ranked = torch.cat([above[flat[above].argsort(descending=True, stable=True)], ties]).cpu()
+    order = flat[above].argsort(descending=True, stable=True)
+    ranked = torch.cat([above[order], ties]).cpu()
     sizes = torch.tensor([tensor.numel() for tensor in values])
     ends = sizes.cumsum(0)
-    owners = torch.bucketize(ranked, ends, right=True)
-    return owners, ranked - (ends - sizes)[owners]
+    starts = ends - sizes
+    tensor_indices = torch.bucketize(ranked, ends, right=True)
+    return tensor_indices, ranked - starts[tensor_indices]
 
 
 def _accumulate(
@@ -84,46 +86,49 @@ def _accumulate(
     limit: int | None,
     add: Callable[[Tensor, Tensor], object],
 ) -> dict[str, Tensor]:
-    """Accumulate a function of each gradient in hooks that free the gradient immediately."""
+    """Accumulate a function of each gradient in hooks that free the gradient immediately.
+
+    `add` receives the float32 total of a parameter and its gradient for one batch, and changes the total in place.
+    """
     parameters = dict(model.named_parameters())
     unknown = [name for name in names if name not in parameters]
     if unknown:
         raise ValueError(f"names must be parameters of {type(model).__name__}, got {unknown[:3]}")
-    selected = {parameters[name]: torch.zeros_like(parameters[name], dtype=torch.float32) for name in names}
+    totals = {parameters[name]: torch.zeros_like(parameters[name], dtype=torch.float32) for name in names}
 
     def collect(parameter: Tensor) -> None:
         if parameter.grad is not None:
-            add(selected[parameter], parameter.grad.float())  # type: ignore[index]
+            add(totals[parameter], parameter.grad.float())  # type: ignore[index]
         parameter.grad = None
 
     device = next(model.parameters()).device
-    with _calibration_mode(model, selected), torch.enable_grad():
-        handles = [parameter.register_post_accumulate_grad_hook(collect) for parameter in selected]
+    with _calibration_mode(model, totals), torch.enable_grad():
+        handles = [parameter.register_post_accumulate_grad_hook(collect) for parameter in totals]
         try:
             num_batches = 0
             for images, labels in islice(batches(), limit):
-                value = loss(model, images.to(device), move_to(labels, device))
-                if not math.isfinite(value.item()):
+                batch_loss = loss(model, images.to(device), move_to(labels, device))
+                if not math.isfinite(batch_loss.item()):
                     raise ValueError(
-                        f"the loss must be finite, got {value.item()} in batch {num_batches + 1}; check the images "
-                        "and weights"
+                        f"the loss must be finite, got {batch_loss.item()} in batch {num_batches + 1}; check the "
+                        "images and weights"
                     )
-                value.backward()
+                batch_loss.backward()
                 num_batches += 1
         finally:
             for handle in handles:
                 handle.remove()
     if not num_batches:
         raise ValueError("batches() must yield at least one batch of images and labels, got none")
-    invalid = [name for name in names if selected[parameters[name]].isnan().any()]
+    invalid = [name for name in names if totals[parameters[name]].isnan().any()]
     if invalid:
-        raise ValueError(f"gradients must be numbers, got NaN in {invalid[:3]}; check the model's weights and the loss")
-    return {name: selected[parameters[name]] for name in names}
+        raise ValueError(f"the gradients of {invalid[:3]} contain NaN; check the model's weights and the loss")
+    return {name: totals[parameters[name]] for name in names}
 
 
 @contextmanager
 def _calibration_mode(model: nn.Module, selected: Collection[Tensor]) -> Iterator[None]:
-    """Enter evaluation mode with gradients for the selected parameters only; restore the state on exit."""
+    """Enter evaluation mode, enable gradients for the selected parameters only, and restore the state on exit."""
     modes = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     grads = {parameter: parameter.grad for parameter in selected}
@@ -144,7 +149,11 @@ def _calibration_mode(model: nn.Module, selected: Collection[Tensor]) -> Iterato
 
 
 def selection_data(batches: Batches | None) -> SelectionData:
-    """Return the `batches` of a method's `build` as `SelectionData`; raise `TypeError` if they are not callable."""
+    """Return the `batches` that a method's `build` received as `SelectionData`.
+
+    Raises:
+        TypeError: If `batches` is not callable.
+    """
     if isinstance(batches, SelectionData):
         return batches
     if not callable(batches):

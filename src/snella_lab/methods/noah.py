@@ -1,10 +1,13 @@
-"""Method `noah`: searched combination of prompts, low-rank updates and adapters, with per-block sizes."""
+"""Method `noah`: prompts, low-rank updates and adapters, with the sizes in each block found by a search.
+
+One choice of these sizes is a subnet. All subnets share the weights of a supernet, which has the largest size of each
+module type in every block.
+"""
 
 import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from math import ceil
 from random import Random
 from typing import Any, NamedTuple, cast
 
@@ -21,14 +24,26 @@ from snella_lab.methods.parts import attach, block_width, token_blocks
 from snella_lab.methods.prompts import Prompts, insert_prompts, make_prompts, remove_prompts
 from snella_lab.methods.spt import LowRank, add_low_rank, budget_of
 
+_SIZES = (5, 10, 50, 100)
+"""Default candidate sizes, from the paper."""
 _NUM_PARENTS = 10
+"""Number of the best subnets from which a generation is bred."""
 _MUTATION_PROB = 0.2
+"""Probability that a mutation resamples the size in a block."""
 _DEPTH_MUTATION_PROB = 0.4
+"""Probability that a mutation resamples the number of blocks with a module type."""
 _MAX_TRIES = 200
+"""Attempts per new candidate, because candidates may exceed the budget or be known already."""
 
 
 class Subnet(NamedTuple):
-    """Per-block sizes, 0 for none: number of prompts, rank of the low-rank update, width of the adapter."""
+    """Sizes of the modules in each block. A block with size 0 has no module of this type.
+
+    Attributes:
+        prompts: Number of prompts.
+        ranks: Rank of the low-rank update.
+        widths: Bottleneck width of the adapter.
+    """
 
     prompts: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -54,20 +69,22 @@ class SubnetSpace:
     @property
     def depths(self) -> list[int]:
         """Numbers of leading blocks that a module type may fill: a quarter, half, three quarters or all, rounded up."""
-        blocks = len(self.block_widths)
-        return sorted({ceil(blocks * quarters / 4) for quarters in (1, 2, 3, 4)})
+        num_blocks = len(self.block_widths)
+        return sorted({math.ceil(num_blocks * quarters / 4) for quarters in (1, 2, 3, 4)})
 
     def count(self, subnet: Subnet) -> int:
-        """Count the parameters: Σ_blocks p·d + r·(in + out) + (2·d·a + a + d if a > 0).
+        """Count the parameters of a subnet.
 
-        p is the number of prompts, r the rank and a the adapter width; d is the token width.
+            Σ_blocks p·d + r·(in + out) + (2·d·a + a + d if a > 0)
+
+        p is the number of prompts, r the rank, a the adapter width and d the token width.
         """
-        count = 0
+        total = 0
         for d, qkv_size, p, r, a in zip(self.block_widths, self.qkv_sizes, *subnet, strict=True):
-            count += p * d + r * qkv_size
+            total += p * d + r * qkv_size
             if a:
-                count += 2 * d * a + a + d
-        return count
+                total += 2 * d * a + a + d
+        return total
 
     def smallest(self) -> Subnet:
         """Return the smallest subnet: each module type with the smallest size in the first quarter of the blocks."""
@@ -75,7 +92,7 @@ class SubnetSpace:
         return Subnet(sizes, sizes, sizes)
 
     def sample(self, rng: Random) -> Subnet:
-        """Sample a random subnet; it may exceed the budget."""
+        """Sample a random subnet, which may exceed the budget."""
         sampled: list[tuple[int, ...]] = []
         for _ in Subnet._fields:
             depth = rng.choice(self.depths)
@@ -92,7 +109,7 @@ class SubnetSpace:
                 depth = rng.choice(self.depths)
             resampled: list[int] = []
             for size in sizes[:depth]:
-                is_resampled = not size or rng.random() < _MUTATION_PROB
+                is_resampled = not size or rng.random() < _MUTATION_PROB  # blocks added by a greater depth have size 0
                 resampled.append(rng.choice(self.sizes) if is_resampled else size)
             mutated.append(self._padded(resampled))
         return Subnet(*mutated)
@@ -121,22 +138,22 @@ def search_subnet(
 
     Generation 0 contains the smallest subnet and random ones. Each of the `generations` that follow adds up to
     `population` new candidates within the budget: up to half are mutations of the best ten, up to half are crossovers
-    of them, and the rest are random. The search ends early if it finds no new candidate. No candidate is evaluated
-    twice. `report` receives a progress line per generation.
+    of them, and the rest are random. The search ends early if a generation finds no new candidate. No candidate is
+    evaluated twice. `report` receives one progress line per generation.
     """
     scores: dict[Subnet, tuple[float, float]] = {}
 
     def rank(subnet: Subnet) -> tuple[tuple[float, float], int, Subnet]:
         return scores[subnet], -space.count(subnet), subnet
 
-    def breed(make: Callable[[], Subnet], count: int) -> None:
-        for _ in range(count * _MAX_TRIES):
-            if count <= 0:
+    def breed(propose: Callable[[], Subnet], num_missing: int) -> None:
+        for _ in range(num_missing * _MAX_TRIES):
+            if num_missing <= 0:
                 return
-            subnet = make()
+            subnet = propose()
             if subnet not in scores and space.count(subnet) <= space.budget:
                 scores[subnet] = score(subnet)
-                count -= 1
+                num_missing -= 1
 
     def mutate() -> Subnet:
         return space.mutate(rng.choice(parents), rng)
@@ -145,23 +162,24 @@ def search_subnet(
         return space.cross(rng.choice(parents), rng.choice(parents), rng)
 
     for generation in range(generations + 1):
-        before = len(scores)
+        num_earlier = len(scores)
         if generation == 0:
             scores[space.smallest()] = score(space.smallest())
         else:
             parents = sorted(scores, key=rank, reverse=True)[:_NUM_PARENTS]
             breed(mutate, population // 2)
             breed(cross, population // 2)
-        breed(lambda: space.sample(rng), population - (len(scores) - before))
-        if len(scores) == before:
+        breed(lambda: space.sample(rng), population - (len(scores) - num_earlier))
+        if len(scores) == num_earlier:
             report(f"noah: no candidates left with at most {space.budget:,} parameters")
             break
         best = max(scores, key=rank)
         accuracy, negative_loss = scores[best]
+        # the accuracy is 0 for tasks without class scores
+        best_score = f"accuracy {accuracy:.4f}" if accuracy else f"loss {-negative_loss:.4f}"
         report(
-            f"noah: generation {generation} of {generations}, {len(scores)} candidates evaluated, best "
-            f"{f'accuracy {accuracy:.4f}' if accuracy else f'loss {-negative_loss:.4f}'} with "
-            f"{space.count(best):,} parameters"
+            f"noah: generation {generation} of {generations}, {len(scores)} candidates evaluated, best {best_score} "
+            f"with {space.count(best):,} parameters"
         )
     return max(scores, key=rank)
 
@@ -182,7 +200,7 @@ class SuperAdapter(Adapter):
     active = 0
 
     def forward(self, h: Tensor) -> Tensor:
-        """Add the output of the active channels to `h`."""
+        """Add the output of the active channels to `h`, or return `h` if there are none."""
         if not self.active:
             return h
         inner = F.linear(h, self.down.weight[: self.active], self.down.bias[: self.active])
@@ -197,6 +215,7 @@ def build_supernet(model: nn.Module, head: str, size: int) -> nn.Module:
 
 def activate(supernet: nn.Module, subnet: Subnet) -> None:
     """Configure the supernet to compute a subnet."""
+    # in the order of the fields of `Subnet`
     module_types: tuple[type[Prompts | SuperLowRank | SuperAdapter], ...] = (Prompts, SuperLowRank, SuperAdapter)
     for module_type, sizes in zip(module_types, subnet, strict=True):
         modules = [module for module in supernet.modules() if isinstance(module, module_type)]
@@ -209,7 +228,7 @@ def train_supernet(
 ) -> Random:
     """Train the supernet with AdamW, a random subnet per batch and a per-epoch cosine learning-rate schedule.
 
-    The budget of the search space is ignored.
+    The random subnets may exceed the budget of the search space.
 
     Returns:
         Random number generator for the search, seeded by torch's global generator.
@@ -223,8 +242,8 @@ def train_supernet(
     supernet.train()
     for epoch in range(epochs):
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
-        total = 0.0
-        steps = 0
+        total_loss = 0.0
+        num_batches = 0
         for images, labels in data():
             activate(supernet, space.sample(rng))
             loss = data.loss(supernet(images.to(device)), move_to(labels, device))
@@ -235,11 +254,11 @@ def train_supernet(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total = total + loss.item()
-            steps = steps + 1
-        if not steps:
+            total_loss += loss.item()
+            num_batches += 1
+        if not num_batches:
             raise ValueError("batches() must yield at least one batch of images and labels, got none")
-        data.report(f"noah: supernet epoch {epoch + 1} of {epochs}, loss {total / steps:.4f}")
+        data.report(f"noah: supernet epoch {epoch + 1} of {epochs}, loss {total_loss / num_batches:.4f}")
     return rng
 
 
@@ -255,20 +274,18 @@ def accuracy_of(supernet: nn.Module, subnet: Subnet, data: SelectionData) -> tup
     activate(supernet, subnet)
     supernet.eval()
     device = next(supernet.parameters()).device
-    correct = num_images = 0
-    loss = 0.0
+    num_correct = num_images = 0
+    total_loss = 0.0
     for images, labels in data.validation() if data.validation is not None else ():
         outputs = supernet(images.to(device))
         labels = move_to(labels, device)
-        correct += int((outputs.argmax(dim=1) == labels).sum()) if data.has_class_scores else 0
-        loss += float(data.loss(outputs, labels)) * len(images)
+        if data.has_class_scores:
+            num_correct += int((outputs.argmax(dim=1) == labels).sum())
+        total_loss += float(data.loss(outputs, labels)) * len(images)
         num_images += len(images)
     if not num_images:
         raise ValueError("validation must yield at least one batch of images and labels, got none")
-    return correct / num_images, -loss / num_images
-
-
-_SIZES = (5, 10, 50, 100)
+    return num_correct / num_images, -total_loss / num_images
 
 
 def qkv_layers(model: nn.Module, head: str) -> list[tuple[str, nn.Module, nn.Linear]]:
@@ -299,9 +316,9 @@ def space_of(model: nn.Module, head: str, options: Options) -> SubnetSpace:
     block_widths = tuple(block_width(block) or 0 for _, block, _ in layers)
     qkv_sizes = tuple(qkv.in_features + qkv.out_features for _, _, qkv in layers)
     sizes = tuple(sorted(options.get("sizes", _SIZES)))
-    space = SubnetSpace(block_widths, qkv_sizes, sizes, budget=0)
+    space = SubnetSpace(block_widths, qkv_sizes, sizes, budget=0)  # the budget is set below
     min_budget = space.count(space.smallest())
-    budget = budget_of(options, model, head, vit_b_budget=0.64)
+    budget = budget_of(options, model, head, vit_b_budget=0.64)  # the paper's budget
     if "budget" in options and budget < min_budget:
         raise ValueError(
             f"budget must be at least {min_budget / 1e6:.10g} million parameters, the size of the smallest subnet with "
@@ -340,28 +357,33 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
 
 
 def _apply(
-    model: nn.Module, head: str, subnet: Subnet, low_rank: type[LowRank] = LowRank, adapter: type[Adapter] = Adapter
+    model: nn.Module,
+    head: str,
+    subnet: Subnet,
+    low_rank_type: type[LowRank] = LowRank,
+    adapter_type: type[Adapter] = Adapter,
 ) -> nn.Module:
     """Make the head trainable, and attach new modules with the subnet's sizes."""
     train_head(model, head)
-    for (_, block, qkv), prompts, rank, width in zip(qkv_layers(model, head), *subnet, strict=True):
-        if prompts:
-            attach(block, "prompts", make_prompts(model, block, prompts), before=insert_prompts, after=remove_prompts)
+    for (_, block, qkv), num_prompts, rank, adapter_width in zip(qkv_layers(model, head), *subnet, strict=True):
+        if num_prompts:
+            prompts = make_prompts(model, block, num_prompts)
+            attach(block, "prompts", prompts, before=insert_prompts, after=remove_prompts)
         if rank:
-            attach(qkv, "low_rank", low_rank(qkv.out_features, qkv.in_features, rank), after=add_low_rank)
-        if width:
-            child = adapter(block_width(block) or 0, width)
-            attach(cast(nn.Module, block.mlp), "adapter", child, after=apply_adapter)
+            attach(qkv, "low_rank", low_rank_type(qkv.out_features, qkv.in_features, rank), after=add_low_rank)
+        if adapter_width:
+            adapter = adapter_type(block_width(block) or 0, adapter_width)
+            attach(cast(nn.Module, block.mlp), "adapter", adapter, after=apply_adapter)
     return model
 
 
 def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Rebuild the subnet; the shapes of the stored tensors determine its sizes."""
-    names = [name for name, _, _ in qkv_layers(model, head)]
-    parts = ("prompts.tokens", "attn.qkv.low_rank.A", "mlp.adapter.down.weight")
+    """Rebuild a saved subnet, whose sizes are the lengths of the stored tensors."""
+    block_names = [name for name, _, _ in qkv_layers(model, head)]
+    tensor_names = ("prompts.tokens", "attn.qkv.low_rank.A", "mlp.adapter.down.weight")  # in the order of `Subnet`
     sizes: list[tuple[int, ...]] = []
-    for part in parts:
-        stored = [tensors.get(f"{name}.{part}", ()) for name in names]  # one per block; empty without the module
+    for tensor_name in tensor_names:
+        stored = [tensors.get(f"{name}.{tensor_name}", ()) for name in block_names]  # `()`, of length 0, if missing
         sizes.append(tuple(len(tensor) for tensor in stored))
     return _apply(model, head, Subnet(*sizes))
 

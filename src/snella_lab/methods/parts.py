@@ -20,8 +20,8 @@ def attach(
 
     Args:
         module: Module of the backbone.
-        name: Attribute name of the child; must be unused.
-        child: Module to add; moved to the device of the module's first parameter.
+        name: Attribute name of the child, which must be unused.
+        child: Module to add. It is moved to the device of the module's first parameter.
         after: Forward hook, `(module, inputs, output) -> output`. Use a module-level function, not a closure, so that
             the model can be copied.
         before: Forward pre-hook, `(module, inputs) -> inputs`.
@@ -53,29 +53,31 @@ def find_attached(model: nn.Module, name: str, kind: type[nn.Module]) -> Iterato
 def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
     """Remove the forward hooks and forward pre-hooks with the given functions.
 
-    Works on a copied model, unlike the `RemovableHandle` of the original.
+    This also works for a copy of the model, unlike the `RemovableHandle` that the registration returns.
     """
-    for table in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [key for key, hook in table.items() if hook in hooks]:
-            del table[key]
+    for hooks_by_id in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks_by_id.items() if hook in hooks]:
+            del hooks_by_id[key]
 
 
 def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
-    """Return the blocks of a plain vision transformer; each block maps tokens `[batch, tokens, width]` to tokens.
+    """Return the blocks of a plain vision transformer, which map tokens `[batch, tokens, width]` to tokens.
 
     Raises:
-        ValueError: If the model has no blocks; the head takes feature maps; the blocks do not share one token sequence
-            (windows, convolutions) or are not in timm's format; a block lacks `attn`, `mlp` or a normalization layer
-            `norm1`; or attention uses rotary or relative positions, which added tokens lack.
+        ValueError: If the model has no blocks, its head takes feature maps, its blocks do not share one token sequence
+            or are not in timm's format, a block lacks `attn`, `mlp` or a normalization layer `norm1`, or attention uses
+            rotary or relative positions, which added tokens lack.
     """
     blocks = require_blocks(method, model, head)
     has_prefix = isinstance(getattr(model, "num_prefix_tokens", None), int)
+    has_stages = any(name.count(".") > 1 for name, _ in blocks)  # e.g. layers.0.blocks.1
+    has_convolutions = any(hasattr(block, "local_mp") for _, block in blocks)  # in the blocks of XCiT
     model_positions = ("rope", "shared_rel_pos", "rel_pos_bias")
     attention_positions = ("relative_position_bias_table", "rel_pos", "rel_pos_h", "attention_biases", "pos_proj")
     attentions = [getattr(block, "attn", None) for _, block in blocks]
     if not has_prefix and not isinstance(model.get_submodule(head), nn.Linear):
         reason = f"its {head!r} takes feature maps, to which tokens cannot be added"
-    elif not has_prefix or any(name.count(".") > 1 or hasattr(block, "local_mp") for name, block in blocks):
+    elif not has_prefix or has_stages or has_convolutions:
         reason = "its blocks do not share one token sequence, or are not in timm's format (num_prefix_tokens, blocks.0)"
     elif any(block_width(block) is None for _, block in blocks):
         reason = "its blocks lack attn, mlp or a normalization layer norm1"
@@ -90,23 +92,25 @@ def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn
 
 
 def _has_any(owner: object, names: Sequence[str]) -> bool:
-    """Return True if `owner` has one of the attributes, and it is not None."""
+    """Return True if at least one of the attributes of `owner` exists and is not None."""
     return any(getattr(owner, name, None) is not None for name in names)
 
 
 def block_width(block: nn.Module) -> int | None:
-    """Return the token width of a transformer block with `norm1`, `attn` and `mlp`; None for other blocks."""
-    parts = [getattr(block, name, None) for name in ("norm1", "attn", "mlp")]
-    shape = getattr(parts[0], "normalized_shape", None)
-    if not all(isinstance(part, nn.Module) for part in parts) or not shape:
+    """Return the token width of a transformer block, or None without `attn`, `mlp` or a normalization layer `norm1`."""
+    norm = getattr(block, "norm1", None)
+    children = [norm, getattr(block, "attn", None), getattr(block, "mlp", None)]
+    shape = getattr(norm, "normalized_shape", None)
+    if not all(isinstance(child, nn.Module) for child in children) or not shape:
         return None
     return int(shape[-1])
 
 
 def mlps(model: nn.Module, head: str) -> Iterator[tuple[str, nn.Module, int]]:
-    """Yield `(name, module, output width)` for each MLP outside the head; MLP outputs are channels-last.
+    """Yield `(name, module, output width)` for each MLP outside the head.
 
-    An MLP is a module named `mlp` or `ffn` with linear layers; the last one defines the width.
+    An MLP is a module named `mlp` or `ffn` with linear layers. The last of these defines the width, which is the last
+    dimension of the output.
     """
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] in ("mlp", "ffn") and not is_inside(name, head):

@@ -1,4 +1,7 @@
-"""Methods `vpt-shallow`, `vpt-deep` and `vqt`: learned prompt and query tokens."""
+"""Methods `vpt-shallow`, `vpt-deep` and `vqt`: learned prompt and query tokens.
+
+Prompts join the token sequence of a block. Queries only read it, and their outputs go to the head.
+"""
 
 import dataclasses
 import math
@@ -23,12 +26,12 @@ class Prompts(nn.Module):
     Args:
         prompts: Number of prompts n.
         width: Token width.
-        prefix: Number of prefix tokens (class token, registers).
+        prefix: Number of prefix tokens, such as the class token and registers.
         patch_area: Pixels per patch.
         dropout: Dropout rate of the prompts, with a separate mask for each image.
 
     Attributes:
-        active: Number of leading prompts in use; None for all.
+        active: Number of leading prompts in use. None uses all prompts.
     """
 
     def __init__(
@@ -69,14 +72,16 @@ def remove_prompts(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -
 
 def make_prompts(model: nn.Module, block: nn.Module, prompts: int, dropout: float = 0.0) -> Prompts:
     """Create prompts for a block of a timm ViT."""
-    patch: Any = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (16, 16)
+    # 16 × 16 is assumed for models that do not declare a patch size
+    patch_size: Any = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (16, 16)
     prefix: Any = getattr(model, "num_prefix_tokens", 1)
-    width = block_width(block) or 0
-    return Prompts(prompts, width, prefix=int(prefix), patch_area=int(patch[0] * patch[1]), dropout=dropout)
+    width = block_width(block) or 0  # known, because `token_blocks` accepts only blocks with a width
+    patch_area = int(patch_size[0] * patch_size[1])
+    return Prompts(prompts, width, prefix=int(prefix), patch_area=patch_area, dropout=dropout)
 
 
 def _deep(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Attach prompts to each block; they are removed after the block."""
+    """Insert separate prompts before each block and remove them after the block."""
     blocks = token_blocks("vpt-deep", model, head)
     train_head(model, head)
     for _, block in blocks:
@@ -86,14 +91,14 @@ def _deep(model: nn.Module, head: str, options: Options, batches: Batches | None
 
 
 def _shallow(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Attach prompts to the first block; they are removed after the last block."""
+    """Insert prompts before the first block and remove them after the last block."""
     blocks = token_blocks("vpt-shallow", model, head)
     train_head(model, head)
-    first = blocks[0][1]
-    last = blocks[-1][1]
-    prompts = make_prompts(model, first, options.get("prompts", 10), options.get("dropout", 0.0))
-    attach(first, "prompts", prompts, before=insert_prompts)
-    last.register_forward_hook(prompts.remove_after)
+    first_block = blocks[0][1]
+    last_block = blocks[-1][1]
+    prompts = make_prompts(model, first_block, options.get("prompts", 10), options.get("dropout", 0.0))
+    attach(first_block, "prompts", prompts, before=insert_prompts)
+    last_block.register_forward_hook(prompts.remove_after)
     return model
 
 
@@ -111,20 +116,20 @@ VPT_DEEP = dataclasses.replace(VPT_SHALLOW, summary="prompt tokens before each b
 
 
 class Queries(nn.Module):
-    """Query tokens of a block, and their summary of its tokens in the latest forward pass.
+    """Query tokens that summarize the tokens of a block.
 
     z = p + ls1(proj(softmax(q(norm1(p)) Kᵀ / √d) V));   summary = z + ls2(mlp(norm2(z)))
 
-    The block supplies all weights, which stay frozen. `K` and `V` are its keys and values with head width d, detached;
-    its tokens do not attend to the queries.
+    The block supplies all weights, which stay frozen. `K` and `V` are its detached keys and values with head width d.
+    The tokens of the block do not attend to the queries.
 
     Args:
         tokens: Initial queries p, `[queries, width]`.
         dropout: Dropout rate of the queries.
 
     Attributes:
-        summary: Output of the queries, `[batch, queries, width]`; None before a forward pass, and after
-            `QueryHead` has read it.
+        summary: Output of the queries in the latest forward pass, `[batch, queries, width]`. None before the first
+            forward pass, and after `QueryHead` has read the output.
     """
 
     def __init__(self, tokens: Tensor, dropout: float = 0.0) -> None:
@@ -136,28 +141,28 @@ class Queries(nn.Module):
     def summarize(self, block: Any, qkv: Tensor) -> Tensor:
         """Summarize a block of a timm ViT by attention from the queries to its tokens.
 
-        Returns `[batch, queries, width]`. `qkv` is the output of `attn.qkv`, `[batch, tokens, 3 · width]`.
+        `qkv` is the output of `attn.qkv`, `[batch, tokens, 3 · width]`. The result is `[batch, queries, width]`.
         """
         attn = block.attn
         batch = len(qkv)
-        heads = attn.num_heads
-        size = qkv.shape[-1] // 3
-        keys, values = qkv.detach()[..., size:].chunk(2, -1)
-        key = _split_heads(keys, heads)
-        value = _split_heads(values, heads)
+        num_heads = attn.num_heads
+        width = qkv.shape[-1] // 3
+        keys, values = qkv.detach()[..., width:].chunk(2, -1)
+        keys = _split_heads(keys, num_heads)
+        values = _split_heads(values, num_heads)
         tokens = self.dropout(self.tokens.to(attn.qkv.weight.dtype).expand(batch, -1, -1))
-        bias = None if attn.qkv.bias is None else attn.qkv.bias[:size]
-        queries = F.linear(block.norm1(tokens), attn.qkv.weight[:size], bias)
-        query = _split_heads(queries, heads)
-        mixed = F.scaled_dot_product_attention(attn.q_norm(query), attn.k_norm(key), value)
-        attended = attn.proj(attn.norm(mixed.transpose(1, 2).flatten(2)))
-        z = tokens + block.ls1(attended)
+        bias = None if attn.qkv.bias is None else attn.qkv.bias[:width]
+        queries = F.linear(block.norm1(tokens), attn.qkv.weight[:width], bias)
+        queries = _split_heads(queries, num_heads)
+        attended = F.scaled_dot_product_attention(attn.q_norm(queries), attn.k_norm(keys), values)
+        projected = attn.proj(attn.norm(attended.transpose(1, 2).flatten(2)))
+        z = tokens + block.ls1(projected)
         return z + block.ls2(block.mlp(block.norm2(z)))
 
 
-def _split_heads(x: Tensor, heads: int) -> Tensor:
+def _split_heads(x: Tensor, num_heads: int) -> Tensor:
     """Reshape `[batch, tokens, width]` to `[batch, heads, tokens, width / heads]`."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 class QueryHead(nn.Linear):
@@ -168,8 +173,8 @@ class QueryHead(nn.Linear):
     Args:
         features: Number of backbone features.
         classes: Number of outputs.
-        sources: `Queries` of all blocks; they remain children of the blocks.
-        normalize: Normalize x and each summary to unit length.
+        sources: `Queries` of all blocks, which remain children of the blocks.
+        normalize: If True, scale x and each summary to unit length.
     """
 
     def __init__(self, features: int, classes: int, sources: list[Queries], *, normalize: bool = False) -> None:
@@ -179,19 +184,25 @@ class QueryHead(nn.Linear):
         self.normalize = normalize
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute logits `[batch, classes]` from features `[batch, features]` and summaries, which it clears."""
-        parts = [input]
+        """Compute logits `[batch, classes]` from features `[batch, features]` and the summaries.
+
+        Reading a summary clears it.
+
+        Raises:
+            RuntimeError: If the backbone has computed no summaries since the last call.
+        """
+        head_inputs = [input]
         for source in self.sources:
             if source.summary is None:
                 raise RuntimeError(
                     "the head of method 'vqt' requires the summaries of a forward pass, got only features; "
                     "call the model on images"
                 )
-            parts.append(source.summary.flatten(1).to(input.dtype))
+            head_inputs.append(source.summary.flatten(1).to(input.dtype))
             source.summary = None
         if self.normalize:
-            parts = [F.normalize(part, dim=-1) for part in parts]
-        return super().forward(torch.cat(parts, dim=-1))
+            head_inputs = [F.normalize(part, dim=-1) for part in head_inputs]
+        return super().forward(torch.cat(head_inputs, dim=-1))
 
 
 def store_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -211,11 +222,9 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
     old_head = model.get_submodule(head)
     unsupported = [name for name, block in blocks if not _is_pre_norm_block(block)]
     if unsupported or not isinstance(old_head, nn.Linear):
-        reason = (
-            f"block {unsupported[0]!r} is unsupported"
-            if unsupported
-            else f"its head is of class {type(old_head).__name__}"
-        )
+        reason = f"its head is of class {type(old_head).__name__}"
+        if unsupported:
+            reason = f"block {unsupported[0]!r} is unsupported"
         raise ValueError(
             f"method 'vqt' cannot be applied to {type(model).__name__}: {reason}; the method requires a linear head "
             "and blocks with a fused attn.qkv, as in timm's VisionTransformer"

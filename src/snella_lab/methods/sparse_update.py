@@ -1,4 +1,8 @@
-"""Method `gps-k`, and layers with sparse updates for GPS, SPT and fixed masks."""
+"""Method `gps-k`, and layers with sparse updates for GPS, SPT and fixed masks.
+
+A sparse update adds trained values to selected entries of a frozen weight. Entries are addressed by their positions in
+the flattened weight.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,17 +35,17 @@ def layer_with_entries(
 
     Args:
         x: Input of the layer, in the compute dtype.
-        weight: `[m, …]`.
+        weight: Weight without the values, `[m, …]`.
         bias: `[m]` or None.
-        values: `[K]`, differentiable.
-        indices: Unique positions in the flattened weight, `[K]`, integer.
-        op: Layer op.
+        values: Differentiable values, `[K]`.
+        indices: Unique integer positions in the flattened weight, `[K]`.
+        op: Op of the layer, see `snella.ops`.
     """
     return _LayerWithEntries.apply(x, weight, bias, values, indices, op)
 
 
 def fold_entries(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    """Return `weight` with `values` added at the flat positions `indices`; each sum is rounded once."""
+    """Return `weight` with `values` added at the flat positions `indices`, each sum rounded once."""
     flat = weight.reshape(-1)
     positions = indices.long()
     sums = (flat[positions].to(values.dtype) + values).to(weight.dtype)
@@ -58,6 +62,7 @@ class _LayerWithEntries(torch.autograd.Function):
         ctx.op = op
         ctx.x_shape = x.shape
         ctx.has_bias = bias is not None
+        # only the gradients of the weight and of the values, if there are any, depend on x
         saves_x = ctx.needs_input_grad[1] or (ctx.needs_input_grad[3] and len(values))
         ctx.save_for_backward(x if saves_x else None, weight, values, indices)
         with torch.autocast(x.device.type, enabled=False):
@@ -94,12 +99,15 @@ class SparseLayer(nn.Module, ABC):
 
     y = op(x, W) + bias,   W = W0, W[indices[k]] += entries()[k]
 
-    Autograd saves only the input and the entries; the backward pass recomputes `W`. Gradients flow to the input, the
+    Autograd saves only the input and the entries, so the backward pass recomputes `W`. Gradients flow to the input, the
     entries and, if it is trainable, the bias.
 
     Args:
         base_layer: Frozen layer.
         indices: Positions in the flattened weight, strictly ascending.
+
+    Attributes:
+        saved_buffers: Names of the buffers that are saved with the trained parameters.
 
     Raises:
         TypeError: If the layer is not a `Linear` or `Conv2d`, or overrides the forward pass.
@@ -128,7 +136,7 @@ class SparseLayer(nn.Module, ABC):
 
     @abstractmethod
     def entries(self) -> Tensor:
-        """Return the differentiable values to add to the weight at `indices`, at least float32."""
+        """Return the differentiable values to add to the weight at `indices`, at least in float32."""
 
     def sparse_entries(self) -> tuple[Tensor, Tensor]:
         """Return the int64 positions in the flattened weight and the values, for `snella export`."""
@@ -136,7 +144,7 @@ class SparseLayer(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """Effective weight `W`, differentiable; for models that read the weight directly."""
+        """Differentiable effective weight `W`, for models that read the weight directly."""
         return fold_entries(self.base_layer.weight, self.entries(), self.indices)
 
     @property
@@ -146,7 +154,7 @@ class SparseLayer(nn.Module, ABC):
 
     @property
     def layer_op(self) -> LayerOp:
-        """Layer op of the base layer."""
+        """Op of the base layer, see `snella.ops`."""
         return Conv2dOp.of(self.base_layer) if isinstance(self.base_layer, nn.Conv2d) else LinearOp()
 
     def __getattr__(self, name: str) -> Any:
@@ -159,9 +167,10 @@ class SparseLayer(nn.Module, ABC):
             return getattr(super().__getattr__("base_layer"), name)
 
     def prepare_input(self, x: Tensor) -> Tensor:
-        """Apply padding modes other than zeros, and cast to the autocast dtype."""
+        """Apply the padding mode, unless it is zeros, and cast the input to the autocast dtype."""
         x = pad_input(self.base_layer, x)
-        return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+        device_type = x.device.type
+        return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer with the trained entries added to its weight."""
@@ -172,7 +181,10 @@ class SparseLayer(nn.Module, ABC):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """Merge the entries into the base layer and return it; with a contiguous weight, outputs are bit-identical."""
+        """Merge the entries into the base layer and return it.
+
+        If the weight is contiguous, the outputs are bit-identical to those of this layer.
+        """
         self.base_layer.weight.copy_(self.weight)
         return self.base_layer
 
@@ -184,7 +196,7 @@ class SparseLayer(nn.Module, ABC):
 class SparseUpdate(SparseLayer):
     """`SparseLayer` that trains its entries directly.
 
-    AdamW's state and the checkpoint (values and int32 positions) each contain `2·len(indices)` numbers.
+    The checkpoint contains the values and their int32 positions. It has `2·len(indices)` numbers, like AdamW's state.
     """
 
     def __init__(self, base_layer: nn.Module, indices: Tensor) -> None:
@@ -198,13 +210,13 @@ class SparseUpdate(SparseLayer):
 
 
 class MaskedUpdate(SparseLayer):
-    """`SparseLayer` whose entries come from SNELLA's merged matrix, `scaling · ΔW[indices]`.
+    """`SparseLayer` whose entries `scaling · ΔW[indices]` come from ΔW, which SNELLA merges from two factors.
 
     Args:
         base_layer: Frozen layer.
         indices: Positions in the flattened weight, strictly ascending.
         config: Kernel, rank, scaling and initialization.
-        row_counts: Rows of each matrix in the weight.
+        row_counts: Number of rows of each matrix in the weight.
         name: Layer name, which determines the rank.
     """
 
@@ -214,14 +226,16 @@ class MaskedUpdate(SparseLayer):
         super().__init__(base_layer, indices)
         self.spec = UpdateSpec(config.make_kernel(), row_counts, scaling=config.scaling)
         weight = self.base_layer.weight
-        matrices = len(row_counts)
-        rows = len(weight)
-        columns = weight[0].numel()
+        num_matrices = len(row_counts)
+        num_rows = len(weight)
+        num_columns = weight[0].numel()
         r = config.rank_of(name)
-        shapes: dict[str, tuple[int, ...]] = {"A": (matrices, columns, r), "B": (rows, r)}
+        shapes: dict[str, tuple[int, ...]] = {"A": (num_matrices, num_columns, r), "B": (num_rows, r)}
         for scalar in self.spec.kernel.scalars:
-            if scalar != "temperature" or config.learn_temperature:
-                shapes[scalar] = (matrices, config.num_pieces) if scalar == "piece_coeff" else (matrices,)
+            if scalar == "piece_coeff":
+                shapes[scalar] = (num_matrices, config.num_pieces)
+            elif scalar != "temperature" or config.learn_temperature:
+                shapes[scalar] = (num_matrices,)
         self.factors = nn.ParameterDict(
             {key: nn.Parameter(torch.empty(shape, device=weight.device)) for key, shape in shapes.items()}
         )
@@ -262,18 +276,19 @@ def _positions(spec: UpdateSpec, columns: int, indices: Tensor) -> list[tuple[sl
 
 
 class _MergedEntries(torch.autograd.Function):
-    """`scaling·ΔW[indices]`; the backward pass uses the kernel's `vjp` and recomputes ΔW."""
+    """`scaling·ΔW[indices]`, with a backward pass that recomputes ΔW in the kernel's `vjp`."""
 
     @staticmethod
     def forward(ctx: Any, spec: UpdateSpec, indices: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.spec, factors = spec, Factors(*tensors)  # type: ignore[arg-type]
+        ctx.spec = spec
+        factors = Factors(*tensors)  # type: ignore[arg-type]
         ctx.save_for_backward(indices, *tensors)
         positions_by_matrix = _positions(spec, factors.A.shape[1], indices)
-        parts = [
+        entries_by_matrix = [
             spec.merge_matrix(matrix).flatten()[positions]
             for matrix, (_, positions) in zip(spec.matrices(factors), positions_by_matrix, strict=True)
         ]
-        return torch.cat(parts) * spec.scaling
+        return torch.cat(entries_by_matrix) * spec.scaling
 
     @staticmethod
     @once_differentiable
@@ -284,12 +299,12 @@ class _MergedEntries(torch.autograd.Function):
         grads = zero_gradients(factors)
         matrices = zip(spec.matrices(factors), spec.rows, _positions(spec, factors.A.shape[1], indices), strict=True)
         with torch.autocast(grad.device.type, enabled=False):
-            for group, (matrix, rows, (selected, positions)) in enumerate(matrices):
+            for index, (matrix, rows, (entry_slice, positions)) in enumerate(matrices):
                 if not len(positions):
                     continue
-                dense = torch.zeros(len(matrix.B), len(matrix.A), dtype=matrix.A.dtype, device=grad.device)
-                dense.view(-1)[positions] = (grad[selected] * spec.scaling).to(dense.dtype)
-                store_gradients(grads, group, rows, spec.kernel.vjp(*matrix, dense))
+                dense_grad = torch.zeros(len(matrix.B), len(matrix.A), dtype=matrix.A.dtype, device=grad.device)
+                dense_grad.view(-1)[positions] = (grad[entry_slice] * spec.scaling).to(dense_grad.dtype)
+                store_gradients(grads, index, rows, spec.kernel.vjp(*matrix, dense_grad))
         needed = ctx.needs_input_grad[2:]
         tensor_grads = [g if is_needed else None for g, is_needed in zip(grads, needed, strict=True)]
         return None, None, *tensor_grads
@@ -321,10 +336,10 @@ class SparseEntries(nn.Module):
 
 
 def can_be_sparse(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
-    """Return True for a `Linear` or `Conv2d` with the original forward pass, which a `SparseLayer` can wrap."""
+    """Return True if a `SparseLayer` can wrap the module: a `Linear` or `Conv2d` with the original forward pass."""
     if isinstance(module, nn.Conv2d):
-        kind = type(module)
-        return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
+        conv_type = type(module)
+        return conv_type.forward is nn.Conv2d.forward and conv_type._conv_forward is nn.Conv2d._conv_forward
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
@@ -332,7 +347,7 @@ def require_sparse(model: nn.Module, names: Iterable[str], head: str) -> list[st
     """Return the names of layers that a `SparseLayer` can wrap.
 
     Raises:
-        ValueError: If there is none, or the model already has a `SparseLayer`.
+        ValueError: If there are no such layers, or the model already has a `SparseLayer`.
     """
     if any(isinstance(module, SparseLayer) for module in model.modules()):
         raise ValueError(
@@ -371,7 +386,7 @@ _RULES = {
 def neuron_layers(model: nn.Module, head: str) -> list[str]:
     """Return the names of the layers that GPS adapts: every `Linear` and `Conv2d` except the head.
 
-    Includes the patch embedding. Layers with a custom forward pass remain frozen. So does the output projection of
+    The patch embedding is included. Layers with a custom forward pass remain frozen. So does the output projection of
     `nn.MultiheadAttention`, because attention reads its weight without calling the layer.
 
     Raises:
@@ -387,14 +402,16 @@ def neuron_layers(model: nn.Module, head: str) -> list[str]:
 
 
 def strongest_inputs(gradient: Tensor, k: int) -> Tensor:
-    """Return the positions of each neuron's `k` largest gradient magnitudes; ties go to the first inputs.
+    """Return the positions of each neuron's `k` largest gradient magnitudes.
+
+    A neuron is a row of the weight reshaped to `[m, n]`. Ties go to the first inputs.
 
     Args:
-        gradient: Gradient of the weight, `[m, ...]`; a neuron is a row of the weight reshaped to `[m, n]`.
-        k: Inputs per neuron; clipped to n.
+        gradient: Gradient of the weight, `[m, ...]`.
+        k: Number of inputs per neuron, clipped to n.
 
     Returns:
-        Positions in the flattened weight, ascending, `[m · min(k, n)]` int64.
+        Ascending int64 positions in the flattened weight, `[m · min(k, n)]`.
     """
     magnitude = gradient.reshape(len(gradient), -1).abs()
     columns = magnitude.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
@@ -403,26 +420,27 @@ def strongest_inputs(gradient: Tensor, k: int) -> Tensor:
 
 
 def supervised_contrastive(features: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
-    """Compute the supervised contrastive loss of features `[n, width]` with labels `[n]`; no head is needed.
+    """Compute the supervised contrastive loss of features `[n, width]` with labels `[n]`.
 
     loss = mean_i( -1/|P(i)| Σ_{p in P(i)} log( exp(z_i·z_p/τ) / Σ_{a≠i} exp(z_i·z_a/τ) ) ),   z = features/‖features‖
 
-    `P(i)` contains the other features with the same class as `i`. The mean skips features with an empty `P(i)`; it is 0
-    if no two features share a class.
+    `P(i)` contains the other features with the same class as `i`. The mean skips features with an empty `P(i)`. The
+    loss is 0 if no two features share a class.
 
     Source: Khosla et al., arXiv 2004.11362, eq. 2.
     """
     z = F.normalize(features.float(), dim=1)
-    diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    log_probs = (z @ z.T / temperature).masked_fill(diagonal, -torch.inf).log_softmax(dim=1)
-    positive = (labels[:, None] == labels[None, :]) & ~diagonal
-    counts = positive.sum(dim=1)
-    means = -log_probs.masked_fill(~positive, 0.0).sum(dim=1) / counts.clamp(min=1)
-    return means.sum() / (counts > 0).sum().clamp(min=1)
+    is_self = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    log_probs = (z @ z.T / temperature).masked_fill(is_self, -torch.inf).log_softmax(dim=1)
+    is_positive = (labels[:, None] == labels[None, :]) & ~is_self
+    num_positives = is_positive.sum(dim=1)
+    # the minimum of 1 avoids 0 / 0
+    means = -log_probs.masked_fill(~is_positive, 0.0).sum(dim=1) / num_positives.clamp(min=1)
+    return means.sum() / (num_positives > 0).sum().clamp(min=1)
 
 
 def contrastive_loss(head: str, temperature: float = 0.07) -> Loss:
-    """Return the supervised contrastive loss of head inputs, for images and their mirror images."""
+    """Return a function that computes the contrastive loss of the head's inputs for images and their mirror images."""
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         if labels.ndim != 1:
@@ -438,14 +456,18 @@ def contrastive_loss(head: str, temperature: float = 0.07) -> Loss:
 
 
 def _selection_loss(data: SelectionData, head: str, options: Options) -> Loss:
-    """Return the selection loss; by default, contrastive for one class label per image, else the task's loss."""
-    name = options.get("selection_loss")
-    task = loss_of(data)
+    """Return the function that computes the option `selection_loss`.
+
+    The default is the contrastive loss for one class label per image, and the task's loss otherwise.
+    """
+    choice = options.get("selection_loss")
+    task_loss = loss_of(data)
     contrastive = contrastive_loss(head, options.get("temperature", 0.07))
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        is_contrastive = name == "contrastive" or (name is None and labels.ndim == 1)
-        return (contrastive if is_contrastive else task)(model, images, labels)
+        is_contrastive = choice == "contrastive" or (choice is None and labels.ndim == 1)
+        chosen = contrastive if is_contrastive else task_loss
+        return chosen(model, images, labels)
 
     return loss
 
@@ -469,7 +491,7 @@ def _apply(model: nn.Module, head: str, selected: Mapping[str, Tensor]) -> nn.Mo
         if bias is not None:
             bias.requires_grad_(True)
     for name, parameter in model.named_parameters():
-        if name.rsplit(".", 1)[-1].startswith("gamma"):
+        if name.rsplit(".", 1)[-1].startswith("gamma"):  # a layer scale, such as gamma or gamma_1
             parameter.requires_grad_(True)
     for name, indices in selected.items():
         model.set_submodule(name, SparseUpdate(model.get_submodule(name), indices))
@@ -501,8 +523,8 @@ GPS also trains layer scales and the head. Norms, tokens and position embeddings
 has 83,712 trained weights and as many biases.
 
 The gradient of `selection_loss` is computed before training. `contrastive`, the default for one class label per image,
-is the paper's loss; it compares the head's inputs within a batch, so the random head has no influence. Its two views of
-an image are the image and its mirror image; the paper uses two augmented views. `task`, the default for other tasks, is
-the training loss, which includes the head. `calibration_batches` limits the number of batches; the default is one
-epoch.
+is the paper's loss. It compares the head's inputs within a batch, so the random head has no influence. Its two views of
+an image are the image and its mirror image, whereas the paper uses two augmented views. `task`, the default for other
+tasks, is the training loss, which includes the head. `calibration_batches` limits the number of batches, by default to
+one epoch.
 """

@@ -1,6 +1,9 @@
 """Methods `spt-lora`, `spt-adapter` and `fixed-mask`: weight selection by sensitivity before training.
 
-SPT is sensitivity-aware visual parameter-efficient fine-tuning, He et al., arXiv 2303.08566.
+SPT is sensitivity-aware visual parameter-efficient fine-tuning, He et al., arXiv 2303.08566. The sensitivity of a
+weight is its squared gradient, summed over batches. SPT's budget is the number of backbone parameters to train. A
+matrix with many sensitive weights gets a structured module, i.e. an adapter or a low-rank update. Other selected
+weights are trained individually, as sparse entries.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -42,10 +45,12 @@ _RULES = {
 }
 
 _VIT_B_WEIGHTS = 84_934_656
+"""Number of weights in the adapted matrices of a ViT-B/16."""
 _FROZEN_PARTS = {"patch_embed", "patch_embedding", "patch_merging", "downsample", "stem"}
+"""Names of modules whose biases and norms stay frozen."""
 
 Structure = Callable[[int, int, int], nn.Module]
-"""Constructor `(rows, columns, r)` of a structured module for one matrix; `r` is the rank or bottleneck width.
+"""Constructor `(rows, columns, r)` of a structured module for one matrix, where `r` is the rank or bottleneck width.
 
 The module maps an `SptLayer`, its prepared input `x` and the output `h` of the matrix to the adapted output. A
 mergeable module has a method `delta` that returns its weight update, `[rows, columns]`.
@@ -57,9 +62,9 @@ class SptLayer(SparseUpdate):
 
     Args:
         base_layer: Frozen layer.
-        indices: Positions of the sparse entries, ascending; all in matrices without a module.
-        row_counts: Rows of each matrix in the weight; a fused qkv weight contains three matrices.
-        structured: Modules by matrix index.
+        indices: Ascending positions of the sparse entries, all in matrices without a module.
+        row_counts: Number of rows of each matrix in the weight. A fused qkv weight contains three matrices.
+        structured: Structured modules by matrix index.
     """
 
     def __init__(
@@ -67,7 +72,7 @@ class SptLayer(SparseUpdate):
     ) -> None:
         super().__init__(base_layer, indices)
         self.row_counts = list(row_counts)
-        self.structured = nn.ModuleDict({str(group): module for group, module in structured.items()})
+        self.structured = nn.ModuleDict({str(index): module for index, module in structured.items()})
         self.structured.to(self.base_layer.weight.device)
         if structured:  # a hook disables the fused function of nn.TransformerEncoderLayer, which ignores the modules
             self.register_forward_pre_hook(no_op_hook)
@@ -79,10 +84,10 @@ class SptLayer(SparseUpdate):
             return y
         prepared = self.prepare_input(x)
         dim = self.channel_dim
-        parts = list(y.split(self.row_counts, dim=dim))
+        matrix_outputs = list(y.split(self.row_counts, dim=dim))
         for key, module in self.structured.items():
-            parts[int(key)] = module(self, prepared, parts[int(key)])
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+            matrix_outputs[int(key)] = module(self, prepared, matrix_outputs[int(key)])
+        return matrix_outputs[0] if len(matrix_outputs) == 1 else torch.cat(matrix_outputs, dim=dim)
 
     @property
     def channel_dim(self) -> int:
@@ -124,7 +129,7 @@ def spend_budget(
 
     A weight costs 1. Once `thresholds[g]` weights of group `g` are selected, the group switches to its structured
     module at a cost of `costs[g]`, if the remaining budget allows it. The module replaces the group's selected weights,
-    whose cost is refunded; the group's other weights are skipped at no cost.
+    whose cost is refunded. The group's other weights are skipped at no cost.
 
     Args:
         values: Nonnegative sensitivities of each group, of any shape.
@@ -134,8 +139,8 @@ def spend_budget(
         spent: Part of the budget that is already spent.
 
     Returns:
-        Two lists by group: flags, True if the group uses its module, and ascending positions of selected weights (empty
-        with a module). The total cost is exactly `budget - spent`.
+        Two lists with one item per group: whether the group uses its module, and the ascending positions of its
+        selected weights, which are empty with a module. The total cost is exactly `budget - spent`.
 
     Raises:
         ValueError: If `budget - spent` exceeds the cost of all groups.
@@ -144,25 +149,25 @@ def spend_budget(
     is_structured = [False] * len(values)
     selected: list[list[int]] = [[] for _ in values]
     remaining = budget - spent
-    seen = 0
-    ranked = min(total, 4 * budget)
-    while remaining and seen < total:
-        groups_by_rank, positions = rank_entries(values, ranked)
-        for group, position in zip(groups_by_rank[seen:].tolist(), positions[seen:].tolist(), strict=True):
-            seen += 1
+    num_seen = 0
+    num_ranked = min(total, 4 * budget)  # weights may be skipped; extended below if these do not suffice
+    while remaining and num_seen < total:
+        groups_by_rank, positions = rank_entries(values, num_ranked)
+        for group, position in zip(groups_by_rank[num_seen:].tolist(), positions[num_seen:].tolist(), strict=True):
+            num_seen += 1
             if is_structured[group]:
                 continue
-            cost = costs[group] - len(selected[group])
-            if len(selected[group]) + 1 >= thresholds[group] and cost <= remaining:
+            extra_cost = costs[group] - len(selected[group])
+            if len(selected[group]) + 1 >= thresholds[group] and extra_cost <= remaining:
                 is_structured[group] = True
                 selected[group] = []
-                remaining -= cost
+                remaining -= extra_cost
             else:
                 selected[group].append(position)
                 remaining -= 1
             if not remaining:
                 break
-        ranked = min(total, 4 * ranked)
+        num_ranked = min(total, 4 * num_ranked)
     if remaining:
         raise ValueError(
             f"budget must be at most {(budget - remaining) / 1e6:.10g} million parameters, the maximum for this model "
@@ -172,7 +177,11 @@ def spend_budget(
 
 
 def budget_of(options: Options, model: nn.Module, head: str, vit_b_budget: float = 0.4) -> int:
-    """Return the parameter budget; by default `vit_b_budget` million for a ViT-B/16, scaled by the adapted weights."""
+    """Return the budget as a number of parameters.
+
+    The default is `vit_b_budget` million for a ViT-B/16, and proportional to the number of adapted weights on other
+    models.
+    """
     if "budget" in options:
         return round(options["budget"] * 1e6)
     weights = sum(model.get_parameter(f"{name}.weight").numel() for name in matrix_layers(model, head))
@@ -180,9 +189,12 @@ def budget_of(options: Options, model: nn.Module, head: str, vit_b_budget: float
 
 
 def matrix_layers(model: nn.Module, head: str) -> list[str]:
-    """Return the names of layers that LoRA and SNELLA adapt and `SparseUpdate` supports; see `require_sparse`.
+    """Return the names of the layers that LoRA and SNELLA adapt and that a `SparseUpdate` can wrap.
 
     Output projections of `nn.MultiheadAttention` are excluded: it reads their weights, so modules would have no effect.
+
+    Raises:
+        ValueError: See `require_sparse`.
     """
     names = [
         name
@@ -193,7 +205,7 @@ def matrix_layers(model: nn.Module, head: str) -> list[str]:
 
 
 def rows_of(model: nn.Module, name: str) -> tuple[int, ...]:
-    """Return the number of rows of each matrix in a layer's weight; a fused qkv weight contains three."""
+    """Return the number of rows of each matrix in a layer's weight. A fused qkv weight contains three matrices."""
     weight = model.get_parameter(f"{name}.weight")
     parent = model.get_submodule(name.rpartition(".")[0])
     return count_rows(name, len(weight), weight[0].numel(), parent, "auto")
@@ -207,12 +219,13 @@ def select(model: nn.Module, head: str, options: Options, data: SelectionData, s
             maximum or does not exceed the class token's size, or `squared_gradients` rejects the data.
     """
     layers = matrix_layers(model, head)
-    whole_names = [name for name, _ in model.named_parameters() if name == "cls_token"]
+    dense_names = [name for name, _ in model.named_parameters() if name == "cls_token"]
     budget = budget_of(options, model, head)
-    fixed = sum(model.get_parameter(name).numel() for name in whole_names)
-    if budget <= fixed:
+    token_size = sum(model.get_parameter(name).numel() for name in dense_names)
+    if budget <= token_size:
         raise ValueError(
-            f"budget must exceed {fixed / 1e6:g} million parameters, the size of the class token, got {budget / 1e6:g}"
+            f"budget must exceed {token_size / 1e6:g} million parameters, the size of the class token, got "
+            f"{budget / 1e6:g}"
         )
     # biases, norms and layer scales, except in patch embedding, stem and downsampling
     vector_names = [
@@ -225,6 +238,7 @@ def select(model: nn.Module, head: str, options: Options, data: SelectionData, s
     r = options.get("r", 8)
     alpha = options.get("alpha", 10)
     beta = options.get("beta", 5)
+    # a group is a matrix (layer, index, position of its first entry in the weight) or a vector (parameter, -1, 0)
     groups: list[tuple[str, int, int]] = []
     values = []
     costs = []
@@ -232,10 +246,10 @@ def select(model: nn.Module, head: str, options: Options, data: SelectionData, s
     for name in layers:
         sensitivity = sensitivities.pop(f"{name}.weight")
         matrix = sensitivity.view(len(sensitivity), -1)
-        for group, (start, stop) in enumerate(pairwise(accumulate(rows_of(model, name), initial=0))):
-            groups.append((name, group, start * matrix.shape[1]))
+        for index, (start, stop) in enumerate(pairwise(accumulate(rows_of(model, name), initial=0))):
+            groups.append((name, index, start * matrix.shape[1]))
             values.append(matrix[start:stop])
-            with torch.device("meta"):
+            with torch.device("meta"):  # only the number of parameters is needed
                 module = structure(stop - start, matrix.shape[1], r)
             costs.append(sum(parameter.numel() for parameter in module.parameters()))
             thresholds.append(max(1, ceil(costs[-1] / alpha)))
@@ -244,20 +258,21 @@ def select(model: nn.Module, head: str, options: Options, data: SelectionData, s
         values.append(sensitivities.pop(name))
         costs.append(values[-1].numel())
         thresholds.append(max(1, ceil(costs[-1] / beta)))
-    is_structured, selected = spend_budget(values, costs, thresholds, budget, fixed)
+    is_structured, selected = spend_budget(values, costs, thresholds, budget, token_size)
     entries: dict[str, list[Tensor]] = {}
     structured: dict[str, list[int]] = {}
-    for (name, group, offset), gets_module, positions in zip(groups, is_structured, selected, strict=True):
-        if gets_module and group < 0:
-            whole_names.append(name)
+    for (name, index, offset), gets_module, positions in zip(groups, is_structured, selected, strict=True):
+        is_vector = index < 0
+        if gets_module and is_vector:
+            dense_names.append(name)
         elif gets_module:
-            structured.setdefault(name, []).append(group)
+            structured.setdefault(name, []).append(index)
         elif len(positions):
-            entries.setdefault(name if group < 0 else f"{name}.weight", []).append(positions + offset)
+            entries.setdefault(name if is_vector else f"{name}.weight", []).append(positions + offset)
     return SptSelection(
-        {name: torch.cat(parts) for name, parts in entries.items()},
-        {name: tuple(numbers) for name, numbers in structured.items()},
-        tuple(whole_names),
+        {name: torch.cat(positions) for name, positions in entries.items()},
+        {name: tuple(indices) for name, indices in structured.items()},
+        tuple(dense_names),
     )
 
 
@@ -266,21 +281,21 @@ def apply_selection(model: nn.Module, head: str, selection: SptSelection, r: int
     train_head(model, head)
     for name in selection.dense:
         model.get_parameter(name).requires_grad_(True)
-    layers = {name: None for name in selection.structured}
+    layers = {name: None for name in selection.structured}  # an ordered set of the layers to wrap
     for name, indices in selection.entries.items():
-        module_name, _, parameter = name.rpartition(".")
+        module_name, _, parameter_name = name.rpartition(".")
         module = model.get_submodule(module_name)
         if model.get_parameter(name).ndim > 1:
             layers[module_name] = None
             continue
-        part = SparseEntries(module.get_parameter(parameter), indices)
-        parametrize.register_parametrization(module, parameter, part)
+        entries = SparseEntries(module.get_parameter(parameter_name), indices)
+        parametrize.register_parametrization(module, parameter_name, entries)
     for name in layers:
-        rows = rows_of(model, name)
-        weight = model.get_parameter(f"{name}.weight")
+        row_counts = rows_of(model, name)
+        columns = model.get_parameter(f"{name}.weight")[0].numel()
         indices = selection.entries.get(f"{name}.weight", torch.empty(0, dtype=torch.int64))
-        modules = {group: structure(rows[group], weight[0].numel(), r) for group in selection.structured.get(name, ())}
-        model.set_submodule(name, SptLayer(model.get_submodule(name), indices, rows, modules))
+        modules = {index: structure(row_counts[index], columns, r) for index in selection.structured.get(name, ())}
+        model.set_submodule(name, SptLayer(model.get_submodule(name), indices, row_counts, modules))
     return model
 
 
@@ -293,16 +308,17 @@ def restore_selection(
     dense: list[str] = []
     for name, tensor in tensors.items():
         base_name = name.replace(".base_layer.", ".")
-        if ".structured." in base_name:
+        if ".structured." in base_name:  # LAYER.structured.INDEX.A
             layer, _, remainder = base_name.partition(".structured.")
             structured.setdefault(layer, set()).add(int(remainder.partition(".")[0]))
-        elif base_name.endswith(".indices"):
+        elif base_name.endswith(".indices"):  # LAYER.indices for a weight, MODULE.parametrizations.bias.0.indices
             module, _, vector = base_name.removesuffix(".indices").partition(".parametrizations.")
-            entries[f"{module}.{vector.partition('.')[0] or 'weight'}"] = tensor
+            parameter_name = vector.partition(".")[0] or "weight"
+            entries[f"{module}.{parameter_name}"] = tensor
         elif not base_name.endswith(".values") and not is_inside(base_name, head):
             dense.append(base_name)
-    groups = {name: tuple(sorted(numbers)) for name, numbers in structured.items()}
-    selection = SptSelection(entries, groups, tuple(dense))
+    matrix_indices = {name: tuple(sorted(indices)) for name, indices in structured.items()}
+    selection = SptSelection(entries, matrix_indices, tuple(dense))
     return apply_selection(model, head, selection, options.get("r", 8), structure)
 
 
@@ -317,7 +333,7 @@ def merge_selection(model: nn.Module) -> nn.Module:
 
 
 def spt_method(summary: str, source: str, structure: Structure, **fields: Any) -> Method:
-    """Create an SPT method for a class of structured modules; `fields` are other fields of `Method`."""
+    """Create an SPT method with one class of structured modules, and `fields` as other fields of `Method`."""
 
     def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
         selection = select(model, head, options, selection_data(batches), structure)
@@ -413,7 +429,7 @@ outside patch embedding, stem and downsampling:
   sparse entries.
 - A vector is trained in full if at least `1 / beta` of its entries are selected.
 - All other selected weights are trained as sparse entries.
-- The class token is always trained; it counts toward the budget.
+- The class token is always trained and counts toward the budget.
 
 Defaults are `r` 8, `alpha` 10, `beta` 5 and a `budget` of 0.4 for a ViT-B/16, scaled by the number of adapted weights
 for other models. If a module exceeds the remaining budget, individual weights use up the rest, so the parameter count
@@ -426,11 +442,11 @@ _FACTOR_OPTIONS = (
     *("r", "rank_pattern", "kernel", "num_pieces", "softmax_dim", "center_softmax", "scaling", "init_weights"),
     *("learn_piece_coeff", "learn_temperature"),
 )
-"""Fields of `SnellaConfig` that define ΔW and its initialization."""
+"""Fields of `SnellaConfig` that define ΔW, the matrix that SNELLA merges from two factors, and its initialization."""
 
 
 def _mask_config(options: Options) -> SnellaConfig:
-    """Return the configuration of the factors."""
+    """Return the SNELLA configuration of the factors."""
     return SnellaConfig(**{name: options[name] for name in _FACTOR_OPTIONS if name in options})
 
 
@@ -445,7 +461,7 @@ def _check_mask(options: Options) -> list[str]:
 
 
 def _build_mask(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Rank the weights of all matrices by sensitivity, and apply the factors at the most sensitive ones."""
+    """Rank the weights of all matrices by sensitivity, and add ΔW at the most sensitive ones."""
     data = selection_data(batches)
     layers = matrix_layers(model, head)
     budget = budget_of(options, model, head)
@@ -458,7 +474,7 @@ def _build_mask(model: nn.Module, head: str, options: Options, batches: Batches 
         )
     sensitivities = squared_gradients(model, weights, data, loss_of(data), options.get("calibration_batches", 8))
     layer_indices, positions = rank_entries([sensitivities[name] for name in weights], budget)
-    selected = {name: positions[layer_indices == k].sort().values for k, name in enumerate(layers)}
+    selected = {name: positions[layer_indices == index].sort().values for index, name in enumerate(layers)}
     return _apply_mask(model, head, options, selected)
 
 
@@ -487,10 +503,11 @@ def _mask_optimizer(
     weight_decay: float = 0.0,
 ) -> Optimizer:
     """Create an optimizer with the parameter groups of `create_snella_optimizer`."""
-    tensors = [item for m in model.modules() if isinstance(m, MaskedUpdate) for item in m.factors.items()]
-    factors = [tensor for name, tensor in tensors if name in ("A", "B")]
-    scalars = [tensor for name, tensor in tensors if name not in ("A", "B") and tensor.requires_grad]
-    update_ids = {id(tensor) for _, tensor in tensors}
+    masked_updates = [module for module in model.modules() if isinstance(module, MaskedUpdate)]
+    named_tensors = [item for module in masked_updates for item in module.factors.items()]
+    factors = [tensor for name, tensor in named_tensors if name in ("A", "B")]
+    scalars = [tensor for name, tensor in named_tensors if name not in ("A", "B") and tensor.requires_grad]
+    update_ids = {id(tensor) for _, tensor in named_tensors}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in update_ids]
     other_matrices = [p for p in others if p.ndim > 1]
     other_vectors = [p for p in others if p.ndim <= 1]

@@ -1,4 +1,4 @@
-"""Demo: linear probe, LoRA and SNELLA on images of solar cells."""
+"""Demo that compares a linear probe, LoRA and SNELLA on images of solar cells."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ DEMO_SETTINGS: dict[str, Any] = {
     "tta": 1,
     "seed": 0,
 }
-"""Shared settings: data, split, backbone, input size, batch size and seed; others are defaults of `snella train`.
+"""Settings that all methods share. All other settings are the defaults of `snella train`.
 
 Test-time augmentation is disabled to keep the demo short."""
 
@@ -41,11 +41,11 @@ DEMO_METHODS: dict[str, dict[str, Any]] = {
     "lora-8": _UPPER_HALF,
     "snella-8": {**_UPPER_HALF, "lr": 2e-3},
 }
-"""Settings per method; docs/notes/comparisons.md explains the choice.
+"""Settings of each method. docs/notes/comparisons.md explains the choice.
 
-The linear probe has no epochs: its head is fitted to the features of the frozen backbone. LoRA and SNELLA adapt
-only the last six of twelve blocks, so that the demo takes a few minutes. They average their weights over about 30
-steps, because single epochs are noisy."""
+The linear probe needs no epochs, because its head is fitted to the features of the unchanged backbone. LoRA and SNELLA
+adapt only the last six of twelve blocks, so that the demo takes a few minutes. They average their weights over about
+30 steps, because single epochs are noisy."""
 
 
 def run_demo(
@@ -54,9 +54,9 @@ def run_demo(
     """Train a linear probe, LoRA and SNELLA on the same split and compare them.
 
     Args:
-        out: Run folder of SNELLA, which also contains `comparison.json`; the other methods use subfolders.
+        out: Run folder of SNELLA, which also contains `comparison.json`. The other methods use subfolders.
         overwrite: Replace earlier runs.
-        console: Output console; stdout if None.
+        console: Output console, or None for stdout.
         **settings: Settings of all methods, which override `DEMO_SETTINGS` and `DEMO_METHODS`.
 
     Returns:
@@ -64,17 +64,16 @@ def run_demo(
     """
     console = console or make_console(survives_closed_output=True)
     folder = Path(out)
-    rows = []
+    results = []
     for number, (method, method_settings) in enumerate(DEMO_METHODS.items(), start=1):
-        target = folder if method.startswith("snella") else folder / method
+        method_folder = folder if method.startswith("snella") else folder / method
         print_heading(console, f"{number}/{len(DEMO_METHODS)}  {method}")
-        config = TrainConfig.from_flat(
-            **{**DEMO_SETTINGS, **method_settings, **settings}, out=str(target), method=method, overwrite=overwrite
-        )
+        all_settings = {**DEMO_SETTINGS, **method_settings, **settings}
+        config = TrainConfig.from_flat(**all_settings, out=str(method_folder), method=method, overwrite=overwrite)
         run = train(config, console)
-        rows.append(_row(run, method))
+        results.append(_result(run, method))
     run = RunFolder(folder)
-    run.write(MethodResults(rows=rows))
+    run.write(MethodResults(rows=results))
     report = rewrite_report(folder, console)
     print_heading(console, "comparison")
     train_size = {**DEMO_SETTINGS, **settings}["train_size"]
@@ -82,21 +81,21 @@ def run_demo(
     columns = ("method", "accuracy", "balanced accuracy", "trainable parameters", "seconds", "adapter MiB")
     cells = (
         (
-            row.method,
-            f"{row.accuracy:.4f}",
-            f"{row.balanced_accuracy:.4f}",
-            f"{row.trainable_parameters:,}",
-            f"{row.train_s:.0f}",
-            f"{(row.adapter_bytes or 0) / 2**20:.2f}",
+            result.method,
+            f"{result.accuracy:.4f}",
+            f"{result.balanced_accuracy:.4f}",
+            f"{result.trainable_parameters:,}",
+            f"{result.train_s:.0f}",
+            f"{(result.adapter_bytes or 0) / 2**20:.2f}",
         )
-        for row in rows
+        for result in results
     )
     console.print(make_table(columns, cells))
     print_line(console, f"best SNELLA adapter {run.adapter}; report {report}")
     return folder
 
 
-def _row(run: RunFolder, method: str) -> MethodResult:
+def _result(run: RunFolder, method: str) -> MethodResult:
     """Return the test results of a run, or its validation results if it has no test images."""
     metrics = read(Metrics, run.path)
     scores: Any = metrics.test or metrics.val

@@ -1,4 +1,4 @@
-"""Loading of pre-trained models in transformers format."""
+"""Load pre-trained models in transformers format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def load_pretrained(kind: Any, name: str, option: str, **options: Any) -> Any:
     Args:
         kind: Class with a `from_pretrained` method.
         name: Local folder in transformers format, or hub name.
-        option: Name of the option, for error messages.
+        option: Name of the setting that contains `name`, for error messages.
         **options: Other arguments of `from_pretrained`.
 
     Raises:
@@ -36,7 +36,7 @@ def load_pretrained(kind: Any, name: str, option: str, **options: Any) -> Any:
                 f"{option} must be a folder in transformers format, got '{folder}', which has no {kind.__name__}: "
                 f"{first_line(error)}"
             ) from error
-    with cache_only_if_unreachable() as reason, suppress_progress_bars():
+    with cache_only_if_unreachable() as reason, suppress_progress_bars():  # `reason` is None if the hub is reachable
         try:
             return kind.from_pretrained(name, local_files_only=bool(reason), **options)
         except (OSError, ValueError) as error:
@@ -51,11 +51,11 @@ def load_pretrained(kind: Any, name: str, option: str, **options: Any) -> Any:
 def suppress_progress_bars(*libraries: Any) -> Iterator[None]:
     """Hide the progress bars of transformers and of libraries with the same logging API, such as diffusers."""
     modules = [library.utils.logging for library in (transformers, *libraries)]
-    enabled = [module for module in modules if module.is_progress_bar_enabled()]
-    for module in enabled:
+    disabled_here = [module for module in modules if module.is_progress_bar_enabled()]
+    for module in disabled_here:
         module.disable_progress_bar()
     try:
         yield
     finally:
-        for module in enabled:
+        for module in disabled_here:
             module.enable_progress_bar()

@@ -1,4 +1,7 @@
-"""Model, optimizer, trainer and run record that the recipes share."""
+"""Model, optimizer, trainer and run record that the recipes share.
+
+SNELLA limits the number of weights that each update changes. This number is the budget of the adapted matrix.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +41,11 @@ from snella_app.training.session import InterruptCallback, NonFiniteLossError
 
 
 def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn.Module:
-    """Prepare a model without a classifier head for training; `load_trained` restores the result.
+    """Prepare a model without a classifier head for training, so that `load_trained` can restore the result.
 
     Args:
         method: A PEFT adapter (`snella`, `snell`, `lora`, `dora`; `lora-8` sets the rank), or `full`.
-        model: Freshly loaded model; changed in place, so that its pipeline uses the adapter.
+        model: Freshly loaded model, which is changed in place, so that its pipeline uses the adapter.
         options: Options of the method. `target_modules` defaults to `to_q`, `to_k`, `to_v` and `to_out.0` in Stable
             Diffusion 3, as in the paper, and to all linear layers in language models.
 
@@ -50,16 +53,17 @@ def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn
         A `PeftModel` around the model, or the model itself with `full`.
 
     Raises:
-        ValueError: If the method, an option or a value is invalid, or the method needs a classifier head.
+        ValueError: If the method, an option or a value is invalid, or if the method needs a classifier head.
     """
     options = check_method(method, options)
-    found = find_method(method)
-    if found is FULL:
+    definition = find_method(method)
+    if definition is FULL:
         return with_spec(model.requires_grad_(True), method, options, head="")
-    if found.config is None:
+    if definition.config is None:
         raise ValueError(f"method must be a PEFT adapter or full for a model without a head, got {method!r}")
     model.requires_grad_(False)
-    config = found.config("", {**options, "target_modules": options.get("target_modules") or default_targets(model)})
+    targets = options.get("target_modules") or default_targets(model)
+    config = definition.config("", {**options, "target_modules": targets})
     config.modules_to_save = None  # type: ignore[attr-defined]
     return with_spec(get_peft_model(model, config), method, options, head="")
 
@@ -74,26 +78,30 @@ def build_low_bit_optimizer(
         requested: `auto`, `adamw` or `adamw8bit`.
         device: Training device.
         lr: Learning rate of the factors, or of all trainable parameters.
-        scalar_lr: Learning rate of the scalar kernel parameters (SNELLA, SNELL); if None, the default of
+        scalar_lr: Learning rate of the scalar kernel parameters of SNELLA and SNELL. None selects the default of
             `create_snella_optimizer`.
-        weight_decay: Decoupled weight decay; not applied to scalar kernel parameters.
+        weight_decay: Decoupled weight decay, which is not applied to the scalar kernel parameters.
 
     Returns:
-        The optimizer and its name, which includes the reason for a fallback.
+        The optimizer and its name. If `auto` falls back to AdamW, the name includes the reason.
 
     Raises:
         ImportError: If `requested` is `adamw8bit` and bitsandbytes is missing or does not run on the device.
     """
     optimizer_cls, name = _choose_adamw(requested, device)
     if any(isinstance(module, SnellaLayer) for module in model.modules()):
-        scalars: dict[str, Any] = {} if scalar_lr is None else {"scalar_lr": scalar_lr}
-        return create_snella_optimizer(model, optimizer_cls, lr=lr, weight_decay=weight_decay, **scalars), name
+        scalar_options: dict[str, Any] = {} if scalar_lr is None else {"scalar_lr": scalar_lr}
+        return create_snella_optimizer(model, optimizer_cls, lr=lr, weight_decay=weight_decay, **scalar_options), name
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return optimizer_cls(trained, lr=lr, weight_decay=weight_decay), name  # type: ignore[call-arg]
 
 
 def _choose_adamw(requested: str, device: torch.device) -> tuple[type[Optimizer], str]:
-    """Return the optimizer class for `auto`, `adamw` or `adamw8bit`, and its human-readable name."""
+    """Return the optimizer class for `auto`, `adamw` or `adamw8bit`, and its human-readable name.
+
+    8-bit AdamW must complete a test step on the device. Otherwise, `auto` falls back to AdamW, and `adamw8bit` raises
+    an ImportError.
+    """
     if requested == "adamw":
         return AdamW, "AdamW"
     try:
@@ -105,7 +113,7 @@ def _choose_adamw(requested: str, device: torch.device) -> tuple[type[Optimizer]
             raise RuntimeError("its step leaves parameters unchanged")
         return optimizer_cls, "8-bit AdamW of bitsandbytes"
     except Exception as error:
-        # bitsandbytes can be missing, outdated or without a kernel for this device, with various exception types
+        # any exception, because bitsandbytes can be missing, outdated or without a kernel for this device
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if requested == "adamw8bit":
             raise ImportError(
@@ -123,11 +131,11 @@ class RecipeTrainer(CheckpointingTrainer):
         config: Resolved settings, a `DreamBoothConfig` or `LanguageConfig`.
         run: Run folder.
         console: Output console.
-        allocation: Callback that attaches the budget allocator; None for methods without budgets.
+        allocation: Callback that attaches the budget allocator, or None for methods without budgets.
         **options: Options of transformers' Trainer.
 
     Attributes:
-        optimizer_name: Name of the optimizer, with the reason for a fallback.
+        optimizer_name: Name of the optimizer, as returned by `build_low_bit_optimizer`.
     """
 
     def __init__(
@@ -154,30 +162,32 @@ class RecipeTrainer(CheckpointingTrainer):
             scalar_lr=optim.scalar_lr,
             weight_decay=optim.weight_decay or 0.0,
         )
-        callbacks = [*([] if allocation is None else [allocation]), self.interrupt, self.progress]
+        callbacks: list[TrainerCallback] = [self.interrupt, self.progress]
+        if allocation is not None:
+            callbacks.insert(0, allocation)
         super().__init__(trained, run, callbacks=callbacks, optimizers=(optimizer, None), **options)
 
     @property
     def allocator(self) -> BudgetAllocator | None:
-        """Budget allocator, available once training has started; None without budgets."""
+        """Budget allocator, available once training has started, or None for methods without budgets."""
         return None if self.allocation is None else self.allocation.allocator
 
     def fit(self) -> None:
-        """Train; resume from the latest checkpoint of the run, if it has one.
+        """Train, starting from the latest checkpoint of the run if it has one.
 
         Raises:
-            KeyboardInterrupt: If training was interrupted; a checkpoint is saved.
+            KeyboardInterrupt: If training was interrupted. After the first signal, a checkpoint is saved.
         """
         checkpoint = checkpoint_to_resume(self.run_folder, self.console)
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.args.device)
         with self.interrupt, self.progress.bar:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.state.max_steps:  # `train` returns normally after the first signal
             raise KeyboardInterrupt
 
     def save_results(self, **measured: Any) -> None:
-        """Save the adapter, `metrics.json` with the `measured` fields, and, with budgets, `allocation.json`."""
+        """Save the adapter, `metrics.json` with the `measured` fields and, if there are budgets, `allocation.json`."""
         model = self.trained_model
         run = self.run_folder
         device = self.args.device
@@ -203,15 +213,15 @@ class RecipeTrainer(CheckpointingTrainer):
         )
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
-        """Return the error for a non-finite loss or gradient."""
+        """Return the error for a non-finite loss or gradient, which suggests the settings to lower."""
         optim = self.config.optim
         scaling = self.config.method.scaling
         options = {"lr": optim.lr, "scalar-lr": optim.scalar_lr, "scaling": scaling}
-        suggestions = ", ".join(f"--{option} (now {rate:g})" for option, rate in options.items() if rate)
+        suggestions = ", ".join(f"--{option} (now {current:g})" for option, current in options.items() if current)
         checkpoint = latest_checkpoint(self.run_folder.checkpoints)
-        kept = "no checkpoint has been written yet" if checkpoint is None else f"checkpoint {checkpoint} is kept"
+        saved = "no checkpoint has been written yet" if checkpoint is None else f"checkpoint {checkpoint} is kept"
         return NonFiniteLossError(
-            f"{what} became {value} in step {self.state.global_step + 1} of {self.state.max_steps}; {kept}; start a "
+            f"{what} became {value} in step {self.state.global_step + 1} of {self.state.max_steps}; {saved}; start a "
             f"new run with a lower {suggestions}"
         )
 
@@ -220,7 +230,7 @@ class ProgressCallback(TrainerCallback):
     """Progress bar, and a log line per checkpoint with the mean loss since the last line.
 
     Args:
-        trainer: The trainer; must have `console` and `config`, but need not be initialized.
+        trainer: The trainer. Its `console` and `config` must be set, but its base class need not be initialized.
     """
 
     def __init__(self, trainer: RecipeTrainer) -> None:
@@ -228,8 +238,8 @@ class ProgressCallback(TrainerCallback):
         is_shown = trainer.console.is_terminal and trainer.config.run.progress
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=trainer.console, transient=True, disable=not is_shown)
-        self._losses: list[float] = []
-        self._held_out = ""
+        self._losses: list[float] = []  # since the last line
+        self._held_out_text = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -249,17 +259,17 @@ class ProgressCallback(TrainerCallback):
             self._losses.append(logs["loss"])
             self.bar.update(self._task, description=f"loss {logs['loss']:.4f}")
         if "eval_loss" in logs:
-            self._held_out = f"  held-out loss {logs['eval_loss']:.4f}"
+            self._held_out_text = f"  held-out loss {logs['eval_loss']:.4f}"
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Print the log line."""
+        """Print the log line of a checkpoint."""
         text = f"step {state.global_step:>5}/{state.max_steps}"
         if self._losses:
-            text += f"  loss {sum(self._losses) / len(self._losses):.5f}{self._held_out}"
+            text += f"  loss {sum(self._losses) / len(self._losses):.5f}{self._held_out_text}"
         if (allocator := self.trainer.allocator) is not None:
             text += f"  budget {sum(allocator.budgets.values()) / allocator.total_weights:.1%}"
         self._losses = []
-        self._held_out = ""
+        self._held_out_text = ""
         print_line(self.trainer.console, text)
 
 
@@ -275,6 +285,7 @@ def describe_run(
         data: The training data.
         packages: Packages whose versions are recorded.
     """
+    # the command line omits settings with their default; required settings, which have none, get a placeholder here
     default = type(config).from_flat(**dict.fromkeys((*config.required, "out"), "-"))
     return RunInfo(
         status="running",

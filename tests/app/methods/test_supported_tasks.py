@@ -71,7 +71,7 @@ def test_a_method_trains_on_non_class_targets(method, target):
     outputs, make_labels = TARGETS[target]
     task, draw = create_task(target, ["0", "1", "2"]), torch.Generator().manual_seed(0)
     batches = [(torch.randn(4, 3, 32, 32, generator=draw), make_labels(draw)) for _ in range(2)]
-    data = SelectionData(lambda: batches, lambda: batches, task.loss, has_class_scores=task.has_one_class)
+    data = SelectionData(lambda: batches, lambda: batches, task.loss, has_class_scores=task.has_class_scores)
     torch.manual_seed(0)
     backbone = create_backbone("test_vit", num_classes=outputs, pretrained=False, img_size=32)
     options = {"supernet_epochs": 1, "population": 4, "generations": 1} if method == "noah" else {}

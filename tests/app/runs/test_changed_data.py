@@ -145,7 +145,7 @@ def test_moved_images_are_recognized(run_of, my_photos, any_run, tmp_path):
     moved = my_photos.rename(tmp_path / "moved")
     with pytest.raises(
         FileNotFoundError,
-        match=r"data of .*copy must exist at folder:.*my_photos; no such folder; "
+        match=r"data of .*copy no longer exists: no folder at folder:.*my_photos; "
         r"pass its new location with --data folder",
     ):
         evaluate(run.path)
@@ -162,7 +162,7 @@ def test_a_relative_folder_is_found_from_another_directory(photos, tmp_path, mon
     assert absolute_folder("folder:all") == str(photos) and absolute_folder("digits") is None
     monkeypatch.chdir(tmp_path)
     assert find_data(tmp_path, "folder:all", stored) == f"folder:{photos}"
-    with pytest.raises(FileNotFoundError, match=r"folder:all \(then .*gone\); no such folder; pass its new location"):
+    with pytest.raises(FileNotFoundError, match=r"no folder at folder:all \(then .*gone\); pass its new location"):
         find_data(tmp_path, "folder:all", str(tmp_path / "gone"))
 
 
@@ -182,7 +182,7 @@ def test_relative_datasets_and_shards_are_found_from_another_directory(tmp_path,
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert {spec: find_data(tmp_path, spec, stored[spec]) for spec in specs} == specs
     assert find_data(tmp_path, "hf:owner/name", None) == "hf:owner/name"
-    with pytest.raises(FileNotFoundError, match=r"hf:data \(then .*gone\); no such folder"):
+    with pytest.raises(FileNotFoundError, match=r"no folder at hf:data \(then .*gone\); pass its new location"):
         find_data(tmp_path, "hf:data", str(tmp_path / "gone"))
 
 

@@ -235,8 +235,8 @@ def test_a_bare_folder_is_stored_with_its_prefix(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cuda:7", r"got 'cuda:7', but torch .* finds no GPU|got 'cuda:7', but torch\.cuda\.device_count\(\) is \d"),
-        ("mps", "got 'mps', but torch .* finds no device of this type; use auto"),
+        ("cuda:7", r"device=cuda:7 is not available: torch(.* finds no GPU|\.cuda\.device_count\(\) is \d)"),
+        ("mps", "device=mps is not available: torch .* finds no device of this type; use auto"),
         ("meta", "device must not be the meta device, got 'meta'"),
         ("tpu", "device must be auto or a torch device such as cpu, cuda, cuda:1 or mps, got 'tpu'"),
     ],

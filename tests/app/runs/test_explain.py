@@ -122,7 +122,7 @@ def test_a_cross_validation_is_rejected(finished, photos, tmp_path):
     write(FoldResults(1, rows=[FoldRow(1, "fold-1", 1, {})]), tmp_path)
     with pytest.raises(ValueError, match=r"is a cross-validation with several models; pass one of its runs, e\.g\. "):
         explain(tmp_path, [photos / "cats" / "000.png"], tmp_path / "out")
-    with pytest.raises(ValueError, match=r"features need one model, got a cross-validation; .* e\.g\. .*fold-1"):
+    with pytest.raises(ValueError, match=r"but a cross-validation run has several; .* e\.g\. .*fold-1"):
         load(tmp_path).features(photos / "cats" / "000.png")
 
 

@@ -22,7 +22,7 @@ from snella_app.config.train import TrainConfig
 from snella_app.runs import export as exporting
 from snella_app.runs import load_run
 from snella_app.runs.export import FORMATS, export
-from snella_app.runs.graphs import OUTPUT_BOUND, Graph, compare_outputs, export_onnx, preparation_code
+from snella_app.runs.graphs import MAX_RELATIVE_ERROR, ExportedGraph, compare_outputs, export_onnx, preprocessing_code
 from snella_app.runs.model import make_backbone
 from snella_app.runs.predict import load
 from snella_app.training.train import train
@@ -79,7 +79,7 @@ def test_a_graph_gives_the_probabilities_of_the_run_for_any_batch_size(name, any
     run = reader(name, result.path)
     for count in (1, 3, len(images)):
         got = run(images[:count])
-        assert (got - probabilities[:count]).abs().max() <= OUTPUT_BOUND
+        assert (got - probabilities[:count]).abs().max() <= MAX_RELATIVE_ERROR
     assert "differ by " in result.notes[0] and list(tmp_path.iterdir()) == [result.path]
     temperature = any_run.read_json("run.json")["calibration"]["temperature"]
     assert result.notes[1].startswith(
@@ -93,7 +93,7 @@ def test_a_graph_gives_the_probabilities_of_the_run_for_any_batch_size(name, any
 @pytest.mark.parametrize("name", ["onnx", "torchscript"])
 def test_a_graph_exported_with_logits_gives_the_raw_outputs_of_the_model(name, finished, images, expected, tmp_path):
     result = export(finished.path, name, tmp_path / "model", logits=True)
-    assert (reader(name, result.path)(images) - expected).abs().max() <= OUTPUT_BOUND * expected.abs().max()
+    assert (reader(name, result.path)(images) - expected).abs().max() <= MAX_RELATIVE_ERROR * expected.abs().max()
     assert result.notes[1].startswith("outputs are logits without temperature: softmax(outputs / ")
     assert " gives the probabilities of predict --tta 1; the temperature is " in result.notes[1]
     assert result.notes[2].startswith("predict averages an image and its flip, unless --tta 1 is set; this model ")
@@ -133,10 +133,10 @@ def test_the_printed_snippet_runs_and_matches_predict(any_run, name, mode, photo
 
 
 def test_a_run_with_a_white_value_has_no_preprocessing_snippet(loaded):
-    assert preparation_code(loaded) is not None
+    assert preprocessing_code(loaded) is not None
     data = dataclasses.replace(loaded.info.data, white=4095)
     other = dataclasses.replace(loaded, info=dataclasses.replace(loaded.info, data=data))
-    assert preparation_code(other) is None
+    assert preprocessing_code(other) is None
 
 
 def test_the_images_of_the_run_are_loaded_once(finished, tmp_path, monkeypatch):
@@ -165,29 +165,29 @@ def test_different_outputs_are_rejected_without_a_file(name, finished, tmp_path,
         return compare(dataclasses.replace(graph, run=lambda batch: 1.01 * graph.run(batch)), model, images)
 
     monkeypatch.setattr(exporting, "compare_outputs", compare_altered)
-    with pytest.raises(ValueError, match=r"outputs must differ from torch outputs by at most .* nothing was written"):
+    with pytest.raises(ValueError, match=r"outputs on .* differ from the model's by .* times the largest output"):
         export(finished.path, name, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
 
 def test_equal_outputs_up_to_rounding_may_have_another_largest_index():
     model = torch.nn.Identity()
-    graph = Graph("runtime", b"", lambda images: images + torch.tensor([0.0, 1e-6]), "module", "load", "run")
+    graph = ExportedGraph("runtime", b"", lambda images: images + torch.tensor([0.0, 1e-6]), "module", "load", "run")
     assert "differ by at most 9.5e-07" in compare_outputs(graph, model, torch.ones(3, 2))
 
 
 def test_onnx_rejects_two_gib_of_weights():
     pytest.importorskip("onnxruntime")
     model = torch.nn.Linear(2**14, 2**15, bias=False, device="meta")
-    with pytest.raises(ValueError, match=r"onnx supports less than 2 GiB of weights, got 2\.00 GiB; use torch-export$"):
+    with pytest.raises(ValueError, match=r"can hold less than 2 GiB of weights, got 2\.00 GiB; use torch-export$"):
         export_onnx(model, torch.empty(2, 2**14), {}, "logits", None)
 
 
 def test_outputs_of_the_model_that_are_not_finite_are_rejected():
     model = torch.nn.Linear(2, 1)
     torch.nn.init.constant_(model.weight, math.nan)
-    graph = Graph("runtime", b"", lambda images: torch.zeros(len(images), 1), "module", "load", "run")
-    with pytest.raises(ValueError, match="times the largest, got nan on 1 image"):
+    graph = ExportedGraph("runtime", b"", lambda images: torch.zeros(len(images), 1), "module", "load", "run")
+    with pytest.raises(ValueError, match="outputs on 1 image differ from the model's by nan times the largest output"):
         compare_outputs(graph, model, torch.ones(3, 2))
 
 

@@ -138,7 +138,7 @@ def test_unsupported_models_have_no_rollout():
     with pytest.raises(ValueError, match="attention rollout needs a timm ViT, got ConvNeXt; use gradcam"):
         attention_rollout(timm.create_model("test_convnext", num_classes=2), torch.zeros(1, 3, SIZE, SIZE))
     model = build_method("vpt-deep-5", timm.create_model("test_vit", num_classes=3, img_size=SIZE)).eval()
-    with pytest.raises(ValueError, match="a model with patch tokens only, got 5 prompt tokens from its method"):
+    with pytest.raises(ValueError, match="does not support prompt tokens, but the method adds 5"):
         attention_rollout(model, torch.zeros(1, 3, SIZE, SIZE))
 
 

@@ -38,15 +38,15 @@ from snella_app.tasks import create_task
 from snella_app.training import final_head, linear_probe
 from snella_app.training import finish as finish_module
 from snella_app.training.final_head import (
-    MeasuredFeatures,
+    SplitFeatures,
     _outputs,
+    compute_features,
+    compute_probe_outputs,
     fit_kernel,
     fit_layers,
     fit_linear,
     fit_mixed,
     is_clearly_worse,
-    measure_features,
-    measure_layers,
     uses_kernel,
 )
 from snella_app.training.linear_probe import base_and_head
@@ -118,7 +118,7 @@ def test_the_fit_matches_scikit_learn_on_standardized_features(classes):
     labels = random.integers(0, classes, 90)
     features = random.standard_normal((90, 7)) * np.arange(1, 8) + labels[:, None] * np.arange(7)
     views = [torch.from_numpy(features[:45]).float(), torch.from_numpy(features[45:]).float()]
-    measured = MeasuredFeatures(views, torch.from_numpy(labels[:45]), None)
+    measured = SplitFeatures(views, torch.from_numpy(labels[:45]), None)
     head = fit_linear(create_task("classification", list("abcd")[:classes]), measured, classes)
     doubled = np.concatenate([labels[:45], labels[:45]])
     scaled = (features - features.mean(0)) / features.std(0)
@@ -136,7 +136,7 @@ def test_sample_weights_affect_the_fit(fit):
     labels, weights = torch.tensor([0, 1, 1, 0]), torch.tensor([9.0, 9.0, 1.0, 1.0])
     task = create_task("classification", ["a", "b"])
     for factors, expected in [(weights, [0, 1]), (weights.flip(0), [1, 0])]:
-        head = fit(task, MeasuredFeatures(views, labels, factors), 2)
+        head = fit(task, SplitFeatures(views, labels, factors), 2)
         assert head(torch.tensor([[0.0], [1.0]])).argmax(1).tolist() == expected
 
 
@@ -146,7 +146,7 @@ def test_the_kernel_fit_matches_scikit_learn(weighted):
     labels = random.integers(0, 3, 40)
     features = random.standard_normal((40, 6)) * np.arange(1, 7) + labels[:, None] * np.arange(6)
     weights = random.uniform(0.5, 2.0, 40) if weighted else np.ones(40)
-    measured = MeasuredFeatures(
+    measured = SplitFeatures(
         [torch.from_numpy(features + shift).float() for shift in (-1.0, 1.0)],
         torch.from_numpy(labels),
         torch.from_numpy(weights) if weighted else None,
@@ -180,7 +180,7 @@ def test_the_kernel_head_predicts_the_training_classes_of_separated_clusters():
     centers = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]])
     labels = torch.arange(3).repeat(10)
     features = centers[labels] + 0.1 * torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
-    head = fit_kernel(create_task("classification", list("abc")), MeasuredFeatures([features], labels, None), 3)
+    head = fit_kernel(create_task("classification", list("abc")), SplitFeatures([features], labels, None), 3)
     assert head(centers).argmax(1).tolist() == [0, 1, 2] and head(centers).softmax(1).amax(1).min() > 0.9
     assert (head.in_features, head.out_features) == (2, 3)
 
@@ -190,7 +190,7 @@ def test_features_that_are_constant_in_training_do_not_change_the_head():
     labels = torch.arange(2).repeat(20)
     features = torch.randn(40, 6, generator=generator) + 3 * labels[:, None]
     dead = torch.cat([features, torch.zeros(40, 2), 1e-5 * torch.randn(40, 1, generator=generator)], 1)
-    head = fit_mixed(create_task("classification", ["a", "b"]), MeasuredFeatures([dead], labels, None), 2)
+    head = fit_mixed(create_task("classification", ["a", "b"]), SplitFeatures([dead], labels, None), 2)
     changed = dead.clone()
     changed[:, 6:] = 0.3
     torch.testing.assert_close(head(changed), head(dead))
@@ -205,7 +205,7 @@ def test_very_unequal_weights_can_be_fitted():
     features = torch.randn(1000, 50, generator=generator)
     features[0] = features[1] = 40.0  # outliers, equal
     weights = torch.where(labels == 1, 500.0, 1.0)
-    head = fit_kernel(create_task("classification", ["a", "b"]), MeasuredFeatures([features], labels, weights), 2)
+    head = fit_kernel(create_task("classification", ["a", "b"]), SplitFeatures([features], labels, weights), 2)
     assert head(features)[:2].argmax(1).tolist() == [1, 1] and head(features).isfinite().all()
 
 
@@ -213,7 +213,7 @@ def test_a_mixed_head_averages_the_probabilities_of_its_heads():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(3).repeat(20)
     features = torch.randn(60, 6, generator=generator) + labels[:, None]
-    head = fit_mixed(create_task("classification", list("abc")), MeasuredFeatures([features], labels, None), 3)
+    head = fit_mixed(create_task("classification", list("abc")), SplitFeatures([features], labels, None), 3)
     expected = 0.7 * head.kernel(features).softmax(1) + 0.3 * head.linear(features).softmax(1)
     torch.testing.assert_close(head(features).exp(), expected)
     assert (head.in_features, head.out_features) == (6, 3)
@@ -279,14 +279,14 @@ def test_a_run_fits_and_saves_the_final_head(precision, finished, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"augment": "flip"}, {"augment": "none", "head_norm": "none"}])
 def test_the_final_head_is_fitted_to_features_of_the_trained_model(options, tmp_path, monkeypatch):
     seen = []
-    original = final_head.measure_features
+    original = final_head.compute_features
 
     def measure(parts, images, views, batch_size, first_view=None, sampler="shuffle"):
         measured = original(parts, images, views, batch_size, first_view, sampler)
         seen.append((measured.views[0], original(parts, images, 1, batch_size).views[0]))
         return measured
 
-    monkeypatch.setattr(final_head, "measure_features", measure)
+    monkeypatch.setattr(final_head, "compute_features", measure)
     run = train(config(tmp_path, protocol="final", val_size=None, **options), QUIET)  # saves the last epoch
     assert run.read_json("metrics.json")["best_epoch"] > 0 and len(seen) == 2  # train and test
     for features, after in seen:
@@ -366,7 +366,7 @@ def test_graphs_of_a_mixed_head_fitted_to_noise_match_torch(kind, finished, tmp_
     loaded = load_run(run)
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(2000, 8 * 64, generator=generator), torch.arange(2000) % 10
-    noise = fit_mixed(loaded.task, MeasuredFeatures([features], labels, None), 10)
+    noise = fit_mixed(loaded.task, SplitFeatures([features], labels, None), 10)
     Image.new("RGB", (32, 32), (10, 200, 90)).save(tmp_path / "a.png")
     monkeypatch.setattr(
         "snella_app.runs.model.read_layer_probe", lambda _, model: LayerProbe(model, [2, 3, 4, 5], noise)
@@ -502,8 +502,8 @@ def test_large_splits_are_measured_in_parts_and_sampled_for_the_fit(finished, tm
     probe, (outputs, labels) = fit.probe, fit.val
     assert len(outputs) == count and labels.tolist() == list(val.labels)
     assert len(probe.head.kernel.centers) == 40 + 12
-    whole = _outputs(parts.task, measure_features(parts, val, 1, 8), probe.head)
-    in_parts = measure_layers(parts, probe, val, 1, 8)
+    whole = _outputs(parts.task, compute_features(parts, val, 1, 8), probe.head)
+    in_parts = compute_probe_outputs(parts, probe, val, 1, 8)
     assert np.allclose(whole[0], in_parts[0], atol=1e-5) and np.array_equal(whole[1], in_parts[1])
     with torch.no_grad():
         images = torch.stack([val[index][0] for index in range(count)])

@@ -179,9 +179,9 @@ def test_predictions_average_all_models(final_head, finished_folds, photos, caps
     assert main(["evaluate", str(root)]) == 0
     assert f"accuracy {evaluate(root)['accuracy']:.4f}" in capsys.readouterr().out
     assert isinstance(load_run(root).model(torch.zeros(1, 3, 32, 32)), torch.Tensor)
-    message = "tta must be left out for a cross-validation, whose models use the tta of their runs, got "
     for tta in (1, 2):
-        with pytest.raises(ValueError, match=f"{message}{tta}"):
+        message = rf"tta must be left out for a cross-validation run \(got {tta}\); its models use the tta of their"
+        with pytest.raises(ValueError, match=message):
             load(root).predict([image], tta=tta)
 
 

@@ -267,7 +267,7 @@ def test_free_memory_is_positive_and_at_most_the_total():
 
 def test_a_missing_gpu_is_rejected(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="device must be available, got 'cuda'"):
+    with pytest.raises(ValueError, match="device=cuda is not available"):
         choose_device("cuda")
     assert choose_device("auto").type == "cpu" == choose_device("cpu").type
 

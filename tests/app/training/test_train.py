@@ -188,7 +188,7 @@ def test_the_test_images_are_evaluated_once_with_the_best_adapter(settings, cons
 
 def test_the_test_images_are_evaluated_once_with_the_final_head(settings, console, no_report, monkeypatch):
     by_trained, by_final = [], []
-    outputs, measure_layers = SnellaTrainer.outputs, training.measure_layers
+    outputs, compute_probe_outputs = SnellaTrainer.outputs, training.compute_probe_outputs
 
     def record_trained(self, dataset, views=1):
         by_trained.append(set(dataset.names))
@@ -196,10 +196,10 @@ def test_the_test_images_are_evaluated_once_with_the_final_head(settings, consol
 
     def record_final(parts, probe, images, *others):
         by_final.append(set(images.names))
-        return measure_layers(parts, probe, images, *others)
+        return compute_probe_outputs(parts, probe, images, *others)
 
     monkeypatch.setattr(SnellaTrainer, "outputs", record_trained)
-    monkeypatch.setattr(training, "measure_layers", record_final)
+    monkeypatch.setattr(training, "compute_probe_outputs", record_final)
     config = settings(final_head="layers")
     train(config, console)
     test_names = set(build_components(config.resolved()).splits.test.names)

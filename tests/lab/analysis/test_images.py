@@ -116,7 +116,7 @@ def test_only_the_first_run_of_gradcam_needs_a_head_that_fits_the_pretrained_mod
     pytest.importorskip("captum")
     wide = save_run("wide", method="mlp-2")
     shutil.copy(old_run / "config.yaml", wide)
-    with pytest.raises(ValueError, match=r"runs must begin .*, got method 'mlp-2' in .*wide; begin with another run"):
+    with pytest.raises(ValueError, match=r"first run, .*wide \(method 'mlp-2'\), has neither .*; begin with"):
         gradcam([wide, old_run], data="digits", limit=1, device="cpu")
     (plot,) = gradcam([old_run, wide], limit=1, device="cpu")
     assert [row["run"] for row in plot.rows] == [PRETRAINED, "snella", "wide"]

@@ -18,7 +18,7 @@ from snella_app.runs.model import load_run, make_backbone
 from snella_lab.analysis.updates import (
     RunUpdates,
     _draw_similarity,
-    _layers,
+    _group_by_block,
     _Similarity,
     chance_frequencies,
     effective_rank,
@@ -36,20 +36,20 @@ def test_snella_updates_equal_the_sparse_updates_of_the_layers(old_run):
     assert set(updates.shapes) == set(matrices)
     budgets = {matrix.name: matrix.budget for matrix in read(Allocation, old_run).matrices}
     for name in ("blocks.0.attn.qkv.k", "blocks.5.attn.qkv.v", "blocks.3.mlp.fc2"):
-        value = updates.make(name)
+        value = updates.compute(name)
         torch.testing.assert_close(value, 10.0 * matrices[name].sparse_update())  # scaling 10
         assert int(value.count_nonzero()) == budgets[name] and list(value.shape) == list(updates.shapes[name])
 
 
 @pytest.mark.parametrize("method", ["lora-2", "full", "dora-2"])
-def test_updates_of_other_methods_are_the_merge_differences(save_run, method):
+def test_updates_of_other_methods_are_differences_from_the_backbone(save_run, method):
     run = save_run("run", method)
     loaded = load_run(run, "cpu")
     before = make_backbone(loaded.info.backbone, "classification").state_dict()
     merged = merge_trained(loaded.model).state_dict()
     updates = read_updates(run, "run")
     difference = merged["blocks.1.attn.qkv.weight"] - before["blocks.1.attn.qkv.weight"]
-    qkv_update = torch.cat([updates.make(f"blocks.1.attn.qkv.{part}") for part in "qkv"])
+    qkv_update = torch.cat([updates.compute(f"blocks.1.attn.qkv.{part}") for part in "qkv"])
     torch.testing.assert_close(qkv_update, difference, atol=1e-6, rtol=1e-4)
     assert not any(name.startswith("head") for name in updates.shapes)
 
@@ -94,7 +94,7 @@ def test_zero_updates_are_excluded_from_pairs():
 
 def test_blocks_of_several_stages_are_separate_layers():
     def layers(*names):
-        return _layers([RunUpdates("run", dict.fromkeys(names, (2, 2)), {}, lambda name: torch.zeros(2, 2))])
+        return _group_by_block([RunUpdates("run", dict.fromkeys(names, (2, 2)), {}, lambda name: torch.zeros(2, 2))])
 
     plain = ("blocks.10.attn.qkv.q", "blocks.9.mlp.fc1", "norm.fc")
     assert layers(*plain) == {"9": [plain[1]], "10": [plain[0]], "–": [plain[2]]}
@@ -127,7 +127,7 @@ def test_update_and_overlap_compare_two_runs(save_run):
     assert [row["rank"] for row in updates.rows] == [2, 2]
     assert len(spectrum.tables["ranks"]) == 2 * 6
     similarity, frequencies, map_rows = overlap(runs, matrix="blocks.0.mlp.fc1")
-    a, b = (torch.cat([read_updates(run, "").make(n).flatten() for n in _block_matrices(0)]) for run in runs)
+    a, b = (torch.cat([read_updates(run, "").compute(n).flatten() for n in _block_matrices(0)]) for run in runs)
     assert similarity.rows[0]["cosine"] == pytest.approx(float(torch.cosine_similarity(a, b, dim=0)), abs=1e-5)
     assert [row["weights"] for row in frequencies.rows] == [0, 0, 192 * 64]  # LoRA changes every weight
     assert sum(row["weights_of_all_matrices"] for row in frequencies.rows) == 6 * (4 * 64 * 64 + 2 * 192 * 64)
@@ -166,7 +166,7 @@ def test_report_shows_a_matrix_with_a_budget(save_run):
 
 def test_overlap_requires_two_runs(save_run):
     run = save_run("a")
-    with pytest.raises(ValueError, match="runs must contain at least 2 runs for overlap, got 1; add runs"):
+    with pytest.raises(ValueError, match="overlap needs at least 2 runs, got 1"):
         overlap([run])
     with pytest.raises(
         ValueError, match=r"matrix must be one that all runs change, e\.g\. 'blocks.0.*got 'blocks.9.q'"

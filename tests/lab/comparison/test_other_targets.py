@@ -181,7 +181,7 @@ def test_auto_rejects_folds_and_options_of_single_methods(tmp_path):
     values = {"data": "digits", "backbone": "test_vit", "out": str(tmp_path), "method": "auto"}
     with pytest.raises(ValueError, match=r"r 4 needs a specific method, got method 'auto'; .*folds 3 needs"):
         TrainConfig.from_flat(**values, r=4, folds=3)
-    with pytest.raises(ValueError, match="method must be a method's name for a dataset object, got 'auto'"):
+    with pytest.raises(ValueError, match="method must be a specific method for a dataset object, got 'auto'"):
         snella.train(data=[], backbone="test_vit", out=str(tmp_path), method="auto")
     with pytest.raises(ValueError, match=r"train\(method='auto'\) and the command line"):
         TrainConfig.from_flat(**values).resolved()

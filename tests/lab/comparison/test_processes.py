@@ -315,7 +315,7 @@ def test_ray_shares_a_gpu_among_cells(tmp_path, monkeypatch):
             assert executor.slots == 3
         with on_ray(monkeypatch, tmp_path, work, device="cpu") as executor:
             assert executor.slots == 4
-        message = r"a run needs 1 CPUs and 2 GPUs on one machine, got a Ray cluster with 4 CPUs, 1 GPUs"
+        message = r"a run needs 1 CPUs and 2 GPUs on one machine, but the Ray cluster has 4 CPUs, 1 GPUs"
         with pytest.raises(ValueError, match=message), on_ray(monkeypatch, tmp_path, work, gpus=2):
             pass
     finally:

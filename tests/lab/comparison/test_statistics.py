@@ -160,7 +160,7 @@ def test_mean_cost_weights_tasks_equally():
 
 
 def test_final_row_without_the_metric_is_rejected():
-    message = r"the row of 't/a/seed-0' must have test_map, got none; delete its folder and its line in results.jsonl"
+    message = r"the row of 't/a/seed-0' has no test_map; delete its folder and its line in results.jsonl"
     with pytest.raises(ValueError, match=message):
         FinalRuns([row("a", "t", 0, 0.5)]).spread("a", "t", "test_map")
 

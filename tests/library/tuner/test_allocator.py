@@ -387,7 +387,7 @@ def test_state_with_another_rank_or_metric_raises_without_changes(mlp, changes):
     allocator.advance_to(1)
     state, other = allocator.state_dict(), make_allocator(mlp.adapted(**{"r": 4, **changes}))
     expected = "averages of importance='sensitivity'" if "importance" in changes else r"shape \[10, 4\] for 'lin0/A'"
-    with pytest.raises(ValueError, match=f"{expected}, the model needs"):
+    with pytest.raises(ValueError, match=f"{expected}, but the model needs"):
         other.load_state_dict(state)
     assert other.step == 0
 

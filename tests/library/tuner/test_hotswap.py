@@ -174,10 +174,10 @@ def test_mismatched_adapter_raises_without_changes(folders, tmp_path):
     model = PeftModel.from_pretrained(backbone(), folders["one"]).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     adapted(1, kernel="p_linear").save_pretrained(tmp_path / "kernel")
-    with pytest.raises(ValueError, match="kernel is 'p_linear', the model has 'mix_k'"):
+    with pytest.raises(ValueError, match="kernel is 'p_linear', but the model has 'mix_k'"):
         hotswap(model, tmp_path / "kernel")
     adapted(1, r=8).save_pretrained(tmp_path / "rank")
-    with pytest.raises(ValueError, match=r"snella_A has shape \[3, 64, 8\], the model has \[3, 64, 4\]"):
+    with pytest.raises(ValueError, match=r"snella_A has shape \[3, 64, 8\], but the model has \[3, 64, 4\]"):
         hotswap(model, tmp_path / "rank")
     values = AdapterValues.read(folders["two"])
     values.tensors["base_model.model.head.weight"][0, 0] = torch.nan
@@ -186,7 +186,7 @@ def test_mismatched_adapter_raises_without_changes(folders, tmp_path):
     with pytest.raises(ValueError, match="has no SNELLA adapter 'other'"):
         hotswap(model, folders["two"], "other")
     get_peft_model(backbone(), LoraConfig(target_modules=["qkv"])).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match="must contain a SNELLA adapter, got LoraConfig"):
+    with pytest.raises(ValueError, match="contains no SNELLA adapter, but one with a LoraConfig"):
         hotswap(model, tmp_path / "lora")
     config = tmp_path / "lora" / "adapter_config.json"
     stored = config.read_text()
@@ -196,7 +196,7 @@ def test_mismatched_adapter_raises_without_changes(folders, tmp_path):
             ValueError, match=rf"peft_type in .*lora.adapter_config\.json must be a method of PEFT, got {shown}$"
         ):
             hotswap(model, tmp_path / "lora")
-    with pytest.raises(FileNotFoundError, match="nowhere must contain an adapter"):
+    with pytest.raises(FileNotFoundError, match="nowhere contains no adapter"):
         hotswap(model, tmp_path / "nowhere")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -247,7 +247,7 @@ def fused(groups, seed, kv_heads=4):
 def test_adapters_with_other_rows_per_matrix_or_invalid_budgets_are_rejected(tmp_path):
     model = fused({"qkv": [8, 8, 8]}, 0)
     fused({"qkv": [12, 6, 6]}, 1).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"qkv has matrices of \[12, 6, 6\] rows, the model has \[8, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"qkv has matrices of \[12, 6, 6\] rows, but the model has \[8, 8, 8\]"):
         hotswap(model, tmp_path / "other")
     values = get_peft_model_state_dict(fused(3, 1))
     hotswap(model, values)
@@ -258,10 +258,10 @@ def test_adapters_with_other_rows_per_matrix_or_invalid_budgets_are_rejected(tmp
 
 def test_rows_of_auto_are_inferred_from_the_layers_parent(tmp_path):
     fused("auto", 1).save_pretrained(tmp_path / "equal")
-    with pytest.raises(ValueError, match=r"qkv has matrices of \[8, 8, 8\] rows, the model has \[12, 6, 6\]"):
+    with pytest.raises(ValueError, match=r"qkv has matrices of \[8, 8, 8\] rows, but the model has \[12, 6, 6\]"):
         hotswap(fused({"qkv": [12, 6, 6]}, 0), tmp_path / "equal")
     fused("auto", 1, kv_heads=1).save_pretrained(tmp_path / "grouped")
-    with pytest.raises(ValueError, match=r"qkv has matrices of \[16, 4, 4\] rows, the model has \[8, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"qkv has matrices of \[16, 4, 4\] rows, but the model has \[8, 8, 8\]"):
         hotswap(fused(3, 0, kv_heads=1), tmp_path / "grouped")
     model = fused({"qkv": [16, 4, 4]}, 0, kv_heads=1)
     expected = hotswap(model, tmp_path / "grouped").tensors["base_model.model.qkv.snella_A"]

@@ -59,7 +59,7 @@ def test_frozen_matrix_of_fused_layer_does_not_freeze_others(vit):
     matrices[0].layer.set_budget("default", [0, 10, 20])
     assert [m.nonzeros() for m in matrices] == [0, 10, 20]
     vit.run(model.train()).square().sum().backward()
-    gradients = [m.parts(m.layer.snella_A["default"].grad, m.layer.snella_B["default"].grad) for m in matrices]
+    gradients = [m.slice_factors(m.layer.snella_A["default"].grad, m.layer.snella_B["default"].grad) for m in matrices]
     assert [bool(A.any() and B.any()) for A, B in gradients] == [False, True, True]
 
 
@@ -75,6 +75,18 @@ def test_submodule_named_like_a_wrapper_keeps_its_matrices():
     model = nn.ModuleDict({"lin": nn.Linear(4, 4), "module": nn.ModuleDict({"lin": nn.Linear(4, 4)})})
     adapted = get_peft_model(model, SnellaConfig(r=2, target_modules=["lin"]))
     assert [m.name for m in adapted_matrices(adapted)] == ["lin", "base_model.model.module.lin"]
+
+
+def test_layers_with_names_of_wrappers_have_the_depth_of_their_block():
+    def block():
+        return nn.ModuleList([nn.ModuleDict({"lin": nn.Linear(4, 4)})])
+
+    model = nn.ModuleDict({"blocks": block(), "module": nn.ModuleDict({"blocks": block()})})
+    adapted = get_peft_model(model, SnellaConfig(r=2, target_modules=["lin"]))
+    assert [(m.name, m.kind, m.depth) for m in adapted_matrices(adapted)] == [
+        ("blocks.0.lin", "lin", 0),
+        ("base_model.model.module.blocks.0.lin", "lin", 0),
+    ]
 
 
 def test_names_do_not_depend_on_compilation(mlp):

@@ -197,7 +197,7 @@ def test_state_of_other_layers_raises(mlp):
     matcher = StepMatcher(mlp.adapted())
     optimizer = create_snella_optimizer(mlp.adapted(), lr=0.1)
     optimizer.param_groups[0]["snella_step_matcher"] = {"step": 5, "slopes": [[1.0], [1.0], [1.0]]}
-    with pytest.raises(ValueError, match=r"state must have \[1, 1\] adapted matrices per layer, got \[1, 1, 1\]"):
+    with pytest.raises(ValueError, match=r"has \[1, 1, 1\] adapted matrices per layer, but the model has \[1, 1\]"):
         matcher.attach(optimizer)
     assert not hasattr(optimizer, "snella_step_matcher") and "snella_step_matcher" in optimizer.param_groups[0]
 
@@ -226,7 +226,7 @@ def test_only_adapters_with_match_update_are_matched(mlp):
 def test_step_matching_raises_for_other_kernels(mlp):
     with pytest.raises(ValueError, match=r"match_update requires a kernel in \['mix_k', 'p_linear'\], got 'rbf'"):
         create_snella_optimizer(mlp.adapted(kernel="rbf"), lr=0.1, match_update=True)
-    with pytest.raises(ValueError, match="match_update requires a model with trainable SNELLA factors, got MLP"):
+    with pytest.raises(ValueError, match="match_update requires trainable SNELLA factors, but MLP has none"):
         StepMatcher(mlp.base())
     with pytest.raises(ValueError, match="interval must be at least 1, got 0"):
         StepMatcher(mlp.adapted(), interval=0)

@@ -70,7 +70,7 @@ def test_every_flipped_byte_is_detected(tmp_path, flip):
         ),
         (
             lambda tensors: tensors.update({"gaps:gaps": torch.full((10,), 90, dtype=torch.uint8)}),
-            r"'gaps' must have ascending positions in \[0, 399\]",
+            r"'gaps' has positions that do not ascend in \[0, 399\]",
         ),
     ],
     ids=["missing", "fewer-positions", "out-of-range"],

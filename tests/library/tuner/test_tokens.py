@@ -316,7 +316,7 @@ def test_unmatched_token_error_suggests_names(vit):
 def test_shared_parameters_are_rejected():
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "lin": nn.Linear(3, 3)})
     model["a"].token = model["b"].token = nn.Parameter(torch.zeros(3))
-    with pytest.raises(ValueError, match=r"got 'a\.token' and 'b.token', which are one tensor"):
+    with pytest.raises(ValueError, match=r"matches a shared parameter twice, as 'a\.token' and 'b\.token'"):
         get_peft_model(model, SnellaConfig(r=2, target_modules=["lin"], parameters_to_save=["token"]))
     get_peft_model(model, SnellaConfig(r=2, target_modules=["lin"], parameters_to_save=["a.token"]))
 

@@ -1,4 +1,8 @@
-"""Numba backend: multithreaded piecewise kernels on the CPU."""
+"""Numba backend: multithreaded piecewise kernels on the CPU.
+
+The Numba kernels in `forward` and `backward` process a matrix in blocks of columns. The column statistics are the
+maximum logit, scale and inverse sum of the softmax. Shape letters are those of `forward`.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +26,19 @@ from snella.kernels import Factors, MixK, NormalizedRBF, PLinear
 from snella.sparsify import KEEP_ALL
 from snella.update import Update, UpdateSpec
 
-_MAX_WIDTH, _MIN_WIDTH = 192, 96
+_MAX_WIDTH = 192  # columns of a block
+_MIN_WIDTH = 96
 _MIN_BLOCKS = 6  # enough parallelism for a few threads
 _WORKSPACE_ENTRIES = 1 << 20  # entries of a block's two matrices, which must fit in the cache
 _MAX_CHUNKS = 16  # each chunk allocates a partial gradient of B
-_MIN_ENTRIES_FOR_THREADS = 1 << 17
+_MIN_ENTRIES_FOR_THREADS = 1 << 17  # smaller matrices are processed by one thread
 _TASKS_PER_THREAD = 4  # balances the load between threads
 _SDDMM_DENSITY = 0.1  # below this density, compute a weight gradient only at the nonzero entries
 _TOKENS = 256  # tokens per pass over the nonzero entries
 _MODES = {"soft": forward.SOFT, "official": forward.OFFICIAL, "none": forward.NONE}
 _STORED_DTYPES = (torch.float32, torch.bfloat16)  # dtypes that the kernels read and write in place
-_EMPTY = np.empty((0, 0), np.float32)
-_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_EMPTY = np.empty((0, 0), np.float32)  # unused argument of a Numba kernel
+_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)  # type of the function that an OpenMP thread calls
 
 
 class PackedFactors(NamedTuple):
@@ -50,7 +55,7 @@ class PackedFactors(NamedTuple):
 
 
 class _Matrix(NamedTuple):
-    """State of one matrix within a pass: packed factors, threshold, column statistics, and optionally `ΔW`."""
+    """State of one matrix within a pass: packed factors, threshold, column statistics, and `ΔW` if it was merged."""
 
     packed: PackedFactors
     shape: tuple[int, int]
@@ -84,13 +89,13 @@ class NumbaBackend(Backend):
         spec, factors, budgets, thresholds = update
         threshold_values = [None] * len(budgets) if thresholds is None else thresholds.tolist()
         columns = saved[0] if saved and thresholds is not None else None
-        is_new = columns is None
+        needs_stats = columns is None
         if columns is None:
             columns = torch.empty(len(budgets), 3, factors.A.shape[1], dtype=torch.float32, device="cpu")
         packed = pack_factors(spec, factors) if any(budgets) else [None] * len(budgets)
         workspace: list[_Matrix | None] = []
         for inputs, budget, threshold, stats in zip(packed, budgets, threshold_values, columns.numpy(), strict=True):
-            matrix = _merge_matrix(spec, inputs, budget, threshold, stats, is_new) if inputs and budget else None
+            matrix = _merge_matrix(spec, inputs, budget, threshold, stats, needs_stats) if inputs and budget else None
             workspace.append(matrix)
         if thresholds is None:
             computed = [np.float32(np.inf) if matrix is None else matrix.threshold for matrix in workspace]
@@ -106,7 +111,7 @@ class NumbaBackend(Backend):
                     out[rows] = base[rows]
             elif is_supported:
                 _add_matrix(spec, matrix, as_array(base[rows]), as_array(out[rows]))
-            else:
+            else:  # add `scaling·S` in torch, which supports all dtypes
                 sparse = torch.zeros(out[rows].shape, dtype=torch.float32, device="cpu")
                 _add_matrix(spec, matrix, sparse.numpy(), sparse.numpy())
                 torch.add(base[rows], sparse, out=out[rows])
@@ -124,47 +129,54 @@ class NumbaBackend(Backend):
     def grad_weight(  # noqa: D102
         self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor, product: Product
     ) -> Tensor:
-        n, rows = x.shape[1], spec.row_counts
-        sparse = [use_sddmm(spec, budget, m * n) for budget, m in zip(merged.budgets, rows, strict=True)]
-        if not any(sparse):
+        n, row_counts = x.shape[1], spec.row_counts
+        flags = [use_sddmm(spec, budget, m * n) for budget, m in zip(merged.budgets, row_counts, strict=True)]
+        if not any(flags):
             return super().grad_weight(spec, merged, grad_y, x, product)
         result = torch.zeros(spec.num_rows, n, dtype=torch.promote_types(x.dtype, torch.float32), device="cpu")
-        for part, matrix, budget, is_sparse in zip(spec.rows, merged.workspace, merged.budgets, sparse, strict=True):
+        for rows, matrix, budget, is_sparse in zip(spec.rows, merged.workspace, merged.budgets, flags, strict=True):
             if is_sparse:
-                sddmm_weight_grad(matrix, budget, grad_y[:, part], x, result[part])
+                sddmm_weight_grad(matrix, budget, grad_y[:, rows], x, result[rows])
             elif budget:
-                result[part] = product(grad_y[:, part], x)
+                result[rows] = product(grad_y[:, rows], x)
         return result
 
 
 def _gradients(
     spec: UpdateSpec, merged: Merged, grad_weight: Tensor, base_and_out: tuple[Tensor, Tensor] | None
 ) -> Gradients:
-    """Return the gradients of factors and scalars; with `base_and_out`, also add the update in the same pass."""
+    """Return the gradients of factors and scalars.
+
+    With `base_and_out`, also write `base + scaling·S` into `out` in the same pass.
+    """
     grads = [None if f is None else torch.zeros(f.shape, dtype=torch.float32, device="cpu") for f in merged.factors]
     arrays = [None if grad is None else as_array(grad) for grad in grads]
     for group, (rows, matrix) in enumerate(zip(spec.rows, merged.workspace, strict=True)):
         buffers = None if base_and_out is None else [tensor[rows] for tensor in base_and_out]
         if matrix is not None:
+            # the layout of `Factors`: all tensors by matrix, except B by row
             slices = [slice(group, group + 1), rows, *[slice(group, group + 1)] * 4]
             targets = [None if array is None else array[part] for array, part in zip(arrays, slices, strict=True)]
             _grad_matrix(spec, matrix, grad_weight[rows].detach(), buffers, targets)
         elif buffers is not None:
             buffers[1].copy_(buffers[0])
     pairs = zip(grads, merged.factors, strict=True)
-    return tuple([None if wide is None or f is None else wide.to(f.dtype) for wide, f in pairs])
+    return tuple([None if grad is None or f is None else grad.to(f.dtype) for grad, f in pairs])
 
 
 def _merge_matrix(
-    spec: UpdateSpec, packed: PackedFactors, budget: int, threshold: float | None, stats: np.ndarray, is_new: bool
+    spec: UpdateSpec, packed: PackedFactors, budget: int, threshold: float | None, stats: np.ndarray, needs_stats: bool
 ) -> _Matrix:
-    """Return a matrix's state; find an unknown threshold, and fill `stats` if `is_new`."""
+    """Return a matrix's state, after selecting its threshold if it is `None`.
+
+    The selection writes the column statistics into `stats`. With a known threshold, `needs_stats` requests them.
+    """
     shape = (packed.B.shape[0], packed.A.shape[0])
     width, blocks = _blocks(shape)
     if threshold is None and spec.mode == "none":
         threshold = KEEP_ALL
     if threshold is not None:
-        if is_new and packed.softmax[-1]:
+        if needs_stats and packed.softmax[-1]:
             _run(forward.measure_column_stats, blocks, shape, width, *packed, stats)
         return _Matrix(packed, shape, np.float32(threshold), stats)
     delta, bins = np.empty(shape, np.float32), np.empty((blocks, forward.HISTOGRAM_BINS), np.int32)
@@ -176,7 +188,7 @@ def _merge_matrix(
 
 
 def _add_matrix(spec: UpdateSpec, matrix: _Matrix, base: np.ndarray, out: np.ndarray) -> None:
-    """Write a matrix's `base + scaling·S` into `out`."""
+    """Write a matrix's `base + scaling·S` into `out`, merging it row by row unless its `ΔW` is stored."""
     settings = (matrix.threshold, np.float32(spec.scaling), _MODES[spec.mode])
     shape = matrix.shape
     if matrix.delta is not None:
@@ -186,12 +198,15 @@ def _add_matrix(spec: UpdateSpec, matrix: _Matrix, base: np.ndarray, out: np.nda
 
 
 def use_sddmm(spec: UpdateSpec, budget: int, size: int) -> bool:
-    """Return whether SDDMM is cheaper than the dense product for a ∂L/∂W with `size` entries."""
+    """Return whether to compute a ∂L/∂W with `size` entries only where the update is nonzero (SDDMM).
+
+    Sampled dense-dense matrix multiplication computes one dot product per nonzero entry.
+    """
     return spec.mode == "soft" and 0 < budget < _SDDMM_DENSITY * size
 
 
 def sddmm_weight_grad(matrix: _Matrix, budget: int, grad_y: Tensor, x: Tensor, out: Tensor) -> None:
-    """Write ∂L/∂W at a matrix's nonzero entries into `out` (SDDMM).
+    """Write ∂L/∂W into `out`, only at the nonzero entries of a matrix (SDDMM).
 
     Args:
         matrix: The matrix.
@@ -199,6 +214,9 @@ def sddmm_weight_grad(matrix: _Matrix, budget: int, grad_y: Tensor, x: Tensor, o
         grad_y: The matrix's columns of ∂L/∂y, `[tokens, rows]`.
         x: `[tokens, n]`, dtype of `grad_y`.
         out: Zeros, `[rows, n]`, float32 or float64.
+
+    Raises:
+        RuntimeError: If the threshold does not belong to the current factors.
     """
     packed, shape = matrix.packed, matrix.shape
     width, blocks = _blocks(shape)
@@ -206,14 +224,14 @@ def sddmm_weight_grad(matrix: _Matrix, budget: int, grad_y: Tensor, x: Tensor, o
     rows, columns = (np.empty((blocks, capacity), np.int32) for _ in range(2))
     counts, sums = np.empty(blocks, np.int64), np.zeros((blocks, capacity), np.float32)
     _run(backward.list_entries, blocks, shape, width, *packed, matrix.threshold, rows, columns, counts)
-    if counts.min() < 0:
+    if counts.min() < 0:  # more entries exceed the threshold than the budget allows
         raise RuntimeError(
             "the threshold is outdated because the factors were changed through `.data` without an optimizer; change "
             "them in place inside torch.no_grad()"
         )
-    for tokens in range(0, x.shape[0], _TOKENS):
-        parts = (_to_float32_array(part[tokens : tokens + _TOKENS].T) for part in (grad_y, x))
-        _run(backward.sddmm_accumulate, blocks, shape, *parts, rows, columns, counts, sums)
+    for start in range(0, x.shape[0], _TOKENS):
+        arrays = (_to_float32_array(tensor[start : start + _TOKENS].T) for tensor in (grad_y, x))
+        _run(backward.sddmm_accumulate, blocks, shape, *arrays, rows, columns, counts, sums)
     _run(backward.sddmm_scatter, blocks, shape, rows, columns, counts, sums, out.numpy())
 
 
@@ -224,7 +242,10 @@ def _grad_matrix(
     buffers: Sequence[Tensor] | None,
     targets: Sequence[Any],
 ) -> None:
-    """Write a matrix's gradients into `targets`, as in `Factors`; with `buffers` (base, out), also fill `out`."""
+    """Write a matrix's gradients into `targets`, in the order of `Factors`.
+
+    With `buffers`, the rows of `base` and `out`, also write `base + scaling·S` into `out`.
+    """
     packed, kernel, (m, n) = matrix.packed, spec.kernel, matrix.shape
     (K, pieces), (width, blocks) = (packed.B.shape[1], len(packed.coeff)), _blocks(matrix.shape)
     per_chunk = -(-blocks // _MAX_CHUNKS)
@@ -265,7 +286,7 @@ def _grad_matrix(
 
 
 def pack_factors(spec: UpdateSpec, factors: Factors) -> list[PackedFactors]:
-    """Convert the factors and scalars of each matrix to the inputs of the kernels."""
+    """Return the inputs of the Numba kernels for each matrix, or raise `ValueError` if a required scalar is missing."""
     kernel, (A, B, coeff, alpha, beta, temperature) = spec.kernel, factors
     has_softmax, num_matrices = isinstance(kernel, NormalizedRBF), len(spec.rows)
     if coeff is None or (has_softmax and (alpha is None or beta is None)):
@@ -278,6 +299,7 @@ def pack_factors(spec: UpdateSpec, factors: Factors) -> list[PackedFactors]:
     arrays = [as_array(tensor.to(torch.float32).contiguous()) for tensor in (A, B, coeff)]
     packed = []
     for group, (scale, shift, inverse) in enumerate(zip(scales, shifts, inverses, strict=True)):
+        # a centered softmax term is the softmax minus its mean, 1/m
         constant = shift - (scale / spec.row_counts[group] if kernel.center_softmax else 0.0) if has_softmax else 0.0
         softmax = (np.float32(inverse), linear, scale, np.float32(constant), has_softmax)
         packed.append(PackedFactors(arrays[0][group], arrays[1][spec.rows[group]], arrays[2][group], softmax))
@@ -285,7 +307,10 @@ def pack_factors(spec: UpdateSpec, factors: Factors) -> list[PackedFactors]:
 
 
 def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray) -> np.float32:
-    """Return the `(budget + 1)`-th largest magnitude, given the histogram of each block; partitions only one bin."""
+    """Return the `(budget + 1)`-th largest magnitude of `value`, or 0 for a full budget.
+
+    The histograms `bins` of the blocks determine its bin, and only the entries of this bin are partitioned.
+    """
     if budget == value.size:
         return np.float32(0)
     width, blocks = _blocks(value.shape)
@@ -293,12 +318,12 @@ def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray) -> np.flo
     cumulative = counts[::-1].cumsum()  # number of entries in each bin and above, from the top
     position = int(cumulative.searchsorted(budget, side="right"))
     bin_index = forward.HISTOGRAM_BINS - 1 - position
-    above = int(cumulative[position]) - int(counts[bin_index])
+    num_above = int(cumulative[position]) - int(counts[bin_index])
     ends = bins[:, bin_index].cumsum(dtype=np.int64)
     candidates = np.empty(int(ends[-1]), np.float32)
     offsets = ends - bins[:, bin_index]
     _run(forward.collect, blocks, value.shape, width, value, *forward.bin_bit_range(bin_index), offsets, candidates)
-    rank = len(candidates) - 1 - (budget - above)
+    rank = len(candidates) - 1 - (budget - num_above)  # in ascending order
     candidates.partition(rank)
     return candidates[rank]
 
@@ -323,7 +348,10 @@ def _to_float32_array(tensor: Tensor) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def _blocks(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return block width and count, which depend only on the shape, so that the thread count does not change sums."""
+    """Return the width and number of blocks.
+
+    They depend only on the shape, so that the number of threads does not change the order of sums.
+    """
     m, n = shape
     width = min(_MAX_WIDTH, -(-n // _MIN_BLOCKS), max(_MIN_WIDTH, _WORKSPACE_ENTRIES // (2 * m)))
     width = max(_MIN_WIDTH, (width + 15) // 16 * 16)
@@ -345,15 +373,16 @@ def parallel_for(tasks: Sequence[Callable[[], None]], threads: int) -> None:
     """Run all tasks on up to `threads` threads and wait for them.
 
     Uses torch's OpenMP threads if available, otherwise a thread pool. OpenMP threads spin for a few milliseconds after
-    each product, so other threads would oversubscribe the cores. Raises the first error after all tasks have ended.
+    each product, so other threads would compete with them. Raises the first error after all tasks have ended.
     """
-    remaining, errors = iter(tasks), []
+    remaining = iter(tasks)
+    errors: list[BaseException] = []
 
-    def work(_: object = None) -> None:
+    def work(_: object = None) -> None:  # OpenMP passes a pointer to data, which is not used
         for task in remaining:  # a shared iterator yields each task to one thread
             try:
                 task()
-            except BaseException as error:
+            except BaseException as error:  # raised below, because OpenMP's threads cannot raise it
                 errors.append(error)
 
     library = _torch_openmp()
@@ -370,7 +399,7 @@ def parallel_for(tasks: Sequence[Callable[[], None]], threads: int) -> None:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """Return the thread pool of this process; it starts threads when they are needed."""
+    """Return the thread pool of this process, which starts its threads when they are needed."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="snella")
 
 
@@ -387,10 +416,12 @@ def _torch_openmp() -> ctypes.CDLL | None:
     torch_folder = Path(torch.__file__).parent
     loaded = {line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines() if "libgomp" in line}
     bundled = sorted(path for path in loaded if Path(path).is_relative_to(torch_folder))
-    others = sorted(loaded)
     # wheels bundle a copy; other builds of torch use the system's library, which must be unique
-    path = bundled[0] if bundled else others[0] if len(others) == 1 else None
-    if path is None:
+    if bundled:
+        path = bundled[0]
+    elif len(loaded) == 1:
+        (path,) = loaded
+    else:
         return None
     try:
         library = ctypes.CDLL(path)

@@ -1,4 +1,8 @@
-"""Triton backend: sync-free piecewise kernels on a CUDA device, where each launch covers all matrices of a weight."""
+"""Triton backend: sync-free piecewise kernels on a CUDA device, where each launch covers all matrices of a weight.
+
+Sync-free means that the host never waits for a result on the device. The Triton kernels are in `forward`, which defines
+the symbols and the table `layout`, and in `backward`.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,13 @@ from snella.sparsify import KEEP_ALL
 from snella.update import Update, UpdateSpec
 
 # not autotuned: block sizes determine the order of sums, and results must be bit-reproducible
-TILE = {"BLOCK_M": 32, "BLOCK_N": 64}
-_TILES_PER_HISTOGRAM = 4
-STATISTICS = {"ALONG": 64, "ACROSS": 16}
-ADD_BLOCK = 4096
-COUNT_BLOCK = 4096
+TILE = {"BLOCK_M": 32, "BLOCK_N": 64}  # rows and columns
+_TILES_PER_HISTOGRAM = 4  # a program adds the joint histogram of these tiles once
+STATISTICS = {"ALONG": 64, "ACROSS": 16}  # entries along the softmax axis and across it
+ADD_BLOCK = 4096  # entries per program
+COUNT_BLOCK = 4096  # entries per step of a program
 _MAX_COUNT_PROGRAMS = 256  # bounds the atomic additions to a histogram
-SUM_BLOCK = 512
+SUM_BLOCK = 512  # partial sums per step of a program
 _MODES = {"soft": forward.SOFT.value, "official": forward.OFFICIAL.value, "none": forward.NONE.value}
 _LAUNCHES: dict[str, tuple[tuple[int, int | None], ...]] = {
     "softmax_statistics": ((8, 64), (8, 80), (8, 80)),
@@ -32,14 +36,20 @@ _LAUNCHES: dict[str, tuple[tuple[int, int | None], ...]] = {
     "factor_gradients": ((4, 128), (4, 128), (4, 128)),
     "scalar_gradients": ((4, None), (4, None), (4, None)),
 }
-"""Warps and registers per thread for ranks up to 8, higher ranks, and pieces of more than 8 columns; see the README."""
+"""Warps per program and registers per thread: for ranks up to 8, higher ranks, and pieces of more than 8 columns.
+
+`None` sets no limit on the registers. The README explains the choice.
+"""
 
 _MAX_ENTRIES = 1 << 30  # positions within a matrix, rounded up to whole blocks, are int32
-_MIN_CAPABILITY = (7, 0)
+_MIN_CAPABILITY = (7, 0)  # minimum compute capability
 
 
 def launch_options(kernel: str, rank: int = 1, pieces: int = 1, aligned: bool = True) -> dict[str, Any]:
-    """Return the launch options of a kernel: warps per program and registers per thread, without FMA fusion."""
+    """Return the launch options of a Triton kernel: warps per program and registers per thread, without FMA fusion.
+
+    Without fusion, all kernels compute the same distances. Kernels that `_LAUNCHES` does not list use eight warps.
+    """
     column = 2 if rank // pieces > 8 else int(rank > 8)
     warps, registers = _LAUNCHES[kernel][column] if kernel in _LAUNCHES else (8, None)
     if kernel == "factor_gradients" and not aligned:
@@ -51,14 +61,17 @@ def launch_options(kernel: str, rank: int = 1, pieces: int = 1, aligned: bool = 
 
 
 class SoftmaxStats(NamedTuple):
-    """Maximum logit and inverse sum of exponentials of each column (`[G·n]`) or row (`[m]`) of the softmax."""
+    """Maximum logit and inverse sum of exponentials of each column (`[G·n]`) or row (`[m]`) of the softmax.
+
+    Both are `None` if the kernel function has no softmax.
+    """
 
     max_logit: Tensor | None
     inverse_sum: Tensor | None
 
 
 class _Launches:
-    """Kernel launches for an update."""
+    """Launches of the Triton kernels for one update, with their common arguments and options."""
 
     def __init__(self, spec: UpdateSpec, factors: Factors, budgets: tuple[int, ...]) -> None:
         A, B, *scalars = [None if tensor is None else tensor.detach().contiguous() for tensor in factors]
@@ -85,7 +98,7 @@ class _Launches:
         return torch.empty(shape, dtype=dtype, device=self.A.device)
 
     def tiles(self, row_tiles: int = 1) -> tuple[int, int, int]:
-        """Return the grid of tiles over all matrices."""
+        """Return the grid of tiles over the columns, rows and matrices; a program covers `row_tiles` tiles."""
         return -(-self.n // TILE["BLOCK_N"]), -(-self.max_rows // (TILE["BLOCK_M"] * row_tiles)), self.groups
 
     def softmax_stats(self) -> SoftmaxStats:
@@ -101,7 +114,7 @@ class _Launches:
         return stats
 
     def merge(self, delta: Tensor, stats: SoftmaxStats, counts: Tensor | None = None) -> None:
-        """Write `ΔW`, and optionally add to the first histogram."""
+        """Write `ΔW`, and add the first of the three histograms of `|ΔW|` to `counts` if given."""
         options = self.pieces | self.terms | TILE | launch_options("merge", self.rank, self.pieces["P"])
         is_counted, center = counts is not None, self.spec.kernel.center_softmax
         options |= {"CENTER": center, "COUNT": is_counted, "TILES": _TILES_PER_HISTOGRAM}
@@ -110,11 +123,11 @@ class _Launches:
         )
 
     def merge_and_select(self, delta: Tensor, stats: SoftmaxStats) -> Tensor:
-        """Write `ΔW` and return the thresholds, `[G]`; mode `none` needs no selection."""
+        """Write `ΔW` and return the thresholds, `[G]`. Mode `none` needs no selection."""
         if self.spec.mode == "none":
             self.merge(delta, stats)
             return self.new(self.groups).fill_(KEEP_ALL)
-        targets = 1 if self.spec.mode == "soft" else 2
+        targets = 1 if self.spec.mode == "soft" else 2  # mode `official` interpolates between two entries
         high_bins, low_bins = forward.HIGH_BINS.value * self.groups, forward.LOW_BINS.value * self.groups * targets
         counts = torch.zeros(high_bins + 2 * low_bins, dtype=torch.int32, device=self.A.device)
         high, middle, low = counts.split([high_bins, low_bins, low_bins])
@@ -139,7 +152,7 @@ class _Launches:
     def gradients(
         self, delta: Tensor, thresholds: Tensor, stats: SoftmaxStats, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of A, B and the scalars."""
+        """Return the gradients of A, B and the scalars, given `grad` = ∂L/∂W."""
         grid, scaling = self.tiles(), self.spec.scaling
         columns, rows, _ = grid
         matrix = (delta, thresholds, grad)
@@ -154,6 +167,7 @@ class _Launches:
                 *factors, *stats, *matrix, partial, scaling, self.n, num_sums, **options
             )
             weighted_sum = partial.sum(0)
+        # partial gradients of each tile, added in a fixed order for reproducible results
         part_A, part_B = self.new(rows, self.groups, self.n, self.rank), self.new(columns, self.m, self.rank)
         sums = self.new(self.groups, rows * columns, self.pieces["P"] + 3)
         inputs = (self.A, self.B, self.coeff, self.alpha, self.temperature, self.layout, *stats, weighted_sum, *matrix)
@@ -173,7 +187,10 @@ class _Launches:
 def _layout(
     row_counts: tuple[int, ...], budgets: tuple[int, ...], n: int, selects_rank: bool, device: torch.device, stream: int
 ) -> Tensor:
-    """Return the `layout` argument of all kernels, `[G, 6]` on `device`; cached per `stream`, copied without a sync."""
+    """Return the table `layout`, an argument of all kernels, `[G, 6]` on `device`.
+
+    It is copied without synchronization, so each `stream` has its own cached copy.
+    """
     table = np.zeros((len(budgets), forward.LAYOUT_FIELDS.value), np.int32)
     start = 0
     for entry, count, budget in zip(table, row_counts, budgets, strict=True):
@@ -182,7 +199,8 @@ def _layout(
         if selects_rank:
             entry[3] = -1 if budget == size else budget
         elif budget:
-            # descending ranks of the two entries around the quantile, see `quantile_threshold`
+            # descending ranks of the two entries around the quantile, see `quantile_threshold`; the position of the
+            # quantile between them is stored as the bits of a float32
             position = (1 - budget / size) * (size - 1)
             below = int(position)
             entry[3:5] = size - 1 - below, max(size - 2 - below, 0)

@@ -92,7 +92,7 @@ class DreamBoothConfig(RunSettings):
     skip_corrupt: bool = False
 
     def errors(self) -> list[str]:
-        """Check settings across sections; loads neither data nor model."""
+        """Check settings across sections, without loading data or model."""
         errors = self.missing_errors(is_started=self.run.resume)
         if not self.token.strip():
             errors.append(f"token must be a word, got {self.token!r}")
@@ -102,18 +102,19 @@ class DreamBoothConfig(RunSettings):
         """Return a copy with class name and prompts set.
 
         Args:
-            class_name: Class name from the data; the settings take precedence.
+            class_name: Class name from the data. The settings take precedence.
 
         Raises:
             ValueError: If a prompt needs a class name, and neither the settings nor the data define one.
         """
         resolved_class = self.class_name or class_name
         missing = [] if self.prompt else ["prompt"]
-        missing += ["class_prompt"] if self.prior_weight > 0 and not self.class_prompt else []
+        if self.prior_weight > 0 and not self.class_prompt:
+            missing.append("class_prompt")
         if missing and not resolved_class:
             raise ValueError(
-                f"class_name must be the class of the subject, e.g. dog, got none, and {self.data} does not "
-                f"define it; set it, or set {' and '.join(missing)}"
+                f"class_name must name the class of the subject, e.g. dog, because {self.data} does not define it; "
+                f"set it, or set {' and '.join(missing)}"
             )
         return dataclasses.replace(
             self,

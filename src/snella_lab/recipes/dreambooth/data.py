@@ -1,4 +1,7 @@
-"""DreamBooth data: subject images and prompt files."""
+"""DreamBooth data: subject images and prompt files.
+
+In prompts, a rare word, the token, denotes the subject.
+"""
 
 import hashlib
 import re
@@ -17,6 +20,8 @@ from snella_app.text import listed, nearest
 
 LIVE_CLASSES = ("cat", "dog")
 """Classes of DreamBooth's live subjects, which have a separate prompt list."""
+PROMPT_FILE = "prompts_and_classes.txt"
+"""The DreamBooth dataset's file with classes and prompts."""
 
 _LIST_PATTERN = re.compile(r"=\s*\[(.*?)^\s*\]", re.DOTALL | re.MULTILINE)
 _STRING_PATTERN = re.compile(r"^\s*(?:'([^'\n]*)'|\"([^\"\n]*)\")", re.MULTILINE)
@@ -29,8 +34,8 @@ class PromptFile:
 
     Attributes:
         objects: Templates for objects.
-        live: Templates for live subjects; equal to `objects` for a plain text file.
-        classes: Class by subject, if the file lists them.
+        live: Templates for live subjects, equal to `objects` if the file has a single list.
+        classes: Class by subject, empty if the file does not list them.
     """
 
     objects: list[str]
@@ -38,12 +43,14 @@ class PromptFile:
     classes: dict[str, str] = field(default_factory=dict)
 
     def templates(self, class_name: str | None, is_live: bool | None = None) -> list[str]:
-        """Return the templates for a class; `is_live` overrides the choice by class name."""
-        return self.live if (class_name in LIVE_CLASSES if is_live is None else is_live) else self.objects
+        """Return the templates for a class, chosen by `is_live` if it is set, otherwise by the class name."""
+        if is_live is None:
+            is_live = class_name in LIVE_CLASSES
+        return self.live if is_live else self.objects
 
 
 def fill(template: str, token: str, class_name: str) -> str:
-    """Fill in token and class; runs of whitespace become single spaces."""
+    """Fill in token and class, and replace runs of whitespace, e.g. around an empty token, with single spaces."""
     return " ".join(template.replace("{0}", token).replace("{1}", class_name).split())
 
 
@@ -61,7 +68,7 @@ def read_prompt_file(path: str | Path) -> PromptFile:
     Raises:
         FileNotFoundError: If the file does not exist.
         ValueError: If the file is not UTF-8, has no templates, or has templates without the token placeholder or with
-            unknown placeholders; the message lists them.
+            unknown placeholders. The message lists invalid templates.
     """
     file = expand_user(path)
     if not file.is_file():
@@ -83,10 +90,10 @@ def read_prompt_file(path: str | Path) -> PromptFile:
 
 
 def _classes(text: str) -> dict[str, str]:
-    """Parse `subject,class` lines after the heading, up to the first line without a comma."""
+    """Return the class by subject from the lines between the heading and the first line without a comma."""
     classes: dict[str, str] = {}
     lines = iter(text.splitlines())
-    if any(line.replace(" ", "") == "subject_name,class" for line in lines):
+    if any(line.replace(" ", "") == "subject_name,class" for line in lines):  # leaves the lines after the heading
         for line in lines:
             subject, comma, name = (part.strip() for part in line.partition(","))
             if not comma:
@@ -96,7 +103,7 @@ def _classes(text: str) -> dict[str, str]:
 
 
 def _check(file: Path, lists: list[list[str]]) -> None:
-    """Validate prompt lists and report all errors together."""
+    """Raise a ValueError with all errors of the prompt lists, if there are any."""
     errors = ["no prompts"] if not all(lists) else []
     templates = list(dict.fromkeys(template for prompts in lists for template in prompts))
     without_token = [repr(template) for template in templates if "{0}" not in template]
@@ -117,10 +124,6 @@ def _check(file: Path, lists: list[list[str]]) -> None:
         )
 
 
-PROMPT_FILE = "prompts_and_classes.txt"
-"""The DreamBooth dataset's file with classes and prompts."""
-
-
 @dataclass(frozen=True)
 class Concept:
     """The images of a subject.
@@ -128,7 +131,7 @@ class Concept:
     Attributes:
         name: Name of the subject's folder.
         paths: Image files, sorted by name.
-        class_name: Class in the data, e.g. `dog` for `dog6`; None if unknown.
+        class_name: Class in the data, e.g. `dog` for `dog6`, or None if the data does not define it.
         notes: Notes for the user.
     """
 
@@ -159,9 +162,9 @@ def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = 
         skip_corrupt: Skip corrupt images with a note instead of raising an error.
 
     Raises:
-        FileNotFoundError: If the folder or subject does not exist; the message suggests similar names.
-        ValueError: If `spec` is invalid, `subject` is missing or not allowed, the folder has no images, or images are
-            corrupt (with `skip_corrupt`, all of them); the message lists corrupt images.
+        FileNotFoundError: If the folder or subject does not exist. The message suggests similar names.
+        ValueError: If `spec` is invalid, if `subject` is missing or not allowed, if the folder has no images, or if
+            images are corrupt (or all images, with `skip_corrupt`). The message lists corrupt images.
     """
     family, colon, path = spec.partition(":")
     if not colon or family not in ("folder", "dreambooth"):
@@ -196,7 +199,7 @@ def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = 
         notes.append(f"skipped {counted(len(files) - len(paths), 'non-image file')}")
     if broken:
         reasons_by_name = {paths[index].name: reason for index, reason in broken.items()}
-        notes.append(broken_note(reasons_by_name, len(paths), folder, skip_corrupt))
+        notes.append(broken_note(reasons_by_name, len(paths), folder, skip_corrupt))  # raises unless `skip_corrupt`
         if len(broken) == len(paths):
             reasons = listed(f"{name} ({reason})" for name, reason in reasons_by_name.items())
             raise ValueError(f"all {len(paths)} images in '{folder}' are corrupt: {reasons}")
@@ -205,13 +208,13 @@ def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = 
 
 
 def _subject_folder(root: Path, subject: str | None) -> Path:
-    """Return the folder of a subject; errors list the available ones."""
+    """Return the folder of a subject, or raise an error that lists the available subjects."""
     names = sorted(child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not names:
         raise ValueError(f"dreambooth:{root} has no subject folders; put images at PATH/subject/image.jpg")
     if subject in names:
         return root / str(subject)
     if subject is None:
-        raise ValueError(f"subject must name one of the {len(names)} folders in {root}, got none: {listed(names)}")
-    shown = nearest(subject, names, most=3, cutoff=0.4) or f"; available: {listed(names)}"
-    raise FileNotFoundError(f"subject must name one of the {len(names)} folders in {root}, got {subject!r}{shown}")
+        raise ValueError(f"subject must name one of the {len(names)} folders in {root}: {listed(names)}")
+    suggestion = nearest(subject, names, most=3, cutoff=0.4) or f"; available: {listed(names)}"
+    raise FileNotFoundError(f"subject must name one of the {len(names)} folders in {root}, got {subject!r}{suggestion}")

@@ -26,6 +26,11 @@ from snella_lab.recipes.dreambooth.generate import GeneratedImage, load_generato
 from snella_lab.recipes.dreambooth.train import check_images
 from snella_lab.recipes.pretrained import load_pretrained
 
+METRICS = ("concept_alignment", "text_alignment", "text_alignment_without_token", "vendi", "vendi_by_prompt")
+"""Metrics of a subject, explained in `score_images`."""
+RESULT_FILE = "generation.json"
+_BATCH_SIZE = 16
+
 
 def vendi_score(embeddings: Tensor) -> float:
     """Compute the Vendi score, the effective number of distinct images.
@@ -44,7 +49,7 @@ def vendi_score(embeddings: Tensor) -> float:
     """
     unit = _normalized(embeddings)
     kernel = unit @ unit.T / len(unit)  # [n, n], trace 1
-    eigenvalues = torch.linalg.eigvalsh(kernel).clamp_min(0.0)
+    eigenvalues = torch.linalg.eigvalsh(kernel).clamp_min(0.0)  # rounding errors can make them negative
     return float(torch.special.entr(eigenvalues).sum().exp())
 
 
@@ -77,7 +82,7 @@ def paired_cosine(first: Tensor, second: Tensor) -> float:
 
 
 def _normalized(embeddings: Tensor) -> Tensor:
-    """Normalize the rows to unit length in float64."""
+    """Return the rows in float64 with unit length, or raise a ValueError if that is impossible."""
     if embeddings.ndim != 2 or embeddings.shape[0] == 0:
         raise ValueError(f"embeddings must be [n, d] with n >= 1, got shape {list(embeddings.shape)}")
     values = embeddings.detach().double()
@@ -88,11 +93,8 @@ def _normalized(embeddings: Tensor) -> Tensor:
     return values / norms
 
 
-_BATCH = 16
-
-
 class _Embedder:
-    """Embeddings of images by a pre-trained model.
+    """Pre-trained model that embeds images.
 
     Args:
         kind: Class of the model.
@@ -113,9 +115,9 @@ class _Embedder:
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embed images, `[n, d]`."""
-        batches = (self.processor(images=batch, return_tensors="pt").to(self.device) for batch in _batches(images))
-        return torch.cat([_features(self.embed(**pixels)) for pixels in batches])
+        """Return the embeddings of images, `[n, d]`."""
+        inputs = (self.processor(images=batch, return_tensors="pt").to(self.device) for batch in _batches(images))
+        return torch.cat([_features(self.embed(**pixels)) for pixels in inputs])
 
 
 class ClipEmbedder(_Embedder):
@@ -128,11 +130,11 @@ class ClipEmbedder(_Embedder):
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts, truncated to CLIP's context length, `[n, d]`."""
+        """Return the embeddings of texts, truncated to CLIP's context length, `[n, d]`."""
         length = self.model.config.text_config.max_position_embeddings
         options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
-        tokens = (self.tokenizer(batch, **options).to(self.device) for batch in _batches(texts))
-        return torch.cat([_features(self.model.get_text_features(**batch)) for batch in tokens])
+        inputs = (self.tokenizer(batch, **options).to(self.device) for batch in _batches(texts))
+        return torch.cat([_features(self.model.get_text_features(**tokens)) for tokens in inputs])
 
 
 class DinoEmbedder(_Embedder):
@@ -143,18 +145,14 @@ class DinoEmbedder(_Embedder):
 
 
 def _batches(items: Sequence[Any]) -> Iterator[list[Any]]:
-    """Split items into batches."""
-    return (list(items[start : start + _BATCH]) for start in range(0, len(items), _BATCH))
+    """Iterate over items in batches."""
+    return (list(items[start : start + _BATCH_SIZE]) for start in range(0, len(items), _BATCH_SIZE))
 
 
 def _features(output: Any) -> Tensor:
-    """Return the pooled features of a model's output in float32 on the CPU; transformers 5.0 returns them directly."""
-    return (output if isinstance(output, Tensor) else output.pooler_output).float().cpu()
-
-
-METRICS = ("concept_alignment", "text_alignment", "text_alignment_without_token", "vendi", "vendi_by_prompt")
-"""Metrics of a subject; see `score_images`."""
-RESULT_FILE = "generation.json"
+    """Return the pooled features of a model's output in float32 on the CPU."""
+    features = output if isinstance(output, Tensor) else output.pooler_output  # transformers 5.0 can return a tensor
+    return features.float().cpu()
 
 
 def evaluate_generation(options: EvaluateGenerationOptions, console: Console | None = None) -> dict[str, Any]:
@@ -164,15 +162,16 @@ def evaluate_generation(options: EvaluateGenerationOptions, console: Console | N
 
     Args:
         options: Options of `snella evaluate-generation`.
-        console: Console of the progress bars; stdout if None.
+        console: Console of the progress bars, or None for stdout.
 
     Returns:
-        `{"runs": [metrics per run], "mean": {…}, "standard_error": {…}}`. Mean and standard error are over runs; the
+        `{"runs": [metrics per run], "mean": {…}, "standard_error": {…}}`. Mean and standard error are over runs. The
         standard error of a single run is None.
 
     Raises:
         FileNotFoundError: If a run, prompt file or model does not exist.
-        FileExistsError: If `evaluation/` contains images from other prompts, settings or weights, without `overwrite`.
+        FileExistsError: If `evaluation/` contains images from other prompts, settings or weights, and `overwrite` is
+            not set.
         ConnectionError: If a model is not a local folder and cannot be loaded from the hub or its cache.
         ValueError: If prompts lack the token placeholder, the images have changed since training, or a run belongs to
             another command.
@@ -180,7 +179,8 @@ def evaluate_generation(options: EvaluateGenerationOptions, console: Console | N
     console = console or make_console()
     device = choose_device(options.device)
     prompt_files = {folder: _prompt_file(folder, options.prompts) for folder in find_runs(options.run)}
-    embedders = ClipEmbedder(options.clip, device), DinoEmbedder(options.dino, device)
+    clip = ClipEmbedder(options.clip, device)
+    dino = DinoEmbedder(options.dino, device)
     rows: list[dict[str, Any]] = []
     for folder, prompt_file in prompt_files.items():
         generator, config = load_generator(folder, options, console)
@@ -189,13 +189,13 @@ def evaluate_generation(options: EvaluateGenerationOptions, console: Console | N
         templates = prompt_file.templates(config.class_name, options.live)
         class_name = config.class_name or ""
         prompts = [fill(template, config.token, class_name) for template in templates]
-        plain_prompts = [
-            fill(template, "", class_name) for template in templates for _ in range(options.images_per_prompt)
-        ]
+        plain_prompts: list[str] = []
+        for template in templates:
+            plain_prompts += [fill(template, "", class_name)] * options.images_per_prompt
         images = generator.generate(
             folder / "evaluation", prompts, range(options.images_per_prompt), overwrite=options.overwrite
         )
-        scores = score_images(images, list(concept.images()), plain_prompts, *embedders)
+        scores = score_images(images, list(concept.images()), plain_prompts, clip, dino)
         row = {"subject": concept.name, "method": config.method.name, "images": len(images), **scores}
         models = {"clip": options.clip, "dino": options.dino}
         DreamBoothFolder(folder).write_json(
@@ -234,13 +234,13 @@ def score_images(
     Returns:
         `concept_alignment`: mean cosine similarity between CLIP embeddings of all generated and all real images.
         `text_alignment`: mean cosine similarity between CLIP embeddings of each image and its prompt.
-        `text_alignment_without_token`: the same for the prompts in `plain_prompts`.
+        `text_alignment_without_token`: mean cosine similarity for the prompts in `plain_prompts` instead.
         `vendi`: Vendi score of all images, from DINOv2 embeddings.
         `vendi_by_prompt`: mean Vendi score of each prompt's images.
     """
-    loaded = [read_image(image.path) for image in images]
-    clip_embeddings = clip.images(loaded)
-    dino_embeddings = dino.images(loaded)
+    pixels = [read_image(image.path) for image in images]
+    clip_embeddings = clip.images(pixels)
+    dino_embeddings = dino.images(pixels)
     rows_by_prompt: dict[str, list[int]] = {}
     for row, image in enumerate(images):
         rows_by_prompt.setdefault(image.prompt, []).append(row)
@@ -281,7 +281,7 @@ def _prompt_file(run: Path, prompts: str | Path | None) -> PromptFile:
     file = expand_user(path) / PROMPT_FILE
     if family != "dreambooth" or not file.is_file():
         raise FileNotFoundError(
-            f"prompts must be a prompt file, got none, and {config.data} has no {PROMPT_FILE}; write one prompt per "
-            "line, with {0} for the subject's token and {1} for its class"
+            f"prompts must name a prompt file, because {config.data} has no {PROMPT_FILE}; write one prompt per line, "
+            "with {0} for the subject's token and {1} for its class"
         )
     return read_prompt_file(file)

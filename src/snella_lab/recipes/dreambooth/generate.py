@@ -28,17 +28,18 @@ from snella_lab.recipes.dreambooth.data import fill, read_prompt_file
 from snella_lab.recipes.dreambooth.pipeline import TEXT_COMPONENTS, check_resolution, embed_prompts, load_pipeline
 
 MANIFEST = "images.json"
+"""Manifest of a folder of generated images, with their prompts, seeds, settings and source."""
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Sampling settings.
+    """Settings of the sampling of images.
 
     Args:
         resolution: Image resolution in pixels.
         steps: Number of sampling steps.
-        guidance: Guidance scale; values up to 1 disable guidance.
-        max_sequence_length: Maximum prompt length of the third text encoder, in tokens; use the training value.
+        guidance: Guidance scale. Values up to 1 disable guidance.
+        max_sequence_length: Maximum prompt length of the third text encoder, in tokens, as in training.
         precision: fp32, or bf16 for autocast.
         batch_size: Batch size.
     """
@@ -54,7 +55,7 @@ class SamplingConfig:
 def sampling_of(
     config: DreamBoothConfig, steps: int | None = None, guidance: float | None = None, batch_size: int = 1
 ) -> SamplingConfig:
-    """Return the run's sampling settings, with overrides."""
+    """Return the sampling settings of a run, overridden by the arguments that are not None."""
     return SamplingConfig(
         resolution=config.resolution,
         steps=config.sample_steps if steps is None else steps,
@@ -72,7 +73,7 @@ def sample_images(
     """Generate one image per job, in order.
 
     Each distinct prompt is embedded once, before sampling. During sampling, only transformer and autoencoder are on the
-    device; afterwards, the autoencoder is moved back.
+    device. Afterwards, the autoencoder is moved back.
 
     Args:
         pipeline: Pipeline with the adapter in its transformer.
@@ -84,19 +85,23 @@ def sample_images(
         ValueError: If the pipeline does not support this resolution.
     """
     check_resolution(pipeline, sampling.resolution)
+    has_guidance = sampling.guidance > 1
     texts = list(dict.fromkeys(prompt for prompt, _ in jobs))
-    texts += [""] if sampling.guidance > 1 else []
+    if has_guidance:
+        texts.append("")
     embedded = dict(zip(texts, embed_prompts(pipeline, texts, device, sampling.max_sequence_length), strict=True))
 
     def stacked(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the token embeddings and pooled embeddings of prompts on the device."""
         tokens = torch.cat([embedded[prompt].tokens for prompt in prompts])
-        return tokens.to(device), torch.cat([embedded[prompt].pooled for prompt in prompts]).to(device)
+        pooled = torch.cat([embedded[prompt].pooled for prompt in prompts])
+        return tokens.to(device), pooled.to(device)
 
-    # without text encoders: diffusers infers the device from all components
+    # without text encoders, which are not on the device, because diffusers infers the device from all components
     no_text: dict[str, Any] = dict.fromkeys(TEXT_COMPONENTS)
     image_pipeline = StableDiffusion3Pipeline(
         transformer=pipeline.transformer.to(device).eval(),
-        scheduler=type(pipeline.scheduler).from_config(pipeline.scheduler.config),
+        scheduler=type(pipeline.scheduler).from_config(pipeline.scheduler.config),  # sampling modifies it
         vae=pipeline.vae,
         **no_text,
     )
@@ -105,25 +110,28 @@ def sample_images(
         for start in range(0, len(jobs), sampling.batch_size):
             batch = jobs[start : start + sampling.batch_size]
             tokens, pooled = stacked([prompt for prompt, _ in batch])
-            negative = stacked([""] * len(batch)) if sampling.guidance > 1 else (None, None)
+            negative_tokens: Tensor | None = None
+            negative_pooled: Tensor | None = None
+            if has_guidance:
+                negative_tokens, negative_pooled = stacked([""] * len(batch))
             with autocast(device, sampling.precision):
                 images = image_pipeline(
                     prompt_embeds=tokens,
                     pooled_prompt_embeds=pooled,
-                    negative_prompt_embeds=negative[0],
-                    negative_pooled_prompt_embeds=negative[1],
+                    negative_prompt_embeds=negative_tokens,
+                    negative_pooled_prompt_embeds=negative_pooled,
                     height=sampling.resolution,
                     width=sampling.resolution,
                     num_inference_steps=sampling.steps,
                     guidance_scale=sampling.guidance,
-                    generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
+                    generator=[torch.Generator().manual_seed(seed) for _, seed in batch],  # one per image
                 ).images
             yield from images
 
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A generated image."""
+    """File, prompt and seed of a generated image."""
 
     path: Path
     prompt: str
@@ -137,9 +145,10 @@ class ImageGenerator:
     Args:
         pipeline: Pipeline with the adapter in its transformer.
         device: Torch device.
-        source: Pipeline, with the digest of the adapter if any, to detect images from another source.
+        source: Name of the pipeline, with the digest of its adapter, if any. It tells whether existing images are from
+            another source.
         sampling: Sampling settings.
-        console: Console of the progress bar; None for no bar.
+        console: Console of the progress bar, or None for no bar.
     """
 
     pipeline: StableDiffusion3Pipeline
@@ -151,51 +160,55 @@ class ImageGenerator:
     def generate(
         self, folder: Path, prompts: Sequence[str], seeds: Sequence[int], *, overwrite: bool = False
     ) -> list[GeneratedImage]:
-        """Generate an image for each prompt and seed; skip images that an earlier call generated.
+        """Generate an image for each prompt and seed, except images that an earlier call generated.
 
         Args:
-            folder: Output folder for `NUMBER-SEED.png`, numbered by prompt, and `images.json`; created if missing.
+            folder: Output folder for `NUMBER-SEED.png`, numbered by prompt, and `images.json`. Created if missing.
             prompts: Prompts.
             seeds: Seeds.
             overwrite: Replace other generated images in the folder.
 
+        Returns:
+            All images, including those of earlier calls, in the order of prompts and then of seeds.
+
         Raises:
-            FileExistsError: If the folder is a file, has files but no `images.json`, or, without `overwrite`, contains
-                images from other prompts, seeds or settings, or from another source; with `overwrite`, if another file
-                has the name of a new image.
+            FileExistsError: If the folder is a file, or has files but no valid `images.json`. Without `overwrite`, also
+                if it contains images from other prompts, seeds, settings or another source. With `overwrite`, also if
+                another file has the name of a new image.
             ValueError: If the pipeline does not support this resolution.
         """
-        width = max(2, len(str(len(prompts) - 1)))
+        num_digits = max(2, len(str(len(prompts) - 1)))
         images = [
-            GeneratedImage(folder / f"{number:0{width}}-{seed}.png", prompt, seed)
+            GeneratedImage(folder / f"{number:0{num_digits}}-{seed}.png", prompt, seed)
             for number, prompt in enumerate(prompts)
             for seed in seeds
         ]
+        # images do not depend on the batch size
         settings = {name: value for name, value in asdict(self.sampling).items() if name != "batch_size"}
         entries = [{"file": image.path.name, "prompt": image.prompt, "seed": image.seed} for image in images]
-        content = {"format": 1, "source": self.source, "drawing": settings, "images": entries}
-        if not _contains(folder, content, overwrite=overwrite):
+        manifest = {"format": 1, "source": self.source, "drawing": settings, "images": entries}
+        if not _contains(folder, manifest, overwrite=overwrite):
             folder.mkdir(parents=True, exist_ok=True)
-            manifest = _manifest(folder) or {"images": []}
-            previous = {Path(entry["file"]).name for entry in manifest["images"]}
-            if others := [image.path for image in images if image.path.exists() and image.path.name not in previous]:
-                raise FileExistsError(f"{others[0]} is not a generated image; choose another folder")
-            for name in previous:
+            old_manifest = _manifest(folder) or {"images": []}
+            old_names = {Path(entry["file"]).name for entry in old_manifest["images"]}
+            for image in images:
+                if image.path.exists() and image.path.name not in old_names:
+                    raise FileExistsError(f"{image.path} is not a generated image; choose another folder")
+            for name in old_names:
                 (folder / name).unlink(missing_ok=True)
-            write_json(folder / MANIFEST, content)
+            write_json(folder / MANIFEST, manifest)
         missing = [image for image in images if not image.path.is_file()]
         if missing:
             jobs = [(image.prompt, image.seed) for image in missing]
             samples = sample_images(self.pipeline, jobs, self.sampling, self.device)
-            for target, image in zip(
-                missing, track_progress(samples, "generating", len(missing), self.console), strict=True
-            ):
-                _write(target, image)
+            samples_with_progress = track_progress(samples, "generating", len(missing), self.console)
+            for target, sample in zip(missing, samples_with_progress, strict=True):
+                _write(target, sample)
         return images
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a folder with generated images; None without a valid manifest."""
+    """Return the manifest of a folder, or None if it has no valid manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -204,14 +217,18 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if is_manifest else None
 
 
-def _contains(folder: Path, content: dict[str, Any], *, overwrite: bool) -> bool:
-    """Return whether a folder contains these images; raise an error if it contains anything that must be kept."""
+def _contains(folder: Path, new_manifest: dict[str, Any], *, overwrite: bool) -> bool:
+    """Return whether the images in a folder are those of `new_manifest`.
+
+    Raises:
+        FileExistsError: If the folder contains anything else that must be kept.
+    """
     if not folder.exists():
         return False
     if not folder.is_dir():
         raise FileExistsError(f"out must be a folder, got the file {folder}; choose another name")
     manifest = _manifest(folder)
-    if manifest == content:
+    if manifest == new_manifest:
         return True
     if manifest is None:
         if any(folder.iterdir()):
@@ -222,7 +239,7 @@ def _contains(folder: Path, content: dict[str, Any], *, overwrite: bool) -> bool
             "drawing": "other settings",
             "images": "other prompts or seeds",
         }
-        changed = [reason for name, reason in reasons.items() if manifest.get(name) != content[name]]
+        changed = [reason for name, reason in reasons.items() if manifest.get(name) != new_manifest[name]]
         raise FileExistsError(
             f"out={folder} contains images from {' and '.join(changed)}; choose another folder, or pass --overwrite"
         )
@@ -253,13 +270,13 @@ def open_run(run: str | Path) -> DreamBoothFolder:
 def load_generator(
     run: str | Path, options: GenerationOptions, console: Console | None = None, guidance: float | None = None
 ) -> tuple[ImageGenerator, DreamBoothConfig]:
-    """Load a run's pipeline with its adapter, and the settings of the run.
+    """Load a generator with the pipeline and adapter of a run, and the settings of the run.
 
     Args:
         run: Run folder.
-        options: Pipeline, device and sampling settings; None values default to the run's.
-        console: Console of the progress bar.
-        guidance: Guidance scale; None uses the run's.
+        options: Pipeline, device and sampling settings. Those that are None default to the run's.
+        console: Console of the progress bar, or None for no bar.
+        guidance: Guidance scale. None selects the run's.
 
     Raises:
         FileNotFoundError: If the folder is not a run, the run has no adapter yet, or the pipeline does not exist.
@@ -290,7 +307,7 @@ def generate(options: GenerateOptions, console: Console | None = None) -> list[G
 
     Args:
         options: Options of `snella generate`.
-        console: Console of the progress bar; stdout if None.
+        console: Console of the progress bar, or None for stdout.
 
     Raises:
         FileNotFoundError: If the prompt file or run does not exist, or the run has no adapter yet.

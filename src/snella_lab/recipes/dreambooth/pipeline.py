@@ -21,33 +21,38 @@ from snella_app.files import expand_user
 from snella_app.text import first_line, similar_paths
 from snella_lab.recipes.pretrained import suppress_progress_bars
 
+TEXT_COMPONENTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+_OPTIONAL_COMPONENTS = ("text_encoder_3", "tokenizer_3")
+_COMPONENTS = ("transformer", "scheduler", "vae", *TEXT_COMPONENTS)
+_INDEX_FILE = "model_index.json"
+
 
 @dataclass(frozen=True)
 class PromptEmbedding:
     """Embedding of a prompt.
 
     Attributes:
-        tokens: `[1, L, D]`, float32.
-        pooled: `[1, P]`, float32.
+        tokens: Embeddings of the tokens, `[1, L, D]`, float32.
+        pooled: Pooled embedding, `[1, P]`, float32.
     """
 
     tokens: Tensor
     pooled: Tensor
 
     def repeated(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Repeat both embeddings for `count` images, on the device."""
+        """Return both embeddings on the device, repeated for `count` images."""
         return self.tokens.to(device).repeat(count, 1, 1), self.pooled.to(device).repeat(count, 1)
 
 
 @dataclass(frozen=True)
 class LatentImages:
-    """Latent distributions of images.
+    """Distributions of the latents z of images, which the autoencoder computes.
 
     z = (mean + std · noise − shift) · scale
 
     Attributes:
-        mean: `[n, c, h, w]`.
-        std: `[n, c, h, w]`.
+        mean: Means, `[n, c, h, w]`.
+        std: Standard deviations, `[n, c, h, w]`.
         shift: Shift factor of the autoencoder.
         scale: Scaling factor of the autoencoder.
     """
@@ -62,9 +67,9 @@ class LatentImages:
 
     def sample(self, indices: list[int], generator: torch.Generator) -> Tensor:
         """Sample latents of the images at `indices`, `[n, c, h, w]`."""
-        mean, std = self.mean[indices], self.std[indices]
+        mean = self.mean[indices]
         noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
-        return (mean + std * noise - self.shift) * self.scale
+        return (mean + self.std[indices] * noise - self.shift) * self.scale
 
 
 @torch.no_grad()
@@ -75,24 +80,24 @@ def embed_prompts(
 
     Args:
         pipeline: Pipeline with text encoders and tokenizers.
-        prompts: Prompts; diffusers truncates long ones with a warning.
+        prompts: Prompts. diffusers truncates long ones with a warning.
         device: Device of the text encoders.
         max_sequence_length: Maximum prompt length of the third text encoder, in tokens.
     """
     encoders = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
+    embeddings = []
     with offload_models(*(encoder for encoder in encoders if encoder is not None), device=device):
-        outputs = [
-            pipeline.encode_prompt(
-                prompt,
+        for prompt in prompts:
+            tokens, _, pooled, _ = pipeline.encode_prompt(
+                prompt,  # one argument per text encoder
                 prompt,
                 prompt,
                 device,
                 do_classifier_free_guidance=False,
                 max_sequence_length=max_sequence_length,
             )
-            for prompt in prompts
-        ]
-    return [PromptEmbedding(tokens.float().cpu(), pooled.float().cpu()) for tokens, _, pooled, _ in outputs]
+            embeddings.append(PromptEmbedding(tokens.float().cpu(), pooled.float().cpu()))
+    return embeddings
 
 
 @torch.no_grad()
@@ -108,17 +113,18 @@ def encode_images(
 
     Args:
         pipeline: Pipeline with the autoencoder.
-        images: RGB images of any size; scaled to fill a square and center-cropped.
+        images: RGB images of any size, which are scaled to fill a square and center-cropped.
         device: Device of the autoencoder.
         resolution: Side of the square in pixels.
         flip: Append a mirrored copy of every image.
 
     Raises:
-        ValueError: If the pipeline does not support this resolution; the message suggests one.
+        ValueError: If the pipeline does not support this resolution. The message suggests one.
     """
     check_resolution(pipeline, resolution)
     all_images = list(images)
-    all_images += [ImageOps.mirror(image) for image in all_images] if flip else []
+    if flip:
+        all_images += [ImageOps.mirror(image) for image in all_images]
     vae = pipeline.vae
     means = []
     deviations = []
@@ -128,7 +134,7 @@ def encode_images(
             latents = vae.encode(pixels.to(device, vae.dtype)).latent_dist
             means.append(latents.mean.float().cpu())
             deviations.append(latents.std.float().cpu())
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    shift = getattr(vae.config, "shift_factor", None) or 0.0  # not every autoencoder has a shift
     return LatentImages(torch.cat(means), torch.cat(deviations), shift, vae.config.scaling_factor)
 
 
@@ -139,20 +145,16 @@ def check_resolution(pipeline: StableDiffusion3Pipeline, resolution: int) -> Non
         ValueError: If the resolution is not a multiple of the patch size in pixels, or exceeds the position embeddings.
     """
     multiple = pipeline.vae_scale_factor * pipeline.patch_size
-    max_resolution = multiple * getattr(pipeline.transformer.config, "pos_embed_max_size", 0)
+    max_resolution = multiple * getattr(pipeline.transformer.config, "pos_embed_max_size", 0)  # 0 without a maximum
     nearest = max(multiple, resolution // multiple * multiple)
-    nearest = min(nearest, max_resolution) if max_resolution else nearest
+    limit = ""
+    if max_resolution:
+        nearest = min(nearest, max_resolution)
+        limit = f" up to {max_resolution}"
     if resolution % multiple or (max_resolution and resolution > max_resolution):
-        limit = f" up to {max_resolution}" if max_resolution else ""
         raise ValueError(
             f"resolution must be a multiple of {multiple}{limit} for this pipeline, got {resolution}; use {nearest}"
         )
-
-
-_INDEX_FILE = "model_index.json"
-_OPTIONAL = ("text_encoder_3", "tokenizer_3")
-TEXT_COMPONENTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-_COMPONENTS = ("transformer", "scheduler", "vae", *TEXT_COMPONENTS)
 
 
 def load_pipeline(name: str, precision: str = "fp32") -> StableDiffusion3Pipeline:
@@ -163,7 +165,7 @@ def load_pipeline(name: str, precision: str = "fp32") -> StableDiffusion3Pipelin
         precision: Precision of the text encoders: fp32 or bf16.
 
     Raises:
-        FileNotFoundError: If the folder does not exist or lacks components; the message lists them.
+        FileNotFoundError: If the folder does not exist or lacks components. The message lists them.
         ValueError: If the folder contains another pipeline or a damaged index, or the hub is reachable and the pipeline
             cannot be loaded from it.
         ConnectionError: If the pipeline is neither local nor cached, and the hub is unreachable.
@@ -176,9 +178,10 @@ def load_pipeline(name: str, precision: str = "fp32") -> StableDiffusion3Pipelin
         absent = dict.fromkeys(_check_folder(folder))
         with suppress_progress_bars(diffusers):
             return StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True, **absent)
-    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+    if name.count("/") != 1 or name.startswith((".", "~", "/")):  # not a hub name
         suggestion = similar_paths(folder, folders_only=True)
         raise FileNotFoundError(f"pipeline must be a folder or a hub name (owner/repo), got {name!r}{suggestion}")
+    # `reason` is None if the hub is reachable
     with cache_only_if_unreachable() as reason, suppress_progress_bars(diffusers):
         try:
             return StableDiffusion3Pipeline.from_pretrained(name, dtype=dtypes, local_files_only=bool(reason))
@@ -195,32 +198,36 @@ def load_pipeline(name: str, precision: str = "fp32") -> StableDiffusion3Pipelin
 
 
 def _check_folder(folder: Path) -> list[str]:
-    """Validate a pipeline folder and report all errors together.
+    """Validate a pipeline folder, and raise an error that lists everything that is missing.
 
     Returns:
         Missing optional components, which diffusers requires as explicit None arguments.
     """
-    index = folder / _INDEX_FILE
-    if not index.is_file():
+    index_file = folder / _INDEX_FILE
+    if not index_file.is_file():
         raise FileNotFoundError(
-            f"pipeline folder '{folder}' must be in diffusers format, got a folder without {_INDEX_FILE}; write it "
-            "with pipeline.save_pretrained"
+            f"pipeline folder '{folder}' has no {_INDEX_FILE}, so it is not in diffusers format; write it with "
+            "pipeline.save_pretrained"
         )
     try:
-        components = json.loads(index.read_text(encoding="utf-8"))
-        kind = components.get("_class_name")
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        kind = index.get("_class_name")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"'{index}' is damaged: {error}; copy the folder again") from None
+        raise ValueError(f"'{index_file}' is damaged: {error}; copy the folder again") from None
     if kind != StableDiffusion3Pipeline.__name__:
         raise ValueError(
             f"pipeline folder '{folder}' must contain a StableDiffusion3Pipeline, got {kind}; snella dreambooth "
             "supports Stable Diffusion 3 only"
         )
-    absent = [part for part in _COMPONENTS if not (components.get(part) or [None])[0]]
-    errors = [f"{part} is missing from {_INDEX_FILE}" for part in absent if part not in _OPTIONAL]
-    for part in _COMPONENTS:
-        if part not in absent:
-            errors += _component_errors(folder / part)
+    absent = []
+    for component in _COMPONENTS:
+        entry = index.get(component) or [None]  # [library, class], or [None, None] for an absent component
+        if not entry[0]:
+            absent.append(component)
+    errors = [f"{name} is missing from {_INDEX_FILE}" for name in absent if name not in _OPTIONAL_COMPONENTS]
+    for component in _COMPONENTS:
+        if component not in absent:
+            errors += _component_errors(folder / component)
     if errors:
         raise FileNotFoundError(
             f"pipeline folder '{folder}' is incomplete: {'; '.join(errors)}; copy or download it again"
@@ -232,8 +239,11 @@ def _component_errors(folder: Path) -> list[str]:
     """Return errors for missing files in a component's folder."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return [f"{folder.name}/ is missing"]
-    if folder.name.startswith("tokenizer") or folder.name == "scheduler":
+    if folder.name.startswith("tokenizer") or folder.name == "scheduler":  # components without weights
         return [] if any(folder.glob("*.json")) else [f"{folder.name}/ has no configuration"]
-    errors = [] if (folder / "config.json").is_file() else [f"{folder.name}/ has no config.json"]
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    return errors if weights else [*errors, f"{folder.name}/ has no weights"]
+    errors = []
+    if not (folder / "config.json").is_file():
+        errors.append(f"{folder.name}/ has no config.json")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        errors.append(f"{folder.name}/ has no weights")
+    return errors

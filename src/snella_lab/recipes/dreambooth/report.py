@@ -1,4 +1,7 @@
-"""Self-contained HTML report of a DreamBooth run."""
+"""Self-contained HTML report of a DreamBooth run.
+
+The budget of a matrix is the number of weights that its update may change. A matrix with budget 0 is frozen.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ from snella_app.report.style import ACCENT, FIGURE_SIZE, MUTED, add_legend, inli
 from snella_app.text import bytes_text, count_text, percent_text, plain_text, seconds_text
 from snella_lab.recipes.dreambooth.generate import MANIFEST
 
-_MAX_SIDE = 320
-_WINDOW = 20
+_MAX_SIDE = 320  # of an image in the report, in pixels
+_WINDOW = 20  # steps of the moving average
 
 
 def write_generation_report(run: str | Path) -> Path:
@@ -40,26 +43,28 @@ def write_generation_report(run: str | Path) -> Path:
         ValueError: If a file of the run is damaged.
     """
     folder = Path(run)
-    info, metrics = read(RunInfo, folder), read(Metrics, folder)
-    trained = read(GeneratorMetrics, folder)
-    curve = trained.learning()
+    info = read(RunInfo, folder)
+    metrics = read(Metrics, folder)
+    training = read(GeneratorMetrics, folder)
+    losses = training.learning()
     allocation = read_if_present(Allocation, folder)
     budgets = current_budgets(read_adapter(folder), allocation)
-    before, after = plain_text(curve["fixed_before"]), plain_text(curve["fixed_after"])
+    loss_before = plain_text(losses["fixed_before"])
     numbers = [
-        ("loss on fixed noise", after, f"{before} before training"),
+        ("loss on fixed noise", plain_text(losses["fixed_after"]), f"{loss_before} before training"),
         ("trainable parameters", count_text(metrics.trainable_parameters), ""),
         ("adapter file", bytes_text(metrics.adapter_bytes), "loaded into the pipeline"),
-        ("training time", seconds_text(metrics.train_s), trained.optimizer),
+        ("training time", seconds_text(metrics.train_s), training.optimizer),
     ]
     if allocation is not None and budgets:
-        changed = sum(budgets.values())
-        total = max(allocation.total_weights, 1)
-        frozen = sum(budget == 0 for budget in budgets.values())
-        note = f"of {count_text(total)} adapted weights ({percent_text(changed / total)}), {frozen} matrices frozen"
-        numbers.insert(2, ("budget", count_text(changed), note))
+        num_changed = sum(budgets.values())
+        num_weights = max(allocation.total_weights, 1)
+        num_frozen = sum(budget == 0 for budget in budgets.values())
+        fraction = percent_text(num_changed / num_weights)
+        note = f"of {count_text(num_weights)} adapted weights ({fraction}), {num_frozen} matrices frozen"
+        numbers.insert(2, ("budget", count_text(num_changed), note))
     data = info.data
-    subject = [Path(data.folder or "") / name for name in data.files or []]
+    subject_paths = [Path(data.folder or "") / name for name in data.files or []]
     context = {
         "run": info,
         "title": f"{info.method} on {data.subject}",
@@ -67,9 +72,9 @@ def write_generation_report(run: str | Path) -> Path:
         "pipeline": repr(info.backbone.name),
         "adapter": repr(str(folder / "adapter")),
         "numbers": [{"label": label, "value": value, "note": note} for label, value, note in numbers],
-        "curve": inline_svg(loss_curve(trained.loss_history), "curve-loss", f"Loss by step; {curve['steps']} steps."),
+        "curve": inline_svg(loss_curve(training.loss_history), "curve-loss", f"Loss by step; {losses['steps']} steps."),
         "groups": [
-            {"title": "Images of the subject", "note": data.description, "items": _image_entries(subject)},
+            {"title": "Images of the subject", "note": data.description, "items": _image_entries(subject_paths)},
             {"title": "Images generated after training", "note": "", "items": _sample_entries(folder / "samples")},
         ],
         "allocation": allocation_section(info, metrics, allocation, budgets),
@@ -79,43 +84,44 @@ def write_generation_report(run: str | Path) -> Path:
 
 
 def loss_curve(history: Sequence[LossRow]) -> Figure:
-    """Plot the loss of each step and the moving average over 20 steps."""
+    """Plot the loss of each step, and its moving average over the last 20 steps."""
     figure, axes = new_figure(2 * FIGURE_SIZE[0], FIGURE_SIZE[1], "Loss")
     steps = [row.step for row in history]
     losses = np.array([np.nan if row.loss is None else row.loss for row in history], dtype=float)
-    mean: list[float] = []
+    averages: list[float] = []
     for end in range(1, len(losses) + 1):
         window = losses[max(0, end - _WINDOW) : end]
-        mean.append(float(np.mean(window)))
-    single = axes.plot(steps, losses, color=MUTED, linewidth=0.8, marker="o" if len(steps) < 3 else "")
-    line = axes.plot(steps, mean, color=ACCENT, linewidth=2)
+        averages.append(float(np.mean(window)))
+    marker = "o" if len(steps) < 3 else ""  # a line of one or two points is hardly visible
+    step_lines = axes.plot(steps, losses, color=MUTED, linewidth=0.8, marker=marker)
+    average_lines = axes.plot(steps, averages, color=ACCENT, linewidth=2)
     axes.set_xlabel("step")
     axes.set_ylim(bottom=0.0)
-    add_legend(figure, [*single, *line], ["each step", f"mean of the last {_WINDOW}"])
+    add_legend(figure, [*step_lines, *average_lines], ["each step", f"mean of the last {_WINDOW}"])
     return figure
 
 
 def _sample_entries(folder: Path) -> list[dict[str, Any]]:
-    """Return the report entries of the run's sample images."""
+    """Return the report entries of the run's sample images, or no entries if it generated none."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return []
-    entries = json.loads(manifest.read_text(encoding="utf-8"))["images"]
-    shown = _image_entries(folder / entry["file"] for entry in entries)
-    return [
-        item | {"text": f"{entry['prompt']} · seed {entry['seed']}"} for item, entry in zip(shown, entries, strict=True)
-    ]
+    samples = json.loads(manifest.read_text(encoding="utf-8"))["images"]
+    entries = _image_entries(folder / sample["file"] for sample in samples)
+    for entry, sample in zip(entries, samples, strict=True):
+        entry["text"] = f"{sample['prompt']} · seed {sample['seed']}"
+    return entries
 
 
 def _image_entries(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Encode images for the report; unreadable images get an error message."""
-    items: list[dict[str, Any]] = []
+    """Encode images as report entries. The entry of an unreadable image contains the error instead."""
+    entries: list[dict[str, Any]] = []
     for path in paths:
-        item: dict[str, Any] = {"text": path.name, "uri": None, "problem": ""}
+        entry: dict[str, Any] = {"text": path.name, "uri": None, "problem": ""}
         try:
             with open_image(path) as image:
-                item["uri"], item["width"], item["height"] = image_data_uri(image, _MAX_SIDE)
+                entry["uri"], entry["width"], entry["height"] = image_data_uri(image, _MAX_SIDE)
         except DECODING_ERRORS as error:
-            item["problem"] = f"cannot be read: {error}"
-        items.append(item)
-    return items
+            entry["problem"] = f"cannot be read: {error}"
+        entries.append(entry)
+    return entries

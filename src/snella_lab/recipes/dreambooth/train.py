@@ -1,4 +1,7 @@
-"""DreamBooth training with bit-identical resume."""
+"""DreamBooth training with bit-identical resume.
+
+Prior preservation means that the model is also trained on generated images of the subject's class.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,12 @@ from snella_lab.recipes.trainer import RecipeTrainer, adapt_headless, describe_m
 _LOGIT_MEAN = 0.0
 _LOGIT_STD = 1.0
 _MODE_SCALE = 1.29
+# the second part of a seed identifies the random generator
+_GLOBAL = 1  # PyTorch's global generator
+_NOISE = 2  # for latents, timesteps and noise of a micro-batch
+_FIXED = 3  # for the loss on fixed noise
+_NUM_FIXED_TIMES = 8  # timesteps of that loss for each image
+_PACKAGES = ("snella", "torch", "peft", "diffusers", "transformers", "accelerate")
 
 
 class FlowMatching(nn.Module):
@@ -49,8 +58,8 @@ class FlowMatching(nn.Module):
 
     z_σ = (1 − σ) z + σ ε,      loss = w(σ) · mean |v(z_σ, σ) − (ε − z)|²
 
-    `v` is the transformer. With `precondition`, the loss compares the images z and z_σ − σ v, which weights the same
-    error by σ².
+    `v` is the transformer. With `precondition`, the loss compares the image z with its prediction z_σ − σ v, so the
+    squared error is multiplied by σ².
 
     Args:
         transformer: Velocity model.
@@ -66,15 +75,15 @@ class FlowMatching(nn.Module):
         self, transformer: nn.Module, scheduler: FlowMatchEulerDiscreteScheduler, weighting: str, precondition: bool
     ) -> None:
         super().__init__()
-        copy = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-        self.sigmas = copy.sigmas[: len(copy.timesteps)]
-        self.times = copy.timesteps
+        fresh_scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        self.sigmas = fresh_scheduler.sigmas[: len(fresh_scheduler.timesteps)]
+        self.times = fresh_scheduler.timesteps
         self.transformer = transformer
         self.weighting = weighting
         self.precondition = precondition
 
     def sample_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """Sample `count` relative positions, in [0, 1], in the list of timesteps."""
+        """Sample `count` positions in the list of timesteps, from 0 (its start) to 1 (its end)."""
         return compute_density_for_timestep_sampling(
             self.weighting, count, _LOGIT_MEAN, _LOGIT_STD, _MODE_SCALE, generator=generator
         )
@@ -104,12 +113,6 @@ class FlowMatching(nn.Module):
         return (compute_loss_weighting_for_sd3(self.weighting, sigmas) * error.square()).mean(dim=(1, 2, 3))
 
 
-_GLOBAL = 1
-_NOISE = 2
-_FIXED = 3
-_FIXED_TIMES = 8
-
-
 @dataclass(frozen=True)
 class TrainingSet:
     """Image latents and their prompt."""
@@ -119,7 +122,10 @@ class TrainingSet:
 
 
 class _StepAllocation(SnellaCallback):
-    """`SnellaCallback` that counts a pass over the subject's images as an epoch; the Trainer counts only one epoch."""
+    """`SnellaCallback` that counts a pass over the subject's images as an epoch.
+
+    For the Trainer, the whole training is one epoch, because its items are micro-batches instead of images.
+    """
 
     def __init__(self, model: nn.Module, total_steps: int, steps_per_epoch: int) -> None:
         super().__init__()
@@ -147,10 +153,10 @@ class DreamBoothTrainer(RecipeTrainer):
         run: Run folder.
         console: Output console.
         subject: Latents and prompt of the subject's images.
-        classes: Latents and prompt of the class images; None without prior preservation.
+        classes: Latents and prompt of the class images, or None without prior preservation.
 
     Attributes:
-        loss_before: Loss on fixed noise and timesteps before the first step.
+        loss_before: Loss on fixed noise and timesteps before the first step. NaN until it is computed.
     """
 
     def __init__(
@@ -166,16 +172,18 @@ class DreamBoothTrainer(RecipeTrainer):
         self.subject = subject
         self.classes = classes
         self.loss_before = math.nan
-        model, optim = objective.transformer, config.optim
+        model = objective.transformer
+        optim = config.optim
         steps_per_epoch = math.ceil(len(subject.images) / (optim.batch_size * optim.accumulation))
+        allocation = _StepAllocation(model, config.steps, steps_per_epoch) if matrices_of(model) else None
         super().__init__(
             model,
             config,
             run,
             console,
-            _StepAllocation(model, config.steps, steps_per_epoch) if matrices_of(model) else None,
+            allocation,
             model=objective,
-            train_dataset=range(config.steps * optim.accumulation),
+            train_dataset=range(config.steps * optim.accumulation),  # the items are the indices of micro-batches
             data_collator=lambda indices: {"index": indices[0]},
             args=base_training_arguments(
                 run.checkpoints,
@@ -192,13 +200,13 @@ class DreamBoothTrainer(RecipeTrainer):
                 logging_steps=1,
             ),
         )
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = False  # then the Trainer averages the loss over the micro-batches of a step
 
     def fit(self) -> None:
         """Train, and compute the loss on fixed noise before the first step.
 
         Raises:
-            KeyboardInterrupt: If training was interrupted; a checkpoint is saved.
+            KeyboardInterrupt: If training was interrupted. After the first signal, a checkpoint is saved.
         """
         if latest_checkpoint(self.run_folder.checkpoints) is None:
             self.loss_before = self.fixed_loss()
@@ -206,13 +214,16 @@ class DreamBoothTrainer(RecipeTrainer):
 
     @torch.no_grad()
     def fixed_loss(self) -> float:
-        """Compute the mean loss over the subject's images at evenly spaced timesteps, with fixed noise."""
+        """Compute the mean loss over the subject's images at evenly spaced timesteps, with fixed noise.
+
+        The objective stays in evaluation mode.
+        """
         self.objective.eval()
         generator = torch.Generator().manual_seed(mix_seed(self.args.seed, _FIXED))
         values = []
         for image_index in range(len(self.subject.images)):
-            for index in range(_FIXED_TIMES):
-                times = torch.tensor([(index + 0.5) / _FIXED_TIMES])
+            for time_index in range(_NUM_FIXED_TIMES):
+                times = torch.tensor([(time_index + 0.5) / _NUM_FIXED_TIMES])
                 with self.accelerator.autocast():
                     losses = self._losses(self.objective, self.subject, [image_index], times, generator)
                 values.append(losses.mean().item())
@@ -223,10 +234,9 @@ class DreamBoothTrainer(RecipeTrainer):
     ) -> Any:
         """Compute the loss of micro-batch `inputs["index"]`, plus the weighted prior-preservation loss."""
         index = inputs["index"]
-        accumulation = self.args.gradient_accumulation_steps
-        step, number = divmod(index, accumulation)
-        torch.manual_seed(mix_seed(self.args.seed, _GLOBAL, step, number))
-        generator = torch.Generator().manual_seed(mix_seed(self.args.seed, _NOISE, step, number))
+        step, index_in_step = divmod(index, self.args.gradient_accumulation_steps)
+        torch.manual_seed(mix_seed(self.args.seed, _GLOBAL, step, index_in_step))
+        generator = torch.Generator().manual_seed(mix_seed(self.args.seed, _NOISE, step, index_in_step))
         loss = self._micro_batch_loss(model, self.subject, index, generator)
         if self.classes is not None:
             loss = loss + self.config.prior_weight * self._micro_batch_loss(model, self.classes, index, generator)
@@ -248,15 +258,15 @@ class DreamBoothTrainer(RecipeTrainer):
     def _micro_batch_loss(
         self, model: nn.Module, training_set: TrainingSet, index: int, generator: torch.Generator
     ) -> Tensor:
-        """Compute the mean loss of micro-batch `index`; the images are reshuffled each epoch."""
-        count = self.config.optim.batch_size
-        total = len(training_set.images)
-        order = EpochSampler(total, self.args.seed)
+        """Compute the mean loss of micro-batch `index`. The images are reshuffled each epoch."""
+        batch_size = self.config.optim.batch_size
+        num_images = len(training_set.images)
+        sampler = EpochSampler(num_images, self.args.seed)
         indices = []
-        for position in range(index * count, (index + 1) * count):
-            order.set_epoch(position // total)
-            indices.append(list(order)[position % total])
-        times = self.objective.sample_times(count, generator)
+        for position in range(index * batch_size, (index + 1) * batch_size):
+            sampler.set_epoch(position // num_images)
+            indices.append(list(sampler)[position % num_images])
+        times = self.objective.sample_times(batch_size, generator)
         return self._losses(model, training_set, indices, times, generator).mean()
 
     def _losses(
@@ -269,11 +279,11 @@ class DreamBoothTrainer(RecipeTrainer):
         return losses
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        """Return the micro-batches in order."""
+        """Return the indices of the micro-batches in order."""
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
     def _write_state(self, checkpoint: Path, **values: Any) -> None:
-        """Also write the loss before training."""
+        """Write the state with the loss before training, which a resumed run does not compute again."""
         super()._write_state(checkpoint, loss_before=self.loss_before, **values)
 
     def _read_state(self, checkpoint: Path) -> dict[str, Any]:
@@ -283,15 +293,12 @@ class DreamBoothTrainer(RecipeTrainer):
         return values
 
 
-_PACKAGES = ("snella", "torch", "peft", "diffusers", "transformers", "accelerate")
-
-
 def personalize(config: DreamBoothConfig, console: Console | None = None) -> DreamBoothFolder:
     """Fine-tune a Stable Diffusion 3 pipeline on a subject and write the run folder.
 
     Args:
         config: Settings. `resume` continues the stored run, with its settings, from the last checkpoint.
-        console: Output console; stdout if None.
+        console: Output console, or None for stdout.
 
     Returns:
         The folder of the finished run.
@@ -303,9 +310,10 @@ def personalize(config: DreamBoothConfig, console: Console | None = None) -> Dre
         FileNotFoundError: If images, subject or pipeline do not exist.
         ConnectionError: If the pipeline is neither local nor cached, and the hub is unreachable.
         ValueError: If settings conflict, images are corrupt, or a resumed run's images have changed.
-        TrainingInterrupted: If the user interrupts the run; the message names the last checkpoint, if any.
-        NonFiniteLossError: If the loss or gradient became infinite or NaN; the last checkpoint is kept.
-        CheckpointError: If the disk is full (the last checkpoint is kept), or the resumed checkpoint is damaged.
+        TrainingInterrupted: If the user interrupts the run. The message names the last checkpoint, if any.
+        NonFiniteLossError: If the loss or gradient became infinite or NaN. The last checkpoint is kept.
+        CheckpointError: If the disk is full, in which case the last checkpoint is kept, or if the resumed checkpoint is
+            damaged.
     """
     console = console or make_console(survives_closed_output=True)
     run = DreamBoothFolder(str(config.run.out))
@@ -352,8 +360,8 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
         classes = None
         if config.prior_weight > 0:
             prompt = str(config.class_prompt)
-            images = generator.generate(run.path / "class_images", [prompt], range(config.class_images))
-            class_concept = Concept("class_images", [image.path for image in images])
+            class_images = generator.generate(run.path / "class_images", [prompt], range(config.class_images))
+            class_concept = Concept("class_images", [image.path for image in class_images])
             classes = _training_set(pipeline, config, device, prompt, class_concept)
         torch.manual_seed(config.run.seed)
         model = adapt_headless(config.method.name, pipeline.transformer, config.method.all_options()).to(device)
@@ -367,8 +375,9 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
         trainer.save_results(fixed_loss=FixedLoss(trainer.loss_before, loss_after), loss_history=trainer.loss_history())
         if config.samples:
             seeds = range(config.run.seed, config.run.seed + config.samples)
-            adapted = replace(generator, source=adapter_source(run, str(config.pipeline)))
-            adapted.generate(run.path / "samples", [str(config.prompt)], seeds, overwrite=True)
+            # the pipeline now contains the adapter
+            adapted_generator = replace(generator, source=adapter_source(run, str(config.pipeline)))
+            adapted_generator.generate(run.path / "samples", [str(config.prompt)], seeds, overwrite=True)
         run.finish()
     report = write_generation_report(run.path)
     losses = f"{trainer.loss_before:.5f} before, {loss_after:.5f} after {config.steps} steps"
@@ -396,7 +405,10 @@ def _print_summary(trainer: DreamBoothTrainer, concept: Concept) -> None:
 
 
 def check_images(run: DreamBoothFolder, stored: DataInfo, concept: Concept) -> None:
-    """Raise a ValueError if the images of a run have changed since it was started."""
+    """Raise a ValueError if the images of a run have changed since it was started.
+
+    Runs without a stored digest are not checked.
+    """
     if stored.digest not in (None, concept.digest()):
         expected = stored.sizes.get("train")
         actual = len(concept.paths)
@@ -409,7 +421,7 @@ def check_images(run: DreamBoothFolder, stored: DataInfo, concept: Concept) -> N
 def _training_set(
     pipeline: StableDiffusion3Pipeline, config: DreamBoothConfig, device: torch.device, prompt: str, concept: Concept
 ) -> TrainingSet:
-    """Encode the images and the prompt."""
-    embedded = embed_prompts(pipeline, [prompt], device, config.max_sequence_length)[0]
+    """Encode the images of a concept and their prompt."""
+    embedded_prompt = embed_prompts(pipeline, [prompt], device, config.max_sequence_length)[0]
     images = encode_images(pipeline, concept.images(), device, config.resolution, flip=config.flip)
-    return TrainingSet(images, embedded)
+    return TrainingSet(images, embedded_prompt)

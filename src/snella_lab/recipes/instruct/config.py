@@ -62,7 +62,7 @@ class LanguageConfig(RunSettings):
     base: Literal["fp32", "bf16"] = "fp32"
 
     def errors(self) -> list[str]:
-        """Check settings across sections; loads neither data nor model."""
+        """Check settings across sections, without loading data or model."""
         errors = self.missing_errors(is_started=self.run.resume)
         if self.template is not None and not expand_user(self.template).is_file():
             errors.append(f"template must be an existing text file, got {self.template!r}")

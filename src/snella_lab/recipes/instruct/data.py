@@ -1,4 +1,4 @@
-"""Instruction data in the commonsense benchmark's JSON format."""
+"""Instruction data in the JSON format of the commonsense benchmark, eight tasks of questions with answer choices."""
 
 import json
 import re
@@ -14,6 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 from snella_app.files import expand_user
 from snella_app.text import listed, similar_paths
 
+IGNORED = -100
+"""Label of tokens without a loss, as in PyTorch's cross-entropy."""
+_TEST_FILE = "test.json"
+_WITHOUT_INPUT = "### Instruction:\n{instruction}\n\n### Response:\n"
+_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+_PLACEHOLDER = re.compile(r"\{(?:instruction|input)\}")
 _NUMBERED = tuple(f"answer{number}" for number in range(1, 6))
 CHOICES: dict[str, tuple[str, ...]] = {
     "boolq": ("true", "false"),
@@ -25,11 +31,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ARC-Challenge": _NUMBERED,
     "openbookqa": _NUMBERED,
 }
-"""Answer choices by task; tasks are named like the benchmark's folders."""
+"""Answer choices by task. Tasks are named like the benchmark's folders."""
 
 
 def extract_answer(task: str, text: str) -> str:
-    """Return the first answer choice in a text, or an empty string.
+    """Return the first answer choice in a text, or an empty string if there is none.
 
     Args:
         task: Key of `CHOICES`.
@@ -39,16 +45,13 @@ def extract_answer(task: str, text: str) -> str:
     return "" if match is None else match[0]
 
 
-_TEST_FILE = "test.json"
-
-
 @dataclass(frozen=True)
 class Instruction:
     """An entry of an instruction file.
 
     Attributes:
         instruction: Question with answer choices.
-        input: Optional context; usually empty.
+        input: Optional context, which is usually empty.
         output: Target response, e.g. "the correct answer is true".
         answer: Correct choice, e.g. "true".
     """
@@ -64,12 +67,12 @@ def read_instructions(path: str | Path, choices: tuple[str, ...] | None = None) 
 
     Args:
         path: JSON file with a list of objects with `instruction`, `output`, `answer` and optionally `input`.
-        choices: Allowed values of `answer`; None allows any.
+        choices: Allowed values of `answer`. None allows any.
 
     Raises:
-        FileNotFoundError: If the file does not exist; the message suggests similar names.
-        ValueError: If the file is not a nonempty list of entries, or has invalid entries; the message counts them and
-            lists the first ones.
+        FileNotFoundError: If the file does not exist. The message suggests similar names.
+        ValueError: If the file is not a nonempty list of entries, or if entries are invalid. The message counts them
+            and lists the first ones.
     """
     file = expand_user(path)
     if not file.is_file():
@@ -95,13 +98,15 @@ def read_benchmark(folder: str | Path) -> dict[str, list[Instruction]]:
     """Read `FOLDER/TASK/test.json` of all tasks in a benchmark folder.
 
     Raises:
-        FileNotFoundError: If the folder does not exist or contains no known task; the message lists its subfolders.
+        FileNotFoundError: If the folder does not exist, or if it contains no known task. The message lists its
+            subfolders.
         ValueError: If a test file is invalid.
     """
     root = expand_user(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"data must be a folder with TASK/{_TEST_FILE}, got '{folder}'{similar_paths(root)}")
-    files = {name: root / name / _TEST_FILE for name in CHOICES if (root / name / _TEST_FILE).is_file()}
+    candidates = {name: root / name / _TEST_FILE for name in CHOICES}
+    files = {name: file for name, file in candidates.items() if file.is_file()}
     if not files:
         folders = sorted(child.name for child in root.iterdir() if child.is_dir())
         expected = ", ".join(f"{name}/{_TEST_FILE}" for name in CHOICES)
@@ -126,17 +131,11 @@ def _error(entry: Any, choices: tuple[str, ...] | None) -> str:
     return ""
 
 
-IGNORED = -100
-_PLAIN = "### Instruction:\n{instruction}\n\n### Response:\n"
-_PLACEHOLDER = re.compile(r"\{(?:instruction|input)\}")
-_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-
-
 class Template:
     """Prompt template with `{instruction}` and an optional `{input}`.
 
     Args:
-        path: Template file; without `{input}`, the input follows the instruction. None selects a built-in template.
+        path: Template file. If it has no `{input}`, an input follows the instruction. None selects a built-in template.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -144,27 +143,31 @@ class Template:
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self.plain = _PLAIN
+        self.plain = _WITHOUT_INPUT
         self.with_input = _WITH_INPUT
         if path is not None:
             text = expand_user(path).read_text(encoding="utf-8-sig")
             if "{instruction}" not in text:
-                raise ValueError(f"template '{path}' must contain {{instruction}}, got none")
-            has_input = "{input}" in text
+                raise ValueError(f"template '{path}' has no placeholder {{instruction}}")
             self.plain = text.replace("{input}", "")
-            self.with_input = text if has_input else text.replace("{instruction}", "{instruction}\n{input}")
+            self.with_input = text
+            if "{input}" not in text:
+                self.with_input = text.replace("{instruction}", "{instruction}\n{input}")
 
     def fill(self, entry: Instruction) -> str:
         """Return the prompt of an entry."""
+        template = self.with_input if entry.input else self.plain
         values = {"{instruction}": entry.instruction, "{input}": entry.input}
         # in one pass, because braces in an instruction are literal
-        return _PLACEHOLDER.sub(lambda match: values[match[0]], self.with_input if entry.input else self.plain)
+        return _PLACEHOLDER.sub(lambda match: values[match[0]], template)
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Tokenize a prompt without an EOS token."""
+    """Tokenize a prompt without a final EOS token, which some tokenizers append, because the response follows."""
     ids = list(tokenizer(prompt).input_ids)
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
 
 
 def encode(tokenizer: Any, prompt: str, response: str, max_length: int, *, learn_prompt: bool) -> dict[str, list[int]]:
@@ -174,35 +177,37 @@ def encode(tokenizer: Any, prompt: str, response: str, max_length: int, *, learn
         tokenizer: Tokenizer of the model.
         prompt: Filled template.
         response: Target response.
-        max_length: Maximum number of tokens; longer sequences are truncated at the end.
+        max_length: Maximum number of tokens. Longer sequences are truncated at the end.
         learn_prompt: Also compute the loss on prompt tokens.
 
     Returns:
-        `input_ids` and `labels`.
+        `input_ids` and `labels`. Unless `learn_prompt` is set, the labels of the prompt are `IGNORED`.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
     response_ids = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     prompt_labels = prompt_ids if learn_prompt else [IGNORED] * len(prompt_ids)
-    ids, labels = [*prompt_ids, *response_ids], [*prompt_labels, *response_ids]
+    ids = [*prompt_ids, *response_ids]
+    labels = [*prompt_labels, *response_ids]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
 def pad_right(items: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, Tensor]:
     """Collate a training batch, padded on the right."""
     ids = [torch.tensor(item["input_ids"]) for item in items]
+    masks = [torch.ones_like(item_ids) for item_ids in ids]
     labels = [torch.tensor(item["labels"]) for item in items]
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "attention_mask": pad_sequence(masks, batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
     }
 
 
 def pad_left(prompts: Sequence[list[int]], pad_id: int) -> dict[str, Tensor]:
-    """Collate prompts for generation, padded on the left."""
+    """Collate prompts for generation, padded on the left, so that every answer starts at the end of its prompt."""
     ids = [torch.tensor(prompt) for prompt in prompts]
-    mask = [torch.ones_like(row) for row in ids]
+    masks = [torch.ones_like(prompt_ids) for prompt_ids in ids]
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side="left"),
-        "attention_mask": pad_sequence(mask, batch_first=True, padding_side="left"),
+        "attention_mask": pad_sequence(masks, batch_first=True, padding_side="left"),
     }

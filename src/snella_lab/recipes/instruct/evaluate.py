@@ -34,22 +34,23 @@ from snella_lab.recipes.instruct.train import load_model, load_tokenizer
 def evaluate_language(options: EvaluateLanguageOptions, console: Console | None = None) -> dict[str, Any]:
     """Evaluate a run on all tasks in a folder.
 
-    Answers are appended to `RUN/answers/TASK.jsonl`; an interrupted call resumes after the last one.
+    Answers are appended to `RUN/answers/TASK.jsonl`, so an interrupted call resumes after the last one.
 
     Args:
         options: Options of `snella evaluate-language`.
-        console: Console of the progress bar; stdout if None.
+        console: Console of the progress bar, or None for stdout.
 
     Returns:
-        `{"format": 1, "settings": {…}, "tasks": {name: {"accuracy", "right", "questions", "unanswered"}}, "mean": …}`,
-        also written to `RUN/language.json`. `mean` is the mean accuracy over tasks. With the same settings, the file
-        keeps tasks from earlier calls and, without `overwrite`, earlier results on more questions.
+        `{"format": 1, "settings": {…}, "tasks": {name: {"accuracy", "right", "questions", "unanswered"}}, "mean": …}`.
+        `mean` is the mean accuracy over tasks. The result is also written to `RUN/language.json`. If that file already
+        has results with the same settings, it keeps those of other tasks and, unless `overwrite` is set, those on more
+        questions.
 
     Raises:
         FileNotFoundError: If the run, adapter, data or model does not exist.
-        FileExistsError: If the run has answers to other questions or with other settings, without `overwrite`.
+        FileExistsError: If the run has answers to other questions or with other settings, and `overwrite` is not set.
         ConnectionError: If the model is not a local folder and cannot be loaded from the hub or its cache.
-        ValueError: If the data are invalid, the template has changed, or the run belongs to another command.
+        ValueError: If the data is invalid, the template has changed, or the run belongs to another command.
         RunInUseError: If another process trains or evaluates the run.
     """
     folder = LanguageFolder(options.run)
@@ -63,7 +64,7 @@ def evaluate_language(options: EvaluateLanguageOptions, console: Console | None 
 def _evaluate(
     folder: LanguageFolder, info: RunInfo, options: EvaluateLanguageOptions, console: Console | None
 ) -> dict[str, Any]:
-    """Evaluate a locked run."""
+    """Evaluate a run whose lock is held."""
     folder.check_adapter()
     questions = {name: entries[: options.limit] for name, entries in read_benchmark(options.data).items()}
     digest = adapter_digest(folder.adapter)
@@ -77,34 +78,32 @@ def _evaluate(
                 f"template must be the file that {folder.path} was trained with, got changed content in {template}; "
                 "restore the file"
             )
-    answers = {
-        task: _read_answers(folder, task, entries, settings, options.overwrite)[: len(entries)]
-        for task, entries in questions.items()
-    }
-    batches = [
-        (task, entries[start : start + options.batch_size])
-        for task, entries in questions.items()
-        for start in range(len(answers[task]), len(entries), options.batch_size)
-    ]
+    answers: dict[str, list[dict[str, Any]]] = {}
+    batches: list[tuple[str, list[Instruction]]] = []
+    for task, entries in questions.items():
+        stored_answers = _read_answers(folder, task, entries, settings, options.overwrite)
+        answers[task] = stored_answers[: len(entries)]  # an earlier call may have had a higher limit
+        for start in range(len(answers[task]), len(entries), options.batch_size):
+            batches.append((task, entries[start : start + options.batch_size]))
     if batches:
         generator = _AnswerGenerator(folder, options)
-        for task, entries in track_progress(batches, "answering", len(batches), console or make_console()):
-            rows = [_row(task, entry, text) for entry, text in zip(entries, generator(entries), strict=True)]
+        for task, batch in track_progress(batches, "answering", len(batches), console or make_console()):
+            rows = [_row(task, entry, text) for entry, text in zip(batch, generator(batch), strict=True)]
             with (folder.path / "answers" / f"{task}.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             answers[task] += rows
     tasks = {task: _scores(rows) for task, rows in answers.items()}
-    kept = {
-        task: scores
-        for task, scores in _stored_tasks(folder, settings).items()
-        if task not in tasks or (scores["questions"] > tasks[task]["questions"] and not options.overwrite)
-    }
+    kept = {}
+    for task, scores in _stored_tasks(folder, settings).items():
+        has_more_questions = task in tasks and scores["questions"] > tasks[task]["questions"]
+        if task not in tasks or (has_more_questions and not options.overwrite):
+            kept[task] = scores
     folder.write_json(RESULT_FILE, _result(settings, {**tasks, **kept}))
     return _result(settings, tasks)
 
 
 def _result(settings: dict[str, Any], tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the content of `language.json`."""
+    """Return the scores of tasks and their mean accuracy in the format of `language.json`."""
     mean = statistics.fmean(scores["accuracy"] for scores in tasks.values())
     return {"format": 1, "settings": settings, "tasks": tasks, "mean": mean}
 
@@ -118,7 +117,7 @@ def _stored_tasks(folder: LanguageFolder, settings: dict[str, Any]) -> dict[str,
 
 
 class _AnswerGenerator:
-    """Fine-tuned model, tokenizer, template and decoding settings."""
+    """Fine-tuned model that answers questions, with its tokenizer, template and decoding settings."""
 
     def __init__(self, run: LanguageFolder, options: EvaluateLanguageOptions) -> None:
         config = run.read_config()
@@ -141,13 +140,14 @@ class _AnswerGenerator:
             max_new_tokens=self.options.max_new_tokens,
             num_beams=self.options.beams,
             do_sample=False,
+            # the sampling settings of a model do not apply
             temperature=None,
             top_p=None,
             top_k=None,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        answer_ids = output_ids[:, batch["input_ids"].shape[1] :]
+        answer_ids = output_ids[:, batch["input_ids"].shape[1] :]  # the output starts with the prompt
         texts: list[str] = tokenizer.batch_decode(answer_ids, skip_special_tokens=True)
         return texts
 
@@ -164,7 +164,7 @@ def _question(entry: Instruction) -> dict[str, str]:
 
 
 def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Compute the accuracy on a task; an answer without a choice counts as wrong."""
+    """Compute the accuracy on a task, where an answer without a choice counts as wrong."""
     correct = sum(row["right"] for row in rows)
     unanswered = sum(not row["predicted"] for row in rows)
     return {"accuracy": correct / len(rows), "right": correct, "questions": len(rows), "unanswered": unanswered}
@@ -173,7 +173,11 @@ def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _read_answers(
     run: LanguageFolder, task: str, entries: Sequence[Instruction], settings: dict[str, Any], overwrite: bool
 ) -> list[dict[str, Any]]:
-    """Read existing answers up to the first damaged line and rewrite the file; its first line contains the settings."""
+    """Return the stored answers to a task up to the first damaged line, and rewrite the file without the other lines.
+
+    The first line of the file contains the settings. Answers to other questions or with other settings are removed if
+    `overwrite` is set, otherwise they raise a FileExistsError.
+    """
     path = run.path / "answers" / f"{task}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     rows = []
@@ -182,13 +186,13 @@ def _read_answers(
             rows.append(json.loads(line))
         except ValueError:
             break
-    other = f"with other settings, {rows[0]}" if rows and rows[0] != settings else ""
-    answered = zip(rows[1:], entries, strict=False)
-    if not other and not all(row.items() >= _question(entry).items() for row, entry in answered):
-        other = "to other questions"
-    if other and not overwrite:
-        raise FileExistsError(f"{path} contains answers {other}; replace them with --overwrite")
-    if other or not rows:
+    mismatch = f"with other settings, {rows[0]}" if rows and rows[0] != settings else ""
+    answered = zip(rows[1:], entries, strict=False)  # there can be fewer or more answers than entries
+    if not mismatch and not all(row.items() >= _question(entry).items() for row, entry in answered):
+        mismatch = "to other questions"
+    if mismatch and not overwrite:
+        raise FileExistsError(f"{path} contains answers {mismatch}; replace them with --overwrite")
+    if mismatch or not rows:
         rows = [settings]
     path.parent.mkdir(exist_ok=True)
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

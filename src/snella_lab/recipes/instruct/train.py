@@ -1,4 +1,7 @@
-"""Instruction fine-tuning with the Hugging Face Trainer."""
+"""Instruction fine-tuning with the Hugging Face Trainer.
+
+Each entry of the data is encoded as token IDs and labels, see `encode`.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ _Item = dict[str, list[int]]
 
 
 def load_model(name: str, base: str = "fp32") -> nn.Module:
-    """Load a model onto the CPU; see `load_pretrained` for errors.
+    """Load a causal language model onto the CPU. See `load_pretrained` for errors.
 
     Args:
         name: Local folder in transformers format, or hub name.
@@ -42,9 +45,10 @@ def load_model(name: str, base: str = "fp32") -> nn.Module:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer of a model; see `load_pretrained` for errors.
+    """Load the tokenizer of a model. See `load_pretrained` for errors.
 
-    A tokenizer without a padding token pads with its unknown token, or else its EOS token; padding is masked.
+    A tokenizer without a padding token pads with its unknown token or, if it has none, with its EOS token. The choice
+    does not matter, because padding is masked.
     """
     tokenizer = load_pretrained(AutoTokenizer, name, "model")
     if tokenizer.pad_token_id is None:
@@ -59,7 +63,7 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
 
     Args:
         config: Settings. `resume` continues the stored run, with its settings, from the last checkpoint.
-        console: Output console; stdout if None.
+        console: Output console, or None for stdout.
 
     Returns:
         The folder of the finished run.
@@ -70,10 +74,11 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
         RunInUseError: If another process is writing to the folder.
         FileNotFoundError: If the data file does not exist, or the model's folder contains no model.
         ConnectionError: If the model is not a local folder and cannot be loaded from the hub or its cache.
-        ValueError: If the data are invalid, settings conflict, or a resumed run's data or template has changed.
-        TrainingInterrupted: If the user interrupts the run; the message names the last checkpoint, if any.
-        NonFiniteLossError: If the loss or gradient became infinite or NaN; the last checkpoint is kept.
-        CheckpointError: If the disk is full (the last checkpoint is kept), or the resumed checkpoint is damaged.
+        ValueError: If the data is invalid, settings conflict, or a resumed run's data or template has changed.
+        TrainingInterrupted: If the user interrupts the run. The message names the last checkpoint, if any.
+        NonFiniteLossError: If the loss or gradient became infinite or NaN. The last checkpoint is kept.
+        CheckpointError: If the disk is full, in which case the last checkpoint is kept, or if the resumed checkpoint is
+            damaged.
     """
     console = console or make_console(survives_closed_output=True)
     run = LanguageFolder(str(config.run.out))
@@ -98,14 +103,14 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console, re
             f"data must be the file that {run.path} was started with, got changed content in {data}; "
             "restore the file, or start a new run"
         )
-    template = {} if config.template is None else {"template": sha256_of(expand_user(config.template))}
-    if resumed is not None and resumed.data.contents != template:
+    contents = {} if config.template is None else {"template": sha256_of(expand_user(config.template))}
+    if resumed is not None and resumed.data.contents != contents:
         raise ValueError(
             f"template must be the file that {run.path} was started with, got changed content in {config.template}; "
             "restore the file, or start a new run"
         )
     base: Any = load_model(str(config.model), config.base)
-    weights = sum(parameter.numel() for parameter in base.parameters())
+    num_weights = sum(parameter.numel() for parameter in base.parameters())
     if config.optim.gradient_checkpointing:
         # transformers 5.24 renamed this method and warns about the old name
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
@@ -119,7 +124,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console, re
         description=counted(len(train), "instruction"),
         sizes={"train": len(train), "val": len(val)},
         digest=digest,
-        contents=template,
+        contents=contents,
         notes=notes,
     )
     run.write(describe_run(config, "language", BackboneInfo(name=str(config.model)), data_info, _PACKAGES))
@@ -127,7 +132,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console, re
     rows = [
         ("data", f"{data}, {counted(len(train), 'instruction')}, {len(val)} held out"),
         *(("note", note) for note in notes),
-        ("model", f"{config.model}, {weights:,} weights"),
+        ("model", f"{config.model}, {num_weights:,} weights"),
         ("method", describe_method(config, model)),
         ("training", f"{counted(config.epochs, 'epoch')}, {counted(per_step, 'instruction')} per step, on {device}"),
     ]
@@ -164,14 +169,14 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console, re
         )
         trainer.fit()
         history = trainer.state.log_history
-        losses = [record_from(LossRow, row) for row in history if "loss" in row or "eval_loss" in row]
-        trainer.save_results(loss_history=losses)
+        loss_history = [record_from(LossRow, row) for row in history if "loss" in row or "eval_loss" in row]
+        trainer.save_results(loss_history=loss_history)
         run.finish()
         print_line(console, f"adapter {run.adapter}")
 
 
 def _encode_data(config: LanguageConfig, tokenizer: Any) -> tuple[list[_Item], list[_Item], list[str]]:
-    """Return the encoded training entries, held-out entries, and notes for the user."""
+    """Return the encoded training entries and held-out entries, and notes on skipped entries."""
     entries = read_instructions(str(config.data))
     template = Template(config.template)
     items = [
@@ -184,16 +189,19 @@ def _encode_data(config: LanguageConfig, tokenizer: Any) -> tuple[list[_Item], l
         skipped = len(items) - len(usable)
         notes.append(f"skipped entries with a prompt of at least max_length={config.max_length} tokens: {skipped}")
     if len(usable) <= config.val_size:
+        remedy = f" ({notes[0]}; increase max_length)" if notes else ""
         raise ValueError(
             f"data must have more entries than val_size={config.val_size}, got {len(usable)} usable entries of "
-            f"{len(items)} in {config.data}" + (f" ({notes[0]}; increase max_length)" if notes else "")
+            f"{len(items)} in {config.data}{remedy}"
         )
-    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
+    generator = torch.Generator().manual_seed(config.run.seed)
+    order = torch.randperm(len(usable), generator=generator).tolist()
     held_out = set(order[: config.val_size])
     train = [item for index, item in enumerate(usable) if index not in held_out]
-    return train, [usable[index] for index in sorted(held_out)], notes
+    val = [usable[index] for index in sorted(held_out)]
+    return train, val, notes
 
 
 def _has_targets(item: _Item) -> bool:
-    """Return True if the loss uses a label of the item; it skips the first label, which has no preceding token."""
+    """Return True if the loss uses a label of the item. It ignores the first label, which no token precedes."""
     return any(label != IGNORED for label in item["labels"][1:])

@@ -61,7 +61,7 @@ def test_prompts_contain_token_and_class():
     assert config(class_name="puppy", token="xyz").with_class_name("dog").prompt == "a photo of xyz puppy"
     assert config(prompt="my sks").with_class_name(None).prompt == "my sks"
     with pytest.raises(
-        ValueError, match=r"class_name must be .*, got none, and folder:dog does not define it; set it, or set pro"
+        ValueError, match=r"class_name must name .*, because folder:dog does not define it; set it, or set prompt"
     ):
         config().with_class_name(None)
     with pytest.raises(ValueError, match="set it, or set class_prompt"):

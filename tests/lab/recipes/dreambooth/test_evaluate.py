@@ -212,7 +212,7 @@ def test_run_on_a_plain_folder_requires_a_prompt_file(runs, tmp_path, clip_folde
     (run / "config.yaml").write_text(text.replace("data: dreambooth:", "data: folder:"))
     info = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(sealed({**info, "files": {}})))
-    with pytest.raises(FileNotFoundError, match=r"prompts must be a prompt file, got none, and folder:.* has no prom"):
+    with pytest.raises(FileNotFoundError, match=r"prompts must name a prompt file, because folder:.* has no prompts_"):
         evaluate_generation(evaluation(run, clip_folder, dino_folder))
 
 

@@ -91,7 +91,7 @@ def test_template_ignores_braces_in_instruction_and_input(tmp_path):
     path.write_text("{input}. Q: {instruction} Again: {instruction} A:")
     assert Template(path).fill(entry) == "{instruction}. Q: what is {input}? Again: what is {input}? A:"
     path.write_text("Q:")
-    with pytest.raises(ValueError, match=r"template '.*template.txt' must contain \{instruction\}, got none"):
+    with pytest.raises(ValueError, match=r"template '.*template.txt' has no placeholder \{instruction\}"):
         Template(path)
 
 
