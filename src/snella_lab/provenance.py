@@ -53,7 +53,8 @@ def measurement_info() -> dict[str, Any]:
 def conditions(device: str, packages: Iterable[str] = _BENCHMARK_PACKAGES) -> dict[str, Any]:
     """Return the provenance of a benchmark row: command, device, versions, commit, dirty flag and date.
 
-    The command omits `--out` and the folders of absolute paths. A checkout is dirty unless it is known to be clean.
+    The command omits `--out` and the folders of absolute paths. A checkout with a known commit is dirty unless it is
+    known to be clean.
     """
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     command_without_out = re.sub(r" --out[= ]\S+", "", command)

@@ -21,7 +21,7 @@ _MARKERS = "osD^vPX*<>hp"
 
 
 def style_of(number: int) -> tuple[str, str]:
-    """Return the color and marker of line `number`. Lines that share one of the 16 colors have different markers."""
+    """Return the color and marker of line `number`; up to 32 lines have distinct combinations."""
     return _LINE_COLORS[number % len(_LINE_COLORS)], _MARKERS[(number + number // len(COLORS)) % len(_MARKERS)]
 
 

@@ -41,7 +41,7 @@ _MODULES: dict[str, tuple[Kind, ...]] = {
     "profiles": ("radar", "memory"),
     "images": ("features", "samples", "masks", "gradcam", "images"),
 }
-"""Plot functions by module of `snella_lab.analysis`."""
+"""Names of the plot functions in each module of `snella_lab.analysis`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +195,7 @@ def in_order_of_depth(layers: Mapping[str, list[T]]) -> dict[str, list[T]]:
 
 
 def run_labels(runs: Sequence[str | Path]) -> list[str]:
-    """Return the ends of the paths as labels, with as many folder names as needed to distinguish the runs.
+    """Return the shortest path suffixes, all with the same number of names, that distinguish the folders.
 
     Raises:
         ValueError: If a folder occurs twice.

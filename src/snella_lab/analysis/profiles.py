@@ -1,4 +1,7 @@
-"""Method profiles: accuracy by task group as a radar plot, and memory during training steps."""
+"""Profiles of methods: scores by task group in a radar chart, and memory during training steps.
+
+Figures are those of the SNELLA paper (arXiv 2510.24037).
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,9 @@ from snella_lab.comparison.summary import summarize
 from snella_lab.style import style_of
 
 _MIN_SPAN = 0.02
+"""Minimum range of an axis of the radar chart, so that small differences remain small."""
 _MAX_POINTS = 120
+"""Maximum number of memory measurements per phase that are drawn."""
 _PHASES = ("forward", "backward", "optimizer")
 
 
@@ -40,11 +45,11 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
     highest mean at the rim. The table contains the unscaled scores.
 
     Args:
-        folders: Folders written by `snella compare`; only methods with results on all tasks of all folders are drawn.
+        folders: Folders written by `snella compare`. Only methods with results on all tasks of all folders are drawn.
 
     Raises:
         FileNotFoundError: If a folder contains no comparison.
-        ValueError: If the comparisons share no finished method, or the radar has fewer than three axes.
+        ValueError: If the comparisons share no finished method, or the chart has fewer than three axes.
     """
     labels = run_labels(folders)
     results: dict[str, dict[str, tuple[float, float, int]]] = {}
@@ -57,34 +62,37 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
         rows, _ = read_lines(folder / ROWS_FILE)
         summary = summarize(read_experiment(str(folder / EXPERIMENT_FILE)), list(rows.values()))
         for group in dict.fromkeys(entry.group for entry in summary.experiment.data):
-            expected = [entry.name for entry in summary.experiment.data if entry.group == group]
+            tasks = [entry.name for entry in summary.experiment.data if entry.group == group]
             axis = group if len(folders) == 1 else f"{label}: {group}"
             results.setdefault(axis, {})
             metrics[axis] = (summary.measure, summary.is_fraction)
             for method in summary.methods:
-                spread = summary.runs.mean(method.name, [[task] for task in expected], summary.column)
+                spread = summary.runs.mean(method.name, [[task] for task in tasks], summary.column)
                 if spread is not None:
-                    results[axis][method.name] = (spread.mean, spread.std, len(expected))
+                    results[axis][method.name] = (spread.mean, spread.std, len(tasks))
     first_axis: Mapping[str, tuple[float, float, int]] = next(iter(results.values()), {})
     methods = [name for name in first_axis if all(name in values for values in results.values())]
     if not methods:
-        raise ValueError(f"folders must share a method that is finished on all tasks, got none in {', '.join(labels)}")
+        raise ValueError(f"no method is finished on all tasks of all folders: {', '.join(labels)}")
     if len(results) < 3:
-        raise ValueError(f"a radar must have at least 3 axes, got {', '.join(results)}; add comparisons or groups")
+        raise ValueError(f"a radar needs at least 3 axes, got {', '.join(results)}; add comparisons or groups")
     table = []
     for axis, values in results.items():
         means = [values[name][0] for name in methods]
         for name in methods:
-            mean, deviation, count = values[name]
+            mean, deviation, num_tasks = values[name]
             radius = scaled_radius(mean, min(means), max(means))
             row = {"axis": axis, "metric": metrics[axis][0], "method": name, "mean": mean, "std": deviation}
-            table.append({**row, "tasks": count, "radius": radius})
+            table.append({**row, "tasks": num_tasks, "radius": radius})
     fractions = {axis: is_fraction for axis, (_, is_fraction) in metrics.items()}
     return [Plot("radar", table, partial(_draw_radar, table, fractions))]
 
 
 def scaled_radius(value: float, low: float, high: float) -> float:
-    """Scale a value to a radius: 1 at `high`; 0.3 at `low`, unless the range is below the minimum span."""
+    """Scale a value to a radius between 0.3 at `low` and 1 at `high`.
+
+    If the range is below the minimum span, the radius at `low` is greater.
+    """
     span = max(high - low, _MIN_SPAN)
     return 1 - 0.7 * (high - value) / span
 
@@ -93,30 +101,29 @@ def memory(runs: Sequence[str | Path], *, steps: int = 2, batch_size: int | None
     """Plot the memory of live tensors during training steps of each run (Figure 7b).
 
     Each model takes `steps` training steps with AdamW on random images, on the CPU. After every torch operation, the
-    bytes of all live tensors are recorded, including weights. The memory that an allocator reserves is larger. Results
-    are comparable for the same backbone and batch size. The batch size defaults to the first run's.
+    total size of all live tensors is recorded, including weights. The memory that an allocator reserves is larger.
+    Results are comparable for the same backbone and batch size. The batch size defaults to the first run's.
 
     Returns:
-        One plot with at most 120 rows per phase, each the peak of an interval. `memory-peaks` contains the peak of each
-        phase of the last step.
+        One plot. Its table has at most 120 rows per phase, each with the peak of an interval. The additional table
+        `memory-peaks` contains the peak of each phase of the last step.
 
     Raises:
         FileNotFoundError: If a folder contains no run with an adapter.
     """
     rows: list[Row] = []
     peaks: list[Row] = []
-    size = batch_size
     for label, run in zip(run_labels(runs), runs, strict=True):
         loaded = load_single_run(run, device="cpu")
-        size = size or loaded.folder.read_config().optim.effective_batch_size
+        batch_size = batch_size or loaded.folder.read_config().optim.effective_batch_size
         channels, height, width = loaded.info.data_config["input_size"]
-        images = torch.randn(size, channels, height, width, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(batch_size, channels, height, width, generator=torch.Generator().manual_seed(0))
         points = record_memory(loaded.model, images, steps)
-        rows += [{"run": label, "batch_size": size, **point} for point in _downsample(points)]
-        last = [point for point in points if point["step"] == steps]
+        rows += [{"run": label, "batch_size": batch_size, **point} for point in _downsample(points)]
+        last_step = [point for point in points if point["step"] == steps]
         for phase in _PHASES:
-            peak = max(point["mib"] for point in last if point["phase"] == phase)
-            peaks.append({"run": label, "batch_size": size, "phase": phase, "peak_mib": peak})
+            peak = max(point["mib"] for point in last_step if point["phase"] == phase)
+            peaks.append({"run": label, "batch_size": batch_size, "phase": phase, "peak_mib": peak})
     return [Plot("memory", rows, partial(_draw_memory, rows), (), {"peaks": peaks})]
 
 
@@ -128,8 +135,8 @@ class LiveTensors(TorchDispatchMode):
 
     Attributes:
         live: Current number of bytes.
-        points: Step, phase and bytes after each operation.
-        step_phase: Current step and phase, set by the caller.
+        points: Step, phase and number of bytes after each operation.
+        step_phase: Current step and phase, which the caller sets.
     """
 
     def __init__(self, existing: Sequence[Tensor] = ()) -> None:
@@ -151,9 +158,9 @@ class LiveTensors(TorchDispatchMode):
         return outputs
 
     def _track(self, tensor: Tensor) -> None:
-        """Count a storage until it is freed."""
+        """Count the storage of a tensor until it is freed."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage._cdata  # the same for all views of a tensor
         size = storage.nbytes()
         if key in self._seen or not size:
             return
@@ -162,7 +169,7 @@ class LiveTensors(TorchDispatchMode):
         weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
-        """Subtract a freed storage."""
+        """Subtract the size of a freed storage."""
         self._seen.discard(key)
         self.live -= size
 
@@ -171,19 +178,19 @@ def record_memory(model: nn.Module, images: Tensor, steps: int) -> list[dict[str
     """Record the memory after each operation of several training steps, in MiB.
 
     Args:
-        model: Model from `build_method` or `load_trained`; modified by training on a dummy loss.
+        model: Model from `build_method` or `load_trained`. Training on a dummy loss changes its parameters.
         images: A batch of images.
         steps: Number of training steps.
 
     Returns:
-        Points with `step`, `phase`, `position` (each phase has length 1) and `mib`. The first point is the memory
-        before training.
+        Points with `step`, `phase`, `position` and `mib`, where each phase is an interval of length 1. The first point
+        is the memory before training.
     """
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
     live = LiveTensors([*model.parameters(), *model.buffers(), images])
-    start = live.live
+    start_size = live.live
     with live, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* no budget allocator is attached")  # dummy steps need no allocator
         for step in range(1, steps + 1):
@@ -198,15 +205,14 @@ def record_memory(model: nn.Module, images: Tensor, steps: int) -> list[dict[str
             optimizer.zero_grad()
             del loss
             torch.zeros(())  # records a point after gradients are freed
-    points = [{"step": 0, "phase": "start", "position": 0.0, "mib": start / 2**20}]
+    points = [{"step": 0, "phase": "start", "position": 0.0, "mib": start_size / 2**20}]
     for step in range(1, steps + 1):
         for number, phase in enumerate(_PHASES):
-            sizes = [size for at, name, size in live.points if (at, name) == (step, phase)]
+            sizes = [size for at_step, at_phase, size in live.points if (at_step, at_phase) == (step, phase)]
             begin = (step - 1) * len(_PHASES) + number
-            points += [
-                {"step": step, "phase": phase, "position": begin + (k + 1) / len(sizes), "mib": size / 2**20}
-                for k, size in enumerate(sizes)
-            ]
+            for index, size in enumerate(sizes, start=1):
+                position = begin + index / len(sizes)
+                points.append({"step": step, "phase": phase, "position": position, "mib": size / 2**20})
     return points
 
 
@@ -226,11 +232,12 @@ def _draw_radar(rows: Sequence[Row], fractions: Mapping[str, bool]) -> Figure:
     """Draw one polygon per method. Label each axis with its highest mean, and show fractions in percent."""
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
     methods = grouped(rows, "method")
-    figure, axes = new_figure(560, 410 + 20 * -(-len(methods) // 4))
+    legend_columns = 4
+    figure, axes = new_figure(560, 410 + 20 * math.ceil(len(methods) / legend_columns))
     axes.set_axis_off()
     axes.set(xlim=(-1.75, 1.75), ylim=(-1.3, 1.3), aspect="equal")
     angles = np.pi / 2 - np.arange(len(axes_names)) * 2 * np.pi / len(axes_names)
-    for radius in (0.3, 0.65, 1.0):
+    for radius in (0.3, 0.65, 1.0):  # from `scaled_radius` of the lowest mean to that of the highest
         ring = np.append(angles, angles[0])
         axes.plot(radius * np.cos(ring), radius * np.sin(ring), color=GRID, linewidth=1)
     for angle, name in zip(angles, axes_names, strict=True):
@@ -252,10 +259,11 @@ def _draw_radar(rows: Sequence[Row], fractions: Mapping[str, bool]) -> Figure:
     for number, points in enumerate(methods.values()):
         color, marker = style_of(number)
         radii = np.array([row["radius"] for row in points])
-        closed_radii, closed_angles = np.append(radii, radii[0]), np.append(angles, angles[0])
+        closed_radii = np.append(radii, radii[0])
+        closed_angles = np.append(angles, angles[0])
         style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.8}
         handles += axes.plot(closed_radii * np.cos(closed_angles), closed_radii * np.sin(closed_angles), **style)
-    add_legend(figure, handles, [shortened(method) for method in methods], columns=4)
+    add_legend(figure, handles, [shortened(method) for method in methods], columns=legend_columns)
     return figure
 
 
@@ -265,12 +273,15 @@ def _draw_memory(rows: Sequence[Row]) -> Figure:
     handles = []
     runs = grouped(rows, "run")
     for number, points in enumerate(runs.values()):
-        positions, sizes = [row["position"] for row in points], [row["mib"] for row in points]
-        handles += axes.plot(positions, sizes, color=style_of(number)[0], linewidth=1.8)
-    last = math.ceil(max(row["position"] for row in rows))
-    for position in range(0, last + 1, len(_PHASES)):
-        axes.axvline(position, color=MUTED, linewidth=1, linestyle=DASHED)
-    axes.set_xticks([position + 0.5 for position in range(last)], [_PHASES[position % 3] for position in range(last)])
+        color, _ = style_of(number)
+        positions = [row["position"] for row in points]
+        sizes = [row["mib"] for row in points]
+        handles += axes.plot(positions, sizes, color=color, linewidth=1.8)
+    num_phases = math.ceil(max(row["position"] for row in rows))
+    for step_start in range(0, num_phases + 1, len(_PHASES)):
+        axes.axvline(step_start, color=MUTED, linewidth=1, linestyle=DASHED)
+    phase_names = [_PHASES[phase % len(_PHASES)] for phase in range(num_phases)]
+    axes.set_xticks([phase + 0.5 for phase in range(num_phases)], phase_names)
     axes.tick_params(axis="x", length=0)
     axes.grid(False, axis="x")
     axes.set_ylim(bottom=0)

@@ -1,9 +1,9 @@
 """Methods `spt-lora`, `spt-adapter` and `fixed-mask`: weight selection by sensitivity before training.
 
 SPT is sensitivity-aware visual parameter-efficient fine-tuning, He et al., arXiv 2303.08566. The sensitivity of a
-weight is its squared gradient, summed over batches. SPT's budget is the number of backbone parameters to train. A
-matrix with many sensitive weights gets a structured module, i.e. an adapter or a low-rank update. Other selected
-weights are trained individually, as sparse entries.
+weight is its squared gradient, summed over batches. SPT's budget is the number of parameters to train besides the
+head. A matrix with many sensitive weights gets a structured module, i.e. an adapter or a low-rank update. A vector with
+many is trained completely. Other selected weights are trained individually, as sparse entries.
 """
 
 from collections.abc import Callable, Mapping, Sequence
