@@ -1,9 +1,10 @@
 """Table and figure of product rows: mean rank and mean difference from `snella train` over folders.
 
 python benchmarks/products/table.py rows.jsonl [--products snella fastai ...] [--minutes 1 3 ...] [--weights W]
-    [--pixels N] [--threads N] [--since DATE] [--until DATE] [--figure FILE]
+    [--pixels N] [--threads N] [--since DATE] [--until DATE] [--last] [--folders drums ...] [--figure FILE]
 
-`--since` and `--until` separate the rows of different recipes; otherwise, runs with the same settings are averaged.
+`--since` and `--until` separate the rows of different recipes. Runs with the same settings are averaged; with `--last`,
+only the last one counts.
 """
 
 import argparse
@@ -33,6 +34,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--since", help="first date of the rows, e.g. 2026-11-30")
     parser.add_argument("--until", help="date before which the rows were measured")
+    parser.add_argument("--last", action="store_true", help="use only the last run with the same settings")
+    parser.add_argument("--folders", nargs="+", help="default: all")
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     rows = [row for row in read_rows(args.rows) if row["weights"] == args.weights]
@@ -41,6 +44,9 @@ def main() -> None:
     rows = [row for row in rows if args.pixels in (None, row["pixels"]) and args.threads in (None, row["threads"])]
     rows = [row for row in rows if args.since is None or row["date"] >= args.since]
     rows = [row for row in rows if args.until is None or row["date"] < args.until]
+    rows = [row for row in rows if args.folders is None or row["folder"] in args.folders]
+    if args.last:
+        rows = last_runs(rows)
     if not rows:
         parser.error(f"{args.rows} contains no rows with these settings")
     for name in ("pixels", "threads"):
@@ -50,6 +56,14 @@ def main() -> None:
         print(f"\n{minutes:g} minutes\n\n{markdown([row for row in rows if row['minutes'] == minutes])}")
     if args.figure:
         draw(rows, args.figure)
+
+
+def last_runs(rows: list[dict]) -> list[dict]:
+    """Return the last run of each product with the same folder, budget, seed, image size, and number of threads."""
+    last = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        last[tuple(row[key] for key in ("product", "folder", "minutes", "seed", "pixels", "threads"))] = row
+    return list(last.values())
 
 
 def means(rows: list[dict], score: str = "accuracy") -> Means:
