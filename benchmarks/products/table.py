@@ -21,6 +21,8 @@ from snella_lab.comparison.statistics import Difference, difference_of, with_hol
 from snella_lab.comparison.summary import difference_text, significance_texts
 
 REFERENCE = "snella"
+_LABELS = {"snella": "snella train", "fastai-all": "fastai fine_tune"}
+"""Names in the figure's legend; other products keep theirs."""
 Means = dict[str, dict[str, float]]
 
 
@@ -153,7 +155,8 @@ def draw(rows: list[dict], file: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for name in sorted(points, key=lambda name: name != REFERENCE):
-        axes.plot(*zip(*points[name], strict=True), marker="o", label=name, linewidth=2.5 if name == REFERENCE else 1.2)
+        width = 2.5 if name == REFERENCE else 1.2
+        axes.plot(*zip(*points[name], strict=True), marker="o", label=_LABELS.get(name, name), linewidth=width)
     axes.set(xscale="log", xlabel=f"minutes used ({threads})", ylabel="test accuracy (%)")
     axes.set_title(f"Mean over {len(folders)} folders: {', '.join(folders)}", fontsize="small")
     axes.xaxis.set_major_locator(FixedLocator([0.5, 1, 2, 3, 5, 10]))
