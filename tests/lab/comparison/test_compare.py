@@ -359,7 +359,7 @@ def test_all_missing_parts_are_reported_together_before_training(tiny, tmp_path,
             "batch_size must be at most 40, the number of training images, got 50",
         ),
         ({"train": {"test_size": None, "test_fraction": 0.0}}, "data 'digits' must have a validation and a test split"),
-        ({"train": {"device": "cuda"}}, "got 'cuda'"),
+        ({"train": {"device": "cuda"}}, "device=cuda is not available"),
         ({"backbone": "levit_128s", "train": {"img_size": 100}}, "img_size must be a size that backbone 'levit_128s'"),
     ],
 )
