@@ -2,7 +2,7 @@
 
 Counts the Python calls in a forward pass of an adapted `nn.Linear` (SNELLA and PEFT's LoRA), the functions of a
 training run that are called before its first step or receive its configuration, and the lines and dense statements of
-each package, with those of PEFT for comparison.
+each package and, for comparison, of PEFT.
 
 python benchmarks/count_calls.py
 """

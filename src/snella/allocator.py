@@ -419,7 +419,7 @@ class BudgetAllocator:
     def _packed_state(self) -> dict[str, Any]:
         """Return the state with the history as a string.
 
-        torch.distributed.checkpoint rejects lists whose length differs from that in the current state.
+        torch.distributed.checkpoint rejects a list if the list in the current state has another length.
         """
         state = self.state_dict()
         return {**state, "history": json.dumps(state["history"])}

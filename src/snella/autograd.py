@@ -188,7 +188,7 @@ class _AdaptedLayer(torch.autograd.Function):
         ctx.x_shape = x.shape
         ctx.has_bias = bias is not None
         ctx.lazy_versions = call.lazy and call.lazy.versions()
-        # flags from 6 on are those of `tensors`, whose gradients are zero if no matrix has a budget
+        # flags from index 6 on belong to `tensors`; their gradients are zero if no matrix has a budget
         needs_factor_grads = any(ctx.needs_input_grad[6:]) and any([any(update.budgets) for update in updates])
         saves_input = needs_factor_grads or ctx.needs_input_grad[1]
         saved_merged: list[Tensor | None] = []

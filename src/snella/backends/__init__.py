@@ -2,7 +2,7 @@
 
 A backend merges the factors of an update into `ΔW`, sparsifies `ΔW` to `S`, adds `scaling·S` to a base weight, and
 computes the gradients of the factors. The budget of a matrix is the maximum number of nonzero entries of its part of
-`S`. Shape letters are those of `snella.kernels`.
+`S`. The shape letters are defined in `snella.kernels`.
 """
 
 from __future__ import annotations

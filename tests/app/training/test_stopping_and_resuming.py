@@ -177,6 +177,14 @@ def test_a_signal_is_acknowledged_immediately(number, capfd):
         signal.signal(number, before)
 
 
+def test_handlers_that_could_not_be_restored_are_kept(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda number: None)  # as if C code had set the handlers
+        patch.setattr(signal, "signal", lambda *_: pytest.fail("a handler was replaced"))
+        with InterruptCallback():
+            pass
+
+
 def test_sighup_is_ignored_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -1,7 +1,7 @@
 """Numba backend: multithreaded piecewise kernels on the CPU.
 
 The Numba kernels in `forward` and `backward` process a matrix in blocks of columns. The column statistics are the
-maximum logit, scale and inverse sum of the softmax. Shape letters are those of `forward`.
+maximum logit, scale and inverse sum of the softmax. The shape letters are defined in `forward`.
 """
 
 from __future__ import annotations
