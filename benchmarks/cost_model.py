@@ -1,6 +1,6 @@
 """Fit the cost model to committed measurements, test it on held-out ones, and predict steps on GPUs.
 
-python benchmarks/cost_model.py        rewrites the tables and figures of docs/speed.md; runs no training step
+python benchmarks/cost_model.py        rewrites tables and figures of docs/notes/cost-model.md; runs no training step
 python benchmarks/cost_model.py --gpu  only prints the measured and predicted steps on GPUs
 python benchmarks/cost_model.py --rows only prints the measured and predicted steps on CPUs
 
@@ -44,7 +44,7 @@ from snella_lab.bench.rows import read_rows
 from snella_lab.style import save_figure
 
 FOLDER = Path(__file__).parent
-PAGE = FOLDER.parent / "docs" / "speed.md"
+PAGE = FOLDER.parent / "docs" / "notes" / "cost-model.md"
 FIGURES = FOLDER.parent / "docs" / "images" / "scale"
 ROWS = ("results.jsonl", "model_rows.jsonl")
 EPYC_1, EPYC_2 = "cpu, 1 threads, AMD EPYC", "cpu, 2 threads, AMD EPYC"

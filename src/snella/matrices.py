@@ -91,12 +91,14 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
     """
     if isinstance(model, BaseTuner):
         model = model.model
+    all_layers = {name: module for name, module in model.named_modules() if isinstance(module, SnellaLayer)}
+    unwrapped: dict[str, str] = {}  # if `x` and `module.x` are different layers, `module.x` keeps its full name
+    for name in sorted(all_layers, key=len):
+        unwrapped.setdefault(_strip_wrappers(name), name)
     layers: dict[str, SnellaLayer] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, SnellaLayer):
-            stripped = _strip_wrappers(name)
-            is_taken = stripped in layers  # e.g. by the layer `x`, if this is `module.x`
-            layers[name if is_taken else stripped] = module
+    for name, layer in all_layers.items():
+        stripped = _strip_wrappers(name)
+        layers[stripped if unwrapped[stripped] == name else name] = layer
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no SNELLA layer; wrap it with get_peft_model(model, SnellaConfig(…)) first"

@@ -96,7 +96,7 @@ def _read_folder(path: Path) -> tuple[Path, bool]:
 _logger = logging.getLogger(__name__)
 _PROBE_TIMEOUT_S = 5.0
 _NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
-"""Packages whose errors are connection failures."""
+"""Packages whose errors are connection failures, unless they contain the response of a server."""
 
 
 def create_from_hub(name: str, *, pretrained: bool, img_size: int | None = None, **options: Any) -> nn.Module:
@@ -166,12 +166,13 @@ def cache_only_if_unreachable() -> Iterator[str | None]:
 def _is_network_error(error: BaseException | None) -> bool:
     """Return whether `error` or one of its causes is a connection failure."""
     while error is not None:
-        is_local_miss = isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled))
-        if is_local_miss or type(error).__module__.partition(".")[0] in _NETWORK_MODULES:
+        if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
             return True
-        if isinstance(error, (HTTPError, HfHubHTTPError)):
+        has_response = getattr(error, "response", None) is not None  # of httpx and requests
+        if has_response or isinstance(error, (HTTPError, HfHubHTTPError)):
             return False  # the server answered
-        if isinstance(error, (ConnectionError, TimeoutError, URLError)):
+        is_from_client = type(error).__module__.partition(".")[0] in _NETWORK_MODULES
+        if is_from_client or isinstance(error, (ConnectionError, TimeoutError, URLError)):
             return True
         error = error.__cause__
     return False

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ class TaskBank:
     `W0 + scaling·S` of the most recently used tasks, up to `memory_mib`. A cached task needs no merge. Any other task
     needs one merge, which overwrites the effective weights of the least recently used task if the memory is full. The
     images of a batch are grouped by task. The outputs of each group are bit-identical to the outputs of the loaded run
-    for this group.
+    for this group. Several threads may use a bank.
 
     Args:
         runs: Run folders, by task name.
@@ -99,7 +99,7 @@ class TaskBank:
         self._key: dict[str, Any] = {}
         self._tasks: dict[str, _Task] = {}
         self._cached: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
-        self._lock = Lock()
+        self._lock = RLock()
         self.merges = 0
         """Number of computed merges."""
         for name, run in (runs or {}).items():
@@ -108,17 +108,20 @@ class TaskBank:
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks."""
-        return list(self._tasks)
+        with self._lock:
+            return list(self._tasks)
 
     @property
     def cached_tasks(self) -> list[str]:
         """Names of the tasks whose effective weights are in memory. The most recently used task is last."""
-        return list(self._cached)
+        with self._lock:
+            return list(self._cached)
 
     @property
     def cached_bytes(self) -> int:
         """Size of the effective weights in memory, in bytes."""
-        return sum(_bytes(weights.values()) for weights in self._cached.values())
+        with self._lock:
+            return sum(_bytes(weights.values()) for weights in self._cached.values())
 
     def classes(self, task: str) -> list[str]:
         """Return the class names of a task in the order of its outputs; raise ValueError for an unknown task."""
@@ -147,13 +150,9 @@ class TaskBank:
             "task": loaded.task.name,
             "seed": backbone.seed if backbone.pretrained is False else None,  # determines random weights
         }
-        if self._tasks and bank_key != self._key:
-            pairs = [(name, value, self._key[name]) for name, value in bank_key.items() if value != self._key[name]]
-            different = ", ".join(f"{name} {value!r} instead of {shared!r}" for name, value, shared in pairs)
-            raise ValueError(
-                f"run={run} must have the backbone and task of the bank, got {different}; create another bank for it"
-            )
-        base = make_backbone(backbone, loaded.task.name) if self._model is None else self._model
+        self._check_key(run, bank_key)
+        shared_model = self._model
+        base = make_backbone(backbone, loaded.task.name) if shared_model is None else shared_model
         base = base.to(self._device).eval()
         tensors = base.state_dict(keep_vars=True)
         updates = _collect_updates(loaded.model.to(self._device))
@@ -183,6 +182,7 @@ class TaskBank:
                 f"{self._limit / _MIB:.1f}"
             )
         with self._lock:
+            self._check_key(run, bank_key)  # another thread may have added a task to the empty bank
             self._model = base
             self._key = bank_key
             self._cached.pop(name, None)
@@ -191,8 +191,8 @@ class TaskBank:
 
     def remove(self, name: str) -> None:
         """Remove a task and its cached weights; raise ValueError for an unknown task."""
-        self._find(name)
         with self._lock:
+            self._find(name)
             del self._tasks[name]
             self._cached.pop(name, None)
             if not self._tasks:
@@ -235,7 +235,7 @@ class TaskBank:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         predictions: dict[int, Any] = {}
         for name, indices in self._groups(tasks, len(images)):
-            loaded = self._tasks[name].loaded
+            loaded = self._find(name).loaded
             for start in range(0, len(indices), batch_size):
                 batch_indices = indices[start : start + batch_size]
                 paths = [Path(images[index]) for index in batch_indices]
@@ -258,19 +258,33 @@ class TaskBank:
             groups.setdefault(name, []).append(index)
         for name in groups:
             self._find(name)
-        return sorted(groups.items(), key=lambda group: group[0] not in self._cached)
+        cached = self.cached_tasks
+        return sorted(groups.items(), key=lambda group: group[0] not in cached)
 
     def _find(self, name: str) -> _Task:
         """Return a task by name; raise ValueError if it is unknown."""
-        if name not in self._tasks:
-            raise ValueError(f"task must be one of {', '.join(self._tasks) or '(none yet)'}, got {name!r}")
-        return self._tasks[name]
+        with self._lock:
+            if name not in self._tasks:
+                raise ValueError(f"task must be one of {', '.join(self._tasks) or '(none yet)'}, got {name!r}")
+            return self._tasks[name]
+
+    def _check_key(self, run: str | Path, key: dict[str, Any]) -> None:
+        """Raise ValueError if a run cannot share the backbone of the bank."""
+        with self._lock:
+            if not self._tasks or key == self._key:
+                return
+            pairs = [(name, value, self._key[name]) for name, value in key.items() if value != self._key[name]]
+        different = ", ".join(f"{name} {value!r} instead of {shared!r}" for name, value, shared in pairs)
+        raise ValueError(
+            f"run={run} must have the backbone and task of the bank, got {different}; create another bank for it"
+        )
 
     def _run(self, name: str, batch: Tensor) -> Tensor:
         """Compute the outputs of one task. The lock protects the model, which all tasks share."""
         with self._lock:
-            loaded = self._tasks[name].loaded
-            tensors = {**self._effective_weights(name), **self._tasks[name].replaced}
+            task = self._find(name)
+            loaded = task.loaded
+            tensors = {**self._effective_weights(name), **task.replaced}
             if loaded.probe is not None:  # the probe contains the model as `model`
                 tensors = {f"model.{key}": tensor for key, tensor in tensors.items()}
             with torch.inference_mode():

@@ -234,7 +234,8 @@ class GpuForecast:
         else:
             faster = f"below {crossing:,} tokens per step (batch size {crossing // tokens:,}), LoRA is faster"
         return [
-            "step is predicted, not measured: datasheet values with a range of efficiencies, see docs/speed.md",
+            "step is predicted, not measured: datasheet values with a range of efficiencies, "
+            "see docs/notes/cost-model.md",
             f"snella takes {expected:.2f} ({low:.2f}–{high:.2f}) times as long as lora; "
             f"merging takes {self.merge_share:.0%} of its step",
             f"{faster}; sparsity does not change the step time on GPUs",

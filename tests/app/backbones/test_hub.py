@@ -5,12 +5,14 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save
 
+from snella_app.backbones import create
 from snella_app.backbones.create import create_backbone, create_from_hub
 
 
@@ -107,6 +109,16 @@ def test_offline_mode_is_reported_as_the_reason(monkeypatch):
 def test_a_missing_repository_is_distinguished_from_an_unreachable_hub(hub):
     with pytest.raises(ValueError, match=r"does not provide backbone 'test_vit': .*pretrained=False"):
         create_backbone("test_vit", num_classes=2)
+
+
+def test_a_response_with_an_error_status_is_no_network_error(hub, closed_port):
+    client = huggingface_hub.get_session()
+    with pytest.raises(Exception, match="404") as answered:
+        client.get(f"{constants.ENDPOINT}/missing").raise_for_status()
+    assert not create._is_network_error(answered.value)
+    with pytest.raises(Exception, match="refused") as refused:
+        client.get(f"http://127.0.0.1:{closed_port}")
+    assert create._is_network_error(refused.value)
 
 
 def test_weights_are_downloaded_once_and_then_read_from_the_cache(hub, tiny_vit, images, closed_port, monkeypatch):

@@ -1,5 +1,7 @@
 """One backbone, many tasks."""
 
+import threading
+
 import pytest
 import timm
 import torch
@@ -108,6 +110,35 @@ def test_tasks_can_be_added_and_removed(folders, images):
     assert bank.tasks == bank.cached_tasks == ["plants"]
     with pytest.raises(ValueError, match="got 1 names for 2 images"):
         bank(images[:2], ["plants"])
+
+
+def test_a_task_can_be_removed_and_added_while_other_threads_predict(folders, images):
+    bank = TaskBank({name: folders[name] for name in ("animals", "plants")}, device="cpu")
+    expected = torch.stack(bank(images, ["animals"] * len(images)))
+    stop, errors = threading.Event(), []
+
+    def predict():
+        while not stop.is_set():
+            try:
+                assert torch.equal(torch.stack(bank(images, ["animals"] * len(images))), expected)
+                bank(images[:1], ["plants"])
+            except ValueError as error:
+                assert "task must be one of animals, got 'plants'" in str(error)
+            except BaseException as error:
+                errors.append(error)
+                raise
+
+    threads = [threading.Thread(target=predict) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(5):
+        bank.remove("plants")
+        assert bank.cached_bytes and "plants" not in bank.cached_tasks
+        bank.add("plants", folders["plants"])
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors
 
 
 def test_an_emptied_bank_accepts_another_backbone(folders, any_run, images):

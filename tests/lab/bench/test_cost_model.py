@@ -1,4 +1,4 @@
-"""Cost model: counts of tiny cases by hand, committed rows, and the tables of docs/speed.md."""
+"""Cost model: counts of tiny cases by hand, committed rows, and the tables of docs/notes/cost-model.md."""
 
 import json
 import math

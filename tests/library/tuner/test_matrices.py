@@ -71,10 +71,15 @@ def test_names_do_not_depend_on_wrappers(mlp, wrap):
     assert [m.name for m in adapted_matrices(wrap(model))] == ["lin0", "lin1"]
 
 
-def test_submodule_named_like_a_wrapper_keeps_its_matrices():
-    model = nn.ModuleDict({"lin": nn.Linear(4, 4), "module": nn.ModuleDict({"lin": nn.Linear(4, 4)})})
-    adapted = get_peft_model(model, SnellaConfig(r=2, target_modules=["lin"]))
-    assert [m.name for m in adapted_matrices(adapted)] == ["lin", "base_model.model.module.lin"]
+@pytest.mark.parametrize("is_first", [False, True])
+def test_submodule_named_like_a_wrapper_keeps_its_matrices(is_first):
+    modules = [("lin", nn.Linear(4, 4)), ("module", nn.ModuleDict({"lin": nn.Linear(4, 4)}))]
+    names = ["lin", "base_model.model.module.lin"]
+    if is_first:
+        modules.reverse()
+        names.reverse()
+    adapted = get_peft_model(nn.ModuleDict(modules), SnellaConfig(r=2, target_modules=["lin"]))
+    assert [m.name for m in adapted_matrices(adapted)] == names
 
 
 def test_layers_with_names_of_wrappers_have_the_depth_of_their_block():
